@@ -1,0 +1,3 @@
+"""Teach a language model by self-distillation: the model that sees the demonstration teaches the one that does not."""
+
+__version__ = "0.1.0"

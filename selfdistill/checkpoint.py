@@ -1,0 +1,142 @@
+"""Checkpoints: everything a run needs to go on to the same weights, written so that half a checkpoint never exists.
+
+``checkpoint-00000100/`` holds ``weights.safetensors`` (what is trained), ``optimizer.safetensors``,
+``teacher.safetensors`` (the float32 average) and ``state.json`` (position). The order of the data and the randomness of
+samples follow from the seed and the step, so the position is all that is needed for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from selfdistill.errors import UserError
+from selfdistill.teacher import Teacher
+
+PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Completion tokens trained on so far."""
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer changes, by name; tied weights once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def checkpoint_bytes(model: nn.Module, teacher: Teacher | None) -> int:
+    """Size of one checkpoint: trained weights, two AdamW moments of the same size, and the teacher's average."""
+    weights = sum(p.numel() * p.element_size() for p in trained_parameters(model).values())
+    average = sum(t.numel() * t.element_size() for t in teacher.state_dict().values()) if teacher else 0
+    return 3 * weights + average
+
+
+def save_checkpoint(
+    output_dir: Path,
+    position: Position,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    teacher: Teacher | None,
+    keep: int,
+) -> Path:
+    """Write a checkpoint beside the others, then remove all but the newest ``keep``.
+
+    The files are written to a hidden folder, flushed to the disk and renamed: a crash at any moment leaves the earlier
+    checkpoints as they were.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    final = output_dir / f"{PREFIX}{position.step:08d}"
+    temporary = output_dir / f".{final.name}"
+    parameters = trained_parameters(model)
+    moments: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            moments[f"{key}:{name}"] = value.contiguous()
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({n: p.detach().contiguous() for n, p in parameters.items()}, temporary / "weights.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
+        save_file(teacher.state_dict() if teacher else {}, temporary / "teacher.safetensors")
+        (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+        for path in temporary.iterdir():
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _sync(output_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are whole. Free disk space, then "
+            "continue with --resume"
+        ) from None
+    for old in list_checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(output_dir.glob(f"{PREFIX}[0-9]*"))
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None
+) -> Position:
+    """Put weights, optimizer and teacher back to where they were.
+
+    Raises:
+        UserError: a file is missing or damaged, or belongs to another model or other settings.
+    """
+    parameters = trained_parameters(model)
+    try:
+        position = Position(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+        weights = load_file(path / "weights.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+        average = load_file(path / "teacher.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({error}); delete the folder to use the one before it") from None
+    if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
+        raise UserError(f"{path}: its weights are not those of this model and adapter")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    torch.set_rng_state(moments.pop("rng"))
+    state: dict[nn.Parameter, dict[str, Any]] = {}
+    for key, value in moments.items():
+        kind, _, name = key.partition(":")
+        parameter = parameters[name]
+        state.setdefault(parameter, {})[kind] = value if kind == "step" else value.to(parameter.device)
+    optimizer.state.update(state)
+    if teacher is not None:
+        try:
+            teacher.load_state_dict(average)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; the run had another teacher") from None
+    return position
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

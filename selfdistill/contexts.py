@@ -1,0 +1,351 @@
+"""What the student sees and what the teacher sees: demonstrations to chat messages to token ids.
+
+The student sees the prompt. The teacher sees the same prompt and, through a *context*, the demonstration. Each context
+is a small frozen dataclass whose fields are its options; on the command line it is written ``name:option=value,...``,
+for instance ``turns:repeats=2``. Both sides are rendered by the same chat template with the same arguments, so they
+differ only by what the context adds.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_type_hints
+
+from selfdistill.demonstrations import Demonstration, Message
+from selfdistill.errors import UserError
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _split_system(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    head = [m for m in messages if m["role"] == "system"]
+    return head, [m for m in messages if m["role"] != "system"]
+
+
+class Context(Protocol):
+    """How the demonstration reaches the teacher."""
+
+    name: ClassVar[str]
+
+    def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
+        """The teacher's messages, ending with the user turn that the teacher answers.
+
+        Args:
+            demonstration: the row at hand.
+            pool: all rows, from which other demonstrations may be taken.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The demonstration as earlier turns of the chat, ``repeats`` times: user x, assistant d, ..., user x."""
+
+    name: ClassVar[str] = "turns"
+    repeats: int = 1
+
+    def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
+        system, turns = _split_system(demonstration.prompt)
+        return [*system, *((*turns, _assistant(demonstration.shown)) * self.repeats), *turns]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One user turn: the question, the demonstration as an example, and a request for an own answer."""
+
+    name: ClassVar[str] = "example"
+    reasoning: bool = True
+    """Also ask for the reasoning."""
+
+    def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
+        request = (
+            "Work out your own answer to the question, showing your reasoning."
+            if self.reasoning
+            else "Now give your own answer to the question, in the same form."
+        )
+        text = (
+            f"{demonstration.prompt[-1]['content']}\n\n"
+            f"For orientation, this is what a good answer to it looks like:\n\n{demonstration.shown}\n\n{request}"
+        )
+        return [*demonstration.prompt[:-1], _user(text)]
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """``k`` other demonstrations as earlier turns, then this one too where ``this`` is set."""
+
+    name: ClassVar[str] = "few_shot"
+    k: int = 3
+    pick: Literal["seed", "nearest"] = "seed"
+    """``seed``: drawn at random, the same for a row every time; ``nearest``: most words in common, nearest last."""
+    this: bool = False
+    seed: int = 0
+
+    def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
+        others = [other for other in pool if other.source != demonstration.source]
+        if len(others) < self.k:
+            raise UserError(
+                f"context 'few_shot' needs {self.k} other demonstrations, found {len(others)}: lower k or add rows"
+            )
+        if self.pick == "seed":
+            shown = random.Random(f"{self.seed}-{demonstration.source}").sample(others, self.k)
+        else:
+            words = _words(demonstration)
+            shown = sorted(others, key=lambda other: _jaccard(words, _words(other)))[-self.k :]
+        system, turns = _split_system(demonstration.prompt)
+        earlier = [m for other in shown for m in (other.prompt[-1], _assistant(other.shown))]
+        if self.this:
+            earlier += [*turns, _assistant(demonstration.shown)]
+        return [*system, *earlier, *turns]
+
+
+def _words(demonstration: Demonstration) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", demonstration.prompt[-1]["content"].lower()))
+
+
+def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
+    return len(a & b) / max(len(a | b), 1)
+
+
+@dataclass(frozen=True)
+class Document:
+    """The document as a turn of its own, then the demonstration as turns: for knowledge."""
+
+    name: ClassVar[str] = "document"
+    repeats: int = 1
+    show: Literal["both", "document", "answer"] = "both"
+    """``document`` leaves the demonstration out, ``answer`` the document (the paper's ablation of contexts)."""
+
+    def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
+        system, turns = _split_system(demonstration.prompt)
+        reading: list[Message] = []
+        if self.show != "answer":
+            if demonstration.document is None:
+                raise UserError(
+                    f"context 'document' needs a document, and {demonstration.source} has none: "
+                    "add the column 'document' or take another context"
+                )
+            text = f"Read this text carefully. Questions about it follow.\n\n{demonstration.document}"
+            reading = [_user(text), _assistant("I have read it. What would you like to know?")]
+        answered = [*turns, _assistant(demonstration.shown)] * (self.repeats if self.show != "document" else 0)
+        return [*system, *reading, *answered, *turns]
+
+
+@dataclass(frozen=True)
+class Template:
+    """The user's own text in place of the last user turn, with {prompt}, {demonstration} and {document} filled in."""
+
+    name: ClassVar[str] = "template"
+    file: str = ""
+    """Text file with the template, UTF-8."""
+    text: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            text = Path(self.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"context 'template': cannot read file {self.file!r} ({error}); write template:file=PATH"
+            ) from None
+        if "{prompt}" not in text:
+            raise UserError(f"context 'template': {self.file} does not contain {{prompt}}, so the question is missing")
+        object.__setattr__(self, "text", text)
+
+    def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
+        if "{document}" in self.text and demonstration.document is None:
+            raise UserError(f"context 'template' uses {{document}}, and {demonstration.source} has none")
+        values = {
+            "prompt": demonstration.prompt[-1]["content"],
+            "demonstration": demonstration.shown,
+            "document": demonstration.document or "",
+        }
+        # One pass, so that braces inside the filled-in texts are left alone.
+        text = re.sub(r"\{(prompt|demonstration|document)\}", lambda match: values[match[1]], self.text)
+        return [*demonstration.prompt[:-1], _user(text)]
+
+
+CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, Example, FewShot, Document, Template)}
+
+
+def parse_context(spec: str) -> Context:
+    """``name:option=value,option=value`` to a context.
+
+    Raises:
+        UserError: unknown name or option, or a value that does not fit; the message says what there is.
+    """
+    name, _, options = spec.partition(":")
+    if name not in CONTEXTS:
+        raise UserError(f"context {spec!r}: there is no context {name!r}, only {', '.join(CONTEXTS)}")
+    kind = CONTEXTS[name]
+    types = {key: hint for key, hint in get_type_hints(kind).items() if key not in ("name", "text")}
+    values = {}
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        if key not in types:
+            raise UserError(f"context {spec!r}: {name} has no option {key!r}, only {', '.join(types)}")
+        values[key] = _convert(spec, key, value, types[key])
+    return kind(**values)  # type: ignore[no-any-return]
+
+
+def _convert(spec: str, key: str, value: str, hint: Any) -> Any:
+    choices: tuple[Any, ...] = get_args(hint)
+    if hint is bool:
+        choices = ("true", "false")
+    if choices and value not in choices:
+        raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, want {' or '.join(choices)}")
+    if hint is bool:
+        return value == "true"
+    if hint is int:
+        if not value.isdecimal() or (int(value) < 1 and key != "seed"):
+            raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, want a whole number from 1")
+        return int(value)
+    return value
+
+
+def context_spec(context: Context) -> str:
+    """The text that :func:`parse_context` reads back to an equal context."""
+    options = [f"{f.name}={getattr(context, f.name)}" for f in fields(context) if f.init]  # type: ignore[arg-type]
+    return f"{context.name}:{','.join(options).replace('True', 'true').replace('False', 'false')}"
+
+
+class ChatFormat:
+    """Messages to token ids, by the tokenizer's chat template or, without one, by a plain-text layout.
+
+    The plain-text layout of a conversation is ``<system text>``, ``User: <text>``, ``Assistant: <text>``, separated by
+    empty lines; a prompt ends with ``Assistant:`` and a completion starts with a space.
+    """
+
+    def __init__(self, tokenizer: Any, end_token_ids: Sequence[int], chat_template_kwargs: dict[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.kwargs = chat_template_kwargs
+        self.end_token_id = self._turn_end(end_token_ids)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt as text, up to where the reply starts."""
+        if self.tokenizer.chat_template:
+            try:
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        list(messages), tokenize=False, add_generation_prompt=True, **self.kwargs
+                    )
+                )
+            except Exception as error:  # templates are programs: whatever they raise is about these messages
+                roles = ", ".join(m["role"] for m in messages)
+                raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from None
+        labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+        return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + "Assistant:"
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the prompt."""
+        # A template writes its own special tokens; plain text gets the tokenizer's (a leading BOS, for some).
+        return self._ids(self.render(messages), special=not self.tokenizer.chat_template)
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Token ids of a demonstrated reply with the token that ends an assistant turn. Ids are joined, never text."""
+        lead = "" if self.tokenizer.chat_template else " "
+        return [*self._ids(lead + text, special=False), self.end_token_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A reply as text, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _turn_end(self, end_token_ids: Sequence[int]) -> int:
+        """The end token that the template itself writes after an assistant turn, else the first there is."""
+        if self.tokenizer.chat_template:
+            probe = [_user("a"), _assistant("b")]
+            text = self.tokenizer.apply_chat_template(probe, tokenize=False, **self.kwargs)
+            after = self._ids(str(text).rpartition("b")[2] if "b" in str(text) else "", special=False)
+            for token in after:
+                if token in end_token_ids:
+                    return token
+        return end_token_ids[0]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as token ids."""
+
+    demonstration: Demonstration
+    student_ids: list[int]
+    """The prompt, as the student sees it."""
+    teacher_ids: list[int] | None
+    """The prompt with the context; None where no teacher is asked."""
+    completion_ids: list[int]
+    """The demonstration with its end token."""
+
+
+def encode(
+    demonstrations: Sequence[Demonstration],
+    context: Context | None,
+    chat: ChatFormat,
+    *,
+    max_prompt_length: int | None,
+    max_completion_length: int,
+    window: int | None,
+    on_long_prompt: str = "error",
+    completion_must_fit: bool = False,
+    pool: Sequence[Demonstration] | None = None,
+) -> tuple[list[Encoded], int]:
+    """Token ids of all rows, and how many rows were left out because they do not fit.
+
+    Args:
+        demonstrations: rows to encode.
+        context: the teacher's, or None.
+        max_prompt_length: limit for either prompt in tokens; None: the window less ``max_completion_length``.
+        window: the model's limit for prompt and completion together, None where it has none.
+        on_long_prompt: ``error`` or ``drop``.
+        completion_must_fit: the demonstration itself is trained on, so it too must be within its limit.
+        pool: where contexts take other demonstrations from; default the rows themselves.
+
+    Raises:
+        UserError: rows that do not fit, all reported together; or none left.
+    """
+    room = None if window is None else window - max_completion_length
+    limit = min((x for x in (room, max_prompt_length) if x is not None), default=None)
+    if limit is not None and limit < 1:
+        raise UserError(
+            f"setting 'max_completion_length': {max_completion_length} leaves no room for a prompt in the model's "
+            f"window of {window} tokens"
+        )
+    kept, long = [], []
+    for demonstration in demonstrations:
+        row = Encoded(
+            demonstration,
+            chat.encode_prompt(demonstration.prompt),
+            chat.encode_prompt(context.messages(demonstration, pool or demonstrations)) if context else None,
+            chat.encode_completion(demonstration.completion),
+        )
+        problem = _misfit(row, limit, max_completion_length if completion_must_fit else None)
+        if problem:
+            long.append(f"{demonstration.source}: {problem}")
+        else:
+            kept.append(row)
+    if long and (on_long_prompt == "error" or not kept):
+        more = f"; and {len(long) - 10} more" if len(long) > 10 else ""
+        raise UserError(
+            f"{len(long)} of {len(demonstrations)} rows do not fit: {'; '.join(long[:10])}{more}; raise the limit, "
+            "choose a shorter context, or leave them out with --on_long_prompt drop"
+        )
+    return kept, len(long)
+
+
+def _misfit(row: Encoded, limit: int | None, completion_limit: int | None) -> str | None:
+    for who, ids in (("prompt", row.student_ids), ("teacher's prompt", row.teacher_ids)):
+        if limit is not None and ids is not None and len(ids) > limit:
+            return f"{who} has {len(ids)} tokens, limit {limit}"
+    if completion_limit is not None and len(row.completion_ids) > completion_limit:
+        return f"completion has {len(row.completion_ids)} tokens, limit {completion_limit} (max_completion_length)"
+    return None

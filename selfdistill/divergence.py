@@ -1,0 +1,312 @@
+"""How far the student's next-token distribution is from the teacher's, per token, and the same fused with the LM head.
+
+Dimensions in names: B batch, T completion tokens, N flattened tokens, n tokens of one chunk, V vocabulary, D hidden,
+K top-k. p is the student, q the teacher; "log_p" are log-probabilities, in nats. Everything is computed in float32
+(float64 where the logits are float64), whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from selfdistill.errors import UserError
+
+Kind = Literal["forward_kl", "reverse_kl", "jsd"]
+Support = Literal["full", "top_k", "sampled"]
+Tail = Literal["bucket", "renormalise"]
+Head = Callable[[Tensor], Tensor]
+
+CHUNK_LOGITS = 2**24
+"""Logits in one chunk by default: 64 MiB as float32."""
+
+
+def _log_softmax(logits_NV: Tensor) -> Tensor:
+    dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    # A floor in place of log 0 (-inf logits): 0 * log 0 is then 0, and no difference is NaN, in the gradient either. It
+    # leaves room for the difference of two, and a sum of it weighted with probabilities stays finite.
+    return torch.log_softmax(logits_NV, dim=-1, dtype=dtype).clamp(min=torch.finfo(dtype).min / 2)
+
+
+def _kl(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+    return (log_a_NV.exp() * (log_a_NV - log_b_NV)).sum(-1)
+
+
+def _jsd(log_p_NV: Tensor, log_q_NV: Tensor, weight: float) -> Tensor:
+    log_m_NV = torch.logaddexp(log_p_NV + math.log1p(-weight), log_q_NV + math.log(weight))
+    return weight * _kl(log_q_NV, log_m_NV) + (1 - weight) * _kl(log_p_NV, log_m_NV)
+
+
+def _divergence(kind: Kind, weight: float, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    if kind == "forward_kl":
+        return _kl(log_q_NV, log_p_NV)
+    if kind == "reverse_kl":
+        return _kl(log_p_NV, log_q_NV)
+    return _jsd(log_p_NV, log_q_NV, weight)
+
+
+def _pick(log_p_NV: Tensor, tokens_N: Tensor) -> Tensor:
+    return log_p_NV.gather(-1, tokens_N.unsqueeze(-1)).squeeze(-1)
+
+
+def _with_tail(log_p_NV: Tensor, support_NK: Tensor) -> Tensor:
+    """Log-probabilities of the support and, as one more entry, of all the rest together: N(K+1)."""
+    # log(1 - sum of the support) is off by 1e-7 in float32, more than the whole tail of a confident model, and infinite
+    # at 0. A chunk holds the full vocabulary anyway, so the rest is added up directly.
+    rest_NV = log_p_NV.scatter(-1, support_NK, torch.finfo(log_p_NV.dtype).min / 2)
+    return torch.cat([log_p_NV.gather(-1, support_NK), rest_NV.logsumexp(-1, keepdim=True)], dim=-1)
+
+
+def forward_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor:
+    """KL(teacher || student) = sum_v q_v (log q_v - log p_v) per token, over the whole vocabulary.
+
+    The divergence behind the published SDFT results (arXiv 2601.19897, authors' statement and code).
+
+    Args:
+        student_logits_BTV: unnormalised logits, any leading dimensions, any float dtype; carries the gradient.
+        teacher_logits_BTV: the same shape; detached here.
+
+    Returns:
+        Nats per token, shape (B, T), float32 (float64 for float64 logits). Entries with q_v = 0 count 0. A token that
+        the teacher can say and the student cannot (a logit of -inf) counts as log p = -1.7e38: huge, never NaN.
+    """
+    return _kl(_log_softmax(teacher_logits_BTV.detach()), _log_softmax(student_logits_BTV))
+
+
+def reverse_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor:
+    """KL(student || teacher) = sum_v p_v (log p_v - log q_v) per token, over the whole vocabulary.
+
+    Equation 1 of SDFT (arXiv 2601.19897). Arguments, shapes and units as :func:`forward_kl`. Entries with p_v = 0
+    count 0. A token that the student can say and the teacher cannot (a logit of -inf) counts as log q = -1.7e38.
+    """
+    return _kl(_log_softmax(student_logits_BTV), _log_softmax(teacher_logits_BTV.detach()))
+
+
+def jsd(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, weight: float = 0.5) -> Tensor:
+    """Generalised Jensen-Shannon divergence b KL(q||M) + (1-b) KL(p||M) with M = (1-b) p + b q, b = ``weight``.
+
+    Used by SDPO (arXiv 2601.20802) and OPSD (arXiv 2601.18734) with b = 0.5. Arguments, shapes and units as
+    :func:`forward_kl`. ``weight`` lies in (0, 1); near 0 it tends to b * forward KL, near 1 to
+    (1-b) * reverse KL.
+    """
+    return _jsd(_log_softmax(student_logits_BTV), _log_softmax(teacher_logits_BTV.detach()), weight)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A per-token loss between student p and teacher q.
+
+    Supports:
+
+    - ``full``: the whole vocabulary.
+    - ``top_k``: the k likeliest tokens of the distribution that weighs the terms, so that what is dropped weighs
+      little: the teacher's for forward KL (terms q_v (...)), the student's for reverse KL and JSD (terms p_v (...), and
+      the gradient on a logit is proportional to p_v; SDPO does the same). ``tail`` says what becomes of the rest.
+      k >= V is the full divergence.
+    - ``sampled``: reverse KL on the sampled token y alone, as a policy gradient (vOPD, arXiv 2605.07865):
+      A = sg[log q(y) - log p(y) + KL(p||q)], loss = -A log p(y). Its expected gradient over y ~ p is that of the full
+      reverse KL; its value is no divergence. KL(p||q) is the baseline: it has no effect on the expectation and lowers
+      the variance.
+
+    Raises:
+        UserError: a setting out of range, or ``sampled`` with another kind than ``reverse_kl``.
+    """
+
+    kind: Kind = "forward_kl"
+    """``forward_kl`` = KL(q||p), ``reverse_kl`` = KL(p||q), or ``jsd``."""
+    support: Support = "full"
+    """Which vocabulary entries are compared: ``full``, ``top_k`` or ``sampled``."""
+    weight: float = 0.5
+    """JSD only: b in (0, 1), the teacher's share of the mixture."""
+    top_k: int = 100
+    """``top_k`` only: entries in the support."""
+    tail: Tail = "bucket"
+    """``top_k`` only: ``bucket`` keeps the rest as one entry of exact mass; ``renormalise`` drops it and scales p and q
+    to sum to 1 on the support."""
+    baseline: bool = True
+    """``sampled`` only: whether KL(p||q) is added to the advantage."""
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("kind", self.kind, get_args(Kind)),
+            ("support", self.support, get_args(Support)),
+            ("tail", self.tail, get_args(Tail)),
+        ):
+            if value not in choices:
+                raise UserError(f"divergence {name}: found {value!r}; use one of {', '.join(choices)}")
+        if not 0 < self.weight < 1:
+            raise UserError(f"divergence weight: found {self.weight}; use a number above 0 and below 1, such as 0.5")
+        if self.top_k < 1:
+            raise UserError(f"divergence top_k: found {self.top_k}; use 1 or more, such as 100")
+        if self.support == "sampled" and self.kind != "reverse_kl":
+            raise UserError(
+                f"divergence support: 'sampled' has no {self.kind} form; use kind reverse_kl, or support full or top_k"
+            )
+
+    def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
+        """The loss of each token, shape (N,), in nats.
+
+        Args:
+            student_logits_NV: any leading dimensions, any float dtype; carries the gradient.
+            teacher_logits_NV: the same shape; detached here.
+            tokens_N: ids of the completion tokens; only ``sampled`` reads them.
+        """
+        log_q_NV = None if teacher_logits_NV is None else _log_softmax(teacher_logits_NV.detach())
+        return self.from_log_probs(_log_softmax(student_logits_NV), log_q_NV, tokens_N)
+
+    def from_log_probs(self, log_p_NV: Tensor, log_q_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
+        """:meth:`per_token` on normalised log-probabilities, of which the teacher's carry no gradient."""
+        if log_q_NV is None:
+            raise ValueError("a divergence needs the teacher's logits")
+        if self.support == "sampled":
+            return self._sampled(log_p_NV, log_q_NV, tokens_N)
+        if self.support == "top_k" and self.top_k < log_p_NV.shape[-1]:
+            leader_NV = log_q_NV if self.kind == "forward_kl" else log_p_NV.detach()
+            support_NK = leader_NV.topk(self.top_k, dim=-1).indices
+            if self.tail == "bucket":
+                log_p_NV, log_q_NV = _with_tail(log_p_NV, support_NK), _with_tail(log_q_NV, support_NK)
+            else:
+                log_p_NV, log_q_NV = (x.gather(-1, support_NK).log_softmax(-1) for x in (log_p_NV, log_q_NV))
+        return _divergence(self.kind, self.weight, log_p_NV, log_q_NV)
+
+    def _sampled(self, log_p_NV: Tensor, log_q_NV: Tensor, tokens_N: Tensor) -> Tensor:
+        logp_N = _pick(log_p_NV, tokens_N)
+        advantage_N = _pick(log_q_NV, tokens_N) - logp_N.detach()
+        if self.baseline:
+            advantage_N = advantage_N + _kl(log_p_NV.detach(), log_q_NV)
+        return -advantage_N * logp_N
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Negative log-likelihood of the tokens, -log p(token): the loss of supervised fine-tuning. Needs no teacher."""
+
+    def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
+        """The loss of each token, shape (N,), in nats; ``teacher_logits_NV`` is not read."""
+        return self.from_log_probs(_log_softmax(student_logits_NV), None, tokens_N)
+
+    def from_log_probs(self, log_p_NV: Tensor, log_q_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
+        """:meth:`per_token` on normalised log-probabilities."""
+        return -_pick(log_p_NV, tokens_N)
+
+
+def token_statistics(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor
+) -> dict[str, Tensor]:
+    """What is worth watching per token, without gradient; each of shape (N,), in nats.
+
+    ``entropy`` of the student and ``student_logp`` of the tokens; with a teacher also ``teacher_logp``, ``forward_kl``
+    = KL(q||p) and ``reverse_kl`` = KL(p||q), both over the whole vocabulary.
+    """
+    log_q_NV = None if teacher_logits_NV is None else _log_softmax(teacher_logits_NV.detach())
+    return _statistics(_log_softmax(student_logits_NV.detach()), log_q_NV, tokens_N)
+
+
+@torch.no_grad()
+def _statistics(log_p_NV: Tensor, log_q_NV: Tensor | None, tokens_N: Tensor) -> dict[str, Tensor]:
+    p_NV = log_p_NV.exp()
+    statistics = {"entropy": -(p_NV * log_p_NV).sum(-1), "student_logp": _pick(log_p_NV, tokens_N)}
+    if log_q_NV is not None:
+        statistics["teacher_logp"] = _pick(log_q_NV, tokens_N)
+        statistics["forward_kl"] = _kl(log_q_NV, log_p_NV)
+        statistics["reverse_kl"] = (p_NV * (log_p_NV - log_q_NV)).sum(-1)
+    return statistics
+
+
+def chunked_loss(
+    loss: Divergence | CrossEntropy,
+    student_hidden_ND: Tensor,
+    student_head: Head,
+    head_parameters: Sequence[Tensor],
+    tokens_N: Tensor,
+    weights_N: Tensor,
+    teacher_hidden_ND: Tensor | None = None,
+    teacher_head: Head | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum_n weights_n * loss_n through the LM head, without ever holding logits of more than one chunk.
+
+    The gradients with respect to the hidden states and the head's parameters are formed chunk by chunk on the way
+    forward, in the same pass as the loss, so backward neither runs the head again nor needs its logits; head gradients
+    are summed over chunks in float32 or better. Differentiable once.
+
+    Args:
+        loss: what is measured per token.
+        student_hidden_ND: final hidden states that predict ``tokens_N``, of the kept tokens only; carries the gradient.
+        student_head: hidden (n, D) -> logits (n, V), such as the model's ``lm_head``; the identity where logits stand
+            in place of hidden states.
+        head_parameters: every tensor through which gradients should flow into ``student_head``; each must be used by
+            it. Those that need no gradient are skipped. They may be tied to the embeddings.
+        tokens_N: ids of the completion tokens.
+        weights_N: weight of each token (see :mod:`selfdistill.weights`); no gradient flows into it.
+        teacher_hidden_ND: the teacher's hidden states for the same tokens, of its own width; none for
+            :class:`CrossEntropy` without a teacher.
+        teacher_head: the teacher's head; ``student_head`` where absent.
+        chunk_size: tokens per chunk; by default as many as make ``CHUNK_LOGITS`` logits, at least 1.
+
+    Returns:
+        The scalar loss, and per-token statistics of shape (N,), detached: ``loss`` and those of
+        :func:`token_statistics`.
+
+    Raises:
+        UserError: ``chunk_size`` below 1.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"chunk_size: found {chunk_size}; use 1 or more tokens")
+    if chunk_size is None:
+        vocabulary = student_head(student_hidden_ND[:1].detach()).shape[-1]
+        chunk_size = max(1, CHUNK_LOGITS // vocabulary)
+
+    trainable = [parameter for parameter in head_parameters if parameter.requires_grad]
+    hidden_moves = student_hidden_ND.requires_grad
+    inputs = [student_hidden_ND, *trainable] if hidden_moves else trainable
+    differentiate = torch.is_grad_enabled() and bool(inputs)
+    gradients = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
+    # Weights are around 1 / tokens of a batch. Inside they are scaled to at most 1: a float16 head would underflow.
+    tiny = torch.finfo(weights_N.dtype).tiny
+    scale = torch.cat([weights_N.detach().abs(), weights_N.new_full((1,), tiny)]).amax()
+    scaled_N = weights_N.detach() / scale
+
+    def run(rows: slice) -> dict[str, Tensor]:
+        # A function of its own, so that one chunk's tensors are gone before the next chunk's logits are made.
+        hidden_nD = student_hidden_ND[rows].detach().requires_grad_(hidden_moves)
+        log_p_nV = _log_softmax(student_head(hidden_nD))
+        log_q_nV = None
+        if teacher_hidden_ND is not None:
+            with torch.no_grad():
+                log_q_nV = _log_softmax((teacher_head or student_head)(teacher_hidden_ND[rows]))
+        loss_n = loss.from_log_probs(log_p_nV, log_q_nV, tokens_N[rows])
+        if differentiate:
+            leaves = [hidden_nD, *trainable] if hidden_moves else trainable
+            sums = [gradients[0][rows], *gradients[1:]] if hidden_moves else gradients
+            for total, gradient in zip(sums, torch.autograd.grad((scaled_N[rows] * loss_n).sum(), leaves), strict=True):
+                total += gradient
+        return {"loss": loss_n.detach()} | _statistics(log_p_nV.detach(), log_q_nV, tokens_N[rows])
+
+    # One empty chunk where there are no tokens: a loss of 0 with gradients of 0, and empty statistics.
+    chunks = [run(slice(start, start + chunk_size)) for start in range(0, max(1, len(tokens_N)), chunk_size)]
+    statistics = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    value = (weights_N.detach() * statistics["loss"]).sum()
+    if differentiate:
+        value = _Attach.apply(value, [gradient.mul_(scale) for gradient in gradients], *inputs)
+    return value, statistics
+
+
+class _Attach(torch.autograd.Function):
+    """A scalar as it is, with gradients with respect to ``inputs`` that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(incoming * gradient for gradient in ctx.saved_tensors))

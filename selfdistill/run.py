@@ -1,0 +1,245 @@
+"""One run and one optimizer step of it: sample, score, diverge, update.
+
+A method fills the slots; nothing here asks for its name.
+
+Legend: B completions of a batch, T completion tokens, N completion tokens of a part without padding, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from selfdistill.checkpoint import (
+    trained_parameters,
+)
+from selfdistill.config import TrainConfig
+from selfdistill.contexts import ChatFormat, encode, parse_context
+from selfdistill.demonstrations import Demonstration, load_demonstrations
+from selfdistill.divergence import CrossEntropy, chunked_loss
+from selfdistill.errors import UserError
+from selfdistill.evaluate import Drift
+from selfdistill.guards import check_finite
+from selfdistill.methods import METHODS
+from selfdistill.methods.slots import Completion, Method
+from selfdistill.models import add_lora, load_model
+from selfdistill.schedule import batch_rows, learning_rate
+from selfdistill.scores import Scorer
+from selfdistill.teacher import Teacher
+from selfdistill.tracking import say
+from selfdistill.weights import check_skip, completion_mask, importance_weights, token_weights
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over one optimizer step's parts."""
+
+    loss: float
+    statistics: dict[str, float]
+    """Weighted sums over the kept tokens of the per-token statistics."""
+    importance: float
+    teacher_s: float
+    student_s: float
+
+
+class Run:
+    """Everything that lives as long as one run: model, teacher, method, encoded rows, optimizer.
+
+    Args:
+        config: resolved settings (a context that is not ``auto``).
+        demonstrations: rows, where the caller has them already; else ``config.data`` is read.
+    """
+
+    def __init__(self, config: TrainConfig, demonstrations: Sequence[Demonstration] | None = None) -> None:
+        precision = config.mixed_precision
+        if precision == "auto":
+            precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        self.accelerator = Accelerator(mixed_precision=precision)
+        if self.accelerator.num_processes > 1:
+            raise UserError("training on several processes is not supported yet: start a single one")
+        self.method: Method = METHODS[config.method](config)
+        if demonstrations is None:
+            demonstrations = load_demonstrations(config.data, split=config.split)
+        self.loaded = load_model(config.model, dtype=config.dtype, merge_adapter=True)
+        for note in self.loaded.notes:
+            say(f"note: {note}")
+        self.chat = ChatFormat(self.loaded.tokenizer, self.loaded.end_token_ids, config.chat_template_kwargs)
+        self.rows, self.dropped = encode(
+            demonstrations,
+            parse_context(config.context) if self.method.teacher else None,
+            self.chat,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            window=self.loaded.window,
+            on_long_prompt=config.on_long_prompt,
+            completion_must_fit=self.method.trains_on_demonstration,
+        )
+        check_skip(self.method.skip_first_tokens, [len(row.completion_ids) for row in self.rows])
+        steps = math.ceil(len(self.rows) * config.num_train_epochs / config.batch_size)
+        rate = config.learning_rate or (1e-4 if config.lora_rank else 1e-5)
+        self.config = config.model_copy(update={"max_steps": config.max_steps or steps, "learning_rate": rate})
+        self._prepare()
+
+    def _prepare(self) -> None:
+        config, model = self.config, self.loaded.model
+        model.to(self.accelerator.device)
+        if config.lora_rank:
+            add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
+            model = self.loaded.model
+        self.teacher: Teacher | None = None
+        if self.method.teacher:
+            self.teacher = Teacher(
+                self.loaded, self.method.teacher, ema_rate=config.ema_rate, snapshot_steps=config.snapshot_steps
+            )
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        self.scorer = Scorer(self.loaded)
+        self.drift = Drift(self.loaded, self.scorer, self.chat)
+        self.parameters = list(trained_parameters(model).values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
+        )
+
+    def describe(self) -> list[str]:
+        """What is about to happen, for the start of a run."""
+        config, trained = self.config, sum(p.numel() for p in self.parameters)
+        lines = [
+            f"{config.method} on {len(self.rows)} demonstrations"
+            + (f" ({self.dropped} too long, left out)" if self.dropped else "")
+            + f", {config.max_steps} steps of {config.batch_size}, learning rate {config.learning_rate:g}",
+            f"model: {config.model}, {trained / 1e6:.1f} M weights trained, on {self.loaded.device}",
+        ]
+        if self.teacher:
+            lines += [self.teacher.describe(), f"context: {config.context}"]
+        if not self.scorer.fused:
+            lines.append("the head is not separable from the model's own logits; they are taken whole (more memory)")
+        return lines
+
+    def accumulate(self, completions: Sequence[Completion]) -> StepResult:
+        """Add the gradient of the batch's loss, in ``gradient_accumulation_steps`` parts.
+
+        The weights of tokens come from the whole batch, so the number of parts changes no result.
+        """
+        config, method = self.config, self.method
+        lengths = [len(c.ids) for c in completions]
+        mask_BT = completion_mask(lengths, max(lengths))
+        weights_BT = token_weights(
+            mask_BT, skip_first_tokens=method.skip_first_tokens, normalisation=config.loss_normalisation
+        )
+        size = math.ceil(len(completions) / config.gradient_accumulation_steps)
+        loss, importance, teacher_s, student_s = 0.0, 0.0, 0.0, 0.0
+        statistics: dict[str, float] = {}
+        for start in range(0, len(completions), size):
+            part = completions[start : start + size]
+            ids = [c.ids for c in part]
+            weights_bT = weights_BT[start : start + size]
+            kept_N = (weights_bT[mask_BT[start : start + size]] > 0).to(self.loaded.device)
+            began = time.monotonic()
+            teacher_hidden_ND, teacher_head = None, None
+            if self.teacher is not None:
+                with self.teacher.model() as network, self.accelerator.autocast():
+                    scores = self.scorer(network, [c.row.teacher_ids or [] for c in part], ids)
+                    teacher_hidden_ND, teacher_head = scores.hidden_ND[kept_N], scores.head
+            teacher_s += time.monotonic() - began
+            began = time.monotonic()
+            self.loaded.model.train(config.gradient_checkpointing)
+            with self.accelerator.autocast():
+                scores = self.scorer(self.loaded.model, [c.row.student_ids for c in part], ids)
+                tokens_N = torch.tensor([t for row in ids for t in row], device=self.loaded.device)
+                if method.importance_cap is not None and part[0].logps is not None:
+                    ratio_B = self._importance(scores.hidden_ND, scores.head, tokens_N, part, weights_bT)
+                    importance += float(ratio_B.sum())
+                    weights_bT = weights_bT * ratio_B[:, None]
+                weights_N = weights_bT[mask_BT[start : start + size]].to(self.loaded.device)
+                value, per_token = chunked_loss(
+                    method.loss,
+                    scores.hidden_ND[kept_N],
+                    scores.head,
+                    scores.head_parameters,
+                    tokens_N[kept_N],
+                    weights_N[kept_N],
+                    teacher_hidden_ND,
+                    teacher_head,
+                )
+            self.accelerator.backward(value)
+            self.loaded.model.eval()
+            student_s += time.monotonic() - began
+            loss += float(value)
+            for key, values_N in per_token.items():
+                statistics[key] = statistics.get(key, 0.0) + float((values_N * weights_N[kept_N]).sum())
+        return StepResult(loss, statistics, importance / len(completions), teacher_s, student_s)
+
+    @torch.no_grad()
+    def _importance(
+        self, hidden_ND: Tensor, head: Any, tokens_N: Tensor, part: Sequence[Completion], weights_bT: Tensor
+    ) -> Tensor:
+        """Truncated importance weights (B,), both sides at the sampling temperature."""
+        assert self.method.importance_cap is not None
+        scaled = lambda hidden_nD: head(hidden_nD).float() / self.config.temperature  # noqa: E731
+        _, statistics = chunked_loss(CrossEntropy(), hidden_ND, scaled, (), tokens_N, torch.ones(len(tokens_N)))
+        student = statistics["student_logp"].split([len(c.ids) for c in part])
+        width = weights_bT.shape[1]
+        pad = torch.nn.functional.pad
+        student_BT = torch.stack([pad(s, (0, width - len(s))) for s in student])
+        sampled_BT = torch.stack([pad(torch.tensor(c.logps or []), (0, width - len(c.ids))) for c in part])
+        return importance_weights(student_BT, sampled_BT, weights_bT > 0, self.method.importance_cap)
+
+    def step(self, step: int) -> dict[str, float]:
+        """Optimizer step ``step`` (from 0); returns its metrics."""
+        config, began = self.config, time.monotonic()
+        assert config.max_steps is not None and config.learning_rate is not None
+        rows = batch_rows(self.rows, step, config.batch_size, config.seed)
+        with self.accelerator.autocast():
+            completions = self.method.sequence(self.loaded, rows, step)
+        rollout_s = time.monotonic() - began
+        rate = learning_rate(
+            step,
+            peak=config.learning_rate,
+            max_steps=config.max_steps,
+            warmup_steps=config.warmup_steps,
+            kind=config.lr_scheduler_type,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        result = self.accumulate(completions)
+        check_finite(result.loss, "the loss", step + 1, Path(config.output_dir))
+        update_began = time.monotonic()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
+        check_finite(norm, "the gradient's norm", step + 1, Path(config.output_dir))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.teacher is not None:
+            self.teacher.update(step + 1)
+        update_s = time.monotonic() - update_began
+        metrics = {
+            "step": step + 1,
+            "epoch": (step + 1) * config.batch_size / len(self.rows),
+            "loss": result.loss,
+            "entropy": result.statistics["entropy"],
+            "completion/length": sum(len(c.ids) for c in completions) / len(completions),
+            "completion/truncated": sum(c.truncated for c in completions) / len(completions),
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": sum(len(c.ids) for c in completions),
+            "drift/student": self.drift.of(self.loaded.model),
+        }
+        if self.teacher is not None:
+            metrics["kl/forward"] = result.statistics["forward_kl"]
+            metrics["kl/reverse"] = result.statistics["reverse_kl"]
+            with self.teacher.model() as network:
+                metrics["drift/teacher"] = self.drift.of(network)
+        if self.method.importance_cap is not None:
+            metrics["importance"] = result.importance
+        times = {"rollout": rollout_s, "teacher": result.teacher_s, "student": result.student_s, "update": update_s}
+        metrics |= {f"time/{part}_s": seconds for part, seconds in times.items()}
+        metrics["time/step_s"] = time.monotonic() - began
+        return metrics

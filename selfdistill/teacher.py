@@ -1,0 +1,143 @@
+"""The teacher: whose weights score the rollouts, and how they follow the student.
+
+One rule covers all kinds: after optimizer step n every teacher weight becomes ``teacher + rate(n) * (student -
+teacher)``. ``ema`` has a constant rate, ``snapshot`` a rate of 1 every few steps and 0 between, ``frozen`` a rate of 0,
+and ``live`` is the student itself.
+
+Full fine-tuning: the teacher is a second copy of the weights. The average is kept in float32; where the model's data
+type is smaller, the copy that scores is refreshed from it (at a rate of 0.01 a bfloat16 average would hardly move).
+
+LoRA: the frozen teacher is the base with the adapter off, which costs nothing. A moving teacher is a second adapter
+that starts equal to the student's. The factors A and B are averaged, each on its own: the teacher's weight change is
+avg(B) avg(A), not the average of the products B A. The two differ by terms of second order in the factors' motion within
+the averaging time, and avg(B) avg(A) keeps the rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from selfdistill.models import LoadedModel
+
+TeacherKind = Literal["ema", "frozen", "live", "snapshot"]
+ADAPTER = "teacher"
+
+
+class Teacher:
+    """The teacher of one run.
+
+    Args:
+        loaded: the student, as it is at the start; with LoRA a ``PeftModel`` whose adapter is ``default``.
+        kind: ``ema``, ``frozen``, ``live`` or ``snapshot``.
+        ema_rate: share of the student that enters the average per step.
+        snapshot_steps: steps between copies.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, kind: TeacherKind, *, ema_rate: float = 0.01, snapshot_steps: int = 50
+    ) -> None:
+        self.kind, self.ema_rate, self.snapshot_steps = kind, ema_rate, snapshot_steps
+        self._student = loaded.model
+        self._lora = hasattr(loaded.model, "peft_config")
+        self._copy: nn.Module | None = None
+        self._followed: dict[str, Tensor] = {}  # student's weights by name
+        self._average: dict[str, Tensor] = {}  # the teacher's, float32 (or the copy's own where that is float32)
+        self._scoring: dict[str, Tensor] = {}  # the teacher's, as they score
+        if kind == "live" or (kind == "frozen" and self._lora):
+            return
+        if self._lora:
+            loaded.model.add_adapter(ADAPTER, loaded.model.peft_config["default"])
+            parameters = dict(loaded.model.named_parameters())
+            for name, parameter in parameters.items():
+                if f".{ADAPTER}." in name:
+                    self._scoring[name] = parameter
+                    self._followed[name] = parameters[name.replace(f".{ADAPTER}.", ".default.")]
+            loaded.model.set_adapter("default")
+        else:
+            self._copy = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+            self._scoring = dict(self._copy.named_parameters())
+            self._followed = dict(loaded.model.named_parameters())
+        if kind == "frozen":
+            return
+        with torch.no_grad():
+            for name, tensor in self._scoring.items():
+                tensor.copy_(self._followed[name])
+                tensor.requires_grad_(False)
+        self._average = {name: t.data.float() for name, t in self._scoring.items()}
+
+    def rate(self, step: int) -> float:
+        """Share of the student that the teacher takes over after optimizer step ``step`` (from 1)."""
+        if self.kind == "ema":
+            return self.ema_rate
+        if self.kind == "snapshot":
+            return 1.0 if step % self.snapshot_steps == 0 else 0.0
+        return 0.0
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the student, after optimizer step ``step`` (from 1)."""
+        rate = self.rate(step)
+        if not self._average or rate == 0:
+            return
+        averages = list(self._average.values())
+        followed = [self._followed[name].data for name in self._average]
+        torch._foreach_lerp_(averages, [f.to(a.dtype) for a, f in zip(averages, followed, strict=True)], rate)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for name, average in self._average.items():
+            if average.data_ptr() != self._scoring[name].data_ptr():
+                self._scoring[name].data.copy_(average)
+
+    @contextmanager
+    def model(self) -> Iterator[Any]:
+        """The network that scores, with no gradients; the student's adapter is active again afterwards."""
+        with torch.no_grad():
+            if not self._lora:
+                yield self._student if self._copy is None else self._copy
+            elif self.kind == "live":
+                yield self._student
+            elif self.kind == "frozen":
+                with self._student.disable_adapter():
+                    yield self._student
+            else:
+                self._student.set_adapter(ADAPTER, inference_mode=True)
+                try:
+                    yield self._student
+                finally:
+                    self._student.set_adapter("default")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: the moving average in float32. Empty for ``frozen`` and ``live``."""
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved average."""
+        if state.keys() != self._average.keys():
+            raise ValueError(f"teacher state of {len(state)} tensors does not fit {len(self._average)}")
+        for name, average in self._average.items():
+            average.copy_(state[name])
+        self._refresh()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory beyond the student's own."""
+        own = {t.data_ptr(): t.numel() * t.element_size() for t in (*self._scoring.values(), *self._average.values())}
+        return sum(own.values())
+
+    def describe(self) -> str:
+        """One line for the start of a run: kind and memory."""
+        follows = {
+            "ema": f"float32 average of the student, rate {self.ema_rate:g}",
+            "snapshot": f"copy of the student every {self.snapshot_steps} steps",
+            "frozen": "the start, adapter off" if self._lora else "the start",
+            "live": "the student itself",
+        }[self.kind]
+        return f"teacher: {self.kind} ({follows}), {self.memory_bytes / 2**20:.0f} MiB beyond the student"

@@ -1,0 +1,143 @@
+"""The loop: step, report, save, stop when asked.
+
+The order of the data, the learning rate and the randomness of every sample are functions of the seed and the step, so
+a run that is resumed repeats the numbers of one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from selfdistill.checkpoint import (
+    Position,
+    checkpoint_bytes,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from selfdistill.config import TrainConfig, dump_yaml
+from selfdistill.demonstrations import Demonstration
+from selfdistill.errors import UserError
+from selfdistill.guards import RunStopped, StopRequests, check_disk
+from selfdistill.models import LoadedModel
+from selfdistill.run import Run
+from selfdistill.tracking import MetricsFile, Reporter, say
+
+OnStep = Callable[[int, LoadedModel], None]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    demonstrations: Sequence[Demonstration] | None = None,
+    on_step: OnStep | None = None,
+) -> Path:
+    """Train, and return the folder of the final model.
+
+    ``output_dir`` gets ``config.yaml`` (resolved, re-runnable), ``metrics.jsonl``, checkpoints, and ``final/``, which
+    ``AutoModelForCausalLM`` or ``PeftModel`` loads.
+
+    Args:
+        config: settings; ``context`` must not be ``auto`` (see :mod:`selfdistill.check`).
+        resume: go on from the newest checkpoint in ``output_dir``, if there is one.
+        demonstrations: rows, where the caller has them already.
+        on_step: called before the first step with 0, and after every step with its number.
+
+    Raises:
+        UserError: anything the user can mend.
+        RunStopped: a signal came; everything is saved.
+        RunFailed: loss or gradient are not finite.
+    """
+    output_dir = Path(config.output_dir)
+    if not resume and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(
+            f"output_dir {str(output_dir)!r} exists and is not empty: choose another, or continue it with --resume"
+        )
+    checkpoints = list_checkpoints(output_dir) if resume else []
+    run = Run(config, demonstrations)
+    config = run.config
+    assert config.max_steps is not None
+    size = sum(p.numel() * p.element_size() for p in run.parameters)
+    kept = config.save_total_limit + 1 if config.save_steps else 0
+    check_disk(output_dir, size + kept * checkpoint_bytes(run.loaded.model, run.teacher))
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
+    position = Position(0, 0)
+    if checkpoints:
+        position = load_checkpoint(checkpoints[-1], run.loaded.model, run.optimizer, run.teacher)
+    for line in run.describe():
+        say(line)
+    if resume:
+        say(
+            f"continuing after step {position.step}"
+            if checkpoints
+            else "no checkpoint yet: starting from the beginning"
+        )
+    _loop(run, output_dir, position, on_step)
+    return _save_final(run, output_dir)
+
+
+def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None) -> None:
+    config = run.config
+    assert config.max_steps is not None
+
+    def save() -> None:
+        save_checkpoint(output_dir, position, run.loaded.model, run.optimizer, run.teacher, config.save_total_limit)
+
+    if on_step and position.step == 0:
+        on_step(0, run.loaded)
+    metrics_file = MetricsFile(output_dir / "metrics.jsonl", position.step)
+    reporter = Reporter("step", config.max_steps, start=position.step, every=config.logging_steps)
+    with metrics_file, reporter, StopRequests() as stop:
+        for step in range(position.step, config.max_steps):
+            metrics = run.step(step)
+            position = Position(step + 1, position.tokens + int(metrics["tokens"]))
+            metrics["tokens"] = position.tokens
+            metrics_file.write(metrics)
+            reporter.advance(step + 1, _note(metrics))
+            if on_step:
+                on_step(step + 1, run.loaded)
+            due = config.save_steps and (step + 1) % config.save_steps == 0
+            if due or stop.received is not None:
+                save()
+            if stop.received is not None and step + 1 < config.max_steps:
+                raise RunStopped(
+                    f"{output_dir}: stopped after step {step + 1} of {config.max_steps}, everything saved; continue with "
+                    "--resume",
+                    stop.received,
+                )
+
+
+def _note(metrics: dict[str, float]) -> str:
+    parts = [f"loss {metrics['loss']:.4f}"]
+    if "kl/forward" in metrics:
+        parts.append(f"KL {metrics['kl/forward']:.3f}")
+    parts.append(f"drift {metrics['drift/student']:.3f}")
+    parts.append(f"{metrics['completion/length']:.0f} tokens, {metrics['completion/truncated']:.0%} cut")
+    parts.append(f"{metrics['time/step_s']:.1f} s/step")
+    return "  ".join(parts)
+
+
+def _save_final(run: Run, output_dir: Path) -> Path:
+    """Write ``final/`` beside its place and rename it."""
+    final, temporary = output_dir / "final", output_dir / ".final"
+    options = {"selected_adapters": ["default"]} if hasattr(run.loaded.model, "peft_config") else {}
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        run.loaded.model.save_pretrained(temporary, **options)
+        run.loaded.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{final}: cannot write the model ({error}); free disk space, then continue with --resume"
+        ) from None
+    return final

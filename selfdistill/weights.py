@@ -1,0 +1,92 @@
+"""Which completion tokens count, and how much.
+
+Dimensions in names: B batch, T completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selfdistill.errors import UserError
+
+Normalisation = Literal["sequence", "token"]
+
+
+def completion_mask(lengths: Tensor | Sequence[int], width: int) -> Tensor:
+    """True at the first ``lengths[b]`` of ``width`` positions: bool, shape (B, T), on the device of ``lengths``."""
+    lengths_B = torch.as_tensor(lengths)
+    return torch.arange(width, device=lengths_B.device) < lengths_B.unsqueeze(1)
+
+
+def token_weights(mask_BT: Tensor, *, skip_first_tokens: int, normalisation: Normalisation) -> Tensor:
+    """The weight of each token, so that the loss of the batch is sum(weights * loss).
+
+    ``sequence``: 1 / (kept tokens of the sequence * sequences that keep any token), a mean over tokens and then over
+    sequences (the official SDFT code). ``token``: 1 / kept tokens of the batch. Either sums to 1.
+
+    Call it on the whole optimizer batch and cut the result: micro-batches and processes then only add up their
+    weights * loss, and every way of cutting gives the same gradient.
+
+    Args:
+        mask_BT: bool, the completion tokens.
+        skip_first_tokens: number of first completion tokens in each sequence that get no weight.
+        normalisation: ``sequence`` or ``token``.
+
+    Returns:
+        float32, shape (B, T); all 0 where nothing is kept.
+    """
+    kept_BT = mask_BT & (mask_BT.cumsum(1) > skip_first_tokens)
+    kept_B1 = kept_BT.sum(1, keepdim=True)
+    if normalisation == "token":
+        return kept_BT.float() / kept_B1.sum().clamp(min=1)
+    return kept_BT.float() / (kept_B1 * (kept_B1 > 0).sum()).clamp(min=1)
+
+
+def importance_weights(student_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, cap: float = 2.0) -> Tensor:
+    """Truncated importance weight of each sequence: the mean over its kept tokens of min(p_student / p_sampler, cap).
+
+    Corrects for a sampling engine whose probabilities differ from the training model's (SDFT, arXiv 2601.19897, cap 2).
+
+    Args:
+        student_logps_BT: log-probabilities, in nats, of the sampled tokens under the training model.
+        sampler_logps_BT: the same under the engine that sampled them.
+        mask_BT: bool, the kept tokens; what stands elsewhere is not read.
+        cap: largest ratio of a token.
+
+    Returns:
+        float32, shape (B,), detached; 1 for a sequence without kept tokens.
+    """
+    log_ratio_BT = (student_logps_BT.detach().float() - sampler_logps_BT.detach().float()).masked_fill(~mask_BT, 0.0)
+    ratio_BT = log_ratio_BT.exp().clamp(max=cap) * mask_BT
+    kept_B = mask_BT.sum(1)
+    return torch.where(kept_B > 0, ratio_BT.sum(1) / kept_B.clamp(min=1), 1.0)
+
+
+def check_skip(skip_first_tokens: int, completion_lengths: Sequence[int]) -> None:
+    """Refuse a ``skip_first_tokens`` that would mask most of what there is to learn from.
+
+    Raises:
+        UserError: more than half of all completion tokens, or every token of more than half of the (non-empty)
+            completions, would be masked.
+    """
+    lengths = [length for length in completion_lengths if length > 0]
+
+    def masked(skip: int) -> tuple[int, int]:
+        return sum(min(length, skip) for length in lengths), sum(length <= skip for length in lengths)
+
+    def too_much(skip: int) -> bool:
+        tokens, completions = masked(skip)
+        return 2 * tokens > sum(lengths) or 2 * completions > len(lengths)
+
+    if too_much(skip_first_tokens):
+        tokens, completions = masked(skip_first_tokens)
+        largest = next(skip for skip in count() if too_much(skip + 1))
+        raise UserError(
+            f"skip_first_tokens: {skip_first_tokens} would mask {tokens} of {sum(lengths)} completion tokens and all "
+            f"of {completions} of {len(lengths)} completions; set it to at most {largest} or use longer completions"
+        )

@@ -1,0 +1,454 @@
+"""Rows in, demonstrations or one exact message out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from selfdistill.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
+from selfdistill.errors import UserError
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "skills"
+USER = {"role": "user", "content": "2+2?"}
+ASSISTANT = {"role": "assistant", "content": "4"}
+GOOD = {"prompt": "2+2?", "completion": "4"}
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths, so that messages can be asserted whole."""
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, *rows: Any) -> str:
+    """A .jsonl file; a row of type str is written as it stands."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return name
+
+
+def message_of(path: str, **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load_demonstrations(path, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- good rows ---
+
+
+def test_prompt_and_completion_as_text() -> None:
+    row = GOOD | {"document": "d", "privileged_context": "p", "answer": [1, {"a": None}], "scorer": "exact", "id": 7}
+    assert load_demonstrations(write("train.jsonl", row)) == [
+        Demonstration(0, "train.jsonl:1", (USER,), "4", "d", "p", [1, {"a": None}], "exact")
+    ]
+
+
+def test_completion_is_kept_letter_for_letter() -> None:
+    completion = " 4\u2028\n\tfour \U0001f600 "
+    (demonstration,) = load_demonstrations(write("train.jsonl", {"prompt": " q ", "completion": completion}))
+    assert demonstration.completion == completion
+    assert demonstration.prompt == ({"role": "user", "content": " q "},)
+
+
+def test_unescaped_line_separator_is_no_line_end() -> None:
+    write("train.jsonl", json.dumps({"prompt": "a\u2028b", "completion": "c\x85d"}, ensure_ascii=False))
+    assert load_demonstrations("train.jsonl")[0].completion == "c\x85d"
+
+
+def test_prompt_and_completion_as_messages() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    row = {"prompt": [system, USER, ASSISTANT, USER | {"name": None}], "completion": [ASSISTANT]}
+    (demonstration,) = load_demonstrations(write("train.jsonl", row))
+    assert demonstration.prompt == (system, USER, ASSISTANT, USER)
+    assert demonstration.completion == "4"
+
+
+def test_messages_end_with_the_demonstration() -> None:
+    last = {"role": "assistant", "content": "five"}
+    (demonstration,) = load_demonstrations(write("train.jsonl", {"messages": [USER, ASSISTANT, USER, last]}))
+    assert demonstration.prompt == (USER, ASSISTANT, USER)
+    assert demonstration.completion == "five"
+
+
+def test_null_is_absent() -> None:
+    nulls = dict.fromkeys(("messages", "document", "privileged_context", "answer", "scorer"))
+    (demonstration,) = load_demonstrations(write("train.jsonl", GOOD | nulls))
+    assert demonstration == Demonstration(0, "train.jsonl:1", (USER,), "4")
+
+
+def test_blank_lines_bom_and_carriage_returns() -> None:
+    line = json.dumps(GOOD).encode()
+    Path("train.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + line)
+    rows = load_demonstrations("train.jsonl")
+    assert [(row.row, row.source) for row in rows] == [(0, "train.jsonl:1"), (1, "train.jsonl:4")]
+
+
+def test_equal_rows_are_kept() -> None:
+    assert len(load_demonstrations(write("train.jsonl", GOOD, GOOD))) == 2
+
+
+@pytest.mark.parametrize("name", SCORER_NAMES)
+def test_scorer_names(name: str) -> None:
+    assert load_demonstrations(write("train.jsonl", GOOD | {"scorer": name}))[0].scorer == name
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2+2?", "answer": 4},
+        {"prompt": [USER], "completion": None, "answer": 4},
+        {"messages": [USER], "answer": 4},
+    ],
+)
+def test_rows_without_completion(row: dict[str, Any]) -> None:
+    (demonstration,) = load_demonstrations(write("test.jsonl", row), completion_required=False)
+    assert demonstration == Demonstration(0, "test.jsonl:1", (USER,), "", answer=4)
+
+
+# --- sources ---
+
+
+def test_json_and_parquet_name_items_and_rows() -> None:
+    Path("a.json").write_text(json.dumps([GOOD, GOOD]))
+    datasets.Dataset.from_list([{"prompt": [USER], "completion": [ASSISTANT], "answer": None}] * 2).to_parquet(
+        "b.parquet"
+    )
+    assert [row.source for row in load_demonstrations("a.json")] == ["a.json[0]", "a.json[1]"]
+    rows = load_demonstrations("b.parquet")
+    assert rows[1] == Demonstration(1, "b.parquet[1]", (USER,), "4")
+
+
+def test_folder_is_read_in_order_of_name() -> None:
+    Path("data").mkdir()
+    write("data/b.jsonl", GOOD)
+    Path("data/a.json").write_text(json.dumps([GOOD]))
+    Path("data/README.md").write_text("notes")
+    rows = load_demonstrations("data")
+    assert [(row.row, row.source) for row in rows] == [(0, "data/a.json[0]"), (1, "data/b.jsonl:1")]
+
+
+def test_saved_data_set() -> None:
+    one = datasets.Dataset.from_list([GOOD])
+    two = datasets.Dataset.from_list([GOOD, {"prompt": "q", "completion": "r"}])
+    one.save_to_disk("one")
+    datasets.DatasetDict({"train": one, "test": two}).save_to_disk("both")
+    assert [row.source for row in load_demonstrations("one")] == ["one[0]"]
+    assert [row.completion for row in load_demonstrations("both", split="test")] == ["4", "r"]
+    assert message_of("both", split="dev") == "both: no split 'dev' in this data set, want train or test"
+
+
+def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list([GOOD | {"answer": f"{name} {split}"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (demonstration,) = load_demonstrations("owner/name-1.5", split="test")
+    assert demonstration == Demonstration(0, "owner/name-1.5[0]", (USER,), "4", answer="owner/name-1.5 test")
+
+
+def test_hub_data_set_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, split: str) -> None:
+        raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert message_of("owner/name") == (
+        "owner/name: no such file, and no hub data set with split 'train': Couldn't reach 'owner/name' on the Hub"
+    )
+
+
+@pytest.mark.parametrize("path", ["train.jsonl", "data/train.csv", "./data", "a/b/c", "/nowhere", "../up"])
+def test_missing_path_is_not_looked_for_on_the_hub(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    assert message_of(path) == f"{path}: no such file or folder (looked from {tmp_path}); check the path"
+
+
+# --- bad rows: each alone in line 2, after a good one ---
+
+CHAT_ROLES = "system, user or assistant"
+BAD_ROWS: list[tuple[Any, str]] = [
+    ({"prompt": "q", "completion": None}, "column 'completion': found null, want text or one assistant message"),
+    ({"prompt": "q"}, "column 'completion': missing, want text or one assistant message"),
+    ({"prompt": "q", "response": "r"}, "column 'completion': missing, found 'response': rename it to 'completion'"),
+    ({"prompt": "q", "Completion": "r"}, "column 'completion': missing, found 'Completion': rename it to 'completion'"),
+    ({"prompt": "q", "completion": ""}, "column 'completion': found empty text, want text or one assistant message"),
+    (
+        {"prompt": "q", "completion": " \n"},
+        "column 'completion': found white space only, want text or one assistant message",
+    ),
+    ({"prompt": "q", "completion": 4}, "column 'completion': found the number 4, want text or one assistant message"),
+    ({"prompt": "q", "completion": True}, "column 'completion': found true, want text or one assistant message"),
+    ({"prompt": "q", "completion": []}, "column 'completion': found an empty list, want text or one assistant message"),
+    (
+        {"prompt": "q", "completion": ASSISTANT},
+        "column 'completion': found an object, want text or one assistant message",
+    ),
+    (
+        {"prompt": "q", "completion": [ASSISTANT, ASSISTANT]},
+        "column 'completion': found messages of assistant, assistant, want one assistant message",
+    ),
+    (
+        {"prompt": "q", "completion": [USER]},
+        "column 'completion': found messages of user, want one assistant message",
+    ),
+    (
+        {"prompt": "q", "completion": [{"role": "assistant", "content": None}]},
+        "column 'completion[0].content': found null, want text",
+    ),
+    (
+        {"prompt": "q", "completion": "\ud83d"},
+        "column 'completion': found '\\ud83d' with half of a surrogate pair, want text or one assistant message",
+    ),
+    ({"prompt": None, "completion": "r"}, "column 'prompt': found null, want text or a list of messages"),
+    ({"prompt": "", "completion": "r"}, "column 'prompt': found empty text, want text or a list of messages"),
+    ({"prompt": 0, "completion": "r"}, "column 'prompt': found the number 0, want text or a list of messages"),
+    ({"prompt": [], "completion": "r"}, "column 'prompt': found an empty list, want a list of messages"),
+    ({"completion": "r"}, "column 'prompt': missing, want 'prompt' with 'completion', or 'messages'"),
+    ({}, "column 'prompt': missing, want 'prompt' with 'completion', or 'messages'"),
+    ({"prompts": "q", "completion": "r"}, "column 'prompt': missing, found 'prompts': rename it to 'prompt'"),
+    ({"question": "q", "output": "r"}, "column 'prompt': missing, found 'question': rename it to 'prompt'"),
+    ({"conversations": [USER]}, "column 'prompt': missing, found 'conversations': rename it to 'messages'"),
+    ({"prompt": ["q"], "completion": "r"}, "column 'prompt[0]': found 'q', want an object with role and content"),
+    (
+        {"prompt": [{"content": "q"}], "completion": "r"},
+        f"column 'prompt[0].role': found null, want {CHAT_ROLES}",
+    ),
+    (
+        {"prompt": [{"role": "human", "content": "q"}], "completion": "r"},
+        f"column 'prompt[0].role': found 'human', want {CHAT_ROLES}",
+    ),
+    (
+        {"prompt": [USER, {"role": "tool", "content": "3"}], "completion": "r"},
+        f"column 'prompt[1].role': found 'tool', which is not supported, want {CHAT_ROLES}",
+    ),
+    (
+        {"prompt": [USER, {"role": "system", "content": "s"}], "completion": "r"},
+        "column 'prompt[1].role': found 'system', want it in the first message only",
+    ),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "completion": "r"},
+        "column 'prompt[0].content': found a list of 1, want text",
+    ),
+    (
+        {"prompt": [USER | {"tool_calls": [1]}], "completion": "r"},
+        "column 'prompt[0]': found key 'tool_calls', want role and content only",
+    ),
+    (
+        {"prompt": [USER, ASSISTANT], "completion": "r"},
+        "column 'prompt': the prompt ends with the assistant, want the user's turn at its end",
+    ),
+    (GOOD | {"document": 3}, "column 'document': found the number 3, want text or null"),
+    (GOOD | {"privileged_context": " "}, "column 'privileged_context': found white space only, want text or null"),
+    (GOOD | {"answer": ""}, "column 'answer': found empty text, want a value or null"),
+    (
+        GOOD | {"scorer": "exactly"},
+        "column 'scorer': found 'exactly', want exact, contains, choice, regex or tool_call",
+    ),
+    (
+        GOOD | {"scorer": ["exact"]},
+        "column 'scorer': found a list of 1, want exact, contains, choice, regex or tool_call",
+    ),
+    (
+        GOOD | {"messages": [USER, ASSISTANT]},
+        "has 'prompt' and 'messages', want 'messages' alone or 'prompt' with 'completion'",
+    ),
+    ({"messages": [USER, ASSISTANT]}, "has 'messages' where line 1 has 'prompt', want one form in the whole set"),
+    ([GOOD], "found a list of 1, want an object"),
+    ('"text"', "found 'text', want an object"),
+    ('{"prompt": "q", "completion": "r"', "invalid JSON at character 34: Expecting ',' delimiter"),
+    ("{'prompt': 'q'}", "invalid JSON at character 2: Expecting property name enclosed in double quotes"),
+    ('{"prompt": "q", "completion": "r"} {}', "invalid JSON at character 36: Extra data"),
+    ('{"prompt": "q", "answer": NaN}', "invalid JSON: NaN is not a JSON value"),
+    ('{"prompt": "q", "prompt": "p", "completion": "r"}', "key 'prompt' stands twice in one object, want it once"),
+    (
+        '{"prompt": [{"role": "user", "role": "user", "content": "q"}], "completion": "r"}',
+        "key 'role' stands twice in one object, want it once",
+    ),
+    (
+        {"prompt": [USER | {"role": "x"}], "completion": "", "document": 3},
+        "column 'completion': found empty text, want text or one assistant message and "
+        f"column 'prompt[0].role': found 'x', want {CHAT_ROLES} and "
+        "column 'document': found the number 3, want text or null",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "problem"), BAD_ROWS)
+def test_bad_row(row: Any, problem: str) -> None:
+    assert message_of(write("train.jsonl", GOOD, row)) == f"train.jsonl: 1 bad row: line 2, {problem}"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"messages": []}, "column 'messages': found an empty list, want a list of messages"),
+        ({"messages": None}, "column 'messages': found null, want a list of messages"),
+        ({"messages": "q"}, "column 'messages': found 'q', want a list of messages"),
+        ({"messages": [USER]}, "column 'messages': ends with the user, want the assistant's demonstration"),
+        ({"messages": [ASSISTANT]}, "column 'messages': the prompt is empty, want the user's turn at its end"),
+        (
+            {"messages": [USER, ASSISTANT, ASSISTANT]},
+            "column 'messages': the prompt ends with the assistant, want the user's turn at its end",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": ""}]},
+            "column 'messages[1].content': found empty text, want text",
+        ),
+    ],
+)
+def test_bad_messages(row: Any, problem: str) -> None:
+    assert message_of(write("train.jsonl", row)) == f"train.jsonl: 1 bad row: line 1, {problem}"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "q"}, "column 'completion': missing, want it or 'answer'"),
+        ({"prompt": "q", "answer": None}, "column 'completion': missing, want it or 'answer'"),
+        ({"messages": [USER]}, "column 'completion': missing, want it or 'answer'"),
+        ({"prompt": "q", "answers": "4"}, "column 'completion': missing, found 'answers': rename it to 'answer'"),
+        (
+            {"prompt": "q", "completion": "", "answer": 4},
+            "column 'completion': found empty text, want text or one assistant message",
+        ),
+    ],
+)
+def test_bad_row_without_required_completion(row: Any, problem: str) -> None:
+    path = write("test.jsonl", row)
+    assert message_of(path, completion_required=False) == f"test.jsonl: 1 bad row: line 1, {problem}"
+
+
+def test_first_ten_of_all_bad_rows_are_named() -> None:
+    bad = {"prompt": "q", "completion": None}
+    lines = [
+        f"line {line}, column 'completion': found null, want text or one assistant message" for line in range(2, 12)
+    ]
+    message = f"train.jsonl: 12 bad rows: {'; '.join(lines)}; ... and 2 more"
+    assert message_of(write("train.jsonl", GOOD, *[bad] * 12)) == message
+    assert message_of(write("train.jsonl", GOOD, *[bad] * 10)) == f"train.jsonl: 10 bad rows: {'; '.join(lines)}"
+
+
+def test_bad_rows_of_other_sources() -> None:
+    bad = GOOD | {"completion": " "}
+    problem = "column 'completion': found white space only, want text or one assistant message"
+    Path("a.json").write_text(json.dumps([GOOD, bad]))
+    datasets.Dataset.from_list([GOOD, bad]).to_parquet("b.parquet")
+    Path("data").mkdir()
+    write("data/c.jsonl", GOOD, bad)
+    write("data/d.jsonl", {"messages": [USER, ASSISTANT]})
+    assert message_of("a.json") == f"a.json: 1 bad row: item 1, {problem}"
+    assert message_of("b.parquet") == f"b.parquet: 1 bad row: row 1, {problem}"
+    assert message_of("data") == (
+        f"data: 2 bad rows: c.jsonl line 2, {problem}; "
+        "d.jsonl line 1, has 'messages' where c.jsonl line 1 has 'prompt', want one form in the whole set"
+    )
+
+
+# --- bad files ---
+
+GOOD_LINE = json.dumps(GOOD).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "a.jsonl: no rows, want at least one"),
+        ("a.jsonl", b"\n \n", "a.jsonl: no rows, want at least one"),
+        ("a.json", b"", "a.json: no rows, want at least one"),
+        ("a.json", b"[]", "a.json: no rows, want at least one"),
+        ("a.json", b"{}", "a.json: found an object, want a list of rows"),
+        ("a.json", b'[{"a": 1,}]', "a.json: invalid JSON: {trailing}"),
+        (
+            "a.json",
+            GOOD_LINE + b"\n" + GOOD_LINE,
+            "a.json: invalid JSON: Extra data: line 2 column 1 (char 38); one row a line belongs in a .jsonl file",
+        ),
+        ("a.json", b"[[1], 2]", "a.json: 2 bad rows: item 0, found a list of 1, want an object; item 1, {two}"),
+        ("a.csv", b"prompt,completion\n", "a.csv: cannot read file type '.csv', want .jsonl, .json or .parquet"),
+        ("a", b"x", "a: cannot read file type '', want .jsonl, .json or .parquet"),
+        (
+            "a.jsonl",
+            GOOD_LINE + b'\n{"prompt": "caf\xe9", "completion": "r"}\n',
+            "a.jsonl: not UTF-8: line 2, byte 16 of the line is 0xe9; save it as UTF-8",
+        ),
+        (
+            "a.jsonl",
+            json.dumps(GOOD).encode("utf-16"),
+            "a.jsonl: not UTF-8: line 1, byte 1 of the line is 0xff; save it as UTF-8",
+        ),
+        ("data/x.txt", b"x", "data: no .jsonl, .json or .parquet file in this folder (subfolders are not read)"),
+        (
+            "data/x.jsonl.gz",
+            b"x",
+            "data: cannot read x.jsonl.gz, want .jsonl, .json or .parquet; convert it or move it elsewhere",
+        ),
+        ("data/x.jsonl/y", b"x", "data/x.jsonl: cannot be read: Is a directory"),
+    ],
+)
+def test_bad_file(name: str, content: bytes, message: str) -> None:
+    # The words of json differ between releases of Python.
+    with pytest.raises(json.JSONDecodeError) as trailing:
+        json.loads('[{"a": 1,}]')
+    message = message.replace("{trailing}", str(trailing.value)).replace("{two}", "found the number 2, want an object")
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(content)
+    assert message_of(name.split("/")[0]) == message
+
+
+def test_broken_parquet_and_saved_set() -> None:
+    Path("a.parquet").write_bytes(b"not parquet, not at all")
+    Path("saved").mkdir()
+    Path("saved/state.json").write_text("{}")
+    assert message_of("a.parquet").startswith("a.parquet: not a readable parquet file: Parquet magic bytes not found")
+    assert message_of("saved").startswith("saved: not a readable saved data set: ")
+
+
+def test_empty_parquet() -> None:
+    datasets.Dataset.from_dict({"prompt": [], "completion": []}).to_parquet("a.parquet")
+    assert message_of("a.parquet") == "a.parquet: no rows, want at least one"
+
+
+def test_nesting_too_deep_is_a_bad_row() -> None:
+    row = '{"prompt": "q", "completion": "r", "answer": ' + "[" * 200_000 + "]" * 200_000 + "}"
+    assert message_of(write("a.jsonl", GOOD, row)).startswith("a.jsonl: 1 bad row: line 2, invalid JSON: ")
+
+
+# --- real data ---
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "turns"),
+    [
+        ("tooluse.train", 61, 1),
+        ("tooluse.test", 36, 1),
+        ("science.train", 280, 2),
+        ("science.test", 110, 2),
+        ("medical.train", 500, 1),
+        ("medical.test", 200, 1),
+    ],
+)
+def test_real_data(name: str, rows: int, turns: int) -> None:
+    path = REAL / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"REAL DATA NOT READ: {path} does not exist")
+    demonstrations = load_demonstrations(str(path))
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(demonstrations) == rows == len(lines)
+    for number, (demonstration, line) in enumerate(zip(demonstrations, lines, strict=True)):
+        assert dataclasses.asdict(demonstration) == {
+            "row": number,
+            "source": f"{path}:{number + 1}",
+            "prompt": tuple(line["prompt"]),
+            "completion": line["completion"],
+            "document": None,
+            "privileged_context": None,
+            "answer": line["answer"],
+            "scorer": None,
+        }
+        assert len(demonstration.prompt) == turns

@@ -1,0 +1,274 @@
+"""What each scorer calls right, and what it tells the user about an answer that it cannot use."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfdistill import scorers
+from selfdistill.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
+from selfdistill.errors import UserError
+from selfdistill.scorers import default_scorer, score
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "skills"
+
+
+def row(answer: Any = None, completion: str = "", scorer: str | None = None) -> Demonstration:
+    prompt = ({"role": "user", "content": "q"},)
+    return Demonstration(0, "train.jsonl:7", prompt, completion, answer=answer, scorer=scorer)
+
+
+def calls(*pairs: tuple[str, str]) -> str:
+    return "\n".join(f"Action: {name}\nAction Input: {arguments}" for name, arguments in pairs)
+
+
+def test_default_scorer() -> None:
+    assert default_scorer(row(scorer="regex"), "choice") == "regex"
+    assert default_scorer(row(), "choice") == "choice"
+    assert default_scorer(row(), None) == "exact"
+
+
+def test_every_name_has_a_function_of_that_name() -> None:
+    for name in SCORER_NAMES:
+        assert callable(getattr(scorers, name))
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "right"),
+    [
+        (" yes \n", "yes", True),
+        ("a  b\nc", "a b\tc", True),
+        ("Yes", "yes", False),
+        ("yes.", "yes", False),
+        ("ab", "a b", False),
+        ("", "yes", False),
+        ("42", 42, True),
+        ("0.5", 0.5, True),
+    ],
+)
+def test_exact(reply: str, answer: Any, right: bool) -> None:
+    assert score("exact", reply, row(answer, completion="other")) is right
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "right"),
+    [
+        ("It was the Eiffel-Tower, in 1889!", "eiffel tower", True),
+        ("STRASSE", "Straße", True),
+        ("cafe\u0301 noir", "Café", True),
+        ("concatenate", "cat", False),
+        ("towers", "tower", False),
+        ("tower eiffel", "eiffel tower", False),
+        ("the eiffel", "eiffel tower", False),
+        ("It cost 4,500 euros.", "4500", True),
+        ("It cost 4500.", "4,500", True),
+        ("1,234,567.", 1234567, True),
+        ("14,500", "4500", False),
+        ("Numbers 10,200,30", "200", True),
+        ("About 3.5 km", "3.5", True),
+        ("About 3.5 km", "5", False),
+        ("About 35 km", "3.5", False),
+        ("It is -5 degrees", "5", False),
+        ("It is \u22125 degrees", "-5", True),
+        ("pages 3-5", "5", True),
+        ("It is blue", ["red", "blue"], True),
+        ("It is green", ["red", "blue"], False),
+        ("", "red", False),
+        ("東京 です", "東京", True),
+    ],
+)
+def test_contains(reply: str, answer: Any, right: bool) -> None:
+    assert score("contains", reply, row(answer)) is right
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("<answer>\nB\n</answer>", True),
+        ("<answer>A</answer> no: <answer>B</answer>", True),
+        ("<answer>B</answer> no: <answer>A</answer> B", False),
+        ("<answer>b</answer>", False),
+        ("<answer>B: 4</answer>", False),
+        ("<answer> <answer>B</answer>", True),
+        ("<answer>B</answer> </answer>", True),
+        ("<answer>\nB", True),
+        ("B", True),
+        ("(B)", True),
+        ("The answer is **B**.", True),
+        ("Answer:B", True),
+        ("A is wrong, so B.", True),
+        ("B, not A", False),
+        ("B: CC(=O)N", True),
+        ("option b", False),
+        ("ABBA", False),
+        ("B-cells", False),
+        ("", False),
+    ],
+)
+def test_choice(reply: str, right: bool) -> None:
+    assert score("choice", reply, row("B")) is right
+    assert score("choice", reply, row(completion="It is <answer>B</answer>")) is right
+
+
+def test_choice_takes_no_quadratic_time() -> None:
+    assert score("choice", "<answer>" * 100_000 + "B</answer>", row("B")) is True
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "right"),
+    [("code X-17", r"X-\d+", True), ("code X-", r"X-\d+", False), ("a\nb", r"^b$", False), ("a\nb", r"(?m)^b$", True)],
+)
+def test_regex(reply: str, answer: str, right: bool) -> None:
+    assert score("regex", reply, row(answer)) is right
+
+
+TWO = [["get", {"id": 3, "tags": ["a", "b"]}], ["put", {"id": 4, "deep": {"x": 1, "y": None}}]]
+TWO_CALLS = [("get", '{"id": 3, "tags": ["a", "b"]}'), ("put", '{"deep": {"y": null, "x": 1}, "id": 4}')]
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "right"),
+    [
+        (calls(*TWO_CALLS), TWO, True),
+        (calls(*TWO_CALLS), json.dumps(TWO), True),
+        (calls(*TWO_CALLS), [[name, json.dumps(arguments)] for name, arguments in TWO], True),
+        (calls(*reversed(TWO_CALLS)), TWO, True),
+        ("Thought: look.\n\n" + calls(TWO_CALLS[0]) + "\nThought: store.\n" + calls(TWO_CALLS[1]), TWO, True),
+        (calls(TWO_CALLS[0]), TWO, False),
+        (calls(*TWO_CALLS, TWO_CALLS[0]), TWO, False),
+        (calls(TWO_CALLS[0], TWO_CALLS[0]), TWO, False),
+        (calls(("get", '{"id": "3"}')), [["get", {"id": 3}]], True),
+        (calls(("get", '{"id": 3.0}')), [["get", {"id": 3}]], True),
+        (calls(("get", '{"on": "true", "at": ["1"]}')), [["get", {"on": True, "at": [1]}]], True),
+        (calls(("get", '{"id": "three"}')), [["get", {"id": 3}]], False),
+        (calls(("get", '{"id": 3, "more": 1}')), [["get", {"id": 3}]], False),
+        (calls(("get", '{"tags": ["b", "a"]}')), [["get", {"tags": ["a", "b"]}]], False),
+        (calls(("get", '{"id": 1}'), ("get", '{"id": 2}')), [["get", {"id": 2}], ["get", {"id": 1}]], True),
+        # A plain merge of dicts would keep the last id only and call this right.
+        (calls(("get", '{"id": 9}'), ("get", '{"id": 2}')), [["get", {"id": 1}], ["get", {"id": 2}]], False),
+        (calls(("[Optional]put", "{}")), [["[Optional]put", "{}"]], True),
+        (calls(("get", '{\n  "id": 3\n}')), [["get", {"id": 3}]], True),
+        ("Action: get\r\nAction Input: {}\r\n", [["get", {}]], True),
+        (calls(("get", "{id: 3}")), [["get", {"id": 3}]], False),
+        (calls(("get", "[3]")), [["get", {"id": 3}]], False),
+        (calls(("get", "[" * 100_000)), [["get", {}]], False),
+        # Deep enough for our own recursion, not for the parser's; escaping level by level would never end.
+        (calls(("get", '{"a": ' + "[" * 600 + "]" * 600 + "}")), [["get", {}]], False),
+        (calls(("get", '{"a": ' + "[" * 60 + '"b"' + "]" * 60 + "}")), [["get", {"a": ["b"]}]], False),
+        ("Action: get", [["get", {}]], False),
+        (calls(("get", "{}")) + "\nAction: put", [["get", {}]], False),
+        ("", [["get", {}]], False),
+        ("No tool is needed.", [], True),
+        (calls(("get", "{}")), [], False),
+    ],
+)
+def test_tool_call(reply: str, answer: Any, right: bool) -> None:
+    assert score("tool_call", reply, row(answer)) is right
+
+
+def test_completion_stands_in_for_the_answer() -> None:
+    assert score("exact", "four", row(completion=" four ")) is True
+    assert score("contains", "It is Four.", row(completion="four")) is True
+    assert score("tool_call", calls(*TWO_CALLS), row(completion=calls(*reversed(TWO_CALLS)))) is True
+
+
+@pytest.mark.parametrize(
+    ("name", "demonstration", "message"),
+    [
+        ("exakt", row("a"), "unknown scorer 'exakt', want one of exact, contains, choice, regex, tool_call"),
+        ("exact", row(), "train.jsonl:7: scorer 'exact' needs an answer or a completion"),
+        ("contains", row(), "train.jsonl:7: scorer 'contains' needs an answer or a completion"),
+        ("contains", row([]), "train.jsonl:7: scorer 'contains' needs an answer or a completion"),
+        ("choice", row(), "train.jsonl:7: scorer 'choice' needs an answer or a completion"),
+        ("tool_call", row(), "train.jsonl:7: scorer 'tool_call' needs an answer or a completion"),
+        (
+            "regex",
+            row(completion="a"),
+            "train.jsonl:7: scorer 'regex' needs an answer, a pattern; add column 'answer'",
+        ),
+        (
+            "regex",
+            row("a("),
+            "train.jsonl:7: scorer 'regex' cannot use answer \"a(\": "
+            "invalid pattern: missing ), unterminated subpattern at position 1",
+        ),
+        ("exact", row([1]), "train.jsonl:7: scorer 'exact' cannot use answer [1]: it is not text or a number"),
+        ("exact", row(True), "train.jsonl:7: scorer 'exact' cannot use answer true: it is not text or a number"),
+        (
+            "contains",
+            row(["a", None]),
+            "train.jsonl:7: scorer 'contains' cannot use answer [\"a\", null]: it is not text or a number",
+        ),
+        (
+            "contains",
+            row("?!"),
+            "train.jsonl:7: scorer 'contains' cannot use answer \"?!\": it has no letters or digits",
+        ),
+        ("choice", row("b"), "train.jsonl:7: scorer 'choice' cannot use answer \"b\": it is not one capital letter"),
+        ("choice", row(2), "train.jsonl:7: scorer 'choice' cannot use answer 2: it is not one capital letter"),
+        (
+            "choice",
+            row(completion="two"),
+            "train.jsonl:7: scorer 'choice' cannot use completion \"two\": it is not one capital letter",
+        ),
+        (
+            "tool_call",
+            row("get(3)"),
+            "train.jsonl:7: scorer 'tool_call' cannot use answer \"get(3)\": "
+            "it is not a JSON list of [name, arguments]",
+        ),
+        (
+            "tool_call",
+            row([["get"]]),
+            "train.jsonl:7: scorer 'tool_call' cannot use answer [[\"get\"]]: "
+            "it is not a JSON list of [name, arguments]",
+        ),
+        (
+            "tool_call",
+            row([["get", 3]]),
+            "train.jsonl:7: scorer 'tool_call' cannot use answer [[\"get\", 3]]: "
+            "it is not a JSON list of [name, arguments]",
+        ),
+        (
+            "tool_call",
+            row([[3, {}]]),
+            "train.jsonl:7: scorer 'tool_call' cannot use answer [[3, {}]]: a name is not text",
+        ),
+        (
+            "tool_call",
+            row(completion="x" * 100),
+            f"train.jsonl:7: scorer 'tool_call' cannot use completion \"{'x' * 56}...: "
+            "it has no Action and Action Input lines",
+        ),
+    ],
+)
+def test_what_the_user_must_mend(name: str, demonstration: Demonstration, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        score(name, "reply", demonstration)
+    assert str(caught.value) == message
+
+
+def test_contains_checks_every_answer_of_the_list() -> None:
+    with pytest.raises(UserError, match="it has no letters or digits"):
+        score("contains", "red", row(["red", "?"]))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(("skill", "scorer"), [("tooluse", "tool_call"), ("science", "choice"), ("medical", "exact")])
+def test_real_demonstrations_are_right_and_each_others_mostly_wrong(skill: str, split: str, scorer: str) -> None:
+    path = REAL / f"{skill}.{split}.jsonl"
+    if not path.exists():
+        pytest.skip(f"REAL DATA NOT SCORED: {path} does not exist")
+    rows = load_demonstrations(str(path))
+    wrong = [row.source for row in rows if not score(scorer, row.completion, row)]
+    assert wrong == []
+    unanswered = [dataclasses.replace(row, answer=None) for row in rows]
+    assert [row.source for row in unanswered if not score(scorer, row.completion, row)] == []
+    for one, other in itertools.pairwise(rows):
+        same = one.completion == other.completion
+        assert score(scorer, one.completion, other) is same, (one.source, other.source)
