@@ -120,7 +120,7 @@ def load_checkpoint(
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     torch.set_rng_state(moments.pop("rng"))
-    state: dict[nn.Parameter, dict[str, Any]] = {}
+    state: dict[Tensor, dict[str, Any]] = {}
     for key, value in moments.items():
         kind, _, name = key.partition(":")
         parameter = parameters[name]

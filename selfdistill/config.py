@@ -6,6 +6,8 @@ folder) and the Python call. Names are TRL's where TRL has the setting. An unkno
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ from selfdistill.errors import UserError
 class Settings(BaseModel):
     """Base of the settings of each command: frozen, no unknown keys, errors as one line."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -35,7 +37,7 @@ def _one_line(detail: Any) -> str:
         return f"setting '{name}' is required: give --{name}"
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
-    return f"setting '{name}': found {detail['input']!r}, want: {detail['msg'].removeprefix('Value error, ')}"
+    return f"setting '{name}': found {detail['input']!r}, want: {detail['msg'].removeprefix('Input should be ')}"
 
 
 class ModelSettings(Settings):
@@ -186,11 +188,20 @@ class EvalConfig(ModelSettings):
     """Scorer for rows that name none; default ``exact``."""
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a settings file.
+class DemoConfig(Settings):
+    """Settings of ``selfdistill demo``."""
+
+    output_dir: str | None = None
+    """Where the run is kept; default: a temporary folder."""
+    seed: int = Field(default=0, ge=0)
+    """Order of the data and every sample."""
+
+
+def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
+    """Read a settings file; the values are checked when a ``kind`` is made of them.
 
     Raises:
-        UserError: it cannot be read, is not YAML, or is not a mapping.
+        UserError: it cannot be read, is not YAML, is not a mapping, or has a key that ``kind`` has not.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -199,8 +210,56 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML file of settings: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: found {type(values).__name__}, want a mapping of setting names to values")
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path}: found {found}, want a mapping of setting names to values")
+    for key in values:
+        if key not in kind.model_fields:
+            raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields)}")
     return values
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known: the one that was probably meant."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else "; see --help for the names"
+
+
+MAY_CHANGE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "logging_steps")
+"""Settings that may be given anew when a run is continued; the folder's name too, for it may have been moved."""
+
+
+def continued(given: dict[str, Any]) -> tuple[TrainConfig, TrainConfig | None]:
+    """The settings of a run that goes on, and those it was saved with (None where it never began).
+
+    ``given`` are settings above those of ``config.yaml`` in its ``output_dir``: those of ``MAY_CHANGE``, and others as
+    long as they are the same.
+
+    Raises:
+        UserError: no run there and no settings for a new one, or a setting that may not change would.
+    """
+    if "output_dir" not in given:
+        raise UserError("--resume needs the run folder: give --output_dir")
+    path = Path(str(given["output_dir"])) / "config.yaml"
+    if not path.exists():
+        if "model" not in given:
+            raise UserError(f"{path}: no such file, so there is no run to continue with --resume; check --output_dir")
+        return TrainConfig(**given), None
+    saved = TrainConfig(**load_yaml(path, TrainConfig))
+    # What was left to us (null, auto) was decided when the run began.
+    open_ = {key for key, value in given.items() if value is None or (key, value) == ("context", "auto")}
+    config = TrainConfig(**saved.model_dump() | {key: given[key] for key in given.keys() - open_})
+    before, now = saved.model_dump(), config.model_dump()
+    changed = [
+        f"{key} is {before[key]!r} there and {now[key]!r} here"
+        for key in now
+        if before[key] != now[key] and key not in MAY_CHANGE
+    ]
+    if changed:
+        raise UserError(
+            f"{path}: {'; '.join(changed)}: with --resume a run keeps its settings; leave these out, or start another "
+            "run in another --output_dir"
+        )
+    return config, saved
 
 
 def dump_yaml(config: Settings) -> str:

@@ -151,12 +151,13 @@ class Template:
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not self.file:
+            raise UserError("context 'template' needs the file of the template: write template:file=PATH")
         try:
             text = Path(self.file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"context 'template': cannot read file {self.file!r} ({error}); write template:file=PATH"
-            ) from None
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise UserError(f"context 'template': cannot read file {self.file!r} ({reason})") from None
         if "{prompt}" not in text:
             raise UserError(f"context 'template': {self.file} does not contain {{prompt}}, so the question is missing")
         object.__setattr__(self, "text", text)
@@ -206,16 +207,18 @@ def _convert(spec: str, key: str, value: str, hint: Any) -> Any:
     if hint is bool:
         return value == "true"
     if hint is int:
-        if not value.isdecimal() or (int(value) < 1 and key != "seed"):
-            raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, want a whole number from 1")
+        least = 0 if key == "seed" else 1
+        if not value.isdecimal() or int(value) < least:
+            raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, want a whole number from {least}")
         return int(value)
     return value
 
 
 def context_spec(context: Context) -> str:
     """The text that :func:`parse_context` reads back to an equal context."""
-    options = [f"{f.name}={getattr(context, f.name)}" for f in fields(context) if f.init]  # type: ignore[arg-type]
-    return f"{context.name}:{','.join(options).replace('True', 'true').replace('False', 'false')}"
+    values = {f.name: getattr(context, f.name) for f in fields(context) if f.init}  # type: ignore[arg-type]
+    options = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
+    return f"{context.name}:{','.join(options)}"
 
 
 class ChatFormat:
@@ -233,15 +236,7 @@ class ChatFormat:
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt as text, up to where the reply starts."""
         if self.tokenizer.chat_template:
-            try:
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        list(messages), tokenize=False, add_generation_prompt=True, **self.kwargs
-                    )
-                )
-            except Exception as error:  # templates are programs: whatever they raise is about these messages
-                roles = ", ".join(m["role"] for m in messages)
-                raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from None
+            return self._by_template(messages, add_generation_prompt=True)
         labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
         return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + "Assistant:"
 
@@ -259,15 +254,26 @@ class ChatFormat:
         """A reply as text, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
+    def _by_template(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        if taken := sorted(options.keys() & self.kwargs.keys()):
+            raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is not for you to set: leave it out")
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), **options, **self.kwargs))
+        except Exception as error:  # templates are programs: whatever they raise is about these messages
+            roles = ", ".join(m["role"] for m in messages)
+            raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from None
+
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _turn_end(self, end_token_ids: Sequence[int]) -> int:
         """The end token that the template itself writes after an assistant turn, else the first there is."""
         if self.tokenizer.chat_template:
-            probe = [_user("a"), _assistant("b")]
-            text = self.tokenizer.apply_chat_template(probe, tokenize=False, **self.kwargs)
-            after = self._ids(str(text).rpartition("b")[2] if "b" in str(text) else "", special=False)
+            reply = "selfdistill"  # a word that no template writes by itself
+            probe = [_user("a"), _assistant(reply)]
+            text = self._by_template(probe, add_generation_prompt=False)
+            after = self._ids(text.rpartition(reply)[2] if reply in text else "", special=False)
             for token in after:
                 if token in end_token_ids:
                     return token

@@ -267,7 +267,9 @@ def chunked_loss(
     hidden_moves = student_hidden_ND.requires_grad
     inputs = [student_hidden_ND, *trainable] if hidden_moves else trainable
     differentiate = torch.is_grad_enabled() and bool(inputs)
-    gradients = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
+    gradients = []
+    if differentiate:
+        gradients = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
     # Weights are around 1 / tokens of a batch. Inside they are scaled to at most 1: a float16 head would underflow.
     tiny = torch.finfo(weights_N.dtype).tiny
     scale = torch.cat([weights_N.detach().abs(), weights_N.new_full((1,), tiny)]).amax()

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
+from selfdistill.config import EvalConfig
 from selfdistill.contexts import ChatFormat, encode
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.divergence import forward_kl
 from selfdistill.errors import UserError
-from selfdistill.models import LoadedModel
+from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.rollouts import Sampling, sample
 from selfdistill.scorers import default_scorer, score
 from selfdistill.scores import Scorer
@@ -270,26 +273,80 @@ def _loglikelihoods(
     return loglikelihoods, greedy
 
 
-def new_task(
-    loaded: LoadedModel, chat: ChatFormat, demonstrations: Sequence[Demonstration], settings: Any, what: str
-) -> Answers:
-    """Greedy accuracy of the student's view of evaluation rows."""
-    rows, _ = encode(
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """``selfdistill eval``: new task, prior abilities and distance from a base; prints a table, returns the numbers.
+
+    Keys: ``accuracy``, ``items``, ``scorers``, ``completion/length``, ``completion/truncated``, ``dropped``; with
+    ``prior`` also ``prior`` (by file) and ``prior_accuracy`` (mean over files); with ``base`` also ``kl_base``,
+    KL(base||model) in nats per token over the base's answers to the general prompts of the package.
+    """
+    demonstrations = load_demonstrations(config.data, completion_required=False, split=config.split)
+    priors = load_prior(config.prior) if config.prior else {}
+    loaded = load_model(config.model, dtype=config.dtype)
+    to_best_device(loaded)
+    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+    scorer = Scorer(loaded)
+    rows, dropped = encode(
         demonstrations,
         None,
         chat,
-        max_prompt_length=settings.max_prompt_length,
-        max_completion_length=settings.max_completion_length,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
         window=loaded.window,
-        on_long_prompt=settings.on_long_prompt,
+        on_long_prompt=config.on_long_prompt,
     )
-    return answer(
+    kept = [row.demonstration for row in rows]
+    answers = answer(
         loaded,
         [row.student_ids for row in rows],
-        [row.demonstration for row in rows],
+        kept,
         chat,
-        max_completion_length=settings.max_completion_length,
-        batch_size=settings.batch_size,
-        scorer=settings.scorer,
-        what=what,
+        max_completion_length=config.max_completion_length,
+        batch_size=config.batch_size,
+        scorer=config.scorer,
+        what="new task",
     )
+    result: dict[str, Any] = {
+        "accuracy": answers.accuracy,
+        "items": len(rows),
+        "scorers": sorted({default_scorer(row, config.scorer) for row in kept}),
+        "completion/length": sum(answers.lengths) / len(rows),
+        "completion/truncated": answers.truncated / len(rows),
+        "dropped": dropped,
+    }
+    if priors:
+        results = prior_abilities(loaded, scorer, chat, priors, batch_size=config.batch_size)
+        result["prior"] = {r.name: {k: v for k, v in asdict(r).items() if k != "name"} for r in results}
+        result["prior_accuracy"] = sum(r.accuracy for r in results) / len(results)
+    if config.base:
+        base = load_model(config.base, dtype=config.dtype)
+        to_best_device(base)
+        if len(base.tokenizer) != len(loaded.tokenizer):
+            raise UserError(
+                f"base {config.base!r} has {len(base.tokenizer)} tokens, model {config.model!r} {len(loaded.tokenizer)}:"
+                " the distance needs the same vocabulary"
+            )
+        result["kl_base"] = Distance(base, Scorer(base), chat, general_prompts(), 32).of(loaded.model)
+    _print_table(config, result)
+    return result
+
+
+def _print_table(config: EvalConfig, result: dict[str, Any]) -> None:
+    table = Table(title=f"{config.model} on {config.data}")
+    for column in ("measured", "items", "value"):
+        table.add_column(column, justify="left" if column == "measured" else "right")
+    table.add_row(
+        f"new task, accuracy ({', '.join(result['scorers'])})", str(result["items"]), f"{result['accuracy']:.3f}"
+    )
+    table.add_row("tokens per reply", "", f"{result['completion/length']:.1f}")
+    table.add_row("replies cut at the limit", "", f"{result['completion/truncated']:.1%}")
+    if result["dropped"]:
+        table.add_row("rows left out as too long", str(result["dropped"]), "")
+    for name, prior in result.get("prior", {}).items():
+        value = f"{prior['accuracy']:.3f}"
+        if prior["accuracy_norm"] is not None:
+            value += f" ({prior['accuracy_norm']:.3f} by length)"
+        table.add_row(f"prior: {name}", str(prior["items"]), value)
+    if "kl_base" in result:
+        table.add_row("KL(base||model), nats per token", "", f"{result['kl_base']:.3f}")
+    Console().print(table)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -107,8 +108,7 @@ def _build_starter(name: str, starter: StarterModel, work: Path) -> None:
         progress.update(task, advance=1, description=f"{name}: writing safetensors (540 MB)")
         # The weights are plain float32 now: without this, saving would try to write the 4-bit format again.
         del model.config.quantization_config
-        model.is_quantized = False
-        model.hf_quantizer = None
+        model.is_quantized, model.hf_quantizer = False, None  # type: ignore[assignment]
         model.config._name_or_path = name
         model.save_pretrained(work / "model")
         tokenizer.save_pretrained(work / "model")
@@ -161,17 +161,26 @@ def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False
             base = PeftConfig.from_pretrained(path).base_model_name_or_path
             if not base:
                 raise UserError(f"model {name!r}: adapter_config.json names no base model")
-            model: Any = _load_causal(_resolve(base), base, torch_dtype)
+            try:
+                model: Any = _load_causal(_resolve(base), base, torch_dtype)
+            except UserError as error:
+                raise UserError(f"model {name!r}: this is an adapter, and its base cannot be loaded: {error}") from None
             model = PeftModel.from_pretrained(model, path)
             if merge_adapter:
                 model = model.merge_and_unload()
         else:
             model = _load_causal(path, name, torch_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except UserError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r}: cannot be loaded: {_first_line(error)}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(
+            f"model {name!r}: no usable tokenizer in tokenizer.json and tokenizer_config.json ({reason})"
+        ) from None
     model.eval()
     disable_dropout(model)
     return _describe(model, tokenizer, name)
@@ -206,6 +215,8 @@ def _load_causal(path: str, name: str, dtype: Any) -> Any:
             f"give a folder, a hub id or one of: {', '.join(STARTER_MODELS)}"
         ) from None
     except ValueError as error:
+        if "custom code" in str(error):
+            raise UserError(f"model {name!r}: it needs code from its own folder, which is never run") from None
         raise UserError(f"model {name!r}: {_first_line(error)}") from None
     architectures = config.architectures or []
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
@@ -213,7 +224,27 @@ def _load_causal(path: str, name: str, dtype: Any) -> Any:
     ):
         found = ", ".join(architectures) or config.model_type
         raise UserError(f"model {name!r}: {found} is not a causal language model, which this needs")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    folder = Path(path)
+    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model {name!r}: its weights are pickled (.bin), which can run code when read; convert them to safetensors"
+        )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported here, in one line
+    )
+    model, info = loaded
+    wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    if wrong:
+        raise UserError(
+            f"model {name!r}: {len(wrong)} weights are missing or not of the shape that config.json says, such as "
+            f"{wrong[0]}"
+        )
+    return model
 
 
 def _first_line(error: Exception) -> str:
@@ -250,6 +281,13 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "dropout", "resid_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def to_best_device(loaded: LoadedModel) -> None:
+    """Move the model to the device that accelerate would choose: a GPU where there is one."""
+    from accelerate import PartialState
+
+    loaded.model.to(PartialState().device)
 
 
 def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:

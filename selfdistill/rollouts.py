@@ -129,7 +129,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> t
         return logits_BV.argmax(-1), torch.zeros(len(logits_BV), dtype=torch.float64, device=logits_BV.device)
     probs_BV = (logits_BV / sampling.temperature).softmax(-1, dtype=torch.float64)
     if sampling.top_k > 0 or sampling.top_p < 1:
-        sorted_BV, order_BV = probs_BV.sort(-1, descending=True, stable=True)
+        sorted_BV, order_BV = torch.sort(probs_BV, dim=-1, descending=True, stable=True)
         if 0 < sampling.top_k < sorted_BV.shape[-1]:
             sorted_BV[:, sampling.top_k :] = 0
         sorted_BV /= sorted_BV.sum(-1, keepdim=True)

@@ -1,0 +1,346 @@
+"""Before training: is the teacher better than the student, and which context is best?
+
+On a sample of the demonstrations, each layout of the teacher's context is measured: the teacher's greedy score, the
+likelihood it gives to the demonstration, and its distance from the student along the student's own samples. The
+student can hardly be taught more than its teacher knows, so the best teacher's score is the expected ceiling.
+
+Legend: N completion tokens of all rows without padding.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from selfdistill.config import CheckConfig, TrainConfig
+from selfdistill.contexts import ChatFormat, Encoded, context_spec, encode, parse_context
+from selfdistill.demonstrations import Demonstration, load_demonstrations
+from selfdistill.divergence import CrossEntropy, Divergence, chunked_loss
+from selfdistill.errors import UserError
+from selfdistill.evaluate import Answers, answer
+from selfdistill.models import LoadedModel, load_model, to_best_device
+from selfdistill.rollouts import Rollout, Sampling, sample, sample_seed
+from selfdistill.scores import Scorer, Scores
+from selfdistill.tracking import Reporter, say
+
+LAYOUTS = (
+    "turns:repeats=1",
+    "turns:repeats=2",
+    "turns:repeats=4",
+    "example:reasoning=true",
+    "example:reasoning=false",
+    "few_shot:k=3",
+    "few_shot:k=3,this=true",
+)
+DOCUMENT_LAYOUTS = ("document:repeats=1", "document:repeats=2", "document:show=document")
+POSITIONS = 8
+"""Completion tokens for which the divergence is listed one by one."""
+UNLIKELY = 4
+"""Exit code when self-distillation is unlikely to help."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One context layout, measured."""
+
+    context: str
+    accuracy: float
+    """Share of rows that the teacher answers right, greedy."""
+    logp: float
+    """Mean log-probability of the demonstration's tokens under the teacher, nats per token."""
+    kl: float
+    """KL(teacher||student) along the student's samples, nats per token."""
+    kl_by_position: list[float]
+    """The same for each of the first completion tokens: a high start is framing or style, not skill."""
+    length: float
+    """Mean tokens of the teacher's replies."""
+    truncated: float
+    """Share of the teacher's replies cut at the limit."""
+    prompt_length: float
+    """Mean tokens of the teacher's prompts."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What ``selfdistill check`` found."""
+
+    model: str
+    data: str
+    items: int
+    student_accuracy: float
+    student_logp: float
+    student_length: float
+    student_truncated: float
+    layouts: list[Layout]
+    """Best first: by accuracy, then by the likelihood of the demonstration."""
+    skipped: dict[str, str]
+    """Layouts that could not be measured, with the reason."""
+    seconds_per_step: float
+    """Expected, full fine-tuning at ``batch_size``."""
+    memory_gib: float
+    """Expected peak, full fine-tuning with an EMA teacher."""
+    verdict: str
+    exit_code: int
+    """0: worth trying; 4: unlikely to help."""
+
+    @property
+    def best(self) -> Layout:
+        return self.layouts[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``; ``best`` and ``ceiling`` are the best layout's name and accuracy."""
+        return {**asdict(self), "best": self.best.context, "ceiling": self.best.accuracy}
+
+
+def best_context(config: TrainConfig) -> str:
+    """The best layout for a training run with ``context: auto``; says what was found."""
+    shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
+    result = check(CheckConfig(**{name: getattr(config, name) for name in shared}))
+    return result.best.context
+
+
+def check(config: CheckConfig) -> CheckResult:
+    """Measure student and teacher, print a table and a verdict.
+
+    Raises:
+        UserError: bad settings, data or model, or no layout that fits.
+    """
+    began = time.monotonic()
+    demonstrations = load_demonstrations(config.data, split=config.split)
+    specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(d.document for d in demonstrations) else ())]
+    contexts = [parse_context(spec) for spec in specs]
+    loaded = load_model(config.model, dtype=config.dtype, merge_adapter=True)
+    to_best_device(loaded)
+    for note in loaded.notes:
+        say(f"note: {note}")
+    measure = _Measure(config, demonstrations, loaded)
+    layouts, skipped = [], {}
+    with Reporter("layout", len(contexts)) as reporter:
+        for number, context in enumerate(contexts):
+            name = context_spec(context)
+            try:
+                layouts.append(measure.layout(name))
+            except UserError as error:
+                skipped[name] = str(error)
+            reporter.advance(number + 1, name)
+    if not layouts:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise UserError(f"no context layout could be measured: {reasons}")
+    layouts.sort(key=lambda layout: (-layout.accuracy, -layout.logp))
+    seconds, memory = measure.cost(layouts[0].context)
+    verdict, exit_code = _verdict(measure.student.accuracy, measure.student_logp, layouts[0], len(measure.rows))
+    result = CheckResult(
+        model=config.model,
+        data=config.data,
+        items=len(measure.rows),
+        student_accuracy=measure.student.accuracy,
+        student_logp=measure.student_logp,
+        student_length=sum(measure.student.lengths) / len(measure.rows),
+        student_truncated=measure.student.truncated / len(measure.rows),
+        layouts=layouts,
+        skipped=skipped,
+        seconds_per_step=seconds,
+        memory_gib=memory,
+        verdict=verdict,
+        exit_code=exit_code,
+    )
+    _print(result, time.monotonic() - began)
+    return result
+
+
+class _Measure:
+    """The student's side, measured once, and the teacher's for each layout."""
+
+    def __init__(self, config: CheckConfig, demonstrations: list[Demonstration], loaded: LoadedModel) -> None:
+        self.config, self.pool, self.loaded = config, demonstrations, loaded
+        self.chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+        self.scorer = Scorer(loaded)
+        chosen = random.Random(config.seed).sample(demonstrations, min(config.sample, len(demonstrations)))
+        self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
+        self.student = self._answer([row.student_ids for row in self.rows])
+        self.student_logp = self._logp([row.student_ids for row in self.rows])
+        began = time.monotonic()
+        self.rollouts = self._rollouts()
+        self.rollout_s = time.monotonic() - began
+
+    def _encode(self, rows: Sequence[Demonstration], context: str | None) -> list[Encoded]:
+        config = self.config
+        encoded, _ = encode(
+            rows,
+            None if context is None else parse_context(context),
+            self.chat,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            window=self.loaded.window,
+            on_long_prompt=config.on_long_prompt if context is None else "error",
+            pool=self.pool,
+        )
+        return encoded
+
+    def _answer(self, prompts: list[list[int]]) -> Answers:
+        return answer(
+            self.loaded,
+            prompts,
+            [row.demonstration for row in self.rows],
+            self.chat,
+            max_completion_length=self.config.max_completion_length,
+            batch_size=16,
+            scorer=self.config.scorer,
+        )
+
+    def _rollouts(self) -> list[Rollout]:
+        sampling = Sampling(self.config.max_completion_length, self.config.temperature)
+        seeds = [sample_seed(self.config.seed, 0, row.demonstration.row, 0) for row in self.rows]
+        return sample(self.loaded, [row.student_ids for row in self.rows], sampling, seeds)
+
+    @torch.no_grad()
+    def _logp(self, contexts: list[list[int]]) -> float:
+        """Mean log-probability of the demonstrations' tokens."""
+        completions = [row.completion_ids for row in self.rows]
+        total, count = 0.0, 0
+        for start in range(0, len(contexts), 8):
+            part = completions[start : start + 8]
+            scores = self.scorer(self.loaded.model, contexts[start : start + 8], part)
+            total -= float(_loss(CrossEntropy(), scores, part)[0])
+            count += sum(map(len, part))
+        return total / count
+
+    @torch.no_grad()
+    def layout(self, context: str) -> Layout:
+        """Measure one layout.
+
+        Raises:
+            UserError: it does not fit the data or the window.
+        """
+        rows = self._encode([row.demonstration for row in self.rows], context)
+        prompts = [row.teacher_ids or [] for row in rows]
+        answers = self._answer(prompts)
+        kl_N, place_N = [], []
+        for start in range(0, len(rows), 8):
+            part = slice(start, start + 8)
+            ids = [rollout.ids for rollout in self.rollouts[part]]
+            student = self.scorer(self.loaded.model, [row.student_ids for row in rows[part]], ids)
+            teacher = self.scorer(self.loaded.model, prompts[part], ids)
+            kl_N.append(_loss(Divergence(), student, ids, teacher)[1]["loss"])
+            place_N += [place for row in ids for place in range(len(row))]
+        kl, place = torch.cat(kl_N).cpu(), torch.tensor(place_N)
+        by_position = [float(kl[place == p].mean()) for p in range(POSITIONS) if bool((place == p).any())]
+        return Layout(
+            context=context,
+            accuracy=answers.accuracy,
+            logp=self._logp(prompts),
+            kl=float(kl.mean()),
+            kl_by_position=by_position,
+            length=sum(answers.lengths) / len(rows),
+            truncated=answers.truncated / len(rows),
+            prompt_length=sum(map(len, prompts)) / len(rows),
+        )
+
+    def cost(self, context: str) -> tuple[float, float]:
+        """Expected seconds per step and peak memory in GiB, from one real forward and backward pass."""
+        rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
+        ids = [rollout.ids for rollout in self.rollouts[: len(rows)]]
+        began = time.monotonic()
+        with torch.no_grad():
+            teacher = self.scorer(self.loaded.model, [row.teacher_ids or [] for row in rows], ids)
+        student = self.scorer(self.loaded.model, [row.student_ids for row in rows], ids)
+        _loss(Divergence(), student, ids, teacher)[0].backward()
+        scoring_s = time.monotonic() - began
+        self.loaded.model.zero_grad(set_to_none=True)
+        scale = self.config.batch_size / len(rows)
+        seconds = scoring_s * scale + self.rollout_s * self.config.batch_size / len(self.rows)
+        weights = sum(p.numel() for p in self.loaded.model.parameters()) * 4
+        if self.loaded.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return seconds, (peak + 3 * weights) / 2**30  # AdamW's two moments and the teacher's average come on top
+
+
+def _loss(
+    loss: CrossEntropy | Divergence, student: Scores, ids: Sequence[Sequence[int]], teacher: Scores | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens_N = torch.tensor([token for row in ids for token in row], device=student.hidden_ND.device)
+    return chunked_loss(
+        loss,
+        student.hidden_ND,
+        student.head,
+        student.head_parameters,
+        tokens_N,
+        torch.ones(len(tokens_N), device=tokens_N.device),
+        teacher.hidden_ND if teacher else None,
+        teacher.head if teacher else None,
+    )
+
+
+def _verdict(student_accuracy: float, student_logp: float, best: Layout, items: int) -> tuple[str, int]:
+    """In words, and the exit code. Two items more than the student is the least that counts as better."""
+    scores = f"the teacher with {best.context} is right on {best.accuracy:.0%}, the student on {student_accuracy:.0%}"
+    if (best.accuracy - student_accuracy) * items >= 2:
+        text = f"Worth trying: {scores} of {items} rows. Expect at most about {best.accuracy:.0%} after training."
+        if student_accuracy == 0 and best.kl > 3:
+            text += (
+                " The two are far apart, so the student may seldom come near the demonstration by itself; a lower "
+                "temperature or a higher learning rate helps it start."
+            )
+        return text, 0
+    reason = "there is nothing to learn from it by this score" if best.accuracy < 0.9 else "it knows this already"
+    text = f"Self-distillation is unlikely to help: {scores} of {items} rows; {reason}."
+    if best.accuracy < 0.9 and best.logp > student_logp:
+        text += (
+            f" The demonstration is likelier to the teacher ({best.logp:.2f} nats per token) than to the student "
+            f"({student_logp:.2f}): a scorer that fits the data better may show a difference."
+        )
+    elif best.accuracy < 0.9:
+        text += " Try other contexts, a larger model, or supervised fine-tuning."
+    return text, UNLIKELY
+
+
+def _print(result: CheckResult, seconds: float) -> None:
+    table = Table(title=f"{result.model} on {result.items} rows of {result.data}")
+    table.add_column("context", overflow="fold")
+    for column in ("right", "log p(demo)", "KL", "tokens", "cut", "prompt"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        "none (the student)",
+        f"{result.student_accuracy:.2f}",
+        f"{result.student_logp:.2f}",
+        "",
+        f"{result.student_length:.0f}",
+        f"{result.student_truncated:.0%}",
+        "",
+    )
+    for layout in result.layouts:
+        table.add_row(
+            layout.context,
+            f"{layout.accuracy:.2f}",
+            f"{layout.logp:.2f}",
+            f"{layout.kl:.2f}",
+            f"{layout.length:.0f}",
+            f"{layout.truncated:.0%}",
+            f"{layout.prompt_length:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    for name, reason in result.skipped.items():
+        console.print(f"not measured: {name}: {reason}", markup=False, highlight=False)
+    profile = " ".join(f"{value:.2f}" for value in result.best.kl_by_position)
+    lines = [
+        "log p(demo) and KL(teacher||student) are in nats per token; KL is along the student's samples.",
+        f"KL of {result.best.context} at completion tokens 1, 2, ...: {profile}",
+        f"Expected: {result.seconds_per_step:.1f} s per step, {result.memory_gib:.1f} GiB (full fine-tuning, EMA teacher).",
+        result.verdict,
+        f"Best: --context {result.best.context}   (measured in {seconds:.0f} s)",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)

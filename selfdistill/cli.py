@@ -1,0 +1,198 @@
+"""The command line: ``selfdistill train | eval | check | demo``.
+
+Options are the fields of the settings in :mod:`selfdistill.config`, parsed by jsonargparse from their types. What a
+user can mend is one line on standard error and exit code 2. Everything heavy is imported by the command that needs it,
+so that ``--help`` and a misspelt option answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from selfdistill import __version__
+from selfdistill.config import CheckConfig, DemoConfig, EvalConfig, Settings, TrainConfig, closest, continued, load_yaml
+from selfdistill.errors import UserError
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    0: done; 2: a mistake that the user can mend; 3: training diverged; 4: ``check`` advises against; 128 + n: stopped
+    by signal n, everything saved.
+    """
+    exit_code = 2
+    try:
+        command, given = _parse(list(sys.argv[1:] if argv is None else argv))
+        return COMMANDS[command][2](given)
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)
+    except UserError as error:
+        message, exit_code = str(error), error.exit_code
+    except KeyboardInterrupt:
+        message, exit_code = "interrupted", 130
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        message = f"{error.filename or 'disk'}: {error.strerror}; free some space or choose another place"
+    except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        message = "out of memory: lower --max_completion_length or --batch_size, or raise --gradient_accumulation_steps"
+    print(f"selfdistill: error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    return exit_code
+
+
+# --- commands: from what was given on the command line to an exit code ---
+
+
+def _train(given: dict[str, Any]) -> int:
+    resume = given.pop("resume", False)
+    config, saved = continued(given) if resume else (TrainConfig(**given), None)
+    if saved and saved.max_steps != config.max_steps:
+        change = f"max_steps was {saved.max_steps} and is now {config.max_steps}"
+        print(f"{change}: from here on the learning rate is that of a run of so many steps", file=sys.stderr)
+    _quiet()
+    if config.method != "sft" and config.context == "auto":
+        from selfdistill.check import best_context
+
+        config = config.model_copy(update={"context": best_context(config)})
+    from selfdistill.train import train
+
+    print(f"final model: {train(config, resume=resume)}")
+    return 0
+
+
+def _eval(given: dict[str, Any]) -> int:
+    with _result(given) as result:
+        config = EvalConfig(**given)
+        _quiet()
+        from selfdistill.evaluate import evaluate
+
+        result |= evaluate(config)
+    return 0
+
+
+def _check(given: dict[str, Any]) -> int:
+    with _result(given) as result:
+        config = CheckConfig(**given)
+        _quiet()
+        from selfdistill.check import check
+
+        checked = check(config)
+        result |= checked.to_dict()
+    return checked.exit_code
+
+
+def _demo(given: dict[str, Any]) -> int:
+    with _result(given) as result:
+        config = DemoConfig(**given)
+        _quiet()
+        from selfdistill.demo import demo
+
+        result |= demo(config.output_dir, config.seed)
+    return 0
+
+
+COMMANDS: dict[str, tuple[type[Settings], str, Callable[[dict[str, Any]], int]]] = {
+    "demo": (DemoConfig, "See it work on the starter model, in minutes.", _demo),
+    "check": (CheckConfig, "Before training: will it help, and how is the demonstration best shown?", _check),
+    "train": (TrainConfig, "Teach a model from demonstrations.", _train),
+    "eval": (EvalConfig, "Measure the new task, what the model could do before, and how far it has moved.", _eval),
+}
+
+
+def _quiet() -> None:
+    """No bars and no advice from libraries while models are loaded and saved; downloads keep their bars."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _result(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A dict to fill, written as JSON where ``--json`` says, which is looked at before the work begins."""
+    file: str | None = given.pop("json", None)
+    path = Path(file or "-").absolute()
+    if file not in (None, "-") and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise UserError(f"--json {file}: cannot be written; give a file in an existing folder, or -")
+    result: dict[str, Any] = {}
+    with contextlib.redirect_stdout(sys.stderr) if file == "-" else contextlib.nullcontext():
+        yield result
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    if file == "-":
+        print(text)
+    elif file is not None:
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+# --- parsing ---
+
+
+def _parser() -> ArgumentParser:
+    common: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
+    description = "Teach a language model by self-distillation. Each command has its own --help."
+    parser = ArgumentParser(prog="selfdistill", version=__version__, description=description, **common)
+    commands = parser.add_subcommands(dest="command", title="commands", description=None, metavar="command")
+    for name, (kind, help_text, _) in COMMANDS.items():
+        fields = kind.model_fields
+        needed = "".join(f" --{key} {key.upper()}" for key, field in fields.items() if field.is_required())
+        usage = f"selfdistill {name}{needed} [options]"
+        command = ArgumentParser(description=help_text, usage=usage, **common)
+        command.add_argument("--config", type=str, help="YAML file of settings; options given here go before it.")
+        for key, field in fields.items():
+            hint: Any = field.annotation  # ranges are pydantic's to check
+            options: dict[str, Any] = {"type": str, "nargs": "+"} if hint == list[str] else {"type": hint}
+            options["default"] = None if field.is_required() else field.get_default(call_default_factory=True)
+            options["help"] = (field.description or "").replace("``", "") + " (required)" * field.is_required()
+            command.add_argument(f"--{key}", **options)
+        if name == "train":
+            command.add_argument("--resume", action="store_true", help="Go on with the run in --output_dir.")
+        else:
+            command.add_argument("--json", type=str, help="Write the result as JSON to this file; -: standard output.")
+        commands.add_subcommand(name, command, help=help_text)
+    return parser
+
+
+def _parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command and what was given for it: its options above the values of its ``--config``. No defaults."""
+    try:
+        found = _parser().parse_args(arguments, defaults=False).as_dict()
+    except ArgumentError as error:
+        raise UserError(_explained(str(error), arguments)) from None
+    given = found[command := found["command"]]
+    file = given.pop("config", None)
+    return command, given if file is None else load_yaml(Path(file), COMMANDS[command][0]) | given
+
+
+def _explained(message: str, arguments: list[str]) -> str:
+    """jsonargparse's message as one line; what pydantic says of a value where it is one of a setting."""
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    if command not in COMMANDS:
+        return f"{f'unknown command {command!r}' if command else 'no command'}, want one of {', '.join(COMMANDS)}"
+    fields = COMMANDS[command][0].model_fields
+    if unknown := re.match(r"unrecognized arguments: ([^\s=]*)", message):
+        known = [f"--{key}" for key in (*fields, "config", "resume" if command == "train" else "json")]
+        what = "option" if unknown[1].startswith("-") else "argument"
+        return f"unknown {what} {unknown[1]}{closest(unknown[1], known)}"
+    key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
+    if key and value and key[1] in fields:
+        needed = {name: "" for name, field in fields.items() if field.is_required()}
+        try:
+            COMMANDS[command][0](**{**needed, key[1]: value[1]})
+        except UserError as error:
+            return str(error)
+    return " ".join(message.removeprefix("argument ").split())

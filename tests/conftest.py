@@ -1,0 +1,109 @@
+"""What the tests share: tiny random models with a byte tokenizer, saved to folders, and small demonstrations files."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from selfdistill.models import LoadedModel, load_model
+
+torch.set_num_threads(1)
+
+VOCABULARY = 300
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|pad|>", "<|stop|>")  # ids 256 to 259
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if hint is defined %}{{ hint }}{% endif %}{% endif %}"
+)
+
+
+def byte_tokenizer(
+    *, template: str | None = CHATML, pad: bool = True, merges: tuple[tuple[str, str], ...] = ()
+) -> PreTrainedTokenizerFast:
+    """One token per byte, in the order of ByteLevel's alphabet, then the special tokens, then the merges."""
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *SPECIAL, *(a + b for a, b in merges)]
+    backend = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>" if pad else None
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    return byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a tiny Llama: ``tied``, ``ends`` (ids of generation_config.json), and the tokenizer's options."""
+    made: dict[str, Path] = {}
+
+    def make(*, tied: bool = False, ends: tuple[int, ...] = (257,), seed: int = 0, **tokenizer_options: Any) -> Path:
+        key = repr((tied, ends, seed, sorted(tokenizer_options.items())))
+        if key not in made:
+            config = LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                tie_word_embeddings=tied,
+                initializer_range=0.25,  # distributions far from uniform
+                attention_dropout=0.1,  # must never act
+                bos_token_id=None,
+                eos_token_id=list(ends),
+            )
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = LlamaForCausalLM(config)
+            folder = tmp_path_factory.mktemp("model")
+            model.generation_config.eos_token_id = list(ends)
+            model.save_pretrained(folder)
+            byte_tokenizer(**tokenizer_options).save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load(model_folder: Callable[..., Path]) -> Callable[..., LoadedModel]:
+    """A fresh :class:`LoadedModel` of ``model_folder(**options)``."""
+
+    def loader(*, dtype: str = "float32", **options: Any) -> LoadedModel:
+        return load_model(str(model_folder(**options)), dtype=dtype)
+
+    return loader
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows to a ``.jsonl`` file: given ones, or ``count`` made-up questions with answers of unlike lengths."""
+
+    def write(rows: list[dict[str, Any]] | None = None, *, count: int = 6, name: str = "train.jsonl") -> Path:
+        if rows is None:
+            rows = [{"prompt": f"q{i}" * (1 + i % 3), "completion": "ab" * (1 + i % 4)} for i in range(count)]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write

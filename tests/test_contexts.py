@@ -1,0 +1,396 @@
+"""What student and teacher see: messages, specs, token ids and limits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfdistill.contexts import (
+    ChatFormat,
+    Context,
+    Document,
+    Example,
+    FewShot,
+    Template,
+    Turns,
+    context_spec,
+    encode,
+    parse_context,
+)
+from selfdistill.demonstrations import Demonstration
+from selfdistill.errors import UserError
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def row(number: int = 0, question: str = "Why?", reply: str = "So.", **more: Any) -> Demonstration:
+    prompt = more.pop("prompt", (user(question),))
+    return Demonstration(number, f"d.jsonl:{number + 1}", prompt, reply, **more)
+
+
+WITH_SYSTEM = row(prompt=(SYSTEM, user("Why?")))
+LONG_CHAT = row(prompt=(SYSTEM, user("Hi"), assistant("Hello"), user("Why?")))
+
+
+# --- messages ---
+
+
+def test_turns_shows_the_chat_and_its_reply_before_the_question() -> None:
+    assert Turns().messages(row(), []) == [user("Why?"), assistant("So."), user("Why?")]
+
+
+def test_turns_repeats_everything_but_the_system_prompt() -> None:
+    asked = [user("Hi"), assistant("Hello"), user("Why?")]
+    told = [*asked, assistant("So.")]
+    assert Turns(repeats=2).messages(LONG_CHAT, []) == [SYSTEM, *told, *told, *asked]
+    assert len(Turns(repeats=5).messages(row(), [])) == 11
+
+
+def test_example_asks_for_an_own_answer_with_or_without_reasoning() -> None:
+    shown = "Why?\n\nFor orientation, this is what a good answer to it looks like:\n\nSo.\n\n"
+    with_reasoning = shown + "Work out your own answer to the question, showing your reasoning."
+    without = shown + "Now give your own answer to the question, in the same form."
+    assert Example().messages(WITH_SYSTEM, []) == [SYSTEM, user(with_reasoning)]
+    assert Example(reasoning=False).messages(LONG_CHAT, []) == [*LONG_CHAT.prompt[:-1], user(without)]
+
+
+def test_document_is_read_first_and_its_parts_can_be_left_out() -> None:
+    demonstration = row(prompt=(SYSTEM, user("Why?")), document="Once upon a time.")
+    reading = [
+        user("Read this text carefully. Questions about it follow.\n\nOnce upon a time."),
+        assistant("I have read it. What would you like to know?"),
+    ]
+    told = [user("Why?"), assistant("So.")]
+    assert Document().messages(demonstration, []) == [SYSTEM, *reading, *told, user("Why?")]
+    assert Document(repeats=2).messages(demonstration, []) == [SYSTEM, *reading, *told, *told, user("Why?")]
+    assert Document(show="document").messages(demonstration, []) == [SYSTEM, *reading, user("Why?")]
+    assert Document(show="answer").messages(demonstration, []) == [SYSTEM, *told, user("Why?")]
+    assert Document(show="answer").messages(row(), []) == [*told, user("Why?")]
+
+
+def test_document_without_a_document_names_the_row() -> None:
+    want = (
+        "context 'document' needs a document, and d.jsonl:1 has none: add the column 'document' or take another context"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
+        Document().messages(row(), [])
+
+
+def test_template_fills_its_places_in_one_pass(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    file.write_text("D={document} A={demonstration} Q={prompt} {other} {prompt}", encoding="utf-8")
+    demonstration = row(prompt=(SYSTEM, user("{demonstration}?")), reply="{prompt}!", document="{document}")
+    expected = "D={document} A={prompt}! Q={demonstration}? {other} {demonstration}?"
+    assert Template(str(file)).messages(demonstration, []) == [SYSTEM, user(expected)]
+
+
+def test_template_errors_name_the_file_and_the_row(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    with pytest.raises(UserError, match=r"^context 'template': cannot read file '.*t\.txt' .*write template:file=PATH"):
+        Template(str(file))
+    file.write_text("no question", encoding="utf-8")
+    want = f"context 'template': {file} does not contain {{prompt}}, so the question is missing"
+    with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
+        Template(str(file))
+    file.write_text("{document} {prompt}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^context 'template' uses \{document\}, and d\.jsonl:1 has none$"):
+        Template(str(file)).messages(row(), [])
+
+
+@pytest.mark.parametrize("context", [Turns(), Example(), Document(show="answer"), FewShot(k=1, this=True)])
+def test_privileged_context_is_shown_instead_of_the_demonstration(context: Context) -> None:
+    secret = row(reply="So.", privileged_context="HINT")
+    text = str(context.messages(secret, [secret, row(1, "Where?", "There.")]))
+    assert "HINT" in text
+    assert "So." not in text
+
+
+POOL = [row(i, f"question {i}", f"reply {i}") for i in range(8)]
+
+
+def test_few_shot_draws_the_same_others_every_time_and_never_the_row_itself() -> None:
+    drawn = []
+    for demonstration in POOL:
+        messages = FewShot(k=3).messages(demonstration, POOL)
+        assert messages == FewShot(k=3).messages(demonstration, POOL)
+        assert [m["role"] for m in messages] == ["user", "assistant"] * 3 + ["user"]
+        assert messages[-1] == user(f"question {demonstration.row}")
+        replies = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert len(set(replies)) == 3
+        assert f"reply {demonstration.row}" not in replies
+        for asked, told in zip(messages[0:-1:2], messages[1:-1:2], strict=True):
+            assert asked["content"].removeprefix("question ") == told["content"].removeprefix("reply ")
+        drawn.append(tuple(replies))
+    assert len(set(drawn)) > 4  # not the same three for all
+    assert FewShot(k=3, seed=1).messages(POOL[0], POOL) != FewShot(k=3, seed=0).messages(POOL[0], POOL)
+
+
+def test_few_shot_shows_this_row_last_where_asked() -> None:
+    messages = FewShot(k=2, this=True).messages(POOL[5], POOL)
+    assert len(messages) == 7
+    assert messages[-3:] == [user("question 5"), assistant("reply 5"), user("question 5")]
+
+
+def test_few_shot_nearest_takes_the_most_words_in_common_nearest_last() -> None:
+    pool = [row(0, "a b c d"), row(1, "w x y z"), row(2, "a b y z"), row(3, "A b, c e!"), row(4, "a x y z")]
+    messages = FewShot(k=3, pick="nearest").messages(pool[0], pool)
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["a x y z", "a b y z", "A b, c e!", "a b c d"]
+
+
+def test_few_shot_needs_enough_other_rows() -> None:
+    want = "context 'few_shot' needs 3 other demonstrations, found 2: lower k or add rows"
+    with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
+        FewShot(k=3).messages(POOL[0], POOL[:3])
+
+
+# --- specs ---
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        Turns(),
+        Turns(repeats=12),
+        Example(),
+        Example(reasoning=False),
+        FewShot(),
+        FewShot(k=7, pick="nearest", this=True, seed=0),
+        FewShot(seed=41),
+        Document(),
+        Document(repeats=3, show="document"),
+        Document(show="answer"),
+    ],
+)
+def test_a_spec_reads_back_to_an_equal_context(context: Context) -> None:
+    assert parse_context(context_spec(context)) == context
+    assert parse_context(context.name) == type(context)()
+
+
+def test_a_template_spec_reads_back_whatever_its_file_is_called(tmp_path: Path) -> None:
+    file = tmp_path / "True=False: x.txt"
+    file.write_text("{prompt}", encoding="utf-8")
+    assert parse_context(context_spec(Template(str(file)))) == Template(str(file))
+
+
+def test_specs_as_they_are_written_on_a_command_line() -> None:
+    assert parse_context("turns:repeats=2") == Turns(repeats=2)
+    assert parse_context("few_shot:k=2,this=true,pick=nearest") == FewShot(k=2, this=True, pick="nearest")
+    assert context_spec(Example(reasoning=False)) == "example:reasoning=false"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "turn:repeats=2",
+            "context 'turn:repeats=2': there is no context 'turn', only turns, example, few_shot, document, template",
+        ),
+        ("", "context '': there is no context '', only turns, example, few_shot, document, template"),
+        ("turns:repeat=2", "context 'turns:repeat=2': turns has no option 'repeat', only repeats"),
+        ("turns:name=x", "context 'turns:name=x': turns has no option 'name', only repeats"),
+        ("few_shot:n=2", "context 'few_shot:n=2': few_shot has no option 'n', only k, pick, this, seed"),
+        ("template:text=x", "context 'template:text=x': template has no option 'text', only file"),
+        ("turns:repeats=0", "context 'turns:repeats=0': option 'repeats': found '0', want a whole number from 1"),
+        ("turns:repeats", "context 'turns:repeats': option 'repeats': found '', want a whole number from 1"),
+        ("turns:repeats=1.5", "context 'turns:repeats=1.5': option 'repeats': found '1.5', want a whole number from 1"),
+        ("few_shot:seed=-1", "context 'few_shot:seed=-1': option 'seed': found '-1', want a whole number from 0"),
+        ("few_shot:pick=x", "context 'few_shot:pick=x': option 'pick': found 'x', want seed or nearest"),
+        ("example:reasoning=1", "context 'example:reasoning=1': option 'reasoning': found '1', want true or false"),
+        ("document:show=all", "context 'document:show=all': option 'show': found 'all', want both or document or answer"),
+    ],
+)
+def test_a_wrong_spec_says_what_there_is(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        parse_context(spec)
+
+
+# --- token ids ---
+
+
+@pytest.fixture(scope="module")
+def chat(make_tokenizer: Callable[..., Any]) -> ChatFormat:
+    return ChatFormat(make_tokenizer(), [257], {})
+
+
+@pytest.fixture(scope="module")
+def plain(make_tokenizer: Callable[..., Any]) -> ChatFormat:
+    return ChatFormat(make_tokenizer(template=None), [257], {})
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_the_prompt_is_the_chat_template_with_an_open_reply(chat: ChatFormat) -> None:
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.render(WITH_SYSTEM.prompt) == text
+    encoded = chat.encode_prompt(WITH_SYSTEM.prompt)
+    assert encoded == ids(chat.tokenizer, text)
+    assert encoded[0] == 256
+    assert encoded.count(257) == 2
+
+
+def test_a_completion_is_its_text_and_the_end_token(chat: ChatFormat) -> None:
+    assert chat.encode_completion("So.") == [*ids(chat.tokenizer, "So."), 257]
+
+
+def test_chat_template_arguments_reach_the_template(make_tokenizer: Callable[..., Any]) -> None:
+    hinted = ChatFormat(make_tokenizer(), [257], {"hint": "HINT"})
+    assert hinted.render([user("Why?")]).endswith("<|im_start|>assistant\nHINT")
+
+
+def test_without_a_template_the_layout_is_plain_text(plain: ChatFormat) -> None:
+    text = "Be brief.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: Why?\n\nAssistant:"
+    assert plain.render(LONG_CHAT.prompt) == text
+    assert plain.encode_prompt(LONG_CHAT.prompt) == ids(plain.tokenizer, text)
+    assert plain.encode_completion("So.") == [*ids(plain.tokenizer, " So."), 257]
+    assert plain.decode(plain.encode_completion("So.")) == "So."
+
+
+def test_plain_text_gets_the_special_tokens_that_the_tokenizer_adds_and_a_template_does_not(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    lengths = {}
+    for template in (None, "{{ messages[0].content }}"):
+        tokenizer = make_tokenizer(template=template)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|stop|> $A", special_tokens=[("<|stop|>", 259)]
+        )
+        encoded = ChatFormat(tokenizer, [257], {}).encode_prompt([user("Why?")])
+        lengths[template] = encoded.count(259)
+        assert 259 not in ChatFormat(tokenizer, [257], {}).encode_completion("So.")
+    assert list(lengths.values()) == [1, 0]
+
+
+@pytest.mark.parametrize("end", ["<|stop|>", "<|im_end|>"])
+def test_a_completion_ends_with_the_token_that_the_template_writes(make_tokenizer: Callable[..., Any], end: str) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}"
+    tokenizer = make_tokenizer(template=template)
+    for ends in ([257, 259], [259, 257]):
+        assert ChatFormat(tokenizer, ends, {}).encode_completion("x")[-1] == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_the_end_token_is_found_though_its_name_has_the_letter_b(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(template="{% for m in messages %}{{ m.content }}<|turn_b|>{% endfor %}")
+    tokenizer.add_tokens(["<|turn_b|>"], special_tokens=True)
+    end = tokenizer.convert_tokens_to_ids("<|turn_b|>")
+    assert ChatFormat(tokenizer, [257, end], {}).end_token_id == end
+
+
+def test_a_template_without_an_end_token_gets_the_first_that_the_model_has(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(template="{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert ChatFormat(tokenizer, [259, 257], {}).end_token_id == 259
+
+
+def test_a_template_that_refuses_a_conversation_is_a_user_error(make_tokenizer: Callable[..., Any]) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    chat = ChatFormat(make_tokenizer(template=refusing), [257], {})
+    with pytest.raises(UserError, match=r"^the chat template refuses a conversation of system, user: no system$"):
+        chat.render(WITH_SYSTEM.prompt)
+
+
+@pytest.mark.parametrize("layout", ["chat", "plain"])
+@pytest.mark.parametrize("context", [Turns(2), Document(), FewShot(k=2, this=True)])
+def test_the_teachers_prompt_is_the_students_with_the_context_put_in(
+    layout: str, context: Context, request: pytest.FixtureRequest
+) -> None:
+    form: ChatFormat = request.getfixturevalue(layout)
+    pool = [row(i, f"Why {i}?", f"So {i}.", prompt=(SYSTEM, user(f"Why {i}?")), document="Text.") for i in range(4)]
+    (encoded, *_), dropped = encode(
+        pool, context, form, max_prompt_length=None, max_completion_length=8, window=None
+    )
+    assert dropped == 0
+    assert encoded.teacher_ids is not None
+    open_reply = "<|im_start|>assistant\n" if layout == "chat" else "Assistant:"
+    system_text = form.render([SYSTEM]).removesuffix(open_reply)
+    head = len(ids(form.tokenizer, system_text))
+    tail = len(encoded.student_ids) - head
+    added = len(encoded.teacher_ids) - len(encoded.student_ids)
+    assert encoded.student_ids == form.encode_prompt(pool[0].prompt)
+    assert encoded.teacher_ids[:head] == encoded.student_ids[:head] == ids(form.tokenizer, system_text)
+    assert encoded.teacher_ids[-tail:] == encoded.student_ids[-tail:]
+    between = context.messages(pool[0], pool)[1:-1]
+    assert encoded.teacher_ids[head : head + added] == ids(
+        form.tokenizer, form.render(between).removesuffix(open_reply)
+    )
+
+
+def test_ids_of_prompt_and_completion_are_joined_and_never_encoded_again(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(merges=(("a", "b"),))
+    chat = ChatFormat(tokenizer, [257], {"hint": "a"})
+    (encoded,), _ = encode(
+        [row(reply="bc")], Turns(), chat, max_prompt_length=None, max_completion_length=8, window=None
+    )
+    a, b, c, ab = (tokenizer.convert_tokens_to_ids(text) for text in ("a", "b", "c", "ab"))
+    assert encoded.student_ids[-1] == a
+    assert encoded.completion_ids == [b, c, 257]
+    assert ids(tokenizer, "abc") == [ab, c]  # what encoding the joined text would give
+
+
+# --- limits ---
+
+
+def test_rows_that_do_not_fit_are_all_counted_and_the_first_ten_named(chat: ChatFormat) -> None:
+    overhead = len(chat.encode_prompt([user("")]))
+    rows = [row(i, "x" * (20 if i else 5)) for i in range(13)]
+    limit = overhead + 10
+    with pytest.raises(UserError) as error:
+        encode(rows, None, chat, max_prompt_length=limit, max_completion_length=8, window=None)
+    named = "; ".join(f"d.jsonl:{n}: prompt has {overhead + 20} tokens, limit {limit}" for n in range(2, 12))
+    assert str(error.value) == (
+        f"12 of 13 rows do not fit: {named}; and 2 more; raise the limit, choose a shorter context, or leave them out "
+        "with --on_long_prompt drop"
+    )
+
+
+def test_rows_that_do_not_fit_are_left_out_and_counted_where_asked(chat: ChatFormat) -> None:
+    overhead = len(chat.encode_prompt([user("")]))
+    rows = [row(i, "x" * (20 if i % 2 else 5)) for i in range(7)]
+    options: Any = {"max_prompt_length": overhead + 5, "max_completion_length": 8, "window": None}
+    kept, dropped = encode(rows, None, chat, on_long_prompt="drop", **options)
+    assert [encoded.demonstration.row for encoded in kept] == [0, 2, 4, 6]
+    assert dropped == 3
+    with pytest.raises(UserError, match=r"^3 of 3 rows do not fit: "):
+        encode(rows[1::2], None, chat, on_long_prompt="drop", **options)
+
+
+def test_the_teachers_prompt_has_to_fit_too(chat: ChatFormat) -> None:
+    limit = len(chat.encode_prompt(row().prompt))
+    taught = len(chat.encode_prompt(Turns().messages(row(), [])))
+    encode([row()], None, chat, max_prompt_length=limit, max_completion_length=8, window=None)
+    with pytest.raises(UserError, match=f"d.jsonl:1: teacher's prompt has {taught} tokens, limit {limit}; raise"):
+        encode([row()], Turns(), chat, max_prompt_length=limit, max_completion_length=8, window=None)
+
+
+def test_the_window_less_the_completion_is_the_prompts_limit(chat: ChatFormat) -> None:
+    length = len(chat.encode_prompt(row().prompt))
+    options: Any = {"max_prompt_length": None, "max_completion_length": 8}
+    assert encode([row()], None, chat, window=length + 8, **options)[1] == 0
+    with pytest.raises(UserError, match=f"prompt has {length} tokens, limit {length - 1}"):
+        encode([row()], None, chat, window=length + 7, **options)
+    with pytest.raises(UserError, match=r"^setting 'max_completion_length': 8 leaves no room .* window of 8 tokens$"):
+        encode([row()], None, chat, window=8, **options)
+    with pytest.raises(UserError, match=f"limit {length - 1}"):
+        encode([row()], None, chat, window=500, max_prompt_length=length - 1, max_completion_length=8)
+
+
+def test_a_demonstration_that_is_trained_on_has_to_fit_with_its_end_token(chat: ChatFormat) -> None:
+    options: Any = {"max_prompt_length": None, "window": None, "completion_must_fit": True}
+    assert encode([row(reply="12345")], None, chat, max_completion_length=6, **options)[1] == 0
+    with pytest.raises(UserError, match=r"completion has 6 tokens, limit 5 \(max_completion_length\)"):
+        encode([row(reply="12345")], None, chat, max_completion_length=5, **options)
+    encode([row(reply="12345")], None, chat, max_prompt_length=None, window=None, max_completion_length=5)

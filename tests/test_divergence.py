@@ -1,0 +1,698 @@
+"""The divergences, alone and fused with the head, against explicit float64 sums that share no code with the module.
+
+Dimensions in names: N tokens, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selfdistill import divergence
+from selfdistill.divergence import (
+    CrossEntropy,
+    Divergence,
+    chunked_loss,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    token_statistics,
+)
+from selfdistill.errors import UserError
+
+N, V, D, K = 7, 23, 5, 6
+
+LOSSES = [
+    *(Divergence(kind) for kind in ("forward_kl", "reverse_kl", "jsd")),
+    Divergence("jsd", weight=0.2),
+    *(
+        Divergence(kind, "top_k", top_k=K, tail=tail)
+        for kind in ("forward_kl", "reverse_kl", "jsd")
+        for tail in ("bucket", "renormalise")
+    ),
+    Divergence("reverse_kl", "sampled"),
+    Divergence("reverse_kl", "sampled", baseline=False),
+    CrossEntropy(),
+]
+
+
+def name(loss: Divergence | CrossEntropy) -> str:
+    return re.sub(r"\w+=|[' ]", "", repr(loss))
+
+
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=name)
+
+
+# --- the reference: one token, numpy float64, sums written out ---
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits - logits.max())
+    return e / e.sum()
+
+
+def kl(a: np.ndarray, b: np.ndarray) -> float:
+    return sum(x * np.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
+
+
+def divergence_of(kind: str, weight: float, p: np.ndarray, q: np.ndarray) -> float:
+    m = (1 - weight) * p + weight * q
+    return {
+        "forward_kl": lambda: kl(q, p),
+        "reverse_kl": lambda: kl(p, q),
+        "jsd": lambda: weight * kl(q, m) + (1 - weight) * kl(p, m),
+    }[kind]()
+
+
+def reference(loss: Divergence | CrossEntropy, student: np.ndarray, teacher: np.ndarray, token: int) -> float:
+    p, q = softmax(student), softmax(teacher)
+    if isinstance(loss, CrossEntropy):
+        return -np.log(p[token])
+    if loss.support == "sampled":
+        return -advantage(loss, p, q, token) * np.log(p[token])
+    if loss.support == "top_k":
+        order = np.argsort(-(q if loss.kind == "forward_kl" else p))
+        top, rest = order[: loss.top_k], order[loss.top_k :]
+        if loss.tail == "bucket":
+            p, q = np.append(p[top], p[rest].sum()), np.append(q[top], q[rest].sum())
+        else:
+            p, q = p[top] / p[top].sum(), q[top] / q[top].sum()
+    return divergence_of(loss.kind, loss.weight, p, q)
+
+
+def advantage(loss: Divergence, p: np.ndarray, q: np.ndarray, token: int) -> float:
+    return np.log(q[token]) - np.log(p[token]) + (kl(p, q) if loss.baseline else 0.0)
+
+
+def reference_gradient(loss: Divergence | CrossEntropy, student: np.ndarray, teacher: np.ndarray, token: int):
+    if isinstance(loss, Divergence) and loss.support == "sampled":  # the advantage is held constant
+        p = softmax(student)
+        return advantage(loss, p, softmax(teacher), token) * (p - np.eye(len(p))[token])
+    step = 1e-5
+    bumps = step * np.eye(len(student))
+    return np.array(
+        [
+            (reference(loss, student + bump, teacher, token) - reference(loss, student - bump, teacher, token))
+            / (2 * step)
+            for bump in bumps
+        ]
+    )
+
+
+def references(loss, student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    rows = [
+        (s, t, int(token))
+        for s, t, token in zip(student.double().numpy(), teacher.double().numpy(), tokens, strict=True)
+    ]
+    return np.array([reference(loss, *row) for row in rows]), np.array([reference_gradient(loss, *row) for row in rows])
+
+
+def error(found: Tensor, expected: np.ndarray | Tensor) -> float:
+    """Largest difference, relative to the largest expected entry."""
+    expected = torch.as_tensor(expected).detach().double()
+    return float((found.detach().double() - expected).abs().max() / expected.abs().max())
+
+
+def logits(seed: int, dtype: torch.dtype = torch.float64, scale: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    student = (scale * torch.randn(N, V, generator=random, dtype=torch.float64)).to(dtype)
+    teacher = (scale * torch.randn(N, V, generator=random, dtype=torch.float64)).to(dtype)
+    return student, teacher, torch.randint(V, (N,), generator=random)
+
+
+# --- value and gradient ---
+
+
+@each_loss
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-8), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)], ids=str
+)
+def test_value_and_gradient_match_explicit_sums(loss, dtype, limit):
+    student, teacher, tokens = logits(0, dtype)
+    value, gradient = references(loss, student, teacher, tokens)
+    leaf = student.clone().requires_grad_()
+    loss_N = loss.per_token(leaf, teacher, tokens)
+    loss_N.sum().backward()
+    assert loss_N.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss_N.shape == (N,)
+    assert error(loss_N, value) <= limit
+    # A gradient that is handed back in bfloat16 is rounded to 8 bits.
+    assert error(leaf.grad, gradient) <= (4e-3 if dtype == torch.bfloat16 else limit)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if "sampled" not in repr(loss)], ids=name)
+def test_gradient_matches_finite_differences_of_the_loss_itself(loss):
+    """Not for the sampled token, whose loss is not the function that its gradient descends."""
+    student, teacher, tokens = logits(1)
+    assert torch.autograd.gradcheck(lambda x: loss.per_token(x, teacher, tokens), (student.requires_grad_(),))
+
+
+@pytest.mark.parametrize(
+    ("function", "loss"),
+    [(forward_kl, LOSSES[0]), (reverse_kl, LOSSES[1]), (jsd, LOSSES[2]), (lambda p, q: jsd(p, q, 0.2), LOSSES[3])],
+    ids=["forward_kl", "reverse_kl", "jsd", "jsd_0.2"],
+)
+def test_functions_take_leading_dimensions_and_detach_the_teacher(function, loss):
+    student, teacher, tokens = logits(2)
+    teacher.requires_grad_()
+    student.requires_grad_()
+    value, _ = references(loss, student.detach(), teacher.detach(), tokens)
+    found = function(student.expand(2, N, V), teacher.expand(2, N, V))
+    assert found.shape == (2, N)
+    assert error(found, np.stack([value, value])) < 1e-12
+    found.sum().backward()
+    assert teacher.grad is None
+    assert student.grad.abs().max() > 0
+
+
+def test_teacher_gets_no_gradient_from_any_loss():
+    for loss in LOSSES:
+        student, teacher, tokens = logits(3)
+        teacher.requires_grad_()
+        loss.per_token(student.requires_grad_(), teacher, tokens).sum().backward()
+        assert teacher.grad is None, loss
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+@pytest.mark.parametrize("top_k", [V, V + 1, 10 * V])
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(kind, tail, top_k):
+    student, teacher, tokens = logits(4, torch.float32)
+    full = Divergence(kind).per_token(student, teacher, tokens)
+    assert error(Divergence(kind, "top_k", top_k=top_k, tail=tail).per_token(student, teacher, tokens), full) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_bucket_never_exceeds_the_full_divergence_and_grows_to_it(kind):
+    """Merging outcomes loses information (data processing inequality)."""
+    student, teacher, tokens = logits(5)
+    full = Divergence(kind).per_token(student, teacher, tokens)
+    by_k = [Divergence(kind, "top_k", top_k=k).per_token(student, teacher, tokens) for k in (1, 4, 12, V - 1)]
+    for smaller, larger in itertools.pairwise([*by_k, full]):
+        assert (smaller <= larger + 1e-12).all()
+    assert error(by_k[-1], full) < 1e-12  # the tail of V - 1 is one token: nothing is merged
+    assert (by_k[0] < 0.99 * full).all()
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_bucket_holds_a_tail_below_float32_resolution(kind):
+    """Tail masses of 1e-11 and 1e-13, which 1 - sum(top k) in float32 cannot see."""
+    student = torch.tensor([[0.0, -1.0, -25.0, -27.0, -29.0]])
+    teacher = torch.tensor([[0.0, -1.0, -30.0, -31.0, -32.0]])
+    tokens = torch.tensor([0])
+    loss = Divergence(kind, "top_k", top_k=2)
+    leaf = student.clone().requires_grad_()
+    value = loss.per_token(leaf, teacher, tokens)
+    value.sum().backward()
+    p, q = (softmax(x[0].double().numpy())[2:] for x in (student, teacher))
+    tail_p, tail_q = p.sum(), q.sum()
+    per_mass = {
+        "forward_kl": 1 - tail_q / tail_p,
+        "reverse_kl": np.log(tail_p / tail_q),
+        "jsd": 0.5 * np.log(tail_p / (0.5 * tail_p + 0.5 * tail_q)),
+    }[kind]
+    assert error(leaf.grad[0, 2:], p * per_mass) < 1e-5
+
+
+# --- logits at the edge ---
+
+
+@each_loss
+def test_tokens_that_neither_can_say_count_nothing(loss):
+    """-inf on both sides gives what the same logits without these entries give, and no gradient on them."""
+    student, teacher, tokens = logits(6, torch.float32)
+    tokens = tokens % (V - 3)
+    banned = torch.tensor([V - 3, V - 2, V - 1])
+    student, teacher = student.index_fill(1, banned, -torch.inf), teacher.index_fill(1, banned, -torch.inf)
+    value, gradient = references(loss, student[:, :-3], teacher[:, :-3], tokens)
+    leaf = student.clone().requires_grad_()
+    with torch.autograd.set_detect_anomaly(True):
+        loss_N = loss.per_token(leaf, teacher, tokens)
+        loss_N.sum().backward()
+    assert error(loss_N, value) < 1e-5
+    assert error(leaf.grad[:, :-3], gradient) < 1e-5
+    assert (leaf.grad[:, -3:] == 0).all()
+    for key, statistic_N in token_statistics(student, teacher, tokens).items():
+        assert error(statistic_N, token_statistics(student[:, :-3], teacher[:, :-3], tokens)[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_top_k_wider_than_what_can_be_said(kind, tail):
+    """Fewer finite logits than k: the support reaches into -inf and the tail is empty."""
+    student, teacher, tokens = logits(7, torch.float32)
+    student[:, 4:], teacher[:, 4:] = -torch.inf, -torch.inf
+    expected = Divergence(kind).per_token(student[:, :4], teacher[:, :4], tokens % 4)
+    for top_k in (4, K):
+        leaf = student.clone().requires_grad_()
+        loss_N = Divergence(kind, "top_k", top_k=top_k, tail=tail).per_token(leaf, teacher, tokens % 4)
+        loss_N.sum().backward()
+        assert error(loss_N, expected) < 1e-5
+        assert torch.isfinite(leaf.grad).all()
+        assert (leaf.grad[:, 4:] == 0).all()
+
+
+def test_tokens_that_one_side_cannot_say():
+    student, teacher = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, -torch.inf]])
+    third = [1 / 3, 1 / 3, 1 / 3]
+    half = [1 / 2, 1 / 2, 0]
+    for kind, expected in (
+        ("forward_kl", np.log(1.5)),
+        ("jsd", divergence_of("jsd", 0.5, np.array(third), np.array(half))),
+    ):
+        leaf = student.clone().requires_grad_()
+        loss_N = Divergence(kind).per_token(leaf, teacher, torch.tensor([0]))
+        loss_N.sum().backward()
+        assert abs(loss_N.item() - expected) < 1e-6
+        assert leaf.grad[0, 2] > 0
+        assert leaf.grad[0, 0] < 0
+    leaf = student.clone().requires_grad_()
+    loss_N = Divergence("reverse_kl").per_token(leaf, teacher, torch.tensor([0]))
+    loss_N.sum().backward()
+    assert loss_N.item() > 1e30
+    assert not leaf.grad.isnan().any()
+
+
+@each_loss
+def test_extreme_logits(loss):
+    """Logits of +-1e4: one-hot distributions, with log-probabilities of -2e4 elsewhere."""
+    student = torch.full((N, V), -1e4)
+    teacher = torch.full((N, V), -1e4)
+    student[range(N), range(N)] = 1e4
+    teacher[range(N), [n if n % 2 else n + 1 for n in range(N)]] = 1e4
+    teacher_d, student_d = teacher.double(), student.double()
+    tokens = torch.arange(N)
+    exact = student_d.clone().requires_grad_()
+    expected = loss.per_token(exact, teacher_d, tokens)
+    expected.sum().backward()
+    leaf = student.clone().requires_grad_()
+    loss_N = loss.per_token(leaf, teacher, tokens)
+    loss_N.sum().backward()
+    assert torch.isfinite(loss_N).all()
+    assert torch.isfinite(leaf.grad).all()
+    assert torch.allclose(loss_N.double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(leaf.grad.double(), exact.grad, rtol=1e-6, atol=1e-6)
+    if loss == Divergence("forward_kl"):
+        assert torch.equal(loss_N, torch.tensor([2e4, 0.0] * (N // 2) + [2e4]))
+    if loss == Divergence("jsd"):
+        assert torch.allclose(loss_N, torch.tensor([np.log(2), 0.0] * (N // 2) + [np.log(2)], dtype=torch.float32))
+
+
+def test_equal_distributions_have_no_divergence_and_no_gradient():
+    student, _, tokens = logits(8, torch.float32)
+    for loss in LOSSES[:10]:
+        leaf = student.clone().requires_grad_()
+        loss_N = loss.per_token(leaf, student + 3.0, tokens)
+        loss_N.sum().backward()
+        assert loss_N.abs().max() < 1e-5, loss
+        assert leaf.grad.abs().max() < 1e-6, loss
+
+
+# --- the sampled token ---
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_sampled_gradient_is_the_reverse_kl_gradient_in_expectation(baseline):
+    student, teacher, _ = logits(9)
+    p = torch.softmax(student, -1)
+    loss = Divergence("reverse_kl", "sampled", baseline=baseline)
+    expected = np.array(
+        [reference_gradient(LOSSES[1], s, t, 0) for s, t in zip(student.numpy(), teacher.numpy(), strict=True)]
+    )
+    mean = torch.zeros_like(student)
+    for token in range(V):
+        leaf = student.clone().requires_grad_()
+        loss.per_token(leaf, teacher, torch.full((N,), token)).sum().backward()
+        mean += p[:, token, None] * leaf.grad
+    assert error(mean, expected) < 1e-8
+
+
+def test_baseline_lowers_the_variance_of_the_gradient():
+    student, teacher, _ = logits(10)
+    p = torch.softmax(student, -1)
+
+    def spread(baseline: bool) -> Tensor:
+        """E|g|^2 over y ~ p, exactly: the mean of g is the same with and without."""
+        loss = Divergence("reverse_kl", "sampled", baseline=baseline)
+        total = torch.zeros(N, dtype=torch.float64)
+        for token in range(V):
+            leaf = student.clone().requires_grad_()
+            loss.per_token(leaf, teacher, torch.full((N,), token)).sum().backward()
+            total += p[:, token] * leaf.grad.square().sum(-1)
+        return total
+
+    assert spread(True).mean() < 0.8 * spread(False).mean()
+
+
+# --- statistics ---
+
+
+def test_statistics_match_explicit_sums():
+    student, teacher, tokens = logits(11, torch.float32)
+    student.requires_grad_()
+    found = token_statistics(student, teacher, tokens)
+    assert set(found) == {"forward_kl", "reverse_kl", "entropy", "student_logp", "teacher_logp"}
+    for n in range(N):
+        p, q = (softmax(x[n].detach().double().numpy()) for x in (student, teacher))
+        expected = {
+            "forward_kl": kl(q, p),
+            "reverse_kl": kl(p, q),
+            "entropy": -(p * np.log(p)).sum(),
+            "student_logp": np.log(p[tokens[n]]),
+            "teacher_logp": np.log(q[tokens[n]]),
+        }
+        for key, value in expected.items():
+            assert found[key][n].item() == pytest.approx(value, rel=1e-5), key
+            assert not found[key].requires_grad
+    assert set(token_statistics(student, None, tokens)) == {"entropy", "student_logp"}
+
+
+# --- fused with the head ---
+
+
+class Tied(nn.Module):
+    """Hidden states from an embedding whose matrix is the head too, then a trainable layer in between."""
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(seed)
+        self.embedding_VD = nn.Parameter(torch.randn(V, D, generator=random, dtype=dtype))
+        self.layer_DD = nn.Parameter(torch.randn(D, D, generator=random, dtype=dtype))
+        self.rows: list[int] = []
+
+    def hidden(self, ids_N: Tensor) -> Tensor:
+        return torch.tanh(self.embedding_VD[ids_N] @ self.layer_DD)
+
+    def head(self, hidden_ND: Tensor) -> Tensor:
+        self.rows.append(len(hidden_ND))
+        return hidden_ND @ self.embedding_VD.T
+
+
+def batch(seed: int, size: int = N, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    ids, tokens = (torch.randint(V, (size,), generator=random) for _ in range(2))
+    return ids, tokens, torch.rand(size, generator=random, dtype=dtype) / size
+
+
+def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(value, list(model.parameters())))
+
+
+@each_loss
+@pytest.mark.parametrize("chunk_size", [1, 3, N, 100, None])
+def test_chunked_equals_plain_autograd_with_a_tied_head(loss, chunk_size):
+    student, teacher = Tied(0), Tied(1)
+    ids, tokens, weights = batch(2)
+    teacher_hidden = teacher.hidden(ids)
+    plain_N = loss.per_token(student.head(student.hidden(ids)), teacher.head(teacher_hidden), tokens)
+    plain = (weights * plain_N).sum()
+    value, statistics = chunked_loss(
+        loss,
+        student.hidden(ids),
+        student.head,
+        [student.embedding_VD],
+        tokens,
+        weights,
+        teacher_hidden,
+        teacher.head,
+        chunk_size,
+    )
+    assert error(value, plain) < 1e-12
+    assert error(statistics.pop("loss"), plain_N) < 1e-12
+    expected = token_statistics(student.head(student.hidden(ids)), teacher.head(teacher_hidden), tokens)
+    assert set(statistics) == set(expected)
+    for key in expected:
+        assert error(statistics[key], expected[key]) < 1e-12
+        assert not statistics[key].requires_grad
+    for found, wanted in zip(gradients(3.0 * value, student), gradients(3.0 * plain, student), strict=True):
+        assert error(found, wanted) < 1e-11
+    assert all(parameter.grad is None for parameter in [*student.parameters(), *teacher.parameters()])
+
+
+@each_loss
+@pytest.mark.parametrize("chunk_size", [2, None])
+def test_chunked_float32_matches_explicit_sums(loss, chunk_size):
+    """The identity as head: logits in place of hidden states."""
+    student, teacher, tokens = logits(12, torch.float32)
+    weights = torch.rand(N, generator=torch.Generator().manual_seed(0)) / N
+    value_N, gradient = references(loss, student, teacher, tokens)
+    leaf = student.clone().requires_grad_()
+    value, statistics = chunked_loss(loss, leaf, lambda x: x, [], tokens, weights, teacher, chunk_size=chunk_size)
+    value.backward()
+    assert error(statistics["loss"], value_N) < 1e-5
+    assert error(value, (weights.numpy() * value_N).sum()) < 1e-5
+    assert error(leaf.grad, weights.numpy()[:, None] * gradient) < 1e-5
+
+
+def test_chunked_passes_only_the_gradients_that_are_asked_for():
+    head = nn.Linear(D, V, dtype=torch.float64)
+    ids, tokens, weights = batch(3)
+    hidden = Tied(0).hidden(ids).detach()
+    teacher_hidden = Tied(1).hidden(ids).detach()
+
+    def run(hidden: Tensor) -> Tensor:
+        return chunked_loss(
+            Divergence(), hidden, head, list(head.parameters()), tokens, weights, teacher_hidden, head, 2
+        )[0]
+
+    def plain(hidden: Tensor) -> Tensor:
+        return (weights * Divergence().per_token(head(hidden), head(teacher_hidden), tokens)).sum()
+
+    head.weight.requires_grad_(False)  # a frozen matrix, a trainable bias, fixed hidden states
+    assert (
+        error(torch.autograd.grad(run(hidden), head.bias)[0], torch.autograd.grad(plain(hidden), head.bias)[0]) < 1e-11
+    )
+    head.bias.requires_grad_(False)  # a frozen head, as under adapters
+    leaf = hidden.clone().requires_grad_()
+    assert error(torch.autograd.grad(run(leaf), leaf)[0], torch.autograd.grad(plain(leaf), leaf)[0]) < 1e-11
+    assert not run(hidden).requires_grad
+    head.requires_grad_(True)
+    with torch.no_grad():
+        without = run(leaf)
+    assert not without.requires_grad
+    assert error(without, plain(leaf)) < 1e-12
+
+
+def test_chunked_forms_no_gradient_under_no_grad(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a gradient was formed")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    student = Tied(0)
+    ids, tokens, weights = batch(4)
+    with torch.no_grad():
+        chunked_loss(CrossEntropy(), student.hidden(ids), student.head, [student.embedding_VD], tokens, weights)
+    with pytest.raises(AssertionError, match="a gradient was formed"):
+        chunked_loss(CrossEntropy(), student.hidden(ids), student.head, [student.embedding_VD], tokens, weights)
+
+
+@each_loss
+def test_chunked_without_tokens(loss):
+    """A micro-batch that keeps nothing adds 0 to loss and gradients."""
+    student = Tied(0)
+    ids, tokens, weights = batch(5, size=0)
+    hidden = student.hidden(ids)
+    value, statistics = chunked_loss(
+        loss, hidden, student.head, [student.embedding_VD], tokens, weights, hidden.detach(), Tied(1).head
+    )
+    assert value.item() == 0
+    assert all(statistic.shape == (0,) for statistic in statistics.values())
+    assert all((gradient == 0).all() for gradient in gradients(value, student))
+
+
+def test_chunked_holds_logits_of_one_chunk_only():
+    """Rows that the head sees, and every tensor that autograd keeps, during the call and until backward."""
+    student, teacher = Tied(0), Tied(1)
+    ids, tokens, weights = batch(6, size=1000)
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    hidden, teacher_hidden = student.hidden(ids), teacher.hidden(ids).detach()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value, _ = chunked_loss(
+            Divergence("jsd", "top_k", top_k=K),
+            hidden,
+            student.head,
+            [student.embedding_VD],
+            tokens,
+            weights,
+            teacher_hidden,
+            teacher.head,
+            chunk_size=32,
+        )
+    calls = len(student.rows)
+    value.backward()
+    assert calls == len(teacher.rows) == 32  # 31 chunks of 32 and one of 8
+    assert max(student.rows) == max(teacher.rows) == 32
+    assert sum(student.rows) == sum(teacher.rows) == 1000
+    assert len(student.rows) == calls, "backward ran the head again"
+    assert max(sizes) == 1000 * D, "only the gradient of the hidden states is as long as the batch"
+    assert 32 * V in sizes
+
+
+def test_default_chunk_bounds_the_logits(monkeypatch):
+    ids, tokens, weights = batch(7, size=50)
+    for limit, rows in ((10 * V + 1, 10), (V - 1, 1)):
+        monkeypatch.setattr(divergence, "CHUNK_LOGITS", limit)
+        student = Tied(0)
+        chunked_loss(CrossEntropy(), student.hidden(ids), student.head, [student.embedding_VD], tokens, weights)
+        assert max(student.rows) == rows
+
+
+@pytest.mark.parametrize("micro_batches", [8, 2])
+def test_accumulation_is_exact(micro_batches):
+    student, teacher = Tied(0), Tied(1)
+    ids, tokens, weights = batch(8, size=64)
+
+    def run(part: slice) -> Tensor:
+        return chunked_loss(
+            Divergence(),
+            student.hidden(ids[part]),
+            student.head,
+            [student.embedding_VD],
+            tokens[part],
+            weights[part],
+            teacher.hidden(ids[part]),
+            teacher.head,
+            chunk_size=5,
+        )[0]
+
+    step = 64 // micro_batches
+    parts = [run(slice(start, start + step)) for start in range(0, 64, step)]
+    whole = run(slice(None))
+    assert error(sum(parts), whole) < 1e-12
+    for part in parts:
+        part.backward()
+    for parameter, expected in zip(student.parameters(), gradients(whole, student), strict=True):
+        assert error(parameter.grad, expected) < 1e-11
+
+
+# --- lower precision ---
+
+
+def exact_gradients(
+    loss: Divergence, hidden: Tensor, head: Tensor, teacher_hidden: Tensor, tokens: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, head = (x.detach().double().requires_grad_() for x in (hidden, head))
+    logits_NV, teacher_NV = hidden @ head.T, teacher_hidden.detach().double() @ head.detach().T
+    value = (weights.double() * loss.per_token(logits_NV, teacher_NV, tokens)).sum()
+    return value, *torch.autograd.grad(value, [hidden, head])
+
+
+def norm_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.detach().double() - expected).norm() / expected.norm())
+
+
+def test_bfloat16_head_gradient_is_summed_in_float32():
+    random = torch.Generator().manual_seed(0)
+    size = 600
+    hidden = torch.randn(size, D, generator=random).bfloat16().requires_grad_()
+    head = torch.randn(V, D, generator=random).bfloat16().requires_grad_()
+    teacher_hidden = torch.randn(size, D, generator=random).bfloat16()
+    tokens, weights = torch.randint(V, (size,), generator=random), torch.full((size,), 1 / size)
+    value, statistics = chunked_loss(
+        Divergence(), hidden, lambda x: x @ head.T, [head], tokens, weights, teacher_hidden, chunk_size=1
+    )
+    found = torch.autograd.grad(value, [hidden, head])
+    exact_value, *exact = exact_gradients(Divergence(), hidden, head, teacher_hidden, tokens, weights)
+    assert value.dtype == statistics["loss"].dtype == torch.float32
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.bfloat16]
+    assert error(value, exact_value) < 1e-2
+    assert norm_error(found[0], exact[0]) < 1e-2
+    assert norm_error(found[1], exact[1]) < 1e-2
+    naive = torch.zeros_like(head)
+    for n in range(size):
+        row = slice(n, n + 1)
+        naive += exact_gradients(Divergence(), hidden[row], head, teacher_hidden[row], tokens[row], weights[row])[
+            2
+        ].bfloat16()
+    assert norm_error(naive, exact[1]) > 3 * norm_error(found[1], exact[1])
+
+
+def test_float16_gradients_survive_small_weights_and_a_loss_scale():
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=random).half().requires_grad_()
+    head = torch.randn(V, D, generator=random).half().requires_grad_()
+    teacher_hidden = torch.randn(N, D, generator=random).half()
+    tokens, weights = torch.randint(V, (N,), generator=random), torch.full((N,), 1e-6)
+    value, _ = chunked_loss(Divergence(), hidden, lambda x: x @ head.T, [head], tokens, weights, teacher_hidden)
+    found = torch.autograd.grad(65536 * value, [hidden, head])
+    _, *exact = exact_gradients(Divergence(), hidden, head, teacher_hidden, tokens, weights)
+    for gradient, expected in zip(found, exact, strict=True):
+        assert norm_error(gradient, 65536 * expected) < 1e-2
+
+
+def test_autocast():
+    """bfloat16 matmuls around a float32 loss, with a live teacher that shares the head."""
+    random = torch.Generator().manual_seed(0)
+    head = nn.Linear(D, V)
+    hidden = torch.randn(N, D, generator=random).requires_grad_()
+    teacher_hidden = torch.randn(N, D, generator=random)
+    tokens, weights = torch.randint(V, (N,), generator=random), torch.full((N,), 1 / N)
+
+    def run() -> tuple[Tensor, ...]:
+        value, statistics = chunked_loss(
+            Divergence("reverse_kl"),
+            hidden,
+            head,
+            list(head.parameters()),
+            tokens,
+            weights,
+            teacher_hidden,
+            chunk_size=3,
+        )
+        assert statistics["loss"].dtype == torch.float32
+        return value, *torch.autograd.grad(value, [hidden, head.weight, head.bias])
+
+    exact = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run()
+        logits_NV = head(hidden.detach())
+        assert logits_NV.dtype == torch.bfloat16
+        plain = (weights * Divergence("reverse_kl").per_token(logits_NV, head(teacher_hidden), tokens)).sum()
+    assert error(found[0], plain) < 1e-6  # nothing after the head is rounded to bfloat16
+    for gradient, expected in zip(found[1:], exact[1:], strict=True):
+        assert gradient.dtype == torch.float32
+        assert norm_error(gradient, expected.double()) < 2e-2
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "kl"}, "divergence kind: found 'kl'; use one of forward_kl, reverse_kl, jsd"),
+        ({"support": "half"}, "divergence support: found 'half'"),
+        ({"tail": "drop"}, "divergence tail: found 'drop'"),
+        ({"kind": "jsd", "weight": 0.0}, "divergence weight: found 0.0"),
+        ({"kind": "jsd", "weight": 1.0}, "divergence weight: found 1.0"),
+        ({"kind": "jsd", "weight": float("nan")}, "divergence weight: found nan"),
+        ({"support": "top_k", "top_k": 0}, "divergence top_k: found 0"),
+        ({"kind": "forward_kl", "support": "sampled"}, "'sampled' has no forward_kl form"),
+        ({"kind": "jsd", "support": "sampled"}, "'sampled' has no jsd form"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        Divergence(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_calls_that_make_no_sense():
+    student = Tied(0)
+    ids, tokens, weights = batch(9)
+    call: Callable[..., object] = chunked_loss
+    with pytest.raises(UserError, match="chunk_size: found 0"):
+        call(CrossEntropy(), student.hidden(ids), student.head, [], tokens, weights, chunk_size=0)
+    with pytest.raises(ValueError, match="needs the teacher's logits"):
+        call(Divergence(), student.hidden(ids), student.head, [], tokens, weights)

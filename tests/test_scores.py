@@ -1,0 +1,204 @@
+"""Scores: aligned to the completion tokens, whatever the batch, the padding and the model's head."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from selfdistill.models import LoadedModel, add_lora, body_and_head, head_agrees
+from selfdistill.scores import Scorer
+
+Loader = Callable[..., LoadedModel]
+SIZE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+
+
+def texts(*lengths: int, seed: int = 7) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(256) for _ in range(length)] for length in lengths]
+
+
+CONTEXTS = texts(5, 1, 40, 17, 2)
+COMPLETIONS = texts(3, 9, 1, 6, 12, seed=8)
+
+
+def logits(scores: Any) -> Tensor:
+    return scores.head(scores.hidden_ND)
+
+
+@torch.no_grad()
+def full_forward(model: Any, contexts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """Row by row, no padding, the model's own logits; those before each completion token."""
+    rows = []
+    for context, completion in zip(contexts, completions, strict=True):
+        own_LV = model(input_ids=torch.tensor([context + completion])).logits[0]
+        rows.append(own_LV[len(context) - 1 : len(context) - 1 + len(completion)])
+    return torch.cat(rows)
+
+
+def successor_model() -> LlamaForCausalLM:
+    """A Llama that says v + 1 after token v: one-hot embeddings, layers that add nothing, a shifted head."""
+    size = 64
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=size,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.lm_head.weight.copy_(torch.eye(size).roll(1, 0))  # row v + 1 answers to embedding v
+    return model
+
+
+def test_the_logits_of_a_completion_token_are_those_that_its_predecessor_predicts(load: Loader) -> None:
+    loaded = replace(load(), model=successor_model(), pad_token_id=0)
+    draw = random.Random(1)
+    contexts = [[draw.randrange(64) for _ in range(n)] for n in (1, 4, 9)]
+    completions = [[draw.randrange(64) for _ in range(n)] for n in (5, 1, 7)]
+    scores = Scorer(loaded)(loaded.model, contexts, completions)
+    before = [
+        [context[-1], *completion[:-1]] for context, completion in zip(contexts, completions, strict=True)
+    ]
+    expected = [(token + 1) % 64 for row in before for token in row]
+    assert logits(scores).argmax(-1).tolist() == expected
+    logp = logits(scores).log_softmax(-1).max(-1).values
+    assert float(logp.exp().min()) > 0.9  # the model is sure: no near tie decided this
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scores_equal_the_models_own_logits_row_by_row(load: Loader, tied: bool) -> None:
+    loaded = load(tied=tied)
+    assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == tied
+    scorer = Scorer(loaded)
+    assert scorer.fused
+    scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
+    assert scores.hidden_ND.shape == (sum(map(len, COMPLETIONS)), 32)
+    assert [p is loaded.model.lm_head.weight for p in scores.head_parameters] == [True]
+    expected = full_forward(loaded.model, CONTEXTS, COMPLETIONS)
+    torch.testing.assert_close(logits(scores), expected, atol=1e-5, rtol=0)
+
+
+def test_a_batch_scores_as_its_rows_do_alone(load: Loader) -> None:
+    loaded = load()
+    scorer = Scorer(loaded)
+    together = logits(scorer(loaded.model, CONTEXTS, COMPLETIONS)).split([len(c) for c in COMPLETIONS])
+    for i, batched in enumerate(together):
+        alone = logits(scorer(loaded.model, CONTEXTS[i : i + 1], COMPLETIONS[i : i + 1]))
+        torch.testing.assert_close(batched, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pad", [0, 17, 258])
+def test_right_padding_changes_nothing(load: Loader, pad: int) -> None:
+    loaded = load()
+    short, long = ([CONTEXTS[0]], [COMPLETIONS[0]]), ([CONTEXTS[0], texts(90)[0]], [COMPLETIONS[0], [1]])
+    alone = logits(Scorer(loaded)(loaded.model, *short))
+    padded = logits(Scorer(replace(loaded, pad_token_id=pad))(loaded.model, *long))[: len(alone)]
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
+
+
+def test_a_left_padded_forward_with_position_ids_gives_the_same(load: Loader) -> None:
+    loaded = load()
+    ours = logits(Scorer(loaded)(loaded.model, CONTEXTS, COMPLETIONS)).split([len(c) for c in COMPLETIONS])
+    rows = [a + b for a, b in zip(CONTEXTS, COMPLETIONS, strict=True)]
+    width = max(map(len, rows))
+    ids_BL = torch.tensor([[258] * (width - len(row)) + row for row in rows])
+    mask_BL = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    with torch.no_grad():
+        out_BLV = loaded.model(
+            input_ids=ids_BL, attention_mask=mask_BL, position_ids=(mask_BL.cumsum(1) - 1).clamp(min=0)
+        ).logits
+    for left_LV, mine, completion in zip(out_BLV, ours, COMPLETIONS, strict=True):
+        torch.testing.assert_close(left_LV[-len(completion) - 1 : -1], mine, atol=1e-5, rtol=0)
+
+
+def scaled(model: Any, factor: float) -> Any:
+    """With embeddings and head as large as a trained model's, so that a cap bites."""
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(factor)
+    return model.eval()
+
+
+def capped_or_scaled(kind: str) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        if kind == "gemma2":
+            return scaled(Gemma2ForCausalLM(Gemma2Config(**SIZE, head_dim=8, final_logit_softcapping=5.0)), 20)
+        if kind == "granite":
+            return scaled(GraniteForCausalLM(GraniteConfig(**SIZE, logits_scaling=4.0)), 20)
+        return scaled(CohereForCausalLM(CohereConfig(**SIZE, logit_scale=0.25)), 20)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere"])
+def test_models_that_cap_or_scale_their_logits_are_noticed_and_scored_by_their_own(load: Loader, kind: str) -> None:
+    loaded = replace(load(), model=capped_or_scaled(kind))
+    body, head = body_and_head(loaded.model) or pytest.fail("not separable")
+    expected = full_forward(loaded.model, CONTEXTS, COMPLETIONS)
+    with torch.no_grad():
+        split = head(body(input_ids=torch.tensor([CONTEXTS[2] + COMPLETIONS[2]])).last_hidden_state)[0, -2:-1]
+    assert float((split - expected[12:13]).abs().max()) > 0.1  # what a fused head would have said is wrong
+    assert not head_agrees(loaded)
+    scorer = Scorer(loaded)
+    assert not scorer.fused
+    scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
+    assert scores.head_parameters == ()
+    torch.testing.assert_close(logits(scores), expected, atol=1e-5, rtol=0)
+    logits(scores).sum().backward()
+    assert loaded.model.get_output_embeddings().weight.grad is not None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_is_scored_through_the_head_of_its_base(load: Loader, tied: bool) -> None:
+    loaded = load(tied=tied)
+    before = full_forward(loaded.model, CONTEXTS, COMPLETIONS)
+    add_lora(loaded, 4, None, 0)
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    scorer = Scorer(loaded)
+    assert scorer.fused
+    scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
+    assert scores.head_parameters == ()  # the head is frozen
+    expected = full_forward(loaded.model, CONTEXTS, COMPLETIONS)
+    assert float((expected - before).abs().max()) > 0.01
+    torch.testing.assert_close(logits(scores), expected, atol=1e-5, rtol=0)
+
+
+def test_scoring_leaves_dropout_off_though_the_model_is_in_train_mode(load: Loader) -> None:
+    loaded = load()  # its config asks for attention dropout
+    assert loaded.model.config.attention_dropout == 0.1
+    still = logits(Scorer(loaded)(loaded.model, CONTEXTS, COMPLETIONS))
+    loaded.model.train()
+    assert torch.equal(logits(Scorer(loaded)(loaded.model, CONTEXTS, COMPLETIONS)), still)

@@ -1,0 +1,275 @@
+"""The teacher follows the student as its kind says, and leaves the student as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from selfdistill.models import LoadedModel, add_lora
+from selfdistill.scores import Scorer
+from selfdistill.teacher import Teacher
+
+Loader = Callable[..., LoadedModel]
+CONTEXTS, COMPLETIONS = [[1, 2, 3], [9] * 7], [[4, 5], [6, 7, 8]]
+
+
+def move(model: Any, step: int, size: float = 0.01) -> None:
+    """What an optimizer step might do to every trained weight, the same for the same step."""
+    generator = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * size)
+
+
+def trained(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def of_teacher(teacher: Teacher) -> dict[str, Tensor]:
+    """The weights that score, named as the student's."""
+    with teacher.model() as network:
+        return {
+            name.replace(".teacher.", ".default."): parameter.detach().clone()
+            for name, parameter in network.named_parameters()
+            if (".teacher." in name) == bool(teacher._lora)
+        }
+
+
+@torch.no_grad()
+def logits(scorer: Scorer, model: Any) -> Tensor:
+    scores = scorer(model, CONTEXTS, COMPLETIONS)
+    return scores.head(scores.hidden_ND)
+
+
+def student_and_teacher(load: Loader, lora: bool, kind: Any, **options: Any) -> tuple[LoadedModel, Teacher]:
+    loaded = load(dtype=options.pop("dtype", "float32"))
+    if lora:
+        add_lora(loaded, 4, None, 0)
+        move(loaded.model, 99)  # away from B = 0
+    return loaded, Teacher(loaded, kind, **options)
+
+
+both = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+
+
+@both
+def test_an_ema_is_the_weighted_sum_of_all_students_so_far(load: Loader, lora: bool) -> None:
+    rate = 0.3
+    loaded, teacher = student_and_teacher(load, lora, "ema", ema_rate=rate)
+    students = [trained(loaded.model)]
+    for step in range(1, 8):
+        move(loaded.model, step)
+        teacher.update(step)
+        students.append(trained(loaded.model))
+    n = len(students) - 1
+    shares = [(1 - rate) ** n] + [rate * (1 - rate) ** (n - k) for k in range(1, n + 1)]
+    assert sum(shares) == pytest.approx(1)
+    averages = of_teacher(teacher)
+    assert averages.keys() == students[0].keys()
+    for name, average in averages.items():
+        closed_form = sum(share * s[name].double() for share, s in zip(shares, students, strict=True))
+        torch.testing.assert_close(average.double(), closed_form, atol=1e-6, rtol=0)
+        assert not torch.equal(average, students[-1][name])
+
+
+def test_the_average_of_a_bfloat16_model_is_float32_and_moves_where_a_bfloat16_one_would_not(load: Loader) -> None:
+    loaded, teacher = student_and_teacher(load, False, "ema", dtype="bfloat16", ema_rate=0.01)
+    start = trained(loaded.model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    naive = start[name].clone()
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.mul_(1.0625)  # exact in bfloat16, up to one rounding
+    target = trained(loaded.model)[name]
+    for step in range(1, 101):
+        teacher.update(step)
+        naive.lerp_(target, 0.01)
+    assert torch.equal(naive, start[name])  # each step is less than half of the last bit
+    average = teacher.state_dict()[name]
+    assert average.dtype == torch.float32
+    expected = target.double() + (start[name].double() - target.double()) * 0.99**100
+    torch.testing.assert_close(average.double(), expected, atol=1e-6, rtol=1e-5)
+    scoring = of_teacher(teacher)[name]
+    assert scoring.dtype == torch.bfloat16
+    assert torch.equal(scoring, average.bfloat16())
+    assert not torch.equal(scoring, start[name])
+
+
+@both
+def test_a_frozen_teacher_never_changes(load: Loader, lora: bool) -> None:
+    loaded = load()
+    scorer = Scorer(loaded)
+    base = logits(scorer, loaded.model)
+    if lora:
+        add_lora(loaded, 4, None, 0)  # B = 0: the student starts as the base
+    teacher = Teacher(loaded, "frozen")
+    for step in range(1, 4):
+        move(loaded.model, step)
+        teacher.update(step)
+        with teacher.model() as network:
+            assert torch.equal(logits(scorer, network), base)
+    assert float((logits(scorer, loaded.model) - base).abs().max()) > 0.01
+    assert teacher.state_dict() == {}
+
+
+@both
+def test_a_snapshot_copies_the_student_every_n_steps_and_holds_still_between(load: Loader, lora: bool) -> None:
+    loaded, teacher = student_and_teacher(load, lora, "snapshot", snapshot_steps=3)
+    expected = trained(loaded.model)
+    for step in range(1, 8):
+        move(loaded.model, step)
+        teacher.update(step)
+        if step in (3, 6):
+            expected = trained(loaded.model)
+        found = of_teacher(teacher)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), step
+
+
+@both
+def test_a_live_teacher_is_the_student_without_gradients(load: Loader, lora: bool) -> None:
+    loaded, teacher = student_and_teacher(load, lora, "live")
+    move(loaded.model, 1)
+    teacher.update(1)
+    with teacher.model() as network:
+        assert network is loaded.model
+        assert not Scorer(loaded)(network, CONTEXTS, COMPLETIONS).hidden_ND.requires_grad
+        inside = logits(Scorer(loaded), network)
+    assert torch.equal(inside, logits(Scorer(loaded), loaded.model))
+    assert teacher.state_dict() == {}
+    assert teacher.memory_bytes == 0
+
+
+@both
+@pytest.mark.parametrize("kind", ["ema", "snapshot", "frozen"])
+def test_a_copied_teacher_starts_as_the_student(load: Loader, lora: bool, kind: Any) -> None:
+    loaded = load()
+    scorer = Scorer(loaded)
+    if lora:
+        add_lora(loaded, 4, None, 0)
+        if kind != "frozen":
+            move(loaded.model, 99)
+    expected = logits(scorer, loaded.model)
+    teacher = Teacher(loaded, kind)
+    with teacher.model() as network:
+        assert torch.equal(logits(scorer, network), expected)
+    assert torch.equal(logits(scorer, loaded.model), expected)
+
+
+def test_a_moving_lora_teacher_scores_with_its_own_averaged_factors(load: Loader) -> None:
+    loaded, teacher = student_and_teacher(load, True, "ema", ema_rate=0.5)
+    base = {n: m.base_layer.weight.detach() for n, m in loaded.model.named_modules() if hasattr(m, "base_layer")}
+    start = trained(loaded.model)
+    move(loaded.model, 1, size=0.05)
+    teacher.update(1)
+    end = trained(loaded.model)
+    plain = load()  # the same base, whose weights get base + scale * avg(B) avg(A)
+    with torch.no_grad():
+        for name, weight in base.items():
+            a, b = (
+                (start[f"{name}.{f}.default.weight"] + end[f"{name}.{f}.default.weight"]) / 2
+                for f in ("lora_A", "lora_B")
+            )
+            plain.model.get_submodule(name.removeprefix("base_model.model.")).weight.copy_(weight + 2.0 * b @ a)
+    expected = logits(Scorer(plain), plain.model)
+    with teacher.model() as network:
+        torch.testing.assert_close(logits(Scorer(loaded), network), expected, atol=1e-4, rtol=0)
+    assert float((expected - logits(Scorer(loaded), loaded.model)).abs().max()) > 0.01
+
+
+@both
+@pytest.mark.parametrize("kind", ["ema", "snapshot", "frozen", "live"])
+@pytest.mark.parametrize("raising", [False, True], ids=["", "raising"])
+def test_the_student_is_as_before_after_the_teacher_scored(load: Loader, lora: bool, kind: Any, raising: bool) -> None:
+    loaded, teacher = student_and_teacher(load, lora, kind)
+    move(loaded.model, 1)
+    scorer = Scorer(loaded)
+    flags = {n: p.requires_grad for n, p in loaded.model.named_parameters()}
+    assert sum(flags.values()) > 0
+    modes = {n: m.training for n, m in loaded.model.named_modules()}
+    before = logits(scorer, loaded.model)
+    try:
+        with teacher.model() as network:
+            logits(scorer, network)
+            if raising:
+                raise KeyError("inside")
+    except KeyError:
+        pass
+    assert {n: p.requires_grad for n, p in loaded.model.named_parameters()} == flags
+    assert {n: m.training for n, m in loaded.model.named_modules()} == modes
+    assert torch.is_grad_enabled()
+    if lora:
+        assert loaded.model.active_adapters == ["default"]
+    assert torch.equal(logits(scorer, loaded.model), before)
+
+
+@both
+@pytest.mark.parametrize("kind", ["ema", "snapshot"])
+def test_a_saved_average_continues_in_another_teacher(load: Loader, lora: bool, kind: Any) -> None:
+    options: dict[str, Any] = {"ema_rate": 0.3, "snapshot_steps": 2}
+    loaded, teacher = student_and_teacher(load, lora, kind, **options)
+    other_loaded, other = student_and_teacher(load, lora, kind, **options)
+    for step in (1, 2, 3):
+        move(loaded.model, step)
+        teacher.update(step)
+        move(other_loaded.model, step + (step == 3))  # the students are elsewhere
+    other.load_state_dict({name: t.clone() for name, t in teacher.state_dict().items()})
+    expected, found = of_teacher(teacher), of_teacher(other)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_saved_average_reaches_the_copy_that_scores_in_bfloat16(load: Loader) -> None:
+    loaded, teacher = student_and_teacher(load, False, "ema", dtype="bfloat16")
+    state = {name: t + 1.0 for name, t in teacher.state_dict().items()}
+    teacher.load_state_dict(state)
+    assert all(torch.equal(t, state[name].bfloat16()) for name, t in of_teacher(teacher).items())
+
+
+def test_the_average_of_another_kind_is_refused(load: Loader) -> None:
+    _, ema = student_and_teacher(load, False, "ema")
+    with pytest.raises(ValueError, match=r"^teacher state of 0 tensors does not fit 21$"):
+        ema.load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    ("lora", "kind", "dtype", "bytes_per_weight"),
+    [
+        (False, "ema", "float32", 4),
+        (False, "ema", "bfloat16", 2 + 4),
+        (False, "snapshot", "float32", 4),
+        (False, "frozen", "float32", 4),
+        (False, "frozen", "bfloat16", 2),
+        (False, "live", "float32", 0),
+        (True, "ema", "float32", 4),
+        (True, "frozen", "float32", 0),
+        (True, "live", "float32", 0),
+    ],
+)
+def test_memory_is_that_of_the_weights_held_beyond_the_students(
+    load: Loader, lora: bool, kind: Any, dtype: str, bytes_per_weight: int
+) -> None:
+    loaded, teacher = student_and_teacher(load, lora, kind, dtype=dtype)
+    weights = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    assert teacher.memory_bytes == bytes_per_weight * weights
+    assert teacher.describe().startswith(f"teacher: {kind} (")
+
+
+@both
+def test_the_teacher_adds_nothing_that_is_trained(load: Loader, lora: bool) -> None:
+    loaded = load()
+    if lora:
+        add_lora(loaded, 4, None, 0)
+    before = set(trained(loaded.model))
+    teacher = Teacher(loaded, "ema")
+    assert set(trained(loaded.model)) == before
+    with teacher.model() as network:
+        pass
+    mine = {p.data_ptr() for p in loaded.model.parameters() if p.requires_grad}
+    assert not mine & {t.data_ptr() for t in teacher.state_dict().values()}
+    assert lora or not any(p.requires_grad for p in network.parameters())

@@ -1,0 +1,762 @@
+"""The loop on tiny models: gradients against plain code, resuming to the bit, what a run folder holds, how it fails."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selfdistill import checkpoint as checkpoint_module
+from selfdistill.checkpoint import list_checkpoints, save_checkpoint
+from selfdistill.config import TrainConfig, load_yaml
+from selfdistill.contexts import ChatFormat
+from selfdistill.errors import UserError
+from selfdistill.evaluate import answer
+from selfdistill.guards import RunFailed, RunStopped
+from selfdistill.methods.slots import Completion
+from selfdistill.models import load_model
+from selfdistill.run import Run
+from selfdistill.tracking import METRICS
+from selfdistill.train import train
+
+ENDS = (257, *range(40, 75))  # a sample ends after about eight tokens
+
+
+@pytest.fixture
+def settings(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+) -> Callable[..., TrainConfig]:
+    """Settings of a tiny run into ``out``: six rows, three steps an epoch."""
+    data = write_rows()
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        defaults: dict[str, Any] = {
+            "model": str(model_folder(ends=ENDS)),
+            "data": str(data),
+            "output_dir": str(tmp_path / out),
+            "context": "turns",
+            "max_completion_length": 10,
+            "batch_size": 2,
+            "max_steps": 6,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "save_steps": 0,
+        }
+        return TrainConfig(**(defaults | values))
+
+    return make
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def final_weights(config: TrainConfig) -> dict[str, Tensor]:
+    (file,) = (Path(config.output_dir) / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and len(a) > 0 and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def metrics_of(config: TrainConfig) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl without what the clock says."""
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def moved_run(config: TrainConfig) -> Run:
+    """A run after one large step, so that student and teacher differ."""
+    run = Run(config)
+    run.step(0)
+    return run
+
+
+# --- the gradient of a step, against plain code ---
+
+
+def plain_gradients(
+    run: Run, completions: list[Completion], divergence: str, normalisation: str, skip: int
+) -> tuple[float, dict[str, Tensor]]:
+    """Row by row, whole logits, float64 sums, nothing but autograd."""
+    student = copy.deepcopy(run.loaded.model)
+    student.zero_grad()
+    rows = []
+    for c in completions:
+        log_p_TV = row_log_probs(student, c.row.student_ids, c.ids)
+        with torch.no_grad(), run.teacher.model() as network:  # type: ignore[union-attr]
+            log_q_TV = row_log_probs(network, c.row.teacher_ids or [], c.ids)
+        if divergence == "forward_kl":
+            values_T = (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(-1)
+        else:
+            values_T = (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1)
+        if len(values_T) > skip:
+            rows.append(values_T[skip:])
+    loss = torch.cat(rows).mean() if normalisation == "token" else torch.stack([r.mean() for r in rows]).mean()
+    loss.backward()
+    return float(loss.detach()), gradients(student)
+
+
+def row_log_probs(model: Any, context: list[int], completion: list[int]) -> Tensor:
+    logits_LV = model(input_ids=torch.tensor([context + completion])).logits[0].double()
+    return logits_LV[len(context) - 1 : -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize(
+    ("divergence", "normalisation", "skip", "lora_rank"),
+    [
+        ("forward_kl", "sequence", 0, 0),
+        ("forward_kl", "token", 0, 0),
+        ("forward_kl", "sequence", 2, 0),
+        ("forward_kl", "token", 2, 0),
+        ("reverse_kl", "sequence", 0, 0),
+        ("forward_kl", "sequence", 0, 4),
+    ],
+)
+def test_an_sdft_gradient_equals_plain_autograd_row_by_row(
+    settings: Callable[..., TrainConfig], divergence: Any, normalisation: Any, skip: int, lora_rank: int, parts: int
+) -> None:
+    config = settings(
+        batch_size=4,
+        num_generations=2,
+        divergence=divergence,
+        loss_normalisation=normalisation,
+        skip_first_tokens=skip,
+        lora_rank=lora_rank,
+        gradient_accumulation_steps=parts,
+        learning_rate=1e-2,
+    )
+    run = moved_run(config)
+    completions = run.method.sequence(run.loaded, run.rows[:4], 7)
+    assert len({len(c.ids) for c in completions}) > 2
+    loss, expected = plain_gradients(run, completions, divergence, normalisation, skip)
+    result = run.accumulate(completions)
+    found = gradients(run.loaded.model)
+    assert result.loss == pytest.approx(loss, abs=1e-5)
+    assert loss > 0.01
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-2
+    assert largest_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_sft_gradient_equals_transformers_own_loss_per_sequence(
+    settings: Callable[..., TrainConfig], model_folder: Callable[..., Path], tied: bool
+) -> None:
+    run = Run(settings(method="sft", model=str(model_folder(tied=tied)), batch_size=4))
+    model = copy.deepcopy(run.loaded.model)
+    losses = []
+    for row in run.rows[:4]:
+        assert row.completion_ids[-1] == 257
+        ids = torch.tensor([row.student_ids + row.completion_ids])
+        labels = torch.tensor([[-100] * len(row.student_ids) + row.completion_ids])
+        losses.append(model(input_ids=ids, labels=labels).loss)
+    assert len({len(row.completion_ids) for row in run.rows[:4]}) > 2
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    result = run.accumulate(run.method.sequence(run.loaded, run.rows[:4], 0))
+    assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert largest_difference(gradients(run.loaded.model), gradients(model)) < 1e-5
+
+
+def test_student_and_teacher_score_the_sampled_ids_verbatim(settings: Callable[..., TrainConfig]) -> None:
+    run = Run(settings(batch_size=4))
+    completions = run.method.sequence(run.loaded, run.rows[:4], 0)
+    tokenizer = run.loaded.tokenizer
+    again = [tokenizer(tokenizer.decode(c.ids), add_special_tokens=False)["input_ids"] for c in completions]
+    assert again != [c.ids for c in completions]  # random bytes: decoding and encoding would change them
+    seen: list[tuple[list[int], ...]] = []
+
+    def note(_module: Any, _args: Any, kwargs: Any) -> None:
+        seen.append(tuple(kwargs["input_ids"].tolist()))
+
+    with run.teacher.model() as network:  # type: ignore[union-attr]
+        network.model.register_forward_pre_hook(note, with_kwargs=True)
+    run.loaded.model.model.register_forward_pre_hook(note, with_kwargs=True)
+    run.accumulate(completions)
+    by_teacher, by_student = seen
+    for c, taught, own in zip(completions, by_teacher, by_student, strict=True):
+        for row, context in ((taught, c.row.teacher_ids), (own, c.row.student_ids)):
+            assert context is not None
+            joined = [*context, *c.ids]
+            assert row[: len(joined)] == joined
+            assert set(row[len(joined) :]) <= {run.loaded.pad_token_id}
+
+
+# --- what must not change the numbers ---
+
+
+@pytest.mark.parametrize("normalisation", ["sequence", "token"])
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_a_batch_of_eight_and_eight_batches_of_one_give_the_same_weights(
+    settings: Callable[..., TrainConfig], method: Any, normalisation: Any
+) -> None:
+    common: dict[str, Any] = {
+        "method": method,
+        "loss_normalisation": normalisation,
+        "batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 1e-4,
+    }
+    one = settings("one", gradient_accumulation_steps=1, **common)
+    eight = settings("eight", gradient_accumulation_steps=8, **common)
+    train(one)
+    train(eight)
+    for a, b in zip(metrics_of(one), metrics_of(eight), strict=True):
+        assert a == pytest.approx(b, abs=1e-5, rel=1e-4)
+    assert largest_difference(final_weights(one), final_weights(eight)) < 1e-5
+
+
+def test_a_part_whose_tokens_are_all_skipped_adds_nothing(settings: Callable[..., TrainConfig]) -> None:
+    run = Run(settings(batch_size=2, gradient_accumulation_steps=2, skip_first_tokens=1))
+    a, b = run.method.sequence(run.loaded, run.rows[:2], 0)
+    short, long = replace(a, ids=[5], logps=[0.0]), replace(b, ids=[5, 6, 7], logps=[0.0] * 3)
+    run.accumulate([long])
+    alone = gradients(run.loaded.model)
+    for order in ([short, long], [long, short]):
+        run.optimizer.zero_grad()
+        run.accumulate(order)
+        assert largest_difference(gradients(run.loaded.model), alone) < 1e-6
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_gradient_checkpointing_changes_no_weight(settings: Callable[..., TrainConfig], lora_rank: int) -> None:
+    common: dict[str, Any] = {"lora_rank": lora_rank, "max_steps": 3, "learning_rate": 1e-4}
+    without, using = settings("without", **common), settings("using", gradient_checkpointing=True, **common)
+    modes = []
+    train(without)
+    train(using, on_step=lambda _step, loaded: modes.append(loaded.model.training))
+    assert modes == [False] * 4
+    assert largest_difference(final_weights(without), final_weights(using)) < 1e-6
+
+
+def test_an_evaluation_between_steps_leaves_the_weights_as_they_would_have_been(
+    settings: Callable[..., TrainConfig],
+) -> None:
+    plain, watched = settings("plain"), settings("watched")
+    calls = []
+
+    def evaluate(step: int, loaded: Any) -> None:
+        run = Run(watched)
+        chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, {})
+        rows = run.rows
+        answer(
+            loaded,
+            [row.student_ids for row in rows],
+            [row.demonstration for row in rows],
+            chat,
+            max_completion_length=6,
+            batch_size=4,
+        )
+        torch.rand(3)
+        calls.append(step)
+
+    train(plain)
+    train(watched, on_step=evaluate)
+    assert calls == list(range(7))
+    assert same(final_weights(plain), final_weights(watched))
+    assert metrics_of(plain) == metrics_of(watched)
+
+
+def test_the_saved_settings_run_again_to_the_same_weights(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    first = settings(max_steps=None, num_train_epochs=1.5, learning_rate=None, top_k=50, temperature=0.8, batch_size=4)
+    train(first)
+    values = load_yaml(Path(first.output_dir) / "config.yaml")
+    assert values["max_steps"] == 3  # 6 rows x 1.5 epochs / 4, rounded up
+    assert values["learning_rate"] == 1e-5
+    second = TrainConfig(**(values | {"output_dir": str(tmp_path / "again")}))
+    train(second)
+    assert same(final_weights(first), final_weights(second))
+    assert metrics_of(first) == metrics_of(second)
+
+
+def test_the_seed_changes_the_run(settings: Callable[..., TrainConfig]) -> None:
+    train(settings("a"))
+    train(settings("b", seed=1))
+    assert not same(final_weights(settings("a")), final_weights(settings("b")))
+
+
+# --- resuming ---
+
+
+class Cut(Exception):
+    """A crash."""
+
+
+def crash_at(step: int) -> Callable[[int, Any], None]:
+    def on_step(done: int, _loaded: Any) -> None:
+        if done == step:
+            raise Cut
+
+    return on_step
+
+
+def terminate_at(step: int) -> Callable[[int, Any], None]:
+    def on_step(done: int, _loaded: Any) -> None:
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return on_step
+
+
+def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
+    """Final model, every tensor of the last checkpoint (weights, moments, average) and every metric."""
+    assert same(final_weights(a), final_weights(b))
+    last_a, last_b = (list_checkpoints(Path(c.output_dir))[-1] for c in (a, b))
+    assert last_a.name == last_b.name
+    for name in ("weights", "optimizer", "teacher"):
+        x, y = (load_file(last / f"{name}.safetensors") for last in (last_a, last_b))
+        x.pop("rng", None), y.pop("rng", None)
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[key], y[key]) for key in x), name
+    assert metrics_of(a) == metrics_of(b)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "frozen", "snapshot"])
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
+def test_a_resumed_run_equals_one_that_was_not_interrupted_to_the_bit(
+    settings: Callable[..., TrainConfig], lora_rank: int, teacher: Any
+) -> None:
+    # Three steps an epoch; a snapshot at step 4, after each cut.
+    common: dict[str, Any] = {
+        "lora_rank": lora_rank,
+        "teacher": teacher,
+        "ema_rate": 0.2,
+        "snapshot_steps": 4,
+        "save_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "importance_cap": 2.0,
+    }
+    whole = settings("whole", **common)
+    train(whole)
+    assert len(load_file(list_checkpoints(Path(whole.output_dir))[-1] / "teacher.safetensors")) == (
+        0 if teacher == "frozen" else 28 if lora_rank else 21
+    )
+
+    crashed = settings("crashed", **common)  # in the middle of an epoch, one step after a checkpoint
+    with pytest.raises(Cut):
+        train(crashed, on_step=crash_at(5))
+    assert [m["step"] for m in metrics_of(crashed)] == [1, 2, 3, 4, 5]
+    train(crashed, resume=True)
+    assert_same_run(whole, crashed)
+
+    stopped = settings("stopped", **common)  # at the end of an epoch, where no checkpoint is due
+    with pytest.raises(RunStopped):
+        train(stopped, on_step=terminate_at(3))
+    assert [path.name for path in list_checkpoints(Path(stopped.output_dir))] == [
+        "checkpoint-00000002",
+        "checkpoint-00000003",
+    ]
+    train(stopped, resume=True)
+    assert_same_run(whole, stopped)
+
+
+def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(settings: Callable[..., TrainConfig]) -> None:
+    whole, crashed = settings("whole", save_steps=3), settings("crashed", save_steps=3)
+    train(whole)
+    with pytest.raises(Cut):
+        train(crashed, on_step=crash_at(2))
+    assert list_checkpoints(Path(crashed.output_dir)) == []
+    train(crashed, resume=True)
+    assert_same_run(whole, crashed)
+
+
+def test_resuming_a_finished_run_writes_the_same_final_model_again(settings: Callable[..., TrainConfig]) -> None:
+    config = settings(save_steps=3)
+    train(config)
+    before, lines = final_weights(config), metrics_of(config)
+    shutil.rmtree(Path(config.output_dir) / "final")
+    train(config, resume=True)
+    assert same(before, final_weights(config))
+    assert metrics_of(config) == lines
+
+
+def test_a_checkpoint_of_another_teacher_or_model_is_refused(
+    settings: Callable[..., TrainConfig], model_folder: Callable[..., Path]
+) -> None:
+    train(settings(save_steps=3, teacher="frozen"))
+    with pytest.raises(UserError, match=r"checkpoint-00000006: teacher state of 0 tensors .*had another teacher$"):
+        train(settings(save_steps=3, teacher="ema"), resume=True)
+    tied = str(model_folder(ends=ENDS, tied=True))
+    with pytest.raises(UserError, match=r"checkpoint-00000006: its weights are not those of this model and adapter$"):
+        train(settings(save_steps=3, teacher="frozen", model=tied), resume=True)
+
+
+# --- stopping and failing ---
+
+
+def test_sigterm_saves_and_stops_with_143_and_gives_the_handler_back(settings: Callable[..., TrainConfig]) -> None:
+    config = settings()  # save_steps 0: no checkpoint but this one
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunStopped) as error:
+        train(config, on_step=terminate_at(2))
+    assert error.value.exit_code == 143
+    assert str(error.value) == (
+        f"{config.output_dir}: stopped after step 2 of 6, everything saved; continue with --resume"
+    )
+    assert [path.name for path in list_checkpoints(Path(config.output_dir))] == ["checkpoint-00000002"]
+    assert not (Path(config.output_dir) / "final").exists()
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_sigterm_during_the_last_step_finishes_the_run(settings: Callable[..., TrainConfig]) -> None:
+    final = train(settings(), on_step=terminate_at(6))
+    assert (final / "model.safetensors").exists()
+
+
+def test_an_output_folder_that_is_in_use_is_refused_and_untouched(settings: Callable[..., TrainConfig]) -> None:
+    config = settings()
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine", encoding="utf-8")
+    want = f"output_dir {config.output_dir!r} exists and is not empty: choose another, or continue it with --resume"
+    with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
+        train(config)
+    assert [path.name for path in folder.iterdir()] == ["precious.txt"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(settings: Callable[..., TrainConfig]) -> None:
+    run = Run(settings())
+    with torch.no_grad():
+        run.loaded.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    before, average = weights(run.loaded.model), copy.deepcopy(run.teacher.state_dict())  # type: ignore[union-attr]
+    with pytest.raises(RunFailed, match=r"step 1: the loss is nan; the weights were not updated") as error:
+        run.step(0)
+    assert error.value.exit_code == 3
+    after = weights(run.loaded.model)
+    assert all(torch.equal(before[n].nan_to_num(7), after[n].nan_to_num(7)) for n in before)
+    assert same(average, run.teacher.state_dict())  # type: ignore[union-attr]
+    assert not run.optimizer.state
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(settings: Callable[..., TrainConfig]) -> None:
+    run = Run(settings())
+    run.loaded.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = weights(run.loaded.model)
+    with pytest.raises(RunFailed, match=r"step 1: the gradient's norm is (inf|nan); the weights were not updated"):
+        run.step(0)
+    assert same(before, weights(run.loaded.model))
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "teacher.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "garbage"])
+def test_a_damaged_checkpoint_is_one_line_that_names_it(
+    settings: Callable[..., TrainConfig], name: str, damage: str
+) -> None:
+    run = Run(settings(teacher="ema"))
+    run.step(0)
+    out = Path(run.config.output_dir)
+    path = save_checkpoint(out, checkpoint_module.Position(1, 10), run.loaded.model, run.optimizer, run.teacher, 2)
+    file = path / name
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"{}" + b"\0" * 30)
+    with pytest.raises(UserError) as error:
+        checkpoint_module.load_checkpoint(path, run.loaded.model, run.optimizer, run.teacher)
+    assert str(error.value).startswith(f"{path}: damaged checkpoint (")
+    assert str(error.value).endswith("); delete the folder to use the one before it")
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(
+    settings: Callable[..., TrainConfig],
+) -> None:
+    whole, damaged = settings("whole", save_steps=2), settings("damaged", save_steps=2)
+    train(whole)
+    with pytest.raises(Cut):
+        train(damaged, on_step=crash_at(5))
+    _, newest = list_checkpoints(Path(damaged.output_dir))
+    (newest / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoint-00000004: damaged checkpoint"):
+        train(damaged, resume=True)
+    shutil.rmtree(newest)
+    train(damaged, resume=True)
+    assert_same_run(whole, damaged)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    whole, full = settings("whole", save_steps=2), settings("full", save_steps=2)
+    train(whole)
+    calls = []
+
+    def save_file(tensors: Any, path: Any) -> None:
+        calls.append(path)
+        if len(calls) == 4 + failing:  # of the second checkpoint
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        checkpoint_save(tensors, path)
+
+    checkpoint_save = checkpoint_module.save_file
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "save_file", save_file)
+        with pytest.raises(UserError) as error:
+            train(full)
+    out = Path(full.output_dir)
+    assert str(error.value) == (
+        f"{out / 'checkpoint-00000004'}: cannot write the checkpoint ([Errno 28] No space left on device); earlier "
+        "checkpoints are whole. Free disk space, then continue with --resume"
+    )
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-00000002", "config.yaml", "metrics.jsonl"]
+    train(full, resume=True)
+    assert_same_run(whole, full)
+
+
+def test_a_final_model_that_cannot_be_written_is_one_line_and_can_be_continued(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(save_steps=6)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def on_step(_step: int, loaded: Any) -> None:
+        monkeypatch.setattr(loaded.model, "save_pretrained", refuse)
+
+    with pytest.raises(UserError, match=r"final: cannot write the model \(\[Errno 28\].*continue with --resume$"):
+        train(config, on_step=on_step)
+    assert not (Path(config.output_dir) / "final").exists()
+    assert (train(config, resume=True) / "model.safetensors").exists()
+
+
+def test_skipping_most_of_the_completions_is_refused(settings: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(UserError, match=r"^skip_first_tokens: 9 would mask \d+ of \d+ completion tokens and all of 6"):
+        train(settings(skip_first_tokens=9))
+    assert not Path(settings().output_dir).exists()
+
+
+# --- what a run folder holds ---
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_final_model_is_what_was_trained_and_loads_with_transformers(
+    settings: Callable[..., TrainConfig], model_folder: Callable[..., Path], tied: bool
+) -> None:
+    kept: dict[str, Tensor] = {}
+    config = settings(model=str(model_folder(ends=ENDS, tied=tied)))
+    final = train(config, on_step=lambda _step, loaded: kept.update(weights(loaded.model)))
+    assert final == Path(config.output_dir) / "final"
+    model = AutoModelForCausalLM.from_pretrained(final)
+    assert same({name: p.detach() for name, p in model.named_parameters()}, kept)
+    assert not same(kept, weights(load_model(config.model).model))
+    assert model.generation_config.eos_token_id == list(ENDS)
+    assert AutoTokenizer.from_pretrained(final)("<|im_end|>")["input_ids"] == [257]
+    assert same(weights(load_model(config.output_dir).model), kept)  # the run folder stands for its final model
+    assert not list(Path(config.output_dir).glob(".*"))
+
+
+@pytest.mark.parametrize("teacher", ["ema", "frozen"])
+def test_a_final_adapter_is_what_was_trained_and_loads_with_peft(
+    settings: Callable[..., TrainConfig], teacher: Any
+) -> None:
+    config = settings(lora_rank=4, teacher=teacher, learning_rate=1e-2)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    logits: list[Tensor] = []
+
+    @torch.no_grad()
+    def on_step(_step: int, loaded: Any) -> None:
+        logits.append(loaded.model(ids).logits)
+
+    final = train(config, on_step=on_step)
+    assert sorted(path.name for path in final.glob("*adapter*")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert not (final / "teacher").exists()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model), final)
+    with torch.no_grad():
+        assert torch.equal(adapted(ids).logits, logits[-1])
+        assert torch.equal(load_model(config.output_dir).model(ids).logits, logits[-1])
+        torch.testing.assert_close(
+            load_model(config.output_dir, merge_adapter=True).model(ids).logits, logits[-1], atol=1e-5, rtol=0
+        )
+    assert float((logits[-1] - logits[0]).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_training_goes_on_from_an_adapter_without_losing_it(
+    settings: Callable[..., TrainConfig], lora_rank: int
+) -> None:
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    train(settings("first", lora_rank=4, learning_rate=1e-2))
+    seen: list[Tensor] = []
+
+    @torch.no_grad()
+    def on_step(_step: int, loaded: Any) -> None:
+        seen.append(loaded.model(ids).logits)
+
+    second = settings("second", model=settings("first").output_dir, lora_rank=lora_rank, learning_rate=1e-2)
+    train(second, on_step=on_step)
+    with torch.no_grad():
+        first_logits, second_logits = (
+            load_model(settings(name).output_dir).model(ids).logits for name in ("first", "second")
+        )
+    torch.testing.assert_close(seen[0], first_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(second_logits, seen[-1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_the_newest_checkpoints_are_kept(settings: Callable[..., TrainConfig], limit: int) -> None:
+    config = settings(save_steps=1, save_total_limit=limit, max_steps=5)
+    train(config)
+    kept = [path.name for path in list_checkpoints(Path(config.output_dir))]
+    assert kept == [f"checkpoint-{step:08d}" for step in range(6 - limit, 6)]
+
+
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], method: Any) -> None:
+    config = settings(method=method, importance_cap=2.0 if method == "sdft" else None)
+    completions: list[int] = []
+    train(config)
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    with_teacher = {"kl/forward", "kl/reverse", "drift/teacher", "importance"}
+    expected = set(METRICS) if method == "sdft" else set(METRICS) - with_teacher
+    values = [json.loads(line) for line in lines]
+    assert [v["step"] for v in values] == [1, 2, 3, 4, 5, 6]
+    assert all(v.keys() == expected for v in values)
+    assert all(isinstance(x, int | float) and x == x for v in values for x in v.values())
+    assert [v["epoch"] for v in values] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    for v in values:
+        completions.append(round(2 * v["completion/length"]))
+        assert v["tokens"] == sum(completions)
+        assert v["drift/student"] > 0
+    if method == "sdft":
+        assert all(v["loss"] == pytest.approx(v["kl/forward"], abs=1e-5) for v in values)
+        assert 0 <= values[0]["drift/teacher"] < values[0]["drift/student"]
+
+
+def test_dropped_rows_are_counted_and_said(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "x" * (300 if i == 1 else 3), "completion": "y"} for i in range(5)]
+    train(settings(data=str(write_rows(rows, name="long.jsonl")), on_long_prompt="drop", max_steps=1))
+    captured = capsys.readouterr()
+    assert "sdft on 4 demonstrations (1 too long, left out), 1 steps of 2" in captured.err
+    assert captured.out == ""
+
+
+# --- settings that act in the loop ---
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_on_policy_the_importance_weight_is_one_at_any_temperature(
+    settings: Callable[..., TrainConfig], temperature: float
+) -> None:
+    run = moved_run(settings(importance_cap=2.0, temperature=temperature, batch_size=4))
+    completions = run.method.sequence(run.loaded, run.rows[:4], 3)
+    unweighted = replace(run.method, importance_cap=None)
+    assert run.accumulate(completions).importance == pytest.approx(1.0, abs=1e-3)
+    on_policy = gradients(run.loaded.model)
+    run.method, weighted = unweighted, run.method
+    run.optimizer.zero_grad()
+    run.accumulate(completions)
+    assert largest_difference(gradients(run.loaded.model), on_policy) < 1e-3
+
+    def shifted(by: float) -> list[Completion]:
+        return [replace(c, logps=[logp + by for logp in c.logps or []]) for c in completions]
+
+    run.method = weighted
+    for shift, ratio in ((0.6931472, 0.5), (-0.4054651, 1.5), (-3.0, 2.0)):
+        run.optimizer.zero_grad()
+        assert run.accumulate(shifted(shift)).importance == pytest.approx(ratio, abs=2e-3)
+        expected = {name: ratio * g for name, g in on_policy.items()}
+        assert largest_difference(gradients(run.loaded.model), expected) < 2e-3
+
+
+def test_the_learning_rate_follows_the_schedule_and_the_gradient_is_clipped(
+    settings: Callable[..., TrainConfig],
+) -> None:
+    config = settings(lr_scheduler_type="cosine", max_steps=4, learning_rate=1e-3, max_grad_norm=1e-6)
+    run = Run(config)
+    norms, rates = [], []
+    for step in range(4):
+        before = weights(run.loaded.model)
+        metrics = run.step(step)
+        rates.append(metrics["learning_rate"])
+        norms.append(metrics["grad_norm"])
+        assert run.optimizer.param_groups[0]["lr"] == metrics["learning_rate"]
+        assert 0 < largest_difference(before, weights(run.loaded.model)) <= 10 * metrics["learning_rate"]
+    assert rates == pytest.approx([1e-3, 1e-3 * (0.5 + 0.5**1.5), 5e-4, 1e-3 * (0.5 - 0.5**1.5)])
+    assert min(norms) > 1e-3  # before clipping
+    second_moments = [state["exp_avg_sq"].sum() for state in run.optimizer.state.values()]
+    assert float(sum(second_moments)) < 4 * 0.001 * 1e-12 * 1.01
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_optimizer_never_sees_the_teacher(settings: Callable[..., TrainConfig], lora_rank: int) -> None:
+    run = Run(settings(lora_rank=lora_rank, teacher="ema", ema_rate=1e-9, weight_decay=0.1, learning_rate=1e-2))
+    assert run.teacher is not None
+    optimized = {p.data_ptr() for group in run.optimizer.param_groups for p in group["params"]}
+    assert optimized == {p.data_ptr() for p in run.loaded.model.parameters() if p.requires_grad}
+    assert not optimized & {t.data_ptr() for t in run.teacher.state_dict().values()}
+    before = copy.deepcopy(run.teacher.state_dict())
+    start = weights(run.loaded.model)
+    for step in range(3):
+        run.step(step)
+    assert largest_difference(before, run.teacher.state_dict()) < 1e-7
+    assert largest_difference(start, weights(run.loaded.model)) > 1e-3
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps one precision for a whole process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("options", [{}, {"importance_cap": 2.0}, {"teacher": "live"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_bfloat16_arithmetic_gives_nearly_the_gradient_of_float32(
+    settings: Callable[..., TrainConfig], lora_rank: int, options: dict[str, Any]
+) -> None:
+    found = {}
+    for precision in ("bf16", "no"):
+        AcceleratorState._reset_state(True)
+        run = Run(settings(mixed_precision=precision, lora_rank=lora_rank, batch_size=4, **options))
+        completions = [
+            Completion(row, row.completion_ids, [-5.0] * len(row.completion_ids), False) for row in run.rows[:4]
+        ]
+        run.accumulate(completions)
+        found[precision] = gradients(run.loaded.model)
+        assert all(g.dtype == torch.float32 for g in found[precision].values())
+    assert found["bf16"].keys() == found["no"].keys()
+    a, b = (torch.cat([g.flatten() for g in found[p].values()]) for p in ("bf16", "no"))
+    assert not torch.equal(a, b)
+    assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.98
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_runs_of_unlike_precision_can_follow_each_other_in_one_process(settings: Callable[..., TrainConfig]) -> None:
+    train(settings("a", mixed_precision="no", max_steps=1))
+    train(settings("b", mixed_precision="bf16", max_steps=1))
+    train(settings("c", mixed_precision="no", max_steps=1))
+    assert same(final_weights(settings("a")), final_weights(settings("c")))
+    assert not same(final_weights(settings("a")), final_weights(settings("b")))
