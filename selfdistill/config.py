@@ -224,8 +224,8 @@ def closest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "; see --help for the names"
 
 
-MAY_CHANGE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "logging_steps")
-"""Settings that may be given anew when a run is continued; the folder's name too, for it may have been moved."""
+MAY_CHANGE = ("max_steps", "save_steps", "save_total_limit", "logging_steps")
+"""Settings that may be given anew when a run is continued."""
 
 
 def continued(given: dict[str, Any]) -> tuple[TrainConfig, TrainConfig | None]:
@@ -244,7 +244,8 @@ def continued(given: dict[str, Any]) -> tuple[TrainConfig, TrainConfig | None]:
         if "model" not in given:
             raise UserError(f"{path}: no such file, so there is no run to continue with --resume; check --output_dir")
         return TrainConfig(**given), None
-    saved = TrainConfig(**load_yaml(path, TrainConfig))
+    # The folder's name may have changed, too: it is where the run is.
+    saved = TrainConfig(**{**load_yaml(path, TrainConfig), "output_dir": given["output_dir"]})
     # What was left to us (null, auto) was decided when the run began.
     open_ = {key for key, value in given.items() if value is None or (key, value) == ("context", "auto")}
     config = TrainConfig(**saved.model_dump() | {key: given[key] for key in given.keys() - open_})

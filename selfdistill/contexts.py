@@ -195,7 +195,7 @@ def parse_context(spec: str) -> Context:
         if key not in types:
             raise UserError(f"context {spec!r}: {name} has no option {key!r}, only {', '.join(types)}")
         values[key] = _convert(spec, key, value, types[key])
-    return kind(**values)  # type: ignore[no-any-return]
+    return kind(**values)
 
 
 def _convert(spec: str, key: str, value: str, hint: Any) -> Any:

@@ -131,6 +131,8 @@ class LoadedModel:
     """Most tokens of prompt and completion together; None where the model states no limit."""
     notes: list[str] = field(default_factory=list)
     """What was decided while loading and should be said."""
+    merged_adapter: bool = False
+    """An adapter is folded in: a new adapter would not fit the base that the model's name stands for."""
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +169,7 @@ def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False
                 raise UserError(f"model {name!r}: this is an adapter, and its base cannot be loaded: {error}") from None
             model = PeftModel.from_pretrained(model, path)
             if merge_adapter:
-                model = model.merge_and_unload()
+                model = model.merge_and_unload().requires_grad_(True)
         else:
             model = _load_causal(path, name, torch_dtype)
     except UserError:
@@ -183,7 +185,11 @@ def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False
         ) from None
     model.eval()
     disable_dropout(model)
-    return _describe(model, tokenizer, name)
+    loaded = _describe(model, tokenizer, name)
+    if adapter and merge_adapter:
+        loaded.merged_adapter = True
+        loaded.notes.append("its adapter is folded into its base; what is trained on top is saved as a whole model")
+    return loaded
 
 
 def _resolve(name: str) -> str:
@@ -297,9 +303,8 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    scale: Any = alpha or 2 * rank  # PEFT's annotation says int, but it only divides by the rank
+    config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded.model = get_peft_model(loaded.model, config)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from selfdistill.checkpoint import (
@@ -62,6 +63,7 @@ class Run:
         precision = config.mixed_precision
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        AcceleratorState._reset_state()  # it would refuse another precision than the process's first run had
         self.accelerator = Accelerator(mixed_precision=precision)
         if self.accelerator.num_processes > 1:
             raise UserError("training on several processes is not supported yet: start a single one")
@@ -173,7 +175,7 @@ class Run:
             self.accelerator.backward(value)
             self.loaded.model.eval()
             student_s += time.monotonic() - began
-            loss += float(value)
+            loss += float(value.detach())
             for key, values_N in per_token.items():
                 statistics[key] = statistics.get(key, 0.0) + float((values_N * weights_N[kept_N]).sum())
         return StepResult(loss, statistics, importance / len(completions), teacher_s, student_s)
@@ -185,8 +187,9 @@ class Run:
         """Truncated importance weights (B,), both sides at the sampling temperature."""
         assert self.method.importance_cap is not None
         scaled = lambda hidden_nD: head(hidden_nD).float() / self.config.temperature  # noqa: E731
-        _, statistics = chunked_loss(CrossEntropy(), hidden_ND, scaled, (), tokens_N, torch.ones(len(tokens_N)))
-        student = statistics["student_logp"].split([len(c.ids) for c in part])
+        ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
+        _, statistics = chunked_loss(CrossEntropy(), hidden_ND, scaled, (), tokens_N, ones_N)
+        student = statistics["student_logp"].cpu().split([len(c.ids) for c in part])
         width = weights_bT.shape[1]
         pad = torch.nn.functional.pad
         student_BT = torch.stack([pad(s, (0, width - len(s))) for s in student])

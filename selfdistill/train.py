@@ -129,10 +129,14 @@ def _note(metrics: dict[str, float]) -> str:
 def _save_final(run: Run, output_dir: Path) -> Path:
     """Write ``final/`` beside its place and rename it."""
     final, temporary = output_dir / "final", output_dir / ".final"
-    options = {"selected_adapters": ["default"]} if hasattr(run.loaded.model, "peft_config") else {}
+    model, options = run.loaded.model, {}
+    if hasattr(model, "peft_config") and run.loaded.merged_adapter:
+        model = model.merge_and_unload(adapter_names=["default"])
+    elif hasattr(model, "peft_config"):
+        options = {"selected_adapters": ["default"]}
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        run.loaded.model.save_pretrained(temporary, **options)
+        model.save_pretrained(temporary, **options)
         run.loaded.tokenizer.save_pretrained(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)

@@ -98,7 +98,8 @@ def test_template_fills_its_places_in_one_pass(tmp_path: Path) -> None:
 
 def test_template_errors_name_the_file_and_the_row(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
-    with pytest.raises(UserError, match=r"^context 'template': cannot read file '.*t\.txt' .*write template:file=PATH"):
+    want = f"context 'template': cannot read file {str(file)!r} (No such file or directory)"
+    with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
         Template(str(file))
     file.write_text("no question", encoding="utf-8")
     want = f"context 'template': {file} does not contain {{prompt}}, so the question is missing"
@@ -208,7 +209,10 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
         ("few_shot:seed=-1", "context 'few_shot:seed=-1': option 'seed': found '-1', want a whole number from 0"),
         ("few_shot:pick=x", "context 'few_shot:pick=x': option 'pick': found 'x', want seed or nearest"),
         ("example:reasoning=1", "context 'example:reasoning=1': option 'reasoning': found '1', want true or false"),
-        ("document:show=all", "context 'document:show=all': option 'show': found 'all', want both or document or answer"),
+        (
+            "document:show=all",
+            "context 'document:show=all': option 'show': found 'all', want both or document or answer",
+        ),
     ],
 )
 def test_a_wrong_spec_says_what_there_is(spec: str, message: str) -> None:
@@ -277,7 +281,9 @@ def test_plain_text_gets_the_special_tokens_that_the_tokenizer_adds_and_a_templa
 
 
 @pytest.mark.parametrize("end", ["<|stop|>", "<|im_end|>"])
-def test_a_completion_ends_with_the_token_that_the_template_writes(make_tokenizer: Callable[..., Any], end: str) -> None:
+def test_a_completion_ends_with_the_token_that_the_template_writes(
+    make_tokenizer: Callable[..., Any], end: str
+) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}"
     tokenizer = make_tokenizer(template=template)
     for ends in ([257, 259], [259, 257]):
@@ -297,7 +303,9 @@ def test_a_template_without_an_end_token_gets_the_first_that_the_model_has(make_
 
 
 def test_a_template_that_refuses_a_conversation_is_a_user_error(make_tokenizer: Callable[..., Any]) -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    )
     chat = ChatFormat(make_tokenizer(template=refusing), [257], {})
     with pytest.raises(UserError, match=r"^the chat template refuses a conversation of system, user: no system$"):
         chat.render(WITH_SYSTEM.prompt)
@@ -310,9 +318,7 @@ def test_the_teachers_prompt_is_the_students_with_the_context_put_in(
 ) -> None:
     form: ChatFormat = request.getfixturevalue(layout)
     pool = [row(i, f"Why {i}?", f"So {i}.", prompt=(SYSTEM, user(f"Why {i}?")), document="Text.") for i in range(4)]
-    (encoded, *_), dropped = encode(
-        pool, context, form, max_prompt_length=None, max_completion_length=8, window=None
-    )
+    (encoded, *_), dropped = encode(pool, context, form, max_prompt_length=None, max_completion_length=8, window=None)
     assert dropped == 0
     assert encoded.teacher_ids is not None
     open_reply = "<|im_start|>assistant\n" if layout == "chat" else "Assistant:"

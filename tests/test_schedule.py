@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -47,7 +48,7 @@ def test_warm_up_climbs_in_a_line_and_the_cosine_falls_to_the_closed_form() -> N
     assert rates[4] == 2.0
     assert rates[4 + 48] == pytest.approx(1.0)  # half way down
     assert rates[4 + 32] == pytest.approx(1.0 + math.cos(math.pi / 3))
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     assert 0 < rates[-1] < 0.01
 
 

@@ -286,7 +286,7 @@ def test_an_evaluation_between_steps_leaves_the_weights_as_they_would_have_been(
 def test_the_saved_settings_run_again_to_the_same_weights(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     first = settings(max_steps=None, num_train_epochs=1.5, learning_rate=None, top_k=50, temperature=0.8, batch_size=4)
     train(first)
-    values = load_yaml(Path(first.output_dir) / "config.yaml")
+    values = load_yaml(Path(first.output_dir) / "config.yaml", TrainConfig)
     assert values["max_steps"] == 3  # 6 rows x 1.5 epochs / 4, rounded up
     assert values["learning_rate"] == 1e-5
     second = TrainConfig(**(values | {"output_dir": str(tmp_path / "again")}))
@@ -331,7 +331,8 @@ def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
     assert last_a.name == last_b.name
     for name in ("weights", "optimizer", "teacher"):
         x, y = (load_file(last / f"{name}.safetensors") for last in (last_a, last_b))
-        x.pop("rng", None), y.pop("rng", None)
+        for tensors in (x, y):
+            tensors.pop("rng", None)
         assert x.keys() == y.keys()
         assert all(torch.equal(x[key], y[key]) for key in x), name
     assert metrics_of(a) == metrics_of(b)
@@ -725,21 +726,22 @@ def test_the_optimizer_never_sees_the_teacher(settings: Callable[..., TrainConfi
 
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps one precision for a whole process."""
+    """As in a new process: accelerate keeps its state for a whole one."""
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("options", [{}, {"importance_cap": 2.0}, {"teacher": "live"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"importance_cap": 2.0}, {"teacher": "live"}, {"gradient_checkpointing": True}]
+)
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_bfloat16_arithmetic_gives_nearly_the_gradient_of_float32(
     settings: Callable[..., TrainConfig], lora_rank: int, options: dict[str, Any]
 ) -> None:
     found = {}
     for precision in ("bf16", "no"):
-        AcceleratorState._reset_state(True)
         run = Run(settings(mixed_precision=precision, lora_rank=lora_rank, batch_size=4, **options))
         completions = [
             Completion(row, row.completion_ids, [-5.0] * len(row.completion_ids), False) for row in run.rows[:4]

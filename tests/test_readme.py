@@ -1,0 +1,76 @@
+"""The README is executed: its data, its commands and its Python, with a tiny model in place of the starter model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from selfdistill.cli import main
+from selfdistill.contexts import CONTEXTS, parse_context
+from selfdistill.demonstrations import SCORER_NAMES
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[list[str]]:
+    text = "".join(blocks("sh")).replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.strip()]
+
+
+def test_every_command_and_python_block_works(
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (data,) = blocks("json")
+    Path("skill.jsonl").write_text(data, encoding="utf-8")
+    tiny = str(model_folder())
+    found = commands()
+    assert [command[:2] for command in found] == [["selfdistill", c] for c in ("check", "train", "eval")]
+    codes = [main([tiny if word == "smollm2-135m" else word for word in command[1:]]) for command in found]
+    # A random model teaches nothing, and check says so with its own code.
+    assert codes == [4, 0, 0], capsys.readouterr().err
+    output = capsys.readouterr().out
+    result = json.loads(output[output.rindex("{\n") :])
+    assert {"accuracy", "kl_base"} <= result.keys()
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})  # noqa: S102
+
+
+def test_the_two_commands_are_make_targets_that_set_up_first() -> None:
+    for target in re.findall(r"^make (\S+)$", README, re.MULTILINE):
+        done = subprocess.run(
+            ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert "pip install" in done.stdout
+        assert {"demo": "selfdistill demo", "test": "pytest"}[target] in done.stdout
+
+
+def test_tables_name_what_there_is() -> None:
+    specs = re.findall(r"^\| `(\w+:[^`]*)` \|", README, re.MULTILINE)
+    assert {spec.partition(":")[0] for spec in specs} == set(CONTEXTS)
+    for spec in specs:
+        if not spec.startswith("template"):
+            parse_context(spec)
+    scorers = re.search(r"\| `answer`, `scorer` \| (.*) \|", README)
+    assert scorers is not None
+    assert tuple(re.findall(r"`(\w+)`", scorers[1])) == SCORER_NAMES
+
+
+def test_linked_files_exist() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
