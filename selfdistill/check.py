@@ -338,7 +338,7 @@ def _print(result: CheckResult, seconds: float) -> None:
     lines = [
         "log p(demo) and KL(teacher||student) are in nats per token; KL is along the student's samples.",
         f"KL of {result.best.context} at completion tokens 1, 2, ...: {profile}",
-        f"Expected: {result.seconds_per_step:.1f} s per step, {result.memory_gib:.1f} GiB (full fine-tuning, EMA teacher).",
+        f"Expected: {result.seconds_per_step:.1f} s per step, {result.memory_gib:.1f} GiB (full fine-tuning, EMA).",
         result.verdict,
         f"Best: --context {result.best.context}   (measured in {seconds:.0f} s)",
     ]

@@ -65,12 +65,14 @@ def _train(given: dict[str, Any]) -> int:
         change = f"max_steps was {saved.max_steps} and is now {config.max_steps}"
         print(f"{change}: from here on the learning rate is that of a run of so many steps", file=sys.stderr)
     _quiet()
+    from selfdistill.train import check_output_dir, train
+
+    check_output_dir(config.output_dir, resume=resume)
     if config.method != "sft" and config.context == "auto":
         from selfdistill.check import best_context
 
-        config = config.model_copy(update={"context": best_context(config)})
-    from selfdistill.train import train
-
+        with contextlib.redirect_stdout(sys.stderr):
+            config = config.model_copy(update={"context": best_context(config)})
     print(f"final model: {train(config, resume=resume)}")
     return 0
 

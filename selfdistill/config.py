@@ -169,7 +169,7 @@ class CheckConfig(ModelSettings):
     """Layouts to compare, e.g. ``turns:repeats=2``; default: a set that fits the data."""
     sample: int = Field(default=16, ge=2)
     """Rows drawn by seed for the measurement."""
-    scorer: str | None = None
+    scorer: Literal["exact", "contains", "choice", "regex", "tool_call"] | None = None
     """Scorer for rows that name none; default ``exact``."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of the rollouts along which teacher and student are compared."""
@@ -184,7 +184,7 @@ class EvalConfig(ModelSettings):
     """File or folder of questions about abilities the model already had."""
     base: str | None = None
     """Model from which the distance is measured."""
-    scorer: str | None = None
+    scorer: Literal["exact", "contains", "choice", "regex", "tool_call"] | None = None
     """Scorer for rows that name none; default ``exact``."""
 
 
@@ -192,7 +192,7 @@ class DemoConfig(Settings):
     """Settings of ``selfdistill demo``."""
 
     output_dir: str | None = None
-    """Where the run is kept; default: a temporary folder."""
+    """Where the run is kept; default ``runs/demo``, or the first of ``runs/demo-2``, ... that is free."""
     seed: int = Field(default=0, ge=0)
     """Order of the data and every sample."""
 
@@ -249,18 +249,27 @@ def continued(given: dict[str, Any]) -> tuple[TrainConfig, TrainConfig | None]:
     # What was left to us (null, auto) was decided when the run began.
     open_ = {key for key, value in given.items() if value is None or (key, value) == ("context", "auto")}
     config = TrainConfig(**saved.model_dump() | {key: given[key] for key in given.keys() - open_})
+    refuse_changes(path, saved, config)
+    return config, saved
+
+
+def refuse_changes(path: Path, saved: TrainConfig, config: TrainConfig) -> None:
+    """Stop a run from going on with other settings than those it was saved with in ``path``.
+
+    Raises:
+        UserError: a setting outside ``MAY_CHANGE`` differs; the folder's name may, for it may have been moved.
+    """
     before, now = saved.model_dump(), config.model_dump()
     changed = [
         f"{key} is {before[key]!r} there and {now[key]!r} here"
         for key in now
-        if before[key] != now[key] and key not in MAY_CHANGE
+        if before[key] != now[key] and key not in (*MAY_CHANGE, "output_dir")
     ]
     if changed:
         raise UserError(
             f"{path}: {'; '.join(changed)}: with --resume a run keeps its settings; leave these out, or start another "
             "run in another --output_dir"
         )
-    return config, saved
 
 
 def dump_yaml(config: Settings) -> str:

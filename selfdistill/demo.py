@@ -19,12 +19,11 @@ from rich.table import Table
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
-from selfdistill.errors import UserError
 from selfdistill.evaluate import Answers, Distance, answer, general_prompts, packaged
 from selfdistill.models import LoadedModel, load_model
 from selfdistill.scores import Scorer
 from selfdistill.tracking import say
-from selfdistill.train import train
+from selfdistill.train import check_output_dir, train
 
 CONTEXT = "document:repeats=2"
 SHARED: dict[str, Any] = {"model": "smollm2-135m", "batch_size": 16, "max_completion_length": 32, "save_steps": 0}
@@ -99,11 +98,11 @@ class Panel:
             parse_context(context) if context else None,
             self.chat,
             max_prompt_length=None,
-            max_completion_length=48,
+            max_completion_length=32,
             window=loaded.window,
         )
         prompts = [row.student_ids if row.teacher_ids is None else row.teacher_ids for row in encoded]
-        return answer(loaded, prompts, rows, self.chat, max_completion_length=48, batch_size=32)
+        return answer(loaded, prompts, rows, self.chat, max_completion_length=32, batch_size=40)
 
 
 def learn(panel: Panel, settings: dict[str, Any], evaluations: Sequence[int], output_dir: Path) -> list[Point]:
@@ -170,9 +169,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
 def _free_folder(output_dir: str | None) -> Path:
     """The folder asked for, or the first of runs/demo, runs/demo-2, ... that does not exist."""
     if output_dir is not None:
-        folder = Path(output_dir)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"output_dir {output_dir!r} exists and is not empty: choose another")
+        folder = check_output_dir(output_dir, resume=False)
     else:
         folder, number = Path("runs/demo"), 2
         while folder.exists():
@@ -182,7 +179,7 @@ def _free_folder(output_dir: str | None) -> Path:
 
 
 def _print(before: Point, ceiling: float, sdft: Point, fair: Point, last: Point) -> None:
-    table = Table(title="30 invented facts, taught by 90 questions; asked in phrasings not seen in training")
+    table = Table(title="20 invented facts, taught by 60 questions; asked in phrasings not seen in training")
     for column in ("", "new facts", "indirect", "prior", "KL from base", "minutes"):
         table.add_column(column, justify="right" if column else "left")
     rows = [("base", before), (f"SDFT, {sdft.step} steps", sdft), (f"SFT, {fair.step} steps (as good)", fair)]

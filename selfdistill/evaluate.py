@@ -296,6 +296,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         on_long_prompt=config.on_long_prompt,
     )
     kept = [row.demonstration for row in rows]
+    distance = _distance_from(config, loaded) if config.base else None
     answers = answer(
         loaded,
         [row.student_ids for row in rows],
@@ -318,17 +319,24 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         results = prior_abilities(loaded, scorer, chat, priors, batch_size=config.batch_size)
         result["prior"] = {r.name: {k: v for k, v in asdict(r).items() if k != "name"} for r in results}
         result["prior_accuracy"] = sum(r.accuracy for r in results) / len(results)
-    if config.base:
-        base = load_model(config.base, dtype=config.dtype)
-        to_best_device(base)
-        if len(base.tokenizer) != len(loaded.tokenizer):
-            raise UserError(
-                f"base {config.base!r} has {len(base.tokenizer)} tokens, model {config.model!r} {len(loaded.tokenizer)}:"
-                " the distance needs the same vocabulary"
-            )
-        result["kl_base"] = Distance(base, Scorer(base), chat, general_prompts(), 32).of(loaded.model)
+    if distance:
+        result["kl_base"] = distance.of(loaded.model)
     _print_table(config, result)
     return result
+
+
+def _distance_from(config: EvalConfig, loaded: LoadedModel) -> Distance:
+    assert config.base is not None
+    base = load_model(config.base, dtype=config.dtype)
+    to_best_device(base)
+    own, others = len(loaded.tokenizer), len(base.tokenizer)
+    if own != others:
+        raise UserError(
+            f"base {config.base!r} has a vocabulary of {others} tokens, model {config.model!r} of {own}: the distance "
+            "needs the same"
+        )
+    chat = ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
+    return Distance(base, Scorer(base), chat, general_prompts(), 32)
 
 
 def _print_table(config: EvalConfig, result: dict[str, Any]) -> None:

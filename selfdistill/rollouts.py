@@ -64,7 +64,7 @@ def sample(
     count, limit = len(prompts), sampling.max_completion_length
     uniforms = None
     if sampling.temperature > 0:
-        assert seeds is not None and len(seeds) == count
+        assert seeds is not None, "sampling needs a seed per prompt"
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators]).to(device)
     width = max(map(len, prompts))

@@ -199,7 +199,8 @@ class Run:
     def step(self, step: int) -> dict[str, float]:
         """Optimizer step ``step`` (from 0); returns its metrics."""
         config, began = self.config, time.monotonic()
-        assert config.max_steps is not None and config.learning_rate is not None
+        assert config.max_steps is not None
+        assert config.learning_rate is not None
         rows = batch_rows(self.rows, step, config.batch_size, config.seed)
         with self.accelerator.autocast():
             completions = self.method.sequence(self.loaded, rows, step)

@@ -9,8 +9,8 @@ type is smaller, the copy that scores is refreshed from it (at a rate of 0.01 a 
 
 LoRA: the frozen teacher is the base with the adapter off, which costs nothing. A moving teacher is a second adapter
 that starts equal to the student's. The factors A and B are averaged, each on its own: the teacher's weight change is
-avg(B) avg(A), not the average of the products B A. The two differ by terms of second order in the factors' motion within
-the averaging time, and avg(B) avg(A) keeps the rank.
+avg(B) avg(A), not the average of the products B A. The two differ by terms of second order in the factors' motion
+within the averaging time, and avg(B) avg(A) keeps the rank.
 """
 
 from __future__ import annotations

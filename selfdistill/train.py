@@ -19,7 +19,7 @@ from selfdistill.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from selfdistill.config import TrainConfig, dump_yaml
+from selfdistill.config import TrainConfig, dump_yaml, load_yaml, refuse_changes
 from selfdistill.demonstrations import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.guards import RunStopped, StopRequests, check_disk
@@ -28,6 +28,20 @@ from selfdistill.run import Run
 from selfdistill.tracking import MetricsFile, Reporter, say
 
 OnStep = Callable[[int, LoadedModel], None]
+
+
+def check_output_dir(name: str, *, resume: bool) -> Path:
+    """The run folder, refused where a new run would mix with what is there.
+
+    Raises:
+        UserError: it is a file, or it is not empty and no run is continued.
+    """
+    folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {name!r} is a file: choose another name")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with --resume")
+    return folder
 
 
 def train(
@@ -53,21 +67,21 @@ def train(
         RunStopped: a signal came; everything is saved.
         RunFailed: loss or gradient are not finite.
     """
-    output_dir = Path(config.output_dir)
-    if not resume and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(
-            f"output_dir {str(output_dir)!r} exists and is not empty: choose another, or continue it with --resume"
-        )
+    output_dir = check_output_dir(config.output_dir, resume=resume)
     checkpoints = list_checkpoints(output_dir) if resume else []
     run = Run(config, demonstrations)
     config = run.config
     assert config.max_steps is not None
-    size = sum(p.numel() * p.element_size() for p in run.parameters)
+    written = output_dir / "config.yaml"
+    if checkpoints and written.exists():
+        refuse_changes(written, TrainConfig(**load_yaml(written, TrainConfig)), config)
+    whole = run.loaded.model.parameters() if run.loaded.merged_adapter else run.parameters
+    size = sum(p.numel() * p.element_size() for p in whole)
     kept = config.save_total_limit + 1 if config.save_steps else 0
     check_disk(output_dir, size + kept * checkpoint_bytes(run.loaded.model, run.teacher))
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        written.write_text(dump_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
     position = Position(0, 0)
@@ -110,7 +124,7 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
                 save()
             if stop.received is not None and step + 1 < config.max_steps:
                 raise RunStopped(
-                    f"{output_dir}: stopped after step {step + 1} of {config.max_steps}, everything saved; continue with "
+                    f"{output_dir}: stopped after step {step + 1} of {config.max_steps}, all saved; continue with "
                     "--resume",
                     stop.received,
                 )

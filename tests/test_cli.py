@@ -315,7 +315,10 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (f"check {BASE} --sample 1", "setting 'sample': found 1, want: greater than or equal to 2"),
     (f"check {BASE} --output_dir run", "unknown option --output_dir; see --help for the names"),
-    (f"eval {BASE} --scorer exakt", "unknown scorer 'exakt', want one of exact, contains, choice, regex, tool_call"),
+    (
+        f"eval {BASE} --scorer exakt",
+        "setting 'scorer': found 'exakt', want: 'exact', 'contains', 'choice', 'regex' or 'tool_call'",
+    ),
     (f"eval {BASE} --prior none", "prior 'none': no such .jsonl file, or a folder without any"),
     (f"eval {BASE} --base none/model/here", "model 'none/model/here': no such folder"),
     (
@@ -573,7 +576,7 @@ def no_host_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (not_empty, "", "output_dir 'run' exists and is not empty: choose another, or continue it with --resume"),
-    (is_a_file, "", "output_dir 'run' exists and is not empty: choose another, or continue it with --resume"),
+    (is_a_file, "", "output_dir 'run' is a file: choose another name"),
     (below_a_file, "--output_dir parent/run", "output_dir 'parent/run': cannot be written (Not a directory)"),
     (
         full,

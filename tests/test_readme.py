@@ -47,7 +47,7 @@ def test_every_command_and_python_block_works(
     result = json.loads(output[output.rindex("{\n") :])
     assert {"accuracy", "kl_base"} <= result.keys()
     for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})  # noqa: S102
+        exec(compile(block, "README.md", "exec"), {})
 
 
 def test_the_two_commands_are_make_targets_that_set_up_first() -> None:

@@ -15,13 +15,15 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
-from selfdistill.models import LoadedModel, add_lora, body_and_head, head_agrees
+from selfdistill.models import LoadedModel, add_lora, body_and_head, disable_dropout, head_agrees
 from selfdistill.scores import Scorer
 
 Loader = Callable[..., LoadedModel]
@@ -203,3 +205,15 @@ def test_scoring_leaves_dropout_off_though_the_model_is_in_train_mode(load: Load
     still = logits(Scorer(loaded)(loaded.model, CONTEXTS, COMPLETIONS))
     loaded.model.train()
     assert torch.equal(logits(Scorer(loaded)(loaded.model, CONTEXTS, COMPLETIONS)), still)
+
+
+def test_dropout_modules_are_switched_off_for_good(load: Loader) -> None:
+    size = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    model = GPT2LMHeadModel(GPT2Config(**size, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).train()
+    assert any(isinstance(module, torch.nn.Dropout) for module in model.modules())
+    disable_dropout(model)
+    loaded = replace(load(), model=model)
+    still = logits(Scorer(loaded)(model, CONTEXTS, COMPLETIONS))
+    assert model.training
+    assert torch.equal(logits(Scorer(loaded)(model, CONTEXTS, COMPLETIONS)), still)
+    torch.testing.assert_close(still, full_forward(model.eval(), CONTEXTS, COMPLETIONS), atol=1e-5, rtol=0)

@@ -400,10 +400,13 @@ def test_resuming_a_finished_run_writes_the_same_final_model_again(settings: Cal
 def test_a_checkpoint_of_another_teacher_or_model_is_refused(
     settings: Callable[..., TrainConfig], model_folder: Callable[..., Path]
 ) -> None:
-    train(settings(save_steps=3, teacher="frozen"))
+    config = settings(save_steps=3, teacher="frozen")
+    train(config)
+    (Path(config.output_dir) / "config.yaml").unlink()  # which would have told of the difference before
     with pytest.raises(UserError, match=r"checkpoint-00000006: teacher state of 0 tensors .*had another teacher$"):
         train(settings(save_steps=3, teacher="ema"), resume=True)
     tied = str(model_folder(ends=ENDS, tied=True))
+    (Path(config.output_dir) / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"checkpoint-00000006: its weights are not those of this model and adapter$"):
         train(settings(save_steps=3, teacher="frozen", model=tied), resume=True)
 
@@ -417,9 +420,7 @@ def test_sigterm_saves_and_stops_with_143_and_gives_the_handler_back(settings: C
     with pytest.raises(RunStopped) as error:
         train(config, on_step=terminate_at(2))
     assert error.value.exit_code == 143
-    assert str(error.value) == (
-        f"{config.output_dir}: stopped after step 2 of 6, everything saved; continue with --resume"
-    )
+    assert str(error.value) == (f"{config.output_dir}: stopped after step 2 of 6, all saved; continue with --resume")
     assert [path.name for path in list_checkpoints(Path(config.output_dir))] == ["checkpoint-00000002"]
     assert not (Path(config.output_dir) / "final").exists()
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -762,3 +763,22 @@ def test_runs_of_unlike_precision_can_follow_each_other_in_one_process(settings:
     train(settings("c", mixed_precision="no", max_steps=1))
     assert same(final_weights(settings("a")), final_weights(settings("c")))
     assert not same(final_weights(settings("a")), final_weights(settings("b")))
+
+
+def test_the_teacher_is_updated_with_the_number_of_steps_done(settings: Callable[..., TrainConfig]) -> None:
+    run = Run(settings(teacher="snapshot", snapshot_steps=2))
+    assert run.teacher is not None
+    start = copy.deepcopy(run.teacher.state_dict())
+    run.step(0)
+    assert same(run.teacher.state_dict(), start)
+    run.step(1)
+    assert same(run.teacher.state_dict(), weights(run.loaded.model))
+    assert not same(run.teacher.state_dict(), start)
+
+
+def test_a_run_does_not_go_on_with_other_settings(settings: Callable[..., TrainConfig]) -> None:
+    train(settings(max_steps=2, save_steps=1, lr_scheduler_type="constant"))
+    with pytest.raises(UserError, match=r"learning_rate is 0\.001 there and 0\.002 here: with --resume a run keeps"):
+        train(settings(max_steps=2, save_steps=1, lr_scheduler_type="constant", learning_rate=2e-3), resume=True)
+    train(settings(max_steps=3, save_steps=1, lr_scheduler_type="constant"), resume=True)
+    assert [line["step"] for line in metrics_of(settings())] == [1, 2, 3]
