@@ -9,14 +9,19 @@ without padding, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from selfdistill.models import Head, LoadedModel, body_and_head, head_agrees
+
+SHARED_TOKENS = 64
+"""Least common beginning of contexts that is worth a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +46,90 @@ class Scorer:
     def __init__(self, loaded: LoadedModel) -> None:
         self.fused = head_agrees(loaded)
         self.pad_token_id = loaded.pad_token_id
+        self.device = loaded.device
 
     def __call__(self, model: Any, contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Scores:
         """Score completions under contexts; gradients flow unless the caller switched them off.
 
         Position: the logits at index t of a sequence predict token t + 1, so completion token j of a row with a context
-        of length P is predicted at index P + j - 1.
+        of length P is predicted at index P + j - 1. Without gradients, a long beginning that several contexts have in
+        common, such as a document, is computed once.
         """
-        device = next(model.parameters()).device
+        parts = body_and_head(model) if self.fused else None
+        if parts is None:
+            logits_ND = self._hidden(
+                lambda ids_BL: model(input_ids=ids_BL, use_cache=False).logits, contexts, completions
+            )
+            return Scores(logits_ND, torch.nn.Identity(), ())
+        body, head = parts
+        trainable = tuple(p for p in head.parameters() if p.requires_grad)
+        groups = [] if torch.is_grad_enabled() else shared_beginnings(contexts)
+        grouped = {row for rows, _ in groups for row in rows}
+        alone = [row for row in range(len(contexts)) if row not in grouped]
+        by_row: dict[int, Tensor] = {}
+        for rows, length in [*groups, *([(alone, 0)] if alone else [])]:
+            cache = None
+            if length:
+                cache = DynamicCache(config=model.config.get_text_config())
+                beginning = torch.tensor([contexts[rows[0]][:length]], device=self.device)
+                body(input_ids=beginning, past_key_values=cache, use_cache=True)
+                cache.batch_repeat_interleave(len(rows))
+            forward = partial(_last_hidden, body, cache)
+            chosen = [completions[row] for row in rows]
+            hidden_ND = self._hidden(forward, [contexts[row][length:] for row in rows], chosen)
+            if len(rows) == len(contexts) and rows == sorted(rows):
+                return Scores(hidden_ND, head, trainable)
+            by_row |= dict(zip(rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
+        return Scores(torch.cat([by_row[row] for row in range(len(contexts))]), head, trainable)
+
+    def _hidden(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        contexts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """What ``forward`` says at the positions that predict the completions' tokens, rows joined."""
         rows = [[*context, *completion] for context, completion in zip(contexts, completions, strict=True)]
         width = max(map(len, rows))
-        ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=device)
+        ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=self.device)
         index_N = torch.tensor(
             [
                 row * width + len(context) + j - 1
                 for row, (context, completion) in enumerate(zip(contexts, completions, strict=True))
                 for j in range(len(completion))
             ],
-            device=device,
+            device=self.device,
         )
-        parts = body_and_head(model) if self.fused else None
-        if parts is None:
-            logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
-            return Scores(logits_BLV.flatten(0, 1)[index_N], torch.nn.Identity(), ())
-        body, head = parts
-        hidden_BLD = body(input_ids=ids_BL, use_cache=False).last_hidden_state
-        trainable = tuple(p for p in head.parameters() if p.requires_grad)
-        return Scores(hidden_BLD.flatten(0, 1)[index_N], head, trainable)
+        return forward(ids_BL).flatten(0, 1)[index_N]
+
+
+def _last_hidden(body: Any, cache: DynamicCache | None, ids_BL: Tensor) -> Tensor:
+    output = body(input_ids=ids_BL, past_key_values=cache, use_cache=cache is not None)
+    return output.last_hidden_state
+
+
+def shared_beginnings(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
+    """Groups of rows with a common beginning of at least ``SHARED_TOKENS`` tokens: row numbers and that length.
+
+    Sorted, contexts with a common beginning are neighbours. Rows that share none are in no group.
+    """
+    groups: list[tuple[list[int], int]] = []
+    for row in sorted(range(len(contexts)), key=lambda row: list(contexts[row])):
+        if groups:
+            rows, length = groups[-1]
+            common = min(_common(contexts[rows[-1]], contexts[row]), length)
+            if common >= SHARED_TOKENS:
+                groups[-1] = ([*rows, row], common)
+                continue
+        groups.append(([row], len(contexts[row])))
+    return [group for group in groups if len(group[0]) > 1]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning, at least one token short of either."""
+    length = 0
+    for x, y in zip(a[:-1], b[:-1], strict=False):
+        if x != y:
+            break
+        length += 1
+    return length

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from selfdistill.models import LoadedModel, add_lora, body_and_head, disable_dropout, head_agrees
-from selfdistill.scores import Scorer
+from selfdistill.scores import Scorer, shared_beginnings
 
 Loader = Callable[..., LoadedModel]
 SIZE: dict[str, Any] = {
@@ -217,3 +217,48 @@ def test_dropout_modules_are_switched_off_for_good(load: Loader) -> None:
     assert model.training
     assert torch.equal(logits(Scorer(loaded)(model, CONTEXTS, COMPLETIONS)), still)
     torch.testing.assert_close(still, full_forward(model.eval(), CONTEXTS, COMPLETIONS), atol=1e-5, rtol=0)
+
+
+# --- beginnings that several contexts share ---
+
+
+def shared_contexts() -> list[list[int]]:
+    first, second = texts(90, 70, seed=3)
+    tails = texts(9, 4, 30, 1, 6, 12, seed=4)
+    return [first + tails[0], tails[1], second + tails[2], first + tails[3], second + tails[4], first + tails[5]]
+
+
+def test_rows_are_grouped_by_long_common_beginnings_only() -> None:
+    contexts = shared_contexts()
+    groups = {tuple(sorted(rows)): length for rows, length in shared_beginnings(contexts)}
+    assert groups == {(0, 3, 5): 90, (2, 4): 70}
+    # A context that is itself the beginning of another keeps its last token for the pass that follows.
+    assert shared_beginnings([contexts[0][:80], contexts[0]]) == [([0, 1], 79)]
+    assert shared_beginnings([contexts[0][:60], contexts[0]]) == []
+    assert shared_beginnings([contexts[0], contexts[0]]) == [([0, 1], 98)]
+
+
+@pytest.mark.parametrize("which", ["mixed", "all shared", "one group in order", "none shared"])
+def test_a_shared_beginning_computed_once_gives_the_same_scores(load: Loader, which: str) -> None:
+    loaded = load()
+    rows = {
+        "mixed": [0, 1, 2, 3, 4, 5],
+        "all shared": [5, 2, 0, 4],
+        "one group in order": [0, 3, 5],
+        "none shared": [1],
+    }
+    contexts = [shared_contexts()[row] for row in rows[which]]
+    completions = texts(3, 9, 1, 6, 12, 2, seed=8)[: len(contexts)]
+    seen = []
+    body, _ = body_and_head(loaded.model) or pytest.fail("not separable")
+    scorer = Scorer(loaded)
+    hook = body.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True)
+    with torch.no_grad():
+        shared = logits(scorer(loaded.model, contexts, completions))
+    hook.remove()
+    apart = logits(scorer(loaded.model, contexts, completions))  # with gradients every row is computed whole
+    assert torch.allclose(shared, apart.detach(), rtol=1e-5, atol=1e-5)
+    if which == "mixed":
+        assert sum(seen) < 0.6 * len(contexts) * max(
+            len(c) + len(d) for c, d in zip(contexts, completions, strict=True)
+        )
