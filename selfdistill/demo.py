@@ -26,19 +26,26 @@ from selfdistill.tracking import say
 from selfdistill.train import check_output_dir, train
 
 CONTEXT = "document:repeats=2"
-SHARED: dict[str, Any] = {"model": "smollm2-135m", "batch_size": 16, "max_completion_length": 32, "save_steps": 0}
+SHARED: dict[str, Any] = {
+    "model": "smollm2-135m",
+    "batch_size": 16,
+    "max_completion_length": 32,
+    "lr_scheduler_type": "constant",
+    "learning_rate": 1e-4,
+    "save_steps": 0,
+    "logging_steps": 5,
+}
 SDFT: dict[str, Any] = {
     "method": "sdft",
     "context": CONTEXT,
     "teacher": "ema",
     "ema_rate": 0.02,
     "temperature": 0.6,
-    "learning_rate": 1e-4,
     "max_steps": 60,
 }
-SFT: dict[str, Any] = {"method": "sft", "learning_rate": 5e-5, "max_steps": 60}
+SFT: dict[str, Any] = {"method": "sft", "max_steps": 30}
 SDFT_EVALUATIONS = (20, 40, 60)
-SFT_EVALUATIONS = (10, 20, 30, 40, 50, 60)
+SFT_EVALUATIONS = (6, 12, 18, 24, 30)
 SHOWN = 3
 """Questions whose answers are printed before and after."""
 
@@ -182,7 +189,8 @@ def _print(before: Point, ceiling: float, sdft: Point, fair: Point, last: Point)
     table = Table(title="20 invented facts, taught by 60 questions; asked in phrasings not seen in training")
     for column in ("", "new facts", "indirect", "prior", "KL from base", "minutes"):
         table.add_column(column, justify="right" if column else "left")
-    rows = [("base", before), (f"SDFT, {sdft.step} steps", sdft), (f"SFT, {fair.step} steps (as good)", fair)]
+    how = "as good" if fair.new >= sdft.new else "its best"
+    rows = [("base", before), (f"SDFT, {sdft.step} steps", sdft), (f"SFT, {fair.step} steps ({how})", fair)]
     if last.step != fair.step:
         rows.append((f"SFT, {last.step} steps", last))
     for name, point in rows:
@@ -201,7 +209,7 @@ def _print(before: Point, ceiling: float, sdft: Point, fair: Point, last: Point)
 
 def _print_answers(rows: Sequence[Demonstration], before: Sequence[str], after: Sequence[str]) -> None:
     console = Console()
-    for number in range(0, len(rows), max(len(rows) // SHOWN, 1)):
+    for number in (i * len(rows) // SHOWN for i in range(SHOWN)):
         console.print(f"\n{rows[number].prompt[-1]['content']}", markup=False, highlight=False)
         console.print(f"  before: {' '.join(before[number].split())}", markup=False, highlight=False)
         console.print(f"  after:  {' '.join(after[number].split())}", markup=False, highlight=False)
