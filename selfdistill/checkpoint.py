@@ -33,6 +33,8 @@ class Position:
     """Optimizer steps done."""
     tokens: int
     """Completion tokens trained on so far."""
+    data: str
+    """Fingerprint of the encoded rows; see ``Run.fingerprint``."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -138,7 +138,7 @@ class TrainConfig(ModelSettings):
     """LoRA's scale; default twice the rank."""
 
     save_steps: int = Field(default=100, ge=0)
-    """Steps between checkpoints; 0: only the final model."""
+    """Steps between checkpoints, and one at the end; 0: only the final model."""
     save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept."""
     logging_steps: int = Field(default=1, ge=1)

@@ -20,7 +20,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.evaluate import Answers, Distance, answer, general_prompts, packaged
-from selfdistill.models import LoadedModel, load_model
+from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.scores import Scorer
 from selfdistill.tracking import say
 from selfdistill.train import check_output_dir, train
@@ -146,6 +146,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
     folder = _free_folder(output_dir)
     began = time.monotonic()
     base = load_model(SHARED["model"])
+    to_best_device(base)
     panel = Panel(base)
     before = panel.measure("base", base)
     asked = panel.replies

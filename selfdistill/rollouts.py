@@ -66,7 +66,7 @@ def sample(
     if sampling.temperature > 0:
         assert seeds is not None, "sampling needs a seed per prompt"
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators]).to(device)
+        uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
     width = max(map(len, prompts))
     ids_BL = torch.tensor([[loaded.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -82,13 +82,13 @@ def sample(
         logits_to_keep=1,
     )
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
-    logps = torch.zeros(count, limit, dtype=torch.float64, device=device)
+    logps = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     alive = torch.arange(count, device=device)  # which sample each row of the batch is
     for t in range(limit):
         logits_BV = output.logits[:, -1].float()
-        uniform_B = None if uniforms is None else uniforms[alive, t]
+        uniform_B = None if uniforms is None else uniforms[alive.cpu(), t]
         token_B, logp_B = choose(logits_BV, sampling, uniform_B)
         tokens[alive, t], logps[alive, t] = token_B, logp_B
         done_B = torch.isin(token_B, ends)
@@ -123,10 +123,14 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> t
         uniform_B: float64 numbers in [0, 1); None when greedy.
 
     Returns:
-        ``token_B`` (int64) and ``logp_B`` (float64).
+        ``token_B`` (int64) and ``logp_B`` (float32), on the logits' device.
     """
+    device = logits_BV.device
     if uniform_B is None:
-        return logits_BV.argmax(-1), torch.zeros(len(logits_BV), dtype=torch.float64, device=logits_BV.device)
+        return logits_BV.argmax(-1), torch.zeros(len(logits_BV), device=device)
+    if device.type == "mps":  # has no float64
+        logits_BV = logits_BV.cpu()
+    uniform_B = uniform_B.to(logits_BV.device)
     probs_BV = (logits_BV / sampling.temperature).softmax(-1, dtype=torch.float64)
     if sampling.top_k > 0 or sampling.top_p < 1:
         sorted_BV, order_BV = torch.sort(probs_BV, dim=-1, descending=True, stable=True)
@@ -140,4 +144,4 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> t
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=probs_BV.shape[-1] - 1)
     logp_B = (probs_BV.gather(-1, token_B[:, None]) / cumulative_BV[:, -1:]).log()[:, 0]
-    return token_B, logp_B
+    return token_B.to(device), logp_B.float().to(device)

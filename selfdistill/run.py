@@ -7,6 +7,8 @@ Legend: B completions of a batch, T completion tokens, N completion tokens of a 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -68,6 +70,7 @@ class Run:
         if self.accelerator.num_processes > 1:
             raise UserError("training on several processes is not supported yet: start a single one")
         self.method: Method = METHODS[config.method](config)
+        context = parse_context(config.context) if self.method.teacher else None
         if demonstrations is None:
             demonstrations = load_demonstrations(config.data, split=config.split)
         self.loaded = load_model(config.model, dtype=config.dtype, merge_adapter=True)
@@ -76,7 +79,7 @@ class Run:
         self.chat = ChatFormat(self.loaded.tokenizer, self.loaded.end_token_ids, config.chat_template_kwargs)
         self.rows, self.dropped = encode(
             demonstrations,
-            parse_context(config.context) if self.method.teacher else None,
+            context,
             self.chat,
             max_prompt_length=config.max_prompt_length,
             max_completion_length=config.max_completion_length,
@@ -84,10 +87,18 @@ class Run:
             on_long_prompt=config.on_long_prompt,
             completion_must_fit=self.method.trains_on_demonstration,
         )
-        check_skip(self.method.skip_first_tokens, [len(row.completion_ids) for row in self.rows])
+        check_skip(
+            self.method.skip_first_tokens,
+            [min(len(row.completion_ids), config.max_completion_length) for row in self.rows],
+        )
         steps = math.ceil(len(self.rows) * config.num_train_epochs / config.batch_size)
-        rate = config.learning_rate or (1e-4 if config.lora_rank else 1e-5)
-        self.config = config.model_copy(update={"max_steps": config.max_steps or steps, "learning_rate": rate})
+        self.config = config.model_copy(
+            update={
+                "max_steps": config.max_steps or steps,
+                "learning_rate": config.learning_rate or (1e-4 if config.lora_rank else 1e-5),
+                "mixed_precision": precision,
+            }
+        )
         self._prepare()
 
     def _prepare(self) -> None:
@@ -110,6 +121,11 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
         )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every row as student, teacher and method see it: what a resumed run must find unchanged."""
+        rows = [[row.student_ids, row.teacher_ids, row.completion_ids] for row in self.rows]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def describe(self) -> list[str]:
         """What is about to happen, for the start of a run."""
@@ -145,18 +161,19 @@ class Run:
             ids = [c.ids for c in part]
             weights_bT = weights_BT[start : start + size]
             kept_N = (weights_bT[mask_BT[start : start + size]] > 0).to(self.loaded.device)
-            began = time.monotonic()
+            began = self._clock()
             teacher_hidden_ND, teacher_head = None, None
             if self.teacher is not None:
                 with self.teacher.model() as network, self.accelerator.autocast():
                     scores = self.scorer(network, [c.row.teacher_ids or [] for c in part], ids)
                     teacher_hidden_ND, teacher_head = scores.hidden_ND[kept_N], scores.head
-            teacher_s += time.monotonic() - began
-            began = time.monotonic()
+            now = self._clock()
+            teacher_s, began = teacher_s + now - began, now
             self.loaded.model.train(config.gradient_checkpointing)
             with self.accelerator.autocast():
                 scores = self.scorer(self.loaded.model, [c.row.student_ids for c in part], ids)
                 tokens_N = torch.tensor([t for row in ids for t in row], device=self.loaded.device)
+                plain_N = weights_bT[mask_BT[start : start + size]].to(self.loaded.device)
                 if method.importance_cap is not None and part[0].logps is not None:
                     ratio_B = self._importance(scores.hidden_ND, scores.head, tokens_N, part, weights_bT)
                     importance += float(ratio_B.sum())
@@ -174,11 +191,17 @@ class Run:
                 )
             self.accelerator.backward(value)
             self.loaded.model.eval()
-            student_s += time.monotonic() - began
+            student_s += self._clock() - began
             loss += float(value.detach())
             for key, values_N in per_token.items():
-                statistics[key] = statistics.get(key, 0.0) + float((values_N * weights_N[kept_N]).sum())
+                statistics[key] = statistics.get(key, 0.0) + float((values_N * plain_N[kept_N]).sum())
         return StepResult(loss, statistics, importance / len(completions), teacher_s, student_s)
+
+    def _clock(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.loaded.device.type == "cuda":
+            torch.cuda.synchronize(self.loaded.device)
+        return time.monotonic()
 
     @torch.no_grad()
     def _importance(
@@ -198,13 +221,13 @@ class Run:
 
     def step(self, step: int) -> dict[str, float]:
         """Optimizer step ``step`` (from 0); returns its metrics."""
-        config, began = self.config, time.monotonic()
+        config, began = self.config, self._clock()
         assert config.max_steps is not None
         assert config.learning_rate is not None
         rows = batch_rows(self.rows, step, config.batch_size, config.seed)
         with self.accelerator.autocast():
             completions = self.method.sequence(self.loaded, rows, step)
-        rollout_s = time.monotonic() - began
+        rollout_s = self._clock() - began
         rate = learning_rate(
             step,
             peak=config.learning_rate,
@@ -216,14 +239,14 @@ class Run:
             group["lr"] = rate
         result = self.accumulate(completions)
         check_finite(result.loss, "the loss", step + 1, Path(config.output_dir))
-        update_began = time.monotonic()
+        update_began = self._clock()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
         check_finite(norm, "the gradient's norm", step + 1, Path(config.output_dir))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.teacher is not None:
             self.teacher.update(step + 1)
-        update_s = time.monotonic() - update_began
+        drift_began = self._clock()
         metrics = {
             "step": step + 1,
             "epoch": (step + 1) * config.batch_size / len(self.rows),
@@ -243,7 +266,11 @@ class Run:
                 metrics["drift/teacher"] = self.drift.of(network)
         if self.method.importance_cap is not None:
             metrics["importance"] = result.importance
-        times = {"rollout": rollout_s, "teacher": result.teacher_s, "student": result.student_s, "update": update_s}
-        metrics |= {f"time/{part}_s": seconds for part, seconds in times.items()}
-        metrics["time/step_s"] = time.monotonic() - began
+        ended = self._clock()
+        metrics["time/rollout_s"] = rollout_s
+        metrics["time/teacher_s"] = result.teacher_s
+        metrics["time/student_s"] = result.student_s
+        metrics["time/update_s"] = drift_began - update_began
+        metrics["time/drift_s"] = ended - drift_began
+        metrics["time/step_s"] = ended - began
         return metrics

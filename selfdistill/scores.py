@@ -46,7 +46,6 @@ class Scorer:
     def __init__(self, loaded: LoadedModel) -> None:
         self.fused = head_agrees(loaded)
         self.pad_token_id = loaded.pad_token_id
-        self.device = loaded.device
 
     def __call__(self, model: Any, contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Scores:
         """Score completions under contexts; gradients flow unless the caller switched them off.
@@ -71,7 +70,7 @@ class Scorer:
             cache = None
             if length:
                 cache = DynamicCache(config=model.config.get_text_config())
-                beginning = torch.tensor([contexts[rows[0]][:length]], device=self.device)
+                beginning = torch.tensor([contexts[rows[0]][:length]], device=self._device)
                 body(input_ids=beginning, past_key_values=cache, use_cache=True)
                 cache.batch_repeat_interleave(len(rows))
             forward = partial(_last_hidden, body, cache)
@@ -91,14 +90,14 @@ class Scorer:
         """What ``forward`` says at the positions that predict the completions' tokens, rows joined."""
         rows = [[*context, *completion] for context, completion in zip(contexts, completions, strict=True)]
         width = max(map(len, rows))
-        ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=self.device)
+        ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=self._device)
         index_N = torch.tensor(
             [
                 row * width + len(context) + j - 1
                 for row, (context, completion) in enumerate(zip(contexts, completions, strict=True))
                 for j in range(len(completion))
             ],
-            device=self.device,
+            device=self._device,
         )
         return forward(ids_BL).flatten(0, 1)[index_N]
 
@@ -111,18 +110,31 @@ def _last_hidden(body: Any, cache: DynamicCache | None, ids_BL: Tensor) -> Tenso
 def shared_beginnings(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
     """Groups of rows with a common beginning of at least ``SHARED_TOKENS`` tokens: row numbers and that length.
 
-    Sorted, contexts with a common beginning are neighbours. Rows that share none are in no group.
+    Sorted, contexts with a common beginning are neighbours; of all ways to cut that order into groups, the one that
+    saves most tokens is taken. Rows that share none are in no group.
     """
-    groups: list[tuple[list[int], int]] = []
-    for row in sorted(range(len(contexts)), key=lambda row: list(contexts[row])):
-        if groups:
-            rows, length = groups[-1]
-            common = min(_common(contexts[rows[-1]], contexts[row]), length)
-            if common >= SHARED_TOKENS:
-                groups[-1] = ([*rows, row], common)
-                continue
-        groups.append(([row], len(contexts[row])))
-    return [group for group in groups if len(group[0]) > 1]
+    order = sorted(range(len(contexts)), key=lambda row: list(contexts[row]))
+    common = [_common(contexts[a], contexts[b]) for a, b in zip(order, order[1:], strict=False)]
+    saved, cut = (
+        [0] * (len(order) + 1),
+        list(range(-1, len(order))),
+    )  # best for the first i rows; where the last group starts
+    for end in range(1, len(order) + 1):
+        saved[end], cut[end] = saved[end - 1], end - 1
+        length = len(contexts[order[end - 1]])
+        for start in range(end - 2, -1, -1):
+            length = min(length, common[start])
+            if length < SHARED_TOKENS:
+                break
+            if saved[start] + (end - start - 1) * length > saved[end]:
+                saved[end], cut[end] = saved[start] + (end - start - 1) * length, start
+    groups, end = [], len(order)
+    while end > 0:
+        start = cut[end]
+        if end - start > 1:
+            groups.append((order[start:end], min(common[start : end - 1])))
+        end = start
+    return groups
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -34,13 +35,16 @@ def check_output_dir(name: str, *, resume: bool) -> Path:
     """The run folder, refused where a new run would mix with what is there.
 
     Raises:
-        UserError: it is a file, or it is not empty and no run is continued.
+        UserError: it is a file, or it is not empty and no run is continued, or the run in it is finished and kept no
+            checkpoint to continue from.
     """
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {name!r} is a file: choose another name")
     if not resume and folder.exists() and any(folder.iterdir()):
         raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with --resume")
+    if resume and (folder / "final").exists() and not list_checkpoints(folder):
+        raise UserError(f"output_dir {name!r}: this run is finished and kept no checkpoint, so it cannot be continued")
     return folder
 
 
@@ -84,9 +88,15 @@ def train(
         written.write_text(dump_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
-    position = Position(0, 0)
+    position = Position(0, 0, run.fingerprint())
     if checkpoints:
-        position = load_checkpoint(checkpoints[-1], run.loaded.model, run.optimizer, run.teacher)
+        saved = load_checkpoint(checkpoints[-1], run.loaded.model, run.optimizer, run.teacher)
+        if saved.data != position.data:
+            raise UserError(
+                f"{checkpoints[-1]}: the rows are not those of the run so far: data, template, tokenizer or limits have "
+                "changed; put them back, or start another run"
+            )
+        position = saved
     for line in run.describe():
         say(line)
     if resume:
@@ -113,16 +123,17 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
     with metrics_file, reporter, StopRequests() as stop:
         for step in range(position.step, config.max_steps):
             metrics = run.step(step)
-            position = Position(step + 1, position.tokens + int(metrics["tokens"]))
+            position = replace(position, step=step + 1, tokens=position.tokens + int(metrics["tokens"]))
             metrics["tokens"] = position.tokens
             metrics_file.write(metrics)
             reporter.advance(step + 1, _note(metrics))
             if on_step:
                 on_step(step + 1, run.loaded)
-            due = config.save_steps and (step + 1) % config.save_steps == 0
+            last = step + 1 == config.max_steps
+            due = config.save_steps and (last or (step + 1) % config.save_steps == 0)
             if due or stop.received is not None:
                 save()
-            if stop.received is not None and step + 1 < config.max_steps:
+            if stop.received is not None and not last:
                 raise RunStopped(
                     f"{output_dir}: stopped after step {step + 1} of {config.max_steps}, all saved; continue with "
                     "--resume",
@@ -156,6 +167,6 @@ def _save_final(run: Run, output_dir: Path) -> Path:
         temporary.rename(final)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{final}: cannot write the model ({error}); free disk space, then continue with --resume"
+            f"{final}: cannot write the model ({error}); free disk space, then continue with --resume where a checkpoint was kept"
         ) from None
     return final
