@@ -9,6 +9,7 @@ Legend: N completion tokens of all rows without padding.
 
 from __future__ import annotations
 
+import math
 import random
 import resource
 import sys
@@ -22,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from selfdistill.answers import Answers, answer
 from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.contexts import ChatFormat, Encoded, context_spec, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.divergence import CrossEntropy, Divergence, chunked_loss
 from selfdistill.errors import UserError
-from selfdistill.evaluate import Answers, answer
 from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.rollouts import Rollout, Sampling, sample, sample_seed
 from selfdistill.scores import Scorer, Scores
@@ -54,6 +55,8 @@ class Layout:
     """One context layout, measured."""
 
     context: str
+    items: int
+    """Rows that fit this layout and were measured."""
     accuracy: float
     """Share of rows that the teacher answers right, greedy."""
     logp: float
@@ -77,6 +80,9 @@ class CheckResult:
     model: str
     data: str
     items: int
+    """Rows measured."""
+    dropped: int
+    """Rows of the sample that were left out because not even the student's prompt fits (``on_long_prompt: drop``)."""
     student_accuracy: float
     student_logp: float
     student_length: float
@@ -85,10 +91,12 @@ class CheckResult:
     """Best first: by accuracy, then by the likelihood of the demonstration."""
     skipped: dict[str, str]
     """Layouts that could not be measured, with the reason."""
-    seconds_per_step: float
-    """Expected, full fine-tuning at ``batch_size``."""
-    memory_gib: float
-    """Expected peak, full fine-tuning with an EMA teacher."""
+    seconds_per_step: float | None
+    """Expected, full fine-tuning at ``batch_size``; None where the cost was not measured."""
+    memory_gib: float | None
+    """Expected peak, full fine-tuning with an EMA teacher and ``memory_rows`` rows in one part; None as above."""
+    memory_rows: int | None
+    """``batch_size``, or the rows of the best layout where there are fewer; None as above."""
     verdict: str
     exit_code: int
     """0: worth trying; 4: unlikely to help."""
@@ -103,14 +111,23 @@ class CheckResult:
 
 
 def best_context(config: TrainConfig) -> str:
-    """The best layout for a training run with ``context: auto``; says what was found."""
+    """The best layout for a training run with ``context: auto``; says what was found.
+
+    The cost is not measured: full fine-tuning may need far more memory than the run itself.
+    """
     shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
-    result = check(CheckConfig(**{name: getattr(config, name) for name in shared}))
+    result = check(CheckConfig(**{name: getattr(config, name) for name in shared}), cost=False)
+    if result.exit_code == UNLIKELY:
+        say(f"note: self-distillation is unlikely to help; training goes on all the same, with {result.best.context}")
     return result.best.context
 
 
-def check(config: CheckConfig) -> CheckResult:
+def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
     """Measure student and teacher, print a table and a verdict.
+
+    Args:
+        config: settings.
+        cost: also measure what a training step takes, by one forward and backward pass.
 
     Raises:
         UserError: bad settings, data or model, or no layout that fits.
@@ -137,12 +154,13 @@ def check(config: CheckConfig) -> CheckResult:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise UserError(f"no context layout could be measured: {reasons}")
     layouts.sort(key=lambda layout: (-layout.accuracy, -layout.logp))
-    seconds, memory = measure.cost(layouts[0].context)
-    verdict, exit_code = _verdict(measure.student.accuracy, measure.student_logp, layouts[0], len(measure.rows))
+    seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
+    verdict, exit_code = _verdict(*measure.student_on(layouts[0].context), layouts[0])
     result = CheckResult(
         model=config.model,
         data=config.data,
         items=len(measure.rows),
+        dropped=measure.dropped,
         student_accuracy=measure.student.accuracy,
         student_logp=measure.student_logp,
         student_length=sum(measure.student.lengths) / len(measure.rows),
@@ -151,6 +169,7 @@ def check(config: CheckConfig) -> CheckResult:
         skipped=skipped,
         seconds_per_step=seconds,
         memory_gib=memory,
+        memory_rows=memory_rows,
         verdict=verdict,
         exit_code=exit_code,
     )
@@ -167,31 +186,55 @@ class _Measure:
         self.scorer = Scorer(loaded)
         chosen = random.Random(config.seed).sample(demonstrations, min(config.sample, len(demonstrations)))
         self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
-        self.student = self._answer([row.student_ids for row in self.rows])
-        self.student_logp = self._logp([row.student_ids for row in self.rows])
+        self.dropped = len(chosen) - len(self.rows)
+        self.student = self._answer([row.student_ids for row in self.rows], self.rows)
+        self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows)
         began = time.monotonic()
-        self.rollouts = self._rollouts()
-        self.rollout_s = time.monotonic() - began
+        rollouts = self._rollouts()
+        self.rollout_s = (time.monotonic() - began) / len(self.rows)
+        self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
     def _encode(self, rows: Sequence[Demonstration], context: str | None) -> list[Encoded]:
-        config = self.config
+        """The rows that fit: prompt and completion limit, and prompt and demonstration, within the window."""
+        config, window = self.config, self.loaded.window
         encoded, _ = encode(
             rows,
             None if context is None else parse_context(context),
             self.chat,
             max_prompt_length=config.max_prompt_length,
             max_completion_length=config.max_completion_length,
-            window=self.loaded.window,
-            on_long_prompt=config.on_long_prompt if context is None else "error",
+            window=window,
+            on_long_prompt=config.on_long_prompt,
             pool=self.pool,
         )
-        return encoded
+        if window is None:
+            return encoded
+        lengths = [len(row.teacher_ids or row.student_ids) + len(row.completion_ids) for row in encoded]
+        kept = [row for row, length in zip(encoded, lengths, strict=True) if length <= window]
+        if len(kept) < len(encoded) and (config.on_long_prompt == "error" or not kept):
+            row, length = next(pair for pair in zip(encoded, lengths, strict=True) if pair[1] > window)
+            who = "prompt" if context is None else "teacher's prompt"
+            raise UserError(
+                f"{len(encoded) - len(kept)} of {len(encoded)} rows do not fit: {row.demonstration.source}: "
+                f"{who} and demonstration have {length} tokens, the "
+                f"model's window {window}; leave such rows out with --on_long_prompt drop"
+            )
+        return kept
 
-    def _answer(self, prompts: list[list[int]]) -> Answers:
+    def student_on(self, context: str) -> tuple[float, float]:
+        """Accuracy and likelihood of the student on the rows that fit a layout."""
+        fits = {row.demonstration.row for row in self._encode([row.demonstration for row in self.rows], context)}
+        if len(fits) == len(self.rows):
+            return self.student.accuracy, self.student_logp
+        rows = [row for row in self.rows if row.demonstration.row in fits]
+        right = [c for row, c in zip(self.rows, self.student.correct, strict=True) if row.demonstration.row in fits]
+        return sum(right) / len(right), self._logp([row.student_ids for row in rows], rows)
+
+    def _answer(self, prompts: list[list[int]], rows: Sequence[Encoded]) -> Answers:
         return answer(
             self.loaded,
             prompts,
-            [row.demonstration for row in self.rows],
+            [row.demonstration for row in rows],
             self.chat,
             max_completion_length=self.config.max_completion_length,
             batch_size=16,
@@ -204,9 +247,9 @@ class _Measure:
         return sample(self.loaded, [row.student_ids for row in self.rows], sampling, seeds)
 
     @torch.no_grad()
-    def _logp(self, contexts: list[list[int]]) -> float:
+    def _logp(self, contexts: list[list[int]], rows: Sequence[Encoded]) -> float:
         """Mean log-probability of the demonstrations' tokens."""
-        completions = [row.completion_ids for row in self.rows]
+        completions = [row.completion_ids for row in rows]
         total, count = 0.0, 0
         for start in range(0, len(contexts), 8):
             part = completions[start : start + 8]
@@ -224,11 +267,11 @@ class _Measure:
         """
         rows = self._encode([row.demonstration for row in self.rows], context)
         prompts = [row.teacher_ids or [] for row in rows]
-        answers = self._answer(prompts)
+        answers = self._answer(prompts, rows)
         kl_N, place_N = [], []
         for start in range(0, len(rows), 8):
             part = slice(start, start + 8)
-            ids = [rollout.ids for rollout in self.rollouts[part]]
+            ids = [self.rollout_of[row.demonstration.row].ids for row in rows[part]]
             student = self.scorer(self.loaded.model, [row.student_ids for row in rows[part]], ids)
             teacher = self.scorer(self.loaded.model, prompts[part], ids)
             kl_N.append(_loss(Divergence(), student, ids, teacher)[1]["loss"])
@@ -237,8 +280,9 @@ class _Measure:
         by_position = [float(kl[place == p].mean()) for p in range(POSITIONS) if bool((place == p).any())]
         return Layout(
             context=context,
+            items=len(rows),
             accuracy=answers.accuracy,
-            logp=self._logp(prompts),
+            logp=self._logp(prompts, rows),
             kl=float(kl.mean()),
             kl_by_position=by_position,
             length=sum(answers.lengths) / len(rows),
@@ -246,10 +290,10 @@ class _Measure:
             prompt_length=sum(map(len, prompts)) / len(rows),
         )
 
-    def cost(self, context: str) -> tuple[float, float]:
-        """Expected seconds per step and peak memory in GiB, from one real forward and backward pass."""
+    def cost(self, context: str) -> tuple[float, float, int]:
+        """Expected seconds per step, peak memory in GiB and for how many rows, from one forward and backward pass."""
         rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
-        ids = [rollout.ids for rollout in self.rollouts[: len(rows)]]
+        ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
         began = time.monotonic()
         with torch.no_grad():
             teacher = self.scorer(self.loaded.model, [row.teacher_ids or [] for row in rows], ids)
@@ -257,14 +301,14 @@ class _Measure:
         _loss(Divergence(), student, ids, teacher)[0].backward()
         scoring_s = time.monotonic() - began
         self.loaded.model.zero_grad(set_to_none=True)
-        scale = self.config.batch_size / len(rows)
-        seconds = scoring_s * scale + self.rollout_s * self.config.batch_size / len(self.rows)
+        seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
         weights = sum(p.numel() for p in self.loaded.model.parameters()) * 4
         if self.loaded.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return seconds, (peak + 3 * weights) / 2**30  # AdamW's two moments and the teacher's average come on top
+        # AdamW's two moments and the teacher's average come on top.
+        return seconds, (peak + 3 * weights) / 2**30, len(rows)
 
 
 def _loss(
@@ -283,9 +327,30 @@ def _loss(
     )
 
 
-def _verdict(student_accuracy: float, student_logp: float, best: Layout, items: int) -> tuple[str, int]:
-    """In words, and the exit code. Two items more than the student is the least that counts as better."""
-    scores = f"the teacher with {best.context} is right on {best.accuracy:.0%}, the student on {student_accuracy:.0%}"
+def wilson_interval(right: int, items: int, z: float = 1.959964) -> tuple[float, float]:
+    """Confidence interval of a share, 95% by default: Wilson's score interval.
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal of the American
+    Statistical Association 22 (1927) 209-212. Unlike the normal approximation it holds for few items and shares of 0
+    or 1.
+    """
+    share = right / items
+    middle = (share + z * z / (2 * items)) / (1 + z * z / items)
+    half = z / (1 + z * z / items) * math.sqrt(share * (1 - share) / items + z * z / (4 * items * items))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def _verdict(student_accuracy: float, student_logp: float, best: Layout) -> tuple[str, int]:
+    """In words, and the exit code. Two items more than the student is the least that counts as better.
+
+    The student's numbers are those on the rows of ``best``.
+    """
+    items = best.items
+    low, high = wilson_interval(round(best.accuracy * items), items)
+    scores = (
+        f"the teacher with {best.context} is right on {best.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}), the "
+        f"student on {student_accuracy:.0%}"
+    )
     if (best.accuracy - student_accuracy) * items >= 2:
         text = f"Worth trying: {scores} of {items} rows. Expect at most about {best.accuracy:.0%} after training."
         if student_accuracy == 0 and best.kl > 3:
@@ -334,13 +399,36 @@ def _print(result: CheckResult, seconds: float) -> None:
     console.print(table)
     for name, reason in result.skipped.items():
         console.print(f"not measured: {name}: {reason}", markup=False, highlight=False)
+    if result.dropped:
+        rows = f"{result.dropped} of {result.items + result.dropped} rows"
+        console.print(f"left out: {rows}, which do not fit", markup=False, highlight=False)
+    for layout in result.layouts:
+        if missing := result.items - layout.items:
+            text = f"left out: {layout.context}: {missing} of {result.items} rows, which do not fit it"
+            console.print(text, markup=False, highlight=False)
     profile = " ".join(f"{value:.2f}" for value in result.best.kl_by_position)
     lines = [
         "log p(demo) and KL(teacher||student) are in nats per token; KL is along the student's samples.",
         f"KL of {result.best.context} at completion tokens 1, 2, ...: {profile}",
-        f"Expected: {result.seconds_per_step:.1f} s per step, {result.memory_gib:.1f} GiB (full fine-tuning, EMA).",
+        *_cost_line(result),
+        *_order_line(result),
         result.verdict,
         f"Best: --context {result.best.context}   (measured in {seconds:.0f} s)",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
+
+
+def _cost_line(result: CheckResult) -> list[str]:
+    if result.seconds_per_step is None:
+        return []
+    return [
+        f"Expected: {result.seconds_per_step:.1f} s per step; {result.memory_gib:.1f} GiB with {result.memory_rows} "
+        "rows at a time (full fine-tuning, EMA)."
+    ]
+
+
+def _order_line(result: CheckResult) -> list[str]:
+    if len({layout.accuracy for layout in result.layouts}) > 1 or len(result.layouts) == 1:
+        return []
+    return ["The scorer finds every layout equally right, so their order is by log p(demo) only."]

@@ -129,7 +129,7 @@ def _result(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A dict to fill, written as JSON where ``--json`` says, which is looked at before the work begins."""
     file: str | None = given.pop("json", None)
     path = Path(file or "-").absolute()
-    if file not in (None, "-") and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+    if file not in (None, "-") and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
         raise UserError(f"--json {file}: cannot be written; give a file in an existing folder, or -")
     result: dict[str, Any] = {}
     with contextlib.redirect_stdout(sys.stderr) if file == "-" else contextlib.nullcontext():

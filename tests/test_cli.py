@@ -215,6 +215,13 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "context 'template' uses {document}, and train.jsonl:1 has none",
     ),
     (
+        "template.txt",
+        "Answer this: {prompt}",
+        SDFT + " --data train.jsonl --context template:file=template.txt",
+        "context 'template': template.txt contains neither {demonstration} nor {document}, so the teacher would see "
+        "nothing more than the student",
+    ),
+    (
         "train.jsonl",
         ROW,
         SFT + " --split test --data folder-that-is-not",
@@ -289,6 +296,18 @@ CONFIG: list[tuple[str, str]] = [
         f"{SFT} --support sampled",
         "setting 'support': 'sampled' is the policy gradient of reverse_kl, found divergence 'forward_kl': "
         "add --divergence reverse_kl",
+    ),
+    *(
+        (
+            f"{SFT} --support sampled --divergence reverse_kl {options}",
+            "setting 'support': 'sampled' needs samples of the student as it is: use temperature 1, top_p 1 and "
+            "top_k 0",
+        )
+        for options in ("--temperature 0.9", "--top_p 0.9", "--top_k 50")
+    ),
+    (
+        f"train {BASE} --scorer exakt",
+        "setting 'scorer': found 'exakt', want: 'exact', 'contains', 'choice', 'regex' or 'tool_call'",
     ),
     (
         f"{SDFT} --skip_first_tokens 3",
@@ -372,9 +391,15 @@ def other_shape(model: Path) -> None:
 
 def adapter_without_base(model: Path) -> None:
     (model / "config.json").unlink()
+    (model / "model.safetensors").rename(model / "adapter_model.safetensors")
     (model / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": "gone/gone/gone"})
     )
+
+
+def pickled_adapter(model: Path) -> None:
+    adapter_without_base(model)
+    (model / "adapter_model.safetensors").rename(model / "adapter_model.bin")
 
 
 def as_adapter(text: str) -> Callable[[Path], Any]:
@@ -490,6 +515,13 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "",
         "model 'model': this is an adapter, and its base cannot be loaded: model 'gone/gone/gone': no such folder",
     ),
+    (
+        "adapter pickled",
+        pickled_adapter,
+        "",
+        "model 'model': the adapter has no adapter_model.safetensors, and pickled weights (.bin) are never read, for "
+        "they can run code; convert them to safetensors",
+    ),
     ("adapter not JSON", as_adapter("{"), "", "model 'model': cannot be loaded: ..."),
     (
         "adapter without base",
@@ -597,7 +629,7 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         full_at_the_end,
         "",
         "run/final: cannot write the model ([Errno 28] No space left on device: 'model.safetensors'); free "
-        "disk space, then continue with --resume",
+        "disk space, then continue with --resume, which needs a checkpoint (--save_steps)",
     ),
     (
         no_memory,
@@ -691,7 +723,7 @@ def test_train_measures_the_context_where_it_is_auto(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("selfdistill.check.best_context", lambda config: "example:reasoning=false")
-    trained(TRAIN)
+    trained(f"{TRAIN} --save_steps 1")
     assert saved("run")["context"] == "example:reasoning=false"
     trained("train --resume --output_dir run --context auto")  # decided when the run began
 
@@ -797,6 +829,18 @@ def test_resume_with_damaged_settings(here: Path, capsys: pytest.CaptureFixture[
     fails(capsys, "train --resume --output_dir run", message)
 
 
+@pytest.mark.parametrize("command", ["train --output_dir run", SFT])
+def test_resume_in_a_folder_that_is_no_run(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    Path("run").mkdir()
+    Path("run/notes.txt").write_text("mine")
+    message = (
+        "output_dir 'run' is not empty and has no config.yaml, so it is not a run to continue with --resume: choose "
+        "another"
+    )
+    fails(capsys, f"{command} --resume", message)
+    assert [path.name for path in Path("run").iterdir()] == ["notes.txt"]
+
+
 def test_resume_with_a_damaged_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained(f"{SFT} --save_steps 1")
     shutil.rmtree("run/final")
@@ -815,6 +859,20 @@ def test_eval_writes_json(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert result["items"] == 4
     assert result["kl_base"] == pytest.approx(0, abs=1e-5)
     assert json.loads(Path("result.json").read_text()).items() <= result.items()
+
+
+def test_json_over_a_file_that_is_read_only(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("result.json").write_text("{}")
+    # Root, who runs some tests, may write everything; so ask the mode.
+    monkeypatch.setattr("selfdistill.cli.os.access", lambda path, how: bool(os.stat(path).st_mode & 0o200))
+    Path("result.json").chmod(0o444)
+    message = "--json result.json: cannot be written; give a file in an existing folder, or -"
+    fails(capsys, f"eval {BASE} --json result.json", message)
+    Path("result.json").chmod(0o644)
+    trained(f"eval {BASE} --json result.json")
+    assert json.loads(Path("result.json").read_text())["items"] == 4
 
 
 def test_check_writes_json_and_advises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

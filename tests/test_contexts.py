@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from selfdistill import contexts as module
 from selfdistill.contexts import (
     ChatFormat,
     Context,
@@ -105,6 +106,13 @@ def test_template_errors_name_the_file_and_the_row(tmp_path: Path) -> None:
     want = f"context 'template': {file} does not contain {{prompt}}, so the question is missing"
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
         Template(str(file))
+    file.write_text("{prompt} {answer}", encoding="utf-8")
+    want = (
+        f"context 'template': {file} contains neither {{demonstration}} nor {{document}}, so the teacher would see "
+        "nothing more than the student"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
+        Template(str(file))
     file.write_text("{document} {prompt}", encoding="utf-8")
     with pytest.raises(UserError, match=r"^context 'template' uses \{document\}, and d\.jsonl:1 has none$"):
         Template(str(file)).messages(row(), [])
@@ -150,6 +158,32 @@ def test_few_shot_nearest_takes_the_most_words_in_common_nearest_last() -> None:
     assert [m["content"] for m in messages if m["role"] == "user"] == ["a x y z", "a b y z", "A b, c e!", "a b c d"]
 
 
+def test_few_shot_knows_rows_by_their_number_wherever_they_stand() -> None:
+    moved = [Demonstration(d.row, f"elsewhere[{d.row}]", d.prompt, d.completion) for d in POOL]
+    for here, there in zip(POOL, moved, strict=True):
+        assert FewShot(k=3).messages(here, POOL) == FewShot(k=3).messages(there, moved)
+        assert f"reply {here.row}" not in str(FewShot(k=7).messages(here, moved))
+
+
+@pytest.mark.parametrize("pick", ["seed", "nearest"])
+def test_few_shot_shows_whole_chats_without_their_system_turns(pick: Any) -> None:
+    other = row(1, reply="Then.", prompt=({"role": "system", "content": "Rhyme."}, *LONG_CHAT.prompt[1:]))
+    assert FewShot(k=1, pick=pick).messages(WITH_SYSTEM, [WITH_SYSTEM, other]) == [
+        SYSTEM,
+        *LONG_CHAT.prompt[1:],
+        assistant("Then."),
+        user("Why?"),
+    ]
+
+
+def test_few_shot_nearest_finds_the_words_of_a_text_once() -> None:
+    pool = [row(i, f"words of question {i}") for i in range(20)]
+    module._words.cache_clear()
+    for demonstration in pool:
+        FewShot(k=2, pick="nearest").messages(demonstration, pool)
+    assert module._words.cache_info().misses == len(pool)
+
+
 def test_few_shot_needs_enough_other_rows() -> None:
     want = "context 'few_shot' needs 3 other demonstrations, found 2: lower k or add rows"
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
@@ -181,7 +215,7 @@ def test_a_spec_reads_back_to_an_equal_context(context: Context) -> None:
 
 def test_a_template_spec_reads_back_whatever_its_file_is_called(tmp_path: Path) -> None:
     file = tmp_path / "True=False: x.txt"
-    file.write_text("{prompt}", encoding="utf-8")
+    file.write_text("{prompt} {demonstration}", encoding="utf-8")
     assert parse_context(context_spec(Template(str(file)))) == Template(str(file))
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +58,28 @@ def test_the_demo_runs_prints_and_keeps_its_folder(
     # A second run goes beside the first.
     assert module._free_folder(None) == Path("runs/demo-2")
     assert main(["demo", "--output_dir", "runs/demo"]) == 2
-    assert capsys.readouterr().err.endswith(
-        "output_dir 'runs/demo' exists and is not empty: choose another, or continue it with --resume\n"
-    )
+    assert capsys.readouterr().err.endswith("output_dir 'runs/demo' exists and is not empty: choose another\n")
+
+
+def test_a_stopped_demo_does_not_promise_to_go_on(
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "SHARED", module.SHARED | {"model": str(model_folder()), "batch_size": 2})
+    monkeypatch.setattr(module, "CONTEXT", "turns:repeats=1")
+    monkeypatch.setattr(module, "SDFT", module.SDFT | {"max_steps": 2, "context": "turns:repeats=1"})
+    monkeypatch.setattr(module, "SDFT_EVALUATIONS", (1,))
+    measure = module.Panel.measure
+
+    def interrupted(panel: module.Panel, name: str, loaded: Any, step: int = 0, seconds: float = 0.0) -> Point:
+        if name == "sdft":
+            os.kill(os.getpid(), signal.SIGINT)
+            return point(step, 0.0)
+        return measure(panel, name, loaded, step, seconds)
+
+    monkeypatch.setattr(module.Panel, "measure", interrupted)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err.endswith("runs/demo: stopped; the demo begins anew each time\n")

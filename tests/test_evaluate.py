@@ -1,99 +1,34 @@
-"""Evaluation: log-likelihoods, distances and scores against straightforward recomputation."""
+"""Evaluation: distances and scores against straightforward recomputation."""
 
 from __future__ import annotations
 
 import json
-import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfdistill import evaluate as module
+from selfdistill import answers as answers_module
+from selfdistill.answers import answer
 from selfdistill.config import EvalConfig
 from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.evaluate import (
-    Distance,
-    answer,
-    evaluate,
-    general_prompts,
-    load_prior,
-    packaged,
-    prior_abilities,
-)
+from selfdistill.evaluate import Distance, evaluate, general_prompts, packaged
 from selfdistill.models import LoadedModel
 from selfdistill.scores import Scorer
-
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 CHOICES = [
     {"query": "Question: What floats?", "choices": ["wood", "a stone of lead"], "gold": 0},
     {"query": "He opened the door, because", "choices": ["it rang.", "he was asleep in bed."], "gold": 1},
-    {"query": "Kill flies.\n", "choices": ["Swat them.", "Sing to them softly."], "gold": 0},
 ]
-WINOGRANDE = [{"query": None, "contexts": ["Ann has the", "Bob owns the"], "continuation": "red car", "gold": 1}]
-LAMBADA = [{"context": "once upon a", "continuation": "time"}]
 
 
 def chat_of(loaded: LoadedModel) -> ChatFormat:
     return ChatFormat(loaded.tokenizer, loaded.end_token_ids, {})
-
-
-def reference_loglikelihood(loaded: LoadedModel, context: str, continuation: str) -> tuple[float, bool]:
-    """One row, one forward pass, float64, a loop over positions."""
-    context_ids = loaded.tokenizer(context)["input_ids"]
-    ids = loaded.tokenizer(context + continuation)["input_ids"]
-    logits = loaded.model(input_ids=torch.tensor([ids])).logits[0].double()
-    total, greedy = 0.0, True
-    for position in range(len(context_ids), len(ids)):
-        row = logits[position - 1]
-        total += float(row[ids[position]] - torch.logsumexp(row, 0))
-        greedy &= int(row.argmax()) == ids[position]
-    return total, greedy
-
-
-@torch.no_grad()
-def test_prior_accuracies_equal_row_by_row_loglikelihoods(load: Callable[..., LoadedModel]) -> None:
-    for seed in range(4):
-        loaded = load(seed=seed)
-        priors: dict[str, Any] = {"choices": CHOICES, "winogrande": WINOGRANDE, "lambada": LAMBADA}
-        results = {r.name: r for r in prior_abilities(loaded, Scorer(loaded), chat_of(loaded), priors, batch_size=4)}
-        texts = [
-            ("Question: What floats?\nAnswer:", [" wood", " a stone of lead"], 0),
-            ("He opened the door, because", [" it rang.", " he was asleep in bed."], 1),
-            ("Kill flies.", [" Swat them.", " Sing to them softly."], 0),
-        ]
-        right = right_norm = 0
-        for context, continuations, gold in texts:
-            values = [reference_loglikelihood(loaded, context, c)[0] for c in continuations]
-            right += max(range(2), key=lambda i: values[i]) == gold
-            right_norm += max(range(2), key=lambda i: values[i] / (len(continuations[i]) - 1)) == gold
-        assert results["choices"].accuracy == pytest.approx(right / 3)
-        assert results["choices"].accuracy_norm == pytest.approx(right_norm / 3)
-        pair = [reference_loglikelihood(loaded, c, " red car")[0] for c in ("Ann has the", "Bob owns the")]
-        assert results["winogrande"].accuracy == float(pair[1] > pair[0])
-        assert results["lambada"].accuracy == float(reference_loglikelihood(loaded, "once upon a", " time")[1])
-        assert results["lambada"].accuracy_norm is None
-
-
-@torch.no_grad()
-def test_greedy_continuation_of_the_model_itself_counts_as_right(load: Callable[..., LoadedModel]) -> None:
-    found = 0
-    for seed in range(4):
-        loaded = load(seed=seed)
-        for context in "abcdefghijklmnopqrstuvwxyz":
-            ids = loaded.tokenizer(context)["input_ids"]
-            text = loaded.tokenizer.decode([int(loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())])
-            if not (text.isascii() and text.isalnum()):
-                continue
-            found += 1
-            _, greedy = module._loglikelihoods(loaded, Scorer(loaded), [(context, text), (context, text + "~")], 4, "x")
-            assert greedy == [True, reference_loglikelihood(loaded, context, text + "~")[1]]
-    assert found >= 3
 
 
 @torch.no_grad()
@@ -163,44 +98,43 @@ def test_evaluate_counts_right_replies(
     assert "0.750" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 1: invalid JSON"),
-        ('{"query": "x", "choices": ["a"], "gold": 3}', "line 1: not a prior row; want query + choices + gold"),
-        ('{"contexts": ["a", "b"], "gold": 0}', "line 1: not a prior row"),
-        ('{"context": "a"}', "line 1: not a prior row"),
-        ("[1]", "line 1: not a prior row"),
-        ("", "no rows"),
-    ],
-)
-def test_bad_prior_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text(line + "\n", encoding="utf-8")
+def test_unusable_answers_are_named_together_before_anything_is_sampled(
+    load: Callable[..., LoadedModel], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load()
+    chat = chat_of(loaded)
+    data = [{"prompt": "q", "answer": "a(" if i else "a", "scorer": "regex"} for i in range(13)]
+    rows = load_demonstrations(str(write_rows(data)), completion_required=False)
+    monkeypatch.setattr(answers_module, "sample", lambda *_: pytest.fail("sampled"))
+    prompts = [chat.encode_prompt(row.prompt) for row in rows]
     with pytest.raises(UserError) as error:
-        load_prior(str(path))
-    assert message in str(error.value)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
+        answer(loaded, prompts, rows, chat, max_completion_length=5, batch_size=3)
+    message = str(error.value)
+    assert message.startswith(f"12 rows cannot be scored: {rows[1].source}: scorer 'regex' cannot use answer \"a(\": ")
+    assert rows[10].source + ":" in message
+    assert rows[11].source + ":" not in message
+    assert message.endswith("; ... and 2 more")
+    assert "\n" not in message
+    with pytest.raises(UserError) as error:
+        answer(loaded, prompts[:2], rows[:2], chat, max_completion_length=5, batch_size=3)
+    assert str(error.value).startswith(f"{rows[1].source}: scorer 'regex'")
 
 
-def test_missing_prior_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="or a folder without any"):
-        load_prior(str(tmp_path / "none"))
-
-
-def test_real_prior_files_load() -> None:
-    folder = SHARED_DATA / "prior"
-    if not folder.is_dir():
-        pytest.skip(f"REAL DATA NOT CHECKED: {folder} is missing")
-    priors = load_prior(str(folder))
-    assert {name: len(rows) for name, rows in priors.items()} == {
-        "arc_easy": 200,
-        "copa": 100,
-        "lambada": 200,
-        "piqa": 200,
-        "winogrande": 200,
-    }
+def test_base_is_compared_by_the_width_of_its_logits(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    data, folder = str(write_rows(count=2)), str(model_folder())
+    # More tokenizer entries, the same logits.
+    merged = str(model_folder(merges=(("a", "b"),)))
+    result = evaluate(EvalConfig(model=folder, data=data, base=merged, max_completion_length=5))
+    assert result["kl_base"] == pytest.approx(0, abs=1e-2)
+    config = LlamaConfig.from_pretrained(folder)
+    config.vocab_size = 320
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    for file in Path(folder).glob("*token*"):
+        shutil.copy(file, tmp_path / "wide")
+    with pytest.raises(UserError, match=r"has a vocabulary of 320 tokens, model .* of 300"):
+        evaluate(EvalConfig(model=folder, data=data, base=str(tmp_path / "wide"), max_completion_length=5))
 
 
 @pytest.mark.parametrize(("facts", "least"), [("knowledge", 20), ("study", 60)])
@@ -222,5 +156,4 @@ def test_shipped_general_prompts_and_priors() -> None:
     validation = load_demonstrations(packaged("prior.validation.jsonl"), completion_required=False)
     test = load_demonstrations(packaged("prior.test.jsonl"), completion_required=False)
     assert not {r.prompt[0]["content"] for r in validation} & {r.prompt[0]["content"] for r in test}
-    assert (len(validation), len(test)) == (40, 80)
-    assert math.isclose(len({r.prompt[0]["content"] for r in test}), 80)
+    assert (len(validation), len(test)) == (40, 90)

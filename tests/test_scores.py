@@ -238,6 +238,13 @@ def test_rows_are_grouped_by_long_common_beginnings_only() -> None:
     assert shared_beginnings([contexts[0], contexts[0]]) == [([0, 1], 98)]
 
 
+def test_documents_are_not_chained_by_a_shorter_beginning_that_all_share() -> None:
+    system, *documents = texts(70, 100, 100, seed=5)
+    contexts = [system + document + [i] * 5 for document in documents for i in range(3)]
+    groups = sorted((sorted(rows), length) for rows, length in shared_beginnings(contexts))
+    assert groups == [([0, 1, 2], 170), ([3, 4, 5], 170)]
+
+
 @pytest.mark.parametrize("which", ["mixed", "all shared", "one group in order", "none shared"])
 def test_a_shared_beginning_computed_once_gives_the_same_scores(load: Loader, which: str) -> None:
     loaded = load()

@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill import checkpoint as checkpoint_module
+from selfdistill.answers import answer
 from selfdistill.checkpoint import list_checkpoints, save_checkpoint
 from selfdistill.config import TrainConfig, load_yaml
 from selfdistill.contexts import ChatFormat
 from selfdistill.errors import UserError
-from selfdistill.evaluate import answer
 from selfdistill.guards import RunFailed, RunStopped
 from selfdistill.methods.slots import Completion
 from selfdistill.models import load_model
@@ -473,7 +473,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(
     run = Run(settings(teacher="ema"))
     run.step(0)
     out = Path(run.config.output_dir)
-    path = save_checkpoint(out, checkpoint_module.Position(1, 10), run.loaded.model, run.optimizer, run.teacher, 2)
+    path = save_checkpoint(out, checkpoint_module.Position(1, 10, ""), run.loaded.model, run.optimizer, run.teacher, 2)
     file = path / name
     content = file.read_bytes()
     if damage == "missing":
@@ -544,7 +544,7 @@ def test_a_final_model_that_cannot_be_written_is_one_line_and_can_be_continued(
     def on_step(_step: int, loaded: Any) -> None:
         monkeypatch.setattr(loaded.model, "save_pretrained", refuse)
 
-    with pytest.raises(UserError, match=r"final: cannot write the model \(\[Errno 28\].*continue with --resume$"):
+    with pytest.raises(UserError, match=r"final: cannot write the model \(\[Errno 28\].*which needs a checkp"):
         train(config, on_step=on_step)
     assert not (Path(config.output_dir) / "final").exists()
     assert (train(config, resume=True) / "model.safetensors").exists()
@@ -782,3 +782,43 @@ def test_a_run_does_not_go_on_with_other_settings(settings: Callable[..., TrainC
         train(settings(max_steps=2, save_steps=1, lr_scheduler_type="constant", learning_rate=2e-3), resume=True)
     train(settings(max_steps=3, save_steps=1, lr_scheduler_type="constant"), resume=True)
     assert [line["step"] for line in metrics_of(settings())] == [1, 2, 3]
+
+
+def test_a_run_does_not_go_on_with_other_rows(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path]
+) -> None:
+    data = write_rows(count=6, name="changing.jsonl")
+    config = settings(data=str(data), save_steps=3)
+    train(config)
+    write_rows(count=7, name="changing.jsonl")
+    with pytest.raises(UserError, match=r"checkpoint-00000006: the rows are not those of the run so far"):
+        train(config, resume=True)
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_begun_again(settings: Callable[..., TrainConfig]) -> None:
+    config = settings(save_steps=0)
+    train(config)
+    before = final_weights(config)
+    with pytest.raises(UserError, match="this run is finished and kept no checkpoint, so it cannot be continued"):
+        train(config, resume=True)
+    assert same(before, final_weights(config))
+
+
+def test_the_last_step_is_a_checkpoint_from_which_a_run_can_be_made_longer(
+    settings: Callable[..., TrainConfig],
+) -> None:
+    train(settings("short", save_steps=4, max_steps=3, lr_scheduler_type="constant"))
+    longer = settings("short", save_steps=4, max_steps=6, lr_scheduler_type="constant")
+    train(longer, resume=True)
+    whole = settings("whole", max_steps=6, lr_scheduler_type="constant")
+    train(whole)
+    assert same(final_weights(longer), final_weights(whole))
+
+
+def test_the_importance_weight_does_not_scale_the_statistics(settings: Callable[..., TrainConfig]) -> None:
+    plain, capped = Run(settings()), Run(settings(importance_cap=0.5))  # on-policy every ratio is cut to 0.5
+    first, second = plain.step(0), capped.step(0)
+    assert second["importance"] == pytest.approx(0.5)
+    assert second["loss"] == pytest.approx(0.5 * first["loss"], rel=1e-5)
+    for key in ("entropy", "kl/forward", "kl/reverse"):
+        assert second[key] == pytest.approx(first[key], rel=1e-5)

@@ -1,0 +1,255 @@
+"""Prior abilities: rows in, accuracies against straightforward recomputation, or one exact message out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfdistill import priors as module
+from selfdistill.contexts import ChatFormat
+from selfdistill.demonstrations import load_demonstrations
+from selfdistill.errors import UserError
+from selfdistill.models import LoadedModel
+from selfdistill.priors import Choices, PriorResult, encode_priors, load_prior, prior_abilities
+from selfdistill.scores import Scorer
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+CHOICES = [
+    {"query": "Question: What floats?", "choices": ["wood", "a stone of lead"], "gold": 0},
+    {"query": "He opened the door, because", "choices": ["it rang.", "he was asleep in bed."], "gold": 1},
+    {"query": "Kill flies.\n", "choices": ["Swat them.", "Sing to them softly."], "gold": 0},
+]
+WINOGRANDE = [{"query": None, "contexts": ["Ann has the", "Bob owns the"], "continuation": "red car", "gold": 1}]
+LAMBADA = [{"context": "once upon a", "continuation": "time"}]
+
+
+def chat_of(loaded: LoadedModel) -> ChatFormat:
+    return ChatFormat(loaded.tokenizer, loaded.end_token_ids, {})
+
+
+def abilities(loaded: LoadedModel, path: str) -> list[PriorResult]:
+    chat = chat_of(loaded)
+    return prior_abilities(loaded, Scorer(loaded), chat, encode_priors(loaded, chat, load_prior(path)), batch_size=4)
+
+
+def reference_loglikelihood(loaded: LoadedModel, context: str, continuation: str) -> tuple[float, bool]:
+    """One row, one forward pass, float64, a loop over positions."""
+    context_ids = loaded.tokenizer(context)["input_ids"]
+    ids = loaded.tokenizer(context + continuation)["input_ids"]
+    logits = loaded.model(input_ids=torch.tensor([ids])).logits[0].double()
+    total, greedy = 0.0, True
+    for position in range(len(context_ids), len(ids)):
+        row = logits[position - 1]
+        total += float(row[ids[position]] - torch.logsumexp(row, 0))
+        greedy &= int(row.argmax()) == ids[position]
+    return total, greedy
+
+
+@torch.no_grad()
+def test_prior_accuracies_equal_row_by_row_loglikelihoods(
+    load: Callable[..., LoadedModel], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name, rows in {"choices": CHOICES, "winogrande": WINOGRANDE, "lambada": LAMBADA}.items():
+        write_rows(rows, name=f"{name}.jsonl")
+    for seed in range(4):
+        loaded = load(seed=seed)
+        results = {r.name: r for r in abilities(loaded, str(tmp_path))}
+        texts = [
+            ("Question: What floats?\nAnswer:", [" wood", " a stone of lead"], 0),
+            ("He opened the door, because", [" it rang.", " he was asleep in bed."], 1),
+            ("Kill flies.", [" Swat them.", " Sing to them softly."], 0),
+        ]
+        right = right_norm = 0
+        for context, continuations, gold in texts:
+            values = [reference_loglikelihood(loaded, context, c)[0] for c in continuations]
+            right += max(range(2), key=lambda i: values[i]) == gold
+            right_norm += max(range(2), key=lambda i: values[i] / (len(continuations[i]) - 1)) == gold
+        assert results["choices"].accuracy == pytest.approx(right / 3)
+        assert results["choices"].accuracy_norm == pytest.approx(right_norm / 3)
+        pair = [reference_loglikelihood(loaded, c, " red car")[0] for c in ("Ann has the", "Bob owns the")]
+        assert results["winogrande"].accuracy == float(pair[1] > pair[0])
+        assert results["lambada"].accuracy == float(reference_loglikelihood(loaded, "once upon a", " time")[1])
+        assert results["lambada"].accuracy_norm is None
+
+
+@torch.no_grad()
+def test_greedy_continuation_of_the_model_itself_counts_as_right(load: Callable[..., LoadedModel]) -> None:
+    found = 0
+    for seed in range(4):
+        loaded = load(seed=seed)
+        for context in "abcdefghijklmnopqrstuvwxyz":
+            ids = loaded.tokenizer(context)["input_ids"]
+            text = loaded.tokenizer.decode([int(loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())])
+            if not (text.isascii() and text.isalnum()):
+                continue
+            found += 1
+            pairs = [module._pair_ids(loaded, context, text), module._pair_ids(loaded, context, text + "~")]
+            _, greedy = module._loglikelihoods(loaded, Scorer(loaded), *map(list, zip(*pairs, strict=True)), 4, "x")
+            assert greedy == [True, reference_loglikelihood(loaded, context, text + "~")[1]]
+    assert found >= 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1, invalid JSON at character 2: "),
+        (
+            '{"query": "x", "choices": ["a", "b"], "gold": 3}',
+            "line 1, column 'gold': found the number 3, want a whole number",
+        ),
+        (
+            '{"query": "x", "choices": ["a", "b"], "gold": -1}',
+            "column 'gold': found the number -1, want a",
+        ),
+        (
+            '{"query": "x", "choices": ["a", "b"], "gold": true}',
+            "column 'gold': found true, want a whole",
+        ),
+        ('{"query": "x", "choices": ["a", "b"], "gold": "1"}', "column 'gold': found '1', want"),
+        ('{"query": "x", "choices": ["a", "b"]}', "column 'gold': missing, want a whole number from 0 to 1"),
+        (
+            '{"query": "x", "choices": ["a"], "gold": 0}',
+            "column 'choices': found a list of 1, want a list of two",
+        ),
+        ('{"query": "x", "choices": "ab", "gold": 0}', "column 'choices': found 'ab', want a list"),
+        ('{"query": "x", "gold": 0}', "column 'choices': missing, want a list"),
+        ('{"query": "x", "choices": ["a", " "], "gold": 0}', "column 'choices[1]': found white space only, want text"),
+        ('{"query": "x", "choices": [1, "a"], "gold": 0}', "column 'choices[0]': found the number 1, want text"),
+        ('{"query": " ", "choices": ["a", "b"], "gold": 0}', "column 'query': found white space only, want text"),
+        (
+            '{"query": "x", "query": "y", "choices": ["a", "b"], "gold": 0}',
+            "line 1, key 'query' stands twice",
+        ),
+        ('{"contexts": ["a", "b"], "gold": 0}', "line 1, column 'continuation': missing, want text"),
+        (
+            '{"contexts": ["a", ""], "continuation": "c", "gold": 0}',
+            "column 'contexts[1]': found empty text",
+        ),
+        (
+            '{"contexts": ["a", "b"], "continuation": " ", "gold": 0}',
+            "column 'continuation': found white space",
+        ),
+        ('{"context": "a"}', "line 1, column 'continuation': missing, want text"),
+        ('{"context": " ", "continuation": "a"}', "column 'context': found white space only, want text"),
+        ('{"context": ["a"], "continuation": "a"}', "column 'context': found a list of 1, want text"),
+        ('{"context": "a", "continuation": null}', "column 'continuation': found null, want text"),
+        ('{"text": "a"}', "line 1, not a prior row, want query + choices + gold"),
+        ("[1]", "line 1, found a list of 1, want an object"),
+        (
+            '[1]\n{"prompt": "a"}',
+            "line 1, found a list of 1, want an object; line 2, column 'completion'",
+        ),
+        ("", "no rows"),
+    ],
+)
+def test_bad_prior_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_prior(str(path))
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_prior_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="or a folder without any"):
+        load_prior(str(tmp_path / "none"))
+
+
+def test_real_prior_files_load() -> None:
+    folder = SHARED_DATA / "prior"
+    if not folder.is_dir():
+        pytest.skip(f"REAL DATA NOT CHECKED: {folder} is missing")
+    priors = load_prior(str(folder))
+    assert {name: len(rows) for name, rows in priors.items()} == {
+        "arc_easy": 200,
+        "copa": 100,
+        "lambada": 200,
+        "piqa": 200,
+        "winogrande": 200,
+    }
+
+
+def test_all_bad_rows_are_reported_together(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    good = json.dumps(CHOICES[0])
+    path.write_text("\n".join([good, "", *['{"context": "a"}'] * 12, "{"]) + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_prior(str(path))
+    message = str(error.value)
+    assert message.startswith(f"{path}: 13 bad rows: line 3, has 'context' where line 1 has 'query', want one form")
+    assert message.endswith("; ... and 3 more")
+    assert "line 12," in message
+    assert "line 13," not in message
+
+
+def test_lines_are_read_as_those_of_demonstrations(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    row = {"context": "a\u2028b", "continuation": "c"}
+    path.write_text("\ufeff\n" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_prior(str(path)) == {"p": [Choices(f"{path}:2", (("a\u2028b", " c"),), None)]}
+    path.write_bytes(json.dumps({"context": "\u00e9", "continuation": "c"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8: line 1, byte 14 of the line is 0xe9; save it as UTF-8"):
+        load_prior(str(path))
+
+
+def test_files_of_messages_are_questions_and_mixed_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    question = {"messages": [{"role": "user", "content": "q"}], "answer": "a"}
+    path.write_text(json.dumps(question) + "\n", encoding="utf-8")
+    assert load_prior(str(path)) == {"p": load_demonstrations(str(path), completion_required=False)}
+    for rows in ([question, CHOICES[0]], [CHOICES[0], question], [CHOICES[0], {"prompt": "q", "answer": "a"}]):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with pytest.raises(UserError, match="1 bad row: line 2, "):
+            load_prior(str(path))
+
+
+def test_every_row_of_every_file_must_fit_the_window_before_anything_is_computed(
+    load: Callable[..., LoadedModel], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    loaded = load()
+    assert loaded.window == 512
+    write_rows(CHOICES, name="a.jsonl")
+    fits = {"context": "x" * 510, "continuation": "y"}
+    b = write_rows([fits, fits | {"context": "x" * 511}], name="b.jsonl")
+    c = write_rows([{"prompt": "q" * 500, "answer": "a"}], name="c.jsonl")
+    with pytest.raises(UserError) as error:
+        encode_priors(loaded, chat_of(loaded), load_prior(str(tmp_path)))
+    message = str(error.value)
+    assert message.startswith("prior: 2 rows are longer than the window of 512 tokens of model ")
+    assert f": {b}:2: 513 tokens; {c}:1: " in message
+    assert message.endswith("; shorten or remove them")
+    b.write_text(json.dumps(fits) + "\n", encoding="utf-8")
+    c.unlink()
+    assert [r.items for r in abilities(loaded, str(tmp_path))] == [3, 1]
+
+
+def test_answers_of_prior_questions_are_checked_first(
+    load: Callable[..., LoadedModel], write_rows: Callable[..., Path]
+) -> None:
+    loaded = load()
+    path = write_rows([{"prompt": "q", "answer": "?!"}, {"prompt": "q", "answer": "a"}])
+    with pytest.raises(UserError, match=":1: scorer 'contains' cannot use answer"):
+        encode_priors(loaded, chat_of(loaded), load_prior(str(path)))
+
+
+@torch.no_grad()
+def test_empty_context_is_bos_else_eos(load: Callable[..., LoadedModel], write_rows: Callable[..., Path]) -> None:
+    loaded = load()
+    priors = load_prior(str(write_rows([{"context": "", "continuation": "ab"}])))
+    text = loaded.tokenizer(" ab")["input_ids"]
+    (encoded,) = encode_priors(loaded, chat_of(loaded), priors)
+    assert (encoded.contexts, encoded.continuations) == ([[257]], [text])
+    values, greedy = module._loglikelihoods(loaded, Scorer(loaded), encoded.contexts, encoded.continuations, 4, "x")
+    logps = loaded.model(input_ids=torch.tensor([[257, *text]])).logits[0].double().log_softmax(-1)
+    assert values == pytest.approx([sum(float(logps[i, token]) for i, token in enumerate(text))], rel=1e-5)
+    assert greedy == [[int(row.argmax()) for row in logps[:-1]] == text]
+    loaded.tokenizer.bos_token = "<|im_start|>"
+    (encoded,) = encode_priors(loaded, chat_of(loaded), priors)
+    assert encoded.contexts == [[256]]
