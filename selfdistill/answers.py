@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfdistill.contexts import ChatFormat
-from selfdistill.demonstrations import Demonstration, first_ten
+from selfdistill.demonstrations import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel
 from selfdistill.rollouts import Sampling, sample
+from selfdistill.rows import first_ten
 from selfdistill.scorers import default_scorer, score
 from selfdistill.tracking import Reporter
 

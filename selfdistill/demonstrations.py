@@ -7,16 +7,11 @@ dropped, cut or repaired. Columns that are not listed in :data:`COLUMNS` are ign
 from __future__ import annotations
 
 import difflib
-import json
-import os
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from selfdistill.errors import UserError
+from selfdistill.rows import LONE_SURROGATE, RawRow, bad_rows, describe_value, one_of, quoted, read_rows, repeated_key
 
 Message = dict[str, str]
 """One chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -55,12 +50,7 @@ SCORER_NAMES = ("exact", "contains", "choice", "regex", "tool_call")
 COLUMNS = ("prompt", "completion", "messages", "document", "privileged_context", "answer", "scorer")
 """Columns that are read."""
 
-_FILE_TYPES = (".jsonl", ".json", ".parquet")
-# In a folder these hold rows that would go missing without a word; as a path they are a file, not a hub name.
-_OTHER_FILE_TYPES = (".csv", ".tsv", ".arrow", ".gz", ".zip", ".zst")
 _ROLES = ("system", "user", "assistant")
-_SHOWN = 10
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 and so no tokenizer can
 
 # Other projects' names for a column, suggested when the column is missing; misspellings are found by difflib.
 _OTHER_NAMES = {
@@ -92,7 +82,7 @@ def load_demonstrations(path: str, *, completion_required: bool = True, split: s
     bad: list[str] = []
     first_form = first_place = None
     try:
-        rows = _read(path, split)
+        rows = read_rows(path, split)
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
     if not rows:
@@ -111,152 +101,6 @@ def load_demonstrations(path: str, *, completion_required: bool = True, split: s
     if bad:
         raise bad_rows(path, bad)
     return demonstrations
-
-
-def bad_rows(path: str, bad: Sequence[str]) -> UserError:
-    """The error for the bad rows of ``path``, each given as its place and what is wrong with it."""
-    return UserError(f"{path}: {'1 bad row' if len(bad) == 1 else f'{len(bad)} bad rows'}: {first_ten(bad)}")
-
-
-def first_ten(found: Sequence[str]) -> str:
-    """The first ten in one line, and the number of the others."""
-    more = f"; ... and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return "; ".join(found[:_SHOWN]) + more
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """One row before it is checked: its place within the path (``line 3``), and why it has no value.
-
-    An object with a key that stands twice is found by :func:`repeated_key` only.
-    """
-
-    place: str
-    source: str
-    value: Any = None
-    problem: str | None = None
-
-
-class _RepeatedKey(str):
-    """A key that stands twice in a JSON object; takes the object's place so that its row can be named."""
-
-
-# --- reading ---
-
-
-def _read(path: str, split: str) -> list[RawRow]:
-    kind = os.path.splitext(path)[1].lower()
-    if os.path.isdir(path):
-        is_saved_set = any(os.path.exists(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
-        return _read_set(path, split, saved=True) if is_saved_set else _read_folder(path)
-    if os.path.exists(path):
-        return _read_file(path)
-    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and kind not in _FILE_TYPES + _OTHER_FILE_TYPES:
-        return _read_set(path, split, saved=False)
-    raise UserError(f"{path}: no such file or folder (looked from {os.getcwd()}); check the path")
-
-
-def _read_folder(path: str) -> list[RawRow]:
-    kinds = {name: os.path.splitext(name)[1].lower() for name in sorted(os.listdir(path)) if name[0] != "."}
-    if other := next((name for name, kind in kinds.items() if kind in _OTHER_FILE_TYPES), None):
-        raise UserError(f"{path}: cannot read {other}, want {_one_of(_FILE_TYPES)}; convert it or move it elsewhere")
-    files = [name for name, kind in kinds.items() if kind in _FILE_TYPES]
-    if not files:
-        raise UserError(f"{path}: no {_one_of(_FILE_TYPES)} file in this folder (subfolders are not read)")
-    return [replace(raw, place=f"{name} {raw.place}") for name in files for raw in _read_file(os.path.join(path, name))]
-
-
-def _read_file(path: str) -> list[RawRow]:
-    readers = dict(zip(_FILE_TYPES, (read_jsonl, _read_json, _read_parquet), strict=True))
-    kind = os.path.splitext(path)[1].lower()
-    if kind not in readers:
-        raise UserError(f"{path}: cannot read file type '{kind}', want {_one_of(_FILE_TYPES)}")
-    return readers[kind](path)
-
-
-def read_jsonl(path: str) -> list[RawRow]:
-    """The rows of a JSON Lines file, unchecked; one that is no JSON has a problem in place of a value.
-
-    Raises :class:`UserError` where the file is not UTF-8, and OSError where it cannot be read.
-    """
-    rows = []
-    # Not splitlines(): JSON text may hold U+2028 and the like, which are no line ends here.
-    for number, line in enumerate(_utf8(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        value = problem = None
-        try:
-            value = _parse(line)
-        except json.JSONDecodeError as error:
-            problem = f"invalid JSON at character {error.colno}: {error.msg}"
-        except (ValueError, RecursionError) as error:
-            problem = f"invalid JSON: {error}"
-        rows.append(RawRow(f"line {number}", f"{path}:{number}", value, problem))
-    return rows
-
-
-def _read_json(path: str) -> list[RawRow]:
-    text = _utf8(path)
-    try:
-        rows = _parse(text) if text.strip() else []
-    except (ValueError, RecursionError) as error:
-        hint = "; one row a line belongs in a .jsonl file" if str(error).startswith("Extra data") else ""
-        raise UserError(f"{path}: invalid JSON: {error}{hint}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: found {_found(rows)}, want a list of rows")
-    return [RawRow(f"item {number}", f"{path}[{number}]", row) for number, row in enumerate(rows)]
-
-
-def _read_parquet(path: str) -> list[RawRow]:
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        # Not read_table(path): that would read a `key=value` folder of the path as a column.
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: not a readable parquet file: {_one_line(error)}") from error
-    return _numbered(path, rows)
-
-
-def _read_set(path: str, split: str, *, saved: bool) -> list[RawRow]:
-    import datasets
-
-    try:
-        rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
-    except Exception as error:  # the network, the hub, arrow and the file system each raise errors of their own
-        tried = "not a readable saved data set" if saved else f"no such file, and no hub data set with split '{split}'"
-        raise UserError(f"{path}: {tried}: {_one_line(error)}") from error
-    if isinstance(rows, datasets.DatasetDict) and split not in rows:
-        raise UserError(f"{path}: no split '{split}' in this data set, want {_one_of(list(rows))}")
-    return _numbered(path, rows[split] if isinstance(rows, datasets.DatasetDict) else rows)
-
-
-def _numbered(name: str, rows: Iterable[Any]) -> list[RawRow]:
-    return [RawRow(f"row {number}", f"{name}[{number}]", row) for number, row in enumerate(rows)]
-
-
-def _utf8(path: str) -> str:
-    data = Path(path).read_bytes()
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        # Of the file, not of a row: after the first wrong byte of, say, UTF-16 neither lines nor rows mean anything.
-        line, byte = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
-        found = f"line {line}, byte {byte} of the line is 0x{data[error.start]:02x}"
-        raise UserError(f"{path}: not UTF-8: {found}; save it as UTF-8") from error
-
-
-def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _RepeatedKey:
-    repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
-    return _RepeatedKey(repeated[0]) if repeated else dict(pairs)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
 
 
 # --- checking; each function adds what it finds to `problems` ---
@@ -281,17 +125,6 @@ def _form(row: Any, problems: list[str]) -> str | None:
         problems.append(wrong("messages", None, "a list of messages"))
     else:
         problems.append(_missing(row, "prompt", "messages", want="want 'prompt' with 'completion', or 'messages'"))
-    return None
-
-
-def repeated_key(row: Any) -> str | None:
-    """A problem where a key stands twice in an object of the row, at any depth."""
-    stack = [row]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, _RepeatedKey):
-            return f"key {_quoted(value)} stands twice in one object, want it once"
-        stack.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
     return None
 
 
@@ -321,7 +154,7 @@ def _demonstration(
         if others[name] is not None:
             text_of(others[name], name, "text or null", problems)
     if others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
-        problems.append(wrong("scorer", others["scorer"], _one_of(SCORER_NAMES)))
+        problems.append(wrong("scorer", others["scorer"], one_of(SCORER_NAMES)))
     return Demonstration(number, raw.source, tuple(turns), completion, **others)
 
 
@@ -354,23 +187,23 @@ def _messages(value: Any, column: str, problems: list[str]) -> list[Message]:
             continue
         role = message.get("role")
         if role == "tool":
-            problems.append(f"column '{at}.role': found 'tool', which is not supported, want {_one_of(_ROLES)}")
+            problems.append(f"column '{at}.role': found 'tool', which is not supported, want {one_of(_ROLES)}")
         elif role not in _ROLES:
-            problems.append(wrong(f"{at}.role", role, _one_of(_ROLES)))
+            problems.append(wrong(f"{at}.role", role, one_of(_ROLES)))
         elif role == "system" and number:
             problems.append(f"column '{at}.role': found 'system', want it in the first message only")
         text = text_of(message.get("content"), f"{at}.content", "text", problems)
         # Null is what arrow writes for a key that other messages have. Anything else would be lost without a word.
         others = [key for key in message if key not in ("role", "content") and message[key] is not None]
         if others:
-            problems.append(f"column '{at}': found key {_quoted(others[0])}, want role and content only")
+            problems.append(f"column '{at}': found key {quoted(others[0])}, want role and content only")
         turns.append({"role": str(role), "content": text})
     return turns if len(problems) == before else []
 
 
 def text_of(value: Any, column: str, want: str, problems: list[str]) -> str:
     """The value where it is text that is not blank; else "" and a problem more."""
-    if isinstance(value, str) and value.strip() and not _LONE_SURROGATE.search(value):
+    if isinstance(value, str) and value.strip() and not LONE_SURROGATE.search(value):
         return value
     problems.append(wrong(column, value, want))
     return ""
@@ -381,26 +214,12 @@ def text_of(value: Any, column: str, want: str, problems: list[str]) -> str:
 
 def wrong(column: str, value: Any, want: str) -> str:
     """The problem of a column: what was found there and what is wanted."""
-    return f"column '{column}': found {_found(value)}, want {want}"
+    return f"column '{column}': found {describe_value(value)}, want {want}"
 
 
 def not_object(row: Any) -> str:
     """The problem of a row that is no object."""
-    return f"found {_found(row)}, want an object"
-
-
-def _found(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, str):
-        if not value.strip():
-            return "white space only" if value else "empty text"
-        return _quoted(value) + (" with half of a surrogate pair" if _LONE_SURROGATE.search(value) else "")
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    if isinstance(value, list):
-        return f"a list of {len(value)}" if value else "an empty list"
-    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+    return f"found {describe_value(row)}, want an object"
 
 
 def _missing(row: dict[str, Any], *names: str, want: str) -> str:
@@ -409,17 +228,5 @@ def _missing(row: dict[str, Any], *names: str, want: str) -> str:
         for column in row:
             close = difflib.get_close_matches(column.lower(), [name], cutoff=0.9)
             if column not in COLUMNS and (close or column.lower() in _OTHER_NAMES[name]):
-                return f"column '{names[0]}': missing, found {_quoted(column)}: rename it to '{name}'"
+                return f"column '{names[0]}': missing, found {quoted(column)}: rename it to '{name}'"
     return f"column '{names[0]}': missing, {want}"
-
-
-def _quoted(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
-
-
-def _one_of(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

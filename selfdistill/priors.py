@@ -11,20 +11,10 @@ import torch
 
 from selfdistill.answers import answer, check_answers
 from selfdistill.contexts import ChatFormat
-from selfdistill.demonstrations import (
-    Demonstration,
-    RawRow,
-    bad_rows,
-    first_ten,
-    load_demonstrations,
-    not_object,
-    read_jsonl,
-    repeated_key,
-    text_of,
-    wrong,
-)
+from selfdistill.demonstrations import Demonstration, load_demonstrations, not_object, text_of, wrong
 from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel
+from selfdistill.rows import RawRow, bad_rows, first_ten, read_jsonl, repeated_key
 from selfdistill.scores import Scorer
 from selfdistill.tracking import Reporter
 

@@ -11,7 +11,8 @@ import torch
 
 from selfdistill import check as module
 from selfdistill.answers import answer
-from selfdistill.check import UNLIKELY, Layout, best_context, check
+from selfdistill.check import best_context, check
+from selfdistill.check_result import UNLIKELY, Layout, verdict_on, wilson_interval
 from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.contexts import ChatFormat, parse_context
 from selfdistill.demonstrations import load_demonstrations
@@ -188,7 +189,7 @@ def test_a_demonstration_beyond_the_window_is_named(
     ("right", "items", "low", "high"), [(8, 10, 0.490, 0.943), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0)]
 )
 def test_wilson_interval(right: int, items: int, low: float, high: float) -> None:
-    assert module.wilson_interval(right, items) == pytest.approx((low, high), abs=5e-4)
+    assert wilson_interval(right, items) == pytest.approx((low, high), abs=5e-4)
 
 
 def test_layouts_that_do_not_fit_are_named_and_left_out(
@@ -206,19 +207,19 @@ def test_layouts_that_do_not_fit_are_named_and_left_out(
 
 
 def test_verdicts() -> None:
-    text, code = module._verdict(0.0, -3.0, layout(0.9))
+    text, code = verdict_on(0.0, -3.0, layout(0.9))
     assert (code, text) == (
         0,
         "Worth trying: the teacher with turns:repeats=2 is right on 90% (95% interval 70% to 97%), the student on 0% "
         "of 20 rows. Expect at most about 90% after training.",
     )
-    text, code = module._verdict(0.95, -0.1, layout(1.0))
+    text, code = verdict_on(0.95, -0.1, layout(1.0))
     assert code == UNLIKELY
     assert "it knows this already" in text
-    text, code = module._verdict(0.0, -3.0, layout(0.0, logp=-1.0))
+    text, code = verdict_on(0.0, -3.0, layout(0.0, logp=-1.0))
     assert code == UNLIKELY
     assert "a scorer that fits the data better may show a difference" in text
-    text, code = module._verdict(0.5, -1.0, layout(0.5, logp=-2.0))
+    text, code = verdict_on(0.5, -1.0, layout(0.5, logp=-2.0))
     assert code == UNLIKELY
     assert "Try other contexts" in text
-    assert "lower temperature" in module._verdict(0.0, -9.0, layout(1.0, kl=5.0))[0]
+    assert "lower temperature" in verdict_on(0.0, -9.0, layout(1.0, kl=5.0))[0]
