@@ -34,7 +34,6 @@ SHARED: dict[str, Any] = {
     "batch_size": 16,
     "max_completion_length": 32,
     "lr_scheduler_type": "constant",
-    "learning_rate": 1e-4,
     "save_steps": 0,
     "logging_steps": 5,
 }
@@ -43,12 +42,13 @@ SDFT: dict[str, Any] = {
     "context": CONTEXT,
     "teacher": "ema",
     "ema_rate": 0.02,
-    "temperature": 0.6,
+    "temperature": 0.3,
+    "learning_rate": 5e-5,
     "max_steps": 60,
 }
-SFT: dict[str, Any] = {"method": "sft", "max_steps": 30}
+SFT: dict[str, Any] = {"method": "sft", "learning_rate": 1e-4, "max_steps": 24}
 SDFT_EVALUATIONS = (20, 40, 60)
-SFT_EVALUATIONS = (6, 12, 18, 24, 30)
+SFT_EVALUATIONS = (6, 12, 15, 18, 21, 24)
 SHOWN = 3
 """Questions whose answers are printed before and after."""
 
