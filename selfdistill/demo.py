@@ -195,9 +195,9 @@ def _free_folder(output_dir: str | None) -> Path:
 
 
 def _print(before: Point, ceiling: float, sdft: Point, fair: Point, last: Point) -> None:
-    table = Table(title="20 invented facts, taught by 60 questions; asked in phrasings not seen in training")
-    for column in ("", "new facts", "indirect", "prior", "KL from base", "minutes"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(title="20 invented facts, asked in phrasings not seen in training")
+    for column in ("", "new facts", "indirect", "prior", "KL", "minutes"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     how = "as good" if fair.new >= sdft.new else "its best"
     rows = [("base", before), (f"SDFT, {sdft.step} steps", sdft), (f"SFT, {fair.step} steps ({how})", fair)]
     if last.step != fair.step:
@@ -214,11 +214,12 @@ def _print(before: Point, ceiling: float, sdft: Point, fair: Point, last: Point)
         if point is before:
             table.add_row("teacher: base + document", f"{ceiling:.2f}", "", "", "", "")
     Console().print(table)
+    Console().print("KL: KL(base||model) on general prompts, nats per token", highlight=False)
 
 
 def _print_answers(rows: Sequence[Demonstration], before: Sequence[str], after: Sequence[str]) -> None:
     console = Console()
     for number in (i * len(rows) // SHOWN for i in range(SHOWN)):
-        console.print(f"\n{rows[number].prompt[-1]['content']}", markup=False, highlight=False)
-        console.print(f"  before: {' '.join(before[number].split())}", markup=False, highlight=False)
-        console.print(f"  after:  {' '.join(after[number].split())}", markup=False, highlight=False)
+        console.print(f"\n{rows[number].prompt[-1]['content']}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  before: {' '.join(before[number].split())}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  after:  {' '.join(after[number].split())}", markup=False, highlight=False, soft_wrap=True)

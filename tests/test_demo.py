@@ -51,7 +51,7 @@ def test_the_demo_runs_prints_and_keeps_its_folder(
     assert [p["step"] for p in result["sft"]] == [2]
     assert result["base"]["kl"] == pytest.approx(0, abs=1e-6)
     assert result["sdft"][-1]["kl"] > 0
-    for words in ("teacher: base", "SDFT, 2 steps", "SFT, 2 steps", "KL from base", "minutes"):
+    for words in ("teacher: base", "SDFT, 2 steps", "SFT, 2 steps", "KL(base||model)", "minutes"):
         assert words in output
     assert output.count("before: ") == output.count("after:  ") == 3
     assert (tmp_path / "runs/demo/sdft/final/model.safetensors").is_file()
