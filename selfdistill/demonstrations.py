@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfdistill.errors import UserError
-from selfdistill.rows import LONE_SURROGATE, RawRow, bad_rows, describe_value, one_of, quoted, read_rows, repeated_key
+from selfdistill.rows import (
+    LONE_SURROGATE,
+    RawRow,
+    checked_rows,
+    describe_value,
+    one_of,
+    quoted,
+    read_rows,
+    repeated_key,
+)
 
 Message = dict[str, str]
 """One chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -78,29 +87,17 @@ def load_demonstrations(path: str, *, completion_required: bool = True, split: s
     Raises :class:`UserError` where the path cannot be read or has no rows, and one that names the first ten bad rows
     and the number of all of them where rows are not as above or do not all have the same form.
     """
-    demonstrations: list[Demonstration] = []
-    bad: list[str] = []
-    first_form = first_place = None
     try:
         rows = read_rows(path, split)
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
     if not rows:
         raise UserError(f"{path}: no rows, want at least one")
-    for raw in rows:
-        problems = [raw.problem] if raw.problem else []
-        form = None if problems else _form(raw.value, problems)
-        if form and first_form is None:
-            first_form, first_place = form, raw.place
-        if form and form != first_form:
-            problems.append(f"has '{form}' where {first_place} has '{first_form}', want one form in the whole set")
-        elif form:
-            demonstrations.append(_demonstration(raw, len(demonstrations), form, completion_required, problems))
-        if problems:
-            bad.append(f"{raw.place}, {' and '.join(problems)}")
-    if bad:
-        raise bad_rows(path, bad)
-    return demonstrations
+
+    def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
+        return _demonstration(raw, number, form, completion_required, problems)
+
+    return checked_rows(path, rows, _form, make, "set")
 
 
 # --- checking; each function adds what it finds to `problems` ---

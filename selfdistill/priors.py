@@ -14,7 +14,7 @@ from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import Demonstration, load_demonstrations, not_object, text_of, wrong
 from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel
-from selfdistill.rows import RawRow, bad_rows, first_ten, read_jsonl, repeated_key
+from selfdistill.rows import RawRow, checked_rows, first_ten, read_jsonl, repeated_key
 from selfdistill.scores import Scorer
 from selfdistill.tracking import Reporter
 
@@ -94,23 +94,7 @@ def _load_file(path: str) -> list[Choices] | list[Demonstration]:
     forms = (_form(raw.value, []) for raw in raws if not raw.problem)
     if next((form for form in forms if form), None) in ("prompt", "messages"):
         return load_demonstrations(path, completion_required=False)
-    rows: list[Choices] = []
-    bad: list[str] = []
-    first_form = first_place = None
-    for raw in raws:
-        problems = [raw.problem] if raw.problem else []
-        form = None if problems else _form(raw.value, problems)
-        if form and first_form is None:
-            first_form, first_place = form, raw.place
-        if form and form != first_form:
-            problems.append(f"has '{form}' where {first_place} has '{first_form}', want one form in the whole file")
-        elif form:
-            rows.append(_choices(raw, form, problems))
-        if problems:
-            bad.append(f"{raw.place}, {' and '.join(problems)}")
-    if bad:
-        raise bad_rows(path, bad)
-    return rows
+    return checked_rows(path, raws, _form, lambda raw, form, _, problems: _choices(raw, form, problems), "file")
 
 
 def _form(row: Any, problems: list[str]) -> str | None:

@@ -6,12 +6,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from selfdistill.errors import UserError
+
+Made = TypeVar("Made")
 
 _FILE_TYPES = (".jsonl", ".json", ".parquet")
 # In a folder these hold rows that would go missing without a word; as a path they are a file, not a hub name.
@@ -188,6 +190,44 @@ def one_line(error: Exception) -> str:
 
 def quoted(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def checked_rows(
+    path: str,
+    rows: Iterable[RawRow],
+    form_of: Callable[[Any, list[str]], str | None],
+    make: Callable[[RawRow, str, int, list[str]], Made],
+    whole: str,
+) -> list[Made]:
+    """Each row as what ``make`` makes of it, all of one form; both functions add what they find to a list of problems.
+
+    Args:
+        path: for the error.
+        rows: as they were read.
+        form_of: the column that tells a row's form, None with a problem.
+        make: from a row, its form, and the number of rows before it.
+        whole: what must have one form, ``set`` or ``file``, for the error.
+
+    Raises:
+        UserError: every bad row, by :func:`bad_rows`.
+    """
+    made: list[Made] = []
+    bad: list[str] = []
+    first_form = first_place = None
+    for raw in rows:
+        problems = [raw.problem] if raw.problem else []
+        form = None if problems else form_of(raw.value, problems)
+        if form and first_form is None:
+            first_form, first_place = form, raw.place
+        if form and form != first_form:
+            problems.append(f"has '{form}' where {first_place} has '{first_form}', want one form in the whole {whole}")
+        elif form:
+            made.append(make(raw, form, len(made), problems))
+        if problems:
+            bad.append(f"{raw.place}, {' and '.join(problems)}")
+    if bad:
+        raise bad_rows(path, bad)
+    return made
 
 
 def bad_rows(path: str, bad: Sequence[str]) -> UserError:
