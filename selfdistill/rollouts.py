@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from selfdistill.models import LoadedModel
+from selfdistill.scores import PASS_TOKENS, common_beginning
 
 
 @dataclass(frozen=True)
@@ -67,29 +68,17 @@ def sample(
         assert seeds is not None, "sampling needs a seed per prompt"
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
-    width = max(map(len, prompts))
-    ids_BL = torch.tensor([[loaded.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    position_B = mask_BL.sum(1)
     ends = torch.tensor(loaded.end_token_ids, device=device)
-    cache = DynamicCache(config=model.config.get_text_config())
-    output = model(
-        input_ids=ids_BL,
-        attention_mask=mask_BL,
-        position_ids=(mask_BL.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    cache, logits_BV, mask_BL = _read(loaded, prompts)
+    position_B = mask_BL.sum(1)
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     alive = torch.arange(count, device=device)  # which sample each row of the batch is
     for t in range(limit):
-        logits_BV = output.logits[:, -1].float()
         uniform_B = None if uniforms is None else uniforms[alive.cpu(), t]
-        token_B, logp_B = choose(logits_BV, sampling, uniform_B)
+        token_B, logp_B = choose(logits_BV.float(), sampling, uniform_B)
         tokens[alive, t], logps[alive, t] = token_B, logp_B
         done_B = torch.isin(token_B, ends)
         lengths[alive[done_B]], ended[alive[done_B]] = t + 1, True
@@ -100,18 +89,54 @@ def sample(
             cache.batch_select_indices(keep)
             alive, token_B, mask_BL, position_B = alive[keep], token_B[keep], mask_BL[keep], position_B[keep]
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], dim=1)
-        output = model(
+        logits_BV = model(
             input_ids=token_B[:, None],
             attention_mask=mask_BL,
             position_ids=position_B[:, None],
             past_key_values=cache,
             use_cache=True,
-        )
+        ).logits[:, -1]
         position_B = position_B + 1
     return [
         Rollout(tokens[i, :n].tolist(), logps[i, :n].tolist(), not e)
         for i, (n, e) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True))
     ]
+
+
+def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
+    """The state after the prompts: key/value cache, logits of the next token and attention mask, one row per prompt.
+
+    Equal prompts are read once, and so is a beginning that all have in common. What is left is padded on the left.
+    """
+    model, device = loaded.model, loaded.device
+    rows = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    cache = DynamicCache(config=model.config.get_text_config())
+    common = min(common_beginning(min(rows), row) for row in rows) if len(rows) > 1 else 0
+    # The padding then lies behind the beginning. A sliding window counts places, so it must not reach over a gap.
+    if common * (len(rows) - 1) <= PASS_TOKENS or any(cache.is_sliding):
+        common = 0
+    if common:
+        beginning = torch.tensor([min(rows)[:common]], device=device)
+        model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(rows))
+    width = max(map(len, rows))
+    pads = [width - len(row) for row in rows]
+    ids_BL = torch.tensor(
+        [[loaded.pad_token_id] * pad + list(row[common:]) for pad, row in zip(pads, rows, strict=True)], device=device
+    )
+    mask_BL = torch.tensor([[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads], device=device)
+    logits_BV = model(
+        input_ids=ids_BL,
+        attention_mask=mask_BL,
+        position_ids=(mask_BL.cumsum(1)[:, common:] - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    index_B = torch.tensor([rows[tuple(prompt)] for prompt in prompts], device=device)
+    if len(rows) < len(prompts):
+        cache.batch_select_indices(index_B)
+    return cache, logits_BV[index_B], mask_BL[index_B]
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:

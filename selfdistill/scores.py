@@ -21,8 +21,8 @@ from transformers import DynamicCache
 
 from selfdistill.models import Head, LoadedModel, body_and_head, head_agrees
 
-SHARED_TOKENS = 64
-"""Least common beginning of contexts that is worth a pass of its own."""
+PASS_TOKENS = 64
+"""Tokens whose computation costs about as much as one more pass through the model: what a shared beginning must save."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,10 @@ class Scorer:
         """Score completions under contexts; gradients flow unless the caller switched them off.
 
         Position: the logits at index t of a sequence predict token t + 1, so completion token j of a row with a context
-        of length P is predicted at index P + j - 1. Without gradients, a long beginning that several contexts have in
-        common, such as a document, is computed once.
+        of length P is predicted at index P + j - 1. A beginning that several contexts have in common, such as a
+        document or the chat template's system turn, is computed once, and gradients through it are those of all its
+        rows together. Only under gradient checkpointing, where a pass cannot continue another, is every row computed
+        whole.
         """
         assert all(contexts), "nothing predicts the first token after an empty context"
         device = next(model.parameters()).device
@@ -63,7 +65,8 @@ class Scorer:
             return Scores(logits_NV, torch.nn.Identity(), ())
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
-        groups = [] if torch.is_grad_enabled() else shared_beginnings(contexts)
+        whole = torch.is_grad_enabled() and model.is_gradient_checkpointing
+        groups = [] if whole else shared_beginnings(contexts)
         grouped = {row for rows, _ in groups for row in rows}
         alone = [row for row in range(len(contexts)) if row not in grouped]
         by_row: dict[int, Tensor] = {}
@@ -114,13 +117,13 @@ def _last_hidden(body: Any, cache: DynamicCache | None, ids_BL: Tensor) -> Tenso
 
 
 def shared_beginnings(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
-    """Groups of rows with a common beginning of at least ``SHARED_TOKENS`` tokens: row numbers and that length.
+    """Groups of rows whose common beginning is worth computing once: row numbers and its length.
 
     Sorted, contexts with a common beginning are neighbours; of all ways to cut that order into groups, the one that
-    saves most tokens is taken. Rows that share none are in no group.
+    saves most tokens is taken, where each group costs ``PASS_TOKENS``. Rows that share too little are in no group.
     """
     order = sorted(range(len(contexts)), key=lambda row: list(contexts[row]))
-    common = [_common(contexts[a], contexts[b]) for a, b in pairwise(order)]
+    common = [common_beginning(contexts[a], contexts[b]) for a, b in pairwise(order)]
     saved = [0] * (len(order) + 1)  # most tokens saved among the first i rows
     cut = [0] * (len(order) + 1)  # where the last group of that best begins
     for end in range(1, len(order) + 1):
@@ -128,10 +131,11 @@ def shared_beginnings(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int]
         length = len(contexts[order[end - 1]])
         for start in range(end - 2, -1, -1):
             length = min(length, common[start])
-            if length < SHARED_TOKENS:
+            if length == 0:
                 break
-            if saved[start] + (end - start - 1) * length > saved[end]:
-                saved[end], cut[end] = saved[start] + (end - start - 1) * length, start
+            gain = saved[start] + (end - start - 1) * length - PASS_TOKENS
+            if gain > saved[end]:
+                saved[end], cut[end] = gain, start
     groups, end = [], len(order)
     while end > 0:
         start = cut[end]
@@ -141,7 +145,7 @@ def shared_beginnings(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int]
     return groups
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_beginning(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common beginning, at least one token short of either."""
     length = 0
     for x, y in zip(a[:-1], b[:-1], strict=False):

@@ -83,6 +83,27 @@ def test_greedy_equals_generate_with_sliding_windows(load: Loader) -> None:
     assert [r.ids for r in sample(loaded, batch, GREEDY)] == generated(loaded, batch, 20)
 
 
+@pytest.mark.parametrize("windows", [False, True])
+def test_equal_prompts_and_a_common_beginning_are_read_once_and_change_no_token(load: Loader, windows: bool) -> None:
+    loaded = load(ends=MANY_ENDS)
+    if windows:
+        loaded = replace(loaded, model=tiny_gemma2())
+    beginning, *rest = prompts(50, 5, 1, 40, 17)
+    batch = [beginning + tail for tail in rest]
+    batch = [*batch, batch[2], beginning, batch[0]]
+    read = []
+    hook = loaded.model.register_forward_pre_hook(
+        lambda _m, _a, kw: read.append(kw["input_ids"].shape), with_kwargs=True
+    )
+    rollouts = sample(loaded, batch, GREEDY)
+    hook.remove()
+    assert [r.ids for r in rollouts] == generated(loaded, batch, 20)
+    # Five unlike prompts; the shortest, which all begin with, keeps its last token for the second pass. Padding that
+    # lies between the beginning and the rest would shorten a sliding window.
+    assert read[0] == ((5, 90) if windows else (1, 49))
+    assert windows or read[1] == (5, 41)
+
+
 # --- what a sample depends on ---
 
 
