@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from selfdistill.models import Head, LoadedModel, body_and_head, head_agrees
 
 PASS_TOKENS = 64
-"""Tokens whose computation costs about as much as one more pass through the model: what a shared beginning must save."""
+"""Tokens that take about as long as one more pass through the model: what a shared beginning must save."""
 
 
 @dataclass(frozen=True)

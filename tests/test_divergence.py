@@ -696,3 +696,24 @@ def test_calls_that_make_no_sense():
         call(CrossEntropy(), student.hidden(ids), student.head, [], tokens, weights, chunk_size=0)
     with pytest.raises(ValueError, match="needs the teacher's logits"):
         call(Divergence(), student.hidden(ids), student.head, [], tokens, weights)
+
+
+@each_loss
+def test_a_plain_head_gives_the_gradients_of_any_head(loss):
+    """One float32 matrix product as head adds its gradients up without autograd."""
+    generator = torch.Generator().manual_seed(3)
+    head = torch.nn.Linear(D, V, bias=False)
+    hidden, teacher = torch.randn(2, N, D, generator=generator)
+    tokens = torch.randint(V, (N,), generator=generator)
+    weights = torch.rand(N, generator=generator)
+    found = []
+    for student_head in (head, lambda x: torch.nn.functional.linear(x, head.weight)):
+        leaf = hidden.clone().requires_grad_()
+        head.weight.grad = None
+        value, _ = chunked_loss(
+            loss, leaf, student_head, [head.weight], tokens, weights, teacher, student_head, chunk_size=3
+        )
+        (3 * value).backward()
+        found.append((value.detach(), leaf.grad, head.weight.grad))
+    for mine, expected in zip(*found, strict=True):
+        assert error(mine, expected) < 1e-6
