@@ -65,7 +65,7 @@ class Scorer:
             return Scores(logits_NV, torch.nn.Identity(), ())
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
-        whole = torch.is_grad_enabled() and model.is_gradient_checkpointing
+        whole = torch.is_grad_enabled() and model.training  # train mode is there for checkpointing alone (Run)
         groups = [] if whole else shared_beginnings(contexts)
         grouped = {row for rows, _ in groups for row in rows}
         alone = [row for row in range(len(contexts)) if row not in grouped]
