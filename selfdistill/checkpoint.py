@@ -126,7 +126,7 @@ def load_checkpoint(
     for key, value in moments.items():
         kind, _, name = key.partition(":")
         parameter = parameters[name]
-        state.setdefault(parameter, {})[kind] = value if kind == "step" else value.to(parameter.device)
+        state.setdefault(parameter, {})[kind] = value.to(parameter.device)
     optimizer.state.update(state)
     if teacher is not None:
         try:

@@ -119,7 +119,7 @@ class Run:
         self.drift = Drift(self.loaded, self.scorer, self.chat)
         self.parameters = list(trained_parameters(model).values())
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
+            self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
         )
 
     def fingerprint(self) -> str:

@@ -1,0 +1,162 @@
+"""One step of this package against one of TRL's ``SDFTTrainer``: ratio of times, and the loss on the same rollouts.
+
+    python benchmarks/against_trl.py [--tokens 32] [--lora] [--steps 6]
+
+Needs TRL beside this package (``make bench`` gives it an environment of its own). Both train the starter model in
+float32 on 8 prompts a step of the demo's data, with the same teacher prompt (one user turn: question, document,
+demonstration), exactly ``tokens`` new tokens a prompt (no end token stops them), temperature 1, full-vocabulary forward
+KL, AdamW; the teacher is an EMA of the student, or with ``--lora`` the frozen base. Steps alternate in one process.
+The loss is compared before the first update: TRL's rollouts are scored by both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+from selfdistill.config import TrainConfig
+from selfdistill.demonstrations import load_demonstrations
+from selfdistill.evaluate import packaged
+from selfdistill.methods.slots import Completion
+from selfdistill.models import starter_model_path
+from selfdistill.run import Run
+
+BATCH = 8
+NO_TOKEN = -1
+"""An end token that is never sampled, so that every completion has the full length."""
+
+
+class Alternate(TrainerCallback):
+    """Times TRL's step, and after it one of ours on the same rows."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.batch = run, None
+        self.trl_s: list[float] = []
+        self.own_s: list[float] = []
+        self.losses: tuple[float, float] | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_self_distillation_batch_prepared(self, **batch: Any) -> None:
+        if self.batch is None:  # the first: both students and teachers are still the base
+            self.batch = batch
+            began = time.perf_counter()
+            self.own_loss = self._score(batch)
+            self.began += time.perf_counter() - began
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trl_s.append(time.perf_counter() - self.began)
+        began = time.perf_counter()
+        self.run.step(state.global_step - 1)
+        self.own_s.append(time.perf_counter() - began)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.losses is None and "loss" in (logs or {}):
+            self.losses = (float(logs["loss"]), self.own_loss)
+
+    def _score(self, batch: Any) -> float:
+        by_prompt = {tuple(row.student_ids): row for row in self.run.rows}
+        completions = []
+        for prompt, ids, teacher, mask in zip(
+            batch["prompt_ids"].tolist(),
+            batch["completion_ids"].tolist(),
+            batch["teacher_input_ids"].tolist(),
+            batch["teacher_attention_mask"].tolist(),
+            strict=True,
+        ):
+            row = next(row for key, row in by_prompt.items() if tuple(prompt[-len(key) :]) == key)
+            seen = [token for token, real in zip(teacher, mask, strict=True) if real][: -len(ids)]
+            assert seen == row.teacher_ids, "the teachers' prompts differ"
+            completions.append(Completion(row, ids, None, True))
+        loss = self.run.accumulate(completions).loss
+        self.run.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--lora", action="store_true")
+    options = parser.parse_args()
+    model = str(starter_model_path("smollm2-135m"))
+    data = packaged("knowledge.train.jsonl")
+    rows = load_demonstrations(data)
+    with tempfile.TemporaryDirectory() as folder:
+        template = Path(folder) / "template.txt"
+        template.write_text("{prompt}\n\n{document}\n\n{demonstration}", encoding="utf-8")
+        run = Run(
+            TrainConfig(
+                model=model,
+                data=data,
+                output_dir=f"{folder}/own",
+                context=f"template:file={template}",
+                teacher="frozen" if options.lora else "ema",
+                ema_rate=0.02,
+                lora_rank=16 if options.lora else 0,
+                batch_size=BATCH,
+                max_completion_length=options.tokens,
+                max_steps=options.steps,
+                learning_rate=1e-5,
+                mixed_precision="no",
+            )
+        )
+        run.loaded = replace(run.loaded, end_token_ids=(NO_TOKEN,))
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        trainer = SDFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(model),
+            processing_class=tokenizer,
+            args=SDFTConfig(
+                output_dir=f"{folder}/trl",
+                per_device_train_batch_size=BATCH,
+                num_generations=1,
+                max_steps=options.steps,
+                learning_rate=1e-5,
+                distillation_mode="full_logits",
+                distillation_alpha=0.0,
+                distillation_is_clip=None,
+                teacher_model_kind="base" if options.lora else "ema",
+                teacher_update_rate=0.02,
+                max_prompt_length=None,
+                max_completion_length=options.tokens,
+                generation_kwargs={"eos_token_id": NO_TOKEN, "min_new_tokens": options.tokens},
+                bf16=False,
+                use_cpu=True,
+                gradient_checkpointing=False,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(
+                [{"prompt": row.prompt, "privileged_context": f"{row.document}\n\n{row.shown}"} for row in rows]
+            ),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+            if options.lora
+            else None,
+        )
+        alternate = Alternate(run)
+        trainer.add_callback(alternate)
+        trainer.train()
+    own, trl = median(alternate.own_s[1:]), median(alternate.trl_s[1:])
+    assert alternate.losses is not None
+    print(
+        f"{options.tokens} tokens, {'LoRA, frozen' if options.lora else 'full, EMA'}: {own / trl:.2f} of TRL's step "
+        f"({own:.2f} s, {trl:.2f} s, median of {options.steps - 1}); loss on the same rollouts: TRL "
+        f"{alternate.losses[0]:.6f}, here {alternate.losses[1]:.6f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
