@@ -133,7 +133,7 @@ class TrainConfig(ModelSettings):
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """auto: bfloat16 arithmetic on a GPU that has it, float32 otherwise."""
+    """auto: bfloat16 arithmetic where it is fast (most GPUs, CPUs with AMX), float32 otherwise."""
     lora_rank: int = Field(default=0, ge=0)
     """Rank of a LoRA adapter on all linear layers; 0: full fine-tuning."""
     lora_alpha: float | None = Field(default=None, gt=0)

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,32 @@ def to_best_device(loaded: LoadedModel) -> None:
     from accelerate import PartialState
 
     loaded.model.to(PartialState().device)
+
+
+def bfloat16_is_fast() -> bool:
+    """Whether the hardware multiplies matrices in bfloat16 at full speed: most GPUs, and CPUs with AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in torch 2.6
+    return bool(capabilities().get("amx_bf16", False))
+
+
+@contextmanager
+def casts_kept(model: nn.Module) -> Iterator[None]:
+    """For passes without gradients under autocast: each weight is cast once, not once a pass.
+
+    Autocast keeps the cast of a weight until its context ends, but only of weights that require a gradient. So here all
+    do; no gradient can come of it, for gradients are switched off.
+    """
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    with torch.no_grad():
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
 
 def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:

@@ -33,7 +33,7 @@ from selfdistill.evaluate import Drift
 from selfdistill.guards import check_finite
 from selfdistill.methods import METHODS
 from selfdistill.methods.slots import Completion, Method
-from selfdistill.models import add_lora, load_model
+from selfdistill.models import add_lora, bfloat16_is_fast, casts_kept, load_model
 from selfdistill.schedule import batch_rows, learning_rate
 from selfdistill.scores import Scorer
 from selfdistill.teacher import Teacher
@@ -64,7 +64,7 @@ class Run:
     def __init__(self, config: TrainConfig, demonstrations: Sequence[Demonstration] | None = None) -> None:
         precision = config.mixed_precision
         if precision == "auto":
-            precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+            precision = "bf16" if bfloat16_is_fast() else "no"
         AcceleratorState._reset_state()  # it would refuse another precision than the process's first run had
         self.accelerator = Accelerator(mixed_precision=precision)
         if self.accelerator.num_processes > 1:
@@ -116,7 +116,8 @@ class Run:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         self.scorer = Scorer(self.loaded)
-        self.drift = Drift(self.loaded, self.scorer, self.chat)
+        with self.accelerator.autocast():
+            self.drift = Drift(self.loaded, self.scorer, self.chat)
         self.parameters = list(trained_parameters(model).values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
@@ -134,7 +135,8 @@ class Run:
             f"{config.method} on {len(self.rows)} demonstrations"
             + (f" ({self.dropped} too long, left out)" if self.dropped else "")
             + f", {config.max_steps} steps of {config.batch_size}, learning rate {config.learning_rate:g}",
-            f"model: {config.model}, {trained / 1e6:.1f} M weights trained, on {self.loaded.device}",
+            f"model: {config.model}, {trained / 1e6:.1f} M weights trained, on {self.loaded.device}"
+            + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
         ]
         if self.teacher:
             lines += [self.teacher.describe(), f"context: {config.context}"]
@@ -164,7 +166,7 @@ class Run:
             began = self._clock()
             teacher_hidden_ND, teacher_head = None, None
             if self.teacher is not None:
-                with self.teacher.model() as network, self.accelerator.autocast():
+                with self.teacher.model() as network, casts_kept(network), self.accelerator.autocast():
                     scores = self.scorer(network, [c.row.teacher_ids or [] for c in part], ids)
                     teacher_hidden_ND, teacher_head = scores.hidden_ND[kept_N], scores.head
             now = self._clock()
@@ -197,6 +199,10 @@ class Run:
                 statistics[key] = statistics.get(key, 0.0) + float((values_N * plain_N[kept_N]).sum())
         return StepResult(loss, statistics, importance / len(completions), teacher_s, student_s)
 
+    def _drift_of(self, network: Any) -> float:
+        with casts_kept(network), self.accelerator.autocast():
+            return self.drift.of(network)
+
     def _clock(self) -> float:
         """Seconds, once the device has done what it was given."""
         if self.loaded.device.type == "cuda":
@@ -225,7 +231,7 @@ class Run:
         assert config.max_steps is not None
         assert config.learning_rate is not None
         rows = batch_rows(self.rows, step, config.batch_size, config.seed)
-        with self.accelerator.autocast():
+        with casts_kept(self.loaded.model), self.accelerator.autocast():
             completions = self.method.sequence(self.loaded, rows, step)
         rollout_s = self._clock() - began
         rate = learning_rate(
@@ -257,13 +263,13 @@ class Run:
             "learning_rate": rate,
             "grad_norm": norm,
             "tokens": sum(len(c.ids) for c in completions),
-            "drift/student": self.drift.of(self.loaded.model),
+            "drift/student": self._drift_of(self.loaded.model),
         }
         if self.teacher is not None:
             metrics["kl/forward"] = result.statistics["forward_kl"]
             metrics["kl/reverse"] = result.statistics["reverse_kl"]
             with self.teacher.model() as network:
-                metrics["drift/teacher"] = self.drift.of(network)
+                metrics["drift/teacher"] = self._drift_of(network)
         if self.method.importance_cap is not None:
             metrics["importance"] = result.importance
         ended = self._clock()

@@ -56,6 +56,7 @@ def settings(
             "learning_rate": 1e-3,
             "warmup_steps": 0,
             "save_steps": 0,
+            "mixed_precision": "no",
         }
         return TrainConfig(**(defaults | values))
 
