@@ -717,3 +717,22 @@ def test_a_plain_head_gives_the_gradients_of_any_head(loss):
         found.append((value.detach(), leaf.grad, head.weight.grad))
     for mine, expected in zip(*found, strict=True):
         assert error(mine, expected) < 1e-6
+
+
+def test_a_plain_head_stays_in_float32_under_autocast_on_a_cpu():
+    generator = torch.Generator().manual_seed(4)
+    head = torch.nn.Linear(D, V, bias=False)
+    hidden, teacher = torch.randn(2, N, D, generator=generator).bfloat16()
+    tokens, weights = torch.arange(N), torch.rand(N, generator=generator)
+    found = []
+    for dtype, autocast in ((torch.float32, False), (torch.bfloat16, True)):
+        leaf = hidden.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value, statistics = chunked_loss(
+                Divergence(), leaf, head, [head.weight], tokens, weights, teacher.to(dtype), head
+            )
+        head.weight.grad = None
+        value.backward()
+        found.append((value.detach(), statistics["reverse_kl"], head.weight.grad, leaf.grad.bfloat16()))
+    for mine, expected in zip(*found, strict=True):
+        assert torch.equal(mine, expected)
