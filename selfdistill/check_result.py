@@ -105,9 +105,14 @@ def verdict_on(student_accuracy: float, student_logp: float, best: Layout) -> tu
                 "temperature or a higher learning rate helps it start."
             )
         return text, 0
-    reason = "there is nothing to learn from it by this score" if best.accuracy < 0.9 else "it knows this already"
+    reason = "by this score the teacher is not clearly better" if best.accuracy < 0.9 else "it knows this already"
     text = f"Self-distillation is unlikely to help: {scores} of {items} rows; {reason}."
-    if best.accuracy < 0.9 and best.logp > student_logp:
+    if best.accuracy < 0.9 and best.truncated > 0.5:
+        text += (
+            f" {best.truncated:.0%} of its replies were cut at the limit, so they may be right and unfinished: raise "
+            "--max_completion_length."
+        )
+    elif best.accuracy < 0.9 and best.logp > student_logp:
         text += (
             f" The demonstration is likelier to the teacher ({best.logp:.2f} nats per token) than to the student "
             f"({student_logp:.2f}): a scorer that fits the data better may show a difference."

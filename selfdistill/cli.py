@@ -118,8 +118,11 @@ COMMANDS: dict[str, tuple[type[Settings], str, Callable[[dict[str, Any]], int]]]
 
 def _quiet() -> None:
     """No bars and no advice from libraries while models are loaded and saved; downloads keep their bars."""
+    import warnings
+
     import transformers
 
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT's call, not the user's
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -224,7 +224,9 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
 
 def closest(word: str, known: Iterable[str]) -> str:
     """The end of a message about a word that is not known: the one that was probably meant."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    names = list(known)
+    initials = [name for name in names if "".join(part[:1] for part in name.lstrip("-").split("_")) == word.lstrip("-")]
+    close = initials or difflib.get_close_matches(word, names, n=1)
     return f"; did you mean {close[0]}?" if close else "; see --help for the names"
 
 

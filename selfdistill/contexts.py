@@ -8,6 +8,7 @@ differ only by what the context adds.
 
 from __future__ import annotations
 
+import difflib
 import random
 import re
 from collections.abc import Sequence
@@ -167,6 +168,13 @@ class Template:
                 f"context 'template': {self.file} contains neither {{demonstration}} nor {{document}}, so the teacher "
                 "would see nothing more than the student"
             )
+        near = difflib.get_close_matches
+        for word in set(re.findall(r"\{(\w+)\}", text)) - {"prompt", "demonstration", "document"}:
+            if near(word, ["prompt", "demonstration", "document"], 1, 0.75):
+                raise UserError(
+                    f"context 'template': {self.file} has {{{word}}}, which stays as it is; there is {{prompt}}, "
+                    "{demonstration} and {document}"
+                )
         object.__setattr__(self, "text", text)
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
@@ -193,7 +201,8 @@ def parse_context(spec: str) -> Context:
     """
     name, _, options = spec.partition(":")
     if name not in CONTEXTS:
-        raise UserError(f"context {spec!r}: there is no context {name!r}, only {', '.join(CONTEXTS)}")
+        hint = "; options follow a colon, as in turns:repeats=2" if "=" in name else ""
+        raise UserError(f"context {spec!r}: there is no context {name!r}, only {', '.join(CONTEXTS)}{hint}")
     kind = CONTEXTS[name]
     types = {key: hint for key, hint in get_type_hints(kind).items() if key not in ("name", "text")}
     values = {}
@@ -350,7 +359,8 @@ def encode(
         more = f"; and {len(long) - 10} more" if len(long) > 10 else ""
         raise UserError(
             f"{len(long)} of {len(demonstrations)} rows do not fit: {'; '.join(long[:10])}{more}; raise the limit, "
-            "choose a shorter context, or leave them out with --on_long_prompt drop"
+            + ("choose a shorter context, " if context else "")
+            + "or leave them out with --on_long_prompt drop"
         )
     return kept, len(long)
 

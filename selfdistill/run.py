@@ -96,6 +96,7 @@ class Run:
             update={
                 "max_steps": config.max_steps or steps,
                 "learning_rate": config.learning_rate or (1e-4 if config.lora_rank else 1e-5),
+                "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
                 "mixed_precision": precision,
             }
         )
@@ -140,6 +141,8 @@ class Run:
         ]
         if self.teacher:
             lines += [self.teacher.describe(), f"context: {config.context}"]
+        elif unused := [k for k in ("context", "teacher") if getattr(config, k) != TrainConfig.model_fields[k].default]:
+            lines.append(f"note: {config.method} has no teacher, so {' and '.join(unused)} will not be used")
         if not self.scorer.fused:
             lines.append("the head is not separable from the model's own logits; they are taken whole (more memory)")
         return lines

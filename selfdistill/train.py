@@ -99,12 +99,12 @@ def train(
         position = saved
     for line in run.describe():
         say(line)
-    if resume:
-        say(
-            f"continuing after step {position.step}"
-            if checkpoints
-            else "no checkpoint yet: starting from the beginning"
-        )
+    if resume and not checkpoints:
+        say(f"note: there is no run to continue in {output_dir}: starting from the beginning")
+    elif resume and position.step >= (run.config.max_steps or 0):
+        say(f"all {position.step} steps are done already: a higher --max_steps would go on")
+    elif resume:
+        say(f"continuing after step {position.step}")
     _loop(run, output_dir, position, on_step)
     return _save_final(run, output_dir)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,4 +223,10 @@ def test_verdicts() -> None:
     text, code = verdict_on(0.5, -1.0, layout(0.5, logp=-2.0))
     assert code == UNLIKELY
     assert "Try other contexts" in text
+    text, code = verdict_on(0.0, -3.0, replace(layout(0.05), truncated=1.0))
+    assert code == UNLIKELY
+    assert text.endswith(
+        "the teacher is not clearly better. 100% of its replies were cut at the limit, so they may be right and "
+        "unfinished: raise --max_completion_length."
+    )
     assert "lower temperature" in verdict_on(0.0, -9.0, layout(1.0, kl=5.0))[0]

@@ -258,6 +258,7 @@ CONFIG: list[tuple[str, str]] = [
         "setting 'model' is required: give --model; setting 'data' is required: give --data; setting "
         "'output_dir' is required: give --output_dir",
     ),
+    (f"{SFT} --lr 3", "unknown option --lr; did you mean --learning_rate?"),
     (f"{SFT} --learning_rte 3", "unknown option --learning_rte; did you mean --learning_rate?"),
     (f"{SFT} --learning-rate=3", "unknown option --learning-rate; did you mean --learning_rate?"),
     (f"{SFT} --learning_r 3", "unknown option --learning_r; did you mean --learning_rate?"),

@@ -113,6 +113,13 @@ def test_template_errors_name_the_file_and_the_row(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
         Template(str(file))
+    file.write_text('{document} {promt} {prompt} {"a"} {x}', encoding="utf-8")
+    want = (
+        f"context 'template': {file} has {{promt}}, which stays as it is; there is {{prompt}}, {{demonstration}} and "
+        "{document}"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
+        Template(str(file))
     file.write_text("{document} {prompt}", encoding="utf-8")
     with pytest.raises(UserError, match=r"^context 'template' uses \{document\}, and d\.jsonl:1 has none$"):
         Template(str(file)).messages(row(), [])
@@ -232,7 +239,10 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
             "turn:repeats=2",
             "context 'turn:repeats=2': there is no context 'turn', only turns, example, few_shot, document, template",
         ),
-        ("", "context '': there is no context '', only turns, example, few_shot, document, template"),
+        (
+            "",
+            "context '': there is no context '', only turns, example, few_shot, document, template",
+        ),
         ("turns:repeat=2", "context 'turns:repeat=2': turns has no option 'repeat', only repeats"),
         ("turns:name=x", "context 'turns:name=x': turns has no option 'name', only repeats"),
         ("few_shot:n=2", "context 'few_shot:n=2': few_shot has no option 'n', only k, pick, this, seed"),
@@ -392,8 +402,7 @@ def test_rows_that_do_not_fit_are_all_counted_and_the_first_ten_named(chat: Chat
         encode(rows, None, chat, max_prompt_length=limit, max_completion_length=8, window=None)
     named = "; ".join(f"d.jsonl:{n}: prompt has {overhead + 20} tokens, limit {limit}" for n in range(2, 12))
     assert str(error.value) == (
-        f"12 of 13 rows do not fit: {named}; and 2 more; raise the limit, choose a shorter context, or leave them out "
-        "with --on_long_prompt drop"
+        f"12 of 13 rows do not fit: {named}; and 2 more; raise the limit, or leave them out with --on_long_prompt drop"
     )
 
 

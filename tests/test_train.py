@@ -378,14 +378,25 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted_to_the_bit(
     assert_same_run(whole, stopped)
 
 
-def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(settings: Callable[..., TrainConfig]) -> None:
+def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(
+    settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, crashed = settings("whole", save_steps=3), settings("crashed", save_steps=3)
     train(whole)
     with pytest.raises(Cut):
         train(crashed, on_step=crash_at(2))
     assert list_checkpoints(Path(crashed.output_dir)) == []
+    capsys.readouterr()
     train(crashed, resume=True)
+    assert f"there is no run to continue in {crashed.output_dir}: starting" in capsys.readouterr().err
     assert_same_run(whole, crashed)
+
+
+def test_what_a_run_decides_and_does_not_use_is_said(settings: Callable[..., TrainConfig]) -> None:
+    run = Run(settings(method="sft", context="turns", teacher="frozen", lora_rank=4))
+    assert run.config.lora_alpha == 8
+    assert "note: sft has no teacher, so context and teacher will not be used" in run.describe()
+    assert not any("will not be used" in line for line in Run(settings(teacher="frozen")).describe())
 
 
 def test_resuming_a_finished_run_writes_the_same_final_model_again(settings: Callable[..., TrainConfig]) -> None:
