@@ -243,6 +243,11 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
             "",
             "context '': there is no context '', only turns, example, few_shot, document, template",
         ),
+        (
+            "turns,repeats=2",
+            "context 'turns,repeats=2': there is no context 'turns,repeats=2', only turns, example, few_shot, document, "
+            "template; options follow a colon, as in turns:repeats=2",
+        ),
         ("turns:repeat=2", "context 'turns:repeat=2': turns has no option 'repeat', only repeats"),
         ("turns:name=x", "context 'turns:name=x': turns has no option 'name', only repeats"),
         ("few_shot:n=2", "context 'few_shot:n=2': few_shot has no option 'n', only k, pick, this, seed"),
