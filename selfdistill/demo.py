@@ -39,8 +39,7 @@ SHARED: dict[str, Any] = {
 SDFT: dict[str, Any] = {
     "method": "sdft",
     "context": CONTEXT,
-    "teacher": "ema",
-    "ema_rate": 0.02,
+    "teacher": "frozen",
     "temperature": 0.3,
     "learning_rate": 1e-4,
     "lr_scheduler_type": "cosine",

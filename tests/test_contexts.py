@@ -245,8 +245,8 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
         ),
         (
             "turns,repeats=2",
-            "context 'turns,repeats=2': there is no context 'turns,repeats=2', only turns, example, few_shot, document, "
-            "template; options follow a colon, as in turns:repeats=2",
+            "context 'turns,repeats=2': there is no context 'turns,repeats=2', only turns, example, few_shot, "
+            "document, template; options follow a colon, as in turns:repeats=2",
         ),
         ("turns:repeat=2", "context 'turns:repeat=2': turns has no option 'repeat', only repeats"),
         ("turns:name=x", "context 'turns:name=x': turns has no option 'name', only repeats"),
