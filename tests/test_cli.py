@@ -116,8 +116,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "long.jsonl",
         json.dumps({"prompt": "q" * 600, "completion": "a"}),
         SFT,
-        "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 504; raise the limit, choose a "
-        "shorter context, or leave them out with --on_long_prompt drop",
+        "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 504; raise the limit, "
+        "or leave them out with --on_long_prompt drop",
     ),
     (
         "long.jsonl",
@@ -130,22 +130,22 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "short.jsonl",
         ROW,
         SFT + " --max_prompt_length 3",
-        "1 of 1 rows do not fit: short.jsonl:1: prompt has 20 tokens, limit 3; raise the limit, choose a "
-        "shorter context, or leave them out with --on_long_prompt drop",
+        "1 of 1 rows do not fit: short.jsonl:1: prompt has 20 tokens, limit 3; raise the limit, "
+        "or leave them out with --on_long_prompt drop",
     ),
     (
         "reply.jsonl",
         '{"prompt": "q", "completion": "aaaaaaaaaa"}\n',
         SFT,
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 11 tokens, limit 8 (max_completion_length); "
-        "raise the limit, choose a shorter context, or leave them out with --on_long_prompt drop",
+        "raise the limit, or leave them out with --on_long_prompt drop",
     ),
     (
         "reply.jsonl",
         '{"prompt": "q", "completion": "aaaaaaaaaa"}\n',
         SFT + " --on_long_prompt drop",
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 11 tokens, limit 8 (max_completion_length); "
-        "raise the limit, choose a shorter context, or leave them out with --on_long_prompt drop",
+        "raise the limit, or leave them out with --on_long_prompt drop",
     ),
     (
         "train.jsonl",
