@@ -168,9 +168,9 @@ class Template:
                 f"context 'template': {self.file} contains neither {{demonstration}} nor {{document}}, so the teacher "
                 "would see nothing more than the student"
             )
-        near = difflib.get_close_matches
-        for word in set(re.findall(r"\{(\w+)\}", text)) - {"prompt", "demonstration", "document"}:
-            if near(word, ["prompt", "demonstration", "document"], 1, 0.75):
+        names = ("prompt", "demonstration", "document")
+        for word in sorted(set(re.findall(r"\{(\w+)\}", text)) - set(names)):
+            if difflib.get_close_matches(word, names, 1, 0.75):
                 raise UserError(
                     f"context 'template': {self.file} has {{{word}}}, which stays as it is; there is {{prompt}}, "
                     "{demonstration} and {document}"

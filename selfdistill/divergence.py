@@ -217,11 +217,7 @@ class CrossEntropy:
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
         """The loss of each token, shape (N,), in nats; ``teacher_logits_NV`` is not read."""
-        return self.from_log_probs(_log_softmax(student_logits_NV), None, tokens_N)
-
-    def from_log_probs(self, log_p_NV: Tensor, log_q_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
-        """:meth:`per_token` on normalised log-probabilities."""
-        return -_pick(log_p_NV, tokens_N)
+        return -_pick(_log_softmax(student_logits_NV), tokens_N)
 
     def value_and_slope(self, pair: _Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's loss (N,) and its gradient with respect to the student's logits (N, V): p, less 1 at it."""

@@ -239,10 +239,7 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
             "turn:repeats=2",
             "context 'turn:repeats=2': there is no context 'turn', only turns, example, few_shot, document, template",
         ),
-        (
-            "",
-            "context '': there is no context '', only turns, example, few_shot, document, template",
-        ),
+        ("", "context '': there is no context '', only turns, example, few_shot, document, template"),
         (
             "turns,repeats=2",
             "context 'turns,repeats=2': there is no context 'turns,repeats=2', only turns, example, few_shot, "
