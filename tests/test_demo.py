@@ -27,12 +27,9 @@ def test_sft_is_compared_where_it_first_knows_as_much_or_at_its_best() -> None:
     assert matched(along, point(60, 1.0)).step == 30
 
 
-def test_the_demo_runs_prints_and_keeps_its_folder(
-    model_folder: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def tiny_demo(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The demo on a tiny model, two steps of SDFT, in an empty folder, which is returned."""
     monkeypatch.chdir(tmp_path)
     # The documents of the demo are longer in bytes than a tiny model's window.
     monkeypatch.setattr(module, "CONTEXT", "turns:repeats=1")
@@ -40,6 +37,12 @@ def test_the_demo_runs_prints_and_keeps_its_folder(
         module, "SHARED", module.SHARED | {"model": str(model_folder()), "batch_size": 4, "max_completion_length": 100}
     )
     monkeypatch.setattr(module, "SDFT", module.SDFT | {"max_steps": 2, "context": "turns:repeats=1"})
+    return tmp_path
+
+
+def test_the_demo_runs_prints_and_keeps_its_folder(
+    tiny_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(module, "SFT", module.SFT | {"max_steps": 2})
     monkeypatch.setattr(module, "SDFT_EVALUATIONS", (1, 2))
     monkeypatch.setattr(module, "SFT_EVALUATIONS", (2,))
@@ -54,7 +57,7 @@ def test_the_demo_runs_prints_and_keeps_its_folder(
     for words in ("teacher: base", "SDFT, 2 steps", "SFT, 2 steps", "KL(base||model)", "minutes"):
         assert words in output
     assert output.count("before: ") == output.count("after:  ") == 3
-    assert (tmp_path / "runs/demo/sdft/final/model.safetensors").is_file()
+    assert (tiny_demo / "runs/demo/sdft/final/model.safetensors").is_file()
     # A second run goes beside the first.
     assert module._free_folder(None) == Path("runs/demo-2")
     assert main(["demo", "--output_dir", "runs/demo"]) == 2
@@ -62,15 +65,8 @@ def test_the_demo_runs_prints_and_keeps_its_folder(
 
 
 def test_a_stopped_demo_does_not_promise_to_go_on(
-    model_folder: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "SHARED", module.SHARED | {"model": str(model_folder()), "batch_size": 2})
-    monkeypatch.setattr(module, "CONTEXT", "turns:repeats=1")
-    monkeypatch.setattr(module, "SDFT", module.SDFT | {"max_steps": 2, "context": "turns:repeats=1"})
     monkeypatch.setattr(module, "SDFT_EVALUATIONS", (1,))
     measure = module.Panel.measure
 
