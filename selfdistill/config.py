@@ -94,6 +94,10 @@ class TrainConfig(ModelSettings):
     snapshot_steps: int = Field(default=50, ge=1)
     """Steps between copies of the student into a ``snapshot`` teacher."""
 
+    teacher_cache_mib: int | None = Field(default=None, ge=0)
+    """Memory for what a frozen teacher has read, so that later epochs pay for completions only. Default 2048 where rows
+    come up twice or more, else 0: none."""
+
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """forward_kl = KL(teacher||student), with which the published results were made."""
     jsd_weight: float = Field(default=0.5, gt=0, lt=1)
@@ -156,6 +160,11 @@ class TrainConfig(ModelSettings):
         if self.importance_cap is not None and (self.top_p < 1 or self.top_k > 0):
             raise UserError(
                 "setting 'importance_cap' needs sampling from the whole distribution: use top_p 1 and top_k 0"
+            )
+        if self.teacher_cache_mib and self.teacher != "frozen":
+            raise UserError(
+                f"setting 'teacher_cache_mib': only what a frozen teacher has read stays true, found teacher "
+                f"{self.teacher!r}"
             )
         if self.support == "sampled" and self.divergence != "reverse_kl":
             raise UserError(

@@ -1,6 +1,6 @@
 """Rollouts: batched sampling whose randomness belongs to each sample.
 
-Legend: B rows still being sampled, L length so far, V vocabulary.
+Legend: B rows still being sampled, L length so far, V vocabulary, H key/value heads, C channels of a head.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from selfdistill.models import LoadedModel
-from selfdistill.scores import PASS_TOKENS, common_beginning
+from selfdistill.prefixes import PASS_TOKENS, as_attended, common_beginning
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,43 @@ class Rollout:
     """Log-probability of each token under the sampling policy (0 for greedy)."""
     truncated: bool
     """Stopped by the length limit, without an end token."""
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of a cache with memory for the tokens to come: each is written in its place, and nothing else is copied.
+
+    Args:
+        layer: filled with the prompts.
+        room: most tokens to come.
+    """
+
+    def __init__(self, layer: Any, room: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self._length = layer.get_seq_length()
+        self._keys_BHLC, self._values_BHLC = (
+            torch.nn.functional.pad(as_attended(states), (0, 0, 0, room)) for states in (layer.keys, layer.values)
+        )
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = keys, values = (
+            self._keys_BHLC[:, :, : self._length],
+            self._values_BHLC[:, :, : self._length],
+        )
+        return keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the new tokens behind the others, and return all."""
+        new = slice(self._length, self._length + key_states.shape[-2])
+        self._keys_BHLC[:, :, new], self._values_BHLC[:, :, new] = key_states, value_states
+        self._length = new.stop
+        return self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only keep these rows."""
+        self._keys_BHLC, self._values_BHLC = self._keys_BHLC[indices], self._values_BHLC[indices]
+        self._show()
 
 
 def sample_seed(seed: int, step: int, row: int, generation: int) -> int:
@@ -70,6 +109,7 @@ def sample(
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
     ends = torch.tensor(loaded.end_token_ids, device=device)
     cache, logits_BV, mask_BL = _read(loaded, prompts)
+    cache.layers = [RoomyLayer(layer, limit) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     position_B = mask_BL.sum(1)
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)

@@ -34,6 +34,7 @@ from selfdistill.guards import check_finite
 from selfdistill.methods import METHODS
 from selfdistill.methods.slots import Completion, Method
 from selfdistill.models import add_lora, bfloat16_is_fast, casts_kept, load_model
+from selfdistill.prefixes import KeptContexts
 from selfdistill.schedule import batch_rows, learning_rate
 from selfdistill.scores import Scorer
 from selfdistill.teacher import Teacher
@@ -91,10 +92,16 @@ class Run:
             self.method.skip_first_tokens,
             [min(len(row.completion_ids), config.max_completion_length) for row in self.rows],
         )
-        steps = math.ceil(len(self.rows) * config.num_train_epochs / config.batch_size)
+        steps = config.max_steps or math.ceil(len(self.rows) * config.num_train_epochs / config.batch_size)
+        cache_mib = config.teacher_cache_mib
+        if self.method.teacher != "frozen":
+            cache_mib = None
+        elif cache_mib is None:
+            cache_mib = 2048 if steps * config.batch_size >= 2 * len(self.rows) else 0
         self.config = config.model_copy(
             update={
-                "max_steps": config.max_steps or steps,
+                "max_steps": steps,
+                "teacher_cache_mib": cache_mib,
                 "learning_rate": config.learning_rate or (1e-4 if config.lora_rank else 1e-5),
                 "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
                 "mixed_precision": precision,
@@ -113,6 +120,10 @@ class Run:
             self.teacher = Teacher(
                 self.loaded, self.method.teacher, ema_rate=config.ema_rate, snapshot_steps=config.snapshot_steps
             )
+        self.kept: KeptContexts | None = None
+        if config.teacher_cache_mib and KeptContexts.possible(model.config.get_text_config()):
+            contexts = [row.teacher_ids or [] for row in self.rows]
+            self.kept = KeptContexts(contexts, config.teacher_cache_mib * 2**20)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -141,6 +152,10 @@ class Run:
         ]
         if self.teacher:
             lines += [self.teacher.describe(), f"context: {config.context}"]
+            if self.kept:
+                lines.append(
+                    f"the teacher's contexts are read once and kept, in at most {config.teacher_cache_mib} MiB"
+                )
         elif unused := [k for k in ("context", "teacher") if getattr(config, k) != TrainConfig.model_fields[k].default]:
             lines.append(f"note: {config.method} has no teacher, so {' and '.join(unused)} will not be used")
         if not self.scorer.fused:
@@ -170,7 +185,7 @@ class Run:
             teacher_hidden_ND, teacher_head = None, None
             if self.teacher is not None:
                 with self.teacher.model() as network, casts_kept(network), self.accelerator.autocast():
-                    scores = self.scorer(network, [c.row.teacher_ids or [] for c in part], ids)
+                    scores = self.scorer(network, [c.row.teacher_ids or [] for c in part], ids, self.kept)
                     teacher_hidden_ND, teacher_head = scores.hidden_ND[kept_N], scores.head
             now = self._clock()
             teacher_s, began = teacher_s + now - began, now
@@ -205,6 +220,14 @@ class Run:
     def _drift_of(self, network: Any) -> float:
         with casts_kept(network), self.accelerator.autocast():
             return self.drift.of(network)
+
+    def _teacher_drift(self, students: float) -> float:
+        """The teacher's distance from where it began, measured only where it is not known: it moves on its own."""
+        assert self.teacher is not None
+        if self.teacher.kind in ("frozen", "live"):
+            return students if self.teacher.kind == "live" else 0.0
+        with self.teacher.model() as network:
+            return self._drift_of(network)
 
     def _clock(self) -> float:
         """Seconds, once the device has done what it was given."""
@@ -271,8 +294,7 @@ class Run:
         if self.teacher is not None:
             metrics["kl/forward"] = result.statistics["forward_kl"]
             metrics["kl/reverse"] = result.statistics["reverse_kl"]
-            with self.teacher.model() as network:
-                metrics["drift/teacher"] = self._drift_of(network)
+            metrics["drift/teacher"] = self._teacher_drift(metrics["drift/student"])
         if self.method.importance_cap is not None:
             metrics["importance"] = result.importance
         ended = self._clock()

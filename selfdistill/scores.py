@@ -10,19 +10,21 @@ without padding, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from selfdistill.models import Head, LoadedModel, body_and_head, head_agrees
+from selfdistill.prefixes import KeptContexts, shared_beginnings
 
-PASS_TOKENS = 64
-"""Tokens that take about as long as one more pass through the model: what a shared beginning must save."""
+PLAIN_ATTENTION_TOKENS = 128
+"""Up to this many tokens plain attention trains faster than fused attention, with bfloat16 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,13 @@ class Scorer:
         self.fused = head_agrees(loaded)
         self.pad_token_id = loaded.pad_token_id
 
-    def __call__(self, model: Any, contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Scores:
+    def __call__(
+        self,
+        model: Any,
+        contexts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        kept: KeptContexts | None = None,
+    ) -> Scores:
         """Score completions under contexts; gradients flow unless the caller switched them off.
 
         Position: the logits at index t of a sequence predict token t + 1, so completion token j of a row with a context
@@ -56,6 +64,12 @@ class Scorer:
         document or the chat template's system turn, is computed once, and gradients through it are those of all its
         rows together. Only under gradient checkpointing, where a pass cannot continue another, is every row computed
         whole.
+
+        Args:
+            model: scores; for ``kept`` to be right, it must be the same weights at every call.
+            contexts: token ids, at least one each.
+            completions: token ids.
+            kept: states of the contexts, where the model does not change. No gradient flows then.
         """
         assert all(contexts), "nothing predicts the first token after an empty context"
         device = next(model.parameters()).device
@@ -65,22 +79,30 @@ class Scorer:
             return Scores(logits_NV, torch.nn.Identity(), ())
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
+        config = model.config.get_text_config()
+        passes: list[tuple[list[int], list[int], Callable[[Tensor], Tensor]]] = []  # rows, tokens already read, forward
+        held = kept.kept(body, config, contexts) if kept else []
+        if kept and held:
+            cache, filled_B = kept.cache(body, config, [contexts[row] for row in held])
+            passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B)))
+        left = sorted(set(range(len(contexts))) - set(held))
         whole = torch.is_grad_enabled() and model.training  # train mode is there for checkpointing alone (Run)
-        groups = [] if whole else shared_beginnings(contexts)
-        grouped = {row for rows, _ in groups for row in rows}
-        alone = [row for row in range(len(contexts)) if row not in grouped]
+        for group, length in [] if whole else shared_beginnings([contexts[row] for row in left]):
+            rows = [left[row] for row in group]
+            cache = DynamicCache(config=config)
+            beginning = torch.tensor([contexts[rows[0]][:length]], device=device)
+            body(input_ids=beginning, past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(rows))
+            passes.append((rows, [length] * len(rows), partial(_last_hidden, body, cache, None)))
+        alone = sorted(set(left) - {row for rows, *_ in passes for row in rows})
+        if alone:
+            passes.append((alone, [0] * len(alone), partial(_last_hidden, body, None, None)))
         by_row: dict[int, Tensor] = {}
-        for rows, length in [*groups, *([(alone, 0)] if alone else [])]:
-            cache = None
-            if length:
-                cache = DynamicCache(config=model.config.get_text_config())
-                beginning = torch.tensor([contexts[rows[0]][:length]], device=device)
-                body(input_ids=beginning, past_key_values=cache, use_cache=True)
-                cache.batch_repeat_interleave(len(rows))
-            forward = partial(_last_hidden, body, cache)
+        for rows, lengths, forward in passes:
             chosen = [completions[row] for row in rows]
-            hidden_ND = self._hidden(forward, device, [contexts[row][length:] for row in rows], chosen)
-            if len(rows) == len(contexts) and rows == sorted(rows):
+            rest = [contexts[row][length:] for row, length in zip(rows, lengths, strict=True)]
+            hidden_ND = self._hidden(forward, device, rest, chosen)
+            if rows == list(range(len(contexts))):
                 return Scores(hidden_ND, head, trainable)
             by_row |= dict(zip(rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
         return Scores(torch.cat([by_row[row] for row in range(len(contexts))]), head, trainable)
@@ -108,48 +130,35 @@ class Scorer:
 
 
 def _logits(model: Any, ids_BL: Tensor) -> Tensor:
-    return model(input_ids=ids_BL, use_cache=False).logits
+    with _attention(model, ids_BL):
+        return model(input_ids=ids_BL, use_cache=False).logits
 
 
-def _last_hidden(body: Any, cache: DynamicCache | None, ids_BL: Tensor) -> Tensor:
-    output = body(input_ids=ids_BL, past_key_values=cache, use_cache=cache is not None)
+def _last_hidden(body: Any, cache: DynamicCache | None, filled_B: Tensor | None, ids_BL: Tensor) -> Tensor:
+    """Hidden states; ``filled_B`` of the cache's places count in each row, all of them where it is None."""
+    places: dict[str, Tensor] = {}
+    if cache is not None and filled_B is not None:
+        mask_BL = torch.arange(cache.get_seq_length(), device=filled_B.device) < filled_B[:, None]
+        own_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+        position_BL = filled_B[:, None] + torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        places = {"attention_mask": torch.cat([mask_BL, own_BL], dim=1).long(), "position_ids": position_BL}
+    with _attention(body, ids_BL):
+        output = body(input_ids=ids_BL, past_key_values=cache, use_cache=cache is not None, **places)
     return output.last_hidden_state
 
 
-def shared_beginnings(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
-    """Groups of rows whose common beginning is worth computing once: row numbers and its length.
+def _attention(module: Any, ids_BL: Tensor) -> AbstractContextManager[None]:
+    """Which attention kernel a pass uses: torch's choice, except where its backward pass is known to be slow.
 
-    Sorted, contexts with a common beginning are neighbours; of all ways to cut that order into groups, the one that
-    saves most tokens is taken, where each group costs ``PASS_TOKENS``. Rows that share too little are in no group.
+    On the CPU plain matrix products are faster than fused attention's backward pass in bfloat16 where sequences are
+    short: 0.7 of the time of the whole model's backward pass with 44 tokens, no less with 350. Not under gradient
+    checkpointing (train mode): what it recomputes later must be what was computed here.
     """
-    order = sorted(range(len(contexts)), key=lambda row: list(contexts[row]))
-    common = [common_beginning(contexts[a], contexts[b]) for a, b in pairwise(order)]
-    saved = [0] * (len(order) + 1)  # most tokens saved among the first i rows
-    cut = [0] * (len(order) + 1)  # where the last group of that best begins
-    for end in range(1, len(order) + 1):
-        saved[end], cut[end] = saved[end - 1], end - 1
-        length = len(contexts[order[end - 1]])
-        for start in range(end - 2, -1, -1):
-            length = min(length, common[start])
-            if length == 0:
-                break
-            gain = saved[start] + (end - start - 1) * length - PASS_TOKENS
-            if gain > saved[end]:
-                saved[end], cut[end] = gain, start
-    groups, end = [], len(order)
-    while end > 0:
-        start = cut[end]
-        if end - start > 1:
-            groups.append((order[start:end], min(common[start : end - 1])))
-        end = start
-    return groups
-
-
-def common_beginning(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning, at least one token short of either."""
-    length = 0
-    for x, y in zip(a[:-1], b[:-1], strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+    plain = (
+        ids_BL.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.is_grad_enabled()
+        and not module.training
+        and ids_BL.shape[1] <= PLAIN_ATTENTION_TOKENS
+    )
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()

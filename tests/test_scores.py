@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from selfdistill.models import LoadedModel, add_lora, body_and_head, disable_dropout, head_agrees
-from selfdistill.scores import Scorer, shared_beginnings
+from selfdistill.prefixes import KeptContexts, shared_beginnings
+from selfdistill.scores import Scorer
 
 Loader = Callable[..., LoadedModel]
 SIZE: dict[str, Any] = {
@@ -293,3 +294,47 @@ def test_gradients_through_a_shared_beginning_are_those_of_whole_rows(load: Load
         start += len(completion)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(shared[name], parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("budget", [0, 25_000, 10**9])
+@pytest.mark.parametrize("lora", [False, True])
+def test_kept_contexts_give_the_same_scores_as_reading_them_again(load: Loader, budget: int, lora: bool) -> None:
+    loaded = load()
+    if lora:
+        add_lora(loaded, 2, None, 0)
+    contexts = [*shared_contexts(), *texts(2, 7, seed=9)]
+    contexts += [contexts[0][:90], contexts[2]]  # a beginning that is itself a context, and a repetition
+    completions = texts(3, 9, 1, 6, 12, 2, 5, 5, 4, 3, seed=8)
+    seen: list[int] = []
+    body, _ = body_and_head(loaded.model) or pytest.fail("not separable")
+    scorer, kept = Scorer(loaded), KeptContexts(contexts, budget)
+    expected = full_forward(loaded.model, contexts, completions)
+    body.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True)
+    with torch.no_grad():
+        first = logits(scorer(loaded.model, contexts, completions, kept))
+        read = sum(seen)
+        seen.clear()
+        again = logits(scorer(loaded.model, contexts, completions, kept))
+        again_read = sum(seen)
+        pairs = [(3, 1), (2, 9), (6, 0)]
+        some = [
+            logits(scorer(loaded.model, [contexts[i], contexts[j]], [completions[i], completions[j]], kept))
+            for i, j in pairs
+        ]
+    assert torch.allclose(first, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(first, again), "whether states were kept must not change a bit"
+    by_row = expected.split([len(completion) for completion in completions])
+    for (i, j), scores in zip(pairs, some, strict=True):
+        assert torch.allclose(scores, torch.cat([by_row[i], by_row[j]]), rtol=1e-5, atol=1e-5)
+    if budget == 10**9:  # later only the last token of each context and the completions are computed
+        assert again_read == len(contexts) * (1 + max(map(len, completions)))
+        assert read - again_read < 0.6 * sum(map(len, contexts)), "beginnings and repetitions are read once"
+    else:
+        held = kept.kept(body, loaded.model.config, contexts)
+        assert len(held) == 0 if budget == 0 else 0 < len(held) < len(contexts)
+        assert again_read > len(contexts) * (1 + max(map(len, completions)))
+
+
+def test_contexts_are_kept_only_where_every_layer_keeps_every_token() -> None:
+    assert KeptContexts.possible(LlamaConfig(**SIZE))
+    assert not KeptContexts.possible(Gemma2Config(**SIZE, head_dim=8, sliding_window=4))

@@ -588,6 +588,39 @@ def test_the_final_model_is_what_was_trained_and_loads_with_transformers(
     assert not list(Path(config.output_dir).glob(".*"))
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_keeping_a_frozen_teachers_contexts_changes_no_number(
+    settings: Callable[..., TrainConfig], lora_rank: int
+) -> None:
+    common: dict[str, Any] = {"teacher": "frozen", "lora_rank": lora_rank, "context": "turns:repeats=3"}
+    read, kept = (settings(name, teacher_cache_mib=mib, **common) for name, mib in (("read", 0), ("kept", None)))
+    train(read)
+    train(kept)
+    assert load_yaml(Path(kept.output_dir) / "config.yaml", TrainConfig)["teacher_cache_mib"] == 2048
+    for a, b in zip(metrics_of(read), metrics_of(kept), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["kl/reverse"] == pytest.approx(a["kl/reverse"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "mib"),
+    [
+        ({"teacher": "frozen", "max_steps": 5}, 0),
+        ({"teacher": "frozen", "max_steps": 6}, 2048),
+        ({"teacher": "frozen", "max_steps": 6, "teacher_cache_mib": 7}, 7),
+        ({"teacher": "ema", "max_steps": 6}, None),
+        ({"method": "sft", "teacher": "frozen", "max_steps": 6}, None),
+    ],
+)
+def test_contexts_are_kept_where_they_come_up_twice(
+    settings: Callable[..., TrainConfig], options: dict[str, Any], mib: int | None
+) -> None:
+    run = Run(settings(**options))
+    assert run.config.teacher_cache_mib == mib
+    assert (run.kept is None) == (not mib)
+    assert any("kept, in at most" in line for line in run.describe()) == bool(mib)
+
+
 @pytest.mark.parametrize("teacher", ["ema", "frozen"])
 def test_a_final_adapter_is_what_was_trained_and_loads_with_peft(
     settings: Callable[..., TrainConfig], teacher: Any
