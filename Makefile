@@ -6,9 +6,10 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+TRL_STAMP := .venv-trl/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow bench lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +31,26 @@ test: $(STAMP) ## Run the quick tests
 test-slow: $(STAMP) ## Run the tests that use the starter model or take long
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 
+# TRL has an environment of its own, with this package beside it; its newest release that was compared with.
+$(TRL_STAMP): $(STAMP)
+	$(PYTHON) -m venv --clear .venv-trl
+	.venv-trl/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e . trl==1.16.0
+	@touch $@
+
+bench: $(STAMP) $(TRL_STAMP) ## Measure speed and memory, also against TRL (about an hour on two cores)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/limits.py
+	$(BIN)/python benchmarks/fused_loss.py
+	$(BIN)/python benchmarks/rollouts.py
+	$(BIN)/python benchmarks/rollouts.py --generations 8 --tokens 20
+	$(BIN)/python benchmarks/step.py --teacher ema
+	$(BIN)/python benchmarks/step.py --teacher frozen
+	$(BIN)/python benchmarks/step.py --teacher frozen --lora
+	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32
+	.venv-trl/bin/python benchmarks/against_trl.py --tokens 128
+	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32 --lora
+	$(BIN)/python benchmarks/growth.py docs/growth.svg
+
 lint: $(STAMP) ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,5 +62,5 @@ format: $(STAMP) ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-trl build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find selfdistill tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
-"""What the benchmarks share: alternating timings and peak memory. Linux only (memory is read from /proc)."""
+"""What the benchmarks share: alternating timings and peak memory. Linux only (memory is read from /proc; glibc)."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Peak resident memory of the process while ``run`` runs, above what it had before."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that a warm-up freed, and the allocator kept, would not count again
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size
     before = _status("VmRSS")
     run()

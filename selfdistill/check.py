@@ -14,6 +14,8 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ from selfdistill.contexts import ChatFormat, Encoded, context_spec, encode, pars
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.divergence import CrossEntropy, Divergence, chunked_loss
 from selfdistill.errors import UserError
-from selfdistill.models import LoadedModel, load_model, to_best_device
+from selfdistill.models import LoadedModel, load_model, resolved_precision, to_best_device
+from selfdistill.prefixes import KeptContexts
 from selfdistill.rollouts import Rollout, Sampling, sample, sample_seed
 from selfdistill.scores import Scorer, Scores
 from selfdistill.tracking import Reporter, say
@@ -40,6 +43,8 @@ LAYOUTS = (
     "few_shot:k=3,this=true",
 )
 DOCUMENT_LAYOUTS = ("document:repeats=1", "document:repeats=2", "document:show=document")
+KEPT_BYTES = 2**28
+"""Memory for what the model has read, of the students' prompts and again of one layout's."""
 POSITIONS = 8
 """Completion tokens for which the divergence is listed one by one."""
 
@@ -116,13 +121,15 @@ class _Measure:
 
     def __init__(self, config: CheckConfig, demonstrations: list[Demonstration], loaded: LoadedModel) -> None:
         self.config, self.pool, self.loaded = config, demonstrations, loaded
+        self.bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
         self.chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
         self.scorer = Scorer(loaded)
         chosen = random.Random(config.seed).sample(demonstrations, min(config.sample, len(demonstrations)))
         self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
         self.dropped = len(chosen) - len(self.rows)
+        self.kept = self.scorer.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
-        self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows)
+        self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.kept)
         began = time.monotonic()
         rollouts = self._rollouts()
         self.rollout_s = (time.monotonic() - began) / len(self.rows)
@@ -162,33 +169,40 @@ class _Measure:
             return self.student.accuracy, self.student_logp
         rows = [row for row in self.rows if row.demonstration.row in fits]
         right = [c for row, c in zip(self.rows, self.student.correct, strict=True) if row.demonstration.row in fits]
-        return sum(right) / len(right), self._logp([row.student_ids for row in rows], rows)
+        return sum(right) / len(right), self._logp([row.student_ids for row in rows], rows, self.kept)
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        """The training's."""
+        return torch.autocast(self.loaded.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def _answer(self, prompts: list[list[int]], rows: Sequence[Encoded]) -> Answers:
-        return answer(
-            self.loaded,
-            prompts,
-            [row.demonstration for row in rows],
-            self.chat,
-            max_completion_length=self.config.max_completion_length,
-            batch_size=16,
-            scorer=self.config.scorer,
-        )
+        with self._arithmetic():
+            return answer(
+                self.loaded,
+                prompts,
+                [row.demonstration for row in rows],
+                self.chat,
+                max_completion_length=self.config.max_completion_length,
+                batch_size=16,
+                scorer=self.config.scorer,
+            )
 
     def _rollouts(self) -> list[Rollout]:
         sampling = Sampling(self.config.max_completion_length, self.config.temperature)
         seeds = [sample_seed(self.config.seed, 0, row.demonstration.row, 0) for row in self.rows]
-        return sample(self.loaded, [row.student_ids for row in self.rows], sampling, seeds)
+        with self._arithmetic():
+            return sample(self.loaded, [row.student_ids for row in self.rows], sampling, seeds)
 
     @torch.no_grad()
-    def _logp(self, contexts: list[list[int]], rows: Sequence[Encoded]) -> float:
+    def _logp(self, contexts: list[list[int]], rows: Sequence[Encoded], kept: KeptContexts | None) -> float:
         """Mean log-probability of the demonstrations' tokens."""
         completions = [row.completion_ids for row in rows]
         total, count = 0.0, 0
         for start in range(0, len(contexts), 8):
             part = completions[start : start + 8]
-            scores = self.scorer(self.loaded.model, contexts[start : start + 8], part)
-            total -= float(_loss(CrossEntropy(), scores, part)[0])
+            with self._arithmetic():
+                scores = self.scorer(self.loaded.model, contexts[start : start + 8], part, kept)
+                total -= float(_loss(CrossEntropy(), scores, part)[0])
             count += sum(map(len, part))
         return total / count
 
@@ -201,14 +215,16 @@ class _Measure:
         """
         rows = self._encode([row.demonstration for row in self.rows], context)
         prompts = [row.teacher_ids or [] for row in rows]
+        kept = self.scorer.keep(prompts, KEPT_BYTES)
         answers = self._answer(prompts, rows)
         kl_N, place_N = [], []
         for start in range(0, len(rows), 8):
             part = slice(start, start + 8)
             ids = [self.rollout_of[row.demonstration.row].ids for row in rows[part]]
-            student = self.scorer(self.loaded.model, [row.student_ids for row in rows[part]], ids)
-            teacher = self.scorer(self.loaded.model, prompts[part], ids)
-            kl_N.append(_loss(Divergence(), student, ids, teacher)[1]["loss"])
+            with self._arithmetic():
+                student = self.scorer(self.loaded.model, [row.student_ids for row in rows[part]], ids, self.kept)
+                teacher = self.scorer(self.loaded.model, prompts[part], ids, kept)
+                kl_N.append(_loss(Divergence(), student, ids, teacher)[1]["loss"])
             place_N += [place for row in ids for place in range(len(row))]
         kl, place = torch.cat(kl_N).cpu(), torch.tensor(place_N)
         by_position = [float(kl[place == p].mean()) for p in range(POSITIONS) if bool((place == p).any())]
@@ -216,7 +232,7 @@ class _Measure:
             context=context,
             items=len(rows),
             accuracy=answers.accuracy,
-            logp=self._logp(prompts, rows),
+            logp=self._logp(prompts, rows, kept),
             kl=float(kl.mean()),
             kl_by_position=by_position,
             length=sum(answers.lengths) / len(rows),
@@ -229,10 +245,12 @@ class _Measure:
         rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
         began = time.monotonic()
-        with torch.no_grad():
+        with torch.no_grad(), self._arithmetic():
             teacher = self.scorer(self.loaded.model, [row.teacher_ids or [] for row in rows], ids)
-        student = self.scorer(self.loaded.model, [row.student_ids for row in rows], ids)
-        _loss(Divergence(), student, ids, teacher)[0].backward()
+        with self._arithmetic():
+            student = self.scorer(self.loaded.model, [row.student_ids for row in rows], ids)
+            value = _loss(Divergence(), student, ids, teacher)[0]
+        value.backward()
         scoring_s = time.monotonic() - began
         self.loaded.model.zero_grad(set_to_none=True)
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from selfdistill.errors import UserError
 
+Precision = Literal["auto", "no", "bf16"]
+
 
 class Settings(BaseModel):
     """Base of the settings of each command: frozen, no unknown keys, errors as one line."""
@@ -94,9 +96,9 @@ class TrainConfig(ModelSettings):
     snapshot_steps: int = Field(default=50, ge=1)
     """Steps between copies of the student into a ``snapshot`` teacher."""
 
-    teacher_cache_mib: int | None = Field(default=None, ge=0)
-    """Memory for what a frozen teacher has read, so that later epochs pay for completions only. Default 2048 where rows
-    come up twice or more, else 0: none."""
+    teacher_cache_mib: int = Field(default=2048, ge=0)
+    """Memory for what a ``frozen`` teacher has read, so that later epochs pay for completions only. A batch's own copy
+    comes on top. 0: every context is read every time."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """forward_kl = KL(teacher||student), with which the published results were made."""
@@ -136,7 +138,7 @@ class TrainConfig(ModelSettings):
     """Parts in which a batch is scored. The loss is the same as in one part."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    mixed_precision: Precision = "auto"
     """auto: bfloat16 arithmetic where it is fast (most GPUs, CPUs with AMX), float32 otherwise."""
     lora_rank: int = Field(default=0, ge=0)
     """Rank of a LoRA adapter on all linear layers; 0: full fine-tuning."""
@@ -160,11 +162,6 @@ class TrainConfig(ModelSettings):
         if self.importance_cap is not None and (self.top_p < 1 or self.top_k > 0):
             raise UserError(
                 "setting 'importance_cap' needs sampling from the whole distribution: use top_p 1 and top_k 0"
-            )
-        if self.teacher_cache_mib and self.teacher != "frozen":
-            raise UserError(
-                f"setting 'teacher_cache_mib': only what a frozen teacher has read stays true, found teacher "
-                f"{self.teacher!r}"
             )
         if self.support == "sampled" and self.divergence != "reverse_kl":
             raise UserError(
@@ -190,6 +187,8 @@ class CheckConfig(ModelSettings):
     """Sampling temperature of the rollouts along which teacher and student are compared."""
     batch_size: int = Field(default=8, ge=1)
     """Prompts per step of the training that is being estimated."""
+    mixed_precision: Precision = "auto"
+    """The arithmetic of that training, with which everything is measured."""
 
 
 class EvalConfig(ModelSettings):

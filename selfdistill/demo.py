@@ -43,10 +43,10 @@ SDFT: dict[str, Any] = {
     "temperature": 0.3,
     "learning_rate": 1e-4,
     "lr_scheduler_type": "cosine",
-    "max_steps": 80,
+    "max_steps": 120,
 }
 SFT: dict[str, Any] = {"method": "sft", "learning_rate": 1e-4, "lr_scheduler_type": "constant", "max_steps": 36}
-SDFT_EVALUATIONS = (40, 80)
+SDFT_EVALUATIONS = (40, 80, 120)
 SFT_EVALUATIONS = (12, 18, 24, 30, 36)
 SHOWN = 3
 """Questions whose answers are printed before and after."""

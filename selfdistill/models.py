@@ -136,6 +136,8 @@ class LoadedModel:
     """What was decided while loading and should be said."""
     merged_adapter: bool = False
     """An adapter is folded in: a new adapter would not fit the base that the model's name stands for."""
+    continues: bool | None = None
+    """What :func:`selfdistill.prefixes.continues` found; None before it was asked."""
 
     @property
     def device(self) -> torch.device:
@@ -320,9 +322,14 @@ def to_best_device(loaded: LoadedModel) -> None:
 def bfloat16_is_fast() -> bool:
     """Whether the hardware multiplies matrices in bfloat16 at full speed: most GPUs, and CPUs with AMX."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in torch 2.6
     return bool(capabilities().get("amx_bf16", False))
+
+
+def resolved_precision(setting: str) -> str:
+    """``bf16`` or ``no`` for the setting ``mixed_precision``."""
+    return setting if setting != "auto" else "bf16" if bfloat16_is_fast() else "no"
 
 
 @contextmanager

@@ -15,8 +15,12 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel
-from selfdistill.prefixes import PASS_TOKENS, as_attended, common_beginning
+from selfdistill.prefixes import PASS_TOKENS, as_attended, common_beginning, continues
+
+ROOM = 64
+"""Tokens for which memory is set aside at a time."""
 
 
 @dataclass(frozen=True)
@@ -43,40 +47,42 @@ class Rollout:
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of a cache with memory for the tokens to come: each is written in its place, and nothing else is copied.
+    """A layer of a cache with memory for the next ``ROOM`` tokens: each is written in its place, and the tokens before
+    it are copied only when the room is used up or rows leave.
 
     Args:
         layer: filled with the prompts.
-        room: most tokens to come.
     """
 
-    def __init__(self, layer: Any, room: int) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._length = layer.get_seq_length()
-        self._keys_BHLC, self._values_BHLC = (
-            torch.nn.functional.pad(as_attended(states), (0, 0, 0, room)) for states in (layer.keys, layer.values)
-        )
-        self._show()
+        self._hold(as_attended(layer.keys), as_attended(layer.values))
 
-    def _show(self) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = keys, values = (
-            self._keys_BHLC[:, :, : self._length],
-            self._values_BHLC[:, :, : self._length],
-        )
-        return keys, values
+    def _hold(self, keys_BHLC: Tensor, values_BHLC: Tensor) -> None:
+        """Take these states, with room behind them."""
+        self._length = keys_BHLC.shape[2]
+        self._room = tuple(torch.nn.functional.pad(states, (0, 0, 0, ROOM)) for states in (keys_BHLC, values_BHLC))
+        self.keys, self.values = keys_BHLC, values_BHLC
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the new tokens behind the others, and return all."""
-        new = slice(self._length, self._length + key_states.shape[-2])
-        self._keys_BHLC[:, :, new], self._values_BHLC[:, :, new] = key_states, value_states
+        new = slice(self._length, self._length + key_states.shape[2])
+        assert self.keys is not None
+        assert self.values is not None
+        if new.stop > self._room[0].shape[2]:
+            self._hold(self.keys, self.values)
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, new] = states
         self._length = new.stop
-        return self._show()
+        self.keys, self.values = keys, values = self._room[0][:, :, : new.stop], self._room[1][:, :, : new.stop]
+        return keys, values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Only keep these rows."""
-        self._keys_BHLC, self._values_BHLC = self._keys_BHLC[indices], self._values_BHLC[indices]
-        self._show()
+        assert self.keys is not None
+        assert self.values is not None
+        self._hold(self.keys[beam_idx], self.values[beam_idx])
 
 
 def sample_seed(seed: int, step: int, row: int, generation: int) -> int:
@@ -109,7 +115,7 @@ def sample(
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
     ends = torch.tensor(loaded.end_token_ids, device=device)
     cache, logits_BV, mask_BL = _read(loaded, prompts)
-    cache.layers = [RoomyLayer(layer, limit) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     position_B = mask_BL.sum(1)
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)
@@ -126,7 +132,7 @@ def sample(
             break
         if done_B.any():  # finished rows leave the batch
             keep = (~done_B).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
+            _keep_rows(cache, keep)
             alive, token_B, mask_BL, position_B = alive[keep], token_B[keep], mask_BL[keep], position_B[keep]
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], dim=1)
         logits_BV = model(
@@ -143,6 +149,13 @@ def sample(
     ]
 
 
+def _keep_rows(cache: DynamicCache, index_B: Tensor) -> None:
+    """Rows of a cache by number; by the one method that layers with recurrent states have, too."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.reorder_cache(index_B)
+
+
 def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
     """The state after the prompts: key/value cache, logits of the next token and attention mask, one row per prompt.
 
@@ -153,7 +166,7 @@ def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Dynami
     cache = DynamicCache(config=model.config.get_text_config())
     common = min(common_beginning(min(rows), row) for row in rows) if len(rows) > 1 else 0
     # The padding then lies behind the beginning. A sliding window counts places, so it must not reach over a gap.
-    if common * (len(rows) - 1) <= PASS_TOKENS or any(cache.is_sliding):
+    if common * (len(rows) - 1) <= PASS_TOKENS or any(cache.is_sliding) or not continues(loaded):
         common = 0
     if common:
         beginning = torch.tensor([min(rows)[:common]], device=device)
@@ -173,9 +186,13 @@ def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Dynami
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
+    if not any(getattr(layer, "is_initialized", True) for layer in cache.layers):
+        raise UserError(
+            f"model {loaded.name!r}: it takes no cache of keys and values, without which nothing is sampled"
+        )
     index_B = torch.tensor([rows[tuple(prompt)] for prompt in prompts], device=device)
     if len(rows) < len(prompts):
-        cache.batch_select_indices(index_B)
+        _keep_rows(cache, index_B)
     return cache, logits_BV[index_B], mask_BL[index_B]
 
 

@@ -33,7 +33,7 @@ from selfdistill.evaluate import Drift
 from selfdistill.guards import check_finite
 from selfdistill.methods import METHODS
 from selfdistill.methods.slots import Completion, Method
-from selfdistill.models import add_lora, bfloat16_is_fast, casts_kept, load_model
+from selfdistill.models import add_lora, casts_kept, load_model, resolved_precision
 from selfdistill.prefixes import KeptContexts
 from selfdistill.schedule import batch_rows, learning_rate
 from selfdistill.scores import Scorer
@@ -63,9 +63,7 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, demonstrations: Sequence[Demonstration] | None = None) -> None:
-        precision = config.mixed_precision
-        if precision == "auto":
-            precision = "bf16" if bfloat16_is_fast() else "no"
+        precision = resolved_precision(config.mixed_precision)
         AcceleratorState._reset_state()  # it would refuse another precision than the process's first run had
         self.accelerator = Accelerator(mixed_precision=precision)
         if self.accelerator.num_processes > 1:
@@ -92,16 +90,10 @@ class Run:
             self.method.skip_first_tokens,
             [min(len(row.completion_ids), config.max_completion_length) for row in self.rows],
         )
-        steps = config.max_steps or math.ceil(len(self.rows) * config.num_train_epochs / config.batch_size)
-        cache_mib = config.teacher_cache_mib
-        if self.method.teacher != "frozen":
-            cache_mib = None
-        elif cache_mib is None:
-            cache_mib = 2048 if steps * config.batch_size >= 2 * len(self.rows) else 0
+        steps = math.ceil(len(self.rows) * config.num_train_epochs / config.batch_size)
         self.config = config.model_copy(
             update={
-                "max_steps": steps,
-                "teacher_cache_mib": cache_mib,
+                "max_steps": config.max_steps or steps,
                 "learning_rate": config.learning_rate or (1e-4 if config.lora_rank else 1e-5),
                 "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
                 "mixed_precision": precision,
@@ -120,14 +112,14 @@ class Run:
             self.teacher = Teacher(
                 self.loaded, self.method.teacher, ema_rate=config.ema_rate, snapshot_steps=config.snapshot_steps
             )
-        self.kept: KeptContexts | None = None
-        if config.teacher_cache_mib and KeptContexts.possible(model.config.get_text_config()):
-            contexts = [row.teacher_ids or [] for row in self.rows]
-            self.kept = KeptContexts(contexts, config.teacher_cache_mib * 2**20)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         self.scorer = Scorer(self.loaded)
+        self.kept: KeptContexts | None = None
+        if self.method.teacher == "frozen":
+            contexts = [row.teacher_ids or [] for row in self.rows]
+            self.kept = self.scorer.keep(contexts, config.teacher_cache_mib * 2**20)
         with self.accelerator.autocast():
             self.drift = Drift(self.loaded, self.scorer, self.chat)
         self.parameters = list(trained_parameters(model).values())
@@ -154,7 +146,7 @@ class Run:
             lines += [self.teacher.describe(), f"context: {config.context}"]
             if self.kept:
                 lines.append(
-                    f"the teacher's contexts are read once and kept, in at most {config.teacher_cache_mib} MiB"
+                    f"what it reads is kept for later epochs, as much as fits in {config.teacher_cache_mib} MiB"
                 )
         elif unused := [k for k in ("context", "teacher") if getattr(config, k) != TrainConfig.model_fields[k].default]:
             lines.append(f"note: {config.method} has no teacher, so {' and '.join(unused)} will not be used")

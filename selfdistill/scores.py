@@ -1,7 +1,8 @@
 """Scoring: context ids and completion ids to the hidden states that predict the completion tokens.
 
 The sampled ids are scored verbatim. Rows are padded on the right, after the completion, where causal attention never
-looks: no attention mask and no position ids are needed, and a row's numbers do not depend on its neighbours.
+looks: no attention mask and no position ids are needed there, only for contexts of unlike lengths that were kept. A
+row's numbers are its own, but for rounding.
 
 Legend: B rows, L padded length of context and completion, T completion tokens, N completion tokens of all rows
 without padding, D hidden size, V vocabulary.
@@ -9,7 +10,7 @@ without padding, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from selfdistill.models import Head, LoadedModel, body_and_head, head_agrees
-from selfdistill.prefixes import KeptContexts, shared_beginnings
+from selfdistill.prefixes import KeptContexts, continues, keeps_every_token, shared_beginnings
 
 PLAIN_ATTENTION_TOKENS = 128
 """Up to this many tokens plain attention trains faster than fused attention, with bfloat16 on the CPU."""
@@ -48,7 +49,13 @@ class Scorer:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.fused = head_agrees(loaded)
+        self._continues = continues(loaded)
+        self._keeps = self.fused and self._continues and keeps_every_token(loaded.model.config.get_text_config())
         self.pad_token_id = loaded.pad_token_id
+
+    def keep(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> KeptContexts | None:
+        """Room for what a model that does not change has read of these contexts; None for a model that cannot."""
+        return KeptContexts(contexts, budget_bytes) if budget_bytes and self._keeps else None
 
     def __call__(
         self,
@@ -87,11 +94,11 @@ class Scorer:
             passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B)))
         left = sorted(set(range(len(contexts))) - set(held))
         whole = torch.is_grad_enabled() and model.training  # train mode is there for checkpointing alone (Run)
-        for group, length in [] if whole else shared_beginnings([contexts[row] for row in left]):
+        for group, length in [] if whole or not self._continues else shared_beginnings([contexts[row] for row in left]):
             rows = [left[row] for row in group]
             cache = DynamicCache(config=config)
             beginning = torch.tensor([contexts[rows[0]][:length]], device=device)
-            body(input_ids=beginning, past_key_values=cache, use_cache=True)
+            _last_hidden(body, cache, None, beginning)
             cache.batch_repeat_interleave(len(rows))
             passes.append((rows, [length] * len(rows), partial(_last_hidden, body, cache, None)))
         alone = sorted(set(left) - {row for rows, *_ in passes for row in rows})
@@ -138,7 +145,8 @@ def _last_hidden(body: Any, cache: DynamicCache | None, filled_B: Tensor | None,
     """Hidden states; ``filled_B`` of the cache's places count in each row, all of them where it is None."""
     places: dict[str, Tensor] = {}
     if cache is not None and filled_B is not None:
-        mask_BL = torch.arange(cache.get_seq_length(), device=filled_B.device) < filled_B[:, None]
+        width = cache.get_seq_length()
+        mask_BL = torch.arange(width, device=filled_B.device) >= width - filled_B[:, None]
         own_BL = torch.ones_like(ids_BL, dtype=torch.bool)
         position_BL = filled_B[:, None] + torch.arange(ids_BL.shape[1], device=ids_BL.device)
         places = {"attention_mask": torch.cat([mask_BL, own_BL], dim=1).long(), "position_ids": position_BL}

@@ -26,7 +26,7 @@ def layout(accuracy: float, logp: float = -1.0, kl: float = 1.0) -> Layout:
 
 
 def config_of(folder: Path, data: Path, **settings: object) -> CheckConfig:
-    values = {"max_completion_length": 6, "sample": 4, "batch_size": 2} | settings
+    values = {"max_completion_length": 6, "sample": 4, "batch_size": 2, "mixed_precision": "no"} | settings
     return CheckConfig(model=str(folder), data=str(data), **values)
 
 
@@ -57,6 +57,19 @@ def test_measures_equal_recomputation_row_by_row(
     assert result.seconds_per_step > 0
     assert result.memory_gib > 0
     assert result.memory_rows == 2
+
+
+def test_bfloat16_arithmetic_measures_nearly_the_same(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    folder, data = model_folder(), write_rows(count=4)
+    exact, rounded = (
+        check(config_of(folder, data, contexts=["turns:repeats=1"], mixed_precision=precision))
+        for precision in ("no", "bf16")
+    )
+    assert rounded.layouts[0].logp == pytest.approx(exact.layouts[0].logp, rel=0.01)
+    assert rounded.layouts[0].logp != exact.layouts[0].logp
+    assert rounded.student_logp == pytest.approx(exact.student_logp, rel=0.01)
 
 
 def test_a_layout_whose_teacher_answers_right_comes_first_and_is_worth_trying(

@@ -294,10 +294,6 @@ CONFIG: list[tuple[str, str]] = [
         "setting 'importance_cap' needs sampling from the whole distribution: use top_p 1 and top_k 0",
     ),
     (
-        f"{SFT} --teacher_cache_mib 100",
-        "setting 'teacher_cache_mib': only what a frozen teacher has read stays true, found teacher 'ema'",
-    ),
-    (
         f"{SFT} --support sampled",
         "setting 'support': 'sampled' is the policy gradient of reverse_kl, found divergence 'forward_kl': "
         "add --divergence reverse_kl",

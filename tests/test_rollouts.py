@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from odd_models import NAMES, odd_model
+from transformers import Gemma2Config, Gemma2ForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
-from selfdistill.models import LoadedModel
-from selfdistill.rollouts import Rollout, Sampling, choose, sample, sample_seed
+from selfdistill.errors import UserError
+from selfdistill.models import LoadedModel, disable_dropout
+from selfdistill.prefixes import continues
+from selfdistill.rollouts import ROOM, Rollout, Sampling, choose, sample, sample_seed
 
 Loader = Callable[..., LoadedModel]
 GREEDY = Sampling(20, temperature=0)
@@ -83,6 +86,34 @@ def test_greedy_equals_generate_with_sliding_windows(load: Loader) -> None:
     assert [r.ids for r in sample(loaded, batch, GREEDY)] == generated(loaded, batch, 20)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_equals_generate_for_models_of_all_kinds(load: Loader, name: str) -> None:
+    model, _ = odd_model(name)
+    loaded = replace(load(), model=model, end_token_ids=(257, *range(0, 300, 9)), window=None, continues=None)
+    disable_dropout(model)
+    beginning, *rest = prompts(50, 5, 1, 40, 17)
+    batch = [beginning + tail for tail in rest]
+    batch.append(batch[2])
+    rollouts = sample(loaded, batch, GREEDY)
+    assert [r.ids for r in rollouts] == [generated(loaded, [prompt], 20)[0] for prompt in batch]
+
+
+def test_memory_for_new_tokens_is_set_aside_again_when_it_is_used_up(load: Loader) -> None:
+    loaded = load(ends=(257,))
+    batch = prompts(5, 30)
+    limit = 2 * ROOM + 10
+    rollouts = sample(loaded, batch, Sampling(limit, temperature=0))
+    assert max(len(r.ids) for r in rollouts) == limit
+    assert [r.ids for r in rollouts] == generated(loaded, batch, limit)
+
+
+def test_a_model_without_a_cache_is_refused(load: Loader) -> None:
+    config = OpenAIGPTConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4)
+    loaded = replace(load(), model=OpenAIGPTLMHeadModel(config).eval(), continues=None)
+    with pytest.raises(UserError, match="takes no cache of keys and values"):
+        sample(loaded, prompts(5, 3), GREEDY)
+
+
 @pytest.mark.parametrize("windows", [False, True])
 def test_equal_prompts_and_a_common_beginning_are_read_once_and_change_no_token(load: Loader, windows: bool) -> None:
     loaded = load(ends=MANY_ENDS)
@@ -91,6 +122,7 @@ def test_equal_prompts_and_a_common_beginning_are_read_once_and_change_no_token(
     beginning, *rest = prompts(50, 5, 1, 40, 17)
     batch = [beginning + tail for tail in rest]
     batch = [*batch, batch[2], beginning, batch[0]]
+    assert continues(loaded)  # its probe's passes are not counted
     read = []
     hook = loaded.model.register_forward_pre_hook(
         lambda _m, _a, kw: read.append(kw["input_ids"].shape), with_kwargs=True

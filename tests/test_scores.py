@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from odd_models import NAMES, SIZE, odd_model
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -24,21 +25,10 @@ from transformers import (
 )
 
 from selfdistill.models import LoadedModel, add_lora, body_and_head, disable_dropout, head_agrees
-from selfdistill.prefixes import KeptContexts, shared_beginnings
+from selfdistill.prefixes import KeptContexts, continues, keeps_every_token, shared_beginnings
 from selfdistill.scores import Scorer
 
 Loader = Callable[..., LoadedModel]
-SIZE: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
-}
 
 
 def texts(*lengths: int, seed: int = 7) -> list[list[int]]:
@@ -335,6 +325,56 @@ def test_kept_contexts_give_the_same_scores_as_reading_them_again(load: Loader, 
         assert again_read > len(contexts) * (1 + max(map(len, completions)))
 
 
-def test_contexts_are_kept_only_where_every_layer_keeps_every_token() -> None:
-    assert KeptContexts.possible(LlamaConfig(**SIZE))
-    assert not KeptContexts.possible(Gemma2Config(**SIZE, head_dim=8, sliding_window=4))
+@pytest.mark.parametrize("name", NAMES)
+def test_models_are_probed_and_all_are_scored_as_row_by_row(load: Loader, name: str) -> None:
+    model, expected = odd_model(name)
+    loaded = replace(load(), model=model.eval(), window=None, continues=None)
+    disable_dropout(model)
+    contexts = [*shared_contexts(), *texts(40, 7, seed=9)]
+    completions = texts(3, 9, 1, 6, 12, 2, 5, 5, seed=8)
+    assert continues(loaded) is expected
+    scorer = Scorer(loaded)
+    kept = scorer.keep(contexts, 10**9)
+    assert (kept is not None) is expected
+    with torch.no_grad():
+        whole = full_forward(model, contexts, completions)
+        for states in (None, kept):
+            scores = logits(scorer(model, contexts, completions, states))
+            torch.testing.assert_close(scores, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_kept_states_take_no_more_memory_than_the_budget(load: Loader) -> None:
+    model, _ = odd_model("llama, one key/value head")
+    loaded = replace(load(), model=model.eval(), window=None, continues=None)
+    body, _head = body_and_head(model) or pytest.fail("not separable")
+    beginning, *tails = texts(200, *[10] * 20, seed=6)
+    contexts = [beginning + tail for tail in tails]
+    token_bytes = 2 * 2 * 8 * 4  # layers, keys and values, channels, bytes
+    for budget, number in ((10**9, 20), ((200 + 9 * 7) * token_bytes, 7)):
+        kept = Scorer(loaded).keep(contexts, budget)
+        assert kept is not None
+        with torch.no_grad():
+            held = kept.kept(body, model.config, contexts)
+            kept.cache(body, model.config, [contexts[row] for row in held])
+        assert len(held) == number
+        tensors = [t for states in kept._states.values() for pair in states for t in pair]
+        assert sum(t.untyped_storage().nbytes() for t in tensors) <= min(budget, (200 + 20 * 10) * token_bytes)
+
+
+def test_kept_states_serve_attention_in_bfloat16_as_it_would_have_cast_them(load: Loader) -> None:
+    loaded = load()
+    contexts, completions = texts(30, 9, 17, seed=9), texts(3, 9, 5, seed=8)
+    scorer = Scorer(loaded)
+    kept = scorer.keep(contexts, 10**9)
+    assert kept is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        again = logits(scorer(loaded.model, contexts, completions))
+        held = logits(scorer(loaded.model, contexts, completions, kept))
+    assert {t.dtype for states in kept._states.values() for pair in states for t in pair} == {torch.bfloat16}
+    assert float((held - again).abs().max()) < 0.02 * float(again.abs().max())
+
+
+def test_only_models_whose_layers_keep_every_token_keep_contexts(load: Loader) -> None:
+    assert keeps_every_token(LlamaConfig(**SIZE))
+    assert not keeps_every_token(Gemma2Config(**SIZE, head_dim=8, sliding_window=4))
+    assert Scorer(load()).keep(CONTEXTS, 0) is None
