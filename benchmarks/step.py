@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -20,12 +22,12 @@ from limits import bandwidth, product_rate
 
 from selfdistill import demo
 from selfdistill.config import TrainConfig
+from selfdistill.contexts import Encoded
 from selfdistill.evaluate import packaged
-from selfdistill.methods.slots import Completion
-from selfdistill.models import body_and_head, casts_kept
+from selfdistill.methods.slots import Completion, SequenceSource
+from selfdistill.models import LoadedModel, body_and_head, casts_kept
 from selfdistill.prefixes import shared_beginnings
 from selfdistill.run import Run
-from selfdistill.schedule import batch_rows
 
 STEPS = 8
 WARM = 2
@@ -36,28 +38,60 @@ def tokens_once(sequences: list[list[int]]) -> int:
     return sum(map(len, sequences)) - sum((len(rows) - 1) * length for rows, length in shared_beginnings(sequences))
 
 
-def allowed(run: Run, completions: list[Completion], dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of each part at the machine's limits."""
-    body, head = body_and_head(run.loaded.model) or (None, None)
-    assert body is not None
-    assert head is not None
-    head_weights = head.weight.numel()
-    weights = sum(p.numel() for name, p in body.named_parameters() if "lora_" not in name and "embed" not in name)
-    trained = sum(p.numel() for p in run.parameters)
-    fast, slow, bytes_s = product_rate(dtype), product_rate(dtype, len(completions)), bandwidth()
-    new = sum(len(c.ids) for c in completions)
-    student = tokens_once([list(c.row.student_ids) + c.ids for c in completions])
-    backward = 2 if trained < weights else 4  # LoRA: no gradients of the weights
-    seconds = {"student_s": (2 + backward) * (weights * student + head_weights * new) / fast}
-    if run.teacher is not None:
-        contexts = [] if run.kept else [list(c.row.teacher_ids or []) for c in completions]
-        read = (tokens_once(contexts) if contexts else 0) + new
-        seconds["teacher_s"] = 2 * (weights * read + head_weights * new) / fast
-        prompts = tokens_once([list(c.row.student_ids) for c in completions])
-        seconds["rollout_s"] = 2 * weights * prompts / fast + 2 * (weights + head_weights) * new / slow
-    moved = 7 + 1 + (3 if run.teacher is not None and run.teacher.kind == "ema" else 0)  # AdamW, norm, average
-    seconds["update_s"] = moved * 4 * trained / bytes_s
-    return seconds | {"step_s": sum(seconds.values())}
+@dataclass
+class Recorder:
+    """Remembers the completions of the last step."""
+
+    sequence: SequenceSource
+    last: list[Completion] = field(default_factory=list)
+
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
+        self.last = self.sequence(loaded, rows, step)
+        return self.last
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rates of this machine: floating-point operations or bytes a second."""
+
+    body: float
+    """In the arithmetic of the run, many rows."""
+    decode: float
+    """The same, as many rows as there are completions."""
+    head: float
+    """float32 on the CPU, where the loss keeps the head's precision."""
+    memory: float
+
+    @classmethod
+    def measure(cls, dtype: torch.dtype, rows: int) -> Limits:
+        return cls(product_rate(dtype), product_rate(dtype, rows), product_rate(torch.float32), bandwidth())
+
+    def allow(self, run: Run, completions: list[Completion]) -> dict[str, float]:
+        """Least seconds of each part of a step with these completions."""
+        body, head = body_and_head(run.loaded.model) or (None, None)
+        assert body is not None
+        assert head is not None
+        head_weights: int = head.weight.numel()
+        weights = sum(p.numel() for name, p in body.named_parameters() if "lora_" not in name and "embed" not in name)
+        trained = sum(p.numel() for p in run.parameters)
+        full = trained > weights
+        new = sum(len(c.ids) for c in completions)
+        student = tokens_once([list(c.row.student_ids) + c.ids for c in completions])
+        # Forward 2, gradient of the input 2 and of the weights 2 operations a weight and token.
+        seconds = {
+            "time/student_s": (6 if full else 4) * (weights * student / self.body + head_weights * new / self.head)
+        }
+        if run.teacher is not None:
+            read = 0 if run.kept else tokens_once([list(c.row.teacher_ids or []) for c in completions])
+            seconds["time/teacher_s"] = 2 * weights * (read + new) / self.body
+            seconds["time/student_s"] += 2 * head_weights * new / self.head  # the teacher's logits, timed with the loss
+            prompts = tokens_once([list(c.row.student_ids) for c in completions])
+            seconds["time/rollout_s"] = (
+                2 * weights * prompts / self.body + 2 * (weights + head_weights) * new / self.decode
+            )
+        moved = 7 + 1 + (3 if run.teacher is not None and run.teacher.kind == "ema" else 0)  # AdamW, norm, average
+        seconds["time/update_s"] = moved * 4 * trained / self.memory
+        return seconds | {"time/step_s": sum(seconds.values())}
 
 
 def first_epoch(run: Run) -> None:
@@ -91,25 +125,30 @@ def main() -> None:
             for name, method in (("SDFT", demo.SDFT | {"teacher": options.teacher}), ("SFT", demo.SFT))
         }
         first_epoch(runs["SDFT"])
+        for run in runs.values():
+            run.method = replace(run.method, sequence=Recorder(run.method.sequence))
+        dtype = torch.bfloat16 if runs["SDFT"].config.mixed_precision == "bf16" else torch.float32
+        limits = Limits.measure(dtype, options.batch_size)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        least: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
         for step in range(WARM + STEPS):
             for name, run in runs.items():
                 metrics = run.step(step)
+                metrics["time/step_s"] -= metrics["time/drift_s"]  # a measurement, which SFT has, too
                 if step >= WARM:
                     found[name].append(metrics)
-        dtype = torch.bfloat16 if runs["SDFT"].config.mixed_precision == "bf16" else torch.float32
+                    least[name].append(limits.allow(run, run.method.sequence.last))
         medians: dict[str, float] = {}
-        for name, run in runs.items():
-            step = WARM + STEPS // 2
-            rows = batch_rows(run.rows, step, options.batch_size, run.config.seed)
-            limits = allowed(run, run.method.sequence(run.loaded, rows, step), dtype)
+        for name in runs:
             length = median(m["completion/length"] for m in found[name])
             print(f"{name}, {str(dtype).removeprefix('torch.')}, {length:.1f} tokens a reply")
             for part in [key for key in found[name][0] if key.startswith("time/")]:
-                seconds, least = median(m[part] for m in found[name]), limits.get(part.removeprefix("time/"))
-                note = f", {seconds / least:.1f} times the {least:.2f} s allowed" if least else ""
-                print(f"  {part.removeprefix('time/').removesuffix('_s')}: {seconds:.2f} s{note}")
-            medians[name] = median(m["time/step_s"] for m in found[name])
+                medians[name] = median(m[part] for m in found[name])  # the last part is the whole step
+                note = ""
+                if part in least[name][0]:
+                    ratio = median(m[part] / a[part] for m, a in zip(found[name], least[name], strict=True))
+                    note = f", {ratio:.1f} times what the arithmetic allows"
+                print(f"  {part.removeprefix('time/').removesuffix('_s')}: {medians[name]:.2f} s{note}")
         print(f"SDFT / SFT: {medians['SDFT'] / medians['SFT']:.2f}")
 
 

@@ -230,12 +230,12 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
     return values
 
 
-def closest(word: str, known: Iterable[str]) -> str:
+def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for the names") -> str:
     """The end of a message about a word that is not known: the one that was probably meant."""
     names = list(known)
     initials = [name for name in names if "".join(part[:1] for part in name.lstrip("-").split("_")) == word.lstrip("-")]
     close = initials or difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {close[0]}?" if close else "; see --help for the names"
+    return f"; did you mean {close[0]}?" if close else otherwise
 
 
 MAY_CHANGE = ("max_steps", "save_steps", "save_total_limit", "logging_steps")

@@ -504,6 +504,12 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "one of: smollm2-135m",
     ),
     (
+        "misspelt folder",
+        lambda m: (m / "final").mkdir(),
+        "--model model/finl",
+        "model 'model/finl': there is a folder model here, and no finl in it; did you mean final?",
+    ),
+    (
         "unknown hub id",
         lambda m: None,
         "--model nobody/nothing",
