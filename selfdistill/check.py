@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdistill.answers import Answers, answer
+from selfdistill.answers import Answers, answer, check_answers
 from selfdistill.check_result import UNLIKELY, CheckResult, Layout, print_result, verdict_on
 from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.contexts import ChatFormat, Encoded, context_spec, encode, parse_context
@@ -30,6 +30,7 @@ from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel, load_model, resolved_precision, to_best_device
 from selfdistill.prefixes import KeptContexts
 from selfdistill.rollouts import Rollout, Sampling, sample, sample_seed
+from selfdistill.scorers import doubt_about
 from selfdistill.scores import Scorer, Scores
 from selfdistill.tracking import Reporter, say
 
@@ -127,6 +128,10 @@ class _Measure:
         chosen = random.Random(config.seed).sample(demonstrations, min(config.sample, len(demonstrations)))
         self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
         self.dropped = len(chosen) - len(self.rows)
+        measured = [row.demonstration for row in self.rows]
+        check_answers(measured, config.scorer)
+        if doubt := doubt_about(measured, config.scorer):
+            say(f"note: {doubt}")
         self.kept = self.scorer.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
         self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.kept)

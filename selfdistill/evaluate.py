@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from selfdistill.answers import answer
+from selfdistill.answers import answer, check_answers
 from selfdistill.config import EvalConfig
 from selfdistill.contexts import ChatFormat, encode
 from selfdistill.demonstrations import Demonstration, load_demonstrations
@@ -25,8 +25,9 @@ from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.priors import encode_priors, load_prior, prior_abilities
 from selfdistill.rollouts import Sampling, sample
-from selfdistill.scorers import default_scorer
+from selfdistill.scorers import default_scorer, doubt_about
 from selfdistill.scores import Scorer
+from selfdistill.tracking import say
 
 
 def general_prompts() -> list[Demonstration]:
@@ -108,6 +109,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         on_long_prompt=config.on_long_prompt,
     )
     kept = [row.demonstration for row in rows]
+    check_answers(kept, config.scorer)
+    if doubt := doubt_about(kept, config.scorer):
+        say(f"note: {doubt}")
     encoded_priors = encode_priors(loaded, chat, priors)
     distance = _distance_from(config, loaded) if config.base else None
     answers = answer(

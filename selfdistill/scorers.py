@@ -10,7 +10,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from selfdistill.demonstrations import SCORER_NAMES, Demonstration
@@ -31,6 +31,30 @@ def score(name: str, reply: str, demonstration: Demonstration) -> bool:
 def default_scorer(demonstration: Demonstration, setting: str | None) -> str:
     """The name of the row's own scorer, else ``setting``, else ``exact``."""
     return demonstration.scorer or setting or "exact"
+
+
+def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) -> str | None:
+    """A note where the demonstrations themselves are mostly wrong by their scorer, with those by which all are right.
+
+    Args:
+        demonstrations: rows whose answers their scorers can use.
+        setting: scorer of rows that name none.
+    """
+    rows = [row for row in demonstrations if row.completion and not row.scorer]
+    right = sum(score(default_scorer(row, setting), row.completion, row) for row in rows)
+    if right * 2 >= len(rows):
+        return None
+    fitting = [name for name in SCORER_NAMES if all(_right(name, row) for row in rows)]
+    instead = f"; by --scorer {' or '.join(fitting)} all are right" if fitting else ""
+    scorer = setting or "exact"
+    return f"scorer {scorer!r} does not fit: {right} of {len(rows)} demonstrations themselves are right by it{instead}"
+
+
+def _right(name: str, row: Demonstration) -> bool:
+    try:
+        return score(name, row.completion, row)
+    except UserError:
+        return False
 
 
 def exact(reply: str, demonstration: Demonstration) -> bool:

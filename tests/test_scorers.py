@@ -13,7 +13,7 @@ import pytest
 from selfdistill import scorers
 from selfdistill.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.scorers import default_scorer, score
+from selfdistill.scorers import default_scorer, doubt_about, score
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "skills"
 
@@ -31,6 +31,21 @@ def test_default_scorer() -> None:
     assert default_scorer(row(scorer="regex"), "choice") == "regex"
     assert default_scorer(row(), "choice") == "choice"
     assert default_scorer(row(), None) == "exact"
+
+
+def test_a_scorer_by_which_the_demonstrations_are_wrong_is_doubted() -> None:
+    tagged = [row(letter, f"<answer>\n{letter}\n</answer>") for letter in "BCDE"]
+    note = doubt_about(tagged, None)
+    assert note == (
+        "scorer 'exact' does not fit: 0 of 4 demonstrations themselves are right by it; by --scorer contains or choice "
+        "or regex all are right"
+    )
+    assert doubt_about(tagged, "choice") is None
+    assert doubt_about([row("B", "no", scorer="exact"), row("yes", "yes")], None) is None  # a row's own is its affair
+    assert doubt_about([row("B"), row("C")], None) is None  # nothing is demonstrated
+    assert doubt_about([row("yes", "no"), row("yes", "yes")], None) is None
+    mixed = doubt_about([row("yes", "no")] * 2 + [row("yes", "yes")], "exact")
+    assert mixed == "scorer 'exact' does not fit: 1 of 3 demonstrations themselves are right by it"
 
 
 def test_every_name_has_a_function_of_that_name() -> None:
