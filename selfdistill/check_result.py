@@ -6,8 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from selfdistill.tracking import output
 
 UNLIKELY = 4
 """Exit code when self-distillation is unlikely to help."""
@@ -146,7 +147,7 @@ def print_result(result: CheckResult, seconds: float) -> None:
             f"{layout.truncated:.0%}",
             f"{layout.prompt_length:.0f}",
         )
-    console = Console()
+    console = output()
     console.print(table)
     for name, reason in result.skipped.items():
         console.print(f"not measured: {name}: {reason}", markup=False, highlight=False)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from selfdistill.answers import Answers, answer
@@ -25,7 +24,7 @@ from selfdistill.evaluate import Distance, general_prompts, packaged
 from selfdistill.guards import RunStopped
 from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.scores import Scorer
-from selfdistill.tracking import say
+from selfdistill.tracking import output, say
 from selfdistill.train import train
 
 CONTEXT = "document:repeats=2"
@@ -175,7 +174,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
     (folder / "demo.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     _print(before, ceiling, final, fair, sft[-1])
     _print_answers(panel.new, asked, told)
-    Console().print(f"Everything is in {folder}. {result['seconds'] / 60:.0f} minutes.", highlight=False)
+    output().print(f"Everything is in {folder}. {result['seconds'] / 60:.0f} minutes.", highlight=False)
     return result
 
 
@@ -212,12 +211,12 @@ def _print(before: Point, ceiling: float, sdft: Point, fair: Point, last: Point)
         )
         if point is before:
             table.add_row("teacher: base + document", f"{ceiling:.2f}", "", "", "", "")
-    Console().print(table)
-    Console().print("KL: KL(base||model) on general prompts, nats per token", highlight=False)
+    output().print(table)
+    output().print("KL: KL(base||model) on general prompts, nats per token", highlight=False)
 
 
 def _print_answers(rows: Sequence[Demonstration], before: Sequence[str], after: Sequence[str]) -> None:
-    console = Console()
+    console = output()
     for number in (i * len(rows) // SHOWN for i in range(SHOWN)):
         console.print(f"\n{rows[number].prompt[-1]['content']}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"  before: {' '.join(before[number].split())}", markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from selfdistill.priors import encode_priors, load_prior, prior_abilities
 from selfdistill.rollouts import Sampling, sample
 from selfdistill.scorers import default_scorer, doubt_about
 from selfdistill.scores import Scorer
-from selfdistill.tracking import say
+from selfdistill.tracking import output, say
 
 
 def general_prompts() -> list[Demonstration]:
@@ -175,4 +174,4 @@ def _print_table(config: EvalConfig, result: dict[str, Any]) -> None:
         table.add_row(f"prior: {name}", str(prior["items"]), value)
     if "kl_base" in result:
         table.add_row("KL(base||model), nats per token", "", f"{result['kl_base']:.3f}")
-    Console().print(table)
+    output().print(table)

@@ -35,6 +35,11 @@ METRICS = {
 """Every key of a line of metrics.jsonl, with its meaning and unit."""
 
 
+def output() -> Console:
+    """Where results are printed: standard output; into a file or a pipe 120 columns wide, so that tables keep lines."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per step, appended.
 
