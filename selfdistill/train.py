@@ -163,6 +163,9 @@ def _save_final(run: Run, output_dir: Path) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary, **options)
         run.loaded.tokenizer.save_pretrained(temporary)
+        mode = (temporary / "tokenizer_config.json").stat().st_mode
+        for weights in temporary.glob("*.safetensors"):  # safetensors lets only the owner read them
+            weights.chmod(mode)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     except (OSError, SafetensorError) as error:

@@ -646,6 +646,7 @@ def test_a_final_adapter_is_what_was_trained_and_loads_with_peft(
 
     final = train(config, on_step=on_step)
     assert sorted(path.name for path in final.glob("*adapter*")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert len({path.stat().st_mode for path in final.iterdir()}) == 1, "whoever may read one file may read all"
     assert not (final / "teacher").exists()
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model), final)
     with torch.no_grad():
