@@ -145,6 +145,8 @@ class TrainConfig(ModelSettings):
     lora_alpha: float | None = Field(default=None, gt=0)
     """LoRA's scale; default twice the rank."""
 
+    drift_steps: int = Field(default=10, ge=0)
+    """Steps between measurements of how far student and teacher have moved from the start; 0: never."""
     save_steps: int = Field(default=100, ge=0)
     """Steps between checkpoints, and one at the end; 0: only the final model."""
     save_total_limit: int = Field(default=2, ge=1)
@@ -238,7 +240,7 @@ def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for 
     return f"; did you mean {close[0]}?" if close else otherwise
 
 
-MAY_CHANGE = ("max_steps", "save_steps", "save_total_limit", "logging_steps")
+MAY_CHANGE = ("max_steps", "drift_steps", "save_steps", "save_total_limit", "logging_steps")
 """Settings that may be given anew when a run is continued."""
 
 

@@ -271,7 +271,7 @@ class Run:
         if self.teacher is not None:
             self.teacher.update(step + 1)
         drift_began = self._clock()
-        metrics = {
+        metrics: dict[str, float] = {
             "step": step + 1,
             "epoch": (step + 1) * config.batch_size / len(self.rows),
             "loss": result.loss,
@@ -281,14 +281,16 @@ class Run:
             "learning_rate": rate,
             "grad_norm": norm,
             "tokens": sum(len(c.ids) for c in completions),
-            "drift/student": self._drift_of(self.loaded.model),
         }
         if self.teacher is not None:
             metrics["kl/forward"] = result.statistics["forward_kl"]
             metrics["kl/reverse"] = result.statistics["reverse_kl"]
-            metrics["drift/teacher"] = self._teacher_drift(metrics["drift/student"])
         if self.method.importance_cap is not None:
             metrics["importance"] = result.importance
+        if config.drift_steps and (step + 1) % config.drift_steps == 0:
+            metrics["drift/student"] = self._drift_of(self.loaded.model)
+            if self.teacher is not None:
+                metrics["drift/teacher"] = self._teacher_drift(metrics["drift/student"])
         ended = self._clock()
         metrics["time/rollout_s"] = rollout_s
         metrics["time/teacher_s"] = result.teacher_s

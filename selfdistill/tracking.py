@@ -16,7 +16,7 @@ METRICS = {
     "loss": "what is minimised, nats per token",
     "kl/forward": "KL(teacher||student), nats per token over the kept tokens",
     "kl/reverse": "KL(student||teacher), nats per token over the kept tokens",
-    "drift/student": "KL(base||student) on a few fixed prompts, nats per token",
+    "drift/student": "KL(base||student) on a few fixed prompts, nats per token; every ``drift_steps``",
     "drift/teacher": "KL(base||teacher) on the same, without the demonstration",
     "completion/length": "mean tokens per completion",
     "completion/truncated": "share of completions stopped by the length limit",
@@ -29,7 +29,7 @@ METRICS = {
     "time/teacher_s": "the teacher's scoring, seconds",
     "time/student_s": "the student's scoring and backward pass, seconds",
     "time/update_s": "clipping, optimizer and teacher's update, seconds",
-    "time/drift_s": "measuring the two drifts, seconds",
+    "time/drift_s": "measuring the two drifts, seconds; 0 where they were not",
     "time/step_s": "the whole step, seconds",
 }
 """Every key of a line of metrics.jsonl, with its meaning and unit."""

@@ -145,7 +145,8 @@ def _note(metrics: dict[str, float]) -> str:
     parts = [f"loss {metrics['loss']:.4f}"]
     if "kl/forward" in metrics:
         parts.append(f"KL {metrics['kl/forward']:.3f}")
-    parts.append(f"drift {metrics['drift/student']:.3f}")
+    if "drift/student" in metrics:
+        parts.append(f"drift {metrics['drift/student']:.3f}")
     parts.append(f"{metrics['completion/length']:.0f} tokens, {metrics['completion/truncated']:.0%} cut")
     parts.append(f"{metrics['time/step_s']:.1f} s/step")
     return "  ".join(parts)

@@ -621,7 +621,7 @@ def test_only_what_a_frozen_teacher_reads_is_kept(
 
 @pytest.mark.parametrize("teacher", ["frozen", "live", "ema"])
 def test_the_teachers_drift_is_zero_the_students_or_its_own(settings: Callable[..., TrainConfig], teacher: Any) -> None:
-    config = settings(teacher=teacher, ema_rate=0.5, learning_rate=1e-2)
+    config = settings(teacher=teacher, ema_rate=0.5, learning_rate=1e-2, drift_steps=3)
     train(config)
     last = metrics_of(config)[-1]
     assert last["drift/student"] > 0
@@ -690,7 +690,7 @@ def test_the_newest_checkpoints_are_kept(settings: Callable[..., TrainConfig], l
 
 @pytest.mark.parametrize("method", ["sdft", "sft"])
 def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], method: Any) -> None:
-    config = settings(method=method, importance_cap=2.0 if method == "sdft" else None)
+    config = settings(method=method, importance_cap=2.0 if method == "sdft" else None, drift_steps=1)
     completions: list[int] = []
     train(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -708,6 +708,17 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
     if method == "sdft":
         assert all(v["loss"] == pytest.approx(v["kl/forward"], abs=1e-5) for v in values)
         assert 0 <= values[0]["drift/teacher"] < values[0]["drift/student"]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4]), (0, [])])
+def test_drift_is_measured_every_so_many_steps(
+    settings: Callable[..., TrainConfig], every: int, steps: list[int]
+) -> None:
+    config = settings(drift_steps=every)
+    train(config)
+    metrics = metrics_of(config)
+    for key in ("drift/student", "drift/teacher"):
+        assert [m["step"] for m in metrics if key in m] == steps
 
 
 def test_dropped_rows_are_counted_and_said(
