@@ -719,20 +719,24 @@ def test_a_plain_head_gives_the_gradients_of_any_head(loss):
         assert error(mine, expected) < 1e-6
 
 
-def test_a_plain_head_stays_in_float32_under_autocast_on_a_cpu():
+def test_a_plain_head_sums_in_float32_under_autocast_on_a_cpu():
+    """Only the factors of its products are rounded: 4 in 1,000 at most, and nothing else of the process changes."""
     generator = torch.Generator().manual_seed(4)
-    head = torch.nn.Linear(D, V, bias=False)
-    hidden, teacher = torch.randn(2, N, D, generator=generator).bfloat16()
-    tokens, weights = torch.arange(N), torch.rand(N, generator=generator)
+    head = torch.nn.Linear(64, 300, bias=False)
+    hidden, teacher = torch.randn(2, 100, 64, generator=generator).bfloat16()
+    tokens, weights = torch.arange(100), torch.rand(100, generator=generator)
     found = []
+    precision = torch.get_float32_matmul_precision()
     for dtype, autocast in ((torch.float32, False), (torch.bfloat16, True)):
         leaf = hidden.to(dtype).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             value, statistics = chunked_loss(
                 Divergence(), leaf, head, [head.weight], tokens, weights, teacher.to(dtype), head
             )
+        assert torch.get_float32_matmul_precision() == precision
         head.weight.grad = None
         value.backward()
-        found.append((value.detach(), statistics["reverse_kl"], head.weight.grad, leaf.grad.bfloat16()))
+        assert statistics["reverse_kl"].dtype == head.weight.grad.dtype == torch.float32
+        found.append((value.detach(), statistics["reverse_kl"], head.weight.grad, leaf.grad))
     for mine, expected in zip(*found, strict=True):
-        assert torch.equal(mine, expected)
+        assert norm_error(mine, expected.double()) < 8e-3
