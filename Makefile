@@ -41,14 +41,18 @@ bench: $(STAMP) $(TRL_STAMP) ## Measure speed and memory, also against TRL (abou
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/limits.py
 	$(BIN)/python benchmarks/fused_loss.py
+	$(BIN)/python benchmarks/kept_contexts.py
 	$(BIN)/python benchmarks/rollouts.py
 	$(BIN)/python benchmarks/rollouts.py --generations 8 --tokens 20
 	$(BIN)/python benchmarks/step.py --teacher ema
 	$(BIN)/python benchmarks/step.py --teacher frozen
+	$(BIN)/python benchmarks/step.py --teacher frozen --torch_compile
 	$(BIN)/python benchmarks/step.py --teacher frozen --lora
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 128
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32 --lora
+	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32 --bf16
+	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32 --lora --bf16
 	$(BIN)/python benchmarks/growth.py docs/growth.svg
 
 lint: $(STAMP) ## Check style, types and the direction of imports

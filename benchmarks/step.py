@@ -1,6 +1,6 @@
 """A step of SDFT against a step of SFT on the demo's data: ratio, the parts of each, and what the arithmetic allows.
 
-    python benchmarks/step.py [--teacher ema] [--lora] [--batch_size 16] [--mixed_precision auto]
+    python benchmarks/step.py [--teacher ema] [--lora] [--batch_size 16] [--mixed_precision auto] [--torch_compile]
 
 Steps alternate in one process, after an epoch's worth of contexts was read where the teacher is frozen; the learning
 rate is so small that the model stays what it is. "Allowed" is the time of the matrix products at the rate measured
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -48,6 +49,19 @@ class Recorder:
     def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
         self.last = self.sequence(loaded, rows, step)
         return self.last
+
+
+class Timed:
+    """Times the teacher's updates."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.seconds: list[float] = []
+        self._update, teacher.update = teacher.update, self
+
+    def __call__(self, step: int) -> None:
+        began = time.perf_counter()
+        self._update(step)
+        self.seconds.append(time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--mixed_precision", default="auto")
+    parser.add_argument("--torch_compile", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Any] = demo.SHARED | {
@@ -120,12 +135,14 @@ def main() -> None:
             "lora_rank": 16 if options.lora else 0,
             "learning_rate": 1e-12,
             "drift_steps": 0,
+            "torch_compile": options.torch_compile,
         }
         runs = {
             name: Run(TrainConfig(**(method | common)))
             for name, method in (("SDFT", demo.SDFT | {"teacher": options.teacher}), ("SFT", demo.SFT))
         }
         first_epoch(runs["SDFT"])
+        average_s = Timed(runs["SDFT"].teacher)
         for run in runs.values():
             run.method = replace(run.method, sequence=Recorder(run.method.sequence))
         dtype = torch.bfloat16 if runs["SDFT"].config.mixed_precision == "bf16" else torch.float32
@@ -149,6 +166,8 @@ def main() -> None:
                     ratio = median(m[part] / a[part] for m, a in zip(found[name], least[name], strict=True))
                     note = f", {ratio:.1f} times what the arithmetic allows"
                 print(f"  {part.removeprefix('time/').removesuffix('_s')}: {medians[name]:.2f} s{note}")
+        share = median(average_s.seconds[WARM:]) / medians["SDFT"]
+        print(f"the teacher's average: {share:.1%} of the step of SDFT")
         print(f"SDFT / SFT: {medians['SDFT'] / medians['SFT']:.2f}")
 
 

@@ -276,6 +276,48 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(False)
 
 
+def compiles() -> bool:
+    """Whether ``torch.compile`` works here; on the CPU it needs a C++ compiler and Python's headers."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2))
+    except Exception:  # whatever a compiler raises
+        return False
+    return True
+
+
+class CompiledLayers:
+    """The model's layers through ``torch.compile``, while :meth:`active`; one compilation serves them all.
+
+    Raises:
+        UserError: the model does not say which of its modules are layers, or they cannot be compiled here.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        kinds = set(getattr(unwrap(loaded.model), "_no_split_modules", None) or ())
+        self._layers = [module for module in loaded.model.modules() if type(module).__name__ in kinds]
+        if not self._layers:
+            raise UserError(f"model {loaded.name!r} does not say which modules are its layers: leave torch_compile out")
+        self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in self._layers]
+        ids_BL = torch.full((2, 3), loaded.pad_token_id, device=loaded.device)
+        try:
+            with self.active():
+                loaded.model(input_ids=ids_BL, use_cache=False).logits.sum().backward()
+        except Exception as error:  # whatever a compiler raises
+            raise UserError(f"torch_compile: {_first_line(error)}; leave it out") from None
+        loaded.model.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Forward passes use the compiled layers."""
+        try:
+            for layer, compiled in zip(self._layers, self._compiled, strict=True):
+                layer.forward = compiled
+            yield
+        finally:
+            for layer in self._layers:
+                vars(layer).pop("forward", None)
+
+
 def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:
     """Put a LoRA adapter named ``default`` on all linear layers but the head; the base weights are frozen.
 
@@ -296,20 +338,38 @@ def unwrap(model: Any) -> Any:
     return model.base_model.model if hasattr(model, "peft_config") and hasattr(model, "base_model") else model
 
 
+class ScaledHead(nn.Module):
+    """A head whose logits z are scaled and softly capped: cap tanh(scale z / cap)."""
+
+    def __init__(self, head: nn.Module, scale: float, cap: float | None) -> None:
+        super().__init__()
+        self.head, self.scale, self.cap = head, scale, cap
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        logits_NV = self.head(hidden_ND) * self.scale
+        return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
+
+
 def body_and_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
     """The module that gives hidden states and the one that turns them into logits; None where not separable."""
     causal = unwrap(model)
     body = getattr(causal, getattr(causal, "base_model_prefix", "") or "-", None)
     head = causal.get_output_embeddings()
-    return (body, head) if isinstance(body, nn.Module) and isinstance(head, nn.Module) else None
+    if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
+        return None
+    config = causal.config.get_text_config()
+    # Cohere multiplies, Granite divides, Gemma caps. Whether that is all that a model does is for the probe to find.
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return body, head if scale == 1 and cap is None else ScaledHead(head, scale, cap)
 
 
 @torch.no_grad()
 def head_agrees(loaded: LoadedModel) -> bool:
     """Start-up probe: does head(body(x)) equal the model's own logits?
 
-    False for models that cap or scale their logits after the head (Gemma 2, Granite, Cohere): for them the model's
-    own logits are used in place of hidden states.
+    False for models that do more to their logits than :class:`ScaledHead`: for them the model's own logits are used in
+    place of hidden states.
     """
     parts = body_and_head(loaded.model)
     if parts is None:

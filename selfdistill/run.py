@@ -33,7 +33,7 @@ from selfdistill.evaluate import Drift
 from selfdistill.guards import check_finite
 from selfdistill.methods import METHODS
 from selfdistill.methods.slots import Completion, Method
-from selfdistill.models import add_lora, casts_kept, load_model, resolved_precision
+from selfdistill.models import CompiledLayers, add_lora, casts_kept, load_model, resolved_precision
 from selfdistill.prefixes import KeptContexts
 from selfdistill.schedule import batch_rows, learning_rate
 from selfdistill.scores import Scorer
@@ -115,7 +115,9 @@ class Run:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        self.scorer = Scorer(self.loaded)
+        with self.accelerator.autocast():
+            compiled = CompiledLayers(self.loaded) if config.torch_compile else None
+        self.scorer = Scorer(self.loaded, compiled)
         self.kept: KeptContexts | None = None
         if self.method.teacher == "frozen":
             contexts = [row.teacher_ids or [] for row in self.rows]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from selfdistill.models import Head, LoadedModel, body_and_head, head_agrees
+from selfdistill.models import CompiledLayers, Head, LoadedModel, body_and_head, head_agrees
 from selfdistill.prefixes import KeptContexts, continues, keeps_every_token, shared_beginnings
 
 PLAIN_ATTENTION_TOKENS = 128
@@ -43,11 +43,16 @@ class Scores:
 class Scorer:
     """Scores completions with a model, through body and head apart where the start-up probe allows.
 
-    ``fused`` tells which: True, hidden states go through the head later, in chunks; False, the model caps or scales its
-    logits and its own logits at the completion positions are taken.
+    ``fused`` tells which: True, hidden states go through the head later, in chunks; False, the model changes its logits
+    after the head in a way that is not known, and its own logits at the completion positions are taken.
+
+    Args:
+        loaded: the model, of whose kind are all models that score.
+        compiled: its layers, used where gradients flow.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, compiled: CompiledLayers | None = None) -> None:
+        self._compiled = compiled
         self.fused = head_agrees(loaded)
         self._continues = continues(loaded)
         self._keeps = self.fused and self._continues and keeps_every_token(loaded.model.config.get_text_config())
@@ -69,8 +74,8 @@ class Scorer:
         Position: the logits at index t of a sequence predict token t + 1, so completion token j of a row with a context
         of length P is predicted at index P + j - 1. A beginning that several contexts have in common, such as a
         document or the chat template's system turn, is computed once, and gradients through it are those of all its
-        rows together. Only under gradient checkpointing, where a pass cannot continue another, is every row computed
-        whole.
+        rows together. Only under gradient checkpointing, where a pass cannot continue another, and with compiled
+        layers, which would be compiled for each layer's cache, is every row with gradients computed whole.
 
         Args:
             model: scores; for ``kept`` to be right, it must be the same weights at every call.
@@ -93,7 +98,8 @@ class Scorer:
             cache, filled_B = kept.cache(body, config, [contexts[row] for row in held])
             passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B)))
         left = sorted(set(range(len(contexts))) - set(held))
-        whole = torch.is_grad_enabled() and model.training  # train mode is there for checkpointing alone (Run)
+        # Train mode is there for checkpointing alone (Run).
+        whole = torch.is_grad_enabled() and (model.training or self._compiled is not None)
         for group, length in [] if whole or not self._continues else shared_beginnings([contexts[row] for row in left]):
             rows = [left[row] for row in group]
             cache = DynamicCache(config=config)
@@ -133,7 +139,8 @@ class Scorer:
             ],
             device=device,
         )
-        return forward(ids_BL).flatten(0, 1)[index_N]
+        with self._compiled.active() if self._compiled and torch.is_grad_enabled() else nullcontext():
+            return forward(ids_BL).flatten(0, 1)[index_N]
 
 
 def _logits(model: Any, ids_BL: Tensor) -> Tensor:

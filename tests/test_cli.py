@@ -273,6 +273,10 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --temperature nan", "setting 'temperature': found 'nan', want: a finite number"),
     (f"{SFT} --top_p 1.5", "setting 'top_p': found 1.5, want: less than or equal to 1"),
     (
+        f"{SFT} --gradient_checkpointing true --torch_compile true",
+        "setting 'torch_compile' does not go with gradient_checkpointing: leave one of them out",
+    ),
+    (
         f"{SFT} --gradient_checkpointing perhaps",
         "setting 'gradient_checkpointing': found 'perhaps', want: a valid boolean...",
     ),

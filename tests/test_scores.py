@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from odd_models import NAMES, SIZE, odd_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -24,6 +25,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from selfdistill.divergence import CrossEntropy, chunked_loss
 from selfdistill.models import LoadedModel, add_lora, body_and_head, disable_dropout, head_agrees
 from selfdistill.prefixes import KeptContexts, continues, keeps_every_token, shared_beginnings
 from selfdistill.scores import Scorer
@@ -152,16 +154,66 @@ def capped_or_scaled(kind: str) -> Any:
         return scaled(CohereForCausalLM(CohereConfig(**SIZE, logit_scale=0.25)), 20)
 
 
+def check_chunked_gradients(loaded: LoadedModel, scorer: Scorer) -> None:
+    """Through the head in chunks, every trained weight gets the gradient that it gets through whole logits."""
+    tokens = torch.tensor([token for ids in COMPLETIONS for token in ids])
+    weights = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0))
+    scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
+    value, _ = chunked_loss(
+        CrossEntropy(), scores.hidden_ND, scores.head, scores.head_parameters, tokens, weights, chunk_size=3
+    )
+    value.backward()
+    found = {name: p.grad for name, p in loaded.model.named_parameters() if p.requires_grad}
+    loaded.model.zero_grad()
+    whole = logits(scorer(loaded.model, CONTEXTS, COMPLETIONS))
+    (weights * torch.nn.functional.cross_entropy(whole, tokens, reduction="none")).sum().backward()
+    for name, parameter in loaded.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+class Offset(LlamaForCausalLM):
+    """Does to its logits what no configuration says."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * torch.linspace(1, 3, output.logits.shape[-1])
+        return output
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere"])
-def test_models_that_cap_or_scale_their_logits_are_noticed_and_scored_by_their_own(load: Loader, kind: str) -> None:
+def test_caps_and_scales_of_logits_belong_to_the_head(load: Loader, kind: str) -> None:
     loaded = replace(load(), model=capped_or_scaled(kind))
-    parts = body_and_head(loaded.model)
-    assert parts is not None
-    body, head = parts
     expected = full_forward(loaded.model, CONTEXTS, COMPLETIONS)
-    with torch.no_grad():
-        split = head(body(input_ids=torch.tensor([CONTEXTS[2] + COMPLETIONS[2]])).last_hidden_state)[0, -2:-1]
-    assert float((split - expected[12:13]).abs().max()) > 0.1  # what a fused head would have said is wrong
+    scorer = Scorer(loaded)
+    assert scorer.fused
+    scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
+    plain = loaded.model.get_output_embeddings()(scores.hidden_ND)
+    assert float((plain - expected).detach().abs().max()) > 0.1, "without cap or scale it would be wrong"
+    assert len(scores.head_parameters) == 1
+    torch.testing.assert_close(logits(scores), expected, atol=1e-5, rtol=0)
+    check_chunked_gradients(loaded, scorer)
+
+
+def test_lora_on_the_head_is_fused(load: Loader) -> None:
+    loaded = load(tied=False)
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        loaded.model = get_peft_model(loaded.model, config).eval()
+    scorer = Scorer(loaded)
+    assert scorer.fused
+    scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
+    assert len(scores.head_parameters) == 2
+    torch.testing.assert_close(logits(scores), full_forward(loaded.model, CONTEXTS, COMPLETIONS), atol=1e-5, rtol=0)
+    check_chunked_gradients(loaded, scorer)
+
+
+def test_models_that_change_their_logits_are_noticed_and_scored_by_their_own(load: Loader) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        loaded = replace(load(), model=scaled(Offset(LlamaConfig(**SIZE)), 20))
+    expected = full_forward(loaded.model, CONTEXTS, COMPLETIONS)
     assert not head_agrees(loaded)
     scorer = Scorer(loaded)
     assert not scorer.fused

@@ -19,7 +19,8 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from selfdistill import checkpoint as checkpoint_module
 from selfdistill.answers import answer
@@ -254,6 +255,39 @@ def test_gradient_checkpointing_changes_no_weight(settings: Callable[..., TrainC
     train(using, on_step=lambda _step, loaded: modes.append(loaded.model.training))
     assert modes == [False] * 4
     assert largest_difference(final_weights(without), final_weights(using)) < 1e-6
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile: no C++ compiler here")
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_compiled_layers_train_to_the_same_weights(settings: Callable[..., TrainConfig], lora_rank: int) -> None:
+    common: dict[str, Any] = {"lora_rank": lora_rank, "max_steps": 3, "learning_rate": 1e-4}
+    without, using = settings("without", **common), settings("using", torch_compile=True, **common)
+    train(without)
+    train(using)
+    assert largest_difference(final_weights(without), final_weights(using)) < 1e-5
+    run = Run(using)
+    with run.scorer._compiled.active():
+        assert all("forward" in vars(layer) for layer in run.scorer._compiled._layers)
+    assert not any("forward" in vars(module) for module in run.loaded.model.modules())
+    assert not any(p.grad is not None for p in run.parameters), "the start-up probe leaves no gradient"
+
+
+def test_layers_that_cannot_be_compiled_are_refused(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(torch_compile=True)
+    monkeypatch.setattr(LlamaForCausalLM, "_no_split_modules", None)
+    monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", None)
+    with pytest.raises(UserError, match="does not say which modules are its layers: leave torch_compile out"):
+        Run(config)
+    monkeypatch.undo()
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nand so on")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    with pytest.raises(UserError, match=re.escape("torch_compile: no C++ compiler; leave it out")):
+        Run(config)
 
 
 def test_an_evaluation_between_steps_leaves_the_weights_as_they_would_have_been(
