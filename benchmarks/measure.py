@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from torch.profiler import ProfilerActivity, profile
+
 
 def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each function, run in turn ``repeats`` times after one warm-up: noise hits all alike."""
@@ -31,6 +33,19 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before
+
+
+def peak_tensor_bytes(run: Callable[[], Any]) -> int:
+    """Peak memory of the tensors that ``run`` makes, without what the C library keeps between them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    events: Any = profiler.profiler.kineto_results
+    present, peak = 0, 0
+    for event in sorted((e for e in events.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        present += event.nbytes()
+        peak = max(peak, present)
+    return peak
 
 
 def _status(key: str) -> int:

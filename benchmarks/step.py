@@ -30,8 +30,8 @@ from selfdistill.models import LoadedModel, body_and_head, casts_kept
 from selfdistill.prefixes import shared_beginnings
 from selfdistill.run import Run
 
-STEPS = 8
-WARM = 2
+STEPS = 5
+WARM = 1
 
 
 def tokens_once(sequences: list[list[int]]) -> int:
@@ -73,12 +73,15 @@ class Limits:
     decode: float
     """The same, as many rows as there are completions."""
     head: float
-    """float32 on the CPU, where the loss keeps the head's precision."""
+    """In float32, its factors rounded to bfloat16 where the run computes in bfloat16."""
     memory: float
 
     @classmethod
     def measure(cls, dtype: torch.dtype, rows: int) -> Limits:
-        return cls(product_rate(dtype), product_rate(dtype, rows), product_rate(torch.float32), bandwidth())
+        torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
+        head = product_rate(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        return cls(product_rate(dtype), product_rate(dtype, rows), head, bandwidth())
 
     def allow(self, run: Run, completions: list[Completion]) -> dict[str, float]:
         """Least seconds of each part of a step with these completions."""

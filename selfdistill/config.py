@@ -141,15 +141,16 @@ class TrainConfig(ModelSettings):
     mixed_precision: Precision = "auto"
     """auto: bfloat16 arithmetic where it is fast (most GPUs, CPUs with AMX), float32 otherwise."""
     torch_compile: bool = False
-    """Compile the layers for the student's passes. On the CPU it pays with bfloat16, from about 60 steps on, and needs
-    a C++ compiler."""
+    """Compile the layers for the student's passes, which then read every row whole. On the CPU it pays with bfloat16,
+    where rows share little, from about 60 steps on, and needs a C++ compiler."""
     lora_rank: int = Field(default=0, ge=0)
     """Rank of a LoRA adapter on all linear layers; 0: full fine-tuning."""
     lora_alpha: float | None = Field(default=None, gt=0)
     """LoRA's scale; default twice the rank."""
 
     drift_steps: int = Field(default=10, ge=0)
-    """Steps between measurements of how far student and teacher have moved from the start; 0: never."""
+    """Steps between measurements of how far student and teacher have moved from the start, and one at the end; 0:
+    never."""
     save_steps: int = Field(default=100, ge=0)
     """Steps between checkpoints, and one at the end; 0: only the final model."""
     save_total_limit: int = Field(default=2, ge=1)
@@ -245,7 +246,7 @@ def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for 
     return f"; did you mean {close[0]}?" if close else otherwise
 
 
-MAY_CHANGE = ("max_steps", "drift_steps", "save_steps", "save_total_limit", "logging_steps")
+MAY_CHANGE = ("max_steps", "torch_compile", "drift_steps", "save_steps", "save_total_limit", "logging_steps")
 """Settings that may be given anew when a run is continued."""
 
 

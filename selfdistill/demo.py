@@ -22,7 +22,7 @@ from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluate import Distance, general_prompts, packaged
 from selfdistill.guards import RunStopped
-from selfdistill.models import LoadedModel, compiles, load_model, to_best_device
+from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.scores import Scorer
 from selfdistill.tracking import output, say
 from selfdistill.train import train
@@ -128,8 +128,7 @@ def learn(panel: Panel, settings: dict[str, Any], evaluations: Sequence[int], ou
         points.append(panel.measure(settings["method"], loaded, step, measure_began - began - measuring_s))
         measuring_s += time.monotonic() - measure_began
 
-    speed = {"torch_compile": compiles()}
-    train(TrainConfig(**{**SHARED, **speed, **settings, "output_dir": str(output_dir)}), on_step=on_step)
+    train(TrainConfig(**{**SHARED, **settings, "output_dir": str(output_dir)}), on_step=on_step)
     return points
 
 

@@ -24,8 +24,8 @@ Support = Literal["full", "top_k", "sampled"]
 Tail = Literal["bucket", "renormalise"]
 Head = Callable[[Tensor], Tensor]
 
-CHUNK_LOGITS = 2**22
-"""Logits in one chunk by default: 16 MiB as float32."""
+CHUNK_LOGITS = 5 * 2**19
+"""Logits in one chunk by default: 10 MiB as float32, of which at most seven are held at a time."""
 
 
 def _log_softmax(logits_NV: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ def chunked_loss(
 
     The gradients with respect to the hidden states and the head's parameters are formed chunk by chunk on the way
     forward, in the same pass as the loss, so backward neither runs the head again nor needs its logits; head gradients
-    are summed over chunks in float32 or better. Differentiable once.
+    are summed over chunks in float32 or better. Differentiable once, and backward may be called once.
 
     Args:
         loss: what is measured per token.
@@ -334,18 +334,22 @@ def chunked_loss(
     def run(rows: slice) -> dict[str, Tensor]:
         # A function of its own, so that one chunk's tensors are gone before the next chunk's logits are made.
         hidden_nD = student_hidden_ND[rows].detach().to(dtype).requires_grad_(hidden_moves)
-        logits_nV = student_head(hidden_nD)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight_VD is None):
+            logits_nV = student_head(hidden_nD)
         with torch.no_grad():
             teacher_nV = None
             if teacher_hidden_ND is not None:
                 teacher_nV = (teacher_head or student_head)(teacher_hidden_ND[rows].to(dtype))
             pair = _Pair(logits_nV, teacher_nV)
             del teacher_nV
+            logits_dtype = logits_nV.dtype
+            if weight_VD is not None:
+                del logits_nV
             statistics = pair.statistics(tokens_N[rows])
             statistics["loss"], slope_nV = loss.value_and_slope(pair, statistics, tokens_N[rows])
             if not differentiate:
                 return statistics
-            slope_nV = slope_nV.mul_(scaled_N[rows, None]).to(logits_nV.dtype)
+            slope_nV = slope_nV.mul_(scaled_N[rows, None]).to(logits_dtype)
         leaves = [hidden_nD, *trainable] if hidden_moves else trainable
         sums = [gradients[0][rows], *gradients[1:]] if hidden_moves else gradients
         if weight_VD is None:
@@ -360,7 +364,8 @@ def chunked_loss(
 
     # One empty chunk where there are no tokens: a loss of 0 with gradients of 0, and empty statistics.
     autocast = torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=autocast and weight_VD is None), _rounded_factors(autocast):
+    plain = weight_VD is not None
+    with torch.autocast(device, enabled=autocast and not plain), _rounded_factors(autocast and plain):
         chunks = [run(slice(start, start + chunk_size)) for start in range(0, max(1, len(tokens_N)), chunk_size)]
     statistics = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     value = (weights_N.detach() * statistics["loss"]).sum()
@@ -373,11 +378,14 @@ def chunked_loss(
 def _rounded_factors(enabled: bool) -> Iterator[None]:
     """float32 products may round their factors to bfloat16, as autocast would; sums and results stay float32.
 
-    0.3 to 0.5 of the time of the head's products on a CPU with AMX. Without such hardware nothing changes.
+    0.3 to 0.5 of the time of the head's products on a CPU with AMX. Without such hardware nothing changes. While it
+    lasts it holds for the whole process.
     """
+    if not enabled:
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if enabled:
-        torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
@@ -412,4 +420,4 @@ class _Attach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         scale, *gradients = ctx.saved_tensors
-        return (None, None, None, *(incoming * scale * gradient for gradient in gradients))
+        return (None, None, None, *(gradient.mul_(incoming * scale) for gradient in gradients))

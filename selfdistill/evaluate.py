@@ -79,7 +79,7 @@ class Distance:
 
 
 class Drift(Distance):
-    """A small :class:`Distance` that is cheap enough for every training step: 3 prompts, 16 tokens each."""
+    """A small :class:`Distance` that is cheap enough during training: 3 prompts, 16 tokens each."""
 
     def __init__(self, base: LoadedModel, scorer: Scorer, chat: ChatFormat) -> None:
         super().__init__(base, scorer, chat, general_prompts()[:3], 16)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,16 +114,20 @@ def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed tensors for the next ones, where it is glibc.
+    """Have the C library keep the memory of freed tensors for the next ones, on the CPU, where it is glibc.
 
     By default it gives large blocks back to the system, and each page of the next tensor is fetched and cleared again:
-    on the CPU up to half a million page faults in one optimizer step, a third of its time.
+    up to half a million page faults in one optimizer step, a third of its time. This holds for the whole process, whose
+    resident memory then does not fall below its peak.
     """
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return
     trim_threshold, mmap_threshold = -1, -3  # the parameters' numbers in malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    # Before glibc 2.35 the second may be 32 MiB at most. Where it is refused, nothing else may be set: either stops the
+    # library from raising the threshold on its own.
+    if mallopt is not None and (mallopt(mmap_threshold, 2**31 - 1) or mallopt(mmap_threshold, 2**25)):
         mallopt(trim_threshold, -1)  # never
-        mallopt(mmap_threshold, 2**31 - 1)
 
 
 def _resolve(name: str) -> str:
@@ -276,15 +281,6 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(False)
 
 
-def compiles() -> bool:
-    """Whether ``torch.compile`` works here; on the CPU it needs a C++ compiler and Python's headers."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(2))
-    except Exception:  # whatever a compiler raises
-        return False
-    return True
-
-
 class CompiledLayers:
     """The model's layers through ``torch.compile``, while :meth:`active`; one compilation serves them all.
 
@@ -297,13 +293,16 @@ class CompiledLayers:
         self._layers = [module for module in loaded.model.modules() if type(module).__name__ in kinds]
         if not self._layers:
             raise UserError(f"model {loaded.name!r} does not say which modules are its layers: leave torch_compile out")
-        self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in self._layers]
-        ids_BL = torch.full((2, 3), loaded.pad_token_id, device=loaded.device)
+        # As large as a small batch, for which loops are worth several threads is decided here. Odd sizes: one that is
+        # a size of the model's, too, such as 64, would be taken for the same thing, and others compiled again.
+        ids_BL = torch.full((3, min(61, loaded.window or 61)), loaded.pad_token_id, device=loaded.device)
         try:
+            self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in self._layers]
             with self.active():
                 loaded.model(input_ids=ids_BL, use_cache=False).logits.sum().backward()
         except Exception as error:  # whatever a compiler raises
-            raise UserError(f"torch_compile: {_first_line(error)}; leave it out") from None
+            reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+            raise UserError(f"torch_compile does not work here: {reason}; leave it out") from None
         loaded.model.zero_grad(set_to_none=True)
 
     @contextmanager
@@ -359,9 +358,12 @@ def body_and_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
         return None
     config = causal.config.get_text_config()
     # Cohere multiplies, Granite divides, Gemma caps. Whether that is all that a model does is for the probe to find.
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return body, head if scale == 1 and cap is None else ScaledHead(head, scale, cap)
+    times, over, cap = (
+        value if isinstance(value := getattr(config, name, None), int | float) and value else None
+        for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    )
+    plain = times is None and over is None and cap is None
+    return body, head if plain else ScaledHead(head, (times or 1.0) / (over or 1.0), cap)
 
 
 @torch.no_grad()

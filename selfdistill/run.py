@@ -289,7 +289,8 @@ class Run:
             metrics["kl/reverse"] = result.statistics["reverse_kl"]
         if self.method.importance_cap is not None:
             metrics["importance"] = result.importance
-        if config.drift_steps and (step + 1) % config.drift_steps == 0:
+        last = step + 1 == config.max_steps
+        if config.drift_steps and (last or (step + 1) % config.drift_steps == 0):
             metrics["drift/student"] = self._drift_of(self.loaded.model)
             if self.teacher is not None:
                 metrics["drift/teacher"] = self._teacher_drift(metrics["drift/student"])

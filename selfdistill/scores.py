@@ -87,7 +87,7 @@ class Scorer:
         device = next(model.parameters()).device
         parts = body_and_head(model) if self.fused else None
         if parts is None:
-            logits_NV = self._hidden(partial(_logits, model), device, contexts, completions)
+            logits_NV = self._hidden(partial(_logits, model), model, contexts, completions)
             return Scores(logits_NV, torch.nn.Identity(), ())
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
@@ -104,7 +104,8 @@ class Scorer:
             rows = [left[row] for row in group]
             cache = DynamicCache(config=config)
             beginning = torch.tensor([contexts[rows[0]][:length]], device=device)
-            _last_hidden(body, cache, None, beginning)
+            with _attention(model, beginning):
+                _last_hidden(body, cache, None, beginning)
             cache.batch_repeat_interleave(len(rows))
             passes.append((rows, [length] * len(rows), partial(_last_hidden, body, cache, None)))
         alone = sorted(set(left) - {row for rows, *_ in passes for row in rows})
@@ -114,7 +115,7 @@ class Scorer:
         for rows, lengths, forward in passes:
             chosen = [completions[row] for row in rows]
             rest = [contexts[row][length:] for row, length in zip(rows, lengths, strict=True)]
-            hidden_ND = self._hidden(forward, device, rest, chosen)
+            hidden_ND = self._hidden(forward, model, rest, chosen)
             if rows == list(range(len(contexts))):
                 return Scores(hidden_ND, head, trainable)
             by_row |= dict(zip(rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
@@ -123,13 +124,13 @@ class Scorer:
     def _hidden(
         self,
         forward: Callable[[Tensor], Tensor],
-        device: torch.device,
+        model: Any,
         contexts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
     ) -> Tensor:
         """What ``forward`` says at the positions that predict the completions' tokens, rows joined."""
         rows = [[*context, *completion] for context, completion in zip(contexts, completions, strict=True)]
-        width = max(map(len, rows))
+        width, device = max(map(len, rows)), next(model.parameters()).device
         ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=device)
         index_N = torch.tensor(
             [
@@ -139,13 +140,13 @@ class Scorer:
             ],
             device=device,
         )
-        with self._compiled.active() if self._compiled and torch.is_grad_enabled() else nullcontext():
+        # What is compiled keeps the attention kernel of its first pass, so there it is always torch's choice.
+        with self._compiled.active() if self._compiled and torch.is_grad_enabled() else _attention(model, ids_BL):
             return forward(ids_BL).flatten(0, 1)[index_N]
 
 
 def _logits(model: Any, ids_BL: Tensor) -> Tensor:
-    with _attention(model, ids_BL):
-        return model(input_ids=ids_BL, use_cache=False).logits
+    return model(input_ids=ids_BL, use_cache=False).logits
 
 
 def _last_hidden(body: Any, cache: DynamicCache | None, filled_B: Tensor | None, ids_BL: Tensor) -> Tensor:
@@ -157,9 +158,7 @@ def _last_hidden(body: Any, cache: DynamicCache | None, filled_B: Tensor | None,
         own_BL = torch.ones_like(ids_BL, dtype=torch.bool)
         position_BL = filled_B[:, None] + torch.arange(ids_BL.shape[1], device=ids_BL.device)
         places = {"attention_mask": torch.cat([mask_BL, own_BL], dim=1).long(), "position_ids": position_BL}
-    with _attention(body, ids_BL):
-        output = body(input_ids=ids_BL, past_key_values=cache, use_cache=cache is not None, **places)
-    return output.last_hidden_state
+    return body(input_ids=ids_BL, past_key_values=cache, use_cache=cache is not None, **places).last_hidden_state
 
 
 def _attention(module: Any, ids_BL: Tensor) -> AbstractContextManager[None]:

@@ -29,7 +29,7 @@ METRICS = {
     "time/teacher_s": "the teacher's scoring, seconds",
     "time/student_s": "the student's scoring and backward pass, seconds",
     "time/update_s": "clipping, optimizer and teacher's update, seconds",
-    "time/drift_s": "measuring the two drifts, seconds; 0 where they were not",
+    "time/drift_s": "measuring the two drifts, seconds; next to 0 where they were not",
     "time/step_s": "the whole step, seconds",
 }
 """Every key of a line of metrics.jsonl, with its meaning and unit."""

@@ -725,7 +725,10 @@ def test_a_plain_head_sums_in_float32_under_autocast_on_a_cpu():
     head = torch.nn.Linear(64, 300, bias=False)
     hidden, teacher = torch.randn(2, 100, 64, generator=generator).bfloat16()
     tokens, weights = torch.arange(100), torch.rand(100, generator=generator)
-    found = []
+    found, seen = [], []
+    head.register_forward_hook(
+        lambda _module, _inputs, logits: seen.append((logits.dtype, torch.get_float32_matmul_precision()))
+    )
     precision = torch.get_float32_matmul_precision()
     for dtype, autocast in ((torch.float32, False), (torch.bfloat16, True)):
         leaf = hidden.to(dtype).requires_grad_()
@@ -734,6 +737,7 @@ def test_a_plain_head_sums_in_float32_under_autocast_on_a_cpu():
                 Divergence(), leaf, head, [head.weight], tokens, weights, teacher.to(dtype), head
             )
         assert torch.get_float32_matmul_precision() == precision
+        assert seen[-1] == (torch.float32, "medium" if autocast else precision)
         head.weight.grad = None
         value.backward()
         assert statistics["reverse_kl"].dtype == head.weight.grad.dtype == torch.float32

@@ -209,6 +209,12 @@ def test_lora_on_the_head_is_fused(load: Loader) -> None:
     check_chunked_gradients(loaded, scorer)
 
 
+def test_a_scale_that_is_no_number_is_left_to_the_probe(load: Loader) -> None:
+    loaded = load()
+    loaded.model.config.logit_scale = "inv_sqrt_d_model"
+    assert Scorer(loaded).fused
+
+
 def test_models_that_change_their_logits_are_noticed_and_scored_by_their_own(load: Loader) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(2)

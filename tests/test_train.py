@@ -257,37 +257,65 @@ def test_gradient_checkpointing_changes_no_weight(settings: Callable[..., TrainC
     assert largest_difference(final_weights(without), final_weights(using)) < 1e-6
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile: no C++ compiler here")
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2))
+    except Exception as error:  # no C++ compiler, no headers of Python
+        pytest.skip(f"torch.compile does not work here: {error}")
+
+
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_compiled_layers_train_to_the_same_weights(settings: Callable[..., TrainConfig], lora_rank: int) -> None:
+def test_compiled_layers_train_to_the_same_weights(
+    settings: Callable[..., TrainConfig], compiler: None, monkeypatch: pytest.MonkeyPatch, lora_rank: int
+) -> None:
     common: dict[str, Any] = {"lora_rank": lora_rank, "max_steps": 3, "learning_rate": 1e-4}
     without, using = settings("without", **common), settings("using", torch_compile=True, **common)
     train(without)
+    compile_, calls = torch.compile, []
+
+    def counting(function: Any, **options: Any) -> Any:
+        compiled = compile_(function, **options)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls.append(torch.is_grad_enabled())
+            return compiled(*args, **kwargs)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", counting)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     train(using)
+    assert calls == [True] * 2 * (1 + 3), "both layers, at the start and in the student's pass of each step, only there"
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == (2 if lora_rank else 1), "layers share what was compiled, but for the first under LoRA"
     assert largest_difference(final_weights(without), final_weights(using)) < 1e-5
     run = Run(using)
-    with run.scorer._compiled.active():
-        assert all("forward" in vars(layer) for layer in run.scorer._compiled._layers)
     assert not any("forward" in vars(module) for module in run.loaded.model.modules())
     assert not any(p.grad is not None for p in run.parameters), "the start-up probe leaves no gradient"
 
 
+@pytest.mark.parametrize("where", ["decorating", "running"])
 def test_layers_that_cannot_be_compiled_are_refused(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("backend='inductor' raised:\nno C++ compiler\n\nSet this and that")
+
+    monkeypatch.setattr(torch, "compile", broken if where == "decorating" else lambda *_, **__: broken)
+    want = "torch_compile does not work here: backend='inductor' raised: no C++ compiler; leave it out"
+    with pytest.raises(UserError, match=re.escape(want)):
+        Run(settings(torch_compile=True))
+
+
+def test_a_model_that_does_not_name_its_layers_is_not_compiled(
     settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings(torch_compile=True)
     monkeypatch.setattr(LlamaForCausalLM, "_no_split_modules", None)
     monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", None)
     with pytest.raises(UserError, match="does not say which modules are its layers: leave torch_compile out"):
-        Run(config)
-    monkeypatch.undo()
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no C++ compiler\nand so on")
-
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
-    with pytest.raises(UserError, match=re.escape("torch_compile: no C++ compiler; leave it out")):
-        Run(config)
+        Run(settings(torch_compile=True))
 
 
 def test_an_evaluation_between_steps_leaves_the_weights_as_they_would_have_been(
@@ -744,7 +772,7 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
         assert 0 <= values[0]["drift/teacher"] < values[0]["drift/student"]
 
 
-@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4]), (0, [])])
+@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (9, [6]), (0, [])])
 def test_drift_is_measured_every_so_many_steps(
     settings: Callable[..., TrainConfig], every: int, steps: list[int]
 ) -> None:
