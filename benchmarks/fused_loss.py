@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from measure import alternate, peak_tensor_bytes
 
-from selfdistill.divergence import Divergence, chunked_loss, forward_kl
+from selfdistill.divergence import Divergence, forward_kl
+from selfdistill.fused import chunked_loss
 
 TOKENS = 4096
 

@@ -25,8 +25,9 @@ from selfdistill.check_result import UNLIKELY, CheckResult, Layout, print_result
 from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.contexts import ChatFormat, Encoded, context_spec, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
-from selfdistill.divergence import CrossEntropy, Divergence, chunked_loss
+from selfdistill.divergence import CrossEntropy, Divergence
 from selfdistill.errors import UserError
+from selfdistill.fused import chunked_loss
 from selfdistill.models import LoadedModel, load_model, resolved_precision, to_best_device
 from selfdistill.prefixes import KeptContexts
 from selfdistill.rollouts import Rollout, Sampling, sample, sample_seed

@@ -1,4 +1,4 @@
-"""How far the student's next-token distribution is from the teacher's, per token, and the same fused with the LM head.
+"""How far the student's next-token distribution is from the teacher's, per token.
 
 Dimensions in names: B batch, T completion tokens, N flattened tokens, n tokens of one chunk, V vocabulary, D hidden,
 K top-k. p is the student, q the teacher; "log_p" are log-probabilities, in nats. Everything is computed in float32
@@ -8,24 +8,17 @@ K top-k. p is the student, q the teacher; "log_p" are log-probabilities, in nats
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from selfdistill.errors import UserError
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 Support = Literal["full", "top_k", "sampled"]
 Tail = Literal["bucket", "renormalise"]
-Head = Callable[[Tensor], Tensor]
-
-CHUNK_LOGITS = 5 * 2**19
-"""Logits in one chunk by default: 10 MiB as float32, of which at most seven are held at a time."""
 
 
 def _log_softmax(logits_NV: Tensor) -> Tensor:
@@ -185,7 +178,7 @@ class Divergence:
                 log_p_NV, log_q_NV = (x.gather(-1, support_NK).log_softmax(-1) for x in (log_p_NV, log_q_NV))
         return _divergence(self.kind, self.weight, log_p_NV, log_q_NV)
 
-    def value_and_slope(self, pair: _Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_slope(self, pair: Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's loss (N,) and its gradient with respect to the student's logits (N, V); uses up ``pair``.
 
         In closed form over the full vocabulary: p - q for forward KL, p (r - sum_v p r) with r = log p - log q for
@@ -221,13 +214,13 @@ class CrossEntropy:
         """The loss of each token, shape (N,), in nats; ``teacher_logits_NV`` is not read."""
         return -_pick(_log_softmax(student_logits_NV), tokens_N)
 
-    def value_and_slope(self, pair: _Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_slope(self, pair: Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's loss (N,) and its gradient with respect to the student's logits (N, V): p, less 1 at it."""
         pair.p_NV[torch.arange(len(tokens_N), device=tokens_N.device), tokens_N] -= 1
         return -statistics["student_logp"], pair.p_NV
 
 
-class _Pair:
+class Pair:
     """Student and teacher of some tokens, each as log-probabilities and as probabilities, without gradient."""
 
     def __init__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None) -> None:
@@ -252,7 +245,7 @@ class _Pair:
         return found
 
 
-def _by_autograd(loss: Divergence, pair: _Pair, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+def _by_autograd(loss: Divergence, pair: Pair, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf_NV = pair.log_p_NV.requires_grad_()
         value_N = loss.from_log_probs(leaf_NV, pair.log_q_NV, tokens_N)
@@ -268,156 +261,4 @@ def token_statistics(
     ``entropy`` of the student and ``student_logp`` of the tokens; with a teacher also ``teacher_logp``, ``forward_kl``
     = KL(q||p) and ``reverse_kl`` = KL(p||q), both over the whole vocabulary.
     """
-    return _Pair(student_logits_NV, teacher_logits_NV).statistics(tokens_N)
-
-
-def chunked_loss(
-    loss: Divergence | CrossEntropy,
-    student_hidden_ND: Tensor,
-    student_head: Head,
-    head_parameters: Sequence[Tensor],
-    tokens_N: Tensor,
-    weights_N: Tensor,
-    teacher_hidden_ND: Tensor | None = None,
-    teacher_head: Head | None = None,
-    chunk_size: int | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum_n weights_n * loss_n through the LM head, without ever holding logits of more than one chunk.
-
-    The gradients with respect to the hidden states and the head's parameters are formed chunk by chunk on the way
-    forward, in the same pass as the loss, so backward neither runs the head again nor needs its logits; head gradients
-    are summed over chunks in float32 or better. Differentiable once, and backward may be called once.
-
-    Args:
-        loss: what is measured per token.
-        student_hidden_ND: final hidden states that predict ``tokens_N``, of the kept tokens only; carries the gradient.
-        student_head: hidden (n, D) -> logits (n, V), such as the model's ``lm_head``; the identity where logits stand
-            in place of hidden states.
-        head_parameters: every tensor through which gradients should flow into ``student_head``; each must be used by
-            it. Those that need no gradient are skipped. They may be tied to the embeddings.
-        tokens_N: ids of the completion tokens.
-        weights_N: weight of each token (see :mod:`selfdistill.weights`); no gradient flows into it.
-        teacher_hidden_ND: the teacher's hidden states for the same tokens, of its own width; none for
-            :class:`CrossEntropy` without a teacher.
-        teacher_head: the teacher's head; ``student_head`` where absent.
-        chunk_size: tokens per chunk; by default as many as make ``CHUNK_LOGITS`` logits, at least 1.
-
-    Returns:
-        The scalar loss, and per-token statistics of shape (N,), detached: ``loss`` and those of
-        :func:`token_statistics`.
-
-    Raises:
-        UserError: ``chunk_size`` below 1.
-    """
-    if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"chunk_size: found {chunk_size}; use 1 or more tokens")
-    if chunk_size is None:
-        vocabulary = student_head(student_hidden_ND[:1].detach()).shape[-1]
-        chunk_size = max(1, CHUNK_LOGITS // vocabulary)
-
-    trainable = [parameter for parameter in head_parameters if parameter.requires_grad]
-    hidden_moves = student_hidden_ND.requires_grad
-    inputs = [student_hidden_ND, *trainable] if hidden_moves else trainable
-    differentiate = torch.is_grad_enabled() and bool(inputs)
-    gradients = []
-    if differentiate:
-        gradients = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
-    # Weights are around 1 / tokens of a batch. Inside they are scaled to at most 1: a float16 head would underflow.
-    tiny = torch.finfo(weights_N.dtype).tiny
-    scale = torch.cat([weights_N.detach().abs(), weights_N.new_full((1,), tiny)]).amax()
-    scaled_N = weights_N.detach() / scale
-
-    device = student_hidden_ND.device.type
-    weight_VD = _plain_weight(student_head, teacher_head, device)
-    dtype = None if weight_VD is None else torch.float32
-
-    def run(rows: slice) -> dict[str, Tensor]:
-        # A function of its own, so that one chunk's tensors are gone before the next chunk's logits are made.
-        hidden_nD = student_hidden_ND[rows].detach().to(dtype).requires_grad_(hidden_moves)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weight_VD is None):
-            logits_nV = student_head(hidden_nD)
-        with torch.no_grad():
-            teacher_nV = None
-            if teacher_hidden_ND is not None:
-                teacher_nV = (teacher_head or student_head)(teacher_hidden_ND[rows].to(dtype))
-            pair = _Pair(logits_nV, teacher_nV)
-            del teacher_nV
-            logits_dtype = logits_nV.dtype
-            if weight_VD is not None:
-                del logits_nV
-            statistics = pair.statistics(tokens_N[rows])
-            statistics["loss"], slope_nV = loss.value_and_slope(pair, statistics, tokens_N[rows])
-            if not differentiate:
-                return statistics
-            slope_nV = slope_nV.mul_(scaled_N[rows, None]).to(logits_dtype)
-        leaves = [hidden_nD, *trainable] if hidden_moves else trainable
-        sums = [gradients[0][rows], *gradients[1:]] if hidden_moves else gradients
-        if weight_VD is None:
-            for total, gradient in zip(sums, torch.autograd.grad(logits_nV, leaves, slope_nV), strict=True):
-                total += gradient
-            return statistics
-        if hidden_moves:
-            torch.mm(slope_nV, weight_VD, out=sums[0])
-        if trainable:
-            sums[-1].addmm_(slope_nV.T, hidden_nD.detach())
-        return statistics
-
-    # One empty chunk where there are no tokens: a loss of 0 with gradients of 0, and empty statistics.
-    autocast = torch.is_autocast_enabled(device)
-    plain = weight_VD is not None
-    with torch.autocast(device, enabled=autocast and not plain), _rounded_factors(autocast and plain):
-        chunks = [run(slice(start, start + chunk_size)) for start in range(0, max(1, len(tokens_N)), chunk_size)]
-    statistics = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    value = (weights_N.detach() * statistics["loss"]).sum()
-    if differentiate:
-        value = _Attach.apply(value, scale, gradients, *inputs)
-    return value, statistics
-
-
-@contextmanager
-def _rounded_factors(enabled: bool) -> Iterator[None]:
-    """float32 products may round their factors to bfloat16, as autocast would; sums and results stay float32.
-
-    0.3 to 0.5 of the time of the head's products on a CPU with AMX. Without such hardware nothing changes. While it
-    lasts it holds for the whole process.
-    """
-    if not enabled:
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _plain_weight(head: Head, teacher_head: Head | None, device: str) -> Tensor | None:
-    """The weight of a head that is to be nothing but one matrix product in float32; None where it is not.
-
-    Its gradient is added to a sum by the product itself. Through autograd every chunk would make one more tensor of the
-    head's size first: 1.5 times the time of loss and gradients in all, measured at V = 49,152 and 64 tokens a chunk.
-    Under autocast to bfloat16 there would be three, so on a CPU the head's sums stay in float32; GPUs use bfloat16.
-    """
-    if device != "cpu" and torch.is_autocast_enabled(device):
-        return None
-    for module in (head, teacher_head or head):
-        if type(module) is not torch.nn.Linear or module.bias is not None or module.weight.dtype != torch.float32:
-            return None
-    assert isinstance(head, torch.nn.Linear)
-    return head.weight.detach()
-
-
-class _Attach(torch.autograd.Function):
-    """A scalar as it is, with gradients with respect to ``inputs`` that are known already but for a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, scale: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(scale, *gradients)
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        scale, *gradients = ctx.saved_tensors
-        return (None, None, None, *(gradient.mul_(incoming * scale) for gradient in gradients))
+    return Pair(student_logits_NV, teacher_logits_NV).statistics(tokens_N)

@@ -27,9 +27,10 @@ from selfdistill.checkpoint import (
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
-from selfdistill.divergence import CrossEntropy, chunked_loss
+from selfdistill.divergence import CrossEntropy
 from selfdistill.errors import UserError
 from selfdistill.evaluate import Drift
+from selfdistill.fused import chunked_loss
 from selfdistill.guards import check_finite
 from selfdistill.methods import METHODS
 from selfdistill.methods.slots import Completion, Method

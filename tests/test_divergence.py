@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from selfdistill import divergence
+from selfdistill import fused
 from selfdistill.divergence import (
     CrossEntropy,
     Divergence,
-    chunked_loss,
     forward_kl,
     jsd,
     reverse_kl,
     token_statistics,
 )
 from selfdistill.errors import UserError
+from selfdistill.fused import chunked_loss
 
 N, V, D, K = 7, 23, 5, 6
 
@@ -542,7 +542,7 @@ def test_chunked_holds_logits_of_one_chunk_only():
 def test_default_chunk_bounds_the_logits(monkeypatch):
     ids, tokens, weights = batch(7, size=50)
     for limit, rows in ((10 * V + 1, 10), (V - 1, 1)):
-        monkeypatch.setattr(divergence, "CHUNK_LOGITS", limit)
+        monkeypatch.setattr(fused, "CHUNK_LOGITS", limit)
         student = Tied(0)
         chunked_loss(CrossEntropy(), student.hidden(ids), student.head, [student.embedding_VD], tokens, weights)
         assert max(student.rows) == rows

@@ -25,7 +25,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from selfdistill.divergence import CrossEntropy, chunked_loss
+from selfdistill.divergence import CrossEntropy
+from selfdistill.fused import chunked_loss
 from selfdistill.models import LoadedModel, add_lora, body_and_head, disable_dropout, head_agrees
 from selfdistill.prefixes import KeptContexts, continues, keeps_every_token, shared_beginnings
 from selfdistill.scores import Scorer

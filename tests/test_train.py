@@ -265,6 +265,7 @@ def compiler() -> None:
         pytest.skip(f"torch.compile does not work here: {error}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_compiled_layers_train_to_the_same_weights(
     settings: Callable[..., TrainConfig], compiler: None, monkeypatch: pytest.MonkeyPatch, lora_rank: int
