@@ -295,11 +295,13 @@ class CompiledLayers:
             raise UserError(f"model {loaded.name!r} does not say which modules are its layers: leave torch_compile out")
         # As large as a small batch, for which loops are worth several threads is decided here. Odd sizes: one that is
         # a size of the model's, too, such as 64, would be taken for the same thing, and others compiled again.
+        parts = body_and_head(loaded.model)  # called as scoring calls them, or layers get other arguments
+        network: Any = loaded.model if parts is None else parts[0]
         ids_BL = torch.full((3, min(61, loaded.window or 61)), loaded.pad_token_id, device=loaded.device)
         try:
             self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in self._layers]
             with self.active():
-                loaded.model(input_ids=ids_BL, use_cache=False).logits.sum().backward()
+                network(input_ids=ids_BL, past_key_values=None, use_cache=False)[0].sum().backward()
         except Exception as error:  # whatever a compiler raises
             reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
             raise UserError(f"torch_compile does not work here: {reason}; leave it out") from None
