@@ -123,8 +123,10 @@ class Run:
         if self.method.teacher == "frozen":
             contexts = [row.teacher_ids or [] for row in self.rows]
             self.kept = self.scorer.keep(contexts, config.teacher_cache_mib * 2**20)
-        with self.accelerator.autocast():
-            self.drift = Drift(self.loaded, self.scorer, self.chat)
+        self.drift: Drift | None = None
+        if config.drift_steps:
+            with self.accelerator.autocast():
+                self.drift = Drift(self.loaded, self.scorer, self.chat)
         self.parameters = list(trained_parameters(model).values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
@@ -213,6 +215,7 @@ class Run:
         return StepResult(loss, statistics, importance / len(completions), teacher_s, student_s)
 
     def _drift_of(self, network: Any) -> float:
+        assert self.drift is not None
         with casts_kept(network), self.accelerator.autocast():
             return self.drift.of(network)
 
@@ -291,7 +294,7 @@ class Run:
         if self.method.importance_cap is not None:
             metrics["importance"] = result.importance
         last = step + 1 == config.max_steps
-        if config.drift_steps and (last or (step + 1) % config.drift_steps == 0):
+        if self.drift is not None and (last or (step + 1) % config.drift_steps == 0):
             metrics["drift/student"] = self._drift_of(self.loaded.model)
             if self.teacher is not None:
                 metrics["drift/teacher"] = self._teacher_drift(metrics["drift/student"])
