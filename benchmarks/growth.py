@@ -30,12 +30,12 @@ NO_TOKEN = -1
 """An end token that is never sampled."""
 STANDARD = {"new tokens": 32, "vocabulary": 49_152, "batch": 8, "document, words": 200}
 CURVES: dict[str, tuple[int, ...]] = {
-    "new tokens": (16, 32, 64),
-    "vocabulary": (49_152, 151_936),
-    "batch": (4, 8, 16),
-    "document, words": (100, 200, 400),
+    "new tokens": (16, 32, 64, 128),
+    "vocabulary": (49_152, 100_000, 151_936),
+    "batch": (4, 8, 16, 32),
+    "document, words": (100, 200, 400, 800),
 }
-STEPS = 1
+STEPS = 3
 
 
 def measure(folder: Path, shape: dict[str, int]) -> tuple[float, int]:

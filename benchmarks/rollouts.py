@@ -3,12 +3,13 @@
     python benchmarks/rollouts.py [--tokens 32] [--generations 1]
 
 ``generate`` gets the same left-padded prompts. With ``--generations n`` one long prompt is
-sampled n times against once: the ratio of times.
+sampled n times against once, every sample of exactly ``--tokens`` tokens: the ratio of times.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 from measure import alternate
@@ -18,6 +19,9 @@ from selfdistill.demonstrations import load_demonstrations
 from selfdistill.evaluate import packaged
 from selfdistill.models import load_model
 from selfdistill.rollouts import Sampling, sample
+
+NO_TOKEN = -1
+"""An end token that is never sampled."""
 
 
 def main() -> None:
@@ -32,16 +36,17 @@ def main() -> None:
     if options.generations > 1:
         long = [prompt * 12 for prompt in prompts[:1]]  # about 500 tokens
         seeds = list(range(options.generations))
+        endless = replace(loaded, end_token_ids=(NO_TOKEN,))
         seconds = alternate(
             {
-                "many": lambda: sample(loaded, long * len(seeds), Sampling(options.tokens), seeds),
-                "one": lambda: sample(loaded, long, Sampling(options.tokens), seeds[:1]),
+                "many": lambda: sample(endless, long * len(seeds), Sampling(options.tokens), seeds),
+                "one": lambda: sample(endless, long, Sampling(options.tokens), seeds[:1]),
             },
             5,
         )
         print(
-            f"{options.generations} generations of a prompt of {len(long[0])} tokens, at most {options.tokens} tokens: "
-            f"{seconds['many'] / seconds['one']:.2f} times one ({seconds['one']:.2f} s)"
+            f"{options.generations} generations of a prompt of {len(long[0])} tokens, {options.tokens} new tokens "
+            f"each: {seconds['many'] / seconds['one']:.2f} times one ({seconds['one']:.2f} s)"
         )
         return
     width = max(map(len, prompts))
