@@ -38,7 +38,6 @@ $(TRL_STAMP): $(STAMP)
 	@touch $@
 
 bench: $(STAMP) $(TRL_STAMP) ## Measure speed and memory, also against TRL (about an hour on two cores)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/limits.py
 	$(BIN)/python benchmarks/fused_loss.py
 	$(BIN)/python benchmarks/kept_contexts.py

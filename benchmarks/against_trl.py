@@ -29,7 +29,7 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 from selfdistill.config import TrainConfig
 from selfdistill.demonstrations import load_demonstrations
-from selfdistill.evaluate import packaged
+from selfdistill.distances import packaged
 from selfdistill.methods.slots import Completion
 from selfdistill.models import starter_model_path
 from selfdistill.run import Run

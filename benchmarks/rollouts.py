@@ -16,7 +16,7 @@ from measure import alternate
 
 from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import load_demonstrations
-from selfdistill.evaluate import packaged
+from selfdistill.distances import packaged
 from selfdistill.models import load_model
 from selfdistill.rollouts import Sampling, sample
 

@@ -24,7 +24,7 @@ from limits import bandwidth, product_rate
 from selfdistill import demo
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import Encoded
-from selfdistill.evaluate import packaged
+from selfdistill.distances import packaged
 from selfdistill.methods.slots import Completion, SequenceSource
 from selfdistill.models import LoadedModel, body_and_head, casts_kept
 from selfdistill.prefixes import shared_beginnings

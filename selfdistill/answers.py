@@ -1,4 +1,4 @@
-"""Answers: a model's greedy replies to rows, each scored."""
+"""Answers: a model's replies to rows, each scored."""
 
 from __future__ import annotations
 
@@ -6,25 +6,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfdistill.contexts import ChatFormat
-from selfdistill.demonstrations import Demonstration
+from selfdistill.demonstrations import SCORER_NAMES, Demonstration
 from selfdistill.errors import UserError
+from selfdistill.judge import Judge
 from selfdistill.models import LoadedModel
-from selfdistill.rollouts import Sampling, sample
+from selfdistill.rollouts import Rollout, Sampling, sample
 from selfdistill.rows import first_ten
-from selfdistill.scorers import default_scorer, score
+from selfdistill.scorers import JUDGE, default_scorer, score
 from selfdistill.tracking import Reporter
+
+THINKING = ("<think>", "</think>")
+"""Between these a reasoning model thinks; a prompt that ends in the first leaves only the second to the reply."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Greedy replies to a set of rows."""
+    """Replies to a set of rows."""
 
     replies: list[str]
     correct: list[bool]
-    lengths: list[int]
-    """Tokens of each reply."""
+    lenient: list[bool] | None
+    """Right by the judge's lenient measure; None where no judge was asked."""
+    ids: list[list[int]]
+    """Tokens of each reply, with its end token."""
+    thinking: list[int]
+    """How many of them are thinking."""
     truncated: int
     """Replies stopped by the length limit."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each reply."""
+        return [len(ids) for ids in self.ids]
 
     @property
     def accuracy(self) -> float:
@@ -42,8 +55,11 @@ def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -
     """
     bad: list[str] = []
     for row in demonstrations:
+        name = default_scorer(row, scorer)
+        if name not in SCORER_NAMES:
+            continue  # the judge, or a function of the user's, which need not know what an empty reply is
         try:
-            score(default_scorer(row, scorer), "", row)
+            score(name, "", row)
         except UserError as error:
             bad.append(str(error))
     if bad:
@@ -59,13 +75,20 @@ def answer(
     max_completion_length: int,
     batch_size: int,
     scorer: str | None = None,
+    judge: Judge | None = None,
+    temperature: float = 0,
+    top_p: float = 1,
+    seeds: Sequence[int] | None = None,
     what: str | None = None,
 ) -> Answers:
-    """Greedy replies to ``prompts``, each scored against its row.
+    """Replies to ``prompts``, each scored against its row; what a reply thinks aloud is not scored.
 
     Args:
         prompts: token ids, the student's or the teacher's, one per row.
         scorer: for rows that name none.
+        judge: asked where the scorer is ``judge``.
+        temperature: 0: greedy.
+        seeds: of each reply, where it is sampled.
         what: label of the progress; None: silent.
 
     Raises:
@@ -73,15 +96,50 @@ def answer(
     """
     check_answers(demonstrations, scorer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length together: less padding
-    replies, lengths, truncated = [""] * len(prompts), [0] * len(prompts), 0
-    sampling = Sampling(max_completion_length, temperature=0)
+    rollouts: list[Rollout | None] = [None] * len(prompts)
+    sampling = Sampling(max_completion_length, temperature, top_p)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     with Reporter(what or "", len(batches), quiet=what is None, every=max(len(batches) // 4, 1)) as reporter:
         for number, batch in enumerate(batches):
-            rollouts = sample(loaded, [prompts[i] for i in batch], sampling)
-            for i, rollout in zip(batch, rollouts, strict=True):
-                replies[i], lengths[i] = chat.decode(rollout.ids), len(rollout.ids)
-                truncated += rollout.truncated
+            chosen = None if seeds is None else [seeds[i] for i in batch]
+            for i, rollout in zip(batch, sample(loaded, [prompts[i] for i in batch], sampling, chosen), strict=True):
+                rollouts[i] = rollout
             reporter.advance(number + 1)
-    correct = [score(default_scorer(d, scorer), r, d) for r, d in zip(replies, demonstrations, strict=True)]
-    return Answers(replies, correct, lengths, truncated)
+    done = [rollout for rollout in rollouts if rollout is not None]
+    replies = [chat.decode(rollout.ids) for rollout in done]
+    begun = [str(chat.tokenizer.decode(list(prompt[-4:]))).rstrip().endswith(THINKING[0]) for prompt in prompts]
+    parts = [split_thinking(reply, begun=b) for reply, b in zip(replies, begun, strict=True)]
+    correct, lenient = _grade(demonstrations, [said for _, said in parts], scorer, judge)
+    thinking = [len(chat.encode_text(thought)) for thought, _ in parts]
+    return Answers(replies, correct, lenient, [r.ids for r in done], thinking, sum(r.truncated for r in done))
+
+
+def split_thinking(reply: str, *, begun: bool = False) -> tuple[str, str]:
+    """What a reply thinks aloud, and what it says then. A thought that never ends is followed by nothing.
+
+    Args:
+        begun: the prompt ends with the tag that begins a thought.
+    """
+    begin, end = THINKING
+    if end in reply:
+        thought, said = reply.split(end, 1)
+        return thought.lstrip().removeprefix(begin), said.lstrip()
+    thinks = begun or reply.lstrip().startswith(begin)
+    return (reply.lstrip().removeprefix(begin), "") if thinks else ("", reply)
+
+
+def _grade(
+    demonstrations: Sequence[Demonstration], replies: Sequence[str], scorer: str | None, judge: Judge | None
+) -> tuple[list[bool], list[bool] | None]:
+    """Right, and right by lenient measure where any row is judged."""
+    names = [default_scorer(row, scorer) for row in demonstrations]
+    pairs = list(zip(names, replies, demonstrations, strict=True))
+    judged = [(row, reply) for name, reply, row in pairs if name == JUDGE]
+    if not judged:
+        return [score(name, reply, row) for name, reply, row in pairs], None
+    assert judge is not None, "the settings refuse a judge without an address"
+    verdicts = iter(judge.verdicts([row for row, _ in judged], [reply for _, reply in judged]))
+    found = [next(verdicts) if name == JUDGE else score(name, reply, row) for name, reply, row in pairs]
+    return [verdict in (True, "strict") for verdict in found], [
+        verdict in (True, "strict", "lenient") for verdict in found
+    ]

@@ -25,9 +25,11 @@ from selfdistill.check_result import UNLIKELY, CheckResult, Layout, print_result
 from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.contexts import ChatFormat, Encoded, context_spec, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
+from selfdistill.distances import kl_along, load_like
 from selfdistill.divergence import CrossEntropy, Divergence
 from selfdistill.errors import UserError
 from selfdistill.fused import chunked_loss
+from selfdistill.judge import judge_of
 from selfdistill.models import LoadedModel, load_model, resolved_precision, to_best_device
 from selfdistill.prefixes import KeptContexts
 from selfdistill.rollouts import Rollout, Sampling, sample, sample_seed
@@ -95,6 +97,7 @@ def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise UserError(f"no context layout could be measured: {reasons}")
     layouts.sort(key=lambda layout: (-layout.accuracy, -layout.logp))
+    teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context)
     seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
     verdict, exit_code = verdict_on(*measure.student_on(layouts[0].context), layouts[0])
     result = CheckResult(
@@ -108,6 +111,9 @@ def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
         student_truncated=measure.student.truncated / len(measure.rows),
         layouts=layouts,
         skipped=skipped,
+        teacher_kl=teacher_kl,
+        fine_tuned_accuracy=tuned_accuracy,
+        fine_tuned_kl=tuned_kl,
         seconds_per_step=seconds,
         memory_gib=memory,
         memory_rows=memory_rows,
@@ -139,6 +145,7 @@ class _Measure:
         began = time.monotonic()
         rollouts = self._rollouts()
         self.rollout_s = (time.monotonic() - began) / len(self.rows)
+        self.teacher_ids: dict[str, list[list[int]]] = {}  # the teacher's replies by layout
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
     def _encode(self, rows: Sequence[Demonstration], context: str | None) -> list[Encoded]:
@@ -181,16 +188,17 @@ class _Measure:
         """The training's."""
         return torch.autocast(self.loaded.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def _answer(self, prompts: list[list[int]], rows: Sequence[Encoded]) -> Answers:
+    def _answer(self, prompts: list[list[int]], rows: Sequence[Encoded], loaded: LoadedModel | None = None) -> Answers:
         with self._arithmetic():
             return answer(
-                self.loaded,
+                loaded or self.loaded,
                 prompts,
                 [row.demonstration for row in rows],
                 self.chat,
                 max_completion_length=self.config.max_completion_length,
                 batch_size=16,
                 scorer=self.config.scorer,
+                judge=judge_of(self.config),
             )
 
     def _rollouts(self) -> list[Rollout]:
@@ -223,6 +231,7 @@ class _Measure:
         prompts = [row.teacher_ids or [] for row in rows]
         kept = self.scorer.keep(prompts, KEPT_BYTES)
         answers = self._answer(prompts, rows)
+        self.teacher_ids[context] = answers.ids
         kl_N, place_N = [], []
         for start in range(0, len(rows), 8):
             part = slice(start, start + 8)
@@ -245,6 +254,23 @@ class _Measure:
             truncated=answers.truncated / len(rows),
             prompt_length=sum(map(len, prompts)) / len(rows),
         )
+
+    def closeness(self, context: str) -> tuple[float, float | None, float | None]:
+        """KL(teacher||base), and of the fine-tuned model its accuracy and KL(fine-tuned||base), each along its replies.
+
+        Raises:
+            UserError: the fine-tuned model cannot be loaded, or has another vocabulary.
+        """
+        rows = self._encode([row.demonstration for row in self.rows], context)
+        prompts, base = [row.student_ids for row in rows], self.loaded
+        with self._arithmetic():
+            teacher = kl_along(prompts, self.teacher_ids[context], base, base, [row.teacher_ids or [] for row in rows])
+        if self.config.fine_tuned is None:
+            return teacher, None, None
+        tuned = load_like(self.config.fine_tuned, base, dtype=self.config.dtype)
+        answers = self._answer(prompts, rows, tuned)
+        with self._arithmetic():
+            return teacher, answers.accuracy, kl_along(prompts, answers.ids, tuned, base)
 
     def cost(self, context: str) -> tuple[float, float, int]:
         """Expected seconds per step, peak memory in GiB and for how many rows, from one forward and backward pass."""

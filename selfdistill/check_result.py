@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
+from selfdistill.statistics import share_interval
 from selfdistill.tracking import output
 
 UNLIKELY = 4
@@ -55,6 +55,12 @@ class CheckResult:
     """Best first: by accuracy, then by the likelihood of the demonstration."""
     skipped: dict[str, str]
     """Layouts that could not be measured, with the reason."""
+    teacher_kl: float
+    """KL(teacher||base) along the teacher's own greedy replies, nats per token, with the best layout."""
+    fine_tuned_accuracy: float | None
+    """Of the model ``fine_tuned`` on the rows of the best layout; None where there is none."""
+    fine_tuned_kl: float | None
+    """KL(fine-tuned||base) along the fine-tuned model's own greedy replies, nats per token; None as above."""
     seconds_per_step: float | None
     """Expected, full fine-tuning at ``batch_size``; None where the cost was not measured."""
     memory_gib: float | None
@@ -74,26 +80,13 @@ class CheckResult:
         return {**asdict(self), "best": self.best.context, "ceiling": self.best.accuracy}
 
 
-def wilson_interval(right: int, items: int, z: float = 1.959964) -> tuple[float, float]:
-    """Confidence interval of a share, 95% by default: Wilson's score interval.
-
-    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal of the American
-    Statistical Association 22 (1927) 209-212. Unlike the normal approximation it holds for few items and shares of 0
-    or 1.
-    """
-    share = right / items
-    middle = (share + z * z / (2 * items)) / (1 + z * z / items)
-    half = z / (1 + z * z / items) * math.sqrt(share * (1 - share) / items + z * z / (4 * items * items))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
 def verdict_on(student_accuracy: float, student_logp: float, best: Layout) -> tuple[str, int]:
     """In words, and the exit code. Two items more than the student is the least that counts as better.
 
     The student's numbers are those on the rows of ``best``.
     """
     items = best.items
-    low, high = wilson_interval(round(best.accuracy * items), items)
+    low, high = share_interval(round(best.accuracy * items), items)
     scores = (
         f"the teacher with {best.context} is right on {best.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}), the "
         f"student on {student_accuracy:.0%}"
@@ -162,6 +155,7 @@ def print_result(result: CheckResult, seconds: float) -> None:
     lines = [
         "log p(demo) and KL(teacher||student) are in nats per token; KL is along the student's samples.",
         f"KL of {result.best.context} at completion tokens 1, 2, ...: {profile}",
+        _closeness_line(result),
         *_cost_line(result),
         *_order_line(result),
         result.verdict,
@@ -169,6 +163,20 @@ def print_result(result: CheckResult, seconds: float) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
+
+
+def _closeness_line(result: CheckResult) -> str:
+    """The two conditions of the method (arXiv 2601.19897): the teacher is near-optimal, and close to the base."""
+    best = result.best
+    text = f"In-context assumption: the teacher is right on {best.accuracy:.0%}, and {result.teacher_kl:.2f} nats per "
+    text += "token from the base along its own replies"
+    if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None:
+        return f"{text}; --fine_tuned MODEL shows how far fine-tuning goes for the same."
+    nearer = "nearer, as it should be" if result.teacher_kl < result.fine_tuned_kl else "not nearer: a bad sign"
+    return (
+        f"{text}; the fine-tuned model on {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along "
+        f"its own: the teacher is {nearer}."
+    )
 
 
 def _cost_line(result: CheckResult) -> list[str]:

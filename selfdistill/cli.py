@@ -1,4 +1,4 @@
-"""The command line: ``selfdistill train | eval | check | demo``.
+"""The command line: ``selfdistill demo | check | train | eval | report``.
 
 Options are the fields of the settings in :mod:`selfdistill.config`, parsed by jsonargparse from their types. What a
 user can mend is one line on standard error and exit code 2. Everything heavy is imported by the command that needs it,
@@ -16,13 +16,24 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from jsonargparse import ArgumentParser
 
 from selfdistill import __version__
-from selfdistill.config import CheckConfig, DemoConfig, EvalConfig, Settings, TrainConfig, closest, continued, load_yaml
+from selfdistill.config import (
+    CheckConfig,
+    CompareConfig,
+    DemoConfig,
+    EvalConfig,
+    ExportConfig,
+    ReportConfig,
+    Settings,
+    TrainConfig,
+    closest,
+)
 from selfdistill.errors import UserError
+from selfdistill.settings_files import continued, load_yaml
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -60,20 +71,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(given: dict[str, Any]) -> int:
     resume = given.pop("resume", False)
-    config, saved = continued(given) if resume else (TrainConfig(**given), None)
+    config, saved = continued(given, TrainConfig) if resume else (TrainConfig(**given), None)
     if saved and saved.max_steps != config.max_steps:
         change = f"max_steps was {saved.max_steps} and is now {config.max_steps}"
         print(f"{change}: from here on the learning rate is that of a run of so many steps", file=sys.stderr)
     _quiet()
+    from selfdistill.tracking import check_tracker
     from selfdistill.train import check_output_dir, train
 
     check_output_dir(config.output_dir, resume=resume)
+    check_tracker(config.report_to)
     if config.method != "sft" and config.context == "auto":
         from selfdistill.check import best_context
 
         with contextlib.redirect_stdout(sys.stderr):
             config = config.model_copy(update={"context": best_context(config)})
     print(f"final model: {train(config, resume=resume)}")
+    return 0
+
+
+def _compare(given: dict[str, Any]) -> int:
+    with _result(given) as result:
+        resume = given.pop("resume", False)
+        config = continued(given, CompareConfig)[0] if resume else CompareConfig(**given)
+        _quiet()
+        from selfdistill.compare import compare
+
+        result |= compare(config, resume=resume)
     return 0
 
 
@@ -108,11 +132,34 @@ def _demo(given: dict[str, Any]) -> int:
     return 0
 
 
+def _report(given: dict[str, Any]) -> int:
+    with _result(given) as result:
+        config = ReportConfig(**given)
+        from selfdistill.report import report
+
+        result |= report(config)
+    return 0
+
+
+def _export(given: dict[str, Any]) -> int:
+    with _result(given) as result:
+        config = ExportConfig(**given)
+        _quiet()
+        from selfdistill.export import export
+
+        result["output_dir"] = str(export(config))
+        print(f"exported model: {result['output_dir']}")
+    return 0
+
+
 COMMANDS: dict[str, tuple[type[Settings], str, Callable[[dict[str, Any]], int]]] = {
     "demo": (DemoConfig, "See it work on the starter model, in minutes.", _demo),
     "check": (CheckConfig, "Before training: will it help, and how is the demonstration best shown?", _check),
     "train": (TrainConfig, "Teach a model from demonstrations.", _train),
     "eval": (EvalConfig, "Measure the new task, what the model could do before, and how far it has moved.", _eval),
+    "compare": (CompareConfig, "Train by several methods on equal terms: what each gained and lost.", _compare),
+    "report": (ReportConfig, "Show runs in one HTML file: scores, curves, settings, tokens.", _report),
+    "export": (ExportConfig, "Hand on the model of a run: as it is, or its adapter merged into the base.", _export),
 }
 
 
@@ -146,6 +193,10 @@ def _result(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 # --- parsing ---
 
+_RESUMED = ("train", "compare")
+_FLAGS = {"run": ("run",), "runs": ("runs",), "output": ("-o", "--output")}
+"""Settings that are not given as ``--name``."""
+
 
 def _parser() -> ArgumentParser:
     common: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
@@ -154,19 +205,26 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", title="commands", description=None, metavar="command")
     for name, (kind, help_text, _) in COMMANDS.items():
         fields = kind.model_fields
-        needed = "".join(f" --{key} {key.upper()}" for key, field in fields.items() if field.is_required())
+        needed = "".join(
+            {"run": " RUN", "runs": " RUN..."}.get(key, f" --{key} {key.upper()}")
+            for key, field in fields.items()
+            if field.is_required()
+        )
         usage = f"selfdistill {name}{needed} [options]"
         command = ArgumentParser(description=help_text, usage=usage, **common)
         command.add_argument("--config", type=str, help="YAML file of settings; options given here go before it.")
         for key, field in fields.items():
             hint: Any = field.annotation  # ranges are pydantic's to check
             options: dict[str, Any] = {"type": str, "nargs": "+"} if hint == list[str] else {"type": hint}
-            options["default"] = None if field.is_required() else field.get_default(call_default_factory=True)
+            if get_origin(hint) is tuple:  # separated by commas, which the settings split
+                options = {"type": str, "metavar": "A,B"}
+            if not field.is_required():
+                options["default"] = field.get_default(call_default_factory=True)
             options["help"] = (field.description or "").replace("``", "") + " (required)" * field.is_required()
-            command.add_argument(f"--{key}", **options)
-        if name == "train":
+            command.add_argument(*_FLAGS.get(key, (f"--{key}",)), **options)
+        if name in _RESUMED:
             command.add_argument("--resume", action="store_true", help="Go on with the run in --output_dir.")
-        else:
+        if name != "train":
             command.add_argument("--json", type=str, help="Write the result as JSON to this file; -: standard output.")
         commands.add_subcommand(name, command, help=help_text)
     return parser
@@ -189,8 +247,10 @@ def _explained(message: str, arguments: list[str]) -> str:
     if command not in COMMANDS:
         return f"{f'unknown command {command!r}' if command else 'no command'}, want one of {', '.join(COMMANDS)}"
     fields = COMMANDS[command][0].model_fields
+    if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
+        return f"no {lacking[1]}: give at least one, see selfdistill {command} --help"
     if unknown := re.match(r"unrecognized arguments: ([^\s=]*)", message):
-        known = [f"--{key}" for key in (*fields, "config", "resume" if command == "train" else "json")]
+        known = [f"--{key}" for key in (*fields, "config", "resume" if command in _RESUMED else "json")]
         what = "option" if unknown[1].startswith("-") else "argument"
         return f"unknown {what} {unknown[1]}{closest(unknown[1], known)}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)

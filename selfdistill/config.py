@@ -7,16 +7,27 @@ folder) and the Python call. Names are TRL's where TRL has the setting. An unkno
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from selfdistill.demonstrations import SCORER_NAMES
 from selfdistill.errors import UserError
+from selfdistill.scorers import FUNCTION, JUDGE
 
 Precision = Literal["auto", "no", "bf16"]
+MethodName = Literal["sdft", "sft"]
 
 
 class Settings(BaseModel):
@@ -39,7 +50,8 @@ def _one_line(detail: Any) -> str:
         return f"setting '{name}' is required: give --{name}"
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
-    return f"setting '{name}': found {detail['input']!r}, want: {detail['msg'].removeprefix('Input should be ')}"
+    want = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"setting '{name}': found {detail['input']!r}, want: {want}"
 
 
 class ModelSettings(Settings):
@@ -63,19 +75,54 @@ class ModelSettings(Settings):
     """A row that does not fit: stop and name it, or leave it out and count it. Nothing is ever cut."""
     batch_size: int = Field(default=32, ge=1)
     """Prompts per optimizer step, or per batch where nothing is trained. 32: the paper's."""
+    scorer: str | None = None
+    """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call``,
+    ``judge``, or a function of yours as ``python:package.module.function``."""
+    judge_url: str | None = None
+    """OpenAI-compatible API of the ``judge``, e.g. ``http://localhost:8000/v1``; data and replies are sent there. Its
+    key: environment variable ``SELFDISTILL_JUDGE_KEY``, else ``OPENAI_API_KEY``."""
+    judge_model: str | None = None
+    """Name of the ``judge`` there: a model that answers at once, without thinking aloud."""
+
+    @field_validator("scorer")
+    @classmethod
+    def _known_scorer(cls, value: str | None) -> str | None:
+        known = (*SCORER_NAMES, JUDGE)
+        if value is None or value in known or FUNCTION.fullmatch(value):
+            return value
+        raise ValueError(f"{', '.join(known)} or python:package.module.function{closest(value, known, '')}")
+
+    @field_validator("judge_url")
+    @classmethod
+    def _plain_address(cls, value: str | None) -> str | None:
+        # No user, query or fragment: what is secret belongs in the environment, not in config.yaml and messages.
+        if value is None or re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", value):
+            return value
+        raise ValueError("an address such as http://localhost:8000/v1, without user, password or '?'")
+
+    @model_validator(mode="after")
+    def _judge_has_an_address(self) -> ModelSettings:
+        if self.scorer == JUDGE and not (self.judge_url and self.judge_model):
+            raise ValueError("setting 'scorer': 'judge' is a model at an address: give --judge_url and --judge_model")
+        return self
+
+
+class OneRun(ModelSettings):
+    """What a comparison varies from run to run."""
+
+    method: MethodName = "sdft"
+    """``sdft``: self-distillation. ``sft``: cross-entropy on the demonstrations, for comparison."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak. Default 1e-5, or 1e-4 with LoRA (about ten times that of full fine-tuning, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
     """Order of the data, draws of contexts, and every sample."""
-    scorer: Literal["exact", "contains", "choice", "regex", "tool_call"] | None = None
-    """Scorer for rows that name none; default ``exact``. In training only ``context: auto`` uses it."""
 
 
-class TrainConfig(ModelSettings):
-    """Settings of ``selfdistill train``. They are saved, resolved, as ``config.yaml`` in ``output_dir``."""
+class TrainingSettings(ModelSettings):
+    """What ``train`` and ``compare`` share."""
 
     output_dir: str
     """The run folder. An existing one is never overwritten."""
-    method: Literal["sdft", "sft"] = "sdft"
-    """``sdft``: self-distillation. ``sft``: cross-entropy on the demonstrations, for comparison."""
 
     context: str = "auto"
     """How the teacher sees the demonstration, e.g. ``turns:repeats=2``. ``auto``: measure and take the best."""
@@ -120,8 +167,6 @@ class TrainConfig(ModelSettings):
     importance_cap: float | None = Field(default=None, gt=0)
     """Weigh each rollout by the mean of min(p_now/p_sampled, cap). For rollouts that are not quite on-policy."""
 
-    learning_rate: float | None = Field(default=None, gt=0)
-    """Peak. Default 1e-5, or 1e-4 with LoRA (about ten times that of full fine-tuning, arXiv 2405.09673)."""
     lr_scheduler_type: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: fall to zero as half a cosine, or stay."""
     warmup_steps: int = Field(default=10, ge=0)
@@ -148,6 +193,16 @@ class TrainConfig(ModelSettings):
     lora_alpha: float | None = Field(default=None, gt=0)
     """LoRA's scale; default twice the rank."""
 
+    test: str | None = None
+    """Rows on which the model is measured before, during and after training, as ``eval`` does. Nothing is chosen by
+    them."""
+    prior: str | None = None
+    """File or folder of questions about abilities the model already had, measured along with ``test``."""
+    eval_steps: int = Field(default=0, ge=0)
+    """Steps between measurements on ``test``; 0: only at the start and at the end."""
+    view_rows: int = Field(default=4, ge=0)
+    """Rows whose rollouts are kept with what the teacher says of each token, before and after training, for
+    ``report``."""
     drift_steps: int = Field(default=10, ge=0)
     """Steps between measurements of how far student and teacher have moved from the start, and one at the end; 0:
     never."""
@@ -157,6 +212,8 @@ class TrainConfig(ModelSettings):
     """Checkpoints kept."""
     logging_steps: int = Field(default=1, ge=1)
     """Steps between printed lines where the output is not a terminal. metrics.jsonl has every step."""
+    report_to: Literal["none", "trackio", "tensorboard", "wandb"] = "none"
+    """Tracker that gets every line of metrics.jsonl, too; its package must be installed. wandb sends them elsewhere."""
 
     def model_post_init(self, _context: Any) -> None:
         """Rules between settings."""
@@ -165,6 +222,8 @@ class TrainConfig(ModelSettings):
                 f"setting 'gradient_accumulation_steps': {self.gradient_accumulation_steps} does not divide "
                 f"batch_size {self.batch_size}"
             )
+        if self.test is None and (self.prior is not None or self.eval_steps):
+            raise UserError("setting 'test' is missing: prior and eval_steps belong to the measurements on it")
         if self.torch_compile and self.gradient_checkpointing:
             raise UserError("setting 'torch_compile' does not go with gradient_checkpointing: leave one of them out")
         if self.importance_cap is not None and (self.top_p < 1 or self.top_k > 0):
@@ -184,8 +243,43 @@ class TrainConfig(ModelSettings):
             )
 
 
+class TrainConfig(TrainingSettings, OneRun):
+    """Settings of ``selfdistill train``. They are saved, resolved, as ``config.yaml`` in ``output_dir``."""
+
+
+class CompareConfig(TrainingSettings):
+    """Settings of ``selfdistill compare``: those of its runs, and what differs between them."""
+
+    test: str
+    """Rows on which every run is measured. Nothing may be chosen by them."""
+    methods: tuple[MethodName, ...] = ("sft", "sdft")
+    """Methods, separated by commas."""
+    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    """Seeds, separated by commas: every method runs once with each."""
+    learning_rates: tuple[PositiveFloat, ...] = ()
+    """Peak learning rates, separated by commas: every method runs with each. Default: that of ``train``."""
+
+    @field_validator("methods", "seeds", "learning_rates", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    def model_post_init(self, _context: Any) -> None:
+        """Rules between settings."""
+        super().model_post_init(_context)
+        for name in ("methods", "seeds", "learning_rates"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"setting '{name}': found {values}, want each once")
+            if not values and name != "learning_rates":
+                raise UserError(f"setting '{name}': found nothing, want at least one")
+
+
 class CheckConfig(ModelSettings):
     """Settings of ``selfdistill check``."""
+
+    seed: int = Field(default=0, ge=0)
+    """Order of the data, draws of contexts, and every sample."""
 
     contexts: list[str] = Field(default_factory=list)
     """Layouts to compare, e.g. ``turns:repeats=2``; default: a set that fits the data."""
@@ -197,6 +291,9 @@ class CheckConfig(ModelSettings):
     """Prompts per step of the training that is being estimated."""
     mixed_precision: Precision = "auto"
     """The arithmetic of that training, with which everything is measured."""
+    fine_tuned: str | None = None
+    """A model fine-tuned on the same demonstrations, for instance by ``--method sft``: how far it has moved from the
+    base is compared with how far the teacher is from it."""
 
 
 class EvalConfig(ModelSettings):
@@ -205,7 +302,34 @@ class EvalConfig(ModelSettings):
     prior: str | None = None
     """File or folder of questions about abilities the model already had."""
     base: str | None = None
-    """Model from which the distance is measured."""
+    """Model it began as: measured on the same items, with paired tests, and how far the two are apart."""
+    num_samples: int = Field(default=0, ge=0)
+    """Sampled replies per row, for pass@k with k up to their number; 0: greedy replies only."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of these replies."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling of these replies: smallest set of tokens with at least this mass."""
+    seed: int = Field(default=0, ge=0)
+    """Order of the data, draws of contexts, and every sample."""
+    lm_eval_tasks: list[str] = Field(default_factory=list)
+    """Tasks and groups of lm-eval, by name, measured as prior abilities; needs the extra ``lm-eval``."""
+    lm_eval_path: str | None = None
+    """Folder with lm-eval task files (YAML) of your own. They can run Python code: use only what you trust."""
+    lm_eval_limit: int | None = Field(default=None, ge=1)
+    """Most items of each of these tasks; default: all."""
+    replies: str | None = None
+    """File for every greedy reply with its score, as JSON lines."""
+
+
+class ExportConfig(Settings):
+    """Settings of ``selfdistill export``."""
+
+    run: str
+    """Run folder or model folder."""
+    output_dir: str
+    """Where the model goes: a folder that does not exist or is empty."""
+    merge: bool = False
+    """Fold a LoRA adapter into its base, so that the result needs neither the base nor PEFT."""
 
 
 class DemoConfig(Settings):
@@ -217,25 +341,13 @@ class DemoConfig(Settings):
     """Order of the data and every sample."""
 
 
-def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
-    """Read a settings file; the values are checked when a ``kind`` is made of them.
+class ReportConfig(Settings):
+    """Settings of ``selfdistill report``."""
 
-    Raises:
-        UserError: it cannot be read, is not YAML, is not a mapping, or has a key that ``kind`` has not.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the settings: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file of settings: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise UserError(f"{path}: found {found}, want a mapping of setting names to values")
-    for key in values:
-        if key not in kind.model_fields:
-            raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields)}")
-    return values
+    runs: list[str] = Field(min_length=1)
+    """Folders written by ``train`` or ``compare``."""
+    output: str = "report.html"
+    """The HTML file to write."""
 
 
 def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for the names") -> str:
@@ -244,62 +356,3 @@ def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for 
     initials = [name for name in names if "".join(part[:1] for part in name.lstrip("-").split("_")) == word.lstrip("-")]
     close = initials or difflib.get_close_matches(word, names, n=1)
     return f"; did you mean {close[0]}?" if close else otherwise
-
-
-MAY_CHANGE = ("max_steps", "torch_compile", "drift_steps", "save_steps", "save_total_limit", "logging_steps")
-"""Settings that may be given anew when a run is continued."""
-
-
-def continued(given: dict[str, Any]) -> tuple[TrainConfig, TrainConfig | None]:
-    """The settings of a run that goes on, and those it was saved with (None where it never began).
-
-    ``given`` are settings above those of ``config.yaml`` in its ``output_dir``: those of ``MAY_CHANGE``, and others as
-    long as they are the same.
-
-    Raises:
-        UserError: no run there and no settings for a new one, something else there, or a setting that may not change
-            would.
-    """
-    if "output_dir" not in given:
-        raise UserError("--resume needs the run folder: give --output_dir")
-    path = Path(str(given["output_dir"])) / "config.yaml"
-    if not path.exists():
-        if path.parent.is_dir() and any(path.parent.iterdir()):
-            raise UserError(
-                f"output_dir {str(given['output_dir'])!r} is not empty and has no config.yaml, so it is not a run to "
-                "continue with --resume: choose another"
-            )
-        if "model" not in given:
-            raise UserError(f"{path}: no such file, so there is no run to continue with --resume; check --output_dir")
-        return TrainConfig(**given), None
-    # The folder's name may have changed, too: it is where the run is.
-    saved = TrainConfig(**{**load_yaml(path, TrainConfig), "output_dir": given["output_dir"]})
-    # What was left to us (null, auto) was decided when the run began.
-    open_ = {key for key, value in given.items() if value is None or (key, value) == ("context", "auto")}
-    config = TrainConfig(**saved.model_dump() | {key: given[key] for key in given.keys() - open_})
-    refuse_changes(path, saved, config)
-    return config, saved
-
-
-def refuse_changes(path: Path, saved: TrainConfig, config: TrainConfig) -> None:
-    """Stop a run from going on with other settings than those it was saved with in ``path``.
-
-    Raises:
-        UserError: a setting outside ``MAY_CHANGE`` differs; the folder's name may, for it may have been moved.
-    """
-    before, now = saved.model_dump(), config.model_dump()
-    changed = [
-        f"{key} is {before[key]!r} there and {now[key]!r} here"
-        for key in now
-        if before[key] != now[key] and key not in (*MAY_CHANGE, "output_dir")
-    ]
-    if changed:
-        raise UserError(
-            f"{path}: {'; '.join(changed)}: with --resume a run keeps its settings; leave these out, or start another "
-            "run in another --output_dir"
-        )
-
-
-def dump_yaml(config: Settings) -> str:
-    """The settings as YAML that ``--config`` reads back to the same values."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

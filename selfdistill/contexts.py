@@ -266,6 +266,10 @@ class ChatFormat:
         lead = "" if self.tokenizer.chat_template else " "
         return [*self._ids(lead + text, special=False), self.end_token_id]
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text as it is."""
+        return self._ids(text, special=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         """A reply as text, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

@@ -19,8 +19,8 @@ from selfdistill.answers import Answers, answer
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
+from selfdistill.distances import Distance, general_prompts, packaged
 from selfdistill.errors import UserError
-from selfdistill.evaluate import Distance, general_prompts, packaged
 from selfdistill.guards import RunStopped
 from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.scores import Scorer

@@ -1,177 +1,241 @@
-"""Evaluation: what a model can do on the new task, what it can still do, and how far it has moved from its base.
-
-Legend: N completion tokens of all rows, V vocabulary.
-"""
+"""Evaluation: what a model can do on the new task, what it can still do, and how far it has moved from its base."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.table import Table
-from torch import Tensor
-
-from selfdistill.answers import answer, check_answers
-from selfdistill.config import EvalConfig
-from selfdistill.contexts import ChatFormat, encode
+from selfdistill.answers import Answers, answer, check_answers
+from selfdistill.config import EvalConfig, ModelSettings
+from selfdistill.contexts import ChatFormat, Encoded, encode
 from selfdistill.demonstrations import Demonstration, load_demonstrations
-from selfdistill.divergence import forward_kl
-from selfdistill.errors import UserError
+from selfdistill.distances import ANSWER_TOKENS, between, general_prompts, load_like
+from selfdistill.evaluation_table import print_evaluation
+from selfdistill.judge import Judge, judge_of
+from selfdistill.lmeval import lm_eval_abilities
 from selfdistill.models import LoadedModel, load_model, to_best_device
-from selfdistill.priors import encode_priors, load_prior, prior_abilities
-from selfdistill.rollouts import Sampling, sample
+from selfdistill.priors import EncodedPrior, encode_priors, load_prior, prior_abilities
+from selfdistill.rollouts import Sampling, sample, sample_seed
 from selfdistill.scorers import default_scorer, doubt_about
 from selfdistill.scores import Scorer
-from selfdistill.tracking import output, say
+from selfdistill.statistics import mean_interval, paired, pass_at_k, share_interval
+from selfdistill.tracking import say
+
+Evaluation = dict[str, Any]
+"""One model, measured, as it is written to JSON.
+
+``accuracy``, ``accuracy_interval``, ``items``, ``correct`` (of each item), ``accuracy_lenient`` (where a judge was
+asked), ``completion/length``, ``completion/truncated``, ``completion/thinking`` and ``completion/said`` (tokens inside
+and outside thinking tags); with priors ``prior`` (by name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``,
+``correct``), ``prior_accuracy`` (mean over names) and ``prior_interval``. Intervals are of 95%.
+"""
 
 
-def general_prompts() -> list[Demonstration]:
-    """The general prompts that ship with the package, for distances from the base."""
-    lines = Path(packaged("general.txt")).read_text(encoding="utf-8").splitlines()
-    return [
-        Demonstration(i, f"general.txt:{i + 1}", ({"role": "user", "content": x},), "") for i, x in enumerate(lines)
-    ]
-
-
-def packaged(name: str) -> str:
-    """Path of a data file of the package."""
-    return str(resources.files("selfdistill") / "data" / name)
-
-
-class Distance:
-    """KL(base||model) per token, over the base's own greedy answers to fixed prompts.
-
-    The base's log-probabilities are kept, so the base model itself need not be.
+class Questions:
+    """What a model is asked, as its token ids, all checked before anything is computed.
 
     Args:
-        base: the model from which the distance is measured, as it is now.
-        prompts: rows whose prompts are asked.
-        max_tokens: of each answer.
+        loaded: the model, or one with the same tokenizer.
+        demonstrations: rows of the new task.
+        priors: as :func:`load_prior` gives them.
+        config: a command's settings.
+
+    Raises:
+        UserError: rows that do not fit, or whose answers their scorers cannot use.
     """
 
     def __init__(
-        self, base: LoadedModel, scorer: Scorer, chat: ChatFormat, prompts: Sequence[Demonstration], max_tokens: int
+        self,
+        loaded: LoadedModel,
+        demonstrations: Sequence[Demonstration],
+        priors: dict[str, Any],
+        config: ModelSettings,
     ) -> None:
-        self._scorer = scorer
-        self._contexts = [chat.encode_prompt(row.prompt) for row in prompts]
-        rollouts = sample(base, self._contexts, Sampling(max_tokens, temperature=0))
-        self._completions = [rollout.ids for rollout in rollouts]
-        self._base_NV = self._logits(base.model)
+        self.config = config
+        self.chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+        self.rows: list[Encoded]
+        self.rows, self.dropped = encode(
+            demonstrations,
+            None,
+            self.chat,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            window=loaded.window,
+            on_long_prompt=config.on_long_prompt,
+        )
+        self.demonstrations = [row.demonstration for row in self.rows]
+        self.prompts = [row.student_ids for row in self.rows]
+        check_answers(self.demonstrations, config.scorer)
+        if doubt := doubt_about(self.demonstrations, config.scorer):
+            say(f"note: {doubt}")
+        self.priors: list[EncodedPrior] = encode_priors(loaded, self.chat, priors)
 
-    @torch.no_grad()
-    def _logits(self, model: Any) -> list[Tensor]:
-        logits = []
-        for start in range(0, len(self._contexts), 8):
-            part = slice(start, start + 8)
-            scores = self._scorer(model, self._contexts[part], self._completions[part])
-            logits.append(scores.head(scores.hidden_ND).float())
-        return logits
+    def answers(self, loaded: LoadedModel, judge: Judge | None = None, **options: Any) -> Answers:
+        """Replies to the new task: greedy, unless ``options`` of :func:`answer` say otherwise."""
+        return answer(
+            loaded,
+            self.prompts,
+            self.demonstrations,
+            self.chat,
+            max_completion_length=self.config.max_completion_length,
+            batch_size=self.config.batch_size,
+            scorer=self.config.scorer,
+            judge=judge,
+            what="new task",
+            **options,
+        )
 
-    @torch.no_grad()
-    def of(self, model: Any) -> float:
-        """KL(base||model) in nats per token."""
-        parts = zip(self._base_NV, self._logits(model), strict=True)
-        return float(torch.cat([forward_kl(mine, base) for base, mine in parts]).mean())
+    def ask(self, loaded: LoadedModel, judge: Judge | None = None) -> tuple[Evaluation, Answers]:
+        """Measure a model on all of it; also its greedy replies."""
+        answers = self.answers(loaded, judge)
+        thinking = sum(answers.thinking) / len(self.rows)
+        length = sum(answers.lengths) / len(self.rows)
+        result: Evaluation = {
+            "accuracy": answers.accuracy,
+            "accuracy_interval": list(share_interval(sum(answers.correct), len(self.rows))),
+            "items": len(self.rows),
+            "correct": answers.correct,
+            "completion/length": length,
+            "completion/truncated": answers.truncated / len(self.rows),
+            "completion/thinking": thinking,
+            "completion/said": length - thinking,
+        }
+        if answers.lenient is not None:
+            result["accuracy_lenient"] = sum(answers.lenient) / len(self.rows)
+        if self.priors:
+            found = prior_abilities(loaded, Scorer(loaded), self.chat, self.priors, batch_size=self.config.batch_size)
+            _add_priors(result, {prior.name: asdict(prior) for prior in found})
+        return result, answers
+
+    def pass_at(self, loaded: LoadedModel, config: EvalConfig, judge: Judge | None) -> dict[str, Any]:
+        """pass@k of the new task from ``num_samples`` sampled replies a row: for each k its value, interval, items."""
+        count = config.num_samples
+        sampled = answer(
+            loaded,
+            [prompt for prompt in self.prompts for _ in range(count)],
+            [row for row in self.demonstrations for _ in range(count)],
+            self.chat,
+            max_completion_length=config.max_completion_length,
+            batch_size=config.batch_size,
+            scorer=config.scorer,
+            judge=judge,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seeds=[sample_seed(config.seed, 0, row.row, g) for row in self.demonstrations for g in range(count)],
+            what=f"{count} samples",
+        )
+        right = [sum(sampled.correct[i : i + count]) for i in range(0, len(sampled.correct), count)]
+        result = {}
+        for k in sorted({2**i for i in range(count.bit_length()) if 2**i <= count} | {count}):
+            values = [pass_at_k(c, count, k) for c in right]
+            result[str(k)] = {
+                "value": sum(values) / len(values),
+                "interval": list(mean_interval(values)),
+                "items": values,
+            }
+        return result
 
 
-class Drift(Distance):
-    """A small :class:`Distance` that is cheap enough during training: 3 prompts, 16 tokens each."""
+def _add_priors(result: Evaluation, found: dict[str, dict[str, Any]]) -> None:
+    for prior in found.values():
+        prior.pop("name")
+        prior["interval"] = list(share_interval(sum(prior["correct"]), prior["items"]))
+    priors = result["prior"] = {**result.get("prior", {}), **found}
+    result["prior_accuracy"] = sum(prior["accuracy"] for prior in priors.values()) / len(priors)
+    result["prior_interval"] = list(mean_interval(*(prior["correct"] for prior in priors.values())))
 
-    def __init__(self, base: LoadedModel, scorer: Scorer, chat: ChatFormat) -> None:
-        super().__init__(base, scorer, chat, general_prompts()[:3], 16)
+
+def summary(evaluation: Evaluation) -> str:
+    """The main numbers of an evaluation in one line."""
+    parts = [f"new {evaluation['accuracy']:.3f} of {evaluation['items']}"]
+    if "prior_accuracy" in evaluation:
+        parts.append(f"prior {evaluation['prior_accuracy']:.3f}")
+    if "kl_base" in evaluation:
+        parts.append(f"KL(base||model) {evaluation['kl_base']:.3f}")
+    return "  ".join(parts)
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """``selfdistill eval``: new task, prior abilities and distance from a base; prints a table, returns the numbers.
+    """``selfdistill eval``: new task, prior abilities, and what has changed since a base; prints a table.
 
-    Keys: ``accuracy``, ``items``, ``scorers``, ``completion/length``, ``completion/truncated``, ``dropped``; with
-    ``prior`` also ``prior`` (by file) and ``prior_accuracy`` (mean over files); with ``base`` also ``kl_base``,
-    KL(base||model) in nats per token over the base's answers to the general prompts of the package.
+    Returns:
+        The model's :data:`Evaluation` with ``scorers``, ``dropped`` and, with ``num_samples``, ``pass@k``. With
+        ``base`` also ``base`` (the same of the base), ``paired`` (differences on the same items: ``accuracy``,
+        ``pass@k``, each prior's, ``prior_accuracy``), ``distance`` (:class:`Between` on
+        ``general`` prompts and the ``new_task``'s) and ``kl_base``, KL(base||model) on the general prompts.
     """
     demonstrations = load_demonstrations(config.data, completion_required=False, split=config.split)
     priors = load_prior(config.prior) if config.prior else {}
+    judge = judge_of(config)
     loaded = load_model(config.model, dtype=config.dtype)
     to_best_device(loaded)
-    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
-    scorer = Scorer(loaded)
-    rows, dropped = encode(
-        demonstrations,
-        None,
-        chat,
-        max_prompt_length=config.max_prompt_length,
-        max_completion_length=config.max_completion_length,
-        window=loaded.window,
-        on_long_prompt=config.on_long_prompt,
-    )
-    kept = [row.demonstration for row in rows]
-    check_answers(kept, config.scorer)
-    if doubt := doubt_about(kept, config.scorer):
-        say(f"note: {doubt}")
-    encoded_priors = encode_priors(loaded, chat, priors)
-    distance = _distance_from(config, loaded) if config.base else None
-    answers = answer(
-        loaded,
-        [row.student_ids for row in rows],
-        kept,
-        chat,
-        max_completion_length=config.max_completion_length,
-        batch_size=config.batch_size,
-        scorer=config.scorer,
-        what="new task",
-    )
-    result: dict[str, Any] = {
-        "accuracy": answers.accuracy,
-        "items": len(rows),
-        "scorers": sorted({default_scorer(row, config.scorer) for row in kept}),
-        "completion/length": sum(answers.lengths) / len(rows),
-        "completion/truncated": answers.truncated / len(rows),
-        "dropped": dropped,
-    }
-    if priors:
-        results = prior_abilities(loaded, scorer, chat, encoded_priors, batch_size=config.batch_size)
-        result["prior"] = {r.name: {k: v for k, v in asdict(r).items() if k != "name"} for r in results}
-        result["prior_accuracy"] = sum(r.accuracy for r in results) / len(results)
-    if distance:
-        result["kl_base"] = distance.of(loaded.model)
-    _print_table(config, result)
+    base = load_like(config.base, loaded, dtype=config.dtype) if config.base else None
+    questions = Questions(loaded, demonstrations, priors, config)
+    result, answers = _measured(loaded, questions, config, judge)
+    result["scorers"] = sorted({default_scorer(row, config.scorer) for row in questions.demonstrations})
+    result["dropped"] = questions.dropped
+    if base is not None:
+        questions_for_base = Questions(base, demonstrations, priors, config)
+        result["base"], of_base = _measured(base, questions_for_base, config, judge)
+        result["paired"] = _paired(result["base"], result)
+        result["distance"] = {
+            "general": asdict(_general_distance(base, loaded, config)),
+            "new_task": asdict(between(base, loaded, questions.prompts, of_base.ids, answers.ids)),
+        }
+        result["kl_base"] = result["distance"]["general"]["kl_base"]
+    if config.replies:
+        _write_replies(Path(config.replies), questions.demonstrations, answers)
+    print_evaluation(config, result)
     return result
 
 
-def _distance_from(config: EvalConfig, loaded: LoadedModel) -> Distance:
-    assert config.base is not None
-    base = load_model(config.base, dtype=config.dtype)
-    to_best_device(base)
-    # The width of the logits, which are what is compared: a tokenizer may have fewer entries, and padding differs.
-    own, others = (model.config.get_text_config().vocab_size for model in (loaded.model, base.model))
-    if own != others:
-        raise UserError(
-            f"base {config.base!r} has a vocabulary of {others} tokens, model {config.model!r} of {own}: the distance "
-            "needs the same"
+def _measured(
+    loaded: LoadedModel, questions: Questions, config: EvalConfig, judge: Judge | None
+) -> tuple[Evaluation, Answers]:
+    result, answers = questions.ask(loaded, judge)
+    if config.num_samples:
+        result["pass@k"] = questions.pass_at(loaded, config, judge)
+    if config.lm_eval_tasks:
+        found = lm_eval_abilities(
+            loaded,
+            config.lm_eval_tasks,
+            include_path=config.lm_eval_path,
+            limit=config.lm_eval_limit,
+            batch_size=config.batch_size,
         )
+        _add_priors(result, {task.name: asdict(task) for task in found})
+    return result, answers
+
+
+def _general_distance(base: LoadedModel, loaded: LoadedModel, config: EvalConfig) -> Any:
     chat = ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
-    return Distance(base, Scorer(base), chat, general_prompts(), 32)
+    contexts = [chat.encode_prompt(row.prompt) for row in general_prompts()]
+    greedy = Sampling(ANSWER_TOKENS, temperature=0)
+    of_base, of_model = ([r.ids for r in sample(model, contexts, greedy)] for model in (base, loaded))
+    return between(base, loaded, contexts, of_base, of_model)
 
 
-def _print_table(config: EvalConfig, result: dict[str, Any]) -> None:
-    table = Table(title=f"{config.model} on {config.data}")
-    for column in ("measured", "items", "value"):
-        table.add_column(column, justify="left" if column == "measured" else "right")
-    table.add_row(
-        f"new task, accuracy ({', '.join(result['scorers'])})", str(result["items"]), f"{result['accuracy']:.3f}"
-    )
-    table.add_row("tokens per reply", "", f"{result['completion/length']:.1f}")
-    table.add_row("replies cut at the limit", "", f"{result['completion/truncated']:.1%}")
-    if result["dropped"]:
-        table.add_row("rows left out as too long", str(result["dropped"]), "")
-    for name, prior in result.get("prior", {}).items():
-        value = f"{prior['accuracy']:.3f}"
-        if prior["accuracy_norm"] is not None:
-            value += f" ({prior['accuracy_norm']:.3f} by length)"
-        table.add_row(f"prior: {name}", str(prior["items"]), value)
-    if "kl_base" in result:
-        table.add_row("KL(base||model), nats per token", "", f"{result['kl_base']:.3f}")
-    output().print(table)
+def _paired(base: Evaluation, model: Evaluation) -> dict[str, Any]:
+    """Differences model - base on the same items, each with its interval and p."""
+    found: dict[str, Any] = {"accuracy": asdict(paired(base["correct"], model["correct"]))}
+    for k, of_model in model.get("pass@k", {}).items():
+        found[f"pass@{k}"] = asdict(paired(base["pass@k"][k]["items"], of_model["items"]))
+    if "prior" in model:
+        pairs = {name: (base["prior"][name]["correct"], prior["correct"]) for name, prior in model["prior"].items()}
+        found["prior"] = {name: asdict(paired(*pair)) for name, pair in pairs.items()}
+        low, high = mean_interval(*([int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in pairs.values()))
+        difference = model["prior_accuracy"] - base["prior_accuracy"]
+        found["prior_accuracy"] = {"difference": difference, "low": low, "high": high}
+    return found
+
+
+def _write_replies(path: Path, rows: Sequence[Demonstration], answers: Answers) -> None:
+    lines = [
+        {"source": row.source, "prompt": list(row.prompt), "reply": reply, "correct": right, "tokens": length}
+        for row, reply, right, length in zip(rows, answers.replies, answers.correct, answers.lengths, strict=True)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")

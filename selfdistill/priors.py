@@ -60,6 +60,8 @@ class PriorResult:
     """Share of items whose likeliest choice (or greedy continuation, or scored reply) is right."""
     accuracy_norm: float | None
     """The same with log-likelihoods divided by the choice's length in characters; None where there are no choices."""
+    correct: list[bool]
+    """Of each item, by ``accuracy``."""
 
 
 # --- loading ---
@@ -232,24 +234,25 @@ def prior_abilities(
                 scorer=_SCORER,
                 what=prior.name,
             )
-            results.append(PriorResult(prior.name, len(questions), answers.accuracy, None))
+            results.append(PriorResult(prior.name, len(questions), answers.accuracy, None, answers.correct))
             continue
         loglikelihoods, greedy = _loglikelihoods(
             loaded, scorer, prior.contexts, prior.continuations, batch_size, prior.name
         )
         rows = [row for row in prior.rows if isinstance(row, Choices)]
-        right, right_norm, at = 0, 0, 0
+        right: list[bool] = []
+        right_norm, at = 0, 0
         for row in rows:
             values = loglikelihoods[at : at + len(row.pairs)]
             if row.gold is None:
-                right += greedy[at]
+                right.append(greedy[at])
             else:
-                right += values.index(max(values)) == row.gold
+                right.append(values.index(max(values)) == row.gold)
                 normed = [v / len(text.strip()) for v, (_, text) in zip(values, row.pairs, strict=True)]
                 right_norm += normed.index(max(normed)) == row.gold
             at += len(row.pairs)
         norm = None if rows[0].gold is None else right_norm / len(rows)
-        results.append(PriorResult(prior.name, len(rows), right / len(rows), norm))
+        results.append(PriorResult(prior.name, len(rows), sum(right) / len(rows), norm, right))
     return results
 
 

@@ -21,15 +21,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from selfdistill.checkpoint import (
-    trained_parameters,
-)
+from selfdistill.checkpoint import trained_parameters
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
+from selfdistill.distances import Drift
 from selfdistill.divergence import CrossEntropy
 from selfdistill.errors import UserError
-from selfdistill.evaluate import Drift
+from selfdistill.examiner import Examiner
 from selfdistill.fused import chunked_loss
 from selfdistill.guards import check_finite
 from selfdistill.methods import METHODS
@@ -61,12 +60,19 @@ class Run:
     Args:
         config: resolved settings (a context that is not ``auto``).
         demonstrations: rows, where the caller has them already; else ``config.data`` is read.
+        examiner: measures the model, where the caller has one for several runs; else made where ``config.test`` is set.
     """
 
-    def __init__(self, config: TrainConfig, demonstrations: Sequence[Demonstration] | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        demonstrations: Sequence[Demonstration] | None = None,
+        examiner: Examiner | None = None,
+    ) -> None:
         precision = resolved_precision(config.mixed_precision)
         AcceleratorState._reset_state()  # it would refuse another precision than the process's first run had
-        self.accelerator = Accelerator(mixed_precision=precision)
+        tracker = None if config.report_to == "none" else config.report_to
+        self.accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=config.output_dir)
         if self.accelerator.num_processes > 1:
             raise UserError("training on several processes is not supported yet: start a single one")
         self.method: Method = METHODS[config.method](config)
@@ -101,6 +107,7 @@ class Run:
             }
         )
         self._prepare()
+        self.examiner = examiner or (Examiner(self.config, self.loaded) if config.test is not None else None)
 
     def _prepare(self) -> None:
         config, model = self.config, self.loaded.model

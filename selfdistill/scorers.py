@@ -1,13 +1,20 @@
 """Scorers: is a reply right? One function each; every one compares with the row's ``answer``, else its completion.
 
 A wrong or unreadable reply is False. An answer that the scorer cannot use is the user's to mend: :class:`UserError`.
+Beside these the command's setting, never a row of the data, may name a function of the user's own, or the judge of
+:mod:`selfdistill.judge`.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib
 import json
+import os
 import re
 import string
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,14 +22,27 @@ from typing import Any
 
 from selfdistill.demonstrations import SCORER_NAMES, Demonstration
 from selfdistill.errors import UserError
+from selfdistill.rows import one_line
+
+JUDGE = "judge"
+"""The setting by which another model gives the verdicts; not a scorer of :func:`score`."""
+
+FUNCTION = re.compile(r"python:(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\.(?P<function>[^\W\d]\w*)")
+"""The name of a scorer that is a function: ``python:package.module.function``."""
 
 
 def score(name: str, reply: str, demonstration: Demonstration) -> bool:
-    """Whether ``reply`` is right by the scorer ``name``.
+    """Whether ``reply`` is right by the scorer ``name``, one of ``SCORER_NAMES`` or of the form of ``FUNCTION``.
+
+    A function is called as ``function(reply, row)`` and returns a bool; ``row`` is a dict with ``prompt`` (chat
+    messages), ``completion``, ``answer`` and ``document``.
 
     Raises :class:`UserError` for an unknown name, and, naming the row's source, where the row has no answer or
-    completion to compare with, or one that the scorer cannot use.
+    completion to compare with, or one that the scorer cannot use. For a function: it cannot be imported from the
+    current folder or the environment, raises an error, or returns something else than a bool.
     """
+    if name.startswith("python:"):
+        return _by_function(name, reply, demonstration)
     if name not in SCORER_NAMES:
         raise UserError(f"unknown scorer '{name}', want one of {', '.join(SCORER_NAMES)}")
     return _SCORERS[name](reply, demonstration)
@@ -38,8 +58,10 @@ def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) ->
 
     Args:
         demonstrations: rows whose answers their scorers can use.
-        setting: scorer of rows that name none.
+        setting: scorer of rows that name none; about the judge there is no note, for asking it costs time.
     """
+    if setting == JUDGE:
+        return None
     rows = [row for row in demonstrations if row.completion and not row.scorer]
     right = sum(score(default_scorer(row, setting), row.completion, row) for row in rows)
     if right * 2 >= len(rows):
@@ -135,6 +157,45 @@ _SCORERS: dict[str, Callable[[str, Demonstration], bool]] = {
     "regex": regex,
     "tool_call": tool_call,
 }
+
+
+def _by_function(name: str, reply: str, demonstration: Demonstration) -> bool:
+    columns = ("prompt", "completion", "answer", "document")
+    row = copy.deepcopy({column: getattr(demonstration, column) for column in columns})
+    row["prompt"] = list(row["prompt"])
+    function = _function(name)
+    try:
+        right = function(reply, row)
+    except Exception as error:
+        raise UserError(
+            f"{demonstration.source}: scorer {name!r} failed: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    if not isinstance(right, bool):
+        found = " ".join(repr(right).split())[:60]
+        raise UserError(f"{demonstration.source}: scorer {name!r} returned {found}, want True or False (a bool)")
+    return right
+
+
+@functools.cache
+def _function(name: str) -> Callable[[str, dict[str, Any]], Any]:
+    match = FUNCTION.fullmatch(name)
+    if match is None:
+        raise UserError(f"scorer {name!r}: want python:package.module.function")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(match["module"])
+    except Exception as error:
+        raise UserError(
+            f"scorer {name!r}: module {match['module']!r} cannot be imported from {here} or the environment: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    function = getattr(module, match["function"], None)
+    if not callable(function):
+        raise UserError(f"scorer {name!r}: {module.__file__} has no function {match['function']!r}")
+    return function
 
 
 def _expected(scorer: str, demonstration: Demonstration) -> Any:

@@ -1,14 +1,25 @@
-"""What a run reports: the table of metric names, ``metrics.jsonl``, and progress on the terminal."""
+"""What a run reports: the table of metric names, ``metrics.jsonl``, trackers, and progress on the terminal."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import secrets
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from selfdistill.config import Settings
+from selfdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
 
 METRICS = {
     "step": "optimizer steps done",
@@ -40,8 +51,8 @@ def output() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object per step, appended.
+class StepsFile:
+    """JSON lines, each with its ``step``, appended.
 
     Opening for a run that continues cuts the lines after ``start_step``, which are computed again.
     """
@@ -59,18 +70,115 @@ class MetricsFile:
         path.write_text("".join(lines), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: dict[str, float]) -> None:
-        """Append one step."""
-        unknown = metrics.keys() - METRICS.keys()
-        assert not unknown, f"metrics missing from the table: {sorted(unknown)}"
-        self._file.write(json.dumps(metrics) + "\n")
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
         self._file.flush()
 
-    def __enter__(self) -> MetricsFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+class MetricsFile(StepsFile):
+    """``metrics.jsonl``: one line per step, with the keys of ``METRICS``."""
+
+    def write(self, values: dict[str, float]) -> None:
+        """Append one step."""
+        unknown = values.keys() - METRICS.keys()
+        assert not unknown, f"metrics missing from the table: {sorted(unknown)}"
+        super().write(values)
+
+
+def public_name(name: str) -> str:
+    """A model or data set as others may see it: a hub id whole, of a path the last part (of ``run/final`` the run)."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or os.path.exists(name):
+        path = Path(os.path.abspath(name))
+        name = path.parent.name if path.name == "final" else path.name
+    return " ".join(name.encode("utf-8", "replace").decode().split())
+
+
+def public_settings(config: Settings) -> dict[str, bool | int | float | str | None]:
+    """Settings as others may see them, of the types that trackers take.
+
+    Of paths the last part is left, of a network address nothing; lists and mappings become JSON.
+    """
+    public: dict[str, bool | int | float | str | None] = {}
+    for key, value in config.model_dump().items():
+        if isinstance(value, str) and "://" in value:
+            continue
+        if isinstance(value, str):  # a layout such as template:file=PATH holds a path
+            head, equals, tail = value.rpartition("=")
+            public[key] = head + equals + public_name(tail) if "/" in tail else value
+        else:
+            public[key] = value if value is None or isinstance(value, bool | int | float) else json.dumps(value)
+    return public
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker whose package is missing, before any work is done.
+
+    Raises:
+        UserError: with the command that installs it.
+    """
+    from accelerate.tracking import get_available_trackers
+
+    if name != "none" and name not in [str(tracker) for tracker in get_available_trackers()]:
+        raise UserError(f"setting 'report_to': {name} is not installed: pip install {name}, or leave report_to out")
+
+
+class Tracker:
+    """Every line of ``metrics.jsonl``, sent on to what ``report_to`` names, by accelerate; with ``none`` nowhere.
+
+    Tensorboard's files go into ``tensorboard`` of the run folder. For the others ``tracker_id`` there names the run, so
+    that a run which is continued goes on in the same place.
+
+    Args:
+        accelerator: made with ``log_with``.
+        config: the run's resolved settings, of which :func:`public_settings` are sent.
+        output_dir: the run folder.
+        start_step: steps done; what tensorboard has of later ones is not shown any more.
+
+    Raises:
+        UserError: the tracker does not start.
+    """
+
+    def __init__(self, accelerator: Any, config: Settings, output_dir: Path, start_step: int) -> None:
+        self._accelerator = accelerator
+        if not accelerator.log_with:
+            return
+        name = str(accelerator.log_with[0])
+        options: dict[str, Any]
+        if name == "tensorboard":
+            project, options = "tensorboard", {"purge_step": start_step + 1}
+        else:
+            project = "selfdistill"
+            file = output_dir / "tracker_id"
+            if start_step == 0 or not file.exists():
+                file.write_text(secrets.token_hex(4), encoding="utf-8")
+            identity, run = file.read_text(encoding="utf-8").strip(), public_name(str(output_dir))
+            options = {"name": f"{run}-{identity}", "resume": "allow"}
+            if name == "wandb":
+                options |= {"id": identity, "dir": str(output_dir)}
+        try:
+            with redirect_stdout(sys.stderr):  # trackio talks
+                accelerator.init_trackers(project, config=public_settings(config), init_kwargs={name: options})
+        except Exception as error:  # each tracker has its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"report_to {name!r}: it does not start ({reason}); mend that or leave it out") from None
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Send one step."""
+        self._accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with redirect_stdout(sys.stderr):
+            self._accelerator.end_training()
 
 
 class Reporter:

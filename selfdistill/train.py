@@ -6,13 +6,13 @@ a run that is resumed repeats the numbers of one that was not interrupted.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-
+from selfdistill.card import model_card
 from selfdistill.checkpoint import (
     Position,
     checkpoint_bytes,
@@ -20,13 +20,18 @@ from selfdistill.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from selfdistill.config import TrainConfig, dump_yaml, load_yaml, refuse_changes
+from selfdistill.config import TrainConfig
 from selfdistill.demonstrations import Demonstration
 from selfdistill.errors import UserError
+from selfdistill.evaluate import summary
+from selfdistill.examiner import Examiner
+from selfdistill.export import whole_folder, write_model
 from selfdistill.guards import RunStopped, StopRequests, check_disk
 from selfdistill.models import LoadedModel
 from selfdistill.run import Run
-from selfdistill.tracking import MetricsFile, Reporter, say
+from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
+from selfdistill.token_views import token_views
+from selfdistill.tracking import MetricsFile, Reporter, StepsFile, Tracker, check_tracker, say
 
 OnStep = Callable[[int, LoadedModel], None]
 
@@ -53,17 +58,20 @@ def train(
     *,
     resume: bool = False,
     demonstrations: Sequence[Demonstration] | None = None,
+    examiner: Examiner | None = None,
     on_step: OnStep | None = None,
 ) -> Path:
     """Train, and return the folder of the final model.
 
-    ``output_dir`` gets ``config.yaml`` (resolved, re-runnable), ``metrics.jsonl``, checkpoints, and ``final/``, which
-    ``AutoModelForCausalLM`` or ``PeftModel`` loads.
+    ``output_dir`` gets ``config.yaml`` (resolved, re-runnable), ``metrics.jsonl``, ``evaluations.jsonl`` (with
+    ``test``), ``token_views.jsonl``, checkpoints, and ``final/``, which ``AutoModelForCausalLM`` or ``PeftModel``
+    loads.
 
     Args:
         config: settings; ``context`` must not be ``auto`` (see :mod:`selfdistill.check`).
         resume: go on from the newest checkpoint in ``output_dir``, if there is one.
         demonstrations: rows, where the caller has them already.
+        examiner: measures the model on ``test``, where the caller has one for several runs.
         on_step: called before the first step with 0, and after every step with its number.
 
     Raises:
@@ -72,8 +80,9 @@ def train(
         RunFailed: loss or gradient are not finite.
     """
     output_dir = check_output_dir(config.output_dir, resume=resume)
+    check_tracker(config.report_to)
     checkpoints = list_checkpoints(output_dir) if resume else []
-    run = Run(config, demonstrations)
+    run = Run(config, demonstrations, examiner)
     config = run.config
     assert config.max_steps is not None
     written = output_dir / "config.yaml"
@@ -116,17 +125,23 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
     def save() -> None:
         save_checkpoint(output_dir, position, run.loaded.model, run.optimizer, run.teacher, config.save_total_limit)
 
-    if on_step and position.step == 0:
-        on_step(0, run.loaded)
+    watch = _Watch(run, output_dir, position.step)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", position.step)
     reporter = Reporter("step", config.max_steps, start=position.step, every=config.logging_steps)
-    with metrics_file, reporter, StopRequests() as stop:
+    tracker = Tracker(run.accelerator, config, output_dir, position.step)
+    with watch, metrics_file, tracker, reporter, StopRequests() as stop:
+        if position.step == 0:
+            watch.look(0)
+            if on_step:
+                on_step(0, run.loaded)
         for step in range(position.step, config.max_steps):
             metrics = run.step(step)
             position = replace(position, step=step + 1, tokens=position.tokens + int(metrics["tokens"]))
             metrics["tokens"] = position.tokens
             metrics_file.write(metrics)
+            tracker.write(metrics)
             reporter.advance(step + 1, _note(metrics))
+            watch.look(step + 1)
             if on_step:
                 on_step(step + 1, run.loaded)
             last = step + 1 == config.max_steps
@@ -141,6 +156,42 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
                 )
 
 
+class _Watch:
+    """What is measured beside training: ``evaluations.jsonl`` and ``token_views.jsonl``."""
+
+    def __init__(self, run: Run, output_dir: Path, start: int) -> None:
+        self._run, self._metrics = run, output_dir / "metrics.jsonl"
+        start = start or -1  # what was written before the first step is written anew, too
+        self._evaluations = StepsFile(output_dir / "evaluations.jsonl", start) if run.examiner else None
+        views = run.config.view_rows and run.teacher
+        self._views = StepsFile(output_dir / "token_views.jsonl", start) if views else None
+
+    def look(self, step: int) -> None:
+        """After optimizer step ``step``; 0: before the first."""
+        run, config = self._run, self._run.config
+        ends = step in (0, config.max_steps)
+        if self._views and ends:
+            for view in token_views(run):
+                self._views.write({"step": step, **view})
+        if self._evaluations and run.examiner and (ends or (config.eval_steps and step % config.eval_steps == 0)):
+            found = run.examiner.measure(run.loaded) if step else run.examiner.base
+            self._evaluations.write({"step": step, **found, "seconds": self._seconds() if step else 0.0})
+            say(f"step {step}: {summary(found)}")
+
+    def _seconds(self) -> float:
+        """Spent on training steps, measurements aside."""
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        return sum(json.loads(line)["time/step_s"] for line in lines)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._evaluations, self._views):
+            if file is not None:
+                file.__exit__()
+
+
 def _note(metrics: dict[str, float]) -> str:
     parts = [f"loss {metrics['loss']:.4f}"]
     if "kl/forward" in metrics:
@@ -153,25 +204,19 @@ def _note(metrics: dict[str, float]) -> str:
 
 
 def _save_final(run: Run, output_dir: Path) -> Path:
-    """Write ``final/`` beside its place and rename it."""
-    final, temporary = output_dir / "final", output_dir / ".final"
-    model, options = run.loaded.model, {}
+    """Write ``final/``, with its card, in place of an earlier one."""
+    final, model = output_dir / "final", run.loaded.model
     if hasattr(model, "peft_config") and run.loaded.merged_adapter:
         model = model.merge_and_unload(adapter_names=["default"])
-    elif hasattr(model, "peft_config"):
-        options = {"selected_adapters": ["default"]}
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, **options)
-        run.loaded.tokenizer.save_pretrained(temporary)
-        mode = (temporary / "tokenizer_config.json").stat().st_mode
-        for weights in temporary.glob("*.safetensors"):  # safetensors lets only the owner read them
-            weights.chmod(mode)
+    card = model_card(
+        run.config,
+        output_dir,
+        demonstrations=len(run.rows),
+        fingerprint=run.fingerprint(),
+        adapter=hasattr(model, "peft_config"),
+    )
+    advice = "free disk space, then continue with --resume, which needs a checkpoint (--save_steps)"
+    with whole_folder(final, advice) as folder:
+        write_model(folder, model, run.loaded.tokenizer, card)
         shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{final}: cannot write the model ({error}); free disk space, then continue with --resume, which needs a "
-            "checkpoint (--save_steps)"
-        ) from None
     return final

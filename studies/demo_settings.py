@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from selfdistill import demo
-from selfdistill.evaluate import packaged
+from selfdistill.distances import packaged
 from selfdistill.models import load_model, to_best_device
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from selfdistill import checkpoint, guards
 from selfdistill.cli import main
-from selfdistill.config import CheckConfig, EvalConfig, TrainConfig
+from selfdistill.config import CheckConfig, CompareConfig, EvalConfig, TrainConfig
 
 ROWS = [{"prompt": f"q{i}", "completion": "ab" * (1 + i % 3)} for i in range(4)]
 BASE = "--model model --data train.jsonl --max_completion_length 8 --batch_size 2"
@@ -251,8 +251,8 @@ def test_data_that_is_wrong(
 
 
 CONFIG: list[tuple[str, str]] = [
-    ("", "no command, want one of demo, check, train, eval"),
-    ("trian", "unknown command 'trian', want one of demo, check, train, eval"),
+    ("", "no command, want one of demo, check, train, eval, compare, report, export"),
+    ("trian", "unknown command 'trian', want one of demo, check, train, eval, compare, report, export"),
     (
         "train",
         "setting 'model' is required: give --model; setting 'data' is required: give --data; setting "
@@ -311,8 +311,9 @@ CONFIG: list[tuple[str, str]] = [
         for options in ("--temperature 0.9", "--top_p 0.9", "--top_k 50")
     ),
     (
-        f"train {BASE} --scorer exakt",
-        "setting 'scorer': found 'exakt', want: 'exact', 'contains', 'choice', 'regex' or 'tool_call'",
+        f"{SDFT} --scorer exakt",
+        "setting 'scorer': found 'exakt', want: exact, contains, choice, regex, tool_call, judge or "
+        "python:package.module.function; did you mean exact?",
     ),
     (
         f"{SDFT} --skip_first_tokens 3",
@@ -341,7 +342,8 @@ CONFIG: list[tuple[str, str]] = [
     (f"check {BASE} --output_dir run", "unknown option --output_dir; see --help for the names"),
     (
         f"eval {BASE} --scorer exakt",
-        "setting 'scorer': found 'exakt', want: 'exact', 'contains', 'choice', 'regex' or 'tool_call'",
+        "setting 'scorer': found 'exakt', want: exact, contains, choice, regex, tool_call, judge or "
+        "python:package.module.function; did you mean exact?",
     ),
     (f"eval {BASE} --prior none", "prior 'none': no such .jsonl file, or a folder without any"),
     (f"eval {BASE} --base none/model/here", "model 'none/model/here': no such folder"),
@@ -726,7 +728,7 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
     fails(
         capsys,
         f"eval {BASE} --model run/final",
-        "model 'run/final': this is an adapter, and its base cannot be loaded: model 'model': ...",
+        f"model 'run/final': this is an adapter, and its base cannot be loaded: model '{here}/model': no such folder",
     )
 
 
@@ -909,7 +911,10 @@ def test_demo_is_called(here: Path, capsys: pytest.CaptureFixture[str], monkeypa
 FROZEN = {
     "train": "model data method output_dir max_steps batch_size learning_rate temperature max_completion_length "
     "context teacher ema_rate divergence lora_rank seed save_steps resume config",
-    "eval": "model data prior base json",
+    "eval": "model data prior base num_samples replies lm_eval_tasks json",
+    "compare": "model data test prior methods seeds learning_rates eval_steps output_dir max_steps resume json config",
+    "export": "output_dir merge json",
+    "report": "json",
     "check": "model data json",
     "demo": "output_dir seed json",
 }
@@ -917,7 +922,12 @@ FROZEN = {
 
 @pytest.mark.parametrize("command", FROZEN)
 def test_help_names_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kinds: dict[str, Any] = {"train": TrainConfig, "eval": EvalConfig, "check": CheckConfig}
+    kinds: dict[str, Any] = {
+        "train": TrainConfig,
+        "eval": EvalConfig,
+        "check": CheckConfig,
+        "compare": CompareConfig,
+    }
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
     names = {*FROZEN[command].split(), *(kinds[command].model_fields if command in kinds else ())}

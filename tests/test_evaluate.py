@@ -16,8 +16,9 @@ from selfdistill.answers import answer
 from selfdistill.config import EvalConfig
 from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import load_demonstrations
+from selfdistill.distances import Distance, general_prompts, packaged
 from selfdistill.errors import UserError
-from selfdistill.evaluate import Distance, evaluate, general_prompts, packaged
+from selfdistill.evaluate import evaluate
 from selfdistill.models import LoadedModel
 from selfdistill.scores import Scorer
 

@@ -44,7 +44,7 @@ def test_every_command_and_python_block_works(
     # A random model teaches nothing, and check says so with its own code.
     assert codes == [4, 0, 0], capsys.readouterr().err
     output = capsys.readouterr().out
-    result = json.loads(output[output.rindex("{\n") :])
+    result = json.loads(output[output.index("\n{\n") :])
     assert {"accuracy", "kl_base"} <= result.keys()
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})

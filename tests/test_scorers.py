@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfdistill import scorers
+from selfdistill.config import EvalConfig
 from selfdistill.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.scorers import default_scorer, doubt_about, score
+from selfdistill.scorers import JUDGE, default_scorer, doubt_about, score
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "skills"
 
@@ -287,3 +291,109 @@ def test_real_demonstrations_are_right_and_each_others_mostly_wrong(skill: str, 
     for one, other in itertools.pairwise(rows):
         same = one.completion == other.completion
         assert score(scorer, one.completion, other) is same, (one.source, other.source)
+
+
+@pytest.fixture
+def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Write a module of the text into the current folder; returns its name."""
+    monkeypatch.chdir(tmp_path)
+    before, path = set(sys.modules), list(sys.path)
+    scorers._function.cache_clear()
+
+    def write(text: str) -> str:
+        name = f"own_{len(list(tmp_path.iterdir()))}"
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "marks.py").write_text(text, encoding="utf-8")
+        importlib.invalidate_caches()
+        return f"{name}.marks"
+
+    yield write
+    assert sys.path == path
+    for name in set(sys.modules) - before:
+        if name.startswith("own_"):
+            del sys.modules[name]
+
+
+def test_a_function_scores_with_the_whole_row(write_module: Callable[[str], str]) -> None:
+    module = write_module(
+        "seen = []\n"
+        "def right(reply, row):\n"
+        "    seen.append(dict(row))\n"
+        "    row['prompt'][0]['content'] = 'changed'\n"
+        "    return reply == row['answer']['wanted']\n"
+    )
+    name = f"python:{module}.right"
+    asked = dataclasses.replace(row({"wanted": "yes"}, "shown"), document="read this")
+    assert score(name, "yes", asked)
+    assert not score(name, "no", asked)
+    assert asked.prompt[0]["content"] == "q"
+    (first, _) = sys.modules[module].seen  # one module for both: it is loaded once
+    columns = {"prompt": [{"role": "user", "content": "changed"}], "completion": "shown", "document": "read this"}
+    assert first == columns | {"answer": {"wanted": "yes"}}
+    assert default_scorer(row(), name) == name
+    half = [row({"wanted": "yes"}, "yes"), row({"wanted": "yes"}, "no")]
+    assert doubt_about(half, name) is None
+    note = doubt_about(half[1:], name)
+    assert note == f"scorer {name!r} does not fit: 0 of 1 demonstrations themselves are right by it"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 1", "returned 1, want True or False (a bool)"),
+        ("return None", "returned None, want True or False (a bool)"),
+        ("return [][0]", "failed: IndexError: list index out of range"),
+        ("raise ValueError('two\\nlines')", "failed: ValueError: two lines"),
+    ],
+)
+def test_a_function_that_does_not_say_right_or_wrong(
+    write_module: Callable[[str], str], body: str, message: str
+) -> None:
+    name = f"python:{write_module('def right(reply, row):' + chr(10) + '    ' + body)}.right"
+    with pytest.raises(UserError) as error:
+        score(name, "", row("a"))
+    assert str(error.value) == f"train.jsonl:7: scorer {name!r} {message}"
+
+
+def test_a_function_that_is_not_there(write_module: Callable[[str], str], tmp_path: Path) -> None:
+    module = write_module("number = 1")
+    broken = write_module("import nothing_of_that_name")
+    wrong = write_module("def right(:")
+    from_here = f"cannot be imported from {tmp_path} or the environment"
+    cases = {
+        "python:no_such.thing": f"module 'no_such' {from_here}: ModuleNotFoundError: No module named 'no_such'",
+        f"python:{broken}.right": f"module '{broken}' {from_here}: ModuleNotFoundError: No module named 'nothing_of",
+        f"python:{wrong}.right": f"module '{wrong}' {from_here}: SyntaxError: ",
+        f"python:{module}.right": f"{tmp_path / module.replace('.', '/')}.py has no function 'right'",
+        f"python:{module}.number": f"{tmp_path / module.replace('.', '/')}.py has no function 'number'",
+        "python:right": "want python:package.module.function",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError) as error:
+            score(name, "", row("a"))
+        assert str(error.value).startswith(f"scorer {name!r}: {message}")
+        assert "\n" not in str(error.value)
+
+
+def test_names_in_the_settings() -> None:
+    for name in (*SCORER_NAMES, "python:a.b", "python:a.b_2.c"):
+        assert EvalConfig(model="m", data="d", scorer=name).scorer == name
+    known = "exact, contains, choice, regex, tool_call, judge or python:package.module.function"
+    guesses = {"exakt": "exact", "judgement": "judge", "tool-call": "tool_call"}
+    for name in ("python:a", "python:a.b()", "python:..b", "python: a.b", "x", *guesses):
+        with pytest.raises(UserError) as error:
+            EvalConfig(model="m", data="d", scorer=name)
+        hint = f"; did you mean {guesses[name]}?" if name in guesses else ""
+        assert str(error.value) == f"setting 'scorer': found {name!r}, want: {known}{hint}"
+
+
+@pytest.mark.parametrize("name", ["judge", "python:os.system"])
+def test_rows_may_not_run_code_or_send_data_out(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "completion": "c", "scorer": name}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"column 'scorer': found '{name}', want exact, contains, choice, regex or"):
+        load_demonstrations(str(path))
+
+
+def test_the_judge_is_not_asked_about_the_demonstrations() -> None:
+    assert doubt_about([row("yes", "no")] * 3, JUDGE) is None

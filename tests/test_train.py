@@ -25,13 +25,14 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from selfdistill import checkpoint as checkpoint_module
 from selfdistill.answers import answer
 from selfdistill.checkpoint import list_checkpoints, save_checkpoint
-from selfdistill.config import TrainConfig, load_yaml
+from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.guards import RunFailed, RunStopped
 from selfdistill.methods.slots import Completion
 from selfdistill.models import load_model
 from selfdistill.run import Run
+from selfdistill.settings_files import load_yaml
 from selfdistill.tracking import METRICS
 from selfdistill.train import train
 
@@ -603,7 +604,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
         f"{out / 'checkpoint-00000004'}: cannot write the checkpoint ([Errno 28] No space left on device); earlier "
         "checkpoints are whole. Free disk space, then continue with --resume"
     )
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-00000002", "config.yaml", "metrics.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint-00000002",
+        "config.yaml",
+        "metrics.jsonl",
+        "token_views.jsonl",
+    ]
     train(full, resume=True)
     assert_same_run(whole, full)
 

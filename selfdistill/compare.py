@@ -1,0 +1,166 @@
+"""``selfdistill compare``: the same demonstrations through several methods, on equal terms.
+
+Every run has the same base, rows, number of steps and settings, and is measured on the same items at the same steps;
+what differs is the method, the learning rate and the seed. Each run is a folder of its own, so that a comparison that
+was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from selfdistill.check import best_context
+from selfdistill.checkpoint import list_checkpoints
+from selfdistill.comparison import Compared, mean_points, points_of, sentences, table
+from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings
+from selfdistill.examiner import Examiner
+from selfdistill.guards import RunFailed, RunStopped
+from selfdistill.models import load_model, to_best_device
+from selfdistill.plots import Curve, trade_off
+from selfdistill.settings_files import dump_yaml, load_yaml
+from selfdistill.tracking import output, say
+from selfdistill.train import check_output_dir, train
+
+
+def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Run every method, learning rate and seed; print a table and what may be concluded.
+
+    ``output_dir`` gets ``comparison.json``, written anew after every run, ``trade_off.svg`` and a folder for each run.
+
+    Args:
+        config: settings.
+        resume: go on: runs that are finished are kept.
+
+    Returns:
+        What ``comparison.json`` holds: ``model``, ``data``, ``test``, ``prior``, ``budget``, ``sentence``, ``base``,
+        ``teacher``, ``runs``, ``table``.
+
+    Raises:
+        UserError: anything the user can mend.
+        RunStopped: a signal came; what was done is saved.
+    """
+    folder = check_output_dir(config.output_dir, resume=resume)
+    runs = [
+        _run_config(config, method, rate, seed)
+        for seed in config.seeds
+        for rate in config.learning_rates or (None,)
+        for method in config.methods
+    ]
+    if config.context == "auto" and set(config.methods) != {"sft"}:
+        context = best_context(runs[0])
+        config = config.model_copy(update={"context": context})
+        runs = [run.model_copy(update={"context": context}) for run in runs]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    base = load_model(config.model, dtype=config.dtype, merge_adapter=True)
+    to_best_device(base)
+    examiner = Examiner(config, base)
+    teacher = None if config.context == "auto" else examiner.teacher(base, config.context)
+    del base
+    done: list[Compared] = []
+    for number, run in enumerate(runs):
+        name = Path(run.output_dir).name
+        say(f"run {number + 1} of {len(runs)}: {name}")
+        try:
+            done.append(_one(run, examiner))
+        except RunStopped as stop:
+            message = f"{folder}: stopped in run {number + 1} of {len(runs)} ({name}); what is done is kept; continue "
+            message += f"with selfdistill compare --resume --output_dir {folder}"
+            raise RunStopped(message, stop.signal_number) from None
+        result = _summary(config, examiner, teacher, done)
+        text = json.dumps(result, ensure_ascii=False)
+        (folder / "comparison.json").write_text(text, encoding="utf-8")
+        gc.collect()
+    _draw(config, done, examiner, teacher, folder / "trade_off.svg")
+    _print(result)
+    output().print(f"Everything is in {folder}; selfdistill report {folder} shows it.", highlight=False, markup=False)
+    return result
+
+
+def _run_config(config: CompareConfig, method: str, rate: float | None, seed: int) -> TrainConfig:
+    shared = {name: getattr(config, name) for name in TrainingSettings.model_fields}
+    name = f"{method}-seed{seed}" if rate is None else f"{method}-{rate:g}-seed{seed}"
+    output_dir = str(Path(config.output_dir) / name)
+    return TrainConfig(**shared | {"method": method, "learning_rate": rate, "seed": seed, "output_dir": output_dir})
+
+
+def _one(run: TrainConfig, examiner: Examiner) -> Compared:
+    """Train where that is not done yet, and read what was measured."""
+    folder = Path(run.output_dir)
+    failure, failed = folder / "failed.txt", None
+    if not (folder / "final").is_dir() and not failure.is_file():
+        try:
+            train(run, resume=folder.exists(), examiner=examiner)
+        except RunFailed as error:
+            failure.write_text(str(error), encoding="utf-8")
+        for checkpoint in list_checkpoints(folder):  # only for a run that was stopped
+            shutil.rmtree(checkpoint)
+    if failure.is_file():
+        failed = failure.read_text(encoding="utf-8")
+        say(f"note: this run failed: {failed}")
+    lines = (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+    saved = folder / "config.yaml"
+    rate = TrainConfig(**load_yaml(saved, TrainConfig)).learning_rate
+    assert rate is not None, "a run resolves its settings"
+    return Compared(run.method, rate, run.seed, folder.name, [json.loads(line) for line in lines], failed)
+
+
+def _summary(
+    config: CompareConfig, examiner: Examiner, teacher: dict[str, Any] | None, done: list[Compared]
+) -> dict[str, Any]:
+    steps = done[-1].evaluations[-1]["step"]
+    budget = f"Every run has {steps} steps of {config.batch_size} prompts of the same demonstrations."
+    return {
+        "model": config.model,
+        "data": config.data,
+        "test": config.test,
+        "prior": config.prior,
+        "budget": budget,
+        "sentence": sentences(done, budget),
+        "base": examiner.base,
+        "teacher": teacher,
+        "runs": [{"name": run.name, **asdict(run)} for run in done],
+        "table": table(done),
+    }
+
+
+def _draw(
+    config: CompareConfig, done: list[Compared], examiner: Examiner, teacher: dict[str, Any] | None, file: Path
+) -> None:
+    curves = [Curve(name, mean_points(seeds), seeds) for name, seeds in points_of(done).items()]
+    start = examiner.base.get("prior_accuracy", 0.0), examiner.base["accuracy"]
+    kept = "prior abilities, share right" if config.prior else "-KL(base||model), nats per token"
+    trade_off(curves, start, teacher["accuracy"] if teacher else None, kept, "new task, share right", file=file)
+
+
+def _print(result: dict[str, Any]) -> None:
+    shown = Table(title=f"{result['data']}, measured on {result['base']['items']} items of {result['test']}")
+    for column in ("", "steps", "new task", "prior", "KL(base||model)", "minutes"):
+        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
+    base = result["base"]
+    prior = f"{base['prior_accuracy']:.3f}" if "prior_accuracy" in base else ""
+    shown.add_row("base", "0", f"{base['accuracy']:.3f}", prior, "0", "")
+    if result["teacher"]:
+        shown.add_row("teacher: base + demonstration", "", f"{result['teacher']['accuracy']:.3f}", "", "", "")
+    for row in result["table"]:
+        cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
+        name = f"{row['method']} {row['learning_rate']:g}"
+        shown.add_row(name, str(row["steps"]), *cells, f"{row['seconds'] / 60:.1f}")
+    console = output()
+    console.print(shown)
+    console.print("In brackets: 95% intervals over seeds.", highlight=False)
+    console.print(result["sentence"], highlight=False, markup=False)
+
+
+def _cell(value: tuple[float, float | None, float | None] | None) -> str:
+    if value is None:
+        return ""
+    middle, low, high = value
+    return f"{middle:.3f}" + ("" if low is None else f" ({low:.2f}, {high:.2f})")

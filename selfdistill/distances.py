@@ -1,0 +1,172 @@
+"""How far a model has moved from its base, in nats per token.
+
+Legend: N completion tokens of all rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdistill.contexts import ChatFormat
+from selfdistill.demonstrations import Demonstration
+from selfdistill.divergence import Divergence, forward_kl
+from selfdistill.errors import UserError
+from selfdistill.fused import chunked_loss
+from selfdistill.models import LoadedModel, load_model, to_best_device
+from selfdistill.rollouts import Sampling, sample
+from selfdistill.scores import Scorer
+
+ANSWER_TOKENS = 32
+"""Most tokens of an answer to a general prompt."""
+_ROWS = 8  # scored at a time
+
+
+def general_prompts() -> list[Demonstration]:
+    """The general prompts that ship with the package."""
+    lines = Path(packaged("general.txt")).read_text(encoding="utf-8").splitlines()
+    return [
+        Demonstration(i, f"general.txt:{i + 1}", ({"role": "user", "content": x},), "") for i, x in enumerate(lines)
+    ]
+
+
+def packaged(name: str) -> str:
+    """Path of a data file of the package."""
+    return str(resources.files("selfdistill") / "data" / name)
+
+
+class Distance:
+    """KL(base||model) per token, over the base's own greedy answers to fixed prompts.
+
+    The base's log-probabilities are kept, so the base model itself need not be.
+
+    Args:
+        base: the model from which the distance is measured, as it is now.
+        prompts: rows whose prompts are asked.
+        max_tokens: of each answer.
+    """
+
+    def __init__(
+        self,
+        base: LoadedModel,
+        scorer: Scorer,
+        chat: ChatFormat,
+        prompts: Sequence[Demonstration],
+        max_tokens: int = ANSWER_TOKENS,
+    ) -> None:
+        self._scorer = scorer
+        self._contexts = [chat.encode_prompt(row.prompt) for row in prompts]
+        rollouts = sample(base, self._contexts, Sampling(max_tokens, temperature=0))
+        self._completions = [rollout.ids for rollout in rollouts]
+        self._base_NV = self._logits(base.model)
+
+    @torch.no_grad()
+    def _logits(self, model: Any) -> list[Tensor]:
+        logits = []
+        for start in range(0, len(self._contexts), _ROWS):
+            part = slice(start, start + _ROWS)
+            scores = self._scorer(model, self._contexts[part], self._completions[part])
+            logits.append(scores.head(scores.hidden_ND).float())
+        return logits
+
+    @torch.no_grad()
+    def of(self, model: Any) -> float:
+        """KL(base||model) in nats per token."""
+        parts = zip(self._base_NV, self._logits(model), strict=True)
+        return float(torch.cat([forward_kl(mine, base) for base, mine in parts]).mean())
+
+
+class Drift(Distance):
+    """A small :class:`Distance` that is cheap enough during training: 3 prompts, 16 tokens each."""
+
+    def __init__(self, base: LoadedModel, scorer: Scorer, chat: ChatFormat) -> None:
+        super().__init__(base, scorer, chat, general_prompts()[:3], 16)
+
+
+def load_like(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
+    """Load a model to be compared with another, on the best device.
+
+    Raises:
+        UserError: it cannot be loaded, or its vocabulary is another.
+    """
+    loaded = load_model(name, dtype=dtype)
+    to_best_device(loaded)
+    # The width of the logits, which are what is compared: a tokenizer may have fewer entries, and padding differs.
+    own, others = (model.config.get_text_config().vocab_size for model in (loaded.model, other.model))
+    if own != others:
+        raise UserError(
+            f"model {name!r} has a vocabulary of {own} tokens, model {other.name!r} of {others}: a distance between "
+            "them needs the same"
+        )
+    return loaded
+
+
+@dataclass(frozen=True)
+class Between:
+    """Two models on the same prompts, each along its own greedy answers."""
+
+    kl_base: float
+    """KL(base||model) along the base's answers, nats per token."""
+    kl_model: float
+    """KL(model||base) along the model's answers, nats per token."""
+    changed: float
+    """Share of the model's answers that differ from the base's."""
+
+
+def between(
+    base: LoadedModel,
+    model: LoadedModel,
+    contexts: Sequence[Sequence[int]],
+    of_base: Sequence[Sequence[int]],
+    of_model: Sequence[Sequence[int]],
+) -> Between:
+    """Both distances between two models of one vocabulary.
+
+    Args:
+        contexts: token ids of the prompts.
+        of_base: the base's answers to them, as token ids.
+        of_model: the model's.
+    """
+    changed = sum(list(a) != list(b) for a, b in zip(of_base, of_model, strict=True)) / len(contexts)
+    return Between(
+        kl_base=kl_along(contexts, of_base, base, model),
+        kl_model=kl_along(contexts, of_model, model, base),
+        changed=changed,
+    )
+
+
+@torch.no_grad()
+def kl_along(
+    contexts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    q: LoadedModel,
+    p: LoadedModel,
+    q_contexts: Sequence[Sequence[int]] | None = None,
+) -> float:
+    """KL(q||p) along given completions, mean over all their tokens, in nats.
+
+    Args:
+        contexts: token ids of the prompts.
+        q_contexts: those that q sees, where they are others.
+    """
+    scorers, total, count = (Scorer(q), Scorer(p)), 0.0, 0
+    for start in range(0, len(contexts), _ROWS):
+        part = slice(start, start + _ROWS)
+        ids = completions[part]
+        theirs, mine = (
+            scorer(loaded.model, shown[part], ids)
+            for scorer, loaded, shown in zip(scorers, (q, p), (q_contexts or contexts, contexts), strict=True)
+        )
+        tokens_N = torch.tensor([token for row in ids for token in row], device=mine.hidden_ND.device)
+        ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
+        value, _ = chunked_loss(
+            Divergence(), mine.hidden_ND, mine.head, (), tokens_N, ones_N, theirs.hidden_ND, theirs.head
+        )
+        total, count = total + float(value), count + len(tokens_N)
+    return total / count

@@ -1,0 +1,197 @@
+"""Figures as SVG text: drawn by matplotlib, readable on a light and on a dark page, and by a screen reader.
+
+Text and axes take the page's colour (``currentColor``), words stay words, and the numbers are in the figure's label.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+Point = tuple[float, float]
+
+INK = "#1a1b1c"
+"""Of text and axes; in a page it becomes the page's text colour."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
+"""Told apart by people with any colour vision (Okabe and Ito 2008), on white and on black."""
+MARKERS = "osD^vP"
+DASHES = ("-", "--", ":")
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "selfdistill",  # the same figure has the same text every time
+    "text.parse_math": False,  # names of runs may hold dollar signs
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "grid.color": INK,
+}
+SMOOTHING = 20
+"""A running mean spans a twentieth of a curve."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a figure. Curves of one name share colour and marker, and one entry of the legend."""
+
+    name: str
+    points: Sequence[Point]
+    """(x, y), joined in this order. A curve without points keeps its colour for the other figures."""
+    seeds: Sequence[Sequence[Point]] = ()
+    """Single runs of which this is the mean: thin lines."""
+
+
+def trade_off(
+    curves: Sequence[Curve],
+    base: Point | None,
+    teacher: float | None,
+    x_label: str,
+    y_label: str,
+    *,
+    file: Path | None = None,
+) -> str:
+    """What was learnt against what was kept: one curve a method, from step to step, and the Pareto front.
+
+    Args:
+        curves: points are (prior score, new-task score); higher is better in both.
+        base: the model before training, a black star.
+        teacher: its new-task score, a dashed horizontal line.
+        x_label: what the prior score is, with its unit.
+        y_label: what the new-task score is, with its unit.
+        file: also write the figure there as an SVG file of its own, black on white.
+
+    Returns:
+        An ``<svg>`` element for a page.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(x_label, y_label, (4.9, 4.2))
+        handles = _draw(axes, curves, marked=True)
+        front = pareto_front([point for curve in curves for point in curve.points] + ([base] if base else []))
+        if len(front) > 1:
+            wide: dict[str, Any] = {"alpha": 0.2, "linewidth": 9, "solid_capstyle": "round", "zorder": 1}
+            (handles["Pareto front"],) = axes.plot(*_columns(front), color=INK, **wide)
+        if teacher is not None:
+            handles["teacher"] = axes.axhline(teacher, color=INK, linestyle=(0, (4, 3)), linewidth=1)
+        if base is not None:
+            (handles["base"],) = axes.plot(*base, color=INK, marker="*", markersize=13, linestyle="none", zorder=4)
+        axes.margins(0.08)
+        said = _described(f"{y_label} against {x_label}", curves)
+        said += f" Base at {_pair(base)}." if base else ""
+        said += f" Teacher: {teacher:.3g}." if teacher is not None else ""
+        said += f" Pareto front: {', '.join(map(_pair, front))}." if front else ""
+        return _svg(figure, handles, said, file)
+
+
+def over(curves: Sequence[Curve], x_label: str, y_label: str, *, smooth: bool = False) -> str:
+    """Curves over steps or positions, as an ``<svg>`` element for a page.
+
+    Args:
+        curves: to lay over each other.
+        x_label: what x counts.
+        y_label: what y is, with its unit.
+        smooth: draw the values thin, and over them their running mean over a twentieth of the curve.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(x_label, y_label, (4.6, 3.1))
+        if smooth:
+            curves = [Curve(curve.name, _running_mean(curve.points), [curve.points]) for curve in curves]
+        handles = _draw(axes, curves, marked=all(len(curve.points) <= 20 for curve in curves))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+        return _svg(figure, handles, _described(f"{y_label} over {x_label}", curves), None)
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points than which no other is at least as good in both numbers and better in one, by rising x."""
+    front: list[Point] = []
+    for point in sorted(set(points), reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front[::-1]
+
+
+def _running_mean(points: Sequence[Point]) -> list[Point]:
+    half = len(points) // SMOOTHING // 2
+    means = []
+    for i, (x, _) in enumerate(points):
+        near = [y for _, y in points[max(i - half, 0) : i + half + 1]]
+        means.append((x, sum(near) / len(near)))
+    return means
+
+
+def _figure(x_label: str, y_label: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+    return figure, axes
+
+
+def _draw(axes: Axes, curves: Sequence[Curve], *, marked: bool) -> dict[str, Line2D]:
+    """Draw the curves; one line of each name for the legend."""
+    names = list(dict.fromkeys(curve.name for curve in curves))
+    handles = {}
+    for curve in curves:
+        number = names.index(curve.name)
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+        for seed in curve.seeds:
+            axes.plot(*_columns(seed), color=colour, linewidth=0.8, alpha=0.4)
+        if curve.points:
+            marker = MARKERS[number % len(MARKERS)] if marked else ""
+            line = axes.plot(*_columns(curve.points), color=colour, linestyle=dash, marker=marker, markersize=5)
+            handles[curve.name] = line[0]
+    return handles
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _described(what: str, curves: Sequence[Curve]) -> str:
+    """A figure's numbers in words: where each curve begins and ends."""
+    said = [f"Plot of {what}."]
+    for curve in curves:
+        if curve.points:
+            said.append(f"{curve.name}: from {_pair(curve.points[0])} to {_pair(curve.points[-1])}.")
+    return " ".join(said)
+
+
+def _pair(point: Point) -> str:
+    return f"({point[0]:.3g}, {point[1]:.3g})"
+
+
+_figures = itertools.count()
+
+
+def _svg(figure: Figure, handles: dict[str, Line2D], label: str, file: Path | None) -> str:
+    """The figure as an element in the page's font and colour, whose ids no other figure of the page has."""
+    if len(handles) > 1:
+        columns = max(1, min(3, math.floor(60 / max(map(len, handles)))))
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
+    nobody = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    text = StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata=nobody)
+    if file is not None:
+        figure.savefig(file, format="svg", facecolor="white", metadata=nobody)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"font-family: [^;\"]*; ", "", svg)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>f{next(_figures)}-", svg)
+    size = re.search(r'width="[\d.]+pt" height="[\d.]+pt"', svg)
+    assert size is not None, "matplotlib gives the size in points"
+    return svg.replace(size[0], f'role="img" aria-label="{escape(label)}"', 1)

@@ -1,0 +1,167 @@
+"""A comparison of tiny runs: what it keeps, what it goes on with, what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfdistill import compare as module
+from selfdistill.compare import compare
+from selfdistill.config import CompareConfig, ReportConfig, TrainConfig
+from selfdistill.errors import UserError
+from selfdistill.guards import RunFailed, RunStopped
+from selfdistill.report import report
+
+
+@pytest.fixture
+def settings(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+) -> Callable[..., CompareConfig]:
+    data, test = write_rows(count=6), write_rows(count=5, name="test.jsonl")
+    prior = tmp_path / "p.jsonl"
+    choices = {"query": "Question: a or b?", "choices": ["a", "b b b"], "gold": 0}
+    prior.write_text("".join(json.dumps(choices | {"gold": gold}) + "\n" for gold in (0, 1, 0)), encoding="utf-8")
+
+    def make(**values: Any) -> CompareConfig:
+        defaults: dict[str, Any] = {
+            "model": str(model_folder(ends=(257, *range(40, 75)))),
+            "data": str(data),
+            "test": str(test),
+            "prior": str(prior),
+            "output_dir": str(tmp_path / "comparison"),
+            "seeds": "0,1",
+            "context": "turns",
+            "max_completion_length": 10,
+            "batch_size": 2,
+            "max_steps": 2,
+            "eval_steps": 1,
+            "learning_rates": "1e-3",
+            "save_steps": 1,
+            "mixed_precision": "no",
+        }
+        return CompareConfig(**(defaults | values))
+
+    return make
+
+
+def test_every_method_and_seed_is_run_measured_and_kept(
+    settings: Callable[..., CompareConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = settings()
+    result = compare(config)
+    folder = Path(config.output_dir)
+    kept = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    assert kept == json.loads(json.dumps(result))
+    assert [run["folder"] for run in kept["runs"]] == [
+        f"{method}-0.001-seed{seed}" for seed in (0, 1) for method in ("sft", "sdft")
+    ]
+    assert [[e["step"] for e in run["evaluations"]] for run in kept["runs"]] == [[0, 1, 2]] * 4
+    assert all(run["evaluations"][0]["correct"] == kept["base"]["correct"] for run in kept["runs"])
+    assert (folder / "sdft-0.001-seed1" / "final" / "model.safetensors").is_file()
+    assert not list(folder.glob("*/checkpoint-*"))
+    assert kept["teacher"]["items"] == 5
+    assert kept["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
+    out = capsys.readouterr().out
+    assert kept["sentence"].split(". ")[0] in out
+    assert (folder / "trade_off.svg").read_text(encoding="utf-8").count("<svg") == 1
+    page = tmp_path / "report.html"
+    report(ReportConfig(runs=[str(folder)], output=str(page)))
+    assert "sdft 0.001 seed 1" in page.read_text(encoding="utf-8")
+
+
+def test_a_comparison_that_was_stopped_goes_on_with_the_run_it_was_in(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compare(settings(output_dir=str(Path(settings().output_dir).with_name("whole"))))
+    real, started = module.train, []
+
+    def stops_in_the_second(config: TrainConfig, **options: Any) -> Path:
+        started.append(Path(config.output_dir).name)
+        if len(started) == 2:
+
+            def stop(step: int, _: Any) -> None:
+                if step == 1:
+                    raise RunStopped("stopped", 15)
+
+            options["on_step"] = stop
+        return real(config, **options)
+
+    config = settings()
+    monkeypatch.setattr(module, "train", stops_in_the_second)
+    with pytest.raises(RunStopped) as stopped:
+        compare(config)
+    assert stopped.value.exit_code == 143
+    assert str(stopped.value).endswith(f"selfdistill compare --resume --output_dir {config.output_dir}")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        compare(config)
+    result = compare(config, resume=True)
+    assert started == ["sft-0.001-seed0", "sdft-0.001-seed0", "sdft-0.001-seed0", "sft-0.001-seed1", "sdft-0.001-seed1"]
+    assert _without_time(result) == _without_time(whole)
+
+
+def _without_time(result: dict[str, Any]) -> Any:
+    text = json.loads(json.dumps(result))
+    for run in text["runs"]:
+        for evaluation in run["evaluations"]:
+            evaluation.pop("seconds")
+    for row in text["table"]:
+        row.pop("seconds")
+    return text
+
+
+def test_more_seeds_may_be_added(settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(settings(seeds="0"))
+    real, started = module.train, []
+
+    def counted(config: TrainConfig, **options: Any) -> Path:
+        started.append(Path(config.output_dir).name)
+        return real(config, **options)
+
+    monkeypatch.setattr(module, "train", counted)
+    result = compare(settings(seeds="0,3"), resume=True)
+    assert started == ["sft-0.001-seed3", "sdft-0.001-seed3"]
+    assert {row["seeds"] for row in result["table"]} == {2}
+
+
+def test_a_run_that_diverges_is_reported_and_not_tried_again(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, started = module.train, []
+
+    def fails_once(config: TrainConfig, **options: Any) -> Path:
+        started.append(Path(config.output_dir).name)
+        if config.method == "sft" and config.seed == 0:
+
+            def fail(step: int, _: Any) -> None:
+                if step == 1:
+                    raise RunFailed("step 1: the loss is nan")
+
+            options["on_step"] = fail
+        return real(config, **options)
+
+    monkeypatch.setattr(module, "train", fails_once)
+    config = settings()
+    result = compare(config)
+    assert [run["failed"] for run in result["runs"]] == ["step 1: the loss is nan", None, None, None]
+    assert {(row["method"], row["seeds"]) for row in result["table"]} == {("sft", 1), ("sdft", 2)}
+    assert "the loss is nan" in capsys.readouterr().err
+    compare(config, resume=True)
+    assert len(started) == 4
+
+
+def test_settings_of_a_comparison() -> None:
+    base = {"model": "m", "data": "d", "test": "t", "output_dir": "o"}
+    config = CompareConfig(**base, methods="sdft", seeds="3,1", learning_rates="1e-5,2e-5")
+    assert (config.methods, config.seeds, config.learning_rates) == (("sdft",), (3, 1), (1e-5, 2e-5))
+    for wrong, message in (
+        ({"methods": "sft,sgd"}, r"setting 'methods\.1': found 'sgd', want: 'sdft' or 'sft'"),
+        ({"seeds": "0,0"}, r"setting 'seeds': found \(0, 0\), want each once"),
+        ({"seeds": "-1"}, r"setting 'seeds\.0': found '-1'"),
+        ({"learning_rates": "fast"}, r"setting 'learning_rates\.0': found 'fast'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CompareConfig(**base, **wrong)

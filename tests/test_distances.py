@@ -1,0 +1,48 @@
+"""Distances between two models against a plain recomputation in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from selfdistill.contexts import ChatFormat
+from selfdistill.distances import between, general_prompts, kl_along
+from selfdistill.models import LoadedModel
+from selfdistill.rollouts import Sampling, sample
+
+
+@torch.no_grad()
+def log_probabilities(loaded: LoadedModel, context: list[int], ids: list[int]) -> torch.Tensor:
+    logits = loaded.model(input_ids=torch.tensor([[*context, *ids]])).logits[0].double()
+    return logits.log_softmax(-1)[len(context) - 1 : -1]
+
+
+def test_each_distance_is_taken_along_its_own_answers(load: Callable[..., LoadedModel]) -> None:
+    base, model = load(seed=0), load(seed=1)
+    chat = ChatFormat(base.tokenizer, base.end_token_ids, {})
+    contexts = [chat.encode_prompt(row.prompt) for row in general_prompts()[:10]]
+    of_base, of_model = ([r.ids for r in sample(m, contexts, Sampling(5, temperature=0))] for m in (base, model))
+    of_model[3] = of_base[3]
+    expected = {}
+    for name, q, p, completions in (("kl_base", base, model, of_base), ("kl_model", model, base, of_model)):
+        parts = []
+        for context, ids in zip(contexts, completions, strict=True):
+            log_q, log_p = log_probabilities(q, context, ids), log_probabilities(p, context, ids)
+            parts.append((log_q.exp() * (log_q - log_p)).sum(-1))
+        expected[name] = float(torch.cat(parts).mean())
+    found = between(base, model, contexts, of_base, of_model)
+    assert found.kl_base == pytest.approx(expected["kl_base"], rel=1e-5)
+    assert found.kl_model == pytest.approx(expected["kl_model"], rel=1e-5)
+    differing = sum(a != b for a, b in zip(of_base, of_model, strict=True))
+    assert found.changed == differing / 10
+    assert 0 < differing < 10
+
+
+def test_the_teacher_may_see_another_context(load: Callable[..., LoadedModel]) -> None:
+    loaded = load()
+    log_q, log_p = log_probabilities(loaded, [1, 2, 3, 4], [5, 6]), log_probabilities(loaded, [3, 4], [5, 6])
+    expected = float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
+    assert kl_along([[3, 4]], [[5, 6]], loaded, loaded, [[1, 2, 3, 4]]) == pytest.approx(expected, rel=1e-5)
+    assert kl_along([[3, 4]], [[5, 6]], loaded, loaded) == pytest.approx(0, abs=1e-7)

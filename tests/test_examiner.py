@@ -1,0 +1,176 @@
+"""What is measured beside training: it changes nothing, and it says what ``eval`` says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from selfdistill.config import EvalConfig, TrainConfig
+from selfdistill.errors import UserError
+from selfdistill.evaluate import evaluate
+from selfdistill.models import load_model
+from selfdistill.run import Run
+from selfdistill.token_views import PREFERRED, token_views
+from selfdistill.train import train
+
+ENDS = (257, *range(40, 75))
+
+
+@pytest.fixture
+def settings(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+) -> Callable[..., TrainConfig]:
+    data = write_rows(count=6)
+    test = write_rows(count=5, name="test.jsonl")
+    prior = tmp_path / "prior.jsonl"
+    choices = {"query": "Question: a or b?", "choices": ["a", "b b b"], "gold": 0}
+    prior.write_text(json.dumps(choices) + "\n" + json.dumps(choices | {"gold": 1}) + "\n", encoding="utf-8")
+
+    def make(out: str, *, measured: bool = True, **values: Any) -> TrainConfig:
+        defaults: dict[str, Any] = {
+            "model": str(model_folder(ends=ENDS)),
+            "data": str(data),
+            "output_dir": str(tmp_path / out),
+            "context": "turns",
+            "max_completion_length": 10,
+            "batch_size": 2,
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "save_steps": 0,
+            "mixed_precision": "no",
+            "view_rows": 3 if measured else 0,
+        }
+        if measured:
+            defaults |= {"test": str(test), "prior": str(prior), "eval_steps": 2}
+        return TrainConfig(**(defaults | values))
+
+    return make
+
+
+def lines(config: TrainConfig, name: str) -> list[dict[str, Any]]:
+    text = (Path(config.output_dir) / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def final_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    (file,) = (Path(config.output_dir) / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "frozen"])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_measuring_leaves_the_final_weights_bitwise_as_they_would_have_been(
+    settings: Callable[..., TrainConfig], teacher: str, lora_rank: int, mixed_precision: str
+) -> None:
+    options = {"teacher": teacher, "lora_rank": lora_rank, "mixed_precision": mixed_precision}
+    measured, plain = settings("measured", **options), settings("plain", measured=False, **options)
+    torch.manual_seed(0)
+    train(plain)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    train(measured)
+    assert torch.equal(state, torch.get_rng_state())
+    a, b = final_weights(measured), final_weights(plain)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not (Path(plain.output_dir) / "evaluations.jsonl").exists()
+
+
+def test_evaluations_are_those_of_eval_at_the_start_every_so_many_steps_and_at_the_end(
+    settings: Callable[..., TrainConfig],
+) -> None:
+    config = settings("run", max_steps=5)
+    train(config)
+    found = lines(config, "evaluations.jsonl")
+    assert [line["step"] for line in found] == [0, 2, 4, 5]
+    assert found[0]["kl_base"] == pytest.approx(0, abs=1e-6)
+    assert found[0]["seconds"] == 0 < found[1]["seconds"] < found[3]["seconds"]
+    assert config.test is not None
+    for line, model in ((found[0], config.model), (found[3], config.output_dir)):
+        same = {"data": config.test, "prior": config.prior, "max_completion_length": 10, "batch_size": 2}
+        alone = evaluate(EvalConfig(model=model, base=config.model, **same))
+        assert line["correct"] == alone["correct"]
+        assert line["prior"] == alone["prior"]
+        assert line["completion/length"] == alone["completion/length"]
+        assert line["kl_base"] == pytest.approx(alone["kl_base"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("save_steps", [2, 0])  # 0: nothing to go on from, so it begins anew
+def test_a_resumed_run_measures_what_an_uninterrupted_one_does(
+    settings: Callable[..., TrainConfig], save_steps: int
+) -> None:
+    whole, broken = settings("whole", save_steps=save_steps), settings("broken", save_steps=save_steps)
+    train(whole)
+
+    class Crash(Exception):
+        pass
+
+    def crash(step: int, _: Any) -> None:
+        if step == 3:
+            raise Crash
+
+    with pytest.raises(Crash):
+        train(broken, on_step=crash)
+    train(broken, resume=True)
+    for name in ("evaluations.jsonl", "token_views.jsonl"):
+        a, b = lines(whole, name), lines(broken, name)
+        for line in (*a, *b):
+            line.pop("seconds", None)
+        assert a == b
+
+
+def test_settings_of_measuring_need_a_test(settings: Callable[..., TrainConfig]) -> None:
+    for options in ({"prior": "p.jsonl"}, {"eval_steps": 3}):
+        with pytest.raises(UserError, match="setting 'test' is missing"):
+            settings("run", measured=False, **options)
+
+
+def test_token_views_are_what_student_and_teacher_say_of_each_token(settings: Callable[..., TrainConfig]) -> None:
+    config = settings("run")
+    run = Run(config)
+    run.step(0)
+    views = token_views(run)
+    assert [view["row"].rpartition(":")[2] for view in views] == ["1", "3", "5"]
+    assert run.teacher is not None
+    teacher = load_model(config.model).model
+    teacher.load_state_dict(run.teacher.state_dict(), strict=False)
+    for view, row in zip(views, (run.rows[0], run.rows[2], run.rows[4]), strict=True):
+        ids = [tokens["text"] for tokens in view["tokens"]]
+        assert view["prompt"] == row.demonstration.prompt[0]["content"]
+        assert view["demonstration"] == row.demonstration.completion
+        chosen: list[int] = []
+        for text, token in zip(ids, view["tokens"], strict=True):
+            with torch.no_grad():
+                p_V, q_V = (
+                    model(input_ids=torch.tensor([[*context, *chosen]])).logits[0, -1].double().log_softmax(-1)
+                    for model, context in ((run.loaded.model, row.student_ids), (teacher, row.teacher_ids))
+                )
+            greedy = int(p_V.argmax())
+            assert run.loaded.tokenizer.decode([greedy]) == text
+            assert token["logp"] == pytest.approx(float(p_V[greedy]), abs=1e-4)
+            assert token["logq"] == pytest.approx(float(q_V[greedy]), abs=1e-4)
+            assert token["kl"] == pytest.approx(float((q_V.exp() * (q_V - p_V)).sum()), abs=1e-4)
+            best = q_V.exp().topk(PREFERRED)
+            assert [share for _, share in token["top"]] == pytest.approx(best.values.tolist(), abs=1e-5)
+            assert token["top"][0][0] == run.loaded.tokenizer.decode([int(best.indices[0])])
+            chosen.append(greedy)
+        assert view["truncated"] == (chosen[-1] not in run.loaded.end_token_ids)
+
+
+def test_views_stand_at_the_start_and_at_the_end_and_only_where_there_is_a_teacher(
+    settings: Callable[..., TrainConfig],
+) -> None:
+    config = settings("sdft", view_rows=2)
+    train(config)
+    assert [line["step"] for line in lines(config, "token_views.jsonl")] == [0, 0, 4, 4]
+    config = settings("sft", method="sft")
+    train(config)
+    assert not (Path(config.output_dir) / "token_views.jsonl").exists()

@@ -1,0 +1,174 @@
+"""Export: what is written is the model that was trained, whole, loadable by transformers alone, without pickles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from selfdistill.cli import main
+from selfdistill.config import ExportConfig, TrainConfig
+from selfdistill.errors import UserError
+from selfdistill.export import export, whole_folder
+from selfdistill.train import train
+
+IDS = torch.arange(40, 52)[None]
+
+
+@pytest.fixture
+def trained(model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Run folder of two large steps of SFT."""
+
+    def make(**values: Any) -> Path:
+        defaults: dict[str, Any] = {
+            "model": str(model_folder()),
+            "data": str(write_rows()),
+            "output_dir": str(tmp_path / "run"),
+            "method": "sft",
+            "max_completion_length": 10,
+            "batch_size": 2,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "save_steps": 0,
+            "mixed_precision": "no",
+        }
+        return train(TrainConfig(**(defaults | values))).parent
+
+    return make
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+def adapter_logits(base: Path, adapter: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return logits(PeftModel.from_pretrained(model, adapter))
+
+
+def refused(message: str, **values: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        export(ExportConfig(**values))
+    assert str(caught.value) == message
+
+
+def test_a_whole_model_is_copied_to_the_byte(trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = trained()
+    out = export(ExportConfig(run=str(run), output_dir=str(tmp_path / "deep" / "out")))
+    files = {path.name: path.read_bytes() for path in (run / "final").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= files.keys()
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(out)), logits(AutoModelForCausalLM.from_pretrained(run / "final"))
+    )
+
+
+def test_an_adapter_is_copied_or_merged(
+    trained: Callable[..., Path], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, run = model_folder(), trained(lora_rank=2)
+    want = adapter_logits(base, run / "final")
+    assert (want - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-2  # it learnt something
+
+    copied = export(ExportConfig(run=str(run), output_dir=str(tmp_path / "copied")))
+    assert torch.equal(adapter_logits(base, copied), want)
+    assert not (copied / "config.json").exists()
+
+    merged = export(ExportConfig(run=str(run / "final"), output_dir=str(tmp_path / "merged"), merge=True))
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert type(model) is LlamaForCausalLM
+    torch.testing.assert_close(logits(model), want, atol=1e-4, rtol=1e-5)
+    assert len(AutoTokenizer.from_pretrained(merged)) == len(AutoTokenizer.from_pretrained(base))
+    assert not (merged / "adapter_config.json").exists()
+    assert "merged into its base" in (merged / "README.md").read_text()
+    weights = merged / "model.safetensors"
+    assert weights.stat().st_mode == (merged / "tokenizer.json").stat().st_mode
+    for folder in (copied, merged):
+        kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+        assert kinds <= {".safetensors", ".json", ".jinja", ".md"}
+
+
+def test_merged_in_float32_and_saved_in_the_bases_data_type(
+    trained: Callable[..., Path], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(model_folder()).save_pretrained(base)
+    run = trained(model=str(base), lora_rank=2)
+    merged = export(ExportConfig(run=str(run), output_dir=str(tmp_path / "out"), merge=True))
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run / "final")
+    name = "model.layers.0.self_attn.q_proj"
+    layer = adapted.get_submodule(f"base_model.model.{name}")
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    want = (layer.base_layer.weight + layer.scaling["default"] * b @ a).to(torch.bfloat16)
+    assert torch.equal(model.get_submodule(name).weight, want)
+
+
+def test_what_is_no_part_of_the_model_stays_behind(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    LlamaForCausalLM.from_pretrained(model_folder()).save_pretrained(source)
+    for name in ("training_args.bin", "optimizer.pt", ".gitattributes", "checkpoint-10/x.json", "extra/chat.jinja"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("x")
+    out = export(ExportConfig(run=str(source), output_dir=str(tmp_path / "out")))
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {"config.json", "generation_config.json", "model.safetensors", "extra/chat.jinja"}
+
+
+def test_refusals(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained()
+    monkeypatch.chdir(tmp_path)
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("mine")
+    for taken in ("full", "full/notes.txt"):
+        message = f"output_dir {taken!r} exists and is not an empty folder: choose another"
+        refused(message, run="run", output_dir=taken)
+    assert Path("full/notes.txt").read_text() == "mine"
+    refused("run 'gone': no such folder; give a run folder or a model folder", run="gone", output_dir="out")
+    refused("run 'full': neither a run folder (final) nor a model folder (config.json)", run="full", output_dir="out")
+    message = "run 'run': its model is whole and has no adapter to merge: leave --merge out"
+    refused(message, run="run", output_dir="out", merge=True)
+    (Path("run/final/model.safetensors")).unlink()
+    message = "run 'run': no weights in safetensors in run/final; others are not exported"
+    refused(message, run="run", output_dir="out")
+    Path("run/final").rename("elsewhere")
+    message = (
+        "run 'run': it has no final model, for it has not reached its last step; go on with selfdistill train --resume "
+        "--output_dir run"
+    )
+    refused(message, run="run", output_dir="out")
+    assert not Path("out").exists()
+    assert main(["export", "run", "--output_dir", "out"]) == 2
+    assert capsys.readouterr().err.endswith(f"selfdistill: error: {message}\n")
+
+
+def test_the_command(trained: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = trained(lora_rank=2), tmp_path / "out"
+    out.mkdir()  # empty, so it may be used
+    capsys.readouterr()
+    assert main(["export", str(run), "--output_dir", str(out), "--merge", "true", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output_dir": str(out)}
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def fill() -> None:
+        with whole_folder(tmp_path / "out", "advice") as folder:
+            (folder / "half.safetensors").write_text("x")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"out: cannot write the model \(.*No space left.*\); advice$"):
+        fill()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,103 @@
+"""Intervals, tests and pass@k against published numbers, enumeration and simulation."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from math import comb
+
+import numpy
+import pytest
+
+from selfdistill.statistics import (
+    mean_interval,
+    paired,
+    pass_at_k,
+    seeds_interval,
+    share_interval,
+    smallest_difference,
+)
+
+
+@pytest.mark.parametrize(
+    ("right", "items", "low", "high"), [(8, 10, 0.490, 0.943), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0)]
+)
+def test_share_interval_is_wilsons(right: int, items: int, low: float, high: float) -> None:
+    assert share_interval(right, items) == pytest.approx((low, high), abs=5e-4)
+
+
+@pytest.mark.parametrize(("right", "samples", "k"), [(0, 5, 2), (1, 5, 1), (2, 6, 3), (5, 6, 2), (6, 6, 6), (1, 6, 6)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(right: int, samples: int, k: int) -> None:
+    outcomes = [i < right for i in range(samples)]
+    subsets = [any(chosen) for chosen in combinations(outcomes, k)]
+    assert pass_at_k(right, samples, k) == pytest.approx(sum(subsets) / len(subsets))
+
+
+def test_pass_at_k_has_no_bias() -> None:
+    share, samples, k = 0.3, 4, 2
+    expected = sum(
+        share ** sum(drawn) * (1 - share) ** (samples - sum(drawn)) * pass_at_k(sum(drawn), samples, k)
+        for drawn in product((0, 1), repeat=samples)
+    )
+    assert expected == pytest.approx(1 - (1 - share) ** k)
+
+
+def test_mean_interval_is_near_the_normal_one_and_covers() -> None:
+    generator = numpy.random.default_rng(1)
+    values = generator.normal(size=400)
+    low, high = mean_interval(values.tolist())
+    half = 1.96 * values.std(ddof=1) / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+    covered = 0
+    for _ in range(100):
+        low, high = mean_interval(generator.exponential(size=60).tolist())
+        covered += low <= 1 <= high
+    assert 86 <= covered <= 99
+    assert mean_interval([0.25]) == (0.25, 0.25)
+
+
+def test_mean_interval_of_groups_resamples_each_on_its_own() -> None:
+    generator = numpy.random.default_rng(2)
+    a, b = generator.normal(0, 1, 200), generator.normal(1, 3, 50)
+    low, high = mean_interval(a.tolist(), b.tolist())
+    half = 1.96 * (a.var() / 200 + b.var() / 50) ** 0.5 / 2
+    middle = (a.mean() + b.mean()) / 2
+    assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.03)
+
+
+def test_seeds_interval_is_students() -> None:
+    mean, low, high = seeds_interval([0.5, 0.6, 0.7])
+    half = 4.302653 * 0.1 / 3**0.5  # t(.975) with two degrees of freedom
+    assert (mean, low, high) == pytest.approx((0.6, 0.6 - half, 0.6 + half))
+    assert seeds_interval([0.5]) == (0.5, None, None)
+
+
+def test_right_and_wrong_items_are_compared_by_mcnemars_exact_test() -> None:
+    first = [1] * 10 + [0] * 10 + [1, 0] * 5
+    second = [1] * 10 + [1] * 8 + [0] * 2 + [0, 0] * 5
+    found = paired(first, second)  # 8 became right, 5 wrong
+    expected = 2 * sum(comb(13, i) for i in range(6)) / 2**13
+    assert found.p == pytest.approx(expected)
+    assert found.difference == pytest.approx(3 / 30)
+    assert found.low < found.difference < found.high
+    same = paired([1, 0], [1, 0])
+    assert (same.difference, same.p) == (0, 1)
+
+
+def test_shares_are_compared_by_random_signs() -> None:
+    first, second = [0.25, 0.5, 0.0, 0.75, 0.5, 0.25], [0.5, 0.75, 0.5, 0.5, 0.75, 1.0]
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    sums = [sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in product((-1, 1), repeat=6)]
+    expected = sum(abs(s) >= abs(sum(differences)) - 1e-12 for s in sums) / 64
+    assert paired(first, second).p == pytest.approx(expected)
+
+
+def test_smallest_difference_is_found_four_times_in_five() -> None:
+    items, unlike = 200, 0.5
+    difference = smallest_difference(items)
+    generator = numpy.random.default_rng(3)
+    shares = [(unlike + difference) / 2, (unlike - difference) / 2, 1 - unlike]
+    found = 0
+    for better, worse, _ in generator.multinomial(items, shares, size=400):
+        found += paired([0] * better + [1] * worse, [1] * better + [0] * worse).p < 0.05
+    assert found / 400 == pytest.approx(0.8, abs=0.07)
+    assert smallest_difference(5) == 1.0
