@@ -18,11 +18,11 @@ from rich.table import Table
 
 from selfdistill.check import best_context
 from selfdistill.checkpoint import list_checkpoints
-from selfdistill.comparison import Compared, mean_points, points_of, sentences, table
+from selfdistill.comparison import Compared, assumption, mean_points, points_of, sentences, table
 from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings
 from selfdistill.examiner import Examiner
 from selfdistill.guards import RunFailed, RunStopped
-from selfdistill.models import load_model, to_best_device
+from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.plots import Curve, trade_off
 from selfdistill.settings_files import dump_yaml, load_yaml
 from selfdistill.tracking import output, say
@@ -40,7 +40,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
 
     Returns:
         What ``comparison.json`` holds: ``model``, ``data``, ``test``, ``prior``, ``budget``, ``sentence``, ``base``,
-        ``teacher``, ``runs``, ``table``.
+        ``teacher`` and ``moved`` (the in-context assumption), ``runs``, ``table``.
 
     Raises:
         UserError: anything the user can mend.
@@ -59,8 +59,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
         runs = [run.model_copy(update={"context": context}) for run in runs]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    base = load_model(config.model, dtype=config.dtype, merge_adapter=True)
-    to_best_device(base)
+    base = _load(config.model, config)
     examiner = Examiner(config, base)
     teacher = None if config.context == "auto" else examiner.teacher(base, config.context)
     del base
@@ -75,13 +74,39 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
             message += f"with selfdistill compare --resume --output_dir {folder}"
             raise RunStopped(message, stop.signal_number) from None
         result = _summary(config, examiner, teacher, done)
-        text = json.dumps(result, ensure_ascii=False)
-        (folder / "comparison.json").write_text(text, encoding="utf-8")
+        _write(folder, result)
         gc.collect()
+    if teacher:
+        result["moved"] = _moved(config, examiner, done)
+        _write(folder, result)
     _draw(config, done, examiner, teacher, folder / "trade_off.svg")
     _print(result)
     output().print(f"Everything is in {folder}; selfdistill report {folder} shows it.", highlight=False, markup=False)
     return result
+
+
+def _load(name: str, config: CompareConfig) -> LoadedModel:
+    loaded = load_model(name, dtype=config.dtype, merge_adapter=True)
+    to_best_device(loaded)
+    return loaded
+
+
+def _write(folder: Path, result: dict[str, Any]) -> None:
+    (folder / "comparison.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+
+
+def _moved(config: CompareConfig, examiner: Examiner, done: list[Compared]) -> dict[str, float]:
+    """KL(model||base) on the test rows, of the first finished run of each method and learning rate, by its name.
+
+    Beside the teacher's own distance it tells whether the second condition of the method holds: the teacher is nearer
+    to the base than what fine-tuning makes of it.
+    """
+    first: dict[tuple[str, float], Compared] = {}
+    for run in done:
+        if run.failed is None:
+            first.setdefault((run.method, run.learning_rate), run)
+    base, folder = _load(config.model, config), Path(config.output_dir)
+    return {run.name: examiner.moved(base, _load(str(folder / run.folder), config)) for run in first.values()}
 
 
 def _run_config(config: CompareConfig, method: str, rate: float | None, seed: int) -> TrainConfig:
@@ -157,6 +182,8 @@ def _print(result: dict[str, Any]) -> None:
     console.print(shown)
     console.print("In brackets: 95% intervals over seeds.", highlight=False)
     console.print(result["sentence"], highlight=False, markup=False)
+    if "moved" in result:
+        console.print(assumption(result["teacher"], result["moved"]), highlight=False, markup=False)
 
 
 def _cell(value: tuple[float, float | None, float | None] | None) -> str:

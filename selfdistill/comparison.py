@@ -105,6 +105,20 @@ def _against(method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]
     )
 
 
+def assumption(teacher: dict[str, Any], moved: dict[str, float]) -> str:
+    """The two conditions of the method (arXiv 2601.19897): the teacher is near-optimal, and near the base.
+
+    Args:
+        teacher: its ``accuracy`` and ``kl`` on the test rows, as :meth:`Examiner.teacher` gives them.
+        moved: KL(model||base) of trained models on the same rows, by name.
+    """
+    models = ", ".join(f"{kl:.2f} after {name}" for name, kl in moved.items())
+    return (
+        f"In-context assumption: the teacher is right on {teacher['accuracy']:.2f} and {teacher['kl']:.2f} nats per "
+        f"token from the base along its own replies to the test rows; trained models along theirs: {models}."
+    )
+
+
 def _over_items(first: Evaluation, second: Evaluation) -> tuple[float, float]:
     pairs = ((prior["correct"], second["prior"][name]["correct"]) for name, prior in first["prior"].items())
     return mean_interval(*([int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in pairs))

@@ -10,7 +10,7 @@ from selfdistill.answers import answer
 from selfdistill.config import TrainingSettings
 from selfdistill.contexts import encode, parse_context
 from selfdistill.demonstrations import load_demonstrations
-from selfdistill.distances import Distance, general_prompts
+from selfdistill.distances import Distance, general_prompts, kl_along
 from selfdistill.evaluate import Evaluation, Questions
 from selfdistill.judge import judge_of
 from selfdistill.models import LoadedModel, casts_kept, resolved_precision
@@ -54,7 +54,8 @@ class Examiner:
         """The base shown each test row's own demonstration: about the most that can be taught.
 
         Returns:
-            ``accuracy``, ``interval`` and ``items``; None where rows have no demonstration.
+            ``accuracy``, ``interval``, ``items`` and ``kl``, KL(teacher||base) along the teacher's replies, nats per
+            token; None where rows have no demonstration.
 
         Raises:
             UserError: a context that does not fit the rows.
@@ -84,8 +85,16 @@ class Examiner:
                 judge=self._judge,
                 what="teacher",
             )
+            prompts = [row.student_ids for row in rows], [row.teacher_ids or [] for row in rows]
+            kl = kl_along(prompts[0], answers.ids, base, base, prompts[1])
         interval = list(share_interval(sum(answers.correct), len(rows)))
-        return {"accuracy": answers.accuracy, "interval": interval, "items": len(rows)}
+        return {"accuracy": answers.accuracy, "interval": interval, "items": len(rows), "kl": kl}
+
+    def moved(self, base: LoadedModel, model: LoadedModel) -> float:
+        """KL(model||base) along the model's own replies to the test rows, nats per token."""
+        with casts_kept(base.model), casts_kept(model.model), self._arithmetic(base):
+            answers = self.questions.answers(model, self._judge)
+            return kl_along(self.questions.prompts, answers.ids, model, base)
 
     def _arithmetic(self, loaded: LoadedModel) -> Any:
         """The training's."""

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from selfdistill import __version__
+from selfdistill.comparison import assumption
 from selfdistill.config import ReportConfig, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.plots import Curve, Point, over, pareto_front, trade_off
@@ -124,6 +125,8 @@ def _summary(part: Part) -> list[str]:
         if teacher:
             shown = _interval(teacher["accuracy"], teacher["interval"])
             said.append(f"Shown the demonstration, it answers {shown} right: that is the teacher.")
+            if part.comparison.get("moved"):
+                said.append(assumption(teacher, part.comparison["moved"]))
         return said
     for run in part.runs:
         config, losses = run.config, _series(run, "loss")

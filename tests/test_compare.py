@@ -11,8 +11,9 @@ import pytest
 
 from selfdistill import compare as module
 from selfdistill.compare import compare
-from selfdistill.config import CompareConfig, ReportConfig, TrainConfig
+from selfdistill.config import CompareConfig, EvalConfig, ReportConfig, TrainConfig
 from selfdistill.errors import UserError
+from selfdistill.evaluate import evaluate
 from selfdistill.guards import RunFailed, RunStopped
 from selfdistill.report import report
 
@@ -64,6 +65,17 @@ def test_every_method_and_seed_is_run_measured_and_kept(
     assert (folder / "sdft-0.001-seed1" / "final" / "model.safetensors").is_file()
     assert not list(folder.glob("*/checkpoint-*"))
     assert kept["teacher"]["items"] == 5
+    assert list(kept["moved"]) == ["sft 0.001 seed 0", "sdft 0.001 seed 0"]
+    alone = evaluate(
+        EvalConfig(
+            model=str(folder / "sft-0.001-seed0"),
+            base=config.model,
+            data=config.test,
+            max_completion_length=10,
+            batch_size=2,
+        )
+    )
+    assert kept["moved"]["sft 0.001 seed 0"] == pytest.approx(alone["distance"]["new_task"]["kl_model"], rel=1e-4)
     assert kept["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
     out = capsys.readouterr().out
     assert kept["sentence"].split(". ")[0] in out

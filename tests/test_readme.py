@@ -39,13 +39,17 @@ def test_every_command_and_python_block_works(
     Path("skill.jsonl").write_text(data, encoding="utf-8")
     tiny = str(model_folder())
     found = commands()
-    assert [command[:2] for command in found] == [["selfdistill", c] for c in ("check", "train", "eval")]
+    assert [command[:2] for command in found] == [
+        ["selfdistill", c] for c in ("check", "train", "eval", "compare", "report", "export")
+    ]
     codes = [main([tiny if word == "smollm2-135m" else word for word in command[1:]]) for command in found]
     # A random model teaches nothing, and check says so with its own code.
-    assert codes == [4, 0, 0], capsys.readouterr().err
+    assert codes == [4, 0, 0, 0, 0, 0], capsys.readouterr().err
     output = capsys.readouterr().out
-    result = json.loads(output[output.index("\n{\n") :])
+    result, _ = json.JSONDecoder().raw_decode(output[output.index("\n{\n") + 1 :])
     assert {"accuracy", "kl_base"} <= result.keys()
+    assert "sdft 0.0001 seed 1" in Path("report.html").read_text(encoding="utf-8")
+    assert Path("skill-model/model.safetensors").is_file()
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
 
