@@ -96,9 +96,10 @@ def _compare(given: dict[str, Any]) -> int:
         config = continued(given, CompareConfig)[0] if resume else CompareConfig(**given)
         _quiet()
         from selfdistill.compare import compare
+        from selfdistill.guards import RunFailed
 
         result |= compare(config, resume=resume)
-    return 0
+    return RunFailed.exit_code if all(run["failed"] for run in result["runs"]) else 0
 
 
 def _eval(given: dict[str, Any]) -> int:

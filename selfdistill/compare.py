@@ -9,24 +9,34 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from selfdistill.check import best_context
 from selfdistill.checkpoint import list_checkpoints
 from selfdistill.comparison import Compared, assumption, mean_points, points_of, sentences, table
 from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings
+from selfdistill.contexts import ChatFormat, encode, parse_context
+from selfdistill.demonstrations import Demonstration, load_demonstrations
+from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
-from selfdistill.guards import RunFailed, RunStopped
+from selfdistill.guards import RunFailed, RunStopped, StopRequests
+from selfdistill.methods import METHODS
 from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.plots import Curve, trade_off
-from selfdistill.settings_files import dump_yaml, load_yaml
+from selfdistill.priors import load_prior
+from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
 from selfdistill.tracking import output, say
 from selfdistill.train import check_output_dir, train
+
+EVALUATIONS = 5
+"""Measurements of a run after its start, where ``eval_steps`` is 0."""
 
 
 def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -47,40 +57,57 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
         RunStopped: a signal came; what was done is saved.
     """
     folder = check_output_dir(config.output_dir, resume=resume)
+    written = folder / "config.yaml"
+    if resume and written.exists():
+        saved = CompareConfig(**load_yaml(written, CompareConfig))
+        if config.context == "auto":
+            config = config.model_copy(update={"context": saved.context})
+        refuse_changes(written, saved, config)
+    load_demonstrations(config.test, completion_required=False, split=config.split)  # before the long work begins
+    if config.prior:
+        load_prior(config.prior)
+    if config.context == "auto" and set(config.methods) != {"sft"}:
+        context = best_context(_run_config(config, "sdft", None, config.seeds[0]))
+        config = config.model_copy(update={"context": context})
+    base = _load(config.model, config)
+    examiner = Examiner(config, base)
+    demonstrations = _common_rows(config, base)
+    steps = config.max_steps or math.ceil(len(demonstrations) * config.num_train_epochs / config.batch_size)
+    eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
+    teacher = None if config.context == "auto" else examiner.teacher(base, config.context)
+    del base
+    folder.mkdir(parents=True, exist_ok=True)
+    written.write_text(dump_yaml(config), encoding="utf-8")
+    config = config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
     runs = [
         _run_config(config, method, rate, seed)
         for seed in config.seeds
         for rate in config.learning_rates or (None,)
         for method in config.methods
     ]
-    if config.context == "auto" and set(config.methods) != {"sft"}:
-        context = best_context(runs[0])
-        config = config.model_copy(update={"context": context})
-        runs = [run.model_copy(update={"context": context}) for run in runs]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    base = _load(config.model, config)
-    examiner = Examiner(config, base)
-    teacher = None if config.context == "auto" else examiner.teacher(base, config.context)
-    del base
     done: list[Compared] = []
-    for number, run in enumerate(runs):
-        name = Path(run.output_dir).name
-        say(f"run {number + 1} of {len(runs)}: {name}")
-        try:
-            done.append(_one(run, examiner))
-        except RunStopped as stop:
-            message = f"{folder}: stopped in run {number + 1} of {len(runs)} ({name}); what is done is kept; continue "
-            message += f"with selfdistill compare --resume --output_dir {folder}"
-            raise RunStopped(message, stop.signal_number) from None
-        result = _summary(config, examiner, teacher, done)
-        _write(folder, result)
-        gc.collect()
-    if teacher:
-        result["moved"] = _moved(config, examiner, done)
-        _write(folder, result)
+    with StopRequests() as stop:
+        for number, run in enumerate(runs):
+            name = Path(run.output_dir).name
+            say(f"run {number + 1} of {len(runs)}: {name}")
+            try:
+                done.append(_one(run, examiner, demonstrations))
+            except RunStopped as stopped:
+                stop.received = stopped.signal_number
+            if done:
+                result = _summary(config, examiner, teacher, done)
+                _write(folder, result)
+            if stop.received is not None and len(done) < len(runs):
+                message = f"{folder}: stopped in run {number + 1} of {len(runs)} ({name}); what is done is kept; "
+                message += f"continue with selfdistill compare --resume --output_dir {folder}"
+                raise RunStopped(message, stop.received)
+            gc.collect()
     _draw(config, done, examiner, teacher, folder / "trade_off.svg")
     _print(result)
+    if teacher and any(run.failed is None for run in done):
+        result["moved"] = _moved(config, examiner, done)
+        _write(folder, result)
+        output().print(assumption(teacher, result["moved"]), highlight=False, markup=False)
     output().print(f"Everything is in {folder}; selfdistill report {folder} shows it.", highlight=False, markup=False)
     return result
 
@@ -116,13 +143,39 @@ def _run_config(config: CompareConfig, method: str, rate: float | None, seed: in
     return TrainConfig(**shared | {"method": method, "learning_rate": rate, "seed": seed, "output_dir": output_dir})
 
 
-def _one(run: TrainConfig, examiner: Examiner) -> Compared:
+def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration]:
+    """The demonstrations that every method has room for: all of them, or with ``on_long_prompt: drop`` those that fit.
+
+    Raises:
+        UserError: rows that do not fit.
+    """
+    rows = load_demonstrations(config.data, split=config.split)
+    count, chat = len(rows), ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
+    for name in config.methods:
+        method = METHODS[name](_run_config(config, name, None, config.seeds[0]))
+        encoded, _ = encode(
+            rows,
+            parse_context(config.context) if method.teacher else None,
+            chat,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            window=base.window,
+            on_long_prompt=config.on_long_prompt,
+            completion_must_fit=method.trains_on_demonstration,
+        )
+        rows = [row.demonstration for row in encoded]
+    if len(rows) < count:
+        say(f"{count - len(rows)} of {count} rows do not fit every method and are left out for all")
+    return rows
+
+
+def _one(run: TrainConfig, examiner: Examiner, demonstrations: list[Demonstration]) -> Compared:
     """Train where that is not done yet, and read what was measured."""
     folder = Path(run.output_dir)
     failure, failed = folder / "failed.txt", None
     if not (folder / "final").is_dir() and not failure.is_file():
         try:
-            train(run, resume=folder.exists(), examiner=examiner)
+            train(run, resume=folder.exists(), demonstrations=demonstrations, examiner=examiner)
         except RunFailed as error:
             failure.write_text(str(error), encoding="utf-8")
         for checkpoint in list_checkpoints(folder):  # only for a run that was stopped
@@ -130,18 +183,23 @@ def _one(run: TrainConfig, examiner: Examiner) -> Compared:
     if failure.is_file():
         failed = failure.read_text(encoding="utf-8")
         say(f"note: this run failed: {failed}")
-    lines = (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
-    saved = folder / "config.yaml"
-    rate = TrainConfig(**load_yaml(saved, TrainConfig)).learning_rate
-    assert rate is not None, "a run resolves its settings"
-    return Compared(run.method, rate, run.seed, folder.name, [json.loads(line) for line in lines], failed)
+    lines = (folder / "evaluations.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    evaluations = [json.loads(line) for line in lines]
+    saved = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
+    same = (evaluations[0].get(key) == examiner.base.get(key) for key in ("correct", "prior"))
+    if saved.max_steps != run.max_steps or not all(same):
+        raise UserError(
+            f"{folder}: made with other rows, or from another base, than now; put model, data, test and prior back as "
+            "they were, or compare in another --output_dir"
+        )
+    assert saved.learning_rate is not None, "a run resolves its settings"
+    return Compared(run.method, saved.learning_rate, run.seed, folder.name, evaluations, failed)
 
 
 def _summary(
     config: CompareConfig, examiner: Examiner, teacher: dict[str, Any] | None, done: list[Compared]
 ) -> dict[str, Any]:
-    steps = done[-1].evaluations[-1]["step"]
-    budget = f"Every run has {steps} steps of {config.batch_size} prompts of the same demonstrations."
+    budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations."
     return {
         "model": config.model,
         "data": config.data,
@@ -166,24 +224,23 @@ def _draw(
 
 
 def _print(result: dict[str, Any]) -> None:
-    shown = Table(title=f"{result['data']}, measured on {result['base']['items']} items of {result['test']}")
-    for column in ("", "steps", "new task", "prior", "KL(base||model)", "minutes"):
+    title = f"{result['data']}, measured on {result['base']['items']} items of {result['test']}"
+    shown = Table(title=escape(title))
+    for column in ("", "steps", "seeds", "new task", "prior", "KL(base||model)", "minutes"):
         shown.add_column(column, justify="right" if column else "left", no_wrap=True)
     base = result["base"]
     prior = f"{base['prior_accuracy']:.3f}" if "prior_accuracy" in base else ""
-    shown.add_row("base", "0", f"{base['accuracy']:.3f}", prior, "0", "")
+    shown.add_row("base", "0", "", f"{base['accuracy']:.3f}", prior, "0", "")
     if result["teacher"]:
-        shown.add_row("teacher: base + demonstration", "", f"{result['teacher']['accuracy']:.3f}", "", "", "")
+        shown.add_row("teacher: base + demonstration", "", "", f"{result['teacher']['accuracy']:.3f}", "", "", "")
     for row in result["table"]:
         cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
         name = f"{row['method']} {row['learning_rate']:g}"
-        shown.add_row(name, str(row["steps"]), *cells, f"{row['seconds'] / 60:.1f}")
+        shown.add_row(name, str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
     console = output()
     console.print(shown)
     console.print("In brackets: 95% intervals over seeds.", highlight=False)
     console.print(result["sentence"], highlight=False, markup=False)
-    if "moved" in result:
-        console.print(assumption(result["teacher"], result["moved"]), highlight=False, markup=False)
 
 
 def _cell(value: tuple[float, float | None, float | None] | None) -> str:

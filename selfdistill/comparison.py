@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from selfdistill.evaluate import Evaluation
-from selfdistill.statistics import mean_interval, seeds_interval, smallest_difference
+from selfdistill.statistics import seeds_interval, sign_test
 
 REFERENCE = "sdft"
 """The method with which the others are compared."""
@@ -47,62 +47,103 @@ def table(runs: Sequence[Compared]) -> list[dict[str, Any]]:
     return rows
 
 
-def matched(evaluations: Sequence[Evaluation], accuracy: float) -> Evaluation:
-    """The first evaluation that is as good on the new task; where none is, the best, and of several the first."""
-    trained = evaluations[1:]
-    return next((e for e in trained if e["accuracy"] >= accuracy), max(trained, key=lambda e: e["accuracy"]))
+@dataclass(frozen=True)
+class Matched:
+    """Where a run has learnt as much as another, between two of its evaluations."""
+
+    reached: bool
+    """False: it never has, and this is where it has learnt most."""
+    accuracy: float
+    kl_base: float
+    right: dict[str, list[float]]
+    """Of each prior item: 0, 1 or, between two evaluations, a share."""
+
+    @property
+    def prior_accuracy(self) -> float:
+        """Mean over prior files."""
+        return mean(mean(items) for items in self.right.values())
+
+
+def matched(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
+    """The run where it first reaches ``accuracy`` on the new task, in proportion between the evaluations around it."""
+    at = next((n for n, e in enumerate(evaluations) if e["accuracy"] >= accuracy), None)
+    reached = at is not None
+    if at is None:
+        at = max(range(len(evaluations)), key=lambda n: evaluations[n]["accuracy"])
+    after, before = evaluations[at], evaluations[max(at - 1, 0)]
+    share = 1.0  # of ``after``
+    if reached and after["accuracy"] > before["accuracy"]:
+        share = (accuracy - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
+
+    def mixed(a: float, b: float) -> float:
+        return share * b + (1 - share) * a
+
+    right = {
+        name: [mixed(a, b) for a, b in zip(before["prior"][name]["correct"], prior["correct"], strict=True)]
+        for name, prior in after.get("prior", {}).items()
+    }
+    new, kl = (mixed(before[key], after[key]) for key in ("accuracy", "kl_base"))
+    return Matched(reached, new, kl, right)
 
 
 def sentences(runs: Sequence[Compared], budget: str) -> str:
     """What may be concluded of self-distillation against each other method, with how sure that is."""
     finished = _finished(runs)
+    said = [budget]
+    if failed := [run.name for run in runs if run.failed is not None]:
+        said.append(f"{len(failed)} of {len(runs)} runs failed and count for nothing here: {', '.join(failed)}.")
     own = {(run.learning_rate, run.seed): run for run in finished if run.method == REFERENCE}
-    said = []
-    for method, rate in dict.fromkeys((run.method, run.learning_rate) for run in finished):
-        others = [r for r in finished if (r.method, r.learning_rate) == (method, rate) and (rate, r.seed) in own]
-        if method != REFERENCE and others:
-            said.append(_against(method, rate, [(own[rate, other.seed], other) for other in others]))
-    if not said:
-        return f"No run of {REFERENCE} and of another method at the same learning rate and seed is finished."
-    return " ".join([budget, *said])
+    pairs: dict[tuple[str, float], list[tuple[Compared, Compared]]] = {}
+    for run in finished:
+        if run.method != REFERENCE and (run.learning_rate, run.seed) in own:
+            pair = own[run.learning_rate, run.seed], run
+            pairs.setdefault((run.method, run.learning_rate), []).append(pair)
+    said += [_against(*key, group) for key, group in pairs.items()]
+    if not pairs:
+        said.append(f"No run of {REFERENCE} and of another method at the same learning rate and seed is finished.")
+    return " ".join(said)
 
 
 def _against(method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]]) -> str:
-    """self-distillation at its last step against a method where it is first as good."""
-    own = [run.evaluations[-1] for run, _ in pairs]
-    theirs = [matched(other.evaluations, mine["accuracy"]) for mine, (_, other) in zip(own, pairs, strict=True)]
-    reached = sum(a["accuracy"] >= b["accuracy"] for a, b in zip(theirs, own, strict=True))
-    ends = [other.evaluations[-1] for _, other in pairs]
-    count = len(pairs)
+    """Self-distillation at its last step against a method where that is as good."""
+    own = [matched([run.evaluations[-1]], 0) for run, _ in pairs]
+    theirs = [matched(other.evaluations, mine.accuracy) for mine, (_, other) in zip(own, pairs, strict=True)]
+    ends = mean(other.evaluations[-1]["accuracy"] for _, other in pairs)
+    count, reached = len(pairs), sum(point.reached for point in theirs)
     text = (
         f"At learning rate {rate:g} {REFERENCE} ends at {_mean(own, 'accuracy'):.2f} on the new task, {method} at "
-        f"{_mean(ends, 'accuracy'):.2f} ({_seeds(count)}). Where {method} is first as good ({reached} of {count} runs "
-        f"reach it; otherwise at its best), it is at {_mean(theirs, 'accuracy'):.2f}, and "
+        f"{ends:.2f} ({f'means of {count} seeds' if count > 1 else '1 seed'}). "
     )
-    ratios = [b["kl_base"] / a["kl_base"] for a, b in zip(own, theirs, strict=True)]
-    moved = f"{REFERENCE} has KL(base||model) {_mean(own, 'kl_base'):.2f} and {method} {_mean(theirs, 'kl_base'):.2f}"
-    moved += f", {mean(ratios):.2f} times as far"
-    if "prior_accuracy" not in own[0]:
+    distances = _mean(own, "kl_base"), _mean(theirs, "kl_base")
+    moved = f"{REFERENCE} has KL(base||model) {distances[0]:.2f} and {method} {distances[1]:.2f}"
+    if distances[0] > 0.001:
+        moved += f", {distances[1] / distances[0]:.2f} times as far"
+    if reached < count:
+        text += f"{method} is as good in {reached} of {count} runs only; taken at its best in the others ("
+        text += f"{_mean(theirs, 'accuracy'):.2f}), "
+    else:
+        text += f"Where {method} is as good, "
+    if not own[0].right:
         return f"{text}{moved}. No prior abilities were measured, so nothing is known of forgetting."
-    differences = [a["prior_accuracy"] - b["prior_accuracy"] for a, b in zip(own, theirs, strict=True)]
+    differences = [a.prior_accuracy - b.prior_accuracy for a, b in zip(own, theirs, strict=True)]
     difference, low, high = seeds_interval(differences)
-    source = "over seeds"
-    if low is None or high is None:
-        (low, high), source = _over_items(theirs[0], own[0]), "over items"
+    p = _over_items(own, theirs)
+    interval = "" if low is None else f"95% interval over seeds {low:+.3f} to {high:+.3f}, "
+    base = pairs[0][0].evaluations[0]["prior_accuracy"]
     text += (
         f"{REFERENCE} answers {_mean(own, 'prior_accuracy'):.3f} of the prior questions, {method} "
-        f"{_mean(theirs, 'prior_accuracy'):.3f}, the base {pairs[0][0].evaluations[0]['prior_accuracy']:.3f}: "
-        f"a difference of {difference:+.3f} (95% interval {source} {low:+.3f} to {high:+.3f}); {moved}. "
+        f"{_mean(theirs, 'prior_accuracy'):.3f}, the base {base:.3f}: a difference of {difference:+.3f} "
+        f"({interval}p over questions {p:.3f}); {moved}. "
     )
-    if low > 0:
+    if reached < count:
+        return text + f"As {method} did not learn as much, what they forgot for it cannot be compared."
+    if low is None or high is None:
+        return text + "One seed shows a direction at most: no conclusion."
+    if p < 0.05 and low > 0:
         return text + f"So {REFERENCE} forgot less than {method} for as much learnt."
-    if high < 0:
+    if p < 0.05 and high < 0:
         return text + f"So {REFERENCE} forgot more than {method} for as much learnt."
-    items = sum(prior["items"] for prior in own[0]["prior"].values())
-    return text + (
-        f"So no difference in what was forgotten is shown; with {items} prior items one model would have to differ "
-        f"from another by about {smallest_difference(items):.2f}."
-    )
+    return text + "So no difference in what was forgotten is shown; more seeds or more prior questions could show one."
 
 
 def assumption(teacher: dict[str, Any], moved: dict[str, float]) -> str:
@@ -119,21 +160,22 @@ def assumption(teacher: dict[str, Any], moved: dict[str, float]) -> str:
     )
 
 
-def _over_items(first: Evaluation, second: Evaluation) -> tuple[float, float]:
-    pairs = ((prior["correct"], second["prior"][name]["correct"]) for name, prior in first["prior"].items())
-    return mean_interval(*([int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in pairs))
+def _over_items(own: Sequence[Matched], theirs: Sequence[Matched]) -> float:
+    """Chance of such a difference over other questions: the sign test of each question's mean difference over seeds,
+    weighted so that every file counts the same."""
+    values: list[float] = []
+    for name, items in own[0].right.items():
+        pairs = [(a.right[name], b.right[name]) for a, b in zip(own, theirs, strict=True)]
+        values += [mean(a[item] - b[item] for a, b in pairs) / len(items) for item in range(len(items))]
+    return sign_test(values)
 
 
 def _finished(runs: Sequence[Compared]) -> list[Compared]:
     return [run for run in runs if run.failed is None]
 
 
-def _mean(evaluations: Sequence[Evaluation], key: str) -> float:
-    return mean(evaluation[key] for evaluation in evaluations)
-
-
-def _seeds(count: int) -> str:
-    return "mean of " + f"{count} seeds" if count > 1 else "1 seed"
+def _mean(points: Sequence[Matched], key: str) -> float:
+    return mean(getattr(point, key) for point in points)
 
 
 def points_of(runs: Sequence[Compared]) -> dict[str, list[list[tuple[float, float]]]]:

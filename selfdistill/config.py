@@ -259,6 +259,9 @@ class CompareConfig(TrainingSettings):
     learning_rates: tuple[PositiveFloat, ...] = ()
     """Peak learning rates, separated by commas: every method runs with each. Default: that of ``train``."""
 
+    eval_steps: int = Field(default=0, ge=0)
+    """Steps between measurements; 0: five in a run."""
+
     @field_validator("methods", "seeds", "learning_rates", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:

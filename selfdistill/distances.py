@@ -5,7 +5,7 @@ Legend: N completion tokens of all rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -64,16 +64,15 @@ class Distance:
         self._contexts = [chat.encode_prompt(row.prompt) for row in prompts]
         rollouts = sample(base, self._contexts, Sampling(max_tokens, temperature=0))
         self._completions = [rollout.ids for rollout in rollouts]
-        self._base_NV = self._logits(base.model)
+        self._base_NV = list(self._logits(base.model))
 
-    @torch.no_grad()
-    def _logits(self, model: Any) -> list[Tensor]:
-        logits = []
+    def _logits(self, model: Any) -> Iterator[Tensor]:
         for start in range(0, len(self._contexts), _ROWS):
             part = slice(start, start + _ROWS)
-            scores = self._scorer(model, self._contexts[part], self._completions[part])
-            logits.append(scores.head(scores.hidden_ND).float())
-        return logits
+            with torch.no_grad():
+                scores = self._scorer(model, self._contexts[part], self._completions[part])
+                logits_NV = scores.head(scores.hidden_ND).float()
+            yield logits_NV
 
     @torch.no_grad()
     def of(self, model: Any) -> float:
@@ -122,21 +121,23 @@ class Between:
 def between(
     base: LoadedModel,
     model: LoadedModel,
-    contexts: Sequence[Sequence[int]],
+    base_contexts: Sequence[Sequence[int]],
+    model_contexts: Sequence[Sequence[int]],
     of_base: Sequence[Sequence[int]],
     of_model: Sequence[Sequence[int]],
 ) -> Between:
     """Both distances between two models of one vocabulary.
 
     Args:
-        contexts: token ids of the prompts.
+        base_contexts: token ids of the prompts, by the base's chat template.
+        model_contexts: the same by the model's.
         of_base: the base's answers to them, as token ids.
         of_model: the model's.
     """
-    changed = sum(list(a) != list(b) for a, b in zip(of_base, of_model, strict=True)) / len(contexts)
+    changed = sum(list(a) != list(b) for a, b in zip(of_base, of_model, strict=True)) / len(of_base)
     return Between(
-        kl_base=kl_along(contexts, of_base, base, model),
-        kl_model=kl_along(contexts, of_model, model, base),
+        kl_base=kl_along(model_contexts, of_base, base, model, base_contexts),
+        kl_model=kl_along(base_contexts, of_model, model, base, model_contexts),
         changed=changed,
     )
 
@@ -152,7 +153,7 @@ def kl_along(
     """KL(q||p) along given completions, mean over all their tokens, in nats.
 
     Args:
-        contexts: token ids of the prompts.
+        contexts: token ids of the prompts, as p sees them.
         q_contexts: those that q sees, where they are others.
     """
     scorers, total, count = (Scorer(q), Scorer(p)), 0.0, 0

@@ -12,7 +12,8 @@ from selfdistill.answers import Answers, answer, check_answers
 from selfdistill.config import EvalConfig, ModelSettings
 from selfdistill.contexts import ChatFormat, Encoded, encode
 from selfdistill.demonstrations import Demonstration, load_demonstrations
-from selfdistill.distances import ANSWER_TOKENS, between, general_prompts, load_like
+from selfdistill.distances import ANSWER_TOKENS, Between, between, general_prompts, load_like
+from selfdistill.errors import UserError
 from selfdistill.evaluation_table import print_evaluation
 from selfdistill.judge import Judge, judge_of
 from selfdistill.lmeval import lm_eval_abilities
@@ -167,6 +168,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         ``pass@k``, each prior's, ``prior_accuracy``), ``distance`` (:class:`Between` on
         ``general`` prompts and the ``new_task``'s) and ``kl_base``, KL(base||model) on the general prompts.
     """
+    if config.replies and not Path(config.replies).absolute().parent.is_dir():
+        raise UserError(f"replies {config.replies!r}: cannot be written; give a file in an existing folder")
     demonstrations = load_demonstrations(config.data, completion_required=False, split=config.split)
     priors = load_prior(config.prior) if config.prior else {}
     judge = judge_of(config)
@@ -174,16 +177,19 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     to_best_device(loaded)
     base = load_like(config.base, loaded, dtype=config.dtype) if config.base else None
     questions = Questions(loaded, demonstrations, priors, config)
+    if base is not None:
+        # Rows that either has no room for are left out for both, so that both answer the same.
+        for_base = Questions(base, questions.demonstrations, priors, config)
+        questions = Questions(loaded, for_base.demonstrations, priors, config)
     result, answers = _measured(loaded, questions, config, judge)
     result["scorers"] = sorted({default_scorer(row, config.scorer) for row in questions.demonstrations})
-    result["dropped"] = questions.dropped
+    result["dropped"] = len(demonstrations) - len(questions.rows)
     if base is not None:
-        questions_for_base = Questions(base, demonstrations, priors, config)
-        result["base"], of_base = _measured(base, questions_for_base, config, judge)
+        result["base"], of_base = _measured(base, for_base, config, judge)
         result["paired"] = _paired(result["base"], result)
         result["distance"] = {
             "general": asdict(_general_distance(base, loaded, config)),
-            "new_task": asdict(between(base, loaded, questions.prompts, of_base.ids, answers.ids)),
+            "new_task": asdict(between(base, loaded, for_base.prompts, questions.prompts, of_base.ids, answers.ids)),
         }
         result["kl_base"] = result["distance"]["general"]["kl_base"]
     if config.replies:
@@ -206,16 +212,17 @@ def _measured(
             limit=config.lm_eval_limit,
             batch_size=config.batch_size,
         )
-        _add_priors(result, {task.name: asdict(task) for task in found})
+        _add_priors(result, {f"lm-eval/{task.name}": asdict(task) for task in found})
     return result, answers
 
 
-def _general_distance(base: LoadedModel, loaded: LoadedModel, config: EvalConfig) -> Any:
-    chat = ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
-    contexts = [chat.encode_prompt(row.prompt) for row in general_prompts()]
-    greedy = Sampling(ANSWER_TOKENS, temperature=0)
-    of_base, of_model = ([r.ids for r in sample(model, contexts, greedy)] for model in (base, loaded))
-    return between(base, loaded, contexts, of_base, of_model)
+def _general_distance(base: LoadedModel, loaded: LoadedModel, config: EvalConfig) -> Between:
+    contexts, answers = [], []
+    for model in (base, loaded):
+        chat = ChatFormat(model.tokenizer, model.end_token_ids, config.chat_template_kwargs)
+        contexts.append([chat.encode_prompt(row.prompt) for row in general_prompts()])
+        answers.append([r.ids for r in sample(model, contexts[-1], Sampling(ANSWER_TOKENS, temperature=0))])
+    return between(base, loaded, *contexts, *answers)
 
 
 def _paired(base: Evaluation, model: Evaluation) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from selfdistill.config import EvalConfig
@@ -14,7 +15,7 @@ from selfdistill.tracking import output
 def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
     """Print what :func:`selfdistill.evaluate.evaluate` found: a line a score, beside the base's where there is one."""
     base, tests = result.get("base"), result.get("paired", {})
-    table = Table(title=f"{config.model} on {config.data}")
+    table = Table(title=escape(f"{config.model} on {config.data}"))
     table.add_column("measured")
     for column in ("items", "model", *(("base", "difference", "p") if base else ())):
         table.add_column(column, justify="right", no_wrap=True)
@@ -25,10 +26,10 @@ def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
         if base:
             cells += [f"{theirs[value]:.3f}", f"{test['difference']:+.3f} {_interval(test['low'], test['high'])}"]
             cells.append(f"{test['p']:.3f}" if "p" in test else "")
-        table.add_row(name, str(items), *cells)
+        table.add_row(escape(name), str(items), *cells)
 
     def number(name: str, text: str, of_base: str = "") -> None:
-        table.add_row(name, "", text, *((of_base, "", "") if base else ()))
+        table.add_row(escape(name), "", text, *((of_base, "", "") if base else ()))
 
     items = result["items"]
     name = f"new task, accuracy ({', '.join(result['scorers'])})"
@@ -70,12 +71,15 @@ def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
     console.print("In brackets: 95% intervals.", highlight=False, markup=False, end=" " if base else "\n")
     if base:
         console.print("p: chance of such a difference if neither were better (paired).", highlight=False)
-    smallest = smallest_difference(items)
-    console.print(
-        f"With {items} items a true difference in accuracy of {smallest:.2f} between two models is found 4 times in 5; "
-        "smaller ones mostly stay unseen.",
-        highlight=False,
-    )
+    # Two models that differ on no item of these will hardly differ on none of others.
+    unlike = max(tests["accuracy"]["unlike"], 1 / items) if base else 0.5
+    smallest = smallest_difference(items, unlike)
+    of = f"{'these' if base else 'two'} models that answer {unlike:.0%} of {items} items unlike"
+    if smallest is None:
+        said = f"Between {of} no difference can be shown: there are too few items."
+    else:
+        said = f"A true difference in accuracy of {smallest:.2f} between {of} is found about 3 times in 4."
+    console.print(said, highlight=False)
 
 
 def _interval(low: float, high: float) -> str:

@@ -20,6 +20,9 @@ Head = Callable[[Tensor], Tensor]
 
 CHUNK_LOGITS = 5 * 2**19
 """Logits in one chunk by default: 10 MiB as float32, of which at most seven are held at a time."""
+CHUNK_TOKENS = 53
+"""Least tokens in one by default, however large the vocabulary: products with fewer rows are slow, and each chunk reads
+and writes the head's whole gradient."""
 
 
 def chunked_loss(
@@ -51,7 +54,7 @@ def chunked_loss(
         teacher_hidden_ND: the teacher's hidden states for the same tokens, of its own width; none for
             :class:`CrossEntropy` without a teacher.
         teacher_head: the teacher's head; ``student_head`` where absent.
-        chunk_size: tokens per chunk; by default as many as make ``CHUNK_LOGITS`` logits, at least 1.
+        chunk_size: tokens per chunk; by default as many as make ``CHUNK_LOGITS`` logits, at least ``CHUNK_TOKENS``.
 
     Returns:
         The scalar loss, and per-token statistics of shape (N,), detached: ``loss`` and those of
@@ -64,7 +67,7 @@ def chunked_loss(
         raise UserError(f"chunk_size: found {chunk_size}; use 1 or more tokens")
     if chunk_size is None:
         vocabulary = student_head(student_hidden_ND[:1].detach()).shape[-1]
-        chunk_size = max(1, CHUNK_LOGITS // vocabulary)
+        chunk_size = max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
 
     trainable = [parameter for parameter in head_parameters if parameter.requires_grad]
     hidden_moves = student_hidden_ND.requires_grad

@@ -45,6 +45,9 @@ class StopRequests:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        outer = getattr(self._previous.get(self.received or 0), "__self__", None)
+        if isinstance(outer, StopRequests):  # it is to know, too
+            outer.received = self.received
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:

@@ -111,7 +111,7 @@ class Judge:
         return [self._kept[key] for key in keys]
 
     def _key(self, prompt: str) -> str:
-        return hashlib.sha256(json.dumps([self._model, prompt]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self._url, self._model, prompt]).encode()).hexdigest()
 
     def _verdict(self, row: Demonstration, prompt: str, stop: threading.Event) -> Verdict:
         messages = [{"role": "user", "content": prompt}]

@@ -143,8 +143,8 @@ def _result(name: str, samples: Sequence[dict[str, Any]]) -> TaskResult:
             f"lm_eval_tasks: task {name!r} measures {', '.join(items[0]['metrics'])}, want one of "
             f"{', '.join(METRICS)} that is 0 or 1 for each item; leave it out"
         )
-    norm = sum(item["acc_norm"] for item in items) / len(items) if "acc_norm" in items[0] else None
-    correct = [value == 1 for value in values]
+    norm = float(sum(item["acc_norm"] for item in items)) / len(items) if "acc_norm" in items[0] else None
+    correct = [bool(value == 1) for value in values]
     return TaskResult(name, len(items), sum(correct) / len(items), norm, correct, f"{metric},{first}")
 
 

@@ -352,9 +352,9 @@ def _share(probability: float) -> str:
     return f"{probability:.0%}" if probability >= 0.01 else "<1%"
 
 
-def _interval(value: float, interval: Sequence[float] | None) -> str:
+def _interval(value: float, interval: Sequence[float | None] | None) -> str:
     """The value, and its interval where there is one; a single seed has none."""
-    if interval is None or not all(map(math.isfinite, interval)):
+    if interval is None or None in interval:
         return f"{value:.2f}"
     return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 

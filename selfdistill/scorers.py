@@ -181,6 +181,8 @@ def _function(name: str) -> Callable[[str, dict[str, Any]], Any]:
     match = FUNCTION.fullmatch(name)
     if match is None:
         raise UserError(f"scorer {name!r}: want python:package.module.function")
+    if match["module"].partition(".")[0] in sys.stdlib_module_names:  # such as builtins.exec
+        raise UserError(f"scorer {name!r}: {match['module']!r} is Python's own; name a module of yours")
     here = os.getcwd()
     sys.path.insert(0, here)
     try:

@@ -33,8 +33,12 @@ def share_interval(right: int, items: int) -> Interval:
 def mean_interval(*groups: Sequence[float]) -> Interval:
     """Confidence interval of a mean over items: percentile bootstrap (Efron 1979) of ``RESAMPLES`` samples.
 
-    Of several groups it is that of the mean of their means, each group resampled on its own.
+    Of several groups it is that of the mean of their means, each group resampled on its own. Where all items are 0, or
+    all 1, nothing can be resampled, and it is Wilson's.
     """
+    everything = numpy.concatenate([numpy.asarray(group, dtype=float) for group in groups])
+    if numpy.ptp(everything) == 0 and everything[0] in (0, 1):
+        return share_interval(int(everything.sum()), len(everything))
     # scipy wants two items; one item twice varies as little as one.
     samples = [numpy.resize(numpy.asarray(group, dtype=float), max(len(group), 2)) for group in groups]
     found = stats.bootstrap(
@@ -67,10 +71,12 @@ class Paired:
     """Mean of the second minus mean of the first."""
     low: float
     high: float
-    """Interval of the difference: bootstrap over items."""
+    """Interval of the difference: Newcombe's where every item is right or wrong, bootstrap over items otherwise."""
     p: float
     """Probability of a difference at least as large if neither were better: McNemar's exact test where every item is
-    right or wrong, a test by random signs otherwise."""
+    right or wrong, :func:`sign_test` otherwise."""
+    unlike: float
+    """Share of items on which the two differ."""
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
@@ -83,28 +89,64 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     a, b = numpy.asarray(first, dtype=float), numpy.asarray(second, dtype=float)
     assert a.shape == b.shape, "paired scores are of the same items"
     differences = b - a
-    low, high = mean_interval(differences.tolist())
-    if numpy.isin(differences, (-1, 0, 1)).all():
-        better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-        p = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
-    else:
-        flips = stats.permutation_test(
-            (b, a),
-            lambda x, y, axis: (x - y).mean(axis=axis),
-            permutation_type="samples",
-            n_resamples=RESAMPLES,
-            batch=100,
-            rng=0,
-        )
-        p = float(flips.pvalue)
-    return Paired(float(differences.mean()), low, high, p)
+    unlike = float((differences != 0).mean())
+    if not numpy.isin((a, b), (0, 1)).all():
+        low, high = mean_interval(differences.tolist())
+        return Paired(float(differences.mean()), low, high, sign_test(differences.tolist()), unlike)
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    p = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    low, high = _newcombe(int((a * b).sum()), worse, better, len(a))
+    return Paired(float(differences.mean()), low, high, p, unlike)
 
 
-def smallest_difference(items: int, unlike: float = 0.5) -> float:
-    """Smallest true difference between two models that a paired test on so many items finds 4 times in 5.
+def _newcombe(both: int, first: int, second: int, items: int) -> Interval:
+    """Interval of the difference of two paired shares, second less first: method 10 of R. G. Newcombe, "Improved
+    confidence intervals for the difference between binomial proportions based on paired data", Statistics in Medicine
+    17 (1998) 2635-2650.
+
+    Args:
+        both: items that both have right.
+        first: items that only the first has right.
+        second: items that only the second has right.
+    """
+    neither = items - both - first - second
+    p1, p2 = (both + first) / items, (both + second) / items
+    (low1, high1), (low2, high2) = share_interval(both + first, items), share_interval(both + second, items)
+    margins = (both + first) * (second + neither) * (both + second) * (first + neither)
+    product = float(both * neither - first * second)
+    product = max(product - items / 2, 0) if product > 0 else product  # continuity correction
+    phi = product / math.sqrt(margins) if margins else 0.0
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(x * x - 2 * phi * x * y + y * y)
+
+    difference = p2 - p1
+    return difference - reach(p2 - low2, high1 - p1), difference + reach(high2 - p2, p1 - low1)
+
+
+def sign_test(values: Sequence[float]) -> float:
+    """Probability of a mean at least as far from 0 if every value were as likely to have the other sign.
+
+    All signs are tried where there are at most ``RESAMPLES`` ways, else so many are drawn.
+    """
+    found = stats.permutation_test(
+        (numpy.asarray(values, dtype=float),),
+        lambda x, axis: x.sum(axis=axis),
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        batch=100,
+        vectorized=True,
+        rng=0,
+    )
+    return float(found.pvalue)
+
+
+def smallest_difference(items: int, unlike: float = 0.5) -> float | None:
+    """Smallest true difference between two models that a paired test on so many items finds about 3 times in 4.
 
     d with sqrt(items) d = z(.975) sqrt(unlike) + z(.8) sqrt(unlike - d^2): the normal approximation of McNemar's test
-    (R. J. Connor, Biometrics 43, 1987, 207-211). 1.0 where even the largest difference is not found.
+    for a power of 0.8 (R. J. Connor, Biometrics 43, 1987, 207-211), of which the exact test keeps 0.73 to 0.78 with 20
+    to 200 items. None where even the largest difference, ``unlike``, is not found.
 
     Args:
         items: questions that both answer.
@@ -116,8 +158,7 @@ def smallest_difference(items: int, unlike: float = 0.5) -> float:
     def lacking(d: float) -> float:
         return float(z_level * math.sqrt(unlike) + z_power * math.sqrt(max(unlike - d * d, 0)) - math.sqrt(items) * d)
 
-    largest = min(unlike, 1.0)
-    return 1.0 if lacking(largest) > 0 else float(optimize.brentq(lacking, 0.0, largest))
+    return None if lacking(unlike) > 0 else float(optimize.brentq(lacking, 0.0, unlike))
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:

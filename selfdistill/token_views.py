@@ -1,11 +1,17 @@
-"""What the teacher says of each token of a few rollouts: what ``report`` shows before and after training."""
+"""What the teacher says of each token of a few rollouts: what ``report`` shows before and after training.
+
+Legend: N tokens of a completion, n tokens of one chunk, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from selfdistill.divergence import forward_kl
+from selfdistill.fused import CHUNK_TOKENS
 from selfdistill.models import casts_kept
 from selfdistill.rollouts import Sampling, sample
 from selfdistill.run import Run
@@ -34,24 +40,18 @@ def token_views(run: Run) -> list[dict[str, Any]]:
     for row, rollout in zip(rows, rollouts, strict=True):
         with casts_kept(model), run.accelerator.autocast():
             student = run.scorer(model, [row.student_ids], [rollout.ids])
-            logp_TV = student.head(student.hidden_ND).float().log_softmax(-1)
         with run.teacher.model() as network, casts_kept(network), run.accelerator.autocast():
             teacher = run.scorer(network, [row.teacher_ids or []], [rollout.ids])
-            logq_TV = teacher.head(teacher.hidden_ND).float().log_softmax(-1)
-        kl_T = (logq_TV.exp() * (logq_TV - logp_TV)).sum(-1).tolist()
-        top = logq_TV.topk(PREFERRED)
-        tokens = []
-        for t, token in enumerate(rollout.ids):
-            preferred = zip(top.indices[t].tolist(), top.values[t].exp().tolist(), strict=True)
-            tokens.append(
-                {
-                    "text": tokenizer.decode([token]),
-                    "logp": float(logp_TV[t, token]),
-                    "logq": float(logq_TV[t, token]),
-                    "kl": kl_T[t],
-                    "top": [[tokenizer.decode([other]), share] for other, share in preferred],
-                }
-            )
+        tokens: list[dict[str, Any]] = []
+        for ids, mine_nD, theirs_nD in zip(
+            torch.tensor(rollout.ids).split(CHUNK_TOKENS),
+            student.hidden_ND.split(CHUNK_TOKENS),
+            teacher.hidden_ND.split(CHUNK_TOKENS),
+            strict=True,
+        ):
+            with run.accelerator.autocast():
+                logits_nV = student.head(mine_nD), teacher.head(theirs_nD)
+            tokens += _chunk(tokenizer, ids.tolist(), *(part_nV.float().log_softmax(-1) for part_nV in logits_nV))
         views.append(
             {
                 "row": row.demonstration.source,
@@ -62,3 +62,21 @@ def token_views(run: Run) -> list[dict[str, Any]]:
             }
         )
     return views
+
+
+def _chunk(tokenizer: Any, ids: list[int], logp_nV: Tensor, logq_nV: Tensor) -> list[dict[str, Any]]:
+    """What student and teacher say of these tokens."""
+    kl_n = forward_kl(logp_nV, logq_nV).tolist()
+    top, tokens = logq_nV.topk(PREFERRED), []
+    for n, token in enumerate(ids):
+        preferred = zip(top.indices[n].tolist(), top.values[n].exp().tolist(), strict=True)
+        tokens.append(
+            {
+                "text": tokenizer.decode([token]),
+                "logp": float(logp_nV[n, token]),
+                "logq": float(logq_nV[n, token]),
+                "kl": kl_n[n],
+                "top": [[tokenizer.decode([other]), share] for other, share in preferred],
+            }
+        )
+    return tokens

@@ -59,14 +59,17 @@ class StepsFile:
 
     def __init__(self, path: Path, start_step: int) -> None:
         lines = []
+        self.steps: set[int] = set()
+        """Of the lines that are there."""
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: text may hold U+2028
                 try:
                     keep = json.loads(line)["step"] <= start_step
                 except (ValueError, KeyError):
                     keep = False  # a last line that was being written when the machine stopped
                 if keep:
                     lines.append(line + "\n")
+                    self.steps.add(json.loads(line)["step"])
         path.write_text("".join(lines), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 

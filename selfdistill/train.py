@@ -130,10 +130,9 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
     reporter = Reporter("step", config.max_steps, start=position.step, every=config.logging_steps)
     tracker = Tracker(run.accelerator, config, output_dir, position.step)
     with watch, metrics_file, tracker, reporter, StopRequests() as stop:
-        if position.step == 0:
-            watch.look(0)
-            if on_step:
-                on_step(0, run.loaded)
+        watch.look(position.step)  # what a run that was stopped there had no time for
+        if on_step and position.step == 0:
+            on_step(0, run.loaded)
         for step in range(position.step, config.max_steps):
             metrics = run.step(step)
             position = replace(position, step=step + 1, tokens=position.tokens + int(metrics["tokens"]))
@@ -141,7 +140,11 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
             metrics_file.write(metrics)
             tracker.write(metrics)
             reporter.advance(step + 1, _note(metrics))
-            watch.look(step + 1)
+            try:
+                watch.look(step + 1)
+            except Exception:  # a judge that does not answer, memory: nothing of the training must be lost by it
+                save()
+                raise
             if on_step:
                 on_step(step + 1, run.loaded)
             last = step + 1 == config.max_steps
@@ -170,18 +173,19 @@ class _Watch:
         """After optimizer step ``step``; 0: before the first."""
         run, config = self._run, self._run.config
         ends = step in (0, config.max_steps)
-        if self._views and ends:
+        if self._views and ends and step not in self._views.steps:
             for view in token_views(run):
                 self._views.write({"step": step, **view})
-        if self._evaluations and run.examiner and (ends or (config.eval_steps and step % config.eval_steps == 0)):
+        due = ends or (config.eval_steps and step % config.eval_steps == 0)
+        if self._evaluations and run.examiner and due and step not in self._evaluations.steps:
             found = run.examiner.measure(run.loaded) if step else run.examiner.base
             self._evaluations.write({"step": step, **found, "seconds": self._seconds() if step else 0.0})
             say(f"step {step}: {summary(found)}")
 
     def _seconds(self) -> float:
         """Spent on training steps, measurements aside."""
-        lines = self._metrics.read_text(encoding="utf-8").splitlines()
-        return sum(json.loads(line)["time/step_s"] for line in lines)
+        lines = map(json.loads, self._metrics.read_text(encoding="utf-8").splitlines())
+        return sum(line["time/step_s"] - line["time/drift_s"] for line in lines)
 
     def __enter__(self) -> None:
         return None

@@ -33,19 +33,28 @@ def pairs(prior_of_sdft: list[float], prior_of_sft: list[float]) -> list[Compare
     return runs
 
 
-def test_matched_is_the_first_that_is_as_good_or_the_best() -> None:
-    sft = run("sft", 0, (1.0, 0.8, 0.0), (0.4, 0.75, 0.5), (0.7, 0.6, 1.0), (0.9, 0.4, 1.5))
-    assert matched(sft.evaluations, 0.7)["step"] == 20  # not the base, though it is better
-    assert matched(sft.evaluations, 0.65)["step"] == 20
-    assert matched(sft.evaluations, 0.95)["step"] == 30
+def test_matched_lies_between_the_evaluations_around_it() -> None:
+    sft = run("sft", 0, BASE, (0.4, 0.75, 0.5), (0.7, 0.6, 1.0), (0.9, 0.4, 1.5))
+    found = matched(sft.evaluations, 0.6)
+    assert found.reached
+    assert found.accuracy == pytest.approx(0.6)
+    assert found.kl_base == pytest.approx(0.5 / 3 + 2 / 3)
+    assert found.prior_accuracy == pytest.approx(0.75 / 3 + 0.4)
+    assert found.right["p"][50] == 1
+    assert found.right["p"][70] == pytest.approx(1 / 3)  # right at .4, wrong at .7
+    assert found.right["p"][80] == 0
+    assert matched(sft.evaluations, 0.7).kl_base == 1.0
+    assert matched(sft.evaluations, 0.0).kl_base == 0.0  # as good as the base is the base
+    best = matched(sft.evaluations, 0.95)
+    assert (best.reached, best.accuracy, best.kl_base) == (False, 0.9, 1.5)
 
 
-def test_less_forgotten_is_said_where_the_interval_over_seeds_excludes_zero() -> None:
+def test_less_forgotten_is_said_where_neither_seeds_nor_questions_explain_it() -> None:
     said = sentences(pairs([0.72, 0.74, 0.70], [0.55, 0.58, 0.54]), "Three steps.")
     assert said.startswith("Three steps. At learning rate 0.0001 sdft ends at 0.65 on the new task, sft at 0.90")
-    assert "(3 of 3 runs reach it; otherwise at its best), it is at 0.70" in said
-    assert "sdft answers 0.720 of the prior questions, sft 0.557, the base 0.800: a difference of +0.163" in said
-    assert "KL(base||model) 0.40 and sft 1.00, 2.50 times as far" in said
+    assert "Where sft is as good, sdft answers 0.720 of the prior questions, sft 0.589, the base 0.800" in said
+    assert "a difference of +0.131 (95% interval over seeds +0.1" in said
+    assert "KL(base||model) 0.40 and sft 0.92, 2.29 times as far" in said
     assert said.endswith("So sdft forgot less than sft for as much learnt.")
 
 
@@ -54,15 +63,36 @@ def test_more_forgotten_is_said_as_well() -> None:
     assert said.endswith("So sdft forgot more than sft for as much learnt.")
 
 
-def test_nothing_is_claimed_where_the_interval_has_zero_in_it() -> None:
-    said = sentences(pairs([0.72, 0.55, 0.66], [0.60, 0.62, 0.64]), "")
-    assert "So no difference in what was forgotten is shown; with 100 prior items" in said
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [
+        ([0.72, 0.55, 0.66], [0.60, 0.62, 0.64]),  # the seeds differ
+        ([0.72, 0.72, 0.72], [0.70, 0.70, 0.70]),  # the seeds agree, and two questions of 100 make the difference
+    ],
+)
+def test_nothing_is_claimed_where_seeds_or_questions_may_explain_it(own: list[float], others: list[float]) -> None:
+    assert "So no difference in what was forgotten is shown" in sentences(pairs(own, others), "")
 
 
-def test_a_single_seed_is_judged_by_its_items() -> None:
-    assert "95% interval over items" in sentences(pairs([0.72], [0.50]), "")
-    assert sentences(pairs([0.72], [0.50]), "").endswith("So sdft forgot less than sft for as much learnt.")
-    assert "no difference in what was forgotten is shown" in sentences(pairs([0.72], [0.72]), "")
+def test_one_seed_concludes_nothing() -> None:
+    said = sentences(pairs([0.75], [0.40]), "")
+    assert "(p over questions 0.0" in said
+    assert said.endswith("One seed shows a direction at most: no conclusion.")
+
+
+def test_nothing_is_concluded_where_the_other_method_did_not_learn_as_much() -> None:
+    runs = []
+    for seed in range(3):
+        runs.append(run("sft", seed, BASE, (0.1, 0.3, 0.5), (0.05, 0.2, 1.0)))
+        runs.append(run("sdft", seed, BASE, (0.5, 0.8, 0.2), (0.9, 0.75, 0.3)))
+    said = sentences(runs, "")
+    assert "sft is as good in 0 of 3 runs only; taken at its best in the others (0.10)" in said
+    assert said.endswith("what they forgot for it cannot be compared.")
+
+
+def test_a_model_that_has_not_moved_has_no_ratio() -> None:
+    runs = [run("sft", 0, BASE, (0.5, 0.8, 0.3)), run("sdft", 0, BASE, (0.5, 0.8, 0.0))]
+    assert "times as far" not in sentences(runs, "")
 
 
 def test_without_prior_abilities_nothing_is_said_of_forgetting() -> None:
@@ -75,7 +105,9 @@ def test_without_prior_abilities_nothing_is_said_of_forgetting() -> None:
 def test_failed_runs_count_for_nothing() -> None:
     runs = pairs([0.72, 0.74], [0.55, 0.58])
     broken = Compared("sft", 1e-4, 2, "sft-seed2", [point(0, *BASE)], failed="the loss is nan")
-    assert sentences([*runs, broken], "") == sentences(runs, "")
+    said = sentences([*runs, broken], "")
+    assert said.startswith(" 1 of 5 runs failed and count for nothing here: sft 0.0001 seed 2. ")
+    assert said.endswith(sentences(runs, ""))
     assert table([*runs, broken]) == table(runs)
     assert points_of([broken]) == {}
     assert "is finished" in sentences([broken], "")

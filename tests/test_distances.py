@@ -32,7 +32,7 @@ def test_each_distance_is_taken_along_its_own_answers(load: Callable[..., Loaded
             log_q, log_p = log_probabilities(q, context, ids), log_probabilities(p, context, ids)
             parts.append((log_q.exp() * (log_q - log_p)).sum(-1))
         expected[name] = float(torch.cat(parts).mean())
-    found = between(base, model, contexts, of_base, of_model)
+    found = between(base, model, contexts, contexts, of_base, of_model)
     assert found.kl_base == pytest.approx(expected["kl_base"], rel=1e-5)
     assert found.kl_model == pytest.approx(expected["kl_model"], rel=1e-5)
     differing = sum(a != b for a, b in zip(of_base, of_model, strict=True))

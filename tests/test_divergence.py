@@ -541,7 +541,8 @@ def test_chunked_holds_logits_of_one_chunk_only():
 
 def test_default_chunk_bounds_the_logits(monkeypatch):
     ids, tokens, weights = batch(7, size=50)
-    for limit, rows in ((10 * V + 1, 10), (V - 1, 1)):
+    monkeypatch.setattr(fused, "CHUNK_TOKENS", 4)
+    for limit, rows in ((10 * V + 1, 10), (V - 1, 4)):
         monkeypatch.setattr(fused, "CHUNK_LOGITS", limit)
         student = Tied(0)
         chunked_loss(CrossEntropy(), student.hidden(ids), student.head, [student.embedding_VD], tokens, weights)

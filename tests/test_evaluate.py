@@ -128,7 +128,7 @@ def test_base_is_compared_by_the_width_of_its_logits(
     # More tokenizer entries, the same logits.
     merged = str(model_folder(merges=(("a", "b"),)))
     result = evaluate(EvalConfig(model=folder, data=data, base=merged, max_completion_length=5))
-    assert result["kl_base"] == pytest.approx(0, abs=1e-2)
+    assert 0 <= result["kl_base"] < 0.05  # "ab" is one token in the base's prompts and two in the model's
     config = LlamaConfig.from_pretrained(folder)
     config.vocab_size = 320
     LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
