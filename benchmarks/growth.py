@@ -93,6 +93,8 @@ def main(target: str) -> None:
             axes[0, column].plot(values, [seconds for seconds, _ in points], marker="o")
             axes[1, column].plot(values, [peak / 2**20 for _, peak in points], marker="o")
             axes[1, column].set_xlabel(name)
+            for axis in axes[:, column]:
+                axis.set_xticks(values, [f"{value:,}" for value in values], fontsize="small")
     axes[0, 0].set_ylabel("seconds a step")
     axes[1, 0].set_ylabel("memory, MiB")
     for axis in axes.flat:

@@ -80,7 +80,7 @@ class ModelSettings(Settings):
     ``judge``, or a function of yours as ``python:package.module.function``."""
     judge_url: str | None = None
     """OpenAI-compatible API of the ``judge``, e.g. ``http://localhost:8000/v1``; data and replies are sent there. Its
-    key: environment variable ``SELFDISTILL_JUDGE_KEY``, else ``OPENAI_API_KEY``."""
+    key: environment variable ``SELFDISTILL_JUDGE_KEY``, for api.openai.com also ``OPENAI_API_KEY``."""
     judge_model: str | None = None
     """Name of the ``judge`` there: a model that answers at once, without thinking aloud."""
 
@@ -194,8 +194,8 @@ class TrainingSettings(ModelSettings):
     """LoRA's scale; default twice the rank."""
 
     test: str | None = None
-    """Rows on which the model is measured before, during and after training, as ``eval`` does. Nothing is chosen by
-    them."""
+    """Rows on which the model is measured before, during and after training, as ``eval`` does but in the training's
+    arithmetic. Nothing is chosen by them."""
     prior: str | None = None
     """File or folder of questions about abilities the model already had, measured along with ``test``."""
     eval_steps: int = Field(default=0, ge=0)

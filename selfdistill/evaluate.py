@@ -28,10 +28,11 @@ from selfdistill.tracking import say
 Evaluation = dict[str, Any]
 """One model, measured, as it is written to JSON.
 
-``accuracy``, ``accuracy_interval``, ``items``, ``correct`` (of each item), ``accuracy_lenient`` (where a judge was
-asked), ``completion/length``, ``completion/truncated``, ``completion/thinking`` and ``completion/said`` (tokens inside
-and outside thinking tags); with priors ``prior`` (by name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``,
-``correct``), ``prior_accuracy`` (mean over names) and ``prior_interval``. Intervals are of 95%.
+``accuracy``, ``accuracy_interval``, ``items``, ``dropped`` (rows too long), ``correct`` (of each item),
+``accuracy_lenient`` (where a judge was asked), ``completion/length``, ``completion/truncated``,
+``completion/thinking`` and ``completion/said`` (tokens inside and outside thinking tags); with priors ``prior`` (by
+name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct``), ``prior_accuracy`` (mean over names) and
+``prior_interval``. Intervals are of 95%.
 """
 
 
@@ -98,6 +99,7 @@ class Questions:
             "accuracy": answers.accuracy,
             "accuracy_interval": list(share_interval(sum(answers.correct), len(self.rows))),
             "items": len(self.rows),
+            "dropped": self.dropped,
             "correct": answers.correct,
             "completion/length": length,
             "completion/truncated": answers.truncated / len(self.rows),

@@ -17,6 +17,7 @@ from selfdistill.models import LoadedModel, casts_kept, resolved_precision
 from selfdistill.priors import load_prior
 from selfdistill.scores import Scorer
 from selfdistill.statistics import share_interval
+from selfdistill.tracking import say
 
 
 class Examiner:
@@ -38,6 +39,8 @@ class Examiner:
         priors = load_prior(config.prior) if config.prior else {}
         self._bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
         self.questions = Questions(base, rows, priors, config)
+        if self.questions.dropped:
+            say(f"{self.questions.dropped} of {len(rows)} rows of {config.test} are too long and left out")
         self._judge = judge_of(config)
         with self._arithmetic(base):
             self._distance = Distance(base, Scorer(base), self.questions.chat, general_prompts())

@@ -15,8 +15,11 @@ from selfdistill.config import ExportConfig
 from selfdistill.errors import UserError
 from selfdistill.models import load_model
 
-_NOT_THE_MODELS = (".*", "checkpoint-*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
-"""What is not copied: hidden files, other steps of the training, and pickled files, which can run code when read."""
+_OF_THE_MODEL = (
+    *("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.md"),
+    "LICENSE*",
+)
+"""What is copied: weights, settings, tokenizer, card. Not code, and not pickled files, which can run code when read."""
 
 
 @contextmanager
@@ -70,7 +73,10 @@ def export(config: ExportConfig) -> Path:
     advice = "free disk space or choose another output_dir, then export again"
     if not config.merge:
         with whole_folder(output_dir, advice) as folder:
-            shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_NOT_THE_MODELS), dirs_exist_ok=True)
+            for file in (file for pattern in _OF_THE_MODEL for file in source.glob(pattern)):
+                target = folder / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(file, target)
         return output_dir
     if not (source / "adapter_config.json").is_file():
         raise UserError(f"run {config.run!r}: its model is whole and has no adapter to merge: leave --merge out")

@@ -18,6 +18,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from selfdistill.config import ModelSettings
@@ -32,7 +33,8 @@ Verdict = Literal["strict", "lenient", "wrong"]
 """``strict``: right and complete. ``lenient``: essentially right, but imprecise or incomplete. ``wrong``: neither."""
 
 KEYS = ("SELFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
-"""Environment variables of the key; the first that is set is sent to the judge's address."""
+"""Environment variables of the key: the first is sent to whatever address the settings name, the second to OpenAI only,
+whose it is."""
 
 _THREADS = 8
 _TIMEOUT_S = 60.0
@@ -130,7 +132,7 @@ class Judge:
     def _ask(self, messages: list[dict[str, str]], stop: threading.Event) -> str:
         """The judge's answer, asked for until it comes or the time is up."""
         body = {"model": self._model, "messages": messages, "temperature": 0, "max_tokens": _MAX_TOKENS}
-        key = _api_key()
+        key = _api_key(self._url)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         for wait in (*_WAITS_S, None):
             request = Request(self._url, json.dumps(body).encode(), headers)
@@ -204,9 +206,13 @@ def _read(cache: Path) -> dict[str, Verdict]:
     return kept
 
 
-def _api_key() -> str | None:
-    for name in KEYS:
+def _api_key(url: str) -> str | None:
+    address = urlsplit(url)
+    secret = address.scheme == "https" or address.hostname in ("localhost", "127.0.0.1", "::1")
+    for name in KEYS if address.hostname == "api.openai.com" else KEYS[:1]:
         if key := os.environ.get(name, "").strip():
+            if not secret:
+                raise UserError(f"judge {url}: {name} is not sent over http, where others can read it: use https")
             if not (key.isascii() and key.isprintable()):
                 raise UserError(f"environment variable {name}: holds characters that no key has; set it anew")
             return key

@@ -78,12 +78,13 @@ def _read_comparison(folder: Path) -> Part:
         runs = [
             _read_run(folder / run["folder"], run["name"], curve_name(run), run["evaluations"])
             for run in comparison["runs"]
+            if not run.get("failed")  # the comparison's sentence names them
         ]
     except UserError:
         raise
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not what selfdistill compare writes; compare again") from None
-    if lacking := {key for key in ("sentence", "base", "table", "runs") if not comparison.get(key)}:
+    if lacking := {"sentence", "base", "table", "runs"} - comparison.keys():
         raise UserError(f"{path}: no {', '.join(sorted(lacking))} in it; compare again")
     return Part(folder.resolve().name, comparison, runs)
 

@@ -13,7 +13,7 @@ import torch
 from selfdistill import check as module
 from selfdistill.answers import answer
 from selfdistill.check import best_context, check
-from selfdistill.check_result import UNLIKELY, Layout, share_interval, verdict_on
+from selfdistill.check_result import UNLIKELY, Layout, verdict_on
 from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.contexts import ChatFormat, parse_context
 from selfdistill.demonstrations import load_demonstrations
@@ -197,13 +197,6 @@ def test_a_demonstration_beyond_the_window_is_named(
         f"1 of 2 rows do not fit: {data}:2: prompt and demonstration have 621 tokens, the model's window 512; leave "
         "such rows out with --on_long_prompt drop"
     )
-
-
-@pytest.mark.parametrize(
-    ("right", "items", "low", "high"), [(8, 10, 0.490, 0.943), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0)]
-)
-def test_share_interval(right: int, items: int, low: float, high: float) -> None:
-    assert share_interval(right, items) == pytest.approx((low, high), abs=5e-4)
 
 
 def test_layouts_that_do_not_fit_are_named_and_left_out(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from math import comb
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import CHATML
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill import answers as answers_module
-from selfdistill.answers import answer
+from selfdistill.answers import answer, split_thinking
 from selfdistill.config import EvalConfig
 from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import load_demonstrations
@@ -20,6 +22,7 @@ from selfdistill.distances import Distance, general_prompts, packaged
 from selfdistill.errors import UserError
 from selfdistill.evaluate import evaluate
 from selfdistill.models import LoadedModel
+from selfdistill.rollouts import Rollout, Sampling, sample, sample_seed
 from selfdistill.scores import Scorer
 
 CHOICES = [
@@ -158,3 +161,111 @@ def test_shipped_general_prompts_and_priors() -> None:
     test = load_demonstrations(packaged("prior.test.jsonl"), completion_required=False)
     assert not {r.prompt[0]["content"] for r in validation} & {r.prompt[0]["content"] for r in test}
     assert (len(validation), len(test)) == (40, 90)
+
+
+def test_model_and_base_are_compared_on_the_same_items(
+    model_folder: Callable[..., Path], load: Callable[..., LoadedModel], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    ends = (257, *range(40, 75))
+    model, base = load(seed=0, ends=ends), load(seed=1, ends=ends)
+    chat = chat_of(model)
+    questions = load_demonstrations(str(write_rows(count=6)))
+    prompts = [chat.encode_prompt(row.prompt) for row in questions]
+    replies = {
+        who.name: answer(who, prompts, questions, chat, max_completion_length=6, batch_size=3).replies
+        for who in (model, base)
+    }
+    mine, theirs = replies[model.name], replies[base.name]
+    answers = [mine[0], mine[1], mine[2], theirs[3], "never this", mine[5]]
+    data = write_rows(
+        [{"prompt": row.prompt[0]["content"], "answer": a} for row, a in zip(questions, answers, strict=True)],
+        name="test.jsonl",
+    )
+    prior = tmp_path / "c.jsonl"
+    prior.write_text("".join(json.dumps(r) + "\n" for r in CHOICES), encoding="utf-8")
+    kept = tmp_path / "replies.jsonl"
+    result = evaluate(
+        EvalConfig(
+            model=model.name,
+            base=base.name,
+            data=str(data),
+            prior=str(prior),
+            max_completion_length=6,
+            num_samples=3,
+            replies=str(kept),
+        )
+    )
+    expected = [[reply == a for reply, a in zip(side, answers, strict=True)] for side in (mine, theirs)]
+    assert [result["correct"], result["base"]["correct"]] == expected
+    assert result["paired"]["accuracy"]["difference"] == pytest.approx(result["accuracy"] - result["base"]["accuracy"])
+    assert result["paired"]["accuracy"]["difference"] > 0  # the model less the base, not the other way round
+    difference = result["prior"]["c"]["accuracy"] - result["base"]["prior"]["c"]["accuracy"]
+    assert result["paired"]["prior"]["c"]["difference"] == pytest.approx(difference)
+    lines = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    assert [line["reply"] for line in lines] == mine
+    assert [line["correct"] for line in lines] == result["correct"]
+    for side, loaded in ((result, model), (result["base"], base)):
+        right = [0] * 6
+        for number, (row, prompt) in enumerate(zip(questions, prompts, strict=True)):
+            seeds = [sample_seed(0, 0, row.row, g) for g in range(3)]
+            drawn = sample(loaded, [prompt] * 3, Sampling(6, 1.0), seeds)
+            right[number] = sum(chat.decode(r.ids) == answers[number] for r in drawn)
+        assert set(side["pass@k"]) == {"1", "2", "3"}
+        for k in (1, 2, 3):
+            values = [1 - comb(3 - c, k) / comb(3, k) for c in right]
+            assert side["pass@k"][str(k)]["items"] == pytest.approx(values)
+
+
+def test_rows_that_one_of_them_has_no_room_for_are_left_out_for_both(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    long = CHATML.replace("<|im_start|>assistant", "<|im_start|>" + "a" * 100 + "assistant")
+    data = write_rows([{"prompt": "q" * length, "answer": "a"} for length in (10, 400, 450, 20)])
+    model, base = str(model_folder()), str(model_folder(template=long))
+    for one, other in ((model, base), (base, model)):
+        config = EvalConfig(model=one, base=other, data=str(data), max_completion_length=5, on_long_prompt="drop")
+        result = evaluate(config)
+        assert (result["items"], result["base"]["items"], result["dropped"]) == (2, 2, 2)
+        assert result["distance"]["new_task"]["kl_base"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("reply", "begun", "thought", "said"),
+    [
+        ("<think>hm</think>\n\n4", False, "hm", "4"),
+        ("hm</think>4", True, "hm", "4"),
+        ("hm, and no end", True, "hm, and no end", ""),
+        ("<think>hm, and no end", False, "hm, and no end", ""),
+        ("4", False, "", "4"),
+    ],
+)
+def test_what_is_thought_is_told_from_what_is_said(reply: str, begun: bool, thought: str, said: str) -> None:
+    assert split_thinking(reply, begun=begun) == (thought, said)
+
+
+def test_thinking_is_counted_and_not_scored(
+    load: Callable[..., LoadedModel], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load()
+    chat = chat_of(loaded)
+    rows = load_demonstrations(str(write_rows([{"prompt": "q", "completion": "4"}])))
+    text = chat.encode_text("<think>is it 5?</think>4")
+    monkeypatch.setattr(answers_module, "sample", lambda *_: [Rollout([*text, 257], [0.0] * 25, False)])
+    found = answer(loaded, [[1]], rows, chat, max_completion_length=40, batch_size=1)
+    assert (found.correct, found.thinking, found.lengths) == ([True], [len("is it 5?")], [len(text) + 1])
+
+
+def test_a_file_for_replies_that_cannot_be_written_is_refused_first(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    config = EvalConfig(model="none/there", data=str(write_rows()), replies="no/such/folder/x.jsonl")
+    with pytest.raises(UserError, match=r"replies 'no/such/folder/x\.jsonl': cannot be written"):
+        evaluate(config)
+
+
+def test_names_are_no_markup(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "a[").mkdir()
+    data = write_rows(count=2, name="a[/b].jsonl")
+    evaluate(EvalConfig(model=str(model_folder()), data=str(data), max_completion_length=3))

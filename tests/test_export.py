@@ -117,12 +117,19 @@ def test_merged_in_float32_and_saved_in_the_bases_data_type(
 def test_what_is_no_part_of_the_model_stays_behind(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     source = tmp_path / "source"
     LlamaForCausalLM.from_pretrained(model_folder()).save_pretrained(source)
-    for name in ("training_args.bin", "optimizer.pt", ".gitattributes", "checkpoint-10/x.json", "extra/chat.jinja"):
+    for name in (
+        "training_args.bin",
+        "optimizer.pt",
+        ".gitattributes",
+        "checkpoint-10/x.json",
+        "model.py",
+        "additional_chat_templates/x.jinja",
+    ):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text("x")
     out = export(ExportConfig(run=str(source), output_dir=str(tmp_path / "out")))
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert found == {"config.json", "generation_config.json", "model.safetensors", "extra/chat.jinja"}
+    assert found == {"config.json", "generation_config.json", "model.safetensors", "additional_chat_templates/x.jinja"}
 
 
 def test_refusals(

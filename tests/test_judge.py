@@ -164,9 +164,9 @@ def test_a_busy_endpoint_is_asked_again(server: Server, tmp_path: Path, status: 
 
 
 def test_no_answer_in_time_and_no_server(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(module, "_TIMEOUT_S", 1.0)
     slept = threading.Event()
-    server.reply = lambda _: (200, "strict") if len(server.asked) > 1 else (slept.wait(0.3), (200, "wrong"))[1]
+    server.reply = lambda _: (200, "strict") if len(server.asked) > 1 else (slept.wait(1.5), (200, "wrong"))[1]
     assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["x"]) == ["strict"]
     with pytest.raises(UserError, match=r"judge http://127\.0\.0\.1:1/chat/completions: .*refused; what was judged"):
         Judge("http://127.0.0.1:1", "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["y"])
@@ -218,18 +218,24 @@ def test_the_key_is_sent_and_nothing_else_sees_it(
 ) -> None:
     cache = tmp_path / "judge.jsonl"
     Judge(server.url, "j", cache).verdicts(rows(1), ["a"])
-    monkeypatch.setenv("OPENAI_API_KEY", "other")
+    monkeypatch.setenv("OPENAI_API_KEY", "for OpenAI only")
     Judge(server.url, "j", cache).verdicts(rows(1), ["b"])
     monkeypatch.setenv("SELFDISTILL_JUDGE_KEY", KEY + "\n")
     judge = Judge(server.url, "j", cache)
     judge.verdicts(rows(1), ["c"])
-    assert server.keys == [None, "Bearer other", f"Bearer {KEY}"]
+    assert server.keys == [None, None, f"Bearer {KEY}"]
     server.reply = lambda _: (401, {"error": f"bad key {KEY}"})
     with pytest.raises(UserError, match=r"status 401, .*bad key \*\*\*") as error:
         judge.verdicts(rows(1), ["d"])
     assert len(server.asked) == 4
     out, err = capfd.readouterr()
     assert KEY not in cache.read_text() + str(error.value) + out + err + repr(vars(judge))
+    with pytest.raises(UserError, match=r"SELFDISTILL_JUDGE_KEY is not sent over http, where others can read it"):
+        Judge("http://judge.example/v1", "j", cache).verdicts(rows(1), ["d"])
+    assert module._api_key("https://api.openai.com/v1") == KEY
+    monkeypatch.delenv("SELFDISTILL_JUDGE_KEY")
+    assert module._api_key("https://api.openai.com/v1") == "for OpenAI only"
+    assert module._api_key("https://judge.example/v1") is None
     monkeypatch.setenv("SELFDISTILL_JUDGE_KEY", "a\nb")
     with pytest.raises(UserError, match=r"^environment variable SELFDISTILL_JUDGE_KEY: holds characters that no key"):
         judge.verdicts(rows(1), ["d"])

@@ -129,7 +129,7 @@ def write_comparison(folder: Path) -> None:
                 "learning_rate": 1e-4,
                 "steps": STEPS,
                 "accuracy": [0.8875, 0.73, 0.96],
-                "prior_accuracy": [0.7, math.nan, math.nan],
+                "prior_accuracy": [0.7, None, None],
                 "kl_base": [0.08, 0.07, 0.09],
                 "seconds": 1200.0,
             }
@@ -299,7 +299,7 @@ def test_a_comparison_is_shown_with_its_runs(everything: Path) -> None:
         ("skill --output both", "--output both: cannot be written; give a file in an existing folder"),
         ("empty", "empty: no metrics.jsonl in it; give the folder of a run that has begun"),
         ("broken", "broken/metrics.jsonl: line 2 is not an object with step; remove the line"),
-        ("cut", "cut/comparison.json: no base, runs, sentence, table in it; compare again"),
+        ("cut", "cut/comparison.json: no base, sentence in it; compare again"),
         ("odd", "odd/comparison.json: not what selfdistill compare writes; compare again"),
     ],
 )
