@@ -83,6 +83,7 @@ def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
     to_best_device(loaded)
     for note in loaded.notes:
         say(f"note: {note}")
+    tuned = load_like(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
     measure = _Measure(config, demonstrations, loaded)
     layouts, skipped = [], {}
     with Reporter("layout", len(contexts)) as reporter:
@@ -97,7 +98,7 @@ def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise UserError(f"no context layout could be measured: {reasons}")
     layouts.sort(key=lambda layout: (-layout.accuracy, -layout.logp))
-    teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context)
+    teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
     verdict, exit_code = verdict_on(*measure.student_on(layouts[0].context), layouts[0])
     result = CheckResult(
@@ -255,19 +256,14 @@ class _Measure:
             prompt_length=sum(map(len, prompts)) / len(rows),
         )
 
-    def closeness(self, context: str) -> tuple[float, float | None, float | None]:
-        """KL(teacher||base), and of the fine-tuned model its accuracy and KL(fine-tuned||base), each along its replies.
-
-        Raises:
-            UserError: the fine-tuned model cannot be loaded, or has another vocabulary.
-        """
+    def closeness(self, context: str, tuned: LoadedModel | None) -> tuple[float, float | None, float | None]:
+        """KL(teacher||base), and of the fine-tuned model its accuracy and KL(fine-tuned||base), along their replies."""
         rows = self._encode([row.demonstration for row in self.rows], context)
         prompts, base = [row.student_ids for row in rows], self.loaded
         with self._arithmetic():
             teacher = kl_along(prompts, self.teacher_ids[context], base, base, [row.teacher_ids or [] for row in rows])
-        if self.config.fine_tuned is None:
+        if tuned is None:
             return teacher, None, None
-        tuned = load_like(self.config.fine_tuned, base, dtype=self.config.dtype)
         answers = self._answer(prompts, rows, tuned)
         with self._arithmetic():
             return teacher, answers.accuracy, kl_along(prompts, answers.ids, tuned, base)

@@ -226,20 +226,23 @@ def _draw(
 def _print(result: dict[str, Any]) -> None:
     title = f"{result['data']}, measured on {result['base']['items']} items of {result['test']}"
     shown = Table(title=escape(title))
-    for column in ("", "steps", "seeds", "new task", "prior", "KL(base||model)", "minutes"):
+    for column in ("", "steps", "seeds", "new task", "prior", "KL", "minutes"):
         shown.add_column(column, justify="right" if column else "left", no_wrap=True)
     base = result["base"]
     prior = f"{base['prior_accuracy']:.3f}" if "prior_accuracy" in base else ""
     shown.add_row("base", "0", "", f"{base['accuracy']:.3f}", prior, "0", "")
     if result["teacher"]:
-        shown.add_row("teacher: base + demonstration", "", "", f"{result['teacher']['accuracy']:.3f}", "", "", "")
+        shown.add_row("teacher", "", "", f"{result['teacher']['accuracy']:.3f}", "", "", "")
     for row in result["table"]:
         cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
         name = f"{row['method']} {row['learning_rate']:g}"
         shown.add_row(name, str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
     console = output()
     console.print(shown)
-    console.print("In brackets: 95% intervals over seeds.", highlight=False)
+    console.print(
+        "KL: KL(base||model) on general prompts, nats per token. In brackets: 95% intervals over seeds.",
+        highlight=False,
+    )
     console.print(result["sentence"], highlight=False, markup=False)
 
 

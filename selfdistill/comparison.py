@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -41,10 +42,17 @@ def table(runs: Sequence[Compared]) -> list[dict[str, Any]]:
         for points in zip(*(run.evaluations[1:] for run in group), strict=True):
             row = {"method": method, "learning_rate": rate, "steps": points[0]["step"], "seeds": len(points)}
             for key in ("accuracy", "prior_accuracy", "kl_base"):
-                row[key] = seeds_interval([point[key] for point in points]) if key in points[0] else None
+                most = math.inf if key == "kl_base" else 1.0
+                row[key] = _within(seeds_interval([p[key] for p in points]), most) if key in points[0] else None
             row["seconds"] = mean(point["seconds"] for point in points)
             rows.append(row)
     return rows
+
+
+def _within(values: tuple[float, float | None, float | None], most: float) -> tuple[float, float | None, float | None]:
+    """An interval of what cannot be negative."""
+    middle, low, high = values
+    return middle, None if low is None else max(low, 0.0), None if high is None else min(high, most)
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,9 @@ def _against(method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]
         f"At learning rate {rate:g} {REFERENCE} ends at {_mean(own, 'accuracy'):.2f} on the new task, {method} at "
         f"{ends:.2f} ({f'means of {count} seeds' if count > 1 else '1 seed'}). "
     )
+    start = pairs[0][0].evaluations[0]["accuracy"]
+    if any(point.accuracy <= start for point in own):
+        return f"{text}The base stands at {start:.2f}: {REFERENCE} has learnt nothing, so there is nothing to compare."
     distances = _mean(own, "kl_base"), _mean(theirs, "kl_base")
     moved = f"{REFERENCE} has KL(base||model) {distances[0]:.2f} and {method} {distances[1]:.2f}"
     if distances[0] > 0.001:

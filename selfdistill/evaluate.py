@@ -22,7 +22,7 @@ from selfdistill.priors import EncodedPrior, encode_priors, load_prior, prior_ab
 from selfdistill.rollouts import Sampling, sample, sample_seed
 from selfdistill.scorers import default_scorer, doubt_about
 from selfdistill.scores import Scorer
-from selfdistill.statistics import mean_interval, paired, pass_at_k, share_interval
+from selfdistill.statistics import difference_interval, mean_interval, paired, pass_at_k, share_interval
 from selfdistill.tracking import say
 
 Evaluation = dict[str, Any]
@@ -71,6 +71,8 @@ class Questions:
         self.demonstrations = [row.demonstration for row in self.rows]
         self.prompts = [row.student_ids for row in self.rows]
         check_answers(self.demonstrations, config.scorer)
+        if config.scorer and all(row.scorer for row in self.demonstrations):
+            say(f"note: every row names its own scorer, so --scorer {config.scorer} is not used")
         if doubt := doubt_about(self.demonstrations, config.scorer):
             say(f"note: {doubt}")
         self.priors: list[EncodedPrior] = encode_priors(loaded, self.chat, priors)
@@ -148,7 +150,9 @@ def _add_priors(result: Evaluation, found: dict[str, dict[str, Any]]) -> None:
         prior["interval"] = list(share_interval(sum(prior["correct"]), prior["items"]))
     priors = result["prior"] = {**result.get("prior", {}), **found}
     result["prior_accuracy"] = sum(prior["accuracy"] for prior in priors.values()) / len(priors)
-    result["prior_interval"] = list(mean_interval(*(prior["correct"] for prior in priors.values())))
+    intervals = [prior["interval"] for prior in priors.values()]
+    groups = (prior["correct"] for prior in priors.values())
+    result["prior_interval"] = intervals[0] if len(intervals) == 1 else list(mean_interval(*groups))
 
 
 def summary(evaluation: Evaluation) -> str:
@@ -235,8 +239,9 @@ def _paired(base: Evaluation, model: Evaluation) -> dict[str, Any]:
     if "prior" in model:
         pairs = {name: (base["prior"][name]["correct"], prior["correct"]) for name, prior in model["prior"].items()}
         found["prior"] = {name: asdict(paired(*pair)) for name, pair in pairs.items()}
-        low, high = mean_interval(*([int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in pairs.values()))
         difference = model["prior_accuracy"] - base["prior_accuracy"]
+        differences = ([int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in pairs.values())
+        low, high = difference_interval(*differences)
         found["prior_accuracy"] = {"difference": difference, "low": low, "high": high}
     return found
 

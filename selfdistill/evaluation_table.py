@@ -71,10 +71,10 @@ def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
     console.print("In brackets: 95% intervals.", highlight=False, markup=False, end=" " if base else "\n")
     if base:
         console.print("p: chance of such a difference if neither were better (paired).", highlight=False)
-    # Two models that differ on no item of these will hardly differ on none of others.
-    unlike = max(tests["accuracy"]["unlike"], 1 / items) if base else 0.5
+    unlike = tests["accuracy"]["unlike"] if base else 0.0
+    unlike = unlike or 0.5  # of models that differ nowhere nothing can be said
     smallest = smallest_difference(items, unlike)
-    of = f"{'these' if base else 'two'} models that answer {unlike:.0%} of {items} items unlike"
+    of = f"two models that answer {unlike:.0%} of {items} items unlike"
     if smallest is None:
         said = f"Between {of} no difference can be shown: there are too few items."
     else:

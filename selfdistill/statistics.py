@@ -31,7 +31,7 @@ def share_interval(right: int, items: int) -> Interval:
 
 
 def mean_interval(*groups: Sequence[float]) -> Interval:
-    """Confidence interval of a mean over items: percentile bootstrap (Efron 1979) of ``RESAMPLES`` samples.
+    """Confidence interval of a mean of shares: percentile bootstrap (Efron 1979) of ``RESAMPLES`` samples of the items.
 
     Of several groups it is that of the mean of their means, each group resampled on its own. Where all items are 0, or
     all 1, nothing can be resampled, and it is Wilson's.
@@ -39,6 +39,18 @@ def mean_interval(*groups: Sequence[float]) -> Interval:
     everything = numpy.concatenate([numpy.asarray(group, dtype=float) for group in groups])
     if numpy.ptp(everything) == 0 and everything[0] in (0, 1):
         return share_interval(int(everything.sum()), len(everything))
+    return _bootstrap(*groups)
+
+
+def difference_interval(*groups: Sequence[float]) -> Interval:
+    """The same of a mean of paired differences; where no item differs, as far to both sides as Wilson's for none."""
+    if not any(map(any, groups)):
+        high = share_interval(0, sum(map(len, groups)))[1]
+        return -high, high
+    return _bootstrap(*groups)
+
+
+def _bootstrap(*groups: Sequence[float]) -> Interval:
     # scipy wants two items; one item twice varies as little as one.
     samples = [numpy.resize(numpy.asarray(group, dtype=float), max(len(group), 2)) for group in groups]
     found = stats.bootstrap(
@@ -91,7 +103,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     differences = b - a
     unlike = float((differences != 0).mean())
     if not numpy.isin((a, b), (0, 1)).all():
-        low, high = mean_interval(differences.tolist())
+        low, high = difference_interval(differences.tolist())
         return Paired(float(differences.mean()), low, high, sign_test(differences.tolist()), unlike)
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     p = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0

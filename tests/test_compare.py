@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,3 +179,57 @@ def test_settings_of_a_comparison() -> None:
     ):
         with pytest.raises(UserError, match=message):
             CompareConfig(**base, **wrong)
+
+
+def test_a_signal_in_the_last_step_of_a_run_stops_before_the_next(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, started = module.train, []
+
+    def signalled(config: TrainConfig, **options: Any) -> Path:
+        started.append(config.method)
+
+        def terminate(step: int, _: Any) -> None:
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return real(config, **options, on_step=terminate)
+
+    monkeypatch.setattr(module, "train", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunStopped) as stopped:
+        compare(settings(methods="sft", seeds="0,1"))
+    assert stopped.value.exit_code == 143
+    assert started == ["sft"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_comparison_goes_on_only_with_what_it_began_with(
+    settings: Callable[..., CompareConfig], write_rows: Callable[..., Path]
+) -> None:
+    config = settings(methods="sft", seeds="0")
+    compare(config)
+    with pytest.raises(UserError, match="batch_size is 2 there and 3 here"):
+        compare(config.model_copy(update={"batch_size": 3}), resume=True)
+    write_rows(count=4, name="test.jsonl")
+    with pytest.raises(UserError, match=r"sft-0\.001-seed0: made with other rows, or from another base, than now"):
+        compare(config, resume=True)
+
+
+def test_a_misspelt_test_leaves_no_folder_behind(settings: Callable[..., CompareConfig]) -> None:
+    config = settings(test="no/such.jsonl")
+    with pytest.raises(UserError, match=r"no/such\.jsonl"):
+        compare(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
+    settings: Callable[..., CompareConfig], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q{i}" * (150 if i == 2 else 1), "completion": "ab"} for i in range(5)]
+    data = write_rows(rows, name="long.jsonl")
+    config = settings(data=str(data), seeds="0", on_long_prompt="drop", max_steps=None, num_train_epochs=1)
+    result = compare(config)
+    assert "1 of 5 rows do not fit every method and are left out for all" in capsys.readouterr().err
+    assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
+    assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}

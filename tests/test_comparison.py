@@ -90,6 +90,11 @@ def test_nothing_is_concluded_where_the_other_method_did_not_learn_as_much() -> 
     assert said.endswith("what they forgot for it cannot be compared.")
 
 
+def test_where_nothing_was_learnt_nothing_is_compared() -> None:
+    runs = [run("sft", 0, BASE, (0.0, 0.7, 0.3)), run("sdft", 0, BASE, (0.0, 0.8, 0.1))]
+    assert sentences(runs, "").endswith("sdft has learnt nothing, so there is nothing to compare.")
+
+
 def test_a_model_that_has_not_moved_has_no_ratio() -> None:
     runs = [run("sft", 0, BASE, (0.5, 0.8, 0.3)), run("sdft", 0, BASE, (0.5, 0.8, 0.0))]
     assert "times as far" not in sentences(runs, "")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from selfdistill.config import EvalConfig, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluate import evaluate
+from selfdistill.examiner import Examiner
 from selfdistill.models import load_model
 from selfdistill.run import Run
 from selfdistill.token_views import PREFERRED, token_views
@@ -174,3 +175,30 @@ def test_views_stand_at_the_start_and_at_the_end_and_only_where_there_is_a_teach
     config = settings("sft", method="sft")
     train(config)
     assert not (Path(config.output_dir) / "token_views.jsonl").exists()
+
+
+def test_a_measurement_that_fails_loses_nothing_and_is_made_up(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = settings("whole"), settings("broken")
+    train(whole)
+    real, calls = Examiner.measure, []
+
+    def fails_at_last(self: Examiner, loaded: Any) -> Any:
+        calls.append(loaded)
+        if len(calls) == 3:  # the base's, step 2, step 4
+            raise UserError("judge: stays too busy")
+        return real(self, loaded)
+
+    monkeypatch.setattr(Examiner, "measure", fails_at_last)
+    with pytest.raises(UserError, match="stays too busy"):
+        train(broken)
+    assert not (Path(broken.output_dir) / "final").exists()
+    train(broken, resume=True)
+    a, b = lines(whole, "evaluations.jsonl"), lines(broken, "evaluations.jsonl")
+    for line in (*a, *b):
+        line.pop("seconds")
+    assert a == b
+    assert [line["step"] for line in lines(broken, "metrics.jsonl")] == [1, 2, 3, 4]
+    x, y = final_weights(whole), final_weights(broken)
+    assert all(torch.equal(x[name], y[name]) for name in x)

@@ -397,3 +397,10 @@ def test_rows_may_not_run_code_or_send_data_out(tmp_path: Path, name: str) -> No
 
 def test_the_judge_is_not_asked_about_the_demonstrations() -> None:
     assert doubt_about([row("yes", "no")] * 3, JUDGE) is None
+
+
+@pytest.mark.parametrize("name", ["python:builtins.exec", "python:os.system", "python:os.path.exists"])
+def test_pythons_own_functions_are_no_scorers(name: str) -> None:
+    row = Demonstration(0, "x.jsonl:1", ({"role": "user", "content": "q"},), "a")
+    with pytest.raises(UserError, match="is Python's own; name a module of yours"):
+        score(name, "reply", row)

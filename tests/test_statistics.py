@@ -9,6 +9,7 @@ import numpy
 import pytest
 
 from selfdistill.statistics import (
+    difference_interval,
     mean_interval,
     paired,
     pass_at_k,
@@ -54,6 +55,8 @@ def test_mean_interval_is_near_the_normal_one_and_covers() -> None:
     assert 86 <= covered <= 99
     assert mean_interval([0.25]) == (0.25, 0.25)
     assert mean_interval([0.0] * 10) == share_interval(0, 10)  # nothing to resample
+    assert difference_interval([0] * 6, [0] * 4) == (-share_interval(0, 10)[1], share_interval(0, 10)[1])
+    assert difference_interval([1, 0, -1, 0] * 9)[0] < 0 < difference_interval([1, 0, -1, 0] * 9)[1]
 
 
 def test_mean_interval_of_groups_resamples_each_on_its_own() -> None:

@@ -17,7 +17,7 @@ from selfdistill.cli import main
 from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.guards import RunStopped
-from selfdistill.tracking import Tracker, public_name, public_settings
+from selfdistill.tracking import StepsFile, Tracker, public_name, public_settings
 from selfdistill.train import train
 
 SCALARS = (bool, int, float, str, type(None))
@@ -229,3 +229,15 @@ def test_public_settings_hold_no_folder_and_no_address(tmp_path: Path, monkeypat
 )
 def test_public_name(name: str, public: str) -> None:
     assert public_name(name) == public
+
+
+def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
+    path = tmp_path / "views.jsonl"
+    with StepsFile(path, -1) as file:
+        for step in (0, 0, 4):
+            file.write({"step": step, "text": "one\u2028two\u0085three\r"})
+    with StepsFile(path, 3) as file:
+        assert file.steps == {0}
+        file.write({"step": 4, "text": "again"})
+    steps = [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert steps == [0, 0, 4]
