@@ -94,7 +94,7 @@ class FewShot:
     seed: int = 0
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
-        others = [other for other in pool if other.source != demonstration.source]
+        others = [other for other in pool if other.row != demonstration.row]
         if len(others) < self.k:
             raise UserError(
                 f"context 'few_shot' needs {self.k} other demonstrations, found {len(others)}: lower k or add rows"

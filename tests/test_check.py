@@ -19,6 +19,7 @@ from selfdistill.contexts import ChatFormat, parse_context
 from selfdistill.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel
+from selfdistill.rollouts import Sampling, sample
 
 
 def layout(accuracy: float, logp: float = -1.0, kl: float = 1.0) -> Layout:
@@ -57,6 +58,34 @@ def test_measures_equal_recomputation_row_by_row(
     assert result.seconds_per_step > 0
     assert result.memory_gib > 0
     assert result.memory_rows == 2
+
+
+def test_the_in_context_assumption_is_measured_along_each_models_own_replies(
+    model_folder: Callable[..., Path],
+    load: Callable[..., LoadedModel],
+    write_rows: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = write_rows(count=4)
+    config = config_of(model_folder(), data, contexts=["turns:repeats=2"], fine_tuned=str(model_folder(seed=1)))
+    result = check(config, cost=False)
+    base, tuned = load(), load(seed=1)
+    chat = ChatFormat(base.tokenizer, base.end_token_ids, {})
+    rows = load_demonstrations(str(data))
+    students = [chat.encode_prompt(row.prompt) for row in rows]
+    teachers = [chat.encode_prompt(parse_context("turns:repeats=2").messages(row, rows)) for row in rows]
+    for found, model, prompts in ((result.teacher_kl, base, teachers), (result.fine_tuned_kl, tuned, students)):
+        total, count = 0.0, 0
+        for prompt, student, rollout in zip(prompts, students, sample(model, prompts, Sampling(6, 0)), strict=True):
+            with torch.no_grad():
+                log_q, log_p = (
+                    who.model(input_ids=torch.tensor([[*ids, *rollout.ids]])).logits[0, len(ids) - 1 : -1].double()
+                    for who, ids in ((model, prompt), (base, student))
+                )
+            log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
+            total, count = total + float((log_q.exp() * (log_q - log_p)).sum()), count + len(rollout.ids)
+        assert found == pytest.approx(total / count, rel=1e-4)
+    assert "In-context assumption: the teacher is right on" in capsys.readouterr().out
 
 
 def test_bfloat16_arithmetic_measures_nearly_the_same(

@@ -1,0 +1,26 @@
+"""What docs/results.md concludes follows from the measurements that stand beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from selfdistill.comparison import Compared, sentences
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("name", ["facts"])
+def test_the_paragraph_is_what_the_measurements_say(name: str) -> None:
+    kept = json.loads((DOCS / "comparisons" / f"{name}.json").read_text(encoding="utf-8"))
+    runs = [Compared(**run) for run in kept["runs"]]
+    said = sentences(runs, kept["budget"])
+    text = " ".join((DOCS / "results.md").read_text(encoding="utf-8").replace("\n> ", " ").split())
+    assert said in text
+    for run in runs:
+        for evaluation in run.evaluations:
+            assert evaluation["accuracy"] == sum(evaluation["correct"]) / evaluation["items"]
+            shares = [sum(prior["correct"]) / prior["items"] for prior in evaluation["prior"].values()]
+            assert evaluation["prior_accuracy"] == pytest.approx(sum(shares) / len(shares))
