@@ -94,14 +94,16 @@ def _read_run(folder: Path, name: str, curve: str, evaluations: list[Json] | Non
     config = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
     if not (folder / METRICS).exists():
         raise UserError(f"{folder}: no {METRICS} in it; give the folder of a run that has begun")
-    wanted = [VIEWS] if evaluations is not None else [EVALUATIONS, VIEWS]
+    metrics = _lines(folder / METRICS, {"step"})
+    wanted = [VIEWS] if any("kl/forward" in line for line in metrics) else []  # without a teacher there are none
     if evaluations is None:
+        wanted.insert(0, EVALUATIONS)
         evaluations = _lines(folder / EVALUATIONS, {"step", "accuracy", "items"})
     return RunFolder(
         name=name,
         curve=curve,
         config=config,
-        metrics=_lines(folder / METRICS, {"step"}),
+        metrics=metrics,
         evaluations=evaluations,
         views=_lines(folder / VIEWS, {"step", "row", "prompt", "demonstration", "tokens"}),
         missing=[file for file in wanted if not (folder / file).exists()],
