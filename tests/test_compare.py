@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from selfdistill import compare as module
+from selfdistill.cli import main
 from selfdistill.compare import compare
 from selfdistill.config import CompareConfig, EvalConfig, ReportConfig, TrainConfig
 from selfdistill.errors import UserError
@@ -233,3 +234,17 @@ def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     assert "1 of 5 rows do not fit every method and are left out for all" in capsys.readouterr().err
     assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
     assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}
+
+
+def test_the_command_goes_on_from_its_folder_alone(
+    settings: Callable[..., CompareConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = settings(seeds="0")
+    compare(config)
+    again = ["compare", "--resume", "--output_dir", config.output_dir]
+    assert main(again) == 0
+    assert main([*again, "--seeds", "0,1", "--json", str(tmp_path / "result.json")]) == 0
+    assert len(json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["runs"]) == 4
+    capsys.readouterr()
+    assert main([*again, "--batch_size", "3"]) == 2
+    assert "batch_size is 2 there and 3 here" in capsys.readouterr().err
