@@ -6,7 +6,6 @@ where on the machine a file lay.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.methods import METHODS
 from selfdistill.settings_files import MAY_CHANGE
-from selfdistill.tracking import METRICS, public_name, public_settings
+from selfdistill.tracking import METRICS, public_name, public_settings, read_lines
 
 ALWAYS = ("method", "learning_rate", "max_steps", "batch_size", "max_completion_length", "mixed_precision", "seed")
 """Settings in every card; others stand there where they are not the defaults."""
@@ -154,13 +153,13 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _results(run: Path) -> tuple[list[str], str]:
     """Paragraphs of results, and what the limits say of them."""
-    if lines := _lines(run / "evaluations.jsonl"):
+    if lines := read_lines(run / "evaluations.jsonl"):
         last, first = lines[-1], lines[0] if lines[0].get("step") == 0 and len(lines) > 1 else {}
         after, before = _measured(last), _measured(first)
         rows = ((name, before.get(name, ""), value) for name, value in after.items())
         said = f"Measured after step {last.get('step')}; in brackets: 95% confidence intervals."
         return [_table(("", "base", "this model"), rows), said], "Only what the table lists was measured."
-    if lines := _lines(run / "metrics.jsonl"):
+    if lines := read_lines(run / "metrics.jsonl"):
         found = {key: lines[-1][key] for key in ("loss", "kl/forward", "drift/student") if key in lines[-1]}
         rows = ((f"`{key}`", METRICS[key], f"{value:.4g}") for key, value in found.items())
         said = f"Of the training itself, at its last step, {lines[-1]['step']}:"
@@ -183,10 +182,6 @@ def _measured(line: dict[str, Any]) -> dict[str, str]:
 
 def _number(value: float, interval: list[float] | None) -> str:
     return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -32,7 +32,7 @@ from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.plots import Curve, trade_off
 from selfdistill.priors import load_prior
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
-from selfdistill.tracking import output, say
+from selfdistill.tracking import output, read_lines, say
 from selfdistill.train import check_output_dir, train
 
 EVALUATIONS = 5
@@ -183,8 +183,7 @@ def _one(run: TrainConfig, examiner: Examiner, demonstrations: list[Demonstratio
     if failure.is_file():
         failed = failure.read_text(encoding="utf-8")
         say(f"note: this run failed: {failed}")
-    lines = (folder / "evaluations.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    evaluations = [json.loads(line) for line in lines]
+    evaluations = read_lines(folder / "evaluations.jsonl")
     saved = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
     same = (evaluations[0].get(key) == examiner.base.get(key) for key in ("correct", "prior"))
     if saved.max_steps != run.max_steps or not all(same):

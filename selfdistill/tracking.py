@@ -51,6 +51,12 @@ def output() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines that is whole; none where there is no file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # not splitlines: text may hold U+2028
+
+
 class StepsFile:
     """JSON lines, each with its ``step``, appended.
 
@@ -62,14 +68,14 @@ class StepsFile:
         self.steps: set[int] = set()
         """Of the lines that are there."""
         if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: text may hold U+2028
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
-                    keep = json.loads(line)["step"] <= start_step
+                    step = json.loads(line)["step"]
                 except (ValueError, KeyError):
-                    keep = False  # a last line that was being written when the machine stopped
-                if keep:
+                    continue  # a last line that was being written when the machine stopped
+                if step <= start_step:
                     lines.append(line + "\n")
-                    self.steps.add(json.loads(line)["step"])
+                    self.steps.add(step)
         path.write_text("".join(lines), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 

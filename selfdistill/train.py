@@ -6,7 +6,6 @@ a run that is resumed repeats the numbers of one that was not interrupted.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,7 +30,7 @@ from selfdistill.models import LoadedModel
 from selfdistill.run import Run
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
 from selfdistill.token_views import token_views
-from selfdistill.tracking import MetricsFile, Reporter, StepsFile, Tracker, check_tracker, say
+from selfdistill.tracking import MetricsFile, Reporter, StepsFile, Tracker, check_tracker, read_lines, say
 
 OnStep = Callable[[int, LoadedModel], None]
 
@@ -184,8 +183,7 @@ class _Watch:
 
     def _seconds(self) -> float:
         """Spent on training steps, measurements aside."""
-        lines = map(json.loads, self._metrics.read_text(encoding="utf-8").splitlines())
-        return sum(line["time/step_s"] - line["time/drift_s"] for line in lines)
+        return sum(line["time/step_s"] - line["time/drift_s"] for line in read_lines(self._metrics))
 
     def __enter__(self) -> None:
         return None
