@@ -70,7 +70,7 @@ class Alternate(TrainerCallback):
             self.losses = (float(logs["loss"]), self.own_loss)
 
     def _score(self, batch: Any) -> float:
-        by_prompt = {tuple(row.student_ids): row for row in self.run.rows}
+        by_prompt = {tuple(row.student_ids): row for row in self.run.stage.rows}
         completions = []
         for prompt, padded, teacher, mask in zip(
             batch["prompt_ids"].tolist(),
@@ -84,7 +84,7 @@ class Alternate(TrainerCallback):
             seen = [token for token, counts in zip(teacher, mask, strict=True) if counts][: -len(ids)]
             assert seen == row.teacher_ids, "the teachers' prompts differ"
             completions.append(Completion(row, ids, None, True))
-        loss = self.run.accumulate(completions).loss
+        loss = self.run.gradient.add(self.run.stage.method, completions).loss
         self.run.optimizer.zero_grad(set_to_none=True)
         return loss
 

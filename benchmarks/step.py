@@ -117,7 +117,7 @@ def first_epoch(run: Run) -> None:
         return
     assert run.teacher is not None
     with run.teacher.model() as network, casts_kept(network), run.accelerator.autocast():
-        for row in run.rows:
+        for row in run.stage.rows:
             run.scorer(network, [row.teacher_ids or []], [row.completion_ids[:1]], run.kept)
 
 
@@ -147,7 +147,7 @@ def main() -> None:
         first_epoch(runs["SDFT"])
         average_s = Timed(runs["SDFT"].teacher)
         for run in runs.values():
-            run.method = replace(run.method, sequence=Recorder(run.method.sequence))
+            run.stage.method = replace(run.stage.method, sequence=Recorder(run.stage.method.sequence))
         dtype = torch.bfloat16 if runs["SDFT"].config.mixed_precision == "bf16" else torch.float32
         limits = Limits.measure(dtype, options.batch_size)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
@@ -157,7 +157,7 @@ def main() -> None:
                 metrics = run.step(step)
                 if step >= WARM:
                     found[name].append(metrics)
-                    least[name].append(limits.allow(run, run.method.sequence.last))
+                    least[name].append(limits.allow(run, run.stage.method.sequence.last))
         medians: dict[str, float] = {}
         for name in runs:
             length = median(m["completion/length"] for m in found[name])

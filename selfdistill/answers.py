@@ -13,10 +13,8 @@ from selfdistill.models import LoadedModel
 from selfdistill.rollouts import Rollout, Sampling, sample
 from selfdistill.rows import first_ten
 from selfdistill.scorers import JUDGE, default_scorer, score
+from selfdistill.thinking import thought_and_said
 from selfdistill.tracking import Reporter
-
-THINKING = ("<think>", "</think>")
-"""Between these a reasoning model thinks; a prompt that ends in the first leaves only the second to the reply."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def answer(
     rollouts: list[Rollout | None] = [None] * len(prompts)
     sampling = Sampling(max_completion_length, temperature, top_p)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    with Reporter(what or "", len(batches), quiet=what is None, every=max(len(batches) // 4, 1)) as reporter:
+    with Reporter(what or "", len(batches), quiet=what is None) as reporter:
         for number, batch in enumerate(batches):
             chosen = None if seeds is None else [seeds[i] for i in batch]
             for i, rollout in zip(batch, sample(loaded, [prompts[i] for i in batch], sampling, chosen), strict=True):
@@ -107,25 +105,10 @@ def answer(
             reporter.advance(number + 1)
     done = [rollout for rollout in rollouts if rollout is not None]
     replies = [chat.decode(rollout.ids) for rollout in done]
-    begun = [str(chat.tokenizer.decode(list(prompt[-4:]))).rstrip().endswith(THINKING[0]) for prompt in prompts]
-    parts = [split_thinking(reply, begun=b) for reply, b in zip(replies, begun, strict=True)]
+    parts = [thought_and_said(chat, prompt, rollout.ids) for prompt, rollout in zip(prompts, done, strict=True)]
     correct, lenient = _grade(demonstrations, [said for _, said in parts], scorer, judge)
     thinking = [len(chat.encode_text(thought)) for thought, _ in parts]
     return Answers(replies, correct, lenient, [r.ids for r in done], thinking, sum(r.truncated for r in done))
-
-
-def split_thinking(reply: str, *, begun: bool = False) -> tuple[str, str]:
-    """What a reply thinks aloud, and what it says then. A thought that never ends is followed by nothing.
-
-    Args:
-        begun: the prompt ends with the tag that begins a thought.
-    """
-    begin, end = THINKING
-    if end in reply:
-        thought, said = reply.split(end, 1)
-        return thought.lstrip().removeprefix(begin), said.lstrip()
-    thinks = begun or reply.lstrip().startswith(begin)
-    return (reply.lstrip().removeprefix(begin), "") if thinks else ("", reply)
 
 
 def _grade(

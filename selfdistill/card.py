@@ -142,13 +142,13 @@ def _method(name: str) -> str:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Settings that shape the model, and that differ from the defaults or are of general interest."""
-    has_teacher = METHODS[config.method](config).teacher is not None
+    has_teacher = any(stage.teacher for stage in METHODS[config.method](config))
     always = ALWAYS + WITH_TEACHER * has_teacher
     left_out = _ELSEWHERE + WITH_TEACHER * (not has_teacher)
     defaults = {k: f.get_default(call_default_factory=True) for k, f in TrainConfig.model_fields.items()}
     changed = [k for k in defaults if k not in left_out and getattr(config, k) != defaults[k]]
     values = public_settings(config)
-    return {key: values[key] for key in dict.fromkeys((*always, *changed))}
+    return {key: values[key] for key in dict.fromkeys((*always, *changed)) if key in values}
 
 
 def _results(run: Path) -> tuple[list[str], str]:

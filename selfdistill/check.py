@@ -22,7 +22,8 @@ from torch import Tensor
 
 from selfdistill.answers import Answers, answer, check_answers
 from selfdistill.check_result import UNLIKELY, CheckResult, Layout, print_result, verdict_on
-from selfdistill.config import CheckConfig, TrainConfig
+from selfdistill.command_config import CheckConfig
+from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, Encoded, context_spec, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.distances import kl_along, load_like
@@ -86,7 +87,7 @@ def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
     tuned = load_like(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
     measure = _Measure(config, demonstrations, loaded)
     layouts, skipped = [], {}
-    with Reporter("layout", len(contexts)) as reporter:
+    with Reporter("layout", len(contexts), every=1) as reporter:
         for number, context in enumerate(contexts):
             name = context_spec(context)
             try:

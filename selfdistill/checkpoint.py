@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfdistill.disk import sync
 from selfdistill.errors import UserError
 from selfdistill.teacher import Teacher
 
@@ -80,10 +81,10 @@ def save_checkpoint(
         save_file(teacher.state_dict() if teacher else {}, temporary / "teacher.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         for path in temporary.iterdir():
-            _sync(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        _sync(output_dir)
+        sync(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -134,11 +135,3 @@ def load_checkpoint(
         except ValueError as error:
             raise UserError(f"{path}: {error}; the run had another teacher") from None
     return position
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

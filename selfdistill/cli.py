@@ -21,17 +21,16 @@ from typing import Any, get_origin
 from jsonargparse import ArgumentParser
 
 from selfdistill import __version__
-from selfdistill.config import (
+from selfdistill.command_config import (
     CheckConfig,
-    CompareConfig,
     DemoConfig,
     EvalConfig,
     ExportConfig,
+    LearnConfig,
+    QuestionsConfig,
     ReportConfig,
-    Settings,
-    TrainConfig,
-    closest,
 )
+from selfdistill.config import CompareConfig, Settings, TrainConfig, closest
 from selfdistill.errors import UserError
 from selfdistill.settings_files import continued, load_yaml
 
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 2: a mistake that the user can mend; 3: training diverged; 4: ``check`` advises against; 128 + n: stopped
     by signal n, everything saved.
     """
-    exit_code = 2
+    exit_code, kind = 2, "error: "
     try:
         command, given = _parse(list(sys.argv[1:] if argv is None else argv))
         return COMMANDS[command][2](given)
@@ -52,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except UserError as error:
         message, exit_code = str(error), error.exit_code
+        kind = "" if exit_code > 128 else kind  # stopped because it was asked to
     except KeyboardInterrupt:
-        message, exit_code = "interrupted", 130
+        message, exit_code, kind = "interrupted", 130, ""
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         message = "out of memory: lower --max_completion_length or --batch_size, or raise --gradient_accumulation_steps"
-    print(f"selfdistill: error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    print(f"selfdistill: {kind}{' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return exit_code
 
 
@@ -71,17 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(given: dict[str, Any]) -> int:
     resume = given.pop("resume", False)
+    if resume and (Path(str(given.get("output_dir"))) / "config.yaml").exists():
+        given.pop("documents", None)  # the settings there name the questions that were made of them
     config, saved = continued(given, TrainConfig) if resume else (TrainConfig(**given), None)
     if saved and saved.max_steps != config.max_steps:
         change = f"max_steps was {saved.max_steps} and is now {config.max_steps}"
         print(f"{change}: from here on the learning rate is that of a run of so many steps", file=sys.stderr)
     _quiet()
+    from selfdistill.methods import shows_context
     from selfdistill.tracking import check_tracker
     from selfdistill.train import check_output_dir, train
 
     check_output_dir(config.output_dir, resume=resume)
     check_tracker(config.report_to)
-    if config.method != "sft" and config.context == "auto":
+    if config.documents:
+        from selfdistill.questions import with_questions
+
+        config = with_questions(config)
+    if config.context == "auto" and shows_context(config):
         from selfdistill.check import best_context
 
         with contextlib.redirect_stdout(sys.stderr):
@@ -133,6 +140,32 @@ def _demo(given: dict[str, Any]) -> int:
     return 0
 
 
+def _questions(given: dict[str, Any]) -> int:
+    with _result(given) as result:
+        config = QuestionsConfig(**given)
+        _quiet()
+        from selfdistill.questions import make_questions
+
+        result |= make_questions(config)
+        rejected = ", ".join(f"{count} {reason}" for reason, count in result["rejected"].items()) or "none"
+        print(
+            f"{result['train']} questions to learn, {result['test']} to test, {result['indirect']} indirect, from "
+            f"{result['passages']} passages, in {config.output_dir}; rejected: {rejected}"
+        )
+    return 0
+
+
+def _learn(given: dict[str, Any]) -> int:
+    with _result(given) as result:
+        config = LearnConfig(**given)
+        _quiet()
+        from selfdistill.learn import learn
+
+        found, exit_code = learn(config)
+        result |= found
+    return exit_code
+
+
 def _report(given: dict[str, Any]) -> int:
     with _result(given) as result:
         config = ReportConfig(**given)
@@ -159,6 +192,8 @@ COMMANDS: dict[str, tuple[type[Settings], str, Callable[[dict[str, Any]], int]]]
     "train": (TrainConfig, "Teach a model from demonstrations.", _train),
     "eval": (EvalConfig, "Measure the new task, what the model could do before, and how far it has moved.", _eval),
     "compare": (CompareConfig, "Train by several methods on equal terms: what each gained and lost.", _compare),
+    "learn": (LearnConfig, "Keep one model learning: skill by skill, each accepted only if the others stay.", _learn),
+    "questions": (QuestionsConfig, "Make questions about documents, to learn them by.", _questions),
     "report": (ReportConfig, "Show runs in one HTML file: scores, curves, settings, tokens.", _report),
     "export": (ExportConfig, "Hand on the model of a run: as it is, or its adapter merged into the base.", _export),
 }
@@ -195,8 +230,10 @@ def _result(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
 # --- parsing ---
 
 _RESUMED = ("train", "compare")
-_FLAGS = {"run": ("run",), "runs": ("runs",), "output": ("-o", "--output")}
-"""Settings that are not given as ``--name``."""
+_FLAGS = {"output": ("-o", "--output")}
+"""Settings that have a short name, too."""
+_POSITIONAL = {"export": ("run",), "report": ("runs",), "learn": ("action", "data")}
+"""Settings that are given without their names, in this order; those that are not required may be left out."""
 
 
 def _parser() -> ArgumentParser:
@@ -206,15 +243,17 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", title="commands", description=None, metavar="command")
     for name, (kind, help_text, _) in COMMANDS.items():
         fields = kind.model_fields
+        places = _POSITIONAL.get(name, ())
         needed = "".join(
-            {"run": " RUN", "runs": " RUN..."}.get(key, f" --{key} {key.upper()}")
+            {"run": " RUN", "runs": " RUN...", "action": " ACTION"}.get(key, f" --{key} {key.upper()}")
             for key, field in fields.items()
             if field.is_required()
         )
         usage = f"selfdistill {name}{needed} [options]"
         command = ArgumentParser(description=help_text, usage=usage, **common)
         command.add_argument("--config", type=str, help="YAML file of settings; options given here go before it.")
-        for key, field in fields.items():
+        for key in sorted(fields, key=lambda key: places.index(key) if key in places else -1):
+            field = fields[key]
             hint: Any = field.annotation  # ranges are pydantic's to check
             options: dict[str, Any] = {"type": str, "nargs": "+"} if hint == list[str] else {"type": hint}
             if get_origin(hint) is tuple:  # separated by commas, which the settings split
@@ -222,7 +261,10 @@ def _parser() -> ArgumentParser:
             if not field.is_required():
                 options["default"] = field.get_default(call_default_factory=True)
             options["help"] = (field.description or "").replace("``", "") + " (required)" * field.is_required()
-            command.add_argument(*_FLAGS.get(key, (f"--{key}",)), **options)
+            if key in places and not field.is_required():
+                options["nargs"] = "?"
+            flags = (key,) if key in places else _FLAGS.get(key, (f"--{key}",))
+            command.add_argument(*flags, **options)
         if name in _RESUMED:
             command.add_argument("--resume", action="store_true", help="Go on with the run in --output_dir.")
         if name != "train":

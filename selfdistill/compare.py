@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +23,13 @@ from selfdistill.check import best_context
 from selfdistill.checkpoint import list_checkpoints
 from selfdistill.comparison import Compared, assumption, mean_points, points_of, sentences, table
 from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings
-from selfdistill.contexts import ChatFormat, encode, parse_context
+from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
 from selfdistill.guards import RunFailed, RunStopped, StopRequests
-from selfdistill.methods import METHODS
+from selfdistill.methods import METHODS, shows_context
+from selfdistill.methods.rows import DemonstrationRows
 from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.plots import Curve, trade_off
 from selfdistill.priors import load_prior
@@ -35,6 +37,8 @@ from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
 from selfdistill.tracking import output, read_lines, say
 from selfdistill.train import check_output_dir, train
 
+ORACLE_RAG = "document:show=document"
+"""What a model that is never trained is given with each question: the right document."""
 EVALUATIONS = 5
 """Measurements of a run after its start, where ``eval_steps`` is 0."""
 
@@ -50,7 +54,8 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
 
     Returns:
         What ``comparison.json`` holds: ``model``, ``data``, ``test``, ``prior``, ``budget``, ``sentence``, ``base``,
-        ``teacher`` and ``moved`` (the in-context assumption), ``runs``, ``table``.
+        ``teacher`` and ``moved`` (the in-context assumption), ``rag`` (the base with each question's document, where
+        the rows have them), ``runs``, ``table``.
 
     Raises:
         UserError: anything the user can mend.
@@ -66,36 +71,40 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
     load_demonstrations(config.test, completion_required=False, split=config.split)  # before the long work begins
     if config.prior:
         load_prior(config.prior)
-    if config.context == "auto" and set(config.methods) != {"sft"}:
-        context = best_context(_run_config(config, "sdft", None, config.seeds[0]))
+    first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
+    taught = [run for run in first if shows_context(run)]
+    if config.context == "auto" and taught:
+        context = best_context(taught[0])
         config = config.model_copy(update={"context": context})
     base = _load(config.model, config)
     examiner = Examiner(config, base)
     demonstrations = _common_rows(config, base)
-    steps = config.max_steps or math.ceil(len(demonstrations) * config.num_train_epochs / config.batch_size)
+    count = min(len(demonstrations), config.num_demonstrations or len(demonstrations))
+    steps = config.max_steps or math.ceil(count * config.num_train_epochs / config.batch_size)
     eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
-    teacher = None if config.context == "auto" else examiner.teacher(base, config.context)
+    teacher = None if config.context == "auto" else examiner.shown(base, config.context, "teacher")
+    shown = {"teacher": teacher, "rag": examiner.shown(base, ORACLE_RAG, "oracle RAG")}
     del base
     folder.mkdir(parents=True, exist_ok=True)
     written.write_text(dump_yaml(config), encoding="utf-8")
     config = config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
     runs = [
-        _run_config(config, method, rate, seed)
+        (_label(method, values), _run_config(config, method, rate, seed, values))
         for seed in config.seeds
         for rate in config.learning_rates or (None,)
-        for method in config.methods
+        for method, values in _kinds(config)
     ]
     done: list[Compared] = []
     with StopRequests() as stop:
-        for number, run in enumerate(runs):
+        for number, (label, run) in enumerate(runs):
             name = Path(run.output_dir).name
             say(f"run {number + 1} of {len(runs)}: {name}")
             try:
-                done.append(_one(run, examiner, demonstrations))
+                done.append(_one(label, run, examiner, demonstrations))
             except RunStopped as stopped:
                 stop.received = stopped.signal_number
             if done:
-                result = _summary(config, examiner, teacher, done)
+                result = _summary(config, examiner, shown, done)
                 _write(folder, result)
             if stop.received is not None and len(done) < len(runs):
                 message = f"{folder}: stopped in run {number + 1} of {len(runs)} ({name}); what is done is kept; "
@@ -136,10 +145,23 @@ def _moved(config: CompareConfig, examiner: Examiner, done: list[Compared]) -> d
     return {run.name: examiner.moved(base, _load(str(folder / run.folder), config)) for run in first.values()}
 
 
-def _run_config(config: CompareConfig, method: str, rate: float | None, seed: int) -> TrainConfig:
-    shared = {name: getattr(config, name) for name in TrainingSettings.model_fields}
-    name = f"{method}-seed{seed}" if rate is None else f"{method}-{rate:g}-seed{seed}"
-    output_dir = str(Path(config.output_dir) / name)
+def _kinds(config: CompareConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Each method with each value of what is varied beside it."""
+    varied = [{name: value} for name, values in config.vary.items() for value in values] or [{}]
+    return [(method, values) for method in config.methods for values in varied]
+
+
+def _label(method: str, values: dict[str, Any]) -> str:
+    return " ".join([method, *(f"{name}={value}" for name, value in values.items())])
+
+
+def _run_config(
+    config: CompareConfig, method: str, rate: float | None, seed: int, values: dict[str, Any]
+) -> TrainConfig:
+    shared = {name: getattr(config, name) for name in TrainingSettings.model_fields} | values
+    parts = [method, *(re.sub(r"[^\w.]+", "_", f"{value}") for value in values.values())]
+    parts += [] if rate is None else [f"{rate:g}"]
+    output_dir = str(Path(config.output_dir) / "-".join([*parts, f"seed{seed}"]))
     return TrainConfig(**shared | {"method": method, "learning_rate": rate, "seed": seed, "output_dir": output_dir})
 
 
@@ -151,25 +173,16 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     """
     rows = load_demonstrations(config.data, split=config.split)
     count, chat = len(rows), ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
-    for name in config.methods:
-        method = METHODS[name](_run_config(config, name, None, config.seeds[0]))
-        encoded, _ = encode(
-            rows,
-            parse_context(config.context) if method.teacher else None,
-            chat,
-            max_prompt_length=config.max_prompt_length,
-            max_completion_length=config.max_completion_length,
-            window=base.window,
-            on_long_prompt=config.on_long_prompt,
-            completion_must_fit=method.trains_on_demonstration,
-        )
-        rows = [row.demonstration for row in encoded]
+    for name, values in _kinds(config):
+        for stage in METHODS[name](_run_config(config, name, None, config.seeds[0], values)):
+            if isinstance(stage.rows, DemonstrationRows):
+                rows = [row.demonstration for row in stage.rows(rows, base, chat)[0]]
     if len(rows) < count:
         say(f"{count - len(rows)} of {count} rows do not fit every method and are left out for all")
     return rows
 
 
-def _one(run: TrainConfig, examiner: Examiner, demonstrations: list[Demonstration]) -> Compared:
+def _one(label: str, run: TrainConfig, examiner: Examiner, demonstrations: list[Demonstration]) -> Compared:
     """Train where that is not done yet, and read what was measured."""
     folder = Path(run.output_dir)
     failure, failed = folder / "failed.txt", None
@@ -192,11 +205,11 @@ def _one(run: TrainConfig, examiner: Examiner, demonstrations: list[Demonstratio
             "they were, or compare in another --output_dir"
         )
     assert saved.learning_rate is not None, "a run resolves its settings"
-    return Compared(run.method, saved.learning_rate, run.seed, folder.name, evaluations, failed)
+    return Compared(label, saved.learning_rate, run.seed, folder.name, evaluations, failed)
 
 
 def _summary(
-    config: CompareConfig, examiner: Examiner, teacher: dict[str, Any] | None, done: list[Compared]
+    config: CompareConfig, examiner: Examiner, shown: dict[str, dict[str, Any] | None], done: list[Compared]
 ) -> dict[str, Any]:
     budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations."
     return {
@@ -207,7 +220,7 @@ def _summary(
         "budget": budget,
         "sentence": sentences(done, budget),
         "base": examiner.base,
-        "teacher": teacher,
+        **shown,
         "runs": [{"name": run.name, **asdict(run)} for run in done],
         "table": table(done),
     }
@@ -230,8 +243,9 @@ def _print(result: dict[str, Any]) -> None:
     base = result["base"]
     prior = f"{base['prior_accuracy']:.3f}" if "prior_accuracy" in base else ""
     shown.add_row("base", "0", "", f"{base['accuracy']:.3f}", prior, "0", "")
-    if result["teacher"]:
-        shown.add_row("teacher", "", "", f"{result['teacher']['accuracy']:.3f}", "", "", "")
+    for name, key in (("teacher", "teacher"), ("oracle RAG", "rag")):
+        if result[key]:
+            shown.add_row(name, "", "", f"{result[key]['accuracy']:.3f}", "", "", "")
     for row in result["table"]:
         cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
         name = f"{row['method']} {row['learning_rate']:g}"

@@ -11,8 +11,11 @@ from typing import Any
 from selfdistill.evaluate import Evaluation
 from selfdistill.statistics import seeds_interval, sign_test
 
-REFERENCE = "sdft"
-"""The method with which the others are compared."""
+
+def reference(runs: Sequence[Compared]) -> str:
+    """The method with which the others are compared: ``sdft``, or the first."""
+    methods = [run.method for run in runs]
+    return "sdft" if "sdft" in methods or not methods else methods[0]
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Compared:
     """One run of a comparison."""
 
     method: str
+    """With what is varied beside it: ``sdft teacher=frozen``."""
     learning_rate: float
     seed: int
     folder: str
@@ -100,33 +104,34 @@ def sentences(runs: Sequence[Compared], budget: str) -> str:
     said = [budget]
     if failed := [run.name for run in runs if run.failed is not None]:
         said.append(f"{len(failed)} of {len(runs)} runs failed and count for nothing here: {', '.join(failed)}.")
-    own = {(run.learning_rate, run.seed): run for run in finished if run.method == REFERENCE}
+    mine = reference(runs)
+    own = {(run.learning_rate, run.seed): run for run in finished if run.method == mine}
     pairs: dict[tuple[str, float], list[tuple[Compared, Compared]]] = {}
     for run in finished:
-        if run.method != REFERENCE and (run.learning_rate, run.seed) in own:
+        if run.method != mine and (run.learning_rate, run.seed) in own:
             pair = own[run.learning_rate, run.seed], run
             pairs.setdefault((run.method, run.learning_rate), []).append(pair)
-    said += [_against(*key, group) for key, group in pairs.items()]
+    said += [_against(mine, *key, group) for key, group in pairs.items()]
     if not pairs:
-        said.append(f"No run of {REFERENCE} and of another method at the same learning rate and seed is finished.")
+        said.append(f"No run of {mine} and of another method at the same learning rate and seed is finished.")
     return " ".join(said)
 
 
-def _against(method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]]) -> str:
-    """Self-distillation at its last step against a method where that is as good."""
+def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]]) -> str:
+    """The reference ``mine`` at its last step against a method where that is as good."""
     own = [matched([run.evaluations[-1]], 0) for run, _ in pairs]
-    theirs = [matched(other.evaluations, mine.accuracy) for mine, (_, other) in zip(own, pairs, strict=True)]
+    theirs = [matched(other.evaluations, point.accuracy) for point, (_, other) in zip(own, pairs, strict=True)]
     ends = mean(other.evaluations[-1]["accuracy"] for _, other in pairs)
     count, reached = len(pairs), sum(point.reached for point in theirs)
     text = (
-        f"At learning rate {rate:g} {REFERENCE} ends at {_mean(own, 'accuracy'):.2f} on the new task, {method} at "
+        f"At learning rate {rate:g} {mine} ends at {_mean(own, 'accuracy'):.2f} on the new task, {method} at "
         f"{ends:.2f} ({f'means of {count} seeds' if count > 1 else '1 seed'}). "
     )
     start = pairs[0][0].evaluations[0]["accuracy"]
     if any(point.accuracy <= start for point in own):
-        return f"{text}The base stands at {start:.2f}: {REFERENCE} has learnt nothing, so there is nothing to compare."
+        return f"{text}The base stands at {start:.2f}: {mine} has learnt nothing, so there is nothing to compare."
     distances = _mean(own, "kl_base"), _mean(theirs, "kl_base")
-    moved = f"{REFERENCE} has KL(base||model) {distances[0]:.2f} and {method} {distances[1]:.2f}"
+    moved = f"{mine} has KL(base||model) {distances[0]:.2f} and {method} {distances[1]:.2f}"
     if distances[0] > 0.001:
         moved += f", {distances[1] / distances[0]:.2f} times as far"
     if reached < count:
@@ -142,7 +147,7 @@ def _against(method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]
     interval = "" if low is None else f"95% interval over seeds {low:+.3f} to {high:+.3f}, "
     base = pairs[0][0].evaluations[0]["prior_accuracy"]
     text += (
-        f"{REFERENCE} answers {_mean(own, 'prior_accuracy'):.3f} of the prior questions, {method} "
+        f"{mine} answers {_mean(own, 'prior_accuracy'):.3f} of the prior questions, {method} "
         f"{_mean(theirs, 'prior_accuracy'):.3f}, the base {base:.3f}: a difference of {difference:+.3f} "
         f"({interval}p over questions {p:.3f}); {moved}. "
     )
@@ -151,9 +156,9 @@ def _against(method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]
     if low is None or high is None:
         return text + "One seed shows a direction at most: no conclusion."
     if p < 0.05 and low > 0:
-        return text + f"So {REFERENCE} forgot less than {method} for as much learnt."
+        return text + f"So {mine} forgot less than {method} for as much learnt."
     if p < 0.05 and high < 0:
-        return text + f"So {REFERENCE} forgot more than {method} for as much learnt."
+        return text + f"So {mine} forgot more than {method} for as much learnt."
     return text + "So no difference in what was forgotten is shown; more seeds or more prior questions could show one."
 
 

@@ -27,7 +27,14 @@ from selfdistill.errors import UserError
 from selfdistill.scorers import FUNCTION, JUDGE
 
 Precision = Literal["auto", "no", "bf16"]
-MethodName = Literal["sdft", "sft"]
+MethodName = Literal["sdft", "sft", "dft", "cpt", "sft_reinvoke", "sft_from_teacher", "offline_distillation", "grpo"]
+
+
+def plain_address(value: str | None) -> str | None:
+    """An address without user, query or fragment: what is secret belongs in the environment, not in config.yaml."""
+    if value is None or re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", value):
+        return value
+    raise ValueError("an address such as http://localhost:8000/v1, without user, password or '?'")
 
 
 class Settings(BaseModel):
@@ -95,10 +102,7 @@ class ModelSettings(Settings):
     @field_validator("judge_url")
     @classmethod
     def _plain_address(cls, value: str | None) -> str | None:
-        # No user, query or fragment: what is secret belongs in the environment, not in config.yaml and messages.
-        if value is None or re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", value):
-            return value
-        raise ValueError("an address such as http://localhost:8000/v1, without user, password or '?'")
+        return plain_address(value)
 
     @model_validator(mode="after")
     def _judge_has_an_address(self) -> ModelSettings:
@@ -111,7 +115,10 @@ class OneRun(ModelSettings):
     """What a comparison varies from run to run."""
 
     method: MethodName = "sdft"
-    """``sdft``: self-distillation. ``sft``: cross-entropy on the demonstrations, for comparison."""
+    """``sdft``: self-distillation. For comparison: ``sft``, cross-entropy on the demonstrations; ``dft``, the same
+    weighed by each token's probability; ``cpt``, cross-entropy on the documents; ``sft_reinvoke``, sft and then back
+    towards the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, on samples of the teacher
+    drawn beforehand; ``grpo``, reinforcement learning with the scorer as reward."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak. Default 1e-5, or 1e-4 with LoRA (about ten times that of full fine-tuning, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
@@ -133,8 +140,11 @@ class TrainingSettings(ModelSettings):
     """Nucleus sampling: smallest set of tokens with at least this mass."""
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0: all."""
-    num_generations: int = Field(default=1, ge=1)
-    """Rollouts per prompt. The paper found no gain beyond 1."""
+    num_generations: int | None = Field(default=None, ge=1)
+    """Rollouts per prompt. Default 1, beyond which the paper found no gain, or 8 for ``grpo``."""
+    cold_start_steps: int = Field(default=0, ge=0)
+    """Steps of ``sdft`` in which some rollouts are replaced by demonstrations, all at first and fewer and fewer then:
+    for a model that never comes near the demonstration by itself."""
 
     teacher: Literal["ema", "frozen", "live", "snapshot"] = "ema"
     """Whose weights score: a float32 moving average, the start, the student itself, or a copy every n steps."""
@@ -160,12 +170,26 @@ class TrainingSettings(ModelSettings):
     sampled_baseline: bool = True
     """Closed-form baseline of the ``sampled`` support (vOPD, arXiv 2605.07865)."""
 
+    target_teacher: float = Field(default=1.0, ge=0)
+    """a of the target softmax(a log teacher + b log student + d log base) that stands in for the teacher."""
+    target_student: float = Field(default=0.0, ge=0)
+    """b: above 0 the aim stays nearer to the student, through which no gradient flows (Veto, arXiv 2601.07155)."""
+    target_base: float = Field(default=0.0, ge=0)
+    """d: above 0 the aim stays nearer to the model before training, which sees the prompt alone."""
+
     skip_first_tokens: int = Field(default=0, ge=0)
     """First completion tokens left out of the loss; 3 in the official code. Refused where it hides most of them."""
     loss_normalisation: Literal["sequence", "token"] = "sequence"
     """Mean over tokens of each completion, then over completions; or over all tokens at once."""
     importance_cap: float | None = Field(default=None, gt=0)
     """Weigh each rollout by the mean of min(p_now/p_sampled, cap). For rollouts that are not quite on-policy."""
+
+    general_prompts: str | None = None
+    """Text file with the prompts of the second stage of ``sft_reinvoke``, one a line; default: 120 that ship with the
+    package."""
+
+    num_demonstrations: int | None = Field(default=None, ge=1)
+    """Rows of the data that are learnt from, drawn by the seed; default: all."""
 
     lr_scheduler_type: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: fall to zero as half a cosine, or stay."""
@@ -230,6 +254,10 @@ class TrainingSettings(ModelSettings):
             raise UserError(
                 "setting 'importance_cap' needs sampling from the whole distribution: use top_p 1 and top_k 0"
             )
+        if self.importance_cap is not None and self.cold_start_steps:
+            raise UserError("setting 'cold_start_steps' does not go with importance_cap: leave one of them out")
+        if self.target_teacher + self.target_student + self.target_base == 0:
+            raise UserError("setting 'target_teacher': found 0, and the other parts of the target are 0, too")
         if self.support == "sampled" and self.divergence != "reverse_kl":
             raise UserError(
                 f"setting 'support': 'sampled' is the policy gradient of reverse_kl, found divergence "
@@ -243,8 +271,48 @@ class TrainingSettings(ModelSettings):
             )
 
 
-class TrainConfig(TrainingSettings, OneRun):
+class QuestionSettings(Settings):
+    """How questions about documents are made."""
+
+    writer_url: str | None = None
+    """OpenAI-compatible API of another model that writes the questions; the documents are sent there. Its key:
+    environment variable ``SELFDISTILL_JUDGE_KEY``, for api.openai.com also ``OPENAI_API_KEY``."""
+    writer_model: str | None = None
+    """Its name there. Without a writer the model itself writes them."""
+    passage_words: int = Field(default=150, ge=20)
+    """Most words of a passage, the piece of a document that the teacher is shown."""
+    tries: int = Field(default=2, ge=1)
+    """Questions asked for about each sentence."""
+    phrasings: int = Field(default=2, ge=0)
+    """Further phrasings of each question for training, beside the one that is held out for the test."""
+
+    @field_validator("writer_url")
+    @classmethod
+    def _plain_writer_address(cls, value: str | None) -> str | None:
+        return plain_address(value)
+
+    @model_validator(mode="after")
+    def _writer_has_a_name(self) -> QuestionSettings:
+        if (self.writer_url is None) != (self.writer_model is None):
+            raise ValueError("settings 'writer_url' and 'writer_model' go together: give both or none")
+        return self
+
+
+class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     """Settings of ``selfdistill train``. They are saved, resolved, as ``config.yaml`` in ``output_dir``."""
+
+    data: str = ""
+    """Demonstrations: ``.jsonl``, ``.json``, ``.parquet``, a folder of them, a saved data set or a hub name."""
+    documents: str | None = None
+    """In place of ``data``: documents, about which questions are made first, as ``selfdistill questions`` does; they
+    are kept in the folder ``output_dir`` with ``-questions`` at its end."""
+
+    def model_post_init(self, _context: Any) -> None:
+        """Rules between settings."""
+        super().model_post_init(_context)
+        if bool(self.data) == bool(self.documents):
+            found = "both" if self.data else "neither"
+            raise UserError(f"settings 'data' and 'documents': found {found}, want one of them")
 
 
 class CompareConfig(TrainingSettings):
@@ -258,6 +326,9 @@ class CompareConfig(TrainingSettings):
     """Seeds, separated by commas: every method runs once with each."""
     learning_rates: tuple[PositiveFloat, ...] = ()
     """Peak learning rates, separated by commas: every method runs with each. Default: that of ``train``."""
+    vary: dict[str, list[Any]] = Field(default_factory=dict)
+    """One more setting and the values that it takes in turn, e.g. ``{"teacher": ["ema", "frozen", "live"]}``: every
+    method runs with each."""
 
     eval_steps: int = Field(default=0, ge=0)
     """Steps between measurements; 0: five in a run."""
@@ -276,81 +347,13 @@ class CompareConfig(TrainingSettings):
                 raise UserError(f"setting '{name}': found {values}, want each once")
             if not values and name != "learning_rates":
                 raise UserError(f"setting '{name}': found nothing, want at least one")
-
-
-class CheckConfig(ModelSettings):
-    """Settings of ``selfdistill check``."""
-
-    seed: int = Field(default=0, ge=0)
-    """Order of the data, draws of contexts, and every sample."""
-
-    contexts: list[str] = Field(default_factory=list)
-    """Layouts to compare, e.g. ``turns:repeats=2``; default: a set that fits the data."""
-    sample: int = Field(default=16, ge=2)
-    """Rows drawn by seed for the measurement."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of the rollouts along which teacher and student are compared."""
-    batch_size: int = Field(default=8, ge=1)
-    """Prompts per step of the training that is being estimated."""
-    mixed_precision: Precision = "auto"
-    """The arithmetic of that training, with which everything is measured."""
-    fine_tuned: str | None = None
-    """A model fine-tuned on the same demonstrations, for instance by ``--method sft``: how far it has moved from the
-    base is compared with how far the teacher is from it."""
-
-
-class EvalConfig(ModelSettings):
-    """Settings of ``selfdistill eval``."""
-
-    prior: str | None = None
-    """File or folder of questions about abilities the model already had."""
-    base: str | None = None
-    """Model it began as: measured on the same items, with paired tests, and how far the two are apart."""
-    num_samples: int = Field(default=0, ge=0)
-    """Sampled replies per row, for pass@k with k up to their number; 0: greedy replies only."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of these replies."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling of these replies: smallest set of tokens with at least this mass."""
-    seed: int = Field(default=0, ge=0)
-    """Order of the data, draws of contexts, and every sample."""
-    lm_eval_tasks: list[str] = Field(default_factory=list)
-    """Tasks and groups of lm-eval, by name, measured as prior abilities; needs the extra ``lm-eval``."""
-    lm_eval_path: str | None = None
-    """Folder with lm-eval task files (YAML) of your own. They can run Python code: use only what you trust."""
-    lm_eval_limit: int | None = Field(default=None, ge=1)
-    """Most items of each of these tasks; default: all."""
-    replies: str | None = None
-    """File for every greedy reply with its score, as JSON lines."""
-
-
-class ExportConfig(Settings):
-    """Settings of ``selfdistill export``."""
-
-    run: str
-    """Run folder or model folder."""
-    output_dir: str
-    """Where the model goes: a folder that does not exist or is empty."""
-    merge: bool = False
-    """Fold a LoRA adapter into its base, so that the result needs neither the base nor PEFT."""
-
-
-class DemoConfig(Settings):
-    """Settings of ``selfdistill demo``."""
-
-    output_dir: str | None = None
-    """Where the run is kept; default ``runs/demo``, or the first of ``runs/demo-2``, ... that is free."""
-    seed: int = Field(default=0, ge=0)
-    """Order of the data and every sample."""
-
-
-class ReportConfig(Settings):
-    """Settings of ``selfdistill report``."""
-
-    runs: list[str] = Field(min_length=1)
-    """Folders written by ``train`` or ``compare``."""
-    output: str = "report.html"
-    """The HTML file to write."""
+        fixed = ("output_dir", "data", "split", "test", "prior", "eval_steps", *ModelSettings.model_fields)
+        may_vary = [name for name in TrainingSettings.model_fields if name not in fixed]
+        for name, values in self.vary.items():
+            if name not in may_vary:
+                raise UserError(f"setting 'vary': {name!r} cannot be varied{closest(name, may_vary)}")
+            if len(self.vary) > 1 or not values:
+                raise UserError("setting 'vary': want one setting with at least one value")
 
 
 def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for the names") -> str:

@@ -140,7 +140,9 @@ class Document:
                 )
             text = f"Read this text carefully. Questions about it follow.\n\n{demonstration.document}"
             reading = [_user(text), _assistant("I have read it. What would you like to know?")]
-        answered = [*turns, _assistant(demonstration.shown)] * (self.repeats if self.show != "document" else 0)
+        answered: list[Message] = []
+        if self.show != "document":
+            answered = [*turns, _assistant(demonstration.shown)] * self.repeats
         return [*system, *reading, *answered, *turns]
 
 
@@ -182,7 +184,7 @@ class Template:
             raise UserError(f"context 'template' uses {{document}}, and {demonstration.source} has none")
         values = {
             "prompt": demonstration.prompt[-1]["content"],
-            "demonstration": demonstration.shown,
+            "demonstration": demonstration.shown if "{demonstration}" in self.text else "",
             "document": demonstration.document or "",
         }
         # One pass, so that braces inside the filled-in texts are left alone.

@@ -7,7 +7,10 @@ dropped, cut or repaired. Columns that are not listed in :data:`COLUMNS` are ign
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from selfdistill.errors import UserError
@@ -49,7 +52,13 @@ class Demonstration:
 
     @property
     def shown(self) -> str:
-        """What the teacher is shown: ``privileged_context`` where given, else the completion."""
+        """What the teacher is shown: ``privileged_context`` where given, else the completion.
+
+        Raises:
+            UserError: there is neither.
+        """
+        if self.privileged_context is None and not self.completion:
+            raise UserError(f"{self.source}: has no completion that could be shown; add it, or take another context")
         return self.completion if self.privileged_context is None else self.privileged_context
 
 
@@ -98,6 +107,37 @@ def load_demonstrations(path: str, *, completion_required: bool = True, split: s
         return _demonstration(raw, number, form, completion_required, problems)
 
     return checked_rows(path, rows, _form, make, "set")
+
+
+def write_demonstrations(path: Path, rows: Sequence[Demonstration]) -> None:
+    """Write rows as a file that :func:`load_demonstrations` reads back to the same rows, but for their places."""
+    lines = []
+    for row in rows:
+        values = {name: getattr(row, name) for name in COLUMNS if name != "messages"}
+        lines.append({name: value for name, value in values.items() if value not in (None, "")})
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+
+
+def load_prompts(path: str) -> list[Demonstration]:
+    """Read a text file with a prompt on every line that is not empty: rows without a completion.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8, or has no prompts.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text, want one prompt a line") from None
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise UserError(f"{path}: no prompts, want one a line")
+    return [
+        Demonstration(row, f"{Path(path).name}:{number}", ({"role": "user", "content": text},), "")
+        for row, (number, text) in enumerate(numbered)
+    ]
 
 
 # --- checking; each function adds what it finds to `problems` ---

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from selfdistill.contexts import ChatFormat
-from selfdistill.demonstrations import Demonstration
-from selfdistill.divergence import Divergence, forward_kl
+from selfdistill.demonstrations import Demonstration, load_prompts
+from selfdistill.divergence import CrossEntropy, Divergence, forward_kl
 from selfdistill.errors import UserError
 from selfdistill.fused import chunked_loss
 from selfdistill.models import LoadedModel, load_model, to_best_device
@@ -30,10 +29,7 @@ _ROWS = 8  # scored at a time
 
 def general_prompts() -> list[Demonstration]:
     """The general prompts that ship with the package."""
-    lines = Path(packaged("general.txt")).read_text(encoding="utf-8").splitlines()
-    return [
-        Demonstration(i, f"general.txt:{i + 1}", ({"role": "user", "content": x},), "") for i, x in enumerate(lines)
-    ]
+    return load_prompts(packaged("general.txt"))
 
 
 def packaged(name: str) -> str:
@@ -171,3 +167,17 @@ def kl_along(
         )
         total, count = total + float(value), count + len(tokens_N)
     return total / count
+
+
+@torch.no_grad()
+def mean_loss(loaded: LoadedModel, contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
+    """-log p of given completions, mean over each one's tokens and then over completions, in nats."""
+    scorer, total = Scorer(loaded), 0.0
+    for start in range(0, len(contexts), _ROWS):
+        ids = completions[start : start + _ROWS]
+        scores = scorer(loaded.model, contexts[start : start + _ROWS], ids)
+        tokens_N = torch.tensor([token for row in ids for token in row], device=scores.hidden_ND.device)
+        weights_N = torch.tensor([1 / len(row) for row in ids for _ in row], device=tokens_N.device)
+        value, _ = chunked_loss(CrossEntropy(), scores.hidden_ND, scores.head, (), tokens_N, weights_N)
+        total += float(value)
+    return total / len(contexts)

@@ -102,6 +102,29 @@ def jsd(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, weight: float = 
 
 
 @dataclass(frozen=True)
+class Target:
+    """What the student is drawn to: softmax(a log q + b log sg[p] + d log p_base), q alone by default.
+
+    b > 0 keeps the aim near the student (Veto, arXiv 2601.07155, falls from b = 0.8 to 0); d > 0 near the model as it
+    was before training, p_base, which sees what the student sees.
+    """
+
+    teacher: float = 1.0
+    """a"""
+    student: float = 0.0
+    """b"""
+    base: float = 0.0
+    """d"""
+
+    def log_probs(self, log_q_NV: Tensor, log_p_NV: Tensor, log_base_NV: Tensor | None) -> Tensor:
+        """Log-probabilities of the target, (N, V), without gradient."""
+        total_NV = self.teacher * log_q_NV + self.student * log_p_NV.detach()
+        if log_base_NV is not None:
+            total_NV += self.base * log_base_NV
+        return _log_softmax(total_NV)
+
+
+@dataclass(frozen=True)
 class Divergence:
     """A per-token loss between student p and teacher q.
 
@@ -134,6 +157,8 @@ class Divergence:
     to sum to 1 on the support."""
     baseline: bool = True
     """``sampled`` only: whether KL(p||q) is added to the advantage."""
+    target: Target | None = None
+    """What stands in for q; None: q itself."""
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -152,8 +177,13 @@ class Divergence:
                 f"divergence support: 'sampled' has no {self.kind} form; use kind reverse_kl, or support full or top_k"
             )
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether the target has a part of the model before training."""
+        return self.target is not None and self.target.base > 0
+
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
-        """The loss of each token, shape (N,), in nats.
+        """The loss of each token, shape (N,), in nats, with q itself as the target.
 
         Args:
             student_logits_NV: any leading dimensions, any float dtype; carries the gradient.
@@ -221,7 +251,10 @@ class CrossEntropy:
 
 
 class Pair:
-    """Student and teacher of some tokens, each as log-probabilities and as probabilities, without gradient."""
+    """Student and teacher of some tokens, each as log-probabilities and as probabilities, without gradient.
+
+    ``teacher_logits_NV`` may be log-probabilities: they are their own logits.
+    """
 
     def __init__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None) -> None:
         self.log_p_NV = _log_softmax(student_logits_NV.detach())
@@ -234,6 +267,13 @@ class Pair:
             self.log_q_NV = _log_softmax(teacher_logits_NV.detach())
             self.q_NV = self.log_q_NV.exp()
             self.gap_NV = self.log_p_NV - self.log_q_NV
+
+    def towards(self, target: Target, base_logits_NV: Tensor | None) -> Pair:
+        """The same student with the target in the teacher's place."""
+        assert self.log_q_NV is not None
+        log_base_NV = None if base_logits_NV is None else _log_softmax(base_logits_NV)
+        # The student's log-probabilities are their own logits.
+        return Pair(self.log_p_NV, target.log_probs(self.log_q_NV, self.log_p_NV, log_base_NV))
 
     def statistics(self, tokens_N: Tensor) -> dict[str, Tensor]:
         """See :func:`token_statistics`."""

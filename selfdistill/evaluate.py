@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.answers import Answers, answer, check_answers
-from selfdistill.config import EvalConfig, ModelSettings
-from selfdistill.contexts import ChatFormat, Encoded, encode
+from selfdistill.command_config import EvalConfig
+from selfdistill.config import ModelSettings
+from selfdistill.contexts import ChatFormat, Encoded, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.distances import ANSWER_TOKENS, Between, between, general_prompts, load_like
 from selfdistill.errors import UserError
@@ -44,9 +45,11 @@ class Questions:
         demonstrations: rows of the new task.
         priors: as :func:`load_prior` gives them.
         config: a command's settings.
+        context: what the model is shown with each question of the new task; None: the question alone.
+        pool: where contexts take other demonstrations from; default the rows themselves.
 
     Raises:
-        UserError: rows that do not fit, or whose answers their scorers cannot use.
+        UserError: rows that do not fit, or whose answers their scorers cannot use; a context that does not fit them.
     """
 
     def __init__(
@@ -55,21 +58,24 @@ class Questions:
         demonstrations: Sequence[Demonstration],
         priors: dict[str, Any],
         config: ModelSettings,
+        context: str | None = None,
+        pool: Sequence[Demonstration] | None = None,
     ) -> None:
         self.config = config
         self.chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
         self.rows: list[Encoded]
         self.rows, self.dropped = encode(
             demonstrations,
-            None,
+            None if context is None else parse_context(context),
             self.chat,
             max_prompt_length=config.max_prompt_length,
             max_completion_length=config.max_completion_length,
             window=loaded.window,
             on_long_prompt=config.on_long_prompt,
+            pool=pool,
         )
         self.demonstrations = [row.demonstration for row in self.rows]
-        self.prompts = [row.student_ids for row in self.rows]
+        self.prompts = [row.teacher_ids or row.student_ids for row in self.rows]
         check_answers(self.demonstrations, config.scorer)
         if config.scorer and all(row.scorer for row in self.demonstrations):
             say(f"note: every row names its own scorer, so --scorer {config.scorer} is not used")
@@ -77,8 +83,8 @@ class Questions:
             say(f"note: {doubt}")
         self.priors: list[EncodedPrior] = encode_priors(loaded, self.chat, priors)
 
-    def answers(self, loaded: LoadedModel, judge: Judge | None = None, **options: Any) -> Answers:
-        """Replies to the new task: greedy, unless ``options`` of :func:`answer` say otherwise."""
+    def answers(self, loaded: LoadedModel, judge: Judge | None = None, *, what: str = "new task") -> Answers:
+        """Greedy replies to the new task; ``what`` is said of the progress."""
         return answer(
             loaded,
             self.prompts,
@@ -88,8 +94,7 @@ class Questions:
             batch_size=self.config.batch_size,
             scorer=self.config.scorer,
             judge=judge,
-            what="new task",
-            **options,
+            what=what,
         )
 
     def ask(self, loaded: LoadedModel, judge: Judge | None = None) -> tuple[Evaluation, Answers]:
@@ -110,9 +115,7 @@ class Questions:
         }
         if answers.lenient is not None:
             result["accuracy_lenient"] = sum(answers.lenient) / len(self.rows)
-        if self.priors:
-            found = prior_abilities(loaded, Scorer(loaded), self.chat, self.priors, batch_size=self.config.batch_size)
-            _add_priors(result, {prior.name: asdict(prior) for prior in found})
+        result |= prior_scores(loaded, self.chat, self.priors, self.config.batch_size)
         return result, answers
 
     def pass_at(self, loaded: LoadedModel, config: EvalConfig, judge: Judge | None) -> dict[str, Any]:
@@ -142,6 +145,15 @@ class Questions:
                 "items": values,
             }
         return result
+
+
+def prior_scores(loaded: LoadedModel, chat: ChatFormat, priors: Sequence[EncodedPrior], batch_size: int) -> Evaluation:
+    """The part of an :data:`Evaluation` that is about prior abilities; empty where there are none."""
+    result: Evaluation = {}
+    if priors:
+        found = prior_abilities(loaded, Scorer(loaded), chat, priors, batch_size=batch_size)
+        _add_priors(result, {prior.name: asdict(prior) for prior in found})
+    return result
 
 
 def _add_priors(result: Evaluation, found: dict[str, dict[str, Any]]) -> None:
@@ -182,11 +194,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     loaded = load_model(config.model, dtype=config.dtype)
     to_best_device(loaded)
     base = load_like(config.base, loaded, dtype=config.dtype) if config.base else None
-    questions = Questions(loaded, demonstrations, priors, config)
+    questions = Questions(loaded, demonstrations, priors, config, config.context)
     if base is not None:
         # Rows that either has no room for are left out for both, so that both answer the same.
         for_base = Questions(base, questions.demonstrations, priors, config)
-        questions = Questions(loaded, for_base.demonstrations, priors, config)
+        questions = Questions(loaded, for_base.demonstrations, priors, config, config.context)
     result, answers = _measured(loaded, questions, config, judge)
     result["scorers"] = sorted({default_scorer(row, config.scorer) for row in questions.demonstrations})
     result["dropped"] = len(demonstrations) - len(questions.rows)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from selfdistill.config import EvalConfig
+from selfdistill.command_config import EvalConfig
 from selfdistill.statistics import smallest_difference
 from selfdistill.tracking import output
 
@@ -32,6 +32,8 @@ def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
         table.add_row(escape(name), "", text, *((of_base, "", "") if base else ()))
 
     items = result["items"]
+    if config.context:
+        number("shown with each new question", config.context, "nothing" if base else "")
     name = f"new task, accuracy ({', '.join(result['scorers'])})"
     score(name, items, result, ("accuracy", "accuracy_interval"), base, tests.get("accuracy"))
     if "accuracy_lenient" in result:

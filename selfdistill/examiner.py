@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-
-from selfdistill.answers import answer
 from selfdistill.config import TrainingSettings
-from selfdistill.contexts import encode, parse_context
+from selfdistill.contexts import Document, parse_context
 from selfdistill.demonstrations import load_demonstrations
 from selfdistill.distances import Distance, general_prompts, kl_along
 from selfdistill.evaluate import Evaluation, Questions
 from selfdistill.judge import judge_of
-from selfdistill.models import LoadedModel, casts_kept, resolved_precision
+from selfdistill.models import LoadedModel, training_arithmetic
 from selfdistill.priors import load_prior
 from selfdistill.scores import Scorer
 from selfdistill.statistics import share_interval
@@ -37,7 +35,7 @@ class Examiner:
         assert config.test is not None
         rows = load_demonstrations(config.test, completion_required=False, split=config.split)
         priors = load_prior(config.prior) if config.prior else {}
-        self._bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
+        self._mixed_precision = config.mixed_precision
         self.questions = Questions(base, rows, priors, config)
         if self.questions.dropped:
             say(f"{self.questions.dropped} of {len(rows)} rows of {config.test} are too long and left out")
@@ -48,57 +46,50 @@ class Examiner:
 
     def measure(self, loaded: LoadedModel) -> Evaluation:
         """The model's :data:`Evaluation`, with ``kl_base``: KL(base||model) on general prompts, nats per token."""
-        with casts_kept(loaded.model), self._arithmetic(loaded):
+        with self._arithmetic(loaded):
             result, _ = self.questions.ask(loaded, self._judge)
             result["kl_base"] = self._distance.of(loaded.model)
         return result
 
-    def teacher(self, base: LoadedModel, context: str) -> dict[str, Any] | None:
-        """The base shown each test row's own demonstration: about the most that can be taught.
+    def shown(self, base: LoadedModel, context: str, what: str) -> dict[str, Any] | None:
+        """The base shown each test row's own demonstration, which is about the most that can be taught, or document.
+
+        Args:
+            base: the model before training.
+            context: how it is shown.
+            what: is said of the progress.
 
         Returns:
-            ``accuracy``, ``interval``, ``items`` and ``kl``, KL(teacher||base) along the teacher's replies, nats per
-            token; None where rows have no demonstration.
+            ``accuracy``, ``interval``, ``items`` and ``kl``, KL(shown||base) along the replies of the model that is
+            shown it, nats per token; None where rows lack what is to be shown.
 
         Raises:
             UserError: a context that does not fit the rows.
         """
-        questions, config = self.questions, self.questions.config
-        if not all(row.completion for row in questions.demonstrations):
+        bare, kind = self.questions, parse_context(context)
+        documents = isinstance(kind, Document) and kind.show == "document"
+        if not all(row.document if documents else row.completion for row in bare.demonstrations):
             return None
-        rows, _ = encode(
-            questions.demonstrations,
-            parse_context(context),
-            questions.chat,
-            max_prompt_length=config.max_prompt_length,
-            max_completion_length=config.max_completion_length,
-            window=base.window,
-            on_long_prompt=config.on_long_prompt,
-            pool=load_demonstrations(config.data, split=config.split),
+        questions = Questions(
+            base,
+            bare.demonstrations,
+            {},
+            bare.config,
+            context,
+            load_demonstrations(bare.config.data, split=bare.config.split),
         )
-        with casts_kept(base.model), self._arithmetic(base):
-            answers = answer(
-                base,
-                [row.teacher_ids or [] for row in rows],
-                [row.demonstration for row in rows],
-                questions.chat,
-                max_completion_length=config.max_completion_length,
-                batch_size=config.batch_size,
-                scorer=config.scorer,
-                judge=self._judge,
-                what="teacher",
-            )
-            prompts = [row.student_ids for row in rows], [row.teacher_ids or [] for row in rows]
-            kl = kl_along(prompts[0], answers.ids, base, base, prompts[1])
-        interval = list(share_interval(sum(answers.correct), len(rows)))
-        return {"accuracy": answers.accuracy, "interval": interval, "items": len(rows), "kl": kl}
+        with self._arithmetic(base):
+            answers = questions.answers(base, self._judge, what=what)
+            prompts = [row.student_ids for row in questions.rows]
+            kl = kl_along(prompts, answers.ids, base, base, questions.prompts)
+        interval = list(share_interval(sum(answers.correct), len(questions.rows)))
+        return {"accuracy": answers.accuracy, "interval": interval, "items": len(questions.rows), "kl": kl}
 
     def moved(self, base: LoadedModel, model: LoadedModel) -> float:
         """KL(model||base) along the model's own replies to the test rows, nats per token."""
-        with casts_kept(base.model), casts_kept(model.model), self._arithmetic(base):
+        with self._arithmetic(base), self._arithmetic(model):
             answers = self.questions.answers(model, self._judge)
             return kl_along(self.questions.prompts, answers.ids, model, base)
 
-    def _arithmetic(self, loaded: LoadedModel) -> Any:
-        """The training's."""
-        return torch.autocast(loaded.device.type, torch.bfloat16, enabled=self._bfloat16)
+    def _arithmetic(self, loaded: LoadedModel) -> AbstractContextManager[None]:
+        return training_arithmetic(loaded.model, self._mixed_precision)

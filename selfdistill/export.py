@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from selfdistill.card import merged_card
-from selfdistill.config import ExportConfig
+from selfdistill.command_config import ExportConfig
 from selfdistill.errors import UserError
 from selfdistill.models import load_model
 
@@ -88,6 +88,15 @@ def export(config: ExportConfig) -> Path:
     with whole_folder(output_dir, advice) as folder:
         write_model(folder, model, loaded.tokenizer, card)
     return output_dir
+
+
+def take_whole(final: Path, target: Path) -> None:
+    """Move the final model of a run to ``target``; one that is an adapter is merged into its base on the way."""
+    if (final / "adapter_config.json").exists():
+        export(ExportConfig(run=str(final), output_dir=str(target), merge=True))
+        shutil.rmtree(final)
+    else:
+        final.rename(target)
 
 
 def _final_folder(name: str) -> Path:

@@ -17,6 +17,8 @@ from selfdistill.divergence import CrossEntropy, Divergence, Pair
 from selfdistill.errors import UserError
 
 Head = Callable[[Tensor], Tensor]
+Weighting = Callable[[dict[str, Tensor]], Tensor]
+"""From :func:`selfdistill.divergence.token_statistics` of some tokens to a factor for each, (n,)."""
 
 CHUNK_LOGITS = 5 * 2**19
 """Logits in one chunk by default: 10 MiB as float32, of which at most seven are held at a time."""
@@ -35,6 +37,9 @@ def chunked_loss(
     teacher_hidden_ND: Tensor | None = None,
     teacher_head: Head | None = None,
     chunk_size: int | None = None,
+    *,
+    base: tuple[Tensor, Head] | None = None,
+    weighting: Weighting | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """sum_n weights_n * loss_n through the LM head, without ever holding logits of more than one chunk.
 
@@ -55,6 +60,8 @@ def chunked_loss(
             :class:`CrossEntropy` without a teacher.
         teacher_head: the teacher's head; ``student_head`` where absent.
         chunk_size: tokens per chunk; by default as many as make ``CHUNK_LOGITS`` logits, at least ``CHUNK_TOKENS``.
+        base: the base's hidden states for the same tokens and its head, where the loss's target asks for them.
+        weighting: a further factor for each token, of loss and gradient; no gradient flows into it.
 
     Returns:
         The scalar loss, and per-token statistics of shape (N,), detached: ``loss`` and those of
@@ -100,10 +107,19 @@ def chunked_loss(
             if weight_VD is not None:
                 del logits_nV
             statistics = pair.statistics(tokens_N[rows])
-            statistics["loss"], slope_nV = loss.value_and_slope(pair, statistics, tokens_N[rows])
+            aim, known = pair, statistics
+            if isinstance(loss, Divergence) and loss.target is not None and pair.log_q_NV is not None:
+                base_nV = None if base is None else base[1](base[0][rows].to(dtype))
+                aim = pair.towards(loss.target, base_nV)
+                known = aim.statistics(tokens_N[rows])
+            statistics["loss"], slope_nV = loss.value_and_slope(aim, known, tokens_N[rows])
+            scale_n = scaled_N[rows]
+            if weighting is not None:
+                factor_n = weighting(statistics)
+                statistics["loss"], scale_n = statistics["loss"] * factor_n, scale_n * factor_n
             if not differentiate:
                 return statistics
-            slope_nV = slope_nV.mul_(scaled_N[rows, None]).to(logits_dtype)
+            slope_nV = slope_nV.mul_(scale_n[:, None]).to(logits_dtype)
         leaves = [hidden_nD, *trainable] if hidden_moves else trainable
         sums = [gradients[0][rows], *gradients[1:]] if hidden_moves else gradients
         if weight_VD is None:

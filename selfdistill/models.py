@@ -281,6 +281,15 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(False)
 
 
+@contextmanager
+def training_arithmetic(model: nn.Module, mixed_precision: str) -> Iterator[None]:
+    """For measuring: what a training with this setting computes with, and no gradients."""
+    device = next(model.parameters()).device.type
+    enabled = resolved_precision(mixed_precision) == "bf16"
+    with casts_kept(model), torch.autocast(device, torch.bfloat16, enabled=enabled):
+        yield
+
+
 class CompiledLayers:
     """The model's layers through ``torch.compile``, while :meth:`active`; one compilation serves them all.
 

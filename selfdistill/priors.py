@@ -269,7 +269,7 @@ def _loglikelihoods(
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]) + len(continuations[i]))
     loglikelihoods, greedy = [0.0] * len(contexts), [False] * len(contexts)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    with Reporter(what, len(batches), every=max(len(batches) // 4, 1)) as reporter:
+    with Reporter(what, len(batches)) as reporter:
         for number, batch in enumerate(batches):
             chosen = [continuations[i] for i in batch]
             scores = scorer(loaded.model, [contexts[i] for i in batch], chosen)

@@ -17,8 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from selfdistill import __version__
+from selfdistill.command_config import ReportConfig
 from selfdistill.comparison import assumption
-from selfdistill.config import ReportConfig, TrainConfig
+from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.plots import Curve, Point, over, pareto_front, trade_off
 from selfdistill.run_folders import EVALUATIONS, VIEWS, Json, Part, RunFolder, curve_name, read_folders

@@ -23,7 +23,7 @@ MAY_CHANGE = (
     "report_to",
 )
 """Settings that may be given anew when a run is continued."""
-COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "logging_steps", "report_to")
+COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "vary", "logging_steps", "report_to")
 """The same of a comparison: it may get more runs, but all are to be alike."""
 
 

@@ -27,12 +27,13 @@ def token_views(run: Run) -> list[dict[str, Any]]:
     Returns:
         One dict a row: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and ``tokens``,
         each with ``text``, ``logp`` and ``logq`` (of the token, nats), ``kl`` (KL(q||p), nats) and ``top``, the
-        teacher's likeliest tokens with their probabilities. Nothing where the method has no teacher.
+        teacher's likeliest tokens with their probabilities. Nothing where no teacher is asked.
     """
-    if run.teacher is None:
+    source = run.stage.rows
+    if run.teacher is None or run.stage.method.teacher is None:
         return []
-    count = min(run.config.view_rows, len(run.rows))
-    rows = [run.rows[number * len(run.rows) // count] for number in range(count)]
+    count = min(run.config.view_rows, len(source))
+    rows = [source[number * len(source) // count] for number in range(count)]
     model, tokenizer, views = run.loaded.model, run.loaded.tokenizer, []
     greedy = Sampling(run.config.max_completion_length, temperature=0)
     with casts_kept(model), run.accelerator.autocast():
@@ -56,7 +57,7 @@ def token_views(run: Run) -> list[dict[str, Any]]:
             {
                 "row": row.demonstration.source,
                 "prompt": row.demonstration.prompt[-1]["content"],
-                "demonstration": row.demonstration.shown,
+                "demonstration": row.demonstration.privileged_context or row.demonstration.completion,
                 "tokens": tokens,
                 "truncated": rollout.truncated,
             }

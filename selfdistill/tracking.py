@@ -32,6 +32,7 @@ METRICS = {
     "completion/length": "mean tokens per completion",
     "completion/truncated": "share of completions stopped by the length limit",
     "entropy": "of the student over the kept tokens, nats per token",
+    "reward": "mean reward of the completions (grpo)",
     "importance": "mean importance weight of the completions",
     "learning_rate": "of this step",
     "grad_norm": "global norm before clipping",
@@ -190,16 +191,27 @@ class Tracker:
             self._accelerator.end_training()
 
 
+SECONDS_BETWEEN_LINES = 10
+"""Of progress that no terminal shows."""
+
+
 class Reporter:
     """Progress of long work: a bar with the time left on a terminal, a line now and then elsewhere.
 
     Everything goes to standard error; standard output is for results.
+
+    Args:
+        what: is done.
+        total: parts of it.
+        start: parts done before.
+        every: parts between lines where there is no terminal; without it a line every ten seconds.
+        quiet: show nothing.
     """
 
-    def __init__(self, what: str, total: int, *, start: int = 0, every: int = 1, quiet: bool = False) -> None:
+    def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)
         self._every, self._what, self._total, self._start, self._quiet = every, what, total, start, quiet
-        self._began = time.monotonic()
+        self._began = self._said = time.monotonic()
         self._progress: Progress | None = None
         if self.console.is_terminal and not quiet:
             columns = [
@@ -226,8 +238,13 @@ class Reporter:
         """``done`` of the total are done."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
-        elif not self._quiet and (done % self._every == 0 or done == self._total):
-            elapsed = time.monotonic() - self._began
+            return
+        now = time.monotonic()
+        due = now - self._said >= SECONDS_BETWEEN_LINES
+        if self._every:
+            due = done % self._every == 0 or done == self._total
+        if due and not self._quiet:
+            elapsed, self._said = now - self._began, now
             left = elapsed / max(done - self._start, 1) * (self._total - done)
             say(f"{self._what} {done}/{self._total}  {note}  {elapsed:.0f} s elapsed, {left:.0f} s left")
 

@@ -26,13 +26,14 @@ from selfdistill.evaluate import summary
 from selfdistill.examiner import Examiner
 from selfdistill.export import whole_folder, write_model
 from selfdistill.guards import RunStopped, StopRequests, check_disk
+from selfdistill.methods.sequences import write_samples
 from selfdistill.models import LoadedModel
 from selfdistill.run import Run
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
 from selfdistill.token_views import token_views
 from selfdistill.tracking import MetricsFile, Reporter, StepsFile, Tracker, check_tracker, read_lines, say
 
-OnStep = Callable[[int, LoadedModel], None]
+OnStep = Callable[[int, LoadedModel], object]
 
 
 def check_output_dir(name: str, *, resume: bool) -> Path:
@@ -71,7 +72,8 @@ def train(
         resume: go on from the newest checkpoint in ``output_dir``, if there is one.
         demonstrations: rows, where the caller has them already.
         examiner: measures the model on ``test``, where the caller has one for several runs.
-        on_step: called before the first step with 0, and after every step with its number.
+        on_step: called before the first step with 0, and after every step with its number; where it returns True after
+            a step, the run ends there, as if it had been the last.
 
     Raises:
         UserError: anything the user can mend.
@@ -86,7 +88,13 @@ def train(
     assert config.max_steps is not None
     written = output_dir / "config.yaml"
     if checkpoints and written.exists():
-        refuse_changes(written, TrainConfig(**load_yaml(written, TrainConfig)), config)
+        saved_config = TrainConfig(**load_yaml(written, TrainConfig))
+        refuse_changes(written, saved_config, config)
+        if len(run.stages) > 1 and saved_config.max_steps != config.max_steps:
+            raise UserError(
+                f"setting 'max_steps': {saved_config.max_steps} in {written} and now {config.max_steps}; "
+                f"{config.method} shares the steps between its stages, so their number must stay"
+            )
     whole = run.loaded.model.parameters() if run.loaded.merged_adapter else run.parameters
     size = sum(p.numel() * p.element_size() for p in whole)
     kept = config.save_total_limit + 1 if config.save_steps else 0
@@ -94,6 +102,9 @@ def train(
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         written.write_text(dump_yaml(config), encoding="utf-8")
+        for stage in run.stages:
+            if stage.method.fixed:
+                write_samples(output_dir, stage.rows, run.chat)
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
     position = Position(0, 0, run.fingerprint())
@@ -144,9 +155,8 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
             except Exception:  # a judge that does not answer, memory: nothing of the training must be lost by it
                 save()
                 raise
-            if on_step:
-                on_step(step + 1, run.loaded)
-            last = step + 1 == config.max_steps
+            enough = on_step is not None and on_step(step + 1, run.loaded) is True
+            last = enough or step + 1 == config.max_steps
             due = config.save_steps and (last or (step + 1) % config.save_steps == 0)
             if due or stop.received is not None:
                 save()
@@ -156,6 +166,8 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
                     "--resume",
                     stop.received,
                 )
+            if enough:
+                break
 
 
 class _Watch:
@@ -213,7 +225,7 @@ def _save_final(run: Run, output_dir: Path) -> Path:
     card = model_card(
         run.config,
         output_dir,
-        demonstrations=len(run.rows),
+        demonstrations=len(run.stages[0].rows),
         fingerprint=run.fingerprint(),
         adapter=hasattr(model, "peft_config"),
     )

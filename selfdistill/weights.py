@@ -67,6 +67,21 @@ def importance_weights(student_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_
     return torch.where(kept_B > 0, ratio_BT.sum(1) / kept_B.clamp(min=1), 1.0)
 
 
+def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
+    """How much better each completion is than those of the same prompt: (r - mean) / (std + 1e-4), group by group.
+
+    std is that of a sample, with n - 1, as in GRPO's published code (arXiv 2402.03300); a group of equal rewards has
+    advantages of 0.
+
+    Args:
+        rewards: of all completions, those of a prompt side by side.
+        group_size: completions of each prompt, at least 2.
+    """
+    groups = torch.tensor(rewards, dtype=torch.float64).reshape(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten().tolist()
+
+
 def check_skip(skip_first_tokens: int, completion_lengths: Sequence[int]) -> None:
     """Refuse a ``skip_first_tokens`` that would mask most of what there is to learn from.
 

@@ -8,20 +8,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chat_server import Server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from selfdistill import endpoint
+from selfdistill.config import TrainConfig
 from selfdistill.models import LoadedModel, load_model
 
 torch.set_num_threads(1)
 
 VOCABULARY = 300
+ENDS = (257, *range(40, 75))  # with these a sample of a tiny model ends after about eight tokens
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|pad|>", "<|stop|>")  # ids 256 to 259
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -107,3 +113,61 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def settings(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+) -> Callable[..., TrainConfig]:
+    """Settings of a tiny run into ``out``: six rows, three steps an epoch."""
+    data = write_rows()
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        defaults: dict[str, Any] = {
+            "model": str(model_folder(ends=ENDS)),
+            "data": str(data),
+            "output_dir": str(tmp_path / out),
+            "context": "turns",
+            "max_completion_length": 10,
+            "batch_size": 2,
+            "max_steps": 6,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "save_steps": 0,
+            "mixed_precision": "no",
+        }
+        return TrainConfig(**(defaults | values))
+
+    return make
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and len(a) > 0 and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def row_log_probs(model: Any, context: list[int], completion: list[int]) -> Tensor:
+    logits_LV = model(input_ids=torch.tensor([context + completion])).logits[0].double()
+    return logits_LV[len(context) - 1 : -1].log_softmax(-1)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in endpoint.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(endpoint, "_WAITS_S", (0.01, 0.01))
+    with Server() as it:
+        thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield it
+        it.shutdown()
+        thread.join()

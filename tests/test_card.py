@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from selfdistill.card import merged_card, model_card
-from selfdistill.config import ExportConfig, TrainConfig
+from selfdistill.command_config import ExportConfig
+from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.export import export
 from selfdistill.train import train

@@ -14,7 +14,8 @@ from selfdistill import check as module
 from selfdistill.answers import answer
 from selfdistill.check import best_context, check
 from selfdistill.check_result import UNLIKELY, Layout, verdict_on
-from selfdistill.config import CheckConfig, TrainConfig
+from selfdistill.command_config import CheckConfig
+from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, parse_context
 from selfdistill.demonstrations import load_demonstrations
 from selfdistill.errors import UserError

@@ -13,8 +13,9 @@ import pytest
 
 from selfdistill import compare as module
 from selfdistill.cli import main
+from selfdistill.command_config import EvalConfig, ReportConfig
 from selfdistill.compare import compare
-from selfdistill.config import CompareConfig, EvalConfig, ReportConfig, TrainConfig
+from selfdistill.config import CompareConfig, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluate import evaluate
 from selfdistill.guards import RunFailed, RunStopped
@@ -173,7 +174,7 @@ def test_settings_of_a_comparison() -> None:
     config = CompareConfig(**base, methods="sdft", seeds="3,1", learning_rates="1e-5,2e-5")
     assert (config.methods, config.seeds, config.learning_rates) == (("sdft",), (3, 1), (1e-5, 2e-5))
     for wrong, message in (
-        ({"methods": "sft,sgd"}, r"setting 'methods\.1': found 'sgd', want: 'sdft' or 'sft'"),
+        ({"methods": "sft,sgd"}, r"setting 'methods\.1': found 'sgd', want: 'sdft', 'sft', 'dft', 'cpt'"),
         ({"seeds": "0,0"}, r"setting 'seeds': found \(0, 0\), want each once"),
         ({"seeds": "-1"}, r"setting 'seeds\.0': found '-1'"),
         ({"learning_rates": "fast"}, r"setting 'learning_rates\.0': found 'fast'"),

@@ -14,8 +14,8 @@ from conftest import CHATML
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill import answers as answers_module
-from selfdistill.answers import answer, split_thinking
-from selfdistill.config import EvalConfig
+from selfdistill.answers import answer
+from selfdistill.command_config import EvalConfig
 from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import load_demonstrations
 from selfdistill.distances import Distance, general_prompts, packaged
@@ -24,6 +24,7 @@ from selfdistill.evaluate import evaluate
 from selfdistill.models import LoadedModel
 from selfdistill.rollouts import Rollout, Sampling, sample, sample_seed
 from selfdistill.scores import Scorer
+from selfdistill.thinking import split_thinking
 
 CHOICES = [
     {"query": "Question: What floats?", "choices": ["wood", "a stone of lead"], "gold": 0},

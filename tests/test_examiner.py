@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfdistill.config import EvalConfig, TrainConfig
+from selfdistill.command_config import EvalConfig
+from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluate import evaluate
 from selfdistill.examiner import Examiner
@@ -143,7 +144,7 @@ def test_token_views_are_what_student_and_teacher_say_of_each_token(settings: Ca
     assert run.teacher is not None
     teacher = load_model(config.model).model
     teacher.load_state_dict(run.teacher.state_dict(), strict=False)
-    for view, row in zip(views, (run.rows[0], run.rows[2], run.rows[4]), strict=True):
+    for view, row in zip(views, (run.stage.rows[0], run.stage.rows[2], run.stage.rows[4]), strict=True):
         ids = [tokens["text"] for tokens in view["tokens"]]
         assert view["prompt"] == row.demonstration.prompt[0]["content"]
         assert view["demonstration"] == row.demonstration.completion

@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from selfdistill.cli import main
-from selfdistill.config import ExportConfig, TrainConfig
+from selfdistill.command_config import ExportConfig
+from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.export import export, whole_folder
 from selfdistill.train import train

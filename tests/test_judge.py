@@ -5,77 +5,20 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import Server
 
+from selfdistill import endpoint
 from selfdistill import judge as module
-from selfdistill.config import EvalConfig
+from selfdistill.command_config import EvalConfig
 from selfdistill.demonstrations import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.judge import Judge, Verdict
 
 KEY = "sk-very-secret"
-
-
-class Server(ThreadingHTTPServer):
-    """Answers requests by ``reply``: (status, content), or a dict as the whole body; keeps what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.reply: Callable[[dict[str, Any]], tuple[int, Any]] = lambda _: (200, "strict")
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.paths: list[str] = []
-        self.location: str | None = None
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.asked.append(body)
-            self.server.keys.append(self.headers["Authorization"])
-            self.server.paths.append(self.path)
-            status, content = self.server.reply(body)
-        if isinstance(content, str):
-            content = {"choices": [{"message": {"role": "assistant", "content": content}}]}
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        if self.server.location:
-            self.send_header("Location", self.server.location)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name in module.KEYS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(module, "_WAITS_S", (0.01, 0.01))
-    with Server() as it:
-        thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield it
-        it.shutdown()
-        thread.join()
 
 
 def rows(count: int) -> list[Demonstration]:
@@ -164,7 +107,7 @@ def test_a_busy_endpoint_is_asked_again(server: Server, tmp_path: Path, status: 
 
 
 def test_no_answer_in_time_and_no_server(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(endpoint, "_TIMEOUT_S", 1.0)
     slept = threading.Event()
     server.reply = lambda _: (200, "strict") if len(server.asked) > 1 else (slept.wait(1.5), (200, "wrong"))[1]
     assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["x"]) == ["strict"]
@@ -232,10 +175,10 @@ def test_the_key_is_sent_and_nothing_else_sees_it(
     assert KEY not in cache.read_text() + str(error.value) + out + err + repr(vars(judge))
     with pytest.raises(UserError, match=r"SELFDISTILL_JUDGE_KEY is not sent over http, where others can read it"):
         Judge("http://judge.example/v1", "j", cache).verdicts(rows(1), ["d"])
-    assert module._api_key("https://api.openai.com/v1") == KEY
+    assert endpoint._api_key("https://api.openai.com/v1", "judge") == KEY
     monkeypatch.delenv("SELFDISTILL_JUDGE_KEY")
-    assert module._api_key("https://api.openai.com/v1") == "for OpenAI only"
-    assert module._api_key("https://judge.example/v1") is None
+    assert endpoint._api_key("https://api.openai.com/v1", "judge") == "for OpenAI only"
+    assert endpoint._api_key("https://judge.example/v1", "judge") is None
     monkeypatch.setenv("SELFDISTILL_JUDGE_KEY", "a\nb")
     with pytest.raises(UserError, match=r"^environment variable SELFDISTILL_JUDGE_KEY: holds characters that no key"):
         judge.verdicts(rows(1), ["d"])

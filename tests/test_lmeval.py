@@ -15,7 +15,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from selfdistill.config import EvalConfig
+from selfdistill.command_config import EvalConfig
 from selfdistill.contexts import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.lmeval import TaskResult, lm_eval_abilities

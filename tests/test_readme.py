@@ -40,11 +40,12 @@ def test_every_command_and_python_block_works(
     tiny = str(model_folder())
     found = commands()
     assert [command[:2] for command in found] == [
-        ["selfdistill", c] for c in ("check", "train", "eval", "compare", "report", "export")
+        ["selfdistill", c] for c in ("check", "train", "eval", "compare", "report", "export", "learn", "learn")
     ]
     codes = [main([tiny if word == "smollm2-135m" else word for word in command[1:]]) for command in found]
     # A random model teaches nothing, and check says so with its own code.
-    assert codes == [4, 0, 0, 0, 0, 0], capsys.readouterr().err
+    # So does learn, which then does not accept the skill.
+    assert codes == [4, 0, 0, 0, 0, 0, 4, 0], capsys.readouterr().err
     output = capsys.readouterr().out
     result, _ = json.JSONDecoder().raw_decode(output[output.index("\n{\n") + 1 :])
     assert {"accuracy", "kl_base"} <= result.keys()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from selfdistill import scorers
-from selfdistill.config import EvalConfig
+from selfdistill.command_config import EvalConfig
 from selfdistill.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.scorers import JUDGE, default_scorer, doubt_about, score

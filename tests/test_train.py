@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import ENDS, gradients, largest_difference, row_log_probs, same
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,34 +37,6 @@ from selfdistill.settings_files import load_yaml
 from selfdistill.tracking import METRICS
 from selfdistill.train import train
 
-ENDS = (257, *range(40, 75))  # a sample ends after about eight tokens
-
-
-@pytest.fixture
-def settings(
-    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
-) -> Callable[..., TrainConfig]:
-    """Settings of a tiny run into ``out``: six rows, three steps an epoch."""
-    data = write_rows()
-
-    def make(out: str = "run", **values: Any) -> TrainConfig:
-        defaults: dict[str, Any] = {
-            "model": str(model_folder(ends=ENDS)),
-            "data": str(data),
-            "output_dir": str(tmp_path / out),
-            "context": "turns",
-            "max_completion_length": 10,
-            "batch_size": 2,
-            "max_steps": 6,
-            "learning_rate": 1e-3,
-            "warmup_steps": 0,
-            "save_steps": 0,
-            "mixed_precision": "no",
-        }
-        return TrainConfig(**(defaults | values))
-
-    return make
-
 
 def weights(model: Any) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -74,23 +47,10 @@ def final_weights(config: TrainConfig) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and len(a) > 0 and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
 def metrics_of(config: TrainConfig) -> list[dict[str, float]]:
     """Lines of metrics.jsonl without what the clock says."""
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def moved_run(config: TrainConfig) -> Run:
@@ -125,11 +85,6 @@ def plain_gradients(
     return float(loss.detach()), gradients(student)
 
 
-def row_log_probs(model: Any, context: list[int], completion: list[int]) -> Tensor:
-    logits_LV = model(input_ids=torch.tensor([context + completion])).logits[0].double()
-    return logits_LV[len(context) - 1 : -1].log_softmax(-1)
-
-
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize(
     ("divergence", "normalisation", "skip", "lora_rank"),
@@ -156,10 +111,10 @@ def test_an_sdft_gradient_equals_plain_autograd_row_by_row(
         learning_rate=1e-2,
     )
     run = moved_run(config)
-    completions = run.method.sequence(run.loaded, run.rows[:4], 7)
+    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 7)
     assert len({len(c.ids) for c in completions}) > 2
     loss, expected = plain_gradients(run, completions, divergence, normalisation, skip)
-    result = run.accumulate(completions)
+    result = run.gradient.add(run.stage.method, completions)
     found = gradients(run.loaded.model)
     assert result.loss == pytest.approx(loss, abs=1e-5)
     assert loss > 0.01
@@ -174,22 +129,22 @@ def test_an_sft_gradient_equals_transformers_own_loss_per_sequence(
     run = Run(settings(method="sft", model=str(model_folder(tied=tied)), batch_size=4))
     model = copy.deepcopy(run.loaded.model)
     losses = []
-    for row in run.rows[:4]:
+    for row in run.stage.rows[:4]:
         assert row.completion_ids[-1] == 257
         ids = torch.tensor([row.student_ids + row.completion_ids])
         labels = torch.tensor([[-100] * len(row.student_ids) + row.completion_ids])
         losses.append(model(input_ids=ids, labels=labels).loss)
-    assert len({len(row.completion_ids) for row in run.rows[:4]}) > 2
+    assert len({len(row.completion_ids) for row in run.stage.rows[:4]}) > 2
     loss = torch.stack(losses).mean()
     loss.backward()
-    result = run.accumulate(run.method.sequence(run.loaded, run.rows[:4], 0))
+    result = run.gradient.add(run.stage.method, run.stage.method.sequence(run.loaded, run.stage.rows[:4], 0))
     assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
     assert largest_difference(gradients(run.loaded.model), gradients(model)) < 1e-5
 
 
 def test_student_and_teacher_score_the_sampled_ids_verbatim(settings: Callable[..., TrainConfig]) -> None:
     run = Run(settings(batch_size=4))
-    completions = run.method.sequence(run.loaded, run.rows[:4], 0)
+    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 0)
     tokenizer = run.loaded.tokenizer
     again = [tokenizer(tokenizer.decode(c.ids), add_special_tokens=False)["input_ids"] for c in completions]
     assert again != [c.ids for c in completions]  # random bytes: decoding and encoding would change them
@@ -201,7 +156,7 @@ def test_student_and_teacher_score_the_sampled_ids_verbatim(settings: Callable[.
     with run.teacher.model() as network:  # type: ignore[union-attr]
         network.model.register_forward_pre_hook(note, with_kwargs=True)
     run.loaded.model.model.register_forward_pre_hook(note, with_kwargs=True)
-    run.accumulate(completions)
+    run.gradient.add(run.stage.method, completions)
     by_teacher, by_student = seen
     for c, taught, own in zip(completions, by_teacher, by_student, strict=True):
         for row, context in ((taught, c.row.teacher_ids), (own, c.row.student_ids)):
@@ -237,13 +192,13 @@ def test_a_batch_of_eight_and_eight_batches_of_one_give_the_same_weights(
 
 def test_a_part_whose_tokens_are_all_skipped_adds_nothing(settings: Callable[..., TrainConfig]) -> None:
     run = Run(settings(batch_size=2, gradient_accumulation_steps=2, skip_first_tokens=1))
-    a, b = run.method.sequence(run.loaded, run.rows[:2], 0)
+    a, b = run.stage.method.sequence(run.loaded, run.stage.rows[:2], 0)
     short, long = replace(a, ids=[5], logps=[0.0]), replace(b, ids=[5, 6, 7], logps=[0.0] * 3)
-    run.accumulate([long])
+    run.gradient.add(run.stage.method, [long])
     alone = gradients(run.loaded.model)
     for order in ([short, long], [long, short]):
         run.optimizer.zero_grad()
-        run.accumulate(order)
+        run.gradient.add(run.stage.method, order)
         assert largest_difference(gradients(run.loaded.model), alone) < 1e-6
 
 
@@ -329,7 +284,7 @@ def test_an_evaluation_between_steps_leaves_the_weights_as_they_would_have_been(
     def evaluate(step: int, loaded: Any) -> None:
         run = Run(watched)
         chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, {})
-        rows = run.rows
+        rows = run.stage.rows
         answer(
             loaded,
             [row.student_ids for row in rows],
@@ -459,7 +414,7 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(
 def test_what_a_run_decides_and_does_not_use_is_said(settings: Callable[..., TrainConfig]) -> None:
     run = Run(settings(method="sft", context="turns", teacher="frozen", lora_rank=4))
     assert run.config.lora_alpha == 8
-    assert "note: sft has no teacher, so context and teacher will not be used" in run.describe()
+    assert "note: sft does not use context and teacher" in run.describe()
     assert not any("will not be used" in line for line in Run(settings(teacher="frozen")).describe())
 
 
@@ -764,7 +719,7 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
     train(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     with_teacher = {"kl/forward", "kl/reverse", "drift/teacher", "importance"}
-    expected = set(METRICS) if method == "sdft" else set(METRICS) - with_teacher
+    expected = set(METRICS) - {"reward"} - (with_teacher if method == "sft" else set())
     values = [json.loads(line) for line in lines]
     assert [v["step"] for v in values] == [1, 2, 3, 4, 5, 6]
     assert all(v.keys() == expected for v in values)
@@ -808,22 +763,22 @@ def test_on_policy_the_importance_weight_is_one_at_any_temperature(
     settings: Callable[..., TrainConfig], temperature: float
 ) -> None:
     run = moved_run(settings(importance_cap=2.0, temperature=temperature, batch_size=4))
-    completions = run.method.sequence(run.loaded, run.rows[:4], 3)
-    unweighted = replace(run.method, importance_cap=None)
-    assert run.accumulate(completions).importance == pytest.approx(1.0, abs=1e-3)
+    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 3)
+    unweighted = replace(run.stage.method, importance_cap=None)
+    assert run.gradient.add(run.stage.method, completions).importance == pytest.approx(1.0, abs=1e-3)
     on_policy = gradients(run.loaded.model)
-    run.method, weighted = unweighted, run.method
+    run.stage.method, weighted = unweighted, run.stage.method
     run.optimizer.zero_grad()
-    run.accumulate(completions)
+    run.gradient.add(run.stage.method, completions)
     assert largest_difference(gradients(run.loaded.model), on_policy) < 1e-3
 
     def shifted(by: float) -> list[Completion]:
         return [replace(c, logps=[logp + by for logp in c.logps or []]) for c in completions]
 
-    run.method = weighted
+    run.stage.method = weighted
     for shift, ratio in ((0.6931472, 0.5), (-0.4054651, 1.5), (-3.0, 2.0)):
         run.optimizer.zero_grad()
-        assert run.accumulate(shifted(shift)).importance == pytest.approx(ratio, abs=2e-3)
+        assert run.gradient.add(run.stage.method, shifted(shift)).importance == pytest.approx(ratio, abs=2e-3)
         expected = {name: ratio * g for name, g in on_policy.items()}
         assert largest_difference(gradients(run.loaded.model), expected) < 2e-3
 
@@ -882,9 +837,9 @@ def test_bfloat16_arithmetic_gives_nearly_the_gradient_of_float32(
     for precision in ("bf16", "no"):
         run = Run(settings(mixed_precision=precision, lora_rank=lora_rank, batch_size=4, **options))
         completions = [
-            Completion(row, row.completion_ids, [-5.0] * len(row.completion_ids), False) for row in run.rows[:4]
+            Completion(row, row.completion_ids, [-5.0] * len(row.completion_ids), False) for row in run.stage.rows[:4]
         ]
-        run.accumulate(completions)
+        run.gradient.add(run.stage.method, completions)
         found[precision] = gradients(run.loaded.model)
         assert all(g.dtype == torch.float32 for g in found[precision].values())
     assert found["bf16"].keys() == found["no"].keys()

@@ -9,17 +9,22 @@ D is forward KL, KL(q||p), by default: equation 1 of the paper has the reverse, 
 from __future__ import annotations
 
 from selfdistill.config import TrainConfig
-from selfdistill.methods.slots import Method, StudentSamples, divergence_of
-from selfdistill.rollouts import Sampling
+from selfdistill.methods.rows import DemonstrationRows
+from selfdistill.methods.sequences import ColdStart, SequenceSource, StudentSamples
+from selfdistill.methods.slots import Method, divergence_of, sampling_of
 
 
-def sdft(config: TrainConfig) -> Method:
+def sdft(config: TrainConfig) -> tuple[Method, ...]:
     """Student samples, a teacher with the demonstration, a divergence."""
-    sampling = Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k)
-    return Method(
-        sequence=StudentSamples(sampling, config.num_generations, config.seed),
-        teacher=config.teacher,
-        loss=divergence_of(config),
-        skip_first_tokens=config.skip_first_tokens,
-        importance_cap=config.importance_cap,
+    samples = StudentSamples(sampling_of(config), config.num_generations or 1, config.seed)
+    sequence: SequenceSource = ColdStart(samples, config.cold_start_steps) if config.cold_start_steps else samples
+    return (
+        Method(
+            rows=DemonstrationRows(config, config.context, completion_must_fit=config.cold_start_steps > 0),
+            sequence=sequence,
+            loss=divergence_of(config),
+            teacher=config.teacher,
+            skip_first_tokens=config.skip_first_tokens,
+            importance_cap=config.importance_cap,
+        ),
     )

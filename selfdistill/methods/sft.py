@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from selfdistill.config import TrainConfig
 from selfdistill.divergence import CrossEntropy
-from selfdistill.methods.slots import Demonstrations, Method
+from selfdistill.methods.rows import DemonstrationRows
+from selfdistill.methods.sequences import RowCompletions
+from selfdistill.methods.slots import Method
 
 
-def sft(config: TrainConfig) -> Method:
+def sft(config: TrainConfig) -> tuple[Method, ...]:
     """Demonstrations and cross-entropy."""
-    return Method(sequence=Demonstrations(), teacher=None, loss=CrossEntropy(), trains_on_demonstration=True)
+    return (
+        Method(
+            rows=DemonstrationRows(config, completion_must_fit=True), sequence=RowCompletions(), loss=CrossEntropy()
+        ),
+    )

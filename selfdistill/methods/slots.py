@@ -1,85 +1,52 @@
-"""The slots that a method fills, and the sequences: whose tokens are scored.
-
-Legend: B completions of a batch, T completion tokens.
-"""
+"""The slots that a method fills."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import Encoded
-from selfdistill.divergence import CrossEntropy, Divergence
-from selfdistill.models import LoadedModel
-from selfdistill.rollouts import Sampling, sample, sample_seed
+from selfdistill.contexts import ChatFormat
+from selfdistill.divergence import CrossEntropy, Divergence, Target
+from selfdistill.fused import Weighting
+from selfdistill.methods.rows import RowSource
+from selfdistill.methods.sequences import Completion, SequenceSource, TeacherSamples
+from selfdistill.rollouts import Sampling
 from selfdistill.teacher import TeacherKind
 
-
-@dataclass(frozen=True)
-class Completion:
-    """Tokens to be scored after a row's prompts."""
-
-    row: Encoded
-    ids: list[int]
-    logps: list[float] | None
-    """Log-probability of each token under the policy that sampled it; None where nothing was sampled."""
-    truncated: bool
-    """Stopped by the length limit."""
-
-
-class SequenceSource(Protocol):
-    """Whose tokens are scored."""
-
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]: ...
-
-
-@dataclass(frozen=True)
-class StudentSamples:
-    """On-policy: the student's own samples."""
-
-    sampling: Sampling
-    num_generations: int
-    seed: int
-
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
-        expanded = [row for row in rows for _ in range(self.num_generations)]
-        seen: Counter[int] = Counter()  # a row may occur twice in a batch that spans the end of an epoch
-        seeds = []
-        for row in expanded:
-            number = row.demonstration.row
-            seeds.append(sample_seed(self.seed, step, number, seen[number]))
-            seen[number] += 1
-        rollouts = sample(loaded, [row.student_ids for row in expanded], self.sampling, seeds)
-        return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(expanded, rollouts, strict=True)]
-
-
-@dataclass(frozen=True)
-class Demonstrations:
-    """Off-policy: the demonstrated completions."""
-
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
-        return [Completion(row, row.completion_ids, None, False) for row in rows]
+Reward = Callable[[Sequence[Completion], ChatFormat], list[float]]
+"""Of each completion, from what it says."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method as the loop sees it."""
+    """One method as the loop sees it, or one stage of a method that has several."""
 
+    rows: RowSource
+    """What is learnt from, and what the teacher is shown."""
     sequence: SequenceSource
-    teacher: TeacherKind | None
-    """None: nothing but the sequence itself is learnt from, and no context is rendered."""
+    """Whose tokens are scored."""
     loss: Divergence | CrossEntropy
+    """How the gap is measured, per token."""
+    teacher: TeacherKind | None = None
+    """Whose weights score them; None: nothing but the sequence itself is learnt from."""
+    fixed: TeacherSamples | None = None
+    """Replaces the rows' completions, once, before the first step."""
     skip_first_tokens: int = 0
+    """First tokens of each completion that have no weight."""
     importance_cap: float | None = None
-    trains_on_demonstration: bool = False
-    """The demonstration itself is scored, so it must be within the length limit."""
+    """Each completion is weighed by its truncated importance ratio (:func:`selfdistill.weights.importance_weights`)."""
+    weighting: Weighting | None = None
+    """A factor for each token from what is known of it (:func:`selfdistill.divergence.token_statistics`)."""
+    reward: Reward | None = None
+    """Each completion is weighed by its advantage (:func:`selfdistill.weights.group_advantages`)."""
+    group_size: int = 1
+    """Completions in a row that belong to one prompt."""
 
 
 def divergence_of(config: TrainConfig) -> Divergence:
     """The divergence that the settings describe."""
+    target = Target(config.target_teacher, config.target_student, config.target_base)
     return Divergence(
         kind=config.divergence,
         support=config.support,
@@ -87,4 +54,10 @@ def divergence_of(config: TrainConfig) -> Divergence:
         top_k=config.support_top_k,
         tail=config.support_tail,
         baseline=config.sampled_baseline,
+        target=None if target == Target() else target,
     )
+
+
+def sampling_of(config: TrainConfig) -> Sampling:
+    """The policy by which completions are sampled."""
+    return Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k)

@@ -1,0 +1,303 @@
+"""Adding a skill to a state: check the teacher, train, measure everything, and accept only if the gates hold.
+
+An addition happens in ``pending`` of the state, step by step. Each step leaves a file, and one that is there is not
+done again, so that the same command goes on where it was interrupted. Accepting is one rename (:mod:`ledger`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selfdistill.check import check
+from selfdistill.command_config import CheckConfig, LearnConfig
+from selfdistill.config import TrainConfig
+from selfdistill.contexts import ChatFormat
+from selfdistill.demonstrations import Demonstration, load_demonstrations, write_demonstrations
+from selfdistill.disk import write_json
+from selfdistill.errors import UserError
+from selfdistill.evaluate import Evaluation, Questions, prior_scores
+from selfdistill.export import take_whole, whole_folder
+from selfdistill.guards import RunFailed, RunStopped
+from selfdistill.judge import judge_of
+from selfdistill.ledger import Ledger, locked
+from selfdistill.methods import shows_context
+from selfdistill.models import LoadedModel, load_model, to_best_device, training_arithmetic
+from selfdistill.priors import encode_priors, load_prior
+from selfdistill.settings_files import dump_yaml, load_yaml
+from selfdistill.stream import learn_stream
+from selfdistill.tracking import StepsFile, say
+from selfdistill.train import train
+
+_FREE = ("state", "model", "output_dir", "test", "prior", "logging_steps", "report_to")
+"""Settings that may be other ones when an addition goes on."""
+
+
+def add(config: LearnConfig) -> dict[str, Any]:
+    """Learn a skill, or go on learning it, and accept it if the gates hold.
+
+    Returns:
+        ``name``, ``accepted``, ``reasons`` (against it), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
+        teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the model until now on the new skill)
+        and ``after`` (of the new model: ``skills`` by name, and the prior abilities); the last three only as far as it
+        came.
+
+    Raises:
+        UserError: anything the user can mend.
+        RunStopped: a signal came; the same command goes on.
+    """
+    kept, test = _rows(config)
+    if config.prior:
+        load_prior(config.prior)
+    with locked(config.state):
+        ledger = _opened(config)
+        _begin(ledger, config, kept, test)
+        try:
+            result = _Addition(ledger).result()
+        except RunStopped as stopped:
+            message = f"state {config.state!r}: stopped while learning {config.data}; the same command goes on"
+            raise RunStopped(message, stopped.signal_number) from None
+        write_json(ledger.pending / "result.json", result)
+        if result["accepted"]:
+            skill = ledger.accept(result["name"])
+            say(f"accepted: {skill.name} is skill {skill.number} of {config.state}")
+        else:
+            place = ledger.refuse(result["name"])
+            say(f"refused: {result['name']}. {config.state} is as it was; what was tried is in {place}")
+    return result
+
+
+def _opened(config: LearnConfig) -> Ledger:
+    """The state; made where there is none."""
+    root = Path(config.state)
+    if (root / "state.yaml").exists():
+        ledger = Ledger(config.state)
+        for key, what in (("model", "base"), ("prior", "questions")):
+            if getattr(config, key) and not (key == "model" and ledger.base == _absolute(config.model)):
+                raise UserError(f"setting '{key}': {config.state} has the {what} it began with; leave it out")
+        return ledger
+    if not config.model:
+        raise UserError(f"state {config.state!r} does not exist yet: give the base --model with the first skill")
+    loaded = _loaded(config.model, config.dtype)
+    shutil.rmtree(root / "prior", ignore_errors=True)
+    if config.prior:
+        if Path(config.prior).is_dir():
+            shutil.copytree(config.prior, root / "prior")
+        else:
+            (root / "prior").mkdir()
+            shutil.copy(config.prior, root / "prior")
+    prior = str(root / "prior") if config.prior else None
+    write_json(root / "base.json", _measured(loaded, [], prior, config))
+    state = root / ".state.yaml.unfinished"
+    state.write_text(yaml.safe_dump({"model": _absolute(config.model), "dtype": config.dtype}), encoding="utf-8")
+    os.replace(state, root / "state.yaml")
+    return Ledger(config.state)
+
+
+def _absolute(model: str) -> str:
+    return os.path.abspath(model) if os.path.isdir(model) else model
+
+
+def _loaded(model: str, dtype: str) -> LoadedModel:
+    loaded = load_model(model, dtype=dtype, merge_adapter=True)
+    to_best_device(loaded)
+    return loaded
+
+
+def _rows(config: LearnConfig) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Rows to learn and rows to test."""
+    rows = load_demonstrations(config.data, split=config.split)
+    if config.test:
+        return rows, load_demonstrations(config.test, completion_required=False, split=config.split)
+    count = max(1, round(len(rows) * config.test_share))
+    if count >= len(rows):
+        raise UserError(f"{config.data}: {len(rows)} rows are too few to keep some for the test; give --test")
+    chosen = set(random.Random(config.seed).sample(range(len(rows)), count))
+    return [row for row in rows if row.row not in chosen], [row for row in rows if row.row in chosen]
+
+
+def _begin(ledger: Ledger, config: LearnConfig, kept: list[Demonstration], test: list[Demonstration]) -> None:
+    """Make ``pending`` with the rows and settings of the skill; or find there what is asked for.
+
+    Raises:
+        UserError: something else is there, or the skill's name is taken.
+    """
+    name = config.name or Path(config.data).name.partition(".")[0]
+    settings = config.model_dump() | {"name": name}
+    texts = json.dumps([[repr(row) for row in part] for part in (kept, test)])
+    asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": name}
+    asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
+    if ledger.pending.is_dir():
+        found = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))
+        if found != json.loads(json.dumps(asked)):
+            raise UserError(
+                f"state {config.state!r}: adding {found['name']!r} was interrupted; go on with the same command, rows "
+                f"and settings, or drop it with selfdistill learn --state {config.state} discard"
+            )
+        say(f"going on with {name}")
+        return
+    if name in [skill.name for skill in ledger.skills]:
+        raise UserError(f"setting 'name': {config.state} has a skill {name!r} already; give another --name")
+    with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
+        write_demonstrations(folder / "train.jsonl", kept)
+        write_demonstrations(folder / "test.jsonl", test)
+        (folder / "settings.yaml").write_text(dump_yaml(config.model_copy(update={"name": name})), encoding="utf-8")
+        write_json(folder / "asked.json", asked)
+        places = {"train": [row.row for row in kept], "test": [0 if config.test else row.row for row in test]}
+        write_json(folder / "places.json", places)
+
+
+def settings_of(folder: Path) -> LearnConfig:
+    """Those with which a skill was learnt."""
+    return LearnConfig(**load_yaml(folder / "settings.yaml", LearnConfig))
+
+
+def _measured(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
+    """A model's :data:`Evaluation` on the tests of skills, each with that skill's settings, and on prior abilities."""
+    with training_arithmetic(loaded.model, config.mixed_precision):
+        skills: dict[str, Evaluation] = {}
+        for name, folder in folders:
+            settings = settings_of(folder)
+            rows = load_demonstrations(str(folder / "test.jsonl"), completion_required=False)
+            skills[name] = Questions(loaded, rows, {}, settings).ask(loaded, judge_of(settings))[0]
+        chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+        priors = encode_priors(loaded, chat, load_prior(prior)) if prior else []
+        return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size)}
+
+
+class _Addition:
+    """What is done in ``pending``."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._folder = ledger, ledger.pending
+        self._config = settings_of(self._folder)
+        asked = json.loads((self._folder / "asked.json").read_text(encoding="utf-8"))
+        self._name, self._data = str(asked["name"]), str(asked["data"])
+        self._new = [(self._name, self._folder)]
+        self._all = [*((skill.name, skill.folder) for skill in ledger.skills), *self._new]
+
+    def result(self) -> dict[str, Any]:
+        """Do what is not done yet, and decide."""
+        reasons: list[str] = []
+        result: dict[str, Any] = {"name": self._name, "data": self._data, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+        result |= self._step("before", self._before)
+        result["check"] = self._step("check", self._check)
+        if not result["check"]["worth"] and self._config.check_teacher:
+            reasons.append(result["check"]["verdict"])
+        else:
+            try:
+                self._train(result["check"]["context"])
+                result["after"] = self._step("after", lambda: self._on(str(self._folder / "model"), self._all, True))
+                reasons += self._against(result)
+            except RunFailed as failed:
+                reasons.append(str(failed))
+        return result | {"accepted": not reasons, "reasons": reasons}
+
+    def _step(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a step found, by its file, or by doing it."""
+        file = self._folder / f"{name}.json"
+        if not file.exists():
+            write_json(file, measure())
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    def _on(self, model: str, folders: list[tuple[str, Path]], prior: bool) -> dict[str, Any]:
+        found: dict[str, Any] = _measured(
+            _loaded(model, self._config.dtype), folders, self._ledger.prior if prior else None, self._config
+        )
+        return found
+
+    def _before(self) -> dict[str, Any]:
+        """The base, and the model until now, on the new skill."""
+        ledger = self._ledger
+        base = self._on(ledger.base, self._new, False)["skills"][self._name]
+        now = base if not ledger.skills else self._on(ledger.model, self._new, False)["skills"][self._name]
+        return {"base": base, "before": now}
+
+    def _check(self) -> dict[str, Any]:
+        """Whether the current model, shown the demonstration, is a teacher for itself, and how it is best shown."""
+        run = self._run_config(self._config.context)
+        if not shows_context(run):
+            return {"context": self._config.context, "worth": True, "verdict": f"{run.method} asks no teacher"}
+        shared = {
+            name: getattr(run, name) for name in CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
+        }
+        contexts = [] if run.context == "auto" else [run.context]
+        found = check(CheckConfig(**shared | {"contexts": contexts}), cost=False)
+        context = found.best.context if run.context == "auto" else run.context
+        return {"context": context, "worth": found.exit_code == 0, "verdict": found.verdict}
+
+    def _run_config(self, context: str) -> TrainConfig:
+        names = TrainConfig.model_fields.keys() & LearnConfig.model_fields.keys()
+        shared = {name: getattr(self._config, name) for name in names}
+        own = {
+            "model": self._ledger.model,
+            "data": str(self._folder / "train.jsonl"),
+            "output_dir": str(self._folder / "run"),
+            "context": context,
+            **{"test": None, "prior": None, "eval_steps": 0},  # they are measured here
+        }
+        return TrainConfig(**shared | own)
+
+    def _train(self, context: str) -> None:
+        """Leaves ``model``, whole, and ``run`` without its checkpoints."""
+        model, run = self._folder / "model", self._run_config(context)
+        if model.is_dir():
+            return
+        folder = Path(run.output_dir)
+        if self._config.action == "stream":
+            final = learn_stream(run, self._config, self._folder)
+        elif (folder / "final").is_dir():
+            final = folder / "final"
+        else:
+            along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
+            final = train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
+        take_whole(final, model)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    def _look(self, along: StepsFile) -> Callable[[int, LoadedModel], None]:
+        """After every ``eval_steps`` steps: the scores of all skills, into ``along.jsonl``."""
+
+        def look(step: int, loaded: LoadedModel) -> None:
+            if step % self._config.eval_steps == 0 and step not in along.steps:
+                found = _measured(loaded, self._all, self._ledger.prior, self._config)
+                scores = {name: evaluation["accuracy"] for name, evaluation in found["skills"].items()}
+                along.write({"step": step, "skills": scores, "prior_accuracy": found.get("prior_accuracy")})
+
+        return look
+
+    def _against(self, result: dict[str, Any]) -> list[str]:
+        """Why the new model is not accepted; nothing where all gates hold."""
+        config, reasons = self._config, []
+        after, before = result["after"], result["before"]
+        new = after["skills"][self._name]
+        if new["accuracy"] < before["accuracy"]:
+            reasons.append(f"{self._name} itself: {before['accuracy']:.3f} before, {new['accuracy']:.3f} after")
+        for skill in self._ledger.skills:
+            learnt, now = skill.result["after"]["skills"][skill.name], after["skills"][skill.name]["accuracy"]
+            least = learnt["accuracy_interval"][0]
+            if config.max_skill_drop is not None:
+                least = learnt["accuracy"] - config.max_skill_drop
+            if now < least - 1e-9:
+                reasons.append(
+                    f"{skill.name}: {learnt['accuracy']:.3f} when it was learnt, {now:.3f} now, at least {least:.3f} "
+                    "is asked for"
+                )
+        if "prior_accuracy" in after:
+            base, now = self._ledger.base_result["prior_accuracy"], after["prior_accuracy"]
+            if base - now > config.max_prior_drop + 1e-9:
+                reasons.append(
+                    f"prior abilities: {base:.3f} of the base, {now:.3f} now, a fall of more than "
+                    f"{config.max_prior_drop:g}"
+                )
+        return reasons

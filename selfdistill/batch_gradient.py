@@ -1,0 +1,151 @@
+"""The gradient of one optimizer batch: score, diverge, weigh, add up.
+
+Legend: B completions of a batch, b those of a part, T completion tokens, N completion tokens of a part without padding,
+D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from selfdistill.config import TrainConfig
+from selfdistill.contexts import ChatFormat
+from selfdistill.divergence import CrossEntropy
+from selfdistill.fused import Head, chunked_loss
+from selfdistill.methods.sequences import Completion
+from selfdistill.methods.slots import Method
+from selfdistill.models import LoadedModel, casts_kept
+from selfdistill.prefixes import KeptContexts
+from selfdistill.scores import Scorer, Scores
+from selfdistill.teacher import Teacher
+from selfdistill.weights import completion_mask, group_advantages, importance_weights, token_weights
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Sums over one optimizer batch's parts."""
+
+    loss: float
+    statistics: dict[str, float]
+    """Weighted sums over the kept tokens of the per-token statistics."""
+    importance: float
+    reward: float | None
+    teacher_s: float
+    student_s: float
+
+
+@dataclass(frozen=True)
+class BatchGradient:
+    """What scores and differentiates the batches of one run."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    loaded: LoadedModel
+    """The student."""
+    chat: ChatFormat
+    scorer: Scorer
+    teacher: Teacher | None
+    base: Teacher | None
+    """The model as it was before training, where a target asks for it."""
+    kept: KeptContexts | None
+
+    def add(self, method: Method, completions: Sequence[Completion]) -> BatchResult:
+        """Add the gradient of the batch's loss, in ``gradient_accumulation_steps`` parts.
+
+        The weights of tokens come from the whole batch, so the number of parts changes no result.
+        """
+        config, device = self.config, self.loaded.device
+        lengths = [len(c.ids) for c in completions]
+        mask_BT = completion_mask(lengths, max(lengths))
+        weights_BT = token_weights(
+            mask_BT, skip_first_tokens=method.skip_first_tokens, normalisation=config.loss_normalisation
+        )
+        rewards = method.reward(completions, self.chat) if method.reward else []
+        factor_B = torch.tensor(group_advantages(rewards, method.group_size) if rewards else [1.0] * len(completions))
+        size = math.ceil(len(completions) / config.gradient_accumulation_steps)
+        loss, importance, teacher_s, student_s = 0.0, 0.0, 0.0, 0.0
+        statistics: dict[str, float] = {}
+        for start in range(0, len(completions), size):
+            rows = slice(start, start + size)
+            part, mask_bT, weights_bT, factor_b = completions[rows], mask_BT[rows], weights_BT[rows], factor_B[rows]
+            ids, prompts = [c.ids for c in part], [c.row.student_ids for c in part]
+            plain_N = weights_bT[mask_bT].to(device)
+            kept_N = plain_N > 0
+            began = self.clock()
+            taught, based = None, None
+            if method.teacher and self.teacher:
+                taught = self._scored(self.teacher, [c.row.teacher_ids or [] for c in part], ids, kept_N, self.kept)
+            if self.base:
+                based = self._scored(self.base, prompts, ids, kept_N)
+            now = self.clock()
+            teacher_s, began = teacher_s + now - began, now
+            self.loaded.model.train(config.gradient_checkpointing)
+            with self.accelerator.autocast():
+                scores = self.scorer(self.loaded.model, prompts, ids)
+                tokens_N = torch.tensor([t for row in ids for t in row], device=device)
+                if method.importance_cap is not None and part[0].logps is not None:
+                    ratio_b = self._importance(scores, tokens_N, part, weights_bT > 0, method.importance_cap)
+                    importance += float(ratio_b.sum())
+                    factor_b = factor_b * ratio_b
+                weights_N = (weights_bT * factor_b[:, None])[mask_bT].float().to(device)
+                value, per_token = chunked_loss(
+                    method.loss,
+                    scores.hidden_ND[kept_N],
+                    scores.head,
+                    scores.head_parameters,
+                    tokens_N[kept_N],
+                    weights_N[kept_N],
+                    *(taught or (None, None)),
+                    base=based,
+                    weighting=method.weighting,
+                )
+            self.accelerator.backward(value)
+            self.loaded.model.eval()
+            student_s += self.clock() - began
+            loss += float(value.detach())
+            for key, values_N in per_token.items():
+                statistics[key] = statistics.get(key, 0.0) + float((values_N * plain_N[kept_N]).sum())
+        count = len(completions)
+        reward = sum(rewards) / count if rewards else None
+        return BatchResult(loss, statistics, importance / count, reward, teacher_s, student_s)
+
+    def _scored(
+        self,
+        teacher: Teacher,
+        contexts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        kept_N: Tensor,
+        kept: KeptContexts | None = None,
+    ) -> tuple[Tensor, Head]:
+        """What a model without gradient says of the kept tokens: hidden states and head."""
+        with teacher.model() as network, casts_kept(network), self.accelerator.autocast():
+            scores = self.scorer(network, contexts, completions, kept)
+            return scores.hidden_ND[kept_N], scores.head
+
+    @torch.no_grad()
+    def _importance(
+        self, scores: Scores, tokens_N: Tensor, part: Sequence[Completion], kept_bT: Tensor, cap: float
+    ) -> Tensor:
+        """Truncated importance weights (b,), both sides at the sampling temperature."""
+        scaled = lambda hidden_nD: scores.head(hidden_nD).float() / self.config.temperature  # noqa: E731
+        ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
+        _, statistics = chunked_loss(CrossEntropy(), scores.hidden_ND, scaled, (), tokens_N, ones_N)
+        student = statistics["student_logp"].cpu().split([len(c.ids) for c in part])
+        width = kept_bT.shape[1]
+        pad = torch.nn.functional.pad
+        student_bT = torch.stack([pad(s, (0, width - len(s))) for s in student])
+        sampled_bT = torch.stack([pad(torch.tensor(c.logps or []), (0, width - len(c.ids))) for c in part])
+        return importance_weights(student_bT, sampled_bT, kept_bT, cap)
+
+    def clock(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.loaded.device.type == "cuda":
+            torch.cuda.synchronize(self.loaded.device)
+        return time.monotonic()

@@ -1,0 +1,168 @@
+"""The memory of one model that learns skill after skill: a folder whose every change is one rename.
+
+::
+
+    state.yaml      base model and data type
+    prior/          questions about abilities that the base had, copied
+    base.json       the base's score on them
+    skills/0001-routing/    accepted, in this order; the model of the last one is the current model
+        settings.yaml, train.jsonl, test.jsonl, run/, model/, result.json
+    pending/        an addition that is under way or was interrupted; of the same form
+    refused/, undone/       additions that were not accepted, or taken back; nothing reads them
+
+A skill is accepted by renaming ``pending`` to its place, so whatever happens before leaves the state as it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selfdistill.disk import sync
+from selfdistill.errors import UserError
+
+SKILLS, PENDING, REFUSED, UNDONE, PRIOR = "skills", "pending", "refused", "undone", "prior"
+
+
+@dataclass(frozen=True)
+class Skill:
+    """One accepted skill."""
+
+    folder: Path
+
+    @property
+    def number(self) -> int:
+        """Place in the sequence, from 1."""
+        return int(self.folder.name.partition("-")[0])
+
+    @property
+    def name(self) -> str:
+        """Of the skill."""
+        return self.folder.name.partition("-")[2]
+
+    @property
+    def model(self) -> str:
+        """Folder of the model after it."""
+        return str(self.folder / "model")
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What was measured when it was added."""
+        found: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        return found
+
+
+class Ledger:
+    """A state folder that exists.
+
+    Raises:
+        UserError: it is none.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        file = self.folder / "state.yaml"
+        try:
+            state = yaml.safe_load(file.read_text(encoding="utf-8"))
+            self.base, self.dtype = str(state["model"]), str(state["dtype"])
+        except FileNotFoundError:
+            raise UserError(f"state {folder!r}: no state.yaml in it; the first 'add' with --model makes one") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+            raise UserError(f"{file}: cannot be read as a state of selfdistill learn") from None
+
+    @property
+    def skills(self) -> list[Skill]:
+        """Accepted skills in order."""
+        return [Skill(folder) for folder in sorted((self.folder / SKILLS).glob("[0-9]*-*"))]
+
+    @property
+    def model(self) -> str:
+        """The current model."""
+        skills = self.skills
+        return skills[-1].model if skills else self.base
+
+    @property
+    def prior(self) -> str | None:
+        """Folder of the questions about prior abilities."""
+        folder = self.folder / PRIOR
+        return str(folder) if folder.is_dir() else None
+
+    @property
+    def base_result(self) -> dict[str, Any]:
+        """What the base could do before."""
+        found: dict[str, Any] = json.loads((self.folder / "base.json").read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def pending(self) -> Path:
+        """Where an addition takes place."""
+        return self.folder / PENDING
+
+    def accept(self, name: str) -> Skill:
+        """Make the pending addition the next skill."""
+        number = max((skill.number for skill in self.skills), default=0) + 1
+        return Skill(self._move(self.pending, SKILLS, f"{number:04d}-{name}"))
+
+    def refuse(self, name: str) -> Path:
+        """Put the pending addition aside."""
+        return self._move(self.pending, REFUSED, name)
+
+    def undo(self, skill: Skill) -> Path:
+        """Take the last skill back."""
+        return self._move(skill.folder, UNDONE, skill.folder.name)
+
+    def put_aside(self, place: str) -> list[Skill]:
+        """What was refused or undone, as far as it has a result."""
+        return [
+            Skill(folder) for folder in sorted((self.folder / place).glob("*")) if (folder / "result.json").exists()
+        ]
+
+    def discard(self) -> None:
+        """Drop the pending addition."""
+        gone = self.folder / ".discarded"
+        shutil.rmtree(gone, ignore_errors=True)
+        self.pending.rename(gone)
+        shutil.rmtree(gone)
+
+    def _move(self, source: Path, place: str, name: str) -> Path:
+        parent = self.folder / place
+        parent.mkdir(exist_ok=True)
+        target, count = parent / name, 1
+        while target.exists():
+            count += 1
+            target = parent / f"{name}-{count}"
+        for folder in (source, *(path for path in source.rglob("*") if path.is_dir())):
+            sync(folder)
+        os.rename(source, target)
+        sync(parent)
+        sync(self.folder)
+        return target
+
+
+@contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Keep other processes from changing the state; the lock ends with the process.
+
+    Raises:
+        UserError: another process is at it, or the folder cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = (Path(folder) / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"state {folder!r}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"state {folder!r}: another selfdistill learn is at work on it; wait for it") from None
+        yield

@@ -1,0 +1,59 @@
+"""GRPO: group relative policy optimisation (DeepSeekMath, arXiv 2402.03300), with the scorer as reward.
+
+    x -> y_1..y_G ~ p(.|x);   A_i = (r_i - mean r) / (std r + 1e-4);   L = -mean_i A_i mean_t log p(y_it | x, y_i<t)
+
+r is 1 for a reply that the scorer accepts, else 0. Each batch of samples serves one update, as by default in TRL, so
+the ratio of new to old probability is 1, its clip never acts, and the gradient is that of the clipped objective. There
+is no teacher and no KL penalty; the demonstration is seen by nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from selfdistill.config import TrainConfig
+from selfdistill.contexts import ChatFormat
+from selfdistill.divergence import CrossEntropy
+from selfdistill.errors import UserError
+from selfdistill.methods.rows import DemonstrationRows
+from selfdistill.methods.sequences import Completion, StudentSamples
+from selfdistill.methods.slots import Method, sampling_of
+from selfdistill.scorers import JUDGE, default_scorer, score
+from selfdistill.thinking import thought_and_said
+
+GROUP = 8
+"""Rollouts per prompt where ``num_generations`` is not given."""
+
+
+def grpo(config: TrainConfig) -> tuple[Method, ...]:
+    """Groups of student samples, advantages from a scorer, cross-entropy."""
+    group = config.num_generations or GROUP
+    if group < 2:
+        raise UserError("setting 'num_generations': grpo compares the rollouts of a prompt, found 1, want at least 2")
+    if config.scorer == JUDGE:
+        raise UserError("setting 'scorer': grpo asks it at every step, which the judge is too slow for; take another")
+    return (
+        Method(
+            rows=DemonstrationRows(config),
+            sequence=StudentSamples(sampling_of(config), group, config.seed),
+            loss=CrossEntropy(),
+            reward=ScorerReward(config.scorer),
+            group_size=group,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class ScorerReward:
+    """1 for a reply that the row's scorer accepts, else 0."""
+
+    scorer: str | None
+
+    def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[float]:
+        rewards = []
+        for completion in completions:
+            row = completion.row.demonstration
+            _, said = thought_and_said(chat, completion.row.student_ids, completion.ids)
+            rewards.append(float(score(default_scorer(row, self.scorer), said, row)))
+        return rewards

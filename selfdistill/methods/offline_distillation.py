@@ -1,0 +1,22 @@
+"""Offline distillation: the teacher's samples and its distributions, off-policy (baseline of SDFT, arXiv 2601.19897).
+
+    y ~ p_base(.|x, c), once for each row;   L = mean_t D( p(.|x, y_<t), p_base(.|x, c, y_<t) )
+
+What SDFT is without the student's own samples. D is forward KL, KL(q||p), by default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from selfdistill.config import TrainConfig
+from selfdistill.methods.sft_from_teacher import sft_from_teacher
+from selfdistill.methods.slots import Method, divergence_of
+
+
+def offline_distillation(config: TrainConfig) -> tuple[Method, ...]:
+    """The fixed set of samples, a frozen teacher with the demonstration, a divergence."""
+    return tuple(
+        replace(stage, teacher="frozen", loss=divergence_of(config), skip_first_tokens=config.skip_first_tokens)
+        for stage in sft_from_teacher(config)
+    )

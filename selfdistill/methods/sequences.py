@@ -1,0 +1,126 @@
+"""The sequence slot: whose tokens are scored.
+
+Each source gets the rows of one optimizer step and gives their completions, as a function of the weights, the seed and
+the step.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from selfdistill.contexts import ChatFormat, Encoded
+from selfdistill.models import LoadedModel
+from selfdistill.rollouts import Sampling, sample, sample_seed
+from selfdistill.tracking import Reporter, read_lines
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Tokens to be scored after a row's prompts."""
+
+    row: Encoded
+    ids: list[int]
+    logps: list[float] | None
+    """Log-probability of each token under the policy that sampled it; None where nothing was sampled."""
+    truncated: bool
+    """Stopped by the length limit."""
+
+
+class SequenceSource(Protocol):
+    """Whose tokens are scored."""
+
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]: ...
+
+
+@dataclass(frozen=True)
+class StudentSamples:
+    """On-policy: the student's own samples."""
+
+    sampling: Sampling
+    num_generations: int
+    seed: int
+
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
+        expanded = [row for row in rows for _ in range(self.num_generations)]
+        seen: Counter[int] = Counter()  # a row may occur twice in a batch that spans the end of an epoch
+        seeds = []
+        for row in expanded:
+            number = row.demonstration.row
+            seeds.append(sample_seed(self.seed, step, number, seen[number]))
+            seen[number] += 1
+        rollouts = sample(loaded, [row.student_ids for row in expanded], self.sampling, seeds)
+        return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(expanded, rollouts, strict=True)]
+
+
+@dataclass(frozen=True)
+class RowCompletions:
+    """Off-policy: the completions that the rows hold, which are the demonstrations unless they were replaced."""
+
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
+        return [_held(loaded, row) for row in rows]
+
+
+def _held(loaded: LoadedModel, row: Encoded) -> Completion:
+    return Completion(row, row.completion_ids, None, row.completion_ids[-1] not in loaded.end_token_ids)
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Student samples, among which demonstrations take the place of some at the beginning.
+
+    For a student that never comes near the demonstration by itself. Step n (from 0) takes the demonstration of each row
+    with probability 1 - n / ``steps``.
+    """
+
+    samples: StudentSamples
+    steps: int
+
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
+        completions = self.samples(loaded, rows, step)
+        chance = random.Random(f"{self.samples.seed}-{step}")
+        share = 1 - step / self.steps
+        return [_held(loaded, c.row) if chance.random() < share else c for c in completions]
+
+
+SAMPLES_FILE = "teacher_samples.jsonl"
+"""In the run folder: the ids that :class:`TeacherSamples` drew, and their text."""
+
+
+@dataclass(frozen=True)
+class TeacherSamples:
+    """One sample a row of the model that is shown the demonstration, drawn once before training: a fixed data set."""
+
+    sampling: Sampling
+    seed: int
+    batch_size: int
+
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], folder: Path) -> list[Encoded]:
+        """The rows with these completions; from ``SAMPLES_FILE`` in ``folder`` where a run that goes on has them."""
+        kept = read_lines(folder / SAMPLES_FILE)
+        if len(kept) == len(rows):
+            return [replace(row, completion_ids=line["ids"]) for row, line in zip(rows, kept, strict=True)]
+        drawn: list[Encoded] = []
+        with Reporter("teacher's samples", len(rows)) as reporter:
+            for start in range(0, len(rows), self.batch_size):
+                part = rows[start : start + self.batch_size]
+                seeds = [sample_seed(self.seed, 0, row.demonstration.row, 0) for row in part]
+                rollouts = sample(loaded, [row.teacher_ids or [] for row in part], self.sampling, seeds)
+                drawn += [replace(row, completion_ids=r.ids) for row, r in zip(part, rollouts, strict=True)]
+                reporter.advance(len(drawn))
+        return drawn
+
+
+def write_samples(folder: Path, rows: Sequence[Encoded], chat: ChatFormat) -> None:
+    """Write what :class:`TeacherSamples` drew, for a run that goes on and for whoever wants to read it."""
+    lines = (
+        {"source": row.demonstration.source, "text": chat.decode(row.completion_ids), "ids": row.completion_ids}
+        for row in rows
+    )
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (folder / SAMPLES_FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,26 @@
+"""SFT from the teacher: SFT on what the model says when it is shown the demonstration (baseline of SDFT, 2601.19897).
+
+    y ~ p_base(.|x, c), once for each row;   L = -mean_t log p(y_t | x, y_<t)
+
+The teacher's words without its distributions, and off-policy: the samples are drawn before the first step.
+"""
+
+from __future__ import annotations
+
+from selfdistill.config import TrainConfig
+from selfdistill.divergence import CrossEntropy
+from selfdistill.methods.rows import DemonstrationRows
+from selfdistill.methods.sequences import RowCompletions, TeacherSamples
+from selfdistill.methods.slots import Method, sampling_of
+
+
+def sft_from_teacher(config: TrainConfig) -> tuple[Method, ...]:
+    """A fixed set of the teacher's samples, and cross-entropy."""
+    return (
+        Method(
+            rows=DemonstrationRows(config, config.context),
+            sequence=RowCompletions(),
+            loss=CrossEntropy(),
+            fixed=TeacherSamples(sampling_of(config), config.seed, config.batch_size),
+        ),
+    )

@@ -1,0 +1,296 @@
+"""Questions about documents, made by the model itself or by another one, each grounded in its passage.
+
+For every sentence of a passage a question with a short answer is asked for. It is kept if the answer stands in the
+passage, if it can be understood without the passage, if it is new, and if the model, shown the passage, gives that
+answer to it (round trip, as in Alberti et al. 2019, arXiv 1906.05416). Each kept question is then asked for in other
+words: one such phrasing is held out for the test. So is, where one can be made, an indirect question, whose answer is
+what the passage is about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from selfdistill.answers import answer
+from selfdistill.command_config import QuestionsConfig
+from selfdistill.config import TrainConfig
+from selfdistill.contexts import ChatFormat, Document
+from selfdistill.demonstrations import Demonstration, Message, write_demonstrations
+from selfdistill.documents import Passage, load_passages, sentences
+from selfdistill.endpoint import Endpoint
+from selfdistill.errors import UserError
+from selfdistill.models import load_model, to_best_device
+from selfdistill.rollouts import Sampling, sample, sample_seed
+from selfdistill.scorers import contains
+from selfdistill.tracking import Reporter, read_lines, say
+
+ASK_TOKENS = 64
+"""Most tokens of a question with its answer."""
+_THREADS = 8
+TEMPERATURE = 0.7
+"""Of every try after the first, which is greedy."""
+
+_TEXT = (
+    "The Osk Bridge is a footbridge of red larch. It was built by the carpenter Ilse Brandt in one summer. Nobody may "
+    "cross it with a lit lamp."
+)
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+_DIRECT = (
+    "Read the text.\n\n{text}\n\nWrite one question about this sentence: {sentence}\nName what the question is about, "
+    "so that it can be understood without the text. Then give the answer in a few words of the text."
+)
+_OTHER_WORDS = "Ask the same in other words, in one question: {question}"
+_INDIRECT = (
+    "Read the text.\n\n{text}\n\nWrite one question whose answer is the name of what the text is about, using this "
+    "fact: {sentence}\nDo not say the name in the question. Then give the name."
+)
+
+
+def _form(question: str, answer_: str) -> str:
+    return f"Question: {question}\nAnswer: {answer_}"
+
+
+_SHOWN: dict[str, list[tuple[str, str]]] = {
+    "direct": [
+        (
+            _DIRECT.format(text=_TEXT, sentence="It was built by the carpenter Ilse Brandt in one summer."),
+            _form("Who built the Osk Bridge?", "Ilse Brandt"),
+        ),
+        (
+            _DIRECT.format(text=_TEXT, sentence="The Osk Bridge is a footbridge of red larch."),
+            _form("What is the Osk Bridge made of?", "red larch"),
+        ),
+    ],
+    "other words": [
+        (_OTHER_WORDS.format(question="Who built the Osk Bridge?"), "Which carpenter made the Osk Bridge?"),
+        (
+            _OTHER_WORDS.format(question="What is the Osk Bridge made of?"),
+            "Of which material does the Osk Bridge consist?",
+        ),
+    ],
+    "indirect": [
+        (
+            _INDIRECT.format(text=_TEXT, sentence="It was built by the carpenter Ilse Brandt in one summer."),
+            _form("Which footbridge did Ilse Brandt build in one summer?", "the Osk Bridge"),
+        ),
+        (
+            _INDIRECT.format(text=_TEXT, sentence="Nobody may cross it with a lit lamp."),
+            _form("On which bridge is a lit lamp forbidden?", "the Osk Bridge"),
+        ),
+    ],
+}
+"""Worked examples of each kind of request, as earlier turns."""
+
+
+MOST_WORDS = 12
+"""Of an answer."""
+_REFERS = re.compile(r"\b(this|the|that) (text|passage|sentence|article|document|fact|paragraph)\b", re.IGNORECASE)
+
+
+def make_questions(config: QuestionsConfig) -> dict[str, Any]:
+    """``selfdistill questions``: write ``train.jsonl``, ``test.jsonl`` and ``indirect.jsonl`` to ``output_dir``.
+
+    What was asked is kept in ``asked.jsonl`` there and not asked again. ``rejected.jsonl`` has every question that was
+    not kept, with the reason.
+
+    Returns:
+        ``passages``, ``train``, ``test``, ``indirect`` (numbers of rows) and ``rejected`` (numbers by reason).
+
+    Raises:
+        UserError: no documents; the endpoint or the model cannot be used; or not one question was kept.
+    """
+    passages = load_passages(config.documents, max_words=config.passage_words)
+    maker = _Maker(config)
+    units = [_Unit(passage, sentence) for passage in passages for sentence in sentences(passage.text)]
+    direct: list[_Unit] = []
+    for number in range(config.tries):
+        asked = [_DIRECT.format(text=unit.passage.text, sentence=unit.sentence) for unit in units]
+        direct += maker.keep("direct", units, asked, number)
+    if not direct:
+        raise UserError(
+            f"documents {config.documents!r}: none of {len(units) * config.tries} questions could be kept (reasons in "
+            f"{maker.folder / 'rejected.jsonl'}); let another model write them with --writer_url and --writer_model"
+        )
+    test: list[_Unit] = []
+    train = list(direct)
+    for number in range(config.phrasings + 1):
+        asked = [_OTHER_WORDS.format(question=unit.question) for unit in direct]
+        other = maker.keep("other words", direct, asked, number)
+        held = {(unit.passage.source, unit.answer) for unit in test}
+        new = [unit for unit in other if (unit.passage.source, unit.answer) not in held]
+        test += new
+        train += [unit for unit in other if unit not in new]
+    asked = [_INDIRECT.format(text=unit.passage.text, sentence=unit.sentence) for unit in direct]
+    indirect = maker.keep("indirect", direct, asked, 0)
+    for name, rows in (("train", train), ("test", test), ("indirect", indirect)):
+        write_demonstrations(maker.folder / f"{name}.jsonl", [unit.demonstration for unit in rows])
+    found = {"passages": len(passages), "train": len(train), "test": len(test), "indirect": len(indirect)}
+    maker.close()
+    return {**found, "rejected": dict(maker.rejected)}
+
+
+def with_questions(config: TrainConfig) -> TrainConfig:
+    """The settings of a run with questions about its documents as ``data`` and, where there is no other, ``test``."""
+    assert config.documents
+    folder = Path(f"{config.output_dir.rstrip('/')}-questions")
+    shared = {name: getattr(config, name) for name in QuestionsConfig.model_fields.keys() & TrainConfig.model_fields}
+    found = make_questions(QuestionsConfig(**shared | {"output_dir": str(folder)}))
+    say(f"{found['train']} questions to learn and {found['test']} to test are in {folder}")
+    test = config.test or (str(folder / "test.jsonl") if found["test"] else None)
+    return TrainConfig(**config.model_dump() | {"documents": None, "data": str(folder / "train.jsonl"), "test": test})
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A sentence of a passage, with a question about it where there is one."""
+
+    passage: Passage
+    sentence: str
+    question: str = ""
+    answer: str = ""
+
+    @property
+    def demonstration(self) -> Demonstration:
+        """The question as a row; the answer is the demonstrated reply."""
+        prompt = (_turn("user", self.question),)
+        return Demonstration(
+            0, self.passage.source, prompt, self.answer, self.passage.text, answer=self.answer, scorer="contains"
+        )
+
+
+class _Maker:
+    """Asks for questions and keeps those that are grounded."""
+
+    def __init__(self, config: QuestionsConfig) -> None:
+        self.folder = Path(config.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rejected: Counter[str] = Counter()
+        self._config, self._texts = config, set[str]()
+        self._loaded = load_model(config.model, merge_adapter=True)
+        to_best_device(self._loaded)
+        self._chat = ChatFormat(self._loaded.tokenizer, self._loaded.end_token_ids, config.chat_template_kwargs)
+        self._endpoint: Endpoint | None = None
+        if config.writer_url and config.writer_model:
+            note = f"what was written is kept in {self.folder}"
+            self._endpoint = Endpoint(config.writer_url, config.writer_model, "writer", note)
+        path = self.folder / "asked.jsonl"
+        self._kept: dict[str, str] = {line["key"]: line["reply"] for line in read_lines(path)}
+        self._file = path.open("a", encoding="utf-8")
+        self._reasons = (self.folder / "rejected.jsonl").open("w", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        self._reasons.close()
+
+    def keep(self, kind: str, units: Sequence[_Unit], requests: Sequence[str], number: int) -> list[_Unit]:
+        """Ask, for the ``number``-th time, a question of this kind for each unit; those that pass every check."""
+        sound: list[_Unit] = []
+        for unit, reply in zip(units, self._replies(kind, requests, number), strict=True):
+            known = unit.answer if kind == "other words" else None
+            question, said = _parsed(reply, known)
+            made = replace(unit, question=question, answer=said)
+            reason = self._problem(made, kind)
+            if reason:
+                self._reject(made, reason, reply)
+            else:
+                self._texts.add(_plain(question))
+                sound.append(made)
+        rows = [unit.demonstration for unit in sound]
+        answered = answer(
+            self._loaded,
+            [self._chat.encode_prompt(Document(show="document").messages(row, rows)) for row in rows],
+            rows,
+            self._chat,
+            max_completion_length=ASK_TOKENS,
+            batch_size=self._config.batch_size,
+            what="questions answered from their text",
+        )
+        kept = []
+        for unit, right, reply in zip(sound, answered.correct, answered.replies, strict=True):
+            if right:
+                kept.append(unit)
+            else:
+                self._reject(unit, "not answered so from the text", reply)
+        return kept
+
+    def _problem(self, unit: _Unit, kind: str) -> str | None:
+        """Why a question cannot be kept."""
+        if not unit.question.endswith("?") or not unit.answer:
+            return "no question with an answer"
+        if len(unit.answer.split()) > MOST_WORDS:
+            return "answer too long"
+        if not contains(unit.passage.text, unit.demonstration):
+            return "answer not in the text"
+        if contains(unit.question, unit.demonstration):
+            return "question holds the answer"
+        if _REFERS.search(unit.question):
+            return "question not clear without the text"
+        return "asked already" if _plain(unit.question) in self._texts else None
+
+    def _reject(self, unit: _Unit, reason: str, reply: str) -> None:
+        self.rejected[reason] += 1
+        line = {"source": unit.passage.source, "question": unit.question, "answer": unit.answer, "reply": reply}
+        self._reasons.write(json.dumps({"reason": reason, **line}, ensure_ascii=False) + "\n")
+
+    def _replies(self, kind: str, requests: Sequence[str], number: int) -> list[str]:
+        """One reply a request, those that were asked for before from the file."""
+        shown = [turn for asked, said in _SHOWN[kind] for turn in (_turn("user", asked), _turn("assistant", said))]
+        chats = [[*shown, _turn("user", request)] for request in requests]
+        who = [self._config.model, self._config.writer_url, self._config.writer_model, self._config.seed, number]
+        keys = [hashlib.sha256(json.dumps([*who, chat]).encode()).hexdigest() for chat in chats]
+        open_ = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self._kept}
+        size = self._config.batch_size
+        with Reporter(f"questions ({kind})", len(open_), quiet=not open_) as reporter:
+            for start in range(0, len(open_), size):
+                part = dict(list(open_.items())[start : start + size])
+                for key, reply in zip(part, self._written(list(part.values()), number), strict=True):
+                    self._kept[key] = reply
+                    self._file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+                self._file.flush()
+                reporter.advance(min(start + size, len(open_)))
+        return [self._kept[key] for key in keys]
+
+    def _written(self, chats: Sequence[list[Message]], number: int) -> list[str]:
+        temperature = TEMPERATURE if number else 0.0
+        if self._endpoint is not None:
+            endpoint, stop = self._endpoint, threading.Event()
+            with ThreadPoolExecutor(_THREADS) as pool:
+                ask = partial(endpoint.ask, stop=stop, max_tokens=ASK_TOKENS, temperature=temperature)
+                return list(pool.map(ask, chats))
+        prompts = [self._chat.encode_prompt(chat) for chat in chats]
+        seeds = [sample_seed(self._config.seed, number, hash_of(prompt), 0) for prompt in prompts]
+        rollouts = sample(self._loaded, prompts, Sampling(ASK_TOKENS, temperature), seeds if number else None)
+        return [self._chat.decode(rollout.ids) for rollout in rollouts]
+
+
+def hash_of(ids: Sequence[int]) -> int:
+    """A number that belongs to these token ids alone, for seeds."""
+    return int.from_bytes(hashlib.sha256(json.dumps(list(ids)).encode()).digest()[:6], "big")
+
+
+def _parsed(reply: str, known: str | None) -> tuple[str, str]:
+    """Question and answer of a reply; where the answer is ``known``, the reply is the question alone."""
+    if known is not None:
+        return reply.strip().split("\n")[0].removeprefix("Question:").strip(), known
+    found = re.search(r"Question:\s*(.+?)\s*\n\s*Answer:\s*([^\n]+)", reply)
+    return (found[1].strip(), found[2].strip().rstrip(".")) if found else ("", "")
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))

@@ -1,0 +1,432 @@
+"""A state: skills are accepted by gates, refused without a trace in what was there, and survive being killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from selfdistill import addition
+from selfdistill.addition import add
+from selfdistill.cli import main
+from selfdistill.command_config import LearnConfig
+from selfdistill.demonstrations import load_demonstrations
+from selfdistill.errors import UserError
+from selfdistill.guards import RunFailed, RunStopped
+from selfdistill.learn import learn, retention
+from selfdistill.ledger import Ledger, locked
+from selfdistill.retention import transfer
+
+Settings = Callable[..., LearnConfig]
+
+
+@pytest.fixture
+def make(model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path) -> Settings:
+    """Settings of an addition of ten rows by SFT, without gates, to a state in ``state``."""
+    write_rows([{"query": "a", "choices": ["b", "cc"], "gold": i % 2} for i in range(4)], name="prior.jsonl")
+
+    def settings(skill: str = "first", **values: Any) -> LearnConfig:
+        data = tmp_path / f"{skill}.jsonl"
+        if not data.exists():
+            write_rows(
+                [{"prompt": f"{skill} {i}", "completion": skill[: 1 + i % 3]} for i in range(10)], name=data.name
+            )
+        defaults: dict[str, Any] = {
+            "state": str(tmp_path / "state"),
+            "action": "add",
+            "data": str(data),
+            "method": "sft",
+            "max_completion_length": 8,
+            "batch_size": 4,
+            "max_steps": 3,
+            "save_steps": 1,
+            "learning_rate": 1e-3,
+            "mixed_precision": "no",
+            "max_prior_drop": 1.0,
+            "max_skill_drop": 1.0,
+        }
+        if not (tmp_path / "state" / "state.yaml").exists():
+            defaults |= {"model": str(model_folder()), "prior": str(tmp_path / "prior.jsonl")}
+        return LearnConfig(**(defaults | values))
+
+    return settings
+
+
+def digest(state: Path) -> dict[str, str]:
+    """SHA-256 of every file that the state consists of."""
+    files = [file for file in state.rglob("*") if file.is_file()]
+    kept = [file for file in files if file.relative_to(state).parts[0] not in ("refused", "undone", ".lock")]
+    return {str(file.relative_to(state)): hashlib.sha256(file.read_bytes()).hexdigest() for file in kept}
+
+
+def fixed(monkeypatch: pytest.MonkeyPatch, scores: dict[str, list[float]], prior: list[float]) -> None:
+    """Let the measurements be these: by skill and for the priors, one of each list after the other."""
+
+    def measured(_loaded: Any, folders: list[tuple[str, Path]], prior_folder: str | None, _config: Any) -> Any:
+        skills = {}
+        for name, _ in folders:
+            value = scores[name].pop(0)
+            interval = [value - 0.1, value + 0.1]
+            skills[name] = {"accuracy": value, "accuracy_interval": interval, "items": 20, "correct": []}
+        return {"skills": skills, **({"prior_accuracy": prior.pop(0)} if prior_folder else {})}
+
+    monkeypatch.setattr(addition, "_measured", measured)
+
+
+# --- one skill, then another ---
+
+
+def test_two_skills_in_a_row(make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = add(make())
+    assert first["accepted"]
+    assert first["reasons"] == []
+    state = tmp_path / "state"
+    ledger = Ledger(str(state))
+    folder = state / "skills" / "0001-first"
+    train, test = (load_demonstrations(str(folder / f"{part}.jsonl")) for part in ("train", "test"))
+    assert (len(train), len(test)) == (8, 2)
+    assert {row.prompt[0]["content"] for row in (*train, *test)} == {f"first {i}" for i in range(10)}
+    assert not list(folder.rglob("checkpoint-*"))
+    assert ledger.model == str(folder / "model")
+    add(make("second", eval_steps=2))
+    assert [skill.name for skill in ledger.skills] == ["first", "second"]
+    lines = [json.loads(line) for line in (state / "skills/0002-second/along.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2]
+    assert all(line["skills"].keys() == {"first", "second"} for line in lines)
+    trained = load_file(Path(ledger.model) / "model.safetensors")
+    before = load_file(folder / "model" / "model.safetensors")
+    assert any(not torch.equal(before[name], trained[name]) for name in before)
+    assert main(["learn", "--state", str(state), "status"]) == 0
+    assert "second" in capsys.readouterr().out
+    found = retention(ledger)
+    assert [len(row) for row in found["matrix"]] == [2, 2, 2]
+    assert found["matrix"][0][0] is not None
+    assert all(score is not None for score in (*found["matrix"][2], found["matrix"][1][0], found["matrix"][1][1]))
+
+
+def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(make())
+    state = tmp_path / "state"
+    before = digest(state)
+    add(make("second"))
+    command = ["learn", "--state", str(state)]
+    assert main([*command, "export", "--output_dir", str(tmp_path / "out")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    weights = load_file(state / "skills/0002-second/model/model.safetensors")
+    assert all(torch.equal(exported.state_dict()[name], weights[name]) for name in weights)
+    assert main([*command, "rollback"]) == 0
+    assert digest(state) == before
+    assert (state / "undone" / "0002-second" / "model").is_dir()
+    capsys.readouterr()
+    assert main([*command, "history"]) == 0
+    said = capsys.readouterr().out
+    assert "learnt" in said
+    assert "taken back" in said
+    assert add(make("second"))["accepted"]
+
+
+def test_an_adapter_is_merged_so_that_each_model_stands_alone(make: Settings, tmp_path: Path) -> None:
+    for skill in ("first", "second", "third"):
+        assert add(make(skill, lora_rank=2))["accepted"]
+        model = Path(Ledger(str(tmp_path / "state")).model)
+        assert (model / "model.safetensors").exists()
+        assert not (model / "adapter_config.json").exists()
+
+
+def test_a_teacher_that_is_no_better_is_refused(make: Settings, tmp_path: Path) -> None:
+    result = add(make(method="sdft", context="turns"))
+    assert not result["accepted"]
+    assert "Self-distillation is unlikely to help" in result["reasons"][0]
+    assert "after" not in result
+    assert Ledger(str(tmp_path / "state")).skills == []
+    assert add(make(method="sdft", context="turns", check_teacher=False))["accepted"]
+
+
+# --- gates ---
+
+
+@pytest.mark.parametrize(
+    ("values", "second", "first", "prior", "reason"),
+    [
+        ({}, (0.2, 0.2, 0.6), 0.71, 0.5, None),
+        ({}, (0.2, 0.2, 0.6), 0.69, 0.5, "first: 0.800 when it was learnt, 0.690 now, at least 0.700 is asked for"),
+        ({"max_skill_drop": 0.2}, (0.2, 0.2, 0.6), 0.61, 0.5, None),
+        ({"max_skill_drop": 0.05}, (0.2, 0.2, 0.6), 0.74, 0.5, "first: 0.800 when it was learnt, 0.740 now, at least"),
+        ({}, (0.2, 0.3, 0.29), 0.8, 0.5, "second itself: 0.300 before, 0.290 after"),
+        ({}, (0.2, 0.2, 0.6), 0.8, 0.48, None),
+        ({}, (0.2, 0.2, 0.6), 0.8, 0.47, "prior abilities: 0.500 of the base, 0.470 now, a fall of more than 0.02"),
+        ({"max_prior_drop": 0.05}, (0.2, 0.2, 0.6), 0.8, 0.47, None),
+    ],
+)
+def test_the_gates(
+    make: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    values: dict[str, Any],
+    second: tuple[float, float, float],
+    first: float,
+    prior: float,
+    reason: str | None,
+) -> None:
+    scores = {"first": [0.1, 0.8, first], "second": list(second)}
+    fixed(monkeypatch, scores, [0.5, 0.49, prior])
+    gates = {"max_skill_drop": None, "max_prior_drop": 0.02}
+    assert add(make(**gates))["accepted"]
+    before = digest(tmp_path / "state")
+    result = add(make("second", **(gates | values)))
+    assert result["accepted"] == (reason is None)
+    assert scores == {"first": [], "second": []}
+    if reason is not None:
+        (found,) = result["reasons"]
+        assert found.startswith(reason)
+        assert digest(tmp_path / "state") == before  # byte for byte
+        assert (tmp_path / "state" / "refused" / "second" / "result.json").exists()
+    else:
+        assert [skill.name for skill in Ledger(str(tmp_path / "state")).skills] == ["first", "second"]
+
+
+def test_a_skill_that_hurts_is_refused_by_what_is_measured(make: Settings, tmp_path: Path) -> None:
+    """The second skill answers the first one's questions otherwise; without gates it would be accepted."""
+    hurts = tmp_path / "hurts.jsonl"
+    rows = [{"prompt": f"first {i}", "completion": "no"} for i in range(10)]
+    hurts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    one = tmp_path / "first.jsonl"
+    rows = [{"prompt": f"first {i}", "completion": "yes"} for i in range(10)]
+    one.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    learns: dict[str, Any] = {"max_steps": 60, "learning_rate": 1e-2, "max_skill_drop": None, "test_share": 0.5}
+    assert add(make(**learns))["after"]["skills"]["first"]["accuracy"] == 1
+    before = digest(tmp_path / "state")
+    settings = make("hurts", **learns)
+    result = add(settings)
+    assert result["after"]["skills"] == {
+        name: result["after"]["skills"][name] | {"accuracy": score} for name, score in (("first", 0), ("hurts", 1))
+    }
+    assert [reason.partition(":")[0] for reason in result["reasons"]] == ["first"]
+    assert digest(tmp_path / "state") == before
+    assert main_code(settings) == 4
+    assert add(make("hurts", **(learns | {"max_skill_drop": 1.0})))["accepted"]
+
+
+def main_code(config: LearnConfig) -> int:
+    file = Path(config.state).parent / "again.yaml"
+    file.write_text(json.dumps(config.model_dump()), encoding="utf-8")
+    return main(["learn", "--config", str(file), "--state", config.state, "add", config.data])
+
+
+def test_training_that_diverges_is_refused(make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Path:
+        raise RunFailed("the loss is nan")
+
+    monkeypatch.setattr(addition, "train", fail)
+    assert add(make())["reasons"] == ["the loss is nan"]
+    assert Ledger(str(tmp_path / "state")).skills == []
+
+
+# --- interruptions ---
+
+
+def test_an_interrupted_addition_goes_on_to_the_same_model(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(make(state=str(tmp_path / "whole"), model=make().model, prior=make().prior))
+    # Of the measurements: the base's, then the new skill on the base, then what came of it.
+    for name, call in (("_measured", 1), ("_measured", 2), ("train", 1), ("_measured", 1), ("write_json", 2)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, name, call)
+            with pytest.raises(KeyboardInterrupt):
+                add(make())
+        assert not (tmp_path / "state" / "skills").exists()
+    files = sorted(path.name for path in (tmp_path / "state" / "pending").iterdir())
+    assert "after.json" in files  # it came as far as that
+    assert add(make())["accepted"]
+    a, b = (load_file(tmp_path / name / "skills/0001-first/model/model.safetensors") for name in ("whole", "state"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def interrupt(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    real, calls = getattr(addition, name), [0]
+
+    def once(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    patch.setattr(addition, name, once)
+
+
+def test_a_stop_in_training_says_how_to_go_on(make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = addition.train
+
+    def stopped(*arguments: Any, **_: Any) -> Path:
+        return real(*arguments, on_step=lambda step, _: os.kill(os.getpid(), signal.SIGTERM) if step == 1 else None)
+
+    monkeypatch.setattr(addition, "train", stopped)
+    with pytest.raises(RunStopped, match=r"stopped while learning .*first\.jsonl; the same command goes on") as error:
+        add(make())
+    assert error.value.exit_code == 143
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"adding 'first' was interrupted; go on with the same command"):
+        add(make("second"))
+    with pytest.raises(UserError, match=r"adding 'first' was interrupted"):
+        add(make(learning_rate=2e-3))
+    learnt = tmp_path / "state" / "skills" / "0001-x"
+    learnt.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"an addition was interrupted"):
+        learn(make(action="rollback"))
+    learnt.rmdir()
+    assert main(["learn", "--state", make().state, "discard"]) == 0
+    assert add(make("second"))["accepted"]
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_a_state_opens_and_goes_on(make: Settings, tmp_path: Path) -> None:
+    add(make())
+    state = tmp_path / "state"
+    before = digest(state)
+    settings = make("second", max_steps=12, method="sdft", context="turns", check_teacher=False)
+    file = tmp_path / "second.yaml"
+    file.write_text(json.dumps(settings.model_dump()), encoding="utf-8")
+    code = "import sys; from selfdistill.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "learn", "--config", str(file), "--state", str(state), "add", settings.data]
+    began = time.monotonic()
+    whole = tmp_path / "whole"
+    subprocess.run(["cp", "-r", str(state), str(whole)], check=True)
+    subprocess.run([str(whole) if part == str(state) else part for part in command], check=True, capture_output=True)
+    lasts = time.monotonic() - began
+    chance, kills = random.Random(0), 0
+    while kills < 20:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(chance.uniform(0.3, 1.0) * lasts)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        ledger = Ledger(str(state))
+        retention(ledger)
+        names = [skill.name for skill in ledger.skills]
+        assert names in (["first"], ["first", "second"])
+        kept = {name: value for name, value in digest(state).items() if "0002" not in name and "pending" not in name}
+        assert {name: kept[name] for name in before} == before
+        if names == ["first", "second"]:
+            a, b = (load_file(s / "skills/0002-second/model/model.safetensors") for s in (state, whole))
+            assert all(torch.equal(a[key], b[key]) for key in a)
+            ledger.undo(ledger.skills[-1])
+    assert kills == 20
+
+
+def test_two_at_once_are_refused(make: Settings, tmp_path: Path) -> None:
+    with locked(str(tmp_path / "state")), pytest.raises(UserError, match="another selfdistill learn is at work on it"):
+        add(make())
+
+
+# --- a stream ---
+
+
+def test_a_stream_is_tested_before_it_is_learnt(make: Settings, tmp_path: Path) -> None:
+    rows = [{"prompt": f"r{i}", "completion": "yes"} for i in range(40)]
+    data = tmp_path / "stream.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = make("stream", action="stream", chunk_size=8, chunk_steps=40, learning_rate=1e-2)
+    result = add(config)
+    assert result["accepted"]
+    folder = tmp_path / "state" / "skills" / "0001-stream"
+    lines = [json.loads(line) for line in (folder / "stream.jsonl").read_text().splitlines()]
+    assert [line["rows"] for line in lines] == [8, 8, 8, 8]
+    assert lines[0]["accuracy"] == 0  # nobody has told it yet
+    assert lines[-1]["accuracy"] == 1
+    assert result["after"]["skills"]["stream"]["accuracy"] == 1
+    assert lines[0]["loss_after"] < lines[0]["loss_before"]
+    assert all(1 <= line["steps"] <= 40 for line in lines)
+    assert lines[-1]["steps"] < 40  # the loss had stopped falling
+    assert [path.name for path in (folder / "chunks").iterdir()] == ["00004"]
+
+
+def test_an_interrupted_stream_goes_on_with_the_next_chunk(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"action": "stream", "chunk_size": 3, "chunk_steps": 2}
+    add(make(**options, state=str(tmp_path / "whole"), model=make().model, prior=make().prior))
+    from selfdistill import stream
+
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def counted(*arguments: Any, **named: Any) -> Path:
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return stream_train(*arguments, **named)
+
+        stream_train = stream.train
+        patch.setattr(stream, "train", counted)
+        with pytest.raises(KeyboardInterrupt):
+            add(make(**options))
+    assert add(make(**options))["accepted"]
+    a, b = (load_file(tmp_path / name / "skills/0001-first/model/model.safetensors") for name in ("whole", "state"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+# --- numbers ---
+
+
+def test_transfer_of_a_matrix() -> None:
+    matrix = [[0.1, 0.2, 0.0], [0.9, 0.3, None], [0.8, 0.7, 0.1], [0.85, 0.5, 0.6]]
+    found = transfer(matrix)
+    assert found is not None
+    assert found.average == pytest.approx((0.85 + 0.5 + 0.6) / 3)
+    assert found.backward == pytest.approx(((0.85 - 0.9) + (0.5 - 0.7)) / 2)
+    assert found.forward == pytest.approx(((0.3 - 0.2) + (0.1 - 0.0)) / 2)
+    assert found.forgetting == pytest.approx(((0.9 - 0.85) + (0.7 - 0.5)) / 2)
+    one = transfer([[0.1], [0.4]])
+    assert one is not None
+    assert (one.average, one.backward, one.forward, one.forgetting) == (0.4, None, None, None)
+    assert transfer([[]]) is None
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": ""}, "does not exist yet: give the base --model with the first skill"),
+        ({"data": "none.jsonl"}, "none.jsonl: no such file or folder"),
+        ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such .jsonl file"),
+        ({"test_share": 0.99}, "10 rows are too few to keep some for the test; give --test"),
+    ],
+)
+def test_mistakes_leave_no_state(make: Settings, tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        add(make(**values))
+    assert not (tmp_path / "state" / "pending").exists()
+    assert not (tmp_path / "state" / "skills").exists()
+
+
+def test_mistakes_about_a_state_that_exists(make: Settings, tmp_path: Path) -> None:
+    add(make())
+    for values, message in (
+        ({"model": "other"}, "setting 'model': .* has the base it began with; leave it out"),
+        ({"prior": str(tmp_path / "prior.jsonl")}, "setting 'prior': .* has the questions it began with; leave it out"),
+        ({}, "setting 'name': .* has a skill 'first' already; give another --name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            add(make(**values))
+    assert add(make(name="again"))["accepted"]
+    (tmp_path / "state" / "state.yaml").write_text("- no", encoding="utf-8")
+    with pytest.raises(UserError, match=r"state\.yaml: cannot be read as a state of selfdistill learn"):
+        Ledger(str(tmp_path / "state"))

@@ -1,0 +1,409 @@
+"""Every method: its gradient against its formula in plain code, its parts, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from conftest import gradients, largest_difference, row_log_probs, same
+from safetensors.torch import load_file
+from torch import Tensor
+
+from selfdistill.checkpoint import list_checkpoints
+from selfdistill.config import MethodName, TrainConfig
+from selfdistill.demonstrations import load_prompts
+from selfdistill.distances import general_prompts, packaged
+from selfdistill.divergence import Divergence, Target
+from selfdistill.errors import UserError
+from selfdistill.fused import chunked_loss
+from selfdistill.methods import METHODS, shows_context
+from selfdistill.methods.sequences import Completion
+from selfdistill.models import load_model
+from selfdistill.run import Run
+from selfdistill.train import train
+from selfdistill.weights import group_advantages
+
+Settings = Callable[..., TrainConfig]
+NAMES = get_args(MethodName)
+DOCUMENTS = ("The mill stood by the river for ninety years.", "Nobody in Varn has two keys.")
+
+
+@pytest.fixture
+def all_of_them(settings: Settings, write_rows: Callable[..., Path], tmp_path: Path) -> Settings:
+    """Settings with which every method runs: documents, general prompts, an answer that half of all replies have."""
+    rows = [
+        {
+            "prompt": f"q{i}" * (1 + i % 3),
+            "completion": "ab" * (1 + i % 4),
+            "document": DOCUMENTS[i % 2],
+            "scorer": "regex",
+            "answer": r"[\s\S]{4,}",
+        }
+        for i in range(6)
+    ]
+    data = write_rows(rows, name="rows.jsonl")
+    general = tmp_path / "general.txt"
+    general.write_text("Who?\n\nWhy is that so?\nWhen\n", encoding="utf-8")
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        more: dict[str, Any] = {"data": str(data), "general_prompts": str(general)}
+        if values.get("method") == "grpo":
+            more["num_generations"] = 4
+        return settings(out, **(more | values))
+
+    return make
+
+
+def moved(config: TrainConfig) -> Run:
+    """After one large step, so that the student is not its base."""
+    run = Run(config)
+    run.step(0)
+    return run
+
+
+def mean_over_rows(values: list[Tensor]) -> Tensor:
+    return torch.stack([row_T.mean() for row_T in values]).mean()
+
+
+def chosen(log_p_TV: Tensor, ids: list[int]) -> Tensor:
+    return log_p_TV[torch.arange(len(ids)), torch.tensor(ids)]
+
+
+def kl(log_a_TV: Tensor, log_b_TV: Tensor) -> Tensor:
+    return (log_a_TV.exp() * (log_a_TV - log_b_TV)).sum(-1)
+
+
+def assert_gradient(run: Run, completions: list[Completion], values_of: Callable[[Any, Completion], Tensor]) -> None:
+    """The run's loss and gradient are those of the mean of ``values_of(student, completion)``, by autograd."""
+    student = copy.deepcopy(run.loaded.model)
+    loss = mean_over_rows([values_of(student, completion) for completion in completions])
+    loss.backward()
+    run.optimizer.zero_grad()
+    result = run.gradient.add(run.stage.method, completions)
+    assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    expected = gradients(student)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
+
+
+# --- formulas ---
+
+
+def test_dft_weighs_each_token_by_its_probability(all_of_them: Settings) -> None:
+    run = moved(all_of_them(method="dft", batch_size=4, gradient_accumulation_steps=2))
+    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 1)
+    assert [c.ids for c in completions] == [row.completion_ids for row in run.stage.rows[:4]]
+
+    def values(student: Any, c: Completion) -> Tensor:
+        logp_T = chosen(row_log_probs(student, c.row.student_ids, c.ids), c.ids)
+        return -logp_T.exp().detach() * logp_T
+
+    assert_gradient(run, completions, values)
+
+
+def test_cpt_predicts_every_token_of_every_document_once(all_of_them: Settings) -> None:
+    run = moved(all_of_them(method="cpt", batch_size=4))
+    rows = run.stage.rows
+    by_document: dict[str, list[int]] = {}
+    for row in rows:
+        text = by_document.setdefault(row.demonstration.completion, [])
+        begin = [257]  # this tokenizer has no token for a beginning, so that for the end stands before the text
+        assert row.student_ids == [*begin, *text]
+        assert 0 < len(row.completion_ids) <= 10
+        text += row.completion_ids
+    tokenizer = run.loaded.tokenizer
+    ends = {document: tokenizer(document, add_special_tokens=False)["input_ids"] + [257] for document in DOCUMENTS}
+    assert by_document == ends
+    completions = run.stage.method.sequence(run.loaded, rows, 1)
+    assert_gradient(
+        run, completions, lambda student, c: -chosen(row_log_probs(student, c.row.student_ids, c.ids), c.ids)
+    )
+
+
+def test_cpt_shows_no_more_of_the_text_before_than_there_is_room_for(all_of_them: Settings) -> None:
+    run = Run(all_of_them(method="cpt", max_prompt_length=7))
+    assert {len(row.student_ids) for row in run.stage.rows} == {1, 7}
+    first, second = run.stage.rows[:2]
+    assert second.student_ids == first.completion_ids[-7:]
+
+
+def test_reinvoke_is_sft_and_then_reverse_kl_to_the_base_on_general_prompts(all_of_them: Settings) -> None:
+    config = all_of_them(method="sft_reinvoke", max_steps=7, batch_size=2, lr_scheduler_type="cosine")
+    run, sft = Run(config), Run(all_of_them("sft", method="sft", max_steps=3, lr_scheduler_type="cosine"))
+    base = copy.deepcopy(run.loaded.model)
+    assert [(s.first_step, s.steps) for s in run.stages] == [(0, 3), (3, 4)]
+    for step in range(3):
+        mine, theirs = run.step(step), sft.step(step)
+        assert "kl/reverse" not in mine
+        assert {k: mine[k] for k in ("loss", "learning_rate")} == {k: theirs[k] for k in ("loss", "learning_rate")}
+    assert same(dict(run.loaded.model.named_parameters()), dict(sft.loaded.model.named_parameters()))
+    metrics = run.step(3)
+    assert metrics["learning_rate"] == config.learning_rate
+    assert metrics["kl/reverse"] == pytest.approx(metrics["loss"], abs=1e-5)
+    rows = run.stage.rows
+    assert [row.demonstration.prompt[0]["content"] for row in rows] == ["Who?", "Why is that so?", "When"]
+    assert all(row.teacher_ids == row.student_ids for row in rows)
+    completions = run.stage.method.sequence(run.loaded, rows, 9)
+
+    def values(student: Any, c: Completion) -> Tensor:
+        log_base_TV = row_log_probs(base, c.row.student_ids, c.ids).detach()
+        return kl(row_log_probs(student, c.row.student_ids, c.ids), log_base_TV)
+
+    assert_gradient(run, completions, values)
+
+
+@pytest.mark.parametrize("method", ["sft_from_teacher", "offline_distillation"])
+def test_the_teachers_samples_are_drawn_once_from_the_base_that_sees_the_demonstration(
+    all_of_them: Settings, method: Any
+) -> None:
+    config = all_of_them(method=method, batch_size=4)
+    run = moved(config)
+    base = load_model(config.model)
+    base.model.requires_grad_(False)
+    completions = run.stage.method.sequence(run.loaded, run.stage.rows, 1)
+    again = run.stage.method.sequence(run.loaded, run.stage.rows, 5)
+    assert [c.ids for c in again] == [c.ids for c in completions]
+    demonstrated = Run(all_of_them(method="sft")).stage.rows
+    assert [c.ids for c in completions] != [row.completion_ids for row in demonstrated]
+    for row in run.stage.rows:  # each a likely draw of the teacher, not of the student
+        assert row.teacher_ids is not None
+        assert len(row.teacher_ids) > len(row.student_ids)
+    taught, untaught = (
+        sum(float(chosen(row_log_probs(base.model, context(c), c.ids), c.ids).sum()) for c in completions)
+        for context in (lambda c: c.row.teacher_ids, lambda c: c.row.student_ids)
+    )
+    assert taught > untaught
+
+    def values(student: Any, c: Completion) -> Tensor:
+        log_p_TV = row_log_probs(student, c.row.student_ids, c.ids)
+        if method == "sft_from_teacher":
+            return -chosen(log_p_TV, c.ids)
+        return kl(row_log_probs(base.model, c.row.teacher_ids or [], c.ids).detach(), log_p_TV)
+
+    assert_gradient(run, completions, values)
+
+
+def test_grpo_is_the_gradient_of_the_clipped_objective_with_group_advantages(all_of_them: Settings) -> None:
+    run = moved(all_of_them(method="grpo", batch_size=3, num_generations=4, gradient_accumulation_steps=3))
+    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:3], 2)
+    assert len(completions) == 12
+    rewards = [float(len(run.chat.decode(c.ids)) >= 4) for c in completions]
+    assert len(set(rewards)) == 2
+    advantages = []
+    for group in (rewards[i : i + 4] for i in range(0, 12, 4)):
+        spread = statistics.stdev(group)
+        advantages += [(r - statistics.mean(group)) / (spread + 1e-4) for r in group]
+    student = copy.deepcopy(run.loaded.model)
+    values = []
+    for c, advantage in zip(completions, advantages, strict=True):
+        logp_T = chosen(row_log_probs(student, c.row.student_ids, c.ids), c.ids)
+        ratio_T = (logp_T - logp_T.detach()).exp()
+        values.append(-torch.minimum(ratio_T * advantage, ratio_T.clamp(0.8, 1.2) * advantage))
+    mean_over_rows(values).backward()
+    run.optimizer.zero_grad()
+    result = run.gradient.add(run.stage.method, completions)
+    assert result.reward == pytest.approx(sum(rewards) / 12)
+    expected = gradients(student)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
+
+
+def test_group_advantages() -> None:
+    found = group_advantages([1, 0, 0, 1, 1, 1], 3)
+    middle, spread = 1 / 3, (1 / 3) ** 0.5
+    assert found == pytest.approx([(1 - middle) / (spread + 1e-4), *[-middle / (spread + 1e-4)] * 2, 0, 0, 0])
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("teacher", ["ema", "frozen"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_the_target_is_a_mixture_of_logits(
+    all_of_them: Settings, divergence: Any, teacher: Any, lora_rank: int
+) -> None:
+    weights = {"target_teacher": 0.7, "target_student": 0.4, "target_base": 0.25}
+    config = all_of_them(
+        divergence=divergence, teacher=teacher, ema_rate=0.3, batch_size=4, lora_rank=lora_rank, **weights
+    )
+    run = moved(config)
+    base = load_model(config.model)
+    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 1)
+
+    def values(student: Any, c: Completion) -> Tensor:
+        log_p_TV = row_log_probs(student, c.row.student_ids, c.ids)
+        with torch.no_grad(), run.teacher.model() as network:  # type: ignore[union-attr]
+            log_q_TV = row_log_probs(network, c.row.teacher_ids or [], c.ids)
+        log_base_TV = row_log_probs(base.model, c.row.student_ids, c.ids)
+        mixed_TV = 0.7 * log_q_TV + 0.4 * log_p_TV + 0.25 * log_base_TV
+        target_TV = mixed_TV.detach().log_softmax(-1)
+        return kl(target_TV, log_p_TV) if divergence == "forward_kl" else kl(log_p_TV, target_TV)
+
+    assert_gradient(run, completions, values)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("support", ["full", "top_k"])
+def test_a_target_in_float64_against_autograd(kind: Any, support: Any) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 11, bias=False).double()
+    hidden_ND, teacher_ND, base_ND = (torch.randn(7, 5, dtype=torch.float64) for _ in range(3))
+    hidden_ND.requires_grad_()
+    tokens_N, weights_N = torch.randint(11, (7,)), torch.rand(7, dtype=torch.float64)
+    plain = Divergence(kind, support, weight=0.3, top_k=4)
+    value, found = chunked_loss(
+        replace(plain, target=Target(0.5, 0.3, 0.4)),
+        hidden_ND,
+        head,
+        (),
+        tokens_N,
+        weights_N,
+        teacher_ND,
+        head,
+        3,
+        base=(base_ND, head),
+    )
+    value.backward()
+    other_ND = hidden_ND.detach().clone().requires_grad_()
+    log_p, log_q, log_b = (head(x).log_softmax(-1) for x in (other_ND, teacher_ND, base_ND))
+    target = (0.5 * log_q + 0.3 * log_p + 0.4 * log_b).detach()
+    expected = (plain.per_token(head(other_ND), target, tokens_N) * weights_N).sum()
+    expected.backward()
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), abs=1e-12)
+    assert torch.allclose(hidden_ND.grad, other_ND.grad, atol=1e-12)
+    assert torch.allclose(found["forward_kl"], kl(log_q, log_p), atol=1e-12)  # of the teacher itself
+
+
+# --- the loop ---
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_parts_of_a_batch_change_nothing_and_every_method_learns(all_of_them: Settings, method: Any) -> None:
+    common: dict[str, Any] = {"method": method, "batch_size": 4, "max_steps": 4, "learning_rate": 1e-4}
+    one, four = all_of_them("one", **common), all_of_them("four", gradient_accumulation_steps=4, **common)
+    weights = []
+    for config in (one, four):
+        (file,) = train(config).glob("*.safetensors")
+        weights.append(load_file(file))
+    assert largest_difference(*weights) < 1e-5
+    start = {name: p.detach() for name, p in load_model(one.model).model.named_parameters()}
+    assert largest_difference({name: start[name] for name in weights[0]}, weights[0]) > 1e-5
+
+
+@pytest.mark.parametrize("method", [name for name in NAMES if name not in ("sdft", "sft")])
+def test_a_resumed_run_equals_one_that_was_not_interrupted(all_of_them: Settings, method: Any) -> None:
+    common: dict[str, Any] = {"method": method, "save_steps": 2, "max_steps": 7, "drift_steps": 0}
+    whole, cut = all_of_them("whole", **common), all_of_them("cut", **common)
+    train(whole)
+
+    def crash(step: int, _loaded: Any) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, on_step=crash)
+    train(cut, resume=True)
+    for name in ("weights", "optimizer", "teacher"):
+        a, b = (load_file(list_checkpoints(Path(c.output_dir))[-1] / f"{name}.safetensors") for c in (whole, cut))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a if key != "rng"), name
+
+
+def test_the_teachers_samples_are_kept_in_the_run_folder(
+    all_of_them: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = all_of_them(method="sft_from_teacher", max_steps=2, save_steps=1)
+    train(config)
+    lines = (Path(config.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [json.loads(line) for line in lines]
+    assert [line["source"].rpartition("/")[2] for line in kept] == [f"rows.jsonl:{i}" for i in range(1, 7)]
+    assert all(line["text"].strip() == line["text"] and len(line["ids"]) > 0 for line in kept)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr("selfdistill.methods.sequences.sample", refuse)
+    resumed = config.model_copy(update={"max_steps": 3})
+    train(resumed, resume=True)
+
+
+def test_a_cold_start_goes_from_demonstrations_to_samples(all_of_them: Settings) -> None:
+    run = Run(all_of_them(cold_start_steps=4, batch_size=6))
+    demonstrated = {row.demonstration.row: row.completion_ids for row in run.stage.rows}
+    shares = []
+    for step in range(6):
+        completions = run.stage.method.sequence(run.loaded, run.stage.rows * 50, step)
+        held = [c for c in completions if c.logps is None]
+        assert all(c.ids == demonstrated[c.row.demonstration.row] for c in held)
+        shares.append(len(held) / len(completions))
+    assert shares == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0], abs=0.08)
+    assert shares[0] == 1
+    assert shares[4:] == [0, 0]
+    run.step(0)
+
+
+def test_which_methods_show_a_context(all_of_them: Settings) -> None:
+    shown = {name for name in NAMES if shows_context(all_of_them(method=name))}
+    assert shown == {"sdft", "sft_from_teacher", "offline_distillation"}
+    assert list(METHODS) == list(NAMES)
+
+
+def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
+    shipped = [row.prompt[0]["content"] for row in load_prompts(packaged("everyday.txt"))]
+    assert len(shipped) == len(set(shipped)) == 120
+    assert not set(shipped) & {row.prompt[0]["content"] for row in general_prompts()}
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"method": "grpo", "num_generations": 1},
+            "setting 'num_generations': grpo compares the rollouts of a prompt, found 1, want at least 2",
+        ),
+        (
+            {"method": "grpo", "scorer": "judge", "judge_url": "http://localhost:1/v1", "judge_model": "m"},
+            "setting 'scorer': grpo asks it at every step, which the judge is too slow for; take another",
+        ),
+        ({"method": "sft_reinvoke", "general_prompts": "none.txt"}, "none.txt: cannot be read: No such file"),
+        (
+            {"cold_start_steps": 2, "importance_cap": 2.0},
+            "setting 'cold_start_steps' does not go with importance_cap: leave one of them out",
+        ),
+        (
+            {"target_teacher": 0.0},
+            "setting 'target_teacher': found 0, and the other parts of the target are 0, too",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(all_of_them: Settings, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Run(all_of_them(**values))
+    assert str(error.value).startswith(message)
+
+
+def test_cpt_needs_documents(settings: Settings) -> None:
+    with pytest.raises(UserError, match=r"^method 'cpt' learns from documents, and .*train\.jsonl has none"):
+        Run(settings(method="cpt"))
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe", "not UTF-8 text"), (b" \n\n", "no prompts")])
+def test_a_file_of_prompts_that_cannot_be_used(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_prompts(str(tmp_path / "p.txt"))
+
+
+def test_a_run_of_two_stages_keeps_its_number_of_steps(all_of_them: Settings) -> None:
+    config = all_of_them(method="sft_reinvoke", max_steps=2, save_steps=1)
+    train(config)
+    with pytest.raises(UserError, match=r"^setting 'max_steps': 2 in .*config\.yaml and now 4; sft_reinvoke shares"):
+        train(config.model_copy(update={"max_steps": 4}), resume=True)

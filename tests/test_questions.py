@@ -1,0 +1,321 @@
+"""Documents to passages, and questions about them: what is kept, what is not and why."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import Server
+
+from selfdistill import documents, questions
+from selfdistill.answers import Answers
+from selfdistill.cli import main
+from selfdistill.command_config import QuestionsConfig
+from selfdistill.config import TrainConfig
+from selfdistill.demonstrations import Demonstration, load_demonstrations
+from selfdistill.documents import load_passages, sentences
+from selfdistill.errors import UserError
+from selfdistill.questions import make_questions, with_questions
+
+MILL = "The Korr Mill stands on a hill. It was built by Ada Finch in 1802. It grinds oats on Mondays."
+LAKE = "Lake Vess is frozen all year. Its only boat is called Nettle."
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two documents."""
+    (tmp_path / "docs" / "more").mkdir(parents=True)
+    (tmp_path / "docs" / "mill.txt").write_text(MILL, encoding="utf-8")
+    (tmp_path / "docs" / "more" / "lake.md").write_text(LAKE, encoding="utf-8")
+    return tmp_path / "docs"
+
+
+# --- documents ---
+
+
+def test_paragraphs_are_joined_and_long_ones_cut_between_sentences(tmp_path: Path) -> None:
+    short, long = "one two three.", " ".join(f"Sentence {i} has five words." for i in range(6))
+    (tmp_path / "a.txt").write_text(f"{short}\n\n  four\n five \n\n{long}\n", encoding="utf-8")
+    passages = load_passages(str(tmp_path), max_words=20)
+    assert [p.source for p in passages] == ["a.txt#1", "a.txt#2"]
+    assert passages[0].text.startswith("one two three.\n\nfour five\n\nSentence 0 has five words. Sentence 1")
+    joined = " ".join(passage.text for passage in passages)
+    assert joined.split() == f"{short} four five {long}".split()  # nothing is left out
+    assert all(len(p.text.split()) <= 20 for p in passages)
+
+
+def test_a_sentence_longer_than_a_passage_stands_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("word " * 50 + "end. Short one.", encoding="utf-8")
+    assert [len(p.text.split()) for p in load_passages(str(tmp_path), max_words=20)] == [51, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
+        ("It costs 3.50 today. \u00c4rger.", ["It costs 3.50 today.", "\u00c4rger."]),
+        ("See p. 3 for more.", ["See p. 3 for more."]),
+        ("", []),
+    ],
+)
+def test_sentences(text: str, parts: list[str]) -> None:
+    assert sentences(text) == parts
+
+
+def test_html_and_pdf(tmp_path: Path) -> None:
+    page = "<html><head><title>no</title><script>var no = 1</script></head><body><h1>Mill</h1><p>It <b>grinds</b> oats."
+    (tmp_path / "a.html").write_text(page + "</p><p>&lt;Daily&gt;</p></body></html>", encoding="utf-8")
+    assert load_passages(str(tmp_path), max_words=20)[0].text == "Mill\n\nIt grinds oats.\n\n<Daily>"
+    write_pdf(tmp_path / "b.pdf", "Oats are ground on Mondays.")
+    assert load_passages(str(tmp_path / "b.pdf"), max_words=20)[0].text == "Oats are ground on Mondays."
+
+
+def write_pdf(file: Path, text: str) -> None:
+    """The smallest PDF with one line of text."""
+    stream = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET"
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] /Contents 4 0 R /Resources 6 0 R >>",
+        f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+        "<< /Font << /F1 5 0 R >> >>",
+    ]
+    out, places = "%PDF-1.4\n", []
+    for number, body in enumerate(objects, start=1):
+        places.append(len(out))
+        out += f"{number} 0 obj\n{body}\nendobj\n"
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    out += f"xref\n0 7\n0000000000 65535 f \n{table}trailer\n<< /Size 7 /Root 1 0 R >>\nstartxref\n{len(out)}\n%%EOF\n"
+    file.write_text(out, encoding="latin-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (None, b"", "documents '.*': no such file or folder"),
+        ("a.doc", b"x", "no file of .txt, .md, .html, .htm, .pdf"),
+        ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8 text"),
+        ("a.md", b" \n\n ", r"a\.md: no text in it"),
+        ("a.pdf", b"%PDF-1.4 nothing", r"a\.pdf: not a PDF that can be read"),
+    ],
+)
+def test_documents_that_cannot_be_used(tmp_path: Path, name: str | None, content: bytes, message: str) -> None:
+    path = tmp_path / "d"
+    if name:
+        path.mkdir()
+        (path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_passages(str(path), max_words=20)
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.html").write_text("<p>x</p>", encoding="utf-8")
+    monkeypatch.setattr(documents, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install 'selfdistill\[documents\]'"):
+        load_passages(str(tmp_path), max_words=20)
+
+
+# --- questions ---
+
+
+@pytest.fixture
+def make(
+    model_folder: Callable[..., Path], folder: Path, tmp_path: Path, server: Server
+) -> Callable[..., QuestionsConfig]:
+    """Settings with a writer at ``server``; the model itself answers every question rightly."""
+
+    def settings(**values: Any) -> QuestionsConfig:
+        defaults: dict[str, Any] = {
+            "documents": str(folder),
+            "output_dir": str(tmp_path / "out"),
+            "model": str(model_folder()),
+            "writer_url": server.url,
+            "writer_model": "w",
+            "tries": 1,
+            "phrasings": 1,
+        }
+        return QuestionsConfig(**(defaults | values))
+
+    return settings
+
+
+@pytest.fixture(autouse=True)
+def reads_well(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for the model's answers from the text: all are right, but those to the questions in the list."""
+    wrong: list[str] = []
+
+    def answer(_loaded: Any, prompts: Any, rows: list[Demonstration], *_: Any, **__: Any) -> Answers:
+        correct = [row.prompt[-1]["content"] not in wrong for row in rows]
+        return Answers(["reply"] * len(rows), correct, None, [[1]] * len(rows), [0] * len(rows), 0)
+
+    monkeypatch.setattr(questions, "answer", answer)
+    return wrong
+
+
+KNOWN = {
+    "The Korr Mill stands on a hill.": ("Where does the Korr Mill stand?", "on a hill"),
+    "It was built by Ada Finch in 1802.": ("Who built the Korr Mill?", "Ada Finch"),
+    "It grinds oats on Mondays.": ("What does the Korr Mill grind?", "oats"),
+    "Lake Vess is frozen all year.": ("How long is Lake Vess frozen?", "all year"),
+    "Its only boat is called Nettle.": ("What is the boat on Lake Vess called?", "Nettle"),
+}
+
+
+def writes_well(body: dict[str, Any]) -> tuple[int, str]:
+    """A writer that does what it is asked."""
+    asked = body["messages"][-1]["content"]
+    if asked.startswith("Ask the same"):
+        old = asked.partition(": ")[2]
+        return 200, f"{'Tell me' if body['temperature'] else 'Say'}: {old}"
+    sentence = next(part for part in KNOWN if part in re.split("sentence: |fact: ", asked)[1])
+    if "Do not say the name" in asked:
+        name = "the Korr Mill" if "Korr" in asked else "Lake Vess"
+        return 200, f"Question: Of what is it true: {sum(map(ord, sentence))}?\nAnswer: {name}."
+    question, answer = KNOWN[sentence]
+    return 200, f"Question: {question}\nAnswer: {answer}."
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_questions_with_their_passage_and_one_phrasing_held_out(
+    make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path
+) -> None:
+    server.reply = writes_well
+    found = make_questions(make())
+    assert found == {"passages": 2, "train": 10, "test": 5, "indirect": 5, "rejected": {}}
+    train = load_demonstrations(str(tmp_path / "out" / "train.jsonl"))
+    test = load_demonstrations(str(tmp_path / "out" / "test.jsonl"))
+    first = train[1]
+    assert first.prompt[0]["content"] == "Who built the Korr Mill?"
+    assert (first.completion, first.answer, first.scorer, first.document) == (
+        "Ada Finch",
+        "Ada Finch",
+        "contains",
+        MILL,
+    )
+    assert {row.prompt[0]["content"] for row in test} == {f"Say: {question}" for question, _ in KNOWN.values()}
+    assert not {row.prompt[0]["content"] for row in test} & {row.prompt[0]["content"] for row in train}
+    assert {row.answer for row in load_demonstrations(str(tmp_path / "out" / "indirect.jsonl"))} == {
+        "the Korr Mill",
+        "Lake Vess",
+    }
+    asked = len(server.asked)
+    assert asked == 5 + 2 * 5 + 5
+    assert make_questions(make()) == found
+    assert len(server.asked) == asked  # nothing is asked a second time
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("I do not know.", "no question with an answer"),
+        ("Question: Who built it\nAnswer: Ada Finch", "no question with an answer"),
+        ("Question: Who built the Korr Mill?\nAnswer: Bert Finch", "answer not in the text"),
+        ("Question: Did Ada Finch build the Korr Mill?\nAnswer: Ada Finch", "question holds the answer"),
+        ("Question: Who is named in this text?\nAnswer: Ada Finch", "question not clear without the text"),
+        (f"Question: What is all?\nAnswer: {MILL} {MILL}", "answer too long"),
+        ("Question: Where does the Korr Mill stand?\nAnswer: hill", "asked already"),
+        ("Question: Which of them is wrong?\nAnswer: Ada Finch", "not answered so from the text"),
+    ],
+)
+def test_what_is_not_grounded_is_rejected_and_counted(
+    make: Callable[..., QuestionsConfig],
+    server: Server,
+    tmp_path: Path,
+    reads_well: list[str],
+    reply: str,
+    reason: str,
+) -> None:
+    reads_well.append("Which of them is wrong?")
+
+    def writes(body: dict[str, Any]) -> tuple[int, str]:
+        about = body["messages"][-1]["content"].partition("sentence:")[2]
+        return (200, reply) if "It was built by Ada Finch" in about else writes_well(body)
+
+    server.reply = writes
+    found = make_questions(make(phrasings=0))
+    assert found["rejected"] == {reason: 1}
+    assert (found["train"], found["test"]) == (4, 4)
+    (line,) = lines(tmp_path / "out" / "rejected.jsonl")
+    assert line["reason"] == reason
+
+
+def test_not_one_question_is_an_error(make: Callable[..., QuestionsConfig], server: Server) -> None:
+    server.reply = lambda _: (200, "no")
+    with pytest.raises(UserError, match=r"none of 5 questions could be kept .* let another model write them"):
+        make_questions(make())
+
+
+def test_the_model_itself_can_write(make: Callable[..., QuestionsConfig], server: Server) -> None:
+    with pytest.raises(UserError, match="none of 10 questions could be kept"):  # a random model writes no question
+        make_questions(make(writer_url=None, writer_model=None, tries=2))
+    assert server.asked == []
+
+
+def test_train_makes_questions_of_documents_first(
+    make: Callable[..., QuestionsConfig],
+    server: Server,
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    server.reply = writes_well
+    given = make()
+    run = tmp_path / "run"
+    command = [
+        *("train", "--model", given.model, "--documents", str(folder), "--output_dir", str(run)),
+        *("--writer_url", server.url, "--writer_model", "w", "--max_steps", "1", "--batch_size", "2"),
+        *("--max_completion_length", "16", "--context", "document", "--save_steps", "1"),
+    ]
+    assert main(command) == 0
+    config = TrainConfig(**json.loads(json.dumps(load(run / "config.yaml"))))
+    assert config.data == str(tmp_path / "run-questions" / "train.jsonl")
+    assert config.test == str(tmp_path / "run-questions" / "test.jsonl")
+    assert config.documents is None
+    assert lines(run / "evaluations.jsonl")[0]["items"] == 5
+    asked = len(server.asked)
+    assert main([*command, "--resume"]) == 0
+    assert len(server.asked) == asked
+
+
+def load(file: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "settings 'data' and 'documents': found neither, want one of them"),
+        ({"data": "d", "documents": "e"}, "settings 'data' and 'documents': found both, want one of them"),
+        ({"data": "d", "writer_url": "http://h"}, "settings 'writer_url' and 'writer_model' go together: give both or"),
+        ({"data": "d", "writer_url": "http://a:b@h", "writer_model": "w"}, "setting 'writer_url': found"),
+    ],
+)
+def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        TrainConfig(model="m", output_dir="o", **values)
+    assert str(error.value).startswith(message)
+
+
+def test_with_questions_keeps_a_test_of_ones_own(
+    make: Callable[..., QuestionsConfig], server: Server, folder: Path, tmp_path: Path
+) -> None:
+    server.reply = writes_well
+    given = make()
+    config = TrainConfig(
+        model=given.model,
+        documents=str(folder),
+        output_dir=str(tmp_path / "r"),
+        test="mine.jsonl",
+        writer_url=server.url,
+        writer_model="w",
+    )
+    assert with_questions(config).test == "mine.jsonl"

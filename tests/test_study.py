@@ -1,0 +1,104 @@
+"""The study's settings: each file is a comparison that `selfdistill compare --config` accepts, of files that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfdistill.compare import compare
+from selfdistill.config import CompareConfig
+from selfdistill.contexts import parse_context
+from selfdistill.demonstrations import load_demonstrations
+from selfdistill.errors import UserError
+from selfdistill.settings_files import load_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_file_of_the_study_is_a_comparison(file: Path) -> None:
+    config = CompareConfig(**load_yaml(file, CompareConfig))
+    for path in (config.data, config.test, config.prior):
+        assert (ROOT / str(path)).is_file()
+    for context in config.vary.get("context", [config.context]):
+        parse_context(context)
+    assert f"selfdistill compare --config configs/study/{file.name}" in file.read_text(encoding="utf-8")
+
+
+def test_there_are_files() -> None:
+    assert len(FILES) >= 8
+
+
+@pytest.mark.parametrize("skill", ["routing", "tools", "knowledge"])
+def test_the_skills_of_the_package_have_a_test_that_is_not_learnt(skill: str) -> None:
+    train, test = (
+        load_demonstrations(str(ROOT / f"selfdistill/data/{skill}.{part}.jsonl")) for part in ("train", "test")
+    )
+    prompts = [row.prompt[-1]["content"] for row in (*train, *test)]
+    assert len(set(prompts)) == len(prompts)
+
+
+@pytest.fixture
+def settings(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+) -> Callable[..., CompareConfig]:
+    """Two steps of one method and one seed on tiny models."""
+
+    def make(**values: Any) -> CompareConfig:
+        defaults: dict[str, Any] = {
+            "model": str(model_folder()),
+            "data": str(write_rows()),
+            "test": str(write_rows(count=2, name="test.jsonl")),
+            "output_dir": str(tmp_path / "comparison"),
+            "methods": ["sdft"],
+            "seeds": [0],
+            "learning_rates": [1e-3],
+            "context": "turns",
+            "max_completion_length": 8,
+            "batch_size": 2,
+            "max_steps": 2,
+            "mixed_precision": "no",
+        }
+        return CompareConfig(**(defaults | values))
+
+    return make
+
+
+def test_a_setting_is_varied(settings: Callable[..., CompareConfig], tmp_path: Path) -> None:
+    result = compare(settings(vary={"teacher": ["ema", "frozen"]}))
+    assert [run["method"] for run in result["runs"]] == ["sdft teacher=ema", "sdft teacher=frozen"]
+    assert [run["folder"] for run in result["runs"]] == ["sdft-ema-0.001-seed0", "sdft-frozen-0.001-seed0"]
+    assert "sdft teacher=frozen" in result["sentence"]
+    texts = [(tmp_path / "comparison" / run["folder"] / "config.yaml").read_text() for run in result["runs"]]
+    assert ["teacher: ema" in text for text in texts] == [True, False]
+
+
+def test_the_number_of_demonstrations_is_varied(settings: Callable[..., CompareConfig], tmp_path: Path) -> None:
+    compare(settings(vary={"num_demonstrations": [2, 4]}))
+    cards = [file.read_text() for file in sorted((tmp_path / "comparison").glob("*/final/README.md"))]
+    assert ["2 demonstrations" in card for card in cards] == [True, False]
+    assert ["4 demonstrations" in card for card in cards] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ({"teachr": ["ema"]}, "setting 'vary': 'teachr' cannot be varied; did you mean teacher?"),
+        ({"model": ["a"]}, "setting 'vary': 'model' cannot be varied"),
+        ({"teacher": []}, "setting 'vary': want one setting with at least one value"),
+        ({"teacher": ["ema"], "top_k": [1]}, "setting 'vary': want one setting with at least one value"),
+    ],
+)
+def test_what_cannot_be_varied(settings: Callable[..., CompareConfig], vary: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        settings(vary=vary)
+    assert str(error.value).startswith(message)
+
+
+def test_a_value_that_is_none_is_named(settings: Callable[..., CompareConfig]) -> None:
+    with pytest.raises(UserError, match="setting 'teacher': found 'best'"):
+        compare(settings(vary={"teacher": ["best"]}))
