@@ -20,6 +20,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.methods import METHODS
 from selfdistill.settings_files import MAY_CHANGE
+from selfdistill.starter import STARTER_MODELS
 from selfdistill.tracking import METRICS, public_name, public_settings, read_lines
 
 ALWAYS = ("method", "learning_rate", "max_steps", "batch_size", "max_completion_length", "mixed_precision", "seed")
@@ -81,7 +82,7 @@ def model_card(config: TrainConfig, run: Path, *, demonstrations: int, fingerpri
     """
     base, data = public_name(config.model), public_name(config.data)
     metadata = ModelCardData(
-        base_model=base,
+        base_model=STARTER_MODELS[config.model].hub_id if config.model in STARTER_MODELS else base,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["selfdistill", config.method, *(["lora"] if adapter else [])],
@@ -93,8 +94,9 @@ def model_card(config: TrainConfig, run: Path, *, demonstrations: int, fingerpri
         f"# {_code(base)}, taught by {_code(config.method)}",
         _method(config.method),
         f"- Base model: {_code(base)}\n"
-        f"- Data: {_code(data)}, {demonstrations} demonstrations, fingerprint `{fingerprint}` (SHA-256 of every row's "
-        f"tokens)\n- Made with selfdistill {__version__}",
+        f"- Data: {_code(data)}, {demonstrations} demonstrations, fingerprint `{fingerprint}` (SHA-256 of the "
+        "tokens of every row, as the model is asked, as the teacher is shown it, and as it is to reply)\n"
+        f"- Made with selfdistill {__version__}",
         "## Settings",
         _table(("setting", "value"), ((f"`{key}`", _code(str(value))) for key, value in _settings(config).items())),
         "All others have the defaults of `selfdistill train`.",
@@ -161,7 +163,7 @@ def _results(run: Path) -> tuple[list[str], str]:
         return [_table(("", "base", "this model"), rows), said], "Only what the table lists was measured."
     if lines := read_lines(run / "metrics.jsonl"):
         found = {key: lines[-1][key] for key in ("loss", "kl/forward", "drift/student") if key in lines[-1]}
-        rows = ((f"`{key}`", METRICS[key], f"{value:.4g}") for key, value in found.items())
+        rows = ((f"`{key}`", METRICS[key].replace("``", "`"), f"{value:.4g}") for key, value in found.items())
         said = f"Of the training itself, at its last step, {lines[-1]['step']}:"
         return [said, _table(("metric", "what it is", "value"), rows)], "It was not evaluated on held-out questions."
     return ["Nothing was measured."], "It was not evaluated on held-out questions."

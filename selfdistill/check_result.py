@@ -172,11 +172,13 @@ def _closeness_line(result: CheckResult) -> str:
     text += "token from the base along its own replies"
     if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None:
         return f"{text}; --fine_tuned MODEL shows how far fine-tuning goes for the same."
-    nearer = "nearer, as it should be" if result.teacher_kl < result.fine_tuned_kl else "not nearer: a bad sign"
-    return (
-        f"{text}; the fine-tuned model on {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along "
-        f"its own: the teacher is {nearer}."
+    text += (
+        f"; the fine-tuned model on {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
     )
+    if result.fine_tuned_accuracy <= result.student_accuracy:
+        return f"{text}. It has learnt nothing, so its distance says nothing: fine-tune it further."
+    nearer = "nearer, as it should be" if result.teacher_kl < result.fine_tuned_kl else "not nearer: a bad sign"
+    return f"{text}: the teacher is {nearer}."
 
 
 def _cost_line(result: CheckResult) -> list[str]:

@@ -26,13 +26,12 @@ from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings
 from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.examiner import Examiner
+from selfdistill.examiner import Examiner, check_inputs
 from selfdistill.guards import RunFailed, RunStopped, StopRequests
-from selfdistill.methods import METHODS, shows_context
+from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.rows import DemonstrationRows
 from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.plots import Curve, trade_off
-from selfdistill.priors import load_prior
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
 from selfdistill.tracking import output, read_lines, say
 from selfdistill.train import check_output_dir, train
@@ -68,9 +67,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
         if config.context == "auto":
             config = config.model_copy(update={"context": saved.context})
         refuse_changes(written, saved, config)
-    load_demonstrations(config.test, completion_required=False, split=config.split)  # before the long work begins
-    if config.prior:
-        load_prior(config.prior)
+    check_inputs(config)
     first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
     taught = [run for run in first if shows_context(run)]
     if config.context == "auto" and taught:
@@ -162,7 +159,8 @@ def _run_config(
     parts = [method, *(re.sub(r"[^\w.]+", "_", f"{value}") for value in values.values())]
     parts += [] if rate is None else [f"{rate:g}"]
     output_dir = str(Path(config.output_dir) / "-".join([*parts, f"seed{seed}"]))
-    return TrainConfig(**shared | {"method": method, "learning_rate": rate, "seed": seed, "output_dir": output_dir})
+    run = TrainConfig(**shared | {"method": method, "learning_rate": rate, "seed": seed, "output_dir": output_dir})
+    return run.model_copy(update={name: TrainConfig.model_fields[name].default for name in unused_settings(run)})
 
 
 def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration]:
@@ -263,4 +261,4 @@ def _cell(value: tuple[float, float | None, float | None] | None) -> str:
     if value is None:
         return ""
     middle, low, high = value
-    return f"{middle:.3f}" + ("" if low is None else f" ({low:.2f}, {high:.2f})")
+    return f"{middle:.3f}" + ("" if low is None or low == high else f" ({low:.2f}, {high:.2f})")

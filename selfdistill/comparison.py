@@ -129,7 +129,9 @@ def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared
     )
     start = pairs[0][0].evaluations[0]["accuracy"]
     if any(point.accuracy <= start for point in own):
-        return f"{text}The base stands at {start:.2f}: {mine} has learnt nothing, so there is nothing to compare."
+        both = all(other.evaluations[-1]["accuracy"] <= start for _, other in pairs)
+        who = f"neither {mine} nor {method} has learnt anything" if both else f"{mine} has learnt nothing"
+        return f"{text}The base stands at {start:.2f}: {who}, so there is nothing to compare."
     distances = _mean(own, "kl_base"), _mean(theirs, "kl_base")
     moved = f"{mine} has KL(base||model) {distances[0]:.2f} and {method} {distances[1]:.2f}"
     if distances[0] > 0.001:
@@ -149,7 +151,7 @@ def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared
     text += (
         f"{mine} answers {_mean(own, 'prior_accuracy'):.3f} of the prior questions, {method} "
         f"{_mean(theirs, 'prior_accuracy'):.3f}, the base {base:.3f}: a difference of {difference:+.3f} "
-        f"({interval}p over questions {p:.3f}); {moved}. "
+        f"({interval}p over questions {'below 0.001' if p < 0.001 else f'{p:.3f}'}); {moved}. "
     )
     if reached < count:
         return text + f"As {method} did not learn as much, what they forgot for it cannot be compared."
@@ -171,8 +173,9 @@ def assumption(teacher: dict[str, Any], moved: dict[str, float]) -> str:
     """
     models = ", ".join(f"{kl:.2f} after {name}" for name, kl in moved.items())
     return (
-        f"In-context assumption: the teacher is right on {teacher['accuracy']:.2f} and {teacher['kl']:.2f} nats per "
-        f"token from the base along its own replies to the test rows; trained models along theirs: {models}."
+        f"In-context assumption (a teacher that is right, and nearer to the base than fine-tuned models): the teacher "
+        f"is right on {teacher['accuracy']:.0%} of the test rows and {teacher['kl']:.2f} nats per token from the base "
+        f"along its own replies; trained models along theirs: {models}."
     )
 
 

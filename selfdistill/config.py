@@ -50,7 +50,7 @@ class Settings(BaseModel):
 
 
 def _one_line(detail: Any) -> str:
-    name = ".".join(str(part) for part in detail["loc"])
+    name = ".".join(part for part in detail["loc"] if isinstance(part, str))  # no places in a list
     if detail["type"] == "extra_forbidden":
         return f"unknown setting '{name}': remove it, or see --help for the names"
     if detail["type"] == "missing":
@@ -237,7 +237,8 @@ class TrainingSettings(ModelSettings):
     logging_steps: int = Field(default=1, ge=1)
     """Steps between printed lines where the output is not a terminal. metrics.jsonl has every step."""
     report_to: Literal["none", "trackio", "tensorboard", "wandb"] = "none"
-    """Tracker that gets every line of metrics.jsonl, too; its package must be installed. wandb sends them elsewhere."""
+    """Tracker that gets every line of metrics.jsonl and the scores on ``test``, too; its package must be installed.
+    wandb sends them elsewhere."""
 
     def model_post_init(self, _context: Any) -> None:
         """Rules between settings."""
@@ -248,6 +249,8 @@ class TrainingSettings(ModelSettings):
             )
         if self.test is None and (self.prior is not None or self.eval_steps):
             raise UserError("setting 'test' is missing: prior and eval_steps belong to the measurements on it")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise UserError("setting 'lora_alpha' belongs to an adapter: give --lora_rank, too, or leave it out")
         if self.torch_compile and self.gradient_checkpointing:
             raise UserError("setting 'torch_compile' does not go with gradient_checkpointing: leave one of them out")
         if self.importance_cap is not None and (self.top_p < 1 or self.top_k > 0):

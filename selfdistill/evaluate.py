@@ -260,7 +260,14 @@ def _paired(base: Evaluation, model: Evaluation) -> dict[str, Any]:
 
 def _write_replies(path: Path, rows: Sequence[Demonstration], answers: Answers) -> None:
     lines = [
-        {"source": row.source, "prompt": list(row.prompt), "reply": reply, "correct": right, "tokens": length}
+        {
+            "source": row.source,
+            "prompt": list(row.prompt),
+            "answer": row.completion if row.answer is None else row.answer,
+            "reply": reply,
+            "correct": right,
+            "tokens": length,
+        }
         for row, reply, right, length in zip(rows, answers.replies, answers.correct, answers.lengths, strict=True)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -76,11 +76,13 @@ def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
     unlike = tests["accuracy"]["unlike"] if base else 0.0
     unlike = unlike or 0.5  # of models that differ nowhere nothing can be said
     smallest = smallest_difference(items, unlike)
-    of = f"two models that answer {unlike:.0%} of {items} items unlike"
     if smallest is None:
-        said = f"Between {of} no difference can be shown: there are too few items."
+        said = f"{items} items are too few to show any difference in accuracy."
     else:
-        said = f"A true difference in accuracy of {smallest:.2f} between {of} is found about 3 times in 4."
+        said = (
+            f"{items} items show a difference in accuracy of {smallest:.2f} about 3 times in 4, where two models are "
+            f"right on unlike items in {unlike:.0%} of the cases."
+        )
     console.print(said, highlight=False)
 
 

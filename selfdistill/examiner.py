@@ -18,6 +18,20 @@ from selfdistill.statistics import share_interval
 from selfdistill.tracking import say
 
 
+def check_inputs(config: TrainingSettings) -> None:
+    """Read what a training is measured on, and its context, before any long work.
+
+    Raises:
+        UserError: a file that is missing or holds bad rows, or a context that there is not.
+    """
+    if config.context != "auto":
+        parse_context(config.context)
+    if config.test is not None:
+        load_demonstrations(config.test, completion_required=False, split=config.split)
+    if config.prior is not None:
+        load_prior(config.prior)
+
+
 class Examiner:
     """Test rows, prior questions and the base's own numbers, for any number of runs from that base.
 
@@ -39,6 +53,9 @@ class Examiner:
         self.questions = Questions(base, rows, priors, config)
         if self.questions.dropped:
             say(f"{self.questions.dropped} of {len(rows)} rows of {config.test} are too long and left out")
+        learnt = [row.prompt for row in load_demonstrations(config.data, split=config.split)]
+        if known := sum(row.prompt in learnt for row in self.questions.demonstrations):
+            say(f"note: {known} of {len(self.questions.demonstrations)} test questions are among those that are learnt")
         self._judge = judge_of(config)
         with self._arithmetic(base):
             self._distance = Distance(base, Scorer(base), self.questions.chat, general_prompts())

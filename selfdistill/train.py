@@ -98,7 +98,8 @@ def train(
     whole = run.loaded.model.parameters() if run.loaded.merged_adapter else run.parameters
     size = sum(p.numel() * p.element_size() for p in whole)
     kept = config.save_total_limit + 1 if config.save_steps else 0
-    check_disk(output_dir, size + kept * checkpoint_bytes(run.loaded.model, run.teacher))
+    one = checkpoint_bytes(run.loaded.model, run.teacher)
+    check_disk(output_dir, size + kept * one)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         written.write_text(dump_yaml(config), encoding="utf-8")
@@ -118,6 +119,9 @@ def train(
         position = saved
     for line in run.describe():
         say(line)
+    if kept:
+        sizes = f"{one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"
+        say(f"on the disk each of {config.save_total_limit} checkpoints takes {sizes}")
     if resume and not checkpoints:
         say(f"note: there is no run to continue in {output_dir}: starting from the beginning")
     elif resume and position.step >= (run.config.max_steps or 0):
@@ -135,10 +139,10 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
     def save() -> None:
         save_checkpoint(output_dir, position, run.loaded.model, run.optimizer, run.teacher, config.save_total_limit)
 
-    watch = _Watch(run, output_dir, position.step)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", position.step)
     reporter = Reporter("step", config.max_steps, start=position.step, every=config.logging_steps)
     tracker = Tracker(run.accelerator, config, output_dir, position.step)
+    watch = _Watch(run, output_dir, position.step, tracker)
     with watch, metrics_file, tracker, reporter, StopRequests() as stop:
         watch.look(position.step)  # what a run that was stopped there had no time for
         if on_step and position.step == 0:
@@ -173,8 +177,8 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
 class _Watch:
     """What is measured beside training: ``evaluations.jsonl`` and ``token_views.jsonl``."""
 
-    def __init__(self, run: Run, output_dir: Path, start: int) -> None:
-        self._run, self._metrics = run, output_dir / "metrics.jsonl"
+    def __init__(self, run: Run, output_dir: Path, start: int, tracker: Tracker) -> None:
+        self._run, self._metrics, self._tracker = run, output_dir / "metrics.jsonl", tracker
         start = start or -1  # what was written before the first step is written anew, too
         self._evaluations = StepsFile(output_dir / "evaluations.jsonl", start) if run.examiner else None
         views = run.config.view_rows and run.teacher
@@ -191,6 +195,8 @@ class _Watch:
         if self._evaluations and run.examiner and due and step not in self._evaluations.steps:
             found = run.examiner.measure(run.loaded) if step else run.examiner.base
             self._evaluations.write({"step": step, **found, "seconds": self._seconds() if step else 0.0})
+            scores = {f"eval/{key}": found[key] for key in ("accuracy", "prior_accuracy", "kl_base") if key in found}
+            self._tracker.write({"step": step, **scores})
             say(f"step {step}: {summary(found)}")
 
     def _seconds(self) -> float:
@@ -230,6 +236,7 @@ def _save_final(run: Run, output_dir: Path) -> Path:
         adapter=hasattr(model, "peft_config"),
     )
     advice = "free disk space, then continue with --resume, which needs a checkpoint (--save_steps)"
+    say(f"writing {final}")
     with whole_folder(final, advice) as folder:
         write_model(folder, model, run.loaded.tokenizer, card)
         shutil.rmtree(final, ignore_errors=True)

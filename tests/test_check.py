@@ -86,7 +86,10 @@ def test_the_in_context_assumption_is_measured_along_each_models_own_replies(
             log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
             total, count = total + float((log_q.exp() * (log_q - log_p)).sum()), count + len(rollout.ids)
         assert found == pytest.approx(total / count, rel=1e-4)
-    assert "In-context assumption: the teacher is right on" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "In-context assumption: the teacher is right on" in said
+    assert "the fine-tuned model on 0%" in said
+    assert "It has learnt nothing, so its distance says nothing: fine-tune it further." in said
 
 
 def test_bfloat16_arithmetic_measures_nearly_the_same(

@@ -277,6 +277,10 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --temperature nan", "setting 'temperature': found 'nan', want: a finite number"),
     (f"{SFT} --top_p 1.5", "setting 'top_p': found 1.5, want: less than or equal to 1"),
     (
+        f"{SFT} --lora_alpha 8",
+        "setting 'lora_alpha' belongs to an adapter: give --lora_rank, too, or leave it out",
+    ),
+    (
         f"{SFT} --gradient_checkpointing true --torch_compile true",
         "setting 'torch_compile' does not go with gradient_checkpointing: leave one of them out",
     ),
@@ -975,7 +979,7 @@ def test_process_prints_one_line_and_exits_with_2(here: Path) -> None:
 def test_process_trains_without_noise(here: Path) -> None:
     done = run(*shlex.split(SFT))
     assert (done.returncode, done.stdout) == (0, f"final model: {Path('run/final')}\n")
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["sft", "model:", "step"]
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["sft", "model:", "step", "writing"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_nothing_is_claimed_where_seeds_or_questions_may_explain_it(own: list[fl
 
 def test_one_seed_concludes_nothing() -> None:
     said = sentences(pairs([0.75], [0.40]), "")
-    assert "(p over questions 0.0" in said
+    assert "(p over questions below 0.001)" in said
     assert said.endswith("One seed shows a direction at most: no conclusion.")
 
 
@@ -92,7 +92,10 @@ def test_nothing_is_concluded_where_the_other_method_did_not_learn_as_much() -> 
 
 def test_where_nothing_was_learnt_nothing_is_compared() -> None:
     runs = [run("sft", 0, BASE, (0.0, 0.7, 0.3)), run("sdft", 0, BASE, (0.0, 0.8, 0.1))]
-    assert sentences(runs, "").endswith("sdft has learnt nothing, so there is nothing to compare.")
+    said = sentences(runs, "")
+    assert said.endswith("neither sdft nor sft has learnt anything, so there is nothing to compare.")
+    runs[0] = run("sft", 0, BASE, (0.3, 0.7, 0.3))
+    assert sentences(runs, "").endswith(": sdft has learnt nothing, so there is nothing to compare.")
 
 
 def test_a_model_that_has_not_moved_has_no_ratio() -> None:

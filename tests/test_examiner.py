@@ -15,7 +15,7 @@ from selfdistill.command_config import EvalConfig
 from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluate import evaluate
-from selfdistill.examiner import Examiner
+from selfdistill.examiner import Examiner, check_inputs
 from selfdistill.models import load_model
 from selfdistill.run import Run
 from selfdistill.token_views import PREFERRED, token_views
@@ -64,6 +64,27 @@ def lines(config: TrainConfig, name: str) -> list[dict[str, Any]]:
 def final_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     (file,) = (Path(config.output_dir) / "final").glob("*.safetensors")
     return load_file(file)
+
+
+def test_test_questions_that_are_learnt_are_said(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_rows([{"prompt": p, "completion": "x"} for p in ("q0", "new")], name="other.jsonl")
+    train(settings("a", test=str(other), max_steps=1))
+    assert "note: 1 of 2 test questions are among those that are learnt" in capsys.readouterr().err
+    new = write_rows([{"prompt": "new", "completion": "x"}], name="new.jsonl")
+    train(settings("b", test=str(new), max_steps=1))
+    assert "among those" not in capsys.readouterr().err
+
+
+def test_what_a_training_needs_is_read_first(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    for values, message in (
+        ({"test": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such"),
+        ({"context": "turn"}, "there is no context 'turn'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_inputs(settings("c", **values))
 
 
 @pytest.mark.parametrize("teacher", ["ema", "frozen"])

@@ -365,6 +365,16 @@ def test_figures_stand_alone_and_in_a_page(tmp_path: Path) -> None:
     assert "(0, 1) to (99, 1)" in over([Curve("flat", [(x, 1.0) for x in range(100)])], "step", "loss", smooth=True)
 
 
+def test_points_that_tie_on_the_front_are_all_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "still", "sdft", 1e-4, 0)
+    jsonl(
+        tmp_path / "still" / "evaluations.jsonl", [{"step": step, **evaluation(4, 0.86, 0.0)} for step in (0, 20, 40)]
+    )
+    assert main(["report", str(tmp_path / "still"), "-o", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "base, still, step 20, still, step 40" in page
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="NO CHROMIUM: the report was not opened in a browser")
 def test_in_a_browser(everything: Path, tmp_path: Path) -> None:
     """As it is, and on a phone with a script that looks around in it, which its policy would stop."""

@@ -17,7 +17,7 @@ from selfdistill.cli import main
 from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.guards import RunStopped
-from selfdistill.tracking import StepsFile, Tracker, public_name, public_settings
+from selfdistill.tracking import StepsFile, Tracker, public_name, public_settings, read_lines
 from selfdistill.train import train
 
 SCALARS = (bool, int, float, str, type(None))
@@ -74,6 +74,19 @@ def test_tensorboard_has_every_metric_of_every_step(settings: Callable[..., Trai
     text = hparams.read_text()
     assert "batch_size: 2" in text
     assert str(tmp_path) not in text
+
+
+def test_scores_on_the_test_reach_the_tracker(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = settings(report_to="tensorboard", test=str(write_rows(name="test.jsonl")), eval_steps=2)
+    train(config)
+    evaluations = read_lines(tmp_path / "run" / "evaluations.jsonl")
+    found = in_tensorboard(tmp_path / "run")
+    for key in ("accuracy", "kl_base"):
+        expected = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in evaluations]
+        assert found[f"eval/{key}"] == expected
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
 
 
 def test_a_run_that_goes_on_continues_in_tensorboard(

@@ -34,6 +34,13 @@ METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
 """By the name that ``--method`` takes: from the settings to the stages, which share the steps evenly."""
 
 
+def unused_settings(config: TrainConfig) -> list[str]:
+    """Settings about the teacher that were given though the method does not use them."""
+    kinds = {stage.teacher for stage in METHODS[config.method](config)}
+    used = {"context": shows_context(config), "teacher": config.teacher in kinds}
+    return [name for name in used if not used[name] and getattr(config, name) != TrainConfig.model_fields[name].default]
+
+
 def shows_context(config: TrainConfig) -> bool:
     """Whether the method shows demonstrations to a teacher, so that it matters how."""
     rows = [stage.rows for stage in METHODS[config.method](config)]
