@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,12 @@ from selfdistill.demonstrations import Demonstration, load_demonstrations, write
 from selfdistill.disk import write_json
 from selfdistill.errors import UserError
 from selfdistill.evaluate import Evaluation, Questions, prior_scores
+from selfdistill.examiner import check_inputs
 from selfdistill.export import take_whole, whole_folder
-from selfdistill.guards import RunFailed, RunStopped
+from selfdistill.guards import RunFailed, RunStopped, StopRequests
 from selfdistill.judge import judge_of
-from selfdistill.ledger import Ledger, locked
-from selfdistill.methods import shows_context
+from selfdistill.ledger import MEASURED_WITH, PENDING, START, Ledger, locked
+from selfdistill.methods import METHODS, shows_context
 from selfdistill.models import LoadedModel, load_model, to_best_device, training_arithmetic
 from selfdistill.priors import encode_priors, load_prior
 from selfdistill.settings_files import dump_yaml, load_yaml
@@ -55,52 +58,65 @@ def add(config: LearnConfig) -> dict[str, Any]:
         UserError: anything the user can mend.
         RunStopped: a signal came; the same command goes on.
     """
+    name = config.name or re.sub(r"[^\w.-]+", "-", Path(config.data).name.partition(".")[0]).strip("-.")
+    config = LearnConfig(**config.model_dump() | {"name": name})
     kept, test = _rows(config)
+    run = _run_config(config, "model", config.context, Path(PENDING))  # its rules, before any long work
+    METHODS[run.method](run)
+    check_inputs(run)
     if config.prior:
         load_prior(config.prior)
-    with locked(config.state):
+    with locked(config.state), StopRequests() as stop:
         ledger = _opened(config)
         _begin(ledger, config, kept, test)
         try:
-            result = _Addition(ledger).result()
+            result = _Addition(ledger, stop).result()
         except RunStopped as stopped:
             message = f"state {config.state!r}: stopped while learning {config.data}; the same command goes on"
             raise RunStopped(message, stopped.signal_number) from None
         write_json(ledger.pending / "result.json", result)
         if result["accepted"]:
-            skill = ledger.accept(result["name"])
+            skill = ledger.accept(name)
             say(f"accepted: {skill.name} is skill {skill.number} of {config.state}")
         else:
-            place = ledger.refuse(result["name"])
-            say(f"refused: {result['name']}. {config.state} is as it was; what was tried is in {place}")
+            place = ledger.refuse(name)
+            say(f"refused: {name}. {config.state} is as it was; what was tried is in {place}")
     return result
 
 
 def _opened(config: LearnConfig) -> Ledger:
     """The state; made where there is none."""
     root = Path(config.state)
-    if (root / "state.yaml").exists():
+    if (root / START).is_dir():
         ledger = Ledger(config.state)
-        for key, what in (("model", "base"), ("prior", "questions")):
-            if getattr(config, key) and not (key == "model" and ledger.base == _absolute(config.model)):
-                raise UserError(f"setting '{key}': {config.state} has the {what} it began with; leave it out")
+        if config.model and ledger.base != _absolute(config.model):
+            raise UserError(f"setting 'model': {config.state} began with {ledger.base!r}; leave it out")
+        if config.prior and _texts(config.prior) != (_texts(ledger.prior) if ledger.prior else None):
+            raise UserError(f"setting 'prior': {config.state} began with other questions, or none; leave it out")
+        for key, value in ledger.measured_with.items():
+            if getattr(config, key) != value:
+                raise UserError(f"setting {key!r}: {config.state} began with {value!r}, and so are all its scores made")
         return ledger
+    if others := [path.name for path in root.iterdir() if path.name not in (".lock", f".{START}.unfinished")]:
+        raise UserError(f"state {config.state!r}: holds {others[0]!r} and is no state; give another folder")
     if not config.model:
         raise UserError(f"state {config.state!r} does not exist yet: give the base --model with the first skill")
-    loaded = _loaded(config.model, config.dtype)
-    shutil.rmtree(root / "prior", ignore_errors=True)
-    if config.prior:
-        if Path(config.prior).is_dir():
-            shutil.copytree(config.prior, root / "prior")
-        else:
-            (root / "prior").mkdir()
-            shutil.copy(config.prior, root / "prior")
-    prior = str(root / "prior") if config.prior else None
-    write_json(root / "base.json", _measured(loaded, [], prior, config))
-    state = root / ".state.yaml.unfinished"
-    state.write_text(yaml.safe_dump({"model": _absolute(config.model), "dtype": config.dtype}), encoding="utf-8")
-    os.replace(state, root / "state.yaml")
+    with whole_folder(root / START, "free disk space, then add it again") as folder:
+        if config.prior:
+            (folder / "prior").mkdir()
+            for name, text in _texts(config.prior).items():
+                (folder / "prior" / name).write_bytes(text)
+        prior = str(folder / "prior") if config.prior else None
+        write_json(folder / "base.json", _measured(_loaded(config.model, config.dtype), [], prior, config))
+        state = {"model": _absolute(config.model), **{key: getattr(config, key) for key in MEASURED_WITH}}
+        (folder / "state.yaml").write_text(yaml.safe_dump(state), encoding="utf-8")
     return Ledger(config.state)
+
+
+def _texts(prior: str) -> dict[str, bytes]:
+    """What stands in the files of a prior."""
+    path = Path(prior)
+    return {file.name: file.read_bytes() for file in (path.glob("*.jsonl") if path.is_dir() else [path])}
 
 
 def _absolute(model: str) -> str:
@@ -131,26 +147,27 @@ def _begin(ledger: Ledger, config: LearnConfig, kept: list[Demonstration], test:
     Raises:
         UserError: something else is there, or the skill's name is taken.
     """
-    name = config.name or Path(config.data).name.partition(".")[0]
-    settings = config.model_dump() | {"name": name}
-    texts = json.dumps([[repr(row) for row in part] for part in (kept, test)])
-    asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": name}
+    texts = json.dumps([[repr(replace(row, source="")) for row in part] for part in (kept, test)])
+    asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
+    settings = config.model_dump()
     asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
     if ledger.pending.is_dir():
         found = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))
-        if found != json.loads(json.dumps(asked)):
+        if found == json.loads(json.dumps(asked)):
+            say(f"going on with {config.name}")
+            return
+        if any((ledger.pending / name).exists() for name in ("run", "chunks", "model")):
             raise UserError(
                 f"state {config.state!r}: adding {found['name']!r} was interrupted; go on with the same command, rows "
                 f"and settings, or drop it with selfdistill learn --state {config.state} discard"
             )
-        say(f"going on with {name}")
-        return
-    if name in [skill.name for skill in ledger.skills]:
-        raise UserError(f"setting 'name': {config.state} has a skill {name!r} already; give another --name")
+        ledger.discard()  # it had not begun to learn
+    if config.name in [skill.name for skill in ledger.skills]:
+        raise UserError(f"setting 'name': {config.state} has a skill {config.name!r} already; give another --name")
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
         write_demonstrations(folder / "train.jsonl", kept)
         write_demonstrations(folder / "test.jsonl", test)
-        (folder / "settings.yaml").write_text(dump_yaml(config.model_copy(update={"name": name})), encoding="utf-8")
+        (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
         write_json(folder / "asked.json", asked)
         places = {"train": [row.row for row in kept], "test": [0 if config.test else row.row for row in test]}
         write_json(folder / "places.json", places)
@@ -174,11 +191,24 @@ def _measured(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str |
         return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size)}
 
 
+def _run_config(config: LearnConfig, model: str, context: str, folder: Path) -> TrainConfig:
+    """The settings of the training of a skill in ``folder``."""
+    names = TrainConfig.model_fields.keys() & LearnConfig.model_fields.keys()
+    own = {
+        "model": model,
+        "data": str(folder / "train.jsonl"),
+        "output_dir": str(folder / "run"),
+        "context": context,
+        **{"test": None, "prior": None, "eval_steps": 0},  # they are measured here
+    }
+    return TrainConfig(**{name: getattr(config, name) for name in names} | own)
+
+
 class _Addition:
     """What is done in ``pending``."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger, self._folder = ledger, ledger.pending
+    def __init__(self, ledger: Ledger, stop: StopRequests) -> None:
+        self._ledger, self._folder, self._stop = ledger, ledger.pending, stop
         self._config = settings_of(self._folder)
         asked = json.loads((self._folder / "asked.json").read_text(encoding="utf-8"))
         self._name, self._data = str(asked["name"]), str(asked["data"])
@@ -207,8 +237,13 @@ class _Addition:
         file = self._folder / f"{name}.json"
         if not file.exists():
             write_json(file, measure())
+        self._stop_where_asked()
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
+
+    def _stop_where_asked(self) -> None:
+        if self._stop.received is not None:
+            raise RunStopped("stopped", self._stop.received)
 
     def _on(self, model: str, folders: list[tuple[str, Path]], prior: bool) -> dict[str, Any]:
         found: dict[str, Any] = _measured(
@@ -225,7 +260,7 @@ class _Addition:
 
     def _check(self) -> dict[str, Any]:
         """Whether the current model, shown the demonstration, is a teacher for itself, and how it is best shown."""
-        run = self._run_config(self._config.context)
+        run = _run_config(self._config, self._ledger.model, self._config.context, self._folder)
         if not shows_context(run):
             return {"context": self._config.context, "worth": True, "verdict": f"{run.method} asks no teacher"}
         shared = {
@@ -236,34 +271,30 @@ class _Addition:
         context = found.best.context if run.context == "auto" else run.context
         return {"context": context, "worth": found.exit_code == 0, "verdict": found.verdict}
 
-    def _run_config(self, context: str) -> TrainConfig:
-        names = TrainConfig.model_fields.keys() & LearnConfig.model_fields.keys()
-        shared = {name: getattr(self._config, name) for name in names}
-        own = {
-            "model": self._ledger.model,
-            "data": str(self._folder / "train.jsonl"),
-            "output_dir": str(self._folder / "run"),
-            "context": context,
-            **{"test": None, "prior": None, "eval_steps": 0},  # they are measured here
-        }
-        return TrainConfig(**shared | own)
-
     def _train(self, context: str) -> None:
         """Leaves ``model``, whole, and ``run`` without its checkpoints."""
-        model, run = self._folder / "model", self._run_config(context)
-        if model.is_dir():
-            return
+        model = self._folder / "model"
+        run = _run_config(self._config, self._ledger.model, context, self._folder)
+        folder = Path(run.output_dir)
+        if not model.is_dir():
+            take_whole(self._trained(run), model)
+            self._stop_where_asked()
+        for left in (*folder.glob("checkpoint-*"), folder / "final"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _trained(self, run: TrainConfig) -> Path:
+        """Folder of the final model, which may be an adapter."""
         folder = Path(run.output_dir)
         if self._config.action == "stream":
-            final = learn_stream(run, self._config, self._folder)
-        elif (folder / "final").is_dir():
-            final = folder / "final"
-        else:
-            along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
-            final = train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
-        take_whole(final, model)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+            return learn_stream(run, self._config, self._folder, self._stop)
+        if (folder / "final").is_dir():
+            return folder / "final"
+        written = folder / "config.yaml"
+        if written.exists():  # the state may have been moved, or its path is given otherwise
+            paths = {key: getattr(run, key) for key in ("model", "data", "output_dir")}
+            written.write_text(dump_yaml(TrainConfig(**load_yaml(written, TrainConfig) | paths)), encoding="utf-8")
+        along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
+        return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
 
     def _look(self, along: StepsFile) -> Callable[[int, LoadedModel], None]:
         """After every ``eval_steps`` steps: the scores of all skills, into ``along.jsonl``."""

@@ -17,19 +17,19 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from selfdistill import __version__
 from selfdistill.config import TrainConfig
+from selfdistill.divergence import Divergence
 from selfdistill.errors import UserError
-from selfdistill.methods import METHODS
+from selfdistill.methods import METHODS, shows_context
+from selfdistill.methods.sequences import RowCompletions
 from selfdistill.settings_files import MAY_CHANGE
 from selfdistill.starter import STARTER_MODELS
 from selfdistill.tracking import METRICS, public_name, public_settings, read_lines
 
 ALWAYS = ("method", "learning_rate", "max_steps", "batch_size", "max_completion_length", "mixed_precision", "seed")
 """Settings in every card; others stand there where they are not the defaults."""
-WITH_TEACHER = ("context", "teacher", "divergence", "temperature")
-"""Settings in the card of every method that has a teacher."""
 _ELSEWHERE = (
     *("model", "data", "output_dir", *MAY_CHANGE, "teacher_cache_mib"),
-    *("test", "prior", "view_rows", "scorer", "judge_url", "judge_model"),
+    *("test", "prior", "view_rows", "judge_url", "judge_model"),
 )
 """Settings that change no weights, or stand elsewhere in the card."""
 _MEASURES = {
@@ -144,9 +144,16 @@ def _method(name: str) -> str:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Settings that shape the model, and that differ from the defaults or are of general interest."""
-    has_teacher = any(stage.teacher for stage in METHODS[config.method](config))
-    always = ALWAYS + WITH_TEACHER * has_teacher
-    left_out = _ELSEWHERE + WITH_TEACHER * (not has_teacher)
+    stages = METHODS[config.method](config)
+    used = {
+        "context": shows_context(config),
+        "teacher": any(stage.teacher for stage in stages),
+        "divergence": any(isinstance(stage.loss, Divergence) for stage in stages),
+        "temperature": any(stage.fixed or not isinstance(stage.sequence, RowCompletions) for stage in stages),
+        "scorer": any(stage.reward for stage in stages),
+    }
+    always = (*ALWAYS, *(name for name in used if used[name]))
+    left_out = (*_ELSEWHERE, *(name for name in used if not used[name]))
     defaults = {k: f.get_default(call_default_factory=True) for k, f in TrainConfig.model_fields.items()}
     changed = [k for k in defaults if k not in left_out and getattr(config, k) != defaults[k]]
     values = public_settings(config)

@@ -282,6 +282,9 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     except ArgumentError as error:
         raise UserError(_explained(str(error), arguments)) from None
     given = found[command := found["command"]]
+    for key in _POSITIONAL.get(command, ()):
+        if given.get(key) == "":  # jsonargparse's default for one that was left out
+            del given[key]
     file = given.pop("config", None)
     return command, given if file is None else load_yaml(Path(file), COMMANDS[command][0]) | given
 
@@ -304,5 +307,7 @@ def _explained(message: str, arguments: list[str]) -> str:
         try:
             COMMANDS[command][0](**{**needed, key[1]: value[1]})
         except UserError as error:
-            return str(error)
+            parts = [part for part in str(error).split("; ") if part.startswith(f"setting '{key[1]}'")]
+            if parts:
+                return parts[0]
     return " ".join(message.removeprefix("argument ").split())

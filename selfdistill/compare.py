@@ -10,11 +10,11 @@ from __future__ import annotations
 import gc
 import json
 import math
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.markup import escape
 from rich.table import Table
@@ -32,12 +32,14 @@ from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.rows import DemonstrationRows
 from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.plots import Curve, trade_off
-from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
+from selfdistill.settings_files import MAY_CHANGE, dump_yaml, load_yaml, refuse_changes
 from selfdistill.tracking import output, read_lines, say
 from selfdistill.train import check_output_dir, train
 
 ORACLE_RAG = "document:show=document"
 """What a model that is never trained is given with each question: the right document."""
+_SAFE = ":=, "
+"""Kept in the names of folders, beside letters, digits and ``_.-~``."""
 EVALUATIONS = 5
 """Measurements of a run after its start, where ``eval_steps`` is 0."""
 
@@ -80,17 +82,12 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
     steps = config.max_steps or math.ceil(count * config.num_train_epochs / config.batch_size)
     eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
     teacher = None if config.context == "auto" else examiner.shown(base, config.context, "teacher")
-    shown = {"teacher": teacher, "rag": examiner.shown(base, ORACLE_RAG, "oracle RAG")}
+    shown = {"teacher": teacher, "rag": _rag(examiner, base)}
     del base
     folder.mkdir(parents=True, exist_ok=True)
     written.write_text(dump_yaml(config), encoding="utf-8")
     config = config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
-    runs = [
-        (_label(method, values), _run_config(config, method, rate, seed, values))
-        for seed in config.seeds
-        for rate in config.learning_rates or (None,)
-        for method, values in _kinds(config)
-    ]
+    runs = _runs(config)
     done: list[Compared] = []
     with StopRequests() as stop:
         for number, (label, run) in enumerate(runs):
@@ -116,6 +113,15 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
         output().print(assumption(teacher, result["moved"]), highlight=False, markup=False)
     output().print(f"Everything is in {folder}; selfdistill report {folder} shows it.", highlight=False, markup=False)
     return result
+
+
+def _rag(examiner: Examiner, base: LoadedModel) -> dict[str, Any] | None:
+    """The base with each question's document; None where the rows have none, or one does not fit."""
+    try:
+        return examiner.shown(base, ORACLE_RAG, "oracle RAG")
+    except UserError as error:
+        say(f"note: oracle RAG is left out: {error}")
+        return None
 
 
 def _load(name: str, config: CompareConfig) -> LoadedModel:
@@ -148,19 +154,29 @@ def _kinds(config: CompareConfig) -> list[tuple[str, dict[str, Any]]]:
     return [(method, values) for method in config.methods for values in varied]
 
 
-def _label(method: str, values: dict[str, Any]) -> str:
-    return " ".join([method, *(f"{name}={value}" for name, value in values.items())])
+def _runs(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
+    """Every run with what it is called; what is varied and not used by a method makes no further run of it."""
+    runs: dict[str, tuple[str, TrainConfig]] = {}
+    for seed in config.seeds:
+        for rate in config.learning_rates or (None,):
+            for method, values in _kinds(config):
+                run = _run_config(config, method, rate, seed, values)
+                used = {name: value for name, value in values.items() if getattr(run, name) == value}
+                label = " ".join([method, *(f"{name}={value}" for name, value in used.items())])
+                runs.setdefault(run.output_dir, (label, run))
+    return list(runs.values())
 
 
 def _run_config(
     config: CompareConfig, method: str, rate: float | None, seed: int, values: dict[str, Any]
 ) -> TrainConfig:
     shared = {name: getattr(config, name) for name in TrainingSettings.model_fields} | values
-    parts = [method, *(re.sub(r"[^\w.]+", "_", f"{value}") for value in values.values())]
+    run = TrainConfig(**shared | {"method": method, "learning_rate": rate, "seed": seed, "output_dir": "run"})
+    run = run.model_copy(update={name: TrainConfig.model_fields[name].default for name in unused_settings(run)})
+    used = {name: value for name, value in values.items() if getattr(run, name) == value}
+    parts = [method, *(f"{name}_{quote(str(value), safe=_SAFE)}" for name, value in used.items())]
     parts += [] if rate is None else [f"{rate:g}"]
-    output_dir = str(Path(config.output_dir) / "-".join([*parts, f"seed{seed}"]))
-    run = TrainConfig(**shared | {"method": method, "learning_rate": rate, "seed": seed, "output_dir": output_dir})
-    return run.model_copy(update={name: TrainConfig.model_fields[name].default for name in unused_settings(run)})
+    return run.model_copy(update={"output_dir": str(Path(config.output_dir) / "-".join([*parts, f"seed{seed}"]))})
 
 
 def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration]:
@@ -196,6 +212,12 @@ def _one(label: str, run: TrainConfig, examiner: Examiner, demonstrations: list[
         say(f"note: this run failed: {failed}")
     evaluations = read_lines(folder / "evaluations.jsonl")
     saved = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
+    given = {key: value for key, value in run.model_dump().items() if value not in (None, "auto")}
+    for key, value in given.items():
+        if key not in (*MAY_CHANGE, "output_dir") and getattr(saved, key) != value:
+            raise UserError(
+                f"{folder}: {key} is {getattr(saved, key)!r} there and {value!r} here; compare in another --output_dir"
+            )
     same = (evaluations[0].get(key) == examiner.base.get(key) for key in ("correct", "prior"))
     if saved.max_steps != run.max_steps or not all(same):
         raise UserError(

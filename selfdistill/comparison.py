@@ -14,8 +14,8 @@ from selfdistill.statistics import seeds_interval, sign_test
 
 def reference(runs: Sequence[Compared]) -> str:
     """The method with which the others are compared: ``sdft``, or the first."""
-    methods = [run.method for run in runs]
-    return "sdft" if "sdft" in methods or not methods else methods[0]
+    methods = [run.method for run in runs] or ["sdft"]
+    return next((method for method in methods if method.split()[0] == "sdft"), methods[0])
 
 
 @dataclass(frozen=True)

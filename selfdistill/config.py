@@ -247,7 +247,8 @@ class TrainingSettings(ModelSettings):
                 f"setting 'gradient_accumulation_steps': {self.gradient_accumulation_steps} does not divide "
                 f"batch_size {self.batch_size}"
             )
-        if self.test is None and (self.prior is not None or self.eval_steps):
+        measured = self.test is not None or getattr(self, "documents", None)
+        if not measured and (self.prior is not None or self.eval_steps):
             raise UserError("setting 'test' is missing: prior and eval_steps belong to the measurements on it")
         if self.lora_alpha is not None and not self.lora_rank:
             raise UserError("setting 'lora_alpha' belongs to an adapter: give --lora_rank, too, or leave it out")
@@ -313,6 +314,17 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     def model_post_init(self, _context: Any) -> None:
         """Rules between settings."""
         super().model_post_init(_context)
+        untempered = self.temperature == 1 and self.top_p == 1 and self.top_k == 0
+        if self.method == "grpo" and not untempered:
+            raise UserError(
+                "setting 'method': grpo's gradient is that of samples of the student as it is: use temperature 1, "
+                "top_p 1 and top_k 0"
+            )
+        if self.support == "sampled" and (self.method == "offline_distillation" or self.cold_start_steps):
+            raise UserError(
+                "setting 'support': 'sampled' needs the student's own samples: leave cold_start_steps out, and use "
+                "method sdft"
+            )
         if bool(self.data) == bool(self.documents):
             found = "both" if self.data else "neither"
             raise UserError(f"settings 'data' and 'documents': found {found}, want one of them")
@@ -351,6 +363,7 @@ class CompareConfig(TrainingSettings):
             if not values and name != "learning_rates":
                 raise UserError(f"setting '{name}': found nothing, want at least one")
         fixed = ("output_dir", "data", "split", "test", "prior", "eval_steps", *ModelSettings.model_fields)
+        fixed = (*fixed, "num_train_epochs")  # all runs have as many steps, unless max_steps is varied
         may_vary = [name for name in TrainingSettings.model_fields if name not in fixed]
         for name, values in self.vary.items():
             if name not in may_vary:

@@ -17,6 +17,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def end_last_line(file: Path) -> None:
+    """Take away a last line that was being written when the machine stopped, so that others can be appended."""
+    if file.exists():
+        text = file.read_bytes()
+        if not text.endswith(b"\n"):
+            file.write_bytes(text[: text.rfind(b"\n") + 1])
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write a file that is there whole or not at all."""
     temporary = file.parent / f".{file.name}.unfinished"

@@ -13,6 +13,13 @@ KINDS = (".txt", ".md", ".html", ".htm", ".pdf")
 """Files that are read. PDF and HTML need the extra ``documents``."""
 
 
+BLOCKS = (
+    *("p", "div", "section", "article", "main", "header", "footer", "aside", "blockquote", "pre", "figcaption"),
+    *("caption", "ul", "ol", "li", "dl", "dt", "dd", "table", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "br", "hr"),
+)
+"""Elements of HTML that stand alone."""
+
+
 @dataclass(frozen=True)
 class Passage:
     """A piece of one document."""
@@ -85,12 +92,12 @@ def _text(file: Path) -> str:
 def _pdf(file: Path) -> str:
     _need("pypdf", file)
     from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
 
     try:
         pages = [page.extract_text() for page in PdfReader(file).pages]
-    except (PyPdfError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a PDF that can be read ({' '.join(str(error).split())})") from None
+    except Exception as error:  # whatever a broken or encrypted file leads to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file}: not a PDF that can be read ({reason})") from None
     return "\n\n".join(pages)
 
 
@@ -101,8 +108,11 @@ def _html(text: str) -> str:
     page = BeautifulSoup(text, "html.parser")
     for part in page(["script", "style", "head", "nav", "template", "noscript"]):
         part.decompose()
-    for block in page(["p", "div", "li", "tr", "section", "article", "h1", "h2", "h3", "h4", "h5", "h6", "br"]):
+    for block in page(list(BLOCKS)):
+        block.insert_before("\n\n")
         block.insert_after("\n\n")
+    for cell in page(["td", "th"]):
+        cell.insert_after(" ")
     return page.get_text()
 
 

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 from selfdistill.config import ModelSettings
 from selfdistill.demonstrations import Demonstration
+from selfdistill.disk import end_last_line
 from selfdistill.endpoint import Endpoint, shown
 from selfdistill.errors import UserError
 from selfdistill.scorers import JUDGE
@@ -141,11 +142,8 @@ def _prompt(row: Demonstration, reply: str) -> str:
 def _read(cache: Path) -> dict[str, Verdict]:
     """The verdicts of the file; a last line that was being written when the machine stopped is taken away."""
     try:
+        end_last_line(cache)
         text = cache.read_text(encoding="utf-8") if cache.exists() else ""
-        if not text.endswith("\n"):
-            text = text[: text.rfind("\n") + 1]
-            if cache.exists():
-                cache.write_text(text, encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
         kept: dict[str, Verdict] = {line["key"]: line["verdict"] for line in lines}
         if not set(kept.values()) <= set(get_args(Verdict)):

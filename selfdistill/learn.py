@@ -127,8 +127,8 @@ def _history(ledger: Ledger) -> dict[str, Any]:
 
 
 def _rollback(config: LearnConfig) -> dict[str, Any]:
+    ledger = Ledger(config.state)
     with locked(config.state):
-        ledger = Ledger(config.state)
         if not ledger.skills:
             raise UserError(f"state {config.state!r}: there is no skill to take back")
         if ledger.pending.is_dir():
@@ -140,8 +140,8 @@ def _rollback(config: LearnConfig) -> dict[str, Any]:
 
 
 def _discard(config: LearnConfig) -> dict[str, Any]:
+    ledger = Ledger(config.state)
     with locked(config.state):
-        ledger = Ledger(config.state)
         if not ledger.pending.is_dir():
             raise UserError(f"state {config.state!r}: no addition was interrupted")
         ledger.discard()

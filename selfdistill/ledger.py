@@ -2,9 +2,8 @@
 
 ::
 
-    state.yaml      base model and data type
-    prior/          questions about abilities that the base had, copied
-    base.json       the base's score on them
+    start/          state.yaml (base model and what it is measured with), prior/ (questions about abilities that the
+                    base had, copied) and base.json (its score on them)
     skills/0001-routing/    accepted, in this order; the model of the last one is the current model
         settings.yaml, train.jsonl, test.jsonl, run/, model/, result.json
     pending/        an addition that is under way or was interrupted; of the same form
@@ -30,7 +29,9 @@ import yaml
 from selfdistill.disk import sync
 from selfdistill.errors import UserError
 
-SKILLS, PENDING, REFUSED, UNDONE, PRIOR = "skills", "pending", "refused", "undone", "prior"
+START, SKILLS, PENDING, REFUSED, UNDONE = "start", "skills", "pending", "refused", "undone"
+MEASURED_WITH = ("dtype", "mixed_precision", "chat_template_kwargs")
+"""Settings that are the same for the base and all skills, or their scores could not be compared."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ class Ledger:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        file = self.folder / "state.yaml"
+        file = self.folder / START / "state.yaml"
         try:
             state = yaml.safe_load(file.read_text(encoding="utf-8"))
-            self.base, self.dtype = str(state["model"]), str(state["dtype"])
+            self.base = str(state["model"])
+            self.measured_with: dict[str, Any] = {name: state[name] for name in MEASURED_WITH}
         except FileNotFoundError:
-            raise UserError(f"state {folder!r}: no state.yaml in it; the first 'add' with --model makes one") from None
+            raise UserError(f"state {folder!r} does not exist; the first 'add' with --model makes it") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
             raise UserError(f"{file}: cannot be read as a state of selfdistill learn") from None
 
@@ -93,13 +95,13 @@ class Ledger:
     @property
     def prior(self) -> str | None:
         """Folder of the questions about prior abilities."""
-        folder = self.folder / PRIOR
+        folder = self.folder / START / "prior"
         return str(folder) if folder.is_dir() else None
 
     @property
     def base_result(self) -> dict[str, Any]:
         """What the base could do before."""
-        found: dict[str, Any] = json.loads((self.folder / "base.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((self.folder / START / "base.json").read_text(encoding="utf-8"))
         return found
 
     @property
@@ -140,8 +142,8 @@ class Ledger:
         while target.exists():
             count += 1
             target = parent / f"{name}-{count}"
-        for folder in (source, *(path for path in source.rglob("*") if path.is_dir())):
-            sync(folder)
+        for path in (source, *source.rglob("*")):
+            sync(path)
         os.rename(source, target)
         sync(parent)
         sync(self.folder)

@@ -14,8 +14,8 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from selfdistill.command_config import QuestionsConfig
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, Document
 from selfdistill.demonstrations import Demonstration, Message, write_demonstrations
+from selfdistill.disk import end_last_line
 from selfdistill.documents import Passage, load_passages, sentences
 from selfdistill.endpoint import Endpoint
 from selfdistill.errors import UserError
@@ -189,6 +190,7 @@ class _Maker:
             note = f"what was written is kept in {self.folder}"
             self._endpoint = Endpoint(config.writer_url, config.writer_model, "writer", note)
         path = self.folder / "asked.jsonl"
+        end_last_line(path)
         self._kept: dict[str, str] = {line["key"]: line["reply"] for line in read_lines(path)}
         self._file = path.open("a", encoding="utf-8")
         self._reasons = (self.folder / "rejected.jsonl").open("w", encoding="utf-8")
@@ -252,31 +254,54 @@ class _Maker:
         """One reply a request, those that were asked for before from the file."""
         shown = [turn for asked, said in _SHOWN[kind] for turn in (_turn("user", asked), _turn("assistant", said))]
         chats = [[*shown, _turn("user", request)] for request in requests]
-        who = [self._config.model, self._config.writer_url, self._config.writer_model, self._config.seed, number]
-        keys = [hashlib.sha256(json.dumps([*who, chat]).encode()).hexdigest() for chat in chats]
+        temperature = TEMPERATURE if number else 0.0
+        config = self._config
+        who = [config.model, config.chat_template_kwargs, config.writer_url, config.writer_model, config.seed, number]
+        asked = [json.dumps([*who, ASK_TOKENS, temperature, chat]) for chat in chats]
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in asked]
         open_ = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self._kept}
-        size = self._config.batch_size
         with Reporter(f"questions ({kind})", len(open_), quiet=not open_) as reporter:
-            for start in range(0, len(open_), size):
-                part = dict(list(open_.items())[start : start + size])
-                for key, reply in zip(part, self._written(list(part.values()), number), strict=True):
-                    self._kept[key] = reply
-                    self._file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+            written = self._by_endpoint(open_, temperature) if self._endpoint else self._by_model(open_, number)
+            for done, (key, reply) in enumerate(written, start=1):
+                self._kept[key] = reply
+                self._file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
                 self._file.flush()
-                reporter.advance(min(start + size, len(open_)))
+                reporter.advance(done)
         return [self._kept[key] for key in keys]
 
-    def _written(self, chats: Sequence[list[Message]], number: int) -> list[str]:
-        temperature = TEMPERATURE if number else 0.0
-        if self._endpoint is not None:
-            endpoint, stop = self._endpoint, threading.Event()
-            with ThreadPoolExecutor(_THREADS) as pool:
-                ask = partial(endpoint.ask, stop=stop, max_tokens=ASK_TOKENS, temperature=temperature)
-                return list(pool.map(ask, chats))
-        prompts = [self._chat.encode_prompt(chat) for chat in chats]
-        seeds = [sample_seed(self._config.seed, number, hash_of(prompt), 0) for prompt in prompts]
-        rollouts = sample(self._loaded, prompts, Sampling(ASK_TOKENS, temperature), seeds if number else None)
-        return [self._chat.decode(rollout.ids) for rollout in rollouts]
+    def _by_endpoint(self, chats: dict[str, list[Message]], temperature: float) -> Iterator[tuple[str, str]]:
+        """Replies as they come; once one fails for good, the others are not waited for."""
+        assert self._endpoint is not None
+        stop = threading.Event()
+        ask = partial(self._endpoint.ask, stop=stop, max_tokens=ASK_TOKENS, temperature=temperature)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            futures = {pool.submit(ask, chat): key for key, chat in chats.items()}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _by_model(self, chats: dict[str, list[Message]], number: int) -> Iterator[tuple[str, str]]:
+        """Replies of the model itself, greedy at the first try."""
+        prompts = {key: self._chat.encode_prompt(chat) for key, chat in chats.items()}
+        window = self._loaded.window
+        if prompts and window is not None and max(map(len, prompts.values())) + ASK_TOKENS > window:
+            raise UserError(
+                f"documents {self._config.documents!r}: a passage with the request has "
+                f"{max(map(len, prompts.values()))} tokens, too many for the model's window of {window}; lower "
+                "--passage_words, and put full stops into sentences longer than that"
+            )
+        keys, size = list(prompts), self._config.batch_size
+        for start in range(0, len(keys), size):
+            part = keys[start : start + size]
+            ids = [prompts[key] for key in part]
+            seeds = [sample_seed(self._config.seed, number, hash_of(prompt), 0) for prompt in ids]
+            sampling = Sampling(ASK_TOKENS, TEMPERATURE if number else 0.0)
+            rollouts = sample(self._loaded, ids, sampling, seeds if number else None)
+            yield from ((key, self._chat.decode(rollout.ids)) for key, rollout in zip(part, rollouts, strict=True))
 
 
 def hash_of(ids: Sequence[int]) -> int:

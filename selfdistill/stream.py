@@ -11,14 +11,18 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from selfdistill.command_config import LearnConfig
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat
+from selfdistill.contexts import ChatFormat, Encoded, encode
 from selfdistill.demonstrations import Demonstration, load_demonstrations, write_demonstrations
+from selfdistill.disk import sync
 from selfdistill.distances import mean_loss
+from selfdistill.errors import UserError
 from selfdistill.evaluate import Questions
 from selfdistill.export import take_whole
+from selfdistill.guards import RunStopped, StopRequests
 from selfdistill.judge import judge_of
 from selfdistill.models import LoadedModel, load_model, to_best_device, training_arithmetic
 from selfdistill.tracking import StepsFile, say
@@ -32,36 +36,42 @@ PATIENCE = 2
 """Looks without a fall after which a chunk is left."""
 
 
-def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path) -> Path:
+def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: StopRequests) -> Path:
     """Learn ``train.jsonl`` of ``folder`` chunk by chunk, and return the folder of the last model.
 
-    ``stream.jsonl`` there gets a line a chunk: ``step`` (its number, from 1), ``rows``, ``accuracy`` (of the model
-    before it learnt the chunk), ``steps`` it took, and ``loss_before`` and ``loss_after``, the mean loss on the
-    validation rows, nats per token. Chunks that are there already are not learnt again.
+    ``stream.jsonl`` there gets a line a chunk: ``step`` (its number, from 1), ``rows`` (that fit), ``accuracy`` (of the
+    model before it learnt the chunk), ``steps`` it took, and ``loss_before`` and ``loss_after``, the mean loss on the
+    validation rows, nats per token; None where there are none. Chunks that are there already are not learnt again.
+
+    Raises:
+        RunStopped: a signal came between two chunks, or in one.
     """
     rows = load_demonstrations(str(folder / "train.jsonl"))
-    held = load_demonstrations(str(folder / "test.jsonl"))
+    held = load_demonstrations(str(folder / "test.jsonl"), completion_required=False)
     place = json.loads((folder / "places.json").read_text(encoding="utf-8"))
     chunks = [rows[start : start + config.chunk_size] for start in range(0, len(rows), config.chunk_size)]
     work = folder / "chunks"
     work.mkdir(exist_ok=True)
-    lines = StepsFile(folder / "stream.jsonl", len(chunks))
     model = run.model
-    with lines:
+    with StepsFile(folder / "stream.jsonl", len(chunks)) as lines:
         for number, chunk in enumerate(chunks, start=1):
             own = work / f"{number:05d}"
             if number not in lines.steps:
                 last = place["train"][chunk[-1].row]
-                buffer = [row for row, at in zip(held, place["test"], strict=True) if at <= last][-BUFFER:]
-                line = _chunk(run, config, own, model, chunk, buffer)
-                lines.write({"step": number, "rows": len(chunk), **line})
-                say(
-                    f"chunk {number} of {len(chunks)}: {line['accuracy']:.2f} right before it was learnt, "
-                    f"{line['steps']} steps"
-                )
-            before, model = model, str(own / "model")
-            if before != run.model:
-                shutil.rmtree(Path(before).parent, ignore_errors=True)
+                buffer = [row for row, at in zip(held, place["test"], strict=True) if at <= last and row.completion]
+                line = _chunk(run, config, own, model, chunk, buffer[-BUFFER:])
+                lines.write({"step": number, **line})
+                sync(folder / "stream.jsonl")
+                shown = "none of its rows fit"
+                if line["rows"]:
+                    shown = f"{line['accuracy']:.2f} right before it was learnt"
+                say(f"chunk {number} of {len(chunks)}: {shown}, {line['steps']} steps")
+            if (own / "model").is_dir():
+                before, model = model, str(own / "model")
+                if before != run.model:
+                    shutil.rmtree(Path(before).parent, ignore_errors=True)
+            if stop.received is not None and number < len(chunks):
+                raise RunStopped("stopped", stop.received)
     return Path(model)
 
 
@@ -72,19 +82,22 @@ def _chunk(
     model: str,
     chunk: Sequence[Demonstration],
     buffer: Sequence[Demonstration],
-) -> dict[str, float]:
-    """Test the model on a chunk, then teach it."""
+) -> dict[str, Any]:
+    """Test the model on the rows of a chunk that fit, then teach it."""
     loaded = load_model(model, dtype=config.dtype, merge_adapter=True)
     to_best_device(loaded)
+    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+    fitting = [row.demonstration for row in _fitting(loaded, chat, chunk, config, config.on_long_prompt)]
+    if not fitting:
+        return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None}
     with training_arithmetic(loaded.model, config.mixed_precision):
-        asked = Questions(loaded, chunk, {}, config)
-        accuracy = asked.answers(loaded, judge_of(config), what="chunk").accuracy
-    watch = _Watch(asked.chat, buffer, config)
-    before = watch.loss(loaded) if buffer else 0.0
+        accuracy = Questions(loaded, fitting, {}, config).answers(loaded, judge_of(config), what="chunk").accuracy
+    watch = _Watch(_fitting(loaded, chat, buffer, config, "drop"), config)
+    before = watch.loss(loaded)
     del loaded
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    write_demonstrations(folder / "rows.jsonl", chunk)
+    write_demonstrations(folder / "rows.jsonl", fitting)
     final = train(
         run.model_copy(
             update={
@@ -99,29 +112,54 @@ def _chunk(
         on_step=watch,
     )
     take_whole(final, folder / "model")
-    return {"accuracy": accuracy, "steps": watch.steps, "loss_before": before, "loss_after": watch.last}
+    losses = {"loss_before": before, "loss_after": watch.last}
+    return {"rows": len(fitting), "accuracy": accuracy, "steps": watch.steps, **losses}
+
+
+def _fitting(
+    loaded: LoadedModel, chat: ChatFormat, rows: Sequence[Demonstration], config: LearnConfig, on_long_prompt: str
+) -> list[Encoded]:
+    """Rows that are within the limits, prompt and completion."""
+    if not rows:
+        return []
+    limits: dict[str, Any] = {
+        "max_prompt_length": config.max_prompt_length,
+        "max_completion_length": config.max_completion_length,
+        "window": loaded.window,
+        "completion_must_fit": True,
+    }
+    try:
+        return encode(rows, None, chat, on_long_prompt=on_long_prompt, **limits)[0]
+    except UserError:
+        if on_long_prompt == "error":
+            raise
+        return []  # not one of them
 
 
 class _Watch:
     """Ends the learning of a chunk when the loss on the validation rows stops falling; without rows, never."""
 
-    def __init__(self, chat: ChatFormat, buffer: Sequence[Demonstration], config: LearnConfig) -> None:
-        self._prompts = [chat.encode_prompt(row.prompt) for row in buffer]
-        self._completions = [chat.encode_completion(row.completion) for row in buffer]
-        self._precision = config.mixed_precision
+    def __init__(self, rows: Sequence[Encoded], config: LearnConfig) -> None:
+        self._rows, self._precision, self._most = rows, config.mixed_precision, config.chunk_steps
         self._best, self._since = float("inf"), 0
-        self.steps, self.last = 0, 0.0
+        self.steps = 0
+        self.last: float | None = None
 
-    def loss(self, loaded: LoadedModel) -> float:
+    def loss(self, loaded: LoadedModel) -> float | None:
         """Mean loss on the validation rows, nats per token."""
+        if not self._rows:
+            return None
         with training_arithmetic(loaded.model, self._precision):
-            return mean_loss(loaded, self._prompts, self._completions)
+            prompts, completions = zip(*((row.student_ids, row.completion_ids) for row in self._rows), strict=True)
+            return mean_loss(loaded, prompts, completions)
 
     def __call__(self, step: int, loaded: LoadedModel) -> bool:
         self.steps = step
-        if not self._prompts or step % LOOK_STEPS:
+        if step % LOOK_STEPS and step < self._most:
             return False
-        self.last = self.loss(loaded)
-        self._since = 0 if self.last < self._best else self._since + 1
-        self._best = min(self._best, self.last)
+        self.last = found = self.loss(loaded)
+        if found is None:
+            return False
+        self._since = 0 if found < self._best else self._since + 1
+        self._best = min(self._best, found)
         return self._since >= PATIENCE

@@ -26,7 +26,6 @@ from selfdistill.evaluate import summary
 from selfdistill.examiner import Examiner
 from selfdistill.export import whole_folder, write_model
 from selfdistill.guards import RunStopped, StopRequests, check_disk
-from selfdistill.methods.sequences import write_samples
 from selfdistill.models import LoadedModel
 from selfdistill.run import Run
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
@@ -105,7 +104,7 @@ def train(
         written.write_text(dump_yaml(config), encoding="utf-8")
         for stage in run.stages:
             if stage.method.fixed:
-                write_samples(output_dir, stage.rows, run.chat)
+                stage.method.fixed.write(output_dir, stage.rows, run.chat)
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
     position = Position(0, 0, run.fingerprint())
@@ -144,7 +143,8 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
     tracker = Tracker(run.accelerator, config, output_dir, position.step)
     watch = _Watch(run, output_dir, position.step, tracker)
     with watch, metrics_file, tracker, reporter, StopRequests() as stop:
-        watch.look(position.step)  # what a run that was stopped there had no time for
+        # What a run that was stopped there had no time for.
+        watch.look(position.step, last=position.step == config.max_steps)
         if on_step and position.step == 0:
             on_step(0, run.loaded)
         for step in range(position.step, config.max_steps):
@@ -154,13 +154,13 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
             metrics_file.write(metrics)
             tracker.write(metrics)
             reporter.advance(step + 1, _note(metrics))
+            enough = on_step is not None and on_step(step + 1, run.loaded) is True
+            last = enough or step + 1 == config.max_steps
             try:
-                watch.look(step + 1)
+                watch.look(step + 1, last=last)
             except Exception:  # a judge that does not answer, memory: nothing of the training must be lost by it
                 save()
                 raise
-            enough = on_step is not None and on_step(step + 1, run.loaded) is True
-            last = enough or step + 1 == config.max_steps
             due = config.save_steps and (last or (step + 1) % config.save_steps == 0)
             if due or stop.received is not None:
                 save()
@@ -184,10 +184,10 @@ class _Watch:
         views = run.config.view_rows and run.teacher
         self._views = StepsFile(output_dir / "token_views.jsonl", start) if views else None
 
-    def look(self, step: int) -> None:
+    def look(self, step: int, *, last: bool) -> None:
         """After optimizer step ``step``; 0: before the first."""
         run, config = self._run, self._run.config
-        ends = step in (0, config.max_steps)
+        ends = last or step == 0
         if self._views and ends and step not in self._views.steps:
             for view in token_views(run):
                 self._views.write({"step": step, **view})

@@ -58,8 +58,7 @@ def make(model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp
             "max_prior_drop": 1.0,
             "max_skill_drop": 1.0,
         }
-        if not (tmp_path / "state" / "state.yaml").exists():
-            defaults |= {"model": str(model_folder()), "prior": str(tmp_path / "prior.jsonl")}
+        defaults |= {"model": str(model_folder()), "prior": str(tmp_path / "prior.jsonl")}
         return LearnConfig(**(defaults | values))
 
     return settings
@@ -241,7 +240,7 @@ def test_training_that_diverges_is_refused(make: Settings, tmp_path: Path, monke
 def test_an_interrupted_addition_goes_on_to_the_same_model(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add(make(state=str(tmp_path / "whole"), model=make().model, prior=make().prior))
+    add(make(state=str(tmp_path / "whole")))
     # Of the measurements: the base's, then the new skill on the base, then what came of it.
     for name, call in (("_measured", 1), ("_measured", 2), ("train", 1), ("_measured", 1), ("write_json", 2)):
         with monkeypatch.context() as patch:
@@ -360,7 +359,7 @@ def test_an_interrupted_stream_goes_on_with_the_next_chunk(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"action": "stream", "chunk_size": 3, "chunk_steps": 2}
-    add(make(**options, state=str(tmp_path / "whole"), model=make().model, prior=make().prior))
+    add(make(**options, state=str(tmp_path / "whole")))
     from selfdistill import stream
 
     with monkeypatch.context() as patch:
@@ -405,6 +404,9 @@ def test_transfer_of_a_matrix() -> None:
     ("values", "message"),
     [
         ({"model": ""}, "does not exist yet: give the base --model with the first skill"),
+        ({"gradient_accumulation_steps": 3}, "setting 'gradient_accumulation_steps': 3 does not divide batch_size 4"),
+        ({"method": "sdft", "context": "turn"}, "there is no context 'turn'"),
+        ({"method": "grpo", "num_generations": 1}, "setting 'num_generations': grpo compares"),
         ({"data": "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such .jsonl file"),
         ({"test_share": 0.99}, "10 rows are too few to keep some for the test; give --test"),
@@ -413,20 +415,86 @@ def test_transfer_of_a_matrix() -> None:
 def test_mistakes_leave_no_state(make: Settings, tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         add(make(**values))
-    assert not (tmp_path / "state" / "pending").exists()
-    assert not (tmp_path / "state" / "skills").exists()
+    assert [path.name for path in tmp_path.glob("state/*")] in ([], [".lock"])
+
+
+def test_a_folder_that_is_no_state_is_refused_and_untouched(make: Settings, tmp_path: Path) -> None:
+    (tmp_path / "state" / "prior").mkdir(parents=True)
+    mine = tmp_path / "state" / "prior" / "mine.txt"
+    mine.write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="holds 'prior' and is no state; give another folder"):
+        add(make())
+    assert mine.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(("file", "name"), [("my skill (1)", "my-skill-1"), (".hidden", None), ("a.b", "a")])
+def test_a_skill_is_named_after_its_file(make: Settings, tmp_path: Path, file: str, name: str | None) -> None:
+    config = make(file, max_steps=1)
+    if name is None:
+        with pytest.raises(UserError, match="setting 'name'"):
+            add(config)
+    else:
+        assert add(config)["name"] == name
+
+
+def test_what_had_not_begun_to_learn_gives_way_to_another_addition(
+    make: Settings, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    write_rows([{"prompt": "x" * 600, "completion": "y"}] * 4, name="long.jsonl")
+    with pytest.raises(UserError, match="do not fit"):
+        add(make("long"))
+    assert (tmp_path / "state" / "pending").is_dir() or not (tmp_path / "state" / "skills").exists()
+    assert add(make())["accepted"]
+
+
+def test_an_addition_goes_on_after_the_state_was_moved(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(make(state=str(tmp_path / "whole")))
+    real = addition.train
+
+    def cut(*arguments: Any, **named: Any) -> Path:
+        def stop(step: int, _: Any) -> None:
+            if step == 2:
+                raise KeyboardInterrupt
+
+        return real(*arguments, **(named | {"on_step": stop}))
+
+    monkeypatch.setattr(addition, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
+        add(make())
+    monkeypatch.undo()
+    (tmp_path / "state").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert add(make(state="moved", data="first.jsonl"))["accepted"]
+    a, b = (load_file(tmp_path / name / "skills/0001-first/model/model.safetensors") for name in ("whole", "moved"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_what_the_command_line_leaves_out_is_in_the_file(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = make(max_steps=1).model_dump()
+    file = tmp_path / "learn.yaml"
+    file.write_text(json.dumps({key: value for key, value in values.items() if key != "action"}), encoding="utf-8")
+    assert main(["learn", "--config", str(file), "add"]) == 0
+    capsys.readouterr()
+    assert main(["learn", "--state", str(tmp_path / "typo"), "rollback"]) == 2
+    assert not (tmp_path / "typo").exists()
 
 
 def test_mistakes_about_a_state_that_exists(make: Settings, tmp_path: Path) -> None:
     add(make())
+    (tmp_path / "other.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n', encoding="utf-8")
     for values, message in (
-        ({"model": "other"}, "setting 'model': .* has the base it began with; leave it out"),
-        ({"prior": str(tmp_path / "prior.jsonl")}, "setting 'prior': .* has the questions it began with; leave it out"),
+        ({"model": "other"}, "setting 'model': .* began with '.*'; leave it out"),
+        ({"prior": str(tmp_path / "other.jsonl")}, "setting 'prior': .* began with other questions, or none; leave it"),
+        ({"mixed_precision": "bf16"}, "setting 'mixed_precision': .* began with 'no', and so are all its scores made"),
         ({}, "setting 'name': .* has a skill 'first' already; give another --name"),
     ):
         with pytest.raises(UserError, match=message):
             add(make(**values))
     assert add(make(name="again"))["accepted"]
-    (tmp_path / "state" / "state.yaml").write_text("- no", encoding="utf-8")
+    (tmp_path / "state" / "start" / "state.yaml").write_text("- no", encoding="utf-8")
     with pytest.raises(UserError, match=r"state\.yaml: cannot be read as a state of selfdistill learn"):
         Ledger(str(tmp_path / "state"))

@@ -344,7 +344,31 @@ def test_a_cold_start_goes_from_demonstrations_to_samples(all_of_them: Settings)
     assert shares == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0], abs=0.08)
     assert shares[0] == 1
     assert shares[4:] == [0, 0]
-    run.step(0)
+
+
+def test_a_mixed_batch_of_a_cold_start_has_the_gradient_of_its_tokens(all_of_them: Settings) -> None:
+    run = moved(all_of_them(cold_start_steps=4, batch_size=6))
+    completions = run.stage.method.sequence(run.loaded, run.stage.rows, 2)
+    assert {c.logps is None for c in completions} == {True, False}
+
+    def values(student: Any, c: Completion) -> Tensor:
+        with torch.no_grad(), run.teacher.model() as network:  # type: ignore[union-attr]
+            log_q_TV = row_log_probs(network, c.row.teacher_ids or [], c.ids)
+        return kl(log_q_TV, row_log_probs(student, c.row.student_ids, c.ids))
+
+    assert_gradient(run, completions, values)
+
+
+def test_other_rows_get_other_samples_of_the_teacher(
+    all_of_them: Settings, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = all_of_them(method="sft_from_teacher", max_steps=1)
+    train(config)
+    rows = [{"prompt": f"other {i}", "completion": "ab"} for i in range(6)]
+    again = Run(config.model_copy(update={"data": str(write_rows(rows, name="rows.jsonl"))}))
+    fresh = Run(again.config.model_copy(update={"output_dir": str(tmp_path / "fresh")}))
+    samples = [[row.completion_ids for row in run.stage.rows] for run in (again, fresh)]
+    assert samples[0] == samples[1]
 
 
 def test_which_methods_show_a_context(all_of_them: Settings) -> None:
@@ -378,6 +402,15 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
             {"cold_start_steps": 2, "importance_cap": 2.0},
             "setting 'cold_start_steps' does not go with importance_cap: leave one of them out",
         ),
+        (
+            {"method": "grpo", "num_generations": 2, "temperature": 0.3},
+            "setting 'method': grpo's gradient is that of samples of the student as it is: use temperature 1",
+        ),
+        (
+            {"support": "sampled", "divergence": "reverse_kl", "cold_start_steps": 2},
+            "setting 'support': 'sampled' needs the student's own samples",
+        ),
+        ({"method": "cpt", "max_completion_length": 512}, "setting 'max_completion_length': 512 leaves no room"),
         (
             {"target_teacher": 0.0},
             "setting 'target_teacher': found 0, and the other parts of the target are 0, too",

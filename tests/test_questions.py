@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.documents import load_passages, sentences
 from selfdistill.errors import UserError
 from selfdistill.questions import make_questions, with_questions
+from selfdistill.rollouts import Rollout, Sampling
 
 MILL = "The Korr Mill stands on a hill. It was built by Ada Finch in 1802. It grinds oats on Mondays."
 LAKE = "Lake Vess is frozen all year. Its only boat is called Nettle."
@@ -70,6 +72,11 @@ def test_html_and_pdf(tmp_path: Path) -> None:
     page = "<html><head><title>no</title><script>var no = 1</script></head><body><h1>Mill</h1><p>It <b>grinds</b> oats."
     (tmp_path / "a.html").write_text(page + "</p><p>&lt;Daily&gt;</p></body></html>", encoding="utf-8")
     assert load_passages(str(tmp_path), max_words=20)[0].text == "Mill\n\nIt grinds oats.\n\n<Daily>"
+    table = (
+        "<div>Intro<p>Body</p></div><table><tr><td>Speed</td><td>90</td></tr></table><dl><dt>Key</dt><dd>V</dd></dl>"
+    )
+    (tmp_path / "a.html").write_text(table, encoding="utf-8")
+    assert load_passages(str(tmp_path), max_words=20)[0].text.split() == ["Intro", "Body", "Speed", "90", "Key", "V"]
     write_pdf(tmp_path / "b.pdf", "Oats are ground on Mondays.")
     assert load_passages(str(tmp_path / "b.pdf"), max_words=20)[0].text == "Oats are ground on Mondays."
 
@@ -149,7 +156,11 @@ def reads_well(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stands in for the model's answers from the text: all are right, but those to the questions in the list."""
     wrong: list[str] = []
 
-    def answer(_loaded: Any, prompts: Any, rows: list[Demonstration], *_: Any, **__: Any) -> Answers:
+    def answer(loaded: Any, prompts: Any, rows: list[Demonstration], *_: Any, **__: Any) -> Answers:
+        for prompt, row in zip(prompts, rows, strict=True):  # it is shown the passage, and not the answer as a turn
+            shown = loaded.tokenizer.decode(prompt)
+            assert row.document in shown
+            assert f"assistant\n{row.completion}" not in shown
         correct = [row.prompt[-1]["content"] not in wrong for row in rows]
         return Answers(["reply"] * len(rows), correct, None, [[1]] * len(rows), [0] * len(rows), 0)
 
@@ -247,16 +258,72 @@ def test_what_is_not_grounded_is_rejected_and_counted(
     assert line["reason"] == reason
 
 
+def test_a_file_that_ends_in_the_middle_of_a_line_is_mended(
+    make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path
+) -> None:
+    server.reply = writes_well
+    found = make_questions(make())
+    file, asked = tmp_path / "out" / "asked.jsonl", len(server.asked)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    assert make_questions(make()) == found
+    assert len(server.asked) == asked + 1
+    assert len(lines(file)) == asked
+    assert make_questions(make()) == found
+    make_questions(make(chat_template_kwargs={"hint": "x"}))
+    assert len(server.asked) == 2 * asked + 1  # another template is another question
+
+
+def test_replies_that_came_before_a_failure_are_kept(
+    make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path
+) -> None:
+    def fails_once(body: dict[str, Any]) -> tuple[int, str]:
+        return (400, "no") if len(server.asked) == 4 else writes_well(body)
+
+    server.reply = fails_once
+    with pytest.raises(UserError, match=r"writer http.*status 400"):
+        make_questions(make())
+    kept = len(lines(tmp_path / "out" / "asked.jsonl"))
+    server.reply = writes_well
+    before = len(server.asked)
+    assert make_questions(make())["train"] == 10
+    assert len(server.asked) - before == 20 - kept
+
+
 def test_not_one_question_is_an_error(make: Callable[..., QuestionsConfig], server: Server) -> None:
     server.reply = lambda _: (200, "no")
     with pytest.raises(UserError, match=r"none of 5 questions could be kept .* let another model write them"):
         make_questions(make())
 
 
-def test_the_model_itself_can_write(make: Callable[..., QuestionsConfig], server: Server) -> None:
-    with pytest.raises(UserError, match="none of 10 questions could be kept"):  # a random model writes no question
-        make_questions(make(writer_url=None, writer_model=None, tries=2))
+def test_the_model_itself_can_write(
+    make: Callable[..., QuestionsConfig], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = questions.load_model
+    temperatures = []
+
+    def sample(loaded: Any, prompts: Any, sampling: Sampling, seeds: Any) -> list[Rollout]:
+        assert (seeds is None) == (sampling.temperature == 0)
+        temperatures.append(sampling.temperature)
+        said = []
+        for prompt in prompts:
+            text = loaded.tokenizer.decode(prompt, skip_special_tokens=False)
+            asked = text.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+            body = {"messages": [{"content": asked}], "temperature": sampling.temperature}
+            said.append(Rollout(loaded.tokenizer(writes_well(body)[1])["input_ids"], [], False))
+        return said
+
+    monkeypatch.setattr(questions, "load_model", lambda *a, **k: replace(load(*a, **k), window=None))
+    monkeypatch.setattr(questions, "sample", sample)
+    found = make_questions(make(writer_url=None, writer_model=None, batch_size=2))
+    assert found == {"passages": 2, "train": 10, "test": 5, "indirect": 5, "rejected": {}}
     assert server.asked == []
+    assert set(temperatures) == {0.0, questions.TEMPERATURE}
+
+
+def test_a_passage_that_the_window_has_no_room_for(make: Callable[..., QuestionsConfig]) -> None:
+    with pytest.raises(UserError, match=r"a passage with the request has \d+ tokens, too many .* window of 512; lower"):
+        make_questions(make(writer_url=None, writer_model=None))
 
 
 def test_train_makes_questions_of_documents_first(

@@ -58,7 +58,7 @@ def settings(
             "seeds": [0],
             "learning_rates": [1e-3],
             "context": "turns",
-            "max_completion_length": 8,
+            "max_completion_length": 10,
             "batch_size": 2,
             "max_steps": 2,
             "mixed_precision": "no",
@@ -71,10 +71,27 @@ def settings(
 def test_a_setting_is_varied(settings: Callable[..., CompareConfig], tmp_path: Path) -> None:
     result = compare(settings(vary={"teacher": ["ema", "frozen"]}))
     assert [run["method"] for run in result["runs"]] == ["sdft teacher=ema", "sdft teacher=frozen"]
-    assert [run["folder"] for run in result["runs"]] == ["sdft-ema-0.001-seed0", "sdft-frozen-0.001-seed0"]
+    assert [run["folder"] for run in result["runs"]] == [
+        "sdft-teacher_ema-0.001-seed0",
+        "sdft-teacher_frozen-0.001-seed0",
+    ]
     assert "sdft teacher=frozen" in result["sentence"]
     texts = [(tmp_path / "comparison" / run["folder"] / "config.yaml").read_text() for run in result["runs"]]
     assert ["teacher: ema" in text for text in texts] == [True, False]
+
+
+def test_what_a_method_does_not_use_makes_no_further_run_of_it(settings: Callable[..., CompareConfig]) -> None:
+    result = compare(settings(methods=["sft", "sdft"], vary={"teacher": ["frozen", "live"]}))
+    assert [run["method"] for run in result["runs"]] == ["sft", "sdft teacher=frozen", "sdft teacher=live"]
+    assert "sdft teacher=frozen ends at" in result["sentence"]
+
+
+def test_other_values_do_not_take_the_runs_of_the_first(settings: Callable[..., CompareConfig]) -> None:
+    compare(settings(vary={"lora_rank": [2]}))
+    result = compare(settings(vary={"num_generations": [2]}), resume=True)
+    assert [run["folder"] for run in result["runs"]] == ["sdft-num_generations_2-0.001-seed0"]
+    with pytest.raises(UserError, match=r"temperature is 1\.0 there and 0\.5 here"):
+        compare(settings(vary={"num_generations": [2]}, temperature=0.5), resume=True)
 
 
 def test_the_number_of_demonstrations_is_varied(settings: Callable[..., CompareConfig], tmp_path: Path) -> None:
@@ -89,6 +106,7 @@ def test_the_number_of_demonstrations_is_varied(settings: Callable[..., CompareC
     [
         ({"teachr": ["ema"]}, "setting 'vary': 'teachr' cannot be varied; did you mean teacher?"),
         ({"model": ["a"]}, "setting 'vary': 'model' cannot be varied"),
+        ({"num_train_epochs": [1, 4]}, "setting 'vary': 'num_train_epochs' cannot be varied"),
         ({"teacher": []}, "setting 'vary': want one setting with at least one value"),
         ({"teacher": ["ema"], "top_k": [1]}, "setting 'vary': want one setting with at least one value"),
     ],

@@ -94,7 +94,12 @@ class DocumentRows:
             raise UserError(
                 f"method {config.method!r} learns from documents, and {config.data} has none: add the column 'document'"
             )
-        room = max(1, (loaded.window or 2 * length) - length)
+        room = (loaded.window or 2 * length) - length
+        if room < 1:
+            raise UserError(
+                f"setting 'max_completion_length': {length} leaves no room for the text before a piece in the model's "
+                f"window of {loaded.window} tokens"
+            )
         room = min(room, config.max_prompt_length or room)
         begin = loaded.tokenizer.bos_token_id
         begin = chat.end_token_id if begin is None else begin

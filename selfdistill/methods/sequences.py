@@ -6,11 +6,12 @@ the step.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -102,9 +103,10 @@ class TeacherSamples:
 
     def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], folder: Path) -> list[Encoded]:
         """The rows with these completions; from ``SAMPLES_FILE`` in ``folder`` where a run that goes on has them."""
-        kept = read_lines(folder / SAMPLES_FILE)
-        if len(kept) == len(rows):
-            return [replace(row, completion_ids=line["ids"]) for row, line in zip(rows, kept, strict=True)]
+        kept = {line["key"]: line["ids"] for line in read_lines(folder / SAMPLES_FILE)}
+        keys = [self._key(row) for row in rows]
+        if kept.keys() >= set(keys):
+            return [replace(row, completion_ids=kept[key]) for row, key in zip(rows, keys, strict=True)]
         drawn: list[Encoded] = []
         with Reporter("teacher's samples", len(rows)) as reporter:
             for start in range(0, len(rows), self.batch_size):
@@ -115,12 +117,19 @@ class TeacherSamples:
                 reporter.advance(len(drawn))
         return drawn
 
+    def _key(self, row: Encoded) -> str:
+        """What the sample of a row depends on, beside the model."""
+        parts = [row.demonstration.row, row.teacher_ids, asdict(self.sampling), self.seed]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-def write_samples(folder: Path, rows: Sequence[Encoded], chat: ChatFormat) -> None:
-    """Write what :class:`TeacherSamples` drew, for a run that goes on and for whoever wants to read it."""
-    lines = (
-        {"source": row.demonstration.source, "text": chat.decode(row.completion_ids), "ids": row.completion_ids}
-        for row in rows
-    )
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (folder / SAMPLES_FILE).write_text(text, encoding="utf-8")
+    def write(self, folder: Path, rows: Sequence[Encoded], chat: ChatFormat) -> None:
+        """Write what was drawn, for a run that goes on and for whoever wants to read it."""
+        file = folder / SAMPLES_FILE
+        texts = ((row, chat.decode(row.completion_ids)) for row in rows)
+        lines = [
+            {"source": row.demonstration.source, "text": text, "ids": row.completion_ids, "key": self._key(row)}
+            for row, text in texts
+        ]
+        temporary = folder / f".{SAMPLES_FILE}.unfinished"
+        temporary.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
+        temporary.replace(file)
