@@ -21,37 +21,23 @@ from selfdistill.run import Run
 from selfdistill.token_views import PREFERRED, token_views
 from selfdistill.train import train
 
-ENDS = (257, *range(40, 75))
-
 
 @pytest.fixture
 def settings(
-    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], tmp_path: Path
 ) -> Callable[..., TrainConfig]:
-    data = write_rows(count=6)
+    """The tiny run of all tests, measured."""
+    tiny = settings
     test = write_rows(count=5, name="test.jsonl")
     prior = tmp_path / "prior.jsonl"
     choices = {"query": "Question: a or b?", "choices": ["a", "b b b"], "gold": 0}
     prior.write_text(json.dumps(choices) + "\n" + json.dumps(choices | {"gold": 1}) + "\n", encoding="utf-8")
 
     def make(out: str, *, measured: bool = True, **values: Any) -> TrainConfig:
-        defaults: dict[str, Any] = {
-            "model": str(model_folder(ends=ENDS)),
-            "data": str(data),
-            "output_dir": str(tmp_path / out),
-            "context": "turns",
-            "max_completion_length": 10,
-            "batch_size": 2,
-            "max_steps": 4,
-            "learning_rate": 1e-2,
-            "warmup_steps": 0,
-            "save_steps": 0,
-            "mixed_precision": "no",
-            "view_rows": 3 if measured else 0,
-        }
+        defaults: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "view_rows": 3 if measured else 0}
         if measured:
             defaults |= {"test": str(test), "prior": str(prior), "eval_steps": 2}
-        return TrainConfig(**(defaults | values))
+        return tiny(out, **(defaults | values))
 
     return make
 

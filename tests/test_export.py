@@ -23,23 +23,17 @@ IDS = torch.arange(40, 52)[None]
 
 
 @pytest.fixture
-def trained(model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+def trained(settings: Callable[..., TrainConfig], model_folder: Callable[..., Path]) -> Callable[..., Path]:
     """Run folder of two large steps of SFT."""
 
     def make(**values: Any) -> Path:
         defaults: dict[str, Any] = {
             "model": str(model_folder()),
-            "data": str(write_rows()),
-            "output_dir": str(tmp_path / "run"),
             "method": "sft",
-            "max_completion_length": 10,
-            "batch_size": 2,
             "max_steps": 2,
             "learning_rate": 1e-2,
-            "save_steps": 0,
-            "mixed_precision": "no",
         }
-        return train(TrainConfig(**(defaults | values))).parent
+        return train(settings(**(defaults | values))).parent
 
     return make
 

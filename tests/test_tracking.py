@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,9 @@ SCALARS = (bool, int, float, str, type(None))
 
 
 @pytest.fixture
-def settings(
-    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
-) -> Callable[..., TrainConfig]:
+def settings(settings: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
     """Four steps of SFT into ``run``."""
-
-    def make(**values: Any) -> TrainConfig:
-        defaults: dict[str, Any] = {
-            "model": str(model_folder()),
-            "data": str(write_rows()),
-            "output_dir": str(tmp_path / "run"),
-            "method": "sft",
-            "max_completion_length": 10,
-            "batch_size": 2,
-            "max_steps": 4,
-            "save_steps": 0,
-            "mixed_precision": "no",
-        }
-        return TrainConfig(**(defaults | values))
-
-    return make
+    return partial(settings, method="sft", max_steps=4)
 
 
 def written(run: Path) -> dict[str, list[tuple[int, float]]]:
