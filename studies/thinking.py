@@ -3,8 +3,8 @@
     python studies/thinking.py DIR [SEED...]
 
 First a small thinking model is made: SmolLM2-135M is fine-tuned on sums of two numbers with the way to the result
-between <think> and </think>. Then it learns differences from answers alone, by SFT and by self-distillation. Measured are
-the share of right answers and the tokens inside and outside the tags. What is done is not done again.
+between <think> and </think>. Then it learns differences from answers alone, by SFT and by self-distillation. The share
+of right answers is measured, and the tokens inside and outside the tags. What is done is not done again.
 """
 
 from __future__ import annotations
