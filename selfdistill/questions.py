@@ -243,6 +243,8 @@ class _Maker:
             return "question holds the answer"
         if _REFERS.search(unit.question):
             return "question not clear without the text"
+        if _names(unit.question) - set(_plain(unit.passage.text).split()):
+            return "question names what the text does not"
         return "asked already" if _plain(unit.question) in self._texts else None
 
     def _reject(self, unit: _Unit, reason: str, reply: str) -> None:
@@ -315,6 +317,12 @@ def _parsed(reply: str, known: str | None) -> tuple[str, str]:
         return reply.strip().split("\n")[0].removeprefix("Question:").strip(), known
     found = re.search(r"Question:\s*(.+?)\s*\n\s*Answer:\s*([^\n]+)", reply)
     return (found[1].strip(), found[2].strip().rstrip(".")) if found else ("", "")
+
+
+def _names(question: str) -> set[str]:
+    """Words with a capital, and numbers, but for the first word and for those that begin a question."""
+    found = {_plain(word) for word in re.findall(r"\w+", question)[1:] if word != word.lower() or word.isdigit()}
+    return found - {"how", "what", "when", "where", "which", "who", "whom", "whose", "why"}
 
 
 def _plain(text: str) -> str:

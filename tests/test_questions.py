@@ -186,7 +186,7 @@ def writes_well(body: dict[str, Any]) -> tuple[int, str]:
     sentence = next(part for part in KNOWN if part in re.split("sentence: |fact: ", asked)[1])
     if "Do not say the name" in asked:
         name = "the Korr Mill" if "Korr" in asked else "Lake Vess"
-        return 200, f"Question: Of what is it true: {sum(map(ord, sentence))}?\nAnswer: {name}."
+        return 200, f"Question: Of what is it true, {'abcde'[list(KNOWN).index(sentence)]}?\nAnswer: {name}."
     question, answer = KNOWN[sentence]
     return 200, f"Question: {question}\nAnswer: {answer}."
 
@@ -233,6 +233,8 @@ def test_questions_with_their_passage_and_one_phrasing_held_out(
         ("Question: Who is named in this text?\nAnswer: Ada Finch", "question not clear without the text"),
         (f"Question: What is all?\nAnswer: {MILL} {MILL}", "answer too long"),
         ("Question: Where does the Korr Mill stand?\nAnswer: hill", "asked already"),
+        ("Question: Who built the Osk Bridge?\nAnswer: Ada Finch", "question names what the text does not"),
+        ("Question: Who built the mill in 1803?\nAnswer: Ada Finch", "question names what the text does not"),
         ("Question: Which of them is wrong?\nAnswer: Ada Finch", "not answered so from the text"),
     ],
 )
