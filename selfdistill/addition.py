@@ -221,8 +221,14 @@ class _Addition:
         result: dict[str, Any] = {"name": self._name, "data": self._data, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
         result |= self._step("before", self._before)
         result["check"] = self._step("check", self._check)
-        if not result["check"]["worth"] and self._config.check_teacher:
-            reasons.append(result["check"]["verdict"])
+        least, checked = self._config.min_teacher, result["check"]
+        if least and not checked["worth"]:
+            reasons.append(checked["verdict"])
+        elif checked["accuracy"] < least:
+            reasons.append(
+                f"the teacher with {checked['context']} is right on {checked['accuracy']:.0%} of the rows, at least "
+                f"{least:.0%} is asked for (min_teacher)"
+            )
         else:
             try:
                 self._train(result["check"]["context"])
@@ -262,14 +268,16 @@ class _Addition:
         """Whether the current model, shown the demonstration, is a teacher for itself, and how it is best shown."""
         run = _run_config(self._config, self._ledger.model, self._config.context, self._folder)
         if not shows_context(run):
-            return {"context": self._config.context, "worth": True, "verdict": f"{run.method} asks no teacher"}
+            verdict = f"{run.method} asks no teacher"
+            return {"context": self._config.context, "worth": True, "accuracy": 1.0, "verdict": verdict}
         shared = {
             name: getattr(run, name) for name in CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
         }
         contexts = [] if run.context == "auto" else [run.context]
         found = check(CheckConfig(**shared | {"contexts": contexts}), cost=False)
         context = found.best.context if run.context == "auto" else run.context
-        return {"context": context, "worth": found.exit_code == 0, "verdict": found.verdict}
+        worth, accuracy = found.exit_code == 0, found.best.accuracy
+        return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}
 
     def _train(self, context: str) -> None:
         """Leaves ``model``, whole, and ``run`` without its checkpoints."""

@@ -83,8 +83,9 @@ class LearnConfig(TrainingSettings, OneRun):
     """Rows on which the skill is measured, now and whenever another is added; default: a share of the data."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
     """Share of the data that is kept for the test where there is no ``test``, or, of a stream, for its validation."""
-    check_teacher: bool = True
-    """Refuse a skill whose teacher, the current model shown the demonstration, is not better than the model itself."""
+    min_teacher: float = Field(default=0.5, ge=0, le=1)
+    """Refuse a skill, before it is learnt, whose teacher (the current model shown the demonstration) is right on a
+    smaller share of its rows than this, or no better than the model itself; 0: never."""
     max_prior_drop: float = Field(default=0.02, ge=0, le=1)
     """Gate: refuse a skill after which the mean of the prior abilities is lower than the base's by more than this."""
     max_skill_drop: float | None = Field(default=None, ge=0, le=1)

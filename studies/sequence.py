@@ -39,7 +39,7 @@ COMMON: dict[str, Any] = {
     "save_steps": 0,
     "logging_steps": 20,
     "view_rows": 0,
-    "check_teacher": False,
+    "min_teacher": 0.0,
     "max_prior_drop": 1.0,
     "max_skill_drop": 1.0,
 }

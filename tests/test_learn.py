@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,7 +152,20 @@ def test_a_teacher_that_is_no_better_is_refused(make: Settings, tmp_path: Path) 
     assert "Self-distillation is unlikely to help" in result["reasons"][0]
     assert "after" not in result
     assert Ledger(str(tmp_path / "state")).skills == []
-    assert add(make(method="sdft", context="turns", check_teacher=False))["accepted"]
+    assert add(make(method="sdft", context="turns", min_teacher=0))["accepted"]
+
+
+def test_a_weak_teacher_is_refused_before_anything_is_learnt(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(exit_code=0, verdict="Worth trying", best=SimpleNamespace(context="turns", accuracy=0.4))
+    monkeypatch.setattr(addition, "check", lambda *_, **__: found)
+    with monkeypatch.context() as patch:
+        patch.setattr(addition, "train", lambda *_, **__: pytest.fail("it was learnt"))
+        (reason,) = add(make(method="sdft", context="turns"))["reasons"]
+    assert reason == "the teacher with turns is right on 40% of the rows, at least 50% is asked for (min_teacher)"
+    assert not (tmp_path / "state" / "skills").exists()
+    assert add(make(method="sdft", context="turns", min_teacher=0.3))["accepted"]
 
 
 # --- gates ---
@@ -296,7 +310,7 @@ def test_killed_at_twenty_moments_a_state_opens_and_goes_on(make: Settings, tmp_
     add(make())
     state = tmp_path / "state"
     before = digest(state)
-    settings = make("second", max_steps=12, method="sdft", context="turns", check_teacher=False)
+    settings = make("second", max_steps=12, method="sdft", context="turns", min_teacher=0)
     file = tmp_path / "second.yaml"
     file.write_text(json.dumps(settings.model_dump()), encoding="utf-8")
     code = "import sys; from selfdistill.cli import main; sys.exit(main())"
