@@ -77,7 +77,19 @@ class Matched:
 
 
 def matched(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
-    """The run where it first reaches ``accuracy`` on the new task, in proportion between the evaluations around it."""
+    """The run where it has learnt ``accuracy`` of the new task and kept most of the prior abilities.
+
+    That is where it first reaches it, in proportion between the evaluations around it, or a later evaluation that is as
+    good: what a run recovers is counted for it. Without prior abilities, where it is nearest to the base.
+    """
+    first = _reached(evaluations, accuracy)
+    at = next((n for n, e in enumerate(evaluations) if e["accuracy"] >= accuracy), len(evaluations))
+    later = [_reached([e], accuracy) for e in evaluations[at + 1 :] if e["accuracy"] >= accuracy]
+    return max([first, *later], key=lambda point: point.prior_accuracy if point.right else -point.kl_base)
+
+
+def _reached(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
+    """The run where it first reaches ``accuracy``, else where it has learnt most."""
     at = next((n for n, e in enumerate(evaluations) if e["accuracy"] >= accuracy), None)
     reached = at is not None
     if at is None:

@@ -110,6 +110,16 @@ def test_without_prior_abilities_nothing_is_said_of_forgetting() -> None:
     assert said.endswith("nothing is known of forgetting.")
 
 
+def test_what_a_method_recovers_is_counted_for_it() -> None:
+    there = [
+        point(step, *scores) for step, scores in enumerate([BASE, (0.6, 0.4, 1.0), (0.5, 0.8, 0.2), (0.2, 0.9, 0.1)])
+    ]
+    assert matched(there, 0.5).prior_accuracy == pytest.approx(0.8)
+    assert matched(there, 0.6).prior_accuracy == pytest.approx(0.4)
+    without = [{key: value for key, value in at.items() if "prior" not in key} for at in there]
+    assert matched(without, 0.5).kl_base == pytest.approx(0.2)
+
+
 def test_failed_runs_count_for_nothing() -> None:
     runs = pairs([0.72, 0.74], [0.55, 0.58])
     broken = Compared("sft", 1e-4, 2, "sft-seed2", [point(0, *BASE)], failed="the loss is nan")
