@@ -174,8 +174,9 @@ def _begin(ledger: Ledger, config: LearnConfig, kept: list[Demonstration], test:
 
 
 def settings_of(folder: Path) -> LearnConfig:
-    """Those with which a skill was learnt."""
-    return LearnConfig(**load_yaml(folder / "settings.yaml", LearnConfig))
+    """Those with which a skill was learnt; what a later version of this package does not know any more is left out."""
+    saved = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    return LearnConfig(**{key: value for key, value in saved.items() if key in LearnConfig.model_fields})
 
 
 def _measured(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
@@ -274,7 +275,8 @@ class _Addition:
             name: getattr(run, name) for name in CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
         }
         contexts = [] if run.context == "auto" else [run.context]
-        found = check(CheckConfig(**shared | {"contexts": contexts}), cost=False)
+        teacher = {"model": run.teacher_model or run.model, "contexts": contexts}
+        found = check(CheckConfig(**shared | teacher), cost=False)
         context = found.best.context if run.context == "auto" else run.context
         worth, accuracy = found.exit_code == 0, found.best.accuracy
         return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}

@@ -60,7 +60,8 @@ def best_context(config: TrainConfig) -> str:
     The cost is not measured: full fine-tuning may need far more memory than the run itself.
     """
     shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
-    result = check(CheckConfig(**{name: getattr(config, name) for name in shared}), cost=False)
+    teacher = {"model": config.teacher_model or config.model}
+    result = check(CheckConfig(**{name: getattr(config, name) for name in shared} | teacher), cost=False)
     if result.exit_code == UNLIKELY:
         say(f"note: self-distillation is unlikely to help; training goes on all the same, with {result.best.context}")
     return result.best.context

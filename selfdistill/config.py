@@ -153,6 +153,10 @@ class TrainingSettings(ModelSettings):
     snapshot_steps: int = Field(default=50, ge=1)
     """Steps between copies of the student into a ``snapshot`` teacher."""
 
+    teacher_model: str | None = None
+    """A model that teaches in place of the student's own weights and does not change: the base of a sequence of skills,
+    an earlier checkpoint, or a larger model of the same kind and vocabulary. For ``sdft``."""
+
     teacher_cache_mib: int = Field(default=2048, ge=0)
     """Memory for what a ``frozen`` teacher has read, so that later epochs pay for completions only. A batch's own copy
     comes on top. 0: every context is read every time."""
@@ -325,6 +329,8 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
                 "setting 'support': 'sampled' needs the student's own samples: leave cold_start_steps out, and use "
                 "method sdft"
             )
+        if self.teacher_model is not None and (self.method != "sdft" or self.teacher not in ("ema", "frozen")):
+            raise UserError("setting 'teacher_model': it is for method sdft, and does not change: leave teacher out")
         if bool(self.data) == bool(self.documents):
             found = "both" if self.data else "neither"
             raise UserError(f"settings 'data' and 'documents': found {found}, want one of them")

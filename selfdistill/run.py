@@ -26,14 +26,14 @@ from selfdistill.checkpoint import trained_parameters
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, Encoded
 from selfdistill.demonstrations import Demonstration, load_demonstrations
-from selfdistill.distances import Drift
+from selfdistill.distances import Drift, load_like
 from selfdistill.divergence import Divergence
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
 from selfdistill.guards import check_finite
 from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.slots import Method
-from selfdistill.models import CompiledLayers, add_lora, casts_kept, load_model, resolved_precision
+from selfdistill.models import CompiledLayers, LoadedModel, add_lora, casts_kept, load_model, resolved_precision, unwrap
 from selfdistill.prefixes import KeptContexts
 from selfdistill.schedule import batch_rows, learning_rate
 from selfdistill.scores import Scorer
@@ -120,11 +120,14 @@ class Run:
         self.teacher: Teacher | None = None
         kinds = {stage.method.teacher for stage in self.stages if stage.method.teacher}
         assert len(kinds) < 2, "stages share one teacher"
+        other = None if config.teacher_model is None else self._other_teacher(config.teacher_model)
         for kind in kinds:
-            self.teacher = Teacher(self.loaded, kind, ema_rate=config.ema_rate, snapshot_steps=config.snapshot_steps)
+            self.teacher = Teacher(
+                self.loaded, kind, ema_rate=config.ema_rate, snapshot_steps=config.snapshot_steps, other=other
+            )
         base: Teacher | None = None
         if any(isinstance(s.method.loss, Divergence) and s.method.loss.needs_base for s in self.stages):
-            frozen = self.teacher is not None and self.teacher.kind == "frozen"
+            frozen = self.teacher is not None and self.teacher.kind == "frozen" and other is None
             base = self.teacher if frozen else Teacher(self.loaded, "frozen")
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -151,6 +154,15 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
         )
+
+    def _other_teacher(self, name: str) -> LoadedModel:
+        """A model that teaches, of the student's architecture, for it is scored in the same way."""
+        other = load_like(name, self.loaded, dtype=self.config.dtype)
+        own, others = (unwrap(model).config.model_type for model in (self.loaded.model, other.model))
+        if own != others:
+            raise UserError(f"setting 'teacher_model': {name!r} is of the kind {others}, the student of the kind {own}")
+        other.model.to(self.accelerator.device)
+        return other
 
     def fingerprint(self) -> str:
         """SHA-256 of every row as student, teacher and method see it: what a resumed run must find unchanged."""

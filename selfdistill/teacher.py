@@ -37,18 +37,31 @@ class Teacher:
         kind: ``ema``, ``frozen``, ``live`` or ``snapshot``.
         ema_rate: share of the student that enters the average per step.
         snapshot_steps: steps between copies.
+        other: a model of its own that teaches, of the student's architecture and vocabulary; then ``frozen``.
     """
 
     def __init__(
-        self, loaded: LoadedModel, kind: TeacherKind, *, ema_rate: float = 0.01, snapshot_steps: int = 50
+        self,
+        loaded: LoadedModel,
+        kind: TeacherKind,
+        *,
+        ema_rate: float = 0.01,
+        snapshot_steps: int = 50,
+        other: LoadedModel | None = None,
     ) -> None:
         self.kind, self.ema_rate, self.snapshot_steps = kind, ema_rate, snapshot_steps
         self._student = loaded.model
-        self._lora = hasattr(loaded.model, "peft_config")
+        self._other = None if other is None else other.name
+        self._lora = hasattr(loaded.model, "peft_config") and other is None
         self._copy: nn.Module | None = None
         self._followed: dict[str, Tensor] = {}  # student's weights by name
         self._average: dict[str, Tensor] = {}  # the teacher's, float32 (or the copy's own where that is float32)
         self._scoring: dict[str, Tensor] = {}  # the teacher's, as they score
+        if other is not None:
+            assert kind == "frozen", "another model does not follow the student"
+            self._copy = other.model.requires_grad_(False).eval()
+            self._scoring = dict(self._copy.named_parameters())
+            return
         if kind == "live" or (kind == "frozen" and self._lora):
             return
         if self._lora:
@@ -137,7 +150,7 @@ class Teacher:
         follows = {
             "ema": f"float32 average of the student, rate {self.ema_rate:g}",
             "snapshot": f"copy of the student every {self.snapshot_steps} steps",
-            "frozen": "the start, adapter off" if self._lora else "the start",
+            "frozen": self._other or ("the start, adapter off" if self._lora else "the start"),
             "live": "the student itself",
         }[self.kind]
         return f"teacher: {self.kind} ({follows}), {self.memory_bytes / 2**20:.0f} MiB beyond the student"

@@ -342,6 +342,13 @@ def test_killed_at_twenty_moments_a_state_opens_and_goes_on(make: Settings, tmp_
     assert kills == 20
 
 
+def test_a_state_of_another_version_is_read(make: Settings, tmp_path: Path) -> None:
+    add(make())
+    with (tmp_path / "state/skills/0001-first/settings.yaml").open("a", encoding="utf-8") as file:
+        file.write("a_setting_of_old: 3\n")
+    assert add(make("second"))["after"]["skills"].keys() == {"first", "second"}
+
+
 def test_two_at_once_are_refused(make: Settings, tmp_path: Path) -> None:
     with locked(str(tmp_path / "state")), pytest.raises(UserError, match="another selfdistill learn is at work on it"):
         add(make())

@@ -279,6 +279,29 @@ def test_a_target_in_float64_against_autograd(kind: Any, support: Any) -> None:
     assert torch.allclose(found["forward_kl"], kl(log_q, log_p), atol=1e-12)  # of the teacher itself
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_another_model_can_teach(all_of_them: Settings, model_folder: Callable[..., Path], lora_rank: int) -> None:
+    other = model_folder(seed=1)
+    run = moved(all_of_them(teacher_model=str(other), batch_size=4, lora_rank=lora_rank))
+    teacher = load_model(str(other)).model.requires_grad_(False)
+    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 1)
+
+    def values(student: Any, c: Completion) -> Tensor:
+        log_q_TV = row_log_probs(teacher, c.row.teacher_ids or [], c.ids)
+        return kl(log_q_TV, row_log_probs(student, c.row.student_ids, c.ids))
+
+    assert_gradient(run, completions, values)
+    assert run.teacher is not None
+    assert str(other) in run.teacher.describe()
+
+
+def test_the_base_of_a_target_is_the_student_at_the_start_not_the_teacher(
+    all_of_them: Settings, model_folder: Callable[..., Path]
+) -> None:
+    run = Run(all_of_them(teacher_model=str(model_folder(seed=1)), target_base=0.5))
+    assert run.gradient.base is not run.teacher
+
+
 # --- the loop ---
 
 
@@ -411,6 +434,8 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
             "setting 'support': 'sampled' needs the student's own samples",
         ),
         ({"method": "cpt", "max_completion_length": 512}, "setting 'max_completion_length': 512 leaves no room"),
+        ({"teacher_model": "m", "method": "sft"}, "setting 'teacher_model': it is for method sdft"),
+        ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model': it is for method sdft"),
         (
             {"target_teacher": 0.0},
             "setting 'target_teacher': found 0, and the other parts of the target are 0, too",

@@ -406,7 +406,7 @@ def test_in_a_browser(everything: Path, tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=True,
     )
     assert "CONSOLE" not in done.stderr, done.stderr

@@ -37,7 +37,8 @@ METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
 def unused_settings(config: TrainConfig) -> list[str]:
     """Settings about the teacher that were given though the method does not use them."""
     kinds = {stage.teacher for stage in METHODS[config.method](config)}
-    used = {"context": shows_context(config), "teacher": config.teacher in kinds}
+    own = config.teacher in kinds and config.teacher_model is None
+    used = {"context": shows_context(config), "teacher": own}
     return [name for name in used if not used[name] and getattr(config, name) != TrainConfig.model_fields[name].default]
 
 

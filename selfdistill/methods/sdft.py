@@ -23,7 +23,7 @@ def sdft(config: TrainConfig) -> tuple[Method, ...]:
             rows=DemonstrationRows(config, config.context, completion_must_fit=config.cold_start_steps > 0),
             sequence=sequence,
             loss=divergence_of(config),
-            teacher=config.teacher,
+            teacher="frozen" if config.teacher_model else config.teacher,
             skip_first_tokens=config.skip_first_tokens,
             importance_cap=config.importance_cap,
         ),
