@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from selfdistill.check import check
-from selfdistill.command_config import CheckConfig, LearnConfig
+from selfdistill.check import check_run
+from selfdistill.command_config import LearnConfig
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import Demonstration, load_demonstrations, write_demonstrations
@@ -271,12 +271,7 @@ class _Addition:
         if not shows_context(run):
             verdict = f"{run.method} asks no teacher"
             return {"context": self._config.context, "worth": True, "accuracy": 1.0, "verdict": verdict}
-        shared = {
-            name: getattr(run, name) for name in CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
-        }
-        contexts = [] if run.context == "auto" else [run.context]
-        teacher = {"model": run.teacher_model or run.model, "contexts": contexts}
-        found = check(CheckConfig(**shared | teacher), cost=False)
+        found = check_run(run)
         context = found.best.context if run.context == "auto" else run.context
         worth, accuracy = found.exit_code == 0, found.best.accuracy
         return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}

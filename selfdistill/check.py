@@ -59,12 +59,18 @@ def best_context(config: TrainConfig) -> str:
 
     The cost is not measured: full fine-tuning may need far more memory than the run itself.
     """
-    shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
-    teacher = {"model": config.teacher_model or config.model}
-    result = check(CheckConfig(**{name: getattr(config, name) for name in shared} | teacher), cost=False)
+    result = check_run(config)
     if result.exit_code == UNLIKELY:
         say(f"note: self-distillation is unlikely to help; training goes on all the same, with {result.best.context}")
     return result.best.context
+
+
+def check_run(config: TrainConfig) -> CheckResult:
+    """Check the teacher that a training run will have, with its context, or with all layouts where that is ``auto``."""
+    shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
+    own = {"model": config.teacher_model or config.model}
+    contexts = [] if config.context == "auto" else [config.context]
+    return check(CheckConfig(**{name: getattr(config, name) for name in shared} | own, contexts=contexts), cost=False)
 
 
 def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:

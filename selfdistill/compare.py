@@ -32,7 +32,7 @@ from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.rows import DemonstrationRows
 from selfdistill.models import LoadedModel, load_model, to_best_device
 from selfdistill.plots import Curve, trade_off
-from selfdistill.settings_files import MAY_CHANGE, dump_yaml, load_yaml, refuse_changes
+from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
 from selfdistill.tracking import output, read_lines, say
 from selfdistill.train import check_output_dir, train
 
@@ -154,6 +154,11 @@ def _kinds(config: CompareConfig) -> list[tuple[str, dict[str, Any]]]:
     return [(method, values) for method in config.methods for values in varied]
 
 
+def _used(run: TrainConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """What is varied, as far as the run's method uses it."""
+    return {name: value for name, value in values.items() if getattr(run, name) == value}
+
+
 def _runs(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
     """Every run with what it is called; what is varied and not used by a method makes no further run of it."""
     runs: dict[str, tuple[str, TrainConfig]] = {}
@@ -161,8 +166,7 @@ def _runs(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
         for rate in config.learning_rates or (None,):
             for method, values in _kinds(config):
                 run = _run_config(config, method, rate, seed, values)
-                used = {name: value for name, value in values.items() if getattr(run, name) == value}
-                label = " ".join([method, *(f"{name}={value}" for name, value in used.items())])
+                label = " ".join([method, *(f"{name}={value}" for name, value in _used(run, values).items())])
                 runs.setdefault(run.output_dir, (label, run))
     return list(runs.values())
 
@@ -173,8 +177,7 @@ def _run_config(
     shared = {name: getattr(config, name) for name in TrainingSettings.model_fields} | values
     run = TrainConfig(**shared | {"method": method, "learning_rate": rate, "seed": seed, "output_dir": "run"})
     run = run.model_copy(update={name: TrainConfig.model_fields[name].default for name in unused_settings(run)})
-    used = {name: value for name, value in values.items() if getattr(run, name) == value}
-    parts = [method, *(f"{name}_{quote(str(value), safe=_SAFE)}" for name, value in used.items())]
+    parts = [method, *(f"{name}_{quote(str(value), safe=_SAFE)}" for name, value in _used(run, values).items())]
     parts += [] if rate is None else [f"{rate:g}"]
     return run.model_copy(update={"output_dir": str(Path(config.output_dir) / "-".join([*parts, f"seed{seed}"]))})
 
@@ -212,12 +215,8 @@ def _one(label: str, run: TrainConfig, examiner: Examiner, demonstrations: list[
         say(f"note: this run failed: {failed}")
     evaluations = read_lines(folder / "evaluations.jsonl")
     saved = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
-    given = {key: value for key, value in run.model_dump().items() if value not in (None, "auto")}
-    for key, value in given.items():
-        if key not in (*MAY_CHANGE, "output_dir") and getattr(saved, key) != value:
-            raise UserError(
-                f"{folder}: {key} is {getattr(saved, key)!r} there and {value!r} here; compare in another --output_dir"
-            )
+    open_ = {key: getattr(saved, key) for key, value in run.model_dump().items() if value in (None, "auto")}
+    refuse_changes(folder / "config.yaml", saved, run.model_copy(update=open_))  # open: decided when it began
     same = (evaluations[0].get(key) == examiner.base.get(key) for key in ("correct", "prior"))
     if saved.max_steps != run.max_steps or not all(same):
         raise UserError(

@@ -368,8 +368,8 @@ class CompareConfig(TrainingSettings):
                 raise UserError(f"setting '{name}': found {values}, want each once")
             if not values and name != "learning_rates":
                 raise UserError(f"setting '{name}': found nothing, want at least one")
-        fixed = ("output_dir", "data", "split", "test", "prior", "eval_steps", *ModelSettings.model_fields)
-        fixed = (*fixed, "num_train_epochs")  # all runs have as many steps, unless max_steps is varied
+        # All runs have as many steps, unless max_steps is varied.
+        fixed = (*ModelSettings.model_fields, "output_dir", "test", "prior", "eval_steps", "num_train_epochs")
         may_vary = [name for name in TrainingSettings.model_fields if name not in fixed]
         for name, values in self.vary.items():
             if name not in may_vary:

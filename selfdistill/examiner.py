@@ -53,7 +53,8 @@ class Examiner:
         self.questions = Questions(base, rows, priors, config)
         if self.questions.dropped:
             say(f"{self.questions.dropped} of {len(rows)} rows of {config.test} are too long and left out")
-        learnt = [row.prompt for row in load_demonstrations(config.data, split=config.split)]
+        self._data = load_demonstrations(config.data, split=config.split)
+        learnt = [row.prompt for row in self._data]
         if known := sum(row.prompt in learnt for row in self.questions.demonstrations):
             say(f"note: {known} of {len(self.questions.demonstrations)} test questions are among those that are learnt")
         self._judge = judge_of(config)
@@ -93,7 +94,7 @@ class Examiner:
             {},
             bare.config,
             context,
-            load_demonstrations(bare.config.data, split=bare.config.split),
+            self._data,
         )
         with self._arithmetic(base):
             answers = questions.answers(base, self._judge, what=what)

@@ -159,7 +159,7 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = SimpleNamespace(exit_code=0, verdict="Worth trying", best=SimpleNamespace(context="turns", accuracy=0.4))
-    monkeypatch.setattr(addition, "check", lambda *_, **__: found)
+    monkeypatch.setattr(addition, "check_run", lambda _: found)
     with monkeypatch.context() as patch:
         patch.setattr(addition, "train", lambda *_, **__: pytest.fail("it was learnt"))
         (reason,) = add(make(method="sdft", context="turns"))["reasons"]
