@@ -25,7 +25,7 @@ from selfdistill.command_config import LearnConfig
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import Demonstration, load_demonstrations, write_demonstrations
-from selfdistill.disk import write_json
+from selfdistill.disk import write_json, write_whole
 from selfdistill.errors import UserError
 from selfdistill.evaluate import Evaluation, Questions, prior_scores
 from selfdistill.examiner import check_inputs
@@ -297,7 +297,7 @@ class _Addition:
         written = folder / "config.yaml"
         if written.exists():  # the state may have been moved, or its path is given otherwise
             paths = {key: getattr(run, key) for key in ("model", "data", "output_dir")}
-            written.write_text(dump_yaml(TrainConfig(**load_yaml(written, TrainConfig) | paths)), encoding="utf-8")
+            write_whole(written, dump_yaml(TrainConfig(**load_yaml(written, TrainConfig) | paths)))
         along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
         return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
 

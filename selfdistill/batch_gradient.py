@@ -37,8 +37,15 @@ class BatchResult:
     """Weighted sums over the kept tokens of the per-token statistics."""
     importance: float
     reward: float | None
+    unsound: list[str]
+    """Places of the rows whose loss is not finite."""
     teacher_s: float
     student_s: float
+
+
+def sound(values: Tensor) -> bool:
+    """Whether every number is finite."""
+    return bool(values.isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class BatchGradient:
         size = math.ceil(len(completions) / config.gradient_accumulation_steps)
         loss, importance, teacher_s, student_s = 0.0, 0.0, 0.0, 0.0
         statistics: dict[str, float] = {}
+        unsound: list[str] = []
         for start in range(0, len(completions), size):
             rows = slice(start, start + size)
             part, mask_bT, weights_bT, factor_b = completions[rows], mask_BT[rows], weights_BT[rows], factor_B[rows]
@@ -110,11 +118,14 @@ class BatchGradient:
             self.loaded.model.eval()
             student_s += self.clock() - began
             loss += float(value.detach())
+            if not math.isfinite(loss):
+                per_row = per_token["loss"].split((weights_bT > 0).sum(dim=1).tolist())
+                unsound += [c.row.demonstration.source for c, x in zip(part, per_row, strict=True) if not sound(x)]
             for key, values_N in per_token.items():
                 statistics[key] = statistics.get(key, 0.0) + float((values_N * plain_N[kept_N]).sum())
         count = len(completions)
         reward = sum(rewards) / count if rewards else None
-        return BatchResult(loss, statistics, importance / count, reward, teacher_s, student_s)
+        return BatchResult(loss, statistics, importance / count, reward, unsound, teacher_s, student_s)
 
     def _scored(
         self,

@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on to the same weights, written so that half a checkpoint never exists.
 
 ``checkpoint-00000100/`` holds ``weights.safetensors`` (what is trained), ``optimizer.safetensors``,
-``teacher.safetensors`` (the float32 average) and ``state.json`` (position). The order of the data and the randomness of
-samples follow from the seed and the step, so the position is all that is needed for them.
+``teacher.safetensors`` (the float32 average), ``state.json`` (position), ``config.yaml`` (the run's settings) and
+``manifest.json`` (sizes and SHA-256 of the others, written last). The order of the data and the randomness of samples
+follow from the seed and the step, so the position is all that is needed for them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from selfdistill.disk import sync
+from selfdistill.disk import damage, foreign, remove_folder, seal, sync
 from selfdistill.errors import UserError
 from selfdistill.teacher import Teacher
+from selfdistill.tracking import say
 
 PREFIX = "checkpoint-"
 
@@ -36,6 +38,8 @@ class Position:
     """Completion tokens trained on so far."""
     data: str
     """Fingerprint of the encoded rows; see ``Run.fingerprint``."""
+    skipped: int = 0
+    """Steps in a row, up to this one, that were left out for numbers that are not finite."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,6 +57,7 @@ def checkpoint_bytes(model: nn.Module, teacher: Teacher | None) -> int:
 def save_checkpoint(
     output_dir: Path,
     position: Position,
+    settings: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     teacher: Teacher | None,
@@ -61,7 +66,7 @@ def save_checkpoint(
     """Write a checkpoint beside the others, then remove all but the newest ``keep``.
 
     The files are written to a hidden folder, flushed to the disk and renamed: a crash at any moment leaves the earlier
-    checkpoints as they were.
+    checkpoints as they were. ``settings`` is the run's ``config.yaml``.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -74,15 +79,16 @@ def save_checkpoint(
         for key, value in optimizer.state[parameter].items():
             moments[f"{key}:{name}"] = value.contiguous()
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in output_dir.glob(f".{PREFIX}*"):  # of a run that was killed while it wrote or removed one
+            shutil.rmtree(unfinished, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file({n: p.detach().contiguous() for n, p in parameters.items()}, temporary / "weights.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")
         save_file(teacher.state_dict() if teacher else {}, temporary / "teacher.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
-        for path in temporary.iterdir():
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        (temporary / "config.yaml").write_text(settings, encoding="utf-8")
+        seal(temporary)
+        remove_folder(final)
         os.replace(temporary, final)
         sync(output_dir)
     except (OSError, SafetensorError) as error:
@@ -91,8 +97,8 @@ def save_checkpoint(
             f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are whole. Free disk space, then "
             "continue with --resume"
         ) from None
-    for old in list_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(old)
+    for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][:-keep]:
+        remove_folder(old)
     return final
 
 
@@ -101,13 +107,37 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(output_dir.glob(f"{PREFIX}[0-9]*"))
 
 
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; None where there is none at all.
+
+    Damaged ones are named on the way, with what is wrong, and so are files in it that are not its own.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    found = []
+    for path in reversed(list_checkpoints(output_dir)):
+        wrong = damage(path)
+        if wrong is None:
+            if others := foreign(path):
+                say(f"note: {path}: not of this checkpoint and not read: {', '.join(others)}")
+            return path
+        say(f"note: {path} is damaged ({wrong}), so it is not used")
+        found.append(f"{path.name} ({wrong})")
+    if found:
+        raise UserError(
+            f"{output_dir}: no checkpoint is whole: {', '.join(found)}; to begin anew, take another output_dir"
+        )
+    return None
+
+
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None
 ) -> Position:
     """Put weights, optimizer and teacher back to where they were.
 
     Raises:
-        UserError: a file is missing or damaged, or belongs to another model or other settings.
+        UserError: a file cannot be read, or belongs to another model or other settings.
     """
     parameters = trained_parameters(model)
     try:
@@ -116,7 +146,7 @@ def load_checkpoint(
         moments = load_file(path / "optimizer.safetensors")
         average = load_file(path / "teacher.safetensors")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({error}); delete the folder to use the one before it") from None
+        raise UserError(f"{path}: cannot read the checkpoint ({error})") from None
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         raise UserError(f"{path}: its weights are not those of this model and adapter")
     with torch.no_grad():

@@ -25,6 +25,7 @@ from selfdistill.comparison import Compared, assumption, mean_points, points_of,
 from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings
 from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import Demonstration, load_demonstrations
+from selfdistill.disk import write_whole
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner, check_inputs
 from selfdistill.guards import RunFailed, RunStopped, StopRequests
@@ -85,7 +86,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
     shown = {"teacher": teacher, "rag": _rag(examiner, base)}
     del base
     folder.mkdir(parents=True, exist_ok=True)
-    written.write_text(dump_yaml(config), encoding="utf-8")
+    write_whole(written, dump_yaml(config))
     config = config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
     runs = _runs(config)
     done: list[Compared] = []
@@ -131,7 +132,7 @@ def _load(name: str, config: CompareConfig) -> LoadedModel:
 
 
 def _write(folder: Path, result: dict[str, Any]) -> None:
-    (folder / "comparison.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+    write_whole(folder / "comparison.json", json.dumps(result, ensure_ascii=False))
 
 
 def _moved(config: CompareConfig, examiner: Examiner, done: list[Compared]) -> dict[str, float]:
@@ -207,7 +208,7 @@ def _one(label: str, run: TrainConfig, examiner: Examiner, demonstrations: list[
         try:
             train(run, resume=folder.exists(), demonstrations=demonstrations, examiner=examiner)
         except RunFailed as error:
-            failure.write_text(str(error), encoding="utf-8")
+            write_whole(failure, str(error))
         for checkpoint in list_checkpoints(folder):  # only for a run that was stopped
             shutil.rmtree(checkpoint)
     if failure.is_file():

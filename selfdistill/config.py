@@ -211,6 +211,8 @@ class TrainingSettings(ModelSettings):
     """Parts in which a batch is scored. The loss is the same as in one part."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
+    max_skipped_steps: int = Field(default=5, ge=1)
+    """A step whose loss or gradient is not finite is left out; after so many in a row the run stops."""
     mixed_precision: Precision = "auto"
     """auto: bfloat16 arithmetic where it is fast (most GPUs, CPUs with AMX), float32 otherwise."""
     torch_compile: bool = False
@@ -236,7 +238,7 @@ class TrainingSettings(ModelSettings):
     never."""
     save_steps: int = Field(default=100, ge=0)
     """Steps between checkpoints, and one at the end; 0: only the final model."""
-    save_total_limit: int = Field(default=2, ge=1)
+    save_total_limit: int = Field(default=2, ge=2)
     """Checkpoints kept."""
     logging_steps: int = Field(default=1, ge=1)
     """Steps between printed lines where the output is not a terminal. metrics.jsonl has every step."""

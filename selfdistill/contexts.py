@@ -239,8 +239,15 @@ def context_spec(context: Context) -> str:
     return f"{context.name}:{','.join(options)}"
 
 
+_HIDDEN = "\U0010fffd"
+"""Stands around the number of a hidden name; a private character, which no text is likely to have beside a number."""
+
+
 class ChatFormat:
     """Messages to token ids, by the tokenizer's chat template or, without one, by a plain-text layout.
+
+    Control tokens come from the template only: where a text contains the name of one, such as ``<|im_end|>``, it is
+    read as the characters that it is.
 
     The plain-text layout of a conversation is ``<system text>``, ``User: <text>``, ``Assistant: <text>``, separated by
     empty lines; a prompt ends with ``Assistant:`` and a completion starts with a space.
@@ -249,6 +256,10 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, end_token_ids: Sequence[int], chat_template_kwargs: dict[str, Any]) -> None:
         self.tokenizer = tokenizer
         self.kwargs = chat_template_kwargs
+        names = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+        ends = [str(tokenizer.convert_ids_to_tokens(token)) for token in end_token_ids]
+        self.end_names = [name for name in ends if name in names]
         self.end_token_id = self._turn_end(end_token_ids)
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -260,17 +271,31 @@ class ChatFormat:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the prompt."""
+        hidden: list[str] = []
+
+        def hide(found: re.Match[str]) -> str:
+            hidden.append(found[0])
+            return f"{_HIDDEN}{len(hidden) - 1}{_HIDDEN}"
+
+        text = self.render([{**m, "content": self._control.sub(hide, m["content"])} for m in messages])
         # A template writes its own special tokens; plain text gets the tokenizer's (a leading BOS, for some).
-        return self._ids(self.render(messages), special=not self.tokenizer.chat_template)
+        special = not self.tokenizer.chat_template
+        if not hidden:
+            return self._ids(text, special=special)
+        first, *others = re.split(f"{_HIDDEN}([0-9]+){_HIDDEN}", text)
+        ids = self._ids(first, special=special)
+        for number, after in zip(others[::2], others[1::2], strict=True):
+            ids += self.encode_text(hidden[int(number)]) + self._ids(after, special=False)
+        return ids
 
     def encode_completion(self, text: str) -> list[int]:
         """Token ids of a demonstrated reply with the token that ends an assistant turn. Ids are joined, never text."""
         lead = "" if self.tokenizer.chat_template else " "
-        return [*self._ids(lead + text, special=False), self.end_token_id]
+        return [*self.encode_text(lead + text), self.end_token_id]
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text as it is."""
-        return self._ids(text, special=False)
+        """Token ids of a text as it is, which has no control tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """A reply as text, without special tokens."""
@@ -339,7 +364,8 @@ def encode(
         pool: where contexts take other demonstrations from; default the rows themselves.
 
     Raises:
-        UserError: rows that do not fit, all reported together; or none left.
+        UserError: rows that do not fit, all reported together; or none left; or completions that end with the name of
+            an end token.
     """
     room = None if window is None else window - max_completion_length
     limit = min((x for x in (room, max_prompt_length) if x is not None), default=None)
@@ -347,6 +373,12 @@ def encode(
         raise UserError(
             f"setting 'max_completion_length': {max_completion_length} leaves no room for a prompt in the model's "
             f"window of {window} tokens"
+        )
+    ended = [d.source for d in demonstrations if d.completion.rstrip().endswith(tuple(chat.end_names))]
+    if ended:
+        raise UserError(
+            f"{len(ended)} of {len(demonstrations)} completions end with {' or '.join(chat.end_names)}, which the chat "
+            f"format writes by itself ({', '.join(ended[:10])}): take it away"
         )
     kept, long = [], []
     for demonstration in demonstrations:

@@ -6,7 +6,6 @@ demo prints are on the test phrasings, the indirect questions and the prior ques
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from selfdistill.answers import Answers, answer
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
+from selfdistill.disk import write_json
 from selfdistill.distances import Distance, general_prompts, packaged
 from selfdistill.errors import UserError
 from selfdistill.guards import RunStopped
@@ -171,7 +171,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
         "sft_matched": asdict(fair),
         "seconds": time.monotonic() - began,
     }
-    (folder / "demo.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_json(folder / "demo.json", result)
     _print(before, ceiling, final, fair, sft[-1])
     _print_answers(panel.new, asked, told)
     output().print(f"Everything is in {folder}. {result['seconds'] / 60:.0f} minutes.", highlight=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,74 @@ def end_last_line(file: Path) -> None:
             file.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write a file that is there whole or not at all."""
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file, UTF-8, that is there whole or as it was before."""
     temporary = file.parent / f".{file.name}.unfinished"
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     os.replace(temporary, file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """:func:`write_whole` of a value as JSON."""
+    write_whole(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, which is there whole or, by this name, not at all."""
+    if folder.exists():
+        hidden = folder.parent / f".{folder.name}.removed"
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden)
+
+
+MANIFEST = "manifest.json"
+
+
+def seal(folder: Path) -> None:
+    """Flush the files of a folder to the disk, and write their sizes and SHA-256 to its ``manifest.json`` last."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json(folder / MANIFEST, files)
+    sync(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What of a sealed folder is not as it was written, in a few words; None where it is whole.
+
+    Files that the manifest does not name are no damage; see :func:`foreign`.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        sizes = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    for name, (size, digest) in sizes.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+        if sha256(path) != digest:
+            return f"{name} has changed since it was written (SHA-256)"
+    return None
+
+
+def foreign(folder: Path) -> list[str]:
+    """Names in a sealed folder that its manifest does not have."""
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return sorted(path.name for path in folder.iterdir() if path.name not in files and path.name != MANIFEST)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

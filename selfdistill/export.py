@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from selfdistill.card import merged_card
 from selfdistill.command_config import ExportConfig
+from selfdistill.disk import sync
 from selfdistill.errors import UserError
 from selfdistill.models import load_model
 
@@ -34,7 +35,10 @@ def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        for file in (path for path in temporary.rglob("*") if path.is_file()):
+            sync(file)
         temporary.rename(folder)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot write the model ({error}); {advice}") from None
     finally:

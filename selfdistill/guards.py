@@ -1,8 +1,7 @@
-"""Guards: signals that ask a run to stop, disk space, numbers that are not finite."""
+"""Guards: signals that ask a run to stop, runs that fail, disk space."""
 
 from __future__ import annotations
 
-import math
 import shutil
 import signal
 from pathlib import Path
@@ -53,19 +52,6 @@ class StopRequests:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
-
-
-def check_finite(value: float, what: str, step: int, output_dir: Path) -> None:
-    """Refuse an update with a value that is not finite.
-
-    Raises:
-        RunFailed: it is not; names the step and what to try.
-    """
-    if not math.isfinite(value):
-        raise RunFailed(
-            f"{output_dir}: step {step}: {what} is {value}; the weights were not updated. Lower --learning_rate, or "
-            "look at metrics.jsonl for where it began"
-        )
 
 
 def free_bytes(path: Path) -> int:

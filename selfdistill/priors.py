@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +200,12 @@ def encode_priors(
 
 
 def _pair_ids(loaded: LoadedModel, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    tokenizer = loaded.tokenizer
+    tokenizer = partial(loaded.tokenizer, split_special_tokens=True)  # texts have no control tokens
     if context:
         head = tokenizer(context)["input_ids"]
         whole = tokenizer(context + continuation)["input_ids"]
         return whole[: len(head)], whole[len(head) :]
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, loaded.end_token_ids[0])
+    ids = (loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id, loaded.end_token_ids[0])
     first = next(token for token in ids if token is not None)
     return [first], tokenizer(continuation, add_special_tokens=False)["input_ids"]
 

@@ -30,7 +30,6 @@ from selfdistill.distances import Drift, load_like
 from selfdistill.divergence import Divergence
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
-from selfdistill.guards import check_finite
 from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.slots import Method
 from selfdistill.models import CompiledLayers, LoadedModel, add_lora, casts_kept, load_model, resolved_precision, unwrap
@@ -207,8 +206,12 @@ class Run:
         with self.teacher.model() as network:
             return self._drift_of(network)
 
-    def step(self, step: int) -> dict[str, float]:
-        """Optimizer step ``step`` (from 0); returns its metrics."""
+    def step(self, step: int) -> dict[str, Any]:
+        """Optimizer step ``step`` (from 0); returns its metrics.
+
+        Where the loss or the gradient is not finite the weights and the optimizer stay as they are, and the metrics say
+        so in ``skipped``.
+        """
         config, began = self.config, self.gradient.clock()
         assert config.max_steps is not None
         assert config.learning_rate is not None
@@ -228,16 +231,20 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         result = self.gradient.add(method, completions)
-        check_finite(result.loss, "the loss", step + 1, Path(config.output_dir))
         update_began = self.gradient.clock()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
-        check_finite(norm, "the gradient's norm", step + 1, Path(config.output_dir))
-        self.optimizer.step()
+        skipped = None
+        if math.isfinite(result.loss) and math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            sources = [c.row.demonstration.source for c in completions]
+            why = f"the gradient's norm is {norm}" if math.isfinite(result.loss) else f"the loss is {result.loss}"
+            skipped = {"why": why, "rows": list(dict.fromkeys(result.unsound or sources))}
         self.optimizer.zero_grad(set_to_none=True)
         if self.teacher is not None:
             self.teacher.update(step + 1)
         drift_began = self.gradient.clock()
-        metrics: dict[str, float] = {
+        metrics: dict[str, Any] = {
             "step": step + 1,
             "epoch": (done + 1) * config.batch_size / len(stage.rows),
             "loss": result.loss,
@@ -267,4 +274,6 @@ class Run:
         metrics["time/update_s"] = drift_began - update_began
         metrics["time/drift_s"] = ended - drift_began
         metrics["time/step_s"] = ended - began
+        if skipped:
+            metrics = {key: value for key, value in metrics.items() if math.isfinite(value)} | {"skipped": skipped}
         return metrics

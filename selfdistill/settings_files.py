@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "eval_steps",
     "drift_steps",
     "save_steps",
+    "max_skipped_steps",
     "save_total_limit",
     "logging_steps",
     "report_to",
@@ -79,8 +80,10 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> tuple[Settin
     return config, saved
 
 
-def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) -> None:
+def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns, *, moved: tuple[str, ...] = ()) -> None:
     """Stop a run from going on with other settings than those it was saved with in ``path``.
+
+    ``moved`` are settings that are paths, which may have changed with the place of the files.
 
     Raises:
         UserError: a setting outside ``MAY_CHANGE`` (``COMPARE_MAY_CHANGE``) differs; the folder's name may, for it may
@@ -91,7 +94,7 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
     changed = [
         f"{key} is {before[key]!r} there and {now[key]!r} here"
         for key in now
-        if before[key] != now[key] and key not in (*may_change, "output_dir")
+        if before[key] != now[key] and key not in (*may_change, *moved, "output_dir")
     ]
     if changed:
         raise UserError(

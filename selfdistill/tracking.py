@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from selfdistill.config import Settings
+from selfdistill.disk import write_whole
 from selfdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ METRICS = {
     "learning_rate": "of this step",
     "grad_norm": "global norm before clipping",
     "tokens": "completion tokens trained on so far",
+    "skipped": "why a step was left out, and its rows; only where it was",
     "time/rollout_s": "sampling, seconds",
     "time/teacher_s": "the teacher's scoring, seconds",
     "time/student_s": "the student's scoring and backward pass, seconds",
@@ -77,13 +79,17 @@ class StepsFile:
                 if step <= start_step:
                     lines.append(line + "\n")
                     self.steps.add(step)
-        path.write_text("".join(lines), encoding="utf-8")
+        write_whole(path, "".join(lines))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line."""
         self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +101,7 @@ class StepsFile:
 class MetricsFile(StepsFile):
     """``metrics.jsonl``: one line per step, with the keys of ``METRICS``."""
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, values: dict[str, Any]) -> None:
         """Append one step."""
         unknown = values.keys() - METRICS.keys()
         assert not unknown, f"metrics missing from the table: {sorted(unknown)}"
@@ -167,7 +173,7 @@ class Tracker:
             project = "selfdistill"
             file = output_dir / "tracker_id"
             if start_step == 0 or not file.exists():
-                file.write_text(secrets.token_hex(4), encoding="utf-8")
+                write_whole(file, secrets.token_hex(4))
             identity, run = file.read_text(encoding="utf-8").strip(), public_name(str(output_dir))
             options = {"name": f"{run}-{identity}", "resume": "allow"}
             if name == "wandb":
@@ -179,9 +185,10 @@ class Tracker:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"report_to {name!r}: it does not start ({reason}); mend that or leave it out") from None
 
-    def write(self, metrics: dict[str, float]) -> None:
-        """Send one step."""
-        self._accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Send the numbers of one step."""
+        numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
+        self._accelerator.log(numbers, step=int(metrics["step"]))
 
     def __enter__(self) -> Tracker:
         return self

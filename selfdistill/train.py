@@ -6,10 +6,10 @@ a run that is resumed repeats the numbers of one that was not interrupted.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from selfdistill.card import model_card
 from selfdistill.checkpoint import (
@@ -17,15 +17,17 @@ from selfdistill.checkpoint import (
     checkpoint_bytes,
     list_checkpoints,
     load_checkpoint,
+    newest_whole,
     save_checkpoint,
 )
 from selfdistill.config import TrainConfig
 from selfdistill.demonstrations import Demonstration
+from selfdistill.disk import remove_folder, write_whole
 from selfdistill.errors import UserError
 from selfdistill.evaluate import summary
 from selfdistill.examiner import Examiner
 from selfdistill.export import whole_folder, write_model
-from selfdistill.guards import RunStopped, StopRequests, check_disk
+from selfdistill.guards import RunFailed, RunStopped, StopRequests, check_disk
 from selfdistill.models import LoadedModel
 from selfdistill.run import Run
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
@@ -68,7 +70,7 @@ def train(
 
     Args:
         config: settings; ``context`` must not be ``auto`` (see :mod:`selfdistill.check`).
-        resume: go on from the newest checkpoint in ``output_dir``, if there is one.
+        resume: go on from the newest whole checkpoint in ``output_dir``, if there is one.
         demonstrations: rows, where the caller has them already.
         examiner: measures the model on ``test``, where the caller has one for several runs.
         on_step: called before the first step with 0, and after every step with its number; where it returns True after
@@ -77,21 +79,24 @@ def train(
     Raises:
         UserError: anything the user can mend.
         RunStopped: a signal came; everything is saved.
-        RunFailed: loss or gradient are not finite.
+        RunFailed: loss or gradient were not finite ``max_skipped_steps`` times in a row.
     """
     output_dir = check_output_dir(config.output_dir, resume=resume)
     check_tracker(config.report_to)
-    checkpoints = list_checkpoints(output_dir) if resume else []
+    checkpoint = newest_whole(output_dir) if resume else None
     run = Run(config, demonstrations, examiner)
     config = run.config
     assert config.max_steps is not None
     written = output_dir / "config.yaml"
-    if checkpoints and written.exists():
-        saved_config = TrainConfig(**load_yaml(written, TrainConfig))
-        refuse_changes(written, saved_config, config)
+    if checkpoint:
+        own = checkpoint / "config.yaml"
+        saved_config = TrainConfig(**load_yaml(own, TrainConfig))
+        if written.exists():  # its paths are right also where a state was moved
+            refuse_changes(written, TrainConfig(**load_yaml(written, TrainConfig)), config)
+        refuse_changes(own, saved_config, config, moved=("model", "data"))
         if len(run.stages) > 1 and saved_config.max_steps != config.max_steps:
             raise UserError(
-                f"setting 'max_steps': {saved_config.max_steps} in {written} and now {config.max_steps}; "
+                f"setting 'max_steps': {saved_config.max_steps} in {own} and now {config.max_steps}; "
                 f"{config.method} shares the steps between its stages, so their number must stay"
             )
     whole = run.loaded.model.parameters() if run.loaded.merged_adapter else run.parameters
@@ -101,18 +106,18 @@ def train(
     check_disk(output_dir, size + kept * one)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        written.write_text(dump_yaml(config), encoding="utf-8")
+        write_whole(written, dump_yaml(config))
         for stage in run.stages:
             if stage.method.fixed:
                 stage.method.fixed.write(output_dir, stage.rows, run.chat)
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
     position = Position(0, 0, run.fingerprint())
-    if checkpoints:
-        saved = load_checkpoint(checkpoints[-1], run.loaded.model, run.optimizer, run.teacher)
+    if checkpoint:
+        saved = load_checkpoint(checkpoint, run.loaded.model, run.optimizer, run.teacher)
         if saved.data != position.data:
             raise UserError(
-                f"{checkpoints[-1]}: the rows are not those of the run so far: data, template, tokenizer or limits "
+                f"{checkpoint}: the rows are not those of the run so far: data, template, tokenizer or limits "
                 "changed; put them back, or start another run"
             )
         position = saved
@@ -121,7 +126,7 @@ def train(
     if kept:
         sizes = f"{one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"
         say(f"on the disk each of {config.save_total_limit} checkpoints takes {sizes}")
-    if resume and not checkpoints:
+    if resume and not checkpoint:
         say(f"note: there is no run to continue in {output_dir}: starting from the beginning")
     elif resume and position.step >= (run.config.max_steps or 0):
         say(f"all {position.step} steps are done already: a higher --max_steps would go on")
@@ -136,7 +141,10 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
     assert config.max_steps is not None
 
     def save() -> None:
-        save_checkpoint(output_dir, position, run.loaded.model, run.optimizer, run.teacher, config.save_total_limit)
+        for file in (metrics_file, *watch.files):
+            file.sync()
+        model, keep = run.loaded.model, config.save_total_limit
+        save_checkpoint(output_dir, position, dump_yaml(config), model, run.optimizer, run.teacher, keep)
 
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", position.step)
     reporter = Reporter("step", config.max_steps, start=position.step, every=config.logging_steps)
@@ -149,11 +157,25 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
             on_step(0, run.loaded)
         for step in range(position.step, config.max_steps):
             metrics = run.step(step)
-            position = replace(position, step=step + 1, tokens=position.tokens + int(metrics["tokens"]))
+            position = replace(
+                position,
+                step=step + 1,
+                tokens=position.tokens + int(metrics["tokens"]),
+                skipped=position.skipped + 1 if "skipped" in metrics else 0,
+            )
             metrics["tokens"] = position.tokens
             metrics_file.write(metrics)
             tracker.write(metrics)
             reporter.advance(step + 1, _note(metrics))
+            if "skipped" in metrics:
+                say(f"note: step {step + 1} was left out: {_left_out(metrics)}")
+            if position.skipped >= config.max_skipped_steps:
+                save()
+                raise RunFailed(
+                    f"{output_dir}: {position.skipped} steps in a row were left out; of the last, step {step + 1}, "
+                    f"{_left_out(metrics)}; the weights are as they were before them. Lower --learning_rate, look at "
+                    "these rows, or see metrics.jsonl for where it began"
+                )
             enough = on_step is not None and on_step(step + 1, run.loaded) is True
             last = enough or step + 1 == config.max_steps
             try:
@@ -183,6 +205,7 @@ class _Watch:
         self._evaluations = StepsFile(output_dir / "evaluations.jsonl", start) if run.examiner else None
         views = run.config.view_rows and run.teacher
         self._views = StepsFile(output_dir / "token_views.jsonl", start) if views else None
+        self.files = [file for file in (self._evaluations, self._views) if file is not None]
 
     def look(self, step: int, *, last: bool) -> None:
         """After optimizer step ``step``; 0: before the first."""
@@ -207,13 +230,18 @@ class _Watch:
         return None
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._evaluations, self._views):
-            if file is not None:
-                file.__exit__()
+        for file in self.files:
+            file.__exit__()
 
 
-def _note(metrics: dict[str, float]) -> str:
-    parts = [f"loss {metrics['loss']:.4f}"]
+def _left_out(metrics: dict[str, Any]) -> str:
+    rows = metrics["skipped"]["rows"]
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"{metrics['skipped']['why']} ({', '.join(rows[:5])}{more})"
+
+
+def _note(metrics: dict[str, Any]) -> str:
+    parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
     if "kl/forward" in metrics:
         parts.append(f"KL {metrics['kl/forward']:.3f}")
     if "drift/student" in metrics:
@@ -239,5 +267,5 @@ def _save_final(run: Run, output_dir: Path) -> Path:
     say(f"writing {final}")
     with whole_folder(final, advice) as folder:
         write_model(folder, model, run.loaded.tokenizer, card)
-        shutil.rmtree(final, ignore_errors=True)
+        remove_folder(final)
     return final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -25,7 +26,8 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from selfdistill import checkpoint as checkpoint_module
 from selfdistill.answers import answer
-from selfdistill.checkpoint import list_checkpoints, save_checkpoint
+from selfdistill.batch_gradient import BatchGradient
+from selfdistill.checkpoint import list_checkpoints, newest_whole
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat
 from selfdistill.errors import UserError
@@ -47,7 +49,7 @@ def final_weights(config: TrainConfig) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def metrics_of(config: TrainConfig) -> list[dict[str, float]]:
+def metrics_of(config: TrainConfig) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what the clock says."""
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
@@ -433,11 +435,10 @@ def test_a_checkpoint_of_another_teacher_or_model_is_refused(
 ) -> None:
     config = settings(save_steps=3, teacher="frozen")
     train(config)
-    (Path(config.output_dir) / "config.yaml").unlink()  # which would have told of the difference before
-    with pytest.raises(UserError, match=r"checkpoint-00000006: teacher state of 0 tensors .*had another teacher$"):
+    (Path(config.output_dir) / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-00000006/config.yaml: teacher is 'frozen' there and 'ema' here: "):
         train(settings(save_steps=3, teacher="ema"), resume=True)
     tied = str(model_folder(ends=ENDS, tied=True))
-    (Path(config.output_dir) / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"checkpoint-00000006: its weights are not those of this model and adapter$"):
         train(settings(save_steps=3, teacher="frozen", model=tied), resume=True)
 
@@ -473,65 +474,172 @@ def test_an_output_folder_that_is_in_use_is_refused_and_untouched(settings: Call
     assert [path.name for path in folder.iterdir()] == ["precious.txt"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(settings: Callable[..., TrainConfig]) -> None:
-    run = Run(settings())
-    with torch.no_grad():
-        run.loaded.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_row(settings: Callable[..., TrainConfig]) -> None:
+    run = Run(settings(batch_size=6, gradient_accumulation_steps=3))
+    scored = run.scorer
+    guilty = run.stage.rows[4]
+
+    def one_row_is_nan(network: Any, contexts: Any, completions: Any, *more: Any) -> Any:
+        scores = scored(network, contexts, completions, *more)
+        factor_N = torch.ones(len(scores.hidden_ND))
+        start = 0
+        for context, completion in zip(contexts, completions, strict=True):
+            if context == guilty.student_ids:
+                factor_N[start : start + len(completion)] = torch.nan
+            start += len(completion)
+        return replace(scores, hidden_ND=scores.hidden_ND * factor_N[:, None])
+
+    run.gradient = replace(run.gradient, scorer=one_row_is_nan)  # type: ignore[arg-type]
     before, average = weights(run.loaded.model), copy.deepcopy(run.teacher.state_dict())  # type: ignore[union-attr]
-    with pytest.raises(RunFailed, match=r"step 1: the loss is nan; the weights were not updated") as error:
-        run.step(0)
-    assert error.value.exit_code == 3
-    after = weights(run.loaded.model)
-    assert all(torch.equal(before[n].nan_to_num(7), after[n].nan_to_num(7)) for n in before)
+    metrics = run.step(0)
+    assert metrics["skipped"] == {"why": "the loss is nan", "rows": [guilty.demonstration.source]}
+    assert "loss" not in metrics
+    assert "entropy" not in metrics
+    assert same(before, weights(run.loaded.model))
     assert same(average, run.teacher.state_dict())  # type: ignore[union-attr]
     assert not run.optimizer.state
+    assert all(parameter.grad is None for parameter in run.parameters)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(settings: Callable[..., TrainConfig]) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(settings: Callable[..., TrainConfig]) -> None:
     run = Run(settings())
     run.loaded.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
     before = weights(run.loaded.model)
-    with pytest.raises(RunFailed, match=r"step 1: the gradient's norm is (inf|nan); the weights were not updated"):
-        run.step(0)
+    metrics = run.step(0)
+    assert metrics["skipped"]["why"] in ("the gradient's norm is inf", "the gradient's norm is nan")
+    assert len(metrics["skipped"]["rows"]) == 2
+    assert math.isfinite(metrics["loss"])
     assert same(before, weights(run.loaded.model))
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "teacher.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "missing", "garbage"])
-def test_a_damaged_checkpoint_is_one_line_that_names_it(
-    settings: Callable[..., TrainConfig], name: str, damage: str
+class _Spoilt:
+    """Makes the gradients of some steps infinite."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+        self._steps, self._step, self._whole = steps, Run.step, BatchGradient.add
+        monkeypatch.setattr(Run, "step", lambda run, step: self._begin(run, step))
+        monkeypatch.setattr(BatchGradient, "add", lambda *arguments: self._add(*arguments))
+
+    def _begin(self, run: Run, step: int) -> Any:
+        self._now = step + 1
+        return self._step(run, step)
+
+    def _add(self, gradient: Any, *arguments: Any) -> Any:
+        result = self._whole(gradient, *arguments)
+        if self._now in self._steps:
+            for parameter in gradient.loaded.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(torch.inf)
+        return result
+
+
+def test_steps_that_are_left_out_are_said_and_too_many_in_a_row_stop_the_run(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Run(settings(teacher="ema"))
-    run.step(0)
-    out = Path(run.config.output_dir)
-    path = save_checkpoint(out, checkpoint_module.Position(1, 10, ""), run.loaded.model, run.optimizer, run.teacher, 2)
-    file = path / name
+    _Spoilt(monkeypatch, {1, 2, 4, 5, 6})
+    config = settings(max_skipped_steps=3, max_steps=8, save_steps=4)
+    with pytest.raises(RunFailed) as error:
+        train(config)
+    assert error.value.exit_code == 3
+    rows = r"train.jsonl:\d, .*train.jsonl:\d"
+    assert re.fullmatch(
+        rf"{re.escape(config.output_dir)}: 3 steps in a row were left out; of the last, step 6, the gradient's norm is "
+        rf"(inf|nan) \(.*{rows}\); the weights are as they were before them. Lower --learning_rate, look at these "
+        "rows, or see metrics.jsonl for where it began",
+        str(error.value),
+    )
+    said = capsys.readouterr().err
+    assert re.search(rf"^note: step 2 was left out: the gradient's norm is (inf|nan) \(.*{rows}\)$", said, re.M)
+    assert ["skipped" in line for line in metrics_of(config)] == [True, True, False, True, True, True]
+    assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["4", "6"]
+
+
+def test_a_resumed_run_remembers_how_many_steps_were_left_out(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _Spoilt(monkeypatch, {3, 4, 5})
+    config = settings(max_skipped_steps=3, save_steps=2)
+    with pytest.raises(Cut):
+        train(config, on_step=crash_at(4))
+    with pytest.raises(RunFailed, match="3 steps in a row were left out; of the last, step 5"):
+        train(config, resume=True)
+
+
+FILES = ["weights.safetensors", "optimizer.safetensors", "teacher.safetensors", "state.json", "config.yaml"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "bit", "foreign", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str], name: str, damage: str
+) -> None:
+    config = settings(save_steps=2)
+    with pytest.raises(Cut):
+        train(config, on_step=crash_at(4 + 1))
+    before, newest = list_checkpoints(Path(config.output_dir))
+    file = newest / name
     content = file.read_bytes()
     if damage == "missing":
         file.unlink()
+    elif damage == "bit":
+        middle = content.index(b'"sha256": "') + 12 if name == "manifest.json" else len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     else:
-        file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"{}" + b"\0" * 30)
-    with pytest.raises(UserError) as error:
-        checkpoint_module.load_checkpoint(path, run.loaded.model, run.optimizer, run.teacher)
-    assert str(error.value).startswith(f"{path}: damaged checkpoint (")
-    assert str(error.value).endswith("); delete the folder to use the one before it")
-    assert "\n" not in str(error.value)
+        other = (before / name).read_bytes() if name not in ("config.yaml",) else b"method: sft\n"
+        file.write_bytes({"cut": content[:-2], "foreign": other, "empty": b""}[damage])
+    assert not file.exists() or file.read_bytes() != content
+    capsys.readouterr()
+    assert newest_whole(Path(config.output_dir)) == before
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {newest} is damaged (")
+    assert said.endswith("), so it is not used\n")
+    assert said.count("\n") == 1
+    guilty = re.search(r"\((\S+) ", said)
+    assert guilty is not None
+    assert guilty[1] in (FILES if name == "manifest.json" and damage in ("bit", "foreign") else [name, "manifest.json"])
 
 
-def test_without_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(
-    settings: Callable[..., TrainConfig],
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
+    settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, damaged = settings("whole", save_steps=2), settings("damaged", save_steps=2)
     train(whole)
     with pytest.raises(Cut):
         train(damaged, on_step=crash_at(5))
-    _, newest = list_checkpoints(Path(damaged.output_dir))
+    older, newest = list_checkpoints(Path(damaged.output_dir))
     (newest / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="checkpoint-00000004: damaged checkpoint"):
-        train(damaged, resume=True)
-    shutil.rmtree(newest)
+    (older / "optimizer.pt").write_bytes(b"not ours")
+    capsys.readouterr()
     train(damaged, resume=True)
+    said = capsys.readouterr().err
+    assert re.search(r"checkpoint-00000004 is damaged \(weights.safetensors has 0 of \d+ bytes\), so it is not", said)
+    assert f"note: {older}: not of this checkpoint and not read: optimizer.pt\n" in said
+    assert "continuing after step 2\n" in said
     assert_same_run(whole, damaged)
+
+
+def test_without_a_whole_checkpoint_a_run_does_not_go_on(settings: Callable[..., TrainConfig]) -> None:
+    config = settings(save_steps=2)
+    train(config)
+    for path in list_checkpoints(Path(config.output_dir)):
+        (path / "state.json").unlink()
+    with pytest.raises(UserError) as error:
+        train(config, resume=True)
+    assert str(error.value) == (
+        f"{config.output_dir}: no checkpoint is whole: checkpoint-00000006 (state.json is missing), "
+        "checkpoint-00000004 (state.json is missing); to begin anew, take another output_dir"
+    )
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(settings: Callable[..., TrainConfig]) -> None:
+    one, other = settings("one", save_steps=3), settings("other", save_steps=3, ema_rate=0.3)
+    train(one)
+    with pytest.raises(Cut):
+        train(other, on_step=crash_at(3))
+    last = list_checkpoints(Path(one.output_dir))[-1]
+    shutil.copytree(last, Path(other.output_dir) / last.name)
+    with pytest.raises(UserError, match=r"checkpoint-00000006/config.yaml: ema_rate is 0.01 there and 0.3 here: with"):
+        train(other, resume=True)
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
@@ -704,7 +812,7 @@ def test_training_goes_on_from_an_adapter_without_losing_it(
     torch.testing.assert_close(second_logits, seen[-1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("limit", [2, 3])
 def test_the_newest_checkpoints_are_kept(settings: Callable[..., TrainConfig], limit: int) -> None:
     config = settings(save_steps=1, save_total_limit=limit, max_steps=5)
     train(config)
@@ -719,7 +827,7 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
     train(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     with_teacher = {"kl/forward", "kl/reverse", "drift/teacher", "importance"}
-    expected = set(METRICS) - {"reward"} - (with_teacher if method == "sft" else set())
+    expected = set(METRICS) - {"reward", "skipped"} - (with_teacher if method == "sft" else set())
     values = [json.loads(line) for line in lines]
     assert [v["step"] for v in values] == [1, 2, 3, 4, 5, 6]
     assert all(v.keys() == expected for v in values)

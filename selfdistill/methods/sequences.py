@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from selfdistill.contexts import ChatFormat, Encoded
+from selfdistill.disk import write_whole
 from selfdistill.models import LoadedModel
 from selfdistill.rollouts import Sampling, sample, sample_seed
 from selfdistill.tracking import Reporter, read_lines
@@ -124,12 +125,9 @@ class TeacherSamples:
 
     def write(self, folder: Path, rows: Sequence[Encoded], chat: ChatFormat) -> None:
         """Write what was drawn, for a run that goes on and for whoever wants to read it."""
-        file = folder / SAMPLES_FILE
         texts = ((row, chat.decode(row.completion_ids)) for row in rows)
         lines = [
             {"source": row.demonstration.source, "text": text, "ids": row.completion_ids, "key": self._key(row)}
             for row, text in texts
         ]
-        temporary = folder / f".{SAMPLES_FILE}.unfinished"
-        temporary.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
-        temporary.replace(file)
+        write_whole(folder / SAMPLES_FILE, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
