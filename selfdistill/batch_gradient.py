@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from selfdistill.checkpoint import trained_parameters
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import ChatFormat
 from selfdistill.divergence import CrossEntropy
@@ -23,6 +24,7 @@ from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
 from selfdistill.models import LoadedModel, casts_kept
 from selfdistill.prefixes import KeptContexts
+from selfdistill.processes import add_gradients, add_up, gather, share
 from selfdistill.scores import Scorer, Scores
 from selfdistill.teacher import Teacher
 from selfdistill.weights import completion_mask, group_advantages, importance_weights, token_weights
@@ -64,9 +66,9 @@ class BatchGradient:
     kept: KeptContexts | None
 
     def add(self, method: Method, completions: Sequence[Completion]) -> BatchResult:
-        """Add the gradient of the batch's loss, in ``gradient_accumulation_steps`` parts.
+        """Add the gradient of the batch's loss, in ``gradient_accumulation_steps`` parts of each process's share.
 
-        The weights of tokens come from the whole batch, so the number of parts changes no result.
+        The weights of tokens come from the whole batch, so the number of parts and processes changes no result.
         """
         config, device = self.config, self.loaded.device
         lengths = [len(c.ids) for c in completions]
@@ -76,12 +78,13 @@ class BatchGradient:
         )
         rewards = method.reward(completions, self.chat) if method.reward else []
         factor_B = torch.tensor(group_advantages(rewards, method.group_size) if rewards else [1.0] * len(completions))
-        size = math.ceil(len(completions) / config.gradient_accumulation_steps)
+        own = share(len(completions))
+        size = max(1, math.ceil((own.stop - own.start) / config.gradient_accumulation_steps))
         loss, importance, teacher_s, student_s = 0.0, 0.0, 0.0, 0.0
         statistics: dict[str, float] = {}
         unsound: list[str] = []
-        for start in range(0, len(completions), size):
-            rows = slice(start, start + size)
+        for start in range(own.start, own.stop, size):
+            rows = slice(start, min(start + size, own.stop))
             part, mask_bT, weights_bT, factor_b = completions[rows], mask_BT[rows], weights_BT[rows], factor_B[rows]
             ids, prompts = [c.ids for c in part], [c.row.student_ids for c in part]
             plain_N = weights_bT[mask_bT].to(device)
@@ -123,9 +126,13 @@ class BatchGradient:
                 unsound += [c.row.demonstration.source for c, x in zip(part, per_row, strict=True) if not sound(x)]
             for key, values_N in per_token.items():
                 statistics[key] = statistics.get(key, 0.0) + float((values_N * plain_N[kept_N]).sum())
-        count = len(completions)
-        reward = sum(rewards) / count if rewards else None
-        return BatchResult(loss, statistics, importance / count, reward, unsound, teacher_s, student_s)
+        began = self.clock()
+        add_gradients(trained_parameters(self.loaded.model).values())
+        sums = add_up({"loss": loss, "importance": importance} | statistics)
+        student_s += self.clock() - began
+        loss, importance = sums.pop("loss"), sums.pop("importance") / len(completions)
+        reward = sum(rewards) / len(rewards) if rewards else None
+        return BatchResult(loss, sums, importance, reward, gather(unsound), teacher_s, student_s)
 
     def _scored(
         self,

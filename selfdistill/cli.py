@@ -32,6 +32,7 @@ from selfdistill.command_config import (
 )
 from selfdistill.config import CompareConfig, Settings, TrainConfig, closest
 from selfdistill.errors import UserError
+from selfdistill.processes import is_first, launched
 from selfdistill.settings_files import continued, load_yaml
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     exit_code, kind = 2, "error: "
     try:
         command, given = _parse(list(sys.argv[1:] if argv is None else argv))
+        if launched() > 1:
+            _check_processes(command, given)
         return COMMANDS[command][2](given)
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
@@ -59,11 +62,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message = f"{error.filename or 'disk'}: {error.strerror}; free some space or choose another place"
     except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+        if launched() > 1 and re.search("gloo|nccl|closed by peer|reset by peer", str(error), re.IGNORECASE):
+            message = "another process of this run has ended; what was saved is whole, continue with --resume"
+            exit_code = 3
+        elif not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        message = "out of memory: lower --max_completion_length or --batch_size, or raise --gradient_accumulation_steps"
+        else:
+            message = (
+                "out of memory: lower --max_completion_length or --batch_size, or raise --gradient_accumulation_steps"
+            )
     print(f"selfdistill: {kind}{' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return exit_code
+
+
+def _check_processes(command: str, given: dict[str, Any]) -> None:
+    """Several processes share one training; what is prepared for it is prepared before."""
+    if command != "train":
+        raise UserError(f"{launched()} processes were started, which only train shares: start {command} alone")
+    if given.get("documents"):
+        raise UserError("setting 'documents': make the questions before (selfdistill questions), in a single process")
+    if given.get("context") == "auto":
+        raise UserError("setting 'context': find the best with selfdistill check, in a single process, and name it")
+
+
+def _of_the_machine(error: Exception) -> tuple[str, int] | None:
+    """Message and exit code of an error that is no fault of the program's."""
+    text = str(error)
+    if launched() > 1 and re.search("gloo|nccl|closed by peer|reset by peer", text, re.IGNORECASE):
+        return "another process of this run has ended; what was saved is whole, continue with --resume", 3
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
+        advice = "lower --max_completion_length or --batch_size, or raise --gradient_accumulation_steps"
+        return f"out of memory: {advice}", 2
+    return None
 
 
 # --- commands: from what was given on the command line to an exit code ---
@@ -95,7 +125,9 @@ def _train(given: dict[str, Any]) -> int:
 
         with contextlib.redirect_stdout(sys.stderr):
             config = config.model_copy(update={"context": best_context(config)})
-    print(f"final model: {train(config, resume=resume)}")
+    final = train(config, resume=resume)
+    if is_first():
+        print(f"final model: {final}")
     return 0
 
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel
 from selfdistill.prefixes import PASS_TOKENS, as_attended, common_beginning, continues
+from selfdistill.processes import gather, share
 
 ROOM = 64
 """Tokens for which memory is set aside at a time."""
@@ -106,6 +107,16 @@ def sample(
         sampling: the policy.
         seeds: one per prompt, from :func:`sample_seed`; not needed when greedy.
     """
+    own = share(len(prompts))
+    return gather(_sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own]))
+
+
+def _sample(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
+) -> list[Rollout]:
+    """:func:`sample` in one process."""
+    if not prompts:
+        return []
     model, device = loaded.model, loaded.device
     count, limit = len(prompts), sampling.max_completion_length
     uniforms = None

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
 from selfdistill.answers import check_answers
 from selfdistill.batch_gradient import BatchGradient
@@ -34,6 +35,7 @@ from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.slots import Method
 from selfdistill.models import CompiledLayers, LoadedModel, add_lora, casts_kept, load_model, resolved_precision, unwrap
 from selfdistill.prefixes import KeptContexts
+from selfdistill.processes import PATIENCE
 from selfdistill.schedule import batch_rows, learning_rate
 from selfdistill.scores import Scorer
 from selfdistill.teacher import Teacher
@@ -71,9 +73,12 @@ class Run:
         precision = resolved_precision(config.mixed_precision)
         AcceleratorState._reset_state()  # it would refuse another precision than the process's first run had
         tracker = None if config.report_to == "none" else config.report_to
-        self.accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=config.output_dir)
-        if self.accelerator.num_processes > 1:
-            raise UserError("training on several processes is not supported yet: start a single one")
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=tracker,
+            project_dir=config.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
         if demonstrations is None:
             demonstrations = load_demonstrations(config.data, split=config.split)
         if config.num_demonstrations is not None and config.num_demonstrations < len(demonstrations):

@@ -10,7 +10,7 @@ import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from selfdistill.config import Settings
 from selfdistill.disk import write_whole
 from selfdistill.errors import UserError
+from selfdistill.processes import is_first
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -71,7 +72,7 @@ class StepsFile:
         self.steps: set[int] = set()
         """Of the lines that are there."""
         if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n"):
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     step = json.loads(line)["step"]
                 except (ValueError, KeyError):
@@ -79,23 +80,28 @@ class StepsFile:
                 if step <= start_step:
                     lines.append(line + "\n")
                     self.steps.add(step)
-        write_whole(path, "".join(lines))
-        self._file = path.open("a", encoding="utf-8")
+        self._file: TextIO | None = None
+        if is_first():
+            write_whole(path, "".join(lines))
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line."""
-        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Wait until the lines are on the disk."""
-        os.fsync(self._file.fileno())
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 class MetricsFile(StepsFile):
@@ -163,7 +169,7 @@ class Tracker:
 
     def __init__(self, accelerator: Any, config: Settings, output_dir: Path, start_step: int) -> None:
         self._accelerator = accelerator
-        if not accelerator.log_with:
+        if not accelerator.log_with or not is_first():
             return
         name = str(accelerator.log_with[0])
         options: dict[str, Any]
@@ -217,7 +223,8 @@ class Reporter:
 
     def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)
-        self._every, self._what, self._total, self._start, self._quiet = every, what, total, start, quiet
+        self._every, self._what, self._total, self._start = every, what, total, start
+        self._quiet = quiet = quiet or not is_first()
         self._began = self._said = time.monotonic()
         self._progress: Progress | None = None
         if self.console.is_terminal and not quiet:
@@ -256,5 +263,6 @@ class Reporter:
 
 
 def say(message: str) -> None:
-    """One line of information on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """One line of information on standard error, of the first process."""
+    if is_first():
+        print(message, file=sys.stderr, flush=True)

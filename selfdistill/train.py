@@ -29,6 +29,7 @@ from selfdistill.examiner import Examiner
 from selfdistill.export import whole_folder, write_model
 from selfdistill.guards import RunFailed, RunStopped, StopRequests, check_disk
 from selfdistill.models import LoadedModel
+from selfdistill.processes import is_first, largest, wait
 from selfdistill.run import Run
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
 from selfdistill.token_views import token_views
@@ -106,9 +107,10 @@ def train(
     check_disk(output_dir, size + kept * one)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(written, dump_yaml(config))
+        if is_first():
+            write_whole(written, dump_yaml(config))
         for stage in run.stages:
-            if stage.method.fixed:
+            if stage.method.fixed and is_first():
                 stage.method.fixed.write(output_dir, stage.rows, run.chat)
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
@@ -144,7 +146,9 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
         for file in (metrics_file, *watch.files):
             file.sync()
         model, keep = run.loaded.model, config.save_total_limit
-        save_checkpoint(output_dir, position, dump_yaml(config), model, run.optimizer, run.teacher, keep)
+        if is_first():
+            save_checkpoint(output_dir, position, dump_yaml(config), model, run.optimizer, run.teacher, keep)
+        wait()
 
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", position.step)
     reporter = Reporter("step", config.max_steps, start=position.step, every=config.logging_steps)
@@ -184,13 +188,14 @@ def _loop(run: Run, output_dir: Path, position: Position, on_step: OnStep | None
                 save()
                 raise
             due = config.save_steps and (last or (step + 1) % config.save_steps == 0)
-            if due or stop.received is not None:
+            received = largest(stop.received or 0, run.accelerator.device)  # any process may have got the signal
+            if due or received:
                 save()
-            if stop.received is not None and not last:
+            if received and not last:
                 raise RunStopped(
                     f"{output_dir}: stopped after step {step + 1} of {config.max_steps}, all saved; continue with "
                     "--resume",
-                    stop.received,
+                    received,
                 )
             if enough:
                 break
@@ -254,6 +259,9 @@ def _note(metrics: dict[str, Any]) -> str:
 def _save_final(run: Run, output_dir: Path) -> Path:
     """Write ``final/``, with its card, in place of an earlier one."""
     final, model = output_dir / "final", run.loaded.model
+    if not is_first():
+        wait()
+        return final
     if hasattr(model, "peft_config") and run.loaded.merged_adapter:
         model = model.merge_and_unload(adapter_names=["default"])
     card = model_card(
@@ -268,4 +276,5 @@ def _save_final(run: Run, output_dir: Path) -> Path:
     with whole_folder(final, advice) as folder:
         write_model(folder, model, run.loaded.tokenizer, card)
         remove_folder(final)
+    wait()
     return final

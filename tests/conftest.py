@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 from chat_server import Server
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfdistill import endpoint
+from selfdistill.checkpoint import list_checkpoints
 from selfdistill.config import TrainConfig
 from selfdistill.models import LoadedModel, load_model
 
@@ -157,6 +159,31 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def row_log_probs(model: Any, context: list[int], completion: list[int]) -> Tensor:
     logits_LV = model(input_ids=torch.tensor([context + completion])).logits[0].double()
     return logits_LV[len(context) - 1 : -1].log_softmax(-1)
+
+
+def final_weights(config: TrainConfig) -> dict[str, Tensor]:
+    (file,) = (Path(config.output_dir) / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def metrics_of(config: TrainConfig) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what the clock says."""
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
+    """Final model, every tensor of the last checkpoint (weights, moments, average) and every metric."""
+    assert same(final_weights(a), final_weights(b))
+    last_a, last_b = (list_checkpoints(Path(c.output_dir))[-1] for c in (a, b))
+    assert last_a.name == last_b.name
+    for name in ("weights", "optimizer", "teacher"):
+        x, y = (load_file(last / f"{name}.safetensors") for last in (last_a, last_b))
+        for tensors in (x, y):
+            tensors.pop("rng", None)
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[key], y[key]) for key in x), name
+    assert metrics_of(a) == metrics_of(b)
 
 
 @pytest.fixture

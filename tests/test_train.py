@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ENDS, gradients, largest_difference, row_log_probs, same
+from conftest import (
+    ENDS,
+    assert_same_run,
+    final_weights,
+    gradients,
+    largest_difference,
+    metrics_of,
+    row_log_probs,
+    same,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,17 +51,6 @@ from selfdistill.train import train
 
 def weights(model: Any) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def final_weights(config: TrainConfig) -> dict[str, Tensor]:
-    (file,) = (Path(config.output_dir) / "final").glob("*.safetensors")
-    return load_file(file)
-
-
-def metrics_of(config: TrainConfig) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without what the clock says."""
-    lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
 def moved_run(config: TrainConfig) -> Run:
@@ -344,20 +342,6 @@ def terminate_at(step: int) -> Callable[[int, Any], None]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return on_step
-
-
-def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
-    """Final model, every tensor of the last checkpoint (weights, moments, average) and every metric."""
-    assert same(final_weights(a), final_weights(b))
-    last_a, last_b = (list_checkpoints(Path(c.output_dir))[-1] for c in (a, b))
-    assert last_a.name == last_b.name
-    for name in ("weights", "optimizer", "teacher"):
-        x, y = (load_file(last / f"{name}.safetensors") for last in (last_a, last_b))
-        for tensors in (x, y):
-            tensors.pop("rng", None)
-        assert x.keys() == y.keys()
-        assert all(torch.equal(x[key], y[key]) for key in x), name
-    assert metrics_of(a) == metrics_of(b)
 
 
 @pytest.mark.parametrize("teacher", ["ema", "frozen", "snapshot"])

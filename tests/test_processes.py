@@ -1,0 +1,143 @@
+"""Several processes that train one model: the numbers of one process, one set of files, and an end that is no loss."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import Child, started_together
+from conftest import assert_same_run, final_weights, largest_difference, metrics_of
+
+from selfdistill.checkpoint import list_checkpoints
+from selfdistill.cli import main
+from selfdistill.config import TrainConfig
+from selfdistill.settings_files import dump_yaml
+from selfdistill.train import train
+
+COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema_rate": 0.2, "drift_steps": 2}
+
+
+def train_together(config: TrainConfig, tmp_path: Path, **more: Any) -> None:
+    children = started_together(lambda: train(config, **more), tmp_path / Path(config.output_dir).name)
+    for child in children:
+        assert child.wait() == 0, child.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"batch_size": 3, "loss_normalisation": "token", "importance_cap": 2.0},
+        {"batch_size": 1, "teacher": "frozen"},
+        {"lora_rank": 4, "gradient_accumulation_steps": 2, "num_generations": 2, "teacher": "snapshot"},
+        {"method": "sft", "batch_size": 5},
+        {"method": "offline_distillation", "teacher": "frozen"},
+    ],
+    ids=["ema", "uneven", "more_processes_than_rows", "lora", "sft", "teacher_samples"],
+)
+def test_two_processes_train_to_the_weights_of_one(
+    settings: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
+) -> None:
+    one, two = settings("one", **COMMON | values), settings("two", **COMMON | values)
+    train(one)
+    train_together(two, tmp_path)
+    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    files = [sorted(path.name for path in Path(config.output_dir).iterdir()) for config in (one, two)]
+    assert files[0] == files[1]
+    assert (tmp_path / "two.1.log").read_text().count("step") == 0
+
+
+def test_two_processes_measure_what_one_does(
+    settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 2}
+    one, two = settings("one", **values), settings("two", **values)
+    train(one)
+    train_together(two, tmp_path)
+    texts = [(Path(config.output_dir) / "evaluations.jsonl").read_text().splitlines() for config in (one, two)]
+    assert len(texts[0]) == len(texts[1]) == 3
+    views = [(Path(config.output_dir) / "token_views.jsonl").read_text().count("\n") for config in (one, two)]
+    assert views[0] == views[1] > 0
+
+
+def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_to_the_same_bits(
+    settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    whole, broken = settings("whole", **COMMON), settings("broken", **COMMON)
+    train_together(whole, tmp_path)
+
+    def suicidal(step: int, _loaded: Any) -> None:
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    first, second = started_together(lambda: train(broken, on_step=suicidal), tmp_path / "broken")
+    assert second.wait() == -signal.SIGKILL
+    began = time.monotonic()
+    assert first.wait(60) == 1
+    assert time.monotonic() - began < 60
+    assert [path.name[-1] for path in list_checkpoints(Path(broken.output_dir))] == ["2"]
+    train_together(broken, tmp_path, resume=True)
+    assert_same_run(whole, broken)
+
+
+def test_a_run_whose_other_process_has_ended_says_so_in_one_line(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings("broken", **COMMON | {"max_steps": 200})
+    file = tmp_path / "settings.yaml"
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    first, second = started_together(lambda: main(["train", "--config", str(file)]), tmp_path / "broken")
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    second.kill()
+    second.wait()
+    assert first.wait(60) == 3
+    assert first.log.read_text().splitlines()[-1] == (
+        "selfdistill: error: another process of this run has ended; what was saved is whole, continue with --resume"
+    )
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(
+    settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    whole, stopped = settings("whole", **COMMON), settings("stopped", **COMMON)
+    train_together(whole, tmp_path)
+
+    def on_step(step: int, _loaded: Any) -> None:
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    children = started_together(lambda: train(stopped, on_step=on_step), tmp_path / "stopped")
+    for child in children:
+        assert child.wait() == 1
+        assert "stopped after step 3 of 4, all saved; continue with --resume" in child.log.read_text()
+    train_together(stopped, tmp_path, resume=True)
+    assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "--model", "m"], "2 processes were started, which only train shares: start eval alone"),
+        (
+            ["train", "--model", "m", "--data", "d", "--output_dir", "o", "--context", "auto"],
+            "setting 'context': find the best with selfdistill check, in a single process, and name it",
+        ),
+        (
+            ["train", "--model", "m", "--documents", "d", "--output_dir", "o"],
+            "setting 'documents': make the questions before (selfdistill questions), in a single process",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    child = Child(lambda: main(arguments), tmp_path / "log", {"WORLD_SIZE": "2", "RANK": "0"})
+    assert child.wait() == 2
+    assert child.log.read_text() == f"selfdistill: error: {message}\n"
