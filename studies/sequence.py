@@ -27,8 +27,8 @@ from selfdistill.tracking import read_lines
 METHODS = ("sft", "sdft")
 SKILLS: dict[str, dict[str, Any]] = {
     "knowledge": {"context": "document:repeats=2", "max_completion_length": 32, "max_steps": 80, "scorer": "contains"},
-    "routing": {"context": "turns:repeats=4", "max_completion_length": 12, "max_steps": 40},
-    "tools": {"context": "turns:repeats=2", "max_completion_length": 48, "max_steps": 40},
+    "routing": {"context": "turns:repeats=4", "max_completion_length": 12, "max_steps": 24},
+    "tools": {"context": "turns:repeats=4", "max_completion_length": 48, "max_steps": 40},
 }
 COMMON: dict[str, Any] = {
     "action": "add",
@@ -37,13 +37,14 @@ COMMON: dict[str, Any] = {
     "learning_rate": 1e-4,
     "batch_size": 16,
     "save_steps": 0,
-    "logging_steps": 20,
+    "logging_steps": 10,
     "view_rows": 0,
+    "torch_compile": True,
     "min_teacher": 0.0,
     "max_prior_drop": 1.0,
     "max_skill_drop": 1.0,
 }
-LOOKS = 5
+LOOKS = 4
 """Measurements along each skill."""
 
 

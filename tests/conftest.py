@@ -60,11 +60,13 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Folder of a tiny Llama: ``tied``, ``ends`` (ids of generation_config.json), and the tokenizer's options."""
+    """Folder of a tiny Llama: ``tied``, ``ends`` (generation_config.json), ``room`` (window), tokenizer's options."""
     made: dict[str, Path] = {}
 
-    def make(*, tied: bool = False, ends: tuple[int, ...] = (257,), seed: int = 0, **tokenizer_options: Any) -> Path:
-        key = repr((tied, ends, seed, sorted(tokenizer_options.items())))
+    def make(
+        *, tied: bool = False, ends: tuple[int, ...] = (257,), seed: int = 0, room: int = 512, **tokenizer_options: Any
+    ) -> Path:
+        key = repr((tied, ends, seed, room, sorted(tokenizer_options.items())))
         if key not in made:
             config = LlamaConfig(
                 vocab_size=VOCABULARY,
@@ -73,7 +75,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                max_position_embeddings=512,
+                max_position_embeddings=room,
                 tie_word_embeddings=tied,
                 initializer_range=0.25,  # distributions far from uniform
                 attention_dropout=0.1,  # must never act
