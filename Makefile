@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 TRL_STAMP := .venv-trl/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow bench lint format clean
+.PHONY: help install demo test test-slow stress bench lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,10 +26,13 @@ demo: $(STAMP) ## Run the demonstration on the starter model
 	$(BIN)/selfdistill demo
 
 test: $(STAMP) ## Run the quick tests
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slow and not stress" $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## Run the tests that use the starter model or take long
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+stress: $(STAMP) ## Try very often to break it, and print how often that was (about half an hour)
+	HYPOTHESIS_PROFILE=stress $(BIN)/pytest -m stress $(PYTEST_ARGS)
 
 # TRL has an environment of its own, with this package beside it; its newest release that was compared with.
 $(TRL_STAMP): $(STAMP)

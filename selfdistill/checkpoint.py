@@ -72,15 +72,14 @@ def save_checkpoint(
         UserError: the disk is full or the folder cannot be written.
     """
     final = output_dir / f"{PREFIX}{position.step:08d}"
-    temporary = output_dir / f".{final.name}"
+    temporary = output_dir / f".{final.name}.unfinished"
     parameters = trained_parameters(model)
     moments: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             moments[f"{key}:{name}"] = value.contiguous()
     try:
-        for unfinished in output_dir.glob(f".{PREFIX}*"):  # of a run that was killed while it wrote or removed one
-            shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file({n: p.detach().contiguous() for n, p in parameters.items()}, temporary / "weights.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")

@@ -49,6 +49,15 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(hidden)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed was writing into ``folder``, or removing from it, with this module."""
+    for path in (*folder.glob(".*.unfinished"), *folder.glob(".*.removed")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 MANIFEST = "manifest.json"
 
 

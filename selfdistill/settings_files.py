@@ -63,7 +63,7 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> tuple[Settin
         raise UserError("--resume needs the run folder: give --output_dir")
     path = Path(str(given["output_dir"])) / "config.yaml"
     if not path.exists():
-        if path.parent.is_dir() and any(path.parent.iterdir()):
+        if path.parent.is_dir() and any(file.name != f".{path.name}.unfinished" for file in path.parent.iterdir()):
             raise UserError(
                 f"output_dir {str(given['output_dir'])!r} is not empty and has no config.yaml, so it is not a run to "
                 "continue with --resume: choose another"

@@ -22,7 +22,7 @@ from selfdistill.checkpoint import (
 )
 from selfdistill.config import TrainConfig
 from selfdistill.demonstrations import Demonstration
-from selfdistill.disk import remove_folder, write_whole
+from selfdistill.disk import remove_folder, remove_leftovers, write_whole
 from selfdistill.errors import UserError
 from selfdistill.evaluate import summary
 from selfdistill.examiner import Examiner
@@ -108,6 +108,7 @@ def train(
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if is_first():
+            remove_leftovers(output_dir)
             write_whole(written, dump_yaml(config))
         for stage in run.stages:
             if stage.method.fixed and is_first():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stress
 import torch
 from chat_server import Server
 from safetensors.torch import load_file
@@ -200,3 +201,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield it
         it.shutdown()
         thread.join()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if stress.TALLIES and not hasattr(terminalreporter.config, "workerinput"):
+        terminalreporter.section("promises")
+        for line in stress.table():
+            terminalreporter.write_line(line)
