@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 TRL_STAMP := .venv-trl/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow stress bench lint format clean
+.PHONY: help install demo test test-slow stress audit bench lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,11 @@ test-slow: $(STAMP) ## Run the tests that use the starter model or take long
 
 stress: $(STAMP) ## Try very often to break it, and print how often that was (about half an hour)
 	HYPOTHESIS_PROFILE=stress $(BIN)/pytest -m stress $(PYTEST_ARGS)
+
+# In an environment of its own, for it brings packages that this project does not need.
+audit: $(STAMP) ## Look for known vulnerabilities of what is installed (asks the package index)
+	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install 'pip-audit>=2.9,<3'; }
+	.venv-audit/bin/pip-audit --strict --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 # TRL has an environment of its own, with this package beside it; its newest release that was compared with.
 $(TRL_STAMP): $(STAMP)
@@ -68,5 +73,5 @@ format: $(STAMP) ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf .venv .venv-trl build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-trl .venv-audit build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find selfdistill tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -128,7 +128,7 @@ class BatchGradient:
                 statistics[key] = statistics.get(key, 0.0) + float((values_N * plain_N[kept_N]).sum())
         began = self.clock()
         add_gradients(trained_parameters(self.loaded.model).values())
-        sums = add_up({"loss": loss, "importance": importance} | statistics)
+        sums = add_up(statistics | {"loss": loss, "importance": importance})
         student_s += self.clock() - began
         loss, importance = sums.pop("loss"), sums.pop("importance") / len(completions)
         reward = sum(rewards) / len(rewards) if rewards else None

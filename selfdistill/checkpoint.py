@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,11 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     teacher: Teacher | None,
+    *,
     keep: int,
+    spared: Sequence[int] = (),
 ) -> Path:
-    """Write a checkpoint beside the others, then remove all but the newest ``keep``.
+    """Write a checkpoint beside the others, then remove all but the newest ``keep`` and those of the steps ``spared``.
 
     The files are written to a hidden folder, flushed to the disk and renamed: a crash at any moment leaves the earlier
     checkpoints as they were. ``settings`` is the run's ``config.yaml``.
@@ -71,7 +74,7 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    final = output_dir / f"{PREFIX}{position.step:08d}"
+    final = checkpoint_at(output_dir, position.step)
     temporary = output_dir / f".{final.name}.unfinished"
     parameters = trained_parameters(model)
     moments: dict[str, Tensor] = {"rng": torch.get_rng_state()}
@@ -96,9 +99,16 @@ def save_checkpoint(
             f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are whole. Free disk space, then "
             "continue with --resume"
         ) from None
+    stay = {checkpoint_at(output_dir, step) for step in spared}
     for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][:-keep]:
-        remove_folder(old)
+        if old not in stay:
+            remove_folder(old)
     return final
+
+
+def checkpoint_at(output_dir: Path, step: int) -> Path:
+    """Folder of the checkpoint after a step, there or not."""
+    return output_dir / f"{PREFIX}{step:08d}"
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -211,6 +211,9 @@ class TrainingSettings(ModelSettings):
     """Parts in which a batch is scored. The loss is the same as in one part."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
+    stop_on_collapse: bool = False
+    """Stop a run that falls apart (it warns in any case; the signs are in docs/reliability.md), with the model of the
+    last measurement before it began; needs ``test`` and ``eval_steps``."""
     max_skipped_steps: int = Field(default=5, ge=1)
     """A step whose loss or gradient is not finite is left out; after so many in a row the run stops."""
     mixed_precision: Precision = "auto"
@@ -256,6 +259,8 @@ class TrainingSettings(ModelSettings):
         measured = self.test is not None or getattr(self, "documents", None)
         if not measured and (self.prior is not None or self.eval_steps):
             raise UserError("setting 'test' is missing: prior and eval_steps belong to the measurements on it")
+        if self.stop_on_collapse and not (measured and self.eval_steps):
+            raise UserError("setting 'stop_on_collapse' goes back to a measurement: give test and eval_steps, too")
         if self.lora_alpha is not None and not self.lora_rank:
             raise UserError("setting 'lora_alpha' belongs to an adapter: give --lora_rank, too, or leave it out")
         if self.torch_compile and self.gradient_checkpointing:

@@ -26,6 +26,10 @@ class RunFailed(UserError):
     exit_code = 3
 
 
+class RunCollapsed(RunFailed):
+    """A run fell apart and was stopped; ``final/`` has the model of the last measurement before."""
+
+
 class StopRequests:
     """While active, SIGINT and SIGTERM are noted in ``received`` for the loop to act on; a second one acts at once."""
 

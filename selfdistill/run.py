@@ -211,6 +211,10 @@ class Run:
         with self.teacher.model() as network:
             return self._drift_of(network)
 
+    def stage_of(self, step: int) -> tuple[int, Stage]:
+        """Number and stage of step ``step`` (from 0)."""
+        return next((n, s) for n, s in reversed(list(enumerate(self.stages))) if s.first_step <= step)
+
     def step(self, step: int) -> dict[str, Any]:
         """Optimizer step ``step`` (from 0); returns its metrics.
 
@@ -220,7 +224,7 @@ class Run:
         config, began = self.config, self.gradient.clock()
         assert config.max_steps is not None
         assert config.learning_rate is not None
-        self.stage = stage = next(s for s in reversed(self.stages) if s.first_step <= step)
+        self.stage = stage = self.stage_of(step)[1]
         method, done = stage.method, step - stage.first_step
         rows = batch_rows(stage.rows, done, config.batch_size, config.seed)
         with casts_kept(self.loaded.model), self.accelerator.autocast():

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "drift_steps",
     "save_steps",
     "max_skipped_steps",
+    "stop_on_collapse",
     "save_total_limit",
     "logging_steps",
     "report_to",

@@ -87,6 +87,7 @@ class StepsFile:
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line."""
+        self.steps.add(int(values["step"]))
         if self._file:
             self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
             self._file.flush()

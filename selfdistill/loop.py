@@ -1,0 +1,218 @@
+"""The loop: step, report, measure, save, stop when asked or when the run falls apart.
+
+The order of the data, the learning rate and the randomness of every sample are functions of the seed and the step, so
+a run that is resumed repeats the numbers of one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from selfdistill.checkpoint import Position, checkpoint_at, load_checkpoint, save_checkpoint
+from selfdistill.collapse import WINDOW, CollapseGuard
+from selfdistill.evaluate import summary
+from selfdistill.guards import RunCollapsed, RunFailed, RunStopped, StopRequests
+from selfdistill.methods.sequences import RowCompletions
+from selfdistill.models import LoadedModel
+from selfdistill.processes import is_first, largest, wait
+from selfdistill.run import Run, Stage
+from selfdistill.settings_files import dump_yaml
+from selfdistill.token_views import token_views
+from selfdistill.tracking import MetricsFile, Reporter, StepsFile, Tracker, read_lines, say
+
+OnStep = Callable[[int, LoadedModel], object]
+
+
+class Loop:
+    """The steps of a run from ``position`` on, with the files that they write into ``output_dir``."""
+
+    def __init__(self, run: Run, output_dir: Path, position: Position) -> None:
+        config, step = run.config, position.step
+        assert config.max_steps is not None
+        self._run, self._output_dir, self._position, self._max_steps = run, output_dir, position, config.max_steps
+        self._metrics = MetricsFile(output_dir / "metrics.jsonl", step)
+        self._reporter = Reporter("step", config.max_steps, start=step, every=config.logging_steps)
+        self._tracker = Tracker(run.accelerator, config, output_dir, step)
+        self._watch = _Watch(run, output_dir, step, self._tracker)
+        self._guard = CollapseGuard([_demonstrated(stage) for stage in run.stages])
+        for line in read_lines(output_dir / "metrics.jsonl"):
+            self._signs(line)
+
+    def go_on(self, on_step: OnStep | None) -> None:
+        """Do all steps that are left; ``on_step`` is that of :func:`selfdistill.train.train`.
+
+        Raises:
+            RunStopped: a signal came; everything is saved.
+            RunFailed: too many steps in a row were left out.
+            RunCollapsed: with ``stop_on_collapse``; the model is that of the last measurement before.
+        """
+        start = self._position.step
+        with self._watch, self._metrics, self._tracker, self._reporter, StopRequests() as stop:
+            # What a run that was stopped there had no time for.
+            self._watch.look(start, last=start == self._max_steps)
+            if on_step and start == 0:
+                on_step(0, self._run.loaded)
+            for step in range(start + 1, self._max_steps + 1):
+                self._step(step)
+                enough = on_step is not None and on_step(step, self._run.loaded) is True
+                last = enough or step == self._max_steps
+                self._measure(step, last=last)
+                every = self._run.config.save_steps
+                received = largest(stop.received or 0, self._run.accelerator.device)  # any process may have got it
+                if received or (every and (last or step % every == 0)) or self._is_spared(step):
+                    self._save()
+                if received and not last:
+                    raise RunStopped(
+                        f"{self._output_dir}: stopped after step {step} of {self._max_steps}, all saved; continue with "
+                        "--resume",
+                        received,
+                    )
+                if enough:
+                    break
+
+    def _step(self, step: int) -> None:
+        """Step number ``step``, from 1."""
+        metrics = self._run.step(step - 1)
+        position = self._position
+        self._position = position = replace(
+            position,
+            step=step,
+            tokens=position.tokens + int(metrics["tokens"]),
+            skipped=position.skipped + 1 if "skipped" in metrics else 0,
+        )
+        metrics["tokens"] = position.tokens
+        self._metrics.write(metrics)
+        self._tracker.write(metrics)
+        self._reporter.advance(step, _note(metrics))
+        if "skipped" in metrics:
+            say(f"note: step {step} was left out: {_left_out(metrics)}")
+        if position.skipped >= self._run.config.max_skipped_steps:
+            self._save()
+            raise RunFailed(
+                f"{self._output_dir}: {position.skipped} steps in a row were left out; of the last, step {step}, "
+                f"{_left_out(metrics)}; the weights are as they were before them. Lower --learning_rate, look at these "
+                "rows, or see metrics.jsonl for where it began"
+            )
+        signs = self._signs(metrics)
+        for sign in signs:
+            say(f"note: step {step}: the run may be falling apart: {sign}")
+        if signs and self._run.config.stop_on_collapse:
+            self._return(step, signs[0])
+
+    def _signs(self, metrics: dict[str, Any]) -> list[str]:
+        number, stage = self._run.stage_of(metrics["step"] - 1)
+        return self._guard.look(metrics, stage=number, sampled=not isinstance(stage.method.sequence, RowCompletions))
+
+    def _measure(self, step: int, *, last: bool) -> None:
+        try:
+            self._watch.look(step, last=last)
+        except Exception:  # a judge that does not answer, memory: nothing of the training must be lost by it
+            self._save()
+            raise
+
+    def _save(self) -> None:
+        for file in (self._metrics, *self._watch.files):
+            file.sync()
+        run, config = self._run, self._run.config
+        if is_first():
+            spared = [step for step in self._watch.measured if self._is_spared(step)]
+            save_checkpoint(
+                self._output_dir,
+                self._position,
+                dump_yaml(config),
+                run.loaded.model,
+                run.optimizer,
+                run.teacher,
+                keep=config.save_total_limit,
+                spared=spared,
+            )
+        wait()
+
+    def _is_spared(self, step: int) -> bool:
+        """Whether the model of a measured step is one that a run which falls apart could return to."""
+        steps = self._watch.measured
+        older = [other for other in steps if other <= self._position.step - WINDOW]
+        return self._run.config.stop_on_collapse and step in steps and step > 0 and step >= max(older, default=0)
+
+    def _return(self, step: int, sign: str) -> None:
+        """Put the model back to the last measurement before the run fell apart."""
+        run, begun = self._run, f"{self._output_dir}: stopped after step {step}: {sign}"
+        before = [s for s in self._watch.measured if s <= step - WINDOW]
+        saved = [path for s in sorted(before) for path in [checkpoint_at(self._output_dir, s)] if path.is_dir()]
+        if not saved:
+            raise RunFailed(f"{begun}; it began before the first measurement, so no model is written. {_ADVICE}")
+        load_checkpoint(saved[-1], run.loaded.model, run.optimizer, run.teacher)
+        step = int(saved[-1].name[-8:])
+        raise RunCollapsed(f"{begun}; final is the model of step {step}, measured before it began. {_ADVICE}")
+
+
+_ADVICE = "Lower --learning_rate, take a frozen or slower teacher, or see metrics.jsonl for where it began"
+
+
+def _demonstrated(stage: Stage) -> float | None:
+    lengths = [len(row.completion_ids) for row in stage.rows if row.demonstration.completion]
+    return mean(lengths) if lengths else None
+
+
+class _Watch:
+    """What is measured beside training: ``evaluations.jsonl`` and ``token_views.jsonl``."""
+
+    def __init__(self, run: Run, output_dir: Path, start: int, tracker: Tracker) -> None:
+        self._run, self._metrics, self._tracker = run, output_dir / "metrics.jsonl", tracker
+        start = start or -1  # what was written before the first step is written anew, too
+        self._evaluations = StepsFile(output_dir / "evaluations.jsonl", start) if run.examiner else None
+        views = run.config.view_rows and run.teacher
+        self._views = StepsFile(output_dir / "token_views.jsonl", start) if views else None
+        self.files = [file for file in (self._evaluations, self._views) if file is not None]
+
+    @property
+    def measured(self) -> set[int]:
+        """Steps after which the model was measured."""
+        return self._evaluations.steps if self._evaluations else set()
+
+    def look(self, step: int, *, last: bool) -> None:
+        """After optimizer step ``step``; 0: before the first."""
+        run, config = self._run, self._run.config
+        ends = last or step == 0
+        if self._views and ends and step not in self._views.steps:
+            for view in token_views(run):
+                self._views.write({"step": step, **view})
+        due = ends or (config.eval_steps and step % config.eval_steps == 0)
+        if self._evaluations and run.examiner and due and step not in self._evaluations.steps:
+            found = run.examiner.measure(run.loaded) if step else run.examiner.base
+            self._evaluations.write({"step": step, **found, "seconds": self._seconds() if step else 0.0})
+            scores = {f"eval/{key}": found[key] for key in ("accuracy", "prior_accuracy", "kl_base") if key in found}
+            self._tracker.write({"step": step, **scores})
+            say(f"step {step}: {summary(found)}")
+
+    def _seconds(self) -> float:
+        """Spent on training steps, measurements aside."""
+        return sum(line["time/step_s"] - line["time/drift_s"] for line in read_lines(self._metrics))
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files:
+            file.__exit__()
+
+
+def _left_out(metrics: dict[str, Any]) -> str:
+    rows = metrics["skipped"]["rows"]
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"{metrics['skipped']['why']} ({', '.join(rows[:5])}{more})"
+
+
+def _note(metrics: dict[str, Any]) -> str:
+    parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    if "kl/forward" in metrics:
+        parts.append(f"KL {metrics['kl/forward']:.3f}")
+    if "drift/student" in metrics:
+        parts.append(f"drift {metrics['drift/student']:.3f}")
+    parts.append(f"{metrics['completion/length']:.0f} tokens, {metrics['completion/truncated']:.0%} cut")
+    parts.append(f"{metrics['time/step_s']:.1f} s/step")
+    return "  ".join(parts)

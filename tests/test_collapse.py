@@ -1,0 +1,156 @@
+"""The collapse guard: silent while a run learns, and back to the last measurement where one falls apart."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import final_weights, metrics_of
+from safetensors.torch import load_file
+
+from selfdistill.checkpoint import list_checkpoints
+from selfdistill.collapse import WINDOW, CollapseGuard
+from selfdistill.config import TrainConfig
+from selfdistill.errors import UserError
+from selfdistill.guards import RunCollapsed, RunFailed
+from selfdistill.train import train
+
+HEALTHY = {"completion/truncated": 0.4, "completion/length": 20.0, "entropy": 2.0, "kl/forward": 0.6}
+
+
+def seen(guard: CollapseGuard, values: dict[str, float], *, sampled: bool = True) -> list[str]:
+    """What is said in the first steps of a healthy run and in as many with these values."""
+    said = []
+    for step in range(4 * WINDOW):
+        line = {"step": step + 1} | HEALTHY | (values if step >= 2 * WINDOW else {})
+        said += guard.look(line, stage=0, sampled=sampled)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("values", "sign"),
+    [
+        ({"drift/student": 3.1}, "the student is 3.1 nats per token from where it began"),
+        ({"drift/teacher": 3.1}, "the teacher is 3.1 nats per token from where it began"),
+        ({"completion/truncated": 1.0}, "100% of the replies reach the length limit, at the start 40%"),
+        ({"completion/length": 1.0}, "replies have 1.0 tokens, demonstrations 14.0"),
+        ({"entropy": 9.0}, "the entropy is 4.8 nats per token, at the start 2.0"),
+        ({"kl/forward": 5.0}, "the student is 1.5 nats per token from its teacher, at the start 0.6"),
+    ],
+)
+def test_each_sign_is_said_once_with_its_numbers(values: dict[str, float], sign: str) -> None:
+    assert seen(CollapseGuard([14.0]), values) == [sign]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"drift/student": 2.0, "drift/teacher": 2.0},
+        {"completion/truncated": 0.0, "completion/length": 4.0},
+        {"entropy": 0.01, "kl/forward": 0.01},
+        {"entropy": 3.9},
+    ],
+)
+def test_what_learning_looks_like_is_no_sign(values: dict[str, float]) -> None:
+    assert seen(CollapseGuard([14.0]), values) == []
+
+
+def test_completions_that_are_not_sampled_tell_nothing() -> None:
+    values = {"completion/truncated": 1.0, "completion/length": 1.0, "entropy": 9.0}
+    assert seen(CollapseGuard([14.0]), values, sampled=False) == []
+    assert len(seen(CollapseGuard([None]), values)) == 1  # without demonstrations only the entropy tells
+
+
+def test_a_stage_is_compared_with_its_own_beginning() -> None:
+    guard = CollapseGuard([14.0, 14.0])
+    seen(guard, {})
+    for step in range(4 * WINDOW):
+        line = {"step": step + 1} | HEALTHY | {"completion/truncated": 1.0}
+        assert guard.look(line, stage=1, sampled=True) == []
+
+
+@pytest.fixture
+def falling_apart(settings: Callable[..., TrainConfig], write_rows: Callable[..., Path]) -> Callable[..., TrainConfig]:
+    """A live teacher and a rate far too high: what the student becomes, its teacher becomes, too."""
+    test = str(write_rows(count=4, name="test.jsonl"))
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        common: dict[str, Any] = {
+            "teacher": "live",
+            "learning_rate": 0.02,
+            "max_steps": 40,
+            "batch_size": 4,
+            "lr_scheduler_type": "constant",
+            "drift_steps": 5,
+            "test": test,
+            "eval_steps": 3,
+        }
+        return settings(out, **common | values)
+
+    return make
+
+
+def test_a_run_that_falls_apart_is_warned_of_and_stopped_at_the_last_measurement(
+    falling_apart: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = falling_apart(stop_on_collapse=True)
+    with pytest.raises(RunCollapsed) as error:
+        train(config)
+    assert error.value.exit_code == 3
+    found = re.fullmatch(
+        rf"{re.escape(config.output_dir)}: stopped after step (\d+): (.+); final is the model of step (\d+), measured "
+        r"before it began\. Lower --learning_rate, take a frozen or slower teacher, or see metrics.jsonl for where it "
+        "began",
+        str(error.value),
+    )
+    assert found is not None, str(error.value)
+    stopped, sign, kept = int(found[1]), found[2], int(found[3])
+    assert f"note: step {stopped}: the run may be falling apart: {sign}\n" in capsys.readouterr().err
+    assert [line["step"] for line in metrics_of(config)][-1] == stopped < 40
+    assert kept % 3 == 0
+    assert stopped - WINDOW - 3 < kept <= stopped - WINDOW
+    saved = load_file(Path(config.output_dir) / f"checkpoint-{kept:08d}" / "weights.safetensors")
+    final = final_weights(config)
+    assert all(torch.equal(saved[name], final[name]) for name in saved)
+    assert kept in [json.loads(line)["step"] for line in (Path(config.output_dir) / "evaluations.jsonl").open()]
+
+    only_warned = falling_apart("warned")
+    train(only_warned)
+    assert f"note: step {stopped}: the run may be falling apart: {sign}\n" in capsys.readouterr().err
+    assert list_checkpoints(Path(only_warned.output_dir)) == []
+
+
+def test_a_run_that_falls_apart_before_it_was_measured_leaves_no_model(
+    falling_apart: Callable[..., TrainConfig],
+) -> None:
+    config = falling_apart(eval_steps=39, stop_on_collapse=True)
+    with pytest.raises(RunFailed, match="it began before the first measurement, so no model is written"):
+        train(config)
+    assert not (Path(config.output_dir) / "final").exists()
+
+
+def test_the_guard_of_a_resumed_run_remembers_what_it_said(
+    falling_apart: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(falling_apart(save_steps=20))
+    assert "the run may be falling apart" in capsys.readouterr().err
+    train(falling_apart(save_steps=20, max_steps=41), resume=True)
+    assert "falling apart" not in capsys.readouterr().err
+
+
+def test_going_back_needs_measurements(settings: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(UserError, match="'stop_on_collapse' goes back to a measurement: give test and eval_steps, too"):
+        settings(stop_on_collapse=True)
+
+
+def test_measured_checkpoints_that_may_be_needed_stay(falling_apart: Callable[..., TrainConfig]) -> None:
+    config = falling_apart(learning_rate=1e-5, max_steps=17, stop_on_collapse=True, save_steps=1)
+    train(config)
+    steps = [int(path.name[-8:]) for path in list_checkpoints(Path(config.output_dir))]
+    assert steps == [12, 15, 16, 17]  # 12 is the newest that was measured at least five steps ago
