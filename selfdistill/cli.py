@@ -62,15 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message = f"{error.filename or 'disk'}: {error.strerror}; free some space or choose another place"
     except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
-        if launched() > 1 and re.search("gloo|nccl|closed by peer|reset by peer", str(error), re.IGNORECASE):
-            message = "another process of this run has ended; what was saved is whole, continue with --resume"
-            exit_code = 3
-        elif not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+        what = _of_the_machine(error)
+        if what is None:
             raise
-        else:
-            message = (
-                "out of memory: lower --max_completion_length or --batch_size, or raise --gradient_accumulation_steps"
-            )
+        message, exit_code = what
     print(f"selfdistill: {kind}{' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return exit_code
 
@@ -91,8 +86,8 @@ def _of_the_machine(error: Exception) -> tuple[str, int] | None:
     if launched() > 1 and re.search("gloo|nccl|closed by peer|reset by peer", text, re.IGNORECASE):
         return "another process of this run has ended; what was saved is whole, continue with --resume", 3
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
-        advice = "lower --max_completion_length or --batch_size, or raise --gradient_accumulation_steps"
-        return f"out of memory: {advice}", 2
+        advice = "raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length"
+        return f"out of memory: {advice}; checkpoints are whole", 2
     return None
 
 

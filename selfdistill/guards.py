@@ -1,4 +1,4 @@
-"""Guards: signals that ask a run to stop, runs that fail, disk space."""
+"""Guards: signals that ask a run to stop, runs that fail, disk space, memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import signal
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
+import torch
 
 from selfdistill.errors import UserError
 
@@ -64,6 +67,39 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on a device; None where it does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    free = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdecimal():
+        free = min(free, int(most) - int(used.read_text()))
+    return free
+
+
+def check_memory(needed: int, device: torch.device) -> str:
+    """Refuse to start what cannot fit into memory; returns a line for the start of a run.
+
+    ``needed`` is what is surely still to come: gradients and the optimizer's moments. Activations come on top.
+
+    Raises:
+        UserError: with both sizes.
+    """
+    free = free_memory(device)
+    sizes = f"{needed / 2**30:.2f} GiB for gradients and moments, and activations"
+    if free is None:
+        return f"memory to come: {sizes}"
+    if free < needed:
+        raise UserError(
+            f"{free / 2**30:.1f} GiB of memory are free on {device}, training needs {sizes}, beside the weights that "
+            "are loaded: free some, or train an adapter (--lora_rank 16)"
+        )
+    return f"memory to come: {sizes}; {free / 2**30:.1f} GiB are free"
 
 
 def check_disk(path: Path, needed: int) -> None:

@@ -15,6 +15,8 @@ SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
 MAY_CHANGE = (
     "max_steps",
     "torch_compile",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
     "eval_steps",
     "drift_steps",
     "save_steps",

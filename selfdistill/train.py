@@ -19,7 +19,7 @@ from selfdistill.disk import remove_folder, remove_leftovers, write_whole
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
 from selfdistill.export import whole_folder, write_model
-from selfdistill.guards import RunCollapsed, check_disk
+from selfdistill.guards import RunCollapsed, check_disk, check_memory
 from selfdistill.loop import Loop, OnStep
 from selfdistill.processes import is_first, wait
 from selfdistill.run import Run
@@ -95,6 +95,7 @@ def train(
     kept = config.save_total_limit + 1 if config.save_steps else 0
     one = checkpoint_bytes(run.loaded.model, run.teacher)
     check_disk(output_dir, size + kept * one)
+    memory = check_memory(3 * sum(p.numel() * p.element_size() for p in run.parameters), run.loaded.device)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if is_first():
@@ -114,7 +115,7 @@ def train(
                 "changed; put them back, or start another run"
             )
         position = saved
-    for line in run.describe():
+    for line in (*run.describe(), memory):
         say(line)
     if kept:
         sizes = f"{one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"

@@ -655,12 +655,14 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (
         no_memory,
         "",
-        "out of memory: lower --max_completion_length or --batch_size, or raise --gradient_accumulation_steps",
+        "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
+        "checkpoints are whole",
     ),
     (
         no_host_memory,
         "",
-        "out of memory: lower --max_completion_length or --batch_size, or raise --gradient_accumulation_steps",
+        "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
+        "checkpoints are whole",
     ),
 ]
 

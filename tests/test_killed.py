@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -13,13 +14,21 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
+import torch
 from children import Child
 from conftest import assert_same_run
 from stress import Tally
 
-from selfdistill import checkpoint
+from selfdistill import checkpoint, guards
+from selfdistill.checkpoint import list_checkpoints
+from selfdistill.cli import main
 from selfdistill.config import TrainConfig
+from selfdistill.errors import UserError
+from selfdistill.run import Run
+from selfdistill.settings_files import dump_yaml
 from selfdistill.tracking import StepsFile
 from selfdistill.train import train
 
@@ -162,4 +171,142 @@ def test_killed_at_every_operation_on_a_file(make: Make, tmp_path: Path, variant
         code = Child(lambda: train(cut, resume=True), log).wait()  # noqa: B023
         tally.count(code == 0 and the_same(whole, cut), f"operation {at}")
     assert tally.tried * every > 60
+    tally.finish()
+
+
+# --- asked to stop, and machines that give out ---
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_saves_and_a_second_one_leaves_at_once(
+    make: Make, tmp_path: Path, number: int, code: int, signals: int
+) -> None:
+    whole, stopped = make("full, frozen teacher", "whole"), make("full, frozen teacher", "stopped")
+    train(whole)
+    file, log = tmp_path / "settings.yaml", tmp_path / "log"
+    file.write_text(dump_yaml(stopped), encoding="utf-8")
+
+    def slow() -> int:
+        step = Run.step
+
+        def steps(run: Run, at: int) -> dict[str, Any]:
+            if at == 3:  # where the signals arrive
+                for _ in range(signals):
+                    os.kill(os.getpid(), number)
+            return step(run, at)
+
+        Run.step = steps  # type: ignore[method-assign]
+        return main(["train", "--config", str(file)])
+
+    assert Child(slow, log).wait() == (code if signals == 1 else 130)
+    last = log.read_text().splitlines()[-1]
+    steps = [int(path.name[-8:]) for path in list_checkpoints(Path(stopped.output_dir))]
+    if signals == 1:
+        assert (
+            last == f"selfdistill: {stopped.output_dir}: stopped after step 4 of 8, all saved; continue with --resume"
+        )
+        assert steps == [3, 4]
+    else:
+        assert last == "selfdistill: interrupted"
+        assert steps == [3]
+    train(stopped, resume=True)
+    assert the_same(whole, stopped)
+
+
+def test_a_full_disk_is_one_line_and_loses_no_checkpoint(make: Make, tmp_path: Path) -> None:
+    """The kernel's own refusal: no file may be larger than half of a checkpoint's weights."""
+    whole, full = make("full, EMA teacher, evaluated", "whole"), make("full, EMA teacher, evaluated", "full")
+    train(whole)
+    size = (list_checkpoints(Path(whole.output_dir))[0] / "weights.safetensors").stat().st_size
+    file, log = tmp_path / "settings.yaml", tmp_path / "log"
+    file.write_text(dump_yaml(full), encoding="utf-8")
+
+    def filling_up() -> int:
+        step = Run.step
+
+        def steps(run: Run, at: int) -> dict[str, Any]:
+            if at == 4:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+            return step(run, at)
+
+        Run.step = steps  # type: ignore[method-assign]
+        return main(["train", "--config", str(file)])
+
+    assert Child(filling_up, log).wait() == 2
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith(f"selfdistill: error: {full.output_dir}/checkpoint-00000006: cannot write the checkpoint (")
+    assert "earlier checkpoints are whole. Free disk space, then continue with --resume" in last
+    assert [int(path.name[-8:]) for path in list_checkpoints(Path(full.output_dir))] == [3]
+    train(full, resume=True)
+    assert the_same(whole, full)
+
+
+def test_no_memory_is_one_line_and_loses_no_checkpoint(make: Make, tmp_path: Path) -> None:
+    whole, poor = make("full, frozen teacher", "whole"), make("full, frozen teacher", "poor")
+    train(whole)
+    file, log = tmp_path / "settings.yaml", tmp_path / "log"
+    file.write_text(dump_yaml(poor), encoding="utf-8")
+
+    def starving() -> int:
+        step = Run.step
+
+        def steps(run: Run, at: int) -> dict[str, Any]:
+            if at == 4:
+                used = psutil.Process().memory_info().vms
+                resource.setrlimit(resource.RLIMIT_AS, (used, used))
+                torch.empty(1 << 30)
+            return step(run, at)
+
+        Run.step = steps  # type: ignore[method-assign]
+        return main(["train", "--config", str(file)])
+
+    assert Child(starving, log).wait() == 2
+    assert log.read_text().splitlines()[-1] == (
+        "selfdistill: error: out of memory: raise --gradient_accumulation_steps (also with --resume), or lower "
+        "--max_completion_length; checkpoints are whole"
+    )
+    assert [int(path.name[-8:]) for path in list_checkpoints(Path(poor.output_dir))] == [3]
+    train(poor, resume=True)
+    assert the_same(whole, poor)
+
+
+def test_what_cannot_fit_is_refused_before_the_first_step(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make("full, frozen teacher", "run")
+    monkeypatch.setattr(guards, "free_memory", lambda _: 1000)
+    with pytest.raises(UserError, match=r"^0\.0 GiB of memory are free on cpu, training needs 0\.00 GiB for"):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+# --- the same everywhere, and for long ---
+
+
+def test_the_same_seed_gives_the_same_bits_in_another_process(make: Make, tmp_path: Path) -> None:
+    here, there = make("LoRA, EMA teacher", "here"), make("LoRA, EMA teacher", "there")
+    train(here)
+    assert Child(lambda: train(there), tmp_path / "log").wait() == 0
+    assert the_same(here, there)
+
+
+@pytest.mark.parametrize("steps", [150, pytest.param(2000, marks=pytest.mark.stress)])
+def test_a_long_run_takes_no_more_memory_files_or_time(settings: Make, steps: int) -> None:
+    process, seen = psutil.Process(), []
+
+    def look(step: int, _loaded: Any) -> None:
+        if step and step % (steps // 50) == 0:
+            seen.append((step, process.memory_info().rss, process.num_fds(), time.perf_counter()))
+
+    test = {"save_steps": steps // 10, "eval_steps": 0, "drift_steps": 10, "logging_steps": steps}
+    train(settings(max_steps=steps, **test), on_step=look)
+    half = seen[len(seen) // 2 :] if steps < 1000 else seen[5:]  # what is kept for speed has been filled by then
+    at, rss, files, clock = (np.array(column, dtype=float) for column in zip(*half, strict=True))
+    slope = np.polyfit(at, rss, 1)[0] * 100 / 2**20
+    assert slope < 1, f"{slope:.2f} MiB per 100 steps"
+    assert files.max() == files.min()
+    took = np.diff(clock)
+    first, last = np.median(took[: len(took) // 3]), np.median(took[-(len(took) // 3) :])
+    tally = Tally(f"flat over {steps} steps: {slope:+.2f} MiB per 100 steps, step time x {last / first:.2f}")
+    tally.count(steps < 1000 or last < 1.5 * first, f"{first:.4f} s, then {last:.4f} s")
     tally.finish()
