@@ -32,7 +32,7 @@ test-slow: $(STAMP) ## Run the tests that use the starter model or take long
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 
 stress: $(STAMP) ## Try very often to break it, and print how often that was (about half an hour)
-	HYPOTHESIS_PROFILE=stress $(BIN)/pytest -m stress $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=stress $(BIN)/pytest -m 'stress or property' $(PYTEST_ARGS)
 
 # In an environment of its own, for it brings packages that this project does not need.
 audit: $(STAMP) ## Look for known vulnerabilities of what is installed (asks the package index)

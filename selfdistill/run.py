@@ -35,7 +35,7 @@ from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.slots import Method
 from selfdistill.models import CompiledLayers, LoadedModel, add_lora, casts_kept, load_model, resolved_precision, unwrap
 from selfdistill.prefixes import KeptContexts
-from selfdistill.processes import PATIENCE
+from selfdistill.processes import PATIENCE, launched, several
 from selfdistill.schedule import batch_rows, learning_rate
 from selfdistill.scores import Scorer
 from selfdistill.teacher import Teacher
@@ -79,6 +79,11 @@ class Run:
             project_dir=config.output_dir,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
+        if launched() != self.accelerator.num_processes:
+            raise UserError(
+                f"{launched()} processes were started and accelerate joins {self.accelerator.num_processes}: on CPUs "
+                "set ACCELERATE_USE_CPU=true in the environment; on GPUs give each process its own"
+            )
         if demonstrations is None:
             demonstrations = load_demonstrations(config.data, split=config.split)
         if config.num_demonstrations is not None and config.num_demonstrations < len(demonstrations):
@@ -192,6 +197,8 @@ class Run:
                 lines.append(
                     f"what it reads is kept for later epochs, as much as fits in {config.teacher_cache_mib} MiB"
                 )
+        if several():
+            lines.append(f"{self.accelerator.num_processes} processes, each of which has its share of every batch")
         if unused := unused_settings(config):
             lines.append(f"note: {config.method} does not use {' and '.join(unused)}")
         if not self.scorer.fused:

@@ -58,6 +58,7 @@ def refused(error: UserError, *where: object) -> None:
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet"])
+@pytest.mark.property
 @given(data=st.binary(max_size=300))
 def test_any_bytes_are_rows_or_one_line(tmp_path_factory: pytest.TempPathFactory, kind: str, data: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / f"rows{kind}"
@@ -69,6 +70,7 @@ def test_any_bytes_are_rows_or_one_line(tmp_path_factory: pytest.TempPathFactory
             refused(error, file)
 
 
+@pytest.mark.property
 @given(rows=st.lists(ROW, min_size=1, max_size=4))
 def test_any_rows_are_read_as_they_stand_or_refused(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     file = tmp_path_factory.getbasetemp() / "rows.jsonl"
@@ -96,6 +98,7 @@ def test_any_rows_are_read_as_they_stand_or_refused(tmp_path_factory: pytest.Tem
             assert getattr(made, name) == row.get(name)
 
 
+@pytest.mark.property
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_prompts_or_documents_or_one_line(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -116,6 +119,7 @@ def test_any_bytes_are_prompts_or_documents_or_one_line(tmp_path_factory: pytest
 
 
 @pytest.mark.parametrize("kind", [TrainConfig, CompareConfig])
+@pytest.mark.property
 @given(data=st.binary(max_size=100) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_any_bytes_are_settings_or_one_line(
     tmp_path_factory: pytest.TempPathFactory, kind: type[Settings], data: bytes
@@ -128,6 +132,7 @@ def test_any_bytes_are_settings_or_one_line(
         refused(error)
 
 
+@pytest.mark.property
 @given(values=st.dictionaries(st.sampled_from(sorted(TrainConfig.model_fields)), JSON, max_size=6))
 def test_any_values_are_settings_that_read_back_or_one_line(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
@@ -145,6 +150,7 @@ def test_any_values_are_settings_that_read_back_or_one_line(
     assert TrainConfig(**config.model_dump()) == config
 
 
+@pytest.mark.property
 @given(spec=st.text(max_size=30) | st.from_regex(r"(turns|example|few_shot|document|template)(:[a-z]+=\w{0,4}){0,3}"))
 def test_any_text_is_a_context_or_one_line(spec: str) -> None:
     try:

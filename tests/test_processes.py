@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from children import Child, started_together
 from conftest import assert_same_run, final_weights, largest_difference, metrics_of
+from stress import Tally
 
 from selfdistill.checkpoint import list_checkpoints
 from selfdistill.cli import main
@@ -22,10 +27,14 @@ from selfdistill.train import train
 COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema_rate": 0.2, "drift_steps": 2}
 
 
+JOINED = "2 processes, each of which has its share of every batch\n"
+
+
 def train_together(config: TrainConfig, tmp_path: Path, **more: Any) -> None:
     children = started_together(lambda: train(config, **more), tmp_path / Path(config.output_dir).name)
     for child in children:
         assert child.wait() == 0, child.log.read_text()
+    assert JOINED in children[0].log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -141,3 +150,73 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path: Path, arguments: 
     child = Child(lambda: main(arguments), tmp_path / "log", {"WORLD_SIZE": "2", "RANK": "0"})
     assert child.wait() == 2
     assert child.log.read_text() == f"selfdistill: error: {message}\n"
+
+
+@pytest.mark.stress
+def test_accelerate_launch_with_two_processes(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tally = Tally("two processes by accelerate launch: weights of one; one killed ends the other; goes on")
+    one, two, cut = (settings(name, **COMMON) for name in ("one", "two", "cut"))
+    train(one)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "selfdistill", "train"]
+
+    def command(config: TrainConfig, *more: str) -> list[str]:
+        file = tmp_path / "settings.yaml"
+        file.write_text(dump_yaml(config), encoding="utf-8")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        return [*launch[:3], "--main_process_port", port, *launch[3:], "--config", str(file), *more]
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # its launcher has no option for several processes on CPUs
+    done = subprocess.run(command(two), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("final model") == 1
+    assert JOINED in done.stderr
+    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
+    assert metrics_of(one) == [pytest.approx(line, abs=1e-5) for line in metrics_of(two)]
+    longer = cut.model_copy(update={"max_steps": 400, "save_steps": 50, "lr_scheduler_type": "constant"})
+    launcher = subprocess.Popen(command(longer), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while len(list_checkpoints(Path(longer.output_dir))) < 2:
+        assert launcher.poll() is None, launcher.stderr.read() if launcher.stderr else ""
+        time.sleep(0.1)
+    below = psutil.Process(launcher.pid).children(recursive=True)
+    workers = sorted((child for child in below if "RANK" in child.environ()), key=lambda child: child.environ()["RANK"])
+    assert len(workers) == 2, [child.cmdline() for child in below]
+    began = time.monotonic()
+    workers[1].kill()
+    _, text = launcher.communicate(timeout=60)
+    assert launcher.returncode not in (0, None)
+    assert time.monotonic() - began < 60
+    assert not any(worker.is_running() for worker in workers)
+    assert "another process of this run has ended; what was saved is whole, continue with --resume" in text
+    steps = int(list_checkpoints(Path(longer.output_dir))[-1].name[-8:])
+    done = subprocess.run(
+        command(longer, "--resume", "--max_steps", str(steps + 2)), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"continuing after step {steps}\n" in done.stderr
+    tally.count(True, "")
+    tally.finish()
+
+
+def test_processes_that_are_not_joined_are_refused(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config, file = settings(), tmp_path / "settings.yaml"
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    child = Child(lambda: main(["train", "--config", str(file)]), tmp_path / "log", {"WORLD_SIZE": "2", "RANK": "0"})
+    assert child.wait() == 2
+    assert (
+        "2 processes were started and accelerate joins 1: on CPUs set ACCELERATE_USE_CPU=true" in child.log.read_text()
+    )
+    assert not Path(config.output_dir).exists()
