@@ -177,6 +177,30 @@ def test_killed_at_every_operation_on_a_file(make: Make, tmp_path: Path, variant
 # --- asked to stop, and machines that give out ---
 
 
+def trained_until(config: TrainConfig, tmp_path: Path, step: int, happens: Callable[[], object]) -> tuple[int, str]:
+    """Exit code and last line of a command in whose step number ``step`` (from 0) something happens."""
+    file, log = tmp_path / "settings.yaml", tmp_path / "log"
+    file.write_text(dump_yaml(config), encoding="utf-8")
+
+    def command() -> int:
+        whole = Run.step
+
+        def steps(run: Run, at: int) -> dict[str, Any]:
+            if at == step:
+                happens()
+            return whole(run, at)
+
+        Run.step = steps  # type: ignore[method-assign]
+        return main(["train", "--config", str(file)])
+
+    code = Child(command, log).wait()
+    return code, log.read_text().splitlines()[-1]
+
+
+def saved_steps(config: TrainConfig) -> list[int]:
+    return [int(path.name[-8:]) for path in list_checkpoints(Path(config.output_dir))]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_signal_saves_and_a_second_one_leaves_at_once(
@@ -184,32 +208,17 @@ def test_a_signal_saves_and_a_second_one_leaves_at_once(
 ) -> None:
     whole, stopped = make("full, frozen teacher", "whole"), make("full, frozen teacher", "stopped")
     train(whole)
-    file, log = tmp_path / "settings.yaml", tmp_path / "log"
-    file.write_text(dump_yaml(stopped), encoding="utf-8")
-
-    def slow() -> int:
-        step = Run.step
-
-        def steps(run: Run, at: int) -> dict[str, Any]:
-            if at == 3:  # where the signals arrive
-                for _ in range(signals):
-                    os.kill(os.getpid(), number)
-            return step(run, at)
-
-        Run.step = steps  # type: ignore[method-assign]
-        return main(["train", "--config", str(file)])
-
-    assert Child(slow, log).wait() == (code if signals == 1 else 130)
-    last = log.read_text().splitlines()[-1]
-    steps = [int(path.name[-8:]) for path in list_checkpoints(Path(stopped.output_dir))]
+    found, last = trained_until(stopped, tmp_path, 3, lambda: [os.kill(os.getpid(), number) for _ in range(signals)])
     if signals == 1:
-        assert (
-            last == f"selfdistill: {stopped.output_dir}: stopped after step 4 of 8, all saved; continue with --resume"
+        assert found == code
+        assert last == (
+            f"selfdistill: {stopped.output_dir}: stopped after step 4 of 8, all saved; continue with --resume"
         )
-        assert steps == [3, 4]
+        assert saved_steps(stopped) == [3, 4]
     else:
+        assert found == 130
         assert last == "selfdistill: interrupted"
-        assert steps == [3]
+        assert saved_steps(stopped) == [3]
     train(stopped, resume=True)
     assert the_same(whole, stopped)
 
@@ -219,26 +228,16 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(make: Make, tmp_path: P
     whole, full = make("full, EMA teacher, evaluated", "whole"), make("full, EMA teacher, evaluated", "full")
     train(whole)
     size = (list_checkpoints(Path(whole.output_dir))[0] / "weights.safetensors").stat().st_size
-    file, log = tmp_path / "settings.yaml", tmp_path / "log"
-    file.write_text(dump_yaml(full), encoding="utf-8")
 
-    def filling_up() -> int:
-        step = Run.step
+    def fill_up() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
-        def steps(run: Run, at: int) -> dict[str, Any]:
-            if at == 4:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-            return step(run, at)
-
-        Run.step = steps  # type: ignore[method-assign]
-        return main(["train", "--config", str(file)])
-
-    assert Child(filling_up, log).wait() == 2
-    last = log.read_text().splitlines()[-1]
+    code, last = trained_until(full, tmp_path, 4, fill_up)
+    assert code == 2
     assert last.startswith(f"selfdistill: error: {full.output_dir}/checkpoint-00000006: cannot write the checkpoint (")
     assert "earlier checkpoints are whole. Free disk space, then continue with --resume" in last
-    assert [int(path.name[-8:]) for path in list_checkpoints(Path(full.output_dir))] == [3]
+    assert saved_steps(full) == [3]
     train(full, resume=True)
     assert the_same(whole, full)
 
@@ -246,28 +245,19 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(make: Make, tmp_path: P
 def test_no_memory_is_one_line_and_loses_no_checkpoint(make: Make, tmp_path: Path) -> None:
     whole, poor = make("full, frozen teacher", "whole"), make("full, frozen teacher", "poor")
     train(whole)
-    file, log = tmp_path / "settings.yaml", tmp_path / "log"
-    file.write_text(dump_yaml(poor), encoding="utf-8")
 
-    def starving() -> int:
-        step = Run.step
+    def starve() -> None:
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used, used))
+        torch.empty(1 << 30)
 
-        def steps(run: Run, at: int) -> dict[str, Any]:
-            if at == 4:
-                used = psutil.Process().memory_info().vms
-                resource.setrlimit(resource.RLIMIT_AS, (used, used))
-                torch.empty(1 << 30)
-            return step(run, at)
-
-        Run.step = steps  # type: ignore[method-assign]
-        return main(["train", "--config", str(file)])
-
-    assert Child(starving, log).wait() == 2
-    assert log.read_text().splitlines()[-1] == (
+    code, last = trained_until(poor, tmp_path, 4, starve)
+    assert code == 2
+    assert last == (
         "selfdistill: error: out of memory: raise --gradient_accumulation_steps (also with --resume), or lower "
         "--max_completion_length; checkpoints are whole"
     )
-    assert [int(path.name[-8:]) for path in list_checkpoints(Path(poor.output_dir))] == [3]
+    assert saved_steps(poor) == [3]
     train(poor, resume=True)
     assert the_same(whole, poor)
 
