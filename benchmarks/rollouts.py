@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from measure import alternate
 
-from selfdistill.contexts import ChatFormat
+from selfdistill.chat_format import ChatFormat
 from selfdistill.demonstrations import load_demonstrations
 from selfdistill.distances import packaged
 from selfdistill.models import load_model

@@ -20,10 +20,10 @@ from typing import Any
 
 import yaml
 
+from selfdistill.chat_format import ChatFormat
 from selfdistill.check import check_run
 from selfdistill.command_config import LearnConfig
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import Demonstration, load_demonstrations, write_demonstrations
 from selfdistill.disk import write_json, write_whole
 from selfdistill.errors import UserError
@@ -124,8 +124,7 @@ def _absolute(model: str) -> str:
 
 
 def _loaded(model: str, dtype: str) -> LoadedModel:
-    loaded = load_model(model, dtype=dtype, merge_adapter=True)
-    to_best_device(loaded)
+    loaded = to_best_device(load_model(model, dtype=dtype, merge_adapter=True))
     return loaded
 
 

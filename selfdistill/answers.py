@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selfdistill.contexts import ChatFormat
+from selfdistill.chat_format import ChatFormat
 from selfdistill.demonstrations import SCORER_NAMES, Demonstration
 from selfdistill.errors import UserError
 from selfdistill.judge import Judge

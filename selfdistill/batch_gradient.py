@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from selfdistill.chat_format import ChatFormat
 from selfdistill.checkpoint import trained_parameters
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat
 from selfdistill.divergence import CrossEntropy
 from selfdistill.fused import Head, chunked_loss
 from selfdistill.methods.sequences import Completion

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from selfdistill.answers import Answers, answer, check_answers
+from selfdistill.chat_format import ChatFormat
 from selfdistill.check_result import UNLIKELY, CheckResult, Layout, print_result, verdict_on
 from selfdistill.command_config import CheckConfig
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat, Encoded, context_spec, encode, parse_context
+from selfdistill.contexts import Encoded, context_spec, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.distances import kl_along, load_like
 from selfdistill.divergence import CrossEntropy, Divergence
@@ -87,8 +88,7 @@ def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
     demonstrations = load_demonstrations(config.data, split=config.split)
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(d.document for d in demonstrations) else ())]
     contexts = [parse_context(spec) for spec in specs]
-    loaded = load_model(config.model, dtype=config.dtype, merge_adapter=True)
-    to_best_device(loaded)
+    loaded = to_best_device(load_model(config.model, dtype=config.dtype, merge_adapter=True))
     for note in loaded.notes:
         say(f"note: {note}")
     tuned = load_like(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None

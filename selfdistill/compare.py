@@ -19,11 +19,11 @@ from urllib.parse import quote
 from rich.markup import escape
 from rich.table import Table
 
+from selfdistill.chat_format import ChatFormat
 from selfdistill.check import best_context
 from selfdistill.checkpoint import list_checkpoints
 from selfdistill.comparison import Compared, assumption, mean_points, points_of, sentences, table
 from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings
-from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.disk import write_whole
 from selfdistill.errors import UserError
@@ -126,9 +126,7 @@ def _rag(examiner: Examiner, base: LoadedModel) -> dict[str, Any] | None:
 
 
 def _load(name: str, config: CompareConfig) -> LoadedModel:
-    loaded = load_model(name, dtype=config.dtype, merge_adapter=True)
-    to_best_device(loaded)
-    return loaded
+    return to_best_device(load_model(name, dtype=config.dtype, merge_adapter=True))
 
 
 def _write(folder: Path, result: dict[str, Any]) -> None:

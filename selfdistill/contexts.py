@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_type_hints
 
+from selfdistill.chat_format import ChatFormat
 from selfdistill.demonstrations import Demonstration, Message
 from selfdistill.errors import UserError
 
@@ -237,94 +238,6 @@ def context_spec(context: Context) -> str:
     values = {f.name: getattr(context, f.name) for f in fields(context) if f.init}  # type: ignore[arg-type]
     options = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
     return f"{context.name}:{','.join(options)}"
-
-
-_HIDDEN = "\U0010fffd"
-"""Stands around the number of a hidden name; a private character, which no text is likely to have beside a number."""
-
-
-class ChatFormat:
-    """Messages to token ids, by the tokenizer's chat template or, without one, by a plain-text layout.
-
-    Control tokens come from the template only: where a text contains the name of one, such as ``<|im_end|>``, it is
-    read as the characters that it is.
-
-    The plain-text layout of a conversation is ``<system text>``, ``User: <text>``, ``Assistant: <text>``, separated by
-    empty lines; a prompt ends with ``Assistant:`` and a completion starts with a space.
-    """
-
-    def __init__(self, tokenizer: Any, end_token_ids: Sequence[int], chat_template_kwargs: dict[str, Any]) -> None:
-        self.tokenizer = tokenizer
-        self.kwargs = chat_template_kwargs
-        names = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
-        ends = [str(tokenizer.convert_ids_to_tokens(token)) for token in end_token_ids]
-        self.end_names = [name for name in ends if name in names]
-        self.end_token_id = self._turn_end(end_token_ids)
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt as text, up to where the reply starts."""
-        if self.tokenizer.chat_template:
-            return self._by_template(messages, add_generation_prompt=True)
-        labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-        return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + "Assistant:"
-
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the prompt."""
-        hidden: list[str] = []
-
-        def hide(found: re.Match[str]) -> str:
-            hidden.append(found[0])
-            return f"{_HIDDEN}{len(hidden) - 1}{_HIDDEN}"
-
-        text = self.render([{**m, "content": self._control.sub(hide, m["content"])} for m in messages])
-        # A template writes its own special tokens; plain text gets the tokenizer's (a leading BOS, for some).
-        special = not self.tokenizer.chat_template
-        if not hidden:
-            return self._ids(text, special=special)
-        first, *others = re.split(f"{_HIDDEN}([0-9]+){_HIDDEN}", text)
-        ids = self._ids(first, special=special)
-        for number, after in zip(others[::2], others[1::2], strict=True):
-            ids += self.encode_text(hidden[int(number)]) + self._ids(after, special=False)
-        return ids
-
-    def encode_completion(self, text: str) -> list[int]:
-        """Token ids of a demonstrated reply with the token that ends an assistant turn. Ids are joined, never text."""
-        lead = "" if self.tokenizer.chat_template else " "
-        return [*self.encode_text(lead + text), self.end_token_id]
-
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text as it is, which has no control tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """A reply as text, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
-
-    def _by_template(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        if taken := sorted(options.keys() & self.kwargs.keys()):
-            raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is not for you to set: leave it out")
-        try:
-            return str(self.tokenizer.apply_chat_template(list(messages), **options, **self.kwargs))
-        except Exception as error:  # templates are programs: whatever they raise is about these messages
-            roles = ", ".join(m["role"] for m in messages)
-            raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from None
-
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def _turn_end(self, end_token_ids: Sequence[int]) -> int:
-        """The end token that the template itself writes after an assistant turn, else the first there is."""
-        if self.tokenizer.chat_template:
-            reply = "selfdistill"  # a word that no template writes by itself
-            probe = [_user("a"), _assistant(reply)]
-            text = self._by_template(probe, add_generation_prompt=False)
-            after = self._ids(text.rpartition(reply)[2] if reply in text else "", special=False)
-            for token in after:
-                if token in end_token_ids:
-                    return token
-        return end_token_ids[0]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any
 from rich.table import Table
 
 from selfdistill.answers import Answers, answer
+from selfdistill.chat_format import ChatFormat
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat, encode, parse_context
+from selfdistill.contexts import encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.disk import write_json
 from selfdistill.distances import Distance, general_prompts, packaged
@@ -146,8 +147,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
     """
     folder = _free_folder(output_dir)
     began = time.monotonic()
-    base = load_model(SHARED["model"])
-    to_best_device(base)
+    base = to_best_device(load_model(SHARED["model"]))
     panel = Panel(base)
     before = panel.measure("base", base)
     asked = panel.replies

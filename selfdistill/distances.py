@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdistill.contexts import ChatFormat
+from selfdistill.chat_format import ChatFormat
 from selfdistill.demonstrations import Demonstration, load_prompts
 from selfdistill.divergence import CrossEntropy, Divergence, forward_kl
 from selfdistill.errors import UserError
@@ -90,8 +90,7 @@ def load_like(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
     Raises:
         UserError: it cannot be loaded, or its vocabulary is another.
     """
-    loaded = load_model(name, dtype=dtype)
-    to_best_device(loaded)
+    loaded = to_best_device(load_model(name, dtype=dtype))
     # The width of the logits, which are what is compared: a tokenizer may have fewer entries, and padding differs.
     own, others = (model.config.get_text_config().vocab_size for model in (loaded.model, other.model))
     if own != others:

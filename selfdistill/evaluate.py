@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.answers import Answers, answer, check_answers
+from selfdistill.chat_format import ChatFormat
 from selfdistill.command_config import EvalConfig
 from selfdistill.config import ModelSettings
-from selfdistill.contexts import ChatFormat, Encoded, encode, parse_context
+from selfdistill.contexts import Encoded, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.distances import ANSWER_TOKENS, Between, between, general_prompts, load_like
 from selfdistill.errors import UserError
@@ -191,8 +192,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     demonstrations = load_demonstrations(config.data, completion_required=False, split=config.split)
     priors = load_prior(config.prior) if config.prior else {}
     judge = judge_of(config)
-    loaded = load_model(config.model, dtype=config.dtype)
-    to_best_device(loaded)
+    loaded = to_best_device(load_model(config.model, dtype=config.dtype))
     base = load_like(config.base, loaded, dtype=config.dtype) if config.base else None
     questions = Questions(loaded, demonstrations, priors, config, config.context)
     if base is not None:

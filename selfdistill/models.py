@@ -243,11 +243,12 @@ def _zero_dropout(holder: Any) -> None:
             setattr(holder, name, 0.0)
 
 
-def to_best_device(loaded: LoadedModel) -> None:
+def to_best_device(loaded: LoadedModel) -> LoadedModel:
     """Move the model to the device that accelerate would choose: a GPU where there is one."""
     from accelerate import PartialState
 
     loaded.model.to(PartialState().device)
+    return loaded
 
 
 def bfloat16_is_fast() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from selfdistill.answers import answer, check_answers
-from selfdistill.contexts import ChatFormat
+from selfdistill.chat_format import ChatFormat
 from selfdistill.demonstrations import Demonstration, load_demonstrations, not_object, text_of, wrong
 from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.answers import answer
+from selfdistill.chat_format import ChatFormat
 from selfdistill.command_config import QuestionsConfig
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat, Document
+from selfdistill.contexts import Document
 from selfdistill.demonstrations import Demonstration, Message, write_demonstrations
 from selfdistill.disk import end_last_line
 from selfdistill.documents import Passage, load_passages, sentences
@@ -182,8 +183,7 @@ class _Maker:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rejected: Counter[str] = Counter()
         self._config, self._texts = config, set[str]()
-        self._loaded = load_model(config.model, merge_adapter=True)
-        to_best_device(self._loaded)
+        self._loaded = to_best_device(load_model(config.model, merge_adapter=True))
         self._chat = ChatFormat(self._loaded.tokenizer, self._loaded.end_token_ids, config.chat_template_kwargs)
         self._endpoint: Endpoint | None = None
         if config.writer_url and config.writer_model:

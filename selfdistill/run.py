@@ -23,9 +23,10 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from selfdistill.answers import check_answers
 from selfdistill.batch_gradient import BatchGradient
+from selfdistill.chat_format import ChatFormat
 from selfdistill.checkpoint import trained_parameters
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat, Encoded
+from selfdistill.contexts import Encoded
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.distances import Drift, load_like
 from selfdistill.divergence import Divergence

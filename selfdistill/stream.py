@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from selfdistill.chat_format import ChatFormat
 from selfdistill.command_config import LearnConfig
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat, Encoded, encode
+from selfdistill.contexts import Encoded, encode
 from selfdistill.demonstrations import Demonstration, load_demonstrations, write_demonstrations
 from selfdistill.disk import sync
 from selfdistill.distances import mean_loss
@@ -84,8 +85,7 @@ def _chunk(
     buffer: Sequence[Demonstration],
 ) -> dict[str, Any]:
     """Test the model on the rows of a chunk that fit, then teach it."""
-    loaded = load_model(model, dtype=config.dtype, merge_adapter=True)
-    to_best_device(loaded)
+    loaded = to_best_device(load_model(model, dtype=config.dtype, merge_adapter=True))
     chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
     fitting = [row.demonstration for row in _fitting(loaded, chat, chunk, config, config.on_long_prompt)]
     if not fitting:

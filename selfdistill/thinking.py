@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdistill.contexts import ChatFormat
+from selfdistill.chat_format import ChatFormat
 
 THINKING = ("<think>", "</think>")
 """Between these a reasoning model thinks; a prompt that ends in the first leaves only the second to the reply."""

@@ -22,8 +22,7 @@ from selfdistill.models import load_model, to_best_device
 def main(folder: str, method: str, overrides: str, evaluations: list[int]) -> None:
     settings = {**(demo.SDFT if method == "sdft" else demo.SFT), **json.loads(overrides)}
     settings["data"] = packaged("knowledge.train.jsonl")
-    base = load_model(demo.SHARED["model"])
-    to_best_device(base)
+    base = to_best_device(load_model(demo.SHARED["model"]))
     panel = demo.Panel(base, part="validation")
     panel.measure("base", base)
     if method == "sdft":

@@ -12,11 +12,12 @@ import torch
 
 from selfdistill import check as module
 from selfdistill.answers import answer
+from selfdistill.chat_format import ChatFormat
 from selfdistill.check import best_context, check
 from selfdistill.check_result import UNLIKELY, Layout, verdict_on
 from selfdistill.command_config import CheckConfig
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat, parse_context
+from selfdistill.contexts import parse_context
 from selfdistill.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from selfdistill import contexts as module
+from selfdistill.chat_format import ChatFormat
 from selfdistill.contexts import (
-    ChatFormat,
     Context,
     Document,
     Example,

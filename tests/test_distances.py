@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from selfdistill.contexts import ChatFormat
+from selfdistill.chat_format import ChatFormat
 from selfdistill.distances import between, general_prompts, kl_along
 from selfdistill.models import LoadedModel
 from selfdistill.rollouts import Sampling, sample

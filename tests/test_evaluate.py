@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill import answers as answers_module
 from selfdistill.answers import answer
+from selfdistill.chat_format import ChatFormat
 from selfdistill.command_config import EvalConfig
-from selfdistill.contexts import ChatFormat
 from selfdistill.demonstrations import load_demonstrations
 from selfdistill.distances import Distance, general_prompts, packaged
 from selfdistill.errors import UserError

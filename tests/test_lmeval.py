@@ -15,8 +15,8 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
+from selfdistill.chat_format import ChatFormat
 from selfdistill.command_config import EvalConfig
-from selfdistill.contexts import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.lmeval import TaskResult, lm_eval_abilities
 from selfdistill.models import LoadedModel, load_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from selfdistill import priors as module
-from selfdistill.contexts import ChatFormat
+from selfdistill.chat_format import ChatFormat
 from selfdistill.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel

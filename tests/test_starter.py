@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from selfdistill.chat_format import ChatFormat
 from selfdistill.cli import main
-from selfdistill.contexts import ChatFormat
 from selfdistill.models import load_model, starter_model_path
 from selfdistill.rollouts import Sampling, sample
 

@@ -36,9 +36,9 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from selfdistill import checkpoint as checkpoint_module
 from selfdistill.answers import answer
 from selfdistill.batch_gradient import BatchGradient
+from selfdistill.chat_format import ChatFormat
 from selfdistill.checkpoint import list_checkpoints, newest_whole
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.guards import RunFailed, RunStopped
 from selfdistill.methods.slots import Completion

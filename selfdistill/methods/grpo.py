@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from selfdistill.chat_format import ChatFormat
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat
 from selfdistill.divergence import CrossEntropy
 from selfdistill.errors import UserError
 from selfdistill.methods.rows import DemonstrationRows

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from selfdistill.chat_format import ChatFormat
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat, Encoded, encode, parse_context
+from selfdistill.contexts import Encoded, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_prompts
 from selfdistill.distances import packaged
 from selfdistill.errors import UserError

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from selfdistill.contexts import ChatFormat, Encoded
+from selfdistill.chat_format import ChatFormat
+from selfdistill.contexts import Encoded
 from selfdistill.disk import write_whole
 from selfdistill.models import LoadedModel
 from selfdistill.rollouts import Sampling, sample, sample_seed

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from selfdistill.chat_format import ChatFormat
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import ChatFormat
 from selfdistill.divergence import CrossEntropy, Divergence, Target
 from selfdistill.fused import Weighting
 from selfdistill.methods.rows import RowSource
