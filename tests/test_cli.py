@@ -982,7 +982,7 @@ def test_process_prints_one_line_and_exits_with_2(here: Path) -> None:
 def test_process_trains_without_noise(here: Path) -> None:
     done = run(*shlex.split(SFT))
     assert (done.returncode, done.stdout) == (0, f"final model: {Path('run/final')}\n")
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["sft", "model:", "step", "writing"]
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["sft", "model:", "memory", "step", "writing"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
