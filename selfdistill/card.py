@@ -67,15 +67,18 @@ folder of another machine, put the right one there. `selfdistill export --merge 
 """
 
 
-def model_card(config: TrainConfig, run: Path, *, demonstrations: int, fingerprint: str, adapter: bool) -> str:
+def model_card(
+    config: TrainConfig, run: Path, step: int, *, demonstrations: int, fingerprint: str, adapter: bool
+) -> str:
     """The card of a run's final model: YAML front matter, then Markdown.
 
-    Results are the last line of ``evaluations.jsonl`` beside that of step 0 (the base); where there is no such file,
-    the last line of ``metrics.jsonl``.
+    Results are the last line of ``evaluations.jsonl`` up to ``step`` beside that of step 0 (the base); where there is
+    no such file, that of ``metrics.jsonl``.
 
     Args:
         config: the run's resolved settings.
         run: its folder.
+        step: after which the model is as it is.
         demonstrations: rows that were trained on.
         fingerprint: of the encoded rows; see ``Run.fingerprint``.
         adapter: the weights are an adapter, not a whole model.
@@ -88,7 +91,7 @@ def model_card(config: TrainConfig, run: Path, *, demonstrations: int, fingerpri
         tags=["selfdistill", config.method, *(["lora"] if adapter else [])],
         datasets=[data] if "/" in data else None,
     )
-    results, measured = _results(run)
+    results, measured = _results(run, step)
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {_code(base)}, taught by {_code(config.method)}",
@@ -160,15 +163,15 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {key: values[key] for key in dict.fromkeys((*always, *changed)) if key in values}
 
 
-def _results(run: Path) -> tuple[list[str], str]:
+def _results(run: Path, step: int) -> tuple[list[str], str]:
     """Paragraphs of results, and what the limits say of them."""
-    if lines := read_lines(run / "evaluations.jsonl"):
+    if lines := [line for line in read_lines(run / "evaluations.jsonl") if line.get("step", 0) <= step]:
         last, first = lines[-1], lines[0] if lines[0].get("step") == 0 and len(lines) > 1 else {}
         after, before = _measured(last), _measured(first)
         rows = ((name, before.get(name, ""), value) for name, value in after.items())
         said = f"Measured after step {last.get('step')}; in brackets: 95% confidence intervals."
         return [_table(("", "base", "this model"), rows), said], "Only what the table lists was measured."
-    if lines := read_lines(run / "metrics.jsonl"):
+    if lines := [line for line in read_lines(run / "metrics.jsonl") if line["step"] <= step]:
         found = {key: lines[-1][key] for key in ("loss", "kl/forward", "drift/student") if key in lines[-1]}
         rows = ((f"`{key}`", METRICS[key].replace("``", "`"), f"{value:.4g}") for key, value in found.items())
         said = f"Of the training itself, at its last step, {lines[-1]['step']}:"

@@ -13,6 +13,11 @@ _HIDDEN = "\U0010fffd"
 """Stands around the number of a hidden name; a private character, which no text is likely to have beside a number."""
 
 
+def _any_of(names: Sequence[str]) -> re.Pattern[str]:
+    """Any of the names, the longest first, or the character that hides them."""
+    return re.compile("|".join(map(re.escape, sorted([*names, _HIDDEN], key=len, reverse=True))))
+
+
 class ChatFormat:
     """Messages to token ids, by the tokenizer's chat template or, without one, by a plain-text layout.
 
@@ -26,8 +31,11 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, end_token_ids: Sequence[int], chat_template_kwargs: dict[str, Any]) -> None:
         self.tokenizer = tokenizer
         self.kwargs = chat_template_kwargs
-        names = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+        template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder.values()
+        names = [str(token) for token in added if token.special]
+        # A template may write others, too, such as <|User|>; of these a reply may hold some, such as <think>.
+        others = [str(token) for token in added if not token.special and str(token) in template]
+        self._in_replies, self._in_texts = _any_of(names), _any_of([*names, *others])
         ends = [str(tokenizer.convert_ids_to_tokens(token)) for token in end_token_ids]
         self.end_names = [name for name in ends if name in names]
         self.end_token_id = self._turn_end(end_token_ids)
@@ -47,25 +55,34 @@ class ChatFormat:
             hidden.append(found[0])
             return f"{_HIDDEN}{len(hidden) - 1}{_HIDDEN}"
 
-        text = self.render([{**m, "content": self._control.sub(hide, m["content"])} for m in messages])
+        shown = []
+        for message in messages:
+            names = self._in_replies if message["role"] == "assistant" else self._in_texts
+            shown.append({**message, "content": names.sub(hide, message["content"])})
+        text = self.render(shown)
         # A template writes its own special tokens; plain text gets the tokenizer's (a leading BOS, for some).
         special = not self.tokenizer.chat_template
-        if not hidden:
-            return self._ids(text, special=special)
         first, *others = re.split(f"{_HIDDEN}([0-9]+){_HIDDEN}", text)
         ids = self._ids(first, special=special)
         for number, after in zip(others[::2], others[1::2], strict=True):
-            ids += self.encode_text(hidden[int(number)]) + self._ids(after, special=False)
+            ids += self._name(hidden[int(number)]) + self._ids(after, special=False)
         return ids
 
     def encode_completion(self, text: str) -> list[int]:
         """Token ids of a demonstrated reply with the token that ends an assistant turn. Ids are joined, never text."""
         lead = "" if self.tokenizer.chat_template else " "
-        return [*self.encode_text(lead + text), self.end_token_id]
+        return [*self._plain(lead + text, self._in_replies), self.end_token_id]
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text as it is, which has no control tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return self._plain(text, self._in_texts)
+
+    def _plain(self, text: str, names: re.Pattern[str]) -> list[int]:
+        ids, start = [], 0
+        for found in names.finditer(text):
+            ids += self._ids(text[start : found.start()], special=False) + self._name(found[0])
+            start = found.end()
+        return ids + self._ids(text[start:], special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """A reply as text, without special tokens."""
@@ -82,7 +99,12 @@ class ChatFormat:
             raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from None
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        options = {"add_special_tokens": special, "split_special_tokens": False}
+        return list(self.tokenizer(text, **options)["input_ids"]) if text or special else []
+
+    def _name(self, name: str) -> list[int]:
+        """Token ids of a control token's name as characters: in two parts, so that nothing takes it for the token."""
+        return self._ids(name[:1], special=False) + self._ids(name[1:], special=False)
 
     def _turn_end(self, end_token_ids: Sequence[int]) -> int:
         """The end token that the template itself writes after an assistant turn, else the first there is."""

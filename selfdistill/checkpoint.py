@@ -27,6 +27,8 @@ from selfdistill.teacher import Teacher
 from selfdistill.tracking import say
 
 PREFIX = "checkpoint-"
+AT_LEAST = 2
+"""Checkpoints that are kept in any case."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def save_checkpoint(
     keep: int,
     spared: Sequence[int] = (),
 ) -> Path:
-    """Write a checkpoint beside the others, then remove all but the newest ``keep`` and those of the steps ``spared``.
+    """Write a checkpoint, then remove the others but the newest ``keep`` and those of the steps ``spared``.
 
     The files are written to a hidden folder, flushed to the disk and renamed: a crash at any moment leaves the earlier
     checkpoints as they were. ``settings`` is the run's ``config.yaml``.
@@ -100,7 +102,7 @@ def save_checkpoint(
             "continue with --resume"
         ) from None
     stay = {checkpoint_at(output_dir, step) for step in spared}
-    for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][:-keep]:
+    for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][: -max(AT_LEAST, keep)]:
         if old not in stay:
             remove_folder(old)
     return final

@@ -76,15 +76,13 @@ def _check_processes(command: str, given: dict[str, Any]) -> None:
         raise UserError(f"{launched()} processes were started, which only train shares: start {command} alone")
     if given.get("documents"):
         raise UserError("setting 'documents': make the questions before (selfdistill questions), in a single process")
-    if given.get("context") == "auto":
-        raise UserError("setting 'context': find the best with selfdistill check, in a single process, and name it")
 
 
 def _of_the_machine(error: Exception) -> tuple[str, int] | None:
     """Message and exit code of an error that is no fault of the program's."""
     text = str(error)
-    if launched() > 1 and re.search("gloo|nccl|closed by peer|reset by peer", text, re.IGNORECASE):
-        return "another process of this run has ended; what was saved is whole, continue with --resume", 3
+    if launched() > 1 and re.search("connection (was )?(closed|reset)|remote process exited|broken pipe", text, re.I):
+        return f"another process of this run has ended; what was saved is whole, continue with --resume ({text})", 3
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
         advice = "raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length"
         return f"out of memory: {advice}; checkpoints are whole", 2
@@ -116,6 +114,8 @@ def _train(given: dict[str, Any]) -> int:
 
         config = with_questions(config)
     if config.context == "auto" and shows_context(config):
+        if launched() > 1:
+            raise UserError("setting 'context': find the best with selfdistill check, in a single process, and name it")
         from selfdistill.check import best_context
 
         with contextlib.redirect_stdout(sys.stderr):

@@ -20,7 +20,7 @@ APART = 1.0
 
 
 class CollapseGuard:
-    """Told of every step, it says what it sees for the first time.
+    """Told of every step, it says what it sees.
 
     Args:
         demonstrated: of each stage of the method, the mean tokens of its demonstrations; None where it has none, and
@@ -31,10 +31,9 @@ class CollapseGuard:
         self._demonstrated = demonstrated
         self._stage = -1
         self._lines: list[Mapping[str, Any]] = []
-        self._said: set[str] = set()
 
-    def look(self, metrics: Mapping[str, Any], *, stage: int, sampled: bool) -> list[str]:
-        """Signs that this step shows and none before it in this stage did, in words with numbers.
+    def look(self, metrics: Mapping[str, Any], *, stage: int, sampled: bool) -> dict[str, str]:
+        """Signs that this step shows, by their names, in words with numbers; none where it was left out.
 
         Args:
             metrics: a line of metrics.jsonl.
@@ -42,7 +41,9 @@ class CollapseGuard:
             sampled: whether the completions are the student's own, so that they tell of it.
         """
         if stage != self._stage:
-            self._stage, self._lines, self._said = stage, [], set()
+            self._stage, self._lines = stage, []
+        if "skipped" in metrics:
+            return {}
         self._lines.append(metrics)
         signs = {
             who: f"the {who} is {metrics[key]:.1f} nats per token from where it began"
@@ -51,9 +52,7 @@ class CollapseGuard:
         }
         if sampled and len(self._lines) >= 2 * WINDOW:
             signs |= self._compared()
-        new = [words for sign, words in signs.items() if sign not in self._said]
-        self._said |= signs.keys()
-        return new
+        return signs
 
     def _compared(self) -> dict[str, str]:
         """What the last steps' samples show beside the first ones'."""

@@ -104,6 +104,8 @@ class LearnConfig(TrainingSettings, OneRun):
         if needs and not getattr(self, needs):
             what = "the file of the skill" if needs == "data" else "--output_dir"
             raise UserError(f"learn {self.action}: give {what}")
+        if self.stop_on_collapse:
+            raise UserError("setting 'stop_on_collapse' belongs to train: here the gates refuse a skill that does harm")
 
 
 class QuestionsConfig(QuestionSettings):

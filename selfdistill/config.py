@@ -241,8 +241,8 @@ class TrainingSettings(ModelSettings):
     never."""
     save_steps: int = Field(default=100, ge=0)
     """Steps between checkpoints, and one at the end; 0: only the final model."""
-    save_total_limit: int = Field(default=2, ge=2)
-    """Checkpoints kept."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Checkpoints kept; two at least, for one may be damaged."""
     logging_steps: int = Field(default=1, ge=1)
     """Steps between printed lines where the output is not a terminal. metrics.jsonl has every step."""
     report_to: Literal["none", "trackio", "tensorboard", "wandb"] = "none"

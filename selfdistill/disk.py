@@ -83,14 +83,19 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    if not sizes:
+        return f"{MANIFEST} names no file"
     for name, (size, digest) in sizes.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} of {size} bytes"
-        if sha256(path) != digest:
-            return f"{name} has changed since it was written (SHA-256)"
+        try:
+            if Path(name).name != name or not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} of {size} bytes"
+            if sha256(path) != digest:
+                return f"{name} has changed since it was written (SHA-256)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 

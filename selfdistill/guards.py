@@ -72,13 +72,16 @@ def free_bytes(path: Path) -> int:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on a device; None where it does not say."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + own
     if device.type != "cpu":
         return None
     free = int(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, int(most) - int(used.read_text()))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()).isdecimal():
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = int(held["inactive_file"]) + int(held["active_file"])  # given back when they are needed
+        free = min(free, int(most) - int((group / "memory.current").read_text()) + files)
     return free
 
 

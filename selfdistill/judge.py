@@ -21,7 +21,7 @@ from selfdistill.demonstrations import Demonstration
 from selfdistill.disk import end_last_line
 from selfdistill.endpoint import Endpoint, shown
 from selfdistill.errors import UserError
-from selfdistill.processes import from_first, is_first
+from selfdistill.processes import from_first
 from selfdistill.scorers import JUDGE
 from selfdistill.starter import cache_dir
 from selfdistill.tracking import Reporter
@@ -73,7 +73,7 @@ class Judge:
             UserError: the endpoint cannot be reached, refuses or stays too busy; or an answer, asked for twice, is no
                 verdict. What was judged until then is kept.
         """
-        return from_first(self._ask(rows, replies) if is_first() else [])
+        return from_first(lambda: self._ask(rows, replies))
 
     def _ask(self, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[Verdict]:
         prompts = [_prompt(row, reply) for row, reply in zip(rows, replies, strict=True)]

@@ -14,11 +14,12 @@ from typing import Any
 
 from selfdistill.checkpoint import Position, checkpoint_at, load_checkpoint, save_checkpoint
 from selfdistill.collapse import WINDOW, CollapseGuard
+from selfdistill.disk import damage
 from selfdistill.evaluate import summary
 from selfdistill.guards import RunCollapsed, RunFailed, RunStopped, StopRequests
 from selfdistill.methods.sequences import RowCompletions
 from selfdistill.models import LoadedModel
-from selfdistill.processes import is_first, largest, wait
+from selfdistill.processes import from_first, is_first, largest, wait
 from selfdistill.run import Run, Stage
 from selfdistill.settings_files import dump_yaml
 from selfdistill.token_views import token_views
@@ -34,13 +35,18 @@ class Loop:
         config, step = run.config, position.step
         assert config.max_steps is not None
         self._run, self._output_dir, self._position, self._max_steps = run, output_dir, position, config.max_steps
+        self.step = step
+        """Whose model ``run`` holds."""
         self._metrics = MetricsFile(output_dir / "metrics.jsonl", step)
         self._reporter = Reporter("step", config.max_steps, start=step, every=config.logging_steps)
         self._tracker = Tracker(run.accelerator, config, output_dir, step)
         self._watch = _Watch(run, output_dir, step, self._tracker)
         self._guard = CollapseGuard([_demonstrated(stage) for stage in run.stages])
+        self._said: set[tuple[int, str]] = set()
+        """Stage and name of the signs that were said."""
         for line in read_lines(output_dir / "metrics.jsonl"):
-            self._signs(line)
+            if line["step"] <= step:  # the first process may not yet have cut the others
+                self._signs(line)
 
     def go_on(self, on_step: OnStep | None) -> None:
         """Do all steps that are left; ``on_step`` is that of :func:`selfdistill.train.train`.
@@ -77,7 +83,7 @@ class Loop:
     def _step(self, step: int) -> None:
         """Step number ``step``, from 1."""
         metrics = self._run.step(step - 1)
-        position = self._position
+        position, self.step = self._position, step
         self._position = position = replace(
             position,
             step=step,
@@ -97,24 +103,29 @@ class Loop:
                 f"{_left_out(metrics)}; the weights are as they were before them. Lower --learning_rate, look at these "
                 "rows, or see metrics.jsonl for where it began"
             )
-        signs = self._signs(metrics)
-        for sign in signs:
+        new, signs = from_first(lambda: self._signs(metrics))  # a drift that is measured twice may differ by a bit
+        for sign in new:
             say(f"note: step {step}: the run may be falling apart: {sign}")
         if signs and self._run.config.stop_on_collapse:
             self._return(step, signs[0])
 
-    def _signs(self, metrics: dict[str, Any]) -> list[str]:
+    def _signs(self, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Signs of a step that none before it in its stage showed, and all of it."""
         number, stage = self._run.stage_of(metrics["step"] - 1)
-        return self._guard.look(metrics, stage=number, sampled=not isinstance(stage.method.sequence, RowCompletions))
+        sampled = not isinstance(stage.method.sequence, RowCompletions)
+        signs = self._guard.look(metrics, stage=number, sampled=sampled)
+        new = [words for name, words in signs.items() if (number, name) not in self._said]
+        self._said |= {(number, name) for name in signs}
+        return new, list(signs.values())
 
     def _measure(self, step: int, *, last: bool) -> None:
         try:
             self._watch.look(step, last=last)
         except Exception:  # a judge that does not answer, memory: nothing of the training must be lost by it
-            self._save()
+            self._save(together=False)  # another process may be elsewhere
             raise
 
-    def _save(self) -> None:
+    def _save(self, *, together: bool = True) -> None:
         for file in (self._metrics, *self._watch.files):
             file.sync()
         run, config = self._run, self._run.config
@@ -130,7 +141,8 @@ class Loop:
                 keep=config.save_total_limit,
                 spared=spared,
             )
-        wait()
+        if together:
+            wait()
 
     def _is_spared(self, step: int) -> bool:
         """Whether the model of a measured step is one that a run which falls apart could return to."""
@@ -141,13 +153,13 @@ class Loop:
     def _return(self, step: int, sign: str) -> None:
         """Put the model back to the last measurement before the run fell apart."""
         run, begun = self._run, f"{self._output_dir}: stopped after step {step}: {sign}"
-        before = [s for s in self._watch.measured if s <= step - WINDOW]
-        saved = [path for s in sorted(before) for path in [checkpoint_at(self._output_dir, s)] if path.is_dir()]
-        if not saved:
-            raise RunFailed(f"{begun}; it began before the first measurement, so no model is written. {_ADVICE}")
-        load_checkpoint(saved[-1], run.loaded.model, run.optimizer, run.teacher)
-        step = int(saved[-1].name[-8:])
-        raise RunCollapsed(f"{begun}; final is the model of step {step}, measured before it began. {_ADVICE}")
+        before = sorted(s for s in self._watch.measured if 0 < s <= step - WINDOW)
+        kept = [s for s in before if damage(checkpoint_at(self._output_dir, s)) is None]
+        if not kept:
+            raise RunFailed(f"{begun}; no model measured before it began is kept, so none is written. {_ADVICE}")
+        load_checkpoint(checkpoint_at(self._output_dir, kept[-1]), run.loaded.model, run.optimizer, run.teacher)
+        self.step = kept[-1]
+        raise RunCollapsed(f"{begun}; final is the model of step {kept[-1]}, measured before it began. {_ADVICE}")
 
 
 _ADVICE = "Lower --learning_rate, take a frozen or slower teacher, or see metrics.jsonl for where it began"

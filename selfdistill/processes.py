@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from selfdistill.errors import UserError
 
 if TYPE_CHECKING:  # torch takes a second to import, and a command line that is wrong is to be told at once
     import torch
@@ -76,16 +78,20 @@ def add_up(values: dict[str, float]) -> dict[str, float]:
 
 
 def add_gradients(parameters: Iterable[Tensor]) -> None:
-    """Put the sum over the processes in place of every gradient; a missing one counts as 0."""
+    """Put the sum over the processes in place of every gradient; where a process has none, but another, it is 0."""
     if not several():
         return
     import torch
     from torch import distributed
 
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)
+    chosen = list(parameters)
+    there = torch.tensor([p.grad is not None for p in chosen], dtype=torch.uint8, device=chosen[0].device)
+    distributed.all_reduce(there, op=distributed.ReduceOp.MAX)
+    for parameter, anywhere in zip(chosen, there.tolist(), strict=True):
+        if anywhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
 
 
 def largest(value: int, device: torch.device) -> int:
@@ -100,15 +106,23 @@ def largest(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
-def from_first(value: Item) -> Item:
-    """The first process's value, for all."""
+def from_first(make: Callable[[], Item]) -> Item:
+    """What the first process makes, for all; a mistake of the user's that it finds is raised in all."""
     if not several():
-        return value
+        return make()
     from torch import distributed
 
-    box = [value]
+    box: list[Any] = [None, None]
+    if is_first():
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = str(error)
     distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    if box[1] is not None:
+        raise UserError(box[1])
+    result: Item = box[0]
+    return result
 
 
 def wait() -> None:

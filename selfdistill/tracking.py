@@ -201,8 +201,10 @@ class Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Not end_training(), which would also part the processes, and the model is still to be written.
         with redirect_stdout(sys.stderr):
-            self._accelerator.end_training()
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
 
 
 SECONDS_BETWEEN_LINES = 10

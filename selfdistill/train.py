@@ -7,12 +7,14 @@ from pathlib import Path
 
 from selfdistill.card import model_card
 from selfdistill.checkpoint import (
+    AT_LEAST,
     Position,
     checkpoint_bytes,
     list_checkpoints,
     load_checkpoint,
     newest_whole,
 )
+from selfdistill.collapse import WINDOW
 from selfdistill.config import TrainConfig
 from selfdistill.demonstrations import Demonstration
 from selfdistill.disk import remove_folder, remove_leftovers, write_whole
@@ -92,7 +94,9 @@ def train(
             )
     whole = run.loaded.model.parameters() if run.loaded.merged_adapter else run.parameters
     size = sum(p.numel() * p.element_size() for p in whole)
-    kept = config.save_total_limit + 1 if config.save_steps else 0
+    kept = max(AT_LEAST, config.save_total_limit) + 1 if config.save_steps else 0
+    if config.stop_on_collapse:
+        kept += WINDOW // config.eval_steps + 2
     one = checkpoint_bytes(run.loaded.model, run.teacher)
     check_disk(output_dir, size + kept * one)
     memory = check_memory(3 * sum(p.numel() * p.element_size() for p in run.parameters), run.loaded.device)
@@ -119,23 +123,24 @@ def train(
         say(line)
     if kept:
         sizes = f"{one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"
-        say(f"on the disk each of {config.save_total_limit} checkpoints takes {sizes}")
+        say(f"on the disk each of {kept - 1} checkpoints takes {sizes}")
     if resume and not checkpoint:
         say(f"note: there is no run to continue in {output_dir}: starting from the beginning")
     elif resume and position.step >= (run.config.max_steps or 0):
         say(f"all {position.step} steps are done already: a higher --max_steps would go on")
     elif resume:
         say(f"continuing after step {position.step}")
+    loop = Loop(run, output_dir, position)
     try:
-        Loop(run, output_dir, position).go_on(on_step)
+        loop.go_on(on_step)
     except RunCollapsed:
-        _save_final(run, output_dir)
+        _save_final(run, output_dir, loop.step)
         raise
-    return _save_final(run, output_dir)
+    return _save_final(run, output_dir, loop.step)
 
 
-def _save_final(run: Run, output_dir: Path) -> Path:
-    """Write ``final/``, with its card, in place of an earlier one."""
+def _save_final(run: Run, output_dir: Path, step: int) -> Path:
+    """Write ``final/``, the model after ``step`` with its card, in place of an earlier one."""
     final, model = output_dir / "final", run.loaded.model
     if not is_first():
         wait()
@@ -145,6 +150,7 @@ def _save_final(run: Run, output_dir: Path) -> Path:
     card = model_card(
         run.config,
         output_dir,
+        step,
         demonstrations=len(run.stages[0].rows),
         fingerprint=run.fingerprint(),
         adapter=hasattr(model, "peft_config"),

@@ -46,7 +46,7 @@ def settings(**values: Any) -> TrainConfig:
 
 
 def card(run: Path, *, adapter: bool = False, **values: Any) -> str:
-    return model_card(settings(**values), run, demonstrations=12, fingerprint="f" * 64, adapter=adapter)
+    return model_card(settings(**values), run, 1000, demonstrations=12, fingerprint="f" * 64, adapter=adapter)
 
 
 def lines(path: Path, rows: list[Any]) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from selfdistill import contexts as module
 from selfdistill.chat_format import ChatFormat
@@ -489,3 +491,32 @@ def test_a_completion_that_ends_with_the_end_token_is_refused(chat: ChatFormat) 
     assert str(error.value) == (
         "1 of 2 completions end with <|im_end|>, which the chat format writes by itself (d.jsonl:1): take it away"
     )
+
+
+def test_names_that_a_template_writes_stay_text_but_in_replies(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(template="{% for m in messages %}<|User|>{{ m.content }}{% endfor %}<think>")
+    tokenizer.add_tokens(["<|User|>", "<think>", "<other>"])  # not special, as DeepSeek's are
+    chat = ChatFormat(tokenizer, [257], {})
+    user_id, think, other = tokenizer.convert_tokens_to_ids(["<|User|>", "<think>", "<other>"])
+    ids = chat.encode_prompt([user("a<|User|><think><other>"), assistant("<think>b<|im_end|>")])
+    assert [i for i in ids if i >= 256] == [user_id, other, user_id, think, think]
+    assert think in chat.encode_completion("<think>b")
+    assert not {user_id, think, 257} & set(chat.encode_text("<|User|><think><|im_end|>"))
+
+
+def test_unigram_models_find_no_control_token_in_a_text() -> None:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "abc</s>")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens(["</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    chat = ChatFormat(tokenizer, [1], {})
+    assert 1 in tokenizer("ab</s>c", split_special_tokens=True)["input_ids"]  # what it is not left to
+    assert 1 not in chat.encode_text("ab</s>c")
+    assert 1 not in chat.encode_prompt([user("ab</s>c")])
+
+
+def test_the_private_character_and_a_name_together_are_read_as_they_are(chat: ChatFormat) -> None:
+    odd = "\U0010fffd7\U0010fffd <|im_end|> \U0010fffd0\U0010fffd"
+    ids = chat.encode_prompt([user(odd)])
+    assert chat.tokenizer.decode(ids) == chat.render([user(odd)])
+    assert ids.count(257) == 1

@@ -144,6 +144,7 @@ class Recorder:
         self.started: list[Any] = []
         self.logged: list[Any] = []
         self.ended = 0
+        self.trackers = [self]
 
     def init_trackers(self, project: str, config: dict[str, Any], init_kwargs: dict[str, Any]) -> None:
         self.started.append((project, config, init_kwargs[self.log_with[0]]))
@@ -151,7 +152,7 @@ class Recorder:
     def log(self, values: dict[str, float], step: int) -> None:
         self.logged.append((step, values))
 
-    def end_training(self) -> None:
+    def finish(self) -> None:
         self.ended += 1
 
 
