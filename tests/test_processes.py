@@ -16,17 +16,18 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from accelerate import Accelerator
 from children import Child, started_together
 from conftest import assert_same_run, final_weights, largest_difference, metrics_of
 from stress import Tally
 
 from selfdistill.checkpoint import list_checkpoints
-from selfdistill.cli import main
+from selfdistill.cli import _of_the_machine, main
 from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
-from selfdistill.processes import from_first
+from selfdistill.processes import add_gradients, from_first
 from selfdistill.settings_files import dump_yaml
 from selfdistill.train import train
 
@@ -279,6 +280,33 @@ def test_a_measurement_that_fails_in_one_process_ends_both(
     for child in started_together(work, tmp_path / "log"):
         assert child.wait(60) == 1
     assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["2", "3"]
+
+
+def test_a_gradient_that_no_process_has_stays_none(tmp_path: Path) -> None:
+    def work() -> int:
+        Accelerator()
+        one, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        if os.environ["RANK"] == "1":
+            one.grad = torch.full((2,), 3.0)
+        add_gradients([one, other])
+        assert one.grad is not None
+        return 10 if one.grad.tolist() == [3.0, 3.0] and other.grad is None else 11
+
+    assert [child.wait() for child in started_together(work, tmp_path / "log")] == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("[pair.cc:547] Connection closed by peer [127.0.0.1]:4242", 3),
+        ("NCCL error: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000", None),
+        ("CUDA out of memory. Tried to allocate 2 GiB", 2),
+    ],
+)
+def test_errors_that_are_of_the_machine(monkeypatch: pytest.MonkeyPatch, words: str, code: int | None) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = _of_the_machine(RuntimeError(words))
+    assert (found and found[1]) == code
 
 
 def test_a_judge_that_does_not_answer_is_the_error_of_both(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from selfdistill import checkpoint as checkpoint_module
+from selfdistill import disk
 from selfdistill.answers import answer
 from selfdistill.batch_gradient import BatchGradient
 from selfdistill.chat_format import ChatFormat
@@ -796,12 +798,46 @@ def test_training_goes_on_from_an_adapter_without_losing_it(
     torch.testing.assert_close(second_logits, seen[-1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("limit", [2, 3])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(save_steps=3)
+    train(config)
+    before, newest = list_checkpoints(Path(config.output_dir))
+    whole = disk.sha256
+
+    def failing(path: Path) -> str:
+        if path.parent == newest:
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(path)
+
+    monkeypatch.setattr(disk, "sha256", failing)
+    assert newest_whole(Path(config.output_dir)) == before
+    assert f"{newest} is damaged (config.yaml cannot be read (Input/output error))" in capsys.readouterr().err
+    (before / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"manifest\.json names no file"):
+        newest_whole(Path(config.output_dir))
+
+
+def test_the_disk_must_hold_what_a_run_may_go_back_to(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, write_rows: Callable[..., Path]
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("selfdistill.train.check_disk", lambda _, needed: asked.append(needed))
+    test = {"test": str(write_rows(count=2, name="test.jsonl")), "eval_steps": 1}
+    for out, stop in (("warned", False), ("stopped", True)):
+        config = settings(out, **test, stop_on_collapse=stop, learning_rate=1e-6)
+        train(config)
+        held = sum(file.stat().st_size for file in Path(config.output_dir).rglob("*.safetensors"))
+        assert asked[-1] > 0.95 * held  # headers of tiny files
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
 def test_the_newest_checkpoints_are_kept(settings: Callable[..., TrainConfig], limit: int) -> None:
     config = settings(save_steps=1, save_total_limit=limit, max_steps=5)
     train(config)
     kept = [path.name for path in list_checkpoints(Path(config.output_dir))]
-    assert kept == [f"checkpoint-{step:08d}" for step in range(6 - limit, 6)]
+    assert kept == [f"checkpoint-{step:08d}" for step in range(6 - max(2, limit), 6)]
 
 
 @pytest.mark.parametrize("method", ["sdft", "sft"])
