@@ -37,7 +37,8 @@ stress: $(STAMP) ## Try very often to break it, and print how often that was (ab
 # In an environment of its own, for it brings packages that this project does not need.
 audit: $(STAMP) ## Look for known vulnerabilities of what is installed (asks the package index)
 	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install 'pip-audit>=2.9,<3'; }
-	.venv-audit/bin/pip-audit --strict --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	$(BIN)/python -m pip list --format=freeze --exclude-editable | sed 's/+.*//' >.venv-audit/installed.txt
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement .venv-audit/installed.txt
 
 # TRL has an environment of its own, with this package beside it; its newest release that was compared with.
 $(TRL_STAMP): $(STAMP)
