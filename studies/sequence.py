@@ -20,7 +20,7 @@ from selfdistill.addition import add
 from selfdistill.command_config import LearnConfig
 from selfdistill.distances import packaged
 from selfdistill.learn import retention
-from selfdistill.ledger import Ledger
+from selfdistill.ledger import START, Ledger
 from selfdistill.plots import Curve, over
 from selfdistill.tracking import read_lines
 
@@ -51,7 +51,7 @@ LOOKS = 4
 def learn(state: Path, method: str, seed: int, skills: list[str]) -> dict[str, Any]:
     """Add the skills that are missing, and return what is left of each."""
     for skill in skills:
-        done = [known.name for known in Ledger(str(state)).skills] if (state / "state.yaml").exists() else []
+        done = [known.name for known in Ledger(str(state)).skills] if (state / START).is_dir() else []
         if skill in done:
             continue
         base = {} if done else {"model": "smollm2-135m", "prior": packaged("prior.test.jsonl")}
