@@ -124,8 +124,7 @@ def _absolute(model: str) -> str:
 
 
 def _loaded(model: str, dtype: str) -> LoadedModel:
-    loaded = to_best_device(load_model(model, dtype=dtype, merge_adapter=True))
-    return loaded
+    return to_best_device(load_model(model, dtype=dtype, merge_adapter=True))
 
 
 def _rows(config: LearnConfig) -> tuple[list[Demonstration], list[Demonstration]]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from selfdistill.disk import sync
+from selfdistill.disk import remove_folder, sync
 from selfdistill.errors import UserError
 
 START, SKILLS, PENDING, REFUSED, UNDONE = "start", "skills", "pending", "refused", "undone"
@@ -130,10 +129,7 @@ class Ledger:
 
     def discard(self) -> None:
         """Drop the pending addition."""
-        gone = self.folder / ".discarded"
-        shutil.rmtree(gone, ignore_errors=True)
-        self.pending.rename(gone)
-        shutil.rmtree(gone)
+        remove_folder(self.pending)
 
     def _move(self, source: Path, place: str, name: str) -> Path:
         parent = self.folder / place

