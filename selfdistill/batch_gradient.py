@@ -26,6 +26,7 @@ from selfdistill.models import LoadedModel, casts_kept
 from selfdistill.prefixes import KeptContexts
 from selfdistill.processes import add_gradients, add_up, gather, share
 from selfdistill.scores import Scorer, Scores
+from selfdistill.sharding import is_sharded, outside_layers_whole
 from selfdistill.teacher import Teacher
 from selfdistill.weights import completion_mask, group_advantages, importance_weights, token_weights
 
@@ -83,6 +84,9 @@ class BatchGradient:
         loss, importance, teacher_s, student_s = 0.0, 0.0, 0.0, 0.0
         statistics: dict[str, float] = {}
         unsound: list[str] = []
+        sharded = is_sharded(self.loaded.model)
+        teachers = [teacher for teacher in (self.teacher, self.base) if teacher]
+        networks = [self.loaded.model, *(network for teacher in teachers for network in teacher.networks)]
         for start in range(own.start, own.stop, size):
             rows = slice(start, min(start + size, own.stop))
             part, mask_bT, weights_bT, factor_b = completions[rows], mask_BT[rows], weights_BT[rows], factor_B[rows]
@@ -90,34 +94,36 @@ class BatchGradient:
             plain_N = weights_bT[mask_bT].to(device)
             kept_N = plain_N > 0
             began = self.clock()
-            taught, based = None, None
-            if method.teacher and self.teacher:
-                taught = self._scored(self.teacher, [c.row.teacher_ids or [] for c in part], ids, kept_N, self.kept)
-            if self.base:
-                based = self._scored(self.base, prompts, ids, kept_N)
-            now = self.clock()
-            teacher_s, began = teacher_s + now - began, now
-            self.loaded.model.train(config.gradient_checkpointing)
-            with self.accelerator.autocast():
-                scores = self.scorer(self.loaded.model, prompts, ids)
-                tokens_N = torch.tensor([t for row in ids for t in row], device=device)
-                if method.importance_cap is not None and part[0].logps is not None:
-                    ratio_b = self._importance(scores, tokens_N, part, weights_bT > 0, method.importance_cap)
-                    importance += float(ratio_b.sum())
-                    factor_b = factor_b * ratio_b
-                weights_N = (weights_bT * factor_b[:, None])[mask_bT].float().to(device)
-                value, per_token = chunked_loss(
-                    method.loss,
-                    scores.hidden_ND[kept_N],
-                    scores.head,
-                    scores.head_parameters,
-                    tokens_N[kept_N],
-                    weights_N[kept_N],
-                    *(taught or (None, None)),
-                    base=based,
-                    weighting=method.weighting,
-                )
-            self.accelerator.backward(value)
+            with outside_layers_whole(networks):
+                taught, based = None, None
+                if method.teacher and self.teacher:
+                    taught = self._scored(self.teacher, [c.row.teacher_ids or [] for c in part], ids, kept_N, self.kept)
+                if self.base:
+                    based = self._scored(self.base, prompts, ids, kept_N)
+                now = self.clock()
+                teacher_s, began = teacher_s + now - began, now
+                self.loaded.model.train(config.gradient_checkpointing)
+                with self.accelerator.autocast():
+                    scores = self.scorer(self.loaded.model, prompts, ids)
+                    tokens_N = torch.tensor([t for row in ids for t in row], device=device)
+                    if method.importance_cap is not None and part[0].logps is not None:
+                        ratio_b = self._importance(scores, tokens_N, part, weights_bT > 0, method.importance_cap)
+                        importance += float(ratio_b.sum())
+                        factor_b = factor_b * ratio_b
+                    weights_N = (weights_bT * factor_b[:, None])[mask_bT].float().to(device)
+                    value, per_token = chunked_loss(
+                        method.loss,
+                        scores.hidden_ND[kept_N],
+                        scores.head,
+                        scores.head_parameters,
+                        tokens_N[kept_N],
+                        weights_N[kept_N],
+                        *(taught or (None, None)),
+                        base=based,
+                        weighting=method.weighting,
+                    )
+                times = self.accelerator.num_processes if sharded else 1  # of sharded gradients the mean is taken
+                self.accelerator.backward(value * times)
             self.loaded.model.eval()
             student_s += self.clock() - began
             loss += float(value.detach())
@@ -127,7 +133,8 @@ class BatchGradient:
             for key, values_N in per_token.items():
                 statistics[key] = statistics.get(key, 0.0) + float((values_N * plain_N[kept_N]).sum())
         began = self.clock()
-        add_gradients(trained_parameters(self.loaded.model).values())
+        if not sharded:
+            add_gradients(trained_parameters(self.loaded.model).values())
         sums = add_up(statistics | {"loss": loss, "importance": importance})
         student_s += self.clock() - began
         loss, importance = sums.pop("loss"), sums.pop("importance") / len(completions)

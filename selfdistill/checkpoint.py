@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from selfdistill.disk import damage, foreign, remove_folder, seal, sync
 from selfdistill.errors import UserError
+from selfdistill.processes import is_first
+from selfdistill.sharding import collected, cut_like
 from selfdistill.teacher import Teacher
 from selfdistill.tracking import say
 
@@ -70,6 +72,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, then remove the others but the newest ``keep`` and those of the steps ``spared``.
 
+    All processes call this, and the first one writes.
+
     The files are written to a hidden folder, flushed to the disk and renamed: a crash at any moment leaves the earlier
     checkpoints as they were. ``settings`` is the run's ``config.yaml``.
 
@@ -82,13 +86,19 @@ def save_checkpoint(
     moments: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
-            moments[f"{key}:{name}"] = value.contiguous()
+            moments[f"{key}:{name}"] = value
+    parts = {
+        "weights": collected({name: parameter.detach() for name, parameter in parameters.items()}),
+        "optimizer": collected(moments),
+        "teacher": collected(teacher.state_dict() if teacher else {}),
+    }
+    if not is_first():
+        return final
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({n: p.detach().contiguous() for n, p in parameters.items()}, temporary / "weights.safetensors")
-        save_file(moments, temporary / "optimizer.safetensors")
-        save_file(teacher.state_dict() if teacher else {}, temporary / "teacher.safetensors")
+        for part, tensors in parts.items():
+            save_file({n: t.contiguous() for n, t in tensors.items()}, temporary / f"{part}.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         (temporary / "config.yaml").write_text(settings, encoding="utf-8")
         seal(temporary)
@@ -162,13 +172,14 @@ def load_checkpoint(
         raise UserError(f"{path}: its weights are not those of this model and adapter")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(cut_like(weights[name], parameter))
     torch.set_rng_state(moments.pop("rng"))
     state: dict[Tensor, dict[str, Any]] = {}
     for key, value in moments.items():
         kind, _, name = key.partition(":")
         parameter = parameters[name]
-        state.setdefault(parameter, {})[kind] = value.to(parameter.device)
+        value = cut_like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
+        state.setdefault(parameter, {})[kind] = value
     optimizer.state.update(state)
     if teacher is not None:
         try:

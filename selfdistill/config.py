@@ -321,6 +321,8 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     documents: str | None = None
     """In place of ``data``: documents, about which questions are made first, as ``selfdistill questions`` does; they
     are kept in the folder ``output_dir`` with ``-questions`` at its end."""
+    fsdp: bool = False
+    """Several processes each hold a part of weights, gradients, optimizer and teacher (FSDP2); all for sampling."""
 
     def model_post_init(self, _context: Any) -> None:
         """Rules between settings."""
@@ -338,6 +340,8 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
             )
         if self.teacher_model is not None and (self.method != "sdft" or self.teacher not in ("ema", "frozen")):
             raise UserError("setting 'teacher_model': it is for method sdft, and does not change: leave teacher out")
+        if self.fsdp and self.torch_compile:
+            raise UserError("setting 'fsdp' does not go with torch_compile: leave one of them out")
         if bool(self.data) == bool(self.documents):
             found = "both" if self.data else "neither"
             raise UserError(f"settings 'data' and 'documents': found {found}, want one of them")

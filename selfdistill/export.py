@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from selfdistill.card import merged_card
 from selfdistill.command_config import ExportConfig
@@ -45,11 +46,14 @@ def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_model(folder: Path, model: Any, tokenizer: Any, card: str) -> None:
-    """Weights (of a ``PeftModel`` the adapter ``default``), tokenizer and card, into an existing folder."""
-    options = {}
+def write_model(folder: Path, model: Any, tokenizer: Any, card: str, state: dict[str, Tensor] | None = None) -> None:
+    """Weights (of a ``PeftModel`` the adapter ``default``), tokenizer and card, into an existing folder.
+
+    ``state`` are the weights where they are not the model's own, which may be sharded.
+    """
+    options: dict[str, Any] = {} if state is None else {"state_dict": state}
     if hasattr(model, "peft_config"):
-        options = {"selected_adapters": ["default"]}
+        options["selected_adapters"] = ["default"]
         base = Path(model.peft_config["default"].base_model_name_or_path)
         if base.is_dir():  # it must be found from any folder
             model.peft_config["default"].base_model_name_or_path = str(base.absolute())

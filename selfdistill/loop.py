@@ -19,9 +19,10 @@ from selfdistill.evaluate import summary
 from selfdistill.guards import RunCollapsed, RunFailed, RunStopped, StopRequests
 from selfdistill.methods.sequences import RowCompletions
 from selfdistill.models import LoadedModel
-from selfdistill.processes import from_first, is_first, largest, wait
+from selfdistill.processes import from_first, largest, wait
 from selfdistill.run import Run, Stage
 from selfdistill.settings_files import dump_yaml
+from selfdistill.sharding import whole
 from selfdistill.token_views import token_views
 from selfdistill.tracking import MetricsFile, Reporter, StepsFile, Tracker, read_lines, say
 
@@ -122,15 +123,14 @@ class Loop:
         try:
             self._watch.look(step, last=last)
         except Exception:  # a judge that does not answer, memory: nothing of the training must be lost by it
-            self._save(together=False)  # another process may be elsewhere
+            self._save(together=False)  # another process may be elsewhere, with its shards
             raise
 
     def _save(self, *, together: bool = True) -> None:
         for file in (self._metrics, *self._watch.files):
             file.sync()
         run, config = self._run, self._run.config
-        if is_first():
-            spared = [step for step in self._watch.measured if self._is_spared(step)]
+        if together or not config.fsdp:
             save_checkpoint(
                 self._output_dir,
                 self._position,
@@ -139,7 +139,7 @@ class Loop:
                 run.optimizer,
                 run.teacher,
                 keep=config.save_total_limit,
-                spared=spared,
+                spared=[step for step in self._watch.measured if self._is_spared(step)],
             )
         if together:
             wait()
@@ -191,7 +191,9 @@ class _Watch:
         run, config = self._run, self._run.config
         ends = last or step == 0
         if self._views and ends and step not in self._views.steps:
-            for view in token_views(run):
+            with whole(run.loaded.model, *(run.teacher.networks if run.teacher else ())):
+                views = token_views(run)
+            for view in views:
                 self._views.write({"step": step, **view})
         due = ends or (config.eval_steps and step % config.eval_steps == 0)
         if self._evaluations and run.examiner and due and step not in self._evaluations.steps:

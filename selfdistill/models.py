@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from selfdistill.config import closest
 from selfdistill.errors import UserError
+from selfdistill.sharding import whole
 from selfdistill.starter import STARTER_MODELS, starter_model_path
 
 Head = Callable[[Tensor], Tensor]
@@ -284,49 +285,11 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_arithmetic(model: nn.Module, mixed_precision: str) -> Iterator[None]:
-    """For measuring: what a training with this setting computes with, and no gradients."""
+    """For measuring: what a training with this setting computes with, and no gradients; a sharded model is whole."""
     device = next(model.parameters()).device.type
     enabled = resolved_precision(mixed_precision) == "bf16"
-    with casts_kept(model), torch.autocast(device, torch.bfloat16, enabled=enabled):
+    with whole(model), casts_kept(model), torch.autocast(device, torch.bfloat16, enabled=enabled):
         yield
-
-
-class CompiledLayers:
-    """The model's layers through ``torch.compile``, while :meth:`active`; one compilation serves them all.
-
-    Raises:
-        UserError: the model does not say which of its modules are layers, or they cannot be compiled here.
-    """
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        kinds = set(getattr(unwrap(loaded.model), "_no_split_modules", None) or ())
-        self._layers = [module for module in loaded.model.modules() if type(module).__name__ in kinds]
-        if not self._layers:
-            raise UserError(f"model {loaded.name!r} does not say which modules are its layers: leave torch_compile out")
-        # As large as a small batch, for which loops are worth several threads is decided here. Odd sizes: one that is
-        # a size of the model's, too, such as 64, would be taken for the same thing, and others compiled again.
-        parts = body_and_head(loaded.model)  # called as scoring calls them, or layers get other arguments
-        network: Any = loaded.model if parts is None else parts[0]
-        ids_BL = torch.full((3, min(61, loaded.window or 61)), loaded.pad_token_id, device=loaded.device)
-        try:
-            self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in self._layers]
-            with self.active():
-                network(input_ids=ids_BL, past_key_values=None, use_cache=False)[0].sum().backward()
-        except Exception as error:  # whatever a compiler raises
-            reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
-            raise UserError(f"torch_compile does not work here: {reason}; leave it out") from None
-        loaded.model.zero_grad(set_to_none=True)
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Forward passes use the compiled layers."""
-        try:
-            for layer, compiled in zip(self._layers, self._compiled, strict=True):
-                layer.forward = compiled
-            yield
-        finally:
-            for layer in self._layers:
-                vars(layer).pop("forward", None)
 
 
 def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:

@@ -19,6 +19,7 @@ from selfdistill.errors import UserError
 from selfdistill.models import LoadedModel
 from selfdistill.prefixes import PASS_TOKENS, as_attended, common_beginning, continues
 from selfdistill.processes import gather, share
+from selfdistill.sharding import whole
 
 ROOM = 64
 """Tokens for which memory is set aside at a time."""
@@ -108,7 +109,9 @@ def sample(
         seeds: one per prompt, from :func:`sample_seed`; not needed when greedy.
     """
     own = share(len(prompts))
-    return gather(_sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own]))
+    with whole(loaded.model):
+        rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
+    return gather(rollouts)
 
 
 def _sample(

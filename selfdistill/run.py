@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,13 +33,15 @@ from selfdistill.distances import Drift, load_like
 from selfdistill.divergence import Divergence
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
+from selfdistill.layers import CompiledLayers, layers_of
 from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.slots import Method
-from selfdistill.models import CompiledLayers, LoadedModel, add_lora, casts_kept, load_model, resolved_precision, unwrap
+from selfdistill.models import LoadedModel, add_lora, casts_kept, load_model, resolved_precision, unwrap
 from selfdistill.prefixes import KeptContexts
 from selfdistill.processes import PATIENCE, launched, several
 from selfdistill.schedule import batch_rows, learning_rate
 from selfdistill.scores import Scorer
+from selfdistill.sharding import joined, shard, whole
 from selfdistill.teacher import Teacher
 from selfdistill.tracking import say
 from selfdistill.weights import check_skip
@@ -80,10 +83,21 @@ class Run:
             project_dir=config.output_dir,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise UserError("the launcher's own FSDP was switched on (--use_fsdp): leave it out, and give --fsdp here")
         if launched() != self.accelerator.num_processes:
             raise UserError(
                 f"{launched()} processes were started and accelerate joins {self.accelerator.num_processes}: on CPUs "
                 "set ACCELERATE_USE_CPU=true in the environment; on GPUs give each process its own"
+            )
+        parts = self.accelerator.num_processes * config.gradient_accumulation_steps
+        if config.fsdp and self.accelerator.num_processes == 1:
+            raise UserError("setting 'fsdp' shares a model between processes, and this is one: start several")
+        if config.fsdp and config.batch_size % parts:
+            raise UserError(
+                f"setting 'fsdp' needs parts of one size: batch_size {config.batch_size} is not a multiple of "
+                f"{self.accelerator.num_processes} processes times gradient_accumulation_steps "
+                f"{config.gradient_accumulation_steps}"
             )
         if demonstrations is None:
             demonstrations = load_demonstrations(config.data, split=config.split)
@@ -123,7 +137,10 @@ class Run:
 
     def _prepare(self) -> None:
         config, model = self.config, self.loaded.model
-        model.to(self.accelerator.device)
+        if not config.fsdp:  # else it may be more than the device holds
+            model.to(self.accelerator.device)
+        elif config.lora_rank and self.loaded.merged_adapter:
+            raise UserError("setting 'fsdp' with lora_rank: the model has an adapter already; export it with --merge")
         if config.lora_rank:
             add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
             model = self.loaded.model
@@ -144,13 +161,15 @@ class Run:
             model.enable_input_require_grads()
         with self.accelerator.autocast():
             compiled = CompiledLayers(self.loaded) if config.torch_compile else None
-        self.scorer = Scorer(self.loaded, compiled)
+        self.scorer = Scorer(self.loaded, compiled, sharded=config.fsdp)
+        if config.fsdp:
+            self._shard(*([self.teacher] if self.teacher else []), *([base] if base else []))
         for stage in self.stages:
             if stage.method.fixed:
                 with casts_kept(model), self.accelerator.autocast():
                     stage.rows = stage.method.fixed(self.loaded, stage.rows, Path(config.output_dir))
         self.kept: KeptContexts | None = None
-        if self.teacher and self.teacher.kind == "frozen":
+        if self.teacher and self.teacher.kind == "frozen" and not config.fsdp:
             contexts = [row.teacher_ids or [] for s in self.stages if s.method.teacher for row in s.rows]
             self.kept = self.scorer.keep(contexts, config.teacher_cache_mib * 2**20)
         self.gradient = BatchGradient(
@@ -158,7 +177,7 @@ class Run:
         )
         self.drift: Drift | None = None
         if config.drift_steps:
-            with self.accelerator.autocast():
+            with whole(model), self.accelerator.autocast():
                 self.drift = Drift(self.loaded, self.scorer, self.chat)
         self.parameters = list(trained_parameters(model).values())
         self.optimizer = torch.optim.AdamW(
@@ -171,8 +190,18 @@ class Run:
         own, others = (unwrap(model).config.model_type for model in (self.loaded.model, other.model))
         if own != others:
             raise UserError(f"setting 'teacher_model': {name!r} is of the kind {others}, the student of the kind {own}")
-        other.model.to(self.accelerator.device)
+        if not self.config.fsdp:
+            other.model.to(self.accelerator.device)
         return other
+
+    def _shard(self, *teachers: Teacher) -> None:
+        """Cut the student and what scores beside it into shards."""
+        token = torch.tensor([[self.loaded.pad_token_id]], device=self.accelerator.device)
+        for network in dict.fromkeys((self.loaded.model, *(n for teacher in teachers for n in teacher.networks))):
+            layers = layers_of(self.loaded, network, "fsdp")
+            shard(network, layers, self.accelerator.device, lambda model: model(input_ids=token, use_cache=False))
+        for teacher in teachers:
+            teacher.bind()
 
     def fingerprint(self) -> str:
         """SHA-256 of every row as student, teacher and method see it: what a resumed run must find unchanged."""
@@ -199,7 +228,10 @@ class Run:
                     f"what it reads is kept for later epochs, as much as fits in {config.teacher_cache_mib} MiB"
                 )
         if several():
-            lines.append(f"{self.accelerator.num_processes} processes, each of which has its share of every batch")
+            shares = " and of all weights" if config.fsdp else ""
+            lines.append(
+                f"{self.accelerator.num_processes} processes, each of which has its share of every batch{shares}"
+            )
         if unused := unused_settings(config):
             lines.append(f"note: {config.method} does not use {' and '.join(unused)}")
         if not self.scorer.fused:
@@ -208,7 +240,7 @@ class Run:
 
     def _drift_of(self, network: Any) -> float:
         assert self.drift is not None
-        with casts_kept(network), self.accelerator.autocast():
+        with whole(network), casts_kept(network), self.accelerator.autocast():
             return self.drift.of(network)
 
     def _teacher_drift(self, students: float) -> float:
@@ -249,7 +281,7 @@ class Run:
             group["lr"] = rate
         result = self.gradient.add(method, completions)
         update_began = self.gradient.clock()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
+        norm = float(joined(torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)))
         skipped = None
         if math.isfinite(result.loss) and math.isfinite(norm):
             self.optimizer.step()

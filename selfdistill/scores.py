@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from selfdistill.models import CompiledLayers, Head, LoadedModel, body_and_head, head_agrees
+from selfdistill.layers import CompiledLayers
+from selfdistill.models import Head, LoadedModel, body_and_head, head_agrees
 from selfdistill.prefixes import KeptContexts, continues, keeps_every_token, shared_beginnings
 
 PLAIN_ATTENTION_TOKENS = 128
@@ -49,10 +50,11 @@ class Scorer:
     Args:
         loaded: the model, of whose kind are all models that score.
         compiled: its layers, used where gradients flow.
+        sharded: models are sharded, so that every process must do the same passes: each call is a single one.
     """
 
-    def __init__(self, loaded: LoadedModel, compiled: CompiledLayers | None = None) -> None:
-        self._compiled = compiled
+    def __init__(self, loaded: LoadedModel, compiled: CompiledLayers | None = None, *, sharded: bool = False) -> None:
+        self._compiled, self._sharded = compiled, sharded
         self.fused = head_agrees(loaded)
         self._continues = continues(loaded)
         self._keeps = self.fused and self._continues and keeps_every_token(loaded.model.config.get_text_config())
@@ -75,7 +77,8 @@ class Scorer:
         of length P is predicted at index P + j - 1. A beginning that several contexts have in common, such as a
         document or the chat template's system turn, is computed once, and gradients through it are those of all its
         rows together. Only under gradient checkpointing, where a pass cannot continue another, and with compiled
-        layers, which would be compiled for each layer's cache, is every row with gradients computed whole.
+        layers, which would be compiled for each layer's cache, is every row with gradients computed whole; and every
+        row of sharded models.
 
         Args:
             model: scores; for ``kept`` to be right, it must be the same weights at every call.
@@ -99,7 +102,7 @@ class Scorer:
             passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B)))
         left = sorted(set(range(len(contexts))) - set(held))
         # Train mode is there for checkpointing alone (Run).
-        whole = torch.is_grad_enabled() and (model.training or self._compiled is not None)
+        whole = self._sharded or (torch.is_grad_enabled() and (model.training or self._compiled is not None))
         for group, length in [] if whole or not self._continues else shared_beginnings([contexts[row] for row in left]):
             rows = [left[row] for row in group]
             cache = DynamicCache(config=config)

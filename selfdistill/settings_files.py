@@ -15,6 +15,7 @@ SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
 MAY_CHANGE = (
     "max_steps",
     "torch_compile",
+    "fsdp",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "eval_steps",

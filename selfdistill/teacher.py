@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdistill.models import LoadedModel
+from selfdistill.sharding import cut_like, own_part
 
 TeacherKind = Literal["ema", "frozen", "live", "snapshot"]
 ADAPTER = "teacher"
@@ -54,35 +55,39 @@ class Teacher:
         self._other = None if other is None else other.name
         self._lora = hasattr(loaded.model, "peft_config") and other is None
         self._copy: nn.Module | None = None
-        self._followed: dict[str, Tensor] = {}  # student's weights by name
-        self._average: dict[str, Tensor] = {}  # the teacher's, float32 (or the copy's own where that is float32)
-        self._scoring: dict[str, Tensor] = {}  # the teacher's, as they score
         if other is not None:
             assert kind == "frozen", "another model does not follow the student"
             self._copy = other.model.requires_grad_(False).eval()
-            self._scoring = dict(self._copy.named_parameters())
-            return
-        if kind == "live" or (kind == "frozen" and self._lora):
-            return
-        if self._lora:
+        elif self._lora and kind in ("ema", "snapshot"):
             loaded.model.add_adapter(ADAPTER, loaded.model.peft_config["default"])
+            loaded.model.set_adapter("default")
             parameters = dict(loaded.model.named_parameters())
             for name, parameter in parameters.items():
                 if f".{ADAPTER}." in name:
-                    self._scoring[name] = parameter
-                    self._followed[name] = parameters[name.replace(f".{ADAPTER}.", ".default.")]
-            loaded.model.set_adapter("default")
-        else:
+                    parameter.data.copy_(parameters[_students_name(name)])
+                    parameter.requires_grad_(False)
+        elif not self._lora and kind != "live":
             self._copy = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+        self.bind()
+
+    def bind(self) -> None:
+        """Take hold of the weights, which are other tensors after they were sharded; the average begins as they are."""
+        students = dict(self._student.named_parameters())
+        self._scoring: dict[str, Tensor] = {}  # the teacher's weights, as they score, by name
+        if self._copy is not None:
             self._scoring = dict(self._copy.named_parameters())
-            self._followed = dict(loaded.model.named_parameters())
-        if kind == "frozen":
-            return
-        with torch.no_grad():
-            for name, tensor in self._scoring.items():
-                tensor.copy_(self._followed[name])
-                tensor.requires_grad_(False)
-        self._average = {name: t.data.float() for name, t in self._scoring.items()}
+        elif self._lora:
+            self._scoring = {name: p for name, p in students.items() if f".{ADAPTER}." in name}
+        self._followed: dict[str, Tensor] = {}  # the student's
+        self._average: dict[str, Tensor] = {}  # the teacher's, float32 (or those that score where these are float32)
+        if self.kind in ("ema", "snapshot"):
+            self._followed = {name: students[_students_name(name)] for name in self._scoring}
+            self._average = {name: t.detach().float() for name, t in self._scoring.items()}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What scores beside the student."""
+        return [] if self._copy is None else [self._copy]
 
     def rate(self, step: int) -> float:
         """Share of the student that the teacher takes over after optimizer step ``step`` (from 1)."""
@@ -98,15 +103,16 @@ class Teacher:
         rate = self.rate(step)
         if not self._average or rate == 0:
             return
-        averages = list(self._average.values())
-        followed = [self._followed[name].data for name in self._average]
+        averages = [own_part(average) for average in self._average.values()]
+        followed = [own_part(self._followed[name].data) for name in self._average]
         torch._foreach_lerp_(averages, [f.to(a.dtype) for a, f in zip(averages, followed, strict=True)], rate)
         self._refresh()
 
     def _refresh(self) -> None:
         for name, average in self._average.items():
-            if average.data_ptr() != self._scoring[name].data_ptr():
-                self._scoring[name].data.copy_(average)
+            scoring = own_part(self._scoring[name].data)
+            if own_part(average).data_ptr() != scoring.data_ptr():
+                scoring.copy_(own_part(average))
 
     @contextmanager
     def model(self) -> Iterator[Any]:
@@ -127,7 +133,10 @@ class Teacher:
                     self._student.set_adapter("default")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: the moving average in float32. Empty for ``frozen`` and ``live``."""
+        """What a checkpoint must hold: the moving average in float32, sharded where the teacher is.
+
+        Empty for ``frozen`` and ``live``.
+        """
         return dict(self._average)
 
     @torch.no_grad()
@@ -136,13 +145,14 @@ class Teacher:
         if state.keys() != self._average.keys():
             raise ValueError(f"teacher state of {len(state)} tensors does not fit {len(self._average)}")
         for name, average in self._average.items():
-            average.copy_(state[name])
+            average.copy_(cut_like(state[name], average))
         self._refresh()
 
     @property
     def memory_bytes(self) -> int:
         """Memory beyond the student's own."""
-        own = {t.data_ptr(): t.numel() * t.element_size() for t in (*self._scoring.values(), *self._average.values())}
+        held = [own_part(t) for t in (*self._scoring.values(), *self._average.values())]
+        own = {t.data_ptr(): t.numel() * t.element_size() for t in held}
         return sum(own.values())
 
     def describe(self) -> str:
@@ -154,3 +164,8 @@ class Teacher:
             "live": "the student itself",
         }[self.kind]
         return f"teacher: {self.kind} ({follows}), {self.memory_bytes / 2**20:.0f} MiB beyond the student"
+
+
+def _students_name(name: str) -> str:
+    """Of the weight that a teacher's weight follows."""
+    return name.replace(f".{ADAPTER}.", ".default.")

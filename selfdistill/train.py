@@ -13,6 +13,7 @@ from selfdistill.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_whole,
+    trained_parameters,
 )
 from selfdistill.collapse import WINDOW
 from selfdistill.config import TrainConfig
@@ -26,6 +27,7 @@ from selfdistill.loop import Loop, OnStep
 from selfdistill.processes import is_first, wait
 from selfdistill.run import Run
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
+from selfdistill.sharding import collected, own_part
 from selfdistill.tracking import check_tracker, say
 
 
@@ -99,7 +101,8 @@ def train(
         kept += WINDOW // config.eval_steps + 2
     one = checkpoint_bytes(run.loaded.model, run.teacher)
     check_disk(output_dir, size + kept * one)
-    memory = check_memory(3 * sum(p.numel() * p.element_size() for p in run.parameters), run.loaded.device)
+    to_come = 3 * sum(p.numel() * p.element_size() for p in map(own_part, run.parameters))
+    memory = check_memory(to_come, run.loaded.device)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if is_first():
@@ -142,10 +145,17 @@ def train(
 def _save_final(run: Run, output_dir: Path, step: int) -> Path:
     """Write ``final/``, the model after ``step`` with its card, in place of an earlier one."""
     final, model = output_dir / "final", run.loaded.model
+    adapter = hasattr(model, "peft_config")
+    state = None
+    if run.config.fsdp:
+        trained = trained_parameters(model)
+        state = collected(
+            {name: t for name, t in model.state_dict(keep_vars=True).items() if not adapter or name in trained}
+        )
     if not is_first():
         wait()
         return final
-    if hasattr(model, "peft_config") and run.loaded.merged_adapter:
+    if adapter and run.loaded.merged_adapter:
         model = model.merge_and_unload(adapter_names=["default"])
     card = model_card(
         run.config,
@@ -158,7 +168,7 @@ def _save_final(run: Run, output_dir: Path, step: int) -> Path:
     advice = "free disk space, then continue with --resume, which needs a checkpoint (--save_steps)"
     say(f"writing {final}")
     with whole_folder(final, advice) as folder:
-        write_model(folder, model, run.loaded.tokenizer, card)
+        write_model(folder, model, run.loaded.tokenizer, card, state)
         remove_folder(final)
     wait()
     return final

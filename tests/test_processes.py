@@ -178,7 +178,9 @@ def test_what_several_processes_cannot_do_is_refused(
 def test_accelerate_launch_with_two_processes(
     settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tally = Tally("two processes by accelerate launch: weights of one; one killed ends the other; goes on")
+    tally = Tally(
+        "two processes by accelerate launch: weights of one, also sharded; one killed ends the other; goes on"
+    )
     one, two, cut = (settings(name, **COMMON) for name in ("one", "two", "cut"))
     train(one)
     launch = [
@@ -208,6 +210,10 @@ def test_accelerate_launch_with_two_processes(
     assert JOINED in done.stderr
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
     assert metrics_of(one) == [pytest.approx(line, abs=1e-5) for line in metrics_of(two)]
+    sharded = settings("sharded", fsdp=True, **COMMON)
+    done = subprocess.run(command(sharded), capture_output=True, text=True, check=False)
+    tally.count(done.returncode == 0, f"sharded: {done.stderr[-3000:]}")
+    assert largest_difference(final_weights(one), final_weights(sharded)) < 2e-5
     longer = cut.model_copy(update={"max_steps": 400, "save_steps": 50, "lr_scheduler_type": "constant"})
     launcher = subprocess.Popen(command(longer), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while len(list_checkpoints(Path(longer.output_dir))) < 2:

@@ -1,0 +1,281 @@
+"""Two processes that hold a part of the model each (FSDP2): the numbers of one, and one whole model at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import started_together
+from conftest import ENDS, assert_same_run, final_weights, largest_difference, metrics_of
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from selfdistill.checkpoint import list_checkpoints
+from selfdistill.cli import main
+from selfdistill.config import TrainConfig
+from selfdistill.errors import UserError
+from selfdistill.examiner import Examiner
+from selfdistill.models import LoadedModel
+from selfdistill.run import Run
+from selfdistill.settings_files import dump_yaml
+from selfdistill.sharding import own_part, whole
+from selfdistill.train import train
+
+COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema_rate": 0.2, "drift_steps": 2}
+CLOSE = 2e-5
+"""Rows are read whole here, so numbers are rounded otherwise, and AdamW's first steps know only a gradient's sign."""
+JOINED = "2 processes, each of which has its share of every batch and of all weights\n"
+
+
+def train_sharded(config: TrainConfig, tmp_path: Path, **more: Any) -> None:
+    children = started_together(lambda: train(config, **more), tmp_path / Path(config.output_dir).name)
+    for child in children:
+        assert child.wait() == 0, child.log.read_text()
+    assert JOINED in children[0].log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("tied", "values"),
+    [
+        (False, {"importance_cap": 2.0}),
+        (True, {"importance_cap": 2.0}),
+        (False, {"teacher": "snapshot", "snapshot_steps": 2, "gradient_accumulation_steps": 2, "num_generations": 2}),
+        (True, {"teacher": "frozen", "gradient_checkpointing": True}),
+        (False, {"target_base": 0.3, "teacher": "live"}),
+        (True, {"lora_rank": 4}),
+        (False, {"lora_rank": 4, "teacher": "frozen", "gradient_accumulation_steps": 2}),
+        (True, {"method": "sft"}),
+        (False, {"method": "offline_distillation", "teacher": "frozen"}),
+        (True, {"method": "sft_reinvoke"}),
+    ],
+    ids=["ema", "ema_tied", "snapshot", "frozen", "base", "lora", "lora_frozen", "sft", "teacher_samples", "stages"],
+)
+def test_sharded_processes_train_to_the_weights_of_one(
+    settings: Callable[..., TrainConfig],
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    values: dict[str, Any],
+    tied: bool,
+) -> None:
+    values = COMMON | {"model": str(model_folder(ends=ENDS, tied=tied))} | values
+    one, two = settings("one", **values), settings("two", fsdp=True, **values)
+    train(one)
+    train_sharded(two, tmp_path)
+    assert largest_difference(final_weights(one), final_weights(two)) < CLOSE
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    files = [sorted(str(p.relative_to(c.output_dir)) for p in Path(c.output_dir).rglob("*")) for c in (one, two)]
+    assert files[0] == files[1]
+    for name in ("weights", "optimizer", "teacher"):
+        x, y = (load_file(list_checkpoints(Path(c.output_dir))[-1] / f"{name}.safetensors") for c in (one, two))
+        for tensors in (x, y):
+            tensors.pop("rng", None)
+        assert x.keys() == y.keys()
+        assert all(torch.allclose(x[key], y[key], atol=CLOSE, rtol=0) for key in x)
+    if "lora_rank" not in values:
+        loaded, info = AutoModelForCausalLM.from_pretrained(Path(two.output_dir) / "final", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+
+
+def test_a_sharded_model_whose_head_cannot_be_taken_apart(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfdistill.scores.head_agrees", lambda _: False)
+    one, two = settings("one", **COMMON), settings("two", fsdp=True, **COMMON)
+    train(one)
+    train_sharded(two, tmp_path)
+    assert largest_difference(final_weights(one), final_weights(two)) < CLOSE
+
+
+def sizes(tensors: list[Tensor]) -> tuple[int, int]:
+    """Numbers in this process, and in all."""
+    return sum(own_part(t).numel() for t in tensors), sum(t.numel() for t in tensors)
+
+
+def test_each_process_holds_half_of_weights_gradients_moments_and_teacher(
+    settings: Callable[..., TrainConfig], load: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    loaded = load(dtype="bfloat16", ends=ENDS)  # not in the forked processes, whose parent's threads are not there
+    loaded.model.save_pretrained(tmp_path / "model")
+    loaded.tokenizer.save_pretrained(tmp_path / "model")
+    config = settings(fsdp=True, dtype="auto", **COMMON | {"model": str(tmp_path / "model")})
+
+    def work() -> None:
+        run = Run(config)
+        gradients: list[Tensor] = []
+        hook = run.optimizer.register_step_pre_hook(
+            lambda *_: gradients.extend(p.grad for p in run.parameters if p.grad is not None)
+        )
+        run.step(0)
+        hook.remove()
+        assert run.teacher is not None
+        (copy,) = run.teacher.networks
+        moments = [t for state in run.optimizer.state.values() for t in state.values() if t.dim()]
+        held = (run.parameters, gradients, moments, list(copy.parameters()), list(run.teacher.state_dict().values()))
+        for tensors, times in zip(held, (1, 1, 2, 1, 1), strict=True):
+            own, everywhere = sizes(tensors)
+            assert own * 2 == everywhere == times * 2 * sizes(run.parameters)[0]
+        assert {t.dtype for t in run.teacher.state_dict().values()} == {torch.float32}
+        assert {t.dtype for t in copy.parameters()} == {torch.bfloat16}
+        assert all(isinstance(p, DTensor) for p in (*run.loaded.model.parameters(), *copy.parameters()))
+
+    for child in started_together(work, tmp_path / "log"):
+        assert child.wait() == 0, child.log.read_text()
+
+
+def test_weights_are_whole_only_as_long_as_asked_for(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = settings(fsdp=True, **COMMON)
+
+    def work() -> None:
+        run = Run(config)
+        model: nn.Module = run.loaded.model
+        apart = sizes(list(model.parameters()))
+        with whole(model):
+            assert not any(isinstance(p, DTensor) for p in model.parameters())
+            with whole(model):
+                pass
+            model(input_ids=torch.tensor([[1, 2]]))
+            assert sizes(list(model.parameters())) == (apart[1], apart[1])
+        assert sizes(list(model.parameters())) == apart
+
+    for child in started_together(work, tmp_path / "log"):
+        assert child.wait() == 0, child.log.read_text()
+
+
+@pytest.mark.parametrize("values", [{}, {"lora_rank": 4}], ids=["full", "lora"])
+def test_a_sharded_run_that_is_killed_goes_on_to_the_same_bits(
+    settings: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
+) -> None:
+    whole_run, broken = (settings(name, fsdp=True, **COMMON | values) for name in ("whole", "broken"))
+    train_sharded(whole_run, tmp_path)
+
+    def on_step(step: int, _loaded: Any) -> None:
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    first, second = started_together(lambda: train(broken, on_step=on_step), tmp_path / "broken")
+    assert second.wait() == -signal.SIGKILL
+    began = time.monotonic()
+    assert first.wait(60) == 1
+    assert time.monotonic() - began < 60
+    assert [path.name[-1] for path in list_checkpoints(Path(broken.output_dir))] == ["2"]
+    train_sharded(broken, tmp_path, resume=True)
+    assert_same_run(whole_run, broken)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["then_sharded", "then_whole"])
+def test_a_checkpoint_is_the_same_sharded_or_not(
+    settings: Callable[..., TrainConfig], tmp_path: Path, first: bool
+) -> None:
+    one, other = settings("one", **COMMON), settings("other", fsdp=first, **COMMON | {"max_steps": 2})
+    longer = other.model_copy(update={"max_steps": 4, "fsdp": not first})
+    train(one)
+    other = other.model_copy(update={"lr_scheduler_type": "cosine"})
+    if first:
+        train_sharded(other, tmp_path)
+        train(longer, resume=True)
+    else:
+        train(other)
+        train_sharded(longer, tmp_path, resume=True)
+    assert [line["step"] for line in metrics_of(longer)] == [1, 2, 3, 4]
+    assert list_checkpoints(Path(longer.output_dir))[-1].name[-1] == "4"
+
+
+def test_sharded_processes_measure_what_one_does(
+    settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 2}
+    one, two = settings("one", **values), settings("two", fsdp=True, **values)
+    train(one)
+    train_sharded(two, tmp_path)
+    for name in ("evaluations", "token_views"):
+        texts = [(Path(c.output_dir) / f"{name}.jsonl").read_text().splitlines() for c in (one, two)]
+        assert len(texts[0]) == len(texts[1]) > 2
+        for a, b in zip(*texts, strict=True):
+            found, expected = json.loads(a), json.loads(b)
+            found.pop("seconds", None), expected.pop("seconds", None)
+            found.pop("tokens", None), expected.pop("tokens", None)
+            if name == "evaluations":
+                assert found.pop("kl_base") == pytest.approx(expected.pop("kl_base"), abs=1e-5)
+            assert found == expected
+
+
+def test_a_sharded_run_whose_measurement_fails_in_one_process_ends_in_both(
+    settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    config = settings(fsdp=True, **COMMON | {"test": str(write_rows(count=4, name="test.jsonl")), "eval_steps": 3})
+
+    def work() -> None:
+        measure = Examiner.measure
+
+        def failing(examiner: Examiner, loaded: Any) -> Any:
+            if hasattr(examiner, "base") and os.environ["RANK"] == "1":
+                raise UserError("no answer")
+            return measure(examiner, loaded)
+
+        Examiner.measure = failing  # type: ignore[method-assign]
+        train(config)
+
+    for child in started_together(work, tmp_path / "log"):
+        assert child.wait(60) == 1
+    assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("values", "environment", "message"),
+    [
+        (
+            {"batch_size": 3},
+            {},
+            "setting 'fsdp' needs parts of one size: batch_size 3 is not a multiple of 2 processes ",
+        ),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "the launcher's own FSDP was switched on (--use_fsdp): leave it out, "),
+    ],
+    ids=["uneven", "launcher"],
+)
+def test_what_cannot_be_sharded_is_refused(
+    settings: Callable[..., TrainConfig],
+    tmp_path: Path,
+    values: dict[str, Any],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(dump_yaml(settings(fsdp=True, **COMMON | values)), encoding="utf-8")
+
+    def work() -> int:
+        os.environ.update(environment)
+        return main(["train", "--config", str(file)])
+
+    first, second = started_together(work, tmp_path / "log")
+    assert (first.wait(), second.wait()) == (2, 2)
+    assert first.log.read_text().splitlines()[-1].startswith(f"selfdistill: error: {message}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_is_not_sharded(settings: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(UserError, match="setting 'fsdp' shares a model between processes, and this is one"):
+        Run(settings(fsdp=True))
+
+
+def test_an_adapter_on_top_of_another_is_not_sharded(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    base = settings("base", lora_rank=4, max_steps=1)
+    train(base)
+    config = settings(fsdp=True, **COMMON | {"lora_rank": 4, "model": base.output_dir})
+    for child in started_together(lambda: Run(config), tmp_path / "log"):
+        assert child.wait() == 1
+        assert (
+            "setting 'fsdp' with lora_rank: the model has an adapter already; export it with --merge"
+            in child.log.read_text()
+        )
