@@ -77,8 +77,8 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
         context = best_context(taught[0])
         config = config.model_copy(update={"context": context})
     base = _load(config.model, config)
-    examiner = Examiner(config, base)
     demonstrations = _common_rows(config, base)
+    examiner = Examiner(config, base)
     count = min(len(demonstrations), config.num_demonstrations or len(demonstrations))
     steps = config.max_steps or math.ceil(count * config.num_train_epochs / config.batch_size)
     eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
@@ -185,14 +185,15 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     """The demonstrations that every method has room for: all of them, or with ``on_long_prompt: drop`` those that fit.
 
     Raises:
-        UserError: rows that do not fit.
+        UserError: rows that do not fit, or that lack what a method learns from.
     """
     rows = load_demonstrations(config.data, split=config.split)
     count, chat = len(rows), ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
     for name, values in _kinds(config):
         for stage in METHODS[name](_run_config(config, name, None, config.seeds[0], values)):
+            fitting, _ = stage.rows(rows, base, chat)  # of every kind, so that what is missing is told before any run
             if isinstance(stage.rows, DemonstrationRows):
-                rows = [row.demonstration for row in stage.rows(rows, base, chat)[0]]
+                rows = [row.demonstration for row in fitting]
     if len(rows) < count:
         say(f"{count - len(rows)} of {count} rows do not fit every method and are left out for all")
     return rows

@@ -225,6 +225,16 @@ def test_a_misspelt_test_leaves_no_folder_behind(settings: Callable[..., Compare
     assert not Path(config.output_dir).exists()
 
 
+def test_what_a_method_lacks_is_told_before_anything_is_measured(
+    settings: Callable[..., CompareConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(methods="sft,cpt")
+    with pytest.raises(UserError, match=r"method 'cpt' learns from documents, and .* has none: add the column"):
+        compare(config)
+    assert "new task" not in capsys.readouterr().err
+    assert not Path(config.output_dir).exists()
+
+
 def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     settings: Callable[..., CompareConfig], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
