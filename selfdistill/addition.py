@@ -34,7 +34,7 @@ from selfdistill.guards import RunFailed, RunStopped, StopRequests
 from selfdistill.judge import judge_of
 from selfdistill.ledger import MEASURED_WITH, PENDING, START, Ledger, locked
 from selfdistill.methods import METHODS, shows_context
-from selfdistill.models import LoadedModel, load_model, to_best_device, training_arithmetic
+from selfdistill.models import LoadedModel, load_start, training_arithmetic
 from selfdistill.priors import encode_priors, load_prior
 from selfdistill.settings_files import dump_yaml, load_yaml
 from selfdistill.stream import learn_stream
@@ -107,7 +107,7 @@ def _opened(config: LearnConfig) -> Ledger:
             for name, text in _texts(config.prior).items():
                 (folder / "prior" / name).write_bytes(text)
         prior = str(folder / "prior") if config.prior else None
-        write_json(folder / "base.json", _measured(_loaded(config.model, config.dtype), [], prior, config))
+        write_json(folder / "base.json", _measured(load_start(config.model, dtype=config.dtype), [], prior, config))
         state = {"model": _absolute(config.model), **{key: getattr(config, key) for key in MEASURED_WITH}}
         (folder / "state.yaml").write_text(yaml.safe_dump(state), encoding="utf-8")
     return Ledger(config.state)
@@ -121,10 +121,6 @@ def _texts(prior: str) -> dict[str, bytes]:
 
 def _absolute(model: str) -> str:
     return os.path.abspath(model) if os.path.isdir(model) else model
-
-
-def _loaded(model: str, dtype: str) -> LoadedModel:
-    return to_best_device(load_model(model, dtype=dtype, merge_adapter=True))
 
 
 def _rows(config: LearnConfig) -> tuple[list[Demonstration], list[Demonstration]]:
@@ -252,7 +248,7 @@ class _Addition:
 
     def _on(self, model: str, folders: list[tuple[str, Path]], prior: bool) -> dict[str, Any]:
         found: dict[str, Any] = _measured(
-            _loaded(model, self._config.dtype), folders, self._ledger.prior if prior else None, self._config
+            load_start(model, dtype=self._config.dtype), folders, self._ledger.prior if prior else None, self._config
         )
         return found
 

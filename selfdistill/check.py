@@ -32,7 +32,7 @@ from selfdistill.divergence import CrossEntropy, Divergence
 from selfdistill.errors import UserError
 from selfdistill.fused import chunked_loss
 from selfdistill.judge import judge_of
-from selfdistill.models import LoadedModel, load_model, resolved_precision, to_best_device
+from selfdistill.models import LoadedModel, load_start, resolved_precision
 from selfdistill.prefixes import KeptContexts
 from selfdistill.rollouts import Rollout, Sampling, sample, sample_seed
 from selfdistill.scorers import doubt_about
@@ -88,7 +88,7 @@ def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
     demonstrations = load_demonstrations(config.data, split=config.split)
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(d.document for d in demonstrations) else ())]
     contexts = [parse_context(spec) for spec in specs]
-    loaded = to_best_device(load_model(config.model, dtype=config.dtype, merge_adapter=True))
+    loaded = load_start(config.model, dtype=config.dtype)
     for note in loaded.notes:
         say(f"note: {note}")
     tuned = load_like(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None

@@ -31,7 +31,7 @@ from selfdistill.examiner import Examiner, check_inputs
 from selfdistill.guards import RunFailed, RunStopped, StopRequests
 from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.rows import DemonstrationRows
-from selfdistill.models import LoadedModel, load_model, to_best_device
+from selfdistill.models import LoadedModel, load_start
 from selfdistill.plots import Curve, trade_off
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
 from selfdistill.tracking import output, read_lines, say
@@ -76,7 +76,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
     if config.context == "auto" and taught:
         context = best_context(taught[0])
         config = config.model_copy(update={"context": context})
-    base = _load(config.model, config)
+    base = load_start(config.model, dtype=config.dtype)
     demonstrations = _common_rows(config, base)
     examiner = Examiner(config, base)
     count = min(len(demonstrations), config.num_demonstrations or len(demonstrations))
@@ -125,10 +125,6 @@ def _rag(examiner: Examiner, base: LoadedModel) -> dict[str, Any] | None:
         return None
 
 
-def _load(name: str, config: CompareConfig) -> LoadedModel:
-    return to_best_device(load_model(name, dtype=config.dtype, merge_adapter=True))
-
-
 def _write(folder: Path, result: dict[str, Any]) -> None:
     write_whole(folder / "comparison.json", json.dumps(result, ensure_ascii=False))
 
@@ -143,8 +139,11 @@ def _moved(config: CompareConfig, examiner: Examiner, done: list[Compared]) -> d
     for run in done:
         if run.failed is None:
             first.setdefault((run.method, run.learning_rate), run)
-    base, folder = _load(config.model, config), Path(config.output_dir)
-    return {run.name: examiner.moved(base, _load(str(folder / run.folder), config)) for run in first.values()}
+    base, folder = load_start(config.model, dtype=config.dtype), Path(config.output_dir)
+    return {
+        run.name: examiner.moved(base, load_start(str(folder / run.folder), dtype=config.dtype))
+        for run in first.values()
+    }
 
 
 def _kinds(config: CompareConfig) -> list[tuple[str, dict[str, Any]]]:

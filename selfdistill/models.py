@@ -252,6 +252,11 @@ def to_best_device(loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
+def load_start(name: str, *, dtype: str = "float32") -> LoadedModel:
+    """The model that a training begins from, with an adapter folded in, on the best device; see :func:`load_model`."""
+    return to_best_device(load_model(name, dtype=dtype, merge_adapter=True))
+
+
 def bfloat16_is_fast() -> bool:
     """Whether the hardware multiplies matrices in bfloat16 at full speed: most GPUs, and CPUs with AMX."""
     if torch.cuda.is_available():

@@ -31,7 +31,7 @@ from selfdistill.disk import end_last_line
 from selfdistill.documents import Passage, load_passages, sentences
 from selfdistill.endpoint import Endpoint
 from selfdistill.errors import UserError
-from selfdistill.models import load_model, to_best_device
+from selfdistill.models import load_start
 from selfdistill.rollouts import Sampling, sample, sample_seed
 from selfdistill.scorers import contains
 from selfdistill.tracking import Reporter, read_lines, say
@@ -183,7 +183,7 @@ class _Maker:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rejected: Counter[str] = Counter()
         self._config, self._texts = config, set[str]()
-        self._loaded = to_best_device(load_model(config.model, merge_adapter=True))
+        self._loaded = load_start(config.model)
         self._chat = ChatFormat(self._loaded.tokenizer, self._loaded.end_token_ids, config.chat_template_kwargs)
         self._endpoint: Endpoint | None = None
         if config.writer_url and config.writer_model:

@@ -25,7 +25,7 @@ from selfdistill.evaluate import Questions
 from selfdistill.export import take_whole
 from selfdistill.guards import RunStopped, StopRequests
 from selfdistill.judge import judge_of
-from selfdistill.models import LoadedModel, load_model, to_best_device, training_arithmetic
+from selfdistill.models import LoadedModel, load_start, training_arithmetic
 from selfdistill.tracking import StepsFile, say
 from selfdistill.train import train
 
@@ -85,7 +85,7 @@ def _chunk(
     buffer: Sequence[Demonstration],
 ) -> dict[str, Any]:
     """Test the model on the rows of a chunk that fit, then teach it."""
-    loaded = to_best_device(load_model(model, dtype=config.dtype, merge_adapter=True))
+    loaded = load_start(model, dtype=config.dtype)
     chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
     fitting = [row.demonstration for row in _fitting(loaded, chat, chunk, config, config.on_long_prompt)]
     if not fitting:

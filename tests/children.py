@@ -10,8 +10,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import AcceleratorState
+
+from selfdistill.config import TrainConfig
+from selfdistill.train import train
 
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU")
 
@@ -72,3 +76,25 @@ def started_together(work: Callable[[], object], log: Path, count: int = 2) -> l
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
         children.append(Child(work, log.with_suffix(f".{rank}.log"), numbers | where))
     return children
+
+
+JOINED = "2 processes, each of which has its share of every batch"
+
+
+def train_together(config: TrainConfig, tmp_path: Path, **more: Any) -> None:
+    """Train in two processes, to the end."""
+    children = started_together(lambda: train(config, **more), tmp_path / Path(config.output_dir).name)
+    for child in children:
+        assert child.wait() == 0, child.log.read_text()
+    said = f"{JOINED} and of all weights\n" if config.fsdp else f"{JOINED}\n"
+    assert said in children[0].log.read_text()
+
+
+def second_gets(number: int) -> Callable[[int, Any], None]:
+    """For ``on_step``: the second process sends itself a signal after step 3."""
+
+    def on_step(step: int, _loaded: Any) -> None:
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), number)
+
+    return on_step

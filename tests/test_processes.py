@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from children import Child, started_together
+from children import JOINED, Child, second_gets, started_together, train_together
 from conftest import assert_same_run, final_weights, largest_difference, metrics_of
 from stress import Tally
 
@@ -32,26 +32,6 @@ from selfdistill.settings_files import dump_yaml
 from selfdistill.train import train
 
 COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema_rate": 0.2, "drift_steps": 2}
-
-
-JOINED = "2 processes, each of which has its share of every batch\n"
-
-
-def train_together(config: TrainConfig, tmp_path: Path, **more: Any) -> None:
-    children = started_together(lambda: train(config, **more), tmp_path / Path(config.output_dir).name)
-    for child in children:
-        assert child.wait() == 0, child.log.read_text()
-    assert JOINED in children[0].log.read_text()
-
-
-def second_gets(number: int) -> Callable[[int, Any], None]:
-    """The second process sends itself a signal after step 3."""
-
-    def on_step(step: int, _loaded: Any) -> None:
-        if step == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), number)
-
-    return on_step
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import started_together
+from children import second_gets, started_together, train_together
 from conftest import ENDS, assert_same_run, final_weights, largest_difference, metrics_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -33,14 +33,6 @@ from selfdistill.train import train
 COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema_rate": 0.2, "drift_steps": 2}
 CLOSE = 2e-5
 """Rows are read whole here, so numbers are rounded otherwise, and AdamW's first steps know only a gradient's sign."""
-JOINED = "2 processes, each of which has its share of every batch and of all weights\n"
-
-
-def train_sharded(config: TrainConfig, tmp_path: Path, **more: Any) -> None:
-    children = started_together(lambda: train(config, **more), tmp_path / Path(config.output_dir).name)
-    for child in children:
-        assert child.wait() == 0, child.log.read_text()
-    assert JOINED in children[0].log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +61,7 @@ def test_sharded_processes_train_to_the_weights_of_one(
     values = COMMON | {"model": str(model_folder(ends=ENDS, tied=tied))} | values
     one, two = settings("one", **values), settings("two", fsdp=True, **values)
     train(one)
-    train_sharded(two, tmp_path)
+    train_together(two, tmp_path)
     assert largest_difference(final_weights(one), final_weights(two)) < CLOSE
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
@@ -94,7 +86,7 @@ def test_a_sharded_model_whose_head_cannot_be_taken_apart(
     monkeypatch.setattr("selfdistill.scores.head_agrees", lambda _: False)
     one, two = settings("one", **COMMON), settings("two", fsdp=True, **COMMON)
     train(one)
-    train_sharded(two, tmp_path)
+    train_together(two, tmp_path)
     assert largest_difference(final_weights(one), final_weights(two)) < CLOSE
 
 
@@ -158,19 +150,15 @@ def test_a_sharded_run_that_is_killed_goes_on_to_the_same_bits(
     settings: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
 ) -> None:
     whole_run, broken = (settings(name, fsdp=True, **COMMON | values) for name in ("whole", "broken"))
-    train_sharded(whole_run, tmp_path)
+    train_together(whole_run, tmp_path)
 
-    def on_step(step: int, _loaded: Any) -> None:
-        if step == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    first, second = started_together(lambda: train(broken, on_step=on_step), tmp_path / "broken")
+    first, second = started_together(lambda: train(broken, on_step=second_gets(signal.SIGKILL)), tmp_path / "broken")
     assert second.wait() == -signal.SIGKILL
     began = time.monotonic()
     assert first.wait(60) == 1
     assert time.monotonic() - began < 60
     assert [path.name[-1] for path in list_checkpoints(Path(broken.output_dir))] == ["2"]
-    train_sharded(broken, tmp_path, resume=True)
+    train_together(broken, tmp_path, resume=True)
     assert_same_run(whole_run, broken)
 
 
@@ -183,11 +171,11 @@ def test_a_checkpoint_is_the_same_sharded_or_not(
     train(one)
     other = other.model_copy(update={"lr_scheduler_type": "cosine"})
     if first:
-        train_sharded(other, tmp_path)
+        train_together(other, tmp_path)
         train(longer, resume=True)
     else:
         train(other)
-        train_sharded(longer, tmp_path, resume=True)
+        train_together(longer, tmp_path, resume=True)
     assert [line["step"] for line in metrics_of(longer)] == [1, 2, 3, 4]
     assert list_checkpoints(Path(longer.output_dir))[-1].name[-1] == "4"
 
@@ -198,7 +186,7 @@ def test_sharded_processes_measure_what_one_does(
     values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 2}
     one, two = settings("one", **values), settings("two", fsdp=True, **values)
     train(one)
-    train_sharded(two, tmp_path)
+    train_together(two, tmp_path)
     for name in ("evaluations", "token_views"):
         texts = [(Path(c.output_dir) / f"{name}.jsonl").read_text().splitlines() for c in (one, two)]
         assert len(texts[0]) == len(texts[1]) > 2
