@@ -87,18 +87,21 @@ def save_checkpoint(
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             moments[f"{key}:{name}"] = value
-    parts = {
-        "weights": collected({name: parameter.detach() for name, parameter in parameters.items()}),
-        "optimizer": collected(moments),
-        "teacher": collected(teacher.state_dict() if teacher else {}),
+    parts: dict[str, dict[str, Tensor]] = {
+        "weights": {name: parameter.detach() for name, parameter in parameters.items()},
+        "optimizer": moments,
+        "teacher": teacher.state_dict() if teacher else {},
     }
     if not is_first():
+        for tensors in parts.values():
+            collected(tensors)
         return final
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for part, tensors in parts.items():
-            save_file({n: t.contiguous() for n, t in tensors.items()}, temporary / f"{part}.safetensors")
+            whole = {name: tensor.contiguous() for name, tensor in collected(tensors).items()}
+            save_file(whole, temporary / f"{part}.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         (temporary / "config.yaml").write_text(settings, encoding="utf-8")
         seal(temporary)

@@ -18,7 +18,7 @@ from selfdistill.demonstrations import Demonstration, load_prompts
 from selfdistill.divergence import CrossEntropy, Divergence, forward_kl
 from selfdistill.errors import UserError
 from selfdistill.fused import chunked_loss
-from selfdistill.models import LoadedModel, load_model, to_best_device
+from selfdistill.models import LoadedModel, load_model
 from selfdistill.rollouts import Sampling, sample
 from selfdistill.scores import Scorer
 
@@ -85,12 +85,12 @@ class Drift(Distance):
 
 
 def load_like(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
-    """Load a model to be compared with another, on the best device.
+    """Load a model to be compared with another, on that one's device.
 
     Raises:
         UserError: it cannot be loaded, or its vocabulary is another.
     """
-    loaded = to_best_device(load_model(name, dtype=dtype))
+    loaded = load_model(name, dtype=dtype)
     # The width of the logits, which are what is compared: a tokenizer may have fewer entries, and padding differs.
     own, others = (model.config.get_text_config().vocab_size for model in (loaded.model, other.model))
     if own != others:
@@ -98,6 +98,7 @@ def load_like(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
             f"model {name!r} has a vocabulary of {own} tokens, model {other.name!r} of {others}: a distance between "
             "them needs the same"
         )
+    loaded.model.to(other.device)
     return loaded
 
 

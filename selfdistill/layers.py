@@ -29,6 +29,10 @@ def layers_of(loaded: LoadedModel, network: Any, setting: str) -> list[nn.Module
     """
     kinds = set(getattr(unwrap(network), "_no_split_modules", None) or ())
     layers = [module for module in network.modules() if type(module).__name__ in kinds]
+    within = {
+        part for layer in layers for part in layer.modules() if part is not layer
+    }  # Mamba names parts of them, too
+    layers = [layer for layer in layers if layer not in within]
     if not layers:
         raise UserError(f"model {loaded.name!r} does not say which modules are its layers: leave {setting} out")
     return layers

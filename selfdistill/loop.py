@@ -19,10 +19,9 @@ from selfdistill.evaluate import summary
 from selfdistill.guards import RunCollapsed, RunFailed, RunStopped, StopRequests
 from selfdistill.methods.sequences import RowCompletions
 from selfdistill.models import LoadedModel
-from selfdistill.processes import from_first, largest, wait
+from selfdistill.processes import EverywhereError, from_first, largest, wait
 from selfdistill.run import Run, Stage
 from selfdistill.settings_files import dump_yaml
-from selfdistill.sharding import whole
 from selfdistill.token_views import token_views
 from selfdistill.tracking import MetricsFile, Reporter, StepsFile, Tracker, read_lines, say
 
@@ -122,8 +121,8 @@ class Loop:
     def _measure(self, step: int, *, last: bool) -> None:
         try:
             self._watch.look(step, last=last)
-        except Exception:  # a judge that does not answer, memory: nothing of the training must be lost by it
-            self._save(together=False)  # another process may be elsewhere, with its shards
+        except Exception as error:  # a judge that does not answer, memory: nothing of the training must be lost by it
+            self._save(together=isinstance(error, EverywhereError))  # else another process may be elsewhere
             raise
 
     def _save(self, *, together: bool = True) -> None:
@@ -191,9 +190,7 @@ class _Watch:
         run, config = self._run, self._run.config
         ends = last or step == 0
         if self._views and ends and step not in self._views.steps:
-            with whole(run.loaded.model, *(run.teacher.networks if run.teacher else ())):
-                views = token_views(run)
-            for view in views:
+            for view in token_views(run):
                 self._views.write({"step": step, **view})
         due = ends or (config.eval_steps and step % config.eval_steps == 0)
         if self._evaluations and run.examiner and due and step not in self._evaluations.steps:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -275,9 +276,11 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
     """For passes without gradients under autocast: each weight is cast once, not once a pass.
 
     Autocast keeps the cast of a weight until its context ends, but only of weights that require a gradient. So here all
-    do; no gradient can come of it, for gradients are switched off.
+    do; no gradient can come of it, for gradients are switched off. Shards stay as they are, for it is not them that a
+    pass uses.
     """
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    own = (p for p in model.parameters() if not isinstance(p, DTensor))
+    frozen = [p for p in own if p.is_floating_point() and not p.requires_grad]
     with torch.no_grad():
         try:
             for parameter in frozen:

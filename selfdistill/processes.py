@@ -23,6 +23,11 @@ if TYPE_CHECKING:  # torch takes a second to import, and a command line that is 
 
 Item = TypeVar("Item")
 
+
+class EverywhereError(UserError):
+    """A mistake that all processes are told at the same place."""
+
+
 PATIENCE = timedelta(hours=6)
 """How long a process waits for another that does something alone. One that ends is noticed at once."""
 
@@ -120,7 +125,7 @@ def from_first(make: Callable[[], Item]) -> Item:
             box[1] = str(error)
     distributed.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise UserError(box[1])
+        raise EverywhereError(box[1])
     result: Item = box[0]
     return result
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from selfdistill.errors import UserError
-from selfdistill.models import LoadedModel
+from selfdistill.models import LoadedModel, casts_kept
 from selfdistill.prefixes import PASS_TOKENS, as_attended, common_beginning, continues
 from selfdistill.processes import gather, share
 from selfdistill.sharding import whole
@@ -93,7 +93,6 @@ def sample_seed(seed: int, step: int, row: int, generation: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-@torch.no_grad()
 def sample(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
 ) -> list[Rollout]:
@@ -109,7 +108,7 @@ def sample(
         seeds: one per prompt, from :func:`sample_seed`; not needed when greedy.
     """
     own = share(len(prompts))
-    with whole(loaded.model):
+    with whole(loaded.model), casts_kept(loaded.model):
         rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
     return gather(rollouts)
 

@@ -166,7 +166,7 @@ class Run:
             self._shard(*([self.teacher] if self.teacher else []), *([base] if base else []))
         for stage in self.stages:
             if stage.method.fixed:
-                with casts_kept(model), self.accelerator.autocast():
+                with self.accelerator.autocast():
                     stage.rows = stage.method.fixed(self.loaded, stage.rows, Path(config.output_dir))
         self.kept: KeptContexts | None = None
         if self.teacher and self.teacher.kind == "frozen" and not config.fsdp:
@@ -190,16 +190,22 @@ class Run:
         own, others = (unwrap(model).config.model_type for model in (self.loaded.model, other.model))
         if own != others:
             raise UserError(f"setting 'teacher_model': {name!r} is of the kind {others}, the student of the kind {own}")
-        if not self.config.fsdp:
-            other.model.to(self.accelerator.device)
         return other
 
     def _shard(self, *teachers: Teacher) -> None:
         """Cut the student and what scores beside it into shards."""
-        token = torch.tensor([[self.loaded.pad_token_id]], device=self.accelerator.device)
+        device = self.accelerator.device
+        dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
+        token = torch.tensor([[self.loaded.pad_token_id]], device=device)
+        for teacher in teachers:
+            teacher.release()
         for network in dict.fromkeys((self.loaded.model, *(n for teacher in teachers for n in teacher.networks))):
             layers = layers_of(self.loaded, network, "fsdp")
-            shard(network, layers, self.accelerator.device, lambda model: model(input_ids=token, use_cache=False))
+            try:
+                with self.accelerator.autocast():
+                    shard(network, layers, device, lambda model: model(input_ids=token, use_cache=False), dtype)
+            except (AssertionError, TypeError, ValueError) as error:
+                raise UserError(f"model {self.loaded.name!r} cannot be sharded: {error}; leave fsdp out") from None
         for teacher in teachers:
             teacher.bind()
 
@@ -267,7 +273,7 @@ class Run:
         self.stage = stage = self.stage_of(step)[1]
         method, done = stage.method, step - stage.first_step
         rows = batch_rows(stage.rows, done, config.batch_size, config.seed)
-        with casts_kept(self.loaded.model), self.accelerator.autocast():
+        with self.accelerator.autocast():
             completions = method.sequence(self.loaded, rows, step)
         rollout_s = self.gradient.clock() - began
         rate = learning_rate(

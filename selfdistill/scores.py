@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from selfdistill.layers import CompiledLayers
 from selfdistill.models import Head, LoadedModel, body_and_head, head_agrees
 from selfdistill.prefixes import KeptContexts, continues, keeps_every_token, shared_beginnings
+from selfdistill.processes import from_first
 
 PLAIN_ATTENTION_TOKENS = 128
 """Up to this many tokens plain attention trains faster than fused attention, with bfloat16 on the CPU."""
@@ -55,7 +56,7 @@ class Scorer:
 
     def __init__(self, loaded: LoadedModel, compiled: CompiledLayers | None = None, *, sharded: bool = False) -> None:
         self._compiled, self._sharded = compiled, sharded
-        self.fused = head_agrees(loaded)
+        self.fused = from_first(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
         self._continues = continues(loaded)
         self._keeps = self.fused and self._continues and keeps_every_token(loaded.model.config.get_text_config())
         self.pad_token_id = loaded.pad_token_id

@@ -15,22 +15,38 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from selfdistill.errors import UserError
 from selfdistill.processes import is_first
 
 
 def shard(
-    model: nn.Module, layers: Sequence[nn.Module], device: torch.device, read: Callable[[nn.Module], object]
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    device: torch.device,
+    read: Callable[[nn.Module], object],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Cut the model's weights into shards, each layer on its own and what is left together, on ``device``.
 
-    ``read`` does a pass through the model, which only then knows which of its modules are sharded.
+    Args:
+        read: does a pass through the model, at which PyTorch finds out which of its modules belong together.
+        dtype: in which layers are gathered, for passes under autocast to it, which would hold casts of all weights
+            beside the shards; gradients are added up in float32. Default: as they are.
+
+    Raises:
+        UserError: this PyTorch is too old.
+        AssertionError, TypeError, ValueError: PyTorch cannot shard this model.
     """
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise UserError(f"setting 'fsdp' needs a newer PyTorch than {torch.__version__}")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for module in (*layers, model):
-        fully_shard(module, mesh=mesh)
+    policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
     with torch.no_grad():
         read(model)
     for unit in _units(model):
@@ -74,6 +90,8 @@ def outside_layers_whole(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
+            if not any(p.requires_grad for p in unit.parameters()):
+                unit.reset_iter_state()  # the order of passes, which a backward pass would forget
 
 
 def own_part(tensor: Tensor) -> Tensor:

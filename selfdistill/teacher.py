@@ -84,6 +84,10 @@ class Teacher:
             self._followed = {name: students[_students_name(name)] for name in self._scoring}
             self._average = {name: t.detach().float() for name, t in self._scoring.items()}
 
+    def release(self) -> None:
+        """Let go of the weights, which are about to be sharded: until :meth:`bind`."""
+        self._scoring, self._followed, self._average = {}, {}, {}
+
     @property
     def networks(self) -> list[nn.Module]:
         """What scores beside the student."""

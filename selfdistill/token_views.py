@@ -15,6 +15,7 @@ from selfdistill.fused import CHUNK_TOKENS
 from selfdistill.models import casts_kept
 from selfdistill.rollouts import Sampling, sample
 from selfdistill.run import Run
+from selfdistill.sharding import outside_layers_whole, whole
 
 PREFERRED = 5
 """The teacher's likeliest tokens that are kept for each token."""
@@ -36,32 +37,31 @@ def token_views(run: Run) -> list[dict[str, Any]]:
     rows = [source[number * len(source) // count] for number in range(count)]
     model, tokenizer, views = run.loaded.model, run.loaded.tokenizer, []
     greedy = Sampling(run.config.max_completion_length, temperature=0)
-    with casts_kept(model), run.accelerator.autocast():
+    with whole(model), casts_kept(model), run.accelerator.autocast():
         rollouts = sample(run.loaded, [row.student_ids for row in rows], greedy) if rows else []
-    for row, rollout in zip(rows, rollouts, strict=True):
-        with casts_kept(model), run.accelerator.autocast():
-            student = run.scorer(model, [row.student_ids], [rollout.ids])
-        with run.teacher.model() as network, casts_kept(network), run.accelerator.autocast():
-            teacher = run.scorer(network, [row.teacher_ids or []], [rollout.ids])
-        tokens: list[dict[str, Any]] = []
-        for ids, mine_nD, theirs_nD in zip(
-            torch.tensor(rollout.ids).split(CHUNK_TOKENS),
-            student.hidden_ND.split(CHUNK_TOKENS),
-            teacher.hidden_ND.split(CHUNK_TOKENS),
-            strict=True,
-        ):
-            with run.accelerator.autocast():
+        students = [run.scorer(model, [r.student_ids], [x.ids]) for r, x in zip(rows, rollouts, strict=True)]
+    with run.teacher.model() as network, whole(network), casts_kept(network), run.accelerator.autocast():
+        teachers = [run.scorer(network, [r.teacher_ids or []], [x.ids]) for r, x in zip(rows, rollouts, strict=True)]
+    with outside_layers_whole([model, *run.teacher.networks]), run.accelerator.autocast():
+        for row, rollout, student, teacher in zip(rows, rollouts, students, teachers, strict=True):
+            tokens: list[dict[str, Any]] = []
+            for ids, mine_nD, theirs_nD in zip(
+                torch.tensor(rollout.ids).split(CHUNK_TOKENS),
+                student.hidden_ND.split(CHUNK_TOKENS),
+                teacher.hidden_ND.split(CHUNK_TOKENS),
+                strict=True,
+            ):
                 logits_nV = student.head(mine_nD), teacher.head(theirs_nD)
-            tokens += _chunk(tokenizer, ids.tolist(), *(part_nV.float().log_softmax(-1) for part_nV in logits_nV))
-        views.append(
-            {
-                "row": row.demonstration.source,
-                "prompt": row.demonstration.prompt[-1]["content"],
-                "demonstration": row.demonstration.privileged_context or row.demonstration.completion,
-                "tokens": tokens,
-                "truncated": rollout.truncated,
-            }
-        )
+                tokens += _chunk(tokenizer, ids.tolist(), *(part_nV.float().log_softmax(-1) for part_nV in logits_nV))
+            views.append(
+                {
+                    "row": row.demonstration.source,
+                    "prompt": row.demonstration.prompt[-1]["content"],
+                    "demonstration": row.demonstration.privileged_context or row.demonstration.completion,
+                    "tokens": tokens,
+                    "truncated": rollout.truncated,
+                }
+            )
     return views
 
 

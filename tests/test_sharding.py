@@ -14,6 +14,7 @@ import pytest
 import torch
 from children import second_gets, started_together, train_together
 from conftest import ENDS, assert_same_run, final_weights, largest_difference, metrics_of
+from odd_models import MAKERS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,7 +25,9 @@ from selfdistill.cli import main
 from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
+from selfdistill.layers import layers_of
 from selfdistill.models import LoadedModel
+from selfdistill.processes import from_first
 from selfdistill.run import Run
 from selfdistill.settings_files import dump_yaml
 from selfdistill.sharding import own_part, whole
@@ -90,18 +93,92 @@ def test_a_sharded_model_whose_head_cannot_be_taken_apart(
     assert largest_difference(final_weights(one), final_weights(two)) < CLOSE
 
 
+@pytest.fixture
+def bfloat16_folder(load: Callable[..., LoadedModel], tmp_path: Path) -> str:
+    """A model of bfloat16 weights, which forked processes need not convert: they lack their parent's threads."""
+    loaded = load(dtype="bfloat16", ends=ENDS)
+    loaded.model.save_pretrained(tmp_path / "bfloat16")
+    loaded.tokenizer.save_pretrained(tmp_path / "bfloat16")
+    return str(tmp_path / "bfloat16")
+
+
+@pytest.mark.parametrize("method", ["sft", "sdft"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora_on_bfloat16"])
+def test_sharded_processes_with_bfloat16_arithmetic(
+    settings: Callable[..., TrainConfig], tmp_path: Path, bfloat16_folder: str, method: str, lora: bool
+) -> None:
+    values = COMMON | {"mixed_precision": "bf16", "method": method}
+    if lora:
+        values |= {"lora_rank": 4, "model": bfloat16_folder, "dtype": "auto"}
+    one, two = settings("one", **values), settings("two", fsdp=True, **values)
+    train(one)
+    train_together(two, tmp_path)
+    steps = 4 if method == "sft" else 1  # a sample is another one where rounding turns a token
+    for a, b in list(zip(metrics_of(one), metrics_of(two), strict=True))[:steps]:
+        assert a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
+    assert {t.dtype for t in final_weights(two).values()} == {torch.float32}
+
+
+def test_layers_are_gathered_in_the_data_type_of_the_arithmetic_and_let_go_again(
+    settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = settings(fsdp=True, **COMMON | {"mixed_precision": "bf16", "drift_steps": 0})
+
+    def work() -> None:
+        run = Run(config)
+        model = run.loaded.model
+        seen: list[tuple[torch.dtype, bool]] = []
+        first, second = model.model.layers
+        weights = lambda: [layer.mlp.up_proj.weight for layer in (first, second)]  # noqa: E731
+        second.mlp.register_forward_pre_hook(
+            lambda *_: seen.append((weights()[1].dtype, isinstance(weights()[0], DTensor)))
+        )
+        passes: list[int] = []
+        for step in range(3):
+            del seen[:]
+            run.step(step)
+            assert (torch.bfloat16, True) in seen  # while one layer reads, the other is in shards
+            assert {dtype for dtype, _ in seen} == {torch.bfloat16}
+            assert {(w.dtype, isinstance(w, DTensor)) for w in weights()} == {(torch.float32, True)}
+            assert run.teacher is not None
+            (copy,) = run.teacher.networks
+            passes.append(len(copy._get_fsdp_state()._comm_ctx.post_forward_order))
+        assert passes == [0, 0, 0]
+
+    for child in started_together(work, tmp_path / "log"):
+        assert child.wait() == 0, child.log.read_text()
+
+
+def test_another_model_teaches_sharded_processes(
+    settings: Callable[..., TrainConfig], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    values = COMMON | {"teacher_model": str(model_folder(ends=ENDS, seed=1))}
+    one, two = settings("one", **values), settings("two", fsdp=True, **values)
+    train(one)
+    train_together(two, tmp_path)
+    assert largest_difference(final_weights(one), final_weights(two)) < CLOSE
+
+
+def test_parts_that_a_model_names_beside_its_layers_are_no_layers() -> None:
+    model = MAKERS["mamba, recurrent"]()
+    loaded = LoadedModel(model, None, "mamba", (), 0, None)
+    assert set(model._no_split_modules) == {"MambaBlock", "MambaMixer"}
+    assert {type(layer).__name__ for layer in layers_of(loaded, model, "fsdp")} == {"MambaBlock"}
+    with pytest.raises(UserError, match="model 'mamba' does not say which modules are its layers: leave fsdp out"):
+        layers_of(loaded, nn.Linear(1, 1), "fsdp")
+
+
 def sizes(tensors: list[Tensor]) -> tuple[int, int]:
     """Numbers in this process, and in all."""
     return sum(own_part(t).numel() for t in tensors), sum(t.numel() for t in tensors)
 
 
 def test_each_process_holds_half_of_weights_gradients_moments_and_teacher(
-    settings: Callable[..., TrainConfig], load: Callable[..., LoadedModel], tmp_path: Path
+    settings: Callable[..., TrainConfig], bfloat16_folder: str, tmp_path: Path
 ) -> None:
-    loaded = load(dtype="bfloat16", ends=ENDS)  # not in the forked processes, whose parent's threads are not there
-    loaded.model.save_pretrained(tmp_path / "model")
-    loaded.tokenizer.save_pretrained(tmp_path / "model")
-    config = settings(fsdp=True, dtype="auto", **COMMON | {"model": str(tmp_path / "model")})
+    config = settings(fsdp=True, dtype="auto", **COMMON | {"model": bfloat16_folder})
 
     def work() -> None:
         run = Run(config)
@@ -166,18 +243,30 @@ def test_a_sharded_run_that_is_killed_goes_on_to_the_same_bits(
 def test_a_checkpoint_is_the_same_sharded_or_not(
     settings: Callable[..., TrainConfig], tmp_path: Path, first: bool
 ) -> None:
-    one, other = settings("one", **COMMON), settings("other", fsdp=first, **COMMON | {"max_steps": 2})
-    longer = other.model_copy(update={"max_steps": 4, "fsdp": not first})
+    values = COMMON | {"lr_scheduler_type": "constant"}  # which does not depend on the number of steps
+    one, begun = settings("one", **values), settings("other", fsdp=first, **values | {"max_steps": 2})
+    longer = begun.model_copy(update={"max_steps": 4, "fsdp": not first})
     train(one)
-    other = other.model_copy(update={"lr_scheduler_type": "cosine"})
     if first:
-        train_together(other, tmp_path)
+        train_together(begun, tmp_path)
         train(longer, resume=True)
     else:
-        train(other)
+        train(begun)
         train_together(longer, tmp_path, resume=True)
+    assert largest_difference(final_weights(one), final_weights(longer)) < CLOSE
     assert [line["step"] for line in metrics_of(longer)] == [1, 2, 3, 4]
-    assert list_checkpoints(Path(longer.output_dir))[-1].name[-1] == "4"
+
+
+def test_a_sharded_run_that_is_asked_to_stop_goes_on_to_the_same_bits(
+    settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    whole_run, stopped = (settings(name, fsdp=True, **COMMON) for name in ("whole", "stopped"))
+    train_together(whole_run, tmp_path)
+    for child in started_together(lambda: train(stopped, on_step=second_gets(signal.SIGTERM)), tmp_path / "stopped"):
+        assert child.wait() == 1
+        assert "stopped after step 3 of 4, all saved; continue with --resume" in child.log.read_text()
+    train_together(stopped, tmp_path, resume=True)
+    assert_same_run(whole_run, stopped)
 
 
 def test_sharded_processes_measure_what_one_does(
@@ -218,6 +307,26 @@ def test_a_sharded_run_whose_measurement_fails_in_one_process_ends_in_both(
     for child in started_together(work, tmp_path / "log"):
         assert child.wait(60) == 1
     assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["2"]
+
+
+def test_a_measurement_that_fails_in_all_processes_loses_no_step(
+    settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    config = settings(fsdp=True, **COMMON | {"test": str(write_rows(count=4, name="test.jsonl")), "eval_steps": 3})
+
+    def asked() -> None:
+        raise UserError("the judge does not answer")
+
+    def work() -> None:
+        measure = Examiner.measure
+        failing = lambda examiner, loaded: from_first(asked) if hasattr(examiner, "base") else measure(examiner, loaded)  # noqa: E731
+        Examiner.measure = failing  # type: ignore[method-assign]
+        train(config)
+
+    for child in started_together(work, tmp_path / "log"):
+        assert child.wait(60) == 1
+        assert "the judge does not answer" in child.log.read_text()
+    assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["2", "3"]
 
 
 @pytest.mark.parametrize(
