@@ -25,14 +25,14 @@ from selfdistill.check import check_run
 from selfdistill.command_config import LearnConfig
 from selfdistill.config import TrainConfig
 from selfdistill.demonstrations import Demonstration, load_demonstrations, write_demonstrations
-from selfdistill.disk import write_json, write_whole
+from selfdistill.disk import locked, write_json, write_whole
 from selfdistill.errors import UserError
 from selfdistill.evaluate import Evaluation, Questions, prior_scores
 from selfdistill.examiner import check_inputs
 from selfdistill.export import take_whole, whole_folder
 from selfdistill.guards import RunFailed, RunStopped, StopRequests
 from selfdistill.judge import judge_of
-from selfdistill.ledger import MEASURED_WITH, PENDING, START, Ledger, locked
+from selfdistill.ledger import MEASURED_WITH, PENDING, START, Ledger
 from selfdistill.methods import METHODS, shows_context
 from selfdistill.models import LoadedModel, load_start, training_arithmetic
 from selfdistill.priors import encode_priors, load_prior
@@ -66,7 +66,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     check_inputs(run)
     if config.prior:
         load_prior(config.prior)
-    with locked(config.state), StopRequests() as stop:
+    with locked(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config)
         _begin(ledger, config, kept, test)
         try:
@@ -97,7 +97,7 @@ def _opened(config: LearnConfig) -> Ledger:
             if getattr(config, key) != value:
                 raise UserError(f"setting {key!r}: {config.state} began with {value!r}, and so are all its scores made")
         return ledger
-    if others := [path.name for path in root.iterdir() if path.name not in (".lock", f".{START}.unfinished")]:
+    if others := [path.name for path in root.iterdir() if path.name != f".{START}.unfinished"]:
         raise UserError(f"state {config.state!r}: holds {others[0]!r} and is no state; give another folder")
     if not config.model:
         raise UserError(f"state {config.state!r} does not exist yet: give the base --model with the first skill")

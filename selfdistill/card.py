@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,14 @@ folder of another machine, put the right one there. `selfdistill export --merge 
 
 
 def model_card(
-    config: TrainConfig, run: Path, step: int, *, demonstrations: int, fingerprint: str, adapter: bool
+    config: TrainConfig,
+    run: Path,
+    step: int,
+    *,
+    demonstrations: int,
+    fingerprint: str,
+    adapter: bool,
+    signs: Sequence[str] = (),
 ) -> str:
     """The card of a run's final model: YAML front matter, then Markdown.
 
@@ -82,6 +89,7 @@ def model_card(
         demonstrations: rows that were trained on.
         fingerprint: of the encoded rows; see ``Run.fingerprint``.
         adapter: the weights are an adapter, not a whole model.
+        signs: of a run that falls apart, as they were said.
     """
     base, data = public_name(config.model), public_name(config.data)
     metadata = ModelCardData(
@@ -106,6 +114,7 @@ def model_card(
         "## Results",
         *results,
         "## Limits",
+        *([f"- The run showed signs of falling apart: {'; '.join(signs)}."] if signs else []),
         f"- {measured} Nothing here says how it does on other tasks; fine-tuning may have cost it some of them.\n"
         f"- It learnt from {demonstrations} demonstrations and replies of at most {config.max_completion_length} "
         "tokens. Mistakes in the demonstrations are learnt, too.\n"

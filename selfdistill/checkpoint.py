@@ -45,6 +45,8 @@ class Position:
     """Fingerprint of the encoded rows; see ``Run.fingerprint``."""
     skipped: int = 0
     """Steps in a row, up to this one, that were left out for numbers that are not finite."""
+    model: str = ""
+    """Fingerprint of the weights that the run began with; see ``Run.began_as``."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from selfdistill.errors import UserError
 
 
 def sync(path: Path) -> None:
@@ -75,12 +80,17 @@ def damage(folder: Path) -> str | None:
     """What of a sealed folder is not as it was written, in a few words; None where it is whole.
 
     Files that the manifest does not name are no damage; see :func:`foreign`.
+
+    Raises:
+        UserError: this user may not read it, which is no damage.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sizes = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
+    except PermissionError:
+        raise UserError(f"{folder}: may not be read (permission denied): go on as the user who began") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} cannot be read"
     if not sizes:
@@ -94,6 +104,8 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} of {size} bytes"
             if sha256(path) != digest:
                 return f"{name} has changed since it was written (SHA-256)"
+        except PermissionError:
+            raise UserError(f"{path}: may not be read (permission denied): go on as the user who began") from None
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
@@ -112,3 +124,30 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes from ``folder``, which is made where it is not there; the lock ends with the process.
+
+    Where the file system knows no locks there is none.
+
+    Raises:
+        UserError: another process is at it, or the folder cannot be written; begins with ``what``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{what}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{what}: another process is at work on it; wait for it, or stop it") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -34,14 +34,19 @@ class RunCollapsed(RunFailed):
 
 
 class StopRequests:
-    """While active, SIGINT and SIGTERM are noted in ``received`` for the loop to act on; a second one acts at once."""
+    """While active, SIGINT, SIGTERM and SIGHUP are noted in ``received`` for the loop; a second one acts at once.
+
+    SIGHUP, which a terminal that is closed sends, only where it is not ignored (``nohup``).
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
             try:
                 self._previous[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: the caller's handlers stay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -10,9 +11,10 @@ from rich.table import Table
 
 from selfdistill.addition import add
 from selfdistill.command_config import ExportConfig, LearnConfig
+from selfdistill.disk import locked
 from selfdistill.errors import UserError
 from selfdistill.export import export
-from selfdistill.ledger import REFUSED, UNDONE, Ledger, locked
+from selfdistill.ledger import REFUSED, UNDONE, Ledger
 from selfdistill.retention import transfer
 from selfdistill.tracking import output
 
@@ -128,7 +130,7 @@ def _history(ledger: Ledger) -> dict[str, Any]:
 
 def _rollback(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
-    with locked(config.state):
+    with locked(Path(config.state), f"state {config.state!r}"):
         if not ledger.skills:
             raise UserError(f"state {config.state!r}: there is no skill to take back")
         if ledger.pending.is_dir():
@@ -141,7 +143,7 @@ def _rollback(config: LearnConfig) -> dict[str, Any]:
 
 def _discard(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
-    with locked(config.state):
+    with locked(Path(config.state), f"state {config.state!r}"):
         if not ledger.pending.is_dir():
             raise UserError(f"state {config.state!r}: no addition was interrupted")
         ledger.discard()

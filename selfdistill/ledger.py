@@ -14,11 +14,8 @@ A skill is accepted by renaming ``pending`` to its place, so whatever happens be
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,23 +141,3 @@ class Ledger:
         sync(parent)
         sync(self.folder)
         return target
-
-
-@contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Keep other processes from changing the state; the lock ends with the process.
-
-    Raises:
-        UserError: another process is at it, or the folder cannot be written.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = (Path(folder) / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"state {folder!r}: cannot be written ({error.strerror})") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"state {folder!r}: another selfdistill learn is at work on it; wait for it") from None
-        yield

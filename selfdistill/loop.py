@@ -44,6 +44,8 @@ class Loop:
         self._guard = CollapseGuard([_demonstrated(stage) for stage in run.stages])
         self._said: set[tuple[int, str]] = set()
         """Stage and name of the signs that were said."""
+        self.signs: list[str] = []
+        """What was said of them, with the step."""
         for line in read_lines(output_dir / "metrics.jsonl"):
             if line["step"] <= step:  # the first process may not yet have cut the others
                 self._signs(line)
@@ -116,6 +118,7 @@ class Loop:
         signs = self._guard.look(metrics, stage=number, sampled=sampled)
         new = [words for name, words in signs.items() if (number, name) not in self._said]
         self._said |= {(number, name) for name in signs}
+        self.signs += [f"step {metrics['step']}: {words}" for words in new]
         return new, list(signs.values())
 
     def _measure(self, step: int, *, last: bool) -> None:
@@ -155,7 +158,9 @@ class Loop:
         before = sorted((s for s in self._watch.measured if 0 < s <= step - WINDOW), reverse=True)
         kept = next((s for s in before if damage(checkpoint_at(self._output_dir, s)) is None), None)
         if kept is None:
-            raise RunFailed(f"{begun}; no model measured before it began is kept, so none is written. {_ADVICE}")
+            raise RunFailed(
+                f"{begun}; no model measured at least {WINDOW} steps before is kept, so none is written. {_ADVICE}"
+            )
         load_checkpoint(checkpoint_at(self._output_dir, kept), run.loaded.model, run.optimizer, run.teacher)
         self.step = kept
         raise RunCollapsed(f"{begun}; final is the model of step {kept}, measured before it began. {_ADVICE}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -141,6 +143,8 @@ def _resolve(name: str) -> str:
         return str(path / "final")
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            if (path / "config.yaml").is_file():
+                raise UserError(f"model {name!r}: a run folder without a final model: finish it with train --resume")
             raise UserError(f"model {name!r}: the folder has neither config.json nor adapter_config.json")
         return str(path)
     if path.is_file():
@@ -159,8 +163,9 @@ def _load_causal(path: str, name: str, dtype: Any) -> Any:
     except OSError as error:
         if Path(path).is_dir():
             raise UserError(f"model {name!r}: config.json cannot be read: {_first_line(error)}") from None
+        offline = ", which was not asked (offline mode is on)" if is_offline_mode() else ""
         raise UserError(
-            f"model {name!r}: no such folder, and not found on the model hub; "
+            f"model {name!r}: no such folder, and not found on the model hub{offline}; "
             f"give a folder, a hub id or one of: {', '.join(STARTER_MODELS)}"
         ) from None
     except ValueError as error:
@@ -313,6 +318,15 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
         torch.manual_seed(seed)
         loaded.model = get_peft_model(loaded.model, config)
     loaded.model.eval()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names, shapes, data types and bits of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def unwrap(model: Any) -> Any:

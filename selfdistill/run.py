@@ -36,7 +36,15 @@ from selfdistill.examiner import Examiner
 from selfdistill.layers import CompiledLayers, layers_of
 from selfdistill.methods import METHODS, shows_context, unused_settings
 from selfdistill.methods.slots import Method
-from selfdistill.models import LoadedModel, add_lora, casts_kept, load_model, resolved_precision, unwrap
+from selfdistill.models import (
+    LoadedModel,
+    add_lora,
+    casts_kept,
+    load_model,
+    resolved_precision,
+    unwrap,
+    weights_fingerprint,
+)
 from selfdistill.prefixes import KeptContexts
 from selfdistill.processes import PATIENCE, launched, several
 from selfdistill.schedule import batch_rows, learning_rate
@@ -74,6 +82,8 @@ class Run:
         demonstrations: Sequence[Demonstration] | None = None,
         examiner: Examiner | None = None,
     ) -> None:
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise UserError("the launcher's own FSDP was switched on (--use_fsdp): leave it out, and give --fsdp true")
         precision = resolved_precision(config.mixed_precision)
         AcceleratorState._reset_state()  # it would refuse another precision than the process's first run had
         tracker = None if config.report_to == "none" else config.report_to
@@ -83,8 +93,6 @@ class Run:
             project_dir=config.output_dir,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise UserError("the launcher's own FSDP was switched on (--use_fsdp): leave it out, and give --fsdp here")
         if launched() != self.accelerator.num_processes:
             raise UserError(
                 f"{launched()} processes were started and accelerate joins {self.accelerator.num_processes}: on CPUs "
@@ -92,7 +100,9 @@ class Run:
             )
         parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         if config.fsdp and self.accelerator.num_processes == 1:
-            raise UserError("setting 'fsdp' shares a model between processes, and this is one: start several")
+            raise UserError(
+                "setting 'fsdp' shares a model between processes, and this is one: start several, or give --fsdp false"
+            )
         if config.fsdp and config.batch_size % parts:
             raise UserError(
                 f"setting 'fsdp' needs parts of one size: batch_size {config.batch_size} is not a multiple of "
@@ -106,6 +116,9 @@ class Run:
             demonstrations = [row for number, row in enumerate(demonstrations) if number in drawn]
         methods = METHODS[config.method](config)
         self.loaded = load_model(config.model, dtype=config.dtype, merge_adapter=True)
+        # A merged adapter's product may be rounded otherwise on another machine.
+        self.began_as = "" if self.loaded.merged_adapter else weights_fingerprint(self.loaded.model)
+        """Fingerprint of the model's weights and of another teacher's, which a run that goes on must find unchanged."""
         for note in self.loaded.notes:
             say(f"note: {note}")
         self.chat = ChatFormat(self.loaded.tokenizer, self.loaded.end_token_ids, config.chat_template_kwargs)
@@ -187,6 +200,7 @@ class Run:
     def _other_teacher(self, name: str) -> LoadedModel:
         """A model that teaches, of the student's architecture, for it is scored in the same way."""
         other = load_like(name, self.loaded, dtype=self.config.dtype)
+        self.began_as += "+" + weights_fingerprint(other.model) if self.began_as else ""
         own, others = (unwrap(model).config.model_type for model in (self.loaded.model, other.model))
         if own != others:
             raise UserError(f"setting 'teacher_model': {name!r} is of the kind {others}, the student of the kind {own}")

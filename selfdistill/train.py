@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from selfdistill.card import model_card
@@ -18,7 +19,7 @@ from selfdistill.checkpoint import (
 from selfdistill.collapse import WINDOW
 from selfdistill.config import TrainConfig
 from selfdistill.demonstrations import Demonstration
-from selfdistill.disk import remove_folder, remove_leftovers, write_whole
+from selfdistill.disk import locked, remove_folder, remove_leftovers, write_whole
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
 from selfdistill.export import whole_folder, write_model
@@ -78,6 +79,29 @@ def train(
     """
     output_dir = check_output_dir(config.output_dir, resume=resume)
     check_tracker(config.report_to)
+    with ExitStack() as held:
+        if resume and output_dir.exists():
+            _lock(output_dir, held)
+        return _train(config, output_dir, held, resume, demonstrations, examiner, on_step)
+
+
+def _lock(output_dir: Path, held: ExitStack) -> None:
+    """Keep others from the run folder, as long as ``held`` is open."""
+    if is_first():
+        held.enter_context(locked(output_dir, f"output_dir {str(output_dir)!r}"))
+
+
+def _train(
+    config: TrainConfig,
+    output_dir: Path,
+    held: ExitStack,
+    resume: bool,
+    demonstrations: Sequence[Demonstration] | None,
+    examiner: Examiner | None,
+    on_step: OnStep | None,
+) -> Path:
+    """:func:`train`; a folder that is there already is locked."""
+    begun = output_dir.exists() and resume
     checkpoint = newest_whole(output_dir) if resume else None
     run = Run(config, demonstrations, examiner)
     config = run.config
@@ -104,6 +128,8 @@ def train(
     to_come = 3 * sum(p.numel() * p.element_size() for p in map(own_part, run.parameters))
     memory = check_memory(to_come, run.loaded.device)
     try:
+        if not begun:
+            _lock(output_dir, held)
         output_dir.mkdir(parents=True, exist_ok=True)
         if is_first():
             remove_leftovers(output_dir)
@@ -113,13 +139,18 @@ def train(
                 stage.method.fixed.write(output_dir, stage.rows, run.chat)
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
-    position = Position(0, 0, run.fingerprint())
+    position = Position(0, 0, run.fingerprint(), model=run.began_as)
     if checkpoint:
         saved = load_checkpoint(checkpoint, run.loaded.model, run.optimizer, run.teacher)
         if saved.data != position.data:
             raise UserError(
                 f"{checkpoint}: the rows are not those of the run so far: data, template, tokenizer or limits "
                 "changed; put them back, or start another run"
+            )
+        if "" not in (saved.model, position.model) and saved.model != position.model:
+            raise UserError(
+                f"{checkpoint}: the run began with other weights than model {config.model!r}, or teacher_model, has "
+                "now; put them back, or start another run"
             )
         position = saved
     for line in (*run.describe(), memory):
@@ -137,12 +168,14 @@ def train(
     try:
         loop.go_on(on_step)
     except RunCollapsed:
-        _save_final(run, output_dir, loop.step)
+        _save_final(run, output_dir, loop.step, [])  # the model is that of before
         raise
-    return _save_final(run, output_dir, loop.step)
+    if loop.signs:
+        say(f"note: the run showed signs of falling apart: {'; '.join(loop.signs)}. See docs/reliability.md")
+    return _save_final(run, output_dir, loop.step, loop.signs)
 
 
-def _save_final(run: Run, output_dir: Path, step: int) -> Path:
+def _save_final(run: Run, output_dir: Path, step: int, signs: list[str]) -> Path:
     """Write ``final/``, the model after ``step`` with its card, in place of an earlier one."""
     final, model = output_dir / "final", run.loaded.model
     adapter = hasattr(model, "peft_config")
@@ -164,6 +197,7 @@ def _save_final(run: Run, output_dir: Path, step: int) -> Path:
         demonstrations=len(run.stages[0].rows),
         fingerprint=run.fingerprint(),
         adapter=hasattr(model, "peft_config"),
+        signs=signs,
     )
     advice = "free disk space, then continue with --resume, which needs a checkpoint (--save_steps)"
     say(f"writing {final}")

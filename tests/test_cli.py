@@ -436,6 +436,12 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "model 'model': the folder has neither config.json nor adapter_config.json",
     ),
     (
+        "unfinished run",
+        lambda m: (shutil.rmtree(m), m.mkdir(), (m / "config.yaml").touch()),
+        "",
+        "model 'model': a run folder without a final model: finish it with train --resume",
+    ),
+    (
         "no config.json",
         lambda m: (m / "config.json").unlink(),
         "",
@@ -514,8 +520,8 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "unknown name",
         lambda m: None,
         "--model smollm2-136m",
-        "model 'smollm2-136m': no such folder, and not found on the model hub; give a folder, a hub id or "
-        "one of: smollm2-135m",
+        "model 'smollm2-136m': no such folder, and not found on the model hub, which was not asked (offline "
+        "mode is on); give a folder, a hub id or one of: smollm2-135m",
     ),
     (
         "misspelt folder",
@@ -527,8 +533,8 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "unknown hub id",
         lambda m: None,
         "--model nobody/nothing",
-        "model 'nobody/nothing': no such folder, and not found on the model hub; give a folder, a hub id or "
-        "one of: smollm2-135m",
+        "model 'nobody/nothing': no such folder, and not found on the model hub, which was not asked (offline "
+        "mode is on); give a folder, a hub id or one of: smollm2-135m",
     ),
     (
         "adapter, base gone",

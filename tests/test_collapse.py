@@ -122,7 +122,12 @@ def test_a_run_that_falls_apart_is_warned_of_and_stopped_at_the_last_measurement
 
     only_warned = falling_apart("warned")
     train(only_warned)
-    assert f"note: step {stopped}: the run may be falling apart: {sign}\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"note: step {stopped}: the run may be falling apart: {sign}\n" in said
+    assert f"note: the run showed signs of falling apart: step {stopped}: {sign}" in said
+    told = f"- The run showed signs of falling apart: step {stopped}: {sign}"
+    assert told in (Path(only_warned.output_dir) / "final" / "README.md").read_text()
+    assert "falling apart" not in (Path(config.output_dir) / "final" / "README.md").read_text()
     assert list_checkpoints(Path(only_warned.output_dir)) == []
 
 
@@ -143,7 +148,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
         if step == 5:
             (Path(config.output_dir) / "checkpoint-00000003" / "state.json").write_text("{}")
 
-    with pytest.raises(RunFailed, match="no model measured before it began is kept"):
+    with pytest.raises(RunFailed, match="no model measured at least 5 steps before is kept"):
         train(config, on_step=spoil)
 
 
@@ -156,7 +161,9 @@ def test_the_card_tells_of_the_model_that_was_gone_back_to(falling_apart: Callab
 
 def test_the_option_on_resuming_stops_a_run_that_is_already_apart(falling_apart: Callable[..., TrainConfig]) -> None:
     train(falling_apart(save_steps=20))
-    with pytest.raises(RunFailed, match=r"stopped after step 4[1-5]: .*; no model measured before it began is kept"):
+    with pytest.raises(
+        RunFailed, match=r"stopped after step 4[1-5]: .*; no model measured at least 5 steps before is kept"
+    ):
         train(falling_apart(save_steps=20, max_steps=60, stop_on_collapse=True), resume=True)
 
 
@@ -164,7 +171,7 @@ def test_a_run_that_falls_apart_before_it_was_measured_leaves_no_model(
     falling_apart: Callable[..., TrainConfig],
 ) -> None:
     config = falling_apart(eval_steps=39, stop_on_collapse=True)
-    with pytest.raises(RunFailed, match="no model measured before it began is kept, so none is written"):
+    with pytest.raises(RunFailed, match="no model measured at least 5 steps before is kept, so none is written"):
         train(config)
     assert not (Path(config.output_dir) / "final").exists()
 
@@ -175,7 +182,9 @@ def test_the_guard_of_a_resumed_run_remembers_what_it_said(
     train(falling_apart(save_steps=20))
     assert "the run may be falling apart" in capsys.readouterr().err
     train(falling_apart(save_steps=20, max_steps=41), resume=True)
-    assert "falling apart" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the run may be falling apart" not in said
+    assert "note: the run showed signs of falling apart: step 10: " in said
 
 
 def test_going_back_needs_measurements(settings: Callable[..., TrainConfig]) -> None:

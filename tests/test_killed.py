@@ -201,7 +201,7 @@ def saved_steps(config: TrainConfig) -> list[int]:
     return [int(path.name[-8:]) for path in list_checkpoints(Path(config.output_dir))]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_signal_saves_and_a_second_one_leaves_at_once(
     make: Make, tmp_path: Path, number: int, code: int, signals: int

@@ -29,7 +29,7 @@ from conftest import (
     same,
 )
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
@@ -41,6 +41,7 @@ from selfdistill.batch_gradient import BatchGradient
 from selfdistill.chat_format import ChatFormat
 from selfdistill.checkpoint import list_checkpoints, newest_whole
 from selfdistill.config import TrainConfig
+from selfdistill.disk import locked
 from selfdistill.errors import UserError
 from selfdistill.guards import RunFailed, RunStopped
 from selfdistill.methods.slots import Completion
@@ -414,6 +415,55 @@ def test_resuming_a_finished_run_writes_the_same_final_model_again(settings: Cal
     train(config, resume=True)
     assert same(before, final_weights(config))
     assert metrics_of(config) == lines
+
+
+def test_a_run_that_is_going_on_elsewhere_is_not_continued(settings: Callable[..., TrainConfig]) -> None:
+    config = settings(save_steps=3)
+
+    def on_step(step: int, _loaded: Any) -> None:
+        if step == 4:
+            train(config, resume=True)
+
+    with pytest.raises(UserError, match=r"output_dir '.*run': another process is at work on it; wait for it, or stop"):
+        train(config, on_step=on_step)
+    train(config, resume=True)
+    with locked(Path(config.output_dir), "free"):
+        pass
+
+
+@pytest.mark.parametrize("values", [{"lora_rank": 4}, {"teacher": "frozen"}], ids=["lora", "frozen teacher"])
+def test_a_run_whose_model_has_changed_is_not_continued(
+    settings: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
+) -> None:
+    config = settings(save_steps=3, **values)
+    copied = shutil.copytree(config.model, tmp_path / "model")
+    config = config.model_copy(update={"model": str(copied)})
+    train(config)
+    train(config, resume=True)
+    weights_ = load_file(copied / "model.safetensors")
+    weights_["model.layers.1.mlp.up_proj.weight"][0, 0] += 0.5
+    save_file(weights_, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"checkpoint-00000006: the run began with other weights than model '.*model', or"
+    ):
+        train(config, resume=True)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(save_steps=3)
+    train(config)
+
+    def refuse(_path: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("selfdistill.disk.sha256", refuse)
+    with pytest.raises(
+        UserError, match=r"checkpoint-00000006/.* may not be read \(permission denied\): go on as the user"
+    ):
+        train(config, resume=True)
+    assert len(list_checkpoints(Path(config.output_dir))) == 2
 
 
 def test_a_checkpoint_of_another_teacher_or_model_is_refused(
