@@ -46,7 +46,7 @@ from selfdistill.models import (
     weights_fingerprint,
 )
 from selfdistill.prefixes import KeptContexts
-from selfdistill.processes import PATIENCE, launched, several
+from selfdistill.processes import PATIENCE, launched, several, wait
 from selfdistill.schedule import batch_rows, learning_rate
 from selfdistill.scores import Scorer
 from selfdistill.sharding import joined, shard, whole
@@ -98,6 +98,7 @@ class Run:
                 f"{launched()} processes were started and accelerate joins {self.accelerator.num_processes}: on CPUs "
                 "set ACCELERATE_USE_CPU=true in the environment; on GPUs give each process its own"
             )
+        wait()  # a process that finds a mistake and ends must not be missed by one that is still joining
         parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         if config.fsdp and self.accelerator.num_processes == 1:
             raise UserError(
