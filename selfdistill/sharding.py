@@ -111,10 +111,12 @@ def collected(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     found: dict[int, Tensor] = {}
     for tensor in tensors.values():
-        if id(tensor) not in found:
-            parts = isinstance(tensor, DTensor)
+        if id(tensor) in found:
+            continue
+        found[id(tensor)] = tensor
+        if isinstance(tensor, DTensor):
             all_of_it = joined(tensor.detach())
-            found[id(tensor)] = all_of_it.cpu() if parts and is_first() else all_of_it.new_empty(0) if parts else tensor
+            found[id(tensor)] = all_of_it.cpu() if is_first() else all_of_it.new_empty(0)
     return {name: found[id(tensor)] for name, tensor in tensors.items()}
 
 

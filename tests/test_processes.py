@@ -79,10 +79,16 @@ def test_two_processes_measure_what_one_does(
     assert views[0] == views[1] > 0
 
 
+each_kind = pytest.mark.parametrize(
+    "values", [{}, {"fsdp": True}, {"fsdp": True, "lora_rank": 4}], ids=["copies", "sharded", "sharded_lora"]
+)
+
+
+@each_kind
 def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_to_the_same_bits(
-    settings: Callable[..., TrainConfig], tmp_path: Path
+    settings: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
 ) -> None:
-    whole, broken = settings("whole", **COMMON), settings("broken", **COMMON)
+    whole, broken = (settings(name, **COMMON | values) for name in ("whole", "broken"))
     train_together(whole, tmp_path)
 
     first, second = started_together(lambda: train(broken, on_step=second_gets(signal.SIGKILL)), tmp_path / "broken")
@@ -112,10 +118,11 @@ def test_a_run_whose_other_process_has_ended_says_so_in_one_line(
     assert first.log.read_text().splitlines()[-1].startswith(f"selfdistill: error: {said}")
 
 
+@each_kind
 def test_a_signal_to_one_process_stops_both_at_the_same_step(
-    settings: Callable[..., TrainConfig], tmp_path: Path
+    settings: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
 ) -> None:
-    whole, stopped = settings("whole", **COMMON), settings("stopped", **COMMON)
+    whole, stopped = (settings(name, **COMMON | values) for name in ("whole", "stopped"))
     train_together(whole, tmp_path)
 
     children = started_together(lambda: train(stopped, on_step=second_gets(signal.SIGTERM)), tmp_path / "stopped")
@@ -248,11 +255,20 @@ def test_a_run_of_two_processes_that_falls_apart_leaves_the_model_before(
     assert (Path(config.output_dir) / "final" / "README.md").exists()
 
 
-@pytest.mark.parametrize("failing", ["0", "1"])
+@pytest.mark.parametrize(
+    ("failing", "fsdp", "saved"),
+    [("0", False, ["2", "3"]), ("1", False, ["2", "3"]), ("1", True, ["2"])],
+    ids=["first", "second", "sharded"],
+)
 def test_a_measurement_that_fails_in_one_process_ends_both(
-    settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path], failing: str
+    settings: Callable[..., TrainConfig],
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    failing: str,
+    fsdp: bool,
+    saved: list[str],
 ) -> None:
-    config = settings(**COMMON | {"test": str(write_rows(count=4, name="test.jsonl")), "eval_steps": 3})
+    config = settings(fsdp=fsdp, **COMMON | {"test": str(write_rows(count=4, name="test.jsonl")), "eval_steps": 3})
 
     def work() -> None:
         measure, calls = Examiner.measure, count()
@@ -267,7 +283,7 @@ def test_a_measurement_that_fails_in_one_process_ends_both(
 
     for child in started_together(work, tmp_path / "log"):
         assert child.wait(60) == 1
-    assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["2", "3"]
+    assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == saved
 
 
 def test_a_gradient_that_no_process_has_stays_none(tmp_path: Path) -> None:

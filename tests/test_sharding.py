@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from children import second_gets, started_together, train_together
-from conftest import ENDS, assert_same_run, final_weights, largest_difference, metrics_of
+from children import started_together, train_together
+from conftest import ENDS, final_weights, largest_difference, metrics_of
 from odd_models import MAKERS
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -222,23 +220,6 @@ def test_weights_are_whole_only_as_long_as_asked_for(settings: Callable[..., Tra
         assert child.wait() == 0, child.log.read_text()
 
 
-@pytest.mark.parametrize("values", [{}, {"lora_rank": 4}], ids=["full", "lora"])
-def test_a_sharded_run_that_is_killed_goes_on_to_the_same_bits(
-    settings: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
-) -> None:
-    whole_run, broken = (settings(name, fsdp=True, **COMMON | values) for name in ("whole", "broken"))
-    train_together(whole_run, tmp_path)
-
-    first, second = started_together(lambda: train(broken, on_step=second_gets(signal.SIGKILL)), tmp_path / "broken")
-    assert second.wait() == -signal.SIGKILL
-    began = time.monotonic()
-    assert first.wait(60) == 1
-    assert time.monotonic() - began < 60
-    assert [path.name[-1] for path in list_checkpoints(Path(broken.output_dir))] == ["2"]
-    train_together(broken, tmp_path, resume=True)
-    assert_same_run(whole_run, broken)
-
-
 @pytest.mark.parametrize("first", [False, True], ids=["then_sharded", "then_whole"])
 def test_a_checkpoint_is_the_same_sharded_or_not(
     settings: Callable[..., TrainConfig], tmp_path: Path, first: bool
@@ -255,18 +236,6 @@ def test_a_checkpoint_is_the_same_sharded_or_not(
         train_together(longer, tmp_path, resume=True)
     assert largest_difference(final_weights(one), final_weights(longer)) < CLOSE
     assert [line["step"] for line in metrics_of(longer)] == [1, 2, 3, 4]
-
-
-def test_a_sharded_run_that_is_asked_to_stop_goes_on_to_the_same_bits(
-    settings: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
-    whole_run, stopped = (settings(name, fsdp=True, **COMMON) for name in ("whole", "stopped"))
-    train_together(whole_run, tmp_path)
-    for child in started_together(lambda: train(stopped, on_step=second_gets(signal.SIGTERM)), tmp_path / "stopped"):
-        assert child.wait() == 1
-        assert "stopped after step 3 of 4, all saved; continue with --resume" in child.log.read_text()
-    train_together(stopped, tmp_path, resume=True)
-    assert_same_run(whole_run, stopped)
 
 
 def test_sharded_processes_measure_what_one_does(
@@ -286,27 +255,6 @@ def test_sharded_processes_measure_what_one_does(
             if name == "evaluations":
                 assert found.pop("kl_base") == pytest.approx(expected.pop("kl_base"), abs=1e-5)
             assert found == expected
-
-
-def test_a_sharded_run_whose_measurement_fails_in_one_process_ends_in_both(
-    settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
-) -> None:
-    config = settings(fsdp=True, **COMMON | {"test": str(write_rows(count=4, name="test.jsonl")), "eval_steps": 3})
-
-    def work() -> None:
-        measure = Examiner.measure
-
-        def failing(examiner: Examiner, loaded: Any) -> Any:
-            if hasattr(examiner, "base") and os.environ["RANK"] == "1":
-                raise UserError("no answer")
-            return measure(examiner, loaded)
-
-        Examiner.measure = failing  # type: ignore[method-assign]
-        train(config)
-
-    for child in started_together(work, tmp_path / "log"):
-        assert child.wait(60) == 1
-    assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["2"]
 
 
 def test_a_measurement_that_fails_in_all_processes_loses_no_step(
