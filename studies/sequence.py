@@ -5,7 +5,7 @@
 Facts, routing and tools are learnt one after the other (`selfdistill learn` with open gates), and each also alone from
 the base. Prints the retention matrices (means over seeds), each skill's last score beside its score when learnt alone,
 and writes DIR/sequence.json and DIR/sequence.svg: the score of each skill as a share of that, along the training. What
-is done is not done again.
+is done is not done again; of a run that stands in DIR/sequence.json no other file is needed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from selfdistill.addition import add
 from selfdistill.command_config import LearnConfig
+from selfdistill.disk import write_whole
 from selfdistill.distances import packaged
 from selfdistill.learn import retention
 from selfdistill.ledger import START, Ledger
@@ -76,16 +77,19 @@ def along(state: Path) -> list[dict[str, Any]]:
 
 def main(folder: str, seeds: list[int]) -> None:
     names = list(SKILLS)
-    found: dict[str, Any] = {}
+    kept = Path(folder) / "sequence.json"
+    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     for seed in seeds:
         for method in METHODS:
+            if f"{method}-{seed}" in found:
+                continue
             state = Path(folder) / f"{method}-{seed}"
             whole = learn(state, method, seed, names)
             alone = {names[0]: whole["matrix"][1][0]}
             for name in names[1:]:
                 alone[name] = learn(Path(folder) / f"{method}-{seed}-{name}", method, seed, [name])["matrix"][1][0]
             found[f"{method}-{seed}"] = {**whole, "alone": alone, "along": along(state)}
-            (Path(folder) / "sequence.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+            write_whole(kept, json.dumps(found) + "\n")
     curves = []
     for method in METHODS:
         runs = [found[f"{method}-{seed}"] for seed in seeds]
