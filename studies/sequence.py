@@ -25,6 +25,7 @@ from selfdistill.ledger import START, Ledger
 from selfdistill.plots import Curve, over
 from selfdistill.tracking import read_lines
 
+MODEL = "smollm2-135m"
 METHODS = ("sft", "sdft")
 SKILLS: dict[str, dict[str, Any]] = {
     "knowledge": {"context": "document:repeats=2", "max_completion_length": 32, "max_steps": 80, "scorer": "contains"},
@@ -55,7 +56,7 @@ def learn(state: Path, method: str, seed: int, skills: list[str]) -> dict[str, A
         done = [known.name for known in Ledger(str(state)).skills] if (state / START).is_dir() else []
         if skill in done:
             continue
-        base = {} if done else {"model": "smollm2-135m", "prior": packaged("prior.test.jsonl")}
+        base = {} if done else {"model": MODEL, "prior": packaged("prior.test.jsonl")}
         own = SKILLS[skill]
         values = COMMON | own | base | {"method": method, "seed": seed, "name": skill, "state": str(state)}
         looks = {"eval_steps": own["max_steps"] // LOOKS} if len(skills) > 1 else {}
@@ -102,7 +103,8 @@ def main(folder: str, seeds: list[int]) -> None:
         for column, name in enumerate(names):
             ratios = [run["matrix"][-1][column] / run["alone"][name] for run in runs if run["alone"][name]]
             shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-            print(f"{name}: last score as a share of that when learnt alone: {mean(ratios):.3f} ({shown})")
+            share = f"{mean(ratios):.3f} ({shown})" if ratios else "never learnt alone"
+            print(f"{name}: last score as a share of that when learnt alone: {share}")
             lines = [
                 [
                     (float(at["step"]), at["skills"][name] / run["alone"][name])

@@ -22,6 +22,9 @@ from selfdistill.statistics import seeds_interval
 from selfdistill.train import train
 
 MODEL = "smollm2-135m"
+THINK_STEPS = 150
+TESTS = 100
+"""Differences that are asked, none of them learnt."""
 COMMON: dict[str, Any] = {
     "max_completion_length": 64,
     "batch_size": 16,
@@ -84,9 +87,9 @@ def measured(file: Path, model: str, data: str) -> dict[str, Any]:
 def main(folder: Path, seeds: list[int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sums = write(folder / "sums.jsonl", rows("sum", 600, 0, thinks=True))
-    known = rows("difference", 260, 0, thinks=False)
+    known = rows("difference", 160 + TESTS, 0, thinks=False)
     learn, test = write(folder / "learn.jsonl", known[:160]), write(folder / "test.jsonl", known[160:])
-    thinker = trained(folder / "thinker", model=MODEL, data=sums, method="sft", max_steps=150)
+    thinker = trained(folder / "thinker", model=MODEL, data=sums, method="sft", max_steps=THINK_STEPS)
     found = {"thinking model": [measured(folder / "thinker.json", thinker, test)]}
     for method in ("sft", "sdft"):
         found[method] = []

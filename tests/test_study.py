@@ -1,4 +1,4 @@
-"""The study's settings: each file is a comparison that `selfdistill compare --config` accepts, of files that exist."""
+"""The study's settings: each file is one that the command it names accepts, of files that exist."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from selfdistill.command_config import EvalConfig
 from selfdistill.compare import compare
 from selfdistill.config import CompareConfig
 from selfdistill.contexts import parse_context
@@ -20,17 +21,21 @@ FILES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_file_of_the_study_is_a_comparison(file: Path) -> None:
-    config = CompareConfig(**load_yaml(file, CompareConfig))
-    for path in (config.data, config.test, config.prior):
-        assert (ROOT / str(path)).is_file()
-    for context in config.vary.get("context", [config.context]):
-        parse_context(context)
-    assert f"selfdistill compare --config configs/study/{file.name}" in file.read_text(encoding="utf-8")
+def test_a_file_of_the_study_is_accepted_by_its_command(file: Path) -> None:
+    _, command, option, path, *more = file.read_text(encoding="utf-8").splitlines()[1].removeprefix("# ").split()
+    assert (option, path) == ("--config", f"configs/study/{file.name}")
+    assert [f"--{word[2:]}" for word in more if word.startswith("--")] == more[::2]
+    kind = {"compare": CompareConfig, "eval": EvalConfig}[command]
+    config = kind(**load_yaml(file, kind))
+    for path in (config.data, config.prior, *((config.test,) if isinstance(config, CompareConfig) else ())):
+        assert path is None or (ROOT / path).is_file()
+    if isinstance(config, CompareConfig):
+        for context in config.vary.get("context", [config.context]):
+            assert context == "auto" or parse_context(context)
 
 
 def test_there_are_files() -> None:
-    assert len(FILES) >= 8
+    assert len(FILES) >= 11
 
 
 @pytest.mark.parametrize("skill", ["routing", "tools", "knowledge"])

@@ -1,0 +1,142 @@
+"""The studies run from their beginning to their table, here with a tiny model and a step or two."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from selfdistill.demonstrations import load_demonstrations
+from selfdistill.distances import packaged
+from selfdistill.learn import retention
+from selfdistill.ledger import Ledger
+from selfdistill.tracking import read_lines
+
+STUDIES = Path(__file__).resolve().parents[1] / "studies"
+
+
+def study(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cut(folder: Path, count: int) -> Callable[[str], str]:
+    """The first rows of the package's files, in a folder."""
+
+    def of(name: str) -> str:
+        lines = Path(packaged(name)).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:count]), encoding="utf-8")
+        return str(folder / name)
+
+    return of
+
+
+@pytest.fixture
+def model(model_folder: Callable[..., Path]) -> str:
+    return str(model_folder(room=8192, ends=(257, *range(40, 75))))
+
+
+SHORT: dict[str, Any] = {"max_completion_length": 200, "batch_size": 2, "max_steps": 2, "mixed_precision": "no"}
+
+
+def test_three_skills_in_a_row(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sequence = study("sequence")
+    monkeypatch.setattr(sequence, "MODEL", model)
+    monkeypatch.setattr(sequence, "LOOKS", 1)
+    monkeypatch.setattr(sequence, "packaged", cut(tmp_path, 2))
+    monkeypatch.setattr(sequence, "SKILLS", {name: values | SHORT for name, values in sequence.SKILLS.items()})
+    monkeypatch.setattr(sequence, "COMMON", sequence.COMMON | {"torch_compile": False, "context": "turns"})
+    sequence.main(str(tmp_path / "made"), [0])
+    said = capsys.readouterr().out
+    assert said.count("| after | knowledge | routing | tools | prior |") == 2
+    kept = json.loads((tmp_path / "made" / "sequence.json").read_text())
+    assert list(kept) == ["sft-0", "sdft-0"]
+    state = Ledger(str(tmp_path / "made" / "sdft-0"))
+    assert kept["sdft-0"]["matrix"] == retention(state)["matrix"]
+    assert [line["step"] for line in kept["sdft-0"]["along"]] == [0, 2, 2, 4, 4, 6]
+    assert (tmp_path / "made" / "sequence.svg").is_file()
+
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "sequence.json").write_text(json.dumps(kept))
+    sequence.main(str(tmp_path / "again"), [0])
+    assert said.endswith(capsys.readouterr().out)
+    assert sorted(file.name for file in (tmp_path / "again").iterdir()) == ["sequence.json", "sequence.svg"]
+
+
+def test_knowledge_from_documents(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knowledge = study("knowledge")
+    questions = tmp_path / "made" / "questions"
+    questions.mkdir(parents=True)
+    row = json.loads(Path(packaged("knowledge.train.jsonl")).read_text().splitlines()[0])
+    (questions / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "made" / "made.json").write_text("{}")  # a random model makes none
+    monkeypatch.setattr(knowledge, "MODEL", model)
+    monkeypatch.setattr(knowledge, "RUN", knowledge.RUN | SHORT)
+    knowledge.main(tmp_path / "made", [0])
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("| ") and "---" not in line]
+    assert [line.split(" | ")[0].strip("| ") for line in lines[1:]] == ["base", "oracle RAG", *knowledge.RUNS]
+    found = json.loads((tmp_path / "made" / "knowledge.json").read_text())
+    tests = load_demonstrations(packaged("knowledge.test.jsonl"))
+    reached = sum(test.answer == row["answer"] for test in tests)
+    assert f"{reached} of {len(tests)} answers are in the model's own questions" in said
+    for runs in found.values():
+        assert [len(items) for items in runs[0].values()] == [30, 30, 24, 24, reached]
+
+
+def test_lenient_is_half_of_the_words() -> None:
+    lenient = study("knowledge").lenient
+    assert lenient("Dorothy Finch", "it is Dorothy")
+    assert lenient(["a red fox", "vixen"], "A fox, red as rust.")
+    assert not lenient("walnut wood from the hills", "wood")
+    assert not lenient("Dorothy Finch", "it is Ingrid")
+
+
+def test_thinking_of_answers_alone(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thinking = study("thinking")
+    monkeypatch.setattr(thinking, "MODEL", model)
+    monkeypatch.setattr(thinking, "THINK_STEPS", 2)
+    monkeypatch.setattr(thinking, "TESTS", 4)
+    monkeypatch.setattr(thinking, "COMMON", thinking.COMMON | SHORT)
+    monkeypatch.setattr(thinking, "LEARN", thinking.LEARN | {"max_steps": 2})
+    thinking.main(tmp_path / "made", [0])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[-3:]] == ["thinking model", "sft", "sdft"]
+    rows = read_lines(tmp_path / "made" / "sums.jsonl")
+    assert all(eval_sum(row["prompt"]) == int(row["answer"]) for row in rows)
+
+
+def eval_sum(question: str) -> int:
+    """The sum in ``What is a + b?``."""
+    first, second = question.removeprefix("What is ").removesuffix("?").split(" + ")
+    return int(first) + int(second)
+
+
+def test_comparisons_made_apart_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = json.loads((STUDIES.parent / "docs" / "comparisons" / "facts.json").read_text())
+    parts = []
+    for seed in (2, 0, 1):
+        part = whole | {"runs": [run for run in whole["runs"] if run["seed"] == seed]}
+        parts.append(tmp_path / f"{seed}.json")
+        parts[-1].write_text(json.dumps(part))
+    study("merge").main(str(tmp_path / "facts"), 0.97, [str(part) for part in (*parts, parts[0])])
+    merged = json.loads((tmp_path / "facts.json").read_text())
+    assert sorted(merged["runs"], key=str) == sorted(whole["runs"], key=str)
+    assert [run["seed"] for run in merged["runs"]] == [0, 0, 1, 1, 2, 2]
+    assert "sdft forgot less than sft" in capsys.readouterr().out
+    assert (tmp_path / "facts.svg").is_file()
