@@ -25,7 +25,7 @@ from selfdistill.check import check_run
 from selfdistill.command_config import LearnConfig
 from selfdistill.config import TrainConfig
 from selfdistill.demonstrations import Demonstration, load_demonstrations, write_demonstrations
-from selfdistill.disk import locked, write_json, write_whole
+from selfdistill.disk import locked, write_json
 from selfdistill.errors import UserError
 from selfdistill.evaluate import Evaluation, Questions, prior_scores
 from selfdistill.examiner import check_inputs
@@ -36,7 +36,7 @@ from selfdistill.ledger import MEASURED_WITH, PENDING, START, Ledger
 from selfdistill.methods import METHODS, shows_context
 from selfdistill.models import LoadedModel, load_start, training_arithmetic
 from selfdistill.priors import encode_priors, load_prior
-from selfdistill.settings_files import dump_yaml, load_yaml
+from selfdistill.settings_files import dump_yaml
 from selfdistill.stream import learn_stream
 from selfdistill.tracking import StepsFile, say
 from selfdistill.train import train
@@ -288,10 +288,6 @@ class _Addition:
             return learn_stream(run, self._config, self._folder, self._stop)
         if (folder / "final").is_dir():
             return folder / "final"
-        written = folder / "config.yaml"
-        if written.exists():  # the state may have been moved, or its path is given otherwise
-            paths = {key: getattr(run, key) for key in ("model", "data", "output_dir")}
-            write_whole(written, dump_yaml(TrainConfig(**load_yaml(written, TrainConfig) | paths)))
         along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
         return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
 

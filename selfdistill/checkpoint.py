@@ -47,6 +47,8 @@ class Position:
     """Steps in a row, up to this one, that were left out for numbers that are not finite."""
     model: str = ""
     """Fingerprint of the weights that the run began with; see ``Run.began_as``."""
+    test: str = ""
+    """Fingerprint of what the run is measured on; see ``Questions.fingerprint``."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -295,7 +295,8 @@ def _parser() -> ArgumentParser:
             flags = (key,) if key in places else _FLAGS.get(key, (f"--{key}",))
             command.add_argument(*flags, **options)
         if name in _RESUMED:
-            command.add_argument("--resume", action="store_true", help="Go on with the run in --output_dir.")
+            switch: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "metavar": "true"}
+            command.add_argument("--resume", **switch, help="Go on with the run in --output_dir.")
         if name != "train":
             command.add_argument("--json", type=str, help="Write the result as JSON to this file; -: standard output.")
         commands.add_subcommand(name, command, help=help_text)
@@ -329,6 +330,8 @@ def _explained(message: str, arguments: list[str]) -> str:
         what = "option" if unknown[1].startswith("-") else "argument"
         return f"unknown {what} {unknown[1]}{closest(unknown[1], known)}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
+    if key and value and key[1] == "resume":
+        return f"option --resume: found {value[1]!r}, want nothing after it, true or false"
     if key and value and key[1] in fields:
         needed = {name: "" for name, field in fields.items() if field.is_required()}
         try:

@@ -293,7 +293,11 @@ def encode(
             f"{len(ended)} of {len(demonstrations)} completions end with {' or '.join(chat.end_names)}, which the chat "
             f"format writes by itself ({', '.join(ended[:10])}): take it away"
         )
-    kept, long = [], []
+    raised = limit == max_prompt_length
+    more_room = (
+        "raise --max_prompt_length" if raised else f"lower --max_completion_length (the window is {window} tokens)"
+    )
+    kept, long, advice = [], [], []
     for demonstration in demonstrations:
         row = Encoded(
             demonstration,
@@ -301,25 +305,23 @@ def encode(
             chat.encode_prompt(context.messages(demonstration, pool or demonstrations)) if context else None,
             chat.encode_completion(demonstration.completion),
         )
-        problem = _misfit(row, limit, max_completion_length if completion_must_fit else None)
-        if problem:
-            long.append(f"{demonstration.source}: {problem}")
+        prompts = {"prompt": row.student_ids, "teacher's prompt": row.teacher_ids or []}
+        who = next((who for who, ids in prompts.items() if limit is not None and len(ids) > limit), None)
+        if who is not None:
+            long.append(f"{demonstration.source}: {who} has {len(prompts[who])} tokens, limit {limit}")
+            advice.append(more_room)
+        elif completion_must_fit and len(row.completion_ids) > max_completion_length:
+            found = f"completion has {len(row.completion_ids)} tokens, limit {max_completion_length}"
+            long.append(f"{demonstration.source}: {found} (max_completion_length)")
+            advice.append("raise --max_completion_length")
         else:
             kept.append(row)
     if long and (on_long_prompt == "error" or not kept):
         more = f"; and {len(long) - 10} more" if len(long) > 10 else ""
         raise UserError(
-            f"{len(long)} of {len(demonstrations)} rows do not fit: {'; '.join(long[:10])}{more}; raise the limit, "
+            f"{len(long)} of {len(demonstrations)} rows do not fit: {'; '.join(long[:10])}{more}; "
+            + "".join(f"{one}, " for one in dict.fromkeys(advice))
             + ("choose a shorter context, " if context else "")
             + "or leave them out with --on_long_prompt drop"
         )
     return kept, len(long)
-
-
-def _misfit(row: Encoded, limit: int | None, completion_limit: int | None) -> str | None:
-    for who, ids in (("prompt", row.student_ids), ("teacher's prompt", row.teacher_ids)):
-        if limit is not None and ids is not None and len(ids) > limit:
-            return f"{who} has {len(ids)} tokens, limit {limit}"
-    if completion_limit is not None and len(row.completion_ids) > completion_limit:
-        return f"completion has {len(row.completion_ids)} tokens, limit {completion_limit} (max_completion_length)"
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -83,6 +84,12 @@ class Questions:
         if doubt := doubt_about(self.demonstrations, config.scorer):
             say(f"note: {doubt}")
         self.priors: list[EncodedPrior] = encode_priors(loaded, self.chat, priors)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that is asked, with its answers, wherever the files lie."""
+        parts = {"": self.demonstrations, **{prior.name: prior.rows for prior in self.priors}}
+        rows = {name: [{**asdict(row), "source": ""} for row in part] for name, part in parts.items()}
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def answers(self, loaded: LoadedModel, judge: Judge | None = None, *, what: str = "new task") -> Answers:
         """Greedy replies to the new task; ``what`` is said of the progress."""

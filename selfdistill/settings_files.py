@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "report_to",
 )
 """Settings that may be given anew when a run is continued."""
+MAY_MOVE = ("model", "teacher_model", "data", "test", "prior")
+"""Places that may be given anew: what lies there is compared with what the run began with."""
 COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "vary", "logging_steps", "report_to")
 """The same of a comparison: it may get more runs, but all are to be alike."""
 
@@ -84,21 +86,21 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> tuple[Settin
     return config, saved
 
 
-def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns, *, moved: tuple[str, ...] = ()) -> None:
+def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) -> None:
     """Stop a run from going on with other settings than those it was saved with in ``path``.
-
-    ``moved`` are settings that are paths, which may have changed with the place of the files.
 
     Raises:
         UserError: a setting outside ``MAY_CHANGE`` (``COMPARE_MAY_CHANGE``) differs; the folder's name may, for it may
-            have been moved.
+            have been moved, and so may a run's ``MAY_MOVE``.
     """
     before, now = saved.model_dump(), config.model_dump()
-    may_change: tuple[str, ...] = MAY_CHANGE if isinstance(config, TrainConfig) else COMPARE_MAY_CHANGE
+    may_change: tuple[str, ...] = COMPARE_MAY_CHANGE
+    if isinstance(config, TrainConfig):
+        may_change = MAY_CHANGE + tuple(key for key in MAY_MOVE if before[key] and now[key])
     changed = [
         f"{key} is {before[key]!r} there and {now[key]!r} here"
         for key in now
-        if before[key] != now[key] and key not in (*may_change, *moved, "output_dir")
+        if before[key] != now[key] and key not in (*may_change, "output_dir")
     ]
     if changed:
         raise UserError(

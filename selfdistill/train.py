@@ -110,9 +110,9 @@ def _train(
     if checkpoint:
         own = checkpoint / "config.yaml"
         saved_config = TrainConfig(**load_yaml(own, TrainConfig))
-        if written.exists():  # its paths are right also where a state was moved
+        if written.exists():
             refuse_changes(written, TrainConfig(**load_yaml(written, TrainConfig)), config)
-        refuse_changes(own, saved_config, config, moved=("model", "data"))
+        refuse_changes(own, saved_config, config)
         if len(run.stages) > 1 and saved_config.max_steps != config.max_steps:
             raise UserError(
                 f"setting 'max_steps': {saved_config.max_steps} in {own} and now {config.max_steps}; "
@@ -139,19 +139,11 @@ def _train(
                 stage.method.fixed.write(output_dir, stage.rows, run.chat)
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
-    position = Position(0, 0, run.fingerprint(), model=run.began_as)
+    asked = run.examiner.questions.fingerprint() if run.examiner else ""
+    position = Position(0, 0, run.fingerprint(), model=run.began_as, test=asked)
     if checkpoint:
         saved = load_checkpoint(checkpoint, run.loaded.model, run.optimizer, run.teacher)
-        if saved.data != position.data:
-            raise UserError(
-                f"{checkpoint}: the rows are not those of the run so far: data, template, tokenizer or limits "
-                "changed; put them back, or start another run"
-            )
-        if "" not in (saved.model, position.model) and saved.model != position.model:
-            raise UserError(
-                f"{checkpoint}: the run began with other weights than model {config.model!r}, or teacher_model, has "
-                "now; put them back, or start another run"
-            )
+        _check_unchanged(run, checkpoint, saved_config, saved, position)
         position = saved
     for line in (*run.describe(), memory):
         say(line)
@@ -173,6 +165,37 @@ def _train(
     if loop.signs:
         say(f"note: the run showed signs of falling apart: {'; '.join(loop.signs)}. See docs/reliability.md")
     return _save_final(run, output_dir, loop.step, loop.signs)
+
+
+def _check_unchanged(
+    run: Run, checkpoint: Path, saved_config: TrainConfig, saved: Position, position: Position
+) -> None:
+    """Stop a run that would go on with other rows, weights or questions than it began with, wherever they lie.
+
+    Raises:
+        UserError: saying which.
+    """
+    config = run.config
+    if saved.data != position.data:
+        raise UserError(
+            f"{checkpoint}: the rows are not those of the run so far: data, template, tokenizer or limits "
+            "changed; put them back, or start another run"
+        )
+    if run.loaded.merged_adapter and config.model != saved_config.model:
+        raise UserError(
+            f"{checkpoint}: model is {saved_config.model!r} there and {config.model!r} here, and cannot be compared, "
+            "for it has an adapter folded in; put it back, or start another run"
+        )
+    if "" not in (saved.model, position.model) and saved.model != position.model:
+        raise UserError(
+            f"{checkpoint}: the run began with other weights than model {config.model!r}, or teacher_model, has "
+            "now; put them back, or start another run"
+        )
+    if "" not in (saved.test, position.test) and saved.test != position.test:
+        raise UserError(
+            f"{checkpoint}: test {config.test!r} or prior {config.prior!r} has other rows than the run was measured on "
+            "so far; put them back, or start another run"
+        )
 
 
 def _save_final(run: Run, output_dir: Path, step: int, signs: list[str]) -> Path:

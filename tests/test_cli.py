@@ -118,21 +118,23 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "long.jsonl",
         json.dumps({"prompt": "q" * 600, "completion": "a"}),
         SFT,
-        "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 504; raise the limit, "
+        "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 504; "
+        "lower --max_completion_length (the window is 512 tokens), "
         "or leave them out with --on_long_prompt drop",
     ),
     (
         "long.jsonl",
         json.dumps({"prompt": "q" * 300, "completion": "a"}),
         SDFT,
-        "1 of 1 rows do not fit: long.jsonl:1: teacher's prompt has 641 tokens, limit 504; raise the limit, "
+        "1 of 1 rows do not fit: long.jsonl:1: teacher's prompt has 641 tokens, limit 504; "
+        "lower --max_completion_length (the window is 512 tokens), "
         "choose a shorter context, or leave them out with --on_long_prompt drop",
     ),
     (
         "short.jsonl",
         ROW,
         SFT + " --max_prompt_length 3",
-        "1 of 1 rows do not fit: short.jsonl:1: prompt has 20 tokens, limit 3; raise the limit, "
+        "1 of 1 rows do not fit: short.jsonl:1: prompt has 20 tokens, limit 3; raise --max_prompt_length, "
         "or leave them out with --on_long_prompt drop",
     ),
     (
@@ -140,14 +142,14 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         '{"prompt": "q", "completion": "aaaaaaaaaa"}\n',
         SFT,
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 11 tokens, limit 8 (max_completion_length); "
-        "raise the limit, or leave them out with --on_long_prompt drop",
+        "raise --max_completion_length, or leave them out with --on_long_prompt drop",
     ),
     (
         "reply.jsonl",
         '{"prompt": "q", "completion": "aaaaaaaaaa"}\n',
         SFT + " --on_long_prompt drop",
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 11 tokens, limit 8 (max_completion_length); "
-        "raise the limit, or leave them out with --on_long_prompt drop",
+        "raise --max_completion_length, or leave them out with --on_long_prompt drop",
     ),
     (
         "train.jsonl",
@@ -336,6 +338,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --config unknown.yaml", "unknown.yaml: unknown setting 'learning_rte'; did you mean learning_rate?"),
     (f"{SFT} --config type.yaml", "setting 'warmup_steps': found 'many', want: a valid integer..."),
     (f"train {BASE} --resume", "--resume needs the run folder: give --output_dir"),
+    (f"{SFT} --resume maybe", "option --resume: found 'maybe', want nothing after it, true or false"),
     (
         "train --resume --output_dir nowhere",
         "nowhere/config.yaml: no such file, so there is no run to continue with --resume; check --output_dir",
@@ -803,7 +806,7 @@ def test_resume_goes_on_to_the_same_weights(
 def test_resume_takes_the_same_command_and_says_what_changed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained(f"{SFT} --save_steps 1 --resume")  # nothing there yet: from the beginning
     assert "max_steps" not in capsys.readouterr().err
-    trained(f"{SFT} --save_steps 1 --resume")
+    trained(f"{SFT} --save_steps 1 --resume true")
     assert steps("run") == [1]
     shutil.move("run", "moved")
     capsys.readouterr()
@@ -823,7 +826,7 @@ def test_resume_takes_the_same_command_and_says_what_changed(here: Path, capsys:
         ),
         (
             "--seed 1 --model other --num_train_epochs 9",
-            "run/config.yaml: model is 'model' there and 'other' here; seed is 0 there and 1 here; "
+            "run/config.yaml: seed is 0 there and 1 here; "
             "num_train_epochs is 2.0 there and 9.0 here: with --resume a run keeps its settings; leave these "
             "out, or start another run in another --output_dir",
         ),

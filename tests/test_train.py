@@ -449,6 +449,46 @@ def test_a_run_whose_model_has_changed_is_not_continued(
         train(config, resume=True)
 
 
+def test_a_run_goes_on_where_its_files_lie_elsewhere(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    test = write_rows(count=2, name="test.jsonl")
+    asked = {"test": str(test), "prior": str(test)}
+    begun = settings(max_steps=3, save_steps=3, lr_scheduler_type="constant", drift_steps=0, **asked)
+    whole = begun.model_copy(update={"max_steps": 6, "output_dir": str(tmp_path / "whole")})
+    train(whole)
+    train(begun)
+    places = {
+        "model": str(shutil.copytree(begun.model, tmp_path / "elsewhere" / "model")),
+        "data": str(shutil.copy(begun.data, tmp_path / "elsewhere" / "rows.jsonl")),
+        "test": str(shutil.copy(test, tmp_path / "elsewhere" / "questions.jsonl")),
+        "prior": str(shutil.copy(test, tmp_path / "elsewhere" / "test.jsonl")),
+        "output_dir": str(shutil.move(begun.output_dir, tmp_path / "elsewhere" / "run")),
+    }
+    moved = begun.model_copy(update=places | {"max_steps": 6})
+    write_rows(count=3, name="elsewhere/questions.jsonl")
+    with pytest.raises(UserError, match=r"checkpoint-00000003: test '.*questions.jsonl' or prior '.*' has other rows"):
+        train(moved, resume=True)
+    shutil.copy(test, places["test"])
+    with pytest.raises(UserError, match=r"prior is '.*' there and None here: with --resume a run keeps its settings"):
+        train(moved.model_copy(update={"prior": None}), resume=True)
+    train(moved, resume=True)
+    assert_same_run(whole, moved)
+
+
+def test_a_run_on_a_folded_adapter_goes_on_in_its_place_only(
+    settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    adapter = settings("adapter", lora_rank=2, max_steps=1)
+    train(adapter)
+    config = settings(model=f"{adapter.output_dir}/final", save_steps=3)
+    train(config)
+    train(config, resume=True)
+    copied = shutil.copytree(config.model, tmp_path / "model")
+    with pytest.raises(UserError, match=r"checkpoint-00000006: model is '.*final' there and '.*model' here"):
+        train(config.model_copy(update={"model": str(copied)}), resume=True)
+
+
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
     settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
