@@ -33,7 +33,7 @@ from selfdistill.export import take_whole, whole_folder
 from selfdistill.guards import RunFailed, RunStopped, StopRequests
 from selfdistill.judge import judge_of
 from selfdistill.ledger import MEASURED_WITH, PENDING, START, Ledger
-from selfdistill.methods import METHODS, shows_context
+from selfdistill.methods import METHODS, uses
 from selfdistill.models import LoadedModel, load_start, training_arithmetic
 from selfdistill.priors import encode_priors, load_prior
 from selfdistill.settings_files import dump_yaml
@@ -60,7 +60,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     """
     name = config.name or re.sub(r"[^\w.-]+", "-", Path(config.data).name.partition(".")[0]).strip("-.")
     config = LearnConfig(**config.model_dump() | {"name": name})
-    kept, test = _rows(config)
+    parts = _rows(config)
     run = _run_config(config, "model", config.context, Path(PENDING))  # its rules, before any long work
     METHODS[run.method](run)
     check_inputs(run)
@@ -68,7 +68,10 @@ def add(config: LearnConfig) -> dict[str, Any]:
         load_prior(config.prior)
     with locked(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config)
-        _begin(ledger, config, kept, test)
+        _begin(ledger, config, parts)
+        learnt, asked = {repr(row.prompt) for row in parts["train"]}, parts["test"]
+        if known := sum(repr(row.prompt) in learnt for row in asked):
+            say(f"note: {known} of {len(asked)} test questions are among those that are learnt")
         try:
             result = _Addition(ledger, stop).result()
         except RunStopped as stopped:
@@ -77,7 +80,12 @@ def add(config: LearnConfig) -> dict[str, Any]:
         write_json(ledger.pending / "result.json", result)
         if result["accepted"]:
             skill = ledger.accept(name)
-            say(f"accepted: {skill.name} is skill {skill.number} of {config.state}")
+            before, after = result["before"]["accuracy"], result["after"]["skills"][name]
+            score, items = after["accuracy"], after["items"]
+            if score <= before:
+                say(f"note: {name}: {before:.3f} before, {score:.3f} after on {items} items: no gain is shown")
+            kept = f"from {max(_least(after, config), 0):.3f} on it will count as kept (test items: {items})"
+            say(f"accepted: {skill.name} is skill {skill.number} of {config.state}; {kept}")
         else:
             place = ledger.refuse(name)
             say(f"refused: {name}. {config.state} is as it was; what was tried is in {place}")
@@ -123,48 +131,67 @@ def _absolute(model: str) -> str:
     return os.path.abspath(model) if os.path.isdir(model) else model
 
 
-def _rows(config: LearnConfig) -> tuple[list[Demonstration], list[Demonstration]]:
-    """Rows to learn and rows to test."""
+def _rows(config: LearnConfig) -> dict[str, list[Demonstration]]:
+    """Rows by their part: ``train``, of a stream ``validation``, and ``test``.
+
+    Where both of the last are held out, they take turns, validation first so that it begins as early as it can.
+    """
     rows = load_demonstrations(config.data, split=config.split)
+    held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
+    count = max(len(held), round(len(rows) * config.test_share)) if held else 0
+    if held and count >= len(rows):
+        advice = "give more, or a lower --test_share" if config.test else "give --test"
+        raise UserError(f"{config.data}: {len(rows)} rows are too few to keep some for the {held[-1]}; {advice}")
+    chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
+    part_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
+    parts = {part: [row for row in rows if part_of.get(row.row, "train") == part] for part in ("train", *held)}
     if config.test:
-        return rows, load_demonstrations(config.test, completion_required=False, split=config.split)
-    count = max(1, round(len(rows) * config.test_share))
-    if count >= len(rows):
-        raise UserError(f"{config.data}: {len(rows)} rows are too few to keep some for the test; give --test")
-    chosen = set(random.Random(config.seed).sample(range(len(rows)), count))
-    return [row for row in rows if row.row not in chosen], [row for row in rows if row.row in chosen]
+        parts["test"] = load_demonstrations(config.test, completion_required=False, split=config.split)
+    return parts
 
 
-def _begin(ledger: Ledger, config: LearnConfig, kept: list[Demonstration], test: list[Demonstration]) -> None:
+def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstration]]) -> None:
     """Make ``pending`` with the rows and settings of the skill; or find there what is asked for.
 
     Raises:
         UserError: something else is there, or the skill's name is taken.
     """
-    texts = json.dumps([[repr(replace(row, source="")) for row in part] for part in (kept, test)])
+    texts = json.dumps([[repr(replace(row, source="")) for row in part] for part in parts.values()])
     asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
     settings = config.model_dump()
     asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
     if ledger.pending.is_dir():
-        found = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))
-        if found == json.loads(json.dumps(asked)):
+        found, here = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8")), json.dumps(asked)
+        if found == json.loads(here):
             say(f"going on with {config.name}")
             return
         if any((ledger.pending / name).exists() for name in ("run", "chunks", "model")):
             raise UserError(
-                f"state {config.state!r}: adding {found['name']!r} was interrupted; go on with the same command, rows "
-                f"and settings, or drop it with selfdistill learn --state {config.state} discard"
+                f"state {config.state!r}: adding {found['name']!r} was interrupted, and "
+                f"{_changes(found, json.loads(here))}; go on with the same command, rows and settings, or drop it with "
+                f"selfdistill learn --state {config.state} discard"
             )
         ledger.discard()  # it had not begun to learn
     if config.name in [skill.name for skill in ledger.skills]:
         raise UserError(f"setting 'name': {config.state} has a skill {config.name!r} already; give another --name")
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
-        write_demonstrations(folder / "train.jsonl", kept)
-        write_demonstrations(folder / "test.jsonl", test)
+        for part, rows in parts.items():
+            write_demonstrations(folder / f"{part}.jsonl", rows)
         (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
         write_json(folder / "asked.json", asked)
-        places = {"train": [row.row for row in kept], "test": [0 if config.test else row.row for row in test]}
+        places = {part: [row.row for row in rows] for part, rows in parts.items() if part != "test"}
         write_json(folder / "places.json", places)
+
+
+def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What is asked for otherwise than it was in ``pending``."""
+    before, now = there["settings"], here["settings"]
+    changed = [
+        f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+        for key in {**now, **before}
+        if before.get(key) != now.get(key)
+    ]
+    return "; ".join(changed + ["its rows, or test rows, are others"] * (there["data"] != here["data"]))
 
 
 def settings_of(folder: Path) -> LearnConfig:
@@ -197,6 +224,13 @@ def _run_config(config: LearnConfig, model: str, context: str, folder: Path) -> 
         **{"test": None, "prior": None, "eval_steps": 0},  # they are measured here
     }
     return TrainConfig(**{name: getattr(config, name) for name in names} | own)
+
+
+def _least(score: Evaluation, config: LearnConfig) -> float:
+    """What a skill that once had this score must have to count as kept."""
+    if config.max_skill_drop is not None:
+        return float(score["accuracy"]) - config.max_skill_drop
+    return float(score["accuracy_interval"][0])
 
 
 class _Addition:
@@ -262,7 +296,7 @@ class _Addition:
     def _check(self) -> dict[str, Any]:
         """Whether the current model, shown the demonstration, is a teacher for itself, and how it is best shown."""
         run = _run_config(self._config, self._ledger.model, self._config.context, self._folder)
-        if not shows_context(run):
+        if not uses(run, "context"):
             verdict = f"{run.method} asks no teacher"
             return {"context": self._config.context, "worth": True, "accuracy": 1.0, "verdict": verdict}
         found = check_run(run)
@@ -306,14 +340,15 @@ class _Addition:
         """Why the new model is not accepted; nothing where all gates hold."""
         config, reasons = self._config, []
         after, before = result["after"], result["before"]
-        new = after["skills"][self._name]
-        if new["accuracy"] < before["accuracy"]:
-            reasons.append(f"{self._name} itself: {before['accuracy']:.3f} before, {new['accuracy']:.3f} after")
+        new, least = after["skills"][self._name]["accuracy"], _least(before, config)
+        if new < least - 1e-9:
+            reasons.append(
+                f"{self._name} itself: {before['accuracy']:.3f} before, {new:.3f} after, at least {least:.3f} is asked "
+                "for"
+            )
         for skill in self._ledger.skills:
             learnt, now = skill.result["after"]["skills"][skill.name], after["skills"][skill.name]["accuracy"]
-            least = learnt["accuracy_interval"][0]
-            if config.max_skill_drop is not None:
-                least = learnt["accuracy"] - config.max_skill_drop
+            least = _least(learnt, config)
             if now < least - 1e-9:
                 reasons.append(
                     f"{skill.name}: {learnt['accuracy']:.3f} when it was learnt, {now:.3f} now, at least {least:.3f} "

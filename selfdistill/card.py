@@ -17,10 +17,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from selfdistill import __version__
 from selfdistill.config import TrainConfig
-from selfdistill.divergence import Divergence
 from selfdistill.errors import UserError
-from selfdistill.methods import METHODS, shows_context
-from selfdistill.methods.sequences import RowCompletions
+from selfdistill.methods import METHODS, uses
 from selfdistill.settings_files import MAY_CHANGE
 from selfdistill.starter import STARTER_MODELS
 from selfdistill.tracking import METRICS, public_name, public_settings, read_lines
@@ -156,14 +154,8 @@ def _method(name: str) -> str:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Settings that shape the model, and that differ from the defaults or are of general interest."""
-    stages = METHODS[config.method](config)
-    used = {
-        "context": shows_context(config),
-        "teacher": any(stage.teacher for stage in stages),
-        "divergence": any(isinstance(stage.loss, Divergence) for stage in stages),
-        "temperature": any(stage.fixed or not isinstance(stage.sequence, RowCompletions) for stage in stages),
-        "scorer": any(stage.reward for stage in stages),
-    }
+    used = {name: uses(config, name) for name in ("context", "teacher", "divergence", "temperature")}
+    used["scorer"] = any(stage.reward for stage in METHODS[config.method](config))
     always = (*ALWAYS, *(name for name in used if used[name]))
     left_out = (*_ELSEWHERE, *(name for name in used if not used[name]))
     defaults = {k: f.get_default(call_default_factory=True) for k, f in TrainConfig.model_fields.items()}

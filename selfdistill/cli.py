@@ -16,7 +16,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
@@ -102,7 +102,7 @@ def _train(given: dict[str, Any]) -> int:
         print(f"{change}: from here on the learning rate is that of a run of so many steps", file=sys.stderr)
     _quiet()
     from selfdistill.examiner import check_inputs
-    from selfdistill.methods import shows_context
+    from selfdistill.methods import uses
     from selfdistill.tracking import check_tracker
     from selfdistill.train import check_output_dir, train
 
@@ -113,7 +113,7 @@ def _train(given: dict[str, Any]) -> int:
         from selfdistill.questions import with_questions
 
         config = with_questions(config)
-    if config.context == "auto" and shows_context(config):
+    if config.context == "auto" and uses(config, "context"):
         if launched() > 1:
             raise UserError("setting 'context': find the best with selfdistill check, in a single process, and name it")
         from selfdistill.check import best_context
@@ -263,6 +263,13 @@ _FLAGS = {"output": ("-o", "--output")}
 """Settings that have a short name, too."""
 _POSITIONAL = {"export": ("run",), "report": ("runs",), "learn": ("action", "data")}
 """Settings that are given without their names, in this order; those that are not required may be left out."""
+_LACKING = {
+    "run": "give a run folder",
+    "runs": "give at least one",
+    "action": f"put one of {', '.join(get_args(LearnConfig.model_fields['action'].annotation))} after learn, also with "
+    "--config",
+}
+"""What to do where a required one is missing."""
 
 
 def _parser() -> ArgumentParser:
@@ -324,7 +331,7 @@ def _explained(message: str, arguments: list[str]) -> str:
         return f"{f'unknown command {command!r}' if command else 'no command'}, want one of {', '.join(COMMANDS)}"
     fields = COMMANDS[command][0].model_fields
     if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
-        return f"no {lacking[1]}: give at least one, see selfdistill {command} --help"
+        return f"no {lacking[1]}: {_LACKING[lacking[1]]}, see selfdistill {command} --help"
     if unknown := re.match(r"unrecognized arguments: ([^\s=]*)", message):
         known = [f"--{key}" for key in (*fields, "config", "resume" if command in _RESUMED else "json")]
         what = "option" if unknown[1].startswith("-") else "argument"

@@ -80,23 +80,27 @@ class LearnConfig(TrainingSettings, OneRun):
     prior: str | None = None
     """File or folder of questions about what the base could do, copied into the state when it is made."""
     test: str | None = None
-    """Rows on which the skill is measured, now and whenever another is added; default: a share of the data."""
+    """Rows on which the skill is measured, now and whenever another is added; default: a share of the data. They decide
+    nothing but the gates."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the data that is kept for the test where there is no ``test``, or, of a stream, for its validation."""
+    """Share of the data that is never learnt: for the test where there is no ``test``. Of a ``stream`` it is for the
+    validation that says how long a chunk is learnt, and without ``test`` half of it for each."""
     min_teacher: float = Field(default=0.5, ge=0, le=1)
     """Refuse a skill, before it is learnt, whose teacher (the current model shown the demonstration) is right on a
     smaller share of its rows than this, or no better than the model itself; 0: never."""
     max_prior_drop: float = Field(default=0.02, ge=0, le=1)
     """Gate: refuse a skill after which the mean of the prior abilities is lower than the base's by more than this."""
     max_skill_drop: float | None = Field(default=None, ge=0, le=1)
-    """Gate: refuse a skill after which an earlier one scores lower than when it was learnt by more than this. Default:
-    lower than the 95% interval of that score."""
+    """Gate: refuse a skill after which an earlier one scores lower than when it was learnt, or the new one lower than
+    before it was learnt, by more than this. Default: lower than the 95% interval of that score, which is wide where the
+    test has few items."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between measurements of every skill during training, kept in ``along.jsonl``; 0: none."""
     chunk_size: int = Field(default=32, ge=1)
     """``stream``: rows that are tested, then learnt, at a time."""
     chunk_steps: int = Field(default=50, ge=1)
-    """``stream``: most steps on a chunk; learning it ends when the loss on the latest validation rows stops falling."""
+    """``stream``: most steps on a chunk; learning it ends when the loss on the latest validation rows stops falling.
+    While no validation row has come, all of them are taken."""
 
     def model_post_init(self, _context: Any) -> None:
         """Rules between settings; those of ``train`` about ``test`` are not for this command."""

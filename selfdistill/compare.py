@@ -29,7 +29,7 @@ from selfdistill.disk import write_whole
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner, check_inputs
 from selfdistill.guards import RunFailed, RunStopped, StopRequests
-from selfdistill.methods import METHODS, shows_context, unused_settings
+from selfdistill.methods import METHODS, unused_settings, uses
 from selfdistill.methods.rows import DemonstrationRows
 from selfdistill.models import LoadedModel, load_start
 from selfdistill.plots import Curve, trade_off
@@ -72,8 +72,8 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
         refuse_changes(written, saved, config)
     check_inputs(config)
     first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
-    taught = [run for run in first if shows_context(run)]
-    if config.context == "auto" and taught:
+    taught = [run for run in first if run.context == "auto" and uses(run, "context")]
+    if taught:
         context = best_context(taught[0])
         config = config.model_copy(update={"context": context})
     base = load_start(config.model, dtype=config.dtype)
@@ -154,7 +154,7 @@ def _kinds(config: CompareConfig) -> list[tuple[str, dict[str, Any]]]:
 
 def _used(run: TrainConfig, values: dict[str, Any]) -> dict[str, Any]:
     """What is varied, as far as the run's method uses it."""
-    return {name: value for name, value in values.items() if getattr(run, name) == value}
+    return {name: value for name, value in values.items() if uses(run, name)}
 
 
 def _runs(config: CompareConfig) -> list[tuple[str, TrainConfig]]:

@@ -338,8 +338,10 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
                 "setting 'support': 'sampled' needs the student's own samples: leave cold_start_steps out, and use "
                 "method sdft"
             )
-        if self.teacher_model is not None and (self.method != "sdft" or self.teacher not in ("ema", "frozen")):
-            raise UserError("setting 'teacher_model': it is for method sdft, and does not change: leave teacher out")
+        if self.teacher_model is not None and self.method != "sdft":
+            raise UserError(f"setting 'teacher_model' is for method sdft, found {self.method!r}: leave it out")
+        if self.teacher_model is not None and self.teacher not in ("ema", "frozen"):
+            raise UserError(f"setting 'teacher_model' does not change, found teacher {self.teacher!r}: leave that out")
         if self.fsdp and self.torch_compile:
             raise UserError("setting 'fsdp' does not go with torch_compile: leave one of them out")
         if bool(self.data) == bool(self.documents):

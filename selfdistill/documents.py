@@ -8,10 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from selfdistill.errors import UserError
+from selfdistill.rows import first_ten
+from selfdistill.tracking import say
 
 KINDS = (".txt", ".md", ".html", ".htm", ".pdf")
-"""Files that are read. PDF and HTML need the extra ``documents``."""
-
+"""Files that are read."""
+_NEEDS = {".html": "bs4", ".htm": "bs4", ".pdf": "pypdf"}
+"""Packages of the extra ``documents`` that some of them need."""
 
 BLOCKS = (
     *("p", "div", "section", "article", "main", "header", "footer", "aside", "blockquote", "pre", "figcaption"),
@@ -33,32 +36,60 @@ def load_passages(path: str, *, max_words: int) -> list[Passage]:
     """Every document of a folder with its subfolders, in order of name, or of one file; split into passages.
 
     A passage is as many whole paragraphs as have at most ``max_words`` words; a longer paragraph is split between
-    sentences, a longer sentence stands alone. Nothing is left out.
+    sentences, a longer sentence stands alone. Of a document nothing is left out. Files and folders whose name begins
+    with a dot are not read; nor are files of other kinds, which is said.
 
     Raises:
-        UserError: no such folder, no document in it, one that cannot be read or has no text, or a package is missing.
+        UserError: no such folder, no document in it, documents that cannot be read or have no text, of which it names
+            the first ten and the number of all, or a package is missing.
     """
-    root = Path(path)
-    if not root.exists():
-        raise UserError(f"documents {path!r}: no such file or folder")
-    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
-    chosen = [file for file in files if file.suffix.lower() in KINDS]
-    if not chosen:
-        raise UserError(f"documents {path!r}: no file of {', '.join(KINDS)}")
-    passages = []
-    for file in chosen:
-        paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", _text(file))]
-        pieces = _pieces([part for part in paragraphs if part], max_words)
-        if not pieces:
-            raise UserError(f"{file}: no text in it{'; a scan has none' if file.suffix == '.pdf' else ''}")
-        name = file.name if root.is_file() else str(file.relative_to(root))
-        passages += [Passage(f"{name}#{number}", piece) for number, piece in enumerate(pieces, start=1)]
+    chosen = _documents(path)
+    passages: list[Passage] = []
+    bad: list[tuple[Path, str]] = []
+    for file, name in chosen.items():
+        try:
+            pieces = _pieces(_paragraphs(file), max_words)
+        except UserError as error:
+            bad.append((file, str(error)))
+        else:
+            passages += [Passage(f"{name}#{number}", piece) for number, piece in enumerate(pieces, start=1)]
+    if len(bad) == 1:
+        raise UserError(": ".join(map(str, bad[0])))
+    if bad:
+        found = first_ten([f"{chosen[file]}: {problem}" for file, problem in bad])
+        raise UserError(f"documents {path!r}: {len(bad)} documents cannot be used: {found}")
     return passages
 
 
 def sentences(text: str) -> list[str]:
     """The text cut after full stops, question marks and exclamation marks that a space and a capital follow."""
     return [part for part in re.split(r"(?<=[.!?])\s+(?=[\"'(]?[^\W\d_a-z])", text) if part]
+
+
+def _documents(path: str) -> dict[Path, str]:
+    """The files to read, in order of name, each with its name for passages and errors; others are told of."""
+    root = Path(path)
+    if not root.exists():
+        raise UserError(f"documents {path!r}: no such file or folder")
+    if root.is_file():
+        names = {root: Path(root.name)}
+    else:
+        below = {file: file.relative_to(root) for file in sorted(root.rglob("*")) if file.is_file()}
+        names = {file: name for file, name in below.items() if not any(part[0] == "." for part in name.parts)}
+    chosen = {file: str(name) for file, name in names.items() if file.suffix.lower() in KINDS}
+    others = sorted({file.suffix.lower() or "without suffix" for file in names if file not in chosen})
+    found = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
+    if not chosen:
+        raise UserError(f"documents {path!r}: no file of {', '.join(KINDS)}{', found ' * bool(others)}{found}")
+    if others:
+        count = len(names) - len(chosen)
+        files = "1 file of another kind" if count == 1 else f"{count} files of other kinds"
+        say(f"note: documents {path!r}: {files} than {', '.join(KINDS)} not read: {found}")
+    for file in chosen:
+        package = _NEEDS.get(file.suffix.lower())
+        if package and find_spec(package) is None:
+            raise UserError(f"{file}: needs a package that is missing: pip install 'selfdistill[documents]'")
+    return chosen
 
 
 def _pieces(paragraphs: list[str], max_words: int) -> list[str]:
@@ -76,33 +107,35 @@ def _pieces(paragraphs: list[str], max_words: int) -> list[str]:
     return pieces
 
 
-def _text(file: Path) -> str:
+def _paragraphs(file: Path) -> list[str]:
+    """The paragraphs of a document, each in one line; errors do not name the file."""
     kind = file.suffix.lower()
     try:
-        if kind == ".pdf":
-            return _pdf(file)
-        text = file.read_text(encoding="utf-8")
+        text = _pdf(file) if kind == ".pdf" else file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        raise UserError(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file}: not UTF-8 text; save it as UTF-8") from None
-    return _html(text) if kind in (".html", ".htm") else text
+        raise UserError("not UTF-8 text, save it as UTF-8") from None
+    if kind in (".html", ".htm"):
+        text = _html(text)
+    found = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
+    if not found:
+        raise UserError(f"no text in it{' (a scan has none)' if kind == '.pdf' else ''}, remove it or put text into it")
+    return found
 
 
 def _pdf(file: Path) -> str:
-    _need("pypdf", file)
     from pypdf import PdfReader
 
     try:
         pages = [page.extract_text() for page in PdfReader(file).pages]
     except Exception as error:  # whatever a broken or encrypted file leads to
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file}: not a PDF that can be read ({reason})") from None
+        raise UserError(f"not a PDF that can be read ({reason})") from None
     return "\n\n".join(pages)
 
 
 def _html(text: str) -> str:
-    _need("bs4", "a file of HTML")
     from bs4 import BeautifulSoup
 
     page = BeautifulSoup(text, "html.parser")
@@ -114,8 +147,3 @@ def _html(text: str) -> str:
     for cell in page(["td", "th"]):
         cell.insert_after(" ")
     return page.get_text()
-
-
-def _need(package: str, what: object) -> None:
-    if find_spec(package) is None:
-        raise UserError(f"{what}: needs a package that is missing: pip install 'selfdistill[documents]'")

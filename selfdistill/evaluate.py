@@ -28,6 +28,8 @@ from selfdistill.scores import Scorer
 from selfdistill.statistics import difference_interval, mean_interval, paired, pass_at_k, share_interval
 from selfdistill.tracking import say
 
+ASKED = ("model", "base", "data", "prior", "context", "max_completion_length", "num_samples", "temperature", "seed")
+"""Settings that stand beside a result."""
 Evaluation = dict[str, Any]
 """One model, measured, as it is written to JSON.
 
@@ -189,9 +191,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """``selfdistill eval``: new task, prior abilities, and what has changed since a base; prints a table.
 
     Returns:
-        The model's :data:`Evaluation` with ``scorers``, ``dropped`` and, with ``num_samples``, ``pass@k``. With
-        ``base`` also ``base`` (the same of the base), ``paired`` (differences on the same items: ``accuracy``,
-        ``pass@k``, each prior's, ``prior_accuracy``), ``distance`` (:class:`Between` on
+        The model's :data:`Evaluation` with ``settings`` (``ASKED``), ``scorers``, ``dropped`` and, with
+        ``num_samples``, ``pass@k``. With ``base`` also ``base`` (the same of the base), ``paired`` (differences on the
+        same items: ``accuracy``, ``pass@k``, each prior's, ``prior_accuracy``), ``distance`` (:class:`Between` on
         ``general`` prompts and the ``new_task``'s) and ``kl_base``, KL(base||model) on the general prompts.
     """
     if config.replies and not Path(config.replies).absolute().parent.is_dir():
@@ -207,6 +209,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         for_base = Questions(base, questions.demonstrations, priors, config)
         questions = Questions(loaded, for_base.demonstrations, priors, config, config.context)
     result, answers = _measured(loaded, questions, config, judge)
+    result["settings"] = {name: getattr(config, name) for name in ASKED}
     result["scorers"] = sorted({default_scorer(row, config.scorer) for row in questions.demonstrations})
     result["dropped"] = len(demonstrations) - len(questions.rows)
     if base is not None:

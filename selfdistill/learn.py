@@ -31,6 +31,8 @@ def learn(config: LearnConfig) -> tuple[dict[str, Any], int]:
     Raises:
         UserError: anything the user can mend.
     """
+    if config.data and config.action not in ("add", "stream"):
+        raise UserError(f"learn {config.action}: takes no data, and found {config.data!r}; leave it out")
     if config.action in ("add", "stream"):
         result = add(config)
         _print_addition(config, result)
@@ -94,35 +96,41 @@ def _status(ledger: Ledger) -> dict[str, Any]:
     if numbers:
         said = [f"average {numbers['average']:.3f}"]
         said += [
-            f"{name.replace('_', ' ')} {numbers[name]:+.3f}"
-            for name in ("backward", "forward", "forgetting")
+            f"{name} {numbers[name]:{form}}"
+            for name, form in (("backward", "+.3f"), ("forward", "+.3f"), ("forgetting", ".3f"))
             if numbers[name] is not None
         ]
         console.print(
             f"{', '.join(said)}. Backward: change of earlier skills since they were learnt; forward: what earlier "
-            "skills gave before a skill was learnt; forgetting: fall from the best.",
+            "skills gave before a skill was learnt; forgetting: how far the last model is below the best one before it "
+            "(less than 0: above it).",
             highlight=False,
             markup=False,
         )
     else:
         console.print("No skill was learnt yet.", highlight=False)
-    if ledger.pending.is_dir():
-        console.print("An addition was interrupted: the same 'add' goes on, 'discard' drops it.", highlight=False)
+    if pending := ledger.interrupted:
+        way_on = "the same command goes on, 'discard' drops it"
+        console.print(f"Adding {pending!r} was interrupted: {way_on}.", highlight=False, markup=False)
     console.print(f"The current model: {ledger.model}", highlight=False, markup=False)
-    return {**found, "model": ledger.model, "pending": ledger.pending.is_dir()}
+    return {**found, "model": ledger.model, "pending": pending}
 
 
 def _history(ledger: Ledger) -> dict[str, Any]:
     table = Table(title=escape(f"What was done in {ledger.folder}"))
-    for column in ("", "skill", "finished", "data", "before", "after", "why not"):
-        table.add_column(column)
-    lines = [{"what": "learnt", "place": skill.folder.name, **skill.result} for skill in ledger.skills]
+    for column in ("", "skill", "finished", "data", "SHA-256 of rows", "before", "after", "why not"):
+        table.add_column(column, overflow="fold")
+    found = [("learnt", "", skill) for skill in ledger.skills]
     for what, place in (("refused", REFUSED), ("taken back", UNDONE)):
-        for skill in ledger.put_aside(place):
-            lines.append({"what": what, "place": f"{place}/{skill.folder.name}", **skill.result})
+        found += [(what, f"{place}/", skill) for skill in ledger.put_aside(place)]
+    lines = [
+        {"what": what, "place": place + skill.folder.name, "file": skill.file, **skill.result}
+        for what, place, skill in found
+    ]
     for line in sorted(lines, key=lambda line: str(line["date"])):
         after = line.get("after", {}).get("skills", {}).get(line["name"], {}).get("accuracy")
-        cells = [line["what"], line["place"], line["date"], line["data"][:12], f"{line['before']['accuracy']:.3f}"]
+        cells = [line["what"], line["place"], line["date"], Path(line["file"]).name, line["data"][:12]]
+        cells.append(f"{line['before']['accuracy']:.3f}")
         table.add_row(*map(escape, cells), "" if after is None else f"{after:.3f}", escape("; ".join(line["reasons"])))
     output().print(table)
     return {"history": lines}

@@ -5,7 +5,7 @@
     start/          state.yaml (base model and what it is measured with), prior/ (questions about abilities that the
                     base had, copied) and base.json (its score on them)
     skills/0001-routing/    accepted, in this order; the model of the last one is the current model
-        settings.yaml, train.jsonl, test.jsonl, run/, model/, result.json
+        settings.yaml, train.jsonl, test.jsonl, of a stream validation.jsonl, run/, model/, result.json
     pending/        an addition that is under way or was interrupted; of the same form
     refused/, undone/       additions that were not accepted, or taken back; nothing reads them
 
@@ -50,6 +50,11 @@ class Skill:
     def model(self) -> str:
         """Folder of the model after it."""
         return str(self.folder / "model")
+
+    @property
+    def file(self) -> str:
+        """Where its rows came from."""
+        return str(yaml.safe_load((self.folder / "settings.yaml").read_text(encoding="utf-8"))["data"])
 
     @property
     def result(self) -> dict[str, Any]:
@@ -104,6 +109,14 @@ class Ledger:
     def pending(self) -> Path:
         """Where an addition takes place."""
         return self.folder / PENDING
+
+    @property
+    def interrupted(self) -> str | None:
+        """Name of the skill whose addition is pending."""
+        try:
+            return str(json.loads((self.pending / "asked.json").read_text(encoding="utf-8"))["name"])
+        except FileNotFoundError:
+            return None
 
     def accept(self, name: str) -> Skill:
         """Make the pending addition the next skill."""

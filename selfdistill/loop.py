@@ -217,6 +217,12 @@ class _Watch:
             file.__exit__()
 
 
+def without_gradient(output_dir: Path) -> int:
+    """Steps of a run with rewards in which every group had equal ones, so that nothing was learnt."""
+    lines = read_lines(output_dir / "metrics.jsonl")
+    return sum("reward" in line and line["grad_norm"] == 0 for line in lines)
+
+
 def _left_out(metrics: dict[str, Any]) -> str:
     rows = metrics["skipped"]["rows"]
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
@@ -229,6 +235,8 @@ def _note(metrics: dict[str, Any]) -> str:
         parts.append(f"KL {metrics['kl/forward']:.3f}")
     if "drift/student" in metrics:
         parts.append(f"drift {metrics['drift/student']:.3f}")
+    if "reward" in metrics:
+        parts.append(f"reward {metrics['reward']:.3f}")
     parts.append(f"{metrics['completion/length']:.0f} tokens, {metrics['completion/truncated']:.0%} cut")
     parts.append(f"{metrics['time/step_s']:.1f} s/step")
     return "  ".join(parts)

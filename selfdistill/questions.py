@@ -111,7 +111,8 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
     not kept, with the reason.
 
     Returns:
-        ``passages``, ``train``, ``test``, ``indirect`` (numbers of rows) and ``rejected`` (numbers by reason).
+        ``passages``, ``train``, ``test``, ``indirect`` (numbers of rows) and ``rejected`` (numbers by reason,
+        most frequent first).
 
     Raises:
         UserError: no documents; the endpoint or the model cannot be used; or not one question was kept.
@@ -124,9 +125,12 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
         asked = [_DIRECT.format(text=unit.passage.text, sentence=unit.sentence) for unit in units]
         direct += maker.keep("direct", units, asked, number)
     if not direct:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in maker.rejected.most_common())
+        maker.close()
         raise UserError(
-            f"documents {config.documents!r}: none of {len(units) * config.tries} questions could be kept (reasons in "
-            f"{maker.folder / 'rejected.jsonl'}); let another model write them with --writer_url and --writer_model"
+            f"documents {config.documents!r}: none of {len(units) * config.tries} questions could be kept: {reasons} "
+            f"(each in {maker.folder / 'rejected.jsonl'}); let another model write them with --writer_url and "
+            "--writer_model"
         )
     test: list[_Unit] = []
     train = list(direct)
@@ -143,7 +147,7 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
         write_demonstrations(maker.folder / f"{name}.jsonl", [unit.demonstration for unit in rows])
     found = {"passages": len(passages), "train": len(train), "test": len(test), "indirect": len(indirect)}
     maker.close()
-    return {**found, "rejected": dict(maker.rejected)}
+    return {**found, "rejected": dict(maker.rejected.most_common())}
 
 
 def with_questions(config: TrainConfig) -> TrainConfig:

@@ -23,7 +23,9 @@ class Transfer:
     forward: float | None
     """R_(j-1)j - R_0j over skills after the first: what earlier skills gave a skill before it was learnt."""
     forgetting: float | None
-    """max_i R_ij - R_Tj over skills before the last (Chaudhry et al. 2018, arXiv 1801.10112)."""
+    """max_i R_ij - R_Tj over skills j before the last, i from j to T - 1 (Chaudhry et al. 2018, arXiv 1801.10112).
+
+    Above 0: the last model is worse than the best one before it, which is a loss; below 0: better than any of them."""
 
 
 def transfer(matrix: Matrix) -> Transfer | None:
@@ -47,7 +49,7 @@ def transfer(matrix: Matrix) -> Transfer | None:
         average=_mean([at(skills, j) for j in range(skills)]) or 0.0,
         backward=_mean([at(skills, j) - at(j + 1, j) for j in earlier]),
         forward=_mean([at(j, j) - at(0, j) for j in range(1, skills)]),
-        forgetting=_mean([max(at(i, j) for i in range(j + 1, skills + 1)) - at(skills, j) for j in earlier]),
+        forgetting=_mean([max(at(i, j) for i in range(j + 1, skills)) - at(skills, j) for j in earlier]),
     )
 
 

@@ -34,7 +34,7 @@ from selfdistill.divergence import Divergence
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
 from selfdistill.layers import CompiledLayers, layers_of
-from selfdistill.methods import METHODS, shows_context, unused_settings
+from selfdistill.methods import METHODS, unused_settings, uses
 from selfdistill.methods.slots import Method
 from selfdistill.models import (
     LoadedModel,
@@ -143,6 +143,11 @@ class Run:
             }
         )
         assert self.config.max_steps is not None
+        if self.config.max_steps < len(self.stages):
+            raise UserError(
+                f"setting 'max_steps': found {self.config.max_steps}, and the {len(self.stages)} stages of "
+                f"{config.method} share them: want at least {len(self.stages)}"
+            )
         ends = [self.config.max_steps * number // len(self.stages) for number in range(len(self.stages) + 1)]
         for stage, start, end in zip(self.stages, ends[:-1], ends[1:], strict=True):
             stage.first_step, stage.steps = start, end - start
@@ -243,7 +248,7 @@ class Run:
             + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
         ]
         if self.teacher:
-            lines += [self.teacher.describe(), *([f"context: {config.context}"] if shows_context(config) else [])]
+            lines += [self.teacher.describe(), *([f"context: {config.context}"] if uses(config, "context") else [])]
             if self.kept:
                 lines.append(
                     f"what it reads is kept for later epochs, as much as fits in {config.teacher_cache_mib} MiB"
@@ -254,7 +259,7 @@ class Run:
                 f"{self.accelerator.num_processes} processes, each of which has its share of every batch{shares}"
             )
         if unused := unused_settings(config):
-            lines.append(f"note: {config.method} does not use {' and '.join(unused)}")
+            lines.append(f"note: with these settings {config.method} does not use {', '.join(unused)}")
         if not self.scorer.fused:
             lines.append("the head is not separable from the model's own logits; they are taken whole (more memory)")
         return lines

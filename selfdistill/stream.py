@@ -2,7 +2,8 @@
 
 The number of steps on a chunk adapts to an online validation buffer, as in Drinking from a Firehose (arXiv 2007.09335):
 a share of the rows is never learnt; of those that came last, the mean loss is watched while a chunk is learnt, and when
-it stops falling the next chunk comes.
+it stops falling the next chunk comes. They are not test rows, for what decides how long is learnt must not also measure
+what came of it.
 """
 
 from __future__ import annotations
@@ -40,15 +41,19 @@ PATIENCE = 2
 def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: StopRequests) -> Path:
     """Learn ``train.jsonl`` of ``folder`` chunk by chunk, and return the folder of the last model.
 
-    ``stream.jsonl`` there gets a line a chunk: ``step`` (its number, from 1), ``rows`` (that fit), ``accuracy`` (of the
-    model before it learnt the chunk), ``steps`` it took, and ``loss_before`` and ``loss_after``, the mean loss on the
-    validation rows, nats per token; None where there are none. Chunks that are there already are not learnt again.
+    ``validation.jsonl`` there has the rows whose loss is watched, and ``places.json`` the places of both in the stream:
+    a row is watched from the chunk on before whose last row it came.
+
+    ``stream.jsonl`` gets a line a chunk: ``step`` (its number, from 1), ``rows`` (that fit), ``accuracy`` (of the model
+    before it learnt the chunk), ``steps`` it took, and ``loss_before`` and ``loss_after``, the mean loss on the
+    validation rows, nats per token; None where none has come that fits. Chunks that are there already are not learnt
+    again.
 
     Raises:
         RunStopped: a signal came between two chunks, or in one.
     """
     rows = load_demonstrations(str(folder / "train.jsonl"))
-    held = load_demonstrations(str(folder / "test.jsonl"), completion_required=False)
+    held = load_demonstrations(str(folder / "validation.jsonl"))
     place = json.loads((folder / "places.json").read_text(encoding="utf-8"))
     chunks = [rows[start : start + config.chunk_size] for start in range(0, len(rows), config.chunk_size)]
     work = folder / "chunks"
@@ -59,14 +64,11 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
             own = work / f"{number:05d}"
             if number not in lines.steps:
                 last = place["train"][chunk[-1].row]
-                buffer = [row for row, at in zip(held, place["test"], strict=True) if at <= last and row.completion]
+                buffer = [row for row, at in zip(held, place["validation"], strict=True) if at <= last]
                 line = _chunk(run, config, own, model, chunk, buffer[-BUFFER:])
                 lines.write({"step": number, **line})
                 sync(folder / "stream.jsonl")
-                shown = "none of its rows fit"
-                if line["rows"]:
-                    shown = f"{line['accuracy']:.2f} right before it was learnt"
-                say(f"chunk {number} of {len(chunks)}: {shown}, {line['steps']} steps")
+                say(f"chunk {number} of {len(chunks)}: {_said(line)}")
             if (own / "model").is_dir():
                 before, model = model, str(own / "model")
                 if before != run.model:
@@ -74,6 +76,16 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
             if stop.received is not None and number < len(chunks):
                 raise RunStopped("stopped", stop.received)
     return Path(model)
+
+
+def _said(line: dict[str, Any]) -> str:
+    """A line of ``stream.jsonl`` in words."""
+    if not line["rows"]:
+        return "none of its rows fit, 0 steps"
+    loss = "no validation row yet that fits, so it took chunk_steps"
+    if line["loss_before"] is not None:
+        loss = f"validation loss {line['loss_before']:.3f} before, {line['loss_after']:.3f} after"
+    return f"{line['accuracy']:.2f} right before it was learnt, {line['steps']} steps; {loss}"
 
 
 def _chunk(

@@ -24,7 +24,7 @@ from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
 from selfdistill.export import whole_folder, write_model
 from selfdistill.guards import RunCollapsed, check_disk, check_memory
-from selfdistill.loop import Loop, OnStep
+from selfdistill.loop import Loop, OnStep, without_gradient
 from selfdistill.processes import is_first, wait
 from selfdistill.run import Run
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
@@ -164,6 +164,11 @@ def _train(
         raise
     if loop.signs:
         say(f"note: the run showed signs of falling apart: {'; '.join(loop.signs)}. See docs/reliability.md")
+    if idle := without_gradient(output_dir):
+        say(
+            f"note: in {idle} of {loop.step} steps all samples of each prompt had the same reward, so nothing was "
+            "learnt in them; easier prompts, an easier scorer or more --num_generations give more to compare"
+        )
     return _save_final(run, output_dir, loop.step, loop.signs)
 
 

@@ -362,6 +362,11 @@ CONFIG: list[tuple[str, str]] = [
         f"eval {BASE} --json nowhere/result.json",
         "--json nowhere/result.json: cannot be written; give a file in an existing folder, or -",
     ),
+    (
+        "learn --state state",
+        "no action: put one of add, stream, status, history, rollback, discard, export after learn, also with "
+        "--config, see selfdistill learn --help",
+    ),
     ("demo --seed x", "setting 'seed': found 'x', want: a valid integer..."),
     ("demo --seed -1", "setting 'seed': found -1, want: greater than or equal to 0"),
 ]
@@ -891,7 +896,10 @@ def test_eval_writes_json(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "new task" in err
     assert result["items"] == 4
     assert result["kl_base"] == pytest.approx(0, abs=1e-5)
-    assert json.loads(Path("result.json").read_text()).items() <= result.items()
+    assert (result["settings"]["model"], result["settings"]["base"]) == ("model", "model")
+    alone = json.loads(Path("result.json").read_text())
+    assert alone.pop("settings") == result.pop("settings") | {"base": None}
+    assert alone.items() <= result.items()
 
 
 def test_json_over_a_file_that_is_read_only(

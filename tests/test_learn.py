@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from selfdistill import addition
+from selfdistill import addition, stream
 from selfdistill.addition import add
 from selfdistill.cli import main
 from selfdistill.command_config import LearnConfig
@@ -111,8 +112,10 @@ def test_two_skills_in_a_row(make: Settings, tmp_path: Path, capsys: pytest.Capt
     before = load_file(folder / "model" / "model.safetensors")
     assert any(not torch.equal(before[name], trained[name]) for name in before)
     assert main(["learn", "--state", str(state), "status"]) == 0
-    assert "second" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "second" in said
     found = retention(ledger)
+    assert f"forgetting {found['transfer']['forgetting']:.3f}. " in said  # without a plus: it is a loss
     assert [len(row) for row in found["matrix"]] == [2, 2, 2]
     assert found["matrix"][0][0] is not None
     assert all(score is not None for score in (*found["matrix"][2], found["matrix"][1][0], found["matrix"][1][1]))
@@ -136,6 +139,8 @@ def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().out
     assert "learnt" in said
     assert "taken back" in said
+    assert "SHA-256" in said
+    assert said.count("first.jsonl") == said.count("second.jsonl") == 1
     assert add(make("second"))["accepted"]
 
 
@@ -179,7 +184,10 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
         ({}, (0.2, 0.2, 0.6), 0.69, 0.5, "first: 0.800 when it was learnt, 0.690 now, at least 0.700 is asked for"),
         ({"max_skill_drop": 0.2}, (0.2, 0.2, 0.6), 0.61, 0.5, None),
         ({"max_skill_drop": 0.05}, (0.2, 0.2, 0.6), 0.74, 0.5, "first: 0.800 when it was learnt, 0.740 now, at least"),
-        ({}, (0.2, 0.3, 0.29), 0.8, 0.5, "second itself: 0.300 before, 0.290 after"),
+        ({}, (0.2, 0.3, 0.21), 0.8, 0.5, None),
+        ({}, (0.2, 0.3, 0.19), 0.8, 0.5, "second itself: 0.300 before, 0.190 after, at least 0.200 is asked for"),
+        ({"max_skill_drop": 0.05}, (0.2, 0.3, 0.25), 0.8, 0.5, None),
+        ({"max_skill_drop": 0.05}, (0.2, 0.3, 0.24), 0.8, 0.5, "second itself: 0.300 before, 0.240 after, at least"),
         ({}, (0.2, 0.2, 0.6), 0.8, 0.48, None),
         ({}, (0.2, 0.2, 0.6), 0.8, 0.47, "prior abilities: 0.500 of the base, 0.470 now, a fall of more than 0.02"),
         ({"max_prior_drop": 0.05}, (0.2, 0.2, 0.6), 0.8, 0.47, None),
@@ -210,6 +218,55 @@ def test_the_gates(
         assert (tmp_path / "state" / "refused" / "second" / "result.json").exists()
     else:
         assert [skill.name for skill in Ledger(str(tmp_path / "state")).skills] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("after", "values", "said"),
+    [
+        (0.6, {}, ["accepted: first is skill 1 of STATE; from 0.500 on it will count as kept (test items: 20)"]),
+        (
+            0.5,
+            {"max_skill_drop": 0.05},
+            [
+                "note: first: 0.500 before, 0.500 after on 20 items: no gain is shown",
+                "accepted: first is skill 1 of STATE; from 0.450 on it will count as kept (test items: 20)",
+            ],
+        ),
+        (
+            0.45,
+            {"max_skill_drop": 0.9},
+            [
+                "note: first: 0.500 before, 0.450 after on 20 items: no gain is shown",
+                "accepted: first is skill 1 of STATE; from 0.000 on it will count as kept (test items: 20)",
+            ],
+        ),
+    ],
+)
+def test_what_is_accepted_is_said_with_what_it_must_keep(
+    make: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    after: float,
+    values: dict[str, Any],
+    said: list[str],
+) -> None:
+    fixed(monkeypatch, {"first": [0.5, after]}, [0.5, 0.5])
+    config = make(max_steps=1, **({"max_skill_drop": None} | values))
+    assert add(config)["accepted"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-len(said) :] == [line.replace("STATE", config.state) for line in said]
+    assert sum(line.startswith("note: ") for line in lines) == len(said) - 1
+
+
+def test_test_questions_that_are_learnt_are_counted(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed(monkeypatch, {"first": [0.1, 0.6], "second": [0.1, 0.1, 0.6]}, [0.5, 0.5, 0.5])
+    test = tmp_path / "test.jsonl"
+    rows = [{"prompt": prompt, "completion": "f"} for prompt in ("first 0", "first 9", "first 10")]
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    add(make(max_steps=1, test=str(test)))
+    assert "note: 2 of 3 test questions are among those that are learnt\n" in capsys.readouterr().err
 
 
 def test_a_skill_that_hurts_is_refused_by_what_is_measured(make: Settings, tmp_path: Path) -> None:
@@ -282,7 +339,9 @@ def interrupt(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
     patch.setattr(addition, name, once)
 
 
-def test_a_stop_in_training_says_how_to_go_on(make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_in_training_says_how_to_go_on(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = addition.train
 
     def stopped(*arguments: Any, **_: Any) -> Path:
@@ -293,14 +352,21 @@ def test_a_stop_in_training_says_how_to_go_on(make: Settings, tmp_path: Path, mo
         add(make())
     assert error.value.exit_code == 143
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"adding 'first' was interrupted; go on with the same command"):
+    there = r"adding 'first' was interrupted, and "
+    with pytest.raises(
+        UserError, match=there + r"name is 'first' there and 'second' here; its rows, or test rows, are"
+    ):
         add(make("second"))
-    with pytest.raises(UserError, match=r"adding 'first' was interrupted"):
-        add(make(learning_rate=2e-3))
+    changed = r"batch_size is 4 there and 2 here; learning_rate is 0.001 there and 0.002 here; go on with the same comm"
+    with pytest.raises(UserError, match=there + changed):
+        add(make(learning_rate=2e-3, batch_size=2))
+    capsys.readouterr()
+    assert learn(make(action="status", data=""))[0]["pending"] == "first"
+    assert "Adding 'first' was interrupted: the same command goes on" in capsys.readouterr().out
     learnt = tmp_path / "state" / "skills" / "0001-x"
     learnt.mkdir(parents=True)
     with pytest.raises(UserError, match=r"an addition was interrupted"):
-        learn(make(action="rollback"))
+        learn(make(action="rollback", data=""))
     learnt.rmdir()
     assert main(["learn", "--state", make().state, "discard"]) == 0
     assert add(make("second"))["accepted"]
@@ -358,7 +424,9 @@ def test_two_at_once_are_refused(make: Settings, tmp_path: Path) -> None:
 # --- a stream ---
 
 
-def test_a_stream_is_tested_before_it_is_learnt(make: Settings, tmp_path: Path) -> None:
+def test_a_stream_is_tested_before_it_is_learnt(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"prompt": f"r{i}", "completion": "yes"} for i in range(40)]
     data = tmp_path / "stream.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -375,6 +443,58 @@ def test_a_stream_is_tested_before_it_is_learnt(make: Settings, tmp_path: Path) 
     assert all(1 <= line["steps"] <= 40 for line in lines)
     assert lines[-1]["steps"] < 40  # the loss had stopped falling
     assert [path.name for path in (folder / "chunks").iterdir()] == ["00004"]
+    said = capsys.readouterr().err
+    loss = [f"{lines[0][key]:.3f}" for key in ("loss_before", "loss_after")]
+    steps = lines[0]["steps"]
+    assert f"chunk 1 of 4: 0.00 right before it was learnt, {steps} steps; validation loss {loss[0]} before, " in said
+    assert f" before, {loss[1]} after\n" in said
+
+
+@pytest.mark.parametrize("own_test", [False, True])
+def test_what_decides_how_long_a_stream_is_learnt_is_not_its_test(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_test: bool
+) -> None:
+    config = make(action="stream", chunk_size=4, chunk_steps=2, test_share=0.4)
+    if own_test:
+        shutil.copy(config.data, tmp_path / "test.jsonl")
+        config = config.model_copy(update={"test": str(tmp_path / "test.jsonl")})
+    watched = []
+
+    def loss(self: Any, _: Any) -> float:
+        watched.append([row.demonstration.prompt[0]["content"] for row in self._rows])
+        return 0.5
+
+    monkeypatch.setattr(stream._Watch, "loss", loss)
+    assert add(config)["accepted"]
+    folder = tmp_path / "state" / "skills" / "0001-first"
+    train, validation, test = (
+        [row.prompt[0]["content"] for row in load_demonstrations(str(folder / f"{part}.jsonl"))]
+        for part in ("train", "validation", "test")
+    )
+    everything = [f"first {i}" for i in range(10)]
+    if own_test:
+        assert (len(validation), test) == (4, everything)
+    else:
+        assert (len(validation), len(test)) == (2, 2)
+    assert sorted([*train, *validation, *([] if own_test else test)]) == everything
+    assert watched[-1] == [row for row in validation if row <= max(train)]
+    assert all(set(rows) <= set(validation) for rows in watched)
+
+
+def test_a_chunk_before_any_validation_row_takes_all_its_steps_and_says_so(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(make(action="stream", chunk_size=2, chunk_steps=3))
+    folder = tmp_path / "state" / "skills" / "0001-first"
+    held = load_demonstrations(str(folder / "validation.jsonl"))
+    assert [row.prompt[0]["content"] for row in held] == ["first 6"]
+    line = json.loads((folder / "stream.jsonl").read_text().splitlines()[0])
+    assert (line["steps"], line["loss_before"]) == (3, None)
+    said = [line for line in capsys.readouterr().err.splitlines() if " right before " in line]
+    assert said[0].endswith(
+        "right before it was learnt, 3 steps; no validation row yet that fits, so it took chunk_steps"
+    )
+    assert "validation loss" in said[-1]
 
 
 def test_an_interrupted_stream_goes_on_with_the_next_chunk(
@@ -382,8 +502,6 @@ def test_an_interrupted_stream_goes_on_with_the_next_chunk(
 ) -> None:
     options: dict[str, Any] = {"action": "stream", "chunk_size": 3, "chunk_steps": 2}
     add(make(**options, state=str(tmp_path / "whole")))
-    from selfdistill import stream
-
     with monkeypatch.context() as patch:
         calls = []
 
@@ -413,6 +531,9 @@ def test_transfer_of_a_matrix() -> None:
     assert found.backward == pytest.approx(((0.85 - 0.9) + (0.5 - 0.7)) / 2)
     assert found.forward == pytest.approx(((0.3 - 0.2) + (0.1 - 0.0)) / 2)
     assert found.forgetting == pytest.approx(((0.9 - 0.85) + (0.7 - 0.5)) / 2)
+    better = transfer([[0.1, 0.2, 0.0], [0.5, 0.3, None], [0.6, 0.7, 0.1], [0.8, 0.6, 0.6]])
+    assert better is not None
+    assert better.forgetting == pytest.approx(((0.6 - 0.8) + (0.7 - 0.6)) / 2)  # below 0: better than ever before
     one = transfer([[0.1], [0.4]])
     assert one is not None
     assert (one.average, one.backward, one.forward, one.forgetting) == (0.4, None, None, None)
@@ -432,12 +553,22 @@ def test_transfer_of_a_matrix() -> None:
         ({"data": "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such .jsonl file"),
         ({"test_share": 0.99}, "10 rows are too few to keep some for the test; give --test"),
+        (
+            {"action": "stream", "test_share": 0.99, "test": "first.jsonl"},
+            "10 rows are too few to keep some for the validation; give more, or a lower --test_share",
+        ),
     ],
 )
 def test_mistakes_leave_no_state(make: Settings, tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         add(make(**values))
     assert not list(tmp_path.glob("state/*"))
+
+
+@pytest.mark.parametrize("action", ["status", "history", "rollback", "discard", "export"])
+def test_an_action_without_data_refuses_it(make: Settings, action: str) -> None:
+    with pytest.raises(UserError, match=f"^learn {action}: takes no data, and found 'x.jsonl'; leave it out$"):
+        learn(make(action=action, data="x.jsonl", output_dir="out"))
 
 
 def test_a_folder_that_is_no_state_is_refused_and_untouched(make: Settings, tmp_path: Path) -> None:

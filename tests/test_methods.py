@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import gradients, largest_difference, row_log_probs, same
+from conftest import final_weights, gradients, largest_difference, row_log_probs, same
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from selfdistill.distances import general_prompts, packaged
 from selfdistill.divergence import Divergence, Target
 from selfdistill.errors import UserError
 from selfdistill.fused import chunked_loss
-from selfdistill.methods import METHODS, shows_context
+from selfdistill.methods import METHODS, unused_settings, uses
 from selfdistill.methods.sequences import Completion
 from selfdistill.models import load_model
 from selfdistill.run import Run
@@ -395,9 +395,98 @@ def test_other_rows_get_other_samples_of_the_teacher(
 
 
 def test_which_methods_show_a_context(all_of_them: Settings) -> None:
-    shown = {name for name in NAMES if shows_context(all_of_them(method=name))}
+    shown = {name for name in NAMES if uses(all_of_them(method=name), "context")}
     assert shown == {"sdft", "sft_from_teacher", "offline_distillation"}
     assert list(METHODS) == list(NAMES)
+
+
+USED = {
+    "sft": set(),
+    "dft": set(),
+    "cpt": set(),
+    "sft_reinvoke": {"general_prompts", "temperature", "top_p", "top_k"},
+    "sft_from_teacher": {"context", "temperature", "top_p", "top_k"},
+    "offline_distillation": {"context", "temperature", "top_p", "top_k", "skip_first_tokens"}
+    | {"divergence", "support", "target_teacher", "target_student", "target_base"},
+    "grpo": {"num_generations", "temperature", "top_p", "top_k"},
+}
+OTHERS: dict[str, Any] = {
+    "context": "example",
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 9,
+    "num_generations": 3,
+    "cold_start_steps": 2,
+    "teacher": "snapshot",
+    "ema_rate": 0.3,
+    "snapshot_steps": 1,
+    "divergence": "jsd",
+    "jsd_weight": 0.2,
+    "support": "top_k",
+    "support_top_k": 7,
+    "support_tail": "renormalise",
+    "sampled_baseline": False,
+    "target_teacher": 0.5,
+    "target_student": 0.5,
+    "target_base": 0.5,
+    "skip_first_tokens": 1,
+    "importance_cap": 2.0,
+    "general_prompts": "none.txt",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_setting_that_a_method_does_not_use_changes_nothing(all_of_them: Settings, name: str) -> None:
+    plain = all_of_them(method=name, max_steps=2)
+    used = {setting for setting in OTHERS if uses(plain, setting)}
+    if name == "sdft":
+        of_others = {"snapshot_steps", "jsd_weight", "support_top_k", "support_tail", "sampled_baseline"}
+        assert used == set(OTHERS) - of_others - {"general_prompts"}
+    else:
+        assert used == USED[name]
+    unused = {setting: value for setting, value in OTHERS.items() if setting not in used}
+    if name == "sdft":  # other values of these would make others matter
+        assert not {"teacher", "divergence", "support"} & unused.keys()
+    other = plain.model_copy(update=unused | {"output_dir": f"{plain.output_dir}-other"})
+    assert set(unused_settings(other)) == set(unused)
+    train(plain)
+    train(other)
+    assert same(final_weights(plain), final_weights(other))
+
+
+def test_rewards_that_teach_nothing_are_said(
+    all_of_them: Settings, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "ab", "scorer": "regex", "answer": "never said"} for i in range(4)]
+    config = all_of_them(method="grpo", max_steps=3, data=str(write_rows(rows, name="hard.jsonl")))
+    train(config)
+    said = capsys.readouterr().err
+    assert "  reward 0.000  " in said
+    assert "note: in 3 of 3 steps all samples of each prompt had the same reward, so nothing was learnt in them" in said
+    train(all_of_them("other", method="grpo", max_steps=3))
+    said = capsys.readouterr().err
+    assert "  reward 0." in said
+    assert "the same reward" not in said
+
+
+def test_every_stage_has_a_step(all_of_them: Settings) -> None:
+    with pytest.raises(UserError, match=r"^setting 'max_steps': found 1, and the 2 stages of sft_reinvoke share them"):
+        train(all_of_them(method="sft_reinvoke", max_steps=1))
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"divergence": "jsd"}, "jsd_weight"),
+        ({"support": "top_k"}, "support_tail"),
+        ({"support": "sampled", "divergence": "reverse_kl"}, "sampled_baseline"),
+        ({"support": "sampled", "divergence": "reverse_kl"}, "divergence"),
+        ({"teacher": "snapshot"}, "snapshot_steps"),
+        ({}, "batch_size"),
+    ],
+)
+def test_settings_that_matter_beside_others(all_of_them: Settings, values: dict[str, Any], name: str) -> None:
+    assert uses(all_of_them(**values), name)
 
 
 def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
@@ -434,8 +523,11 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
             "setting 'support': 'sampled' needs the student's own samples",
         ),
         ({"method": "cpt", "max_completion_length": 512}, "setting 'max_completion_length': 512 leaves no room"),
-        ({"teacher_model": "m", "method": "sft"}, "setting 'teacher_model': it is for method sdft"),
-        ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model': it is for method sdft"),
+        (
+            {"teacher_model": "m", "method": "sft"},
+            "setting 'teacher_model' is for method sdft, found 'sft'",
+        ),
+        ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model' does not change, found teacher 'live'"),
         (
             {"target_teacher": 0.0},
             "setting 'target_teacher': found 0, and the other parts of the target are 0, too",

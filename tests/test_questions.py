@@ -105,9 +105,10 @@ def write_pdf(file: Path, text: str) -> None:
     ("name", "content", "message"),
     [
         (None, b"", "documents '.*': no such file or folder"),
-        ("a.doc", b"x", "no file of .txt, .md, .html, .htm, .pdf"),
+        ("a.doc", b"x", "no file of .txt, .md, .html, .htm, .pdf, found .doc$"),
+        (".a.txt", b"x", "no file of .txt, .md, .html, .htm, .pdf$"),
         ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8 text"),
-        ("a.md", b" \n\n ", r"a\.md: no text in it"),
+        ("a.md", b" \n\n ", r"d/a\.md: no text in it, remove it or put text into it$"),
         ("a.pdf", b"%PDF-1.4 nothing", r"a\.pdf: not a PDF that can be read"),
     ],
 )
@@ -120,10 +121,73 @@ def test_documents_that_cannot_be_used(tmp_path: Path, name: str | None, content
         load_passages(str(path), max_words=20)
 
 
+def test_bad_documents_are_named_together(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"a{number}.txt").write_text("", encoding="utf-8")
+    (tmp_path / "b.md").write_bytes(b"\xff")
+    write_pdf(tmp_path / "c.PDF", "")
+    (tmp_path / "good.txt").write_text("Good.", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_passages(str(tmp_path), max_words=20)
+    found = [f"a{number}.txt: no text in it, remove it or put text into it" for number in range(10)]
+    assert str(error.value) == (
+        f"documents {str(tmp_path)!r}: 12 documents cannot be used: {'; '.join(found)}; ... and 2 more"
+    )
+    for file in tmp_path.glob("a*"):
+        file.unlink()
+    with pytest.raises(UserError) as error:
+        load_passages(str(tmp_path), max_words=20)
+    assert str(error.value).endswith(
+        ": 2 documents cannot be used: b.md: not UTF-8 text, save it as UTF-8; c.PDF: no text in it (a scan has none), "
+        "remove it or put text into it"
+    )
+
+
+def test_hidden_files_and_folders_are_not_read(tmp_path: Path) -> None:
+    root = tmp_path / ".wiki"  # the folder itself may be hidden
+    for name in ("a.txt", ".b.txt", ".git/c.txt", "more/.venv/lib/d.txt", "more/e.txt", ".DS_Store"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("Text.", encoding="utf-8")
+    assert [p.source for p in load_passages(str(root), max_words=20)] == ["a.txt#1", "more/e.txt#1"]
+    assert [p.source for p in load_passages(str(root / ".b.txt"), max_words=20)] == [".b.txt#1"]
+
+
+def test_files_of_other_kinds_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.txt", "plan.DOCX"):
+        (tmp_path / name).write_text("Text.", encoding="utf-8")
+    load_passages(str(tmp_path / "a.txt"), max_words=20)
+    assert capsys.readouterr().err == ""
+    load_passages(str(tmp_path), max_words=20)
+    start = f"note: documents {str(tmp_path)!r}:"
+    kinds = ".txt, .md, .html, .htm, .pdf not read:"
+    assert capsys.readouterr().err == f"{start} 1 file of another kind than {kinds} .docx\n"
+    (tmp_path / "more").mkdir()
+    for name in ("b.rst", "more/c.rst", "README"):
+        (tmp_path / name).write_text("Text.", encoding="utf-8")
+    load_passages(str(tmp_path), max_words=20)
+    assert capsys.readouterr().err == f"{start} 4 files of other kinds than {kinds} .docx, .rst, without suffix\n"
+    for number in range(10):
+        (tmp_path / f"b.{number}").touch()
+    load_passages(str(tmp_path), max_words=20)
+    assert capsys.readouterr().err.endswith(" .0, .1, .2, .3, .4, .5, .6, .7, .8, .9, ...\n")
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.html"):
+        (tmp_path / name).write_text("Text.", encoding="utf-8-sig")
+    assert [p.text for p in load_passages(str(tmp_path), max_words=20)] == ["Text."] * 2
+    (tmp_path / "c.md").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(UserError, match=r"c\.md: no text in it"):
+        load_passages(str(tmp_path), max_words=20)
+
+
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.html").write_text("<p>x</p>", encoding="utf-8")
+    for name in ("a.html", "b.html"):
+        (tmp_path / name).write_text("<p>x</p>", encoding="utf-8")
     monkeypatch.setattr(documents, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install 'selfdistill\[documents\]'"):
+    with pytest.raises(
+        UserError, match=r"a\.html: needs a package that is missing: pip install 'selfdistill\[documents\]'"
+    ):
         load_passages(str(tmp_path), max_words=20)
 
 
@@ -260,6 +324,18 @@ def test_what_is_not_grounded_is_rejected_and_counted(
     assert line["reason"] == reason
 
 
+def test_reasons_are_counted_most_frequent_first(make: Callable[..., QuestionsConfig], server: Server) -> None:
+    def writes(body: dict[str, Any]) -> tuple[int, str]:
+        about = body["messages"][-1]["content"].partition("sentence:")[2]
+        if "stands on a hill" in about:
+            return 200, "Question: Is it on a hill?\nAnswer: on a hill"
+        return (200, "no") if "built" in about or "grinds" in about else writes_well(body)
+
+    server.reply = writes
+    reasons = make_questions(make(phrasings=0))["rejected"]
+    assert list(reasons.items()) == [("no question with an answer", 2), ("question holds the answer", 1)]
+
+
 def test_a_file_that_ends_in_the_middle_of_a_line_is_mended(
     make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path
 ) -> None:
@@ -292,10 +368,20 @@ def test_replies_that_came_before_a_failure_are_kept(
     assert len(server.asked) - before == 20 - kept
 
 
-def test_not_one_question_is_an_error(make: Callable[..., QuestionsConfig], server: Server) -> None:
-    server.reply = lambda _: (200, "no")
-    with pytest.raises(UserError, match=r"none of 5 questions could be kept .* let another model write them"):
+def test_not_one_question_is_an_error(make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path) -> None:
+    def writes(body: dict[str, Any]) -> tuple[int, str]:
+        first = "sentence: The Korr Mill stands" in body["messages"][-1]["content"]
+        return 200, "Question: Is it on a hill?\nAnswer: on a hill" if first else "no"
+
+    server.reply = writes
+    with pytest.raises(UserError) as error:
         make_questions(make())
+    file = tmp_path / "out" / "rejected.jsonl"
+    assert len(lines(file)) == 5
+    assert (
+        f"none of 5 questions could be kept: 4 no question with an answer, 1 question holds the answer (each in {file})"
+        "; let another model write them with"
+    ) in str(error.value)
 
 
 def test_the_model_itself_can_write(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from selfdistill.command_config import EvalConfig
-from selfdistill.compare import compare
+from selfdistill.compare import _runs, compare
 from selfdistill.config import CompareConfig
 from selfdistill.contexts import parse_context
 from selfdistill.demonstrations import load_demonstrations
@@ -89,6 +89,32 @@ def test_what_a_method_does_not_use_makes_no_further_run_of_it(settings: Callabl
     result = compare(settings(methods=["sft", "sdft"], vary={"teacher": ["frozen", "live"]}))
     assert [run["method"] for run in result["runs"]] == ["sft", "sdft teacher=frozen", "sdft teacher=live"]
     assert "sdft teacher=frozen ends at" in result["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("method", "vary"),
+    [
+        ("sft", {"teacher": ["ema", "frozen"]}),
+        ("sft", {"divergence": ["forward_kl", "jsd"]}),
+        ("grpo", {"cold_start_steps": [0, 2]}),
+        ("offline_distillation", {"teacher": ["ema", "frozen"]}),
+        ("sft_reinvoke", {"teacher": ["frozen", "ema"]}),
+    ],
+)
+def test_a_default_that_a_method_does_not_use_makes_no_further_run_either(
+    settings: Callable[..., CompareConfig], method: str, vary: dict[str, Any]
+) -> None:
+    config = settings(methods=[method], vary=vary)
+    assert [(label, Path(run.output_dir).name) for label, run in _runs(config)] == [(method, f"{method}-0.001-seed0")]
+
+
+def test_varied_contexts_have_no_common_teacher(
+    settings: Callable[..., CompareConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = compare(settings(context="auto", vary={"context": ["turns", "turns:repeats=2"]}))
+    assert result["teacher"] is None
+    assert "layout" not in capsys.readouterr().err
+    assert [run["method"] for run in result["runs"]] == ["sdft context=turns", "sdft context=turns:repeats=2"]
 
 
 def test_other_values_do_not_take_the_runs_of_the_first(settings: Callable[..., CompareConfig]) -> None:

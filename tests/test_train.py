@@ -403,7 +403,7 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(
 def test_what_a_run_decides_and_does_not_use_is_said(settings: Callable[..., TrainConfig]) -> None:
     run = Run(settings(method="sft", context="turns", teacher="frozen", lora_rank=4))
     assert run.config.lora_alpha == 8
-    assert "note: sft does not use context and teacher" in run.describe()
+    assert "note: with these settings sft does not use context, teacher" in run.describe()
     assert not any("does not use" in line for line in Run(settings(teacher="frozen")).describe())
 
 

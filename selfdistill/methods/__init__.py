@@ -8,13 +8,14 @@ tokens count (weights). One that has several stages answers them for each. The l
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from selfdistill.config import TrainConfig
+from selfdistill.errors import UserError
 from selfdistill.methods.cpt import cpt
 from selfdistill.methods.dft import dft
 from selfdistill.methods.grpo import grpo
 from selfdistill.methods.offline_distillation import offline_distillation
-from selfdistill.methods.rows import DemonstrationRows
 from selfdistill.methods.sdft import sdft
 from selfdistill.methods.sft import sft
 from selfdistill.methods.sft_from_teacher import sft_from_teacher
@@ -34,15 +35,48 @@ METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
 """By the name that ``--method`` takes: from the settings to the stages, which share the steps evenly."""
 
 
+_TWO: dict[str, tuple[Any, Any]] = {
+    "context": ("turns", "example"),
+    "temperature": (0.5, 1.0),
+    "top_p": (0.5, 1.0),
+    "top_k": (0, 1),
+    "num_generations": (2, 3),
+    "cold_start_steps": (0, 1),
+    "teacher": ("frozen", "live"),
+    "divergence": ("forward_kl", "reverse_kl"),
+    "jsd_weight": (0.3, 0.6),
+    "support": ("full", "top_k"),
+    "support_top_k": (1, 2),
+    "support_tail": ("bucket", "renormalise"),
+    "sampled_baseline": (True, False),
+    "target_teacher": (1.0, 2.0),
+    "target_student": (0.0, 1.0),
+    "target_base": (0.0, 1.0),
+    "skip_first_tokens": (0, 1),
+    "importance_cap": (None, 1.0),
+    "general_prompts": (None, "file"),
+}
+"""Two values of each setting that fills a slot."""
+_OF_TEACHERS = {"ema_rate": "ema", "snapshot_steps": "snapshot"}
+"""Settings of one kind of teacher."""
+
+
+def uses(config: TrainConfig, name: str) -> bool:
+    """Whether another value of a setting would make another method of these settings."""
+    make = METHODS[config.method]
+    if name in _OF_TEACHERS:
+        return _OF_TEACHERS[name] in {stage.teacher for stage in make(config)}
+    if name not in _TWO:
+        return True
+    try:
+        one, other = (make(config.model_copy(update={name: value})) for value in _TWO[name])
+    except UserError:  # it is looked at, and refused beside the other settings
+        return True
+    return one != other
+
+
 def unused_settings(config: TrainConfig) -> list[str]:
-    """Settings about the teacher that were given though the method does not use them."""
-    kinds = {stage.teacher for stage in METHODS[config.method](config)}
-    own = config.teacher in kinds and config.teacher_model is None
-    used = {"context": shows_context(config), "teacher": own}
-    return [name for name in used if not used[name] and getattr(config, name) != TrainConfig.model_fields[name].default]
-
-
-def shows_context(config: TrainConfig) -> bool:
-    """Whether the method shows demonstrations to a teacher, so that it matters how."""
-    rows = [stage.rows for stage in METHODS[config.method](config)]
-    return any(isinstance(source, DemonstrationRows) and source.context is not None for source in rows)
+    """Settings that were given though the method does not use them."""
+    fields = TrainConfig.model_fields
+    given = [name for name in (*_TWO, *_OF_TEACHERS) if getattr(config, name) != fields[name].default]
+    return [name for name in given if not uses(config, name)]

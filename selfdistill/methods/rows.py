@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from selfdistill.chat_format import ChatFormat
@@ -38,7 +38,7 @@ class RowSource(Protocol):
 class DemonstrationRows:
     """The demonstrations."""
 
-    config: TrainConfig
+    config: TrainConfig = field(compare=False)
     context: str | None = None
     """How the teacher is shown them; None where no teacher is asked."""
     completion_must_fit: bool = False
@@ -64,13 +64,15 @@ class DemonstrationRows:
 class GeneralRows:
     """General prompts that have nothing to do with the demonstrations; the teacher sees what the student sees."""
 
-    config: TrainConfig
+    config: TrainConfig = field(compare=False)
+    prompts: str | None
+    """File; None: those of the package."""
     what = "general prompts"
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Encoded], int]:
-        prompts = load_prompts(self.config.general_prompts or packaged("everyday.txt"))
+        prompts = load_prompts(self.prompts or packaged("everyday.txt"))
         rows, dropped = DemonstrationRows(self.config)(prompts, loaded, chat)
         return [replace(row, teacher_ids=row.student_ids) for row in rows], dropped
 
@@ -83,7 +85,7 @@ class DocumentRows:
     begins a text. The token that ends a text follows each document.
     """
 
-    config: TrainConfig
+    config: TrainConfig = field(compare=False)
     what = "pieces of documents"
 
     def __call__(

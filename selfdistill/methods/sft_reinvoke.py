@@ -20,7 +20,7 @@ from selfdistill.methods.slots import Method, sampling_of
 def sft_reinvoke(config: TrainConfig) -> tuple[Method, ...]:
     """SFT's slots, then student samples with the base as teacher."""
     second = Method(
-        rows=GeneralRows(config),
+        rows=GeneralRows(config, config.general_prompts),
         sequence=StudentSamples(sampling_of(config), 1, config.seed),
         loss=Divergence("reverse_kl"),
         teacher="frozen",

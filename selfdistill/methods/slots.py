@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from selfdistill.chat_format import ChatFormat
 from selfdistill.config import TrainConfig
@@ -47,15 +48,12 @@ class Method:
 def divergence_of(config: TrainConfig) -> Divergence:
     """The divergence that the settings describe."""
     target = Target(config.target_teacher, config.target_student, config.target_base)
-    return Divergence(
-        kind=config.divergence,
-        support=config.support,
-        weight=config.jsd_weight,
-        top_k=config.support_top_k,
-        tail=config.support_tail,
-        baseline=config.sampled_baseline,
-        target=None if target == Target() else target,
-    )
+    own: dict[str, Any] = {"weight": config.jsd_weight} if config.divergence == "jsd" else {}
+    if config.support == "top_k":
+        own |= {"top_k": config.support_top_k, "tail": config.support_tail}
+    if config.support == "sampled":
+        own |= {"baseline": config.sampled_baseline}
+    return Divergence(config.divergence, config.support, target=None if target == Target() else target, **own)
 
 
 def sampling_of(config: TrainConfig) -> Sampling:
