@@ -5,9 +5,10 @@
 The documents are those of the package's facts. Learnt are the questions that the model itself writes about them
 (`selfdistill questions`), and those of the package, written by hand; CPT reads the documents. Asked are the package's
 held-out questions about the same documents: direct ones, of these also the ones whose answer is in a question that the
-model made, and indirect ones. Strict: the answer stands in the reply. Lenient: at least half of its words do. Means
-over seeds with their 95% interval; for one seed, base and RAG the interval is over questions. What is done is not done
-again; DIR/knowledge.json has every item.
+model made, and indirect ones. Strict: the answer stands in the reply. Lenient: at least half of its words do.
+"Prior" is the share of the package's general questions that is still answered. Means over seeds with their 95%
+interval; for one seed, base and RAG the interval is over questions. What is done is not done again;
+DIR/knowledge.json has every item.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def lenient(answer: Any, reply: str) -> bool:
 
 
 def asked(name: str, model: str, folder: Path, **more: Any) -> dict[str, Any]:
-    """Strict and lenient shares on both sets of questions."""
+    """Strict and lenient answers to both sets of questions, and what is right of the package's prior questions."""
     result: dict[str, Any] = {}
     for part in TESTS:
         replies = folder / f"{name}-{part}.jsonl"
@@ -74,6 +75,12 @@ def asked(name: str, model: str, folder: Path, **more: Any) -> dict[str, Any]:
         lines = read_lines(replies)
         result[f"{part}_strict"] = [line["correct"] for line in lines]
         result[f"{part}_lenient"] = [line["correct"] or lenient(line["answer"], line["reply"]) for line in lines]
+    kept = folder / f"{name}-prior.json"
+    if not kept.exists():
+        data, prior = packaged("knowledge.test.jsonl"), packaged("prior.test.jsonl")
+        found = evaluate(EvalConfig(model=model, data=data, prior=prior, max_completion_length=32))["prior"]
+        kept.write_text(json.dumps(found["prior.test"]["correct"]) + "\n", encoding="utf-8")
+    result["prior"] = json.loads(kept.read_text(encoding="utf-8"))
     return result
 
 
@@ -129,6 +136,7 @@ def main(folder: Path, seeds: list[int]) -> None:
         "test_reached": "direct, in the model's questions",
         "indirect_strict": "indirect, strict",
         "indirect_lenient": "indirect, lenient",
+        "prior": "prior",
     }
     print(f"| | {' | '.join(columns.values())} |")
     print("|---" * (len(columns) + 1) + "|")

@@ -12,7 +12,7 @@ from selfdistill.comparison import Compared, sentences
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("name", ["facts", "science", "science_methods", "baselines"])
+@pytest.mark.parametrize("name", ["facts", "science", "science_methods", "baselines", "teacher_skill", "context"])
 def test_the_paragraph_is_what_the_measurements_say(name: str) -> None:
     kept = json.loads((DOCS / "comparisons" / f"{name}.json").read_text(encoding="utf-8"))
     runs = [Compared(**run) for run in kept["runs"]]

@@ -94,7 +94,7 @@ def test_knowledge_from_documents(
     reached = sum(test.answer == row["answer"] for test in tests)
     assert f"{reached} of {len(tests)} answers are in the model's own questions" in said
     for runs in found.values():
-        assert [len(items) for items in runs[0].values()] == [30, 30, 24, 24, reached]
+        assert [len(items) for items in runs[0].values()] == [30, 30, 24, 24, 90, reached]
 
 
 def test_lenient_is_half_of_the_words() -> None:
