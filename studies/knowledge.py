@@ -51,6 +51,15 @@ RUN: dict[str, Any] = {
     "logging_steps": 20,
 }
 TESTS = ("test", "indirect")
+COLUMNS = {
+    "test_strict": "direct, strict",
+    "test_lenient": "direct, lenient",
+    "test_reached": "direct, in the model's questions",
+    "indirect_strict": "indirect, strict",
+    "indirect_lenient": "indirect, lenient",
+    "prior": "prior",
+}
+"""What is asked, and what it is called."""
 
 
 def words(text: str) -> set[str]:
@@ -92,6 +101,10 @@ def cell(runs: list[list[bool]]) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
+def line(name: str, runs: list[dict[str, list[bool]]]) -> str:
+    return f"| {name} | {' | '.join(cell([run[column] for run in runs]) for column in COLUMNS)} |"
+
+
 def in_questions(file: str) -> list[bool]:
     """Of each held-out direct question whether its answer is in any question of a file, or holds that one's."""
     known = [words(row.answer) for row in load_demonstrations(file) if isinstance(row.answer, str)]
@@ -130,18 +143,10 @@ def main(folder: Path, seeds: list[int]) -> None:
             run["test_reached"] = [right for right, known in zip(run["test_strict"], reached, strict=True) if known]
     (folder / "knowledge.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
     print(f"{sum(reached)} of {len(reached)} answers are in the model's own questions")
-    columns = {
-        "test_strict": "direct, strict",
-        "test_lenient": "direct, lenient",
-        "test_reached": "direct, in the model's questions",
-        "indirect_strict": "indirect, strict",
-        "indirect_lenient": "indirect, lenient",
-        "prior": "prior",
-    }
-    print(f"| | {' | '.join(columns.values())} |")
-    print("|---" * (len(columns) + 1) + "|")
+    print(f"| | {' | '.join(COLUMNS.values())} |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
     for name, runs in rows.items():
-        print(f"| {name} | {' | '.join(cell([run[column] for run in runs]) for column in columns)} |")
+        print(line(name, runs))
 
 
 if __name__ == "__main__":

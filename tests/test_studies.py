@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -95,6 +96,16 @@ def test_knowledge_from_documents(
     assert f"{reached} of {len(tests)} answers are in the model's own questions" in said
     for runs in found.values():
         assert [len(items) for items in runs[0].values()] == [30, 30, 24, 24, 90, reached]
+
+
+def test_the_table_of_the_documents_is_what_was_measured() -> None:
+    docs = STUDIES.parent / "docs"
+    found = json.loads((docs / "comparisons" / "knowledge.json").read_text(encoding="utf-8"))
+    text = (docs / "results.md").read_text(encoding="utf-8")
+    knowledge = study("knowledge")
+    assert set(found) == {"base", "oracle RAG", *knowledge.RUNS}
+    for name, runs in found.items():
+        assert re.sub(r"\b0\.", ".", knowledge.line(name, runs)) in text
 
 
 def test_lenient_is_half_of_the_words() -> None:
