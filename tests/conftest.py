@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,11 @@ from selfdistill.config import TrainConfig
 from selfdistill.models import LoadedModel, load_model
 
 torch.set_num_threads(1)
+
+# Where the tests were started in the background or by nohup, these are ignored, and some tests send them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 VOCABULARY = 300
 ENDS = (257, *range(40, 75))  # with these a sample of a tiny model ends after about eight tokens
