@@ -36,7 +36,7 @@ from selfdistill.ledger import MEASURED_WITH, PENDING, START, Ledger
 from selfdistill.methods import METHODS, uses
 from selfdistill.models import LoadedModel, load_start, training_arithmetic
 from selfdistill.priors import encode_priors, load_prior
-from selfdistill.settings_files import dump_yaml
+from selfdistill.settings_files import changes, dump_yaml
 from selfdistill.stream import learn_stream
 from selfdistill.tracking import StepsFile, say
 from selfdistill.train import train
@@ -185,12 +185,7 @@ def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstrat
 
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
     """What is asked for otherwise than it was in ``pending``."""
-    before, now = there["settings"], here["settings"]
-    changed = [
-        f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
-        for key in {**now, **before}
-        if before.get(key) != now.get(key)
-    ]
+    changed = changes(there["settings"], here["settings"])
     return "; ".join(changed + ["its rows, or test rows, are others"] * (there["data"] != here["data"]))
 
 

@@ -86,6 +86,15 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> tuple[Settin
     return config, saved
 
 
+def changes(before: dict[str, Any], now: dict[str, Any], *, but: tuple[str, ...] = ()) -> list[str]:
+    """What differs between two sets of settings, in words, ``but`` for some of them."""
+    return [
+        f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+        for key in {**now, **before}
+        if before.get(key) != now.get(key) and key not in but
+    ]
+
+
 def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) -> None:
     """Stop a run from going on with other settings than those it was saved with in ``path``.
 
@@ -97,12 +106,7 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
     may_change: tuple[str, ...] = COMPARE_MAY_CHANGE
     if isinstance(config, TrainConfig):
         may_change = MAY_CHANGE + tuple(key for key in MAY_MOVE if before[key] and now[key])
-    changed = [
-        f"{key} is {before[key]!r} there and {now[key]!r} here"
-        for key in now
-        if before[key] != now[key] and key not in (*may_change, "output_dir")
-    ]
-    if changed:
+    if changed := changes(before, now, but=(*may_change, "output_dir")):
         raise UserError(
             f"{path}: {'; '.join(changed)}: with --resume a run keeps its settings; leave these out, or start another "
             "run in another --output_dir"
