@@ -33,7 +33,7 @@ from selfdistill.export import take_whole, whole_folder
 from selfdistill.guards import RunFailed, RunStopped, StopRequests
 from selfdistill.judge import judge_of
 from selfdistill.ledger import MEASURED_WITH, PENDING, START, Ledger
-from selfdistill.methods import METHODS, uses
+from selfdistill.methods import METHODS, check_steps, uses
 from selfdistill.models import LoadedModel, load_start, training_arithmetic
 from selfdistill.priors import encode_priors, load_prior
 from selfdistill.settings_files import changes, dump_yaml
@@ -62,7 +62,11 @@ def add(config: LearnConfig) -> dict[str, Any]:
     config = LearnConfig(**config.model_dump() | {"name": name})
     parts = _rows(config)
     run = _run_config(config, "model", config.context, Path(PENDING))  # its rules, before any long work
-    METHODS[run.method](run)
+    stages = METHODS[run.method](run)
+    if config.action == "stream":
+        check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
+    elif config.max_steps is not None:
+        check_steps(config.max_steps, run.method, stages)
     check_inputs(run)
     if config.prior:
         load_prior(config.prior)

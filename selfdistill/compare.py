@@ -27,11 +27,12 @@ from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings
 from selfdistill.demonstrations import Demonstration, load_demonstrations
 from selfdistill.disk import write_whole
 from selfdistill.errors import UserError
+from selfdistill.evaluate import rows_fingerprint
 from selfdistill.examiner import Examiner, check_inputs
 from selfdistill.guards import RunFailed, RunStopped, StopRequests
 from selfdistill.methods import METHODS, unused_settings, uses
 from selfdistill.methods.rows import DemonstrationRows
-from selfdistill.models import LoadedModel, load_start
+from selfdistill.models import LoadedModel, load_start, weights_fingerprint
 from selfdistill.plots import Curve, trade_off
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
 from selfdistill.tracking import output, read_lines, say
@@ -41,6 +42,7 @@ ORACLE_RAG = "document:show=document"
 """What a model that is never trained is given with each question: the right document."""
 _SAFE = ":=, "
 """Kept in the names of folders, beside letters, digits and ``_.-~``."""
+_BUDGET = ("max_steps", "batch_size", "num_demonstrations")
 EVALUATIONS = 5
 """Measurements of a run after its start, where ``eval_steps`` is 0."""
 
@@ -71,6 +73,8 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
             config = config.model_copy(update={"context": saved.context})
         refuse_changes(written, saved, config)
     check_inputs(config)
+    if "auto" in config.vary.get("context", ()):
+        raise UserError("setting 'vary': context 'auto' is what the check finds best; name the contexts to compare")
     first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
     taught = [run for run in first if run.context == "auto" and uses(run, "context")]
     if taught:
@@ -84,9 +88,17 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
     eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
     teacher = None if config.context == "auto" else examiner.shown(base, config.context, "teacher")
     shown = {"teacher": teacher, "rag": _rag(examiner, base)}
-    del base
+    began = {
+        "the demonstrations": rows_fingerprint({"": demonstrations}),
+        # A merged adapter's product may be rounded otherwise on another machine.
+        "the base": "" if base.merged_adapter else weights_fingerprint(base.model),
+        "the test rows or prior questions": examiner.questions.fingerprint(),
+    }
+    _check_unchanged(folder, began)
     folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "began.json", json.dumps(began))
     write_whole(written, dump_yaml(config))
+    del base
     config = config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
     runs = _runs(config)
     done: list[Compared] = []
@@ -114,6 +126,21 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
         output().print(assumption(teacher, result["moved"]), highlight=False, markup=False)
     output().print(f"Everything is in {folder}; selfdistill report {folder} shows it.", highlight=False, markup=False)
     return result
+
+
+def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
+    """That runs to come are like those in the folder.
+
+    Raises:
+        UserError: they would learn from, begin as or be measured on something else.
+    """
+    file = folder / "began.json"
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else began
+    if changed := [what for what, value in began.items() if there[what] != value]:
+        raise UserError(
+            f"{folder}: not what this comparison began with: {', '.join(changed)}; put model, data, test and prior "
+            "back as they were, or compare in another --output_dir"
+        )
 
 
 def _rag(examiner: Examiner, base: LoadedModel) -> dict[str, Any] | None:
@@ -216,12 +243,6 @@ def _one(label: str, run: TrainConfig, examiner: Examiner, demonstrations: list[
     saved = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
     open_ = {key: getattr(saved, key) for key, value in run.model_dump().items() if value in (None, "auto")}
     refuse_changes(folder / "config.yaml", saved, run.model_copy(update=open_))  # open: decided when it began
-    same = (evaluations[0].get(key) == examiner.base.get(key) for key in ("correct", "prior"))
-    if saved.max_steps != run.max_steps or not all(same):
-        raise UserError(
-            f"{folder}: made with other rows, or from another base, than now; put model, data, test and prior back as "
-            "they were, or compare in another --output_dir"
-        )
     assert saved.learning_rate is not None, "a run resolves its settings"
     return Compared(label, saved.learning_rate, run.seed, folder.name, evaluations, failed)
 
@@ -229,7 +250,8 @@ def _one(label: str, run: TrainConfig, examiner: Examiner, demonstrations: list[
 def _summary(
     config: CompareConfig, examiner: Examiner, shown: dict[str, dict[str, Any] | None], done: list[Compared]
 ) -> dict[str, Any]:
-    budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations."
+    budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations"
+    budget += "".join(f", but for {name}, which is varied" for name in config.vary if name in _BUDGET) + "."
     return {
         "model": config.model,
         "data": config.data,

@@ -140,7 +140,11 @@ def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared
         f"{ends:.2f} ({f'means of {count} seeds' if count > 1 else '1 seed'}). "
     )
     start = pairs[0][0].evaluations[0]["accuracy"]
-    if any(point.accuracy <= start for point in own):
+    idle = sum(point.accuracy <= start for point in own)
+    if 0 < idle < count:
+        text += f"The base stands at {start:.2f}: in {idle} of {count} runs {mine} has learnt nothing, so what was "
+        return f"{text}forgotten for as much learnt cannot be compared."
+    if idle:
         both = all(other.evaluations[-1]["accuracy"] <= start for _, other in pairs)
         who = f"neither {mine} nor {method} has learnt anything" if both else f"{mine} has learnt nothing"
         return f"{text}The base stands at {start:.2f}: {who}, so there is nothing to compare."

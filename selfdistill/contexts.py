@@ -95,7 +95,7 @@ class FewShot:
     seed: int = 0
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
-        others = [other for other in pool if other.row != demonstration.row]
+        others = [other for other in pool if other.prompt != demonstration.prompt]
         if len(others) < self.k:
             raise UserError(
                 f"context 'few_shot' needs {self.k} other demonstrations, found {len(others)}: lower k or add rows"
@@ -253,6 +253,10 @@ class Encoded:
     """The demonstration with its end token."""
 
 
+class NothingFits(UserError):
+    """Rows that do not fit were to be left out, and none would be left."""
+
+
 def encode(
     demonstrations: Sequence[Demonstration],
     context: Context | None,
@@ -277,8 +281,8 @@ def encode(
         pool: where contexts take other demonstrations from; default the rows themselves.
 
     Raises:
-        UserError: rows that do not fit, all reported together; or none left; or completions that end with the name of
-            an end token.
+        NothingFits: with ``drop``, not one row is left.
+        UserError: rows that do not fit, all reported together; or completions that end with the name of an end token.
     """
     room = None if window is None else window - max_completion_length
     limit = min((x for x in (room, max_prompt_length) if x is not None), default=None)
@@ -318,10 +322,9 @@ def encode(
             kept.append(row)
     if long and (on_long_prompt == "error" or not kept):
         more = f"; and {len(long) - 10} more" if len(long) > 10 else ""
-        raise UserError(
-            f"{len(long)} of {len(demonstrations)} rows do not fit: {'; '.join(long[:10])}{more}; "
-            + "".join(f"{one}, " for one in dict.fromkeys(advice))
-            + ("choose a shorter context, " if context else "")
-            + "or leave them out with --on_long_prompt drop"
-        )
+        text = f"{len(long)} of {len(demonstrations)} rows do not fit: {'; '.join(long[:10])}{more}; "
+        ways = [*dict.fromkeys(advice), *(["choose a shorter context"] if context else [])]
+        if on_long_prompt == "drop":
+            raise NothingFits(text + " or ".join(ways))
+        raise UserError(f"{text}{', '.join(ways)}, or leave them out with --on_long_prompt drop")
     return kept, len(long)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from selfdistill.errors import UserError
-from selfdistill.rows import first_ten
+from selfdistill.rows import first_ten, mended
 from selfdistill.tracking import say
 
 KINDS = (".txt", ".md", ".html", ".htm", ".pdf")
@@ -132,18 +132,19 @@ def _pdf(file: Path) -> str:
     except Exception as error:  # whatever a broken or encrypted file leads to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"not a PDF that can be read ({reason})") from None
-    return "\n\n".join(pages)
+    return mended("\n\n".join(pages))
 
 
 def _html(text: str) -> str:
     from bs4 import BeautifulSoup
 
     page = BeautifulSoup(text, "html.parser")
-    for part in page(["script", "style", "head", "nav", "template", "noscript"]):
+    for part in page(["script", "style", "title", "nav", "template", "noscript"]):
         part.decompose()
     for block in page(list(BLOCKS)):
         block.insert_before("\n\n")
         block.insert_after("\n\n")
     for cell in page(["td", "th"]):
+        cell.insert_before(" ")  # its end tag may be missing, then the next one is inside
         cell.insert_after(" ")
     return page.get_text()

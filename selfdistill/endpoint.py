@@ -13,7 +13,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from selfdistill.demonstrations import Message
 from selfdistill.errors import UserError
-from selfdistill.rows import one_line
+from selfdistill.rows import mended, one_line
 
 KEYS = ("SELFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
 """Environment variables of the key: the first is sent to whatever address the settings name, the second to OpenAI only,
@@ -75,7 +75,7 @@ class Endpoint:
                 f"{self.who} {self.url}: found {shown(_hidden(answer.decode(errors='replace'), key))}, want a chat "
                 f"completion; check {self.who}_url"
             )
-        return content
+        return mended(content)
 
 
 class _NoRedirect(HTTPRedirectHandler):

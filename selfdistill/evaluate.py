@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,12 @@ Evaluation = dict[str, Any]
 name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct``), ``prior_accuracy`` (mean over names) and
 ``prior_interval``. Intervals are of 95%.
 """
+
+
+def rows_fingerprint(parts: Mapping[str, Sequence[Any]]) -> str:
+    """SHA-256 of rows by name of the part that they are, wherever their files lie."""
+    rows = {name: [{**asdict(row), "source": ""} for row in part] for name, part in parts.items()}
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 class Questions:
@@ -89,9 +95,7 @@ class Questions:
 
     def fingerprint(self) -> str:
         """SHA-256 of all that is asked, with its answers, wherever the files lie."""
-        parts = {"": self.demonstrations, **{prior.name: prior.rows for prior in self.priors}}
-        rows = {name: [{**asdict(row), "source": ""} for row in part] for name, part in parts.items()}
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return rows_fingerprint({"": self.demonstrations, **{prior.name: prior.rows for prior in self.priors}})
 
     def answers(self, loaded: LoadedModel, judge: Judge | None = None, *, what: str = "new task") -> Answers:
         """Greedy replies to the new task; ``what`` is said of the progress."""

@@ -26,14 +26,14 @@ from selfdistill.chat_format import ChatFormat
 from selfdistill.command_config import QuestionsConfig
 from selfdistill.config import TrainConfig
 from selfdistill.contexts import Document
-from selfdistill.demonstrations import Demonstration, Message, write_demonstrations
+from selfdistill.demonstrations import Demonstration, Message, load_demonstrations, write_demonstrations
 from selfdistill.disk import end_last_line
 from selfdistill.documents import Passage, load_passages, sentences
 from selfdistill.endpoint import Endpoint
 from selfdistill.errors import UserError
 from selfdistill.models import load_start
 from selfdistill.rollouts import Sampling, sample, sample_seed
-from selfdistill.scorers import contains
+from selfdistill.scorers import contains, words_of
 from selfdistill.tracking import Reporter, read_lines, say
 
 ASK_TOKENS = 64
@@ -156,8 +156,15 @@ def with_questions(config: TrainConfig) -> TrainConfig:
     folder = Path(f"{config.output_dir.rstrip('/')}-questions")
     shared = {name: getattr(config, name) for name in QuestionsConfig.model_fields.keys() & TrainConfig.model_fields}
     found = make_questions(QuestionsConfig(**shared | {"output_dir": str(folder)}))
-    say(f"{found['train']} questions to learn and {found['test']} to test are in {folder}")
+    about = len({row.document for row in load_demonstrations(str(folder / "train.jsonl"))})
+    passages = f"(about {about} of {found['passages']} passages)"
+    say(f"{found['train']} questions to learn {passages} and {found['test']} to test are in {folder}")
     test = config.test or (str(folder / "test.jsonl") if found["test"] else None)
+    if not test:
+        none = f"no second phrasing of a question could be kept (see {folder / 'rejected.jsonl'}), so there is no test"
+        if config.eval_steps or config.prior:
+            raise UserError(f"documents {config.documents!r}: {none}; give --test, or leave eval_steps and prior out")
+        say(f"note: {none}; give --test to measure what is learnt")
     return TrainConfig(**config.model_dump() | {"documents": None, "data": str(folder / "train.jsonl"), "test": test})
 
 
@@ -218,9 +225,11 @@ class _Maker:
                 self._texts.add(_plain(question))
                 sound.append(made)
         rows = [unit.demonstration for unit in sound]
+        prompts = [self._chat.encode_prompt(Document(show="document").messages(row, rows)) for row in rows]
+        self._check_room("its question", prompts)
         answered = answer(
             self._loaded,
-            [self._chat.encode_prompt(Document(show="document").messages(row, rows)) for row in rows],
+            prompts,
             rows,
             self._chat,
             max_completion_length=ASK_TOKENS,
@@ -237,7 +246,7 @@ class _Maker:
 
     def _problem(self, unit: _Unit, kind: str) -> str | None:
         """Why a question cannot be kept."""
-        if not unit.question.endswith("?") or not unit.answer:
+        if not unit.question.endswith("?") or not words_of(unit.answer):
             return "no question with an answer"
         if len(unit.answer.split()) > MOST_WORDS:
             return "answer too long"
@@ -293,13 +302,7 @@ class _Maker:
     def _by_model(self, chats: dict[str, list[Message]], number: int) -> Iterator[tuple[str, str]]:
         """Replies of the model itself, greedy at the first try."""
         prompts = {key: self._chat.encode_prompt(chat) for key, chat in chats.items()}
-        window = self._loaded.window
-        if prompts and window is not None and max(map(len, prompts.values())) + ASK_TOKENS > window:
-            raise UserError(
-                f"documents {self._config.documents!r}: a passage with the request has "
-                f"{max(map(len, prompts.values()))} tokens, too many for the model's window of {window}; lower "
-                "--passage_words, and put full stops into sentences longer than that"
-            )
+        self._check_room("the request", list(prompts.values()))
         keys, size = list(prompts), self._config.batch_size
         for start in range(0, len(keys), size):
             part = keys[start : start + size]
@@ -308,6 +311,15 @@ class _Maker:
             sampling = Sampling(ASK_TOKENS, TEMPERATURE if number else 0.0)
             rollouts = sample(self._loaded, ids, sampling, seeds if number else None)
             yield from ((key, self._chat.decode(rollout.ids)) for key, rollout in zip(part, rollouts, strict=True))
+
+    def _check_room(self, what: str, prompts: Sequence[Sequence[int]]) -> None:
+        """That each prompt, a passage with ``what``, and a reply are within the model's window."""
+        longest, window = max(map(len, prompts), default=0), self._loaded.window
+        if window is not None and longest + ASK_TOKENS > window:
+            raise UserError(
+                f"documents {self._config.documents!r}: a passage with {what} has {longest} tokens, too many for the "
+                f"model's window of {window}; lower --passage_words, and put full stops into sentences longer than that"
+            )
 
 
 def hash_of(ids: Sequence[int]) -> int:

@@ -20,6 +20,13 @@ _FILE_TYPES = (".jsonl", ".json", ".parquet")
 _OTHER_FILE_TYPES = (".csv", ".tsv", ".arrow", ".gz", ".zip", ".zst")
 _SHOWN = 10
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def mended(text: str) -> str:
+    """The text with halves of surrogate pairs joined; one that stands alone is replaced by U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 """Half of a pair: JSON can write it, UTF-8 and so no tokenizer can."""
 
 

@@ -34,7 +34,7 @@ from selfdistill.divergence import Divergence
 from selfdistill.errors import UserError
 from selfdistill.examiner import Examiner
 from selfdistill.layers import CompiledLayers, layers_of
-from selfdistill.methods import METHODS, unused_settings, uses
+from selfdistill.methods import METHODS, check_steps, unused_settings, uses
 from selfdistill.methods.slots import Method
 from selfdistill.models import (
     LoadedModel,
@@ -143,11 +143,7 @@ class Run:
             }
         )
         assert self.config.max_steps is not None
-        if self.config.max_steps < len(self.stages):
-            raise UserError(
-                f"setting 'max_steps': found {self.config.max_steps}, and the {len(self.stages)} stages of "
-                f"{config.method} share them: want at least {len(self.stages)}"
-            )
+        check_steps(self.config.max_steps, config.method, methods)
         ends = [self.config.max_steps * number // len(self.stages) for number in range(len(self.stages) + 1)]
         for stage, start, end in zip(self.stages, ends[:-1], ends[1:], strict=True):
             stage.first_step, stage.steps = start, end - start

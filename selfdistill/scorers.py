@@ -91,10 +91,10 @@ def contains(reply: str, demonstration: Demonstration) -> bool:
     do not count, and neither do commas between thousands: 4,500 is 4500.
     """
     expected = _expected("contains", demonstration)
-    words = _words(reply)
+    words = words_of(reply)
     found = False
     for answer in expected if isinstance(expected, list) else [expected]:
-        wanted = _words(_text(answer, "contains", demonstration))
+        wanted = words_of(_text(answer, "contains", demonstration))
         if not wanted:
             raise _unusable("contains", demonstration, "it has no letters or digits")
         found |= any(words[at : at + len(wanted)] == wanted for at in range(len(words)))
@@ -223,7 +223,8 @@ def _unusable(scorer: str, demonstration: Demonstration, reason: str) -> UserErr
     return UserError(f"{demonstration.source}: scorer '{scorer}' cannot use {column} {shown}: {reason}")
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """Numbers and runs of letters and digits, as :func:`contains` compares them."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
     text = re.sub(r"(?<![\w,.])\d{1,3}(?:,\d{3})+(?!,?\d)", lambda number: number[0].replace(",", ""), text)
     return re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)+|(?<!\w)-\d+|[^\W_]+", text)

@@ -17,7 +17,7 @@ from typing import Any
 from selfdistill.chat_format import ChatFormat
 from selfdistill.command_config import LearnConfig
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import Encoded, encode
+from selfdistill.contexts import Encoded, NothingFits, encode, parse_context
 from selfdistill.demonstrations import Demonstration, load_demonstrations, write_demonstrations
 from selfdistill.disk import sync
 from selfdistill.distances import mean_loss
@@ -26,6 +26,7 @@ from selfdistill.evaluate import Questions
 from selfdistill.export import take_whole
 from selfdistill.guards import RunStopped, StopRequests
 from selfdistill.judge import judge_of
+from selfdistill.methods import uses
 from selfdistill.models import LoadedModel, load_start, training_arithmetic
 from selfdistill.tracking import StepsFile, say
 from selfdistill.train import train
@@ -50,12 +51,14 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
     again.
 
     Raises:
+        UserError: rows that do not fit, before anything is learnt; or none that does.
         RunStopped: a signal came between two chunks, or in one.
     """
     rows = load_demonstrations(str(folder / "train.jsonl"))
     held = load_demonstrations(str(folder / "validation.jsonl"))
     place = json.loads((folder / "places.json").read_text(encoding="utf-8"))
     chunks = [rows[start : start + config.chunk_size] for start in range(0, len(rows), config.chunk_size)]
+    fitting = _learnable(run, config, chunks)
     work = folder / "chunks"
     work.mkdir(exist_ok=True)
     model = run.model
@@ -65,17 +68,40 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
             if number not in lines.steps:
                 last = place["train"][chunk[-1].row]
                 buffer = [row for row, at in zip(held, place["validation"], strict=True) if at <= last]
-                line = _chunk(run, config, own, model, chunk, buffer[-BUFFER:])
+                learnt = [row for row in chunk if row.row in fitting]
+                line = _chunk(run, config, own, model, learnt, buffer[-BUFFER:])
                 lines.write({"step": number, **line})
                 sync(folder / "stream.jsonl")
                 say(f"chunk {number} of {len(chunks)}: {_said(line)}")
             if (own / "model").is_dir():
-                before, model = model, str(own / "model")
-                if before != run.model:
-                    shutil.rmtree(Path(before).parent, ignore_errors=True)
+                model = str(own / "model")
+                for before in (path for path in work.iterdir() if path.name < own.name):
+                    shutil.rmtree(before, ignore_errors=True)
             if stop.received is not None and number < len(chunks):
                 raise RunStopped("stopped", stop.received)
+    assert model != run.model, "a chunk has rows that fit, and so a model"
     return Path(model)
+
+
+def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[Demonstration]]) -> set[int]:
+    """Numbers of the rows that are within all limits, also as the teacher is shown them in their chunk.
+
+    Raises:
+        UserError: rows that are not, where ``on_long_prompt`` makes that an error; or none that is.
+    """
+    loaded = load_start(run.model, dtype=config.dtype)
+    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+    context = run.context if uses(run, "context") else None
+    found: set[int] = set()
+    for chunk in chunks:
+        encoded = _fitting(loaded, chat, chunk, config, config.on_long_prompt, context)
+        found |= {row.demonstration.row for row in encoded}
+    if not found:
+        raise UserError(
+            f"{config.data}: not one row fits, for its prompt, its completion or the teacher's prompt is too long; "
+            "raise --max_completion_length or --max_prompt_length, or choose a shorter context"
+        )
+    return found
 
 
 def _said(line: dict[str, Any]) -> str:
@@ -96,20 +122,19 @@ def _chunk(
     chunk: Sequence[Demonstration],
     buffer: Sequence[Demonstration],
 ) -> dict[str, Any]:
-    """Test the model on the rows of a chunk that fit, then teach it."""
+    """Test the model on the rows of a chunk, then teach it; there may be none that fit."""
+    if not chunk:
+        return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None}
     loaded = load_start(model, dtype=config.dtype)
     chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
-    fitting = [row.demonstration for row in _fitting(loaded, chat, chunk, config, config.on_long_prompt)]
-    if not fitting:
-        return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None}
     with training_arithmetic(loaded.model, config.mixed_precision):
-        accuracy = Questions(loaded, fitting, {}, config).answers(loaded, judge_of(config), what="chunk").accuracy
+        accuracy = Questions(loaded, chunk, {}, config).answers(loaded, judge_of(config), what="chunk").accuracy
     watch = _Watch(_fitting(loaded, chat, buffer, config, "drop"), config)
     before = watch.loss(loaded)
     del loaded
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    write_demonstrations(folder / "rows.jsonl", fitting)
+    write_demonstrations(folder / "rows.jsonl", chunk)
     final = train(
         run.model_copy(
             update={
@@ -125,27 +150,29 @@ def _chunk(
     )
     take_whole(final, folder / "model")
     losses = {"loss_before": before, "loss_after": watch.last}
-    return {"rows": len(fitting), "accuracy": accuracy, "steps": watch.steps, **losses}
+    return {"rows": len(chunk), "accuracy": accuracy, "steps": watch.steps, **losses}
 
 
 def _fitting(
-    loaded: LoadedModel, chat: ChatFormat, rows: Sequence[Demonstration], config: LearnConfig, on_long_prompt: str
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    rows: Sequence[Demonstration],
+    config: LearnConfig,
+    on_long_prompt: str,
+    context: str | None = None,
 ) -> list[Encoded]:
-    """Rows that are within the limits, prompt and completion."""
-    if not rows:
-        return []
+    """Rows that are within the limits: prompt, completion and, with a context, the teacher's prompt."""
     limits: dict[str, Any] = {
         "max_prompt_length": config.max_prompt_length,
         "max_completion_length": config.max_completion_length,
         "window": loaded.window,
         "completion_must_fit": True,
     }
+    shown = None if context is None else parse_context(context)
     try:
-        return encode(rows, None, chat, on_long_prompt=on_long_prompt, **limits)[0]
-    except UserError:
-        if on_long_prompt == "error":
-            raise
-        return []  # not one of them
+        return encode(rows, shown, chat, on_long_prompt=on_long_prompt, **limits)[0]
+    except NothingFits:
+        return []
 
 
 class _Watch:

@@ -149,7 +149,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         '{"prompt": "q", "completion": "aaaaaaaaaa"}\n',
         SFT + " --on_long_prompt drop",
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 11 tokens, limit 8 (max_completion_length); "
-        "raise --max_completion_length, or leave them out with --on_long_prompt drop",
+        "raise --max_completion_length",
     ),
     (
         "train.jsonl",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from selfdistill import compare as module
 from selfdistill.cli import main
@@ -213,9 +214,31 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
     compare(config)
     with pytest.raises(UserError, match="batch_size is 2 there and 3 here"):
         compare(config.model_copy(update={"batch_size": 3}), resume=True)
-    write_rows(count=4, name="test.jsonl")
-    with pytest.raises(UserError, match=r"sft-0\.001-seed0: made with other rows, or from another base, than now"):
+    before = {file: file.read_bytes() for file in (Path(config.data), Path(config.test))}
+    changed = {
+        Path(config.data): "not what this comparison began with: the demonstrations; put model, data, test and",
+        Path(config.test): "not what this comparison began with: the test rows or prior questions; put",
+    }
+    for file, message in changed.items():
+        write_rows([{"prompt": f"other {i}", "completion": "b", "answer": "never"} for i in range(4)], name=file.name)
+        with pytest.raises(UserError, match=message):
+            compare(config, resume=True)
+        file.write_bytes(before[file])
+    weights = Path(config.model) / "model.safetensors"
+    save_file({name: weight * 1.01 for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="not what this comparison began with: the base; put"):
         compare(config, resume=True)
+
+
+def test_a_context_that_is_still_to_be_found_is_not_varied(settings: Callable[..., CompareConfig]) -> None:
+    with pytest.raises(UserError, match="context 'auto' is what the check finds best; name the contexts to compare"):
+        compare(settings(vary={"context": ["auto", "turns"]}))
+
+
+def test_a_varied_budget_is_said(settings: Callable[..., CompareConfig]) -> None:
+    result = compare(settings(methods="sft", seeds="0", vary={"num_demonstrations": [2, 4]}))
+    assert result["budget"].endswith(" of the same demonstrations, but for num_demonstrations, which is varied.")
+    assert len(result["runs"]) == 2
 
 
 def test_a_misspelt_test_leaves_no_folder_behind(settings: Callable[..., CompareConfig]) -> None:

@@ -98,6 +98,15 @@ def test_where_nothing_was_learnt_nothing_is_compared() -> None:
     assert sentences(runs, "").endswith(": sdft has learnt nothing, so there is nothing to compare.")
 
 
+def test_one_seed_that_learns_nothing_does_not_speak_for_the_others() -> None:
+    runs = [run("sft", seed, BASE, (0.6, 0.7, 0.3)) for seed in range(3)]
+    runs += [run("sdft", seed, BASE, (new, 0.8, 0.1)) for seed, new in enumerate((0.9, 0.9, 0.0))]
+    said = sentences(runs, "")
+    assert said.endswith(
+        "in 1 of 3 runs sdft has learnt nothing, so what was forgotten for as much learnt cannot be compared."
+    )
+
+
 def test_a_model_that_has_not_moved_has_no_ratio() -> None:
     runs = [run("sft", 0, BASE, (0.5, 0.8, 0.3)), run("sdft", 0, BASE, (0.5, 0.8, 0.0))]
     assert "times as far" not in sentences(runs, "")

@@ -167,11 +167,15 @@ def test_few_shot_nearest_takes_the_most_words_in_common_nearest_last() -> None:
     assert [m["content"] for m in messages if m["role"] == "user"] == ["a x y z", "a b y z", "A b, c e!", "a b c d"]
 
 
-def test_few_shot_knows_rows_by_their_number_wherever_they_stand() -> None:
+def test_few_shot_knows_a_row_by_its_question_wherever_it_stands() -> None:
     moved = [Demonstration(d.row, f"elsewhere[{d.row}]", d.prompt, d.completion) for d in POOL]
     for here, there in zip(POOL, moved, strict=True):
         assert FewShot(k=3).messages(here, POOL) == FewShot(k=3).messages(there, moved)
         assert f"reply {here.row}" not in str(FewShot(k=7).messages(here, moved))
+    question = Demonstration(2, "test[2]", POOL[5].prompt, "")  # of another file, which has numbers of its own
+    shown = str(FewShot(k=7).messages(question, POOL))
+    assert "reply 2" in shown
+    assert "reply 5" not in shown
 
 
 @pytest.mark.parametrize("pick", ["seed", "nearest"])

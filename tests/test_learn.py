@@ -497,6 +497,34 @@ def test_a_chunk_before_any_validation_row_takes_all_its_steps_and_says_so(
     assert "validation loss" in said[-1]
 
 
+def test_a_stream_of_which_nothing_fits_leaves_the_base_where_it_is(make: Settings, tmp_path: Path) -> None:
+    config = make(action="stream", chunk_size=3, max_completion_length=1, on_long_prompt="drop")
+    with pytest.raises(UserError, match=r"first\.jsonl: not one row fits, .*; raise --max_completion_length or"):
+        add(config)
+    assert (Path(config.model) / "model.safetensors").is_file()
+    assert Ledger(config.state).skills == []
+    assert add(make())["accepted"]  # what had not begun to learn gives way
+
+
+def test_rows_of_a_stream_whose_teacher_has_no_room_are_told_or_left_out(
+    make: Settings, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    prompts = [f"{i} {'x' * (200 if 4 <= i < 7 or i == 8 else 1)}" for i in range(16)]
+    write_rows([{"prompt": prompt, "completion": "ab"} for prompt in prompts], name="mixed.jsonl")
+    write_rows([{"prompt": "t", "completion": "ab"}], name="test.jsonl")
+    options = {"action": "stream", "chunk_size": 4, "chunk_steps": 1, "test": str(tmp_path / "test.jsonl")}
+    options |= {"test_share": 0.01, "method": "sdft", "context": "turns:repeats=4", "min_teacher": 0}
+    with pytest.raises(UserError, match=r"teacher's prompt has .* or leave them out with --on_long_prompt drop"):
+        add(make("mixed", **options))
+    assert add(make("mixed", **options, on_long_prompt="drop"))["accepted"]
+    folder = tmp_path / "state" / "skills" / "0001-mixed"
+    lines = [json.loads(line) for line in (folder / "stream.jsonl").read_text().splitlines()]
+    train = [row.prompt[0]["content"] for row in load_demonstrations(str(folder / "train.jsonl"))]
+    short = [sum(len(prompt) < 20 for prompt in train[start : start + 4]) for start in range(0, len(train), 4)]
+    assert [line["rows"] for line in lines] == short
+    assert sum(short) < len(train)
+
+
 def test_an_interrupted_stream_goes_on_with_the_next_chunk(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,6 +578,11 @@ def test_transfer_of_a_matrix() -> None:
         ({"gradient_accumulation_steps": 3}, "setting 'gradient_accumulation_steps': 3 does not divide batch_size 4"),
         ({"method": "sdft", "context": "turn"}, "there is no context 'turn'"),
         ({"method": "grpo", "num_generations": 1}, "setting 'num_generations': grpo compares"),
+        ({"method": "sft_reinvoke", "max_steps": 1}, "setting 'max_steps': found 1, and the 2 stages of sft_reinvoke"),
+        (
+            {"action": "stream", "method": "sft_reinvoke", "chunk_steps": 1},
+            "setting 'chunk_steps': found 1, and the 2 stages of sft_reinvoke share them: want at least 2",
+        ),
         ({"data": "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such .jsonl file"),
         ({"test_share": 0.99}, "10 rows are too few to keep some for the test; give --test"),
@@ -596,7 +629,7 @@ def test_what_had_not_begun_to_learn_gives_way_to_another_addition(
     write_rows([{"prompt": "x" * 600, "completion": "y"}] * 4, name="long.jsonl")
     with pytest.raises(UserError, match="do not fit"):
         add(make("long"))
-    assert (tmp_path / "state" / "pending").is_dir() or not (tmp_path / "state" / "skills").exists()
+    assert (tmp_path / "state" / "pending").is_dir()
     assert add(make())["accepted"]
 
 

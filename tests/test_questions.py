@@ -81,6 +81,25 @@ def test_html_and_pdf(tmp_path: Path) -> None:
     assert load_passages(str(tmp_path / "b.pdf"), max_words=20)[0].text == "Oats are ground on Mondays."
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<html><head><title>no</title><body><p>Oats", "Oats"),
+        ("<head><meta charset=utf-8><title>no</title><style>no</style><p>Oats", "Oats"),
+        ("<table><tr><td>Speed<td>90<tr><td>Colour<td>red</table>", "Speed 90\n\nColour red"),
+    ],
+)
+def test_html_whose_end_tags_are_left_out(tmp_path: Path, page: str, text: str) -> None:
+    (tmp_path / "a.html").write_text(page, encoding="utf-8")
+    assert load_passages(str(tmp_path), max_words=20)[0].text == text
+
+
+def test_halves_of_pairs_in_a_pdf_are_joined_or_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pdf(tmp_path / "a.pdf", "x")
+    monkeypatch.setattr("pypdf.PageObject.extract_text", lambda _: "a \ud83d\ude00 b \ud83d c")
+    assert load_passages(str(tmp_path), max_words=20)[0].text == "a \U0001f600 b \ufffd c"
+
+
 def write_pdf(file: Path, text: str) -> None:
     """The smallest PDF with one line of text."""
     stream = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET"
@@ -292,6 +311,9 @@ def test_questions_with_their_passage_and_one_phrasing_held_out(
     [
         ("I do not know.", "no question with an answer"),
         ("Question: Who built it\nAnswer: Ada Finch", "no question with an answer"),
+        ("Question: Who built the Korr Mill?\nAnswer: \u2014", "no question with an answer"),
+        ("Question: Who built the Korr Mill?\nAnswer: __", "no question with an answer"),
+        ("Question: Who built the Korr Mill?\nAnswer: \ud83d", "no question with an answer"),
         ("Question: Who built the Korr Mill?\nAnswer: Bert Finch", "answer not in the text"),
         ("Question: Did Ada Finch build the Korr Mill?\nAnswer: Ada Finch", "question holds the answer"),
         ("Question: Who is named in this text?\nAnswer: Ada Finch", "question not clear without the text"),
@@ -414,6 +436,19 @@ def test_a_passage_that_the_window_has_no_room_for(make: Callable[..., Questions
         make_questions(make(writer_url=None, writer_model=None))
 
 
+def test_a_passage_that_the_window_has_no_room_for_when_another_model_writes(
+    make: Callable[..., QuestionsConfig], server: Server, folder: Path
+) -> None:
+    (folder / "long.txt").write_text("It is " + "very " * 150 + "long.", encoding="utf-8")
+    server.reply = lambda body: (
+        writes_well(body) if "very" not in str(body) else (200, "Question: Is it?\nAnswer: long")
+    )
+    with pytest.raises(
+        UserError, match=r"a passage with its question has \d+ tokens, too many .* window of 512; lower"
+    ):
+        make_questions(make())
+
+
 def test_train_makes_questions_of_documents_first(
     make: Callable[..., QuestionsConfig],
     server: Server,
@@ -474,3 +509,22 @@ def test_with_questions_keeps_a_test_of_ones_own(
         writer_model="w",
     )
     assert with_questions(config).test == "mine.jsonl"
+
+
+def test_where_no_second_phrasing_is_kept_there_is_no_test(
+    make: Callable[..., QuestionsConfig],
+    server: Server,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = "messages"
+    server.reply = lambda body: (200, "no") if body[asked][-1]["content"].startswith("Ask") else writes_well(body)
+    values = {"model": make().model, "documents": str(folder), "output_dir": str(tmp_path / "r")}
+    values |= {"writer_url": server.url, "writer_model": "w"}
+    assert with_questions(TrainConfig(**values)).test is None
+    said = capsys.readouterr().err
+    assert "5 questions to learn (about 2 of 2 passages) and 0 to test are in " in said
+    assert "note: no second phrasing of a question could be kept (see " in said
+    with pytest.raises(UserError, match="so there is no test; give --test, or leave eval_steps and prior out"):
+        with_questions(TrainConfig(**values, eval_steps=2))

@@ -7,7 +7,7 @@ tokens count (weights). One that has several stages answers them for each. The l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from selfdistill.config import TrainConfig
@@ -33,6 +33,19 @@ METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
     "grpo": grpo,
 }
 """By the name that ``--method`` takes: from the settings to the stages, which share the steps evenly."""
+
+
+def check_steps(steps: int, method: str, stages: Sequence[Method], setting: str = "max_steps") -> None:
+    """That every stage gets a step.
+
+    Raises:
+        UserError: there are fewer steps, by that ``setting``, than stages.
+    """
+    if steps < len(stages):
+        raise UserError(
+            f"setting {setting!r}: found {steps}, and the {len(stages)} stages of {method} share them: want at least "
+            f"{len(stages)}"
+        )
 
 
 _TWO: dict[str, tuple[Any, Any]] = {
