@@ -3,9 +3,9 @@
     python studies/sequence.py DIR [SEED...]
 
 Facts, routing and tools are learnt one after the other (`selfdistill learn` with open gates), and each also alone from
-the base. Prints the retention matrices (means over seeds), each skill's last score beside its score when learnt alone,
-and writes DIR/sequence.json and DIR/sequence.svg: the score of each skill as a share of that, along the training. What
-is done is not done again; of a run that stands in DIR/sequence.json no other file is needed.
+the base. Prints the retention matrix of each seed, each skill's last score as a share of its score when learnt alone
+(with the 95% interval over seeds), and writes DIR/sequence.json and DIR/sequence.svg: that share along the training.
+What is done is not done again; of a run that stands in DIR/sequence.json no other file is needed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from selfdistill.distances import packaged
 from selfdistill.learn import retention
 from selfdistill.ledger import START, Ledger
 from selfdistill.plots import Curve, over
+from selfdistill.statistics import seeds_interval
 from selfdistill.tracking import read_lines
 
 MODEL = "smollm2-135m"
@@ -76,6 +77,50 @@ def along(state: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def each(values: list[float | None]) -> str:
+    """Scores of all seeds beside each other; nothing where it was not measured."""
+    return " / ".join(f"{value:.2f}" for value in values if value is not None)
+
+
+def table(method: str, runs: list[dict[str, Any]]) -> list[str]:
+    """The retention matrix of each seed, and what is left of each skill at the end, with its interval over seeds."""
+    names = list(SKILLS)
+    lines = [f"| {method} after | {' | '.join(names)} | prior |", "|---" * (len(names) + 2) + "|"]
+    for row, after in enumerate(["base", *names]):
+        cells = [each([run["matrix"][row][column] for run in runs]) for column in range(len(names))]
+        lines.append(f"| {after} | {' | '.join([*cells, each([run['prior'][row] for run in runs])])} |")
+    lines.append(f"| alone | {' | '.join(each([run['alone'][name] for run in runs]) for name in names)} | |")
+    shares = []
+    for column, name in enumerate(names):
+        kept = [run["matrix"][-1][column] / run["alone"][name] for run in runs if run["alone"][name]]
+        middle, low, high = seeds_interval(kept) if kept else (float("nan"), None, None)
+        shares.append(f"{middle:.2f}" + ("" if low is None or low == high else f" ({low:.2f} to {high:.2f})"))
+    return [*lines, f"| last, as a share of alone | {' | '.join(shares)} | |"]
+
+
+def draw(found: dict[str, Any], seeds: list[int], file: Path) -> None:
+    """Each skill's score as a share of that when learnt alone, along the sequence: the mean over seeds, and each.
+
+    A run whose scores along the way were not kept (its ``along`` is empty) is left out.
+    """
+    curves = []
+    for method in METHODS:
+        runs = [found[f"{method}-{seed}"] for seed in seeds]
+        for name in SKILLS:
+            lines = [
+                [
+                    (float(at["step"]), at["skills"][name] / run["alone"][name])
+                    for at in run["along"]
+                    if name in at["skills"]
+                ]
+                for run in runs
+                if run["along"] and run["alone"][name]
+            ]
+            middle = [(at[0][0], mean(y for _, y in at)) for at in zip(*lines, strict=True)]
+            curves.append(Curve(f"{method}: {name}", middle, lines))
+    over(curves, "step", "score as a share of the single-task score", file=file)
+
+
 def main(folder: str, seeds: list[int]) -> None:
     names = list(SKILLS)
     kept = Path(folder) / "sequence.json"
@@ -91,31 +136,9 @@ def main(folder: str, seeds: list[int]) -> None:
                 alone[name] = learn(Path(folder) / f"{method}-{seed}-{name}", method, seed, [name])["matrix"][1][0]
             found[f"{method}-{seed}"] = {**whole, "alone": alone, "along": along(state)}
             write_whole(kept, json.dumps(found) + "\n")
-    curves = []
     for method in METHODS:
-        runs = [found[f"{method}-{seed}"] for seed in seeds]
-        print(f"\n{method}, means of {len(runs)} seeds\n\n| after | {' | '.join(names)} | prior |")
-        print("|---" * (len(names) + 2) + "|")
-        for row, after in enumerate(["base", *names]):
-            scores = [[run["matrix"][row][column] for run in runs] for column in range(len(names))]
-            cells = ["" if None in values else f"{mean(values):.3f}" for values in scores]
-            print(f"| {after} | {' | '.join(cells)} | {mean(run['prior'][row] for run in runs):.3f} |")
-        for column, name in enumerate(names):
-            ratios = [run["matrix"][-1][column] / run["alone"][name] for run in runs if run["alone"][name]]
-            shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-            share = f"{mean(ratios):.3f} ({shown})" if ratios else "never learnt alone"
-            print(f"{name}: last score as a share of that when learnt alone: {share}")
-            lines = [
-                [
-                    (float(at["step"]), at["skills"][name] / run["alone"][name])
-                    for at in run["along"]
-                    if name in at["skills"] and run["alone"][name]
-                ]
-                for run in runs
-            ]
-            middle = [(at[0][0], mean(y for _, y in at)) for at in zip(*lines, strict=True)]
-            curves.append(Curve(f"{method}: {name}", middle, lines))
-    over(curves, "step", "score as a share of the single-task score", file=Path(folder) / "sequence.svg")
+        print("\n".join(["", *table(method, [found[f"{method}-{seed}"] for seed in seeds])]))
+    draw(found, seeds, Path(folder) / "sequence.svg")
 
 
 if __name__ == "__main__":

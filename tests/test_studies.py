@@ -60,7 +60,10 @@ def test_three_skills_in_a_row(
     monkeypatch.setattr(sequence, "COMMON", sequence.COMMON | {"torch_compile": False, "context": "turns"})
     sequence.main(str(tmp_path / "made"), [0])
     said = capsys.readouterr().out
-    assert said.count("| after | knowledge | routing | tools | prior |") == 2
+    heads = [
+        line.split(" | ")[0] for line in said.splitlines() if line.endswith(" | knowledge | routing | tools | prior |")
+    ]
+    assert heads == ["| sft after", "| sdft after"]
     kept = json.loads((tmp_path / "made" / "sequence.json").read_text())
     assert list(kept) == ["sft-0", "sdft-0"]
     state = Ledger(str(tmp_path / "made" / "sdft-0"))
@@ -73,6 +76,16 @@ def test_three_skills_in_a_row(
     sequence.main(str(tmp_path / "again"), [0])
     assert said.endswith(capsys.readouterr().out)
     assert sorted(file.name for file in (tmp_path / "again").iterdir()) == ["sequence.json", "sequence.svg"]
+
+
+def test_the_tables_of_the_sequences_are_what_was_measured() -> None:
+    docs = STUDIES.parent / "docs"
+    found = json.loads((docs / "comparisons" / "sequence.json").read_text(encoding="utf-8"))
+    text = (docs / "results.md").read_text(encoding="utf-8")
+    sequence = study("sequence")
+    for method in sequence.METHODS:
+        table = sequence.table(method, [found[f"{method}-{seed}"] for seed in (0, 1, 2)])
+        assert "\n".join(table) in text
 
 
 def test_knowledge_from_documents(
