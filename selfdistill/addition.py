@@ -34,7 +34,7 @@ from selfdistill.guards import RunFailed, RunStopped, StopRequests
 from selfdistill.judge import judge_of
 from selfdistill.ledger import MEASURED_WITH, PENDING, START, Ledger
 from selfdistill.methods import METHODS, check_steps, uses
-from selfdistill.models import LoadedModel, load_start, training_arithmetic
+from selfdistill.models import LoadedModel, load_start, training_arithmetic, weights_fingerprint
 from selfdistill.priors import encode_priors, load_prior
 from selfdistill.settings_files import changes, dump_yaml
 from selfdistill.stream import learn_stream
@@ -73,6 +73,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     with locked(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config)
         _begin(ledger, config, parts)
+        say("rows: " + ", ".join(f"{len(rows)} for {part}" for part, rows in parts.items()))
         learnt, asked = {repr(row.prompt) for row in parts["train"]}, parts["test"]
         if known := sum(repr(row.prompt) in learnt for row in asked):
             say(f"note: {known} of {len(asked)} test questions are among those that are learnt")
@@ -102,7 +103,18 @@ def _opened(config: LearnConfig) -> Ledger:
     if (root / START).is_dir():
         ledger = Ledger(config.state)
         if config.model and ledger.base != _absolute(config.model):
-            raise UserError(f"setting 'model': {config.state} began with {ledger.base!r}; leave it out")
+            found = load_start(config.model, dtype=ledger.measured_with["dtype"])
+            if found.merged_adapter or weights_fingerprint(found.model) != ledger.weights:
+                raise UserError(
+                    f"setting 'model': {config.state} began with {ledger.base!r}, and {config.model!r} has other "
+                    "weights; leave it out"
+                )
+            ledger.move_base(_absolute(config.model))
+        if os.path.isabs(ledger.base) and not os.path.isdir(ledger.base):
+            raise UserError(
+                f"state {config.state!r}: its base {ledger.base!r} is not there; where it lies elsewhere now, give "
+                "that with --model"
+            )
         if config.prior and _texts(config.prior) != (_texts(ledger.prior) if ledger.prior else None):
             raise UserError(f"setting 'prior': {config.state} began with other questions, or none; leave it out")
         for key, value in ledger.measured_with.items():
@@ -119,8 +131,12 @@ def _opened(config: LearnConfig) -> Ledger:
             for name, text in _texts(config.prior).items():
                 (folder / "prior" / name).write_bytes(text)
         prior = str(folder / "prior") if config.prior else None
-        write_json(folder / "base.json", _measured(load_start(config.model, dtype=config.dtype), [], prior, config))
-        state = {"model": _absolute(config.model), **{key: getattr(config, key) for key in MEASURED_WITH}}
+        base = load_start(config.model, dtype=config.dtype)
+        # A merged adapter's product may be rounded otherwise on another machine.
+        weights = "" if base.merged_adapter else weights_fingerprint(base.model)
+        write_json(folder / "base.json", _measured(base, [], prior, config))
+        state = {"model": _absolute(config.model), "weights": weights}
+        state |= {key: getattr(config, key) for key in MEASURED_WITH}
         (folder / "state.yaml").write_text(yaml.safe_dump(state), encoding="utf-8")
     return Ledger(config.state)
 
@@ -169,7 +185,7 @@ def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstrat
         if found == json.loads(here):
             say(f"going on with {config.name}")
             return
-        if any((ledger.pending / name).exists() for name in ("run", "chunks", "model")):
+        if ledger.interrupted:
             raise UserError(
                 f"state {config.state!r}: adding {found['name']!r} was interrupted, and "
                 f"{_changes(found, json.loads(here))}; go on with the same command, rows and settings, or drop it with "
@@ -251,7 +267,7 @@ class _Addition:
         result["check"] = self._step("check", self._check)
         least, checked = self._config.min_teacher, result["check"]
         if least and not checked["worth"]:
-            reasons.append(checked["verdict"])
+            reasons.append(f"{checked['verdict']} (min_teacher)")
         elif checked["accuracy"] < least:
             reasons.append(
                 f"the teacher with {checked['context']} is right on {checked['accuracy']:.0%} of the rows, at least "
@@ -343,7 +359,7 @@ class _Addition:
         if new < least - 1e-9:
             reasons.append(
                 f"{self._name} itself: {before['accuracy']:.3f} before, {new:.3f} after, at least {least:.3f} is asked "
-                "for"
+                "for (max_skill_drop)"
             )
         for skill in self._ledger.skills:
             learnt, now = skill.result["after"]["skills"][skill.name], after["skills"][skill.name]["accuracy"]
@@ -351,13 +367,13 @@ class _Addition:
             if now < least - 1e-9:
                 reasons.append(
                     f"{skill.name}: {learnt['accuracy']:.3f} when it was learnt, {now:.3f} now, at least {least:.3f} "
-                    "is asked for"
+                    "is asked for (max_skill_drop)"
                 )
         if "prior_accuracy" in after:
             base, now = self._ledger.base_result["prior_accuracy"], after["prior_accuracy"]
             if base - now > config.max_prior_drop + 1e-9:
                 reasons.append(
                     f"prior abilities: {base:.3f} of the base, {now:.3f} now, a fall of more than "
-                    f"{config.max_prior_drop:g}"
+                    f"{config.max_prior_drop:g} (max_prior_drop)"
                 )
         return reasons

@@ -102,13 +102,14 @@ def _train(given: dict[str, Any]) -> int:
         print(f"{change}: from here on the learning rate is that of a run of so many steps", file=sys.stderr)
     _quiet()
     from selfdistill.examiner import check_inputs
-    from selfdistill.methods import uses
+    from selfdistill.methods import METHODS, uses
     from selfdistill.tracking import check_tracker
     from selfdistill.train import check_output_dir, train
 
     check_output_dir(config.output_dir, resume=resume)
     check_tracker(config.report_to)
     check_inputs(config)
+    METHODS[config.method](config)  # its rules, before any long work
     if config.documents:
         from selfdistill.questions import with_questions
 

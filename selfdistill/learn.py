@@ -141,8 +141,10 @@ def _rollback(config: LearnConfig) -> dict[str, Any]:
     with locked(Path(config.state), f"state {config.state!r}"):
         if not ledger.skills:
             raise UserError(f"state {config.state!r}: there is no skill to take back")
-        if ledger.pending.is_dir():
+        if ledger.interrupted:
             raise UserError(f"state {config.state!r}: an addition was interrupted; finish it, or discard it first")
+        if ledger.pending.is_dir():
+            ledger.discard()  # it was measured on the model that is taken back
         skill = ledger.skills[-1]
         place = ledger.undo(skill)
     output().print(f"{skill.name} is taken back; its files are in {place}", highlight=False, markup=False)

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from selfdistill.disk import remove_folder, sync
+from selfdistill.disk import remove_folder, sync, write_whole
 from selfdistill.errors import UserError
 
 START, SKILLS, PENDING, REFUSED, UNDONE = "start", "skills", "pending", "refused", "undone"
@@ -76,6 +76,8 @@ class Ledger:
         try:
             state = yaml.safe_load(file.read_text(encoding="utf-8"))
             self.base = str(state["model"])
+            self.weights = str(state.get("weights", ""))
+            """Fingerprint of the base's weights; empty where they cannot be compared."""
             self.measured_with: dict[str, Any] = {name: state[name] for name in MEASURED_WITH}
         except FileNotFoundError:
             raise UserError(f"state {folder!r} does not exist; the first 'add' with --model makes it") from None
@@ -112,11 +114,17 @@ class Ledger:
 
     @property
     def interrupted(self) -> str | None:
-        """Name of the skill whose addition is pending."""
-        try:
-            return str(json.loads((self.pending / "asked.json").read_text(encoding="utf-8"))["name"])
-        except FileNotFoundError:
+        """Name of the skill whose addition is pending and has begun to learn; until then it gives way to any other."""
+        if not any((self.pending / name).exists() for name in ("run", "chunks", "model")):
             return None
+        return str(json.loads((self.pending / "asked.json").read_text(encoding="utf-8"))["name"])
+
+    def move_base(self, model: str) -> None:
+        """Note that the same base lies elsewhere now."""
+        file = self.folder / START / "state.yaml"
+        state = yaml.safe_load(file.read_text(encoding="utf-8")) | {"model": model}
+        write_whole(file, yaml.safe_dump(state))
+        self.base = model
 
     def accept(self, name: str) -> Skill:
         """Make the pending addition the next skill."""

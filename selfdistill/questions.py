@@ -124,6 +124,7 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
     for number in range(config.tries):
         asked = [_DIRECT.format(text=unit.passage.text, sentence=unit.sentence) for unit in units]
         direct += maker.keep("direct", units, asked, number)
+    direct = maker.undisputed(direct)
     if not direct:
         reasons = ", ".join(f"{count} {reason}" for reason, count in maker.rejected.most_common())
         maker.close()
@@ -143,6 +144,7 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
         train += [unit for unit in other if unit not in new]
     asked = [_INDIRECT.format(text=unit.passage.text, sentence=unit.sentence) for unit in direct]
     indirect = maker.keep("indirect", direct, asked, 0)
+    train, test, indirect = map(maker.undisputed, (train, test, indirect))
     for name, rows in (("train", train), ("test", test), ("indirect", indirect)):
         write_demonstrations(maker.folder / f"{name}.jsonl", [unit.demonstration for unit in rows])
     found = {"passages": len(passages), "train": len(train), "test": len(test), "indirect": len(indirect)}
@@ -159,6 +161,9 @@ def with_questions(config: TrainConfig) -> TrainConfig:
     about = len({row.document for row in load_demonstrations(str(folder / "train.jsonl"))})
     passages = f"(about {about} of {found['passages']} passages)"
     say(f"{found['train']} questions to learn {passages} and {found['test']} to test are in {folder}")
+    if found["rejected"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found["rejected"].items())
+        say(f"not kept: {reasons} (each in {folder / 'rejected.jsonl'})")
     test = config.test or (str(folder / "test.jsonl") if found["test"] else None)
     if not test:
         none = f"no second phrasing of a question could be kept (see {folder / 'rejected.jsonl'}), so there is no test"
@@ -193,7 +198,9 @@ class _Maker:
         self.folder = Path(config.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rejected: Counter[str] = Counter()
-        self._config, self._texts = config, set[str]()
+        self.disputed: set[str] = set()
+        """Questions, by their words, to which several answers were given."""
+        self._config, self._answers = config, dict[str, str]()
         self._loaded = load_start(config.model)
         self._chat = ChatFormat(self._loaded.tokenizer, self._loaded.end_token_ids, config.chat_template_kwargs)
         self._endpoint: Endpoint | None = None
@@ -222,7 +229,7 @@ class _Maker:
             if reason:
                 self._reject(made, reason, reply)
             else:
-                self._texts.add(_plain(question))
+                self._answers[_plain(question)] = said
                 sound.append(made)
         rows = [unit.demonstration for unit in sound]
         prompts = [self._chat.encode_prompt(Document(show="document").messages(row, rows)) for row in rows]
@@ -241,6 +248,7 @@ class _Maker:
             if right:
                 kept.append(unit)
             else:
+                del self._answers[_plain(unit.question)]
                 self._reject(unit, "not answered so from the text", reply)
         return kept
 
@@ -258,9 +266,26 @@ class _Maker:
             return "question not clear without the text"
         if _names(unit.question) - set(_plain(unit.passage.text).split()):
             return "question names what the text does not"
-        return "asked already" if _plain(unit.question) in self._texts else None
+        question = _plain(unit.question)
+        if question not in self._answers:
+            return None
+        one, other = words_of(self._answers[question]), words_of(unit.answer)
+        if not set(one) <= set(other) and not set(other) <= set(one):
+            self.disputed.add(question)
+        return "asked already"
+
+    def undisputed(self, units: Sequence[_Unit]) -> list[_Unit]:
+        """Those whose question was given one answer only: of several nobody knows here which is right."""
+        kept = []
+        for unit in units:
+            if _plain(unit.question) in self.disputed:
+                self._reject(unit, "another answer to the same question", "")
+            else:
+                kept.append(unit)
+        return kept
 
     def _reject(self, unit: _Unit, reason: str, reply: str) -> None:
+        """Count and write down a question that is not kept."""
         self.rejected[reason] += 1
         line = {"source": unit.passage.source, "question": unit.question, "answer": unit.answer, "reply": reply}
         self._reasons.write(json.dumps({"reason": reason, **line}, ensure_ascii=False) + "\n")

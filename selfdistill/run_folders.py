@@ -55,6 +55,8 @@ def read_folders(folders: Sequence[str]) -> list[Part]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; give folders written by selfdistill train or compare")
+        if (path / "skills").is_dir() and (path / "start").is_dir():
+            raise UserError(f"{path}: a state of selfdistill learn, no run; give its runs, {path}/skills/*/run")
         if not any((path / name).exists() for name in ("config.yaml", "comparison.json")):
             raise UserError(f"{path}: neither config.yaml nor comparison.json in it, so it is no run folder")
     comparisons = [path for path in paths if (path / "comparison.json").exists()]

@@ -128,7 +128,8 @@ def _chunk(
     loaded = load_start(model, dtype=config.dtype)
     chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
     with training_arithmetic(loaded.model, config.mixed_precision):
-        accuracy = Questions(loaded, chunk, {}, config).answers(loaded, judge_of(config), what="chunk").accuracy
+        questions = Questions(loaded, chunk, {}, config)
+        accuracy = questions.answers(loaded, judge_of(config), what="test of a chunk").accuracy
     watch = _Watch(_fitting(loaded, chat, buffer, config, "drop"), config)
     before = watch.loss(loaded)
     del loaded

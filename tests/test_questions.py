@@ -346,6 +346,37 @@ def test_what_is_not_grounded_is_rejected_and_counted(
     assert line["reason"] == reason
 
 
+def test_a_question_with_two_answers_is_not_kept(
+    make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path
+) -> None:
+    def writes(body: dict[str, Any]) -> tuple[int, str]:
+        status, text = writes_well(body)
+        return status, text.replace("Who built the Korr Mill?", "Where does the Korr Mill stand?")
+
+    server.reply = writes
+    found = make_questions(make())
+    assert found["rejected"]["another answer to the same question"] == 1
+    asked = [row.prompt[0]["content"] for row in load_demonstrations(str(tmp_path / "out" / "train.jsonl"))]
+    assert not any("Where does the Korr Mill stand?" in question for question in asked)
+
+
+def test_a_question_whose_answer_was_not_found_may_be_asked_again(
+    make: Callable[..., QuestionsConfig], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def answer(_loaded: Any, _prompts: Any, rows: list[Demonstration], *_: Any, **__: Any) -> Answers:
+        calls.append(rows)
+        found = [len(calls) > 1] * len(rows)
+        return Answers(["reply"] * len(rows), found, None, [[1]] * len(rows), [0] * len(rows), 0)
+
+    server.reply = writes_well
+    monkeypatch.setattr(questions, "answer", answer)
+    found = make_questions(make(tries=2))
+    assert found["rejected"] == {"not answered so from the text": 5}
+    assert found["train"] >= 5
+
+
 def test_reasons_are_counted_most_frequent_first(make: Callable[..., QuestionsConfig], server: Server) -> None:
     def writes(body: dict[str, Any]) -> tuple[int, str]:
         about = body["messages"][-1]["content"].partition("sentence:")[2]

@@ -295,6 +295,7 @@ def test_a_comparison_is_shown_with_its_runs(everything: Path) -> None:
         ("", "no runs: give at least one, see selfdistill report --help"),
         ("nowhere", "nowhere: no such folder; give folders written by selfdistill train or compare"),
         (".", ".: neither config.yaml nor comparison.json in it, so it is no run folder"),
+        ("state", "state: a state of selfdistill learn, no run; give its runs, state/skills/*/run"),
         ("skill -o no/report.html", "--output no/report.html: cannot be written; give a file in an existing folder"),
         ("skill --output both", "--output both: cannot be written; give a file in an existing folder"),
         ("empty", "empty: no metrics.jsonl in it; give the folder of a run that has begun"),
@@ -307,6 +308,8 @@ def test_mistakes_are_one_line(here: Path, capsys: pytest.CaptureFixture[str], a
     for name in ("empty", "broken"):
         shutil.copytree("bare", name)
     Path("empty/metrics.jsonl").unlink()
+    for part in ("start", "skills"):
+        Path("state", part).mkdir(parents=True)
     Path("broken/metrics.jsonl").write_text('{"step": 1}\n{"loss": 1}\n{"st', encoding="utf-8")
     for name in ("cut", "odd"):
         Path(name).mkdir()
