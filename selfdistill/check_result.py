@@ -171,7 +171,7 @@ def _closeness_line(result: CheckResult) -> str:
     text = f"In-context assumption: the teacher is right on {best.accuracy:.0%}, and {result.teacher_kl:.2f} nats per "
     text += "token from the base along its own replies"
     if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None:
-        return f"{text}; --fine_tuned MODEL shows how far fine-tuning goes for the same."
+        return f"{text}; selfdistill check --fine_tuned MODEL shows how far fine-tuning goes for the same."
     text += (
         f"; the fine-tuned model on {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
     )

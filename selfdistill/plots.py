@@ -181,7 +181,8 @@ _figures = itertools.count()
 def _svg(figure: Figure, handles: dict[str, Line2D], label: str, file: Path | None) -> str:
     """The figure as an element in the page's font and colour, whose ids no other figure of the page has."""
     if len(handles) > 1:
-        columns = max(1, min(3, math.floor(60 / max(map(len, handles)))))
+        points = 72 * figure.get_figwidth()
+        columns = max(1, min(3, math.floor(points / (6 * max(map(len, handles)) + 45))))  # letters, line and gaps
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
     nobody = {"Date": None, "Creator": None, "Format": None, "Type": None}
     text = StringIO()

@@ -118,7 +118,7 @@ def draw(found: dict[str, Any], seeds: list[int], file: Path) -> None:
             ]
             middle = [(at[0][0], mean(y for _, y in at)) for at in zip(*lines, strict=True)]
             curves.append(Curve(f"{method}: {name}", middle, lines))
-    over(curves, "step", "score as a share of the single-task score", file=file)
+    over(curves, "step", "score / score alone", file=file)
 
 
 def main(folder: str, seeds: list[int]) -> None:

@@ -416,3 +416,15 @@ def test_in_a_browser(everything: Path, tmp_path: Path) -> None:
     title = re.search("<title>(.*)</title>", done.stdout)
     assert title is not None
     assert json.loads(title[1]) == [0, ["none", "block"], 1, 390]  # no sideways scrolling, the tip, the probe alone
+
+
+@pytest.mark.parametrize("length", [4, 15, 24])
+def test_a_legend_is_not_wider_than_its_figure(length: int) -> None:
+    names = [f"{number}".rjust(length, "n") for number in range(6)]
+    svg = over([Curve(name, [(0.0, 0.0), (1.0, 1.0)]) for name in names], "step", "y")
+    view = re.search(r'viewBox="0 0 ([\d.]+)', svg)
+    starts = [float(x) for x in re.findall(r'text-anchor: start[^>]* x="(-?[\d.]+)"', svg)]
+    assert view
+    assert len(starts) == len(names)
+    assert min(starts) > 28  # the line before the name
+    assert max(starts) < float(view[1]) - 6 * length
