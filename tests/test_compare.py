@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -208,9 +209,11 @@ def test_a_signal_in_the_last_step_of_a_run_stops_before_the_next(
 
 
 def test_a_comparison_goes_on_only_with_what_it_began_with(
-    settings: Callable[..., CompareConfig], write_rows: Callable[..., Path]
+    settings: Callable[..., CompareConfig], write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = settings(methods="sft", seeds="0")
+    shutil.copytree(config.model, tmp_path / "own")  # other tests use the same model
+    config = config.model_copy(update={"model": str(tmp_path / "own")})
     compare(config)
     with pytest.raises(UserError, match="batch_size is 2 there and 3 here"):
         compare(config.model_copy(update={"batch_size": 3}), resume=True)
