@@ -34,7 +34,7 @@ from selfdistill.guards import RunFailed, RunStopped, StopRequests
 from selfdistill.judge import judge_of
 from selfdistill.ledger import MEASURED_WITH, PENDING, START, Ledger
 from selfdistill.methods import METHODS, check_steps, uses
-from selfdistill.models import LoadedModel, load_start, training_arithmetic, weights_fingerprint
+from selfdistill.models import LoadedModel, load_start, start_fingerprint, training_arithmetic
 from selfdistill.priors import encode_priors, load_prior
 from selfdistill.settings_files import changes, dump_yaml
 from selfdistill.stream import learn_stream
@@ -103,8 +103,8 @@ def _opened(config: LearnConfig) -> Ledger:
     if (root / START).is_dir():
         ledger = Ledger(config.state)
         if config.model and ledger.base != _absolute(config.model):
-            found = load_start(config.model, dtype=ledger.measured_with["dtype"])
-            if found.merged_adapter or weights_fingerprint(found.model) != ledger.weights:
+            found = start_fingerprint(load_start(config.model, dtype=ledger.measured_with["dtype"]))
+            if not found or found != ledger.weights:
                 raise UserError(
                     f"setting 'model': {config.state} began with {ledger.base!r}, and {config.model!r} has other "
                     "weights; leave it out"
@@ -132,10 +132,8 @@ def _opened(config: LearnConfig) -> Ledger:
                 (folder / "prior" / name).write_bytes(text)
         prior = str(folder / "prior") if config.prior else None
         base = load_start(config.model, dtype=config.dtype)
-        # A merged adapter's product may be rounded otherwise on another machine.
-        weights = "" if base.merged_adapter else weights_fingerprint(base.model)
         write_json(folder / "base.json", _measured(base, [], prior, config))
-        state = {"model": _absolute(config.model), "weights": weights}
+        state = {"model": _absolute(config.model), "weights": start_fingerprint(base)}
         state |= {key: getattr(config, key) for key in MEASURED_WITH}
         (folder / "state.yaml").write_text(yaml.safe_dump(state), encoding="utf-8")
     return Ledger(config.state)

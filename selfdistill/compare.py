@@ -32,7 +32,7 @@ from selfdistill.examiner import Examiner, check_inputs
 from selfdistill.guards import RunFailed, RunStopped, StopRequests
 from selfdistill.methods import METHODS, unused_settings, uses
 from selfdistill.methods.rows import DemonstrationRows
-from selfdistill.models import LoadedModel, load_start, weights_fingerprint
+from selfdistill.models import LoadedModel, load_start, start_fingerprint
 from selfdistill.plots import Curve, trade_off
 from selfdistill.settings_files import dump_yaml, load_yaml, refuse_changes
 from selfdistill.tracking import output, read_lines, say
@@ -43,6 +43,7 @@ ORACLE_RAG = "document:show=document"
 _SAFE = ":=, "
 """Kept in the names of folders, beside letters, digits and ``_.-~``."""
 _BUDGET = ("max_steps", "batch_size", "num_demonstrations")
+"""Settings that the sentence on the budget is about."""
 EVALUATIONS = 5
 """Measurements of a run after its start, where ``eval_steps`` is 0."""
 
@@ -90,8 +91,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
     shown = {"teacher": teacher, "rag": _rag(examiner, base)}
     began = {
         "the demonstrations": rows_fingerprint({"": demonstrations}),
-        # A merged adapter's product may be rounded otherwise on another machine.
-        "the base": "" if base.merged_adapter else weights_fingerprint(base.model),
+        "the base": start_fingerprint(base),
         "the test rows or prior questions": examiner.questions.fingerprint(),
     }
     _check_unchanged(folder, began)

@@ -329,6 +329,14 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def start_fingerprint(loaded: LoadedModel) -> str:
+    """Fingerprint of the weights that a training begins from; empty where an adapter was folded in.
+
+    A merged adapter's product may be rounded otherwise on another machine.
+    """
+    return "" if loaded.merged_adapter else weights_fingerprint(loaded.model)
+
+
 def unwrap(model: Any) -> Any:
     """The causal LM inside a ``PeftModel`` (adapters stay active), or the model itself."""
     return model.base_model.model if hasattr(model, "peft_config") and hasattr(model, "base_model") else model

@@ -42,6 +42,7 @@ from selfdistill.models import (
     casts_kept,
     load_model,
     resolved_precision,
+    start_fingerprint,
     unwrap,
     weights_fingerprint,
 )
@@ -117,8 +118,7 @@ class Run:
             demonstrations = [row for number, row in enumerate(demonstrations) if number in drawn]
         methods = METHODS[config.method](config)
         self.loaded = load_model(config.model, dtype=config.dtype, merge_adapter=True)
-        # A merged adapter's product may be rounded otherwise on another machine.
-        self.began_as = "" if self.loaded.merged_adapter else weights_fingerprint(self.loaded.model)
+        self.began_as = start_fingerprint(self.loaded)
         """Fingerprint of the model's weights and of another teacher's, which a run that goes on must find unchanged."""
         for note in self.loaded.notes:
             say(f"note: {note}")
