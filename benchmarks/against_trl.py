@@ -27,12 +27,12 @@ from step import first_epoch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
-from selfdistill.config import TrainConfig
-from selfdistill.demonstrations import load_demonstrations
-from selfdistill.distances import packaged
+from selfdistill.config.train import TrainConfig
+from selfdistill.data.bundled import packaged
+from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.methods.slots import Completion
-from selfdistill.models import starter_model_path
-from selfdistill.run import Run
+from selfdistill.model.loading import starter_model_path
+from selfdistill.training.trainer import Run
 
 BATCH = 8
 NO_TOKEN = -1

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from measure import alternate, peak_tensor_bytes
 
-from selfdistill.divergence import Divergence, forward_kl
-from selfdistill.fused import chunked_loss
+from selfdistill.loss.chunked import chunked_loss
+from selfdistill.loss.divergence import Divergence, forward_kl
 
 TOKENS = 4096
 

@@ -22,9 +22,9 @@ from typing import Any
 from matplotlib import pyplot
 from measure import peak_bytes
 
-from selfdistill.config import TrainConfig
-from selfdistill.models import load_model
-from selfdistill.run import Run
+from selfdistill.config.train import TrainConfig
+from selfdistill.model.loading import load_model
+from selfdistill.training.trainer import Run
 
 NO_TOKEN = -1
 """An end token that is never sampled."""

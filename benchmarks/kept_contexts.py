@@ -14,8 +14,9 @@ from statistics import median
 
 import torch
 
-from selfdistill.models import casts_kept, load_model, resolved_precision
-from selfdistill.scores import Scorer
+from selfdistill.model.forward import Scorer
+from selfdistill.model.loading import load_model
+from selfdistill.model.precision import casts_kept, resolved_precision
 
 ROWS, BATCH, COMPLETION = 32, 8, 24
 

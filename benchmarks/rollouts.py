@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 from measure import alternate
 
-from selfdistill.chat_format import ChatFormat
-from selfdistill.demonstrations import load_demonstrations
-from selfdistill.distances import packaged
-from selfdistill.models import load_model
-from selfdistill.rollouts import Sampling, sample
+from selfdistill.data.bundled import packaged
+from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.model.loading import load_model
+from selfdistill.model.sampling import Sampling, sample
 
 NO_TOKEN = -1
 """An end token that is never sampled."""

@@ -22,13 +22,15 @@ import torch
 from limits import bandwidth, product_rate
 
 from selfdistill import demo
-from selfdistill.config import TrainConfig
-from selfdistill.contexts import Encoded
-from selfdistill.distances import packaged
+from selfdistill.config.train import TrainConfig
+from selfdistill.data.bundled import packaged
+from selfdistill.data.encoding import Encoded
 from selfdistill.methods.slots import Completion, SequenceSource
-from selfdistill.models import LoadedModel, body_and_head, casts_kept
-from selfdistill.prefixes import shared_beginnings
-from selfdistill.run import Run
+from selfdistill.model.head import body_and_head
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.precision import casts_kept
+from selfdistill.model.prefix_cache import shared_beginnings
+from selfdistill.training.trainer import Run
 
 STEPS = 5
 WARM = 1

@@ -21,19 +21,23 @@ from typing import Any, get_args, get_origin
 from jsonargparse import ArgumentParser
 
 from selfdistill import __version__
-from selfdistill.command_config import (
+from selfdistill.config import (
     CheckConfig,
+    CompareConfig,
     DemoConfig,
     EvalConfig,
     ExportConfig,
     LearnConfig,
     QuestionsConfig,
     ReportConfig,
+    Settings,
+    TrainConfig,
+    closest,
+    continued,
+    load_yaml,
 )
-from selfdistill.config import CompareConfig, Settings, TrainConfig, closest
 from selfdistill.errors import UserError
-from selfdistill.processes import is_first, launched
-from selfdistill.settings_files import continued, load_yaml
+from selfdistill.runtime import is_first, launched
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -101,10 +105,10 @@ def _train(given: dict[str, Any]) -> int:
         change = f"max_steps was {saved.max_steps} and is now {config.max_steps}"
         print(f"{change}: from here on the learning rate is that of a run of so many steps", file=sys.stderr)
     _quiet()
-    from selfdistill.examiner import check_inputs
+    from selfdistill.evaluation import check_inputs
     from selfdistill.methods import METHODS, uses
-    from selfdistill.tracking import check_tracker
-    from selfdistill.train import check_output_dir, train
+    from selfdistill.runtime import check_tracker
+    from selfdistill.training import check_output_dir, train
 
     check_output_dir(config.output_dir, resume=resume)
     check_tracker(config.report_to)
@@ -117,7 +121,7 @@ def _train(given: dict[str, Any]) -> int:
     if config.context == "auto" and uses(config, "context"):
         if launched() > 1:
             raise UserError("setting 'context': find the best with selfdistill check, in a single process, and name it")
-        from selfdistill.check import best_context
+        from selfdistill.evaluation import best_context
 
         with contextlib.redirect_stdout(sys.stderr):
             config = config.model_copy(update={"context": best_context(config)})
@@ -132,8 +136,8 @@ def _compare(given: dict[str, Any]) -> int:
         resume = given.pop("resume", False)
         config = continued(given, CompareConfig)[0] if resume else CompareConfig(**given)
         _quiet()
-        from selfdistill.compare import compare
-        from selfdistill.guards import RunFailed
+        from selfdistill.comparison import compare
+        from selfdistill.errors import RunFailed
 
         result |= compare(config, resume=resume)
     return RunFailed.exit_code if all(run["failed"] for run in result["runs"]) else 0
@@ -143,7 +147,7 @@ def _eval(given: dict[str, Any]) -> int:
     with _result(given) as result:
         config = EvalConfig(**given)
         _quiet()
-        from selfdistill.evaluate import evaluate
+        from selfdistill.evaluation import evaluate
 
         result |= evaluate(config)
     return 0
@@ -153,7 +157,7 @@ def _check(given: dict[str, Any]) -> int:
     with _result(given) as result:
         config = CheckConfig(**given)
         _quiet()
-        from selfdistill.check import check
+        from selfdistill.evaluation import check
 
         checked = check(config)
         result |= checked.to_dict()
@@ -189,7 +193,7 @@ def _learn(given: dict[str, Any]) -> int:
     with _result(given) as result:
         config = LearnConfig(**given)
         _quiet()
-        from selfdistill.learn import learn
+        from selfdistill.continual import learn
 
         found, exit_code = learn(config)
         result |= found
@@ -199,7 +203,7 @@ def _learn(given: dict[str, Any]) -> int:
 def _report(given: dict[str, Any]) -> int:
     with _result(given) as result:
         config = ReportConfig(**given)
-        from selfdistill.report import report
+        from selfdistill.comparison import report
 
         result |= report(config)
     return 0
@@ -209,7 +213,7 @@ def _export(given: dict[str, Any]) -> int:
     with _result(given) as result:
         config = ExportConfig(**given)
         _quiet()
-        from selfdistill.export import export
+        from selfdistill.training import export
 
         result["output_dir"] = str(export(config))
         print(f"exported model: {result['output_dir']}")

@@ -14,19 +14,21 @@ from typing import Any
 
 from rich.table import Table
 
-from selfdistill.answers import Answers, answer
-from selfdistill.chat_format import ChatFormat
 from selfdistill.config import TrainConfig
-from selfdistill.contexts import encode, parse_context
-from selfdistill.demonstrations import Demonstration, load_demonstrations
-from selfdistill.disk import write_json
-from selfdistill.distances import Distance, general_prompts, packaged
-from selfdistill.errors import UserError
-from selfdistill.guards import RunStopped
-from selfdistill.models import LoadedModel, load_model, to_best_device
-from selfdistill.scores import Scorer
-from selfdistill.tracking import output, say
-from selfdistill.train import train
+from selfdistill.data import (
+    ChatFormat,
+    Demonstration,
+    encode,
+    general_prompts,
+    load_demonstrations,
+    packaged,
+    parse_context,
+)
+from selfdistill.errors import RunStopped, UserError
+from selfdistill.evaluation import Answers, Distance, answer
+from selfdistill.model import LoadedModel, Scorer, load_model, to_best_device
+from selfdistill.runtime import output, say, write_json
+from selfdistill.training import train
 
 CONTEXT = "document:repeats=2"
 SHARED: dict[str, Any] = {

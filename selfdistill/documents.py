@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from selfdistill.data import first_ten, mended
 from selfdistill.errors import UserError
-from selfdistill.rows import first_ten, mended
-from selfdistill.tracking import say
+from selfdistill.runtime import say
 
 KINDS = (".txt", ".md", ".html", ".htm", ".pdf")
 """Files that are read."""

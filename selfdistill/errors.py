@@ -13,3 +13,22 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+
+
+class RunStopped(UserError):
+    """A run ended before its last step; what it had done is saved. ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+
+
+class RunFailed(UserError):
+    """Training itself went wrong (not finite). Exit code 3."""
+
+    exit_code = 3
+
+
+class RunCollapsed(RunFailed):
+    """A run fell apart and was stopped; ``final/`` has the model of the last measurement before."""

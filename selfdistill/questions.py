@@ -21,20 +21,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from selfdistill.answers import answer
-from selfdistill.chat_format import ChatFormat
-from selfdistill.command_config import QuestionsConfig
-from selfdistill.config import TrainConfig
-from selfdistill.contexts import Document
-from selfdistill.demonstrations import Demonstration, Message, load_demonstrations, write_demonstrations
-from selfdistill.disk import end_last_line
+from selfdistill.config import QuestionsConfig, TrainConfig
+from selfdistill.data import (
+    ChatFormat,
+    Demonstration,
+    Document,
+    Message,
+    contains,
+    load_demonstrations,
+    words_of,
+    write_demonstrations,
+)
 from selfdistill.documents import Passage, load_passages, sentences
-from selfdistill.endpoint import Endpoint
 from selfdistill.errors import UserError
-from selfdistill.models import load_start
-from selfdistill.rollouts import Sampling, sample, sample_seed
-from selfdistill.scorers import contains, words_of
-from selfdistill.tracking import Reporter, read_lines, say
+from selfdistill.evaluation import Endpoint, answer
+from selfdistill.model import Sampling, load_start, sample, sample_seed
+from selfdistill.runtime import Reporter, end_last_line, read_lines, say
 
 ASK_TOKENS = 64
 """Most tokens of a question with its answer."""

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from selfdistill import demo
-from selfdistill.distances import packaged
-from selfdistill.models import load_model, to_best_device
+from selfdistill.data.bundled import packaged
+from selfdistill.model.loading import load_model, to_best_device
 
 
 def main(folder: str, method: str, overrides: str, evaluations: list[int]) -> None:

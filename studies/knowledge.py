@@ -19,15 +19,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from selfdistill.command_config import EvalConfig, QuestionsConfig
-from selfdistill.config import TrainConfig
-from selfdistill.demonstrations import load_demonstrations
-from selfdistill.distances import packaged
-from selfdistill.evaluate import evaluate
+from selfdistill.config.commands import EvalConfig, QuestionsConfig
+from selfdistill.config.train import TrainConfig
+from selfdistill.data.bundled import packaged
+from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.evaluation.evaluate import evaluate
+from selfdistill.evaluation.statistics import seeds_interval, share_interval
 from selfdistill.questions import make_questions
-from selfdistill.statistics import seeds_interval, share_interval
-from selfdistill.tracking import read_lines
-from selfdistill.train import train
+from selfdistill.runtime.tracking import read_lines
+from selfdistill.training.train import train
 
 MODEL = "smollm2-135m"
 RUNS = {

@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from selfdistill.comparison import Compared, mean_points, points_of, sentences, table
-from selfdistill.plots import Curve, trade_off
+from selfdistill.comparison.conclusions import Compared, mean_points, points_of, sentences, table
+from selfdistill.comparison.plots import Curve, trade_off
 
 KEYS = ("accuracy", "prior_accuracy", "kl_base")
 

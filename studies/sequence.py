@@ -16,15 +16,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from selfdistill.addition import add
-from selfdistill.command_config import LearnConfig
-from selfdistill.disk import write_whole
-from selfdistill.distances import packaged
-from selfdistill.learn import retention
-from selfdistill.ledger import START, Ledger
-from selfdistill.plots import Curve, over
-from selfdistill.statistics import seeds_interval
-from selfdistill.tracking import read_lines
+from selfdistill.comparison.plots import Curve, over
+from selfdistill.config.commands import LearnConfig
+from selfdistill.continual.add_skill import add
+from selfdistill.continual.learn import retention
+from selfdistill.continual.ledger import START, Ledger
+from selfdistill.data.bundled import packaged
+from selfdistill.evaluation.statistics import seeds_interval
+from selfdistill.runtime.files import write_whole
+from selfdistill.runtime.tracking import read_lines
 
 MODEL = "smollm2-135m"
 METHODS = ("sft", "sdft")

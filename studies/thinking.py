@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from selfdistill.command_config import EvalConfig
-from selfdistill.config import TrainConfig
-from selfdistill.evaluate import evaluate
-from selfdistill.statistics import seeds_interval
-from selfdistill.train import train
+from selfdistill.config.commands import EvalConfig
+from selfdistill.config.train import TrainConfig
+from selfdistill.evaluation.evaluate import evaluate
+from selfdistill.evaluation.statistics import seeds_interval
+from selfdistill.training.train import train
 
 MODEL = "smollm2-135m"
 THINK_STEPS = 150

@@ -14,8 +14,8 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from selfdistill.config import TrainConfig
-from selfdistill.train import train
+from selfdistill.config.train import TrainConfig
+from selfdistill.training.train import train
 
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU")
 

@@ -23,10 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfdistill import endpoint
-from selfdistill.checkpoint import list_checkpoints
-from selfdistill.config import TrainConfig
-from selfdistill.models import LoadedModel, load_model
+from selfdistill.config.train import TrainConfig
+from selfdistill.evaluation import endpoint
+from selfdistill.model.loading import LoadedModel, load_model
+from selfdistill.training.checkpoint import list_checkpoints
 
 torch.set_num_threads(1)
 

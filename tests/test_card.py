@@ -14,12 +14,12 @@ import yaml
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from selfdistill.card import merged_card, model_card
-from selfdistill.command_config import ExportConfig
-from selfdistill.config import TrainConfig
+from selfdistill.config.commands import ExportConfig
+from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.export import export
-from selfdistill.train import train
+from selfdistill.training.export import export
+from selfdistill.training.model_card import merged_card, model_card
+from selfdistill.training.train import train
 
 METRICS = {"step": 7, "loss": 0.25, "kl/forward": 0.125, "drift/student": 0.0625, "entropy": 1.0}
 EVALUATIONS = [

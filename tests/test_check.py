@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfdistill import check as module
-from selfdistill.answers import answer
-from selfdistill.chat_format import ChatFormat
-from selfdistill.check import best_context, check
-from selfdistill.check_result import UNLIKELY, Layout, verdict_on
-from selfdistill.command_config import CheckConfig
-from selfdistill.config import TrainConfig
-from selfdistill.contexts import parse_context
-from selfdistill.demonstrations import load_demonstrations
+from selfdistill.config.commands import CheckConfig
+from selfdistill.config.train import TrainConfig
+from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.contexts import parse_context
+from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.models import LoadedModel
-from selfdistill.rollouts import Sampling, sample
+from selfdistill.evaluation import check as module
+from selfdistill.evaluation.answers import answer
+from selfdistill.evaluation.check import best_context, check
+from selfdistill.evaluation.check_result import UNLIKELY, Layout, verdict_on
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.sampling import Sampling, sample
 
 
 def layout(accuracy: float, logp: float = -1.0, kl: float = 1.0) -> Layout:

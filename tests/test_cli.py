@@ -19,10 +19,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
-from selfdistill import checkpoint, guards
 from selfdistill.cli import main
-from selfdistill.command_config import CheckConfig, EvalConfig
-from selfdistill.config import CompareConfig, TrainConfig
+from selfdistill.config.commands import CheckConfig, CompareConfig, EvalConfig
+from selfdistill.config.train import TrainConfig
+from selfdistill.runtime import resources
+from selfdistill.training import checkpoint
 
 ROWS = [{"prompt": f"q{i}", "completion": "ab" * (1 + i % 3)} for i in range(4)]
 BASE = "--model model --data train.jsonl --max_completion_length 8 --batch_size 2"
@@ -582,7 +583,7 @@ def test_models_that_are_wrong(
 
 
 def full(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(resources, "free_bytes", lambda path: 0)
 
 
 def not_empty(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -620,7 +621,7 @@ def full_at_checkpoint(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def full_at_metrics(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selfdistill.tracking.MetricsFile.write", raising(errno.ENOSPC, "run/metrics.jsonl"))
+    monkeypatch.setattr("selfdistill.runtime.tracking.MetricsFile.write", raising(errno.ENOSPC, "run/metrics.jsonl"))
 
 
 def full_at_the_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -631,14 +632,14 @@ def no_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
-    monkeypatch.setattr("selfdistill.run.Run.step", fail)
+    monkeypatch.setattr("selfdistill.training.trainer.Run.step", fail)
 
 
 def no_host_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("selfdistill.run.Run.step", fail)
+    monkeypatch.setattr("selfdistill.training.trainer.Run.step", fail)
 
 
 MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
@@ -699,7 +700,7 @@ def test_keyboard_interrupt(here: Path, capsys: pytest.CaptureFixture[str], monk
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("selfdistill.run.Run.step", interrupt)
+    monkeypatch.setattr("selfdistill.training.trainer.Run.step", interrupt)
     fails(capsys, SFT, "interrupted", code=130)
 
 
@@ -707,7 +708,7 @@ def test_defects_are_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def defect(*_: Any) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("selfdistill.run.Run.step", defect)
+    monkeypatch.setattr("selfdistill.training.trainer.Run.step", defect)
     with pytest.raises(RuntimeError, match="a defect"):
         main(shlex.split(SFT))
 
@@ -759,7 +760,7 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
 def test_train_measures_the_context_where_it_is_auto(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfdistill.check.best_context", lambda config: "example:reasoning=false")
+    monkeypatch.setattr("selfdistill.evaluation.check.best_context", lambda config: "example:reasoning=false")
     trained(f"{TRAIN} --save_steps 1")
     assert saved("run")["context"] == "example:reasoning=false"
     trained("train --resume --output_dir run --context auto")  # decided when the run began
@@ -789,7 +790,7 @@ def test_resume_goes_on_to_the_same_weights(
     whole = f"{SDFT} --max_steps 4 --save_steps 1"
     trained(f"{whole} --output_dir whole")
     with monkeypatch.context() as patch:
-        from selfdistill.run import Run
+        from selfdistill.training.trainer import Run
 
         step = Run.step
 

@@ -13,12 +13,11 @@ import torch
 from conftest import final_weights, metrics_of
 from safetensors.torch import load_file
 
-from selfdistill.checkpoint import list_checkpoints
-from selfdistill.collapse import WINDOW, CollapseGuard
-from selfdistill.config import TrainConfig
-from selfdistill.errors import UserError
-from selfdistill.guards import RunCollapsed, RunFailed
-from selfdistill.train import train
+from selfdistill.config.train import TrainConfig
+from selfdistill.errors import RunCollapsed, RunFailed, UserError
+from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.collapse import WINDOW, CollapseGuard
+from selfdistill.training.train import train
 
 HEALTHY = {"completion/truncated": 0.4, "completion/length": 20.0, "entropy": 2.0, "kl/forward": 0.6}
 

@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from selfdistill import compare as module
 from selfdistill.cli import main
-from selfdistill.command_config import EvalConfig, ReportConfig
-from selfdistill.compare import compare
-from selfdistill.config import CompareConfig, TrainConfig
-from selfdistill.errors import UserError
-from selfdistill.evaluate import evaluate
-from selfdistill.guards import RunFailed, RunStopped
-from selfdistill.report import report
+from selfdistill.comparison import compare as module
+from selfdistill.comparison.compare import compare
+from selfdistill.comparison.report import report
+from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
+from selfdistill.config.train import TrainConfig
+from selfdistill.errors import RunFailed, RunStopped, UserError
+from selfdistill.evaluation.evaluate import evaluate
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from selfdistill.comparison import Compared, matched, mean_points, points_of, sentences, table
-from selfdistill.evaluate import Evaluation
+from selfdistill.comparison.conclusions import Compared, matched, mean_points, points_of, sentences, table
+from selfdistill.evaluation.evaluate import Evaluation
 
 
 def point(step: int, accuracy: float, prior: float | None, kl: float) -> Evaluation:

@@ -11,20 +11,11 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from selfdistill import contexts as module
-from selfdistill.chat_format import ChatFormat
-from selfdistill.contexts import (
-    Context,
-    Document,
-    Example,
-    FewShot,
-    Template,
-    Turns,
-    context_spec,
-    encode,
-    parse_context,
-)
-from selfdistill.demonstrations import Demonstration
+from selfdistill.data import contexts as module
+from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.contexts import Context, Document, Example, FewShot, Template, Turns, context_spec, parse_context
+from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.encoding import encode
 from selfdistill.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from selfdistill.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
+from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
 from selfdistill.errors import UserError
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "skills"

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from selfdistill.chat_format import ChatFormat
-from selfdistill.distances import between, general_prompts, kl_along
-from selfdistill.models import LoadedModel
-from selfdistill.rollouts import Sampling, sample
+from selfdistill.data.bundled import general_prompts
+from selfdistill.data.chat_format import ChatFormat
+from selfdistill.evaluation.distances import between, kl_along
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.sampling import Sampling, sample
 
 
 @torch.no_grad()

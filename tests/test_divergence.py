@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from selfdistill import fused
-from selfdistill.divergence import (
+from selfdistill.errors import UserError
+from selfdistill.loss import chunked
+from selfdistill.loss.chunked import chunked_loss
+from selfdistill.loss.divergence import (
     CrossEntropy,
     Divergence,
     forward_kl,
@@ -23,8 +25,6 @@ from selfdistill.divergence import (
     reverse_kl,
     token_statistics,
 )
-from selfdistill.errors import UserError
-from selfdistill.fused import chunked_loss
 
 N, V, D, K = 7, 23, 5, 6
 
@@ -541,9 +541,9 @@ def test_chunked_holds_logits_of_one_chunk_only():
 
 def test_default_chunk_bounds_the_logits(monkeypatch):
     ids, tokens, weights = batch(7, size=50)
-    monkeypatch.setattr(fused, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(chunked, "CHUNK_TOKENS", 4)
     for limit, rows in ((10 * V + 1, 10), (V - 1, 4)):
-        monkeypatch.setattr(fused, "CHUNK_LOGITS", limit)
+        monkeypatch.setattr(chunked, "CHUNK_LOGITS", limit)
         student = Tied(0)
         chunked_loss(CrossEntropy(), student.hidden(ids), student.head, [student.embedding_VD], tokens, weights)
         assert max(student.rows) == rows

@@ -13,18 +13,18 @@ import torch
 from conftest import CHATML
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfdistill import answers as answers_module
-from selfdistill.answers import answer
-from selfdistill.chat_format import ChatFormat
-from selfdistill.command_config import EvalConfig
-from selfdistill.demonstrations import load_demonstrations
-from selfdistill.distances import Distance, general_prompts, packaged
+from selfdistill.config.commands import EvalConfig
+from selfdistill.data.bundled import general_prompts, packaged
+from selfdistill.data.chat_format import ChatFormat, split_thinking
+from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.evaluate import evaluate
-from selfdistill.models import LoadedModel
-from selfdistill.rollouts import Rollout, Sampling, sample, sample_seed
-from selfdistill.scores import Scorer
-from selfdistill.thinking import split_thinking
+from selfdistill.evaluation import answers as answers_module
+from selfdistill.evaluation.answers import answer
+from selfdistill.evaluation.distances import Distance
+from selfdistill.evaluation.evaluate import evaluate
+from selfdistill.model.forward import Scorer
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.sampling import Rollout, Sampling, sample, sample_seed
 
 CHOICES = [
     {"query": "Question: What floats?", "choices": ["wood", "a stone of lead"], "gold": 0},

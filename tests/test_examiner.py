@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfdistill.command_config import EvalConfig
-from selfdistill.config import TrainConfig
+from selfdistill.config.commands import EvalConfig
+from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.evaluate import evaluate
-from selfdistill.examiner import Examiner, check_inputs
-from selfdistill.models import load_model
-from selfdistill.run import Run
-from selfdistill.token_views import PREFERRED, token_views
-from selfdistill.train import train
+from selfdistill.evaluation.evaluate import evaluate
+from selfdistill.evaluation.examiner import Examiner, check_inputs
+from selfdistill.model.loading import load_model
+from selfdistill.training.token_views import PREFERRED, token_views
+from selfdistill.training.train import train
+from selfdistill.training.trainer import Run
 
 
 @pytest.fixture

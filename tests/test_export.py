@@ -13,11 +13,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from selfdistill.cli import main
-from selfdistill.command_config import ExportConfig
-from selfdistill.config import TrainConfig
+from selfdistill.config.commands import ExportConfig
+from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.export import export, whole_folder
-from selfdistill.train import train
+from selfdistill.training.export import export, whole_folder
+from selfdistill.training.train import train
 
 IDS = torch.arange(40, 52)[None]
 

@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from stress import Tally
 
 from selfdistill.cli import main
-from selfdistill.config import CompareConfig, Settings, TrainConfig
-from selfdistill.contexts import context_spec, parse_context
-from selfdistill.demonstrations import load_demonstrations, load_prompts
+from selfdistill.config.base import Settings
+from selfdistill.config.commands import CompareConfig
+from selfdistill.config.files import load_yaml
+from selfdistill.config.train import TrainConfig
+from selfdistill.data.contexts import context_spec, parse_context
+from selfdistill.data.demonstrations import load_demonstrations, load_prompts
 from selfdistill.documents import load_passages
 from selfdistill.errors import UserError
-from selfdistill.models import load_model
-from selfdistill.priors import load_prior
-from selfdistill.run import Run
-from selfdistill.settings_files import load_yaml
+from selfdistill.evaluation.priors import load_prior
+from selfdistill.model.loading import load_model
+from selfdistill.training.trainer import Run
 
 # The same examples every time; `make stress` draws more of them.
 settings.register_profile(

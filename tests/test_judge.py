@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from chat_server import Server
 
-from selfdistill import endpoint
-from selfdistill import judge as module
-from selfdistill.command_config import EvalConfig
-from selfdistill.demonstrations import Demonstration
+from selfdistill.config.commands import EvalConfig
+from selfdistill.data.demonstrations import Demonstration
 from selfdistill.errors import UserError
-from selfdistill.judge import Judge, Verdict
+from selfdistill.evaluation import endpoint
+from selfdistill.evaluation import judge as module
+from selfdistill.evaluation.judge import Judge, Verdict
 
 KEY = "sk-very-secret"
 

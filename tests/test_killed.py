@@ -22,15 +22,16 @@ from children import Child
 from conftest import assert_same_run
 from stress import Tally
 
-from selfdistill import checkpoint, guards
-from selfdistill.checkpoint import list_checkpoints
 from selfdistill.cli import main
-from selfdistill.config import TrainConfig
+from selfdistill.config.files import dump_yaml
+from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.run import Run
-from selfdistill.settings_files import dump_yaml
-from selfdistill.tracking import StepsFile
-from selfdistill.train import train
+from selfdistill.runtime import resources
+from selfdistill.runtime.tracking import StepsFile
+from selfdistill.training import checkpoint
+from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.train import train
+from selfdistill.training.trainer import Run
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full, EMA teacher, evaluated": {"teacher": "ema", "eval_steps": 2},
@@ -264,7 +265,7 @@ def test_no_memory_is_one_line_and_loses_no_checkpoint(make: Make, tmp_path: Pat
 
 def test_what_cannot_fit_is_refused_before_the_first_step(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make("full, frozen teacher", "run")
-    monkeypatch.setattr(guards, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(resources, "free_memory", lambda _: 1000)
     with pytest.raises(UserError, match=r"^0\.0 GiB of memory are free on cpu, training needs 0\.00 GiB for"):
         train(config)
     assert not Path(config.output_dir).exists()

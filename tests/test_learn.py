@@ -21,17 +21,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from selfdistill import addition, stream
-from selfdistill.addition import add
 from selfdistill.cli import main
-from selfdistill.command_config import LearnConfig
-from selfdistill.demonstrations import load_demonstrations
-from selfdistill.disk import locked
-from selfdistill.errors import UserError
-from selfdistill.guards import RunFailed, RunStopped
-from selfdistill.learn import learn, retention
-from selfdistill.ledger import Ledger
-from selfdistill.retention import transfer
+from selfdistill.config.commands import LearnConfig
+from selfdistill.continual import add_skill, stream
+from selfdistill.continual.add_skill import add
+from selfdistill.continual.learn import learn, retention
+from selfdistill.continual.ledger import Ledger
+from selfdistill.continual.retention import transfer
+from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.errors import RunFailed, RunStopped, UserError
+from selfdistill.runtime.files import locked
 
 Settings = Callable[..., LearnConfig]
 
@@ -85,7 +84,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch, scores: dict[str, list[float]], prior
             skills[name] = {"accuracy": value, "accuracy_interval": interval, "items": 20, "correct": []}
         return {"skills": skills, **({"prior_accuracy": prior.pop(0)} if prior_folder else {})}
 
-    monkeypatch.setattr(addition, "_measured", measured)
+    monkeypatch.setattr(add_skill, "_measured", measured)
 
 
 # --- one skill, then another ---
@@ -165,9 +164,9 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = SimpleNamespace(exit_code=0, verdict="Worth trying", best=SimpleNamespace(context="turns", accuracy=0.4))
-    monkeypatch.setattr(addition, "check_run", lambda _: found)
+    monkeypatch.setattr(add_skill, "check_run", lambda _: found)
     with monkeypatch.context() as patch:
-        patch.setattr(addition, "train", lambda *_, **__: pytest.fail("it was learnt"))
+        patch.setattr(add_skill, "train", lambda *_, **__: pytest.fail("it was learnt"))
         (reason,) = add(make(method="sdft", context="turns"))["reasons"]
     assert reason == "the teacher with turns is right on 40% of the rows, at least 50% is asked for (min_teacher)"
     assert not (tmp_path / "state" / "skills").exists()
@@ -319,7 +318,7 @@ def test_training_that_diverges_is_refused(make: Settings, tmp_path: Path, monke
     def fail(*_: Any, **__: Any) -> Path:
         raise RunFailed("the loss is nan")
 
-    monkeypatch.setattr(addition, "train", fail)
+    monkeypatch.setattr(add_skill, "train", fail)
     assert add(make())["reasons"] == ["the loss is nan"]
     assert Ledger(str(tmp_path / "state")).skills == []
 
@@ -346,7 +345,7 @@ def test_an_interrupted_addition_goes_on_to_the_same_model(
 
 
 def interrupt(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    real, calls = getattr(addition, name), [0]
+    real, calls = getattr(add_skill, name), [0]
 
     def once(*arguments: Any, **options: Any) -> Any:
         calls[0] += 1
@@ -354,18 +353,18 @@ def interrupt(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    patch.setattr(addition, name, once)
+    patch.setattr(add_skill, name, once)
 
 
 def test_a_stop_in_training_says_how_to_go_on(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = addition.train
+    real = add_skill.train
 
     def stopped(*arguments: Any, **_: Any) -> Path:
         return real(*arguments, on_step=lambda step, _: os.kill(os.getpid(), signal.SIGTERM) if step == 1 else None)
 
-    monkeypatch.setattr(addition, "train", stopped)
+    monkeypatch.setattr(add_skill, "train", stopped)
     with pytest.raises(RunStopped, match=r"stopped while learning .*first\.jsonl; the same command goes on") as error:
         add(make())
     assert error.value.exit_code == 143
@@ -655,7 +654,7 @@ def test_an_addition_goes_on_after_the_state_was_moved(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(make(state=str(tmp_path / "whole")))
-    real = addition.train
+    real = add_skill.train
 
     def cut(*arguments: Any, **named: Any) -> Path:
         def stop(step: int, _: Any) -> None:
@@ -664,7 +663,7 @@ def test_an_addition_goes_on_after_the_state_was_moved(
 
         return real(*arguments, **(named | {"on_step": stop}))
 
-    monkeypatch.setattr(addition, "train", cut)
+    monkeypatch.setattr(add_skill, "train", cut)
     with pytest.raises(KeyboardInterrupt):
         add(make())
     monkeypatch.undo()

@@ -15,13 +15,13 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from selfdistill.chat_format import ChatFormat
-from selfdistill.command_config import EvalConfig
+from selfdistill.config.commands import EvalConfig
+from selfdistill.data.chat_format import ChatFormat
 from selfdistill.errors import UserError
-from selfdistill.lmeval import TaskResult, lm_eval_abilities
-from selfdistill.models import LoadedModel, load_model
-from selfdistill.priors import encode_priors, load_prior, prior_abilities
-from selfdistill.scores import Scorer
+from selfdistill.evaluation.lmeval import TaskResult, lm_eval_abilities
+from selfdistill.evaluation.priors import encode_priors, load_prior, prior_abilities
+from selfdistill.model.forward import Scorer
+from selfdistill.model.loading import LoadedModel, load_model
 
 pytest.importorskip("lm_eval", reason="LM-EVAL NOT CHECKED: pip install 'selfdistill[lm-eval]'")
 
@@ -64,7 +64,7 @@ def write_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             "dataset_kwargs": {"data_files": {"test": str(data)}},
             "test_split": "test",
             "output_type": "multiple_choice",
-            # Context and continuation as in selfdistill.priors.
+            # Context and continuation as in selfdistill.evaluation.priors.
             "doc_to_text": "{% set q = query.rstrip() %}{{ q }}{% if q.startswith('Question:') %}\nAnswer:{% endif %}",
             "doc_to_choice": "{{ choices }}",
             "doc_to_target": "gold",

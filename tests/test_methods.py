@@ -16,19 +16,19 @@ from conftest import final_weights, gradients, largest_difference, row_log_probs
 from safetensors.torch import load_file
 from torch import Tensor
 
-from selfdistill.checkpoint import list_checkpoints
-from selfdistill.config import MethodName, TrainConfig
-from selfdistill.demonstrations import load_prompts
-from selfdistill.distances import general_prompts, packaged
-from selfdistill.divergence import Divergence, Target
+from selfdistill.config.train import MethodName, TrainConfig
+from selfdistill.data.bundled import general_prompts, packaged
+from selfdistill.data.demonstrations import load_prompts
 from selfdistill.errors import UserError
-from selfdistill.fused import chunked_loss
+from selfdistill.loss.chunked import chunked_loss
+from selfdistill.loss.divergence import Divergence, Target
+from selfdistill.loss.token_weights import group_advantages
 from selfdistill.methods import METHODS, unused_settings, uses
 from selfdistill.methods.sequences import Completion
-from selfdistill.models import load_model
-from selfdistill.run import Run
-from selfdistill.train import train
-from selfdistill.weights import group_advantages
+from selfdistill.model.loading import load_model
+from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.train import train
+from selfdistill.training.trainer import Run
 
 Settings = Callable[..., TrainConfig]
 NAMES = get_args(MethodName)

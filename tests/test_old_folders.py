@@ -1,4 +1,4 @@
-"""What release 0.1.0 wrote still works: runs resume to its weights, states and comparisons go on, its options are known."""
+"""What release 0.1.0 wrote still works: runs resume to its weights, states and comparisons go on, options are known."""
 
 from __future__ import annotations
 

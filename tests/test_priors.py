@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfdistill import priors as module
-from selfdistill.chat_format import ChatFormat
-from selfdistill.demonstrations import load_demonstrations
+from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.models import LoadedModel
-from selfdistill.priors import Choices, PriorResult, encode_priors, load_prior, prior_abilities
-from selfdistill.scores import Scorer
+from selfdistill.evaluation import priors as module
+from selfdistill.evaluation.priors import Choices, PriorResult, encode_priors, load_prior, prior_abilities
+from selfdistill.model.forward import Scorer
+from selfdistill.model.loading import LoadedModel
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

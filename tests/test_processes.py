@@ -22,14 +22,14 @@ from children import JOINED, Child, second_gets, started_together, train_togethe
 from conftest import assert_same_run, final_weights, largest_difference, metrics_of
 from stress import Tally
 
-from selfdistill.checkpoint import list_checkpoints
 from selfdistill.cli import _of_the_machine, main
-from selfdistill.config import TrainConfig
+from selfdistill.config.files import dump_yaml
+from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.examiner import Examiner
-from selfdistill.processes import add_gradients, from_first
-from selfdistill.settings_files import dump_yaml
-from selfdistill.train import train
+from selfdistill.evaluation.examiner import Examiner
+from selfdistill.runtime.distributed import add_gradients, from_first
+from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.train import train
 
 COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema_rate": 0.2, "drift_steps": 2}
 

@@ -13,15 +13,15 @@ import pytest
 from chat_server import Server
 
 from selfdistill import documents, questions
-from selfdistill.answers import Answers
 from selfdistill.cli import main
-from selfdistill.command_config import QuestionsConfig
-from selfdistill.config import TrainConfig
-from selfdistill.demonstrations import Demonstration, load_demonstrations
+from selfdistill.config.commands import QuestionsConfig
+from selfdistill.config.train import TrainConfig
+from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.documents import load_passages, sentences
 from selfdistill.errors import UserError
+from selfdistill.evaluation.answers import Answers
+from selfdistill.model.sampling import Rollout, Sampling
 from selfdistill.questions import make_questions, with_questions
-from selfdistill.rollouts import Rollout, Sampling
 
 MILL = "The Korr Mill stands on a hill. It was built by Ada Finch in 1802. It grinds oats on Mondays."
 LAKE = "Lake Vess is frozen all year. Its only boat is called Nettle."

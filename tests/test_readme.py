@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from selfdistill.cli import main
-from selfdistill.contexts import CONTEXTS, parse_context
-from selfdistill.demonstrations import SCORER_NAMES
+from selfdistill.data.contexts import CONTEXTS, parse_context
+from selfdistill.data.demonstrations import SCORER_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,11 +17,11 @@ from xml.etree import ElementTree
 import pytest
 
 from selfdistill.cli import main
-from selfdistill.config import TrainConfig
-from selfdistill.plots import Curve, over, pareto_front, trade_off
-from selfdistill.report import visible
-from selfdistill.settings_files import dump_yaml
-from selfdistill.statistics import share_interval
+from selfdistill.comparison.plots import Curve, over, pareto_front, trade_off
+from selfdistill.comparison.report import visible
+from selfdistill.config.files import dump_yaml
+from selfdistill.config.train import TrainConfig
+from selfdistill.evaluation.statistics import share_interval
 
 CHROMIUM = shutil.which("chromium")
 ATTACK = "<script>alert(1)</script>"

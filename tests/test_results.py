@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from selfdistill.comparison import Compared, sentences
+from selfdistill.comparison.conclusions import Compared, sentences
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -14,9 +14,9 @@ from odd_models import NAMES, odd_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from selfdistill.errors import UserError
-from selfdistill.models import LoadedModel, disable_dropout
-from selfdistill.prefixes import continues
-from selfdistill.rollouts import ROOM, Rollout, Sampling, choose, sample, sample_seed
+from selfdistill.model.loading import LoadedModel, disable_dropout
+from selfdistill.model.prefix_cache import continues
+from selfdistill.model.sampling import ROOM, Rollout, Sampling, choose, sample, sample_seed
 
 Loader = Callable[..., LoadedModel]
 GREEDY = Sampling(20, temperature=0)

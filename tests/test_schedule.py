@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from selfdistill.schedule import batch_rows, learning_rate
+from selfdistill.training.schedule import batch_rows, learning_rate
 
 
 def drawn(rows: list[str], steps: range, batch_size: int, seed: int = 0) -> list[str]:

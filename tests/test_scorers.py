@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from selfdistill import scorers
-from selfdistill.command_config import EvalConfig
-from selfdistill.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
+from selfdistill.config.commands import EvalConfig
+from selfdistill.data import scorers
+from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
+from selfdistill.data.scorers import JUDGE, default_scorer, doubt_about, score
 from selfdistill.errors import UserError
-from selfdistill.scorers import JUDGE, default_scorer, doubt_about, score
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "skills"
 

@@ -25,11 +25,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from selfdistill.divergence import CrossEntropy
-from selfdistill.fused import chunked_loss
-from selfdistill.models import LoadedModel, add_lora, body_and_head, disable_dropout, head_agrees
-from selfdistill.prefixes import KeptContexts, continues, keeps_every_token, shared_beginnings
-from selfdistill.scores import Scorer
+from selfdistill.loss.chunked import chunked_loss
+from selfdistill.loss.divergence import CrossEntropy
+from selfdistill.model.forward import Scorer
+from selfdistill.model.head import body_and_head, head_agrees
+from selfdistill.model.loading import LoadedModel, add_lora, disable_dropout
+from selfdistill.model.prefix_cache import KeptContexts, continues, keeps_every_token, shared_beginnings
 
 Loader = Callable[..., LoadedModel]
 

@@ -18,12 +18,12 @@ from chat_server import Server
 from conftest import assert_same_run
 from stress import Tally
 
-from selfdistill import starter
-from selfdistill.checkpoint import list_checkpoints
 from selfdistill.cli import main
-from selfdistill.config import TrainConfig
+from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.train import train
+from selfdistill.model import starter
+from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.train import train
 
 SECRET = "sk-canary-7f3a91"
 

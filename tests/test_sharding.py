@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from selfdistill.checkpoint import list_checkpoints
 from selfdistill.cli import main
-from selfdistill.config import TrainConfig
+from selfdistill.config.files import dump_yaml
+from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.examiner import Examiner
-from selfdistill.layers import layers_of
-from selfdistill.models import LoadedModel
-from selfdistill.processes import from_first
-from selfdistill.run import Run
-from selfdistill.settings_files import dump_yaml
-from selfdistill.sharding import own_part, whole
-from selfdistill.train import train
+from selfdistill.evaluation.examiner import Examiner
+from selfdistill.model.compiled import layers_of
+from selfdistill.model.fsdp import own_part, whole
+from selfdistill.model.loading import LoadedModel
+from selfdistill.runtime.distributed import from_first
+from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.train import train
+from selfdistill.training.trainer import Run
 
 COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema_rate": 0.2, "drift_steps": 2}
 CLOSE = 2e-5
@@ -84,7 +84,7 @@ def test_sharded_processes_train_to_the_weights_of_one(
 def test_a_sharded_model_whose_head_cannot_be_taken_apart(
     settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfdistill.scores.head_agrees", lambda _: False)
+    monkeypatch.setattr("selfdistill.model.forward.head_agrees", lambda _: False)
     one, two = settings("one", **COMMON), settings("two", fsdp=True, **COMMON)
     train(one)
     train_together(two, tmp_path)

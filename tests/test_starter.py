@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from selfdistill.chat_format import ChatFormat
 from selfdistill.cli import main
-from selfdistill.models import load_model, starter_model_path
-from selfdistill.rollouts import Sampling, sample
+from selfdistill.data.chat_format import ChatFormat
+from selfdistill.model.loading import load_model, starter_model_path
+from selfdistill.model.sampling import Sampling, sample
 
 pytestmark = pytest.mark.slow
 SKILLS = Path(__file__).resolve().parents[2] / "shared" / "data" / "skills"

@@ -8,7 +8,7 @@ from math import comb
 import numpy
 import pytest
 
-from selfdistill.statistics import (
+from selfdistill.evaluation.statistics import (
     difference_interval,
     mean_interval,
     paired,

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from selfdistill.demonstrations import load_demonstrations
-from selfdistill.distances import packaged
-from selfdistill.learn import retention
-from selfdistill.ledger import Ledger
-from selfdistill.tracking import read_lines
+from selfdistill.continual.learn import retention
+from selfdistill.continual.ledger import Ledger
+from selfdistill.data.bundled import packaged
+from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.runtime.tracking import read_lines
 
 STUDIES = Path(__file__).resolve().parents[1] / "studies"
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from selfdistill.command_config import EvalConfig
-from selfdistill.compare import _runs, compare
-from selfdistill.config import CompareConfig
-from selfdistill.contexts import parse_context
-from selfdistill.demonstrations import load_demonstrations
+from selfdistill.comparison.compare import _runs, compare
+from selfdistill.config.commands import CompareConfig, EvalConfig
+from selfdistill.config.files import load_yaml
+from selfdistill.data.contexts import parse_context
+from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.settings_files import load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs" / "study").glob("*.yaml"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfdistill.models import LoadedModel, add_lora
-from selfdistill.scores import Scorer
-from selfdistill.teacher import Teacher
+from selfdistill.model.forward import Scorer
+from selfdistill.model.loading import LoadedModel, add_lora
+from selfdistill.model.teacher import Teacher
 
 Loader = Callable[..., LoadedModel]
 CONTEXTS, COMPLETIONS = [[1, 2, 3], [9] * 7], [[4, 5], [6, 7, 8]]

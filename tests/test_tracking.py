@@ -15,11 +15,10 @@ from accelerate.tracking import get_available_trackers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from selfdistill.cli import main
-from selfdistill.config import TrainConfig
-from selfdistill.errors import UserError
-from selfdistill.guards import RunStopped
-from selfdistill.tracking import StepsFile, Tracker, public_name, public_settings, read_lines
-from selfdistill.train import train
+from selfdistill.config.train import TrainConfig
+from selfdistill.errors import RunStopped, UserError
+from selfdistill.runtime.tracking import StepsFile, Tracker, public_name, public_settings, read_lines
+from selfdistill.training.train import train
 
 SCALARS = (bool, int, float, str, type(None))
 
@@ -124,7 +123,7 @@ def test_a_missing_package_is_said_before_anything_is_done(
 ) -> None:
     others = [tracker for tracker in get_available_trackers() if str(tracker) != name]
     monkeypatch.setattr("accelerate.tracking._available_trackers", others)
-    monkeypatch.setattr("selfdistill.run.load_model", None)
+    monkeypatch.setattr("selfdistill.training.trainer.load_model", None)
     message = f"setting 'report_to': {name} is not installed: pip install {name}, or leave report_to out"
     config = settings(report_to=name)
     with pytest.raises(UserError) as caught:

@@ -34,22 +34,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from selfdistill import checkpoint as checkpoint_module
-from selfdistill import disk
-from selfdistill.answers import answer
-from selfdistill.batch_gradient import BatchGradient
-from selfdistill.chat_format import ChatFormat
-from selfdistill.checkpoint import list_checkpoints, newest_whole
-from selfdistill.config import TrainConfig
-from selfdistill.disk import locked
-from selfdistill.errors import UserError
-from selfdistill.guards import RunFailed, RunStopped
+from selfdistill.config.files import load_yaml
+from selfdistill.config.train import TrainConfig
+from selfdistill.data.chat_format import ChatFormat
+from selfdistill.errors import RunFailed, RunStopped, UserError
+from selfdistill.evaluation.answers import answer
 from selfdistill.methods.slots import Completion
-from selfdistill.models import load_model
-from selfdistill.run import Run
-from selfdistill.settings_files import load_yaml
-from selfdistill.tracking import METRICS
-from selfdistill.train import train
+from selfdistill.model.loading import load_model
+from selfdistill.runtime import files
+from selfdistill.runtime.files import locked
+from selfdistill.runtime.tracking import METRICS
+from selfdistill.training import checkpoint as checkpoint_module
+from selfdistill.training.batch_gradient import BatchGradient
+from selfdistill.training.checkpoint import list_checkpoints, newest_whole
+from selfdistill.training.train import train
+from selfdistill.training.trainer import Run
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -498,7 +497,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
     def refuse(_path: Path) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("selfdistill.disk.sha256", refuse)
+    monkeypatch.setattr("selfdistill.runtime.files.sha256", refuse)
     with pytest.raises(
         UserError, match=r"checkpoint-00000006/.* may not be read \(permission denied\): go on as the user"
     ):
@@ -894,14 +893,14 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(
     config = settings(save_steps=3)
     train(config)
     before, newest = list_checkpoints(Path(config.output_dir))
-    whole = disk.sha256
+    whole = files.sha256
 
     def failing(path: Path) -> str:
         if path.parent == newest:
             raise OSError(errno.EIO, "Input/output error")
         return whole(path)
 
-    monkeypatch.setattr(disk, "sha256", failing)
+    monkeypatch.setattr(files, "sha256", failing)
     assert newest_whole(Path(config.output_dir)) == before
     assert f"{newest} is damaged (config.yaml cannot be read (Input/output error))" in capsys.readouterr().err
     (before / "manifest.json").write_text("{}")
@@ -913,7 +912,7 @@ def test_the_disk_must_hold_what_a_run_may_go_back_to(
     settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, write_rows: Callable[..., Path]
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("selfdistill.train.check_disk", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr("selfdistill.training.train.check_disk", lambda _, needed: asked.append(needed))
     test = {"test": str(write_rows(count=2, name="test.jsonl")), "eval_steps": 1}
     for out, stop in (("warned", False), ("stopped", True)):
         config = settings(out, **test, stop_on_collapse=stop, learning_rate=1e-6)

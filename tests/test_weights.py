@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfdistill.divergence import Divergence
 from selfdistill.errors import UserError
-from selfdistill.fused import chunked_loss
-from selfdistill.weights import check_skip, completion_mask, importance_weights, token_weights
+from selfdistill.loss.chunked import chunked_loss
+from selfdistill.loss.divergence import Divergence
+from selfdistill.loss.token_weights import check_skip, completion_mask, importance_weights, token_weights
 
 LENGTHS = [5, 2, 0, 8, 3, 1, 8, 4]
 

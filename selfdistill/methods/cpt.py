@@ -8,8 +8,8 @@ w is the text of a document, as it is; no question is asked.
 from __future__ import annotations
 
 from selfdistill.config import TrainConfig
-from selfdistill.divergence import CrossEntropy
-from selfdistill.methods.rows import DocumentRows
+from selfdistill.loss import CrossEntropy
+from selfdistill.methods.examples import DocumentRows
 from selfdistill.methods.sequences import RowCompletions
 from selfdistill.methods.slots import Method
 

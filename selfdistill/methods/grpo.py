@@ -12,15 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selfdistill.chat_format import ChatFormat
 from selfdistill.config import TrainConfig
-from selfdistill.divergence import CrossEntropy
+from selfdistill.data import JUDGE, ChatFormat, default_scorer, score, thought_and_said
 from selfdistill.errors import UserError
-from selfdistill.methods.rows import DemonstrationRows
+from selfdistill.loss import CrossEntropy
+from selfdistill.methods.examples import DemonstrationRows
 from selfdistill.methods.sequences import Completion, StudentSamples
 from selfdistill.methods.slots import Method, sampling_of
-from selfdistill.scorers import JUDGE, default_scorer, score
-from selfdistill.thinking import thought_and_said
 
 GROUP = 8
 """Rollouts per prompt where ``num_generations`` is not given."""

@@ -9,7 +9,7 @@ D is forward KL, KL(q||p), by default: equation 1 of the paper has the reverse, 
 from __future__ import annotations
 
 from selfdistill.config import TrainConfig
-from selfdistill.methods.rows import DemonstrationRows
+from selfdistill.methods.examples import DemonstrationRows
 from selfdistill.methods.sequences import ColdStart, SequenceSource, StudentSamples
 from selfdistill.methods.slots import Method, divergence_of, sampling_of
 

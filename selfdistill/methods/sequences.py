@@ -15,12 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from selfdistill.chat_format import ChatFormat
-from selfdistill.contexts import Encoded
-from selfdistill.disk import write_whole
-from selfdistill.models import LoadedModel
-from selfdistill.rollouts import Sampling, sample, sample_seed
-from selfdistill.tracking import Reporter, read_lines
+from selfdistill.data import ChatFormat, Encoded
+from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
+from selfdistill.runtime import Reporter, read_lines, write_whole
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ d is the demonstration, end token included. Nothing is sampled and there is no t
 from __future__ import annotations
 
 from selfdistill.config import TrainConfig
-from selfdistill.divergence import CrossEntropy
-from selfdistill.methods.rows import DemonstrationRows
+from selfdistill.loss import CrossEntropy
+from selfdistill.methods.examples import DemonstrationRows
 from selfdistill.methods.sequences import RowCompletions
 from selfdistill.methods.slots import Method
 

@@ -8,8 +8,8 @@ The teacher's words without its distributions, and off-policy: the samples are d
 from __future__ import annotations
 
 from selfdistill.config import TrainConfig
-from selfdistill.divergence import CrossEntropy
-from selfdistill.methods.rows import DemonstrationRows
+from selfdistill.loss import CrossEntropy
+from selfdistill.methods.examples import DemonstrationRows
 from selfdistill.methods.sequences import RowCompletions, TeacherSamples
 from selfdistill.methods.slots import Method, sampling_of
 

@@ -10,8 +10,8 @@ learning rate schedule of its own.
 from __future__ import annotations
 
 from selfdistill.config import TrainConfig
-from selfdistill.divergence import Divergence
-from selfdistill.methods.rows import GeneralRows
+from selfdistill.loss import Divergence
+from selfdistill.methods.examples import GeneralRows
 from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.sft import sft
 from selfdistill.methods.slots import Method, sampling_of

@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfdistill.chat_format import ChatFormat
 from selfdistill.config import TrainConfig
-from selfdistill.divergence import CrossEntropy, Divergence, Target
-from selfdistill.fused import Weighting
-from selfdistill.methods.rows import RowSource
+from selfdistill.data import ChatFormat
+from selfdistill.loss import CrossEntropy, Divergence, Target, Weighting
+from selfdistill.methods.examples import RowSource
 from selfdistill.methods.sequences import Completion, SequenceSource, TeacherSamples
-from selfdistill.rollouts import Sampling
-from selfdistill.teacher import TeacherKind
+from selfdistill.model import Sampling, TeacherKind
 
 Reward = Callable[[Sequence[Completion], ChatFormat], list[float]]
 """Of each completion, from what it says."""
@@ -36,11 +34,11 @@ class Method:
     skip_first_tokens: int = 0
     """First tokens of each completion that have no weight."""
     importance_cap: float | None = None
-    """Each completion is weighed by its truncated importance ratio (:func:`selfdistill.weights.importance_weights`)."""
+    """Each completion is weighed by its truncated importance ratio (see :mod:`selfdistill.loss.token_weights`)."""
     weighting: Weighting | None = None
-    """A factor for each token from what is known of it (:func:`selfdistill.divergence.token_statistics`)."""
+    """A factor for each token from what is known of it (:func:`selfdistill.loss.divergence.token_statistics`)."""
     reward: Reward | None = None
-    """Each completion is weighed by its advantage (:func:`selfdistill.weights.group_advantages`)."""
+    """Each completion is weighed by its advantage (:func:`selfdistill.loss.token_weights.group_advantages`)."""
     group_size: int = 1
     """Completions in a row that belong to one prompt."""
 

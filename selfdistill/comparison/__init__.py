@@ -1,0 +1,6 @@
+"""Several runs side by side."""
+
+from selfdistill.comparison.compare import compare
+from selfdistill.comparison.report import report
+
+__all__ = ["compare", "report"]

@@ -1,0 +1,299 @@
+"""``selfdistill compare``: the same demonstrations through several methods, on equal terms.
+
+Every run has the same base, rows, number of steps and settings, and is measured on the same items at the same steps;
+what differs is the method, the learning rate and the seed. Each run is a folder of its own, so that a comparison that
+was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from rich.markup import escape
+from rich.table import Table
+
+from selfdistill.comparison.conclusions import Compared, assumption, mean_points, points_of, sentences, table
+from selfdistill.comparison.plots import Curve, trade_off
+from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dump_yaml, load_yaml, refuse_changes
+from selfdistill.data import ChatFormat, Demonstration, load_demonstrations
+from selfdistill.errors import RunFailed, RunStopped, UserError
+from selfdistill.evaluation import Examiner, best_context, check_inputs, rows_fingerprint
+from selfdistill.methods import METHODS, unused_settings, uses
+from selfdistill.methods.examples import DemonstrationRows
+from selfdistill.model import LoadedModel, load_start, start_fingerprint
+from selfdistill.runtime import StopRequests, output, read_lines, say, write_whole
+from selfdistill.training import check_output_dir, list_checkpoints, train
+
+ORACLE_RAG = "document:show=document"
+"""What a model that is never trained is given with each question: the right document."""
+_SAFE = ":=, "
+"""Kept in the names of folders, beside letters, digits and ``_.-~``."""
+_BUDGET = ("max_steps", "batch_size", "num_demonstrations")
+"""Settings that the sentence on the budget is about."""
+EVALUATIONS = 5
+"""Measurements of a run after its start, where ``eval_steps`` is 0."""
+
+
+def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Run every method, learning rate and seed; print a table and what may be concluded.
+
+    ``output_dir`` gets ``comparison.json``, written anew after every run, ``trade_off.svg`` and a folder for each run.
+
+    Args:
+        config: settings.
+        resume: go on: runs that are finished are kept.
+
+    Returns:
+        What ``comparison.json`` holds: ``model``, ``data``, ``test``, ``prior``, ``budget``, ``sentence``, ``base``,
+        ``teacher`` and ``moved`` (the in-context assumption), ``rag`` (the base with each question's document, where
+        the rows have them), ``runs``, ``table``.
+
+    Raises:
+        UserError: anything the user can mend.
+        RunStopped: a signal came; what was done is saved.
+    """
+    folder = check_output_dir(config.output_dir, resume=resume)
+    written = folder / "config.yaml"
+    if resume and written.exists():
+        saved = CompareConfig(**load_yaml(written, CompareConfig))
+        if config.context == "auto":
+            config = config.model_copy(update={"context": saved.context})
+        refuse_changes(written, saved, config)
+    check_inputs(config)
+    if "auto" in config.vary.get("context", ()):
+        raise UserError("setting 'vary': context 'auto' is what the check finds best; name the contexts to compare")
+    first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
+    taught = [run for run in first if run.context == "auto" and uses(run, "context")]
+    if taught:
+        context = best_context(taught[0])
+        config = config.model_copy(update={"context": context})
+    base = load_start(config.model, dtype=config.dtype)
+    demonstrations = _common_rows(config, base)
+    examiner = Examiner(config, base)
+    count = min(len(demonstrations), config.num_demonstrations or len(demonstrations))
+    steps = config.max_steps or math.ceil(count * config.num_train_epochs / config.batch_size)
+    eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
+    teacher = None if config.context == "auto" else examiner.shown(base, config.context, "teacher")
+    shown = {"teacher": teacher, "rag": _rag(examiner, base)}
+    began = {
+        "the demonstrations": rows_fingerprint({"": demonstrations}),
+        "the base": start_fingerprint(base),
+        "the test rows or prior questions": examiner.questions.fingerprint(),
+    }
+    _check_unchanged(folder, began)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "began.json", json.dumps(began))
+    write_whole(written, dump_yaml(config))
+    del base
+    config = config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
+    runs = _runs(config)
+    done: list[Compared] = []
+    with StopRequests() as stop:
+        for number, (label, run) in enumerate(runs):
+            name = Path(run.output_dir).name
+            say(f"run {number + 1} of {len(runs)}: {name}")
+            try:
+                done.append(_one(label, run, examiner, demonstrations))
+            except RunStopped as stopped:
+                stop.received = stopped.signal_number
+            if done:
+                result = _summary(config, examiner, shown, done)
+                _write(folder, result)
+            if stop.received is not None and len(done) < len(runs):
+                message = f"{folder}: stopped in run {number + 1} of {len(runs)} ({name}); what is done is kept; "
+                message += f"continue with selfdistill compare --resume --output_dir {folder}"
+                raise RunStopped(message, stop.received)
+            gc.collect()
+    _draw(config, done, examiner, teacher, folder / "trade_off.svg")
+    _print(result)
+    if teacher and any(run.failed is None for run in done):
+        result["moved"] = _moved(config, examiner, done)
+        _write(folder, result)
+        output().print(assumption(teacher, result["moved"]), highlight=False, markup=False)
+    output().print(f"Everything is in {folder}; selfdistill report {folder} shows it.", highlight=False, markup=False)
+    return result
+
+
+def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
+    """That runs to come are like those in the folder.
+
+    Raises:
+        UserError: they would learn from, begin as or be measured on something else.
+    """
+    file = folder / "began.json"
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else began
+    if changed := [what for what, value in began.items() if there[what] != value]:
+        raise UserError(
+            f"{folder}: not what this comparison began with: {', '.join(changed)}; put model, data, test and prior "
+            "back as they were, or compare in another --output_dir"
+        )
+
+
+def _rag(examiner: Examiner, base: LoadedModel) -> dict[str, Any] | None:
+    """The base with each question's document; None where the rows have none, or one does not fit."""
+    try:
+        return examiner.shown(base, ORACLE_RAG, "oracle RAG")
+    except UserError as error:
+        say(f"note: oracle RAG is left out: {error}")
+        return None
+
+
+def _write(folder: Path, result: dict[str, Any]) -> None:
+    write_whole(folder / "comparison.json", json.dumps(result, ensure_ascii=False))
+
+
+def _moved(config: CompareConfig, examiner: Examiner, done: list[Compared]) -> dict[str, float]:
+    """KL(model||base) on the test rows, of the first finished run of each method and learning rate, by its name.
+
+    Beside the teacher's own distance it tells whether the second condition of the method holds: the teacher is nearer
+    to the base than what fine-tuning makes of it.
+    """
+    first: dict[tuple[str, float], Compared] = {}
+    for run in done:
+        if run.failed is None:
+            first.setdefault((run.method, run.learning_rate), run)
+    base, folder = load_start(config.model, dtype=config.dtype), Path(config.output_dir)
+    return {
+        run.name: examiner.moved(base, load_start(str(folder / run.folder), dtype=config.dtype))
+        for run in first.values()
+    }
+
+
+def _kinds(config: CompareConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Each method with each value of what is varied beside it."""
+    varied = [{name: value} for name, values in config.vary.items() for value in values] or [{}]
+    return [(method, values) for method in config.methods for values in varied]
+
+
+def _used(run: TrainConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """What is varied, as far as the run's method uses it."""
+    return {name: value for name, value in values.items() if uses(run, name)}
+
+
+def _runs(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
+    """Every run with what it is called; what is varied and not used by a method makes no further run of it."""
+    runs: dict[str, tuple[str, TrainConfig]] = {}
+    for seed in config.seeds:
+        for rate in config.learning_rates or (None,):
+            for method, values in _kinds(config):
+                run = _run_config(config, method, rate, seed, values)
+                label = " ".join([method, *(f"{name}={value}" for name, value in _used(run, values).items())])
+                runs.setdefault(run.output_dir, (label, run))
+    return list(runs.values())
+
+
+def _run_config(
+    config: CompareConfig, method: str, rate: float | None, seed: int, values: dict[str, Any]
+) -> TrainConfig:
+    shared = {name: getattr(config, name) for name in TrainingSettings.model_fields} | values
+    run = TrainConfig(**shared | {"method": method, "learning_rate": rate, "seed": seed, "output_dir": "run"})
+    run = run.model_copy(update={name: TrainConfig.model_fields[name].default for name in unused_settings(run)})
+    parts = [method, *(f"{name}_{quote(str(value), safe=_SAFE)}" for name, value in _used(run, values).items())]
+    parts += [] if rate is None else [f"{rate:g}"]
+    return run.model_copy(update={"output_dir": str(Path(config.output_dir) / "-".join([*parts, f"seed{seed}"]))})
+
+
+def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration]:
+    """The demonstrations that every method has room for: all of them, or with ``on_long_prompt: drop`` those that fit.
+
+    Raises:
+        UserError: rows that do not fit, or that lack what a method learns from.
+    """
+    rows = load_demonstrations(config.data, split=config.split)
+    count, chat = len(rows), ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
+    for name, values in _kinds(config):
+        for stage in METHODS[name](_run_config(config, name, None, config.seeds[0], values)):
+            fitting, _ = stage.rows(rows, base, chat)  # of every kind, so that what is missing is told before any run
+            if isinstance(stage.rows, DemonstrationRows):
+                rows = [row.demonstration for row in fitting]
+    if len(rows) < count:
+        say(f"{count - len(rows)} of {count} rows do not fit every method and are left out for all")
+    return rows
+
+
+def _one(label: str, run: TrainConfig, examiner: Examiner, demonstrations: list[Demonstration]) -> Compared:
+    """Train where that is not done yet, and read what was measured."""
+    folder = Path(run.output_dir)
+    failure, failed = folder / "failed.txt", None
+    if not (folder / "final").is_dir() and not failure.is_file():
+        try:
+            train(run, resume=folder.exists(), demonstrations=demonstrations, examiner=examiner)
+        except RunFailed as error:
+            write_whole(failure, str(error))
+        for checkpoint in list_checkpoints(folder):  # only for a run that was stopped
+            shutil.rmtree(checkpoint)
+    if failure.is_file():
+        failed = failure.read_text(encoding="utf-8")
+        say(f"note: this run failed: {failed}")
+    evaluations = read_lines(folder / "evaluations.jsonl")
+    saved = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
+    open_ = {key: getattr(saved, key) for key, value in run.model_dump().items() if value in (None, "auto")}
+    refuse_changes(folder / "config.yaml", saved, run.model_copy(update=open_))  # open: decided when it began
+    assert saved.learning_rate is not None, "a run resolves its settings"
+    return Compared(label, saved.learning_rate, run.seed, folder.name, evaluations, failed)
+
+
+def _summary(
+    config: CompareConfig, examiner: Examiner, shown: dict[str, dict[str, Any] | None], done: list[Compared]
+) -> dict[str, Any]:
+    budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations"
+    budget += "".join(f", but for {name}, which is varied" for name in config.vary if name in _BUDGET) + "."
+    return {
+        "model": config.model,
+        "data": config.data,
+        "test": config.test,
+        "prior": config.prior,
+        "budget": budget,
+        "sentence": sentences(done, budget),
+        "base": examiner.base,
+        **shown,
+        "runs": [{"name": run.name, **asdict(run)} for run in done],
+        "table": table(done),
+    }
+
+
+def _draw(
+    config: CompareConfig, done: list[Compared], examiner: Examiner, teacher: dict[str, Any] | None, file: Path
+) -> None:
+    curves = [Curve(name, mean_points(seeds), seeds) for name, seeds in points_of(done).items()]
+    start = examiner.base.get("prior_accuracy", 0.0), examiner.base["accuracy"]
+    kept = "prior abilities, share right" if config.prior else "-KL(base||model), nats per token"
+    trade_off(curves, start, teacher["accuracy"] if teacher else None, kept, "new task, share right", file=file)
+
+
+def _print(result: dict[str, Any]) -> None:
+    title = f"{result['data']}, measured on {result['base']['items']} items of {result['test']}"
+    shown = Table(title=escape(title))
+    for column in ("", "steps", "seeds", "new task", "prior", "KL", "minutes"):
+        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
+    base = result["base"]
+    prior = f"{base['prior_accuracy']:.3f}" if "prior_accuracy" in base else ""
+    shown.add_row("base", "0", "", f"{base['accuracy']:.3f}", prior, "0", "")
+    for name, key in (("teacher", "teacher"), ("oracle RAG", "rag")):
+        if result[key]:
+            shown.add_row(name, "", "", f"{result[key]['accuracy']:.3f}", "", "", "")
+    for row in result["table"]:
+        cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
+        name = f"{row['method']} {row['learning_rate']:g}"
+        shown.add_row(name, str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
+    console = output()
+    console.print(shown)
+    console.print(
+        "KL: KL(base||model) on general prompts, nats per token. In brackets: 95% intervals over seeds.",
+        highlight=False,
+    )
+    console.print(result["sentence"], highlight=False, markup=False)
+
+
+def _cell(value: tuple[float, float | None, float | None] | None) -> str:
+    if value is None:
+        return ""
+    middle, low, high = value
+    return f"{middle:.3f}" + ("" if low is None or low == high else f" ({low:.2f}, {high:.2f})")

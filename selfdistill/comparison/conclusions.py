@@ -1,0 +1,232 @@
+"""What a comparison says: means over seeds, models matched by what they have learnt, and the sentence that follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from selfdistill.evaluation import Evaluation, seeds_interval, sign_test
+
+
+def reference(runs: Sequence[Compared]) -> str:
+    """The method with which the others are compared: ``sdft``, or the first."""
+    methods = [run.method for run in runs] or ["sdft"]
+    return next((method for method in methods if method.split()[0] == "sdft"), methods[0])
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run of a comparison."""
+
+    method: str
+    """With what is varied beside it: ``sdft teacher=frozen``."""
+    learning_rate: float
+    seed: int
+    folder: str
+    """Within the comparison's."""
+    evaluations: Sequence[Evaluation]
+    """Lines of its ``evaluations.jsonl``, the base's first."""
+    failed: str | None = None
+    """Why it did not reach its end."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.learning_rate:g} seed {self.seed}"
+
+
+def table(runs: Sequence[Compared]) -> list[dict[str, Any]]:
+    """A row for each method, learning rate and evaluated step: means over seeds as (mean, low, high)."""
+    rows = []
+    for method, rate in dict.fromkeys((run.method, run.learning_rate) for run in runs):
+        group = [run for run in _finished(runs) if (run.method, run.learning_rate) == (method, rate)]
+        for points in zip(*(run.evaluations[1:] for run in group), strict=True):
+            row = {"method": method, "learning_rate": rate, "steps": points[0]["step"], "seeds": len(points)}
+            for key in ("accuracy", "prior_accuracy", "kl_base"):
+                most = math.inf if key == "kl_base" else 1.0
+                row[key] = _within(seeds_interval([p[key] for p in points]), most) if key in points[0] else None
+            row["seconds"] = mean(point["seconds"] for point in points)
+            rows.append(row)
+    return rows
+
+
+def _within(values: tuple[float, float | None, float | None], most: float) -> tuple[float, float | None, float | None]:
+    """An interval of what cannot be negative."""
+    middle, low, high = values
+    return middle, None if low is None else max(low, 0.0), None if high is None else min(high, most)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Where a run has learnt as much as another, between two of its evaluations."""
+
+    reached: bool
+    """False: it never has, and this is where it has learnt most."""
+    accuracy: float
+    kl_base: float
+    right: dict[str, list[float]]
+    """Of each prior item: 0, 1 or, between two evaluations, a share."""
+
+    @property
+    def prior_accuracy(self) -> float:
+        """Mean over prior files."""
+        return mean(mean(items) for items in self.right.values())
+
+
+def matched(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
+    """The run where it has learnt ``accuracy`` of the new task and kept most of the prior abilities.
+
+    That is where it first reaches it, in proportion between the evaluations around it, or a later evaluation that is as
+    good: what a run recovers is counted for it. Without prior abilities, where it is nearest to the base.
+    """
+    first = _reached(evaluations, accuracy)
+    at = next((n for n, e in enumerate(evaluations) if e["accuracy"] >= accuracy), len(evaluations))
+    later = [_reached([e], accuracy) for e in evaluations[at + 1 :] if e["accuracy"] >= accuracy]
+    return max([first, *later], key=lambda point: point.prior_accuracy if point.right else -point.kl_base)
+
+
+def _reached(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
+    """The run where it first reaches ``accuracy``, else where it has learnt most."""
+    at = next((n for n, e in enumerate(evaluations) if e["accuracy"] >= accuracy), None)
+    reached = at is not None
+    if at is None:
+        at = max(range(len(evaluations)), key=lambda n: evaluations[n]["accuracy"])
+    after, before = evaluations[at], evaluations[max(at - 1, 0)]
+    share = 1.0  # of ``after``
+    if reached and after["accuracy"] > before["accuracy"]:
+        share = (accuracy - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
+
+    def mixed(a: float, b: float) -> float:
+        return share * b + (1 - share) * a
+
+    right = {
+        name: [mixed(a, b) for a, b in zip(before["prior"][name]["correct"], prior["correct"], strict=True)]
+        for name, prior in after.get("prior", {}).items()
+    }
+    new, kl = (mixed(before[key], after[key]) for key in ("accuracy", "kl_base"))
+    return Matched(reached, new, kl, right)
+
+
+def sentences(runs: Sequence[Compared], budget: str) -> str:
+    """What may be concluded of self-distillation against each other method, with how sure that is."""
+    finished = _finished(runs)
+    said = [budget]
+    if failed := [run.name for run in runs if run.failed is not None]:
+        said.append(f"{len(failed)} of {len(runs)} runs failed and count for nothing here: {', '.join(failed)}.")
+    mine = reference(runs)
+    own = {(run.learning_rate, run.seed): run for run in finished if run.method == mine}
+    pairs: dict[tuple[str, float], list[tuple[Compared, Compared]]] = {}
+    for run in finished:
+        if run.method != mine and (run.learning_rate, run.seed) in own:
+            pair = own[run.learning_rate, run.seed], run
+            pairs.setdefault((run.method, run.learning_rate), []).append(pair)
+    said += [_against(mine, *key, group) for key, group in pairs.items()]
+    if not pairs:
+        said.append(f"No run of {mine} and of another method at the same learning rate and seed is finished.")
+    return " ".join(said)
+
+
+def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]]) -> str:
+    """The reference ``mine`` at its last step against a method where that is as good."""
+    own = [matched([run.evaluations[-1]], 0) for run, _ in pairs]
+    theirs = [matched(other.evaluations, point.accuracy) for point, (_, other) in zip(own, pairs, strict=True)]
+    ends = mean(other.evaluations[-1]["accuracy"] for _, other in pairs)
+    count, reached = len(pairs), sum(point.reached for point in theirs)
+    text = (
+        f"At learning rate {rate:g} {mine} ends at {_mean(own, 'accuracy'):.2f} on the new task, {method} at "
+        f"{ends:.2f} ({f'means of {count} seeds' if count > 1 else '1 seed'}). "
+    )
+    start = pairs[0][0].evaluations[0]["accuracy"]
+    idle = sum(point.accuracy <= start for point in own)
+    if 0 < idle < count:
+        text += f"The base stands at {start:.2f}: in {idle} of {count} runs {mine} has learnt nothing, so what was "
+        return f"{text}forgotten for as much learnt cannot be compared."
+    if idle:
+        both = all(other.evaluations[-1]["accuracy"] <= start for _, other in pairs)
+        who = f"neither {mine} nor {method} has learnt anything" if both else f"{mine} has learnt nothing"
+        return f"{text}The base stands at {start:.2f}: {who}, so there is nothing to compare."
+    distances = _mean(own, "kl_base"), _mean(theirs, "kl_base")
+    moved = f"{mine} has KL(base||model) {distances[0]:.2f} and {method} {distances[1]:.2f}"
+    if distances[0] > 0.001:
+        moved += f", {distances[1] / distances[0]:.2f} times as far"
+    if reached < count:
+        text += f"{method} is as good in {reached} of {count} runs only; taken at its best in the others ("
+        text += f"{_mean(theirs, 'accuracy'):.2f}), "
+    else:
+        text += f"Where {method} is as good, "
+    if not own[0].right:
+        return f"{text}{moved}. No prior abilities were measured, so nothing is known of forgetting."
+    differences = [a.prior_accuracy - b.prior_accuracy for a, b in zip(own, theirs, strict=True)]
+    difference, low, high = seeds_interval(differences)
+    p = _over_items(own, theirs)
+    interval = "" if low is None else f"95% interval over seeds {low:+.3f} to {high:+.3f}, "
+    base = pairs[0][0].evaluations[0]["prior_accuracy"]
+    text += (
+        f"{mine} answers {_mean(own, 'prior_accuracy'):.3f} of the prior questions, {method} "
+        f"{_mean(theirs, 'prior_accuracy'):.3f}, the base {base:.3f}: a difference of {difference:+.3f} "
+        f"({interval}p over questions {'below 0.001' if p < 0.001 else f'{p:.3f}'}); {moved}. "
+    )
+    if reached < count:
+        return text + f"As {method} did not learn as much, what they forgot for it cannot be compared."
+    if low is None or high is None:
+        return text + "One seed shows a direction at most: no conclusion."
+    if p < 0.05 and low > 0:
+        return text + f"So {mine} forgot less than {method} for as much learnt."
+    if p < 0.05 and high < 0:
+        return text + f"So {mine} forgot more than {method} for as much learnt."
+    return text + "So no difference in what was forgotten is shown; more seeds or more prior questions could show one."
+
+
+def assumption(teacher: dict[str, Any], moved: dict[str, float]) -> str:
+    """The two conditions of the method (arXiv 2601.19897): the teacher is near-optimal, and near the base.
+
+    Args:
+        teacher: its ``accuracy`` and ``kl`` on the test rows, as :meth:`Examiner.teacher` gives them.
+        moved: KL(model||base) of trained models on the same rows, by name.
+    """
+    models = ", ".join(f"{kl:.2f} after {name}" for name, kl in moved.items())
+    return (
+        f"In-context assumption (a teacher that is right, and nearer to the base than fine-tuned models): the teacher "
+        f"is right on {teacher['accuracy']:.0%} of the test rows and {teacher['kl']:.2f} nats per token from the base "
+        f"along its own replies; trained models along theirs: {models}."
+    )
+
+
+def _over_items(own: Sequence[Matched], theirs: Sequence[Matched]) -> float:
+    """Chance of such a difference over other questions: the sign test of each question's mean difference over seeds,
+    weighted so that every file counts the same."""
+    values: list[float] = []
+    for name, items in own[0].right.items():
+        pairs = [(a.right[name], b.right[name]) for a, b in zip(own, theirs, strict=True)]
+        values += [mean(a[item] - b[item] for a, b in pairs) / len(items) for item in range(len(items))]
+    return sign_test(values)
+
+
+def _finished(runs: Sequence[Compared]) -> list[Compared]:
+    return [run for run in runs if run.failed is None]
+
+
+def _mean(points: Sequence[Matched], key: str) -> float:
+    return mean(getattr(point, key) for point in points)
+
+
+def points_of(runs: Sequence[Compared]) -> dict[str, list[list[tuple[float, float]]]]:
+    """Trade-off points (prior, new) of each finished run, by method and learning rate, the base's first.
+
+    Where no prior abilities were measured, -KL(base||model) takes their place.
+    """
+    rates = {run.learning_rate for run in runs}
+    groups: dict[str, list[list[tuple[float, float]]]] = {}
+    for run in _finished(runs):
+        name = run.method if len(rates) == 1 else f"{run.method} {run.learning_rate:g}"
+        points = [(e.get("prior_accuracy", -e["kl_base"]), e["accuracy"]) for e in run.evaluations]
+        groups.setdefault(name, []).append(points)
+    return groups
+
+
+def mean_points(seeds: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean point of each step over seeds."""
+    steps = zip(*seeds, strict=True)
+    return [(mean(x for x, _ in at), mean(y for _, y in at)) for at in steps]

@@ -1,0 +1,373 @@
+"""``selfdistill report``: run folders -> one HTML file that opens without a network.
+
+The page is ``report.html`` beside this file. Everything that comes from data or model is text there, and the page's
+policy lets no script run and nothing be fetched.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from selfdistill import __version__
+from selfdistill.comparison.conclusions import assumption
+from selfdistill.comparison.plots import Curve, Point, over, pareto_front, trade_off
+from selfdistill.comparison.run_folders import EVALUATIONS, VIEWS, Json, Part, RunFolder, curve_name, read_folders
+from selfdistill.config import ReportConfig, TrainConfig
+from selfdistill.errors import UserError
+from selfdistill.runtime import METRICS, output
+
+CURVES = {
+    "loss": "loss",
+    "kl/forward": "KL(teacher||student)",
+    "kl/reverse": "KL(student||teacher)",
+    "drift/student": "KL(base||student)",
+    "drift/teacher": "KL(base||teacher)",
+    "completion/length": "tokens per completion",
+    "entropy": "entropy",
+}
+"""What is drawn of metrics.jsonl, and the words at its axis."""
+SCORES = {
+    "accuracy": "new-task score",
+    "prior_accuracy": "prior score",
+    "kl_base": "KL(base||model)",
+}
+"""What is drawn of evaluations.jsonl."""
+FULL_COLOUR = 3
+"""Nats of implicit reward, up or down, from which a token has the full colour."""
+PROFILE = 24
+"""Completion positions in the first-token profile."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page; the first cell of a row is its heading."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def report(config: ReportConfig) -> Json:
+    """Write the report and print where it is.
+
+    Returns:
+        ``output``, and ``summary``: its sentences.
+
+    Raises:
+        UserError: a folder is no run, a file in it cannot be read, or the report cannot be written.
+    """
+    target = Path(config.output)
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise UserError(f"--output {config.output}: cannot be written; give a file in an existing folder")
+    parts = read_folders(config.runs)
+    summary = [sentence for part in parts for sentence in _summary(part)]
+    environment = Environment(
+        loader=PackageLoader("selfdistill", "comparison"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(
+        version=__version__,
+        title=", ".join(part.title for part in parts),
+        parts=[_shown(part) for part in parts],
+        missing=_missing([run for part in parts for run in part.runs]),
+        full_colour=FULL_COLOUR,
+    )
+    target.write_text(page, encoding="utf-8", errors="replace")  # a token may end within a character
+    output().print(f"report: {target}", markup=False, highlight=False, soft_wrap=True)
+    return {"output": str(target), "summary": summary}
+
+
+# --- what is shown ---
+
+
+def _missing(runs: list[RunFolder]) -> list[str]:
+    """Which files are not there, and what is not shown for it."""
+    lacks = {EVALUATIONS: "scores at steps of the training", VIEWS: "rollouts by token"}
+    without = {file: [run.name for run in runs if file in run.missing] for file in lacks}
+    return [f"{lacks[file]}: no {file} in {', '.join(names)}" for file, names in without.items() if names]
+
+
+def _shown(part: Part) -> Json:
+    """A part of the page, as its template wants it."""
+    differing, common = _settings(part.runs)
+    return {
+        "title": part.title,
+        "summary": _summary(part),
+        "facts": _facts(part.comparison) if part.comparison else [],
+        "differing": differing,
+        "common": common,
+        "results": _results(part),
+        "trade_off": _trade_off(part),
+        "figures": _figures(part.runs),
+        "numbers": _numbers(part.runs),
+        "views": [_view(run) for run in _with_views(part)],
+    }
+
+
+def _summary(part: Part) -> list[str]:
+    """The result in words."""
+    said = []
+    if part.comparison:
+        base, teacher = part.comparison["base"], part.comparison.get("teacher")
+        said.append(part.comparison["sentence"])
+        said.append(f"The base model answers {_score(base)} of the new task's questions right.")
+        if teacher:
+            shown = _interval(teacher["accuracy"], teacher["interval"])
+            said.append(f"Shown the demonstration, it answers {shown} right: that is the teacher.")
+            if part.comparison.get("moved"):
+                said.append(assumption(teacher, part.comparison["moved"]))
+        return said
+    for run in part.runs:
+        config, losses = run.config, _series(run, "loss")
+        steps = run.metrics[-1]["step"] if run.metrics else 0
+        text = f"{run.name}: {config.model} learnt from {config.data} by {config.method} in {steps} steps."
+        if run.evaluations:
+            first, now = run.evaluations[0], run.evaluations[-1]
+            text += f" New task: {_score(first)} right at step {first['step']}, {_score(now)} at step {now['step']}."
+            if now.get("prior_accuracy") is not None and first.get("prior_accuracy") is not None:
+                text += f" Prior abilities: {first['prior_accuracy']:.2f}, then {now['prior_accuracy']:.2f}."
+            if now.get("kl_base") is not None:
+                text += f" Distance from the base: {now['kl_base']:.3f} nats per token."
+        elif losses:
+            text += f" The loss went from {losses[0][1]:.3f} to {losses[-1][1]:.3f} nats per token."
+        said.append(text)
+    return said
+
+
+def _facts(comparison: Json) -> list[tuple[str, str]]:
+    return [(key, str(comparison[key])) for key in ("model", "data", "test", "prior", "budget") if comparison.get(key)]
+
+
+def _settings(runs: list[RunFolder]) -> tuple[Table | None, Table]:
+    """What differs between the runs, and what is common to all, with its meaning."""
+    configs = [run.config.model_dump(exclude={"output_dir"}) for run in runs]
+    differ = [key for key in configs[0] if any(config[key] != configs[0][key] for config in configs)]
+    rows = [[run.name, *(str(config[key]) for key in differ)] for run, config in zip(runs, configs, strict=True)]
+    meaning = {key: (field.description or "").replace("``", "") for key, field in TrainConfig.model_fields.items()}
+    common = [[key, str(value), meaning[key]] for key, value in configs[0].items() if key not in differ]
+    return (
+        Table("Settings in which the runs differ", ["run", *differ], rows) if differ else None,
+        Table("All settings" if len(runs) == 1 else "Settings of all runs", ["setting", "value", "meaning"], common),
+    )
+
+
+def _results(part: Part) -> list[Table]:
+    """The tables of scores with their intervals."""
+    tables = []
+    if part.comparison:
+        rows = [
+            [
+                curve_name(row),
+                str(row["steps"]),
+                *(_triple(row.get(key)) for key in SCORES),
+                f"{row['seconds'] / 60:.1f}",
+            ]
+            for row in part.comparison["table"]
+        ]
+        head = ["method", "steps", *SCORES.values(), "minutes"]
+        tables.append(Table("Each method, mean over seeds [95% interval]", head, rows))
+    evaluated = [(run.name, line) for run in part.runs for line in run.evaluations]
+    if part.comparison:
+        evaluated.insert(0, ("base", part.comparison["base"]))
+    if evaluated:
+        priors = list(dict.fromkeys(name for _, line in evaluated for name in line.get("prior") or {}))
+        head = ["run", "step", "new-task score", "questions", "tokens", "cut", *priors, SCORES["kl_base"], "minutes"]
+        rows = [
+            [
+                name,
+                str(line.get("step", 0)),
+                _score(line),
+                str(line["items"]),
+                _number(line.get("completion/length")),
+                _number(line.get("completion/truncated")),
+                *(_prior((line.get("prior") or {}).get(prior)) for prior in priors),
+                _number(line.get("kl_base")),
+                _number(line["seconds"] / 60 if "seconds" in line else None),
+            ]
+            for name, line in evaluated
+        ]
+        tables.append(Table("Every evaluated step [95% interval over questions]", head, rows))
+    return tables
+
+
+def _trade_off(part: Part) -> Json | None:
+    """The figure of new-task score against prior score with the table of its front; None where no prior was asked."""
+    comparison = part.comparison or {}
+    befores = [comparison["base"]] if comparison else [line for run in part.runs for line in run.evaluations[:1]]
+    base = _points(befores[:1]).get(0)
+    curves = []
+    places: dict[Point, list[str]] = {}
+    for name in dict.fromkeys(run.curve for run in part.runs):
+        seeds = [_points(run.evaluations) for run in part.runs if run.curve == name]
+        if comparison and base:
+            seeds = [{0: base} | seed for seed in seeds]
+        steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+        means = [(mean(seed[step][0] for seed in seeds), mean(seed[step][1] for seed in seeds)) for step in steps]
+        single = [[seed[step] for step in sorted(seed)] for seed in seeds] if len(seeds) > 1 else []
+        curves.append(Curve(name, means, single))
+        for point, step in zip(means, steps, strict=True):
+            if f"{name}, step {step}" not in places.setdefault(point, ["base"] if point == base else []) and step:
+                places[point].append(f"{name}, step {step}")
+    if not any(curve.points for curve in curves):
+        return None
+    teacher = comparison.get("teacher")
+    x_label, y_label = "prior score (share right)", "new-task score (share right)"
+    figure = trade_off(curves, base, teacher and teacher["accuracy"], x_label, y_label)
+    front = pareto_front([point for curve in curves for point in curve.points])
+    rows = [[", ".join(places.get(point, ["base"])), f"{point[0]:.2f}", f"{point[1]:.2f}"] for point in front]
+    table = Table("Pareto front: nothing measured is better in both", ["point", "prior score", "new-task score"], rows)
+    return {"figure": Markup(figure), "table": table}
+
+
+def _points(evaluations: Sequence[Json]) -> dict[int, Point]:
+    """(prior score, new-task score) by step, where both were measured."""
+    return {
+        line.get("step", 0): (line["prior_accuracy"], line["accuracy"])
+        for line in evaluations
+        if line.get("prior_accuracy") is not None
+    }
+
+
+def _series(run: RunFolder, key: str) -> list[Point]:
+    lines = run.evaluations if key in SCORES else run.metrics
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None and math.isfinite(line[key])]
+
+
+def _figures(runs: list[RunFolder]) -> list[Json]:
+    figures = []
+    for key, words in {**SCORES, **CURVES}.items():
+        curves = [Curve(run.curve, _series(run, key)) for run in runs]
+        if any(curve.points for curve in curves):
+            smooth = key in CURVES and not key.startswith("drift")
+            meaning = METRICS.get(key, "share of questions right" if "accuracy" in key else "nats per token")
+            figures.append(
+                {
+                    "figure": Markup(over(curves, "step", words, smooth=smooth)),
+                    "title": words[0].upper() + words[1:],
+                    "meaning": meaning.replace("``", ""),
+                }
+            )
+    return figures
+
+
+def _numbers(runs: list[RunFolder]) -> Table:
+    """The curves in numbers."""
+    rows = []
+    for key in CURVES:
+        for run in runs:
+            if values := [y for _, y in _series(run, key)]:
+                shown = (values[0], values[-1], min(values), max(values))
+                rows.append([CURVES[key], run.name, *map(_number, shown)])
+    return Table("The curves in numbers", ["curve", "run", "first", "last", "lowest", "highest"], rows)
+
+
+# --- tokens ---
+
+
+def _with_views(part: Part) -> list[RunFolder]:
+    """The runs whose tokens are shown: of a comparison the first of each method."""
+    runs = [run for run in part.runs if run.views]
+    if part.comparison is None:
+        return runs
+    method = {run["name"]: run["method"] for run in part.comparison["runs"]}
+    return list({method[run.name]: run for run in reversed(runs)}.values())[::-1]
+
+
+def _view(run: RunFolder) -> Json:
+    """A run's rollouts before and after, row by row, and the first-token profile."""
+    steps = sorted({view["step"] for view in run.views})
+    steps = [steps[0], steps[-1]] if len(steps) > 1 else steps
+    rows: dict[str, Json] = {}
+    for step in steps:
+        for view in (view for view in run.views if view["step"] == step):
+            row = rows.setdefault(view["row"], {key: view[key] for key in ("row", "prompt", "demonstration")})
+            shown = [_token(token) for token in view["tokens"]]
+            row.setdefault("replies", []).append(
+                {"step": step, "tokens": shown, "truncated": view.get("truncated", False)}
+            )
+    curves = [Curve(f"step {step}", _profile(run.views, step)) for step in steps]
+    positions = range(1, 1 + max(len(curve.points) for curve in curves))
+    values = [dict(curve.points) for curve in curves]
+    table = [[str(at), *(_number(value.get(at)) for value in values)] for at in positions]
+    label = "KL(teacher||student), nats"
+    return {
+        "run": run.name,
+        "rows": list(rows.values()),
+        "profile": Markup(over(curves, "completion token", label)),
+        "profile_table": Table(f"First-token profile of {run.name}", ["token", *(c.name for c in curves)], table),
+    }
+
+
+def _profile(views: list[Json], step: int) -> list[Point]:
+    """Mean KL at each of the first positions, over the rollouts that have it."""
+    rollouts = [view["tokens"] for view in views if view["step"] == step]
+    longest = min(max(map(len, rollouts)), PROFILE)
+    return [(at + 1, mean(tokens[at]["kl"] for tokens in rollouts if len(tokens) > at)) for at in range(longest)]
+
+
+def _token(token: Json) -> Json:
+    """A token with its implicit reward log q - log p and how strongly it is coloured."""
+    reward = token["logq"] - token["logp"]
+    return {
+        "text": visible(token["text"]),
+        "lines": visible(token["text"]).replace("↵", "↵\n"),
+        "reward": f"{reward:+.2f}",
+        "sign": "up" if reward >= 0 else "down",
+        "strength": f"{min(abs(reward) / FULL_COLOUR, 1):.2f}",
+        "student": _share(math.exp(token["logp"])),
+        "teacher": _share(math.exp(token["logq"])),
+        "kl": f"{token['kl']:.3f}",
+        "top": [(visible(text), _share(probability)) for text, probability in token["top"]],
+    }
+
+
+def visible(text: str) -> str:
+    """A token's text with marks for what would not be seen: line ends, tabs, lone spaces, control characters."""
+    if not text:
+        return "(empty)"
+    if text.isspace():
+        text = text.replace(" ", "␣")
+    marks = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+    hidden = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+    return "".join(marks.get(c) or (f"\\u{ord(c):04x}" if unicodedata.category(c) in hidden else c) for c in text)
+
+
+# --- numbers as text ---
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _share(probability: float) -> str:
+    return f"{probability:.0%}" if probability >= 0.01 else "<1%"
+
+
+def _interval(value: float, interval: Sequence[float | None] | None) -> str:
+    """The value, and its interval where there is one; a single seed has none."""
+    if interval is None or None in interval:
+        return f"{value:.2f}"
+    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _score(line: Json) -> str:
+    return _interval(line["accuracy"], line.get("accuracy_interval"))
+
+
+def _triple(values: Sequence[float] | None) -> str:
+    return "" if values is None else _interval(values[0], values[1:])
+
+
+def _prior(scores: Json | None) -> str:
+    return "" if scores is None else _interval(scores["accuracy"], scores.get("interval"))

@@ -1,0 +1,126 @@
+"""What a report reads of a run folder.
+
+``config.yaml`` and ``metrics.jsonl`` are in every run; ``evaluations.jsonl`` (scores at some steps) and
+``token_views.jsonl`` (rollouts, token by token) may be missing. A folder with a ``comparison.json`` holds several runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfdistill.config import TrainConfig, load_yaml
+from selfdistill.errors import UserError
+
+Json = dict[str, Any]
+
+METRICS, EVALUATIONS, VIEWS = "metrics.jsonl", "evaluations.jsonl", "token_views.jsonl"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What is read of one run."""
+
+    name: str
+    curve: str
+    """Name in the figures; runs that differ by their seed alone share it."""
+    config: TrainConfig
+    metrics: list[Json]
+    evaluations: list[Json]
+    views: list[Json]
+    missing: list[str]
+    """Files that are not there."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A comparison with its runs, or all other runs."""
+
+    title: str
+    comparison: Json | None
+    runs: list[RunFolder]
+
+
+def read_folders(folders: Sequence[str]) -> list[Part]:
+    """Read run folders and comparisons; first the comparisons, each a part, then all other runs as one.
+
+    Raises:
+        UserError: a folder is no run, or a file in it cannot be read.
+    """
+    paths = [Path(folder) for folder in dict.fromkeys(folders)]
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; give folders written by selfdistill train or compare")
+        if (path / "skills").is_dir() and (path / "start").is_dir():
+            raise UserError(f"{path}: a state of selfdistill learn, no run; give its runs, {path}/skills/*/run")
+        if not any((path / name).exists() for name in ("config.yaml", "comparison.json")):
+            raise UserError(f"{path}: neither config.yaml nor comparison.json in it, so it is no run folder")
+    comparisons = [path for path in paths if (path / "comparison.json").exists()]
+    alone = [path for path in paths if path not in comparisons]
+    folder_names = [path.resolve().name for path in alone]
+    names = [n if folder_names.count(n) == 1 else str(path) for n, path in zip(folder_names, alone, strict=True)]
+    runs = [_read_run(path, name, name) for path, name in zip(alone, names, strict=True)]
+    parts = [_read_comparison(path) for path in comparisons]
+    return [*parts, Part(", ".join(names), None, runs)] if runs else parts
+
+
+def curve_name(row: Json) -> str:
+    """What the seeds of a method have in common: method and learning rate."""
+    return f"{row['method']} {row['learning_rate']:g}"
+
+
+def _read_comparison(folder: Path) -> Part:
+    path = folder / "comparison.json"
+    try:
+        comparison = json.loads(path.read_text(encoding="utf-8"))
+        runs = [
+            _read_run(folder / run["folder"], run["name"], curve_name(run), run["evaluations"])
+            for run in comparison["runs"]
+            if not run.get("failed")  # the comparison's sentence names them
+        ]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not what selfdistill compare writes; compare again") from None
+    if lacking := {"sentence", "base", "table", "runs"} - comparison.keys():
+        raise UserError(f"{path}: no {', '.join(sorted(lacking))} in it; compare again")
+    return Part(folder.resolve().name, comparison, runs)
+
+
+def _read_run(folder: Path, name: str, curve: str, evaluations: list[Json] | None = None) -> RunFolder:
+    """One run; its evaluations are those given, or its own file's."""
+    config = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
+    if not (folder / METRICS).exists():
+        raise UserError(f"{folder}: no {METRICS} in it; give the folder of a run that has begun")
+    metrics = _lines(folder / METRICS, {"step"})
+    wanted = [VIEWS] if any("kl/forward" in line for line in metrics) else []  # without a teacher there are none
+    if evaluations is None:
+        wanted.insert(0, EVALUATIONS)
+        evaluations = _lines(folder / EVALUATIONS, {"step", "accuracy", "items"})
+    return RunFolder(
+        name=name,
+        curve=curve,
+        config=config,
+        metrics=metrics,
+        evaluations=evaluations,
+        views=_lines(folder / VIEWS, {"step", "row", "prompt", "demonstration", "tokens"}),
+        missing=[file for file in wanted if not (folder / file).exists()],
+    )
+
+
+def _lines(path: Path, keys: set[str]) -> list[Json]:
+    """The objects of a file of JSON lines; none where there is no file. A last line may be unfinished."""
+    found: list[Json] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or not keys <= value.keys():
+            raise UserError(f"{path}: line {number} is not an object with {', '.join(sorted(keys))}; remove the line")
+        found.append(value)
+    return found

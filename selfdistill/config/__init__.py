@@ -1,0 +1,37 @@
+"""Every setting: its default, unit and source."""
+
+from selfdistill.config.base import ModelSettings, Settings, closest
+from selfdistill.config.commands import (
+    CheckConfig,
+    CompareConfig,
+    DemoConfig,
+    EvalConfig,
+    ExportConfig,
+    LearnConfig,
+    QuestionsConfig,
+    ReportConfig,
+)
+from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_yaml, refuse_changes
+from selfdistill.config.train import TrainConfig, TrainingSettings
+
+__all__ = [
+    "MAY_CHANGE",
+    "CheckConfig",
+    "CompareConfig",
+    "DemoConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "LearnConfig",
+    "ModelSettings",
+    "QuestionsConfig",
+    "ReportConfig",
+    "Settings",
+    "TrainConfig",
+    "TrainingSettings",
+    "changes",
+    "closest",
+    "continued",
+    "dump_yaml",
+    "load_yaml",
+    "refuse_changes",
+]

@@ -1,0 +1,5 @@
+"""Skill after skill."""
+
+from selfdistill.continual.learn import learn
+
+__all__ = ["learn"]

@@ -1,0 +1,376 @@
+"""Adding a skill to a state: check the teacher, train, measure everything, and accept only if the gates hold.
+
+An addition happens in ``pending`` of the state, step by step. Each step leaves a file, and one that is there is not
+done again, so that the same command goes on where it was interrupted. Accepting is one rename (:mod:`ledger`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selfdistill.config import LearnConfig, TrainConfig, changes, dump_yaml
+from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger
+from selfdistill.continual.stream import learn_stream
+from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, write_demonstrations
+from selfdistill.errors import RunFailed, RunStopped, UserError
+from selfdistill.evaluation import (
+    Evaluation,
+    Questions,
+    check_inputs,
+    check_run,
+    encode_priors,
+    judge_of,
+    load_prior,
+    prior_scores,
+)
+from selfdistill.methods import METHODS, check_steps, uses
+from selfdistill.model import LoadedModel, load_start, start_fingerprint, training_arithmetic
+from selfdistill.runtime import StepsFile, StopRequests, locked, say, write_json
+from selfdistill.training import take_whole, train, whole_folder
+
+_FREE = ("state", "model", "output_dir", "test", "prior", "logging_steps", "report_to")
+"""Settings that may be other ones when an addition goes on."""
+
+
+def add(config: LearnConfig) -> dict[str, Any]:
+    """Learn a skill, or go on learning it, and accept it if the gates hold.
+
+    Returns:
+        ``name``, ``accepted``, ``reasons`` (against it), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
+        teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the model until now on the new skill)
+        and ``after`` (of the new model: ``skills`` by name, and the prior abilities); the last three only as far as it
+        came.
+
+    Raises:
+        UserError: anything the user can mend.
+        RunStopped: a signal came; the same command goes on.
+    """
+    name = config.name or re.sub(r"[^\w.-]+", "-", Path(config.data).name.partition(".")[0]).strip("-.")
+    config = LearnConfig(**config.model_dump() | {"name": name})
+    parts = _rows(config)
+    run = _run_config(config, "model", config.context, Path(PENDING))  # its rules, before any long work
+    stages = METHODS[run.method](run)
+    if config.action == "stream":
+        check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
+    elif config.max_steps is not None:
+        check_steps(config.max_steps, run.method, stages)
+    check_inputs(run)
+    if config.prior:
+        load_prior(config.prior)
+    with locked(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
+        ledger = _opened(config)
+        _begin(ledger, config, parts)
+        say("rows: " + ", ".join(f"{len(rows)} for {part}" for part, rows in parts.items()))
+        learnt, asked = {repr(row.prompt) for row in parts["train"]}, parts["test"]
+        if known := sum(repr(row.prompt) in learnt for row in asked):
+            say(f"note: {known} of {len(asked)} test questions are among those that are learnt")
+        try:
+            result = _Addition(ledger, stop).result()
+        except RunStopped as stopped:
+            message = f"state {config.state!r}: stopped while learning {config.data}; the same command goes on"
+            raise RunStopped(message, stopped.signal_number) from None
+        write_json(ledger.pending / "result.json", result)
+        if result["accepted"]:
+            skill = ledger.accept(name)
+            before, after = result["before"]["accuracy"], result["after"]["skills"][name]
+            score, items = after["accuracy"], after["items"]
+            if score <= before:
+                say(f"note: {name}: {before:.3f} before, {score:.3f} after on {items} items: no gain is shown")
+            kept = f"from {max(_least(after, config), 0):.3f} on it will count as kept (test items: {items})"
+            say(f"accepted: {skill.name} is skill {skill.number} of {config.state}; {kept}")
+        else:
+            place = ledger.refuse(name)
+            say(f"refused: {name}. {config.state} is as it was; what was tried is in {place}")
+    return result
+
+
+def _opened(config: LearnConfig) -> Ledger:
+    """The state; made where there is none."""
+    root = Path(config.state)
+    if (root / START).is_dir():
+        ledger = Ledger(config.state)
+        if config.model and ledger.base != _absolute(config.model):
+            found = start_fingerprint(load_start(config.model, dtype=ledger.measured_with["dtype"]))
+            if not found or found != ledger.weights:
+                raise UserError(
+                    f"setting 'model': {config.state} began with {ledger.base!r}, and {config.model!r} has other "
+                    "weights; leave it out"
+                )
+            ledger.move_base(_absolute(config.model))
+        if os.path.isabs(ledger.base) and not os.path.isdir(ledger.base):
+            raise UserError(
+                f"state {config.state!r}: its base {ledger.base!r} is not there; where it lies elsewhere now, give "
+                "that with --model"
+            )
+        if config.prior and _texts(config.prior) != (_texts(ledger.prior) if ledger.prior else None):
+            raise UserError(f"setting 'prior': {config.state} began with other questions, or none; leave it out")
+        for key, value in ledger.measured_with.items():
+            if getattr(config, key) != value:
+                raise UserError(f"setting {key!r}: {config.state} began with {value!r}, and so are all its scores made")
+        return ledger
+    if others := [path.name for path in root.iterdir() if path.name != f".{START}.unfinished"]:
+        raise UserError(f"state {config.state!r}: holds {others[0]!r} and is no state; give another folder")
+    if not config.model:
+        raise UserError(f"state {config.state!r} does not exist yet: give the base --model with the first skill")
+    with whole_folder(root / START, "free disk space, then add it again") as folder:
+        if config.prior:
+            (folder / "prior").mkdir()
+            for name, text in _texts(config.prior).items():
+                (folder / "prior" / name).write_bytes(text)
+        prior = str(folder / "prior") if config.prior else None
+        base = load_start(config.model, dtype=config.dtype)
+        write_json(folder / "base.json", _measured(base, [], prior, config))
+        state = {"model": _absolute(config.model), "weights": start_fingerprint(base)}
+        state |= {key: getattr(config, key) for key in MEASURED_WITH}
+        (folder / "state.yaml").write_text(yaml.safe_dump(state), encoding="utf-8")
+    return Ledger(config.state)
+
+
+def _texts(prior: str) -> dict[str, bytes]:
+    """What stands in the files of a prior."""
+    path = Path(prior)
+    return {file.name: file.read_bytes() for file in (path.glob("*.jsonl") if path.is_dir() else [path])}
+
+
+def _absolute(model: str) -> str:
+    return os.path.abspath(model) if os.path.isdir(model) else model
+
+
+def _rows(config: LearnConfig) -> dict[str, list[Demonstration]]:
+    """Rows by their part: ``train``, of a stream ``validation``, and ``test``.
+
+    Where both of the last are held out, they take turns, validation first so that it begins as early as it can.
+    """
+    rows = load_demonstrations(config.data, split=config.split)
+    held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
+    count = max(len(held), round(len(rows) * config.test_share)) if held else 0
+    if held and count >= len(rows):
+        advice = "give more, or a lower --test_share" if config.test else "give --test"
+        raise UserError(f"{config.data}: {len(rows)} rows are too few to keep some for the {held[-1]}; {advice}")
+    chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
+    part_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
+    parts = {part: [row for row in rows if part_of.get(row.row, "train") == part] for part in ("train", *held)}
+    if config.test:
+        parts["test"] = load_demonstrations(config.test, completion_required=False, split=config.split)
+    return parts
+
+
+def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstration]]) -> None:
+    """Make ``pending`` with the rows and settings of the skill; or find there what is asked for.
+
+    Raises:
+        UserError: something else is there, or the skill's name is taken.
+    """
+    texts = json.dumps([[repr(replace(row, source="")) for row in part] for part in parts.values()])
+    asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
+    settings = config.model_dump()
+    asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
+    if ledger.pending.is_dir():
+        found, here = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8")), json.dumps(asked)
+        if found == json.loads(here):
+            say(f"going on with {config.name}")
+            return
+        if ledger.interrupted:
+            raise UserError(
+                f"state {config.state!r}: adding {found['name']!r} was interrupted, and "
+                f"{_changes(found, json.loads(here))}; go on with the same command, rows and settings, or drop it with "
+                f"selfdistill learn --state {config.state} discard"
+            )
+        ledger.discard()  # it had not begun to learn
+    if config.name in [skill.name for skill in ledger.skills]:
+        raise UserError(f"setting 'name': {config.state} has a skill {config.name!r} already; give another --name")
+    with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
+        for part, rows in parts.items():
+            write_demonstrations(folder / f"{part}.jsonl", rows)
+        (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        write_json(folder / "asked.json", asked)
+        places = {part: [row.row for row in rows] for part, rows in parts.items() if part != "test"}
+        write_json(folder / "places.json", places)
+
+
+def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What is asked for otherwise than it was in ``pending``."""
+    changed = changes(there["settings"], here["settings"])
+    return "; ".join(changed + ["its rows, or test rows, are others"] * (there["data"] != here["data"]))
+
+
+def settings_of(folder: Path) -> LearnConfig:
+    """Those with which a skill was learnt; what a later version of this package does not know any more is left out."""
+    saved = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    return LearnConfig(**{key: value for key, value in saved.items() if key in LearnConfig.model_fields})
+
+
+def _measured(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
+    """A model's :data:`Evaluation` on the tests of skills, each with that skill's settings, and on prior abilities."""
+    with training_arithmetic(loaded.model, config.mixed_precision):
+        skills: dict[str, Evaluation] = {}
+        for name, folder in folders:
+            settings = settings_of(folder)
+            rows = load_demonstrations(str(folder / "test.jsonl"), completion_required=False)
+            skills[name] = Questions(loaded, rows, {}, settings).ask(loaded, judge_of(settings))[0]
+        chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+        priors = encode_priors(loaded, chat, load_prior(prior)) if prior else []
+        return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size)}
+
+
+def _run_config(config: LearnConfig, model: str, context: str, folder: Path) -> TrainConfig:
+    """The settings of the training of a skill in ``folder``."""
+    names = TrainConfig.model_fields.keys() & LearnConfig.model_fields.keys()
+    own = {
+        "model": model,
+        "data": str(folder / "train.jsonl"),
+        "output_dir": str(folder / "run"),
+        "context": context,
+        **{"test": None, "prior": None, "eval_steps": 0},  # they are measured here
+    }
+    return TrainConfig(**{name: getattr(config, name) for name in names} | own)
+
+
+def _least(score: Evaluation, config: LearnConfig) -> float:
+    """What a skill that once had this score must have to count as kept."""
+    if config.max_skill_drop is not None:
+        return float(score["accuracy"]) - config.max_skill_drop
+    return float(score["accuracy_interval"][0])
+
+
+class _Addition:
+    """What is done in ``pending``."""
+
+    def __init__(self, ledger: Ledger, stop: StopRequests) -> None:
+        self._ledger, self._folder, self._stop = ledger, ledger.pending, stop
+        self._config = settings_of(self._folder)
+        asked = json.loads((self._folder / "asked.json").read_text(encoding="utf-8"))
+        self._name, self._data = str(asked["name"]), str(asked["data"])
+        self._new = [(self._name, self._folder)]
+        self._all = [*((skill.name, skill.folder) for skill in ledger.skills), *self._new]
+
+    def result(self) -> dict[str, Any]:
+        """Do what is not done yet, and decide."""
+        reasons: list[str] = []
+        result: dict[str, Any] = {"name": self._name, "data": self._data, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+        result |= self._step("before", self._before)
+        result["check"] = self._step("check", self._check)
+        least, checked = self._config.min_teacher, result["check"]
+        if least and not checked["worth"]:
+            reasons.append(f"{checked['verdict']} (min_teacher)")
+        elif checked["accuracy"] < least:
+            reasons.append(
+                f"the teacher with {checked['context']} is right on {checked['accuracy']:.0%} of the rows, at least "
+                f"{least:.0%} is asked for (min_teacher)"
+            )
+        else:
+            try:
+                self._train(result["check"]["context"])
+                result["after"] = self._step("after", lambda: self._on(str(self._folder / "model"), self._all, True))
+                reasons += self._against(result)
+            except RunFailed as failed:
+                reasons.append(str(failed))
+        return result | {"accepted": not reasons, "reasons": reasons}
+
+    def _step(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a step found, by its file, or by doing it."""
+        file = self._folder / f"{name}.json"
+        if not file.exists():
+            write_json(file, measure())
+        self._stop_where_asked()
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    def _stop_where_asked(self) -> None:
+        if self._stop.received is not None:
+            raise RunStopped("stopped", self._stop.received)
+
+    def _on(self, model: str, folders: list[tuple[str, Path]], prior: bool) -> dict[str, Any]:
+        found: dict[str, Any] = _measured(
+            load_start(model, dtype=self._config.dtype), folders, self._ledger.prior if prior else None, self._config
+        )
+        return found
+
+    def _before(self) -> dict[str, Any]:
+        """The base, and the model until now, on the new skill."""
+        ledger = self._ledger
+        base = self._on(ledger.base, self._new, False)["skills"][self._name]
+        now = base if not ledger.skills else self._on(ledger.model, self._new, False)["skills"][self._name]
+        return {"base": base, "before": now}
+
+    def _check(self) -> dict[str, Any]:
+        """Whether the current model, shown the demonstration, is a teacher for itself, and how it is best shown."""
+        run = _run_config(self._config, self._ledger.model, self._config.context, self._folder)
+        if not uses(run, "context"):
+            verdict = f"{run.method} asks no teacher"
+            return {"context": self._config.context, "worth": True, "accuracy": 1.0, "verdict": verdict}
+        found = check_run(run)
+        context = found.best.context if run.context == "auto" else run.context
+        worth, accuracy = found.exit_code == 0, found.best.accuracy
+        return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}
+
+    def _train(self, context: str) -> None:
+        """Leaves ``model``, whole, and ``run`` without its checkpoints."""
+        model = self._folder / "model"
+        run = _run_config(self._config, self._ledger.model, context, self._folder)
+        folder = Path(run.output_dir)
+        if not model.is_dir():
+            take_whole(self._trained(run), model)
+            self._stop_where_asked()
+        for left in (*folder.glob("checkpoint-*"), folder / "final"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _trained(self, run: TrainConfig) -> Path:
+        """Folder of the final model, which may be an adapter."""
+        folder = Path(run.output_dir)
+        if self._config.action == "stream":
+            return learn_stream(run, self._config, self._folder, self._stop)
+        if (folder / "final").is_dir():
+            return folder / "final"
+        along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
+        return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
+
+    def _look(self, along: StepsFile) -> Callable[[int, LoadedModel], None]:
+        """After every ``eval_steps`` steps: the scores of all skills, into ``along.jsonl``."""
+
+        def look(step: int, loaded: LoadedModel) -> None:
+            if step % self._config.eval_steps == 0 and step not in along.steps:
+                found = _measured(loaded, self._all, self._ledger.prior, self._config)
+                scores = {name: evaluation["accuracy"] for name, evaluation in found["skills"].items()}
+                along.write({"step": step, "skills": scores, "prior_accuracy": found.get("prior_accuracy")})
+
+        return look
+
+    def _against(self, result: dict[str, Any]) -> list[str]:
+        """Why the new model is not accepted; nothing where all gates hold."""
+        config, reasons = self._config, []
+        after, before = result["after"], result["before"]
+        new, least = after["skills"][self._name]["accuracy"], _least(before, config)
+        if new < least - 1e-9:
+            reasons.append(
+                f"{self._name} itself: {before['accuracy']:.3f} before, {new:.3f} after, at least {least:.3f} is asked "
+                "for (max_skill_drop)"
+            )
+        for skill in self._ledger.skills:
+            learnt, now = skill.result["after"]["skills"][skill.name], after["skills"][skill.name]["accuracy"]
+            least = _least(learnt, config)
+            if now < least - 1e-9:
+                reasons.append(
+                    f"{skill.name}: {learnt['accuracy']:.3f} when it was learnt, {now:.3f} now, at least {least:.3f} "
+                    "is asked for (max_skill_drop)"
+                )
+        if "prior_accuracy" in after:
+            base, now = self._ledger.base_result["prior_accuracy"], after["prior_accuracy"]
+            if base - now > config.max_prior_drop + 1e-9:
+                reasons.append(
+                    f"prior abilities: {base:.3f} of the base, {now:.3f} now, a fall of more than "
+                    f"{config.max_prior_drop:g} (max_prior_drop)"
+                )
+        return reasons

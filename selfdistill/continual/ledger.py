@@ -1,0 +1,164 @@
+"""The memory of one model that learns skill after skill: a folder whose every change is one rename.
+
+::
+
+    start/          state.yaml (base model and what it is measured with), prior/ (questions about abilities that the
+                    base had, copied) and base.json (its score on them)
+    skills/0001-routing/    accepted, in this order; the model of the last one is the current model
+        settings.yaml, train.jsonl, test.jsonl, of a stream validation.jsonl, run/, model/, result.json
+    pending/        an addition that is under way or was interrupted; of the same form
+    refused/, undone/       additions that were not accepted, or taken back; nothing reads them
+
+A skill is accepted by renaming ``pending`` to its place, so whatever happens before leaves the state as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selfdistill.errors import UserError
+from selfdistill.runtime import remove_folder, sync, write_whole
+
+START, SKILLS, PENDING, REFUSED, UNDONE = "start", "skills", "pending", "refused", "undone"
+MEASURED_WITH = ("dtype", "mixed_precision", "chat_template_kwargs")
+"""Settings that are the same for the base and all skills, or their scores could not be compared."""
+
+
+@dataclass(frozen=True)
+class Skill:
+    """One accepted skill."""
+
+    folder: Path
+
+    @property
+    def number(self) -> int:
+        """Place in the sequence, from 1."""
+        return int(self.folder.name.partition("-")[0])
+
+    @property
+    def name(self) -> str:
+        """Of the skill."""
+        return self.folder.name.partition("-")[2]
+
+    @property
+    def model(self) -> str:
+        """Folder of the model after it."""
+        return str(self.folder / "model")
+
+    @property
+    def file(self) -> str:
+        """Where its rows came from."""
+        return str(yaml.safe_load((self.folder / "settings.yaml").read_text(encoding="utf-8"))["data"])
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What was measured when it was added."""
+        found: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        return found
+
+
+class Ledger:
+    """A state folder that exists.
+
+    Raises:
+        UserError: it is none.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        file = self.folder / START / "state.yaml"
+        try:
+            state = yaml.safe_load(file.read_text(encoding="utf-8"))
+            self.base = str(state["model"])
+            self.weights = str(state.get("weights", ""))
+            """Fingerprint of the base's weights; empty where they cannot be compared."""
+            self.measured_with: dict[str, Any] = {name: state[name] for name in MEASURED_WITH}
+        except FileNotFoundError:
+            raise UserError(f"state {folder!r} does not exist; the first 'add' with --model makes it") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+            raise UserError(f"{file}: cannot be read as a state of selfdistill learn") from None
+
+    @property
+    def skills(self) -> list[Skill]:
+        """Accepted skills in order."""
+        return [Skill(folder) for folder in sorted((self.folder / SKILLS).glob("[0-9]*-*"))]
+
+    @property
+    def model(self) -> str:
+        """The current model."""
+        skills = self.skills
+        return skills[-1].model if skills else self.base
+
+    @property
+    def prior(self) -> str | None:
+        """Folder of the questions about prior abilities."""
+        folder = self.folder / START / "prior"
+        return str(folder) if folder.is_dir() else None
+
+    @property
+    def base_result(self) -> dict[str, Any]:
+        """What the base could do before."""
+        found: dict[str, Any] = json.loads((self.folder / START / "base.json").read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def pending(self) -> Path:
+        """Where an addition takes place."""
+        return self.folder / PENDING
+
+    @property
+    def interrupted(self) -> str | None:
+        """Name of the skill whose addition is pending and has begun to learn; until then it gives way to any other."""
+        if not any((self.pending / name).exists() for name in ("run", "chunks", "model")):
+            return None
+        return str(json.loads((self.pending / "asked.json").read_text(encoding="utf-8"))["name"])
+
+    def move_base(self, model: str) -> None:
+        """Note that the same base lies elsewhere now."""
+        file = self.folder / START / "state.yaml"
+        state = yaml.safe_load(file.read_text(encoding="utf-8")) | {"model": model}
+        write_whole(file, yaml.safe_dump(state))
+        self.base = model
+
+    def accept(self, name: str) -> Skill:
+        """Make the pending addition the next skill."""
+        number = max((skill.number for skill in self.skills), default=0) + 1
+        return Skill(self._move(self.pending, SKILLS, f"{number:04d}-{name}"))
+
+    def refuse(self, name: str) -> Path:
+        """Put the pending addition aside."""
+        return self._move(self.pending, REFUSED, name)
+
+    def undo(self, skill: Skill) -> Path:
+        """Take the last skill back."""
+        return self._move(skill.folder, UNDONE, skill.folder.name)
+
+    def put_aside(self, place: str) -> list[Skill]:
+        """What was refused or undone, as far as it has a result."""
+        return [
+            Skill(folder) for folder in sorted((self.folder / place).glob("*")) if (folder / "result.json").exists()
+        ]
+
+    def discard(self) -> None:
+        """Drop the pending addition."""
+        remove_folder(self.pending)
+
+    def _move(self, source: Path, place: str, name: str) -> Path:
+        parent = self.folder / place
+        parent.mkdir(exist_ok=True)
+        target, count = parent / name, 1
+        while target.exists():
+            count += 1
+            target = parent / f"{name}-{count}"
+        for path in (source, *source.rglob("*")):
+            sync(path)
+        os.rename(source, target)
+        sync(parent)
+        sync(self.folder)
+        return target

@@ -1,0 +1,206 @@
+"""A stream of rows without task boundaries: every chunk is tested before it is learnt.
+
+The number of steps on a chunk adapts to an online validation buffer, as in Drinking from a Firehose (arXiv 2007.09335):
+a share of the rows is never learnt; of those that came last, the mean loss is watched while a chunk is learnt, and when
+it stops falling the next chunk comes. They are not test rows, for what decides how long is learnt must not also measure
+what came of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from selfdistill.config import LearnConfig, TrainConfig
+from selfdistill.data import (
+    ChatFormat,
+    Demonstration,
+    Encoded,
+    NothingFits,
+    encode,
+    load_demonstrations,
+    parse_context,
+    write_demonstrations,
+)
+from selfdistill.errors import RunStopped, UserError
+from selfdistill.evaluation import Questions, judge_of, mean_loss
+from selfdistill.methods import uses
+from selfdistill.model import LoadedModel, load_start, training_arithmetic
+from selfdistill.runtime import StepsFile, StopRequests, say, sync
+from selfdistill.training import take_whole, train
+
+BUFFER = 64
+"""Validation rows whose loss is watched: those that came last."""
+LOOK_STEPS = 2
+"""Steps between looks at their loss."""
+PATIENCE = 2
+"""Looks without a fall after which a chunk is left."""
+
+
+def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: StopRequests) -> Path:
+    """Learn ``train.jsonl`` of ``folder`` chunk by chunk, and return the folder of the last model.
+
+    ``validation.jsonl`` there has the rows whose loss is watched, and ``places.json`` the places of both in the stream:
+    a row is watched from the chunk on before whose last row it came.
+
+    ``stream.jsonl`` gets a line a chunk: ``step`` (its number, from 1), ``rows`` (that fit), ``accuracy`` (of the model
+    before it learnt the chunk), ``steps`` it took, and ``loss_before`` and ``loss_after``, the mean loss on the
+    validation rows, nats per token; None where none has come that fits. Chunks that are there already are not learnt
+    again.
+
+    Raises:
+        UserError: rows that do not fit, before anything is learnt; or none that does.
+        RunStopped: a signal came between two chunks, or in one.
+    """
+    rows = load_demonstrations(str(folder / "train.jsonl"))
+    held = load_demonstrations(str(folder / "validation.jsonl"))
+    place = json.loads((folder / "places.json").read_text(encoding="utf-8"))
+    chunks = [rows[start : start + config.chunk_size] for start in range(0, len(rows), config.chunk_size)]
+    fitting = _learnable(run, config, chunks)
+    work = folder / "chunks"
+    work.mkdir(exist_ok=True)
+    model = run.model
+    with StepsFile(folder / "stream.jsonl", len(chunks)) as lines:
+        for number, chunk in enumerate(chunks, start=1):
+            own = work / f"{number:05d}"
+            if number not in lines.steps:
+                last = place["train"][chunk[-1].row]
+                buffer = [row for row, at in zip(held, place["validation"], strict=True) if at <= last]
+                learnt = [row for row in chunk if row.row in fitting]
+                line = _chunk(run, config, own, model, learnt, buffer[-BUFFER:])
+                lines.write({"step": number, **line})
+                sync(folder / "stream.jsonl")
+                say(f"chunk {number} of {len(chunks)}: {_said(line)}")
+            if (own / "model").is_dir():
+                model = str(own / "model")
+                for before in (path for path in work.iterdir() if path.name < own.name):
+                    shutil.rmtree(before, ignore_errors=True)
+            if stop.received is not None and number < len(chunks):
+                raise RunStopped("stopped", stop.received)
+    assert model != run.model, "a chunk has rows that fit, and so a model"
+    return Path(model)
+
+
+def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[Demonstration]]) -> set[int]:
+    """Numbers of the rows that are within all limits, also as the teacher is shown them in their chunk.
+
+    Raises:
+        UserError: rows that are not, where ``on_long_prompt`` makes that an error; or none that is.
+    """
+    loaded = load_start(run.model, dtype=config.dtype)
+    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+    context = run.context if uses(run, "context") else None
+    found: set[int] = set()
+    for chunk in chunks:
+        encoded = _fitting(loaded, chat, chunk, config, config.on_long_prompt, context)
+        found |= {row.demonstration.row for row in encoded}
+    if not found:
+        raise UserError(
+            f"{config.data}: not one row fits, for its prompt, its completion or the teacher's prompt is too long; "
+            "raise --max_completion_length or --max_prompt_length, or choose a shorter context"
+        )
+    return found
+
+
+def _said(line: dict[str, Any]) -> str:
+    """A line of ``stream.jsonl`` in words."""
+    if not line["rows"]:
+        return "none of its rows fit, 0 steps"
+    loss = "no validation row yet that fits, so it took chunk_steps"
+    if line["loss_before"] is not None:
+        loss = f"validation loss {line['loss_before']:.3f} before, {line['loss_after']:.3f} after"
+    return f"{line['accuracy']:.2f} right before it was learnt, {line['steps']} steps; {loss}"
+
+
+def _chunk(
+    run: TrainConfig,
+    config: LearnConfig,
+    folder: Path,
+    model: str,
+    chunk: Sequence[Demonstration],
+    buffer: Sequence[Demonstration],
+) -> dict[str, Any]:
+    """Test the model on the rows of a chunk, then teach it; there may be none that fit."""
+    if not chunk:
+        return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None}
+    loaded = load_start(model, dtype=config.dtype)
+    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+    with training_arithmetic(loaded.model, config.mixed_precision):
+        questions = Questions(loaded, chunk, {}, config)
+        accuracy = questions.answers(loaded, judge_of(config), what="test of a chunk").accuracy
+    watch = _Watch(_fitting(loaded, chat, buffer, config, "drop"), config)
+    before = watch.loss(loaded)
+    del loaded
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_demonstrations(folder / "rows.jsonl", chunk)
+    final = train(
+        run.model_copy(
+            update={
+                "model": model,
+                "data": str(folder / "rows.jsonl"),
+                "output_dir": str(folder / "run"),
+                "max_steps": config.chunk_steps,
+                "lr_scheduler_type": "constant",
+                **{"save_steps": 0, "view_rows": 0, "drift_steps": 0},
+            }
+        ),
+        on_step=watch,
+    )
+    take_whole(final, folder / "model")
+    losses = {"loss_before": before, "loss_after": watch.last}
+    return {"rows": len(chunk), "accuracy": accuracy, "steps": watch.steps, **losses}
+
+
+def _fitting(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    rows: Sequence[Demonstration],
+    config: LearnConfig,
+    on_long_prompt: str,
+    context: str | None = None,
+) -> list[Encoded]:
+    """Rows that are within the limits: prompt, completion and, with a context, the teacher's prompt."""
+    limits: dict[str, Any] = {
+        "max_prompt_length": config.max_prompt_length,
+        "max_completion_length": config.max_completion_length,
+        "window": loaded.window,
+        "completion_must_fit": True,
+    }
+    shown = None if context is None else parse_context(context)
+    try:
+        return encode(rows, shown, chat, on_long_prompt=on_long_prompt, **limits)[0]
+    except NothingFits:
+        return []
+
+
+class _Watch:
+    """Ends the learning of a chunk when the loss on the validation rows stops falling; without rows, never."""
+
+    def __init__(self, rows: Sequence[Encoded], config: LearnConfig) -> None:
+        self._rows, self._precision, self._most = rows, config.mixed_precision, config.chunk_steps
+        self._best, self._since = float("inf"), 0
+        self.steps = 0
+        self.last: float | None = None
+
+    def loss(self, loaded: LoadedModel) -> float | None:
+        """Mean loss on the validation rows, nats per token."""
+        if not self._rows:
+            return None
+        with training_arithmetic(loaded.model, self._precision):
+            prompts, completions = zip(*((row.student_ids, row.completion_ids) for row in self._rows), strict=True)
+            return mean_loss(loaded, prompts, completions)
+
+    def __call__(self, step: int, loaded: LoadedModel) -> bool:
+        self.steps = step
+        if step % LOOK_STEPS and step < self._most:
+            return False
+        self.last = found = self.loss(loaded)
+        if found is None:
+            return False
+        self._since = 0 if found < self._best else self._since + 1
+        self._best = min(self._best, found)
+        return self._since >= PATIENCE

@@ -1,0 +1,55 @@
+"""Files to token ids, without weights."""
+
+from selfdistill.data.bundled import general_prompts, packaged
+from selfdistill.data.chat_format import ChatFormat, thought_and_said
+from selfdistill.data.contexts import Document, context_spec, parse_context
+from selfdistill.data.demonstrations import (
+    SCORER_NAMES,
+    Demonstration,
+    Message,
+    load_demonstrations,
+    load_prompts,
+    not_object,
+    text_of,
+    write_demonstrations,
+    wrong,
+)
+from selfdistill.data.encoding import Encoded, NothingFits, encode
+from selfdistill.data.rows import RawRow, checked_rows, first_ten, mended, one_line, read_jsonl, repeated_key
+from selfdistill.data.scorers import FUNCTION, JUDGE, contains, default_scorer, doubt_about, score, words_of
+
+__all__ = [
+    "FUNCTION",
+    "JUDGE",
+    "SCORER_NAMES",
+    "ChatFormat",
+    "Demonstration",
+    "Document",
+    "Encoded",
+    "Message",
+    "NothingFits",
+    "RawRow",
+    "checked_rows",
+    "contains",
+    "context_spec",
+    "default_scorer",
+    "doubt_about",
+    "encode",
+    "first_ten",
+    "general_prompts",
+    "load_demonstrations",
+    "load_prompts",
+    "mended",
+    "not_object",
+    "one_line",
+    "packaged",
+    "parse_context",
+    "read_jsonl",
+    "repeated_key",
+    "score",
+    "text_of",
+    "thought_and_said",
+    "words_of",
+    "write_demonstrations",
+    "wrong",
+]

@@ -1,0 +1,17 @@
+"""The data sets that ship with the package."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from selfdistill.data.demonstrations import Demonstration, load_prompts
+
+
+def packaged(name: str) -> str:
+    """Path of a data file of the package."""
+    return str(resources.files(__name__) / name)
+
+
+def general_prompts() -> list[Demonstration]:
+    """The general prompts that ship with the package."""
+    return load_prompts(packaged("general.txt"))

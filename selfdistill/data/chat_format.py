@@ -1,0 +1,143 @@
+"""Chat messages to token ids and back: the tokenizer's template, plain text without one, and texts that stay text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from selfdistill.data.demonstrations import Message
+from selfdistill.errors import UserError
+
+_HIDDEN = "\U0010fffd"
+"""Stands around the number of a hidden name; a private character, which no text is likely to have beside a number."""
+
+
+def _any_of(names: Sequence[str]) -> re.Pattern[str]:
+    """Any of the names, the longest first, or the character that hides them."""
+    return re.compile("|".join(map(re.escape, sorted([*names, _HIDDEN], key=len, reverse=True))))
+
+
+class ChatFormat:
+    """Messages to token ids, by the tokenizer's chat template or, without one, by a plain-text layout.
+
+    Control tokens come from the template only: where a text contains the name of one, such as ``<|im_end|>``, it is
+    read as the characters that it is.
+
+    The plain-text layout of a conversation is ``<system text>``, ``User: <text>``, ``Assistant: <text>``, separated by
+    empty lines; a prompt ends with ``Assistant:`` and a completion starts with a space.
+    """
+
+    def __init__(self, tokenizer: Any, end_token_ids: Sequence[int], chat_template_kwargs: dict[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.kwargs = chat_template_kwargs
+        template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder.values()
+        names = [str(token) for token in added if token.special]
+        # A template may write others, too, such as <|User|>; of these a reply may hold some, such as <think>.
+        others = [str(token) for token in added if not token.special and str(token) in template]
+        self._in_replies, self._in_texts = _any_of(names), _any_of([*names, *others])
+        ends = [str(tokenizer.convert_ids_to_tokens(token)) for token in end_token_ids]
+        self.end_names = [name for name in ends if name in names]
+        self.end_token_id = self._turn_end(end_token_ids)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt as text, up to where the reply starts."""
+        if self.tokenizer.chat_template:
+            return self._by_template(messages, add_generation_prompt=True)
+        labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+        return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + "Assistant:"
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the prompt."""
+        hidden: list[str] = []
+
+        def hide(found: re.Match[str]) -> str:
+            hidden.append(found[0])
+            return f"{_HIDDEN}{len(hidden) - 1}{_HIDDEN}"
+
+        shown = []
+        for message in messages:
+            names = self._in_replies if message["role"] == "assistant" else self._in_texts
+            shown.append({**message, "content": names.sub(hide, message["content"])})
+        text = self.render(shown)
+        # A template writes its own special tokens; plain text gets the tokenizer's (a leading BOS, for some).
+        special = not self.tokenizer.chat_template
+        first, *others = re.split(f"{_HIDDEN}([0-9]+){_HIDDEN}", text)
+        ids = self._ids(first, special=special)
+        for number, after in zip(others[::2], others[1::2], strict=True):
+            ids += self._name(hidden[int(number)]) + self._ids(after, special=False)
+        return ids
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Token ids of a demonstrated reply with the token that ends an assistant turn. Ids are joined, never text."""
+        lead = "" if self.tokenizer.chat_template else " "
+        return [*self._plain(lead + text, self._in_replies), self.end_token_id]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text as it is, which has no control tokens."""
+        return self._plain(text, self._in_texts)
+
+    def _plain(self, text: str, names: re.Pattern[str]) -> list[int]:
+        ids, start = [], 0
+        for found in names.finditer(text):
+            ids += self._ids(text[start : found.start()], special=False) + self._name(found[0])
+            start = found.end()
+        return ids + self._ids(text[start:], special=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A reply as text, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _by_template(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        if taken := sorted(options.keys() & self.kwargs.keys()):
+            raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is not for you to set: leave it out")
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), **options, **self.kwargs))
+        except Exception as error:  # templates are programs: whatever they raise is about these messages
+            roles = ", ".join(m["role"] for m in messages)
+            raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from None
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        options = {"add_special_tokens": special, "split_special_tokens": False}
+        return list(self.tokenizer(text, **options)["input_ids"]) if text or special else []
+
+    def _name(self, name: str) -> list[int]:
+        """Token ids of a control token's name as characters: in two parts, so that nothing takes it for the token."""
+        return self._ids(name[:1], special=False) + self._ids(name[1:], special=False)
+
+    def _turn_end(self, end_token_ids: Sequence[int]) -> int:
+        """The end token that the template itself writes after an assistant turn, else the first there is."""
+        if self.tokenizer.chat_template:
+            reply = "selfdistill"  # a word that no template writes by itself
+            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}]
+            text = self._by_template(probe, add_generation_prompt=False)
+            after = self._ids(text.rpartition(reply)[2] if reply in text else "", special=False)
+            for token in after:
+                if token in end_token_ids:
+                    return token
+        return end_token_ids[0]
+
+
+THINKING = ("<think>", "</think>")
+"""Between these a reasoning model thinks; a prompt that ends in the first leaves only the second to the reply."""
+
+
+def thought_and_said(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> tuple[str, str]:
+    """The two parts of a reply, as text, from the token ids of the prompt and of the reply."""
+    begun = str(chat.tokenizer.decode(list(prompt[-4:]))).rstrip().endswith(THINKING[0])
+    return split_thinking(chat.decode(ids), begun=begun)
+
+
+def split_thinking(reply: str, *, begun: bool = False) -> tuple[str, str]:
+    """What a reply thinks aloud, and what it says then. A thought that never ends is followed by nothing.
+
+    Args:
+        begun: the prompt ends with the tag that begins a thought.
+    """
+    begin, end = THINKING
+    if end in reply:
+        thought, said = reply.split(end, 1)
+        return thought.lstrip().removeprefix(begin), said.lstrip()
+    thinks = begun or reply.lstrip().startswith(begin)
+    return (reply.lstrip().removeprefix(begin), "") if thinks else ("", reply)

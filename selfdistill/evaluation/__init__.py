@@ -1,0 +1,37 @@
+"""What a model can do; nothing here trains."""
+
+from selfdistill.evaluation.answers import Answers, answer, check_answers
+from selfdistill.evaluation.check import best_context, check, check_run
+from selfdistill.evaluation.distances import Distance, Drift, mean_loss
+from selfdistill.evaluation.endpoint import Endpoint
+from selfdistill.evaluation.evaluate import Evaluation, Questions, evaluate, prior_scores, rows_fingerprint, summary
+from selfdistill.evaluation.examiner import Examiner, check_inputs
+from selfdistill.evaluation.judge import judge_of
+from selfdistill.evaluation.priors import encode_priors, load_prior
+from selfdistill.evaluation.statistics import seeds_interval, sign_test
+
+__all__ = [
+    "Answers",
+    "Distance",
+    "Drift",
+    "Endpoint",
+    "Evaluation",
+    "Examiner",
+    "Questions",
+    "answer",
+    "best_context",
+    "check",
+    "check_answers",
+    "check_inputs",
+    "check_run",
+    "encode_priors",
+    "evaluate",
+    "judge_of",
+    "load_prior",
+    "mean_loss",
+    "prior_scores",
+    "rows_fingerprint",
+    "seeds_interval",
+    "sign_test",
+    "summary",
+]

@@ -1,0 +1,132 @@
+"""Answers: a model's replies to rows, each scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from selfdistill.data import (
+    JUDGE,
+    SCORER_NAMES,
+    ChatFormat,
+    Demonstration,
+    default_scorer,
+    first_ten,
+    score,
+    thought_and_said,
+)
+from selfdistill.errors import UserError
+from selfdistill.evaluation.judge import Judge
+from selfdistill.model import LoadedModel, Rollout, Sampling, sample
+from selfdistill.runtime import Reporter
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Replies to a set of rows."""
+
+    replies: list[str]
+    correct: list[bool]
+    lenient: list[bool] | None
+    """Right by the judge's lenient measure; None where no judge was asked."""
+    ids: list[list[int]]
+    """Tokens of each reply, with its end token."""
+    thinking: list[int]
+    """How many of them are thinking."""
+    truncated: int
+    """Replies stopped by the length limit."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each reply."""
+        return [len(ids) for ids in self.ids]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+
+def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -> None:
+    """Refuse rows whose answers their scorers cannot use.
+
+    Args:
+        scorer: for rows that name none.
+
+    Raises:
+        UserError: names the first ten of them and their number.
+    """
+    bad: list[str] = []
+    for row in demonstrations:
+        name = default_scorer(row, scorer)
+        if name not in SCORER_NAMES:
+            continue  # the judge, or a function of the user's, which need not know what an empty reply is
+        try:
+            score(name, "", row)
+        except UserError as error:
+            bad.append(str(error))
+    if bad:
+        raise UserError(bad[0] if len(bad) == 1 else f"{len(bad)} rows cannot be scored: {first_ten(bad)}")
+
+
+def answer(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    demonstrations: Sequence[Demonstration],
+    chat: ChatFormat,
+    *,
+    max_completion_length: int,
+    batch_size: int,
+    scorer: str | None = None,
+    judge: Judge | None = None,
+    temperature: float = 0,
+    top_p: float = 1,
+    seeds: Sequence[int] | None = None,
+    what: str | None = None,
+) -> Answers:
+    """Replies to ``prompts``, each scored against its row; what a reply thinks aloud is not scored.
+
+    Args:
+        prompts: token ids, the student's or the teacher's, one per row.
+        scorer: for rows that name none.
+        judge: asked where the scorer is ``judge``.
+        temperature: 0: greedy.
+        seeds: of each reply, where it is sampled.
+        what: label of the progress; None: silent.
+
+    Raises:
+        UserError: before the first reply, where :func:`check_answers` finds an answer that cannot be used.
+    """
+    check_answers(demonstrations, scorer)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length together: less padding
+    rollouts: list[Rollout | None] = [None] * len(prompts)
+    sampling = Sampling(max_completion_length, temperature, top_p)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    with Reporter(what or "", len(batches), quiet=what is None) as reporter:
+        for number, batch in enumerate(batches):
+            chosen = None if seeds is None else [seeds[i] for i in batch]
+            for i, rollout in zip(batch, sample(loaded, [prompts[i] for i in batch], sampling, chosen), strict=True):
+                rollouts[i] = rollout
+            reporter.advance(number + 1)
+    done = [rollout for rollout in rollouts if rollout is not None]
+    replies = [chat.decode(rollout.ids) for rollout in done]
+    parts = [thought_and_said(chat, prompt, rollout.ids) for prompt, rollout in zip(prompts, done, strict=True)]
+    correct, lenient = _grade(demonstrations, [said for _, said in parts], scorer, judge)
+    thinking = [len(chat.encode_text(thought)) for thought, _ in parts]
+    return Answers(replies, correct, lenient, [r.ids for r in done], thinking, sum(r.truncated for r in done))
+
+
+def _grade(
+    demonstrations: Sequence[Demonstration], replies: Sequence[str], scorer: str | None, judge: Judge | None
+) -> tuple[list[bool], list[bool] | None]:
+    """Right, and right by lenient measure where any row is judged."""
+    names = [default_scorer(row, scorer) for row in demonstrations]
+    pairs = list(zip(names, replies, demonstrations, strict=True))
+    judged = [(row, reply) for name, reply, row in pairs if name == JUDGE]
+    if not judged:
+        return [score(name, reply, row) for name, reply, row in pairs], None
+    assert judge is not None, "the settings refuse a judge without an address"
+    verdicts = iter(judge.verdicts([row for row, _ in judged], [reply for _, reply in judged]))
+    found = [next(verdicts) if name == JUDGE else score(name, reply, row) for name, reply, row in pairs]
+    return [verdict in (True, "strict") for verdict in found], [
+        verdict in (True, "strict", "lenient") for verdict in found
+    ]

@@ -1,0 +1,328 @@
+"""Before training: is the teacher better than the student, and which context is best?
+
+On a sample of the demonstrations, each layout of the teacher's context is measured: the teacher's greedy score, the
+likelihood it gives to the demonstration, and its distance from the student along the student's own samples. The
+student can hardly be taught more than its teacher knows, so the best teacher's score is the expected ceiling.
+
+Legend: N completion tokens of all rows without padding.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdistill.config import CheckConfig, TrainConfig
+from selfdistill.data import (
+    ChatFormat,
+    Demonstration,
+    Encoded,
+    context_spec,
+    doubt_about,
+    encode,
+    load_demonstrations,
+    parse_context,
+)
+from selfdistill.errors import UserError
+from selfdistill.evaluation.answers import Answers, answer, check_answers
+from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Layout, print_result, verdict_on
+from selfdistill.evaluation.distances import kl_along
+from selfdistill.evaluation.judge import judge_of
+from selfdistill.loss import CrossEntropy, Divergence, chunked_loss
+from selfdistill.model import (
+    KeptContexts,
+    LoadedModel,
+    Rollout,
+    Sampling,
+    Scorer,
+    Scores,
+    load_like,
+    load_start,
+    resolved_precision,
+    sample,
+    sample_seed,
+)
+from selfdistill.runtime import Reporter, say
+
+LAYOUTS = (
+    "turns:repeats=1",
+    "turns:repeats=2",
+    "turns:repeats=4",
+    "example:reasoning=true",
+    "example:reasoning=false",
+    "few_shot:k=3",
+    "few_shot:k=3,this=true",
+)
+DOCUMENT_LAYOUTS = ("document:repeats=1", "document:repeats=2", "document:show=document")
+KEPT_BYTES = 2**28
+"""Memory for what the model has read, of the students' prompts and again of one layout's."""
+POSITIONS = 8
+"""Completion tokens for which the divergence is listed one by one."""
+
+
+def best_context(config: TrainConfig) -> str:
+    """The best layout for a training run with ``context: auto``; says what was found.
+
+    The cost is not measured: full fine-tuning may need far more memory than the run itself.
+    """
+    result = check_run(config)
+    if result.exit_code == UNLIKELY:
+        say(f"note: self-distillation is unlikely to help; training goes on all the same, with {result.best.context}")
+    return result.best.context
+
+
+def check_run(config: TrainConfig) -> CheckResult:
+    """Check the teacher that a training run will have, with its context, or with all layouts where that is ``auto``."""
+    shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
+    own = {"model": config.teacher_model or config.model}
+    contexts = [] if config.context == "auto" else [config.context]
+    return check(CheckConfig(**{name: getattr(config, name) for name in shared} | own, contexts=contexts), cost=False)
+
+
+def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
+    """Measure student and teacher, print a table and a verdict.
+
+    Args:
+        config: settings.
+        cost: also measure what a training step takes, by one forward and backward pass.
+
+    Raises:
+        UserError: bad settings, data or model, or no layout that fits.
+    """
+    began = time.monotonic()
+    demonstrations = load_demonstrations(config.data, split=config.split)
+    specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(d.document for d in demonstrations) else ())]
+    contexts = [parse_context(spec) for spec in specs]
+    loaded = load_start(config.model, dtype=config.dtype)
+    for note in loaded.notes:
+        say(f"note: {note}")
+    tuned = load_like(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
+    measure = _Measure(config, demonstrations, loaded)
+    layouts, skipped = [], {}
+    with Reporter("layout", len(contexts), every=1) as reporter:
+        for number, context in enumerate(contexts):
+            name = context_spec(context)
+            try:
+                layouts.append(measure.layout(name))
+            except UserError as error:
+                skipped[name] = str(error)
+            reporter.advance(number + 1, name)
+    if not layouts:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise UserError(f"no context layout could be measured: {reasons}")
+    layouts.sort(key=lambda layout: (-layout.accuracy, -layout.logp))
+    teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
+    seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
+    verdict, exit_code = verdict_on(*measure.student_on(layouts[0].context), layouts[0])
+    result = CheckResult(
+        model=config.model,
+        data=config.data,
+        items=len(measure.rows),
+        dropped=measure.dropped,
+        student_accuracy=measure.student.accuracy,
+        student_logp=measure.student_logp,
+        student_length=sum(measure.student.lengths) / len(measure.rows),
+        student_truncated=measure.student.truncated / len(measure.rows),
+        layouts=layouts,
+        skipped=skipped,
+        teacher_kl=teacher_kl,
+        fine_tuned_accuracy=tuned_accuracy,
+        fine_tuned_kl=tuned_kl,
+        seconds_per_step=seconds,
+        memory_gib=memory,
+        memory_rows=memory_rows,
+        verdict=verdict,
+        exit_code=exit_code,
+    )
+    print_result(result, time.monotonic() - began)
+    return result
+
+
+class _Measure:
+    """The student's side, measured once, and the teacher's for each layout."""
+
+    def __init__(self, config: CheckConfig, demonstrations: list[Demonstration], loaded: LoadedModel) -> None:
+        self.config, self.pool, self.loaded = config, demonstrations, loaded
+        self.bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
+        self.chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+        self.scorer = Scorer(loaded)
+        chosen = random.Random(config.seed).sample(demonstrations, min(config.sample, len(demonstrations)))
+        self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
+        self.dropped = len(chosen) - len(self.rows)
+        measured = [row.demonstration for row in self.rows]
+        check_answers(measured, config.scorer)
+        if doubt := doubt_about(measured, config.scorer):
+            say(f"note: {doubt}")
+        self.kept = self.scorer.keep([row.student_ids for row in self.rows], KEPT_BYTES)
+        self.student = self._answer([row.student_ids for row in self.rows], self.rows)
+        self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.kept)
+        began = time.monotonic()
+        rollouts = self._rollouts()
+        self.rollout_s = (time.monotonic() - began) / len(self.rows)
+        self.teacher_ids: dict[str, list[list[int]]] = {}  # the teacher's replies by layout
+        self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
+
+    def _encode(self, rows: Sequence[Demonstration], context: str | None) -> list[Encoded]:
+        """The rows that fit: prompt and completion limit, and prompt and demonstration, within the window."""
+        config, window = self.config, self.loaded.window
+        encoded, _ = encode(
+            rows,
+            None if context is None else parse_context(context),
+            self.chat,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            window=window,
+            on_long_prompt=config.on_long_prompt,
+            pool=self.pool,
+        )
+        if window is None:
+            return encoded
+        lengths = [len(row.teacher_ids or row.student_ids) + len(row.completion_ids) for row in encoded]
+        kept = [row for row, length in zip(encoded, lengths, strict=True) if length <= window]
+        if len(kept) < len(encoded) and (config.on_long_prompt == "error" or not kept):
+            row, length = next(pair for pair in zip(encoded, lengths, strict=True) if pair[1] > window)
+            who = "prompt" if context is None else "teacher's prompt"
+            raise UserError(
+                f"{len(encoded) - len(kept)} of {len(encoded)} rows do not fit: {row.demonstration.source}: "
+                f"{who} and demonstration have {length} tokens, the "
+                f"model's window {window}; leave such rows out with --on_long_prompt drop"
+            )
+        return kept
+
+    def student_on(self, context: str) -> tuple[float, float]:
+        """Accuracy and likelihood of the student on the rows that fit a layout."""
+        fits = {row.demonstration.row for row in self._encode([row.demonstration for row in self.rows], context)}
+        if len(fits) == len(self.rows):
+            return self.student.accuracy, self.student_logp
+        rows = [row for row in self.rows if row.demonstration.row in fits]
+        right = [c for row, c in zip(self.rows, self.student.correct, strict=True) if row.demonstration.row in fits]
+        return sum(right) / len(right), self._logp([row.student_ids for row in rows], rows, self.kept)
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        """The training's."""
+        return torch.autocast(self.loaded.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def _answer(self, prompts: list[list[int]], rows: Sequence[Encoded], loaded: LoadedModel | None = None) -> Answers:
+        with self._arithmetic():
+            return answer(
+                loaded or self.loaded,
+                prompts,
+                [row.demonstration for row in rows],
+                self.chat,
+                max_completion_length=self.config.max_completion_length,
+                batch_size=16,
+                scorer=self.config.scorer,
+                judge=judge_of(self.config),
+            )
+
+    def _rollouts(self) -> list[Rollout]:
+        sampling = Sampling(self.config.max_completion_length, self.config.temperature)
+        seeds = [sample_seed(self.config.seed, 0, row.demonstration.row, 0) for row in self.rows]
+        with self._arithmetic():
+            return sample(self.loaded, [row.student_ids for row in self.rows], sampling, seeds)
+
+    @torch.no_grad()
+    def _logp(self, contexts: list[list[int]], rows: Sequence[Encoded], kept: KeptContexts | None) -> float:
+        """Mean log-probability of the demonstrations' tokens."""
+        completions = [row.completion_ids for row in rows]
+        total, count = 0.0, 0
+        for start in range(0, len(contexts), 8):
+            part = completions[start : start + 8]
+            with self._arithmetic():
+                scores = self.scorer(self.loaded.model, contexts[start : start + 8], part, kept)
+                total -= float(_loss(CrossEntropy(), scores, part)[0])
+            count += sum(map(len, part))
+        return total / count
+
+    @torch.no_grad()
+    def layout(self, context: str) -> Layout:
+        """Measure one layout.
+
+        Raises:
+            UserError: it does not fit the data or the window.
+        """
+        rows = self._encode([row.demonstration for row in self.rows], context)
+        prompts = [row.teacher_ids or [] for row in rows]
+        kept = self.scorer.keep(prompts, KEPT_BYTES)
+        answers = self._answer(prompts, rows)
+        self.teacher_ids[context] = answers.ids
+        kl_N, place_N = [], []
+        for start in range(0, len(rows), 8):
+            part = slice(start, start + 8)
+            ids = [self.rollout_of[row.demonstration.row].ids for row in rows[part]]
+            with self._arithmetic():
+                student = self.scorer(self.loaded.model, [row.student_ids for row in rows[part]], ids, self.kept)
+                teacher = self.scorer(self.loaded.model, prompts[part], ids, kept)
+                kl_N.append(_loss(Divergence(), student, ids, teacher)[1]["loss"])
+            place_N += [place for row in ids for place in range(len(row))]
+        kl, place = torch.cat(kl_N).cpu(), torch.tensor(place_N)
+        by_position = [float(kl[place == p].mean()) for p in range(POSITIONS) if bool((place == p).any())]
+        return Layout(
+            context=context,
+            items=len(rows),
+            accuracy=answers.accuracy,
+            logp=self._logp(prompts, rows, kept),
+            kl=float(kl.mean()),
+            kl_by_position=by_position,
+            length=sum(answers.lengths) / len(rows),
+            truncated=answers.truncated / len(rows),
+            prompt_length=sum(map(len, prompts)) / len(rows),
+        )
+
+    def closeness(self, context: str, tuned: LoadedModel | None) -> tuple[float, float | None, float | None]:
+        """KL(teacher||base), and of the fine-tuned model its accuracy and KL(fine-tuned||base), along their replies."""
+        rows = self._encode([row.demonstration for row in self.rows], context)
+        prompts, base = [row.student_ids for row in rows], self.loaded
+        with self._arithmetic():
+            teacher = kl_along(prompts, self.teacher_ids[context], base, base, [row.teacher_ids or [] for row in rows])
+        if tuned is None:
+            return teacher, None, None
+        answers = self._answer(prompts, rows, tuned)
+        with self._arithmetic():
+            return teacher, answers.accuracy, kl_along(prompts, answers.ids, tuned, base)
+
+    def cost(self, context: str) -> tuple[float, float, int]:
+        """Expected seconds per step, peak memory in GiB and for how many rows, from one forward and backward pass."""
+        rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
+        ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
+        began = time.monotonic()
+        with torch.no_grad(), self._arithmetic():
+            teacher = self.scorer(self.loaded.model, [row.teacher_ids or [] for row in rows], ids)
+        with self._arithmetic():
+            student = self.scorer(self.loaded.model, [row.student_ids for row in rows], ids)
+            value = _loss(Divergence(), student, ids, teacher)[0]
+        value.backward()
+        scoring_s = time.monotonic() - began
+        self.loaded.model.zero_grad(set_to_none=True)
+        seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
+        weights = sum(p.numel() for p in self.loaded.model.parameters()) * 4
+        if self.loaded.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        # AdamW's two moments and the teacher's average come on top.
+        return seconds, (peak + 3 * weights) / 2**30, len(rows)
+
+
+def _loss(
+    loss: CrossEntropy | Divergence, student: Scores, ids: Sequence[Sequence[int]], teacher: Scores | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens_N = torch.tensor([token for row in ids for token in row], device=student.hidden_ND.device)
+    return chunked_loss(
+        loss,
+        student.hidden_ND,
+        student.head,
+        student.head_parameters,
+        tokens_N,
+        torch.ones(len(tokens_N), device=tokens_N.device),
+        teacher.hidden_ND if teacher else None,
+        teacher.head if teacher else None,
+    )

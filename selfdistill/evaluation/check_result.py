@@ -1,0 +1,196 @@
+"""What the check found: the numbers of each layout, the verdict in words, the table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from selfdistill.evaluation.statistics import share_interval
+from selfdistill.runtime import output
+
+UNLIKELY = 4
+"""Exit code when self-distillation is unlikely to help."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One context layout, measured."""
+
+    context: str
+    items: int
+    """Rows that fit this layout and were measured."""
+    accuracy: float
+    """Share of rows that the teacher answers right, greedy."""
+    logp: float
+    """Mean log-probability of the demonstration's tokens under the teacher, nats per token."""
+    kl: float
+    """KL(teacher||student) along the student's samples, nats per token."""
+    kl_by_position: list[float]
+    """The same for each of the first completion tokens: a high start is framing or style, not skill."""
+    length: float
+    """Mean tokens of the teacher's replies."""
+    truncated: float
+    """Share of the teacher's replies cut at the limit."""
+    prompt_length: float
+    """Mean tokens of the teacher's prompts."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What ``selfdistill check`` found."""
+
+    model: str
+    data: str
+    items: int
+    """Rows measured."""
+    dropped: int
+    """Rows of the sample that were left out because not even the student's prompt fits (``on_long_prompt: drop``)."""
+    student_accuracy: float
+    student_logp: float
+    student_length: float
+    student_truncated: float
+    layouts: list[Layout]
+    """Best first: by accuracy, then by the likelihood of the demonstration."""
+    skipped: dict[str, str]
+    """Layouts that could not be measured, with the reason."""
+    teacher_kl: float
+    """KL(teacher||base) along the teacher's own greedy replies, nats per token, with the best layout."""
+    fine_tuned_accuracy: float | None
+    """Of the model ``fine_tuned`` on the rows of the best layout; None where there is none."""
+    fine_tuned_kl: float | None
+    """KL(fine-tuned||base) along the fine-tuned model's own greedy replies, nats per token; None as above."""
+    seconds_per_step: float | None
+    """Expected, full fine-tuning at ``batch_size``; None where the cost was not measured."""
+    memory_gib: float | None
+    """Expected peak, full fine-tuning with an EMA teacher and ``memory_rows`` rows in one part; None as above."""
+    memory_rows: int | None
+    """``batch_size``, or the rows of the best layout where there are fewer; None as above."""
+    verdict: str
+    exit_code: int
+    """0: worth trying; 4: unlikely to help."""
+
+    @property
+    def best(self) -> Layout:
+        return self.layouts[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``; ``best`` and ``ceiling`` are the best layout's name and accuracy."""
+        return {**asdict(self), "best": self.best.context, "ceiling": self.best.accuracy}
+
+
+def verdict_on(student_accuracy: float, student_logp: float, best: Layout) -> tuple[str, int]:
+    """In words, and the exit code. Two items more than the student is the least that counts as better.
+
+    The student's numbers are those on the rows of ``best``.
+    """
+    items = best.items
+    low, high = share_interval(round(best.accuracy * items), items)
+    scores = (
+        f"the teacher with {best.context} is right on {best.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}), the "
+        f"student on {student_accuracy:.0%}"
+    )
+    if (best.accuracy - student_accuracy) * items >= 2:
+        text = f"Worth trying: {scores} of {items} rows. Expect at most about {best.accuracy:.0%} after training."
+        if student_accuracy == 0 and best.kl > 3:
+            text += (
+                " The two are far apart, so the student may seldom come near the demonstration by itself; a lower "
+                "temperature or a higher learning rate helps it start."
+            )
+        return text, 0
+    reason = "by this score the teacher is not clearly better" if best.accuracy < 0.9 else "it knows this already"
+    text = f"Self-distillation is unlikely to help: {scores} of {items} rows; {reason}."
+    if best.accuracy < 0.9 and best.truncated > 0.5:
+        text += (
+            f" {best.truncated:.0%} of its replies were cut at the limit, so they may be right and unfinished: raise "
+            "--max_completion_length."
+        )
+    elif best.accuracy < 0.9 and best.logp > student_logp:
+        text += (
+            f" The demonstration is likelier to the teacher ({best.logp:.2f} nats per token) than to the student "
+            f"({student_logp:.2f}): a scorer that fits the data better may show a difference."
+        )
+    elif best.accuracy < 0.9:
+        text += " Try other contexts, a larger model, or supervised fine-tuning."
+    return text, UNLIKELY
+
+
+def print_result(result: CheckResult, seconds: float) -> None:
+    table = Table(title=f"{result.model} on {result.items} rows of {result.data}")
+    table.add_column("context", overflow="fold")
+    for column in ("right", "log p(demo)", "KL", "tokens", "cut", "prompt"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        "none (the student)",
+        f"{result.student_accuracy:.2f}",
+        f"{result.student_logp:.2f}",
+        "",
+        f"{result.student_length:.0f}",
+        f"{result.student_truncated:.0%}",
+        "",
+    )
+    for layout in result.layouts:
+        table.add_row(
+            layout.context,
+            f"{layout.accuracy:.2f}",
+            f"{layout.logp:.2f}",
+            f"{layout.kl:.2f}",
+            f"{layout.length:.0f}",
+            f"{layout.truncated:.0%}",
+            f"{layout.prompt_length:.0f}",
+        )
+    console = output()
+    console.print(table)
+    for name, reason in result.skipped.items():
+        console.print(f"not measured: {name}: {reason}", markup=False, highlight=False)
+    if result.dropped:
+        rows = f"{result.dropped} of {result.items + result.dropped} rows"
+        console.print(f"left out: {rows}, which do not fit", markup=False, highlight=False)
+    for layout in result.layouts:
+        if missing := result.items - layout.items:
+            text = f"left out: {layout.context}: {missing} of {result.items} rows, which do not fit it"
+            console.print(text, markup=False, highlight=False)
+    profile = " ".join(f"{value:.2f}" for value in result.best.kl_by_position)
+    lines = [
+        "log p(demo) and KL(teacher||student) are in nats per token; KL is along the student's samples.",
+        f"KL of {result.best.context} at completion tokens 1, 2, ...: {profile}",
+        _closeness_line(result),
+        *_cost_line(result),
+        *_order_line(result),
+        result.verdict,
+        f"Best: --context {result.best.context}   (measured in {seconds:.0f} s)",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _closeness_line(result: CheckResult) -> str:
+    """The two conditions of the method (arXiv 2601.19897): the teacher is near-optimal, and close to the base."""
+    best = result.best
+    text = f"In-context assumption: the teacher is right on {best.accuracy:.0%}, and {result.teacher_kl:.2f} nats per "
+    text += "token from the base along its own replies"
+    if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None:
+        return f"{text}; selfdistill check --fine_tuned MODEL shows how far fine-tuning goes for the same."
+    text += (
+        f"; the fine-tuned model on {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
+    )
+    if result.fine_tuned_accuracy <= result.student_accuracy:
+        return f"{text}. It has learnt nothing, so its distance says nothing: fine-tune it further."
+    nearer = "nearer, as it should be" if result.teacher_kl < result.fine_tuned_kl else "not nearer: a bad sign"
+    return f"{text}: the teacher is {nearer}."
+
+
+def _cost_line(result: CheckResult) -> list[str]:
+    if result.seconds_per_step is None:
+        return []
+    return [
+        f"Expected: {result.seconds_per_step:.1f} s per step; {result.memory_gib:.1f} GiB with {result.memory_rows} "
+        "rows at a time (full fine-tuning, EMA)."
+    ]
+
+
+def _order_line(result: CheckResult) -> list[str]:
+    if len({layout.accuracy for layout in result.layouts}) > 1 or len(result.layouts) == 1:
+        return []
+    return ["The scorer finds every layout equally right, so their order is by log p(demo) only."]

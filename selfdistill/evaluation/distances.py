@@ -1,0 +1,149 @@
+"""How far a model has moved from its base, in nats per token.
+
+Legend: N completion tokens of all rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdistill.data import ChatFormat, Demonstration, general_prompts
+from selfdistill.loss import CrossEntropy, Divergence, chunked_loss, forward_kl
+from selfdistill.model import LoadedModel, Sampling, Scorer, sample
+
+ANSWER_TOKENS = 32
+"""Most tokens of an answer to a general prompt."""
+_ROWS = 8  # scored at a time
+
+
+class Distance:
+    """KL(base||model) per token, over the base's own greedy answers to fixed prompts.
+
+    The base's log-probabilities are kept, so the base model itself need not be.
+
+    Args:
+        base: the model from which the distance is measured, as it is now.
+        prompts: rows whose prompts are asked.
+        max_tokens: of each answer.
+    """
+
+    def __init__(
+        self,
+        base: LoadedModel,
+        scorer: Scorer,
+        chat: ChatFormat,
+        prompts: Sequence[Demonstration],
+        max_tokens: int = ANSWER_TOKENS,
+    ) -> None:
+        self._scorer = scorer
+        self._contexts = [chat.encode_prompt(row.prompt) for row in prompts]
+        rollouts = sample(base, self._contexts, Sampling(max_tokens, temperature=0))
+        self._completions = [rollout.ids for rollout in rollouts]
+        self._base_NV = list(self._logits(base.model))
+
+    def _logits(self, model: Any) -> Iterator[Tensor]:
+        for start in range(0, len(self._contexts), _ROWS):
+            part = slice(start, start + _ROWS)
+            with torch.no_grad():
+                scores = self._scorer(model, self._contexts[part], self._completions[part])
+                logits_NV = scores.head(scores.hidden_ND).float()
+            yield logits_NV
+
+    @torch.no_grad()
+    def of(self, model: Any) -> float:
+        """KL(base||model) in nats per token."""
+        parts = zip(self._base_NV, self._logits(model), strict=True)
+        return float(torch.cat([forward_kl(mine, base) for base, mine in parts]).mean())
+
+
+class Drift(Distance):
+    """A small :class:`Distance` that is cheap enough during training: 3 prompts, 16 tokens each."""
+
+    def __init__(self, base: LoadedModel, scorer: Scorer, chat: ChatFormat) -> None:
+        super().__init__(base, scorer, chat, general_prompts()[:3], 16)
+
+
+@dataclass(frozen=True)
+class Between:
+    """Two models on the same prompts, each along its own greedy answers."""
+
+    kl_base: float
+    """KL(base||model) along the base's answers, nats per token."""
+    kl_model: float
+    """KL(model||base) along the model's answers, nats per token."""
+    changed: float
+    """Share of the model's answers that differ from the base's."""
+
+
+def between(
+    base: LoadedModel,
+    model: LoadedModel,
+    base_contexts: Sequence[Sequence[int]],
+    model_contexts: Sequence[Sequence[int]],
+    of_base: Sequence[Sequence[int]],
+    of_model: Sequence[Sequence[int]],
+) -> Between:
+    """Both distances between two models of one vocabulary.
+
+    Args:
+        base_contexts: token ids of the prompts, by the base's chat template.
+        model_contexts: the same by the model's.
+        of_base: the base's answers to them, as token ids.
+        of_model: the model's.
+    """
+    changed = sum(list(a) != list(b) for a, b in zip(of_base, of_model, strict=True)) / len(of_base)
+    return Between(
+        kl_base=kl_along(model_contexts, of_base, base, model, base_contexts),
+        kl_model=kl_along(base_contexts, of_model, model, base, model_contexts),
+        changed=changed,
+    )
+
+
+@torch.no_grad()
+def kl_along(
+    contexts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    q: LoadedModel,
+    p: LoadedModel,
+    q_contexts: Sequence[Sequence[int]] | None = None,
+) -> float:
+    """KL(q||p) along given completions, mean over all their tokens, in nats.
+
+    Args:
+        contexts: token ids of the prompts, as p sees them.
+        q_contexts: those that q sees, where they are others.
+    """
+    scorers, total, count = (Scorer(q), Scorer(p)), 0.0, 0
+    for start in range(0, len(contexts), _ROWS):
+        part = slice(start, start + _ROWS)
+        ids = completions[part]
+        theirs, mine = (
+            scorer(loaded.model, shown[part], ids)
+            for scorer, loaded, shown in zip(scorers, (q, p), (q_contexts or contexts, contexts), strict=True)
+        )
+        tokens_N = torch.tensor([token for row in ids for token in row], device=mine.hidden_ND.device)
+        ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
+        value, _ = chunked_loss(
+            Divergence(), mine.hidden_ND, mine.head, (), tokens_N, ones_N, theirs.hidden_ND, theirs.head
+        )
+        total, count = total + float(value), count + len(tokens_N)
+    return total / count
+
+
+@torch.no_grad()
+def mean_loss(loaded: LoadedModel, contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
+    """-log p of given completions, mean over each one's tokens and then over completions, in nats."""
+    scorer, total = Scorer(loaded), 0.0
+    for start in range(0, len(contexts), _ROWS):
+        ids = completions[start : start + _ROWS]
+        scores = scorer(loaded.model, contexts[start : start + _ROWS], ids)
+        tokens_N = torch.tensor([token for row in ids for token in row], device=scores.hidden_ND.device)
+        weights_N = torch.tensor([1 / len(row) for row in ids for _ in row], device=tokens_N.device)
+        value, _ = chunked_loss(CrossEntropy(), scores.hidden_ND, scores.head, (), tokens_N, weights_N)
+        total += float(value)
+    return total / len(contexts)

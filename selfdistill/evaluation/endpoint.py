@@ -1,0 +1,130 @@
+"""Another model behind an OpenAI-compatible chat endpoint. What is asked is sent to that address and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from selfdistill.data import Message, mended, one_line
+from selfdistill.errors import UserError
+
+KEYS = ("SELFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
+"""Environment variables of the key: the first is sent to whatever address the settings name, the second to OpenAI only,
+whose it is."""
+
+_TIMEOUT_S = 60.0
+_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # between attempts: a minute, the usual window of a rate limit
+
+
+class Endpoint:
+    """A model at an address.
+
+    Args:
+        url: of the API, for instance ``http://localhost:8000/v1``; ``/chat/completions`` is added.
+        model: its name there.
+        who: what it is for, in messages; the setting of its address is ``{who}_url``.
+        note: what messages say of the answers that are there already.
+    """
+
+    def __init__(self, url: str, model: str, who: str, note: str) -> None:
+        self.url, self.model, self.who, self.note = url.rstrip("/") + "/chat/completions", model, who, note
+        self._opener = build_opener(_NoRedirect)
+
+    def ask(self, messages: list[Message], stop: threading.Event, *, max_tokens: int, temperature: float = 0) -> str:
+        """The model's answer to a conversation, asked for until it comes or the time is up.
+
+        A request that the endpoint is too busy for (429, 5xx, no answer in time) is repeated for about a minute.
+
+        Args:
+            messages: chat messages.
+            stop: set where other requests have failed for good, so that waiting is for nothing.
+            max_tokens: most tokens of the answer.
+            temperature: of its sampling; 0: greedy.
+
+        Raises:
+            UserError: the endpoint cannot be reached, refuses or stays too busy, or answers otherwise than agreed.
+        """
+        body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
+        key = _api_key(self.url, self.who)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        for wait in (*_WAITS_S, None):
+            request = Request(self.url, json.dumps(body).encode(), headers)
+            try:
+                with self._opener.open(request, timeout=_TIMEOUT_S) as response:
+                    answer = response.read()
+                break
+            except (OSError, HTTPException) as error:  # an HTTPError is an OSError
+                problem = _problem(error, key)
+                if not _passes(error) or wait is None or stop.wait(wait):
+                    raise UserError(
+                        f"{self.who} {self.url}: {problem}; {self.note}, the same command goes on from there"
+                    ) from None
+        try:
+            content = json.loads(answer)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError):
+            content = None
+        if not isinstance(content, str):
+            raise UserError(
+                f"{self.who} {self.url}: found {shown(_hidden(answer.decode(errors='replace'), key))}, want a chat "
+                f"completion; check {self.who}_url"
+            )
+        return mended(content)
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """A redirect is an error: the key and the data are for the address that the user gave."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _api_key(url: str, who: str) -> str | None:
+    address = urlsplit(url)
+    secret = address.scheme == "https" or address.hostname in ("localhost", "127.0.0.1", "::1")
+    for name in KEYS if address.hostname == "api.openai.com" else KEYS[:1]:
+        if key := os.environ.get(name, "").strip():
+            if not secret:
+                raise UserError(f"{who} {url}: {name} is not sent over http, where others can read it: use https")
+            if not (key.isascii() and key.isprintable()):
+                raise UserError(f"environment variable {name}: holds characters that no key has; set it anew")
+            return key
+    return None
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same request may well succeed a little later."""
+    if isinstance(error, HTTPError):
+        return error.code == 429 or error.code >= 500
+    cause = error.reason if isinstance(error, URLError) else error
+    return isinstance(cause, TimeoutError | ConnectionResetError | BrokenPipeError | HTTPException)
+
+
+def _problem(error: Exception, key: str | None) -> str:
+    if isinstance(error, HTTPError):
+        if 300 <= error.code < 400:
+            where = shown(error.headers.get("Location", ""))
+            return (
+                f"status {error.code}, a redirect to {where}, which is not followed: give that address if you trust it"
+            )
+        try:
+            said = error.read(1000).decode(errors="replace")
+        except (OSError, HTTPException):
+            said = ""
+        return f"status {error.code}, {shown(_hidden(said, key))}"
+    cause = error.reason if isinstance(error, URLError) else error
+    return one_line(cause) if isinstance(cause, Exception) else str(cause)
+
+
+def _hidden(text: str, key: str | None) -> str:
+    return text.replace(key, "***") if key else text
+
+
+def shown(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 120 else text[:117] + "...")

@@ -1,0 +1,292 @@
+"""Evaluation: what a model can do on the new task, what it can still do, and how far it has moved from its base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from selfdistill.config import EvalConfig, ModelSettings
+from selfdistill.data import (
+    ChatFormat,
+    Demonstration,
+    Encoded,
+    default_scorer,
+    doubt_about,
+    encode,
+    general_prompts,
+    load_demonstrations,
+    parse_context,
+)
+from selfdistill.errors import UserError
+from selfdistill.evaluation.answers import Answers, answer, check_answers
+from selfdistill.evaluation.distances import ANSWER_TOKENS, Between, between
+from selfdistill.evaluation.judge import Judge, judge_of
+from selfdistill.evaluation.lmeval import lm_eval_abilities
+from selfdistill.evaluation.priors import EncodedPrior, encode_priors, load_prior, prior_abilities
+from selfdistill.evaluation.statistics import difference_interval, mean_interval, paired, pass_at_k, share_interval
+from selfdistill.evaluation.table import print_evaluation
+from selfdistill.model import LoadedModel, Sampling, Scorer, load_like, load_model, sample, sample_seed, to_best_device
+from selfdistill.runtime import say
+
+ASKED = ("model", "base", "data", "prior", "context", "max_completion_length", "num_samples", "temperature", "seed")
+"""Settings that stand beside a result."""
+Evaluation = dict[str, Any]
+"""One model, measured, as it is written to JSON.
+
+``accuracy``, ``accuracy_interval``, ``items``, ``dropped`` (rows too long), ``correct`` (of each item),
+``accuracy_lenient`` (where a judge was asked), ``completion/length``, ``completion/truncated``,
+``completion/thinking`` and ``completion/said`` (tokens inside and outside thinking tags); with priors ``prior`` (by
+name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct``), ``prior_accuracy`` (mean over names) and
+``prior_interval``. Intervals are of 95%.
+"""
+
+
+def rows_fingerprint(parts: Mapping[str, Sequence[Any]]) -> str:
+    """SHA-256 of rows by name of the part that they are, wherever their files lie."""
+    rows = {name: [{**asdict(row), "source": ""} for row in part] for name, part in parts.items()}
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+class Questions:
+    """What a model is asked, as its token ids, all checked before anything is computed.
+
+    Args:
+        loaded: the model, or one with the same tokenizer.
+        demonstrations: rows of the new task.
+        priors: as :func:`load_prior` gives them.
+        config: a command's settings.
+        context: what the model is shown with each question of the new task; None: the question alone.
+        pool: where contexts take other demonstrations from; default the rows themselves.
+
+    Raises:
+        UserError: rows that do not fit, or whose answers their scorers cannot use; a context that does not fit them.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        demonstrations: Sequence[Demonstration],
+        priors: dict[str, Any],
+        config: ModelSettings,
+        context: str | None = None,
+        pool: Sequence[Demonstration] | None = None,
+    ) -> None:
+        self.config = config
+        self.chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+        self.rows: list[Encoded]
+        self.rows, self.dropped = encode(
+            demonstrations,
+            None if context is None else parse_context(context),
+            self.chat,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            window=loaded.window,
+            on_long_prompt=config.on_long_prompt,
+            pool=pool,
+        )
+        self.demonstrations = [row.demonstration for row in self.rows]
+        self.prompts = [row.teacher_ids or row.student_ids for row in self.rows]
+        check_answers(self.demonstrations, config.scorer)
+        if config.scorer and all(row.scorer for row in self.demonstrations):
+            say(f"note: every row names its own scorer, so --scorer {config.scorer} is not used")
+        if doubt := doubt_about(self.demonstrations, config.scorer):
+            say(f"note: {doubt}")
+        self.priors: list[EncodedPrior] = encode_priors(loaded, self.chat, priors)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that is asked, with its answers, wherever the files lie."""
+        return rows_fingerprint({"": self.demonstrations, **{prior.name: prior.rows for prior in self.priors}})
+
+    def answers(self, loaded: LoadedModel, judge: Judge | None = None, *, what: str = "new task") -> Answers:
+        """Greedy replies to the new task; ``what`` is said of the progress."""
+        return answer(
+            loaded,
+            self.prompts,
+            self.demonstrations,
+            self.chat,
+            max_completion_length=self.config.max_completion_length,
+            batch_size=self.config.batch_size,
+            scorer=self.config.scorer,
+            judge=judge,
+            what=what,
+        )
+
+    def ask(self, loaded: LoadedModel, judge: Judge | None = None) -> tuple[Evaluation, Answers]:
+        """Measure a model on all of it; also its greedy replies."""
+        answers = self.answers(loaded, judge)
+        thinking = sum(answers.thinking) / len(self.rows)
+        length = sum(answers.lengths) / len(self.rows)
+        result: Evaluation = {
+            "accuracy": answers.accuracy,
+            "accuracy_interval": list(share_interval(sum(answers.correct), len(self.rows))),
+            "items": len(self.rows),
+            "dropped": self.dropped,
+            "correct": answers.correct,
+            "completion/length": length,
+            "completion/truncated": answers.truncated / len(self.rows),
+            "completion/thinking": thinking,
+            "completion/said": length - thinking,
+        }
+        if answers.lenient is not None:
+            result["accuracy_lenient"] = sum(answers.lenient) / len(self.rows)
+        result |= prior_scores(loaded, self.chat, self.priors, self.config.batch_size)
+        return result, answers
+
+    def pass_at(self, loaded: LoadedModel, config: EvalConfig, judge: Judge | None) -> dict[str, Any]:
+        """pass@k of the new task from ``num_samples`` sampled replies a row: for each k its value, interval, items."""
+        count = config.num_samples
+        sampled = answer(
+            loaded,
+            [prompt for prompt in self.prompts for _ in range(count)],
+            [row for row in self.demonstrations for _ in range(count)],
+            self.chat,
+            max_completion_length=config.max_completion_length,
+            batch_size=config.batch_size,
+            scorer=config.scorer,
+            judge=judge,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seeds=[sample_seed(config.seed, 0, row.row, g) for row in self.demonstrations for g in range(count)],
+            what=f"{count} samples",
+        )
+        right = [sum(sampled.correct[i : i + count]) for i in range(0, len(sampled.correct), count)]
+        result = {}
+        for k in sorted({2**i for i in range(count.bit_length()) if 2**i <= count} | {count}):
+            values = [pass_at_k(c, count, k) for c in right]
+            result[str(k)] = {
+                "value": sum(values) / len(values),
+                "interval": list(mean_interval(values)),
+                "items": values,
+            }
+        return result
+
+
+def prior_scores(loaded: LoadedModel, chat: ChatFormat, priors: Sequence[EncodedPrior], batch_size: int) -> Evaluation:
+    """The part of an :data:`Evaluation` that is about prior abilities; empty where there are none."""
+    result: Evaluation = {}
+    if priors:
+        found = prior_abilities(loaded, Scorer(loaded), chat, priors, batch_size=batch_size)
+        _add_priors(result, {prior.name: asdict(prior) for prior in found})
+    return result
+
+
+def _add_priors(result: Evaluation, found: dict[str, dict[str, Any]]) -> None:
+    for prior in found.values():
+        prior.pop("name")
+        prior["interval"] = list(share_interval(sum(prior["correct"]), prior["items"]))
+    priors = result["prior"] = {**result.get("prior", {}), **found}
+    result["prior_accuracy"] = sum(prior["accuracy"] for prior in priors.values()) / len(priors)
+    intervals = [prior["interval"] for prior in priors.values()]
+    groups = (prior["correct"] for prior in priors.values())
+    result["prior_interval"] = intervals[0] if len(intervals) == 1 else list(mean_interval(*groups))
+
+
+def summary(evaluation: Evaluation) -> str:
+    """The main numbers of an evaluation in one line."""
+    parts = [f"new {evaluation['accuracy']:.3f} of {evaluation['items']}"]
+    if "prior_accuracy" in evaluation:
+        parts.append(f"prior {evaluation['prior_accuracy']:.3f}")
+    if "kl_base" in evaluation:
+        parts.append(f"KL(base||model) {evaluation['kl_base']:.3f}")
+    return "  ".join(parts)
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """``selfdistill eval``: new task, prior abilities, and what has changed since a base; prints a table.
+
+    Returns:
+        The model's :data:`Evaluation` with ``settings`` (``ASKED``), ``scorers``, ``dropped`` and, with
+        ``num_samples``, ``pass@k``. With ``base`` also ``base`` (the same of the base), ``paired`` (differences on the
+        same items: ``accuracy``, ``pass@k``, each prior's, ``prior_accuracy``), ``distance`` (:class:`Between` on
+        ``general`` prompts and the ``new_task``'s) and ``kl_base``, KL(base||model) on the general prompts.
+    """
+    if config.replies and not Path(config.replies).absolute().parent.is_dir():
+        raise UserError(f"replies {config.replies!r}: cannot be written; give a file in an existing folder")
+    demonstrations = load_demonstrations(config.data, completion_required=False, split=config.split)
+    priors = load_prior(config.prior) if config.prior else {}
+    judge = judge_of(config)
+    loaded = to_best_device(load_model(config.model, dtype=config.dtype))
+    base = load_like(config.base, loaded, dtype=config.dtype) if config.base else None
+    questions = Questions(loaded, demonstrations, priors, config, config.context)
+    if base is not None:
+        # Rows that either has no room for are left out for both, so that both answer the same.
+        for_base = Questions(base, questions.demonstrations, priors, config)
+        questions = Questions(loaded, for_base.demonstrations, priors, config, config.context)
+    result, answers = _measured(loaded, questions, config, judge)
+    result["settings"] = {name: getattr(config, name) for name in ASKED}
+    result["scorers"] = sorted({default_scorer(row, config.scorer) for row in questions.demonstrations})
+    result["dropped"] = len(demonstrations) - len(questions.rows)
+    if base is not None:
+        result["base"], of_base = _measured(base, for_base, config, judge)
+        result["paired"] = _paired(result["base"], result)
+        result["distance"] = {
+            "general": asdict(_general_distance(base, loaded, config)),
+            "new_task": asdict(between(base, loaded, for_base.prompts, questions.prompts, of_base.ids, answers.ids)),
+        }
+        result["kl_base"] = result["distance"]["general"]["kl_base"]
+    if config.replies:
+        _write_replies(Path(config.replies), questions.demonstrations, answers)
+    print_evaluation(config, result)
+    return result
+
+
+def _measured(
+    loaded: LoadedModel, questions: Questions, config: EvalConfig, judge: Judge | None
+) -> tuple[Evaluation, Answers]:
+    result, answers = questions.ask(loaded, judge)
+    if config.num_samples:
+        result["pass@k"] = questions.pass_at(loaded, config, judge)
+    if config.lm_eval_tasks:
+        found = lm_eval_abilities(
+            loaded,
+            config.lm_eval_tasks,
+            include_path=config.lm_eval_path,
+            limit=config.lm_eval_limit,
+            batch_size=config.batch_size,
+        )
+        _add_priors(result, {f"lm-eval/{task.name}": asdict(task) for task in found})
+    return result, answers
+
+
+def _general_distance(base: LoadedModel, loaded: LoadedModel, config: EvalConfig) -> Between:
+    contexts, answers = [], []
+    for model in (base, loaded):
+        chat = ChatFormat(model.tokenizer, model.end_token_ids, config.chat_template_kwargs)
+        contexts.append([chat.encode_prompt(row.prompt) for row in general_prompts()])
+        answers.append([r.ids for r in sample(model, contexts[-1], Sampling(ANSWER_TOKENS, temperature=0))])
+    return between(base, loaded, *contexts, *answers)
+
+
+def _paired(base: Evaluation, model: Evaluation) -> dict[str, Any]:
+    """Differences model - base on the same items, each with its interval and p."""
+    found: dict[str, Any] = {"accuracy": asdict(paired(base["correct"], model["correct"]))}
+    for k, of_model in model.get("pass@k", {}).items():
+        found[f"pass@{k}"] = asdict(paired(base["pass@k"][k]["items"], of_model["items"]))
+    if "prior" in model:
+        pairs = {name: (base["prior"][name]["correct"], prior["correct"]) for name, prior in model["prior"].items()}
+        found["prior"] = {name: asdict(paired(*pair)) for name, pair in pairs.items()}
+        difference = model["prior_accuracy"] - base["prior_accuracy"]
+        differences = ([int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in pairs.values())
+        low, high = difference_interval(*differences)
+        found["prior_accuracy"] = {"difference": difference, "low": low, "high": high}
+    return found
+
+
+def _write_replies(path: Path, rows: Sequence[Demonstration], answers: Answers) -> None:
+    lines = [
+        {
+            "source": row.source,
+            "prompt": list(row.prompt),
+            "answer": row.completion if row.answer is None else row.answer,
+            "reply": reply,
+            "correct": right,
+            "tokens": length,
+        }
+        for row, reply, right, length in zip(rows, answers.replies, answers.correct, answers.lengths, strict=True)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,111 @@
+"""Measuring a model while it is trained: as ``eval`` does, against the base that it began as."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from selfdistill.config import TrainingSettings
+from selfdistill.data import Document, general_prompts, load_demonstrations, parse_context
+from selfdistill.evaluation.distances import Distance, kl_along
+from selfdistill.evaluation.evaluate import Evaluation, Questions
+from selfdistill.evaluation.judge import judge_of
+from selfdistill.evaluation.priors import load_prior
+from selfdistill.evaluation.statistics import share_interval
+from selfdistill.model import LoadedModel, Scorer, training_arithmetic
+from selfdistill.runtime import say
+
+
+def check_inputs(config: TrainingSettings) -> None:
+    """Read what a training is measured on, and its context, before any long work.
+
+    Raises:
+        UserError: a file that is missing or holds bad rows, or a context that there is not.
+    """
+    if config.context != "auto":
+        parse_context(config.context)
+    if config.test is not None:
+        load_demonstrations(config.test, completion_required=False, split=config.split)
+    if config.prior is not None:
+        load_prior(config.prior)
+
+
+class Examiner:
+    """Test rows, prior questions and the base's own numbers, for any number of runs from that base.
+
+    Measuring changes neither weights nor any random state: replies are greedy, and no gradient flows.
+
+    Args:
+        config: settings with ``test``.
+        base: the model as it is before training.
+
+    Raises:
+        UserError: test rows or prior questions that cannot be used.
+    """
+
+    def __init__(self, config: TrainingSettings, base: LoadedModel) -> None:
+        assert config.test is not None
+        rows = load_demonstrations(config.test, completion_required=False, split=config.split)
+        priors = load_prior(config.prior) if config.prior else {}
+        self._mixed_precision = config.mixed_precision
+        self.questions = Questions(base, rows, priors, config)
+        if self.questions.dropped:
+            say(f"{self.questions.dropped} of {len(rows)} rows of {config.test} are too long and left out")
+        self._data = load_demonstrations(config.data, split=config.split)
+        learnt = [row.prompt for row in self._data]
+        if known := sum(row.prompt in learnt for row in self.questions.demonstrations):
+            say(f"note: {known} of {len(self.questions.demonstrations)} test questions are among those that are learnt")
+        self._judge = judge_of(config)
+        with self._arithmetic(base):
+            self._distance = Distance(base, Scorer(base), self.questions.chat, general_prompts())
+        self.base = self.measure(base)
+
+    def measure(self, loaded: LoadedModel) -> Evaluation:
+        """The model's :data:`Evaluation`, with ``kl_base``: KL(base||model) on general prompts, nats per token."""
+        with self._arithmetic(loaded):
+            result, _ = self.questions.ask(loaded, self._judge)
+            result["kl_base"] = self._distance.of(loaded.model)
+        return result
+
+    def shown(self, base: LoadedModel, context: str, what: str) -> dict[str, Any] | None:
+        """The base shown each test row's own demonstration, which is about the most that can be taught, or document.
+
+        Args:
+            base: the model before training.
+            context: how it is shown.
+            what: is said of the progress.
+
+        Returns:
+            ``accuracy``, ``interval``, ``items`` and ``kl``, KL(shown||base) along the replies of the model that is
+            shown it, nats per token; None where rows lack what is to be shown.
+
+        Raises:
+            UserError: a context that does not fit the rows.
+        """
+        bare, kind = self.questions, parse_context(context)
+        documents = isinstance(kind, Document) and kind.show == "document"
+        if not all(row.document if documents else row.completion for row in bare.demonstrations):
+            return None
+        questions = Questions(
+            base,
+            bare.demonstrations,
+            {},
+            bare.config,
+            context,
+            self._data,
+        )
+        with self._arithmetic(base):
+            answers = questions.answers(base, self._judge, what=what)
+            prompts = [row.student_ids for row in questions.rows]
+            kl = kl_along(prompts, answers.ids, base, base, questions.prompts)
+        interval = list(share_interval(sum(answers.correct), len(questions.rows)))
+        return {"accuracy": answers.accuracy, "interval": interval, "items": len(questions.rows), "kl": kl}
+
+    def moved(self, base: LoadedModel, model: LoadedModel) -> float:
+        """KL(model||base) along the model's own replies to the test rows, nats per token."""
+        with self._arithmetic(base), self._arithmetic(model):
+            answers = self.questions.answers(model, self._judge)
+            return kl_along(self.questions.prompts, answers.ids, model, base)
+
+    def _arithmetic(self, loaded: LoadedModel) -> AbstractContextManager[None]:
+        return training_arithmetic(loaded.model, self._mixed_precision)

@@ -1,0 +1,188 @@
+"""Prior abilities by tasks of lm-eval, the evaluation harness of EleutherAI: the extra ``lm-eval``.
+
+The model in memory is measured as it stands, and nothing about it or about the process's random numbers is changed, so
+this may be done in the middle of training.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from selfdistill.config import closest
+from selfdistill.data import one_line
+from selfdistill.errors import UserError
+from selfdistill.model import LoadedModel
+
+METRICS = ("acc", "exact_match", "em")
+"""Metrics that are 0 or 1 for an item; the first that a task has is its accuracy."""
+
+# The seeds of lm-eval's own command line, so that tasks which draw at random give the same numbers here.
+_SEED, _OTHER_SEED = 0, 1234
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One lm-eval task's result."""
+
+    name: str
+    items: int
+    accuracy: float
+    """Share of right items by ``metric``."""
+    accuracy_norm: float | None
+    """The share by ``acc_norm``, log-likelihoods divided by the choice's length in characters; None where the task has
+    none."""
+    correct: list[bool]
+    """Of each item by ``metric``, in the order of the task's data."""
+    metric: str
+    """lm-eval's name of what is counted, with its filter: ``acc,none``."""
+
+
+def lm_eval_abilities(
+    loaded: LoadedModel, tasks: Sequence[str], *, include_path: str | None, limit: int | None, batch_size: int
+) -> list[TaskResult]:
+    """Accuracy on lm-eval tasks, one result a task; a group or tag stands for its tasks.
+
+    Prompts, few-shot examples and metrics are lm-eval's, without a chat template. Log-probabilities are float32. What
+    is longer than the model's window lm-eval cuts from the left, and warns. A task's data is fetched where it is
+    neither a local file nor cached.
+
+    Args:
+        tasks: names; those of ``include_path`` come before lm-eval's own.
+        include_path: folder of further task files (YAML).
+        limit: most items of each task; None: all.
+
+    Raises:
+        UserError: lm-eval is not installed, no such folder or task, a task that cannot be loaded or run, or that has
+            no metric of ``METRICS``.
+    """
+    try:
+        import lm_eval.evaluator
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError(
+            f"lm_eval_tasks needs lm-eval, which cannot be imported ({one_line(error)}): pip install "
+            "'selfdistill[lm-eval]'"
+        ) from None
+    with _undisturbed(loaded.model):
+        random.seed(_SEED)
+        np.random.seed(_OTHER_SEED)
+        torch.manual_seed(_OTHER_SEED)
+        found = _load(tasks, include_path)
+        tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval changes its padding side for a while
+        with _less_talk():
+            language_model = HFLM(
+                pretrained=loaded.model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                max_length=loaded.window,
+                softmax_dtype=torch.float32,
+            )
+        try:
+            # Not simple_evaluate: it also asks the hub about the model, and git and pip about the machine.
+            results = lm_eval.evaluator.evaluate(language_model, found, limit=limit, bootstrap_iters=0)
+        except Exception as error:
+            if isinstance(error, RuntimeError):  # torch's: out of memory, or a defect
+                raise
+            names = ", ".join(found["tasks"])
+            raise UserError(f"lm-eval: cannot run {names}: {type(error).__name__}: {one_line(error)}") from error
+    return [_result(name, samples) for name, samples in results["samples"].items()]
+
+
+def _load(tasks: Sequence[str], include_path: str | None) -> dict[str, Any]:
+    """The tasks in the form that lm-eval's ``evaluate`` takes, set up as its ``simple_evaluate`` does."""
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"lm_eval_path {include_path!r}: no such folder")
+    manager = _manager(include_path)
+    found: dict[str, Any] = {"tasks": {}, "groups": {}}
+    for name in tasks:
+        if name not in manager.all_tasks:
+            elsewhere = f" and {include_path}" if include_path else ", and lm_eval_path is not given"
+            hint = closest(name, manager.all_tasks, "; see lm-eval ls tasks")
+            raise UserError(f"lm_eval_tasks: no task {name!r} among those of lm-eval{elsewhere}{hint}")
+        try:
+            with _uncounted():
+                loaded = manager.load([name])
+        except Exception as error:  # of data sets, of the hub, of the task's own code
+            raise UserError(
+                f"lm_eval_tasks: task {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}"
+            ) from error
+        found = {kind: found[kind] | loaded[kind] for kind in found}
+    for task in found["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(_OTHER_SEED)
+    return found
+
+
+@functools.cache
+def _manager(include_path: str | None) -> Any:
+    """It reads some ten thousand task files when it is made, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _result(name: str, samples: Sequence[dict[str, Any]]) -> TaskResult:
+    first = samples[0]["filter"]  # a task with several filters lists its items once for each
+    items = sorted((item for item in samples if item["filter"] == first), key=lambda item: item["doc_id"])
+    metric = next((metric for metric in METRICS if metric in items[0]), None)
+    values = [item[metric] for item in items] if metric else []
+    if not metric or not all(value in (0, 1) for value in values):
+        raise UserError(
+            f"lm_eval_tasks: task {name!r} measures {', '.join(items[0]['metrics'])}, want one of "
+            f"{', '.join(METRICS)} that is 0 or 1 for each item; leave it out"
+        )
+    norm = float(sum(item["acc_norm"] for item in items)) / len(items) if "acc_norm" in items[0] else None
+    correct = [bool(value == 1) for value in values]
+    return TaskResult(name, len(items), sum(correct) / len(items), norm, correct, f"{metric},{first}")
+
+
+@contextmanager
+def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Give the model and all random number generators back as they were, also after an error."""
+    training = [(module, module.training) for module in model.modules()]
+    numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        for module, was in training:
+            module.training = was
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Without the request by which ``datasets`` counts what it loads, even a local file."""
+    import datasets.config
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
+@contextmanager
+def _less_talk() -> Iterator[None]:
+    """Without lm-eval's warnings that the model is one in memory, which is what is wanted here."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,90 @@
+"""An evaluation in words and numbers: the table that ``selfdistill eval`` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from selfdistill.config import EvalConfig
+from selfdistill.evaluation.statistics import smallest_difference
+from selfdistill.runtime import output
+
+
+def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
+    """Print what the result of ``evaluate``: one line per score, beside the base's where there is one."""
+    base, tests = result.get("base"), result.get("paired", {})
+    table = Table(title=escape(f"{config.model} on {config.data}"))
+    table.add_column("measured")
+    for column in ("items", "model", *(("base", "difference", "p") if base else ())):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def score(name: str, items: int, mine: dict[str, Any], keys: tuple[str, str], theirs: Any, test: Any) -> None:
+        value, interval = keys
+        cells = [f"{mine[value]:.3f} {_interval(*mine[interval])}"]
+        if base:
+            cells += [f"{theirs[value]:.3f}", f"{test['difference']:+.3f} {_interval(test['low'], test['high'])}"]
+            cells.append(f"{test['p']:.3f}" if "p" in test else "")
+        table.add_row(escape(name), str(items), *cells)
+
+    def number(name: str, text: str, of_base: str = "") -> None:
+        table.add_row(escape(name), "", text, *((of_base, "", "") if base else ()))
+
+    items = result["items"]
+    if config.context:
+        number("shown with each new question", config.context, "nothing" if base else "")
+    name = f"new task, accuracy ({', '.join(result['scorers'])})"
+    score(name, items, result, ("accuracy", "accuracy_interval"), base, tests.get("accuracy"))
+    if "accuracy_lenient" in result:
+        number(
+            "the same, lenient", f"{result['accuracy_lenient']:.3f}", f"{base['accuracy_lenient']:.3f}" if base else ""
+        )
+    for k, of_model in result.get("pass@k", {}).items():
+        of_base = base["pass@k"][k] if base else None
+        score(f"new task, pass@{k}", items, of_model, ("value", "interval"), of_base, tests.get(f"pass@{k}"))
+    for label, key in (("tokens per reply", "length"), ("of them thinking", "thinking"), ("of them said", "said")):
+        thinks = any(side and side["completion/thinking"] for side in (result, base))
+        if key == "length" or thinks:
+            key = f"completion/{key}"
+            number(label, f"{result[key]:.1f}", f"{base[key]:.1f}" if base else "")
+    cut = "completion/truncated"
+    number("replies cut at the limit", f"{result[cut]:.1%}", f"{base[cut]:.1%}" if base else "")
+    if result["dropped"]:
+        number("rows left out as too long", str(result["dropped"]))
+    for name, prior in result.get("prior", {}).items():
+        of_base = base["prior"][name] if base else None
+        test = tests.get("prior", {}).get(name)
+        score(f"prior: {name}", prior["items"], prior, ("accuracy", "interval"), of_base, test)
+        if prior["accuracy_norm"] is not None:
+            theirs = f"{of_base['accuracy_norm']:.3f}" if of_base else ""
+            number("  by length", f"{prior['accuracy_norm']:.3f}", theirs)
+    if len(result.get("prior", {})) > 1:
+        count = sum(prior["items"] for prior in result["prior"].values())
+        keys = ("prior_accuracy", "prior_interval")
+        score("prior, mean of these", count, result, keys, base, tests.get("prior_accuracy"))
+    for prompts, between in result.get("distance", {}).items():
+        where = f"on {prompts.replace('_', ' ')} prompts"
+        number(f"KL(base||model) {where}, nats per token", f"{between['kl_base']:.3f}")
+        number(f"KL(model||base) {where}, nats per token", f"{between['kl_model']:.3f}")
+        number(f"greedy answers changed {where}", f"{between['changed']:.0%}")
+    console = output()
+    console.print(table)
+    console.print("In brackets: 95% intervals.", highlight=False, markup=False, end=" " if base else "\n")
+    if base:
+        console.print("p: chance of such a difference if neither were better (paired).", highlight=False)
+    unlike = tests["accuracy"]["unlike"] if base else 0.0
+    unlike = unlike or 0.5  # of models that differ nowhere nothing can be said
+    smallest = smallest_difference(items, unlike)
+    if smallest is None:
+        said = f"{items} items are too few to show any difference in accuracy."
+    else:
+        said = (
+            f"{items} items show a difference in accuracy of {smallest:.2f} about 3 times in 4, where two models are "
+            f"right on unlike items in {unlike:.0%} of the cases."
+        )
+    console.print(said, highlight=False)
+
+
+def _interval(low: float, high: float) -> str:
+    return f"({low:.2f}, {high:.2f})"

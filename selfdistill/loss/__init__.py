@@ -1,0 +1,27 @@
+"""Logits to loss and gradient, in pure torch."""
+
+from selfdistill.loss.chunked import CHUNK_TOKENS, Head, Weighting, chunked_loss
+from selfdistill.loss.divergence import CrossEntropy, Divergence, Target, forward_kl
+from selfdistill.loss.token_weights import (
+    check_skip,
+    completion_mask,
+    group_advantages,
+    importance_weights,
+    token_weights,
+)
+
+__all__ = [
+    "CHUNK_TOKENS",
+    "CrossEntropy",
+    "Divergence",
+    "Head",
+    "Target",
+    "Weighting",
+    "check_skip",
+    "chunked_loss",
+    "completion_mask",
+    "forward_kl",
+    "group_advantages",
+    "importance_weights",
+    "token_weights",
+]

@@ -1,0 +1,112 @@
+"""The context slot: which rows are learnt from, and what student and teacher see of them, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import ChatFormat, Demonstration, Encoded, encode, load_prompts, packaged, parse_context
+from selfdistill.errors import UserError
+from selfdistill.model import LoadedModel
+
+
+class RowSource(Protocol):
+    """Rows that are learnt from."""
+
+    @property
+    def what(self) -> str:
+        """What one row is, in the plural."""
+        ...
+
+    def __call__(
+        self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> tuple[list[Encoded], int]:
+        """The rows, and how many were left out because they do not fit.
+
+        Raises:
+            UserError: rows that do not fit; or none.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DemonstrationRows:
+    """The demonstrations."""
+
+    config: TrainConfig = field(compare=False)
+    context: str | None = None
+    """How the teacher is shown them; None where no teacher is asked."""
+    completion_must_fit: bool = False
+    """The demonstration itself is scored, so it must be within the length limit."""
+    what = "demonstrations"
+
+    def __call__(
+        self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> tuple[list[Encoded], int]:
+        return encode(
+            demonstrations,
+            None if self.context is None else parse_context(self.context),
+            chat,
+            max_prompt_length=self.config.max_prompt_length,
+            max_completion_length=self.config.max_completion_length,
+            window=loaded.window,
+            on_long_prompt=self.config.on_long_prompt,
+            completion_must_fit=self.completion_must_fit,
+        )
+
+
+@dataclass(frozen=True)
+class GeneralRows:
+    """General prompts that have nothing to do with the demonstrations; the teacher sees what the student sees."""
+
+    config: TrainConfig = field(compare=False)
+    prompts: str | None
+    """File; None: those of the package."""
+    what = "general prompts"
+
+    def __call__(
+        self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> tuple[list[Encoded], int]:
+        prompts = load_prompts(self.prompts or packaged("everyday.txt"))
+        rows, dropped = DemonstrationRows(self.config)(prompts, loaded, chat)
+        return [replace(row, teacher_ids=row.student_ids) for row in rows], dropped
+
+
+@dataclass(frozen=True)
+class DocumentRows:
+    """The text of the demonstrations' documents, each once, in pieces of ``max_completion_length`` tokens.
+
+    A piece is a completion whose prompt is the text before it, as much as the window has room for, after the token that
+    begins a text. The token that ends a text follows each document.
+    """
+
+    config: TrainConfig = field(compare=False)
+    what = "pieces of documents"
+
+    def __call__(
+        self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> tuple[list[Encoded], int]:
+        config, length = self.config, self.config.max_completion_length
+        first = {row.document: row for row in reversed(demonstrations) if row.document}
+        if not first:
+            raise UserError(
+                f"method {config.method!r} learns from documents, and {config.data} has none: add the column 'document'"
+            )
+        room = (loaded.window or 2 * length) - length
+        if room < 1:
+            raise UserError(
+                f"setting 'max_completion_length': {length} leaves no room for the text before a piece in the model's "
+                f"window of {loaded.window} tokens"
+            )
+        room = min(room, config.max_prompt_length or room)
+        begin = loaded.tokenizer.bos_token_id
+        begin = chat.end_token_id if begin is None else begin
+        rows: list[Encoded] = []
+        for document, row in sorted(first.items(), key=lambda item: item[1].row):
+            ids = [begin, *chat.encode_text(document or ""), chat.end_token_id]
+            for start in range(1, len(ids), length):
+                piece = replace(row, row=len(rows), completion=document or "", prompt=())
+                rows.append(Encoded(piece, ids[max(0, start - room) : start], None, ids[start : start + length]))
+        return rows, 0

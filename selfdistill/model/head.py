@@ -1,0 +1,71 @@
+"""The split of a model into the body that gives hidden states and the head that gives logits.
+
+Legend: B batch, T completion tokens, N tokens without padding, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfdistill.model.loading import LoadedModel
+
+Head = Callable[[Tensor], Tensor]
+"""Maps hidden states (..., D) to logits (..., V)."""
+
+
+def unwrap(model: Any) -> Any:
+    """The causal LM inside a ``PeftModel`` (adapters stay active), or the model itself."""
+    return model.base_model.model if hasattr(model, "peft_config") and hasattr(model, "base_model") else model
+
+
+class ScaledHead(nn.Module):
+    """A head whose logits z are scaled and softly capped: cap tanh(scale z / cap)."""
+
+    def __init__(self, head: nn.Module, scale: float, cap: float | None) -> None:
+        super().__init__()
+        self.head, self.scale, self.cap = head, scale, cap
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        logits_NV = self.head(hidden_ND) * self.scale
+        return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
+
+
+def body_and_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
+    """The module that gives hidden states and the one that turns them into logits; None where not separable."""
+    causal = unwrap(model)
+    body = getattr(causal, getattr(causal, "base_model_prefix", "") or "-", None)
+    head = causal.get_output_embeddings()
+    if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
+        return None
+    config = causal.config.get_text_config()
+    # Cohere multiplies, Granite divides, Gemma caps. Whether that is all that a model does is for the probe to find.
+    times, over, cap = (
+        value if isinstance(value := getattr(config, name, None), int | float) and value else None
+        for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    )
+    plain = times is None and over is None and cap is None
+    return body, head if plain else ScaledHead(head, (times or 1.0) / (over or 1.0), cap)
+
+
+@torch.no_grad()
+def head_agrees(loaded: LoadedModel) -> bool:
+    """Start-up probe: does head(body(x)) equal the model's own logits?
+
+    False for models that do more to their logits than :class:`ScaledHead`: for them the model's own logits are used in
+    place of hidden states.
+    """
+    parts = body_and_head(loaded.model)
+    if parts is None:
+        return False
+    body, head = parts
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    ids_BT = torch.randint(vocabulary, (1, 8), generator=generator).to(loaded.device)
+    own_BTV = loaded.model(input_ids=ids_BT, use_cache=False).logits.float()
+    split_BTV = head(body(input_ids=ids_BT, use_cache=False).last_hidden_state).float()
+    scale = own_BTV.abs().max().clamp(min=1.0)
+    return own_BTV.shape == split_BTV.shape and bool((own_BTV - split_BTV).abs().max() <= 1e-3 * scale)

@@ -1,0 +1,55 @@
+"""The arithmetic in which a model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from selfdistill.model.fsdp import whole
+
+
+def bfloat16_is_fast() -> bool:
+    """Whether the hardware multiplies matrices in bfloat16 at full speed: most GPUs, and CPUs with AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in torch 2.6
+    return bool(capabilities().get("amx_bf16", False))
+
+
+def resolved_precision(setting: str) -> str:
+    """``bf16`` or ``no`` for the setting ``mixed_precision``."""
+    return setting if setting != "auto" else "bf16" if bfloat16_is_fast() else "no"
+
+
+@contextmanager
+def casts_kept(model: nn.Module) -> Iterator[None]:
+    """For passes without gradients under autocast: each weight is cast once, not once a pass.
+
+    Autocast keeps the cast of a weight until its context ends, but only of weights that require a gradient. So here all
+    do; no gradient can come of it, for gradients are switched off. Shards stay as they are, for it is not them that a
+    pass uses.
+    """
+    own = (p for p in model.parameters() if not isinstance(p, DTensor))
+    frozen = [p for p in own if p.is_floating_point() and not p.requires_grad]
+    with torch.no_grad():
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+
+@contextmanager
+def training_arithmetic(model: nn.Module, mixed_precision: str) -> Iterator[None]:
+    """For measuring: what a training with this setting computes with, and no gradients; a sharded model is whole."""
+    device = next(model.parameters()).device.type
+    enabled = resolved_precision(mixed_precision) == "bf16"
+    with whole(model), casts_kept(model), torch.autocast(device, torch.bfloat16, enabled=enabled):
+        yield

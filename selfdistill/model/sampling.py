@@ -1,0 +1,243 @@
+"""Rollouts: batched sampling whose randomness belongs to each sample.
+
+Legend: B rows still being sampled, L length so far, V vocabulary, H key/value heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from selfdistill.errors import UserError
+from selfdistill.model.fsdp import whole
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.precision import casts_kept
+from selfdistill.model.prefix_cache import PASS_TOKENS, as_attended, common_beginning, continues
+from selfdistill.runtime import gather, share
+
+ROOM = 64
+"""Tokens for which memory is set aside at a time."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The sampling policy: softmax(logits / temperature), cut to ``top_k`` tokens and then to ``top_p`` mass."""
+
+    max_completion_length: int
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion."""
+
+    ids: list[int]
+    """Sampled tokens, with the end token if one came."""
+    logps: list[float]
+    """Log-probability of each token under the sampling policy (0 for greedy)."""
+    truncated: bool
+    """Stopped by the length limit, without an end token."""
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of a cache with memory for the next ``ROOM`` tokens: each is written in its place, and the tokens before
+    it are copied only when the room is used up or rows leave.
+
+    Args:
+        layer: filled with the prompts.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self._hold(as_attended(layer.keys), as_attended(layer.values))
+
+    def _hold(self, keys_BHLC: Tensor, values_BHLC: Tensor) -> None:
+        """Take these states, with room behind them."""
+        self._length = keys_BHLC.shape[2]
+        self._room = tuple(torch.nn.functional.pad(states, (0, 0, 0, ROOM)) for states in (keys_BHLC, values_BHLC))
+        self.keys, self.values = keys_BHLC, values_BHLC
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the new tokens behind the others, and return all."""
+        new = slice(self._length, self._length + key_states.shape[2])
+        assert self.keys is not None
+        assert self.values is not None
+        if new.stop > self._room[0].shape[2]:
+            self._hold(self.keys, self.values)
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, new] = states
+        self._length = new.stop
+        self.keys, self.values = keys, values = self._room[0][:, :, : new.stop], self._room[1][:, :, : new.stop]
+        return keys, values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Only keep these rows."""
+        assert self.keys is not None
+        assert self.values is not None
+        self._hold(self.keys[beam_idx], self.values[beam_idx])
+
+
+def sample_seed(seed: int, step: int, row: int, generation: int) -> int:
+    """A 63-bit seed for one sample: the first 8 bytes of SHA-256 of the four numbers."""
+    digest = hashlib.sha256(f"{seed}/{step}/{row}/{generation}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sample(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+) -> list[Rollout]:
+    """Sample one completion per prompt, stopping each at any of the model's end tokens.
+
+    Token t of a sample is the inverse of the policy's cumulative distribution at the t-th uniform number of the
+    sample's own generator. So a sample depends on its seed and its prompt only: not on the batch it is in, on padding,
+    or on what was sampled before.
+
+    Args:
+        prompts: token ids, not empty.
+        sampling: the policy.
+        seeds: one per prompt, from :func:`sample_seed`; not needed when greedy.
+    """
+    own = share(len(prompts))
+    with whole(loaded.model), casts_kept(loaded.model):
+        rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
+    return gather(rollouts)
+
+
+def _sample(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
+) -> list[Rollout]:
+    """:func:`sample` in one process."""
+    if not prompts:
+        return []
+    model, device = loaded.model, loaded.device
+    count, limit = len(prompts), sampling.max_completion_length
+    uniforms = None
+    if sampling.temperature > 0:
+        assert seeds is not None, "sampling needs a seed per prompt"
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
+    ends = torch.tensor(loaded.end_token_ids, device=device)
+    cache, logits_BV, mask_BL = _read(loaded, prompts)
+    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    position_B = mask_BL.sum(1)
+    tokens = torch.empty(count, limit, dtype=torch.long, device=device)
+    logps = torch.zeros(count, limit, device=device)
+    lengths = torch.full((count,), limit, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    alive = torch.arange(count, device=device)  # which sample each row of the batch is
+    for t in range(limit):
+        uniform_B = None if uniforms is None else uniforms[alive.cpu(), t]
+        token_B, logp_B = choose(logits_BV.float(), sampling, uniform_B)
+        tokens[alive, t], logps[alive, t] = token_B, logp_B
+        done_B = torch.isin(token_B, ends)
+        lengths[alive[done_B]], ended[alive[done_B]] = t + 1, True
+        if done_B.all() or t == limit - 1:
+            break
+        if done_B.any():  # finished rows leave the batch
+            keep = (~done_B).nonzero()[:, 0]
+            _keep_rows(cache, keep)
+            alive, token_B, mask_BL, position_B = alive[keep], token_B[keep], mask_BL[keep], position_B[keep]
+        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], dim=1)
+        logits_BV = model(
+            input_ids=token_B[:, None],
+            attention_mask=mask_BL,
+            position_ids=position_B[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        position_B = position_B + 1
+    return [
+        Rollout(tokens[i, :n].tolist(), logps[i, :n].tolist(), not e)
+        for i, (n, e) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True))
+    ]
+
+
+def _keep_rows(cache: DynamicCache, index_B: Tensor) -> None:
+    """Rows of a cache by number; by the one method that layers with recurrent states have, too."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.reorder_cache(index_B)
+
+
+def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
+    """The state after the prompts: key/value cache, logits of the next token and attention mask, one row per prompt.
+
+    Equal prompts are read once, and so is a beginning that all have in common. What is left is padded on the left.
+    """
+    model, device = loaded.model, loaded.device
+    rows = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    cache = DynamicCache(config=model.config.get_text_config())
+    common = min(common_beginning(min(rows), row) for row in rows) if len(rows) > 1 else 0
+    # The padding then lies behind the beginning. A sliding window counts places, so it must not reach over a gap.
+    if common * (len(rows) - 1) <= PASS_TOKENS or any(cache.is_sliding) or not continues(loaded):
+        common = 0
+    if common:
+        beginning = torch.tensor([min(rows)[:common]], device=device)
+        model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(rows))
+    width = max(map(len, rows))
+    pads = [width - len(row) for row in rows]
+    ids_BL = torch.tensor(
+        [[loaded.pad_token_id] * pad + list(row[common:]) for pad, row in zip(pads, rows, strict=True)], device=device
+    )
+    mask_BL = torch.tensor([[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads], device=device)
+    logits_BV = model(
+        input_ids=ids_BL,
+        attention_mask=mask_BL,
+        position_ids=(mask_BL.cumsum(1)[:, common:] - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    if not any(getattr(layer, "is_initialized", True) for layer in cache.layers):
+        raise UserError(
+            f"model {loaded.name!r}: it takes no cache of keys and values, without which nothing is sampled"
+        )
+    index_B = torch.tensor([rows[tuple(prompt)] for prompt in prompts], device=device)
+    if len(rows) < len(prompts):
+        _keep_rows(cache, index_B)
+    return cache, logits_BV[index_B], mask_BL[index_B]
+
+
+def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Next tokens by inverse cumulative distribution, and their log-probabilities under the policy.
+
+    Args:
+        logits_BV: float32 logits.
+        sampling: the policy; temperature 0 takes the likeliest token.
+        uniform_B: float64 numbers in [0, 1); None when greedy.
+
+    Returns:
+        ``token_B`` (int64) and ``logp_B`` (float32), on the logits' device.
+    """
+    device = logits_BV.device
+    if uniform_B is None:
+        return logits_BV.argmax(-1), torch.zeros(len(logits_BV), device=device)
+    if device.type == "mps":  # has no float64
+        logits_BV = logits_BV.cpu()
+    uniform_B = uniform_B.to(logits_BV.device)
+    probs_BV = (logits_BV / sampling.temperature).softmax(-1, dtype=torch.float64)
+    if sampling.top_k > 0 or sampling.top_p < 1:
+        sorted_BV, order_BV = torch.sort(probs_BV, dim=-1, descending=True, stable=True)
+        if 0 < sampling.top_k < sorted_BV.shape[-1]:
+            sorted_BV[:, sampling.top_k :] = 0
+        sorted_BV /= sorted_BV.sum(-1, keepdim=True)
+        # A token stays if the mass before it is below top_p: the smallest set that reaches it, never empty.
+        sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p] = 0
+        probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV)
+    cumulative_BV = probs_BV.cumsum(-1)
+    target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=probs_BV.shape[-1] - 1)
+    logp_B = (probs_BV.gather(-1, token_B[:, None]) / cumulative_BV[:, -1:]).log()[:, 0]
+    return token_B.to(device), logp_B.float().to(device)

@@ -1,0 +1,175 @@
+"""The teacher: whose weights score the rollouts, and how they follow the student.
+
+One rule covers all kinds: after optimizer step n every teacher weight becomes ``teacher + rate(n) * (student -
+teacher)``. ``ema`` has a constant rate, ``snapshot`` a rate of 1 every few steps and 0 between, ``frozen`` a rate of 0,
+and ``live`` is the student itself.
+
+Full fine-tuning: the teacher is a second copy of the weights. The average is kept in float32; where the model's data
+type is smaller, the copy that scores is refreshed from it (at a rate of 0.01 a bfloat16 average would hardly move).
+
+LoRA: the frozen teacher is the base with the adapter off, which costs nothing. A moving teacher is a second adapter
+that starts equal to the student's. The factors A and B are averaged, each on its own: the teacher's weight change is
+avg(B) avg(A), not the average of the products B A. The two differ by terms of second order in the factors' motion
+within the averaging time, and avg(B) avg(A) keeps the rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from selfdistill.model.fsdp import cut_like, own_part
+from selfdistill.model.loading import LoadedModel
+
+TeacherKind = Literal["ema", "frozen", "live", "snapshot"]
+ADAPTER = "teacher"
+
+
+class Teacher:
+    """The teacher of one run.
+
+    Args:
+        loaded: the student, as it is at the start; with LoRA a ``PeftModel`` whose adapter is ``default``.
+        kind: ``ema``, ``frozen``, ``live`` or ``snapshot``.
+        ema_rate: share of the student that enters the average per step.
+        snapshot_steps: steps between copies.
+        other: a model of its own that teaches, of the student's architecture and vocabulary; then ``frozen``.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        kind: TeacherKind,
+        *,
+        ema_rate: float = 0.01,
+        snapshot_steps: int = 50,
+        other: LoadedModel | None = None,
+    ) -> None:
+        self.kind, self.ema_rate, self.snapshot_steps = kind, ema_rate, snapshot_steps
+        self._student = loaded.model
+        self._other = None if other is None else other.name
+        self._lora = hasattr(loaded.model, "peft_config") and other is None
+        self._copy: nn.Module | None = None
+        if other is not None:
+            assert kind == "frozen", "another model does not follow the student"
+            self._copy = other.model.requires_grad_(False).eval()
+        elif self._lora and kind in ("ema", "snapshot"):
+            loaded.model.add_adapter(ADAPTER, loaded.model.peft_config["default"])
+            loaded.model.set_adapter("default")
+            parameters = dict(loaded.model.named_parameters())
+            for name, parameter in parameters.items():
+                if f".{ADAPTER}." in name:
+                    parameter.data.copy_(parameters[_students_name(name)])
+                    parameter.requires_grad_(False)
+        elif not self._lora and kind != "live":
+            self._copy = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+        self.bind()
+
+    def bind(self) -> None:
+        """Take hold of the weights, which are other tensors after they were sharded; the average begins as they are."""
+        students = dict(self._student.named_parameters())
+        self._scoring: dict[str, Tensor] = {}  # the teacher's weights, as they score, by name
+        if self._copy is not None:
+            self._scoring = dict(self._copy.named_parameters())
+        elif self._lora:
+            self._scoring = {name: p for name, p in students.items() if f".{ADAPTER}." in name}
+        self._followed: dict[str, Tensor] = {}  # the student's
+        self._average: dict[str, Tensor] = {}  # the teacher's, float32 (or those that score where these are float32)
+        if self.kind in ("ema", "snapshot"):
+            self._followed = {name: students[_students_name(name)] for name in self._scoring}
+            self._average = {name: t.detach().float() for name, t in self._scoring.items()}
+
+    def release(self) -> None:
+        """Let go of the weights, which are about to be sharded: until :meth:`bind`."""
+        self._scoring, self._followed, self._average = {}, {}, {}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What scores beside the student."""
+        return [] if self._copy is None else [self._copy]
+
+    def rate(self, step: int) -> float:
+        """Share of the student that the teacher takes over after optimizer step ``step`` (from 1)."""
+        if self.kind == "ema":
+            return self.ema_rate
+        if self.kind == "snapshot":
+            return 1.0 if step % self.snapshot_steps == 0 else 0.0
+        return 0.0
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the student, after optimizer step ``step`` (from 1)."""
+        rate = self.rate(step)
+        if not self._average or rate == 0:
+            return
+        averages = [own_part(average) for average in self._average.values()]
+        followed = [own_part(self._followed[name].data) for name in self._average]
+        torch._foreach_lerp_(averages, [f.to(a.dtype) for a, f in zip(averages, followed, strict=True)], rate)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for name, average in self._average.items():
+            scoring = own_part(self._scoring[name].data)
+            if own_part(average).data_ptr() != scoring.data_ptr():
+                scoring.copy_(own_part(average))
+
+    @contextmanager
+    def model(self) -> Iterator[Any]:
+        """The network that scores, with no gradients; the student's adapter is active again afterwards."""
+        with torch.no_grad():
+            if not self._lora:
+                yield self._student if self._copy is None else self._copy
+            elif self.kind == "live":
+                yield self._student
+            elif self.kind == "frozen":
+                with self._student.disable_adapter():
+                    yield self._student
+            else:
+                self._student.set_adapter(ADAPTER, inference_mode=True)
+                try:
+                    yield self._student
+                finally:
+                    self._student.set_adapter("default")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: the moving average in float32, sharded where the teacher is.
+
+        Empty for ``frozen`` and ``live``.
+        """
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved average."""
+        if state.keys() != self._average.keys():
+            raise ValueError(f"teacher state of {len(state)} tensors does not fit {len(self._average)}")
+        for name, average in self._average.items():
+            average.copy_(cut_like(state[name], average))
+        self._refresh()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory beyond the student's own."""
+        held = [own_part(t) for t in (*self._scoring.values(), *self._average.values())]
+        own = {t.data_ptr(): t.numel() * t.element_size() for t in held}
+        return sum(own.values())
+
+    def describe(self) -> str:
+        """One line for the start of a run: kind and memory."""
+        follows = {
+            "ema": f"float32 average of the student, rate {self.ema_rate:g}",
+            "snapshot": f"copy of the student every {self.snapshot_steps} steps",
+            "frozen": self._other or ("the start, adapter off" if self._lora else "the start"),
+            "live": "the student itself",
+        }[self.kind]
+        return f"teacher: {self.kind} ({follows}), {self.memory_bytes / 2**20:.0f} MiB beyond the student"
+
+
+def _students_name(name: str) -> str:
+    """Of the weight that a teacher's weight follows."""
+    return name.replace(f".{ADAPTER}.", ".default.")

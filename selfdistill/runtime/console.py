@@ -1,0 +1,80 @@
+"""What is shown on the terminal: results, progress, and lines of information."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from selfdistill.runtime.distributed import is_first
+
+
+def output() -> Console:
+    """Where results are printed: standard output; into a file or a pipe 120 columns wide, so that tables keep lines."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+SECONDS_BETWEEN_LINES = 10
+"""Of progress that no terminal shows."""
+
+
+class Reporter:
+    """Progress of long work: a bar with the time left on a terminal, a line now and then elsewhere.
+
+    Everything goes to standard error; standard output is for results.
+
+    Args:
+        what: is done.
+        total: parts of it.
+        start: parts done before.
+        every: parts between lines where there is no terminal; without it a line every ten seconds and at the end.
+        quiet: show nothing.
+    """
+
+    def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._every, self._what, self._total, self._start = every, what, total, start
+        self._quiet = quiet = quiet or not is_first()
+        self._began = self._said = time.monotonic()
+        self._progress: Progress | None = None
+        if self.console.is_terminal and not quiet:
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            ]
+            self._progress = Progress(
+                *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console
+            )
+            self._task = self._progress.add_task(what, total=total, completed=start, note="")
+
+    def __enter__(self) -> Reporter:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def advance(self, done: int, note: str = "") -> None:
+        """``done`` of the total are done."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        due = done % self._every == 0 if self._every else now - self._said >= SECONDS_BETWEEN_LINES
+        due = due or done == self._total
+        if due and not self._quiet:
+            elapsed, self._said = now - self._began, now
+            left = elapsed / max(done - self._start, 1) * (self._total - done)
+            say(f"{self._what} {done}/{self._total}  {note}  {elapsed:.0f} s elapsed, {left:.0f} s left")
+
+
+def say(message: str) -> None:
+    """One line of information on standard error, of the first process."""
+    if is_first():
+        print(message, file=sys.stderr, flush=True)

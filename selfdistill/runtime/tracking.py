@@ -1,0 +1,198 @@
+"""What a run reports: the table of metric names, ``metrics.jsonl``, and trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from selfdistill.config import Settings
+from selfdistill.errors import UserError
+from selfdistill.runtime.distributed import is_first
+from selfdistill.runtime.files import write_whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
+METRICS = {
+    "step": "optimizer steps done",
+    "epoch": "passes over the data",
+    "loss": "what is minimised, nats per token",
+    "kl/forward": "KL(teacher||student), nats per token over the kept tokens",
+    "kl/reverse": "KL(student||teacher), nats per token over the kept tokens",
+    "drift/student": "KL(base||student) on a few fixed prompts, nats per token; every ``drift_steps``",
+    "drift/teacher": "KL(base||teacher) on the same, without the demonstration",
+    "completion/length": "mean tokens per completion",
+    "completion/truncated": "share of completions stopped by the length limit",
+    "entropy": "of the student over the kept tokens, nats per token",
+    "reward": "mean reward of the completions (grpo)",
+    "importance": "mean importance weight of the completions",
+    "learning_rate": "of this step",
+    "grad_norm": "global norm before clipping",
+    "tokens": "completion tokens trained on so far",
+    "skipped": "why a step was left out, and its rows; only where it was",
+    "time/rollout_s": "sampling, seconds",
+    "time/teacher_s": "the teacher's scoring, seconds",
+    "time/student_s": "the student's scoring and backward pass, seconds",
+    "time/update_s": "clipping, optimizer and teacher's update, seconds",
+    "time/drift_s": "measuring the two drifts, seconds; next to 0 where they were not",
+    "time/step_s": "the whole step, seconds",
+}
+"""Every key of a line of metrics.jsonl, with its meaning and unit."""
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines that is whole; none where there is no file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # not splitlines: text may hold U+2028
+
+
+class StepsFile:
+    """JSON lines, each with its ``step``, appended.
+
+    Opening for a run that continues cuts the lines after ``start_step``, which are computed again.
+    """
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        lines = []
+        self.steps: set[int] = set()
+        """Of the lines that are there."""
+        if path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                try:
+                    step = json.loads(line)["step"]
+                except (ValueError, KeyError):
+                    continue  # a last line that was being written when the machine stopped
+                if step <= start_step:
+                    lines.append(line + "\n")
+                    self.steps.add(step)
+        self._file: TextIO | None = None
+        if is_first():
+            write_whole(path, "".join(lines))
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line."""
+        self.steps.add(int(values["step"]))
+        if self._file:
+            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk."""
+        if self._file:
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+
+class MetricsFile(StepsFile):
+    """``metrics.jsonl``: one line per step, with the keys of ``METRICS``."""
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one step."""
+        unknown = values.keys() - METRICS.keys()
+        assert not unknown, f"metrics missing from the table: {sorted(unknown)}"
+        super().write(values)
+
+
+def public_name(name: str) -> str:
+    """A model or data set as others may see it: a hub id whole, of a path the last part (of ``run/final`` the run)."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or os.path.exists(name):
+        path = Path(os.path.abspath(name))
+        name = path.parent.name if path.name == "final" else path.name
+    return " ".join(name.encode("utf-8", "replace").decode().split())
+
+
+def public_settings(config: Settings) -> dict[str, bool | int | float | str | None]:
+    """Settings as others may see them, of the types that trackers take.
+
+    Of paths the last part is left, of a network address nothing; lists and mappings become JSON.
+    """
+    public: dict[str, bool | int | float | str | None] = {}
+    for key, value in config.model_dump().items():
+        if isinstance(value, str) and "://" in value:
+            continue
+        if isinstance(value, str):  # a layout such as template:file=PATH holds a path
+            head, equals, tail = value.rpartition("=")
+            public[key] = head + equals + public_name(tail) if "/" in tail else value
+        else:
+            public[key] = value if value is None or isinstance(value, bool | int | float) else json.dumps(value)
+    return public
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker whose package is missing, before any work is done.
+
+    Raises:
+        UserError: with the command that installs it.
+    """
+    from accelerate.tracking import get_available_trackers
+
+    if name != "none" and name not in [str(tracker) for tracker in get_available_trackers()]:
+        raise UserError(f"setting 'report_to': {name} is not installed: pip install {name}, or leave report_to out")
+
+
+class Tracker:
+    """Every line of ``metrics.jsonl``, sent on to what ``report_to`` names, by accelerate; with ``none`` nowhere.
+
+    Tensorboard's files go into ``tensorboard`` of the run folder. For the others ``tracker_id`` there names the run, so
+    that a run which is continued goes on in the same place.
+
+    Args:
+        accelerator: made with ``log_with``.
+        config: the run's resolved settings, of which :func:`public_settings` are sent.
+        output_dir: the run folder.
+        start_step: steps done; what tensorboard has of later ones is not shown any more.
+
+    Raises:
+        UserError: the tracker does not start.
+    """
+
+    def __init__(self, accelerator: Any, config: Settings, output_dir: Path, start_step: int) -> None:
+        self._accelerator = accelerator
+        if not accelerator.log_with or not is_first():
+            return
+        name = str(accelerator.log_with[0])
+        options: dict[str, Any]
+        if name == "tensorboard":
+            project, options = "tensorboard", {"purge_step": start_step + 1}
+        else:
+            project = "selfdistill"
+            file = output_dir / "tracker_id"
+            if start_step == 0 or not file.exists():
+                write_whole(file, secrets.token_hex(4))
+            identity, run = file.read_text(encoding="utf-8").strip(), public_name(str(output_dir))
+            options = {"name": f"{run}-{identity}", "resume": "allow"}
+            if name == "wandb":
+                options |= {"id": identity, "dir": str(output_dir)}
+        try:
+            with redirect_stdout(sys.stderr):  # trackio talks
+                accelerator.init_trackers(project, config=public_settings(config), init_kwargs={name: options})
+        except Exception as error:  # each tracker has its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"report_to {name!r}: it does not start ({reason}); mend that or leave it out") from None
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Send the numbers of one step."""
+        numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
+        self._accelerator.log(numbers, step=int(metrics["step"]))
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Not end_training(), which would also part the processes, and the model is still to be written.
+        with redirect_stdout(sys.stderr):
+            for tracker in self._accelerator.trackers:
+                tracker.finish()

@@ -1,0 +1,193 @@
+"""Checkpoints: everything a run needs to go on to the same weights, written so that half a checkpoint never exists.
+
+``checkpoint-00000100/`` holds ``weights.safetensors`` (what is trained), ``optimizer.safetensors``,
+``teacher.safetensors`` (the float32 average), ``state.json`` (position), ``config.yaml`` (the run's settings) and
+``manifest.json`` (sizes and SHA-256 of the others, written last). The order of the data and the randomness of samples
+follow from the seed and the step, so the position is all that is needed for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from selfdistill.errors import UserError
+from selfdistill.model import Teacher, collected, cut_like
+from selfdistill.runtime import damage, foreign, is_first, remove_folder, say, seal, sync
+
+PREFIX = "checkpoint-"
+AT_LEAST = 2
+"""Checkpoints that are kept in any case."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Completion tokens trained on so far."""
+    data: str
+    """Fingerprint of the encoded rows; see ``Run.fingerprint``."""
+    skipped: int = 0
+    """Steps in a row, up to this one, that were left out for numbers that are not finite."""
+    model: str = ""
+    """Fingerprint of the weights that the run began with; see ``Run.began_as``."""
+    test: str = ""
+    """Fingerprint of what the run is measured on; see ``Questions.fingerprint``."""
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer changes, by name; tied weights once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def checkpoint_bytes(model: nn.Module, teacher: Teacher | None) -> int:
+    """Size of one checkpoint: trained weights, two AdamW moments of the same size, and the teacher's average."""
+    weights = sum(p.numel() * p.element_size() for p in trained_parameters(model).values())
+    average = sum(t.numel() * t.element_size() for t in teacher.state_dict().values()) if teacher else 0
+    return 3 * weights + average
+
+
+def save_checkpoint(
+    output_dir: Path,
+    position: Position,
+    settings: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    teacher: Teacher | None,
+    *,
+    keep: int,
+    spared: Sequence[int] = (),
+) -> Path:
+    """Write a checkpoint, then remove the others but the newest ``keep`` and those of the steps ``spared``.
+
+    All processes call this, and the first one writes.
+
+    The files are written to a hidden folder, flushed to the disk and renamed: a crash at any moment leaves the earlier
+    checkpoints as they were. ``settings`` is the run's ``config.yaml``.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    final = checkpoint_at(output_dir, position.step)
+    temporary = output_dir / f".{final.name}.unfinished"
+    parameters = trained_parameters(model)
+    moments: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            moments[f"{key}:{name}"] = value
+    parts: dict[str, dict[str, Tensor]] = {
+        "weights": {name: parameter.detach() for name, parameter in parameters.items()},
+        "optimizer": moments,
+        "teacher": teacher.state_dict() if teacher else {},
+    }
+    if not is_first():
+        for tensors in parts.values():
+            collected(tensors)
+        return final
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for part, tensors in parts.items():
+            whole = {name: tensor.contiguous() for name, tensor in collected(tensors).items()}
+            save_file(whole, temporary / f"{part}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+        (temporary / "config.yaml").write_text(settings, encoding="utf-8")
+        seal(temporary)
+        remove_folder(final)
+        os.replace(temporary, final)
+        sync(output_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are whole. Free disk space, then "
+            "continue with --resume"
+        ) from None
+    stay = {checkpoint_at(output_dir, step) for step in spared}
+    for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][: -max(AT_LEAST, keep)]:
+        if old not in stay:
+            remove_folder(old)
+    return final
+
+
+def checkpoint_at(output_dir: Path, step: int) -> Path:
+    """Folder of the checkpoint after a step, there or not."""
+    return output_dir / f"{PREFIX}{step:08d}"
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(output_dir.glob(f"{PREFIX}[0-9]*"))
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; None where there is none at all.
+
+    Damaged ones are named on the way, with what is wrong, and so are files in it that are not its own.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    found = []
+    for path in reversed(list_checkpoints(output_dir)):
+        wrong = damage(path)
+        if wrong is None:
+            if others := foreign(path):
+                say(f"note: {path}: not of this checkpoint and not read: {', '.join(others)}")
+            return path
+        say(f"note: {path} is damaged ({wrong}), so it is not used")
+        found.append(f"{path.name} ({wrong})")
+    if found:
+        raise UserError(
+            f"{output_dir}: no checkpoint is whole: {', '.join(found)}; to begin anew, take another output_dir"
+        )
+    return None
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None
+) -> Position:
+    """Put weights, optimizer and teacher back to where they were.
+
+    Raises:
+        UserError: a file cannot be read, or belongs to another model or other settings.
+    """
+    parameters = trained_parameters(model)
+    try:
+        position = Position(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+        weights = load_file(path / "weights.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+        average = load_file(path / "teacher.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot read the checkpoint ({error})") from None
+    if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
+        raise UserError(f"{path}: its weights are not those of this model and adapter")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(cut_like(weights[name], parameter))
+    torch.set_rng_state(moments.pop("rng"))
+    state: dict[Tensor, dict[str, Any]] = {}
+    for key, value in moments.items():
+        kind, _, name = key.partition(":")
+        parameter = parameters[name]
+        value = cut_like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
+        state.setdefault(parameter, {})[kind] = value
+    optimizer.state.update(state)
+    if teacher is not None:
+        try:
+            teacher.load_state_dict(average)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; the run had another teacher") from None
+    return position

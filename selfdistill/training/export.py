@@ -1,0 +1,125 @@
+"""Model folders as others get them: whole or not there at all, with a card, without pickles."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from selfdistill.config import ExportConfig
+from selfdistill.errors import UserError
+from selfdistill.model import load_model
+from selfdistill.runtime import sync
+from selfdistill.training.model_card import merged_card
+
+_OF_THE_MODEL = (
+    *("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.md"),
+    "LICENSE*",
+)
+"""What is copied: weights, settings, tokenizer, card. Not code, and not pickled files, which can run code when read."""
+
+
+@contextmanager
+def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
+    """A hidden folder beside ``folder`` to write a model into; renamed at the end, so that half a model never exists.
+
+    Raises:
+        UserError: it cannot be written; ends with ``advice``.
+    """
+    temporary = folder.parent / f".{folder.name}.unfinished"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in (path for path in temporary.rglob("*") if path.is_file()):
+            sync(file)
+        temporary.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot write the model ({error}); {advice}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any, card: str, state: dict[str, Tensor] | None = None) -> None:
+    """Weights (of a ``PeftModel`` the adapter ``default``), tokenizer and card, into an existing folder.
+
+    ``state`` are the weights where they are not the model's own, which may be sharded.
+    """
+    options: dict[str, Any] = {} if state is None else {"state_dict": state}
+    if hasattr(model, "peft_config"):
+        options["selected_adapters"] = ["default"]
+        base = Path(model.peft_config["default"].base_model_name_or_path)
+        if base.is_dir():  # it must be found from any folder
+            model.peft_config["default"].base_model_name_or_path = str(base.absolute())
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    mode = (folder / "tokenizer_config.json").stat().st_mode
+    for weights in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
+        weights.chmod(mode)
+    (folder / "README.md").write_text(card, encoding="utf-8")  # PEFT has put its own there
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the final model of a run to ``output_dir``, and return that folder.
+
+    Without ``merge`` the files are copied as they are. With it an adapter is folded into its base, in float32, and the
+    result is saved in the base's data type.
+
+    Raises:
+        UserError: there is no model, ``output_dir`` is not free or cannot be written, ``merge`` without an adapter, or
+            an adapter whose base cannot be loaded.
+    """
+    source, output_dir = _final_folder(config.run), Path(config.output_dir).absolute()
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"output_dir {config.output_dir!r} exists and is not an empty folder: choose another")
+    advice = "free disk space or choose another output_dir, then export again"
+    if not config.merge:
+        with whole_folder(output_dir, advice) as folder:
+            for file in (file for pattern in _OF_THE_MODEL for file in source.glob(pattern)):
+                target = folder / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(file, target)
+        return output_dir
+    if not (source / "adapter_config.json").is_file():
+        raise UserError(f"run {config.run!r}: its model is whole and has no adapter to merge: leave --merge out")
+    readme = source / "README.md"
+    card = merged_card(readme.read_text(encoding="utf-8") if readme.is_file() else "")
+    loaded = load_model(str(source), dtype="auto")
+    dtype = loaded.model.base_model.model.dtype
+    model = loaded.model.float().merge_and_unload().to(dtype)
+    with whole_folder(output_dir, advice) as folder:
+        write_model(folder, model, loaded.tokenizer, card)
+    return output_dir
+
+
+def take_whole(final: Path, target: Path) -> None:
+    """Move the final model of a run to ``target``; one that is an adapter is merged into its base on the way."""
+    if (final / "adapter_config.json").exists():
+        export(ExportConfig(run=str(final), output_dir=str(target), merge=True))
+        shutil.rmtree(final)
+    else:
+        final.rename(target)
+
+
+def _final_folder(name: str) -> Path:
+    """The model folder of a run or the folder itself."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"run {name!r}: no such folder; give a run folder or a model folder")
+    source = folder / "final" if (folder / "final").is_dir() else folder
+    if source == folder and (folder / "config.yaml").is_file():
+        raise UserError(
+            f"run {name!r}: it has no final model, for it has not reached its last step; go on with "
+            f"selfdistill train --resume --output_dir {name}"
+        )
+    if not any((source / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise UserError(f"run {name!r}: neither a run folder (final) nor a model folder (config.json)")
+    if not any(source.glob("*.safetensors")):
+        raise UserError(f"run {name!r}: no weights in safetensors in {source}; others are not exported")
+    return source

@@ -1,0 +1,253 @@
+"""The loop: step, report, measure, save, stop when asked or when the run falls apart.
+
+The order of the data, the learning rate and the randomness of every sample are functions of the seed and the step, so
+a run that is resumed repeats the numbers of one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from selfdistill.config import dump_yaml
+from selfdistill.errors import RunCollapsed, RunFailed, RunStopped
+from selfdistill.evaluation import summary
+from selfdistill.methods.sequences import RowCompletions
+from selfdistill.model import LoadedModel
+from selfdistill.runtime import (
+    EverywhereError,
+    MetricsFile,
+    Reporter,
+    StepsFile,
+    StopRequests,
+    Tracker,
+    damage,
+    from_first,
+    largest,
+    read_lines,
+    say,
+    wait,
+)
+from selfdistill.training.checkpoint import Position, checkpoint_at, load_checkpoint, save_checkpoint
+from selfdistill.training.collapse import WINDOW, CollapseGuard
+from selfdistill.training.token_views import token_views
+from selfdistill.training.trainer import Run, Stage
+
+OnStep = Callable[[int, LoadedModel], object]
+
+
+class Loop:
+    """The steps of a run from ``position`` on, with the files that they write into ``output_dir``."""
+
+    def __init__(self, run: Run, output_dir: Path, position: Position) -> None:
+        config, step = run.config, position.step
+        assert config.max_steps is not None
+        self._run, self._output_dir, self._position, self._max_steps = run, output_dir, position, config.max_steps
+        self.step = step
+        """Whose model ``run`` holds."""
+        self._metrics = MetricsFile(output_dir / "metrics.jsonl", step)
+        self._reporter = Reporter("step", config.max_steps, start=step, every=config.logging_steps)
+        self._tracker = Tracker(run.accelerator, config, output_dir, step)
+        self._watch = _Watch(run, output_dir, step, self._tracker)
+        self._guard = CollapseGuard([_demonstrated(stage) for stage in run.stages])
+        self._said: set[tuple[int, str]] = set()
+        """Stage and name of the signs that were said."""
+        self.signs: list[str] = []
+        """What was said of them, with the step."""
+        for line in read_lines(output_dir / "metrics.jsonl"):
+            if line["step"] <= step:  # the first process may not yet have cut the others
+                self._signs(line)
+
+    def go_on(self, on_step: OnStep | None) -> None:
+        """Do all steps that are left; ``on_step`` is that of :func:`selfdistill.training.train.train`.
+
+        Raises:
+            RunStopped: a signal came; everything is saved.
+            RunFailed: too many steps in a row were left out.
+            RunCollapsed: with ``stop_on_collapse``; the model is that of the last measurement before.
+        """
+        start = self._position.step
+        with self._watch, self._metrics, self._tracker, self._reporter, StopRequests() as stop:
+            # What a run that was stopped there had no time for.
+            self._watch.look(start, last=start == self._max_steps)
+            if on_step and start == 0:
+                on_step(0, self._run.loaded)
+            for step in range(start + 1, self._max_steps + 1):
+                self._step(step)
+                enough = on_step is not None and on_step(step, self._run.loaded) is True
+                last = enough or step == self._max_steps
+                self._measure(step, last=last)
+                every = self._run.config.save_steps
+                received = largest(stop.received or 0, self._run.accelerator.device)  # any process may have got it
+                if received or (every and (last or step % every == 0)) or self._is_spared(step):
+                    self._save()
+                if received and not last:
+                    raise RunStopped(
+                        f"{self._output_dir}: stopped after step {step} of {self._max_steps}, all saved; continue with "
+                        "--resume",
+                        received,
+                    )
+                if enough:
+                    break
+
+    def _step(self, step: int) -> None:
+        """Step number ``step``, from 1."""
+        metrics = self._run.step(step - 1)
+        position, self.step = self._position, step
+        self._position = position = replace(
+            position,
+            step=step,
+            tokens=position.tokens + int(metrics["tokens"]),
+            skipped=position.skipped + 1 if "skipped" in metrics else 0,
+        )
+        metrics["tokens"] = position.tokens
+        self._metrics.write(metrics)
+        self._tracker.write(metrics)
+        self._reporter.advance(step, _note(metrics))
+        if "skipped" in metrics:
+            say(f"note: step {step} was left out: {_left_out(metrics)}")
+        if position.skipped >= self._run.config.max_skipped_steps:
+            self._save()
+            raise RunFailed(
+                f"{self._output_dir}: {position.skipped} steps in a row were left out; of the last, step {step}, "
+                f"{_left_out(metrics)}; the weights are as they were before them. Lower --learning_rate, look at these "
+                "rows, or see metrics.jsonl for where it began"
+            )
+        new, signs = from_first(lambda: self._signs(metrics))  # a drift that is measured twice may differ by a bit
+        for sign in new:
+            say(f"note: step {step}: the run may be falling apart: {sign}")
+        if signs and self._run.config.stop_on_collapse:
+            self._return(step, signs[0])
+
+    def _signs(self, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Signs of a step that none before it in its stage showed, and all of it."""
+        number, stage = self._run.stage_of(metrics["step"] - 1)
+        sampled = not isinstance(stage.method.sequence, RowCompletions)
+        signs = self._guard.look(metrics, stage=number, sampled=sampled)
+        new = [words for name, words in signs.items() if (number, name) not in self._said]
+        self._said |= {(number, name) for name in signs}
+        self.signs += [f"step {metrics['step']}: {words}" for words in new]
+        return new, list(signs.values())
+
+    def _measure(self, step: int, *, last: bool) -> None:
+        try:
+            self._watch.look(step, last=last)
+        except Exception as error:  # a judge that does not answer, memory: nothing of the training must be lost by it
+            self._save(together=isinstance(error, EverywhereError))  # else another process may be elsewhere
+            raise
+
+    def _save(self, *, together: bool = True) -> None:
+        for file in (self._metrics, *self._watch.files):
+            file.sync()
+        run, config = self._run, self._run.config
+        if together or not config.fsdp:
+            save_checkpoint(
+                self._output_dir,
+                self._position,
+                dump_yaml(config),
+                run.loaded.model,
+                run.optimizer,
+                run.teacher,
+                keep=config.save_total_limit,
+                spared=[step for step in self._watch.measured if self._is_spared(step)],
+            )
+        if together:
+            wait()
+
+    def _is_spared(self, step: int) -> bool:
+        """Whether the model of a measured step is one that a run which falls apart could return to."""
+        steps = self._watch.measured
+        older = [other for other in steps if other <= self._position.step - WINDOW]
+        return self._run.config.stop_on_collapse and step in steps and step > 0 and step >= max(older, default=0)
+
+    def _return(self, step: int, sign: str) -> None:
+        """Put the model back to the last measurement before the run fell apart."""
+        run, begun = self._run, f"{self._output_dir}: stopped after step {step}: {sign}"
+        before = sorted((s for s in self._watch.measured if 0 < s <= step - WINDOW), reverse=True)
+        kept = next((s for s in before if damage(checkpoint_at(self._output_dir, s)) is None), None)
+        if kept is None:
+            raise RunFailed(
+                f"{begun}; no model measured at least {WINDOW} steps before is kept, so none is written. {_ADVICE}"
+            )
+        load_checkpoint(checkpoint_at(self._output_dir, kept), run.loaded.model, run.optimizer, run.teacher)
+        self.step = kept
+        raise RunCollapsed(f"{begun}; final is the model of step {kept}, measured before it began. {_ADVICE}")
+
+
+_ADVICE = "Lower --learning_rate, take a frozen or slower teacher, or see metrics.jsonl for where it began"
+
+
+def _demonstrated(stage: Stage) -> float | None:
+    lengths = [len(row.completion_ids) for row in stage.rows if row.demonstration.completion]
+    return mean(lengths) if lengths else None
+
+
+class _Watch:
+    """What is measured beside training: ``evaluations.jsonl`` and ``token_views.jsonl``."""
+
+    def __init__(self, run: Run, output_dir: Path, start: int, tracker: Tracker) -> None:
+        self._run, self._metrics, self._tracker = run, output_dir / "metrics.jsonl", tracker
+        start = start or -1  # what was written before the first step is written anew, too
+        self._evaluations = StepsFile(output_dir / "evaluations.jsonl", start) if run.examiner else None
+        views = run.config.view_rows and run.teacher
+        self._views = StepsFile(output_dir / "token_views.jsonl", start) if views else None
+        self.files = [file for file in (self._evaluations, self._views) if file is not None]
+
+    @property
+    def measured(self) -> set[int]:
+        """Steps after which the model was measured."""
+        return self._evaluations.steps if self._evaluations else set()
+
+    def look(self, step: int, *, last: bool) -> None:
+        """After optimizer step ``step``; 0: before the first."""
+        run, config = self._run, self._run.config
+        ends = last or step == 0
+        if self._views and ends and step not in self._views.steps:
+            for view in token_views(run):
+                self._views.write({"step": step, **view})
+        due = ends or (config.eval_steps and step % config.eval_steps == 0)
+        if self._evaluations and run.examiner and due and step not in self._evaluations.steps:
+            found = run.examiner.measure(run.loaded) if step else run.examiner.base
+            self._evaluations.write({"step": step, **found, "seconds": self._seconds() if step else 0.0})
+            scores = {f"eval/{key}": found[key] for key in ("accuracy", "prior_accuracy", "kl_base") if key in found}
+            self._tracker.write({"step": step, **scores})
+            say(f"step {step}: {summary(found)}")
+
+    def _seconds(self) -> float:
+        """Spent on training steps, measurements aside."""
+        return sum(line["time/step_s"] - line["time/drift_s"] for line in read_lines(self._metrics))
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files:
+            file.__exit__()
+
+
+def without_gradient(output_dir: Path) -> int:
+    """Steps of a run with rewards in which every group had equal ones, so that nothing was learnt."""
+    lines = read_lines(output_dir / "metrics.jsonl")
+    return sum("reward" in line and line["grad_norm"] == 0 for line in lines)
+
+
+def _left_out(metrics: dict[str, Any]) -> str:
+    rows = metrics["skipped"]["rows"]
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"{metrics['skipped']['why']} ({', '.join(rows[:5])}{more})"
+
+
+def _note(metrics: dict[str, Any]) -> str:
+    parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    if "kl/forward" in metrics:
+        parts.append(f"KL {metrics['kl/forward']:.3f}")
+    if "drift/student" in metrics:
+        parts.append(f"drift {metrics['drift/student']:.3f}")
+    if "reward" in metrics:
+        parts.append(f"reward {metrics['reward']:.3f}")
+    parts.append(f"{metrics['completion/length']:.0f} tokens, {metrics['completion/truncated']:.0%} cut")
+    parts.append(f"{metrics['time/step_s']:.1f} s/step")
+    return "  ".join(parts)

@@ -1,0 +1,80 @@
+"""What the teacher says of each token of a few rollouts: what ``report`` shows before and after training.
+
+Legend: N tokens of a completion, n tokens of one chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdistill.loss import CHUNK_TOKENS, forward_kl
+from selfdistill.model import Sampling, casts_kept, outside_layers_whole, sample, whole
+from selfdistill.training.trainer import Run
+
+PREFERRED = 5
+"""The teacher's likeliest tokens that are kept for each token."""
+
+
+@torch.no_grad()
+def token_views(run: Run) -> list[dict[str, Any]]:
+    """Greedy rollouts of ``view_rows`` rows, spread over the data, scored by student p and teacher q.
+
+    Returns:
+        One dict a row: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and ``tokens``,
+        each with ``text``, ``logp`` and ``logq`` (of the token, nats), ``kl`` (KL(q||p), nats) and ``top``, the
+        teacher's likeliest tokens with their probabilities. Nothing where no teacher is asked.
+    """
+    source = run.stage.rows
+    if run.teacher is None or run.stage.method.teacher is None:
+        return []
+    count = min(run.config.view_rows, len(source))
+    rows = [source[number * len(source) // count] for number in range(count)]
+    model, tokenizer, views = run.loaded.model, run.loaded.tokenizer, []
+    greedy = Sampling(run.config.max_completion_length, temperature=0)
+    with whole(model), casts_kept(model), run.accelerator.autocast():
+        rollouts = sample(run.loaded, [row.student_ids for row in rows], greedy) if rows else []
+        students = [run.scorer(model, [r.student_ids], [x.ids]) for r, x in zip(rows, rollouts, strict=True)]
+    with run.teacher.model() as network, whole(network), casts_kept(network), run.accelerator.autocast():
+        teachers = [run.scorer(network, [r.teacher_ids or []], [x.ids]) for r, x in zip(rows, rollouts, strict=True)]
+    with outside_layers_whole([model, *run.teacher.networks]), run.accelerator.autocast():
+        for row, rollout, student, teacher in zip(rows, rollouts, students, teachers, strict=True):
+            tokens: list[dict[str, Any]] = []
+            for ids, mine_nD, theirs_nD in zip(
+                torch.tensor(rollout.ids).split(CHUNK_TOKENS),
+                student.hidden_ND.split(CHUNK_TOKENS),
+                teacher.hidden_ND.split(CHUNK_TOKENS),
+                strict=True,
+            ):
+                logits_nV = student.head(mine_nD), teacher.head(theirs_nD)
+                tokens += _chunk(tokenizer, ids.tolist(), *(part_nV.float().log_softmax(-1) for part_nV in logits_nV))
+            views.append(
+                {
+                    "row": row.demonstration.source,
+                    "prompt": row.demonstration.prompt[-1]["content"],
+                    "demonstration": row.demonstration.privileged_context or row.demonstration.completion,
+                    "tokens": tokens,
+                    "truncated": rollout.truncated,
+                }
+            )
+    return views
+
+
+def _chunk(tokenizer: Any, ids: list[int], logp_nV: Tensor, logq_nV: Tensor) -> list[dict[str, Any]]:
+    """What student and teacher say of these tokens."""
+    kl_n = forward_kl(logp_nV, logq_nV).tolist()
+    top, tokens = logq_nV.topk(PREFERRED), []
+    for n, token in enumerate(ids):
+        preferred = zip(top.indices[n].tolist(), top.values[n].exp().tolist(), strict=True)
+        tokens.append(
+            {
+                "text": tokenizer.decode([token]),
+                "logp": float(logp_nV[n, token]),
+                "logq": float(logq_nV[n, token]),
+                "kl": kl_n[n],
+                "top": [[tokenizer.decode([other]), share] for other, share in preferred],
+            }
+        )
+    return tokens
