@@ -32,7 +32,8 @@ from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.methods.slots import Completion
 from selfdistill.model.loading import starter_model_path
-from selfdistill.training.trainer import Run
+from selfdistill.training.stopwatch import Stopwatch
+from selfdistill.training.trainer import Trainer
 
 BATCH = 8
 NO_TOKEN = -1
@@ -42,7 +43,7 @@ NO_TOKEN = -1
 class Alternate(TrainerCallback):
     """Times TRL's step, and after it one of ours on the same rows."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Trainer) -> None:
         self.run, self.batch = run, None
         self.trl_s: list[float] = []
         self.own_s: list[float] = []
@@ -70,7 +71,7 @@ class Alternate(TrainerCallback):
             self.losses = (float(logs["loss"]), self.own_loss)
 
     def _score(self, batch: Any) -> float:
-        by_prompt = {tuple(row.student_ids): row for row in self.run.stage.rows}
+        by_prompt = {tuple(row.student_ids): row for row in self.run.stage.examples}
         completions = []
         for prompt, padded, teacher, mask in zip(
             batch["prompt_ids"].tolist(),
@@ -84,7 +85,7 @@ class Alternate(TrainerCallback):
             seen = [token for token, counts in zip(teacher, mask, strict=True) if counts][: -len(ids)]
             assert seen == row.teacher_ids, "the teachers' prompts differ"
             completions.append(Completion(row, ids, None, True))
-        loss = self.run.gradient.add(self.run.stage.method, completions).loss
+        loss = self.run.gradient.add(self.run.stage.method, completions, Stopwatch(self.run.loaded.device)).loss
         self.run.optimizer.zero_grad(set_to_none=True)
         return loss
 
@@ -102,7 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         template = Path(folder) / "template.txt"
         template.write_text("{prompt}\n\n{document}\n\n{demonstration}", encoding="utf-8")
-        run = Run(
+        run = Trainer(
             TrainConfig(
                 model=model,
                 data=data,

@@ -24,7 +24,7 @@ from measure import peak_bytes
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.model.loading import load_model
-from selfdistill.training.trainer import Run
+from selfdistill.training.trainer import Trainer
 
 NO_TOKEN = -1
 """An end token that is never sampled."""
@@ -57,7 +57,7 @@ def measure(folder: Path, shape: dict[str, int]) -> tuple[float, int]:
         for row in range(64)
     ]
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    run = Run(
+    run = Trainer(
         TrainConfig(
             model=str(model),
             data=str(data),

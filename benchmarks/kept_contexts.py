@@ -14,9 +14,9 @@ from statistics import median
 
 import torch
 
-from selfdistill.model.forward import Scorer
+from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import load_model
-from selfdistill.model.precision import casts_kept, resolved_precision
+from selfdistill.model.precision import cached_casts, resolved_precision
 
 ROWS, BATCH, COMPLETION = 32, 8, 24
 
@@ -30,7 +30,7 @@ def main() -> None:
     vocabulary = loaded.model.config.vocab_size
     contexts = torch.randint(vocabulary, (ROWS, 10 * COMPLETION), generator=generator).tolist()
     completions = torch.randint(vocabulary, (ROWS, COMPLETION), generator=generator).tolist()
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     enabled = resolved_precision(options.mixed_precision) == "bf16"
 
     def epoch(kept: object) -> float:
@@ -38,7 +38,7 @@ def main() -> None:
         for start in range(0, ROWS, BATCH):
             rows = slice(start, start + BATCH)
             began = time.perf_counter()
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled), casts_kept(loaded.model):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled), cached_casts(loaded.model):
                 scorer(loaded.model, contexts[rows], completions[rows], kept)
             seconds.append(time.perf_counter() - began)
         return median(seconds)

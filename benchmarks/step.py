@@ -24,13 +24,13 @@ from limits import bandwidth, product_rate
 from selfdistill import demo
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.bundled import packaged
-from selfdistill.data.encoding import Encoded
+from selfdistill.data.encoding import Example
 from selfdistill.methods.slots import Completion, SequenceSource
 from selfdistill.model.head import body_and_head
 from selfdistill.model.loading import LoadedModel
-from selfdistill.model.precision import casts_kept
-from selfdistill.model.prefix_cache import shared_beginnings
-from selfdistill.training.trainer import Run
+from selfdistill.model.precision import cached_casts
+from selfdistill.model.prefix_cache import shared_prefixes
+from selfdistill.training.trainer import Trainer
 
 STEPS = 5
 WARM = 1
@@ -38,7 +38,7 @@ WARM = 1
 
 def tokens_once(sequences: list[list[int]]) -> int:
     """Tokens of the sequences, what groups of them have in common counted once."""
-    return sum(map(len, sequences)) - sum((len(rows) - 1) * length for rows, length in shared_beginnings(sequences))
+    return sum(map(len, sequences)) - sum((len(rows) - 1) * length for rows, length in shared_prefixes(sequences))
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Recorder:
     sequence: SequenceSource
     last: list[Completion] = field(default_factory=list)
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]:
         self.last = self.sequence(loaded, rows, step)
         return self.last
 
@@ -85,7 +85,7 @@ class Limits:
         torch.set_float32_matmul_precision("highest")
         return cls(product_rate(dtype), product_rate(dtype, rows), head, bandwidth())
 
-    def allow(self, run: Run, completions: list[Completion]) -> dict[str, float]:
+    def allow(self, run: Trainer, completions: list[Completion]) -> dict[str, float]:
         """Least seconds of each part of a step with these completions."""
         body, head = body_and_head(run.loaded.model) or (None, None)
         assert body is not None
@@ -95,16 +95,16 @@ class Limits:
         trained = sum(p.numel() for p in run.parameters)
         full = trained > weights
         new = sum(len(c.ids) for c in completions)
-        student = tokens_once([list(c.row.student_ids) + c.ids for c in completions])
+        student = tokens_once([list(c.example.student_ids) + c.ids for c in completions])
         # Forward 2, gradient of the input 2 and of the weights 2 operations a weight and token.
         seconds = {
             "time/student_s": (6 if full else 4) * (weights * student / self.body + head_weights * new / self.head)
         }
         if run.teacher is not None:
-            read = 0 if run.kept else tokens_once([list(c.row.teacher_ids or []) for c in completions])
+            read = 0 if run.prefix_cache else tokens_once([list(c.example.teacher_ids or []) for c in completions])
             seconds["time/teacher_s"] = 2 * weights * (read + new) / self.body
             seconds["time/student_s"] += 2 * head_weights * new / self.head  # the teacher's logits, timed with the loss
-            prompts = tokens_once([list(c.row.student_ids) for c in completions])
+            prompts = tokens_once([list(c.example.student_ids) for c in completions])
             seconds["time/rollout_s"] = (
                 2 * weights * prompts / self.body + 2 * (weights + head_weights) * new / self.decode
             )
@@ -113,14 +113,14 @@ class Limits:
         return seconds | {"time/step_s": sum(seconds.values())}
 
 
-def first_epoch(run: Run) -> None:
+def first_epoch(run: Trainer) -> None:
     """What a frozen teacher reads in the first epoch, if anything is kept of it."""
-    if run.kept is None:
+    if run.prefix_cache is None:
         return
     assert run.teacher is not None
-    with run.teacher.model() as network, casts_kept(network), run.accelerator.autocast():
-        for row in run.stage.rows:
-            run.scorer(network, [row.teacher_ids or []], [row.completion_ids[:1]], run.kept)
+    with run.teacher.model() as network, cached_casts(network), run.accelerator.autocast():
+        for row in run.stage.examples:
+            run.forward_pass(network, [row.teacher_ids or []], [row.completion_ids[:1]], run.prefix_cache)
 
 
 def main() -> None:
@@ -143,7 +143,7 @@ def main() -> None:
             "torch_compile": options.torch_compile,
         }
         runs = {
-            name: Run(TrainConfig(**(method | common)))
+            name: Trainer(TrainConfig(**(method | common)))
             for name, method in (("SDFT", demo.SDFT | {"teacher": options.teacher}), ("SFT", demo.SFT))
         }
         first_epoch(runs["SDFT"])

@@ -37,7 +37,7 @@ from selfdistill.config import (
     load_yaml,
 )
 from selfdistill.errors import UserError
-from selfdistill.runtime import is_first, launched
+from selfdistill.runtime import is_rank0, world_size
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     exit_code, kind = 2, "error: "
     try:
         command, given = _parse(list(sys.argv[1:] if argv is None else argv))
-        if launched() > 1:
+        if world_size() > 1:
             _check_processes(command, given)
         return COMMANDS[command][2](given)
     except SystemExit as stop:  # --help and --version
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_processes(command: str, given: dict[str, Any]) -> None:
     """Several processes share one training; what is prepared for it is prepared before."""
     if command != "train":
-        raise UserError(f"{launched()} processes were started, which only train shares: start {command} alone")
+        raise UserError(f"{world_size()} processes were started, which only train shares: start {command} alone")
     if given.get("documents"):
         raise UserError("setting 'documents': make the questions before (selfdistill questions), in a single process")
 
@@ -85,7 +85,7 @@ def _check_processes(command: str, given: dict[str, Any]) -> None:
 def _of_the_machine(error: Exception) -> tuple[str, int] | None:
     """Message and exit code of an error that is no fault of the program's."""
     text = str(error)
-    if launched() > 1 and re.search("connection (was )?(closed|reset)|remote process exited|broken pipe", text, re.I):
+    if world_size() > 1 and re.search("connection (was )?(closed|reset)|remote process exited|broken pipe", text, re.I):
         return f"another process of this run has ended; what was saved is whole, continue with --resume ({text})", 3
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
         advice = "raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length"
@@ -119,14 +119,14 @@ def _train(given: dict[str, Any]) -> int:
 
         config = with_questions(config)
     if config.context == "auto" and uses(config, "context"):
-        if launched() > 1:
+        if world_size() > 1:
             raise UserError("setting 'context': find the best with selfdistill check, in a single process, and name it")
         from selfdistill.evaluation import best_context
 
         with contextlib.redirect_stdout(sys.stderr):
             config = config.model_copy(update={"context": best_context(config)})
     final = train(config, resume=resume)
-    if is_first():
+    if is_rank0():
         print(f"final model: {final}")
     return 0
 

@@ -26,8 +26,8 @@ from selfdistill.data import (
 )
 from selfdistill.errors import RunStopped, UserError
 from selfdistill.evaluation import Answers, Distance, answer
-from selfdistill.model import LoadedModel, Scorer, load_model, to_best_device
-from selfdistill.runtime import output, say, write_json
+from selfdistill.model import ForwardPass, LoadedModel, load_model, to_best_device
+from selfdistill.runtime import result_console, say, write_json
 from selfdistill.training import train
 
 CONTEXT = "document:repeats=2"
@@ -85,7 +85,7 @@ class Panel:
         self.new = load_demonstrations(packaged(f"{facts}.{part}.jsonl"))
         self.indirect = load_demonstrations(packaged(f"{facts}.indirect.jsonl")) if part == "test" else []
         self.prior = load_demonstrations(packaged(f"prior.{part}.jsonl"), completion_required=False)
-        self.distance = Distance(base, Scorer(base), self.chat, general_prompts(), 32)
+        self.distance = Distance(base, ForwardPass(base), self.chat, general_prompts(), 32)
         self.replies: list[str] = []
         """To the held-out phrasings, of the model measured last."""
 
@@ -135,7 +135,7 @@ def learn(panel: Panel, settings: dict[str, Any], evaluations: Sequence[int], ou
     return points
 
 
-def matched(sft: Sequence[Point], sdft: Point) -> Point:
+def as_accurate(sft: Sequence[Point], sdft: Point) -> Point:
     """SFT where it first knows as many new facts as SDFT; where it never does, at its best."""
     reached = [point for point in sft if point.new >= sdft.new]
     return reached[0] if reached else max(sft, key=lambda point: point.new)
@@ -163,7 +163,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
         sft = learn(panel, SFT | data, SFT_EVALUATIONS, folder / "sft")
     except RunStopped as stop:
         raise RunStopped(f"{folder}: stopped; the demo begins anew each time", stop.signal_number) from None
-    final, fair = sdft[-1], matched(sft, sdft[-1])
+    final, fair = sdft[-1], as_accurate(sft, sdft[-1])
     result: dict[str, Any] = {
         "seed": seed,
         "teacher": ceiling,
@@ -176,7 +176,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
     write_json(folder / "demo.json", result)
     _print(before, ceiling, final, fair, sft[-1])
     _print_answers(panel.new, asked, told)
-    output().print(f"Everything is in {folder}. {result['seconds'] / 60:.0f} minutes.", highlight=False)
+    result_console().print(f"Everything is in {folder}. {result['seconds'] / 60:.0f} minutes.", highlight=False)
     return result
 
 
@@ -213,12 +213,12 @@ def _print(before: Point, ceiling: float, sdft: Point, fair: Point, last: Point)
         )
         if point is before:
             table.add_row("teacher: base + document", f"{ceiling:.2f}", "", "", "", "")
-    output().print(table)
-    output().print("KL: KL(base||model) on general prompts, nats per token", highlight=False)
+    result_console().print(table)
+    result_console().print("KL: KL(base||model) on general prompts, nats per token", highlight=False)
 
 
 def _print_answers(rows: Sequence[Demonstration], before: Sequence[str], after: Sequence[str]) -> None:
-    console = output()
+    console = result_console()
     for number in (i * len(rows) // SHOWN for i in range(SHOWN)):
         console.print(f"\n{rows[number].prompt[-1]['content']}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"  before: {' '.join(before[number].split())}", markup=False, highlight=False, soft_wrap=True)

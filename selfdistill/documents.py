@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from selfdistill.data import first_ten, mended
+from selfdistill.data import first_ten, join_surrogates
 from selfdistill.errors import UserError
 from selfdistill.runtime import say
 
@@ -132,7 +132,7 @@ def _pdf(file: Path) -> str:
     except Exception as error:  # whatever a broken or encrypted file leads to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"not a PDF that can be read ({reason})") from None
-    return mended("\n\n".join(pages))
+    return join_surrogates("\n\n".join(pages))
 
 
 def _html(text: str) -> str:

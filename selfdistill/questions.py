@@ -35,8 +35,8 @@ from selfdistill.data import (
 from selfdistill.documents import Passage, load_passages, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Endpoint, answer
-from selfdistill.model import Sampling, load_start, sample, sample_seed
-from selfdistill.runtime import Reporter, end_last_line, read_lines, say
+from selfdistill.model import Sampling, load_for_training, sample, sample_seed
+from selfdistill.runtime import ProgressBar, drop_partial_line, read_lines, say
 
 ASK_TOKENS = 64
 """Most tokens of a question with its answer."""
@@ -203,14 +203,14 @@ class _Maker:
         self.disputed: set[str] = set()
         """Questions, by their words, to which several answers were given."""
         self._config, self._answers = config, dict[str, str]()
-        self._loaded = load_start(config.model)
+        self._loaded = load_for_training(config.model)
         self._chat = ChatFormat(self._loaded.tokenizer, self._loaded.end_token_ids, config.chat_template_kwargs)
         self._endpoint: Endpoint | None = None
         if config.writer_url and config.writer_model:
             note = f"what was written is kept in {self.folder}"
             self._endpoint = Endpoint(config.writer_url, config.writer_model, "writer", note)
         path = self.folder / "asked.jsonl"
-        end_last_line(path)
+        drop_partial_line(path)
         self._kept: dict[str, str] = {line["key"]: line["reply"] for line in read_lines(path)}
         self._file = path.open("a", encoding="utf-8")
         self._reasons = (self.folder / "rejected.jsonl").open("w", encoding="utf-8")
@@ -302,7 +302,7 @@ class _Maker:
         asked = [json.dumps([*who, ASK_TOKENS, temperature, chat]) for chat in chats]
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in asked]
         open_ = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self._kept}
-        with Reporter(f"questions ({kind})", len(open_), quiet=not open_) as reporter:
+        with ProgressBar(f"questions ({kind})", len(open_), quiet=not open_) as reporter:
             written = self._by_endpoint(open_, temperature) if self._endpoint else self._by_model(open_, number)
             for done, (key, reply) in enumerate(written, start=1):
                 self._kept[key] = reply

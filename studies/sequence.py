@@ -19,11 +19,11 @@ from typing import Any
 from selfdistill.comparison.plots import Curve, over
 from selfdistill.config.commands import LearnConfig
 from selfdistill.continual.add_skill import add
-from selfdistill.continual.learn import retention
+from selfdistill.continual.learn import retention_matrix
 from selfdistill.continual.ledger import START, Ledger
 from selfdistill.data.bundled import packaged
 from selfdistill.evaluation.statistics import seeds_interval
-from selfdistill.runtime.files import write_whole
+from selfdistill.runtime.files import write_atomically
 from selfdistill.runtime.tracking import read_lines
 
 MODEL = "smollm2-135m"
@@ -64,7 +64,7 @@ def learn(state: Path, method: str, seed: int, skills: list[str]) -> dict[str, A
         files = {part: packaged(f"{skill}.{part}.jsonl") for part in ("train", "test")}
         result = add(LearnConfig(**values | looks | {"data": files["train"], "test": files["test"]}))
         assert result["accepted"], result["reasons"]
-    return retention(Ledger(str(state)))
+    return retention_matrix(Ledger(str(state)))
 
 
 def along(state: Path) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def main(folder: str, seeds: list[int]) -> None:
             for name in names[1:]:
                 alone[name] = learn(Path(folder) / f"{method}-{seed}-{name}", method, seed, [name])["matrix"][1][0]
             found[f"{method}-{seed}"] = {**whole, "alone": alone, "along": along(state)}
-            write_whole(kept, json.dumps(found) + "\n")
+            write_atomically(kept, json.dumps(found) + "\n")
     for method in METHODS:
         print("\n".join(["", *table(method, [found[f"{method}-{seed}"] for seed in seeds])]))
     draw(found, seeds, Path(folder) / "sequence.svg")

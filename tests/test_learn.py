@@ -19,18 +19,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from selfdistill.continual.retention_matrix import transfer
 from transformers import AutoModelForCausalLM
 
 from selfdistill.cli import main
 from selfdistill.config.commands import LearnConfig
 from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
-from selfdistill.continual.learn import learn, retention
+from selfdistill.continual.learn import learn, retention_matrix
 from selfdistill.continual.ledger import Ledger
-from selfdistill.continual.retention import transfer
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
-from selfdistill.runtime.files import locked
+from selfdistill.runtime.files import folder_lock
 
 Settings = Callable[..., LearnConfig]
 
@@ -113,7 +113,7 @@ def test_two_skills_in_a_row(make: Settings, tmp_path: Path, capsys: pytest.Capt
     assert main(["learn", "--state", str(state), "status"]) == 0
     said = capsys.readouterr().out
     assert "second" in said
-    found = retention(ledger)
+    found = retention_matrix(ledger)
     assert f"forgetting {found['transfer']['forgetting']:.3f}. " in said  # without a plus: it is a loss
     assert [len(row) for row in found["matrix"]] == [2, 2, 2]
     assert found["matrix"][0][0] is not None
@@ -414,7 +414,7 @@ def test_killed_at_twenty_moments_a_state_opens_and_goes_on(make: Settings, tmp_
             process.wait()
             kills += 1
         ledger = Ledger(str(state))
-        retention(ledger)
+        retention_matrix(ledger)
         names = [skill.name for skill in ledger.skills]
         assert names in (["first"], ["first", "second"])
         kept = {name: value for name, value in digest(state).items() if "0002" not in name and "pending" not in name}
@@ -434,7 +434,7 @@ def test_a_state_of_another_version_is_read(make: Settings, tmp_path: Path) -> N
 
 
 def test_two_at_once_are_refused(make: Settings, tmp_path: Path) -> None:
-    with locked(tmp_path / "state", ""), pytest.raises(UserError, match="another process is at work on it"):
+    with folder_lock(tmp_path / "state", ""), pytest.raises(UserError, match="another process is at work on it"):
         add(make())
 
 

@@ -20,7 +20,7 @@ from selfdistill.data.chat_format import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.evaluation.lmeval import TaskResult, lm_eval_abilities
 from selfdistill.evaluation.priors import encode_priors, load_prior, prior_abilities
-from selfdistill.model.forward import Scorer
+from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel, load_model
 
 pytest.importorskip("lm_eval", reason="LM-EVAL NOT CHECKED: pip install 'selfdistill[lm-eval]'")
@@ -87,7 +87,7 @@ def measure(loaded: LoadedModel, tasks: list[str], folder: Path | None, limit: i
 
 def ours(loaded: LoadedModel, path: Path) -> Any:
     chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, {})
-    return prior_abilities(loaded, Scorer(loaded), chat, encode_priors(loaded, chat, load_prior(str(path))))[0]
+    return prior_abilities(loaded, ForwardPass(loaded), chat, encode_priors(loaded, chat, load_prior(str(path))))[0]
 
 
 def test_accuracies_equal_those_of_our_own_scorer(

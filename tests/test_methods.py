@@ -27,8 +27,9 @@ from selfdistill.methods import METHODS, unused_settings, uses
 from selfdistill.methods.sequences import Completion
 from selfdistill.model.loading import load_model
 from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.train import train
-from selfdistill.training.trainer import Run
+from selfdistill.training.trainer import Trainer
 
 Settings = Callable[..., TrainConfig]
 NAMES = get_args(MethodName)
@@ -61,9 +62,9 @@ def all_of_them(settings: Settings, write_rows: Callable[..., Path], tmp_path: P
     return make
 
 
-def moved(config: TrainConfig) -> Run:
+def moved(config: TrainConfig) -> Trainer:
     """After one large step, so that the student is not its base."""
-    run = Run(config)
+    run = Trainer(config)
     run.step(0)
     return run
 
@@ -80,13 +81,15 @@ def kl(log_a_TV: Tensor, log_b_TV: Tensor) -> Tensor:
     return (log_a_TV.exp() * (log_a_TV - log_b_TV)).sum(-1)
 
 
-def assert_gradient(run: Run, completions: list[Completion], values_of: Callable[[Any, Completion], Tensor]) -> None:
+def assert_gradient(
+    run: Trainer, completions: list[Completion], values_of: Callable[[Any, Completion], Tensor]
+) -> None:
     """The run's loss and gradient are those of the mean of ``values_of(student, completion)``, by autograd."""
     student = copy.deepcopy(run.loaded.model)
     loss = mean_over_rows([values_of(student, completion) for completion in completions])
     loss.backward()
     run.optimizer.zero_grad()
-    result = run.gradient.add(run.stage.method, completions)
+    result = run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
     assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
     expected = gradients(student)
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
@@ -98,11 +101,11 @@ def assert_gradient(run: Run, completions: list[Completion], values_of: Callable
 
 def test_dft_weighs_each_token_by_its_probability(all_of_them: Settings) -> None:
     run = moved(all_of_them(method="dft", batch_size=4, gradient_accumulation_steps=2))
-    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 1)
-    assert [c.ids for c in completions] == [row.completion_ids for row in run.stage.rows[:4]]
+    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 1)
+    assert [c.ids for c in completions] == [row.completion_ids for row in run.stage.examples[:4]]
 
     def values(student: Any, c: Completion) -> Tensor:
-        logp_T = chosen(row_log_probs(student, c.row.student_ids, c.ids), c.ids)
+        logp_T = chosen(row_log_probs(student, c.example.student_ids, c.ids), c.ids)
         return -logp_T.exp().detach() * logp_T
 
     assert_gradient(run, completions, values)
@@ -110,7 +113,7 @@ def test_dft_weighs_each_token_by_its_probability(all_of_them: Settings) -> None
 
 def test_cpt_predicts_every_token_of_every_document_once(all_of_them: Settings) -> None:
     run = moved(all_of_them(method="cpt", batch_size=4))
-    rows = run.stage.rows
+    rows = run.stage.examples
     by_document: dict[str, list[int]] = {}
     for row in rows:
         text = by_document.setdefault(row.demonstration.completion, [])
@@ -123,20 +126,20 @@ def test_cpt_predicts_every_token_of_every_document_once(all_of_them: Settings) 
     assert by_document == ends
     completions = run.stage.method.sequence(run.loaded, rows, 1)
     assert_gradient(
-        run, completions, lambda student, c: -chosen(row_log_probs(student, c.row.student_ids, c.ids), c.ids)
+        run, completions, lambda student, c: -chosen(row_log_probs(student, c.example.student_ids, c.ids), c.ids)
     )
 
 
 def test_cpt_shows_no_more_of_the_text_before_than_there_is_room_for(all_of_them: Settings) -> None:
-    run = Run(all_of_them(method="cpt", max_prompt_length=7))
-    assert {len(row.student_ids) for row in run.stage.rows} == {1, 7}
-    first, second = run.stage.rows[:2]
+    run = Trainer(all_of_them(method="cpt", max_prompt_length=7))
+    assert {len(row.student_ids) for row in run.stage.examples} == {1, 7}
+    first, second = run.stage.examples[:2]
     assert second.student_ids == first.completion_ids[-7:]
 
 
 def test_reinvoke_is_sft_and_then_reverse_kl_to_the_base_on_general_prompts(all_of_them: Settings) -> None:
     config = all_of_them(method="sft_reinvoke", max_steps=7, batch_size=2, lr_scheduler_type="cosine")
-    run, sft = Run(config), Run(all_of_them("sft", method="sft", max_steps=3, lr_scheduler_type="cosine"))
+    run, sft = Trainer(config), Trainer(all_of_them("sft", method="sft", max_steps=3, lr_scheduler_type="cosine"))
     base = copy.deepcopy(run.loaded.model)
     assert [(s.first_step, s.steps) for s in run.stages] == [(0, 3), (3, 4)]
     for step in range(3):
@@ -147,14 +150,14 @@ def test_reinvoke_is_sft_and_then_reverse_kl_to_the_base_on_general_prompts(all_
     metrics = run.step(3)
     assert metrics["learning_rate"] == config.learning_rate
     assert metrics["kl/reverse"] == pytest.approx(metrics["loss"], abs=1e-5)
-    rows = run.stage.rows
+    rows = run.stage.examples
     assert [row.demonstration.prompt[0]["content"] for row in rows] == ["Who?", "Why is that so?", "When"]
     assert all(row.teacher_ids == row.student_ids for row in rows)
     completions = run.stage.method.sequence(run.loaded, rows, 9)
 
     def values(student: Any, c: Completion) -> Tensor:
-        log_base_TV = row_log_probs(base, c.row.student_ids, c.ids).detach()
-        return kl(row_log_probs(student, c.row.student_ids, c.ids), log_base_TV)
+        log_base_TV = row_log_probs(base, c.example.student_ids, c.ids).detach()
+        return kl(row_log_probs(student, c.example.student_ids, c.ids), log_base_TV)
 
     assert_gradient(run, completions, values)
 
@@ -167,32 +170,32 @@ def test_the_teachers_samples_are_drawn_once_from_the_base_that_sees_the_demonst
     run = moved(config)
     base = load_model(config.model)
     base.model.requires_grad_(False)
-    completions = run.stage.method.sequence(run.loaded, run.stage.rows, 1)
-    again = run.stage.method.sequence(run.loaded, run.stage.rows, 5)
+    completions = run.stage.method.sequence(run.loaded, run.stage.examples, 1)
+    again = run.stage.method.sequence(run.loaded, run.stage.examples, 5)
     assert [c.ids for c in again] == [c.ids for c in completions]
-    demonstrated = Run(all_of_them(method="sft")).stage.rows
+    demonstrated = Trainer(all_of_them(method="sft")).stage.examples
     assert [c.ids for c in completions] != [row.completion_ids for row in demonstrated]
-    for row in run.stage.rows:  # each a likely draw of the teacher, not of the student
+    for row in run.stage.examples:  # each a likely draw of the teacher, not of the student
         assert row.teacher_ids is not None
         assert len(row.teacher_ids) > len(row.student_ids)
     taught, untaught = (
         sum(float(chosen(row_log_probs(base.model, context(c), c.ids), c.ids).sum()) for c in completions)
-        for context in (lambda c: c.row.teacher_ids, lambda c: c.row.student_ids)
+        for context in (lambda c: c.example.teacher_ids, lambda c: c.example.student_ids)
     )
     assert taught > untaught
 
     def values(student: Any, c: Completion) -> Tensor:
-        log_p_TV = row_log_probs(student, c.row.student_ids, c.ids)
+        log_p_TV = row_log_probs(student, c.example.student_ids, c.ids)
         if method == "sft_from_teacher":
             return -chosen(log_p_TV, c.ids)
-        return kl(row_log_probs(base.model, c.row.teacher_ids or [], c.ids).detach(), log_p_TV)
+        return kl(row_log_probs(base.model, c.example.teacher_ids or [], c.ids).detach(), log_p_TV)
 
     assert_gradient(run, completions, values)
 
 
 def test_grpo_is_the_gradient_of_the_clipped_objective_with_group_advantages(all_of_them: Settings) -> None:
     run = moved(all_of_them(method="grpo", batch_size=3, num_generations=4, gradient_accumulation_steps=3))
-    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:3], 2)
+    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:3], 2)
     assert len(completions) == 12
     rewards = [float(len(run.chat.decode(c.ids)) >= 4) for c in completions]
     assert len(set(rewards)) == 2
@@ -203,12 +206,12 @@ def test_grpo_is_the_gradient_of_the_clipped_objective_with_group_advantages(all
     student = copy.deepcopy(run.loaded.model)
     values = []
     for c, advantage in zip(completions, advantages, strict=True):
-        logp_T = chosen(row_log_probs(student, c.row.student_ids, c.ids), c.ids)
+        logp_T = chosen(row_log_probs(student, c.example.student_ids, c.ids), c.ids)
         ratio_T = (logp_T - logp_T.detach()).exp()
         values.append(-torch.minimum(ratio_T * advantage, ratio_T.clamp(0.8, 1.2) * advantage))
     mean_over_rows(values).backward()
     run.optimizer.zero_grad()
-    result = run.gradient.add(run.stage.method, completions)
+    result = run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
     assert result.reward == pytest.approx(sum(rewards) / 12)
     expected = gradients(student)
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
@@ -233,13 +236,13 @@ def test_the_target_is_a_mixture_of_logits(
     )
     run = moved(config)
     base = load_model(config.model)
-    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 1)
+    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 1)
 
     def values(student: Any, c: Completion) -> Tensor:
-        log_p_TV = row_log_probs(student, c.row.student_ids, c.ids)
+        log_p_TV = row_log_probs(student, c.example.student_ids, c.ids)
         with torch.no_grad(), run.teacher.model() as network:  # type: ignore[union-attr]
-            log_q_TV = row_log_probs(network, c.row.teacher_ids or [], c.ids)
-        log_base_TV = row_log_probs(base.model, c.row.student_ids, c.ids)
+            log_q_TV = row_log_probs(network, c.example.teacher_ids or [], c.ids)
+        log_base_TV = row_log_probs(base.model, c.example.student_ids, c.ids)
         mixed_TV = 0.7 * log_q_TV + 0.4 * log_p_TV + 0.25 * log_base_TV
         target_TV = mixed_TV.detach().log_softmax(-1)
         return kl(target_TV, log_p_TV) if divergence == "forward_kl" else kl(log_p_TV, target_TV)
@@ -284,11 +287,11 @@ def test_another_model_can_teach(all_of_them: Settings, model_folder: Callable[.
     other = model_folder(seed=1)
     run = moved(all_of_them(teacher_model=str(other), batch_size=4, lora_rank=lora_rank))
     teacher = load_model(str(other)).model.requires_grad_(False)
-    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 1)
+    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 1)
 
     def values(student: Any, c: Completion) -> Tensor:
-        log_q_TV = row_log_probs(teacher, c.row.teacher_ids or [], c.ids)
-        return kl(log_q_TV, row_log_probs(student, c.row.student_ids, c.ids))
+        log_q_TV = row_log_probs(teacher, c.example.teacher_ids or [], c.ids)
+        return kl(log_q_TV, row_log_probs(student, c.example.student_ids, c.ids))
 
     assert_gradient(run, completions, values)
     assert run.teacher is not None
@@ -298,7 +301,7 @@ def test_another_model_can_teach(all_of_them: Settings, model_folder: Callable[.
 def test_the_base_of_a_target_is_the_student_at_the_start_not_the_teacher(
     all_of_them: Settings, model_folder: Callable[..., Path]
 ) -> None:
-    run = Run(all_of_them(teacher_model=str(model_folder(seed=1)), target_base=0.5))
+    run = Trainer(all_of_them(teacher_model=str(model_folder(seed=1)), target_base=0.5))
     assert run.gradient.base is not run.teacher
 
 
@@ -356,13 +359,13 @@ def test_the_teachers_samples_are_kept_in_the_run_folder(
 
 
 def test_a_cold_start_goes_from_demonstrations_to_samples(all_of_them: Settings) -> None:
-    run = Run(all_of_them(cold_start_steps=4, batch_size=6))
-    demonstrated = {row.demonstration.row: row.completion_ids for row in run.stage.rows}
+    run = Trainer(all_of_them(cold_start_steps=4, batch_size=6))
+    demonstrated = {row.demonstration.row: row.completion_ids for row in run.stage.examples}
     shares = []
     for step in range(6):
-        completions = run.stage.method.sequence(run.loaded, run.stage.rows * 50, step)
+        completions = run.stage.method.sequence(run.loaded, run.stage.examples * 50, step)
         held = [c for c in completions if c.logps is None]
-        assert all(c.ids == demonstrated[c.row.demonstration.row] for c in held)
+        assert all(c.ids == demonstrated[c.example.demonstration.row] for c in held)
         shares.append(len(held) / len(completions))
     assert shares == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0], abs=0.08)
     assert shares[0] == 1
@@ -371,13 +374,13 @@ def test_a_cold_start_goes_from_demonstrations_to_samples(all_of_them: Settings)
 
 def test_a_mixed_batch_of_a_cold_start_has_the_gradient_of_its_tokens(all_of_them: Settings) -> None:
     run = moved(all_of_them(cold_start_steps=4, batch_size=6))
-    completions = run.stage.method.sequence(run.loaded, run.stage.rows, 2)
+    completions = run.stage.method.sequence(run.loaded, run.stage.examples, 2)
     assert {c.logps is None for c in completions} == {True, False}
 
     def values(student: Any, c: Completion) -> Tensor:
         with torch.no_grad(), run.teacher.model() as network:  # type: ignore[union-attr]
-            log_q_TV = row_log_probs(network, c.row.teacher_ids or [], c.ids)
-        return kl(log_q_TV, row_log_probs(student, c.row.student_ids, c.ids))
+            log_q_TV = row_log_probs(network, c.example.teacher_ids or [], c.ids)
+        return kl(log_q_TV, row_log_probs(student, c.example.student_ids, c.ids))
 
     assert_gradient(run, completions, values)
 
@@ -388,9 +391,9 @@ def test_other_rows_get_other_samples_of_the_teacher(
     config = all_of_them(method="sft_from_teacher", max_steps=1)
     train(config)
     rows = [{"prompt": f"other {i}", "completion": "ab"} for i in range(6)]
-    again = Run(config.model_copy(update={"data": str(write_rows(rows, name="rows.jsonl"))}))
-    fresh = Run(again.config.model_copy(update={"output_dir": str(tmp_path / "fresh")}))
-    samples = [[row.completion_ids for row in run.stage.rows] for run in (again, fresh)]
+    again = Trainer(config.model_copy(update={"data": str(write_rows(rows, name="rows.jsonl"))}))
+    fresh = Trainer(again.config.model_copy(update={"output_dir": str(tmp_path / "fresh")}))
+    samples = [[row.completion_ids for row in run.stage.examples] for run in (again, fresh)]
     assert samples[0] == samples[1]
 
 
@@ -536,13 +539,13 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
 )
 def test_what_does_not_go_together_is_refused(all_of_them: Settings, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        Run(all_of_them(**values))
+        Trainer(all_of_them(**values))
     assert str(error.value).startswith(message)
 
 
 def test_cpt_needs_documents(settings: Settings) -> None:
     with pytest.raises(UserError, match=r"^method 'cpt' learns from documents, and .*train\.jsonl has none"):
-        Run(settings(method="cpt"))
+        Trainer(settings(method="cpt"))
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe", "not UTF-8 text"), (b" \n\n", "no prompts")])

@@ -14,7 +14,7 @@ from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import priors as module
 from selfdistill.evaluation.priors import Choices, PriorResult, encode_priors, load_prior, prior_abilities
-from selfdistill.model.forward import Scorer
+from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -34,7 +34,9 @@ def chat_of(loaded: LoadedModel) -> ChatFormat:
 
 def abilities(loaded: LoadedModel, path: str) -> list[PriorResult]:
     chat = chat_of(loaded)
-    return prior_abilities(loaded, Scorer(loaded), chat, encode_priors(loaded, chat, load_prior(path)), batch_size=4)
+    return prior_abilities(
+        loaded, ForwardPass(loaded), chat, encode_priors(loaded, chat, load_prior(path)), batch_size=4
+    )
 
 
 def reference_loglikelihood(loaded: LoadedModel, context: str, continuation: str) -> tuple[float, bool]:
@@ -89,7 +91,9 @@ def test_greedy_continuation_of_the_model_itself_counts_as_right(load: Callable[
                 continue
             found += 1
             pairs = [module._pair_ids(loaded, context, text), module._pair_ids(loaded, context, text + "~")]
-            _, greedy = module._loglikelihoods(loaded, Scorer(loaded), *map(list, zip(*pairs, strict=True)), 4, "x")
+            _, greedy = module._loglikelihoods(
+                loaded, ForwardPass(loaded), *map(list, zip(*pairs, strict=True)), 4, "x"
+            )
             assert greedy == [True, reference_loglikelihood(loaded, context, text + "~")[1]]
     assert found >= 3
 
@@ -246,7 +250,9 @@ def test_empty_context_is_bos_else_eos(load: Callable[..., LoadedModel], write_r
     text = loaded.tokenizer(" ab")["input_ids"]
     (encoded,) = encode_priors(loaded, chat_of(loaded), priors)
     assert (encoded.contexts, encoded.continuations) == ([[257]], [text])
-    values, greedy = module._loglikelihoods(loaded, Scorer(loaded), encoded.contexts, encoded.continuations, 4, "x")
+    values, greedy = module._loglikelihoods(
+        loaded, ForwardPass(loaded), encoded.contexts, encoded.continuations, 4, "x"
+    )
     logps = loaded.model(input_ids=torch.tensor([[257, *text]])).logits[0].double().log_softmax(-1)
     assert values == pytest.approx([sum(float(logps[i, token]) for i, token in enumerate(text))], rel=1e-5)
     assert greedy == [[int(row.argmax()) for row in logps[:-1]] == text]

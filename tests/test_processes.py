@@ -26,8 +26,8 @@ from selfdistill.cli import _of_the_machine, main
 from selfdistill.config.files import dump_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.evaluation.examiner import Examiner
-from selfdistill.runtime.distributed import add_gradients, from_first
+from selfdistill.evaluation.evaluator import Evaluator
+from selfdistill.runtime.distributed import all_reduce_gradients, broadcast_from_rank0
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
 
@@ -271,14 +271,14 @@ def test_a_measurement_that_fails_in_one_process_ends_both(
     config = settings(fsdp=fsdp, **COMMON | {"test": str(write_rows(count=4, name="test.jsonl")), "eval_steps": 3})
 
     def work() -> None:
-        measure, calls = Examiner.measure, count()
+        measure, calls = Evaluator.measure, count()
 
-        def once(examiner: Examiner, loaded: Any) -> Any:
+        def once(evaluator: Evaluator, loaded: Any) -> Any:
             if next(calls) and os.environ["RANK"] == failing:  # not the base, before the first step
                 raise UserError("no answer")
-            return measure(examiner, loaded)
+            return measure(evaluator, loaded)
 
-        Examiner.measure = once  # type: ignore[method-assign]
+        Evaluator.measure = once  # type: ignore[method-assign]
         train(config)
 
     for child in started_together(work, tmp_path / "log"):
@@ -292,7 +292,7 @@ def test_a_gradient_that_no_process_has_stays_none(tmp_path: Path) -> None:
         one, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
         if os.environ["RANK"] == "1":
             one.grad = torch.full((2,), 3.0)
-        add_gradients([one, other])
+        all_reduce_gradients([one, other])
         assert one.grad is not None
         return 10 if one.grad.tolist() == [3.0, 3.0] and other.grad is None else 11
 
@@ -321,7 +321,7 @@ def test_a_judge_that_does_not_answer_is_the_error_of_both(tmp_path: Path) -> No
             raise UserError(f"asked by {os.environ['RANK']}")
 
         try:
-            from_first(ask)
+            broadcast_from_rank0(ask)
         except UserError as error:
             return 10 if str(error) == "asked by 0" else 11
         return 12

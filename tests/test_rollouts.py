@@ -15,8 +15,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, OpenAIGPTConfig, OpenA
 
 from selfdistill.errors import UserError
 from selfdistill.model.loading import LoadedModel, disable_dropout
-from selfdistill.model.prefix_cache import continues
-from selfdistill.model.sampling import ROOM, Rollout, Sampling, choose, sample, sample_seed
+from selfdistill.model.prefix_cache import can_continue_cache
+from selfdistill.model.sampling import PREALLOCATED_TOKENS, Rollout, Sampling, choose, sample, sample_seed
 
 Loader = Callable[..., LoadedModel]
 GREEDY = Sampling(20, temperature=0)
@@ -89,7 +89,7 @@ def test_greedy_equals_generate_with_sliding_windows(load: Loader) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_equals_generate_for_models_of_all_kinds(load: Loader, name: str) -> None:
     model, _ = odd_model(name)
-    loaded = replace(load(), model=model, end_token_ids=(257, *range(0, 300, 9)), window=None, continues=None)
+    loaded = replace(load(), model=model, end_token_ids=(257, *range(0, 300, 9)), window=None, can_continue_cache=None)
     disable_dropout(model)
     beginning, *rest = prompts(50, 5, 1, 40, 17)
     batch = [beginning + tail for tail in rest]
@@ -101,7 +101,7 @@ def test_greedy_equals_generate_for_models_of_all_kinds(load: Loader, name: str)
 def test_memory_for_new_tokens_is_set_aside_again_when_it_is_used_up(load: Loader) -> None:
     loaded = load(ends=(257,))
     batch = prompts(5, 30)
-    limit = 2 * ROOM + 10
+    limit = 2 * PREALLOCATED_TOKENS + 10
     rollouts = sample(loaded, batch, Sampling(limit, temperature=0))
     assert max(len(r.ids) for r in rollouts) == limit
     assert [r.ids for r in rollouts] == generated(loaded, batch, limit)
@@ -109,7 +109,7 @@ def test_memory_for_new_tokens_is_set_aside_again_when_it_is_used_up(load: Loade
 
 def test_a_model_without_a_cache_is_refused(load: Loader) -> None:
     config = OpenAIGPTConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4)
-    loaded = replace(load(), model=OpenAIGPTLMHeadModel(config).eval(), continues=None)
+    loaded = replace(load(), model=OpenAIGPTLMHeadModel(config).eval(), can_continue_cache=None)
     with pytest.raises(UserError, match="takes no cache of keys and values"):
         sample(loaded, prompts(5, 3), GREEDY)
 
@@ -122,7 +122,7 @@ def test_equal_prompts_and_a_common_beginning_are_read_once_and_change_no_token(
     beginning, *rest = prompts(50, 5, 1, 40, 17)
     batch = [beginning + tail for tail in rest]
     batch = [*batch, batch[2], beginning, batch[0]]
-    assert continues(loaded)  # its probe's passes are not counted
+    assert can_continue_cache(loaded)  # its probe's passes are not counted
     read = []
     hook = loaded.model.register_forward_pre_hook(
         lambda _m, _a, kw: read.append(kw["input_ids"].shape), with_kwargs=True

@@ -27,10 +27,10 @@ from transformers import (
 
 from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import CrossEntropy
-from selfdistill.model.forward import Scorer
+from selfdistill.model.forward import ForwardPass
 from selfdistill.model.head import body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel, add_lora, disable_dropout
-from selfdistill.model.prefix_cache import KeptContexts, continues, keeps_every_token, shared_beginnings
+from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
 
 Loader = Callable[..., LoadedModel]
 
@@ -84,7 +84,7 @@ def test_the_logits_of_a_completion_token_are_those_that_its_predecessor_predict
     draw = random.Random(1)
     contexts = [[draw.randrange(64) for _ in range(n)] for n in (1, 4, 9)]
     completions = [[draw.randrange(64) for _ in range(n)] for n in (5, 1, 7)]
-    scores = Scorer(loaded)(loaded.model, contexts, completions)
+    scores = ForwardPass(loaded)(loaded.model, contexts, completions)
     before = [[context[-1], *completion[:-1]] for context, completion in zip(contexts, completions, strict=True)]
     expected = [(token + 1) % 64 for row in before for token in row]
     assert logits(scores).argmax(-1).tolist() == expected
@@ -97,7 +97,7 @@ def test_the_logits_of_a_completion_token_are_those_that_its_predecessor_predict
 def test_scores_equal_the_models_own_logits_row_by_row(load: Loader, tied: bool) -> None:
     loaded = load(tied=tied)
     assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == tied
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     assert scorer.fused
     scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
     assert scores.hidden_ND.shape == (sum(map(len, COMPLETIONS)), 32)
@@ -108,7 +108,7 @@ def test_scores_equal_the_models_own_logits_row_by_row(load: Loader, tied: bool)
 
 def test_a_batch_scores_as_its_rows_do_alone(load: Loader) -> None:
     loaded = load()
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     together = logits(scorer(loaded.model, CONTEXTS, COMPLETIONS)).split([len(c) for c in COMPLETIONS])
     for i, batched in enumerate(together):
         alone = logits(scorer(loaded.model, CONTEXTS[i : i + 1], COMPLETIONS[i : i + 1]))
@@ -119,14 +119,14 @@ def test_a_batch_scores_as_its_rows_do_alone(load: Loader) -> None:
 def test_right_padding_changes_nothing(load: Loader, pad: int) -> None:
     loaded = load()
     short, long = ([CONTEXTS[0]], [COMPLETIONS[0]]), ([CONTEXTS[0], texts(90)[0]], [COMPLETIONS[0], [1]])
-    alone = logits(Scorer(loaded)(loaded.model, *short))
-    padded = logits(Scorer(replace(loaded, pad_token_id=pad))(loaded.model, *long))[: len(alone)]
+    alone = logits(ForwardPass(loaded)(loaded.model, *short))
+    padded = logits(ForwardPass(replace(loaded, pad_token_id=pad))(loaded.model, *long))[: len(alone)]
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
 
 
 def test_a_left_padded_forward_with_position_ids_gives_the_same(load: Loader) -> None:
     loaded = load()
-    ours = logits(Scorer(loaded)(loaded.model, CONTEXTS, COMPLETIONS)).split([len(c) for c in COMPLETIONS])
+    ours = logits(ForwardPass(loaded)(loaded.model, CONTEXTS, COMPLETIONS)).split([len(c) for c in COMPLETIONS])
     rows = [a + b for a, b in zip(CONTEXTS, COMPLETIONS, strict=True)]
     width = max(map(len, rows))
     ids_BL = torch.tensor([[258] * (width - len(row)) + row for row in rows])
@@ -156,7 +156,7 @@ def capped_or_scaled(kind: str) -> Any:
         return scaled(CohereForCausalLM(CohereConfig(**SIZE, logit_scale=0.25)), 20)
 
 
-def check_chunked_gradients(loaded: LoadedModel, scorer: Scorer) -> None:
+def check_chunked_gradients(loaded: LoadedModel, scorer: ForwardPass) -> None:
     """Through the head in chunks, every trained weight gets the gradient that it gets through whole logits."""
     tokens = torch.tensor([token for ids in COMPLETIONS for token in ids])
     weights = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0))
@@ -187,7 +187,7 @@ class Offset(LlamaForCausalLM):
 def test_caps_and_scales_of_logits_belong_to_the_head(load: Loader, kind: str) -> None:
     loaded = replace(load(), model=capped_or_scaled(kind))
     expected = full_forward(loaded.model, CONTEXTS, COMPLETIONS)
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     assert scorer.fused
     scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
     plain = loaded.model.get_output_embeddings()(scores.hidden_ND)
@@ -203,7 +203,7 @@ def test_lora_on_the_head_is_fused(load: Loader) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         loaded.model = get_peft_model(loaded.model, config).eval()
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     assert scorer.fused
     scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
     assert len(scores.head_parameters) == 2
@@ -214,7 +214,7 @@ def test_lora_on_the_head_is_fused(load: Loader) -> None:
 def test_a_scale_that_is_no_number_is_left_to_the_probe(load: Loader) -> None:
     loaded = load()
     loaded.model.config.logit_scale = "inv_sqrt_d_model"
-    assert Scorer(loaded).fused
+    assert ForwardPass(loaded).fused
 
 
 def test_models_that_change_their_logits_are_noticed_and_scored_by_their_own(load: Loader) -> None:
@@ -223,7 +223,7 @@ def test_models_that_change_their_logits_are_noticed_and_scored_by_their_own(loa
         loaded = replace(load(), model=scaled(Offset(LlamaConfig(**SIZE)), 20))
     expected = full_forward(loaded.model, CONTEXTS, COMPLETIONS)
     assert not head_agrees(loaded)
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     assert not scorer.fused
     scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
     assert scores.head_parameters == ()
@@ -241,7 +241,7 @@ def test_an_adapter_is_scored_through_the_head_of_its_base(load: Loader, tied: b
         for name, parameter in loaded.model.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.05)
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     assert scorer.fused
     scores = scorer(loaded.model, CONTEXTS, COMPLETIONS)
     assert scores.head_parameters == ()  # the head is frozen
@@ -253,9 +253,9 @@ def test_an_adapter_is_scored_through_the_head_of_its_base(load: Loader, tied: b
 def test_scoring_leaves_dropout_off_though_the_model_is_in_train_mode(load: Loader) -> None:
     loaded = load()  # its config asks for attention dropout
     assert loaded.model.config.attention_dropout == 0.1
-    still = logits(Scorer(loaded)(loaded.model, CONTEXTS, COMPLETIONS))
+    still = logits(ForwardPass(loaded)(loaded.model, CONTEXTS, COMPLETIONS))
     loaded.model.train()
-    assert torch.equal(logits(Scorer(loaded)(loaded.model, CONTEXTS, COMPLETIONS)), still)
+    assert torch.equal(logits(ForwardPass(loaded)(loaded.model, CONTEXTS, COMPLETIONS)), still)
 
 
 def test_dropout_modules_are_switched_off_for_good(load: Loader) -> None:
@@ -264,9 +264,9 @@ def test_dropout_modules_are_switched_off_for_good(load: Loader) -> None:
     assert any(isinstance(module, torch.nn.Dropout) for module in model.modules())
     disable_dropout(model)
     loaded = replace(load(), model=model)
-    still = logits(Scorer(loaded)(model, CONTEXTS, COMPLETIONS))
+    still = logits(ForwardPass(loaded)(model, CONTEXTS, COMPLETIONS))
     assert model.training
-    assert torch.equal(logits(Scorer(loaded)(model, CONTEXTS, COMPLETIONS)), still)
+    assert torch.equal(logits(ForwardPass(loaded)(model, CONTEXTS, COMPLETIONS)), still)
     torch.testing.assert_close(still, full_forward(model.eval(), CONTEXTS, COMPLETIONS), atol=1e-5, rtol=0)
 
 
@@ -281,18 +281,18 @@ def shared_contexts() -> list[list[int]]:
 
 def test_rows_are_grouped_by_long_common_beginnings_only() -> None:
     contexts = shared_contexts()
-    groups = {tuple(sorted(rows)): length for rows, length in shared_beginnings(contexts)}
+    groups = {tuple(sorted(rows)): length for rows, length in shared_prefixes(contexts)}
     assert groups == {(0, 3, 5): 90, (2, 4): 70}
     # A context that is itself the beginning of another keeps its last token for the pass that follows.
-    assert shared_beginnings([contexts[0][:80], contexts[0]]) == [([0, 1], 79)]
-    assert shared_beginnings([contexts[0][:60], contexts[0]]) == []
-    assert shared_beginnings([contexts[0], contexts[0]]) == [([0, 1], 98)]
+    assert shared_prefixes([contexts[0][:80], contexts[0]]) == [([0, 1], 79)]
+    assert shared_prefixes([contexts[0][:60], contexts[0]]) == []
+    assert shared_prefixes([contexts[0], contexts[0]]) == [([0, 1], 98)]
 
 
 def test_documents_are_not_chained_by_a_shorter_beginning_that_all_share() -> None:
     system, *documents = texts(70, 100, 100, seed=5)
     contexts = [system + document + [i] * 5 for document in documents for i in range(3)]
-    groups = sorted((sorted(rows), length) for rows, length in shared_beginnings(contexts))
+    groups = sorted((sorted(rows), length) for rows, length in shared_prefixes(contexts))
     assert groups == [([0, 1, 2], 170), ([3, 4, 5], 170)]
 
 
@@ -309,7 +309,7 @@ def test_a_shared_beginning_computed_once_gives_the_same_scores(load: Loader, wh
     completions = texts(3, 9, 1, 6, 12, 2, seed=8)[: len(contexts)]
     seen = []
     body, _ = body_and_head(loaded.model) or pytest.fail("not separable")
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     hook = body.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True)
     with torch.no_grad():
         shared = logits(scorer(loaded.model, contexts, completions))
@@ -329,7 +329,7 @@ def test_gradients_through_a_shared_beginning_are_those_of_whole_rows(load: Load
     loaded = replace(load(), model=model)
     contexts, completions = shared_contexts(), texts(3, 9, 1, 6, 12, 2, seed=8)
     weights_NV = torch.randn(33, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -357,7 +357,7 @@ def test_kept_contexts_give_the_same_scores_as_reading_them_again(load: Loader, 
     completions = texts(3, 9, 1, 6, 12, 2, 5, 5, 4, 3, seed=8)
     seen: list[int] = []
     body, _ = body_and_head(loaded.model) or pytest.fail("not separable")
-    scorer, kept = Scorer(loaded), KeptContexts(contexts, budget)
+    scorer, kept = ForwardPass(loaded), PrefixCache(contexts, budget)
     expected = full_forward(loaded.model, contexts, completions)
     body.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True)
     with torch.no_grad():
@@ -388,12 +388,12 @@ def test_kept_contexts_give_the_same_scores_as_reading_them_again(load: Loader, 
 @pytest.mark.parametrize("name", NAMES)
 def test_models_are_probed_and_all_are_scored_as_row_by_row(load: Loader, name: str) -> None:
     model, expected = odd_model(name)
-    loaded = replace(load(), model=model.eval(), window=None, continues=None)
+    loaded = replace(load(), model=model.eval(), window=None, can_continue_cache=None)
     disable_dropout(model)
     contexts = [*shared_contexts(), *texts(40, 7, seed=9)]
     completions = texts(3, 9, 1, 6, 12, 2, 5, 5, seed=8)
-    assert continues(loaded) is expected
-    scorer = Scorer(loaded)
+    assert can_continue_cache(loaded) is expected
+    scorer = ForwardPass(loaded)
     kept = scorer.keep(contexts, 10**9)
     assert (kept is not None) is expected
     with torch.no_grad():
@@ -405,13 +405,13 @@ def test_models_are_probed_and_all_are_scored_as_row_by_row(load: Loader, name: 
 
 def test_kept_states_take_no_more_memory_than_the_budget(load: Loader) -> None:
     model, _ = odd_model("llama, one key/value head")
-    loaded = replace(load(), model=model.eval(), window=None, continues=None)
+    loaded = replace(load(), model=model.eval(), window=None, can_continue_cache=None)
     body, _head = body_and_head(model) or pytest.fail("not separable")
     beginning, *tails = texts(200, *[10] * 20, seed=6)
     contexts = [beginning + tail for tail in tails]
     token_bytes = 2 * 2 * 8 * 4  # layers, keys and values, channels, bytes
     for budget, number in ((10**9, 20), ((200 + 9 * 7) * token_bytes, 7)):
-        kept = Scorer(loaded).keep(contexts, budget)
+        kept = ForwardPass(loaded).keep(contexts, budget)
         assert kept is not None
         with torch.no_grad():
             held = kept.kept(body, model.config, contexts)
@@ -424,7 +424,7 @@ def test_kept_states_take_no_more_memory_than_the_budget(load: Loader) -> None:
 def test_kept_states_serve_attention_in_bfloat16_as_it_would_have_cast_them(load: Loader) -> None:
     loaded = load()
     contexts, completions = texts(30, 9, 17, seed=9), texts(3, 9, 5, seed=8)
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     kept = scorer.keep(contexts, 10**9)
     assert kept is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -435,6 +435,6 @@ def test_kept_states_serve_attention_in_bfloat16_as_it_would_have_cast_them(load
 
 
 def test_only_models_whose_layers_keep_every_token_keep_contexts(load: Loader) -> None:
-    assert keeps_every_token(LlamaConfig(**SIZE))
-    assert not keeps_every_token(Gemma2Config(**SIZE, head_dim=8, sliding_window=4))
-    assert Scorer(load()).keep(CONTEXTS, 0) is None
+    assert has_full_attention(LlamaConfig(**SIZE))
+    assert not has_full_attention(Gemma2Config(**SIZE, head_dim=8, sliding_window=4))
+    assert ForwardPass(load()).keep(CONTEXTS, 0) is None

@@ -22,14 +22,14 @@ from selfdistill.cli import main
 from selfdistill.config.files import dump_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.evaluation.examiner import Examiner
+from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.model.compiled import layers_of
-from selfdistill.model.fsdp import own_part, whole
+from selfdistill.model.fsdp import local_tensor, unsharded
 from selfdistill.model.loading import LoadedModel
-from selfdistill.runtime.distributed import from_first
+from selfdistill.runtime.distributed import broadcast_from_rank0
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
-from selfdistill.training.trainer import Run
+from selfdistill.training.trainer import Trainer
 
 COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema_rate": 0.2, "drift_steps": 2}
 CLOSE = 2e-5
@@ -125,7 +125,7 @@ def test_layers_are_gathered_in_the_data_type_of_the_arithmetic_and_let_go_again
     config = settings(fsdp=True, **COMMON | {"mixed_precision": "bf16", "drift_steps": 0})
 
     def work() -> None:
-        run = Run(config)
+        run = Trainer(config)
         model = run.loaded.model
         seen: list[tuple[torch.dtype, bool]] = []
         first, second = model.model.layers
@@ -170,7 +170,7 @@ def test_parts_that_a_model_names_beside_its_layers_are_no_layers() -> None:
 
 def sizes(tensors: list[Tensor]) -> tuple[int, int]:
     """Numbers in this process, and in all."""
-    return sum(own_part(t).numel() for t in tensors), sum(t.numel() for t in tensors)
+    return sum(local_tensor(t).numel() for t in tensors), sum(t.numel() for t in tensors)
 
 
 def test_each_process_holds_half_of_weights_gradients_moments_and_teacher(
@@ -179,7 +179,7 @@ def test_each_process_holds_half_of_weights_gradients_moments_and_teacher(
     config = settings(fsdp=True, dtype="auto", **COMMON | {"model": bfloat16_folder})
 
     def work() -> None:
-        run = Run(config)
+        run = Trainer(config)
         gradients: list[Tensor] = []
         hook = run.optimizer.register_step_pre_hook(
             lambda *_: gradients.extend(p.grad for p in run.parameters if p.grad is not None)
@@ -205,12 +205,12 @@ def test_weights_are_whole_only_as_long_as_asked_for(settings: Callable[..., Tra
     config = settings(fsdp=True, **COMMON)
 
     def work() -> None:
-        run = Run(config)
+        run = Trainer(config)
         model: nn.Module = run.loaded.model
         apart = sizes(list(model.parameters()))
-        with whole(model):
+        with unsharded(model):
             assert not any(isinstance(p, DTensor) for p in model.parameters())
-            with whole(model):
+            with unsharded(model):
                 pass
             model(input_ids=torch.tensor([[1, 2]]))
             assert sizes(list(model.parameters())) == (apart[1], apart[1])
@@ -266,9 +266,12 @@ def test_a_measurement_that_fails_in_all_processes_loses_no_step(
         raise UserError("the judge does not answer")
 
     def work() -> None:
-        measure = Examiner.measure
-        failing = lambda examiner, loaded: from_first(asked) if hasattr(examiner, "base") else measure(examiner, loaded)  # noqa: E731
-        Examiner.measure = failing  # type: ignore[method-assign]
+        measure = Evaluator.measure
+
+        def failing(evaluator: Evaluator, loaded: LoadedModel) -> Any:
+            return broadcast_from_rank0(asked) if hasattr(evaluator, "base") else measure(evaluator, loaded)
+
+        Evaluator.measure = failing  # type: ignore[method-assign]
         train(config)
 
     for child in started_together(work, tmp_path / "log"):
@@ -311,14 +314,14 @@ def test_what_cannot_be_sharded_is_refused(
 
 def test_one_process_is_not_sharded(settings: Callable[..., TrainConfig]) -> None:
     with pytest.raises(UserError, match="setting 'fsdp' shares a model between processes, and this is one"):
-        Run(settings(fsdp=True))
+        Trainer(settings(fsdp=True))
 
 
 def test_an_adapter_on_top_of_another_is_not_sharded(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     base = settings("base", lora_rank=4, max_steps=1)
     train(base)
     config = settings(fsdp=True, **COMMON | {"lora_rank": 4, "model": base.output_dir})
-    for child in started_together(lambda: Run(config), tmp_path / "log"):
+    for child in started_together(lambda: Trainer(config), tmp_path / "log"):
         assert child.wait() == 1
         assert (
             "setting 'fsdp' with lora_rank: the model has an adapter already; export it with --merge"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from selfdistill.continual.learn import retention
+from selfdistill.continual.learn import retention_matrix
 from selfdistill.continual.ledger import Ledger
 from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
@@ -67,7 +67,7 @@ def test_three_skills_in_a_row(
     kept = json.loads((tmp_path / "made" / "sequence.json").read_text())
     assert list(kept) == ["sft-0", "sdft-0"]
     state = Ledger(str(tmp_path / "made" / "sdft-0"))
-    assert kept["sdft-0"]["matrix"] == retention(state)["matrix"]
+    assert kept["sdft-0"]["matrix"] == retention_matrix(state)["matrix"]
     assert [line["step"] for line in kept["sdft-0"]["along"]] == [0, 2, 2, 4, 4, 6]
     assert (tmp_path / "made" / "sequence.svg").is_file()
 

@@ -40,7 +40,7 @@ def test_there_are_files() -> None:
 @pytest.mark.parametrize("skill", ["routing", "tools", "knowledge"])
 def test_the_skills_of_the_package_have_a_test_that_is_not_learnt(skill: str) -> None:
     train, test = (
-        load_demonstrations(str(ROOT / f"selfdistill/data/{skill}.{part}.jsonl")) for part in ("train", "test")
+        load_demonstrations(str(ROOT / f"selfdistill/data/bundled/{skill}.{part}.jsonl")) for part in ("train", "test")
     )
     prompts = [row.prompt[-1]["content"] for row in (*train, *test)]
     assert len(set(prompts)) == len(prompts)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfdistill.model.forward import Scorer
+from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel, add_lora
 from selfdistill.model.teacher import Teacher
 
@@ -44,7 +44,7 @@ def of_teacher(teacher: Teacher) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits(scorer: Scorer, model: Any) -> Tensor:
+def logits(scorer: ForwardPass, model: Any) -> Tensor:
     scores = scorer(model, CONTEXTS, COMPLETIONS)
     return scores.head(scores.hidden_ND)
 
@@ -106,7 +106,7 @@ def test_the_average_of_a_bfloat16_model_is_float32_and_moves_where_a_bfloat16_o
 @both
 def test_a_frozen_teacher_never_changes(load: Loader, lora: bool) -> None:
     loaded = load()
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     base = logits(scorer, loaded.model)
     if lora:
         add_lora(loaded, 4, None, 0)  # B = 0: the student starts as the base
@@ -141,9 +141,9 @@ def test_a_live_teacher_is_the_student_without_gradients(load: Loader, lora: boo
     teacher.update(1)
     with teacher.model() as network:
         assert network is loaded.model
-        assert not Scorer(loaded)(network, CONTEXTS, COMPLETIONS).hidden_ND.requires_grad
-        inside = logits(Scorer(loaded), network)
-    assert torch.equal(inside, logits(Scorer(loaded), loaded.model))
+        assert not ForwardPass(loaded)(network, CONTEXTS, COMPLETIONS).hidden_ND.requires_grad
+        inside = logits(ForwardPass(loaded), network)
+    assert torch.equal(inside, logits(ForwardPass(loaded), loaded.model))
     assert teacher.state_dict() == {}
     assert teacher.memory_bytes == 0
 
@@ -152,7 +152,7 @@ def test_a_live_teacher_is_the_student_without_gradients(load: Loader, lora: boo
 @pytest.mark.parametrize("kind", ["ema", "snapshot", "frozen"])
 def test_a_copied_teacher_starts_as_the_student(load: Loader, lora: bool, kind: Any) -> None:
     loaded = load()
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     if lora:
         add_lora(loaded, 4, None, 0)
         if kind != "frozen":
@@ -179,10 +179,10 @@ def test_a_moving_lora_teacher_scores_with_its_own_averaged_factors(load: Loader
                 for f in ("lora_A", "lora_B")
             )
             plain.model.get_submodule(name.removeprefix("base_model.model.")).weight.copy_(weight + 2.0 * b @ a)
-    expected = logits(Scorer(plain), plain.model)
+    expected = logits(ForwardPass(plain), plain.model)
     with teacher.model() as network:
-        torch.testing.assert_close(logits(Scorer(loaded), network), expected, atol=1e-4, rtol=0)
-    assert float((expected - logits(Scorer(loaded), loaded.model)).abs().max()) > 0.01
+        torch.testing.assert_close(logits(ForwardPass(loaded), network), expected, atol=1e-4, rtol=0)
+    assert float((expected - logits(ForwardPass(loaded), loaded.model)).abs().max()) > 0.01
 
 
 @both
@@ -191,7 +191,7 @@ def test_a_moving_lora_teacher_scores_with_its_own_averaged_factors(load: Loader
 def test_the_student_is_as_before_after_the_teacher_scored(load: Loader, lora: bool, kind: Any, raising: bool) -> None:
     loaded, teacher = student_and_teacher(load, lora, kind)
     move(loaded.model, 1)
-    scorer = Scorer(loaded)
+    scorer = ForwardPass(loaded)
     flags = {n: p.requires_grad for n, p in loaded.model.named_parameters()}
     assert sum(flags.values()) > 0
     modes = {n: m.training for n, m in loaded.model.named_modules()}

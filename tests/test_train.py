@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import importlib
 import json
 import math
 import os
@@ -42,22 +43,23 @@ from selfdistill.evaluation.answers import answer
 from selfdistill.methods.slots import Completion
 from selfdistill.model.loading import load_model
 from selfdistill.runtime import files
-from selfdistill.runtime.files import locked
+from selfdistill.runtime.files import folder_lock
 from selfdistill.runtime.tracking import METRICS
 from selfdistill.training import checkpoint as checkpoint_module
 from selfdistill.training.batch_gradient import BatchGradient
 from selfdistill.training.checkpoint import list_checkpoints, newest_whole
+from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.train import train
-from selfdistill.training.trainer import Run
+from selfdistill.training.trainer import Trainer
 
 
 def weights(model: Any) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def moved_run(config: TrainConfig) -> Run:
+def moved_run(config: TrainConfig) -> Trainer:
     """A run after one large step, so that student and teacher differ."""
-    run = Run(config)
+    run = Trainer(config)
     run.step(0)
     return run
 
@@ -66,16 +68,16 @@ def moved_run(config: TrainConfig) -> Run:
 
 
 def plain_gradients(
-    run: Run, completions: list[Completion], divergence: str, normalisation: str, skip: int
+    run: Trainer, completions: list[Completion], divergence: str, normalisation: str, skip: int
 ) -> tuple[float, dict[str, Tensor]]:
     """Row by row, whole logits, float64 sums, nothing but autograd."""
     student = copy.deepcopy(run.loaded.model)
     student.zero_grad()
     rows = []
     for c in completions:
-        log_p_TV = row_log_probs(student, c.row.student_ids, c.ids)
+        log_p_TV = row_log_probs(student, c.example.student_ids, c.ids)
         with torch.no_grad(), run.teacher.model() as network:  # type: ignore[union-attr]
-            log_q_TV = row_log_probs(network, c.row.teacher_ids or [], c.ids)
+            log_q_TV = row_log_probs(network, c.example.teacher_ids or [], c.ids)
         if divergence == "forward_kl":
             values_T = (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(-1)
         else:
@@ -113,10 +115,10 @@ def test_an_sdft_gradient_equals_plain_autograd_row_by_row(
         learning_rate=1e-2,
     )
     run = moved_run(config)
-    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 7)
+    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 7)
     assert len({len(c.ids) for c in completions}) > 2
     loss, expected = plain_gradients(run, completions, divergence, normalisation, skip)
-    result = run.gradient.add(run.stage.method, completions)
+    result = run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
     found = gradients(run.loaded.model)
     assert result.loss == pytest.approx(loss, abs=1e-5)
     assert loss > 0.01
@@ -128,25 +130,27 @@ def test_an_sdft_gradient_equals_plain_autograd_row_by_row(
 def test_an_sft_gradient_equals_transformers_own_loss_per_sequence(
     settings: Callable[..., TrainConfig], model_folder: Callable[..., Path], tied: bool
 ) -> None:
-    run = Run(settings(method="sft", model=str(model_folder(tied=tied)), batch_size=4))
+    run = Trainer(settings(method="sft", model=str(model_folder(tied=tied)), batch_size=4))
     model = copy.deepcopy(run.loaded.model)
     losses = []
-    for row in run.stage.rows[:4]:
+    for row in run.stage.examples[:4]:
         assert row.completion_ids[-1] == 257
         ids = torch.tensor([row.student_ids + row.completion_ids])
         labels = torch.tensor([[-100] * len(row.student_ids) + row.completion_ids])
         losses.append(model(input_ids=ids, labels=labels).loss)
-    assert len({len(row.completion_ids) for row in run.stage.rows[:4]}) > 2
+    assert len({len(row.completion_ids) for row in run.stage.examples[:4]}) > 2
     loss = torch.stack(losses).mean()
     loss.backward()
-    result = run.gradient.add(run.stage.method, run.stage.method.sequence(run.loaded, run.stage.rows[:4], 0))
+    result = run.gradient.add(
+        run.stage.method, run.stage.method.sequence(run.loaded, run.stage.examples[:4], 0), Stopwatch(run.loaded.device)
+    )
     assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
     assert largest_difference(gradients(run.loaded.model), gradients(model)) < 1e-5
 
 
 def test_student_and_teacher_score_the_sampled_ids_verbatim(settings: Callable[..., TrainConfig]) -> None:
-    run = Run(settings(batch_size=4))
-    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 0)
+    run = Trainer(settings(batch_size=4))
+    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 0)
     tokenizer = run.loaded.tokenizer
     again = [tokenizer(tokenizer.decode(c.ids), add_special_tokens=False)["input_ids"] for c in completions]
     assert again != [c.ids for c in completions]  # random bytes: decoding and encoding would change them
@@ -158,10 +162,10 @@ def test_student_and_teacher_score_the_sampled_ids_verbatim(settings: Callable[.
     with run.teacher.model() as network:  # type: ignore[union-attr]
         network.model.register_forward_pre_hook(note, with_kwargs=True)
     run.loaded.model.model.register_forward_pre_hook(note, with_kwargs=True)
-    run.gradient.add(run.stage.method, completions)
+    run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
     by_teacher, by_student = seen
     for c, taught, own in zip(completions, by_teacher, by_student, strict=True):
-        for row, context in ((taught, c.row.teacher_ids), (own, c.row.student_ids)):
+        for row, context in ((taught, c.example.teacher_ids), (own, c.example.student_ids)):
             assert context is not None
             joined = [*context, *c.ids]
             assert row[: len(joined)] == joined
@@ -193,14 +197,14 @@ def test_a_batch_of_eight_and_eight_batches_of_one_give_the_same_weights(
 
 
 def test_a_part_whose_tokens_are_all_skipped_adds_nothing(settings: Callable[..., TrainConfig]) -> None:
-    run = Run(settings(batch_size=2, gradient_accumulation_steps=2, skip_first_tokens=1))
-    a, b = run.stage.method.sequence(run.loaded, run.stage.rows[:2], 0)
+    run = Trainer(settings(batch_size=2, gradient_accumulation_steps=2, skip_first_tokens=1))
+    a, b = run.stage.method.sequence(run.loaded, run.stage.examples[:2], 0)
     short, long = replace(a, ids=[5], logps=[0.0]), replace(b, ids=[5, 6, 7], logps=[0.0] * 3)
-    run.gradient.add(run.stage.method, [long])
+    run.gradient.add(run.stage.method, [long], Stopwatch(run.loaded.device))
     alone = gradients(run.loaded.model)
     for order in ([short, long], [long, short]):
         run.optimizer.zero_grad()
-        run.gradient.add(run.stage.method, order)
+        run.gradient.add(run.stage.method, order, Stopwatch(run.loaded.device))
         assert largest_difference(gradients(run.loaded.model), alone) < 1e-6
 
 
@@ -250,7 +254,7 @@ def test_compiled_layers_train_to_the_same_weights(
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == (2 if lora_rank else 1), "layers share what was compiled, but for the first under LoRA"
     assert largest_difference(final_weights(without), final_weights(using)) < 1e-5
-    run = Run(using)
+    run = Trainer(using)
     assert not any("forward" in vars(module) for module in run.loaded.model.modules())
     assert not any(p.grad is not None for p in run.parameters), "the start-up probe leaves no gradient"
 
@@ -265,7 +269,7 @@ def test_layers_that_cannot_be_compiled_are_refused(
     monkeypatch.setattr(torch, "compile", broken if where == "decorating" else lambda *_, **__: broken)
     want = "torch_compile does not work here: backend='inductor' raised: no C++ compiler; leave it out"
     with pytest.raises(UserError, match=re.escape(want)):
-        Run(settings(torch_compile=True))
+        Trainer(settings(torch_compile=True))
 
 
 def test_a_model_that_does_not_name_its_layers_is_not_compiled(
@@ -274,7 +278,7 @@ def test_a_model_that_does_not_name_its_layers_is_not_compiled(
     monkeypatch.setattr(LlamaForCausalLM, "_no_split_modules", None)
     monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", None)
     with pytest.raises(UserError, match="does not say which modules are its layers: leave torch_compile out"):
-        Run(settings(torch_compile=True))
+        Trainer(settings(torch_compile=True))
 
 
 def test_an_evaluation_between_steps_leaves_the_weights_as_they_would_have_been(
@@ -284,9 +288,9 @@ def test_an_evaluation_between_steps_leaves_the_weights_as_they_would_have_been(
     calls = []
 
     def evaluate(step: int, loaded: Any) -> None:
-        run = Run(watched)
+        run = Trainer(watched)
         chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, {})
-        rows = run.stage.rows
+        rows = run.stage.examples
         answer(
             loaded,
             [row.student_ids for row in rows],
@@ -400,10 +404,10 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(
 
 
 def test_what_a_run_decides_and_does_not_use_is_said(settings: Callable[..., TrainConfig]) -> None:
-    run = Run(settings(method="sft", context="turns", teacher="frozen", lora_rank=4))
+    run = Trainer(settings(method="sft", context="turns", teacher="frozen", lora_rank=4))
     assert run.config.lora_alpha == 8
     assert "note: with these settings sft does not use context, teacher" in run.describe()
-    assert not any("does not use" in line for line in Run(settings(teacher="frozen")).describe())
+    assert not any("does not use" in line for line in Trainer(settings(teacher="frozen")).describe())
 
 
 def test_resuming_a_finished_run_writes_the_same_final_model_again(settings: Callable[..., TrainConfig]) -> None:
@@ -426,7 +430,7 @@ def test_a_run_that_is_going_on_elsewhere_is_not_continued(settings: Callable[..
     with pytest.raises(UserError, match=r"output_dir '.*run': another process is at work on it; wait for it, or stop"):
         train(config, on_step=on_step)
     train(config, resume=True)
-    with locked(Path(config.output_dir), "free"):
+    with folder_lock(Path(config.output_dir), "free"):
         pass
 
 
@@ -550,9 +554,9 @@ def test_an_output_folder_that_is_in_use_is_refused_and_untouched(settings: Call
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_row(settings: Callable[..., TrainConfig]) -> None:
-    run = Run(settings(batch_size=6, gradient_accumulation_steps=3))
-    scored = run.scorer
-    guilty = run.stage.rows[4]
+    run = Trainer(settings(batch_size=6, gradient_accumulation_steps=3))
+    scored = run.forward_pass
+    guilty = run.stage.examples[4]
 
     def one_row_is_nan(network: Any, contexts: Any, completions: Any, *more: Any) -> Any:
         scores = scored(network, contexts, completions, *more)
@@ -564,7 +568,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_row(settings: C
             start += len(completion)
         return replace(scores, hidden_ND=scores.hidden_ND * factor_N[:, None])
 
-    run.gradient = replace(run.gradient, scorer=one_row_is_nan)  # type: ignore[arg-type]
+    run.gradient = replace(run.gradient, forward_pass=one_row_is_nan)  # type: ignore[arg-type]
     before, average = weights(run.loaded.model), copy.deepcopy(run.teacher.state_dict())  # type: ignore[union-attr]
     metrics = run.step(0)
     assert metrics["skipped"] == {"why": "the loss is nan", "rows": [guilty.demonstration.source]}
@@ -577,7 +581,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_row(settings: C
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(settings: Callable[..., TrainConfig]) -> None:
-    run = Run(settings())
+    run = Trainer(settings())
     run.loaded.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
     before = weights(run.loaded.model)
     metrics = run.step(0)
@@ -591,11 +595,11 @@ class _Spoilt:
     """Makes the gradients of some steps infinite."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-        self._steps, self._step, self._whole = steps, Run.step, BatchGradient.add
-        monkeypatch.setattr(Run, "step", lambda run, step: self._begin(run, step))
+        self._steps, self._step, self._whole = steps, Trainer.step, BatchGradient.add
+        monkeypatch.setattr(Trainer, "step", lambda run, step: self._begin(run, step))
         monkeypatch.setattr(BatchGradient, "add", lambda *arguments: self._add(*arguments))
 
-    def _begin(self, run: Run, step: int) -> Any:
+    def _begin(self, run: Trainer, step: int) -> Any:
         self._now = step + 1
         return self._step(run, step)
 
@@ -821,8 +825,8 @@ def test_keeping_a_frozen_teachers_contexts_changes_no_number(
 def test_only_what_a_frozen_teacher_reads_is_kept(
     settings: Callable[..., TrainConfig], options: dict[str, Any], kept: bool
 ) -> None:
-    run = Run(settings(**options))
-    assert (run.kept is not None) == kept
+    run = Trainer(settings(**options))
+    assert (run.prefix_cache is not None) == kept
     assert any("kept for later epochs" in line for line in run.describe()) == kept
 
 
@@ -912,7 +916,9 @@ def test_the_disk_must_hold_what_a_run_may_go_back_to(
     settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, write_rows: Callable[..., Path]
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("selfdistill.training.train.check_disk", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr(
+        importlib.import_module("selfdistill.training.train"), "check_disk", lambda _, needed: asked.append(needed)
+    )
     test = {"test": str(write_rows(count=2, name="test.jsonl")), "eval_steps": 1}
     for out, stop in (("warned", False), ("stopped", True)):
         config = settings(out, **test, stop_on_collapse=stop, learning_rate=1e-6)
@@ -980,13 +986,15 @@ def test_on_policy_the_importance_weight_is_one_at_any_temperature(
     settings: Callable[..., TrainConfig], temperature: float
 ) -> None:
     run = moved_run(settings(importance_cap=2.0, temperature=temperature, batch_size=4))
-    completions = run.stage.method.sequence(run.loaded, run.stage.rows[:4], 3)
+    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 3)
     unweighted = replace(run.stage.method, importance_cap=None)
-    assert run.gradient.add(run.stage.method, completions).importance == pytest.approx(1.0, abs=1e-3)
+    assert run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device)).importance == pytest.approx(
+        1.0, abs=1e-3
+    )
     on_policy = gradients(run.loaded.model)
     run.stage.method, weighted = unweighted, run.stage.method
     run.optimizer.zero_grad()
-    run.gradient.add(run.stage.method, completions)
+    run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
     assert largest_difference(gradients(run.loaded.model), on_policy) < 1e-3
 
     def shifted(by: float) -> list[Completion]:
@@ -995,7 +1003,9 @@ def test_on_policy_the_importance_weight_is_one_at_any_temperature(
     run.stage.method = weighted
     for shift, ratio in ((0.6931472, 0.5), (-0.4054651, 1.5), (-3.0, 2.0)):
         run.optimizer.zero_grad()
-        assert run.gradient.add(run.stage.method, shifted(shift)).importance == pytest.approx(ratio, abs=2e-3)
+        assert run.gradient.add(
+            run.stage.method, shifted(shift), Stopwatch(run.loaded.device)
+        ).importance == pytest.approx(ratio, abs=2e-3)
         expected = {name: ratio * g for name, g in on_policy.items()}
         assert largest_difference(gradients(run.loaded.model), expected) < 2e-3
 
@@ -1004,7 +1014,7 @@ def test_the_learning_rate_follows_the_schedule_and_the_gradient_is_clipped(
     settings: Callable[..., TrainConfig],
 ) -> None:
     config = settings(lr_scheduler_type="cosine", max_steps=4, learning_rate=1e-3, max_grad_norm=1e-6)
-    run = Run(config)
+    run = Trainer(config)
     norms, rates = [], []
     for step in range(4):
         before = weights(run.loaded.model)
@@ -1021,7 +1031,7 @@ def test_the_learning_rate_follows_the_schedule_and_the_gradient_is_clipped(
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_the_optimizer_never_sees_the_teacher(settings: Callable[..., TrainConfig], lora_rank: int) -> None:
-    run = Run(settings(lora_rank=lora_rank, teacher="ema", ema_rate=1e-9, weight_decay=0.1, learning_rate=1e-2))
+    run = Trainer(settings(lora_rank=lora_rank, teacher="ema", ema_rate=1e-9, weight_decay=0.1, learning_rate=1e-2))
     assert run.teacher is not None
     optimized = {p.data_ptr() for group in run.optimizer.param_groups for p in group["params"]}
     assert optimized == {p.data_ptr() for p in run.loaded.model.parameters() if p.requires_grad}
@@ -1052,11 +1062,12 @@ def test_bfloat16_arithmetic_gives_nearly_the_gradient_of_float32(
 ) -> None:
     found = {}
     for precision in ("bf16", "no"):
-        run = Run(settings(mixed_precision=precision, lora_rank=lora_rank, batch_size=4, **options))
+        run = Trainer(settings(mixed_precision=precision, lora_rank=lora_rank, batch_size=4, **options))
         completions = [
-            Completion(row, row.completion_ids, [-5.0] * len(row.completion_ids), False) for row in run.stage.rows[:4]
+            Completion(row, row.completion_ids, [-5.0] * len(row.completion_ids), False)
+            for row in run.stage.examples[:4]
         ]
-        run.gradient.add(run.stage.method, completions)
+        run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
         found[precision] = gradients(run.loaded.model)
         assert all(g.dtype == torch.float32 for g in found[precision].values())
     assert found["bf16"].keys() == found["no"].keys()
@@ -1075,7 +1086,7 @@ def test_runs_of_unlike_precision_can_follow_each_other_in_one_process(settings:
 
 
 def test_the_teacher_is_updated_with_the_number_of_steps_done(settings: Callable[..., TrainConfig]) -> None:
-    run = Run(settings(teacher="snapshot", snapshot_steps=2))
+    run = Trainer(settings(teacher="snapshot", snapshot_steps=2))
     assert run.teacher is not None
     start = copy.deepcopy(run.teacher.state_dict())
     run.step(0)
@@ -1127,7 +1138,7 @@ def test_the_last_step_is_a_checkpoint_from_which_a_run_can_be_made_longer(
 
 
 def test_the_importance_weight_does_not_scale_the_statistics(settings: Callable[..., TrainConfig]) -> None:
-    plain, capped = Run(settings()), Run(settings(importance_cap=0.5))  # on-policy every ratio is cut to 0.5
+    plain, capped = Trainer(settings()), Trainer(settings(importance_cap=0.5))  # on-policy every ratio is cut to 0.5
     first, second = plain.step(0), capped.step(0)
     assert second["importance"] == pytest.approx(0.5)
     assert second["loss"] == pytest.approx(0.5 * first["loss"], rel=1e-5)

@@ -24,11 +24,11 @@ from selfdistill.comparison.plots import Curve, trade_off
 from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dump_yaml, load_yaml, refuse_changes
 from selfdistill.data import ChatFormat, Demonstration, load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
-from selfdistill.evaluation import Examiner, best_context, check_inputs, rows_fingerprint
+from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
 from selfdistill.methods import METHODS, unused_settings, uses
-from selfdistill.methods.examples import DemonstrationRows
-from selfdistill.model import LoadedModel, load_start, start_fingerprint
-from selfdistill.runtime import StopRequests, output, read_lines, say, write_whole
+from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.model import LoadedModel, load_for_training, start_fingerprint
+from selfdistill.runtime import StopRequests, read_lines, result_console, say, write_atomically
 from selfdistill.training import check_output_dir, list_checkpoints, train
 
 ORACLE_RAG = "document:show=document"
@@ -74,23 +74,23 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
     if taught:
         context = best_context(taught[0])
         config = config.model_copy(update={"context": context})
-    base = load_start(config.model, dtype=config.dtype)
+    base = load_for_training(config.model, dtype=config.dtype)
     demonstrations = _common_rows(config, base)
-    examiner = Examiner(config, base)
+    evaluator = Evaluator(config, base)
     count = min(len(demonstrations), config.num_demonstrations or len(demonstrations))
     steps = config.max_steps or math.ceil(count * config.num_train_epochs / config.batch_size)
     eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
-    teacher = None if config.context == "auto" else examiner.shown(base, config.context, "teacher")
-    shown = {"teacher": teacher, "rag": _rag(examiner, base)}
+    teacher = None if config.context == "auto" else evaluator.shown(base, config.context, "teacher")
+    shown = {"teacher": teacher, "rag": _rag(evaluator, base)}
     began = {
         "the demonstrations": rows_fingerprint({"": demonstrations}),
         "the base": start_fingerprint(base),
-        "the test rows or prior questions": examiner.questions.fingerprint(),
+        "the test rows or prior questions": evaluator.questions.fingerprint(),
     }
     _check_unchanged(folder, began)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "began.json", json.dumps(began))
-    write_whole(written, dump_yaml(config))
+    write_atomically(folder / "began.json", json.dumps(began))
+    write_atomically(written, dump_yaml(config))
     del base
     config = config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
     runs = _runs(config)
@@ -100,24 +100,26 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
             name = Path(run.output_dir).name
             say(f"run {number + 1} of {len(runs)}: {name}")
             try:
-                done.append(_one(label, run, examiner, demonstrations))
+                done.append(_one(label, run, evaluator, demonstrations))
             except RunStopped as stopped:
                 stop.received = stopped.signal_number
             if done:
-                result = _summary(config, examiner, shown, done)
+                result = _summary(config, evaluator, shown, done)
                 _write(folder, result)
             if stop.received is not None and len(done) < len(runs):
                 message = f"{folder}: stopped in run {number + 1} of {len(runs)} ({name}); what is done is kept; "
                 message += f"continue with selfdistill compare --resume --output_dir {folder}"
                 raise RunStopped(message, stop.received)
             gc.collect()
-    _draw(config, done, examiner, teacher, folder / "trade_off.svg")
+    _draw(config, done, evaluator, teacher, folder / "trade_off.svg")
     _print(result)
     if teacher and any(run.failed is None for run in done):
-        result["moved"] = _moved(config, examiner, done)
+        result["moved"] = _moved(config, evaluator, done)
         _write(folder, result)
-        output().print(assumption(teacher, result["moved"]), highlight=False, markup=False)
-    output().print(f"Everything is in {folder}; selfdistill report {folder} shows it.", highlight=False, markup=False)
+        result_console().print(assumption(teacher, result["moved"]), highlight=False, markup=False)
+    result_console().print(
+        f"Everything is in {folder}; selfdistill report {folder} shows it.", highlight=False, markup=False
+    )
     return result
 
 
@@ -136,20 +138,20 @@ def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
         )
 
 
-def _rag(examiner: Examiner, base: LoadedModel) -> dict[str, Any] | None:
+def _rag(evaluator: Evaluator, base: LoadedModel) -> dict[str, Any] | None:
     """The base with each question's document; None where the rows have none, or one does not fit."""
     try:
-        return examiner.shown(base, ORACLE_RAG, "oracle RAG")
+        return evaluator.shown(base, ORACLE_RAG, "oracle RAG")
     except UserError as error:
         say(f"note: oracle RAG is left out: {error}")
         return None
 
 
 def _write(folder: Path, result: dict[str, Any]) -> None:
-    write_whole(folder / "comparison.json", json.dumps(result, ensure_ascii=False))
+    write_atomically(folder / "comparison.json", json.dumps(result, ensure_ascii=False))
 
 
-def _moved(config: CompareConfig, examiner: Examiner, done: list[Compared]) -> dict[str, float]:
+def _moved(config: CompareConfig, evaluator: Evaluator, done: list[Compared]) -> dict[str, float]:
     """KL(model||base) on the test rows, of the first finished run of each method and learning rate, by its name.
 
     Beside the teacher's own distance it tells whether the second condition of the method holds: the teacher is nearer
@@ -159,9 +161,9 @@ def _moved(config: CompareConfig, examiner: Examiner, done: list[Compared]) -> d
     for run in done:
         if run.failed is None:
             first.setdefault((run.method, run.learning_rate), run)
-    base, folder = load_start(config.model, dtype=config.dtype), Path(config.output_dir)
+    base, folder = load_for_training(config.model, dtype=config.dtype), Path(config.output_dir)
     return {
-        run.name: examiner.moved(base, load_start(str(folder / run.folder), dtype=config.dtype))
+        run.name: evaluator.moved(base, load_for_training(str(folder / run.folder), dtype=config.dtype))
         for run in first.values()
     }
 
@@ -210,23 +212,25 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     count, chat = len(rows), ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
     for name, values in _kinds(config):
         for stage in METHODS[name](_run_config(config, name, None, config.seeds[0], values)):
-            fitting, _ = stage.rows(rows, base, chat)  # of every kind, so that what is missing is told before any run
-            if isinstance(stage.rows, DemonstrationRows):
+            fitting, _ = stage.examples(
+                rows, base, chat
+            )  # of every kind, so that what is missing is told before any run
+            if isinstance(stage.examples, DemonstrationExamples):
                 rows = [row.demonstration for row in fitting]
     if len(rows) < count:
         say(f"{count - len(rows)} of {count} rows do not fit every method and are left out for all")
     return rows
 
 
-def _one(label: str, run: TrainConfig, examiner: Examiner, demonstrations: list[Demonstration]) -> Compared:
+def _one(label: str, run: TrainConfig, evaluator: Evaluator, demonstrations: list[Demonstration]) -> Compared:
     """Train where that is not done yet, and read what was measured."""
     folder = Path(run.output_dir)
     failure, failed = folder / "failed.txt", None
     if not (folder / "final").is_dir() and not failure.is_file():
         try:
-            train(run, resume=folder.exists(), demonstrations=demonstrations, examiner=examiner)
+            train(run, resume=folder.exists(), demonstrations=demonstrations, evaluator=evaluator)
         except RunFailed as error:
-            write_whole(failure, str(error))
+            write_atomically(failure, str(error))
         for checkpoint in list_checkpoints(folder):  # only for a run that was stopped
             shutil.rmtree(checkpoint)
     if failure.is_file():
@@ -241,7 +245,7 @@ def _one(label: str, run: TrainConfig, examiner: Examiner, demonstrations: list[
 
 
 def _summary(
-    config: CompareConfig, examiner: Examiner, shown: dict[str, dict[str, Any] | None], done: list[Compared]
+    config: CompareConfig, evaluator: Evaluator, shown: dict[str, dict[str, Any] | None], done: list[Compared]
 ) -> dict[str, Any]:
     budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations"
     budget += "".join(f", but for {name}, which is varied" for name in config.vary if name in _BUDGET) + "."
@@ -252,7 +256,7 @@ def _summary(
         "prior": config.prior,
         "budget": budget,
         "sentence": sentences(done, budget),
-        "base": examiner.base,
+        "base": evaluator.base,
         **shown,
         "runs": [{"name": run.name, **asdict(run)} for run in done],
         "table": table(done),
@@ -260,10 +264,10 @@ def _summary(
 
 
 def _draw(
-    config: CompareConfig, done: list[Compared], examiner: Examiner, teacher: dict[str, Any] | None, file: Path
+    config: CompareConfig, done: list[Compared], evaluator: Evaluator, teacher: dict[str, Any] | None, file: Path
 ) -> None:
     curves = [Curve(name, mean_points(seeds), seeds) for name, seeds in points_of(done).items()]
-    start = examiner.base.get("prior_accuracy", 0.0), examiner.base["accuracy"]
+    start = evaluator.base.get("prior_accuracy", 0.0), evaluator.base["accuracy"]
     kept = "prior abilities, share right" if config.prior else "-KL(base||model), nats per token"
     trade_off(curves, start, teacher["accuracy"] if teacher else None, kept, "new task, share right", file=file)
 
@@ -283,7 +287,7 @@ def _print(result: dict[str, Any]) -> None:
         cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
         name = f"{row['method']} {row['learning_rate']:g}"
         shown.add_row(name, str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
-    console = output()
+    console = result_console()
     console.print(shown)
     console.print(
         "KL: KL(base||model) on general prompts, nats per token. In brackets: 95% intervals over seeds.",

@@ -183,7 +183,7 @@ def assumption(teacher: dict[str, Any], moved: dict[str, float]) -> str:
     """The two conditions of the method (arXiv 2601.19897): the teacher is near-optimal, and near the base.
 
     Args:
-        teacher: its ``accuracy`` and ``kl`` on the test rows, as :meth:`Examiner.teacher` gives them.
+        teacher: its ``accuracy`` and ``kl`` on the test rows, as :meth:`Evaluator.teacher` gives them.
         moved: KL(model||base) of trained models on the same rows, by name.
     """
     models = ", ".join(f"{kl:.2f} after {name}" for name, kl in moved.items())

@@ -27,7 +27,7 @@ from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, wri
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
-    Questions,
+    EvaluationSet,
     check_inputs,
     check_run,
     encode_priors,
@@ -36,8 +36,8 @@ from selfdistill.evaluation import (
     prior_scores,
 )
 from selfdistill.methods import METHODS, check_steps, uses
-from selfdistill.model import LoadedModel, load_start, start_fingerprint, training_arithmetic
-from selfdistill.runtime import StepsFile, StopRequests, locked, say, write_json
+from selfdistill.model import LoadedModel, load_for_training, start_fingerprint, training_precision
+from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write_json
 from selfdistill.training import take_whole, train, whole_folder
 
 _FREE = ("state", "model", "output_dir", "test", "prior", "logging_steps", "report_to")
@@ -69,7 +69,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     check_inputs(run)
     if config.prior:
         load_prior(config.prior)
-    with locked(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
+    with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config)
         _begin(ledger, config, parts)
         say("rows: " + ", ".join(f"{len(rows)} for {part}" for part, rows in parts.items()))
@@ -102,7 +102,7 @@ def _opened(config: LearnConfig) -> Ledger:
     if (root / START).is_dir():
         ledger = Ledger(config.state)
         if config.model and ledger.base != _absolute(config.model):
-            found = start_fingerprint(load_start(config.model, dtype=ledger.measured_with["dtype"]))
+            found = start_fingerprint(load_for_training(config.model, dtype=ledger.measured_with["dtype"]))
             if not found or found != ledger.weights:
                 raise UserError(
                     f"setting 'model': {config.state} began with {ledger.base!r}, and {config.model!r} has other "
@@ -130,7 +130,7 @@ def _opened(config: LearnConfig) -> Ledger:
             for name, text in _texts(config.prior).items():
                 (folder / "prior" / name).write_bytes(text)
         prior = str(folder / "prior") if config.prior else None
-        base = load_start(config.model, dtype=config.dtype)
+        base = load_for_training(config.model, dtype=config.dtype)
         write_json(folder / "base.json", _measured(base, [], prior, config))
         state = {"model": _absolute(config.model), "weights": start_fingerprint(base)}
         state |= {key: getattr(config, key) for key in MEASURED_WITH}
@@ -214,12 +214,12 @@ def settings_of(folder: Path) -> LearnConfig:
 
 def _measured(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
     """A model's :data:`Evaluation` on the tests of skills, each with that skill's settings, and on prior abilities."""
-    with training_arithmetic(loaded.model, config.mixed_precision):
+    with training_precision(loaded.model, config.mixed_precision):
         skills: dict[str, Evaluation] = {}
         for name, folder in folders:
             settings = settings_of(folder)
             rows = load_demonstrations(str(folder / "test.jsonl"), completion_required=False)
-            skills[name] = Questions(loaded, rows, {}, settings).ask(loaded, judge_of(settings))[0]
+            skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(loaded, judge_of(settings))[0]
         chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
         priors = encode_priors(loaded, chat, load_prior(prior)) if prior else []
         return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size)}
@@ -294,7 +294,10 @@ class _Addition:
 
     def _on(self, model: str, folders: list[tuple[str, Path]], prior: bool) -> dict[str, Any]:
         found: dict[str, Any] = _measured(
-            load_start(model, dtype=self._config.dtype), folders, self._ledger.prior if prior else None, self._config
+            load_for_training(model, dtype=self._config.dtype),
+            folders,
+            self._ledger.prior if prior else None,
+            self._config,
         )
         return found
 

@@ -14,7 +14,7 @@ from selfdistill.continual.add_skill import add
 from selfdistill.continual.ledger import REFUSED, UNDONE, Ledger
 from selfdistill.continual.retention import transfer
 from selfdistill.errors import UserError
-from selfdistill.runtime import locked, output
+from selfdistill.runtime import folder_lock, result_console
 from selfdistill.training import export
 
 NOT_ACCEPTED = 4
@@ -47,12 +47,12 @@ def learn(config: LearnConfig) -> tuple[dict[str, Any], int]:
         if not ledger.skills:
             raise UserError(f"state {config.state!r}: no skill was learnt yet, its model is the base {ledger.base}")
         target = export(ExportConfig(run=ledger.model, output_dir=config.output_dir))
-        output().print(f"exported model: {target}", highlight=False, markup=False)
+        result_console().print(f"exported model: {target}", highlight=False, markup=False)
         return {"output_dir": str(target)}, 0
     return _status(ledger), 0
 
 
-def retention(ledger: Ledger) -> dict[str, Any]:
+def retention_matrix(ledger: Ledger) -> dict[str, Any]:
     """The retention matrix of a state, the prior abilities along it, and transfer.
 
     Returns:
@@ -79,8 +79,8 @@ def retention(ledger: Ledger) -> dict[str, Any]:
 
 
 def _status(ledger: Ledger) -> dict[str, Any]:
-    found = retention(ledger)
-    console = output()
+    found = retention_matrix(ledger)
+    console = result_console()
     table = Table(title=escape(f"What is left of each skill in {ledger.folder}"))
     table.add_column("after")
     for name, items in zip(found["skills"], found["items"], strict=True):
@@ -131,13 +131,13 @@ def _history(ledger: Ledger) -> dict[str, Any]:
         cells = [line["what"], line["place"], line["date"], Path(line["file"]).name, line["data"][:12]]
         cells.append(f"{line['before']['accuracy']:.3f}")
         table.add_row(*map(escape, cells), "" if after is None else f"{after:.3f}", escape("; ".join(line["reasons"])))
-    output().print(table)
+    result_console().print(table)
     return {"history": lines}
 
 
 def _rollback(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
-    with locked(Path(config.state), f"state {config.state!r}"):
+    with folder_lock(Path(config.state), f"state {config.state!r}"):
         if not ledger.skills:
             raise UserError(f"state {config.state!r}: there is no skill to take back")
         if ledger.interrupted:
@@ -146,22 +146,22 @@ def _rollback(config: LearnConfig) -> dict[str, Any]:
             ledger.discard()  # it was measured on the model that is taken back
         skill = ledger.skills[-1]
         place = ledger.undo(skill)
-    output().print(f"{skill.name} is taken back; its files are in {place}", highlight=False, markup=False)
+    result_console().print(f"{skill.name} is taken back; its files are in {place}", highlight=False, markup=False)
     return {"skill": skill.name, "model": ledger.model}
 
 
 def _discard(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
-    with locked(Path(config.state), f"state {config.state!r}"):
+    with folder_lock(Path(config.state), f"state {config.state!r}"):
         if not ledger.pending.is_dir():
             raise UserError(f"state {config.state!r}: no addition was interrupted")
         ledger.discard()
-    output().print("The interrupted addition is dropped.", highlight=False)
+    result_console().print("The interrupted addition is dropped.", highlight=False)
     return {"model": ledger.model}
 
 
 def _print_addition(config: LearnConfig, result: dict[str, Any]) -> None:
-    console = output()
+    console = result_console()
     name = result["name"]
     if "after" in result:
         before, after = result["before"], result["after"]["skills"]

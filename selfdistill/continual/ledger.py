@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from selfdistill.errors import UserError
-from selfdistill.runtime import remove_folder, sync, write_whole
+from selfdistill.runtime import fsync, remove_folder, write_atomically
 
 START, SKILLS, PENDING, REFUSED, UNDONE = "start", "skills", "pending", "refused", "undone"
 MEASURED_WITH = ("dtype", "mixed_precision", "chat_template_kwargs")
@@ -123,7 +123,7 @@ class Ledger:
         """Note that the same base lies elsewhere now."""
         file = self.folder / START / "state.yaml"
         state = yaml.safe_load(file.read_text(encoding="utf-8")) | {"model": model}
-        write_whole(file, yaml.safe_dump(state))
+        write_atomically(file, yaml.safe_dump(state))
         self.base = model
 
     def accept(self, name: str) -> Skill:
@@ -157,8 +157,8 @@ class Ledger:
             count += 1
             target = parent / f"{name}-{count}"
         for path in (source, *source.rglob("*")):
-            sync(path)
+            fsync(path)
         os.rename(source, target)
-        sync(parent)
-        sync(self.folder)
+        fsync(parent)
+        fsync(self.folder)
         return target

@@ -18,7 +18,7 @@ from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.data import (
     ChatFormat,
     Demonstration,
-    Encoded,
+    Example,
     NothingFits,
     encode,
     load_demonstrations,
@@ -26,10 +26,10 @@ from selfdistill.data import (
     write_demonstrations,
 )
 from selfdistill.errors import RunStopped, UserError
-from selfdistill.evaluation import Questions, judge_of, mean_loss
+from selfdistill.evaluation import EvaluationSet, judge_of, mean_loss
 from selfdistill.methods import uses
-from selfdistill.model import LoadedModel, load_start, training_arithmetic
-from selfdistill.runtime import StepsFile, StopRequests, say, sync
+from selfdistill.model import LoadedModel, load_for_training, training_precision
+from selfdistill.runtime import StepsFile, StopRequests, fsync, say
 from selfdistill.training import take_whole, train
 
 BUFFER = 64
@@ -72,7 +72,7 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
                 learnt = [row for row in chunk if row.row in fitting]
                 line = _chunk(run, config, own, model, learnt, buffer[-BUFFER:])
                 lines.write({"step": number, **line})
-                sync(folder / "stream.jsonl")
+                fsync(folder / "stream.jsonl")
                 say(f"chunk {number} of {len(chunks)}: {_said(line)}")
             if (own / "model").is_dir():
                 model = str(own / "model")
@@ -90,7 +90,7 @@ def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[
     Raises:
         UserError: rows that are not, where ``on_long_prompt`` makes that an error; or none that is.
     """
-    loaded = load_start(run.model, dtype=config.dtype)
+    loaded = load_for_training(run.model, dtype=config.dtype)
     chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
     context = run.context if uses(run, "context") else None
     found: set[int] = set()
@@ -126,10 +126,10 @@ def _chunk(
     """Test the model on the rows of a chunk, then teach it; there may be none that fit."""
     if not chunk:
         return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None}
-    loaded = load_start(model, dtype=config.dtype)
+    loaded = load_for_training(model, dtype=config.dtype)
     chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
-    with training_arithmetic(loaded.model, config.mixed_precision):
-        questions = Questions(loaded, chunk, {}, config)
+    with training_precision(loaded.model, config.mixed_precision):
+        questions = EvaluationSet(loaded, chunk, {}, config)
         accuracy = questions.answers(loaded, judge_of(config), what="test of a chunk").accuracy
     watch = _Watch(_fitting(loaded, chat, buffer, config, "drop"), config)
     before = watch.loss(loaded)
@@ -162,7 +162,7 @@ def _fitting(
     config: LearnConfig,
     on_long_prompt: str,
     context: str | None = None,
-) -> list[Encoded]:
+) -> list[Example]:
     """Rows that are within the limits: prompt, completion and, with a context, the teacher's prompt."""
     limits: dict[str, Any] = {
         "max_prompt_length": config.max_prompt_length,
@@ -180,7 +180,7 @@ def _fitting(
 class _Watch:
     """Ends the learning of a chunk when the loss on the validation rows stops falling; without rows, never."""
 
-    def __init__(self, rows: Sequence[Encoded], config: LearnConfig) -> None:
+    def __init__(self, rows: Sequence[Example], config: LearnConfig) -> None:
         self._rows, self._precision, self._most = rows, config.mixed_precision, config.chunk_steps
         self._best, self._since = float("inf"), 0
         self.steps = 0
@@ -190,7 +190,7 @@ class _Watch:
         """Mean loss on the validation rows, nats per token."""
         if not self._rows:
             return None
-        with training_arithmetic(loaded.model, self._precision):
+        with training_precision(loaded.model, self._precision):
             prompts, completions = zip(*((row.student_ids, row.completion_ids) for row in self._rows), strict=True)
             return mean_loss(loaded, prompts, completions)
 

@@ -14,8 +14,8 @@ from selfdistill.data.demonstrations import (
     write_demonstrations,
     wrong,
 )
-from selfdistill.data.encoding import Encoded, NothingFits, encode
-from selfdistill.data.rows import RawRow, checked_rows, first_ten, mended, one_line, read_jsonl, repeated_key
+from selfdistill.data.encoding import Example, NothingFits, encode
+from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, read_jsonl, repeated_key
 from selfdistill.data.scorers import FUNCTION, JUDGE, contains, default_scorer, doubt_about, score, words_of
 
 __all__ = [
@@ -25,11 +25,11 @@ __all__ = [
     "ChatFormat",
     "Demonstration",
     "Document",
-    "Encoded",
+    "Example",
     "Message",
     "NothingFits",
     "RawRow",
-    "checked_rows",
+    "check_rows",
     "contains",
     "context_spec",
     "default_scorer",
@@ -37,9 +37,9 @@ __all__ = [
     "encode",
     "first_ten",
     "general_prompts",
+    "join_surrogates",
     "load_demonstrations",
     "load_prompts",
-    "mended",
     "not_object",
     "one_line",
     "packaged",

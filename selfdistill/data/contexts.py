@@ -62,7 +62,7 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleAnswer:
     """One user turn: the question, the demonstration as an example, and a request for an own answer."""
 
     name: ClassVar[str] = "example"
@@ -192,7 +192,7 @@ class Template:
         return [*demonstration.prompt[:-1], _user(text)]
 
 
-CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, Example, FewShot, Document, Template)}
+CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, ExampleAnswer, FewShot, Document, Template)}
 
 
 def parse_context(spec: str) -> Context:

@@ -16,7 +16,7 @@ from typing import Any
 from selfdistill.data.rows import (
     LONE_SURROGATE,
     RawRow,
-    checked_rows,
+    check_rows,
     describe_value,
     one_of,
     quoted,
@@ -106,7 +106,7 @@ def load_demonstrations(path: str, *, completion_required: bool = True, split: s
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
         return _demonstration(raw, number, form, completion_required, problems)
 
-    return checked_rows(path, rows, _form, make, "set")
+    return check_rows(path, rows, _form, make, "set")
 
 
 def write_demonstrations(path: Path, rows: Sequence[Demonstration]) -> None:

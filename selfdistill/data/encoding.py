@@ -12,7 +12,7 @@ from selfdistill.errors import UserError
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Example:
     """One row as token ids."""
 
     demonstration: Demonstration
@@ -39,7 +39,7 @@ def encode(
     on_long_prompt: str = "error",
     completion_must_fit: bool = False,
     pool: Sequence[Demonstration] | None = None,
-) -> tuple[list[Encoded], int]:
+) -> tuple[list[Example], int]:
     """Token ids of all rows, and how many rows were left out because they do not fit.
 
     Args:
@@ -74,7 +74,7 @@ def encode(
     )
     kept, long, advice = [], [], []
     for demonstration in demonstrations:
-        row = Encoded(
+        row = Example(
             demonstration,
             chat.encode_prompt(demonstration.prompt),
             chat.encode_prompt(context.messages(demonstration, pool or demonstrations)) if context else None,

@@ -22,7 +22,7 @@ _SHOWN = 10
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def mended(text: str) -> str:
+def join_surrogates(text: str) -> str:
     """The text with halves of surrogate pairs joined; one that stands alone is replaced by U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -199,7 +199,7 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def checked_rows(
+def check_rows(
     path: str,
     rows: Iterable[RawRow],
     form_of: Callable[[Any, list[str]], str | None],

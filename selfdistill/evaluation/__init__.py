@@ -4,8 +4,8 @@ from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.check import best_context, check, check_run
 from selfdistill.evaluation.distances import Distance, Drift, mean_loss
 from selfdistill.evaluation.endpoint import Endpoint
-from selfdistill.evaluation.evaluate import Evaluation, Questions, evaluate, prior_scores, rows_fingerprint, summary
-from selfdistill.evaluation.examiner import Examiner, check_inputs
+from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint, summary
+from selfdistill.evaluation.evaluator import Evaluator, check_inputs
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import encode_priors, load_prior
 from selfdistill.evaluation.statistics import seeds_interval, sign_test
@@ -16,8 +16,8 @@ __all__ = [
     "Drift",
     "Endpoint",
     "Evaluation",
-    "Examiner",
-    "Questions",
+    "EvaluationSet",
+    "Evaluator",
     "answer",
     "best_context",
     "check",

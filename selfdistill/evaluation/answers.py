@@ -18,7 +18,7 @@ from selfdistill.data import (
 from selfdistill.errors import UserError
 from selfdistill.evaluation.judge import Judge
 from selfdistill.model import LoadedModel, Rollout, Sampling, sample
-from selfdistill.runtime import Reporter
+from selfdistill.runtime import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def answer(
     rollouts: list[Rollout | None] = [None] * len(prompts)
     sampling = Sampling(max_completion_length, temperature, top_p)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    with Reporter(what or "", len(batches), quiet=what is None) as reporter:
+    with ProgressBar(what or "", len(batches), quiet=what is None) as reporter:
         for number, batch in enumerate(batches):
             chosen = None if seeds is None else [seeds[i] for i in batch]
             for i, rollout in zip(batch, sample(loaded, [prompts[i] for i in batch], sampling, chosen), strict=True):

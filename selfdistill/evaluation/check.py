@@ -24,7 +24,7 @@ from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.data import (
     ChatFormat,
     Demonstration,
-    Encoded,
+    Example,
     context_spec,
     doubt_about,
     encode,
@@ -38,19 +38,19 @@ from selfdistill.evaluation.distances import kl_along
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.loss import CrossEntropy, Divergence, chunked_loss
 from selfdistill.model import (
-    KeptContexts,
+    ForwardOutput,
+    ForwardPass,
     LoadedModel,
+    PrefixCache,
     Rollout,
     Sampling,
-    Scorer,
-    Scores,
-    load_like,
-    load_start,
+    load_for_training,
+    load_matching,
     resolved_precision,
     sample,
     sample_seed,
 )
-from selfdistill.runtime import Reporter, say
+from selfdistill.runtime import ProgressBar, say
 
 LAYOUTS = (
     "turns:repeats=1",
@@ -101,13 +101,13 @@ def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
     demonstrations = load_demonstrations(config.data, split=config.split)
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(d.document for d in demonstrations) else ())]
     contexts = [parse_context(spec) for spec in specs]
-    loaded = load_start(config.model, dtype=config.dtype)
+    loaded = load_for_training(config.model, dtype=config.dtype)
     for note in loaded.notes:
         say(f"note: {note}")
-    tuned = load_like(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
+    tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
     measure = _Measure(config, demonstrations, loaded)
     layouts, skipped = [], {}
-    with Reporter("layout", len(contexts), every=1) as reporter:
+    with ProgressBar("layout", len(contexts), every=1) as reporter:
         for number, context in enumerate(contexts):
             name = context_spec(context)
             try:
@@ -153,7 +153,7 @@ class _Measure:
         self.config, self.pool, self.loaded = config, demonstrations, loaded
         self.bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
         self.chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
-        self.scorer = Scorer(loaded)
+        self.forward_pass = ForwardPass(loaded)
         chosen = random.Random(config.seed).sample(demonstrations, min(config.sample, len(demonstrations)))
         self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
         self.dropped = len(chosen) - len(self.rows)
@@ -161,7 +161,7 @@ class _Measure:
         check_answers(measured, config.scorer)
         if doubt := doubt_about(measured, config.scorer):
             say(f"note: {doubt}")
-        self.kept = self.scorer.keep([row.student_ids for row in self.rows], KEPT_BYTES)
+        self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
         self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.kept)
         began = time.monotonic()
@@ -170,7 +170,7 @@ class _Measure:
         self.teacher_ids: dict[str, list[list[int]]] = {}  # the teacher's replies by layout
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
-    def _encode(self, rows: Sequence[Demonstration], context: str | None) -> list[Encoded]:
+    def _encode(self, rows: Sequence[Demonstration], context: str | None) -> list[Example]:
         """The rows that fit: prompt and completion limit, and prompt and demonstration, within the window."""
         config, window = self.config, self.loaded.window
         encoded, _ = encode(
@@ -210,7 +210,7 @@ class _Measure:
         """The training's."""
         return torch.autocast(self.loaded.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def _answer(self, prompts: list[list[int]], rows: Sequence[Encoded], loaded: LoadedModel | None = None) -> Answers:
+    def _answer(self, prompts: list[list[int]], rows: Sequence[Example], loaded: LoadedModel | None = None) -> Answers:
         with self._arithmetic():
             return answer(
                 loaded or self.loaded,
@@ -230,14 +230,14 @@ class _Measure:
             return sample(self.loaded, [row.student_ids for row in self.rows], sampling, seeds)
 
     @torch.no_grad()
-    def _logp(self, contexts: list[list[int]], rows: Sequence[Encoded], kept: KeptContexts | None) -> float:
+    def _logp(self, contexts: list[list[int]], rows: Sequence[Example], kept: PrefixCache | None) -> float:
         """Mean log-probability of the demonstrations' tokens."""
         completions = [row.completion_ids for row in rows]
         total, count = 0.0, 0
         for start in range(0, len(contexts), 8):
             part = completions[start : start + 8]
             with self._arithmetic():
-                scores = self.scorer(self.loaded.model, contexts[start : start + 8], part, kept)
+                scores = self.forward_pass(self.loaded.model, contexts[start : start + 8], part, kept)
                 total -= float(_loss(CrossEntropy(), scores, part)[0])
             count += sum(map(len, part))
         return total / count
@@ -251,7 +251,7 @@ class _Measure:
         """
         rows = self._encode([row.demonstration for row in self.rows], context)
         prompts = [row.teacher_ids or [] for row in rows]
-        kept = self.scorer.keep(prompts, KEPT_BYTES)
+        kept = self.forward_pass.keep(prompts, KEPT_BYTES)
         answers = self._answer(prompts, rows)
         self.teacher_ids[context] = answers.ids
         kl_N, place_N = [], []
@@ -259,8 +259,8 @@ class _Measure:
             part = slice(start, start + 8)
             ids = [self.rollout_of[row.demonstration.row].ids for row in rows[part]]
             with self._arithmetic():
-                student = self.scorer(self.loaded.model, [row.student_ids for row in rows[part]], ids, self.kept)
-                teacher = self.scorer(self.loaded.model, prompts[part], ids, kept)
+                student = self.forward_pass(self.loaded.model, [row.student_ids for row in rows[part]], ids, self.kept)
+                teacher = self.forward_pass(self.loaded.model, prompts[part], ids, kept)
                 kl_N.append(_loss(Divergence(), student, ids, teacher)[1]["loss"])
             place_N += [place for row in ids for place in range(len(row))]
         kl, place = torch.cat(kl_N).cpu(), torch.tensor(place_N)
@@ -295,9 +295,9 @@ class _Measure:
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
         began = time.monotonic()
         with torch.no_grad(), self._arithmetic():
-            teacher = self.scorer(self.loaded.model, [row.teacher_ids or [] for row in rows], ids)
+            teacher = self.forward_pass(self.loaded.model, [row.teacher_ids or [] for row in rows], ids)
         with self._arithmetic():
-            student = self.scorer(self.loaded.model, [row.student_ids for row in rows], ids)
+            student = self.forward_pass(self.loaded.model, [row.student_ids for row in rows], ids)
             value = _loss(Divergence(), student, ids, teacher)[0]
         value.backward()
         scoring_s = time.monotonic() - began
@@ -313,7 +313,10 @@ class _Measure:
 
 
 def _loss(
-    loss: CrossEntropy | Divergence, student: Scores, ids: Sequence[Sequence[int]], teacher: Scores | None = None
+    loss: CrossEntropy | Divergence,
+    student: ForwardOutput,
+    ids: Sequence[Sequence[int]],
+    teacher: ForwardOutput | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     tokens_N = torch.tensor([token for row in ids for token in row], device=student.hidden_ND.device)
     return chunked_loss(

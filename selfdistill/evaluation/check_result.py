@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from selfdistill.evaluation.statistics import share_interval
-from selfdistill.runtime import output
+from selfdistill.runtime import result_console
 
 UNLIKELY = 4
 """Exit code when self-distillation is unlikely to help."""
@@ -140,7 +140,7 @@ def print_result(result: CheckResult, seconds: float) -> None:
             f"{layout.truncated:.0%}",
             f"{layout.prompt_length:.0f}",
         )
-    console = output()
+    console = result_console()
     console.print(table)
     for name, reason in result.skipped.items():
         console.print(f"not measured: {name}: {reason}", markup=False, highlight=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selfdistill.data import ChatFormat, Demonstration, general_prompts
 from selfdistill.loss import CrossEntropy, Divergence, chunked_loss, forward_kl
-from selfdistill.model import LoadedModel, Sampling, Scorer, sample
+from selfdistill.model import ForwardPass, LoadedModel, Sampling, sample
 
 ANSWER_TOKENS = 32
 """Most tokens of an answer to a general prompt."""
@@ -35,12 +35,12 @@ class Distance:
     def __init__(
         self,
         base: LoadedModel,
-        scorer: Scorer,
+        forward_pass: ForwardPass,
         chat: ChatFormat,
         prompts: Sequence[Demonstration],
         max_tokens: int = ANSWER_TOKENS,
     ) -> None:
-        self._scorer = scorer
+        self._forward_pass = forward_pass
         self._contexts = [chat.encode_prompt(row.prompt) for row in prompts]
         rollouts = sample(base, self._contexts, Sampling(max_tokens, temperature=0))
         self._completions = [rollout.ids for rollout in rollouts]
@@ -50,7 +50,7 @@ class Distance:
         for start in range(0, len(self._contexts), _ROWS):
             part = slice(start, start + _ROWS)
             with torch.no_grad():
-                scores = self._scorer(model, self._contexts[part], self._completions[part])
+                scores = self._forward_pass(model, self._contexts[part], self._completions[part])
                 logits_NV = scores.head(scores.hidden_ND).float()
             yield logits_NV
 
@@ -64,8 +64,8 @@ class Distance:
 class Drift(Distance):
     """A small :class:`Distance` that is cheap enough during training: 3 prompts, 16 tokens each."""
 
-    def __init__(self, base: LoadedModel, scorer: Scorer, chat: ChatFormat) -> None:
-        super().__init__(base, scorer, chat, general_prompts()[:3], 16)
+    def __init__(self, base: LoadedModel, forward_pass: ForwardPass, chat: ChatFormat) -> None:
+        super().__init__(base, forward_pass, chat, general_prompts()[:3], 16)
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,15 @@ def kl_along(
         contexts: token ids of the prompts, as p sees them.
         q_contexts: those that q sees, where they are others.
     """
-    scorers, total, count = (Scorer(q), Scorer(p)), 0.0, 0
+    forward_passes, total, count = (ForwardPass(q), ForwardPass(p)), 0.0, 0
     for start in range(0, len(contexts), _ROWS):
         part = slice(start, start + _ROWS)
         ids = completions[part]
         theirs, mine = (
-            scorer(loaded.model, shown[part], ids)
-            for scorer, loaded, shown in zip(scorers, (q, p), (q_contexts or contexts, contexts), strict=True)
+            forward_pass(loaded.model, shown[part], ids)
+            for forward_pass, loaded, shown in zip(
+                forward_passes, (q, p), (q_contexts or contexts, contexts), strict=True
+            )
         )
         tokens_N = torch.tensor([token for row in ids for token in row], device=mine.hidden_ND.device)
         ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
@@ -138,10 +140,10 @@ def kl_along(
 @torch.no_grad()
 def mean_loss(loaded: LoadedModel, contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
     """-log p of given completions, mean over each one's tokens and then over completions, in nats."""
-    scorer, total = Scorer(loaded), 0.0
+    forward_pass, total = ForwardPass(loaded), 0.0
     for start in range(0, len(contexts), _ROWS):
         ids = completions[start : start + _ROWS]
-        scores = scorer(loaded.model, contexts[start : start + _ROWS], ids)
+        scores = forward_pass(loaded.model, contexts[start : start + _ROWS], ids)
         tokens_N = torch.tensor([token for row in ids for token in row], device=scores.hidden_ND.device)
         weights_N = torch.tensor([1 / len(row) for row in ids for _ in row], device=tokens_N.device)
         value, _ = chunked_loss(CrossEntropy(), scores.hidden_ND, scores.head, (), tokens_N, weights_N)

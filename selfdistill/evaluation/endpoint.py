@@ -11,7 +11,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from selfdistill.data import Message, mended, one_line
+from selfdistill.data import Message, join_surrogates, one_line
 from selfdistill.errors import UserError
 
 KEYS = ("SELFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
@@ -74,7 +74,7 @@ class Endpoint:
                 f"{self.who} {self.url}: found {shown(_hidden(answer.decode(errors='replace'), key))}, want a chat "
                 f"completion; check {self.who}_url"
             )
-        return mended(content)
+        return join_surrogates(content)
 
 
 class _NoRedirect(HTTPRedirectHandler):

@@ -13,7 +13,7 @@ from selfdistill.config import EvalConfig, ModelSettings
 from selfdistill.data import (
     ChatFormat,
     Demonstration,
-    Encoded,
+    Example,
     default_scorer,
     doubt_about,
     encode,
@@ -29,7 +29,16 @@ from selfdistill.evaluation.lmeval import lm_eval_abilities
 from selfdistill.evaluation.priors import EncodedPrior, encode_priors, load_prior, prior_abilities
 from selfdistill.evaluation.statistics import difference_interval, mean_interval, paired, pass_at_k, share_interval
 from selfdistill.evaluation.table import print_evaluation
-from selfdistill.model import LoadedModel, Sampling, Scorer, load_like, load_model, sample, sample_seed, to_best_device
+from selfdistill.model import (
+    ForwardPass,
+    LoadedModel,
+    Sampling,
+    load_matching,
+    load_model,
+    sample,
+    sample_seed,
+    to_best_device,
+)
 from selfdistill.runtime import say
 
 ASKED = ("model", "base", "data", "prior", "context", "max_completion_length", "num_samples", "temperature", "seed")
@@ -51,7 +60,7 @@ def rows_fingerprint(parts: Mapping[str, Sequence[Any]]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-class Questions:
+class EvaluationSet:
     """What a model is asked, as its token ids, all checked before anything is computed.
 
     Args:
@@ -77,7 +86,7 @@ class Questions:
     ) -> None:
         self.config = config
         self.chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
-        self.rows: list[Encoded]
+        self.rows: list[Example]
         self.rows, self.dropped = encode(
             demonstrations,
             None if context is None else parse_context(context),
@@ -169,7 +178,7 @@ def prior_scores(loaded: LoadedModel, chat: ChatFormat, priors: Sequence[Encoded
     """The part of an :data:`Evaluation` that is about prior abilities; empty where there are none."""
     result: Evaluation = {}
     if priors:
-        found = prior_abilities(loaded, Scorer(loaded), chat, priors, batch_size=batch_size)
+        found = prior_abilities(loaded, ForwardPass(loaded), chat, priors, batch_size=batch_size)
         _add_priors(result, {prior.name: asdict(prior) for prior in found})
     return result
 
@@ -210,12 +219,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     priors = load_prior(config.prior) if config.prior else {}
     judge = judge_of(config)
     loaded = to_best_device(load_model(config.model, dtype=config.dtype))
-    base = load_like(config.base, loaded, dtype=config.dtype) if config.base else None
-    questions = Questions(loaded, demonstrations, priors, config, config.context)
+    base = load_matching(config.base, loaded, dtype=config.dtype) if config.base else None
+    questions = EvaluationSet(loaded, demonstrations, priors, config, config.context)
     if base is not None:
         # Rows that either has no room for are left out for both, so that both answer the same.
-        for_base = Questions(base, questions.demonstrations, priors, config)
-        questions = Questions(loaded, for_base.demonstrations, priors, config, config.context)
+        for_base = EvaluationSet(base, questions.demonstrations, priors, config)
+        questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context)
     result, answers = _measured(loaded, questions, config, judge)
     result["settings"] = {name: getattr(config, name) for name in ASKED}
     result["scorers"] = sorted({default_scorer(row, config.scorer) for row in questions.demonstrations})
@@ -235,7 +244,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 def _measured(
-    loaded: LoadedModel, questions: Questions, config: EvalConfig, judge: Judge | None
+    loaded: LoadedModel, questions: EvaluationSet, config: EvalConfig, judge: Judge | None
 ) -> tuple[Evaluation, Answers]:
     result, answers = questions.ask(loaded, judge)
     if config.num_samples:

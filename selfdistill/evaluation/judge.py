@@ -21,7 +21,7 @@ from selfdistill.data import JUDGE, Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation.endpoint import Endpoint, shown
 from selfdistill.model import cache_dir
-from selfdistill.runtime import Reporter, end_last_line, from_first
+from selfdistill.runtime import ProgressBar, broadcast_from_rank0, drop_partial_line
 
 Verdict = Literal["strict", "lenient", "wrong"]
 """``strict``: right and complete. ``lenient``: essentially right, but imprecise or incomplete. ``wrong``: neither."""
@@ -70,7 +70,7 @@ class Judge:
             UserError: the endpoint cannot be reached, refuses or stays too busy; or an answer, asked for twice, is no
                 verdict. What was judged until then is kept.
         """
-        return from_first(lambda: self._ask(rows, replies))
+        return broadcast_from_rank0(lambda: self._ask(rows, replies))
 
     def _ask(self, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[Verdict]:
         prompts = [_prompt(row, reply) for row, reply in zip(rows, replies, strict=True)]
@@ -90,7 +90,7 @@ class Judge:
 
             with (
                 ThreadPoolExecutor(_THREADS) as pool,
-                Reporter("judge", len(open_), quiet=not open_) as reporter,
+                ProgressBar("judge", len(open_), quiet=not open_) as reporter,
             ):
                 futures = [pool.submit(judge, key, row, prompt) for key, (row, prompt) in open_.items()]
                 try:
@@ -143,7 +143,7 @@ def _prompt(row: Demonstration, reply: str) -> str:
 def _read(cache: Path) -> dict[str, Verdict]:
     """The verdicts of the file; a last line that was being written when the machine stopped is taken away."""
     try:
-        end_last_line(cache)
+        drop_partial_line(cache)
         text = cache.read_text(encoding="utf-8") if cache.exists() else ""
         lines = [json.loads(line) for line in text.splitlines()]
         kept: dict[str, Verdict] = {line["key"]: line["verdict"] for line in lines}

@@ -14,7 +14,7 @@ from selfdistill.data import (
     ChatFormat,
     Demonstration,
     RawRow,
-    checked_rows,
+    check_rows,
     first_ten,
     load_demonstrations,
     not_object,
@@ -25,8 +25,8 @@ from selfdistill.data import (
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import answer, check_answers
-from selfdistill.model import LoadedModel, Scorer
-from selfdistill.runtime import Reporter
+from selfdistill.model import ForwardPass, LoadedModel
+from selfdistill.runtime import ProgressBar
 
 REPLY_TOKENS = 48
 """Most tokens of the reply to a question."""
@@ -106,7 +106,7 @@ def _load_file(path: str) -> list[Choices] | list[Demonstration]:
     forms = (_form(raw.value, []) for raw in raws if not raw.problem)
     if next((form for form in forms if form), None) in ("prompt", "messages"):
         return load_demonstrations(path, completion_required=False)
-    return checked_rows(path, raws, _form, lambda raw, form, _, problems: _choices(raw, form, problems), "file")
+    return check_rows(path, raws, _form, lambda raw, form, _, problems: _choices(raw, form, problems), "file")
 
 
 def _form(row: Any, problems: list[str]) -> str | None:
@@ -223,7 +223,7 @@ def _pair_ids(loaded: LoadedModel, context: str, continuation: str) -> tuple[lis
 
 
 def prior_abilities(
-    loaded: LoadedModel, scorer: Scorer, chat: ChatFormat, priors: Sequence[EncodedPrior], *, batch_size: int = 16
+    loaded: LoadedModel, scorer: ForwardPass, chat: ChatFormat, priors: Sequence[EncodedPrior], *, batch_size: int = 16
 ) -> list[PriorResult]:
     """Accuracy on each prior file.
 
@@ -269,7 +269,7 @@ def prior_abilities(
 @torch.no_grad()
 def _loglikelihoods(
     loaded: LoadedModel,
-    scorer: Scorer,
+    scorer: ForwardPass,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     batch_size: int,
@@ -279,7 +279,7 @@ def _loglikelihoods(
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]) + len(continuations[i]))
     loglikelihoods, greedy = [0.0] * len(contexts), [False] * len(contexts)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    with Reporter(what, len(batches)) as reporter:
+    with ProgressBar(what, len(batches)) as reporter:
         for number, batch in enumerate(batches):
             chosen = [continuations[i] for i in batch]
             scores = scorer(loaded.model, [contexts[i] for i in batch], chosen)

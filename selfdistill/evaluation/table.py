@@ -9,7 +9,7 @@ from rich.table import Table
 
 from selfdistill.config import EvalConfig
 from selfdistill.evaluation.statistics import smallest_difference
-from selfdistill.runtime import output
+from selfdistill.runtime import result_console
 
 
 def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
         number(f"KL(base||model) {where}, nats per token", f"{between['kl_base']:.3f}")
         number(f"KL(model||base) {where}, nats per token", f"{between['kl_model']:.3f}")
         number(f"greedy answers changed {where}", f"{between['changed']:.0%}")
-    console = output()
+    console = result_console()
     console.print(table)
     console.print("In brackets: 95% intervals.", highlight=False, markup=False, end=" " if base else "\n")
     if base:

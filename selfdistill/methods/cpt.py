@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from selfdistill.config import TrainConfig
 from selfdistill.loss import CrossEntropy
-from selfdistill.methods.examples import DocumentRows
-from selfdistill.methods.sequences import RowCompletions
+from selfdistill.methods.examples import DocumentExamples
+from selfdistill.methods.sequences import DatasetCompletions
 from selfdistill.methods.slots import Method
 
 
 def cpt(config: TrainConfig) -> tuple[Method, ...]:
     """Pieces of documents and cross-entropy."""
-    return (Method(rows=DocumentRows(config), sequence=RowCompletions(), loss=CrossEntropy()),)
+    return (Method(examples=DocumentExamples(config), sequence=DatasetCompletions(), loss=CrossEntropy()),)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, Encoded, encode, load_prompts, packaged, parse_context
+from selfdistill.data import ChatFormat, Demonstration, Example, encode, load_prompts, packaged, parse_context
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel
 
 
-class RowSource(Protocol):
+class ExampleSource(Protocol):
     """Rows that are learnt from."""
 
     @property
@@ -22,7 +22,7 @@ class RowSource(Protocol):
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
-    ) -> tuple[list[Encoded], int]:
+    ) -> tuple[list[Example], int]:
         """The rows, and how many were left out because they do not fit.
 
         Raises:
@@ -32,7 +32,7 @@ class RowSource(Protocol):
 
 
 @dataclass(frozen=True)
-class DemonstrationRows:
+class DemonstrationExamples:
     """The demonstrations."""
 
     config: TrainConfig = field(compare=False)
@@ -44,7 +44,7 @@ class DemonstrationRows:
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
-    ) -> tuple[list[Encoded], int]:
+    ) -> tuple[list[Example], int]:
         return encode(
             demonstrations,
             None if self.context is None else parse_context(self.context),
@@ -58,7 +58,7 @@ class DemonstrationRows:
 
 
 @dataclass(frozen=True)
-class GeneralRows:
+class GeneralPromptExamples:
     """General prompts that have nothing to do with the demonstrations; the teacher sees what the student sees."""
 
     config: TrainConfig = field(compare=False)
@@ -68,14 +68,14 @@ class GeneralRows:
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
-    ) -> tuple[list[Encoded], int]:
+    ) -> tuple[list[Example], int]:
         prompts = load_prompts(self.prompts or packaged("everyday.txt"))
-        rows, dropped = DemonstrationRows(self.config)(prompts, loaded, chat)
+        rows, dropped = DemonstrationExamples(self.config)(prompts, loaded, chat)
         return [replace(row, teacher_ids=row.student_ids) for row in rows], dropped
 
 
 @dataclass(frozen=True)
-class DocumentRows:
+class DocumentExamples:
     """The text of the demonstrations' documents, each once, in pieces of ``max_completion_length`` tokens.
 
     A piece is a completion whose prompt is the text before it, as much as the window has room for, after the token that
@@ -87,7 +87,7 @@ class DocumentRows:
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
-    ) -> tuple[list[Encoded], int]:
+    ) -> tuple[list[Example], int]:
         config, length = self.config, self.config.max_completion_length
         first = {row.document: row for row in reversed(demonstrations) if row.document}
         if not first:
@@ -103,10 +103,10 @@ class DocumentRows:
         room = min(room, config.max_prompt_length or room)
         begin = loaded.tokenizer.bos_token_id
         begin = chat.end_token_id if begin is None else begin
-        rows: list[Encoded] = []
+        rows: list[Example] = []
         for document, row in sorted(first.items(), key=lambda item: item[1].row):
             ids = [begin, *chat.encode_text(document or ""), chat.end_token_id]
             for start in range(1, len(ids), length):
                 piece = replace(row, row=len(rows), completion=document or "", prompt=())
-                rows.append(Encoded(piece, ids[max(0, start - room) : start], None, ids[start : start + length]))
+                rows.append(Example(piece, ids[max(0, start - room) : start], None, ids[start : start + length]))
         return rows, 0

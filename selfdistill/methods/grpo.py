@@ -16,7 +16,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import JUDGE, ChatFormat, default_scorer, score, thought_and_said
 from selfdistill.errors import UserError
 from selfdistill.loss import CrossEntropy
-from selfdistill.methods.examples import DemonstrationRows
+from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import Completion, StudentSamples
 from selfdistill.methods.slots import Method, sampling_of
 
@@ -33,7 +33,7 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
         raise UserError("setting 'scorer': grpo asks it at every step, which the judge is too slow for; take another")
     return (
         Method(
-            rows=DemonstrationRows(config),
+            examples=DemonstrationExamples(config),
             sequence=StudentSamples(sampling_of(config), group, config.seed),
             loss=CrossEntropy(),
             reward=ScorerReward(config.scorer),
@@ -51,7 +51,7 @@ class ScorerReward:
     def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[float]:
         rewards = []
         for completion in completions:
-            row = completion.row.demonstration
-            _, said = thought_and_said(chat, completion.row.student_ids, completion.ids)
+            row = completion.example.demonstration
+            _, said = thought_and_said(chat, completion.example.student_ids, completion.ids)
             rewards.append(float(score(default_scorer(row, self.scorer), said, row)))
         return rewards

@@ -9,7 +9,7 @@ D is forward KL, KL(q||p), by default: equation 1 of the paper has the reverse, 
 from __future__ import annotations
 
 from selfdistill.config import TrainConfig
-from selfdistill.methods.examples import DemonstrationRows
+from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import ColdStart, SequenceSource, StudentSamples
 from selfdistill.methods.slots import Method, divergence_of, sampling_of
 
@@ -20,7 +20,7 @@ def sdft(config: TrainConfig) -> tuple[Method, ...]:
     sequence: SequenceSource = ColdStart(samples, config.cold_start_steps) if config.cold_start_steps else samples
     return (
         Method(
-            rows=DemonstrationRows(config, config.context, completion_must_fit=config.cold_start_steps > 0),
+            examples=DemonstrationExamples(config, config.context, completion_must_fit=config.cold_start_steps > 0),
             sequence=sequence,
             loss=divergence_of(config),
             teacher="frozen" if config.teacher_model else config.teacher,

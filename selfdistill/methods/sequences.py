@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from selfdistill.data import ChatFormat, Encoded
+from selfdistill.data import ChatFormat, Example
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
-from selfdistill.runtime import Reporter, read_lines, write_whole
+from selfdistill.runtime import ProgressBar, read_lines, write_atomically
 
 
 @dataclass(frozen=True)
 class Completion:
     """Tokens to be scored after a row's prompts."""
 
-    row: Encoded
+    example: Example
     ids: list[int]
     logps: list[float] | None
     """Log-probability of each token under the policy that sampled it; None where nothing was sampled."""
@@ -35,7 +35,7 @@ class Completion:
 class SequenceSource(Protocol):
     """Whose tokens are scored."""
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]: ...
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StudentSamples:
     num_generations: int
     seed: int
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]:
         expanded = [row for row in rows for _ in range(self.num_generations)]
         seen: Counter[int] = Counter()  # a row may occur twice in a batch that spans the end of an epoch
         seeds = []
@@ -59,14 +59,14 @@ class StudentSamples:
 
 
 @dataclass(frozen=True)
-class RowCompletions:
+class DatasetCompletions:
     """Off-policy: the completions that the rows hold, which are the demonstrations unless they were replaced."""
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]:
         return [_held(loaded, row) for row in rows]
 
 
-def _held(loaded: LoadedModel, row: Encoded) -> Completion:
+def _held(loaded: LoadedModel, row: Example) -> Completion:
     return Completion(row, row.completion_ids, None, row.completion_ids[-1] not in loaded.end_token_ids)
 
 
@@ -81,11 +81,11 @@ class ColdStart:
     samples: StudentSamples
     steps: int
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], step: int) -> list[Completion]:
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]:
         completions = self.samples(loaded, rows, step)
         chance = random.Random(f"{self.samples.seed}-{step}")
         share = 1 - step / self.steps
-        return [_held(loaded, c.row) if chance.random() < share else c for c in completions]
+        return [_held(loaded, c.example) if chance.random() < share else c for c in completions]
 
 
 SAMPLES_FILE = "teacher_samples.jsonl"
@@ -100,14 +100,14 @@ class TeacherSamples:
     seed: int
     batch_size: int
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Encoded], folder: Path) -> list[Encoded]:
+    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], folder: Path) -> list[Example]:
         """The rows with these completions; from ``SAMPLES_FILE`` in ``folder`` where a run that goes on has them."""
         kept = {line["key"]: line["ids"] for line in read_lines(folder / SAMPLES_FILE)}
         keys = [self._key(row) for row in rows]
         if kept.keys() >= set(keys):
             return [replace(row, completion_ids=kept[key]) for row, key in zip(rows, keys, strict=True)]
-        drawn: list[Encoded] = []
-        with Reporter("teacher's samples", len(rows)) as reporter:
+        drawn: list[Example] = []
+        with ProgressBar("teacher's samples", len(rows)) as reporter:
             for start in range(0, len(rows), self.batch_size):
                 part = rows[start : start + self.batch_size]
                 seeds = [sample_seed(self.seed, 0, row.demonstration.row, 0) for row in part]
@@ -116,16 +116,16 @@ class TeacherSamples:
                 reporter.advance(len(drawn))
         return drawn
 
-    def _key(self, row: Encoded) -> str:
+    def _key(self, row: Example) -> str:
         """What the sample of a row depends on, beside the model."""
         parts = [row.demonstration.row, row.teacher_ids, asdict(self.sampling), self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def write(self, folder: Path, rows: Sequence[Encoded], chat: ChatFormat) -> None:
+    def write(self, folder: Path, rows: Sequence[Example], chat: ChatFormat) -> None:
         """Write what was drawn, for a run that goes on and for whoever wants to read it."""
         texts = ((row, chat.decode(row.completion_ids)) for row in rows)
         lines = [
             {"source": row.demonstration.source, "text": text, "ids": row.completion_ids, "key": self._key(row)}
             for row, text in texts
         ]
-        write_whole(folder / SAMPLES_FILE, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+        write_atomically(folder / SAMPLES_FILE, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from selfdistill.config import TrainConfig
 from selfdistill.loss import CrossEntropy
-from selfdistill.methods.examples import DemonstrationRows
-from selfdistill.methods.sequences import RowCompletions
+from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.sequences import DatasetCompletions
 from selfdistill.methods.slots import Method
 
 
@@ -18,6 +18,8 @@ def sft(config: TrainConfig) -> tuple[Method, ...]:
     """Demonstrations and cross-entropy."""
     return (
         Method(
-            rows=DemonstrationRows(config, completion_must_fit=True), sequence=RowCompletions(), loss=CrossEntropy()
+            examples=DemonstrationExamples(config, completion_must_fit=True),
+            sequence=DatasetCompletions(),
+            loss=CrossEntropy(),
         ),
     )

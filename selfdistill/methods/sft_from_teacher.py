@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from selfdistill.config import TrainConfig
 from selfdistill.loss import CrossEntropy
-from selfdistill.methods.examples import DemonstrationRows
-from selfdistill.methods.sequences import RowCompletions, TeacherSamples
+from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.sequences import DatasetCompletions, TeacherSamples
 from selfdistill.methods.slots import Method, sampling_of
 
 
@@ -18,8 +18,8 @@ def sft_from_teacher(config: TrainConfig) -> tuple[Method, ...]:
     """A fixed set of the teacher's samples, and cross-entropy."""
     return (
         Method(
-            rows=DemonstrationRows(config, config.context),
-            sequence=RowCompletions(),
+            examples=DemonstrationExamples(config, config.context),
+            sequence=DatasetCompletions(),
             loss=CrossEntropy(),
             fixed=TeacherSamples(sampling_of(config), config.seed, config.batch_size),
         ),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from selfdistill.config import TrainConfig
 from selfdistill.loss import Divergence
-from selfdistill.methods.examples import GeneralRows
+from selfdistill.methods.examples import GeneralPromptExamples
 from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.sft import sft
 from selfdistill.methods.slots import Method, sampling_of
@@ -20,7 +20,7 @@ from selfdistill.methods.slots import Method, sampling_of
 def sft_reinvoke(config: TrainConfig) -> tuple[Method, ...]:
     """SFT's slots, then student samples with the base as teacher."""
     second = Method(
-        rows=GeneralRows(config, config.general_prompts),
+        examples=GeneralPromptExamples(config, config.general_prompts),
         sequence=StudentSamples(sampling_of(config), 1, config.seed),
         loss=Divergence("reverse_kl"),
         teacher="frozen",

@@ -9,7 +9,7 @@ from typing import Any
 from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat
 from selfdistill.loss import CrossEntropy, Divergence, Target, Weighting
-from selfdistill.methods.examples import RowSource
+from selfdistill.methods.examples import ExampleSource
 from selfdistill.methods.sequences import Completion, SequenceSource, TeacherSamples
 from selfdistill.model import Sampling, TeacherKind
 
@@ -21,7 +21,7 @@ Reward = Callable[[Sequence[Completion], ChatFormat], list[float]]
 class Method:
     """One method as the loop sees it, or one stage of a method that has several."""
 
-    rows: RowSource
+    examples: ExampleSource
     """What is learnt from, and what the teacher is shown."""
     sequence: SequenceSource
     """Whose tokens are scored."""

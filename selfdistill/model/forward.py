@@ -24,15 +24,15 @@ from transformers import DynamicCache
 from selfdistill.model.compiled import CompiledLayers
 from selfdistill.model.head import Head, body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel
-from selfdistill.model.prefix_cache import KeptContexts, continues, keeps_every_token, shared_beginnings
-from selfdistill.runtime import from_first
+from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
+from selfdistill.runtime import broadcast_from_rank0
 
 PLAIN_ATTENTION_TOKENS = 128
 """Up to this many tokens plain attention trains faster than fused attention, with bfloat16 on the CPU."""
 
 
 @dataclass(frozen=True)
-class Scores:
+class ForwardOutput:
     """What predicts each completion token, rows joined without padding."""
 
     hidden_ND: Tensor
@@ -43,7 +43,7 @@ class Scores:
     """Trainable tensors that ``head`` uses."""
 
 
-class Scorer:
+class ForwardPass:
     """Scores completions with a model, through body and head apart where the start-up probe allows.
 
     ``fused`` tells which: True, hidden states go through the head later, in chunks; False, the model changes its logits
@@ -57,22 +57,22 @@ class Scorer:
 
     def __init__(self, loaded: LoadedModel, compiled: CompiledLayers | None = None, *, sharded: bool = False) -> None:
         self._compiled, self._sharded = compiled, sharded
-        self.fused = from_first(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
-        self._continues = continues(loaded)
-        self._keeps = self.fused and self._continues and keeps_every_token(loaded.model.config.get_text_config())
+        self.fused = broadcast_from_rank0(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
+        self._continues = can_continue_cache(loaded)
+        self._keeps = self.fused and self._continues and has_full_attention(loaded.model.config.get_text_config())
         self.pad_token_id = loaded.pad_token_id
 
-    def keep(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> KeptContexts | None:
+    def keep(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> PrefixCache | None:
         """Room for what a model that does not change has read of these contexts; None for a model that cannot."""
-        return KeptContexts(contexts, budget_bytes) if budget_bytes and self._keeps else None
+        return PrefixCache(contexts, budget_bytes) if budget_bytes and self._keeps else None
 
     def __call__(
         self,
         model: Any,
         contexts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
-        kept: KeptContexts | None = None,
-    ) -> Scores:
+        kept: PrefixCache | None = None,
+    ) -> ForwardOutput:
         """Score completions under contexts; gradients flow unless the caller switched them off.
 
         Position: the logits at index t of a sequence predict token t + 1, so completion token j of a row with a context
@@ -93,7 +93,7 @@ class Scorer:
         parts = body_and_head(model) if self.fused else None
         if parts is None:
             logits_NV = self._hidden(partial(_logits, model), model, contexts, completions)
-            return Scores(logits_NV, torch.nn.Identity(), ())
+            return ForwardOutput(logits_NV, torch.nn.Identity(), ())
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
         config = model.config.get_text_config()
@@ -105,7 +105,7 @@ class Scorer:
         left = sorted(set(range(len(contexts))) - set(held))
         # Train mode is there for checkpointing alone (Run).
         whole = self._sharded or (torch.is_grad_enabled() and (model.training or self._compiled is not None))
-        for group, length in [] if whole or not self._continues else shared_beginnings([contexts[row] for row in left]):
+        for group, length in [] if whole or not self._continues else shared_prefixes([contexts[row] for row in left]):
             rows = [left[row] for row in group]
             cache = DynamicCache(config=config)
             beginning = torch.tensor([contexts[rows[0]][:length]], device=device)
@@ -122,9 +122,9 @@ class Scorer:
             rest = [contexts[row][length:] for row, length in zip(rows, lengths, strict=True)]
             hidden_ND = self._hidden(forward, model, rest, chosen)
             if rows == list(range(len(contexts))):
-                return Scores(hidden_ND, head, trainable)
+                return ForwardOutput(hidden_ND, head, trainable)
             by_row |= dict(zip(rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
-        return Scores(torch.cat([by_row[row] for row in range(len(contexts))]), head, trainable)
+        return ForwardOutput(torch.cat([by_row[row] for row in range(len(contexts))]), head, trainable)
 
     def _hidden(
         self,

@@ -2,7 +2,7 @@
 
 A sharded weight is a ``DTensor``. Its layers gather it for a pass and let it go again, and each such pass is work that
 all processes do together: all must do the same passes. Where they do not, as when each samples its own completions, the
-weights are :func:`whole` for that time.
+weights are :func:`unsharded` for that time.
 
 Source: PyTorch's ``torch.distributed.fsdp.fully_shard``.
 """
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from selfdistill.errors import UserError
-from selfdistill.runtime import is_first
+from selfdistill.runtime import is_rank0
 
 
 def shard(
@@ -64,7 +64,7 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 
 @contextmanager
-def whole(*models: nn.Module) -> Iterator[None]:
+def unsharded(*models: nn.Module) -> Iterator[None]:
     """Every process has all weights of the models, so that it can do passes, without gradients, on its own."""
     apart = [model for model in models if any(isinstance(p, DTensor) for p in model.parameters())]
     units = [unit for model in apart for unit in _units(model)]
@@ -80,7 +80,7 @@ def whole(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def outside_layers_whole(models: Iterable[nn.Module]) -> Iterator[None]:
+def root_unsharded(models: Iterable[nn.Module]) -> Iterator[None]:
     """Every process has the weights outside of the layers, so that body and head can be used apart."""
     units = [model for model in models if isinstance(model, FSDPModule)]
     try:
@@ -94,17 +94,17 @@ def outside_layers_whole(models: Iterable[nn.Module]) -> Iterator[None]:
                 unit.reset_iter_state()  # the order of passes, which a backward pass would forget
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, in the same memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def joined(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def collected(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def full_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """All of each tensor, for the first process, which alone writes; shared ones stay shared. All must call this.
 
     One after the other, and those that were sharded in the CPU's memory, so that no device has to hold them all.
@@ -115,12 +115,12 @@ def collected(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         found[id(tensor)] = tensor
         if isinstance(tensor, DTensor):
-            all_of_it = joined(tensor.detach())
-            found[id(tensor)] = all_of_it.cpu() if is_first() else all_of_it.new_empty(0)
+            all_of_it = full_tensor(tensor.detach())
+            found[id(tensor)] = all_of_it.cpu() if is_rank0() else all_of_it.new_empty(0)
     return {name: found[id(tensor)] for name, tensor in tensors.items()}
 
 
-def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
+def distribute_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A tensor that every process has all of, on the device of ``other`` and in shards where that is."""
     tensor = tensor.to(other.device)
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor

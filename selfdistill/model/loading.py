@@ -40,8 +40,8 @@ class LoadedModel:
     """What was decided while loading and should be said."""
     merged_adapter: bool = False
     """An adapter is folded in: a new adapter would not fit the base that the model's name stands for."""
-    continues: bool | None = None
-    """What :func:`selfdistill.model.prefix_cache.continues` found; None before it was asked."""
+    continues_cache: bool | None = None
+    """What :func:`selfdistill.model.prefix_cache.can_continue_cache` found; None before it was asked."""
 
     @property
     def device(self) -> torch.device:
@@ -248,7 +248,7 @@ def to_best_device(loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
-def load_start(name: str, *, dtype: str = "float32") -> LoadedModel:
+def load_for_training(name: str, *, dtype: str = "float32") -> LoadedModel:
     """The model that a training begins from, with an adapter folded in, on the best device; see :func:`load_model`."""
     return to_best_device(load_model(name, dtype=dtype, merge_adapter=True))
 
@@ -285,7 +285,7 @@ def start_fingerprint(loaded: LoadedModel) -> str:
     return "" if loaded.merged_adapter else weights_fingerprint(loaded.model)
 
 
-def load_like(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
+def load_matching(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
     """Load a model to be compared with another, on that one's device.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from selfdistill.model.fsdp import whole
+from selfdistill.model.fsdp import unsharded
 
 
 def bfloat16_is_fast() -> bool:
@@ -27,7 +27,7 @@ def resolved_precision(setting: str) -> str:
 
 
 @contextmanager
-def casts_kept(model: nn.Module) -> Iterator[None]:
+def cached_casts(model: nn.Module) -> Iterator[None]:
     """For passes without gradients under autocast: each weight is cast once, not once a pass.
 
     Autocast keeps the cast of a weight until its context ends, but only of weights that require a gradient. So here all
@@ -47,9 +47,9 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training_arithmetic(model: nn.Module, mixed_precision: str) -> Iterator[None]:
+def training_precision(model: nn.Module, mixed_precision: str) -> Iterator[None]:
     """For measuring: what a training with this setting computes with, and no gradients; a sharded model is whole."""
     device = next(model.parameters()).device.type
     enabled = resolved_precision(mixed_precision) == "bf16"
-    with whole(model), casts_kept(model), torch.autocast(device, torch.bfloat16, enabled=enabled):
+    with unsharded(model), cached_casts(model), torch.autocast(device, torch.bfloat16, enabled=enabled):
         yield

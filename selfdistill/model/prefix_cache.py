@@ -18,7 +18,7 @@ from selfdistill.model.loading import LoadedModel
 
 PASS_TOKENS = 64
 """Tokens that take about as long as one more pass through the model: what a shared beginning must save."""
-WINDOW = 256
+SEARCH_WINDOW = 256
 """Contexts among which a shared beginning is looked for at a time, in sorted order: the search is quadratic in it."""
 
 PROBE_GAP = 300
@@ -28,14 +28,14 @@ States = list[tuple[Tensor, ...]]
 """Keys and values of some tokens, layer by layer, each (H, L, C)."""
 
 
-def shared_beginnings(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
+def shared_prefixes(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
     """Groups of rows whose common beginning is worth computing once: row numbers and its length.
 
     Sorted, contexts with a common beginning are neighbours; of all ways to cut that order into groups, the one that
     saves most tokens is taken, where each group costs ``PASS_TOKENS``. Rows that share too little are in no group.
     """
     order = sorted(range(len(contexts)), key=lambda row: list(contexts[row]))
-    common = [common_beginning(contexts[a], contexts[b]) for a, b in pairwise(order)]
+    common = [common_prefix_length(contexts[a], contexts[b]) for a, b in pairwise(order)]
     saved = [0] * (len(order) + 1)  # most tokens saved among the first i rows
     cut = [0] * (len(order) + 1)  # where the last group of that best begins
     for end in range(1, len(order) + 1):
@@ -57,7 +57,7 @@ def shared_beginnings(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int]
     return groups
 
 
-def common_beginning(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common beginning, at least one token short of either."""
     length = 0
     for x, y in zip(a[:-1], b[:-1], strict=False):
@@ -68,19 +68,19 @@ def common_beginning(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def continues(loaded: LoadedModel) -> bool:
+def can_continue_cache(loaded: LoadedModel) -> bool:
     """Start-up probe: does a pass go on from cached states, over a gap of padding, as if all had been one pass?
 
     False for models that take no such cache, keep a recurrent state, or count places where others count positions
     (MPT's attention bias, GPT-Neo's local windows). Whatever they read is then read whole, and padded on one side only.
     Asked once for each ``loaded``.
     """
-    if loaded.continues is None:
+    if loaded.continues_cache is None:
         try:
-            loaded.continues = _continues(loaded)
+            loaded.continues_cache = _continues(loaded)
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            loaded.continues = False
-    return loaded.continues
+            loaded.continues_cache = False
+    return loaded.continues_cache
 
 
 def _continues(loaded: LoadedModel) -> bool:
@@ -108,18 +108,19 @@ def _continues(loaded: LoadedModel) -> bool:
     return bool(error <= tolerance * whole_BLV.abs().max().clamp(min=1.0))
 
 
-def as_attended(states: Tensor) -> Tensor:
+def in_attention_dtype(states: Tensor) -> Tensor:
     """Keys or values in the data type in which attention will use them: under autocast it would cast them each time."""
     device = states.device.type
     return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
 
-class KeptContexts:
+class PrefixCache:
     """Key and value states of contexts, for a model whose weights do not change: read at first use, then kept.
 
-    Each context is read on its own, after the beginning that it shares with others of the data (among ``WINDOW``
-    neighbours in sorted order), and which contexts are kept is settled by the data and the budget: no number depends on
-    the order in which batches ask for them. Only for models that :func:`continues` and whose layers keep every token.
+    Each context is read on its own, after the prefix that it shares with others of the data (among ``SEARCH_WINDOW``
+    neighbours in sorted order). The data and the budget alone settle which contexts are kept, so no number depends on
+    the order in which batches ask for them. Only for models that :func:`can_continue_cache` and whose layers keep every
+    token.
 
     Args:
         contexts: all that will be asked for.
@@ -133,10 +134,10 @@ class KeptContexts:
         self._states: dict[tuple[tuple[int, ...], int], States] = {}  # by token ids and the first of them that is meant
         self._shared: dict[tuple[int, ...], int] = {}
         unique = sorted({tuple(context) for context in contexts if len(context) > 1})
-        for start in range(0, len(unique), WINDOW):
-            window = unique[start : start + WINDOW]
+        for start in range(0, len(unique), SEARCH_WINDOW):
+            window = unique[start : start + SEARCH_WINDOW]
             self._shared |= dict.fromkeys(window, 0)
-            for rows, length in shared_beginnings(window):
+            for rows, length in shared_prefixes(window):
                 self._shared |= {window[row]: length for row in rows}
 
     def kept(self, body: Any, config: Any, contexts: Sequence[Sequence[int]]) -> list[int]:
@@ -203,7 +204,7 @@ class KeptContexts:
         device = next(body.parameters()).device
         body(input_ids=torch.tensor([ids[done:]], device=device), past_key_values=cache, use_cache=True)
         layers: Any = cache.layers
-        return [tuple(_own(as_attended(t[0, :, done:])) for t in (layer.keys, layer.values)) for layer in layers]
+        return [tuple(_own(in_attention_dtype(t[0, :, done:])) for t in (layer.keys, layer.values)) for layer in layers]
 
 
 def _own(view: Tensor) -> Tensor:
@@ -211,6 +212,6 @@ def _own(view: Tensor) -> Tensor:
     return view.clone(memory_format=torch.contiguous_format)
 
 
-def keeps_every_token(config: Any) -> bool:
+def has_full_attention(config: Any) -> bool:
     """Whether all layers of a model keep keys and values of every token: no sliding window, no recurrent state."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)

@@ -16,13 +16,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from selfdistill.errors import UserError
-from selfdistill.model.fsdp import whole
+from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
-from selfdistill.model.precision import casts_kept
-from selfdistill.model.prefix_cache import PASS_TOKENS, as_attended, common_beginning, continues
-from selfdistill.runtime import gather, share
+from selfdistill.model.precision import cached_casts
+from selfdistill.model.prefix_cache import PASS_TOKENS, can_continue_cache, common_prefix_length, in_attention_dtype
+from selfdistill.runtime import all_gather, rank_slice
 
-ROOM = 64
+PREALLOCATED_TOKENS = 64
 """Tokens for which memory is set aside at a time."""
 
 
@@ -49,7 +49,7 @@ class Rollout:
     """Stopped by the length limit, without an end token."""
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A layer of a cache with memory for the next ``ROOM`` tokens: each is written in its place, and the tokens before
     it are copied only when the room is used up or rows leave.
 
@@ -60,12 +60,14 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._hold(as_attended(layer.keys), as_attended(layer.values))
+        self._hold(in_attention_dtype(layer.keys), in_attention_dtype(layer.values))
 
     def _hold(self, keys_BHLC: Tensor, values_BHLC: Tensor) -> None:
         """Take these states, with room behind them."""
         self._length = keys_BHLC.shape[2]
-        self._room = tuple(torch.nn.functional.pad(states, (0, 0, 0, ROOM)) for states in (keys_BHLC, values_BHLC))
+        self._room = tuple(
+            torch.nn.functional.pad(states, (0, 0, 0, PREALLOCATED_TOKENS)) for states in (keys_BHLC, values_BHLC)
+        )
         self.keys, self.values = keys_BHLC, values_BHLC
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -108,10 +110,10 @@ def sample(
         sampling: the policy.
         seeds: one per prompt, from :func:`sample_seed`; not needed when greedy.
     """
-    own = share(len(prompts))
-    with whole(loaded.model), casts_kept(loaded.model):
+    own = rank_slice(len(prompts))
+    with unsharded(loaded.model), cached_casts(loaded.model):
         rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
-    return gather(rollouts)
+    return all_gather(rollouts)
 
 
 def _sample(
@@ -129,7 +131,7 @@ def _sample(
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
     ends = torch.tensor(loaded.end_token_ids, device=device)
     cache, logits_BV, mask_BL = _read(loaded, prompts)
-    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     position_B = mask_BL.sum(1)
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)
@@ -178,9 +180,9 @@ def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Dynami
     model, device = loaded.model, loaded.device
     rows = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     cache = DynamicCache(config=model.config.get_text_config())
-    common = min(common_beginning(min(rows), row) for row in rows) if len(rows) > 1 else 0
+    common = min(common_prefix_length(min(rows), row) for row in rows) if len(rows) > 1 else 0
     # The padding then lies behind the beginning. A sliding window counts places, so it must not reach over a gap.
-    if common * (len(rows) - 1) <= PASS_TOKENS or any(cache.is_sliding) or not continues(loaded):
+    if common * (len(rows) - 1) <= PASS_TOKENS or any(cache.is_sliding) or not can_continue_cache(loaded):
         common = 0
     if common:
         beginning = torch.tensor([min(rows)[:common]], device=device)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selfdistill.model.fsdp import cut_like, own_part
+from selfdistill.model.fsdp import distribute_like, local_tensor
 from selfdistill.model.loading import LoadedModel
 
 TeacherKind = Literal["ema", "frozen", "live", "snapshot"]
@@ -107,16 +107,16 @@ class Teacher:
         rate = self.rate(step)
         if not self._average or rate == 0:
             return
-        averages = [own_part(average) for average in self._average.values()]
-        followed = [own_part(self._followed[name].data) for name in self._average]
+        averages = [local_tensor(average) for average in self._average.values()]
+        followed = [local_tensor(self._followed[name].data) for name in self._average]
         torch._foreach_lerp_(averages, [f.to(a.dtype) for a, f in zip(averages, followed, strict=True)], rate)
         self._refresh()
 
     def _refresh(self) -> None:
         for name, average in self._average.items():
-            scoring = own_part(self._scoring[name].data)
-            if own_part(average).data_ptr() != scoring.data_ptr():
-                scoring.copy_(own_part(average))
+            scoring = local_tensor(self._scoring[name].data)
+            if local_tensor(average).data_ptr() != scoring.data_ptr():
+                scoring.copy_(local_tensor(average))
 
     @contextmanager
     def model(self) -> Iterator[Any]:
@@ -149,13 +149,13 @@ class Teacher:
         if state.keys() != self._average.keys():
             raise ValueError(f"teacher state of {len(state)} tensors does not fit {len(self._average)}")
         for name, average in self._average.items():
-            average.copy_(cut_like(state[name], average))
+            average.copy_(distribute_like(state[name], average))
         self._refresh()
 
     @property
     def memory_bytes(self) -> int:
         """Memory beyond the student's own."""
-        held = [own_part(t) for t in (*self._scoring.values(), *self._average.values())]
+        held = [local_tensor(t) for t in (*self._scoring.values(), *self._average.values())]
         own = {t.data_ptr(): t.numel() * t.element_size() for t in held}
         return sum(own.values())
 

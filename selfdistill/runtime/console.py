@@ -8,10 +8,10 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from selfdistill.runtime.distributed import is_first
+from selfdistill.runtime.distributed import is_rank0
 
 
-def output() -> Console:
+def result_console() -> Console:
     """Where results are printed: standard output; into a file or a pipe 120 columns wide, so that tables keep lines."""
     return Console(width=None if sys.stdout.isatty() else 120)
 
@@ -20,7 +20,7 @@ SECONDS_BETWEEN_LINES = 10
 """Of progress that no terminal shows."""
 
 
-class Reporter:
+class ProgressBar:
     """Progress of long work: a bar with the time left on a terminal, a line now and then elsewhere.
 
     Everything goes to standard error; standard output is for results.
@@ -36,7 +36,7 @@ class Reporter:
     def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)
         self._every, self._what, self._total, self._start = every, what, total, start
-        self._quiet = quiet = quiet or not is_first()
+        self._quiet = quiet = quiet or not is_rank0()
         self._began = self._said = time.monotonic()
         self._progress: Progress | None = None
         if self.console.is_terminal and not quiet:
@@ -51,7 +51,7 @@ class Reporter:
             )
             self._task = self._progress.add_task(what, total=total, completed=start, note="")
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> ProgressBar:
         if self._progress is not None:
             self._progress.start()
         return self
@@ -76,5 +76,5 @@ class Reporter:
 
 def say(message: str) -> None:
     """One line of information on standard error, of the first process."""
-    if is_first():
+    if is_rank0():
         print(message, file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
 """Several processes that train one model.
 
 Every process does the same on the same numbers, so that all stay equal without being told. What takes long is shared:
-:func:`share` says which part is a process's own, and the others' parts are fetched with :func:`gather` and
-:func:`add_up`. What is written is written by the first process alone.
+:func:`rank_slice` says which part is a process's own, and the others' parts are fetched with :func:`all_gather` and
+:func:`all_reduce_sum`. What is written is written by the first process alone.
 
 Without ``torch.distributed`` everything here is that of a single process.
 """
@@ -24,36 +24,36 @@ if TYPE_CHECKING:  # torch takes a second to import, and a command line that is 
 Item = TypeVar("Item")
 
 
-class EverywhereError(UserError):
+class RaisedOnAllRanks(UserError):
     """A mistake that all processes are told at the same place."""
 
 
-PATIENCE = timedelta(hours=6)
+TIMEOUT = timedelta(hours=6)
 """How long a process waits for another that does something alone. One that ends is noticed at once."""
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this run has more than one process, and they know of each other."""
-    if launched() == 1:
+    if world_size() == 1:
         return False
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def launched() -> int:
+def world_size() -> int:
     """Processes that a launcher has started."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this is the process that writes and speaks."""
-    return launched() == 1 or int(os.environ.get("RANK") or 0) == 0
+    return world_size() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
-def share(count: int) -> slice:
+def rank_slice(count: int) -> slice:
     """This process's part of ``count`` things: neighbours, parts of like size, in the order of the processes."""
-    if not several():
+    if not is_distributed():
         return slice(0, count)
     from torch import distributed
 
@@ -62,9 +62,9 @@ def share(count: int) -> slice:
     return slice(start, min(start + size, count))
 
 
-def gather(own: Sequence[Item]) -> list[Item]:
+def all_gather(own: Sequence[Item]) -> list[Item]:
     """All processes' parts, joined in the order of the processes."""
-    if not several():
+    if not is_distributed():
         return list(own)
     from torch import distributed
 
@@ -73,18 +73,18 @@ def gather(own: Sequence[Item]) -> list[Item]:
     return [item for part in parts for item in part]
 
 
-def add_up(values: dict[str, float]) -> dict[str, float]:
+def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
     """Sums over the processes, in float64; keys that a process lacks count as 0."""
-    if not several():
+    if not is_distributed():
         return values
-    parts = gather([values])
+    parts = all_gather([values])
     keys = dict.fromkeys(key for part in parts for key in part)
     return {key: sum(part.get(key, 0.0) for part in parts) for key in keys}
 
 
-def add_gradients(parameters: Iterable[Tensor]) -> None:
+def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
     """Put the sum over the processes in place of every gradient; where a process has none, but another, it is 0."""
-    if not several():
+    if not is_distributed():
         return
     import torch
     from torch import distributed
@@ -99,9 +99,9 @@ def add_gradients(parameters: Iterable[Tensor]) -> None:
             distributed.all_reduce(parameter.grad)
 
 
-def largest(value: int, device: torch.device) -> int:
+def all_reduce_max(value: int, device: torch.device) -> int:
     """The largest of the processes' values."""
-    if not several():
+    if not is_distributed():
         return value
     import torch
     from torch import distributed
@@ -111,28 +111,28 @@ def largest(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
-def from_first(make: Callable[[], Item]) -> Item:
+def broadcast_from_rank0(make: Callable[[], Item]) -> Item:
     """What the first process makes, for all; a mistake of the user's that it finds is raised in all."""
-    if not several():
+    if not is_distributed():
         return make()
     from torch import distributed
 
     box: list[Any] = [None, None]
-    if is_first():
+    if is_rank0():
         try:
             box[0] = make()
         except UserError as error:
             box[1] = str(error)
     distributed.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise EverywhereError(box[1])
+        raise RaisedOnAllRanks(box[1])
     result: Item = box[0]
     return result
 
 
-def wait() -> None:
+def barrier() -> None:
     """Go on when all processes have come here."""
-    if several():
+    if is_distributed():
         from torch import distributed
 
         distributed.barrier()

@@ -15,7 +15,7 @@ from typing import Any
 from selfdistill.errors import UserError
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -24,7 +24,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def end_last_line(file: Path) -> None:
+def drop_partial_line(file: Path) -> None:
     """Take away a last line that was being written when the machine stopped, so that others can be appended."""
     if file.exists():
         text = file.read_bytes()
@@ -32,17 +32,17 @@ def end_last_line(file: Path) -> None:
             file.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
     """Write a text file, UTF-8, that is there whole or as it was before."""
     temporary = file.parent / f".{file.name}.unfinished"
     temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
+    fsync(temporary)
     os.replace(temporary, file)
 
 
 def write_json(file: Path, value: Any) -> None:
-    """:func:`write_whole` of a value as JSON."""
-    write_whole(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    """:func:`write_atomically` of a value as JSON."""
+    write_atomically(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def remove_folder(folder: Path) -> None:
@@ -54,7 +54,7 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(hidden)
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove what a process that was killed was writing into ``folder``, or removing from it, with this module."""
     for path in (*folder.glob(".*.unfinished"), *folder.glob(".*.removed")):
         if path.is_dir():
@@ -66,20 +66,20 @@ def remove_leftovers(folder: Path) -> None:
 MANIFEST = "manifest.json"
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Flush the files of a folder to the disk, and write their sizes and SHA-256 to its ``manifest.json`` last."""
     files = {}
     for path in sorted(folder.iterdir()):
-        sync(path)
+        fsync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_json(folder / MANIFEST, files)
-    sync(folder)
+    fsync(folder)
 
 
-def damage(folder: Path) -> str | None:
+def corruption(folder: Path) -> str | None:
     """What of a sealed folder is not as it was written, in a few words; None where it is whole.
 
-    Files that the manifest does not name are no damage; see :func:`foreign`.
+    Files that the manifest does not name are no damage; see :func:`unlisted_files`.
 
     Raises:
         UserError: this user may not read it, which is no damage.
@@ -111,7 +111,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def foreign(folder: Path) -> list[str]:
+def unlisted_files(folder: Path) -> list[str]:
     """Names in a sealed folder that its manifest does not have."""
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return sorted(path.name for path in folder.iterdir() if path.name not in files and path.name != MANIFEST)
@@ -127,7 +127,7 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def folder_lock(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes from ``folder``, which is made where it is not there; the lock ends with the process.
 
     Where the file system knows no locks there is none.

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from selfdistill.config import Settings
 from selfdistill.errors import UserError
-from selfdistill.runtime.distributed import is_first
-from selfdistill.runtime.files import write_whole
+from selfdistill.runtime.distributed import is_rank0
+from selfdistill.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -72,8 +72,8 @@ class StepsFile:
                     lines.append(line + "\n")
                     self.steps.add(step)
         self._file: TextIO | None = None
-        if is_first():
-            write_whole(path, "".join(lines))
+        if is_rank0():
+            write_atomically(path, "".join(lines))
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ class Tracker:
 
     def __init__(self, accelerator: Any, config: Settings, output_dir: Path, start_step: int) -> None:
         self._accelerator = accelerator
-        if not accelerator.log_with or not is_first():
+        if not accelerator.log_with or not is_rank0():
             return
         name = str(accelerator.log_with[0])
         options: dict[str, Any]
@@ -171,7 +171,7 @@ class Tracker:
             project = "selfdistill"
             file = output_dir / "tracker_id"
             if start_step == 0 or not file.exists():
-                write_whole(file, secrets.token_hex(4))
+                write_atomically(file, secrets.token_hex(4))
             identity, run = file.read_text(encoding="utf-8").strip(), public_name(str(output_dir))
             options = {"name": f"{run}-{identity}", "resume": "allow"}
             if name == "wandb":

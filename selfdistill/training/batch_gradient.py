@@ -1,15 +1,15 @@
-"""The gradient of one optimizer batch: score, diverge, weigh, add up.
+"""The gradient of one optimizer batch: weigh the tokens, score them, run backward.
 
 Legend: B completions of a batch, b those of a part, T completion tokens, N completion tokens of a part without padding,
-D hidden size.
+n those of them that have a weight, D hidden size.
 """
 
 from __future__ import annotations
 
 import math
-import time
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -29,37 +29,85 @@ from selfdistill.loss import (
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
 from selfdistill.model import (
-    KeptContexts,
+    ForwardOutput,
+    ForwardPass,
     LoadedModel,
-    Scorer,
-    Scores,
+    PrefixCache,
     Teacher,
-    casts_kept,
+    cached_casts,
     is_sharded,
-    outside_layers_whole,
+    root_unsharded,
 )
-from selfdistill.runtime import add_gradients, add_up, gather, share
+from selfdistill.runtime import all_gather, all_reduce_gradients, all_reduce_sum, rank_slice
 from selfdistill.training.checkpoint import trained_parameters
+from selfdistill.training.stopwatch import Stopwatch
+
+_Scored = tuple[Tensor, Head]
+"""Hidden states (n, D) of the tokens that have a weight, and the head that turns them into logits."""
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Sums over one optimizer batch's parts."""
+    """One optimizer batch, over all its parts and processes."""
 
     loss: float
     statistics: dict[str, float]
-    """Weighted sums over the kept tokens of the per-token statistics."""
+    """Weighted means over the batch's tokens of the statistics of each token, such as ``entropy``."""
     importance: float
+    """Mean importance weight of the completions; 0 where a method has none."""
     reward: float | None
-    unsound: list[str]
-    """Places of the rows whose loss is not finite."""
-    teacher_s: float
-    student_s: float
+    """Mean reward of the completions; None where a method has none."""
+    non_finite: list[str]
+    """Sources of the rows whose loss is not finite."""
 
 
-def sound(values: Tensor) -> bool:
-    """Whether every number is finite."""
-    return bool(values.isfinite().all())
+@dataclass(frozen=True)
+class _Part:
+    """Completions that are scored together, with the weights that the whole batch gives their tokens."""
+
+    completions: Sequence[Completion]
+    mask_bT: Tensor
+    weights_bT: Tensor
+    """Weight of each token in the loss of the batch; they add up to 1 over the batch."""
+    factor_b: Tensor
+    """What each completion's weights are multiplied by: its advantage, or 1."""
+
+    @property
+    def ids(self) -> list[list[int]]:
+        return [c.ids for c in self.completions]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [c.example.student_ids for c in self.completions]
+
+    def has_weight_N(self, device: torch.device) -> Tensor:
+        """Which of the part's tokens count."""
+        return self.weights_bT[self.mask_bT].to(device) > 0
+
+
+@dataclass
+class _Sums:
+    """What the parts add up to."""
+
+    loss: float = 0.0
+    importance: float = 0.0
+    statistics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    non_finite: list[str] = field(default_factory=list)
+
+    def add(self, part: _Part, loss: float, per_token: dict[str, Tensor], importance_b: Tensor | None) -> None:
+        """Add one part, from its loss, its tokens' statistics (n,) and its completions' importance weights."""
+        self.loss += loss
+        if importance_b is not None:
+            self.importance += float(importance_b.sum())
+        has_weight_bT = part.weights_bT > 0
+        if not math.isfinite(self.loss):
+            losses = per_token["loss"].split(has_weight_bT.sum(dim=1).tolist())
+            for completion, loss_n in zip(part.completions, losses, strict=True):
+                if not bool(loss_n.isfinite().all()):
+                    self.non_finite.append(completion.example.demonstration.source)
+        for name, values_n in per_token.items():
+            weights_n = part.weights_bT[has_weight_bT].to(values_n.device)
+            self.statistics[name] += float((values_n * weights_n).sum())
 
 
 @dataclass(frozen=True)
@@ -71,117 +119,125 @@ class BatchGradient:
     loaded: LoadedModel
     """The student."""
     chat: ChatFormat
-    scorer: Scorer
+    forward_pass: ForwardPass
     teacher: Teacher | None
     base: Teacher | None
     """The model as it was before training, where a target asks for it."""
-    kept: KeptContexts | None
+    prefix_cache: PrefixCache | None
+    """What a frozen teacher has read."""
 
-    def add(self, method: Method, completions: Sequence[Completion]) -> BatchResult:
+    def add(self, method: Method, completions: Sequence[Completion], stopwatch: Stopwatch) -> BatchResult:
         """Add the gradient of the batch's loss, in ``gradient_accumulation_steps`` parts of each process's share.
 
-        The weights of tokens come from the whole batch, so the number of parts and processes changes no result.
+        The whole batch gives each token its weight, so the number of parts and of processes changes no result.
         """
-        config, device = self.config, self.loaded.device
+        parts, reward = self._weigh(method, completions)
+        sums = _Sums()
+        for part in parts:
+            with root_unsharded(self._networks()):
+                with stopwatch("teacher"):
+                    taught, base = self._score_teachers(method, part)
+                with stopwatch("student"):
+                    loss, per_token, importance_b = self._score_student(method, part, taught, base)
+                    self._backward(loss)
+            sums.add(part, float(loss.detach()), per_token, importance_b)
+        with stopwatch("student"):
+            if not is_sharded(self.loaded.model):
+                all_reduce_gradients(trained_parameters(self.loaded.model).values())
+            total = all_reduce_sum(sums.statistics | {"loss": sums.loss, "importance": sums.importance})
+        loss_sum, importance = total.pop("loss"), total.pop("importance") / len(completions)
+        return BatchResult(loss_sum, total, importance, reward, all_gather(sums.non_finite))
+
+    def _weigh(self, method: Method, completions: Sequence[Completion]) -> tuple[list[_Part], float | None]:
+        """This process's share of the batch, in parts, and the mean reward."""
         lengths = [len(c.ids) for c in completions]
         mask_BT = completion_mask(lengths, max(lengths))
         weights_BT = token_weights(
-            mask_BT, skip_first_tokens=method.skip_first_tokens, normalisation=config.loss_normalisation
+            mask_BT,
+            skip_first_tokens=method.skip_first_tokens,
+            normalisation=self.config.loss_normalisation,
         )
-        rewards = method.reward(completions, self.chat) if method.reward else []
-        factor_B = torch.tensor(group_advantages(rewards, method.group_size) if rewards else [1.0] * len(completions))
-        own = share(len(completions))
-        size = max(1, math.ceil((own.stop - own.start) / config.gradient_accumulation_steps))
-        loss, importance, teacher_s, student_s = 0.0, 0.0, 0.0, 0.0
-        statistics: dict[str, float] = {}
-        unsound: list[str] = []
-        sharded = is_sharded(self.loaded.model)
-        teachers = [teacher for teacher in (self.teacher, self.base) if teacher]
-        networks = [self.loaded.model, *(network for teacher in teachers for network in teacher.networks)]
+        factor_B, reward = torch.ones(len(completions)), None
+        if method.reward:
+            rewards = method.reward(completions, self.chat)
+            factor_B = torch.tensor(group_advantages(rewards, method.group_size))
+            reward = sum(rewards) / len(rewards)
+        own = rank_slice(len(completions))
+        size = max(1, math.ceil((own.stop - own.start) / self.config.gradient_accumulation_steps))
+        parts = []
         for start in range(own.start, own.stop, size):
             rows = slice(start, min(start + size, own.stop))
-            part, mask_bT, weights_bT, factor_b = completions[rows], mask_BT[rows], weights_BT[rows], factor_B[rows]
-            ids, prompts = [c.ids for c in part], [c.row.student_ids for c in part]
-            plain_N = weights_bT[mask_bT].to(device)
-            kept_N = plain_N > 0
-            began = self.clock()
-            with outside_layers_whole(networks):
-                taught, based = None, None
-                if method.teacher and self.teacher:
-                    taught = self._scored(self.teacher, [c.row.teacher_ids or [] for c in part], ids, kept_N, self.kept)
-                if self.base:
-                    based = self._scored(self.base, prompts, ids, kept_N)
-                now = self.clock()
-                teacher_s, began = teacher_s + now - began, now
-                self.loaded.model.train(config.gradient_checkpointing)
-                with self.accelerator.autocast():
-                    scores = self.scorer(self.loaded.model, prompts, ids)
-                    tokens_N = torch.tensor([t for row in ids for t in row], device=device)
-                    if method.importance_cap is not None and part[0].logps is not None:
-                        ratio_b = self._importance(scores, tokens_N, part, weights_bT > 0, method.importance_cap)
-                        importance += float(ratio_b.sum())
-                        factor_b = factor_b * ratio_b
-                    weights_N = (weights_bT * factor_b[:, None])[mask_bT].float().to(device)
-                    value, per_token = chunked_loss(
-                        method.loss,
-                        scores.hidden_ND[kept_N],
-                        scores.head,
-                        scores.head_parameters,
-                        tokens_N[kept_N],
-                        weights_N[kept_N],
-                        *(taught or (None, None)),
-                        base=based,
-                        weighting=method.weighting,
-                    )
-                times = self.accelerator.num_processes if sharded else 1  # of sharded gradients the mean is taken
-                self.accelerator.backward(value * times)
-            self.loaded.model.eval()
-            student_s += self.clock() - began
-            loss += float(value.detach())
-            if not math.isfinite(loss):
-                per_row = per_token["loss"].split((weights_bT > 0).sum(dim=1).tolist())
-                unsound += [c.row.demonstration.source for c, x in zip(part, per_row, strict=True) if not sound(x)]
-            for key, values_N in per_token.items():
-                statistics[key] = statistics.get(key, 0.0) + float((values_N * plain_N[kept_N]).sum())
-        began = self.clock()
-        if not sharded:
-            add_gradients(trained_parameters(self.loaded.model).values())
-        sums = add_up(statistics | {"loss": loss, "importance": importance})
-        student_s += self.clock() - began
-        loss, importance = sums.pop("loss"), sums.pop("importance") / len(completions)
-        reward = sum(rewards) / len(rewards) if rewards else None
-        return BatchResult(loss, sums, importance, reward, gather(unsound), teacher_s, student_s)
+            parts.append(_Part(completions[rows], mask_BT[rows], weights_BT[rows], factor_B[rows]))
+        return parts, reward
 
-    def _scored(
-        self,
-        teacher: Teacher,
-        contexts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        kept_N: Tensor,
-        kept: KeptContexts | None = None,
-    ) -> tuple[Tensor, Head]:
-        """What a model without gradient says of the kept tokens: hidden states and head."""
-        with teacher.model() as network, casts_kept(network), self.accelerator.autocast():
-            scores = self.scorer(network, contexts, completions, kept)
-            return scores.hidden_ND[kept_N], scores.head
+    def _networks(self) -> list[torch.nn.Module]:
+        """Every network that scores a part."""
+        teachers = [teacher for teacher in (self.teacher, self.base) if teacher]
+        return [self.loaded.model, *(network for teacher in teachers for network in teacher.networks)]
+
+    def _score_teachers(self, method: Method, part: _Part) -> tuple[_Scored | None, _Scored | None]:
+        """The teacher under its own prompts and the base under the student's; None where a method asks for neither."""
+        taught = base = None
+        if method.teacher and self.teacher:
+            contexts = [c.example.teacher_ids or [] for c in part.completions]
+            taught = self._score(self.teacher, contexts, part, self.prefix_cache)
+        if self.base:
+            base = self._score(self.base, part.prompts, part)
+        return taught, base
+
+    def _score(
+        self, teacher: Teacher, contexts: Sequence[Sequence[int]], part: _Part, cache: PrefixCache | None = None
+    ) -> _Scored:
+        with teacher.model() as network, cached_casts(network), self.accelerator.autocast():
+            output = self.forward_pass(network, contexts, part.ids, cache)
+            return output.hidden_ND[part.has_weight_N(self.loaded.device)], output.head
+
+    def _score_student(
+        self, method: Method, part: _Part, taught: _Scored | None, base: _Scored | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The part's loss with its graph, the statistics of its tokens (n,), its importance weights (b,)."""
+        device, factor_b, importance_b = self.loaded.device, part.factor_b, None
+        has_weight_N = part.has_weight_N(device)
+        # Train mode is there for checkpointing alone: dropout is disabled.
+        self.loaded.model.train(self.config.gradient_checkpointing)
+        with self.accelerator.autocast():
+            output = self.forward_pass(self.loaded.model, part.prompts, part.ids)
+            tokens_N = torch.tensor([token for ids in part.ids for token in ids], device=device)
+            if method.importance_cap is not None and part.completions[0].logps is not None:
+                importance_b = self._importance(output, tokens_N, part, method.importance_cap)
+                factor_b = factor_b * importance_b
+            weights_N = (part.weights_bT * factor_b[:, None])[part.mask_bT].float().to(device)
+            loss, per_token = chunked_loss(
+                method.loss,
+                output.hidden_ND[has_weight_N],
+                output.head,
+                output.head_parameters,
+                tokens_N[has_weight_N],
+                weights_N[has_weight_N],
+                *(taught or (None, None)),
+                base=base,
+                weighting=method.weighting,
+            )
+        return loss, per_token, importance_b
+
+    def _backward(self, loss: Tensor) -> None:
+        # Sharded gradients are averaged over the processes, and the loss is a sum over them.
+        times = self.accelerator.num_processes if is_sharded(self.loaded.model) else 1
+        self.accelerator.backward(loss * times)
+        self.loaded.model.eval()
 
     @torch.no_grad()
-    def _importance(
-        self, scores: Scores, tokens_N: Tensor, part: Sequence[Completion], kept_bT: Tensor, cap: float
-    ) -> Tensor:
+    def _importance(self, output: ForwardOutput, tokens_N: Tensor, part: _Part, cap: float) -> Tensor:
         """Truncated importance weights (b,), both sides at the sampling temperature."""
-        scaled = lambda hidden_nD: scores.head(hidden_nD).float() / self.config.temperature  # noqa: E731
-        ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
-        _, statistics = chunked_loss(CrossEntropy(), scores.hidden_ND, scaled, (), tokens_N, ones_N)
-        student = statistics["student_logp"].cpu().split([len(c.ids) for c in part])
-        width = kept_bT.shape[1]
-        pad = torch.nn.functional.pad
-        student_bT = torch.stack([pad(s, (0, width - len(s))) for s in student])
-        sampled_bT = torch.stack([pad(torch.tensor(c.logps or []), (0, width - len(c.ids))) for c in part])
-        return importance_weights(student_bT, sampled_bT, kept_bT, cap)
 
-    def clock(self) -> float:
-        """Seconds, once the device has done what it was given."""
-        if self.loaded.device.type == "cuda":
-            torch.cuda.synchronize(self.loaded.device)
-        return time.monotonic()
+        def tempered_head(hidden_ND: Tensor) -> Tensor:
+            return output.head(hidden_ND).float() / self.config.temperature
+
+        ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
+        _, statistics = chunked_loss(CrossEntropy(), output.hidden_ND, tempered_head, (), tokens_N, ones_N)
+        student = statistics["student_logp"].cpu().split([len(ids) for ids in part.ids])
+        width = part.mask_bT.shape[1]
+        pad = torch.nn.functional.pad
+        student_bT = torch.stack([pad(logp, (0, width - len(logp))) for logp in student])
+        sampled_bT = torch.stack([pad(torch.tensor(c.logps or []), (0, width - len(c.ids))) for c in part.completions])
+        return importance_weights(student_bT, sampled_bT, part.weights_bT > 0, cap)

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from selfdistill.errors import UserError
-from selfdistill.model import Teacher, collected, cut_like
-from selfdistill.runtime import damage, foreign, is_first, remove_folder, say, seal, sync
+from selfdistill.model import Teacher, distribute_like, full_tensors
+from selfdistill.runtime import corruption, fsync, is_rank0, remove_folder, say, unlisted_files, write_manifest
 
 PREFIX = "checkpoint-"
 AT_LEAST = 2
@@ -93,22 +93,22 @@ def save_checkpoint(
         "optimizer": moments,
         "teacher": teacher.state_dict() if teacher else {},
     }
-    if not is_first():
+    if not is_rank0():
         for tensors in parts.values():
-            collected(tensors)
+            full_tensors(tensors)
         return final
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for part, tensors in parts.items():
-            whole = {name: tensor.contiguous() for name, tensor in collected(tensors).items()}
+            whole = {name: tensor.contiguous() for name, tensor in full_tensors(tensors).items()}
             save_file(whole, temporary / f"{part}.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         (temporary / "config.yaml").write_text(settings, encoding="utf-8")
-        seal(temporary)
+        write_manifest(temporary)
         remove_folder(final)
         os.replace(temporary, final)
-        sync(output_dir)
+        fsync(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -142,9 +142,9 @@ def newest_whole(output_dir: Path) -> Path | None:
     """
     found = []
     for path in reversed(list_checkpoints(output_dir)):
-        wrong = damage(path)
+        wrong = corruption(path)
         if wrong is None:
-            if others := foreign(path):
+            if others := unlisted_files(path):
                 say(f"note: {path}: not of this checkpoint and not read: {', '.join(others)}")
             return path
         say(f"note: {path} is damaged ({wrong}), so it is not used")
@@ -176,13 +176,13 @@ def load_checkpoint(
         raise UserError(f"{path}: its weights are not those of this model and adapter")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(cut_like(weights[name], parameter))
+            parameter.copy_(distribute_like(weights[name], parameter))
     torch.set_rng_state(moments.pop("rng"))
     state: dict[Tensor, dict[str, Any]] = {}
     for key, value in moments.items():
         kind, _, name = key.partition(":")
         parameter = parameters[name]
-        value = cut_like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
+        value = distribute_like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
         state.setdefault(parameter, {})[kind] = value
     optimizer.state.update(state)
     if teacher is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WINDOW = 5
+COLLAPSE_WINDOW = 5
 """Steps over which metrics are averaged: a stage's first ones are what the last ones are compared with."""
 DRIFT = 3.0
 """KL from the start, nats per token. Of 48 runs that learnt the largest had 1.9; one that collapsed had 6.4."""
@@ -50,7 +50,7 @@ class CollapseGuard:
             for who, key in (("student", "drift/student"), ("teacher", "drift/teacher"))
             if metrics.get(key, 0.0) > DRIFT
         }
-        if sampled and len(self._lines) >= 2 * WINDOW:
+        if sampled and len(self._lines) >= 2 * COLLAPSE_WINDOW:
             signs |= self._compared()
         return signs
 
@@ -76,6 +76,6 @@ class CollapseGuard:
 
     def _means(self, key: str) -> tuple[float, float]:
         """Of the last and of the first steps; 0 where a step has no such number."""
-        last, first = self._lines[-WINDOW:], self._lines[:WINDOW]
-        last_mean, first_mean = (sum(line.get(key, 0.0) for line in part) / WINDOW for part in (last, first))
+        last, first = self._lines[-COLLAPSE_WINDOW:], self._lines[:COLLAPSE_WINDOW]
+        last_mean, first_mean = (sum(line.get(key, 0.0) for line in part) / COLLAPSE_WINDOW for part in (last, first))
         return last_mean, first_mean

@@ -14,7 +14,7 @@ from torch import Tensor
 from selfdistill.config import ExportConfig
 from selfdistill.errors import UserError
 from selfdistill.model import load_model
-from selfdistill.runtime import sync
+from selfdistill.runtime import fsync
 from selfdistill.training.model_card import merged_card
 
 _OF_THE_MODEL = (
@@ -37,9 +37,9 @@ def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in (path for path in temporary.rglob("*") if path.is_file()):
-            sync(file)
+            fsync(file)
         temporary.rename(folder)
-        sync(folder.parent)
+        fsync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot write the model ({error}); {advice}") from None
     finally:

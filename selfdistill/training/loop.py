@@ -15,26 +15,27 @@ from typing import Any
 from selfdistill.config import dump_yaml
 from selfdistill.errors import RunCollapsed, RunFailed, RunStopped
 from selfdistill.evaluation import summary
-from selfdistill.methods.sequences import RowCompletions
+from selfdistill.methods.sequences import DatasetCompletions
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import (
-    EverywhereError,
     MetricsFile,
-    Reporter,
+    ProgressBar,
+    RaisedOnAllRanks,
     StepsFile,
     StopRequests,
     Tracker,
-    damage,
-    from_first,
-    largest,
+    all_reduce_max,
+    barrier,
+    broadcast_from_rank0,
+    corruption,
     read_lines,
     say,
-    wait,
 )
 from selfdistill.training.checkpoint import Position, checkpoint_at, load_checkpoint, save_checkpoint
-from selfdistill.training.collapse import WINDOW, CollapseGuard
+from selfdistill.training.collapse import COLLAPSE_WINDOW, CollapseGuard
+from selfdistill.training.setup import Stage
 from selfdistill.training.token_views import token_views
-from selfdistill.training.trainer import Run, Stage
+from selfdistill.training.trainer import Trainer
 
 OnStep = Callable[[int, LoadedModel], object]
 
@@ -42,17 +43,22 @@ OnStep = Callable[[int, LoadedModel], object]
 class Loop:
     """The steps of a run from ``position`` on, with the files that they write into ``output_dir``."""
 
-    def __init__(self, run: Run, output_dir: Path, position: Position) -> None:
-        config, step = run.config, position.step
+    def __init__(self, trainer: Trainer, output_dir: Path, position: Position) -> None:
+        config, step = trainer.config, position.step
         assert config.max_steps is not None
-        self._run, self._output_dir, self._position, self._max_steps = run, output_dir, position, config.max_steps
+        self._trainer, self._output_dir, self._position, self._max_steps = (
+            trainer,
+            output_dir,
+            position,
+            config.max_steps,
+        )
         self.step = step
         """Whose model ``run`` holds."""
         self._metrics = MetricsFile(output_dir / "metrics.jsonl", step)
-        self._reporter = Reporter("step", config.max_steps, start=step, every=config.logging_steps)
-        self._tracker = Tracker(run.accelerator, config, output_dir, step)
-        self._watch = _Watch(run, output_dir, step, self._tracker)
-        self._guard = CollapseGuard([_demonstrated(stage) for stage in run.stages])
+        self._reporter = ProgressBar("step", config.max_steps, start=step, every=config.logging_steps)
+        self._tracker = Tracker(trainer.accelerator, config, output_dir, step)
+        self._watch = _Watch(trainer, output_dir, step, self._tracker)
+        self._guard = CollapseGuard([_demonstrated(stage) for stage in trainer.stages])
         self._said: set[tuple[int, str]] = set()
         """Stage and name of the signs that were said."""
         self.signs: list[str] = []
@@ -74,14 +80,16 @@ class Loop:
             # What a run that was stopped there had no time for.
             self._watch.look(start, last=start == self._max_steps)
             if on_step and start == 0:
-                on_step(0, self._run.loaded)
+                on_step(0, self._trainer.loaded)
             for step in range(start + 1, self._max_steps + 1):
                 self._step(step)
-                enough = on_step is not None and on_step(step, self._run.loaded) is True
+                enough = on_step is not None and on_step(step, self._trainer.loaded) is True
                 last = enough or step == self._max_steps
                 self._measure(step, last=last)
-                every = self._run.config.save_steps
-                received = largest(stop.received or 0, self._run.accelerator.device)  # any process may have got it
+                every = self._trainer.config.save_steps
+                received = all_reduce_max(
+                    stop.received or 0, self._trainer.accelerator.device
+                )  # any process may have got it
                 if received or (every and (last or step % every == 0)) or self._is_spared(step):
                     self._save()
                 if received and not last:
@@ -95,7 +103,7 @@ class Loop:
 
     def _step(self, step: int) -> None:
         """Step number ``step``, from 1."""
-        metrics = self._run.step(step - 1)
+        metrics = self._trainer.step(step - 1)
         position, self.step = self._position, step
         self._position = position = replace(
             position,
@@ -109,23 +117,25 @@ class Loop:
         self._reporter.advance(step, _note(metrics))
         if "skipped" in metrics:
             say(f"note: step {step} was left out: {_left_out(metrics)}")
-        if position.skipped >= self._run.config.max_skipped_steps:
+        if position.skipped >= self._trainer.config.max_skipped_steps:
             self._save()
             raise RunFailed(
                 f"{self._output_dir}: {position.skipped} steps in a row were left out; of the last, step {step}, "
                 f"{_left_out(metrics)}; the weights are as they were before them. Lower --learning_rate, look at these "
                 "rows, or see metrics.jsonl for where it began"
             )
-        new, signs = from_first(lambda: self._signs(metrics))  # a drift that is measured twice may differ by a bit
+        new, signs = broadcast_from_rank0(
+            lambda: self._signs(metrics)
+        )  # a drift that is measured twice may differ by a bit
         for sign in new:
             say(f"note: step {step}: the run may be falling apart: {sign}")
-        if signs and self._run.config.stop_on_collapse:
+        if signs and self._trainer.config.stop_on_collapse:
             self._return(step, signs[0])
 
     def _signs(self, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Signs of a step that none before it in its stage showed, and all of it."""
-        number, stage = self._run.stage_of(metrics["step"] - 1)
-        sampled = not isinstance(stage.method.sequence, RowCompletions)
+        number, stage = self._trainer.stage_of(metrics["step"] - 1)
+        sampled = not isinstance(stage.method.sequence, DatasetCompletions)
         signs = self._guard.look(metrics, stage=number, sampled=sampled)
         new = [words for name, words in signs.items() if (number, name) not in self._said]
         self._said |= {(number, name) for name in signs}
@@ -136,43 +146,44 @@ class Loop:
         try:
             self._watch.look(step, last=last)
         except Exception as error:  # a judge that does not answer, memory: nothing of the training must be lost by it
-            self._save(together=isinstance(error, EverywhereError))  # else another process may be elsewhere
+            self._save(together=isinstance(error, RaisedOnAllRanks))  # else another process may be elsewhere
             raise
 
     def _save(self, *, together: bool = True) -> None:
         for file in (self._metrics, *self._watch.files):
             file.sync()
-        run, config = self._run, self._run.config
+        trainer, config = self._trainer, self._trainer.config
         if together or not config.fsdp:
             save_checkpoint(
                 self._output_dir,
                 self._position,
                 dump_yaml(config),
-                run.loaded.model,
-                run.optimizer,
-                run.teacher,
+                trainer.loaded.model,
+                trainer.optimizer,
+                trainer.teacher,
                 keep=config.save_total_limit,
                 spared=[step for step in self._watch.measured if self._is_spared(step)],
             )
         if together:
-            wait()
+            barrier()
 
     def _is_spared(self, step: int) -> bool:
         """Whether the model of a measured step is one that a run which falls apart could return to."""
         steps = self._watch.measured
-        older = [other for other in steps if other <= self._position.step - WINDOW]
-        return self._run.config.stop_on_collapse and step in steps and step > 0 and step >= max(older, default=0)
+        older = [other for other in steps if other <= self._position.step - COLLAPSE_WINDOW]
+        return self._trainer.config.stop_on_collapse and step in steps and step > 0 and step >= max(older, default=0)
 
     def _return(self, step: int, sign: str) -> None:
         """Put the model back to the last measurement before the run fell apart."""
-        run, begun = self._run, f"{self._output_dir}: stopped after step {step}: {sign}"
-        before = sorted((s for s in self._watch.measured if 0 < s <= step - WINDOW), reverse=True)
-        kept = next((s for s in before if damage(checkpoint_at(self._output_dir, s)) is None), None)
+        trainer, begun = self._trainer, f"{self._output_dir}: stopped after step {step}: {sign}"
+        before = sorted((s for s in self._watch.measured if 0 < s <= step - COLLAPSE_WINDOW), reverse=True)
+        kept = next((s for s in before if corruption(checkpoint_at(self._output_dir, s)) is None), None)
         if kept is None:
             raise RunFailed(
-                f"{begun}; no model measured at least {WINDOW} steps before is kept, so none is written. {_ADVICE}"
+                f"{begun}; no checkpoint measured at least {COLLAPSE_WINDOW} steps earlier exists, so no model is "
+                f"written. {_ADVICE}"
             )
-        load_checkpoint(checkpoint_at(self._output_dir, kept), run.loaded.model, run.optimizer, run.teacher)
+        load_checkpoint(checkpoint_at(self._output_dir, kept), trainer.loaded.model, trainer.optimizer, trainer.teacher)
         self.step = kept
         raise RunCollapsed(f"{begun}; final is the model of step {kept}, measured before it began. {_ADVICE}")
 
@@ -181,18 +192,18 @@ _ADVICE = "Lower --learning_rate, take a frozen or slower teacher, or see metric
 
 
 def _demonstrated(stage: Stage) -> float | None:
-    lengths = [len(row.completion_ids) for row in stage.rows if row.demonstration.completion]
+    lengths = [len(row.completion_ids) for row in stage.examples if row.demonstration.completion]
     return mean(lengths) if lengths else None
 
 
 class _Watch:
     """What is measured beside training: ``evaluations.jsonl`` and ``token_views.jsonl``."""
 
-    def __init__(self, run: Run, output_dir: Path, start: int, tracker: Tracker) -> None:
-        self._run, self._metrics, self._tracker = run, output_dir / "metrics.jsonl", tracker
+    def __init__(self, trainer: Trainer, output_dir: Path, start: int, tracker: Tracker) -> None:
+        self._trainer, self._metrics, self._tracker = trainer, output_dir / "metrics.jsonl", tracker
         start = start or -1  # what was written before the first step is written anew, too
-        self._evaluations = StepsFile(output_dir / "evaluations.jsonl", start) if run.examiner else None
-        views = run.config.view_rows and run.teacher
+        self._evaluations = StepsFile(output_dir / "evaluations.jsonl", start) if trainer.evaluator else None
+        views = trainer.config.view_rows and trainer.teacher
         self._views = StepsFile(output_dir / "token_views.jsonl", start) if views else None
         self.files = [file for file in (self._evaluations, self._views) if file is not None]
 
@@ -203,14 +214,14 @@ class _Watch:
 
     def look(self, step: int, *, last: bool) -> None:
         """After optimizer step ``step``; 0: before the first."""
-        run, config = self._run, self._run.config
+        trainer, config = self._trainer, self._trainer.config
         ends = last or step == 0
         if self._views and ends and step not in self._views.steps:
-            for view in token_views(run):
+            for view in token_views(trainer):
                 self._views.write({"step": step, **view})
         due = ends or (config.eval_steps and step % config.eval_steps == 0)
-        if self._evaluations and run.examiner and due and step not in self._evaluations.steps:
-            found = run.examiner.measure(run.loaded) if step else run.examiner.base
+        if self._evaluations and trainer.evaluator and due and step not in self._evaluations.steps:
+            found = trainer.evaluator.measure(trainer.loaded) if step else trainer.evaluator.base
             self._evaluations.write({"step": step, **found, "seconds": self._seconds() if step else 0.0})
             scores = {f"eval/{key}": found[key] for key in ("accuracy", "prior_accuracy", "kl_base") if key in found}
             self._tracker.write({"step": step, **scores})

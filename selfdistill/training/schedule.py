@@ -11,7 +11,7 @@ import torch
 Row = TypeVar("Row")
 
 
-def batch_rows(rows: Sequence[Row], step: int, batch_size: int, seed: int) -> list[Row]:
+def batch_examples(rows: Sequence[Row], step: int, batch_size: int, seed: int) -> list[Row]:
     """Rows of optimizer step ``step`` (from 0).
 
     Every epoch has its own order, drawn from the seed and the epoch. Batches run on across epochs, so each row is used

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from selfdistill.loss import CHUNK_TOKENS, forward_kl
-from selfdistill.model import Sampling, casts_kept, outside_layers_whole, sample, whole
-from selfdistill.training.trainer import Run
+from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, unsharded
+from selfdistill.training.trainer import Trainer
 
 PREFERRED = 5
 """The teacher's likeliest tokens that are kept for each token."""
 
 
 @torch.no_grad()
-def token_views(run: Run) -> list[dict[str, Any]]:
+def token_views(trainer: Trainer) -> list[dict[str, Any]]:
     """Greedy rollouts of ``view_rows`` rows, spread over the data, scored by student p and teacher q.
 
     Returns:
@@ -27,19 +27,21 @@ def token_views(run: Run) -> list[dict[str, Any]]:
         each with ``text``, ``logp`` and ``logq`` (of the token, nats), ``kl`` (KL(q||p), nats) and ``top``, the
         teacher's likeliest tokens with their probabilities. Nothing where no teacher is asked.
     """
-    source = run.stage.rows
-    if run.teacher is None or run.stage.method.teacher is None:
+    source = trainer.stage.examples
+    if trainer.teacher is None or trainer.stage.method.teacher is None:
         return []
-    count = min(run.config.view_rows, len(source))
+    count = min(trainer.config.view_rows, len(source))
     rows = [source[number * len(source) // count] for number in range(count)]
-    model, tokenizer, views = run.loaded.model, run.loaded.tokenizer, []
-    greedy = Sampling(run.config.max_completion_length, temperature=0)
-    with whole(model), casts_kept(model), run.accelerator.autocast():
-        rollouts = sample(run.loaded, [row.student_ids for row in rows], greedy) if rows else []
-        students = [run.scorer(model, [r.student_ids], [x.ids]) for r, x in zip(rows, rollouts, strict=True)]
-    with run.teacher.model() as network, whole(network), casts_kept(network), run.accelerator.autocast():
-        teachers = [run.scorer(network, [r.teacher_ids or []], [x.ids]) for r, x in zip(rows, rollouts, strict=True)]
-    with outside_layers_whole([model, *run.teacher.networks]), run.accelerator.autocast():
+    model, tokenizer, views = trainer.loaded.model, trainer.loaded.tokenizer, []
+    greedy = Sampling(trainer.config.max_completion_length, temperature=0)
+    with unsharded(model), cached_casts(model), trainer.accelerator.autocast():
+        rollouts = sample(trainer.loaded, [row.student_ids for row in rows], greedy) if rows else []
+        students = [trainer.forward_pass(model, [r.student_ids], [x.ids]) for r, x in zip(rows, rollouts, strict=True)]
+    with trainer.teacher.model() as network, unsharded(network), cached_casts(network), trainer.accelerator.autocast():
+        teachers = [
+            trainer.forward_pass(network, [r.teacher_ids or []], [x.ids]) for r, x in zip(rows, rollouts, strict=True)
+        ]
+    with root_unsharded([model, *trainer.teacher.networks]), trainer.accelerator.autocast():
         for row, rollout, student, teacher in zip(rows, rollouts, students, teachers, strict=True):
             tokens: list[dict[str, Any]] = []
             for ids, mine_nD, theirs_nD in zip(

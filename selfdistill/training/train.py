@@ -9,19 +9,19 @@ from pathlib import Path
 from selfdistill.config import TrainConfig, dump_yaml, load_yaml, refuse_changes
 from selfdistill.data import Demonstration
 from selfdistill.errors import RunCollapsed, UserError
-from selfdistill.evaluation import Examiner
-from selfdistill.model import collected, own_part
+from selfdistill.evaluation import Evaluator
+from selfdistill.model import full_tensors, local_tensor
 from selfdistill.runtime import (
+    barrier,
     check_disk,
     check_memory,
     check_tracker,
-    is_first,
-    locked,
+    folder_lock,
+    is_rank0,
     remove_folder,
-    remove_leftovers,
+    remove_unfinished,
     say,
-    wait,
-    write_whole,
+    write_atomically,
 )
 from selfdistill.training.checkpoint import (
     AT_LEAST,
@@ -32,11 +32,11 @@ from selfdistill.training.checkpoint import (
     newest_whole,
     trained_parameters,
 )
-from selfdistill.training.collapse import WINDOW
+from selfdistill.training.collapse import COLLAPSE_WINDOW
 from selfdistill.training.export import whole_folder, write_model
 from selfdistill.training.loop import Loop, OnStep, without_gradient
 from selfdistill.training.model_card import model_card
-from selfdistill.training.trainer import Run
+from selfdistill.training.trainer import Trainer
 
 
 def check_output_dir(name: str, *, resume: bool) -> Path:
@@ -61,7 +61,7 @@ def train(
     *,
     resume: bool = False,
     demonstrations: Sequence[Demonstration] | None = None,
-    examiner: Examiner | None = None,
+    evaluator: Evaluator | None = None,
     on_step: OnStep | None = None,
 ) -> Path:
     """Train, and return the folder of the final model.
@@ -74,7 +74,7 @@ def train(
         config: settings; ``context`` must not be ``auto`` (see :mod:`selfdistill.evaluation.check`).
         resume: go on from the newest whole checkpoint in ``output_dir``, if there is one.
         demonstrations: rows, where the caller has them already.
-        examiner: measures the model on ``test``, where the caller has one for several runs.
+        evaluator: measures the model on ``test``, where the caller has one for several runs.
         on_step: called before the first step with 0, and after every step with its number; where it returns True after
             a step, the run ends there, as if it had been the last.
 
@@ -89,13 +89,13 @@ def train(
     with ExitStack() as held:
         if resume and output_dir.exists():
             _lock(output_dir, held)
-        return _train(config, output_dir, held, resume, demonstrations, examiner, on_step)
+        return _train(config, output_dir, held, resume, demonstrations, evaluator, on_step)
 
 
 def _lock(output_dir: Path, held: ExitStack) -> None:
     """Keep others from the run folder, as long as ``held`` is open."""
-    if is_first():
-        held.enter_context(locked(output_dir, f"output_dir {str(output_dir)!r}"))
+    if is_rank0():
+        held.enter_context(folder_lock(output_dir, f"output_dir {str(output_dir)!r}"))
 
 
 def _train(
@@ -104,14 +104,14 @@ def _train(
     held: ExitStack,
     resume: bool,
     demonstrations: Sequence[Demonstration] | None,
-    examiner: Examiner | None,
+    evaluator: Evaluator | None,
     on_step: OnStep | None,
 ) -> Path:
     """:func:`train`; a folder that is there already is locked."""
     begun = output_dir.exists() and resume
     checkpoint = newest_whole(output_dir) if resume else None
-    run = Run(config, demonstrations, examiner)
-    config = run.config
+    trainer = Trainer(config, demonstrations, evaluator)
+    config = trainer.config
     assert config.max_steps is not None
     written = output_dir / "config.yaml"
     if checkpoint:
@@ -120,54 +120,54 @@ def _train(
         if written.exists():
             refuse_changes(written, TrainConfig(**load_yaml(written, TrainConfig)), config)
         refuse_changes(own, saved_config, config)
-        if len(run.stages) > 1 and saved_config.max_steps != config.max_steps:
+        if len(trainer.stages) > 1 and saved_config.max_steps != config.max_steps:
             raise UserError(
                 f"setting 'max_steps': {saved_config.max_steps} in {own} and now {config.max_steps}; "
                 f"{config.method} shares the steps between its stages, so their number must stay"
             )
-    whole = run.loaded.model.parameters() if run.loaded.merged_adapter else run.parameters
+    whole = trainer.loaded.model.parameters() if trainer.loaded.merged_adapter else trainer.parameters
     size = sum(p.numel() * p.element_size() for p in whole)
     kept = max(AT_LEAST, config.save_total_limit) + 1 if config.save_steps else 0
     if config.stop_on_collapse:
-        kept += WINDOW // config.eval_steps + 2
-    one = checkpoint_bytes(run.loaded.model, run.teacher)
+        kept += COLLAPSE_WINDOW // config.eval_steps + 2
+    one = checkpoint_bytes(trainer.loaded.model, trainer.teacher)
     check_disk(output_dir, size + kept * one)
-    to_come = 3 * sum(p.numel() * p.element_size() for p in map(own_part, run.parameters))
-    memory = check_memory(to_come, run.loaded.device)
+    to_come = 3 * sum(p.numel() * p.element_size() for p in map(local_tensor, trainer.parameters))
+    memory = check_memory(to_come, trainer.loaded.device)
     try:
         if not begun:
             _lock(output_dir, held)
         output_dir.mkdir(parents=True, exist_ok=True)
-        if is_first():
-            remove_leftovers(output_dir)
-            write_whole(written, dump_yaml(config))
-        for stage in run.stages:
-            if stage.method.fixed and is_first():
-                stage.method.fixed.write(output_dir, stage.rows, run.chat)
+        if is_rank0():
+            remove_unfinished(output_dir)
+            write_atomically(written, dump_yaml(config))
+        for stage in trainer.stages:
+            if stage.method.fixed and is_rank0():
+                stage.method.fixed.write(output_dir, stage.examples, trainer.chat)
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
-    asked = run.examiner.questions.fingerprint() if run.examiner else ""
-    position = Position(0, 0, run.fingerprint(), model=run.began_as, test=asked)
+    asked = trainer.evaluator.questions.fingerprint() if trainer.evaluator else ""
+    position = Position(0, 0, trainer.fingerprint(), model=trainer.began_as, test=asked)
     if checkpoint:
-        saved = load_checkpoint(checkpoint, run.loaded.model, run.optimizer, run.teacher)
-        _check_unchanged(run, checkpoint, saved_config, saved, position)
+        saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
+        _check_unchanged(trainer, checkpoint, saved_config, saved, position)
         position = saved
-    for line in (*run.describe(), memory):
+    for line in (*trainer.describe(), memory):
         say(line)
     if kept:
         sizes = f"{one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"
         say(f"on the disk each of {kept - 1} checkpoints takes {sizes}")
     if resume and not checkpoint:
         say(f"note: there is no run to continue in {output_dir}: starting from the beginning")
-    elif resume and position.step >= (run.config.max_steps or 0):
+    elif resume and position.step >= (trainer.config.max_steps or 0):
         say(f"all {position.step} steps are done already: a higher --max_steps would go on")
     elif resume:
         say(f"continuing after step {position.step}")
-    loop = Loop(run, output_dir, position)
+    loop = Loop(trainer, output_dir, position)
     try:
         loop.go_on(on_step)
     except RunCollapsed:
-        _save_final(run, output_dir, loop.step, [])  # the model is that of before
+        _save_final(trainer, output_dir, loop.step, [])  # the model is that of before
         raise
     if loop.signs:
         say(f"note: the run showed signs of falling apart: {'; '.join(loop.signs)}. See docs/reliability.md")
@@ -176,24 +176,24 @@ def _train(
             f"note: in {idle} of {loop.step} steps all samples of each prompt had the same reward, so nothing was "
             "learnt in them; easier prompts, an easier scorer or more --num_generations give more to compare"
         )
-    return _save_final(run, output_dir, loop.step, loop.signs)
+    return _save_final(trainer, output_dir, loop.step, loop.signs)
 
 
 def _check_unchanged(
-    run: Run, checkpoint: Path, saved_config: TrainConfig, saved: Position, position: Position
+    trainer: Trainer, checkpoint: Path, saved_config: TrainConfig, saved: Position, position: Position
 ) -> None:
     """Stop a run that would go on with other rows, weights or questions than it began with, wherever they lie.
 
     Raises:
         UserError: saying which.
     """
-    config = run.config
+    config = trainer.config
     if saved.data != position.data:
         raise UserError(
             f"{checkpoint}: the rows are not those of the run so far: data, template, tokenizer or limits "
             "changed; put them back, or start another run"
         )
-    if run.loaded.merged_adapter and config.model != saved_config.model:
+    if trainer.loaded.merged_adapter and config.model != saved_config.model:
         raise UserError(
             f"{checkpoint}: model is {saved_config.model!r} there and {config.model!r} here, and cannot be compared, "
             "for it has an adapter folded in; put it back, or start another run"
@@ -210,34 +210,34 @@ def _check_unchanged(
         )
 
 
-def _save_final(run: Run, output_dir: Path, step: int, signs: list[str]) -> Path:
+def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str]) -> Path:
     """Write ``final/``, the model after ``step`` with its card, in place of an earlier one."""
-    final, model = output_dir / "final", run.loaded.model
+    final, model = output_dir / "final", trainer.loaded.model
     adapter = hasattr(model, "peft_config")
     state = None
-    if run.config.fsdp:
+    if trainer.config.fsdp:
         trained = trained_parameters(model)
-        state = collected(
+        state = full_tensors(
             {name: t for name, t in model.state_dict(keep_vars=True).items() if not adapter or name in trained}
         )
-    if not is_first():
-        wait()
+    if not is_rank0():
+        barrier()
         return final
-    if adapter and run.loaded.merged_adapter:
+    if adapter and trainer.loaded.merged_adapter:
         model = model.merge_and_unload(adapter_names=["default"])
     card = model_card(
-        run.config,
+        trainer.config,
         output_dir,
         step,
-        demonstrations=len(run.stages[0].rows),
-        fingerprint=run.fingerprint(),
+        demonstrations=len(trainer.stages[0].examples),
+        fingerprint=trainer.fingerprint(),
         adapter=hasattr(model, "peft_config"),
         signs=signs,
     )
     advice = "free disk space, then continue with --resume, which needs a checkpoint (--save_steps)"
     say(f"writing {final}")
     with whole_folder(final, advice) as folder:
-        write_model(folder, model, run.loaded.tokenizer, card, state)
+        write_model(folder, model, trainer.loaded.tokenizer, card, state)
         remove_folder(final)
-    wait()
+    barrier()
     return final

@@ -15,11 +15,11 @@ from selfdistill.config.commands import EvalConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluate import evaluate
-from selfdistill.evaluation.examiner import Examiner, check_inputs
+from selfdistill.evaluation.evaluator import Evaluator, check_inputs
 from selfdistill.model.loading import load_model
 from selfdistill.training.token_views import PREFERRED, token_views
 from selfdistill.training.train import train
-from selfdistill.training.trainer import Run
+from selfdistill.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -144,14 +144,14 @@ def test_settings_of_measuring_need_a_test(settings: Callable[..., TrainConfig])
 
 def test_token_views_are_what_student_and_teacher_say_of_each_token(settings: Callable[..., TrainConfig]) -> None:
     config = settings("run")
-    run = Run(config)
+    run = Trainer(config)
     run.step(0)
     views = token_views(run)
     assert [view["row"].rpartition(":")[2] for view in views] == ["1", "3", "5"]
     assert run.teacher is not None
     teacher = load_model(config.model).model
     teacher.load_state_dict(run.teacher.state_dict(), strict=False)
-    for view, row in zip(views, (run.stage.rows[0], run.stage.rows[2], run.stage.rows[4]), strict=True):
+    for view, row in zip(views, (run.stage.examples[0], run.stage.examples[2], run.stage.examples[4]), strict=True):
         ids = [tokens["text"] for tokens in view["tokens"]]
         assert view["prompt"] == row.demonstration.prompt[0]["content"]
         assert view["demonstration"] == row.demonstration.completion
@@ -190,15 +190,15 @@ def test_a_measurement_that_fails_loses_nothing_and_is_made_up(
 ) -> None:
     whole, broken = settings("whole"), settings("broken")
     train(whole)
-    real, calls = Examiner.measure, []
+    real, calls = Evaluator.measure, []
 
-    def fails_at_last(self: Examiner, loaded: Any) -> Any:
+    def fails_at_last(self: Evaluator, loaded: Any) -> Any:
         calls.append(loaded)
         if len(calls) == 3:  # the base's, step 2, step 4
             raise UserError("judge: stays too busy")
         return real(self, loaded)
 
-    monkeypatch.setattr(Examiner, "measure", fails_at_last)
+    monkeypatch.setattr(Evaluator, "measure", fails_at_last)
     with pytest.raises(UserError, match="stays too busy"):
         train(broken)
     assert not (Path(broken.output_dir) / "final").exists()

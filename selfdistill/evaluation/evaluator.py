@@ -8,11 +8,11 @@ from typing import Any
 from selfdistill.config import TrainingSettings
 from selfdistill.data import Document, general_prompts, load_demonstrations, parse_context
 from selfdistill.evaluation.distances import Distance, kl_along
-from selfdistill.evaluation.evaluate import Evaluation, Questions
+from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import load_prior
 from selfdistill.evaluation.statistics import share_interval
-from selfdistill.model import LoadedModel, Scorer, training_arithmetic
+from selfdistill.model import ForwardPass, LoadedModel, training_precision
 from selfdistill.runtime import say
 
 
@@ -30,7 +30,7 @@ def check_inputs(config: TrainingSettings) -> None:
         load_prior(config.prior)
 
 
-class Examiner:
+class Evaluator:
     """Test rows, prior questions and the base's own numbers, for any number of runs from that base.
 
     Measuring changes neither weights nor any random state: replies are greedy, and no gradient flows.
@@ -48,7 +48,7 @@ class Examiner:
         rows = load_demonstrations(config.test, completion_required=False, split=config.split)
         priors = load_prior(config.prior) if config.prior else {}
         self._mixed_precision = config.mixed_precision
-        self.questions = Questions(base, rows, priors, config)
+        self.questions = EvaluationSet(base, rows, priors, config)
         if self.questions.dropped:
             say(f"{self.questions.dropped} of {len(rows)} rows of {config.test} are too long and left out")
         self._data = load_demonstrations(config.data, split=config.split)
@@ -57,7 +57,7 @@ class Examiner:
             say(f"note: {known} of {len(self.questions.demonstrations)} test questions are among those that are learnt")
         self._judge = judge_of(config)
         with self._arithmetic(base):
-            self._distance = Distance(base, Scorer(base), self.questions.chat, general_prompts())
+            self._distance = Distance(base, ForwardPass(base), self.questions.chat, general_prompts())
         self.base = self.measure(base)
 
     def measure(self, loaded: LoadedModel) -> Evaluation:
@@ -86,7 +86,7 @@ class Examiner:
         documents = isinstance(kind, Document) and kind.show == "document"
         if not all(row.document if documents else row.completion for row in bare.demonstrations):
             return None
-        questions = Questions(
+        questions = EvaluationSet(
             base,
             bare.demonstrations,
             {},
@@ -108,4 +108,4 @@ class Examiner:
             return kl_along(self.questions.prompts, answers.ids, model, base)
 
     def _arithmetic(self, loaded: LoadedModel) -> AbstractContextManager[None]:
-        return training_arithmetic(loaded.model, self._mixed_precision)
+        return training_precision(loaded.model, self._mixed_precision)

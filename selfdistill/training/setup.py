@@ -1,0 +1,126 @@
+"""What a run needs before its model is prepared: its processes, and its stages with their examples.
+
+Legend: see :mod:`selfdistill.training.trainer`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import ChatFormat, Demonstration, Example
+from selfdistill.errors import UserError
+from selfdistill.evaluation import check_answers
+from selfdistill.loss import check_skip
+from selfdistill.methods import METHODS, check_steps
+from selfdistill.methods.slots import Method
+from selfdistill.model import LoadedModel, resolved_precision
+from selfdistill.runtime import TIMEOUT, barrier, world_size
+
+
+@dataclass
+class Stage:
+    """A method, or one stage of it, with its examples and its part of the steps."""
+
+    method: Method
+    examples: list[Example]
+    dropped: int
+    """Rows left out because they do not fit."""
+    first_step: int = 0
+    steps: int = 0
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Join the processes that were started, with the arithmetic that the settings ask for.
+
+    Raises:
+        UserError: the launcher's settings and the run's do not agree.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError("the launcher's own FSDP was switched on (--use_fsdp): leave it out, and give --fsdp true")
+    AcceleratorState._reset_state()  # it would refuse another precision than the process's first run had
+    accelerator = Accelerator(
+        mixed_precision=resolved_precision(config.mixed_precision),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+    )
+    processes = accelerator.num_processes
+    if world_size() != processes:
+        raise UserError(
+            f"{world_size()} processes were started and accelerate joins {processes}: on CPUs "
+            "set ACCELERATE_USE_CPU=true in the environment; on GPUs give each process its own"
+        )
+    barrier()  # a process that finds a mistake and ends must not be missed by one that is still joining
+    if config.fsdp and processes == 1:
+        raise UserError(
+            "setting 'fsdp' shares a model between processes, and this is one: start several, or give --fsdp false"
+        )
+    if config.fsdp and config.batch_size % (processes * config.gradient_accumulation_steps):
+        raise UserError(
+            f"setting 'fsdp' needs parts of one size: batch_size {config.batch_size} is not a multiple of "
+            f"{processes} processes times gradient_accumulation_steps {config.gradient_accumulation_steps}"
+        )
+    return accelerator
+
+
+def drawn(demonstrations: Sequence[Demonstration], config: TrainConfig) -> Sequence[Demonstration]:
+    """``num_demonstrations`` of them, drawn by the seed; all where it is not set."""
+    count = config.num_demonstrations
+    if count is None or count >= len(demonstrations):
+        return demonstrations
+    chosen = set(random.Random(config.seed).sample(range(len(demonstrations)), count))
+    return [row for number, row in enumerate(demonstrations) if number in chosen]
+
+
+def make_stages(
+    config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+) -> list[Stage]:
+    """The method's stages, each with its examples encoded.
+
+    Raises:
+        UserError: rows that do not fit; answers that a reward cannot use; ``skip_first_tokens`` that hides most tokens.
+    """
+    stages = []
+    for method in METHODS[config.method](config):
+        examples, dropped = method.examples(demonstrations, loaded, chat)
+        stages.append(Stage(method, examples, dropped))
+        if method.reward:
+            check_answers([example.demonstration for example in examples], config.scorer)
+        lengths = [min(len(example.completion_ids), config.max_completion_length) for example in examples]
+        check_skip(method.skip_first_tokens, lengths)
+    return stages
+
+
+def with_defaults(config: TrainConfig, examples: int, mixed_precision: str) -> TrainConfig:
+    """The settings with those decided that were left to the software."""
+    from_epochs = math.ceil(examples * config.num_train_epochs / config.batch_size)
+    return config.model_copy(
+        update={
+            "max_steps": config.max_steps or from_epochs,
+            "learning_rate": config.learning_rate or (1e-4 if config.lora_rank else 1e-5),
+            "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
+            "mixed_precision": mixed_precision,
+        }
+    )
+
+
+def share_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
+    """Give each stage its part of ``max_steps``, as even as can be.
+
+    Raises:
+        UserError: there are fewer steps than stages.
+    """
+    assert config.max_steps is not None
+    check_steps(config.max_steps, config.method, [stage.method for stage in stages])
+    ends = [config.max_steps * number // len(stages) for number in range(len(stages) + 1)]
+    for stage, start, end in zip(stages, ends[:-1], ends[1:], strict=True):
+        stage.first_step, stage.steps = start, end - start
