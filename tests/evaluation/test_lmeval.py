@@ -25,7 +25,7 @@ from selfdistill.model.loading import LoadedModel, load_model
 
 pytest.importorskip("lm_eval", reason="LM-EVAL NOT CHECKED: pip install 'selfdistill[lm-eval]'")
 
-PRIOR = Path(__file__).resolve().parents[2] / "shared" / "data" / "prior"
+PRIOR = Path(__file__).resolve().parents[3] / "shared" / "data" / "prior"
 QUESTIONS = [
     {"query": "Question: What floats?", "choices": ["wood", "a stone of lead"], "gold": 0},
     {"query": "He opened the door, because", "choices": ["it rang.", "he was asleep in bed."], "gold": 1},

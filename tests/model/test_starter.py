@@ -13,7 +13,7 @@ from selfdistill.model.loading import load_model, starter_model_path
 from selfdistill.model.sampling import Sampling, sample
 
 pytestmark = pytest.mark.slow
-SKILLS = Path(__file__).resolve().parents[2] / "shared" / "data" / "skills"
+SKILLS = Path(__file__).resolve().parents[3] / "shared" / "data" / "skills"
 
 
 def test_the_starter_model_knows_a_capital_and_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

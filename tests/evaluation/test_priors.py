@@ -17,7 +17,7 @@ from selfdistill.evaluation.priors import Choices, PriorResult, encode_priors, l
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 CHOICES = [
     {"query": "Question: What floats?", "choices": ["wood", "a stone of lead"], "gold": 0},

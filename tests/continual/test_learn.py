@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from selfdistill.continual.retention_matrix import transfer
+from selfdistill.continual.retention import transfer
 from transformers import AutoModelForCausalLM
 
 from selfdistill.cli import main

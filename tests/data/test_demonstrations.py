@@ -13,7 +13,7 @@ import pytest
 from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
 from selfdistill.errors import UserError
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "skills"
+REAL = Path(__file__).parents[3] / "shared" / "data" / "skills"
 USER = {"role": "user", "content": "2+2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
 GOOD = {"prompt": "2+2?", "completion": "4"}

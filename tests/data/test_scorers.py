@@ -19,7 +19,7 @@ from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, load_de
 from selfdistill.data.scorers import JUDGE, default_scorer, doubt_about, score
 from selfdistill.errors import UserError
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "skills"
+REAL = Path(__file__).parents[3] / "shared" / "data" / "skills"
 
 
 def row(answer: Any = None, completion: str = "", scorer: str | None = None) -> Demonstration:
