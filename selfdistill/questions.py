@@ -189,7 +189,12 @@ class _Unit:
         """The question as a row; the answer is the demonstrated reply."""
         prompt = (_turn("user", self.question),)
         return Demonstration(
-            0, self.passage.source, prompt, self.answer, self.passage.text, answer=self.answer, scorer="contains"
+            prompt,
+            self.answer,
+            self.passage.text,
+            answer=self.answer,
+            scorer="contains",
+            source=self.passage.source,
         )
 
 

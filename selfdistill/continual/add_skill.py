@@ -14,7 +14,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +166,18 @@ def _rows(config: LearnConfig) -> dict[str, list[Demonstration]]:
     return parts
 
 
+def _text(row: Demonstration) -> str:
+    """A row as the text that states of 0.1.0 hashed, which was the ``repr`` of its dataclass."""
+    return f"Demonstration({', '.join(f'{name}={value!r}' for name, value in row.identity().items())})"
+
+
 def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstration]]) -> None:
     """Make ``pending`` with the rows and settings of the skill; or find there what is asked for.
 
     Raises:
         UserError: something else is there, or the skill's name is taken.
     """
-    texts = json.dumps([[repr(replace(row, source="")) for row in part] for part in parts.values()])
+    texts = json.dumps([[_text(row) for row in part] for part in parts.values()])
     asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
     settings = config.model_dump()
     asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}

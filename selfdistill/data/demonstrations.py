@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from selfdistill.data.rows import (
     quoted,
     read_rows,
     repeated_key,
+    rows_in_memory,
 )
 from selfdistill.errors import UserError
 
@@ -33,14 +35,10 @@ Message = dict[str, str]
 class Demonstration:
     """One prompt with its demonstrated completion, and what the teacher or a scorer may use."""
 
-    row: int
-    """Position in the whole set, from 0; part of every sample's seed."""
-    source: str
-    """Where it stands, for messages: ``train.jsonl:12`` (line from 1), or ``name[12]`` for data sets (row from 0)."""
     prompt: tuple[Message, ...]
-    """Chat messages up to and including the last user turn. A string prompt is one user turn."""
-    completion: str
-    """The demonstrated reply; empty where the file has none and none was required."""
+    """Chat messages up to and including the last user turn. A string becomes one user turn."""
+    completion: str = ""
+    """The demonstrated reply; empty where there is none."""
     document: str | None = None
     """Text that the teacher reads first."""
     privileged_context: str | None = None
@@ -49,6 +47,20 @@ class Demonstration:
     """What a scorer compares with; the completion where absent."""
     scorer: str | None = None
     """Name of the scorer for this row; the command's setting or ``exact`` where absent."""
+    row: int = 0
+    """Position in the whole set, from 0; part of every sample's seed."""
+    source: str = ""
+    """Where it stands, for messages: ``train.jsonl:12`` (line from 1), or ``name[12]`` for data sets (row from 0)."""
+
+    def __post_init__(self) -> None:
+        prompt: Any = self.prompt
+        turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
+        object.__setattr__(self, "prompt", turns)
+
+    def identity(self) -> dict[str, Any]:
+        """What fingerprints are made of: all but the source. Older folders hold fingerprints of this order of keys."""
+        values = {**asdict(self), "source": ""}
+        return {"row": values.pop("row"), "source": values.pop("source"), **values}
 
     @property
     def shown(self) -> str:
@@ -81,42 +93,59 @@ _WANT_CHAT = "text or a list of messages"
 _WANT_COMPLETION = "text or one assistant message"
 
 
-def load_demonstrations(path: str, *, completion_required: bool = True, split: str = "train") -> list[Demonstration]:
-    """Read and check every row of ``path``, in order.
+Rows = str | Path | Sequence[Mapping[str, Any]] | Sequence[Demonstration] | Any
+"""Where demonstrations come from: a path or hub name, dicts, :class:`Demonstration`s, or a ``datasets.Dataset``."""
 
-    ``path`` is a ``.jsonl``, ``.json`` (a list of rows) or ``.parquet`` file; a folder of such files, read in order of
-    name and without its subfolders; a folder written by ``datasets`` ``save_to_disk``; or, where nothing of that name
-    exists here, the name of a hub data set. ``split`` picks the split of a saved ``DatasetDict`` or a hub data set;
-    files and a saved ``Dataset`` have no splits and are read whole.
+
+def load_demonstrations(data: Rows, *, completion_required: bool = True, split: str = "train") -> list[Demonstration]:
+    """Read and check every row of ``data``, in order.
+
+    Args:
+        data: a ``.jsonl``, ``.json`` (a list of rows) or ``.parquet`` file; a folder of such files, read in order of
+            name and without its subfolders; a folder written by ``datasets`` ``save_to_disk``; where nothing of that
+            name exists here, the name of a hub data set; or rows in memory: dicts, demonstrations, a
+            ``datasets.Dataset``.
+        completion_required: a row must have a completion. Otherwise it may have ``answer`` in its place, and the
+            completion is "".
+        split: of a ``DatasetDict`` or a hub data set. Files and a single ``Dataset`` have no splits and are read whole.
 
     A row has ``prompt`` and ``completion`` (each text or chat messages, the completion exactly one assistant message),
-    or ``messages``, whose last turn is the assistant's demonstration. Without ``completion_required`` a row may have
-    ``answer`` in place of the completion, which is then "". Null stands for absent.
+    or ``messages``, whose last turn is the assistant's demonstration. Null stands for absent.
 
-    Raises :class:`UserError` where the path cannot be read or has no rows, and one that names the first ten bad rows
-    and the number of all of them where rows are not as above or do not all have the same form.
+    Raises:
+        UserError: the data cannot be read or has no rows; or rows are not as above or do not all have the same form:
+            it names the first ten bad rows and the number of all of them.
     """
+    name = "data"
     try:
-        rows = read_rows(path, split)
+        if isinstance(data, str | os.PathLike):
+            name = os.fspath(data)
+            rows = read_rows(name, split)
+        else:
+            rows = rows_in_memory(data, split, _as_row)
     except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
     if not rows:
-        raise UserError(f"{path}: no rows, want at least one")
+        raise UserError(f"{name}: no rows, want at least one")
 
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
         return _demonstration(raw, number, form, completion_required, problems)
 
-    return check_rows(path, rows, _form, make, "set")
+    return check_rows(name, rows, _form, make, "set")
 
 
 def write_demonstrations(path: Path, rows: Sequence[Demonstration]) -> None:
     """Write rows as a file that :func:`load_demonstrations` reads back to the same rows, but for their places."""
-    lines = []
-    for row in rows:
-        values = {name: getattr(row, name) for name in COLUMNS if name != "messages"}
-        lines.append({name: value for name, value in values.items() if value not in (None, "")})
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    text = "".join(json.dumps(_as_row(row), ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
+
+
+def _as_row(row: Any) -> Any:
+    """A demonstration as a row that holds its columns; anything else as it is."""
+    if not isinstance(row, Demonstration):
+        return row
+    values = {name: getattr(row, name) for name in COLUMNS if name != "messages"}
+    return {name: list(v) if name == "prompt" else v for name, v in values.items() if v not in (None, "")}
 
 
 def load_prompts(path: str) -> list[Demonstration]:
@@ -135,7 +164,7 @@ def load_prompts(path: str) -> list[Demonstration]:
     if not numbered:
         raise UserError(f"{path}: no prompts, want one a line")
     return [
-        Demonstration(row, f"{Path(path).name}:{number}", ({"role": "user", "content": text},), "")
+        Demonstration(({"role": "user", "content": text},), row=row, source=f"{Path(path).name}:{number}")
         for row, (number, text) in enumerate(numbered)
     ]
 
@@ -192,7 +221,7 @@ def _demonstration(
             text_of(others[name], name, "text or null", problems)
     if others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
         problems.append(wrong("scorer", others["scorer"], one_of(SCORER_NAMES)))
-    return Demonstration(number, raw.source, tuple(turns), completion, **others)
+    return Demonstration(tuple(turns), completion, **others, row=number, source=raw.source)
 
 
 def _completion(row: dict[str, Any], required: bool, problems: list[str]) -> str:

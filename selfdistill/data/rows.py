@@ -138,6 +138,26 @@ def _numbered(name: str, rows: Iterable[Any]) -> list[RawRow]:
     return [RawRow(f"row {number}", f"{name}[{number}]", row) for number, row in enumerate(rows)]
 
 
+def rows_in_memory(data: Any, split: str, as_row: Callable[[Any], Any]) -> list[RawRow]:
+    """The rows of a ``datasets.Dataset`` (or of the split of a ``DatasetDict``), or of any other iterable of rows.
+
+    Raises:
+        UserError: it is neither, or there is no such split.
+    """
+    if isinstance(data, dict) and hasattr(data, "column_names"):  # a DatasetDict
+        if split not in data:
+            raise UserError(f"data: no split '{split}' in this data set, want {one_of(list(data))}")
+        data = data[split]
+    if isinstance(data, dict | str | bytes) or not isinstance(data, Iterable):
+        raise UserError(f"data: found {describe_value(data)}, want a path, a list of rows or a datasets.Dataset")
+    rows = list(data)
+    sources = [getattr(row, "source", "") or f"data[{number}]" for number, row in enumerate(rows)]
+    return [
+        RawRow(f"row {number}", source, as_row(row))
+        for number, (row, source) in enumerate(zip(rows, sources, strict=True))
+    ]
+
+
 def _utf8(path: str) -> str:
     data = Path(path).read_bytes()
     try:

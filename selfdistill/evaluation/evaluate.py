@@ -56,7 +56,10 @@ name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct``), ``
 
 def rows_fingerprint(parts: Mapping[str, Sequence[Any]]) -> str:
     """SHA-256 of rows by name of the part that they are, wherever their files lie."""
-    rows = {name: [{**asdict(row), "source": ""} for row in part] for name, part in parts.items()}
+    rows = {
+        name: [row.identity() if isinstance(row, Demonstration) else {**asdict(row), "source": ""} for row in part]
+        for name, part in parts.items()
+    }
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

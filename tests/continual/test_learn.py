@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from selfdistill.continual.retention import transfer
 from transformers import AutoModelForCausalLM
 
 from selfdistill.cli import main
@@ -28,6 +27,7 @@ from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import learn, retention_matrix
 from selfdistill.continual.ledger import Ledger
+from selfdistill.continual.retention import transfer
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.runtime.files import folder_lock

@@ -40,7 +40,7 @@ def assistant(text: str) -> dict[str, str]:
 
 def row(number: int = 0, question: str = "Why?", reply: str = "So.", **more: Any) -> Demonstration:
     prompt = more.pop("prompt", (user(question),))
-    return Demonstration(number, f"d.jsonl:{number + 1}", prompt, reply, **more)
+    return Demonstration(prompt, reply, row=number, source=f"d.jsonl:{number + 1}", **more)
 
 
 WITH_SYSTEM = row(prompt=(SYSTEM, user("Why?")))
@@ -168,11 +168,11 @@ def test_few_shot_nearest_takes_the_most_words_in_common_nearest_last() -> None:
 
 
 def test_few_shot_knows_a_row_by_its_question_wherever_it_stands() -> None:
-    moved = [Demonstration(d.row, f"elsewhere[{d.row}]", d.prompt, d.completion) for d in POOL]
+    moved = [Demonstration(d.prompt, d.completion, row=d.row, source=f"elsewhere[{d.row}]") for d in POOL]
     for here, there in zip(POOL, moved, strict=True):
         assert FewShot(k=3).messages(here, POOL) == FewShot(k=3).messages(there, moved)
         assert f"reply {here.row}" not in str(FewShot(k=7).messages(here, moved))
-    question = Demonstration(2, "test[2]", POOL[5].prompt, "")  # of another file, which has numbers of its own
+    question = Demonstration(POOL[5].prompt, row=2, source="test[2]")  # of another file, which has numbers of its own
     shown = str(FewShot(k=7).messages(question, POOL))
     assert "reply 2" in shown
     assert "reply 5" not in shown

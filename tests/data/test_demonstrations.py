@@ -46,7 +46,7 @@ def message_of(path: str, **settings: Any) -> str:
 def test_prompt_and_completion_as_text() -> None:
     row = GOOD | {"document": "d", "privileged_context": "p", "answer": [1, {"a": None}], "scorer": "exact", "id": 7}
     assert load_demonstrations(write("train.jsonl", row)) == [
-        Demonstration(0, "train.jsonl:1", (USER,), "4", "d", "p", [1, {"a": None}], "exact")
+        Demonstration((USER,), "4", "d", "p", [1, {"a": None}], "exact", 0, "train.jsonl:1")
     ]
 
 
@@ -80,7 +80,7 @@ def test_messages_end_with_the_demonstration() -> None:
 def test_null_is_absent() -> None:
     nulls = dict.fromkeys(("messages", "document", "privileged_context", "answer", "scorer"))
     (demonstration,) = load_demonstrations(write("train.jsonl", GOOD | nulls))
-    assert demonstration == Demonstration(0, "train.jsonl:1", (USER,), "4")
+    assert demonstration == Demonstration((USER,), "4", source="train.jsonl:1")
 
 
 def test_blank_lines_bom_and_carriage_returns() -> None:
@@ -109,7 +109,7 @@ def test_scorer_names(name: str) -> None:
 )
 def test_rows_without_completion(row: dict[str, Any]) -> None:
     (demonstration,) = load_demonstrations(write("test.jsonl", row), completion_required=False)
-    assert demonstration == Demonstration(0, "test.jsonl:1", (USER,), "", answer=4)
+    assert demonstration == Demonstration((USER,), answer=4, source="test.jsonl:1")
 
 
 # --- sources ---
@@ -122,7 +122,7 @@ def test_json_and_parquet_name_items_and_rows() -> None:
     )
     assert [row.source for row in load_demonstrations("a.json")] == ["a.json[0]", "a.json[1]"]
     rows = load_demonstrations("b.parquet")
-    assert rows[1] == Demonstration(1, "b.parquet[1]", (USER,), "4")
+    assert rows[1] == Demonstration((USER,), "4", row=1, source="b.parquet[1]")
 
 
 def test_folder_is_read_in_order_of_name() -> None:
@@ -150,7 +150,7 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     (demonstration,) = load_demonstrations("owner/name-1.5", split="test")
-    assert demonstration == Demonstration(0, "owner/name-1.5[0]", (USER,), "4", answer="owner/name-1.5 test")
+    assert demonstration == Demonstration((USER,), "4", answer="owner/name-1.5 test", source="owner/name-1.5[0]")
 
 
 def test_hub_data_set_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:

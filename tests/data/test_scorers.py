@@ -24,7 +24,7 @@ REAL = Path(__file__).parents[3] / "shared" / "data" / "skills"
 
 def row(answer: Any = None, completion: str = "", scorer: str | None = None) -> Demonstration:
     prompt = ({"role": "user", "content": "q"},)
-    return Demonstration(0, "train.jsonl:7", prompt, completion, answer=answer, scorer=scorer)
+    return Demonstration(prompt, completion, answer=answer, scorer=scorer, source="train.jsonl:7")
 
 
 def calls(*pairs: tuple[str, str]) -> str:
@@ -401,6 +401,6 @@ def test_the_judge_is_not_asked_about_the_demonstrations() -> None:
 
 @pytest.mark.parametrize("name", ["python:builtins.exec", "python:os.system", "python:os.path.exists"])
 def test_pythons_own_functions_are_no_scorers(name: str) -> None:
-    row = Demonstration(0, "x.jsonl:1", ({"role": "user", "content": "q"},), "a")
+    row = Demonstration(({"role": "user", "content": "q"},), "a", source="x.jsonl:1")
     with pytest.raises(UserError, match="is Python's own; name a module of yours"):
         score(name, "reply", row)

@@ -23,7 +23,7 @@ KEY = "sk-very-secret"
 
 def rows(count: int) -> list[Demonstration]:
     return [
-        Demonstration(i, f"test.jsonl:{i + 1}", ({"role": "user", "content": f"Question {i}?"},), f"answer {i}")
+        Demonstration(f"Question {i}?", f"answer {i}", row=i, source=f"test.jsonl:{i + 1}")  # type: ignore[arg-type]
         for i in range(count)
     ]
 
@@ -68,7 +68,7 @@ def test_verdicts_in_order_and_a_second_time_from_the_file(server: Server, tmp_p
 
 def test_equal_prompts_are_asked_once_and_an_answer_is_the_reference(server: Server, tmp_path: Path) -> None:
     (row,) = rows(1)
-    called = Demonstration(1, "test.jsonl:2", row.prompt, "text", answer=[["tool", {"x": 1}]])
+    called = Demonstration(row.prompt, "text", answer=[["tool", {"x": 1}]], row=1, source="test.jsonl:2")
     verdicts = Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts([row, called, row], ["a", "a", "a"])
     assert verdicts == ["strict"] * 3
     assert sorted(str(data_of(body)["reference"]) for body in server.asked) == ["[['tool', {'x': 1}]]", "answer 0"]

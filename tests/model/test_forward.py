@@ -388,7 +388,7 @@ def test_kept_contexts_give_the_same_scores_as_reading_them_again(load: Loader, 
 @pytest.mark.parametrize("name", NAMES)
 def test_models_are_probed_and_all_are_scored_as_row_by_row(load: Loader, name: str) -> None:
     model, expected = odd_model(name)
-    loaded = replace(load(), model=model.eval(), window=None, can_continue_cache=None)
+    loaded = replace(load(), model=model.eval(), window=None, continues_cache=None)
     disable_dropout(model)
     contexts = [*shared_contexts(), *texts(40, 7, seed=9)]
     completions = texts(3, 9, 1, 6, 12, 2, 5, 5, seed=8)
@@ -405,7 +405,7 @@ def test_models_are_probed_and_all_are_scored_as_row_by_row(load: Loader, name: 
 
 def test_kept_states_take_no_more_memory_than_the_budget(load: Loader) -> None:
     model, _ = odd_model("llama, one key/value head")
-    loaded = replace(load(), model=model.eval(), window=None, can_continue_cache=None)
+    loaded = replace(load(), model=model.eval(), window=None, continues_cache=None)
     body, _head = body_and_head(model) or pytest.fail("not separable")
     beginning, *tails = texts(200, *[10] * 20, seed=6)
     contexts = [beginning + tail for tail in tails]
