@@ -1,3 +1,68 @@
 """Teach a language model by self-distillation: the model that sees the demonstration teaches the one that does not."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from selfdistill.api import (
+        ask,
+        check,
+        compare,
+        evaluate,
+        export,
+        learn,
+        make_questions,
+        plan,
+        report,
+        train,
+    )
+    from selfdistill.config import TrainConfig
+    from selfdistill.data import Demonstration, load_demonstrations
+    from selfdistill.errors import RunFailed, RunStopped, UserError
+    from selfdistill.training import Run
+
+_HOMES = {
+    "api": ("ask", "check", "compare", "evaluate", "export", "learn", "make_questions", "plan", "report", "train"),
+    "config": ("TrainConfig",),
+    "data": ("Demonstration", "load_demonstrations"),
+    "errors": ("RunFailed", "RunStopped", "UserError"),
+    "training": ("Run",),
+}
+"""Where each public name lives. It is imported when it is first used, so that ``import selfdistill`` is quick."""
+
+__all__ = [
+    "Demonstration",
+    "Run",
+    "RunFailed",
+    "RunStopped",
+    "TrainConfig",
+    "UserError",
+    "ask",
+    "check",
+    "compare",
+    "evaluate",
+    "export",
+    "learn",
+    "load_demonstrations",
+    "make_questions",
+    "plan",
+    "report",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"selfdistill.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'selfdistill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -121,7 +121,7 @@ def learn(panel: Panel, settings: dict[str, Any], evaluations: Sequence[int], ou
     points: list[Point] = []
     measuring_s, began = 0.0, time.monotonic()
 
-    def on_step(step: int, loaded: LoadedModel) -> None:
+    def on_step(step: int, loaded: LoadedModel, _metrics: Any) -> None:
         nonlocal measuring_s, began
         if step == 0:
             began = time.monotonic()

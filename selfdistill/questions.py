@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from selfdistill.config import QuestionsConfig, TrainConfig
 from selfdistill.data import (
     ChatFormat,
@@ -36,7 +38,7 @@ from selfdistill.documents import Passage, load_passages, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Endpoint, answer
 from selfdistill.model import Sampling, load_for_training, sample, sample_seed
-from selfdistill.runtime import ProgressBar, drop_partial_line, read_lines, say
+from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_lines, say
 
 ASK_TOKENS = 64
 """Most tokens of a question with its answer."""
@@ -375,3 +377,22 @@ def _names(question: str) -> set[str]:
 
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
+
+
+@dataclass(frozen=True, repr=False)
+class QuestionsResult(Printable):
+    """What was made of a folder of documents."""
+
+    output_dir: Path
+    details: dict[str, Any]
+    """As ``selfdistill questions --json`` writes it."""
+
+    def print(self, console: Console) -> None:
+        """One line: how many questions there are, and why others were rejected."""
+        found = self.details
+        rejected = ", ".join(f"{count} {reason}" for reason, count in found["rejected"].items()) or "none"
+        line = (
+            f"{found['train']} questions to learn, {found['test']} to test, {found['indirect']} indirect, from "
+            f"{found['passages']} passages, in {self.output_dir}; rejected: {rejected}"
+        )
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

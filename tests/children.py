@@ -93,7 +93,7 @@ def train_together(config: TrainConfig, tmp_path: Path, **more: Any) -> None:
 def second_gets(number: int) -> Callable[[int, Any], None]:
     """For ``on_step``: the second process sends itself a signal after step 3."""
 
-    def on_step(step: int, _loaded: Any) -> None:
+    def on_step(step: int, _loaded: Any, _metrics: Any) -> None:
         if step == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), number)
 

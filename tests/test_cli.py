@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from selfdistill.cli import main
+from selfdistill.cli_parser import COMMANDS, MAIN, TOPICS
 from selfdistill.config.commands import CheckConfig, CompareConfig, EvalConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.runtime import resources
@@ -256,10 +259,10 @@ def test_data_that_is_wrong(
 
 
 CONFIG: list[tuple[str, str]] = [
-    ("", "no command, want one of demo, check, train, eval, compare, learn, questions, report, export"),
+    ("", "no command, want one of demo, check, train, ask, eval, compare, learn, questions, report, export"),
     (
         "trian",
-        "unknown command 'trian', want one of demo, check, train, eval, compare, learn, questions, report, export",
+        "unknown command 'trian', want one of demo, check, train, ask, eval, compare, learn, questions, report, export",
     ),
     (
         "train",
@@ -760,7 +763,8 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
 def test_train_measures_the_context_where_it_is_auto(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfdistill.evaluation.best_context", lambda config: "example:reasoning=false")
+    train_module = importlib.import_module("selfdistill.training.train")  # the package has a function of this name
+    monkeypatch.setattr(train_module, "best_context", lambda *_: "example:reasoning=false")
     trained(f"{TRAIN} --save_steps 1")
     assert saved("run")["context"] == "example:reasoning=false"
     trained("train --resume --output_dir run --context auto")  # decided when the run began
@@ -964,13 +968,56 @@ def test_help_names_every_option(command: str, capsys: pytest.CaptureFixture[str
     assert "``" not in out
 
 
-def test_every_setting_has_a_help_text_and_shows_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [name for name, field in TrainConfig.model_fields.items() if not field.description] == []
+def test_every_setting_has_a_help_text_and_a_topic(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, (kind, _) in COMMANDS.items():
+        assert [name for name, field in kind.model_fields.items() if not field.description] == [], command
+        shown = MAIN.get(command, tuple(kind.model_fields))
+        grouped = [name for names in TOPICS.values() for name in names]
+        assert len(grouped) == len(set(grouped))
+        assert set(kind.model_fields) <= {*shown, *grouped}, command
+        main([command, "--help"])
+        out = capsys.readouterr().out
+        assert all(re.search(rf"^  (-o, )?(--)?{name}\b", out, re.MULTILINE) for name in kind.model_fields), command
+
+
+def test_the_help_of_train_begins_with_what_everybody_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     main(["train", "--help"])
-    out = " ".join(capsys.readouterr().out.split())
-    assert "Peak. Default 1e-5, or 1e-4 with LoRA" in out
-    assert "default: forward_kl)" in out
+    out = capsys.readouterr().out
+    titles = re.findall(r"^([a-z ]+):$", out, re.MULTILINE)
+    assert titles == ["options", "main settings", *(t for t in TOPICS if t != "skills and their gates"), SWITCHED]
+    main_settings = out[out.index("main settings:") : out.index("model and data:")]
+    assert re.findall(r"^  --(\w+)", main_settings, re.MULTILINE) == list(MAIN["train"])
+    assert "Peak. Default 1e-5, or 1e-4 with LoRA" in " ".join(out.split())
+    assert "[forward_kl]" in out
     assert "(required)" in out
+    assert "type:" not in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+SWITCHED = "files and switches"
+
+
+def test_a_dry_run_prints_everything_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(here.rglob("*"))
+    trained(f"{SDFT} --max_steps 40 --dry_run")
+    out = capsys.readouterr().out
+    assert set(here.rglob("*")) == before
+    assert "max_steps: 40" in out
+    assert "# as the teacher sees it" in out
+    assert re.search(r"[\d.]+ s per step, .* for 40 steps, [\d.]+ GiB at the peak; nothing was written", out)
+
+
+def test_ask_prints_both_replies(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(SFT)
+    trained('ask run "What is it?" --base model --max_completion_length 4 --json asked.json')
+    assert re.search("base .* model", capsys.readouterr().out)
+    asked = json.loads(Path("asked.json").read_text())
+    assert asked["question"] == "What is it?"
+    assert isinstance(asked["reply"], str)
+    fails(capsys, "ask run", "no question: put it in quotes after the run, see selfdistill ask --help")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -285,7 +285,7 @@ def test_the_same_seed_gives_the_same_bits_in_another_process(make: Make, tmp_pa
 def test_a_long_run_takes_no_more_memory_files_or_time(settings: Make, steps: int) -> None:
     process, seen = psutil.Process(), []
 
-    def look(step: int, _loaded: Any) -> None:
+    def look(step: int, _loaded: Any, _metrics: Any) -> None:
         if step and step % (steps // 50) == 0:
             seen.append((step, process.memory_info().rss, process.num_fds(), time.perf_counter()))
 

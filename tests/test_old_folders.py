@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfdistill.cli import COMMANDS, main
+from selfdistill.cli import main
+from selfdistill.cli_parser import COMMANDS
 
 WRITTEN = Path(__file__).parent / "written_by_0_1"
 

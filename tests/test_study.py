@@ -73,7 +73,7 @@ def settings(
 
 
 def test_a_setting_is_varied(settings: Callable[..., CompareConfig], tmp_path: Path) -> None:
-    result = compare(settings(vary={"teacher": ["ema", "frozen"]}))
+    result = compare(settings(vary={"teacher": ["ema", "frozen"]})).details
     assert [run["method"] for run in result["runs"]] == ["sdft teacher=ema", "sdft teacher=frozen"]
     assert [run["folder"] for run in result["runs"]] == [
         "sdft-teacher_ema-0.001-seed0",
@@ -85,7 +85,7 @@ def test_a_setting_is_varied(settings: Callable[..., CompareConfig], tmp_path: P
 
 
 def test_what_a_method_does_not_use_makes_no_further_run_of_it(settings: Callable[..., CompareConfig]) -> None:
-    result = compare(settings(methods=["sft", "sdft"], vary={"teacher": ["frozen", "live"]}))
+    result = compare(settings(methods=["sft", "sdft"], vary={"teacher": ["frozen", "live"]})).details
     assert [run["method"] for run in result["runs"]] == ["sft", "sdft teacher=frozen", "sdft teacher=live"]
     assert "sdft teacher=frozen ends at" in result["sentence"]
 
@@ -110,7 +110,7 @@ def test_a_default_that_a_method_does_not_use_makes_no_further_run_either(
 def test_varied_contexts_have_no_common_teacher(
     settings: Callable[..., CompareConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = compare(settings(context="auto", vary={"context": ["turns", "turns:repeats=2"]}))
+    result = compare(settings(context="auto", vary={"context": ["turns", "turns:repeats=2"]})).details
     assert result["teacher"] is None
     assert "layout" not in capsys.readouterr().err
     assert [run["method"] for run in result["runs"]] == ["sdft context=turns", "sdft context=turns:repeats=2"]
@@ -118,7 +118,7 @@ def test_varied_contexts_have_no_common_teacher(
 
 def test_other_values_do_not_take_the_runs_of_the_first(settings: Callable[..., CompareConfig]) -> None:
     compare(settings(vary={"lora_rank": [2]}))
-    result = compare(settings(vary={"num_generations": [2]}), resume=True)
+    result = compare(settings(vary={"num_generations": [2]}), resume=True).details
     assert [run["folder"] for run in result["runs"]] == ["sdft-num_generations_2-0.001-seed0"]
     with pytest.raises(UserError, match=r"temperature is 1\.0 there and 0\.5 here"):
         compare(settings(vary={"num_generations": [2]}, temperature=0.5), resume=True)

@@ -1,6 +1,7 @@
 """Several runs side by side."""
 
 from selfdistill.comparison.compare import compare
+from selfdistill.comparison.compare_result import CompareResult
 from selfdistill.comparison.report import report
 
-__all__ = ["compare", "report"]
+__all__ = ["CompareResult", "compare", "report"]

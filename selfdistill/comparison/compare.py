@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rich.markup import escape
-from rich.table import Table
-
-from selfdistill.comparison.conclusions import Compared, assumption, mean_points, points_of, sentences, table
+from selfdistill.comparison.compare_result import CompareResult
+from selfdistill.comparison.conclusions import Compared, mean_points, points_of, sentences, table
 from selfdistill.comparison.plots import Curve, trade_off
 from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dump_yaml, load_yaml, refuse_changes
 from selfdistill.data import ChatFormat, Demonstration, load_demonstrations
@@ -28,7 +26,7 @@ from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_f
 from selfdistill.methods import METHODS, unused_settings, uses
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint
-from selfdistill.runtime import StopRequests, read_lines, result_console, say, write_atomically
+from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, list_checkpoints, train
 
 ORACLE_RAG = "document:show=document"
@@ -41,8 +39,8 @@ EVALUATIONS = 5
 """Measurements of a run after its start, where ``eval_steps`` is 0."""
 
 
-def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
-    """Run every method, learning rate and seed; print a table and what may be concluded.
+def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
+    """Run every method, learning rate and seed.
 
     ``output_dir`` gets ``comparison.json``, written anew after every run, ``trade_off.svg`` and a folder for each run.
 
@@ -51,9 +49,9 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
         resume: go on: runs that are finished are kept.
 
     Returns:
-        What ``comparison.json`` holds: ``model``, ``data``, ``test``, ``prior``, ``budget``, ``sentence``, ``base``,
-        ``teacher`` and ``moved`` (the in-context assumption), ``rag`` (the base with each question's document, where
-        the rows have them), ``runs``, ``table``.
+        The result. Its ``details`` are what ``comparison.json`` holds: ``model``, ``data``, ``test``, ``prior``,
+        ``budget``, ``sentence``, ``base``, ``teacher`` and ``moved`` (the in-context assumption), ``rag`` (the base
+        with each question's document, where the rows have them), ``runs``, ``table``.
 
     Raises:
         UserError: anything the user can mend.
@@ -112,15 +110,10 @@ def compare(config: CompareConfig, *, resume: bool = False) -> dict[str, Any]:
                 raise RunStopped(message, stop.received)
             gc.collect()
     _draw(config, done, evaluator, teacher, folder / "trade_off.svg")
-    _print(result)
     if teacher and any(run.failed is None for run in done):
         result["moved"] = _moved(config, evaluator, done)
         _write(folder, result)
-        result_console().print(assumption(teacher, result["moved"]), highlight=False, markup=False)
-    result_console().print(
-        f"Everything is in {folder}; selfdistill report {folder} shows it.", highlight=False, markup=False
-    )
-    return result
+    return CompareResult(folder, result)
 
 
 def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
@@ -270,34 +263,3 @@ def _draw(
     start = evaluator.base.get("prior_accuracy", 0.0), evaluator.base["accuracy"]
     kept = "prior abilities, share right" if config.prior else "-KL(base||model), nats per token"
     trade_off(curves, start, teacher["accuracy"] if teacher else None, kept, "new task, share right", file=file)
-
-
-def _print(result: dict[str, Any]) -> None:
-    title = f"{result['data']}, measured on {result['base']['items']} items of {result['test']}"
-    shown = Table(title=escape(title))
-    for column in ("", "steps", "seeds", "new task", "prior", "KL", "minutes"):
-        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
-    base = result["base"]
-    prior = f"{base['prior_accuracy']:.3f}" if "prior_accuracy" in base else ""
-    shown.add_row("base", "0", "", f"{base['accuracy']:.3f}", prior, "0", "")
-    for name, key in (("teacher", "teacher"), ("oracle RAG", "rag")):
-        if result[key]:
-            shown.add_row(name, "", "", f"{result[key]['accuracy']:.3f}", "", "", "")
-    for row in result["table"]:
-        cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
-        name = f"{row['method']} {row['learning_rate']:g}"
-        shown.add_row(name, str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
-    console = result_console()
-    console.print(shown)
-    console.print(
-        "KL: KL(base||model) on general prompts, nats per token. In brackets: 95% intervals over seeds.",
-        highlight=False,
-    )
-    console.print(result["sentence"], highlight=False, markup=False)
-
-
-def _cell(value: tuple[float, float | None, float | None] | None) -> str:
-    if value is None:
-        return ""
-    middle, low, high = value
-    return f"{middle:.3f}" + ("" if low is None or low == high else f" ({low:.2f}, {high:.2f})")

@@ -22,7 +22,7 @@ from selfdistill.comparison.plots import Curve, Point, over, pareto_front, trade
 from selfdistill.comparison.run_folders import EVALUATIONS, VIEWS, Json, Part, RunFolder, curve_name, read_folders
 from selfdistill.config import ReportConfig, TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.runtime import METRICS, result_console
+from selfdistill.runtime import METRICS
 
 CURVES = {
     "loss": "loss",
@@ -84,7 +84,6 @@ def report(config: ReportConfig) -> Json:
         full_colour=FULL_COLOUR,
     )
     target.write_text(page, encoding="utf-8", errors="replace")  # a token may end within a character
-    result_console().print(f"report: {target}", markup=False, highlight=False, soft_wrap=True)
     return {"output": str(target), "summary": summary}
 
 

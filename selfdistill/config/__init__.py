@@ -2,6 +2,7 @@
 
 from selfdistill.config.base import ModelSettings, Settings, closest
 from selfdistill.config.commands import (
+    AskConfig,
     CheckConfig,
     CompareConfig,
     DemoConfig,
@@ -16,6 +17,7 @@ from selfdistill.config.train import TrainConfig, TrainingSettings
 
 __all__ = [
     "MAY_CHANGE",
+    "AskConfig",
     "CheckConfig",
     "CompareConfig",
     "DemoConfig",

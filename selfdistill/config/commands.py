@@ -107,6 +107,27 @@ class EvalConfig(ModelSettings):
     """File for every greedy reply with its score, as JSON lines."""
 
 
+class AskConfig(Settings):
+    """Settings of ``selfdistill ask``."""
+
+    run: str
+    """Run folder, model folder, hub id or ``smollm2-135m``."""
+    question: str
+    """What to ask: one user turn."""
+    base: str | None = None
+    """A second model to ask the same, shown beside the first."""
+    max_completion_length: int = Field(default=256, ge=1)
+    """Most tokens of a reply."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Sampling temperature; 0: greedy."""
+    seed: int = Field(default=0, ge=0)
+    """Of every sample."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Data type of the weights."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the tokenizer's chat template; default: as the run was trained."""
+
+
 class LearnConfig(TrainingSettings, OneRun):
     """Settings of ``selfdistill learn``."""
 

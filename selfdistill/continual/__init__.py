@@ -1,5 +1,5 @@
 """Skill after skill."""
 
-from selfdistill.continual.learn import learn
+from selfdistill.continual.learn import LearnResult, learn
 
-__all__ = ["learn"]
+__all__ = ["LearnResult", "learn"]

@@ -37,7 +37,7 @@ from selfdistill.evaluation import (
 from selfdistill.methods import METHODS, check_steps, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint, training_precision
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write_json
-from selfdistill.training import take_whole, train, whole_folder
+from selfdistill.training import OnStep, take_whole, train, whole_folder
 
 _FREE = ("state", "model", "output_dir", "test", "prior", "logging_steps", "report_to")
 """Settings that may be other ones when an addition goes on."""
@@ -344,10 +344,10 @@ class _Addition:
         along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
         return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
 
-    def _look(self, along: StepsFile) -> Callable[[int, LoadedModel], None]:
+    def _look(self, along: StepsFile) -> OnStep:
         """After every ``eval_steps`` steps: the scores of all skills, into ``along.jsonl``."""
 
-        def look(step: int, loaded: LoadedModel) -> None:
+        def look(step: int, loaded: LoadedModel, _metrics: dict[str, Any]) -> None:
             if step % self._config.eval_steps == 0 and step not in along.steps:
                 found = _measured(loaded, self._all, self._ledger.prior, self._config)
                 scores = {name: evaluation["accuracy"] for name, evaluation in found["skills"].items()}

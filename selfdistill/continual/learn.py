@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,42 +16,68 @@ from selfdistill.continual.add_skill import add
 from selfdistill.continual.ledger import REFUSED, UNDONE, Ledger
 from selfdistill.continual.retention import transfer
 from selfdistill.errors import UserError
-from selfdistill.runtime import folder_lock, result_console
+from selfdistill.runtime import Printable, folder_lock
 from selfdistill.training import export
 
 NOT_ACCEPTED = 4
 """Exit code of an addition that was refused."""
 
 
-def learn(config: LearnConfig) -> tuple[dict[str, Any], int]:
-    """Do what ``config.action`` says; prints the result.
+@dataclass(frozen=True, repr=False)
+class LearnResult(Printable):
+    """What one action on a state found or did."""
 
-    Returns:
-        The result, as it is written to JSON, and the exit code: 0, or ``NOT_ACCEPTED``.
+    action: str
+    state: str
+    details: dict[str, Any]
+    """As ``selfdistill learn --json`` writes it."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a skill was accepted; True for actions that add none."""
+        return bool(self.details.get("accepted", True))
+
+    @property
+    def exit_code(self) -> int:
+        """0, or ``NOT_ACCEPTED``."""
+        return 0 if self.accepted else NOT_ACCEPTED
+
+    def print(self, console: Console) -> None:
+        """A table or a line, by the action."""
+        details = self.details
+        if self.action in ("add", "stream"):
+            _print_skill(self.state, details, console)
+        elif self.action == "history":
+            _print_history(self.state, details["history"], console)
+        elif self.action == "status":
+            _print_status(self.state, details, console)
+        elif self.action == "rollback":
+            line = f"{details['skill']} is taken back; its files are in {details['folder']}"
+            console.print(line, highlight=False, markup=False)
+        elif self.action == "discard":
+            console.print("The interrupted addition is dropped.", highlight=False)
+        else:
+            console.print(f"exported model: {details['output_dir']}", highlight=False, markup=False)
+
+
+def learn(config: LearnConfig) -> LearnResult:
+    """Do what ``config.action`` says.
 
     Raises:
         UserError: anything the user can mend.
     """
     if config.data and config.action not in ("add", "stream"):
         raise UserError(f"learn {config.action}: takes no data, and found {config.data!r}; leave it out")
-    if config.action in ("add", "stream"):
-        result = add(config)
-        _print_addition(config, result)
-        return result, 0 if result["accepted"] else NOT_ACCEPTED
-    if config.action == "rollback":
-        return _rollback(config), 0
-    if config.action == "discard":
-        return _discard(config), 0
+    details = _ACTIONS[config.action](config)
+    return LearnResult(config.action, config.state, details)
+
+
+def _export(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
-    if config.action == "history":
-        return _history(ledger), 0
-    if config.action == "export":
-        if not ledger.skills:
-            raise UserError(f"state {config.state!r}: no skill was learnt yet, its model is the base {ledger.base}")
-        target = export(ExportConfig(run=ledger.model, output_dir=config.output_dir))
-        result_console().print(f"exported model: {target}", highlight=False, markup=False)
-        return {"output_dir": str(target)}, 0
-    return _status(ledger), 0
+    if not ledger.skills:
+        raise UserError(f"state {config.state!r}: no skill was learnt yet, its model is the base {ledger.base}")
+    target = export(ExportConfig(run=ledger.model, output_dir=config.output_dir))
+    return {"output_dir": str(target)}
 
 
 def retention_matrix(ledger: Ledger) -> dict[str, Any]:
@@ -78,10 +106,17 @@ def retention_matrix(ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _status(ledger: Ledger) -> dict[str, Any]:
-    found = retention_matrix(ledger)
-    console = result_console()
-    table = Table(title=escape(f"What is left of each skill in {ledger.folder}"))
+def _status(config: LearnConfig) -> dict[str, Any]:
+    ledger = Ledger(config.state)
+    return _status_of(ledger)
+
+
+def _status_of(ledger: Ledger) -> dict[str, Any]:
+    return {**retention_matrix(ledger), "model": ledger.model, "pending": ledger.interrupted}
+
+
+def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
+    table = Table(title=escape(f"What is left of each skill in {state}"))
     table.add_column("after")
     for name, items in zip(found["skills"], found["items"], strict=True):
         table.add_column(f"{name} ({items})", justify="right", no_wrap=True)
@@ -108,17 +143,14 @@ def _status(ledger: Ledger) -> dict[str, Any]:
         )
     else:
         console.print("No skill was learnt yet.", highlight=False)
-    if pending := ledger.interrupted:
+    if pending := found["pending"]:
         way_on = "the same command goes on, 'discard' drops it"
         console.print(f"Adding {pending!r} was interrupted: {way_on}.", highlight=False, markup=False)
-    console.print(f"The current model: {ledger.model}", highlight=False, markup=False)
-    return {**found, "model": ledger.model, "pending": pending}
+    console.print(f"The current model: {found['model']}", highlight=False, markup=False)
 
 
-def _history(ledger: Ledger) -> dict[str, Any]:
-    table = Table(title=escape(f"What was done in {ledger.folder}"))
-    for column in ("", "skill", "finished", "data", "SHA-256 of rows", "before", "after", "why not"):
-        table.add_column(column, overflow="fold")
+def _history(config: LearnConfig) -> dict[str, Any]:
+    ledger = Ledger(config.state)
     found = [("learnt", "", skill) for skill in ledger.skills]
     for what, place in (("refused", REFUSED), ("taken back", UNDONE)):
         found += [(what, f"{place}/", skill) for skill in ledger.put_aside(place)]
@@ -126,13 +158,19 @@ def _history(ledger: Ledger) -> dict[str, Any]:
         {"what": what, "place": place + skill.folder.name, "file": skill.file, **skill.result}
         for what, place, skill in found
     ]
+    return {"history": lines}
+
+
+def _print_history(state: str, lines: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title=escape(f"What was done in {state}"))
+    for column in ("", "skill", "finished", "data", "SHA-256 of rows", "before", "after", "why not"):
+        table.add_column(column, overflow="fold")
     for line in sorted(lines, key=lambda line: str(line["date"])):
         after = line.get("after", {}).get("skills", {}).get(line["name"], {}).get("accuracy")
         cells = [line["what"], line["place"], line["date"], Path(line["file"]).name, line["data"][:12]]
         cells.append(f"{line['before']['accuracy']:.3f}")
         table.add_row(*map(escape, cells), "" if after is None else f"{after:.3f}", escape("; ".join(line["reasons"])))
-    result_console().print(table)
-    return {"history": lines}
+    console.print(table)
 
 
 def _rollback(config: LearnConfig) -> dict[str, Any]:
@@ -146,8 +184,7 @@ def _rollback(config: LearnConfig) -> dict[str, Any]:
             ledger.discard()  # it was measured on the model that is taken back
         skill = ledger.skills[-1]
         place = ledger.undo(skill)
-    result_console().print(f"{skill.name} is taken back; its files are in {place}", highlight=False, markup=False)
-    return {"skill": skill.name, "model": ledger.model}
+    return {"skill": skill.name, "model": ledger.model, "folder": str(place)}
 
 
 def _discard(config: LearnConfig) -> dict[str, Any]:
@@ -156,12 +193,10 @@ def _discard(config: LearnConfig) -> dict[str, Any]:
         if not ledger.pending.is_dir():
             raise UserError(f"state {config.state!r}: no addition was interrupted")
         ledger.discard()
-    result_console().print("The interrupted addition is dropped.", highlight=False)
     return {"model": ledger.model}
 
 
-def _print_addition(config: LearnConfig, result: dict[str, Any]) -> None:
-    console = result_console()
+def _print_skill(state: str, result: dict[str, Any], console: Console) -> None:
     name = result["name"]
     if "after" in result:
         before, after = result["before"], result["after"]["skills"]
@@ -179,6 +214,17 @@ def _print_addition(config: LearnConfig, result: dict[str, Any]) -> None:
         if "prior_accuracy" in result["after"]:
             console.print(f"prior abilities: now {result['after']['prior_accuracy']:.3f}", highlight=False)
     if result["accepted"]:
-        _status(Ledger(config.state))
+        _print_status(state, _status_of(Ledger(state)), console)
     else:
         console.print(f"Not accepted: {'; '.join(result['reasons'])}", highlight=False, markup=False)
+
+
+_ACTIONS: dict[str, Callable[[LearnConfig], dict[str, Any]]] = {
+    "add": add,
+    "stream": add,
+    "status": _status,
+    "history": _history,
+    "rollback": _rollback,
+    "discard": _discard,
+    "export": _export,
+}

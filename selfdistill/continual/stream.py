@@ -194,7 +194,7 @@ class _Watch:
             prompts, completions = zip(*((row.student_ids, row.completion_ids) for row in self._rows), strict=True)
             return mean_loss(loaded, prompts, completions)
 
-    def __call__(self, step: int, loaded: LoadedModel) -> bool:
+    def __call__(self, step: int, loaded: LoadedModel, _metrics: dict[str, Any]) -> bool:
         self.steps = step
         if step % LOOK_STEPS and step < self._most:
             return False

@@ -2,23 +2,30 @@
 
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.check import best_context, check, check_run
+from selfdistill.evaluation.check_result import CheckResult
 from selfdistill.evaluation.distances import Distance, Drift, mean_loss
 from selfdistill.evaluation.endpoint import Endpoint
+from selfdistill.evaluation.eval_result import EvalResult
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint, summary
 from selfdistill.evaluation.evaluator import Evaluator, check_inputs
+from selfdistill.evaluation.generate import AskResult, ask, generate
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import encode_priors, load_prior
 from selfdistill.evaluation.statistics import seeds_interval, sign_test
 
 __all__ = [
     "Answers",
+    "AskResult",
+    "CheckResult",
     "Distance",
     "Drift",
     "Endpoint",
+    "EvalResult",
     "Evaluation",
     "EvaluationSet",
     "Evaluator",
     "answer",
+    "ask",
     "best_context",
     "check",
     "check_answers",
@@ -26,6 +33,7 @@ __all__ = [
     "check_run",
     "encode_priors",
     "evaluate",
+    "generate",
     "judge_of",
     "load_prior",
     "mean_loss",

@@ -25,6 +25,7 @@ from selfdistill.data import (
     ChatFormat,
     Demonstration,
     Example,
+    Rows,
     context_spec,
     doubt_about,
     encode,
@@ -33,7 +34,7 @@ from selfdistill.data import (
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
-from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Layout, print_result, verdict_on
+from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Layout, verdict_on
 from selfdistill.evaluation.distances import kl_along
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.loss import CrossEntropy, Divergence, chunked_loss
@@ -68,44 +69,62 @@ POSITIONS = 8
 """Completion tokens for which the divergence is listed one by one."""
 
 
-def best_context(config: TrainConfig) -> str:
+def best_context(config: TrainConfig, demonstrations: Rows | None = None, loaded: LoadedModel | None = None) -> str:
     """The best layout for a training run with ``context: auto``; says what was found.
 
     The cost is not measured: full fine-tuning may need far more memory than the run itself.
+
+    Args:
+        demonstrations: rows, where the caller has them already; else ``config.data`` is read.
+        loaded: the model, where the caller has it already.
     """
-    result = check_run(config)
+    result = check_run(config, demonstrations, loaded)
+    say(repr(result))
     if result.exit_code == UNLIKELY:
         say(f"note: self-distillation is unlikely to help; training goes on all the same, with {result.best.context}")
     return result.best.context
 
 
-def check_run(config: TrainConfig) -> CheckResult:
+def check_run(
+    config: TrainConfig, demonstrations: Rows | None = None, loaded: LoadedModel | None = None
+) -> CheckResult:
     """Check the teacher that a training run will have, with its context, or with all layouts where that is ``auto``."""
     shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
     own = {"model": config.teacher_model or config.model}
     contexts = [] if config.context == "auto" else [config.context]
-    return check(CheckConfig(**{name: getattr(config, name) for name in shared} | own, contexts=contexts), cost=False)
+    settings = {name: getattr(config, name) for name in shared} | own
+    loaded = None if config.teacher_model else loaded
+    return check(CheckConfig(**settings, contexts=contexts), demonstrations, loaded, cost=False)
 
 
-def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
-    """Measure student and teacher, print a table and a verdict.
+def check(
+    config: CheckConfig,
+    demonstrations: Rows | None = None,
+    loaded: LoadedModel | None = None,
+    *,
+    cost: bool = True,
+) -> CheckResult:
+    """Measure student and teacher.
 
     Args:
         config: settings.
+        demonstrations: rows, where the caller has them already; else ``config.data`` is read.
+        loaded: the model, where the caller has it already; else ``config.model`` is loaded.
         cost: also measure what a training step takes, by one forward and backward pass.
 
     Raises:
         UserError: bad settings, data or model, or no layout that fits.
     """
     began = time.monotonic()
-    demonstrations = load_demonstrations(config.data, split=config.split)
-    specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(d.document for d in demonstrations) else ())]
+    rows = load_demonstrations(config.data if demonstrations is None else demonstrations, split=config.split)
+    specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
     contexts = [parse_context(spec) for spec in specs]
-    loaded = load_for_training(config.model, dtype=config.dtype)
+    if loaded is None:
+        loaded = load_for_training(config.model, dtype=config.dtype)
     for note in loaded.notes:
         say(f"note: {note}")
     tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
-    measure = _Measure(config, demonstrations, loaded)
+    measure = _Measure(config, rows, loaded)
     layouts, skipped = [], {}
     with ProgressBar("layout", len(contexts), every=1) as reporter:
         for number, context in enumerate(contexts):
@@ -122,7 +141,7 @@ def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
     verdict, exit_code = verdict_on(*measure.student_on(layouts[0].context), layouts[0])
-    result = CheckResult(
+    return CheckResult(
         model=config.model,
         data=config.data,
         items=len(measure.rows),
@@ -141,9 +160,8 @@ def check(config: CheckConfig, *, cost: bool = True) -> CheckResult:
         memory_rows=memory_rows,
         verdict=verdict,
         exit_code=exit_code,
+        seconds=time.monotonic() - began,
     )
-    print_result(result, time.monotonic() - began)
-    return result
 
 
 class _Measure:

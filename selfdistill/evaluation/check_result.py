@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from selfdistill.evaluation.statistics import share_interval
-from selfdistill.runtime import result_console
+from selfdistill.runtime import Printable
 
 UNLIKELY = 4
 """Exit code when self-distillation is unlikely to help."""
@@ -37,8 +38,8 @@ class Layout:
     """Mean tokens of the teacher's prompts."""
 
 
-@dataclass(frozen=True)
-class CheckResult:
+@dataclass(frozen=True, repr=False)
+class CheckResult(Printable):
     """What ``selfdistill check`` found."""
 
     model: str
@@ -70,10 +71,16 @@ class CheckResult:
     verdict: str
     exit_code: int
     """0: worth trying; 4: unlikely to help."""
+    seconds: float
+    """What measuring took."""
 
     @property
     def best(self) -> Layout:
         return self.layouts[0]
+
+    def print(self, console: Console) -> None:
+        """A table of the layouts, then the verdict."""
+        _print(self, console)
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``; ``best`` and ``ceiling`` are the best layout's name and accuracy."""
@@ -116,7 +123,7 @@ def verdict_on(student_accuracy: float, student_logp: float, best: Layout) -> tu
     return text, UNLIKELY
 
 
-def print_result(result: CheckResult, seconds: float) -> None:
+def _print(result: CheckResult, console: Console) -> None:
     table = Table(title=f"{result.model} on {result.items} rows of {result.data}")
     table.add_column("context", overflow="fold")
     for column in ("right", "log p(demo)", "KL", "tokens", "cut", "prompt"):
@@ -140,7 +147,6 @@ def print_result(result: CheckResult, seconds: float) -> None:
             f"{layout.truncated:.0%}",
             f"{layout.prompt_length:.0f}",
         )
-    console = result_console()
     console.print(table)
     for name, reason in result.skipped.items():
         console.print(f"not measured: {name}: {reason}", markup=False, highlight=False)
@@ -159,7 +165,7 @@ def print_result(result: CheckResult, seconds: float) -> None:
         *_cost_line(result),
         *_order_line(result),
         result.verdict,
-        f"Best: --context {result.best.context}   (measured in {seconds:.0f} s)",
+        f"Best: --context {result.best.context}   (measured in {result.seconds:.0f} s)",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)

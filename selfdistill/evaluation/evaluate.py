@@ -14,6 +14,7 @@ from selfdistill.data import (
     ChatFormat,
     Demonstration,
     Example,
+    Rows,
     default_scorer,
     doubt_about,
     encode,
@@ -28,7 +29,6 @@ from selfdistill.evaluation.judge import Judge, judge_of
 from selfdistill.evaluation.lmeval import lm_eval_abilities
 from selfdistill.evaluation.priors import EncodedPrior, encode_priors, load_prior, prior_abilities
 from selfdistill.evaluation.statistics import difference_interval, mean_interval, paired, pass_at_k, share_interval
-from selfdistill.evaluation.table import print_evaluation
 from selfdistill.model import (
     ForwardPass,
     LoadedModel,
@@ -207,8 +207,19 @@ def summary(evaluation: Evaluation) -> str:
     return "  ".join(parts)
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """``selfdistill eval``: new task, prior abilities, and what has changed since a base; prints a table.
+def evaluate(
+    config: EvalConfig,
+    rows: Rows | None = None,
+    loaded: LoadedModel | None = None,
+    base: LoadedModel | None = None,
+) -> dict[str, Any]:
+    """Measure the new task, prior abilities, and what has changed since a base.
+
+    Args:
+        config: settings.
+        rows: of the new task, where the caller has them already; else ``config.data`` is read.
+        loaded: the model, where the caller has it already; else ``config.model`` is loaded.
+        base: the same of ``config.base``.
 
     Returns:
         The model's :data:`Evaluation` with ``settings`` (``ASKED``), ``scorers``, ``dropped`` and, with
@@ -218,11 +229,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     if config.replies and not Path(config.replies).absolute().parent.is_dir():
         raise UserError(f"replies {config.replies!r}: cannot be written; give a file in an existing folder")
-    demonstrations = load_demonstrations(config.data, completion_required=False, split=config.split)
+    data = config.data if rows is None else rows
+    demonstrations = load_demonstrations(data, completion_required=False, split=config.split)
     priors = load_prior(config.prior) if config.prior else {}
     judge = judge_of(config)
-    loaded = to_best_device(load_model(config.model, dtype=config.dtype))
-    base = load_matching(config.base, loaded, dtype=config.dtype) if config.base else None
+    if loaded is None:
+        loaded = to_best_device(load_model(config.model, dtype=config.dtype))
+    if base is None and config.base:
+        base = load_matching(config.base, loaded, dtype=config.dtype)
     questions = EvaluationSet(loaded, demonstrations, priors, config, config.context)
     if base is not None:
         # Rows that either has no room for are left out for both, so that both answer the same.
@@ -242,7 +256,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         result["kl_base"] = result["distance"]["general"]["kl_base"]
     if config.replies:
         _write_replies(Path(config.replies), questions.demonstrations, answers)
-    print_evaluation(config, result)
     return result
 
 

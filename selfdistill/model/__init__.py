@@ -16,6 +16,7 @@ from selfdistill.model.head import unwrap
 from selfdistill.model.loading import (
     LoadedModel,
     add_lora,
+    adopt,
     load_for_training,
     load_matching,
     load_model,
@@ -41,6 +42,7 @@ __all__ = [
     "Teacher",
     "TeacherKind",
     "add_lora",
+    "adopt",
     "cache_dir",
     "cached_casts",
     "distribute_like",

@@ -100,11 +100,31 @@ def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False
         ) from None
     model.eval()
     disable_dropout(model)
-    loaded = _describe(model, tokenizer, name)
+    loaded = describe(model, tokenizer, name)
     if adapter and merge_adapter:
         loaded.merged_adapter = True
         loaded.notes.append("its adapter is folded into its base; what is trained on top is saved as a whole model")
     return loaded
+
+
+def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
+    """A model that the caller has loaded, with its tokenizer; dropout is disabled, and training changes its weights.
+
+    Args:
+        name: for messages and saved settings; default: where transformers loaded it from.
+
+    Raises:
+        UserError: no tokenizer, an adapter that is not merged, or no end token.
+    """
+    if tokenizer is None:
+        raise UserError("a loaded model needs its tokenizer: give tokenizer=...")
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            "the loaded model has an adapter: merge it first (model.merge_and_unload()), or give its folder"
+        )
+    model.eval()
+    disable_dropout(model)
+    return describe(model, tokenizer, name or getattr(model, "name_or_path", "") or "loaded-model")
 
 
 def _keep_freed_memory() -> None:
@@ -195,7 +215,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+    """The model with its end and pad tokens, its window, and notes on what was decided.
+
+    Raises:
+        UserError: no end token.
+    """
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:

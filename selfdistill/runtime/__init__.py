@@ -1,6 +1,6 @@
 """Processes, signals, disk, memory and the console."""
 
-from selfdistill.runtime.console import ProgressBar, result_console, say
+from selfdistill.runtime.console import Printable, ProgressBar, progress_shown, result_console, say
 from selfdistill.runtime.distributed import (
     TIMEOUT,
     RaisedOnAllRanks,
@@ -45,6 +45,7 @@ __all__ = [
     "METRICS",
     "TIMEOUT",
     "MetricsFile",
+    "Printable",
     "ProgressBar",
     "RaisedOnAllRanks",
     "StepsFile",
@@ -65,6 +66,7 @@ __all__ = [
     "fsync",
     "is_distributed",
     "is_rank0",
+    "progress_shown",
     "public_name",
     "public_settings",
     "rank_slice",

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from io import StringIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from selfdistill.runtime.distributed import is_rank0
+
+_logger = logging.getLogger("selfdistill")
+_silent = False
 
 
 def result_console() -> Console:
@@ -36,7 +45,7 @@ class ProgressBar:
     def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)
         self._every, self._what, self._total, self._start = every, what, total, start
-        self._quiet = quiet = quiet or not is_rank0()
+        self._quiet = quiet = quiet or _silent or not is_rank0()
         self._began = self._said = time.monotonic()
         self._progress: Progress | None = None
         if self.console.is_terminal and not quiet:
@@ -74,7 +83,42 @@ class ProgressBar:
             say(f"{self._what} {done}/{self._total}  {note}  {elapsed:.0f} s elapsed, {left:.0f} s left")
 
 
+@contextmanager
+def progress_shown(show: bool) -> Iterator[None]:
+    """Whether bars and lines of progress reach standard error; lines that do not go to the logger ``selfdistill``."""
+    global _silent
+    before, _silent = _silent, _silent or not show
+    try:
+        yield
+    finally:
+        _silent = before
+
+
 def say(message: str) -> None:
     """One line of information on standard error, of the first process."""
-    if is_rank0():
+    if not is_rank0():
+        return
+    if _silent:
+        _logger.info(message)
+    else:
         print(message, file=sys.stderr, flush=True)
+
+
+class Printable(ABC):
+    """A result that prints itself: on a terminal, as text in a Python session, as HTML in a notebook."""
+
+    @abstractmethod
+    def print(self, console: Console) -> None:
+        """Write the result to a console."""
+
+    def __repr__(self) -> str:
+        console = Console(file=StringIO(), width=100)
+        self.print(console)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    def figure(self) -> str:
+        """An SVG to stand below the text in a notebook; none by default."""
+        return ""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>{self.figure()}"

@@ -2,6 +2,21 @@
 
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.export import export, take_whole, whole_folder
-from selfdistill.training.train import check_output_dir, train
+from selfdistill.training.loop import OnStep
+from selfdistill.training.plan import Plan, plan
+from selfdistill.training.run import Run
+from selfdistill.training.train import check_output_dir, train, with_context
 
-__all__ = ["check_output_dir", "export", "list_checkpoints", "take_whole", "train", "whole_folder"]
+__all__ = [
+    "OnStep",
+    "Plan",
+    "Run",
+    "check_output_dir",
+    "export",
+    "list_checkpoints",
+    "plan",
+    "take_whole",
+    "train",
+    "whole_folder",
+    "with_context",
+]

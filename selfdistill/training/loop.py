@@ -37,7 +37,8 @@ from selfdistill.training.setup import Stage
 from selfdistill.training.token_views import token_views
 from selfdistill.training.trainer import Trainer
 
-OnStep = Callable[[int, LoadedModel], object]
+OnStep = Callable[[int, LoadedModel, dict[str, Any]], object]
+"""Called after every step with its number, the model and the step's metrics; True ends the run there."""
 
 
 class Loop:
@@ -80,10 +81,10 @@ class Loop:
             # What a run that was stopped there had no time for.
             self._watch.look(start, last=start == self._max_steps)
             if on_step and start == 0:
-                on_step(0, self._trainer.loaded)
+                on_step(0, self._trainer.loaded, {})
             for step in range(start + 1, self._max_steps + 1):
-                self._step(step)
-                enough = on_step is not None and on_step(step, self._trainer.loaded) is True
+                metrics = self._step(step)
+                enough = on_step is not None and on_step(step, self._trainer.loaded, metrics) is True
                 last = enough or step == self._max_steps
                 self._measure(step, last=last)
                 every = self._trainer.config.save_steps
@@ -101,8 +102,8 @@ class Loop:
                 if enough:
                     break
 
-    def _step(self, step: int) -> None:
-        """Step number ``step``, from 1."""
+    def _step(self, step: int) -> dict[str, Any]:
+        """Step number ``step``, from 1; returns its metrics."""
         metrics = self._trainer.step(step - 1)
         position, self.step = self._position, step
         self._position = position = replace(
@@ -131,6 +132,7 @@ class Loop:
             say(f"note: step {step}: the run may be falling apart: {sign}")
         if signs and self._trainer.config.stop_on_collapse:
             self._return(step, signs[0])
+        return metrics
 
     def _signs(self, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Signs of a step that none before it in its stage showed, and all of it."""

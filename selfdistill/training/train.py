@@ -9,8 +9,9 @@ from pathlib import Path
 from selfdistill.config import TrainConfig, dump_yaml, load_yaml, refuse_changes
 from selfdistill.data import Demonstration
 from selfdistill.errors import RunCollapsed, UserError
-from selfdistill.evaluation import Evaluator
-from selfdistill.model import full_tensors, local_tensor
+from selfdistill.evaluation import Evaluator, best_context
+from selfdistill.methods import uses
+from selfdistill.model import LoadedModel, full_tensors, local_tensor
 from selfdistill.runtime import (
     barrier,
     check_disk,
@@ -21,6 +22,7 @@ from selfdistill.runtime import (
     remove_folder,
     remove_unfinished,
     say,
+    world_size,
     write_atomically,
 )
 from selfdistill.training.checkpoint import (
@@ -38,6 +40,9 @@ from selfdistill.training.loop import Loop, OnStep, without_gradient
 from selfdistill.training.model_card import model_card
 from selfdistill.training.trainer import Trainer
 
+GIVEN_ROWS = ("data.jsonl", "test.jsonl")
+"""Rows that a caller had in memory, kept in the run folder before the run begins."""
+
 
 def check_output_dir(name: str, *, resume: bool) -> Path:
     """The run folder, refused where a new run would mix with what is there.
@@ -49,7 +54,7 @@ def check_output_dir(name: str, *, resume: bool) -> Path:
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {name!r} is a file: choose another name")
-    if not resume and folder.exists() and any(folder.iterdir()):
+    if not resume and folder.exists() and any(file.name not in GIVEN_ROWS for file in folder.iterdir()):
         raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with --resume")
     if resume and (folder / "final").exists() and not list_checkpoints(folder):
         raise UserError(f"output_dir {name!r}: this run is finished and kept no checkpoint, so it cannot be continued")
@@ -62,6 +67,7 @@ def train(
     resume: bool = False,
     demonstrations: Sequence[Demonstration] | None = None,
     evaluator: Evaluator | None = None,
+    loaded: LoadedModel | None = None,
     on_step: OnStep | None = None,
 ) -> Path:
     """Train, and return the folder of the final model.
@@ -71,12 +77,14 @@ def train(
     loads.
 
     Args:
-        config: settings; ``context`` must not be ``auto`` (see :mod:`selfdistill.evaluation.check`).
+        config: settings.
         resume: go on from the newest whole checkpoint in ``output_dir``, if there is one.
         demonstrations: rows, where the caller has them already.
         evaluator: measures the model on ``test``, where the caller has one for several runs.
-        on_step: called before the first step with 0, and after every step with its number; where it returns True after
-            a step, the run ends there, as if it had been the last.
+        loaded: the model, where the caller has it already; its weights are trained in place.
+        on_step: called with the step's number, the model and the step's metrics: before the first step with 0 and no
+            metrics, then after every step. Where it returns True after a step, the run ends there, as if it had been
+            the last.
 
     Raises:
         UserError: anything the user can mend.
@@ -86,10 +94,46 @@ def train(
     """
     output_dir = check_output_dir(config.output_dir, resume=resume)
     check_tracker(config.report_to)
+    begun = resume and output_dir.exists()
     with ExitStack() as held:
-        if resume and output_dir.exists():
+        if begun:
             _lock(output_dir, held)
-        return _train(config, output_dir, held, resume, demonstrations, evaluator, on_step)
+        checkpoint = newest_whole(output_dir) if resume else None
+        trainer = Trainer(with_context(config, demonstrations, loaded), demonstrations, evaluator, loaded)
+        if checkpoint:
+            _refuse_changed_settings(output_dir, checkpoint, trainer)
+        sizes = _check_room(trainer, output_dir)
+        if not begun:
+            _lock(output_dir, held)
+        _write_start(trainer, output_dir)
+        position = _start(trainer, checkpoint)
+        for line in (*trainer.describe(), *sizes):
+            say(line)
+        if resume:
+            say(_where(output_dir, checkpoint, position, trainer.config))
+        loop = Loop(trainer, output_dir, position)
+        try:
+            loop.go_on(on_step)
+        except RunCollapsed:
+            _save_final(trainer, output_dir, loop.step, [])  # the model is that of before
+            raise
+        _say_signs(loop, output_dir)
+        return _save_final(trainer, output_dir, loop.step, loop.signs)
+
+
+def with_context(
+    config: TrainConfig, demonstrations: Sequence[Demonstration] | None = None, loaded: LoadedModel | None = None
+) -> TrainConfig:
+    """The settings with the best context in place of ``auto``, where the method shows its teacher one.
+
+    Raises:
+        UserError: several processes were started, and measuring contexts is for one.
+    """
+    if config.context != "auto" or not uses(config, "context"):
+        return config
+    if world_size() > 1:
+        raise UserError("setting 'context': find the best with selfdistill check, in a single process, and name it")
+    return config.model_copy(update={"context": best_context(config, demonstrations, loaded)})
 
 
 def _lock(output_dir: Path, held: ExitStack) -> None:
@@ -98,77 +142,93 @@ def _lock(output_dir: Path, held: ExitStack) -> None:
         held.enter_context(folder_lock(output_dir, f"output_dir {str(output_dir)!r}"))
 
 
-def _train(
-    config: TrainConfig,
-    output_dir: Path,
-    held: ExitStack,
-    resume: bool,
-    demonstrations: Sequence[Demonstration] | None,
-    evaluator: Evaluator | None,
-    on_step: OnStep | None,
-) -> Path:
-    """:func:`train`; a folder that is there already is locked."""
-    begun = output_dir.exists() and resume
-    checkpoint = newest_whole(output_dir) if resume else None
-    trainer = Trainer(config, demonstrations, evaluator)
-    config = trainer.config
-    assert config.max_steps is not None
-    written = output_dir / "config.yaml"
-    if checkpoint:
-        own = checkpoint / "config.yaml"
-        saved_config = TrainConfig(**load_yaml(own, TrainConfig))
-        if written.exists():
-            refuse_changes(written, TrainConfig(**load_yaml(written, TrainConfig)), config)
-        refuse_changes(own, saved_config, config)
-        if len(trainer.stages) > 1 and saved_config.max_steps != config.max_steps:
-            raise UserError(
-                f"setting 'max_steps': {saved_config.max_steps} in {own} and now {config.max_steps}; "
-                f"{config.method} shares the steps between its stages, so their number must stay"
-            )
-    whole = trainer.loaded.model.parameters() if trainer.loaded.merged_adapter else trainer.parameters
-    size = sum(p.numel() * p.element_size() for p in whole)
+def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Trainer) -> None:
+    """Stop a resumed run whose settings differ from those of the folder and of its checkpoint.
+
+    Raises:
+        UserError: saying which.
+    """
+    config, written, own = trainer.config, output_dir / "config.yaml", checkpoint / "config.yaml"
+    saved = TrainConfig(**load_yaml(own, TrainConfig))
+    if written.exists():
+        refuse_changes(written, TrainConfig(**load_yaml(written, TrainConfig)), config)
+    refuse_changes(own, saved, config)
+    if len(trainer.stages) > 1 and saved.max_steps != config.max_steps:
+        raise UserError(
+            f"setting 'max_steps': {saved.max_steps} in {own} and now {config.max_steps}; "
+            f"{config.method} shares the steps between its stages, so their number must stay"
+        )
+
+
+def _check_room(trainer: Trainer, output_dir: Path) -> list[str]:
+    """Whether disk and memory hold what the run will need; returns what it needs, in words.
+
+    Raises:
+        UserError: they do not.
+    """
+    config, model = trainer.config, trainer.loaded.model
+    saved = model.parameters() if trainer.loaded.merged_adapter else trainer.parameters
+    size = sum(p.numel() * p.element_size() for p in saved)
     kept = max(AT_LEAST, config.save_total_limit) + 1 if config.save_steps else 0
     if config.stop_on_collapse:
         kept += COLLAPSE_WINDOW // config.eval_steps + 2
-    one = checkpoint_bytes(trainer.loaded.model, trainer.teacher)
+    one = checkpoint_bytes(model, trainer.teacher)
     check_disk(output_dir, size + kept * one)
+    # Gradients, and AdamW's two moments.
     to_come = 3 * sum(p.numel() * p.element_size() for p in map(local_tensor, trainer.parameters))
-    memory = check_memory(to_come, trainer.loaded.device)
+    lines = [check_memory(to_come, trainer.loaded.device)]
+    if kept:
+        sizes = f"{one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"
+        lines.append(f"on the disk each of {kept - 1} checkpoints takes {sizes}")
+    return lines
+
+
+def _write_start(trainer: Trainer, output_dir: Path) -> None:
+    """Write the settings, and what a method drew before the first step.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     try:
-        if not begun:
-            _lock(output_dir, held)
         output_dir.mkdir(parents=True, exist_ok=True)
-        if is_rank0():
-            remove_unfinished(output_dir)
-            write_atomically(written, dump_yaml(config))
+        if not is_rank0():
+            return
+        remove_unfinished(output_dir)
+        write_atomically(output_dir / "config.yaml", dump_yaml(trainer.config))
         for stage in trainer.stages:
-            if stage.method.fixed and is_rank0():
+            if stage.method.fixed:
                 stage.method.fixed.write(output_dir, stage.examples, trainer.chat)
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
+
+
+def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
+    """Where the run starts: at step 0, or at its checkpoint, which is loaded.
+
+    Raises:
+        UserError: the run began with other rows, weights or questions.
+    """
     asked = trainer.evaluator.questions.fingerprint() if trainer.evaluator else ""
     position = Position(0, 0, trainer.fingerprint(), model=trainer.began_as, test=asked)
-    if checkpoint:
-        saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
-        _check_unchanged(trainer, checkpoint, saved_config, saved, position)
-        position = saved
-    for line in (*trainer.describe(), memory):
-        say(line)
-    if kept:
-        sizes = f"{one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"
-        say(f"on the disk each of {kept - 1} checkpoints takes {sizes}")
-    if resume and not checkpoint:
-        say(f"note: there is no run to continue in {output_dir}: starting from the beginning")
-    elif resume and position.step >= (trainer.config.max_steps or 0):
-        say(f"all {position.step} steps are done already: a higher --max_steps would go on")
-    elif resume:
-        say(f"continuing after step {position.step}")
-    loop = Loop(trainer, output_dir, position)
-    try:
-        loop.go_on(on_step)
-    except RunCollapsed:
-        _save_final(trainer, output_dir, loop.step, [])  # the model is that of before
-        raise
+    if checkpoint is None:
+        return position
+    saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
+    saved_config = TrainConfig(**load_yaml(checkpoint / "config.yaml", TrainConfig))
+    _check_unchanged(trainer, checkpoint, saved_config, saved, position)
+    return saved
+
+
+def _where(output_dir: Path, checkpoint: Path | None, position: Position, config: TrainConfig) -> str:
+    """Where a run that was to be resumed starts, in words."""
+    if checkpoint is None:
+        return f"note: there is no run to continue in {output_dir}: starting from the beginning"
+    if position.step >= (config.max_steps or 0):
+        return f"all {position.step} steps are done already: a higher --max_steps would go on"
+    return f"continuing after step {position.step}"
+
+
+def _say_signs(loop: Loop, output_dir: Path) -> None:
+    """Say what the run showed that its final model does not."""
     if loop.signs:
         say(f"note: the run showed signs of falling apart: {'; '.join(loop.signs)}. See docs/reliability.md")
     if idle := without_gradient(output_dir):
@@ -176,7 +236,6 @@ def _train(
             f"note: in {idle} of {loop.step} steps all samples of each prompt had the same reward, so nothing was "
             "learnt in them; easier prompts, an easier scorer or more --num_generations give more to compare"
         )
-    return _save_final(trainer, output_dir, loop.step, loop.signs)
 
 
 def _check_unchanged(

@@ -56,6 +56,7 @@ class Trainer:
         demonstrations: rows, where the caller has them already; else ``config.data`` is read.
         evaluator: measures the model, where the caller has one for several runs; else made where ``config.test`` is
             set.
+        loaded: the model, where the caller has it already; else ``config.model`` is loaded.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class Trainer:
         config: TrainConfig,
         demonstrations: Sequence[Demonstration] | None = None,
         evaluator: Evaluator | None = None,
+        loaded: LoadedModel | None = None,
     ) -> None:
         self.accelerator = make_accelerator(config)
         if demonstrations is None:
             demonstrations = load_demonstrations(config.data, split=config.split)
-        self.loaded = load_model(config.model, dtype=config.dtype, merge_adapter=True)
+        self.loaded = loaded or load_model(config.model, dtype=config.dtype, merge_adapter=True)
         self.began_as = start_fingerprint(self.loaded)
         """Fingerprint of the model's weights and of another teacher's, which a run that goes on must find unchanged."""
         for note in self.loaded.notes:

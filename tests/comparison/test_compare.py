@@ -61,7 +61,8 @@ def test_every_method_and_seed_is_run_measured_and_kept(
     settings: Callable[..., CompareConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     config = settings()
-    result = compare(config)
+    compared = compare(config)
+    result = compared.details
     folder = Path(config.output_dir)
     kept = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     assert kept == json.loads(json.dumps(result))
@@ -85,7 +86,7 @@ def test_every_method_and_seed_is_run_measured_and_kept(
     )
     assert kept["moved"]["sft 0.001 seed 0"] == pytest.approx(alone["distance"]["new_task"]["kl_model"], rel=1e-4)
     assert kept["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
-    out = capsys.readouterr().out
+    out = repr(compared)
     assert kept["sentence"].split(". ")[0] in out
     assert (folder / "trade_off.svg").read_text(encoding="utf-8").count("<svg") == 1
     page = tmp_path / "report.html"
@@ -96,14 +97,14 @@ def test_every_method_and_seed_is_run_measured_and_kept(
 def test_a_comparison_that_was_stopped_goes_on_with_the_run_it_was_in(
     settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = compare(settings(output_dir=str(Path(settings().output_dir).with_name("whole"))))
+    whole = compare(settings(output_dir=str(Path(settings().output_dir).with_name("whole")))).details
     real, started = module.train, []
 
     def stops_in_the_second(config: TrainConfig, **options: Any) -> Path:
         started.append(Path(config.output_dir).name)
         if len(started) == 2:
 
-            def stop(step: int, _: Any) -> None:
+            def stop(step: int, _loaded: Any, _metrics: Any) -> None:
                 if step == 1:
                     raise RunStopped("stopped", 15)
 
@@ -118,7 +119,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_the_run_it_was_in(
     assert str(stopped.value).endswith(f"selfdistill compare --resume --output_dir {config.output_dir}")
     with pytest.raises(UserError, match="exists and is not empty"):
         compare(config)
-    result = compare(config, resume=True)
+    result = compare(config, resume=True).details
     assert started == ["sft-0.001-seed0", "sdft-0.001-seed0", "sdft-0.001-seed0", "sft-0.001-seed1", "sdft-0.001-seed1"]
     assert _without_time(result) == _without_time(whole)
 
@@ -142,7 +143,7 @@ def test_more_seeds_may_be_added(settings: Callable[..., CompareConfig], monkeyp
         return real(config, **options)
 
     monkeypatch.setattr(module, "train", counted)
-    result = compare(settings(seeds="0,3"), resume=True)
+    result = compare(settings(seeds="0,3"), resume=True).details
     assert started == ["sft-0.001-seed3", "sdft-0.001-seed3"]
     assert {row["seeds"] for row in result["table"]} == {2}
 
@@ -156,7 +157,7 @@ def test_a_run_that_diverges_is_reported_and_not_tried_again(
         started.append(Path(config.output_dir).name)
         if config.method == "sft" and config.seed == 0:
 
-            def fail(step: int, _: Any) -> None:
+            def fail(step: int, _loaded: Any, _metrics: Any) -> None:
                 if step == 1:
                     raise RunFailed("step 1: the loss is nan")
 
@@ -165,7 +166,7 @@ def test_a_run_that_diverges_is_reported_and_not_tried_again(
 
     monkeypatch.setattr(module, "train", fails_once)
     config = settings()
-    result = compare(config)
+    result = compare(config).details
     assert [run["failed"] for run in result["runs"]] == ["step 1: the loss is nan", None, None, None]
     assert {(row["method"], row["seeds"]) for row in result["table"]} == {("sft", 1), ("sdft", 2)}
     assert "the loss is nan" in capsys.readouterr().err
@@ -195,7 +196,7 @@ def test_a_signal_in_the_last_step_of_a_run_stops_before_the_next(
     def signalled(config: TrainConfig, **options: Any) -> Path:
         started.append(config.method)
 
-        def terminate(step: int, _: Any) -> None:
+        def terminate(step: int, _loaded: Any, _metrics: Any) -> None:
             if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -241,7 +242,7 @@ def test_a_context_that_is_still_to_be_found_is_not_varied(settings: Callable[..
 
 
 def test_a_varied_budget_is_said(settings: Callable[..., CompareConfig]) -> None:
-    result = compare(settings(methods="sft", seeds="0", vary={"num_demonstrations": [2, 4]}))
+    result = compare(settings(methods="sft", seeds="0", vary={"num_demonstrations": [2, 4]})).details
     assert result["budget"].endswith(" of the same demonstrations, but for num_demonstrations, which is varied.")
     assert len(result["runs"]) == 2
 
@@ -269,7 +270,7 @@ def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     rows = [{"prompt": f"q{i}" * (150 if i == 2 else 1), "completion": "ab"} for i in range(5)]
     data = write_rows(rows, name="long.jsonl")
     config = settings(data=str(data), seeds="0", on_long_prompt="drop", max_steps=None, num_train_epochs=1)
-    result = compare(config)
+    result = compare(config).details
     assert "1 of 5 rows do not fit every method and are left out for all" in capsys.readouterr().err
     assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
     assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}

@@ -362,7 +362,9 @@ def test_a_stop_in_training_says_how_to_go_on(
     real = add_skill.train
 
     def stopped(*arguments: Any, **_: Any) -> Path:
-        return real(*arguments, on_step=lambda step, _: os.kill(os.getpid(), signal.SIGTERM) if step == 1 else None)
+        return real(
+            *arguments, on_step=lambda step, _, _metrics: os.kill(os.getpid(), signal.SIGTERM) if step == 1 else None
+        )
 
     monkeypatch.setattr(add_skill, "train", stopped)
     with pytest.raises(RunStopped, match=r"stopped while learning .*first\.jsonl; the same command goes on") as error:
@@ -378,8 +380,9 @@ def test_a_stop_in_training_says_how_to_go_on(
     with pytest.raises(UserError, match=there + changed):
         add(make(learning_rate=2e-3, batch_size=2))
     capsys.readouterr()
-    assert learn(make(action="status", data=""))[0]["pending"] == "first"
-    assert "Adding 'first' was interrupted: the same command goes on" in capsys.readouterr().out
+    status = learn(make(action="status", data=""))
+    assert status.details["pending"] == "first"
+    assert "Adding 'first' was interrupted: the same command goes on" in repr(status)
     learnt = tmp_path / "state" / "skills" / "0001-x"
     learnt.mkdir(parents=True)
     with pytest.raises(UserError, match=r"an addition was interrupted"):
@@ -657,7 +660,7 @@ def test_an_addition_goes_on_after_the_state_was_moved(
     real = add_skill.train
 
     def cut(*arguments: Any, **named: Any) -> Path:
-        def stop(step: int, _: Any) -> None:
+        def stop(step: int, _loaded: Any, _metrics: Any) -> None:
             if step == 2:
                 raise KeyboardInterrupt
 
@@ -706,7 +709,7 @@ def test_what_has_not_begun_to_learn_does_not_keep_a_skill_from_being_taken_back
     with pytest.raises(UserError, match="do not fit"):
         add(make("long"))
     assert (tmp_path / "state" / "pending").is_dir()
-    assert learn(make(action="status", data=""))[0]["pending"] is None
+    assert learn(make(action="status", data="")).details["pending"] is None
     learn(make(action="rollback", data=""))
     assert not (tmp_path / "state" / "pending").exists()
     assert Ledger(make().state).skills == []

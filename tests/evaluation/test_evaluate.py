@@ -21,6 +21,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation import answers as answers_module
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.distances import Distance
+from selfdistill.evaluation.eval_result import EvalResult
 from selfdistill.evaluation.evaluate import evaluate
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
@@ -100,7 +101,7 @@ def test_evaluate_counts_right_replies(
     assert result["prior_accuracy"] == pytest.approx(
         (result["prior"]["c"]["accuracy"] + result["prior"]["q"]["accuracy"]) / 2
     )
-    assert "0.750" in capsys.readouterr().out
+    assert "0.750" in repr(EvalResult(folder, str(data), result))
 
 
 def test_unusable_answers_are_named_together_before_anything_is_sampled(

@@ -122,7 +122,7 @@ def test_a_resumed_run_measures_what_an_uninterrupted_one_does(
     class Crash(Exception):
         pass
 
-    def crash(step: int, _: Any) -> None:
+    def crash(step: int, _loaded: Any, _metrics: Any) -> None:
         if step == 3:
             raise Crash
 

@@ -327,7 +327,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(all_of_them: Settings
     whole, cut = all_of_them("whole", **common), all_of_them("cut", **common)
     train(whole)
 
-    def crash(step: int, _loaded: Any) -> None:
+    def crash(step: int, _loaded: Any, _metrics: Any) -> None:
         if step == 5:
             raise KeyboardInterrupt
 

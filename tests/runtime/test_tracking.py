@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_continues_in_tensorboard(
     run = tmp_path / "run"
     config = settings(report_to="tensorboard", save_steps=2)
 
-    def stop_hard(step: int, _loaded: Any) -> None:
+    def stop_hard(step: int, _loaded: Any, _metrics: Any) -> None:
         if step == 3:  # after the checkpoint of step 2: step 3 is computed and reported twice
             raise KeyboardInterrupt
 
@@ -91,7 +91,7 @@ def test_a_run_that_goes_on_continues_in_tensorboard(
 
 
 def test_the_tracker_is_closed_when_a_signal_stops(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    def stop(step: int, _loaded: Any) -> None:
+    def stop(step: int, _loaded: Any, _metrics: Any) -> None:
         if step == 2:
             signal.raise_signal(signal.SIGTERM)
 

@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
 ) -> None:
     config = falling_apart(stop_on_collapse=True)
 
-    def spoil(step: int, _loaded: Any) -> None:
+    def spoil(step: int, _loaded: Any, _metrics: Any) -> None:
         if step == 5:
             (Path(config.output_dir) / "checkpoint-00000003" / "state.json").write_text("{}")
 

@@ -214,7 +214,7 @@ def test_gradient_checkpointing_changes_no_weight(settings: Callable[..., TrainC
     without, using = settings("without", **common), settings("using", gradient_checkpointing=True, **common)
     modes = []
     train(without)
-    train(using, on_step=lambda _step, loaded: modes.append(loaded.model.training))
+    train(using, on_step=lambda _step, loaded, _metrics: modes.append(loaded.model.training))
     assert modes == [False] * 4
     assert largest_difference(final_weights(without), final_weights(using)) < 1e-6
 
@@ -287,7 +287,7 @@ def test_an_evaluation_between_steps_leaves_the_weights_as_they_would_have_been(
     plain, watched = settings("plain"), settings("watched")
     calls = []
 
-    def evaluate(step: int, loaded: Any) -> None:
+    def evaluate(step: int, loaded: Any, _metrics: Any) -> None:
         run = Trainer(watched)
         chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, {})
         rows = run.stage.examples
@@ -335,7 +335,7 @@ class Cut(Exception):
 
 
 def crash_at(step: int) -> Callable[[int, Any], None]:
-    def on_step(done: int, _loaded: Any) -> None:
+    def on_step(done: int, _loaded: Any, _metrics: Any) -> None:
         if done == step:
             raise Cut
 
@@ -343,7 +343,7 @@ def crash_at(step: int) -> Callable[[int, Any], None]:
 
 
 def terminate_at(step: int) -> Callable[[int, Any], None]:
-    def on_step(done: int, _loaded: Any) -> None:
+    def on_step(done: int, _loaded: Any, _metrics: Any) -> None:
         if done == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -423,7 +423,7 @@ def test_resuming_a_finished_run_writes_the_same_final_model_again(settings: Cal
 def test_a_run_that_is_going_on_elsewhere_is_not_continued(settings: Callable[..., TrainConfig]) -> None:
     config = settings(save_steps=3)
 
-    def on_step(step: int, _loaded: Any) -> None:
+    def on_step(step: int, _loaded: Any, _metrics: Any) -> None:
         if step == 4:
             train(config, resume=True)
 
@@ -764,7 +764,7 @@ def test_a_final_model_that_cannot_be_written_is_one_line_and_can_be_continued(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    def on_step(_step: int, loaded: Any) -> None:
+    def on_step(_step: int, loaded: Any, _metrics: Any) -> None:
         monkeypatch.setattr(loaded.model, "save_pretrained", refuse)
 
     with pytest.raises(UserError, match=r"final: cannot write the model \(\[Errno 28\].*which needs a checkp"):
@@ -788,7 +788,7 @@ def test_the_final_model_is_what_was_trained_and_loads_with_transformers(
 ) -> None:
     kept: dict[str, Tensor] = {}
     config = settings(model=str(model_folder(ends=ENDS, tied=tied)))
-    final = train(config, on_step=lambda _step, loaded: kept.update(weights(loaded.model)))
+    final = train(config, on_step=lambda _step, loaded, _metrics: kept.update(weights(loaded.model)))
     assert final == Path(config.output_dir) / "final"
     model = AutoModelForCausalLM.from_pretrained(final)
     assert same({name: p.detach() for name, p in model.named_parameters()}, kept)
@@ -852,7 +852,7 @@ def test_a_final_adapter_is_what_was_trained_and_loads_with_peft(
     logits: list[Tensor] = []
 
     @torch.no_grad()
-    def on_step(_step: int, loaded: Any) -> None:
+    def on_step(_step: int, loaded: Any, _metrics: Any) -> None:
         logits.append(loaded.model(ids).logits)
 
     final = train(config, on_step=on_step)
@@ -878,7 +878,7 @@ def test_training_goes_on_from_an_adapter_without_losing_it(
     seen: list[Tensor] = []
 
     @torch.no_grad()
-    def on_step(_step: int, loaded: Any) -> None:
+    def on_step(_step: int, loaded: Any, _metrics: Any) -> None:
         seen.append(loaded.model(ids).logits)
 
     second = settings("second", model=settings("first").output_dir, lora_rank=lora_rank, learning_rate=1e-2)

@@ -1,21 +1,70 @@
-"""An evaluation in words and numbers: the table that ``selfdistill eval`` prints."""
+"""An evaluation as a result object, and the table it prints."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from selfdistill.config import EvalConfig
 from selfdistill.evaluation.statistics import smallest_difference
-from selfdistill.runtime import result_console
+from selfdistill.runtime import Printable
 
 
-def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
-    """Print what the result of ``evaluate``: one line per score, beside the base's where there is one."""
+@dataclass(frozen=True, repr=False)
+class EvalResult(Printable):
+    """One model, measured, and its base where one was given."""
+
+    model: str
+    data: str
+    details: dict[str, Any]
+    """Everything that was measured, as ``selfdistill eval --json`` writes it."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right replies to the new task."""
+        return float(self.details["accuracy"])
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the accuracy."""
+        low, high = self.details["accuracy_interval"]
+        return low, high
+
+    @property
+    def items(self) -> int:
+        """Rows of the new task."""
+        return int(self.details["items"])
+
+    @property
+    def prior_accuracy(self) -> float | None:
+        """Mean share of right answers about prior abilities; None where none were measured."""
+        return self.details.get("prior_accuracy")
+
+    @property
+    def kl(self) -> float | None:
+        """KL(base||model) on general prompts, nats per token; None without a base."""
+        return self.details.get("kl_base")
+
+    @property
+    def base(self) -> EvalResult | None:
+        """The base on the same items; None where none was given."""
+        of_base = self.details.get("base")
+        if of_base is None:
+            return None
+        same = {name: self.details[name] for name in ("settings", "scorers", "dropped")}
+        return EvalResult(self.details["settings"]["base"], self.data, {**same, **of_base})
+
+    def print(self, console: Console) -> None:
+        """One line per score, beside the base's where there is one."""
+        _print(self.model, self.data, self.details, console)
+
+
+def _print(model: str, data: str, result: dict[str, Any], console: Console) -> None:
     base, tests = result.get("base"), result.get("paired", {})
-    table = Table(title=escape(f"{config.model} on {config.data}"))
+    table = Table(title=escape(f"{model} on {data}"))
     table.add_column("measured")
     for column in ("items", "model", *(("base", "difference", "p") if base else ())):
         table.add_column(column, justify="right", no_wrap=True)
@@ -32,8 +81,8 @@ def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
         table.add_row(escape(name), "", text, *((of_base, "", "") if base else ()))
 
     items = result["items"]
-    if config.context:
-        number("shown with each new question", config.context, "nothing" if base else "")
+    if context := result["settings"]["context"]:
+        number("shown with each new question", context, "nothing" if base else "")
     name = f"new task, accuracy ({', '.join(result['scorers'])})"
     score(name, items, result, ("accuracy", "accuracy_interval"), base, tests.get("accuracy"))
     if "accuracy_lenient" in result:
@@ -68,7 +117,6 @@ def print_evaluation(config: EvalConfig, result: dict[str, Any]) -> None:
         number(f"KL(base||model) {where}, nats per token", f"{between['kl_base']:.3f}")
         number(f"KL(model||base) {where}, nats per token", f"{between['kl_model']:.3f}")
         number(f"greedy answers changed {where}", f"{between['changed']:.0%}")
-    console = result_console()
     console.print(table)
     console.print("In brackets: 95% intervals.", highlight=False, markup=False, end=" " if base else "\n")
     if base:

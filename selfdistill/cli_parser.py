@@ -1,0 +1,253 @@
+"""The command line's parser: each command's options are the fields of its settings, grouped by topic.
+
+jsonargparse reads values by their types; ranges and rules between settings are for the settings themselves. What a user
+got wrong becomes one line.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Action, ArgumentError
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from selfdistill import __version__
+from selfdistill.config import (
+    AskConfig,
+    CheckConfig,
+    CompareConfig,
+    DemoConfig,
+    EvalConfig,
+    ExportConfig,
+    LearnConfig,
+    QuestionsConfig,
+    ReportConfig,
+    Settings,
+    TrainConfig,
+    closest,
+    load_yaml,
+)
+from selfdistill.errors import UserError
+
+COMMANDS: dict[str, tuple[type[Settings], str]] = {
+    "demo": (DemoConfig, "See it work on the starter model."),
+    "check": (CheckConfig, "Before training: will it help, and how is the demonstration best shown?"),
+    "train": (TrainConfig, "Teach a model from demonstrations."),
+    "ask": (AskConfig, "Ask a model a question, and its base beside it."),
+    "eval": (EvalConfig, "Measure the new task, what the model could do before, and how far it has moved."),
+    "compare": (CompareConfig, "Train by several methods on equal terms: what each gained and lost."),
+    "learn": (LearnConfig, "Keep one model learning: skill by skill, each accepted only if the others stay."),
+    "questions": (QuestionsConfig, "Make questions about documents, to learn them by."),
+    "report": (ReportConfig, "Show runs in one HTML file: scores, curves, settings, tokens."),
+    "export": (ExportConfig, "Hand on the model of a run: as it is, or its adapter merged into the base."),
+}
+"""Settings of each command, and what it is for."""
+
+MAIN = {
+    "check": ("model", "data", "contexts", "max_completion_length", "sample", "batch_size"),
+    "train": ("model", "data", "output_dir", "context", "max_steps", "learning_rate", "max_completion_length", "test"),
+    "eval": ("model", "data", "base", "prior", "max_completion_length", "replies"),
+    "compare": ("model", "data", "test", "output_dir", "methods", "seeds", "max_steps", "prior"),
+    "learn": ("action", "data", "state", "model", "name", "test", "prior", "max_steps"),
+    "questions": ("documents", "output_dir", "model"),
+}
+"""What everybody needs, shown first; of other commands it is everything."""
+
+TOPICS: dict[str, tuple[str, ...]] = {
+    "model and data": (
+        *("model", "data", "documents", "split", "dtype", "chat_template_kwargs", "max_prompt_length"),
+        *("max_completion_length", "on_long_prompt", "num_demonstrations", "general_prompts"),
+    ),
+    "method": ("method", "methods", "seed", "seeds", "vary", "cold_start_steps"),
+    "teacher and context": (
+        *("context", "contexts", "teacher", "ema_rate", "snapshot_steps", "teacher_model", "teacher_cache_mib"),
+        "fine_tuned",
+    ),
+    "sampling": ("temperature", "top_p", "top_k", "num_generations", "num_samples"),
+    "loss": (
+        *("divergence", "jsd_weight", "support", "support_top_k", "support_tail", "sampled_baseline"),
+        *("target_teacher", "target_student", "target_base", "skip_first_tokens", "loss_normalisation"),
+        "importance_cap",
+    ),
+    "optimisation": (
+        *("max_steps", "num_train_epochs", "batch_size", "learning_rate", "learning_rates", "lr_scheduler_type"),
+        *("warmup_steps", "weight_decay", "max_grad_norm", "max_skipped_steps", "stop_on_collapse"),
+        *("lora_rank", "lora_alpha"),
+    ),
+    "measuring": (
+        *("test", "prior", "base", "sample", "eval_steps", "drift_steps", "scorer", "judge_url", "judge_model"),
+        *("lm_eval_tasks", "lm_eval_path", "lm_eval_limit", "replies"),
+    ),
+    "skills and their gates": (
+        *("action", "state", "name", "test_share", "min_teacher", "max_prior_drop", "max_skill_drop"),
+        *("chunk_size", "chunk_steps"),
+    ),
+    "questions about documents": ("writer_url", "writer_model", "passage_words", "tries", "phrasings"),
+    "devices and memory": (
+        *("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile", "fsdp"),
+    ),
+    "output": (*("output_dir", "save_steps", "save_total_limit", "logging_steps", "view_rows", "report_to"),),
+}
+"""Every other setting, by what it is about."""
+
+SWITCHES = {
+    "resume": ("train", "compare"),
+    "dry_run": ("train",),
+}
+"""Options that are no settings, and their commands."""
+_SWITCH_HELP = {
+    "resume": "Continue the run in --output_dir.",
+    "dry_run": "Print settings, one row as student and teacher see it, time and memory; train nothing.",
+}
+_FLAGS = {"output": ("-o", "--output")}
+"""Settings that have a short name, too."""
+_POSITIONAL = {"export": ("run",), "report": ("runs",), "learn": ("action", "data"), "ask": ("run", "question")}
+"""Settings that are given without their names, in this order; those that are not required may be left out."""
+_LACKING = {
+    "run": "give a run folder",
+    "runs": "give at least one",
+    "question": "put it in quotes after the run",
+    "action": f"put one of {', '.join(get_args(LearnConfig.model_fields['action'].annotation))} after learn, also with "
+    "--config",
+}
+"""What to do where a required one is missing."""
+
+
+class _Formatter(DefaultHelpFormatter):
+    """Help without types, which the names of values tell, and with short defaults."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=32, **options)
+
+    def _get_help_string(self, action: Action) -> str:
+        text, default = action.help or "", action.default
+        if default in (None, "", "==SUPPRESS==") or isinstance(default, dict | list) or not action.option_strings:
+            return text
+        value = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        shown = value.lower() if isinstance(default, bool) else value
+        return f"{text} [{shown}]" if shown else text
+
+
+def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command and what was given for it: its options above the values of its ``--config``. No defaults.
+
+    Raises:
+        UserError: an unknown command or option, a value of another type, or a required one that is missing.
+    """
+    try:
+        found = parser().parse_args(arguments, defaults=False).as_dict()
+    except ArgumentError as error:
+        raise UserError(_explained(str(error), arguments)) from None
+    given = found[command := found["command"]]
+    for key in _POSITIONAL.get(command, ()):
+        if given.get(key) == "":  # jsonargparse's default for one that was left out
+            del given[key]
+    file = given.pop("config", None)
+    return command, given if file is None else load_yaml(Path(file), COMMANDS[command][0]) | given
+
+
+def parser() -> ArgumentParser:
+    """The parser of all commands."""
+    common: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "formatter_class": _Formatter}
+    description = "Teach a language model by self-distillation. Each command has its own --help."
+    root = ArgumentParser(prog="selfdistill", version=__version__, description=description, **common)
+    commands = root.add_subcommands(dest="command", title="commands", description=None, metavar="command")
+    for name, (kind, help_text) in COMMANDS.items():
+        command = ArgumentParser(description=help_text, usage=_usage(name, kind), **common)
+        for title, keys in _groups(name, kind):
+            group = command.add_argument_group(title)
+            for key in keys:
+                _add_setting(group, name, kind, key)
+        group = command.add_argument_group("files and switches")
+        group.add_argument("--config", type=str, metavar="FILE", help="YAML file of settings; options go before it.")
+        for switch, wanted in SWITCHES.items():
+            if name in wanted:
+                options: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "metavar": "true"}
+                group.add_argument(f"--{switch}", **options, help=_SWITCH_HELP[switch])
+        if name != "train":
+            group.add_argument("--json", type=str, metavar="FILE", help="Write the result as JSON; -: standard output.")
+        commands.add_subcommand(name, command, help=help_text)
+    return root
+
+
+def _usage(name: str, kind: type[Settings]) -> str:
+    places = {"run": " RUN", "runs": " RUN...", "action": " ACTION", "question": ' "QUESTION"'}
+    needed = [
+        places.get(key, f" --{key} {key.upper()}") for key, field in kind.model_fields.items() if field.is_required()
+    ]
+    return f"selfdistill {name}{''.join(needed)} [options]"
+
+
+def _groups(name: str, kind: type[Settings]) -> list[tuple[str, list[str]]]:
+    """Titles with the settings of a command below them: those that everybody needs, then the others by topic."""
+    first = list(MAIN.get(name, kind.model_fields))
+    places = _POSITIONAL.get(name, ())
+    first.sort(key=lambda key: places.index(key) if key in places else len(places))
+    groups = [("main settings", first)]
+    for topic, keys in TOPICS.items():
+        rest = [key for key in keys if key in kind.model_fields and key not in first]
+        if rest:
+            groups.append((topic, rest))
+    return groups
+
+
+def _add_setting(group: Any, command: str, kind: type[Settings], key: str) -> None:
+    """Add one setting as an option, or as a positional argument where the command has it so."""
+    field = kind.model_fields[key]
+    hint: Any = field.annotation
+    options: dict[str, Any] = {"type": str, "nargs": "+"} if hint == list[str] else {"type": hint}
+    if get_origin(hint) is tuple:  # separated by commas, which the settings split
+        options = {"type": str, "metavar": "A,B"}
+    if not field.is_required():
+        options["default"] = field.get_default(call_default_factory=True)
+    if "metavar" not in options and (metavar := _metavar(hint)):
+        options["metavar"] = metavar
+    required = " (required)" if field.is_required() else ""
+    options["help"] = (field.description or "").replace("``", "") + required
+    if key in _POSITIONAL.get(command, ()):
+        options["metavar"] = key
+        if not field.is_required():
+            options["nargs"] = "?"
+        group.add_argument(key, **options)
+    else:
+        group.add_argument(*_FLAGS.get(key, (f"--{key}",)), **options)
+
+
+def _metavar(hint: Any) -> str | None:
+    """A short name for the values of a type; None where they are listed."""
+    parts = {part for part in get_args(hint) if part is not type(None)} or {hint}
+    for kind, name in ((bool, "true|false"), (int, "N"), (float, "X"), (str, "TEXT")):
+        if parts == {kind}:
+            return name
+    if get_origin(hint) is list:
+        return "TEXT"
+    return "JSON" if get_origin(hint) is dict else None
+
+
+def _explained(message: str, arguments: list[str]) -> str:
+    """jsonargparse's message as one line; what pydantic says of a value where it is one of a setting."""
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    if command not in COMMANDS:
+        return f"{f'unknown command {command!r}' if command else 'no command'}, want one of {', '.join(COMMANDS)}"
+    fields = COMMANDS[command][0].model_fields
+    switches = [switch for switch, wanted in SWITCHES.items() if command in wanted]
+    if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
+        return f"no {lacking[1]}: {_LACKING[lacking[1]]}, see selfdistill {command} --help"
+    if unknown := re.match(r"unrecognized arguments: ([^\s=]*)", message):
+        known = [f"--{key}" for key in (*fields, "config", *switches, *(["json"] if command != "train" else []))]
+        what = "option" if unknown[1].startswith("-") else "argument"
+        return f"unknown {what} {unknown[1]}{closest(unknown[1], known)}"
+    key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
+    if key and value and key[1] in switches:
+        return f"option --{key[1]}: found {value[1]!r}, want nothing after it, true or false"
+    if key and value and key[1] in fields:
+        needed = {name: "" for name, field in fields.items() if field.is_required()}
+        try:
+            COMMANDS[command][0](**{**needed, key[1]: value[1]})
+        except UserError as error:
+            parts = [part for part in str(error).split("; ") if part.startswith(f"setting '{key[1]}'")]
+            if parts:
+                return parts[0]
+    return " ".join(message.removeprefix("argument ").split())

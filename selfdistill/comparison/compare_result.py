@@ -1,0 +1,78 @@
+"""A comparison as a result object: its table, its figure, and what may be concluded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from selfdistill.comparison.conclusions import assumption
+from selfdistill.runtime import Printable
+
+
+@dataclass(frozen=True, repr=False)
+class CompareResult(Printable):
+    """Several runs side by side."""
+
+    output_dir: Path
+    details: dict[str, Any]
+    """As ``comparison.json`` holds it."""
+
+    @property
+    def conclusion(self) -> str:
+        """What may be concluded, in words."""
+        return str(self.details["sentence"])
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """One entry per method, learning rate and measured step: means over seeds with their intervals."""
+        return list(self.details["table"])
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether not one run came to its end."""
+        return all(run["failed"] for run in self.details["runs"])
+
+    def figure(self) -> str:
+        """The trade-off of the new task against what was known before, as SVG."""
+        return (self.output_dir / "trade_off.svg").read_text(encoding="utf-8")
+
+    def print(self, console: Console) -> None:
+        """A table of the methods, then what may be concluded."""
+        _print(self.details, console)
+
+
+def _print(result: dict[str, Any], console: Console) -> None:
+    title = f"{result['data']}, measured on {result['base']['items']} items of {result['test']}"
+    shown = Table(title=escape(title))
+    for column in ("", "steps", "seeds", "new task", "prior", "KL", "minutes"):
+        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
+    base = result["base"]
+    prior = f"{base['prior_accuracy']:.3f}" if "prior_accuracy" in base else ""
+    shown.add_row("base", "0", "", f"{base['accuracy']:.3f}", prior, "0", "")
+    for name, key in (("teacher", "teacher"), ("oracle RAG", "rag")):
+        if result[key]:
+            shown.add_row(name, "", "", f"{result[key]['accuracy']:.3f}", "", "", "")
+    for row in result["table"]:
+        cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
+        name = f"{row['method']} {row['learning_rate']:g}"
+        shown.add_row(name, str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
+    console.print(shown)
+    console.print(
+        "KL: KL(base||model) on general prompts, nats per token. In brackets: 95% intervals over seeds.",
+        highlight=False,
+    )
+    console.print(result["sentence"], highlight=False, markup=False)
+    if "moved" in result:
+        console.print(assumption(result["teacher"], result["moved"]), highlight=False, markup=False)
+
+
+def _cell(value: tuple[float, float | None, float | None] | None) -> str:
+    if value is None:
+        return ""
+    middle, low, high = value
+    return f"{middle:.3f}" + ("" if low is None or low == high else f" ({low:.2f}, {high:.2f})")

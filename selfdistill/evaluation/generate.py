@@ -1,0 +1,92 @@
+"""Replies to prompts, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from selfdistill.config import AskConfig, TrainConfig, load_yaml
+from selfdistill.data import ChatFormat, Demonstration, Message
+from selfdistill.model import LoadedModel, Sampling, load_model, sample, sample_seed, to_best_device
+from selfdistill.runtime import Printable
+
+
+def generate(
+    loaded: LoadedModel,
+    prompts: Sequence[str | Sequence[Message]],
+    *,
+    max_completion_length: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """The model's reply to each prompt.
+
+    Args:
+        prompts: text, which is one user turn, or chat messages.
+        max_completion_length: most tokens of a reply.
+        temperature: 0: greedy.
+        top_p: nucleus sampling: smallest set of tokens with at least this mass.
+        seed: of every sample.
+        chat_template_kwargs: passed to the tokenizer's chat template.
+    """
+    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, dict(chat_template_kwargs or {}))
+    turns = [Demonstration(prompt).prompt for prompt in prompts]  # type: ignore[arg-type]
+    ids = [chat.encode_prompt(messages) for messages in turns]
+    seeds = [sample_seed(seed, 0, number, 0) for number in range(len(ids))]
+    rollouts = sample(loaded, ids, Sampling(max_completion_length, temperature, top_p), seeds)
+    return [chat.decode(rollout.ids) for rollout in rollouts]
+
+
+@dataclass(frozen=True, repr=False)
+class AskResult(Printable):
+    """One question, and the replies of a model and its base."""
+
+    question: str
+    reply: str
+    base_reply: str | None
+    """None where no base was asked."""
+
+    def print(self, console: Console) -> None:
+        """The two replies side by side."""
+        table = Table(title=None, expand=False)
+        sides = {"model": self.reply}
+        if self.base_reply is not None:
+            sides = {"base": self.base_reply, **sides}
+        for name in sides:
+            table.add_column(name, overflow="fold", max_width=60)
+        table.add_row(*(reply.replace("[", r"\[") for reply in sides.values()))
+        console.print(table)
+
+
+def ask(config: AskConfig) -> AskResult:
+    """Ask a model, and its base where one is given, one question.
+
+    Raises:
+        UserError: a model cannot be loaded.
+    """
+    options: dict[str, Any] = {
+        "max_completion_length": config.max_completion_length,
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "chat_template_kwargs": config.chat_template_kwargs or _template_options(config.run),
+    }
+
+    def reply_of(name: str) -> str:
+        loaded = to_best_device(load_model(name, dtype=config.dtype))
+        return generate(loaded, [config.question], **options)[0]
+
+    base_reply = None if config.base is None else reply_of(config.base)
+    return AskResult(config.question, reply_of(config.run), base_reply)
+
+
+def _template_options(run: str) -> dict[str, Any]:
+    """The chat template's arguments with which a run was trained; none for a model that is no run."""
+    file = Path(run) / "config.yaml"
+    return dict(load_yaml(file, TrainConfig).get("chat_template_kwargs") or {}) if file.is_file() else {}

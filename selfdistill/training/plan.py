@@ -1,0 +1,108 @@
+"""What a run would do: its settings, one row as it is seen, and the time and memory of a step, measured."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from selfdistill.config import TrainConfig, dump_yaml
+from selfdistill.data import Demonstration, load_demonstrations
+from selfdistill.model import LoadedModel
+from selfdistill.runtime import Printable
+from selfdistill.training.setup import with_defaults
+from selfdistill.training.train import with_context
+from selfdistill.training.trainer import Trainer
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Printable):
+    """What ``train --dry_run`` found."""
+
+    config: TrainConfig
+    """The resolved settings."""
+    notes: list[str]
+    """What the start of the run would say."""
+    student_prompt: str
+    """The first row as the student sees it, special tokens included."""
+    teacher_prompt: str | None
+    """The same for the teacher; None where the method asks none."""
+    completion: str
+    """The demonstration with the token that ends it."""
+    step_seconds: float
+    """The second of two optimizer steps on this machine."""
+    total_seconds: float
+    """``max_steps`` of them, without evaluation and checkpoints."""
+    peak_gib: float
+    """Peak memory of these steps: of the device on CUDA, else of the process."""
+
+    def print(self, console: Console) -> None:
+        """Everything, for a terminal."""
+        parts = [
+            "# resolved settings",
+            dump_yaml(self.config).rstrip(),
+            "\n# the first row, as the student sees it",
+            self.student_prompt,
+            *(["\n# as the teacher sees it", self.teacher_prompt] if self.teacher_prompt is not None else []),
+            "\n# the demonstration",
+            self.completion,
+            "\n# the run",
+            *self.notes,
+            f"{self.step_seconds:.1f} s per step, {_duration(self.total_seconds)} for {self.config.max_steps} steps, "
+            f"{self.peak_gib:.1f} GiB at the peak; nothing was written",
+        ]
+        for part in parts:
+            console.print(part, markup=False, highlight=False, soft_wrap=True)
+
+
+def plan(
+    config: TrainConfig,
+    demonstrations: Sequence[Demonstration] | None = None,
+    loaded: LoadedModel | None = None,
+) -> Plan:
+    """Prepare a run on one batch of its rows, do two steps of it in memory, and throw them away.
+
+    Raises:
+        UserError: anything that would stop the run at its start.
+    """
+    config = with_context(config, demonstrations, loaded)
+    rows = demonstrations or load_demonstrations(config.data, split=config.split)
+    count = min(len(rows), config.num_demonstrations or len(rows))
+    one_batch = {"num_demonstrations": min(count, config.batch_size), "drift_steps": 0, "test": None}
+    trainer = Trainer(config.model_copy(update=one_batch), rows, loaded=loaded)
+    resolved = with_defaults(config, count, trainer.accelerator.mixed_precision)
+    notes = trainer.describe()
+    example = trainer.stages[0].examples[0]
+    trainer.step(0)
+    began = time.monotonic()
+    trainer.step(1 if (trainer.config.max_steps or 1) > 1 else 0)
+    seconds = time.monotonic() - began
+    decode = trainer.loaded.tokenizer.decode
+    return Plan(
+        config=resolved,
+        notes=notes,
+        student_prompt=str(decode(example.student_ids)),
+        teacher_prompt=None if example.teacher_ids is None else str(decode(example.teacher_ids)),
+        completion=str(decode(example.completion_ids)),
+        step_seconds=seconds,
+        total_seconds=seconds * (resolved.max_steps or 0),
+        peak_gib=_peak_bytes(trainer.loaded.device) / 2**30,
+    )
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

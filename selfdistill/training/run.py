@@ -1,0 +1,90 @@
+"""A run as a result object: its folder, its curves, and its model to talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+from rich.console import Console
+
+from selfdistill.config import TrainConfig, load_yaml
+from selfdistill.data import Message
+from selfdistill.errors import UserError
+from selfdistill.evaluation import generate, summary
+from selfdistill.model import LoadedModel, load_model, to_best_device
+from selfdistill.runtime import Printable, read_lines
+
+
+@dataclass(frozen=True, repr=False)
+class Run(Printable):
+    """A run folder. ``Run("runs/skill")`` opens one that exists."""
+
+    output_dir: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", Path(self.output_dir))
+        if not (self.output_dir / "config.yaml").is_file():
+            raise UserError(f"run {str(self.output_dir)!r}: no config.yaml in it, so it is not a run folder")
+
+    @property
+    def final(self) -> Path:
+        """Folder of the final model, for ``from_pretrained``."""
+        return self.output_dir / "final"
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The resolved settings."""
+        return TrainConfig(**load_yaml(self.output_dir / "config.yaml", TrainConfig))
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict per step, as in ``metrics.jsonl``."""
+        return read_lines(self.output_dir / "metrics.jsonl")
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One dict per measurement on ``test``, as in ``evaluations.jsonl``."""
+        return read_lines(self.output_dir / "evaluations.jsonl")
+
+    @cached_property
+    def _loaded(self) -> LoadedModel:
+        return to_best_device(load_model(str(self.final)))
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str | Sequence[Message]], **options: Any) -> list[str]: ...
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """The final model's reply to a prompt, or its replies to a list of prompts.
+
+        The model is loaded at the first call and kept. Greedy by default.
+
+        Args:
+            prompt: text, which is one user turn; or a list of prompts, each text or chat messages.
+            options: ``max_completion_length`` (tokens; default that of the run), ``temperature``, ``top_p``, ``seed``.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        defaults: dict[str, Any] = {
+            "max_completion_length": self.config.max_completion_length,
+            "chat_template_kwargs": self.config.chat_template_kwargs,
+        }
+        replies = generate(self._loaded, prompts, **defaults | options)
+        return replies[0] if isinstance(prompt, str) else replies
+
+    def print(self, console: Console) -> None:
+        """A few lines: what was trained, how the loss went, what was measured."""
+        config, metrics = self.config, self.metrics
+        lines = [
+            f"Run {self.output_dir}: {config.method} on {config.model}, {len(metrics)} of {config.max_steps} steps"
+        ]
+        losses = [line["loss"] for line in metrics if "loss" in line]
+        if losses:
+            lines.append(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last")
+        lines += [f"step {found['step']}: {summary(found)}" for found in self.evaluations]
+        if self.final.is_dir():
+            lines.append(f"final model: {self.final}")
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,237 @@
+"""The Python API: public names, the README's example, rows and models from memory, results, callbacks, silence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import ENDS, final_weights, same
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import selfdistill as sd
+from selfdistill.config import CheckConfig, EvalConfig
+
+ROWS = [{"prompt": f"Where is ticket {i}?", "completion": f"Shelf {'ABCD'[i % 4]}, box {i}."} for i in range(6)]
+TINY: dict[str, Any] = {"max_completion_length": 12, "mixed_precision": "no"}
+RUN: dict[str, Any] = TINY | {"batch_size": 2, "max_steps": 2, "save_steps": 0, "drift_steps": 0, "view_rows": 0}
+
+
+@pytest.fixture
+def model(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    return str(model_folder(ends=ENDS))
+
+
+def loaded(model: str) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+
+
+def test_the_public_names_are_these_and_importing_them_is_quick() -> None:
+    assert sd.__all__ == [
+        *("Demonstration", "Run", "RunFailed", "RunStopped", "TrainConfig", "UserError"),
+        *("ask", "check", "compare", "evaluate", "export", "learn", "load_demonstrations", "make_questions", "plan"),
+        *("report", "train"),
+    ]
+    assert all(getattr(sd, name).__name__ == name for name in sd.__all__)
+    assert set(sd.__all__) <= set(dir(sd))
+    with pytest.raises(AttributeError, match="no attribute 'tain'"):
+        sd.tain  # noqa: B018
+    code = "import selfdistill, sys; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_check_train_evaluate_generate(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    checked = sd.check(model, ROWS, contexts=["turns", "example"], sample=4, batch_size=2, **TINY)
+    assert checked.best.context in ("turns:repeats=1", "example:reasoning=true")
+    run = sd.train(model, ROWS, output_dir="runs/tickets", context=checked.best.context, **RUN)
+    result = sd.evaluate(run.final, ROWS[:3], base=model, max_completion_length=12)
+    assert result.base is not None
+    assert (result.items, result.base.items) == (3, 3)
+    assert 0.0 <= result.accuracy <= 1.0
+    assert result.kl == result.details["kl_base"] > 0
+    assert isinstance(run.generate("Where is ticket 3?"), str)
+    assert len(run.generate(["Where is ticket 3?", [{"role": "user", "content": "And 4?"}]], temperature=1.0)) == 2
+    assert capsys.readouterr().out == ""
+    assert checked.verdict in " ".join(repr(checked).split())
+    assert "runs/tickets" in repr(run)
+    assert "KL(base||model)" in repr(result)
+    assert result._repr_html_().startswith("<pre>")
+    assert "||" in result._repr_html_()
+
+
+def test_python_and_the_command_line_have_the_same_defaults(model: str, write_rows: Callable[..., Path]) -> None:
+    from selfdistill.cli import main
+
+    data = str(write_rows(ROWS))
+    options = [f"--{key}={value}" for key, value in RUN.items()]
+    assert main(["train", "--model", model, "--data", data, "--output_dir", "shell", "--context=turns", *options]) == 0
+    run = sd.train(model, data, output_dir="python", context="turns", **RUN)
+    shell = sd.Run(Path("shell"))
+    assert shell.config.model_copy(update={"output_dir": "python"}) == run.config
+    assert same(final_weights(shell.config), final_weights(run.config))
+
+
+def test_a_training_config_with_its_own_defaults_trains(model: str, write_rows: Callable[..., Path]) -> None:
+    config = sd.TrainConfig(model=model, data=str(write_rows(ROWS)), output_dir="run", **RUN)
+    assert config.context == "auto"
+    run = sd.train(config)
+    assert run.config.context != "auto"
+    assert len(run.metrics) == 2
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "dataset", "dataset_dict"])
+def test_rows_come_from_memory(model: str, kind: str) -> None:
+    given: Any = {
+        "demonstrations": [sd.Demonstration(row["prompt"], row["completion"]) for row in ROWS],  # type: ignore[arg-type]
+        "dataset": datasets.Dataset.from_list(ROWS),
+        "dataset_dict": datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)),
+    }[kind]
+    rows = sd.load_demonstrations(given)
+    assert [row.identity() for row in rows] == [row.identity() for row in sd.load_demonstrations(ROWS)]
+    run = sd.train(model, given, output_dir="run", test=ROWS[:2], context="turns", **RUN)
+    assert [json.loads(line)["completion"] for line in Path("run/data.jsonl").read_text().splitlines()] == [
+        row["completion"] for row in ROWS
+    ]
+    assert [found["items"] for found in run.evaluations] == [2, 2]
+    assert run.config.data == str(Path("run/data.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "data: no rows, want at least one"),
+        ([{"prompt": "a"}], r"data: 1 bad row: row 0, column 'completion': missing"),
+        ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found white space only"),
+        ({"prompt": "a"}, "data: found an object, want a path, a list of rows or a datasets.Dataset"),
+        (datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)), "no split 'train' in this data set, want test"),
+    ],
+)
+def test_bad_rows_in_memory_are_refused(model: str, data: Any, message: str) -> None:
+    with pytest.raises(sd.UserError, match=message):
+        sd.train(model, data, output_dir="run", **RUN)
+    assert not Path("run").exists()
+
+
+def test_a_run_on_rows_from_memory_resumes_with_them_and_refuses_others(model: str) -> None:
+    options = RUN | {"context": "turns", "save_steps": 1}
+    whole = sd.train(model, ROWS, output_dir="whole", **options | {"max_steps": 4, "lr_scheduler_type": "constant"})
+    stops = sd.train(
+        model,
+        ROWS,
+        output_dir="run",
+        on_step=lambda step, _model, _metrics: step == 2,
+        **options | {"max_steps": 4, "lr_scheduler_type": "constant"},
+    )
+    assert len(stops.metrics) == 2
+    with pytest.raises(sd.UserError, match="began with other rows"):
+        sd.train(data=ROWS[1:], output_dir="run", resume=True)
+    run = sd.train(data=ROWS, output_dir="run", resume=True)
+    assert len(run.metrics) == 4
+    assert same(final_weights(run.config), final_weights(whole.config))
+
+
+def test_a_loaded_model_is_checked_trained_and_evaluated_as_its_folder_is(model: str) -> None:
+    ours, tokenizer = loaded(model)
+    options = {"contexts": ["turns"], "sample": 4, "batch_size": 2} | TINY
+    by_name, by_model = sd.check(model, ROWS, **options), sd.check(ours, ROWS, tokenizer=tokenizer, **options)
+    assert by_name.layouts == by_model.layouts
+    before = sd.evaluate(ours, ROWS, tokenizer=tokenizer, max_completion_length=12)
+    assert before.accuracy == sd.evaluate(model, ROWS, max_completion_length=12).accuracy
+    named = sd.train(model, ROWS, output_dir="named", context="turns", **RUN)
+    run = sd.train(ours, ROWS, output_dir="run", tokenizer=tokenizer, context="turns", **RUN)
+    assert same(final_weights(named.config), final_weights(run.config))
+    assert same(final_weights(run.config), {name: p.detach() for name, p in ours.state_dict().items()})
+    with pytest.raises(sd.UserError, match="needs its tokenizer"):
+        sd.check(ours, ROWS)
+
+
+def test_a_callback_sees_every_step_and_its_metrics(model: str) -> None:
+    seen: list[tuple[int, dict[str, Any]]] = []
+    run = sd.train(
+        model, ROWS, output_dir="run", context="turns", on_step=lambda n, _model, m: seen.append((n, m)), **RUN
+    )
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert seen[0][1] == {}
+    assert [metrics["loss"] for _, metrics in seen[1:]] == [line["loss"] for line in run.metrics]
+
+
+def test_progress_can_be_switched_off_and_goes_to_the_log(
+    model: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="selfdistill")
+    sd.train(model, ROWS, output_dir="quiet", context="turns", progress=False, **RUN)
+    assert capfd.readouterr() == ("", "")
+    assert any("sdft on 6 demonstrations" in record.message for record in caplog.records)
+    sd.train(model, ROWS, output_dir="loud", context="turns", **RUN)
+    assert "step 2/2" in capfd.readouterr().err
+
+
+def test_a_plan_writes_nothing_and_says_what_a_run_would_do(model: str) -> None:
+    before = set(Path().rglob("*"))
+    plan = sd.plan(model, ROWS, context="turns:repeats=2", **RUN | {"max_steps": 40})
+    assert set(Path().rglob("*")) == before
+    assert plan.config.learning_rate == 1e-5
+    assert plan.config.max_steps == 40
+    assert plan.student_prompt.count("Where is ticket") == 1
+    assert plan.teacher_prompt is not None
+    assert plan.teacher_prompt.count("Where is ticket") == 3
+    assert plan.completion.startswith("Shelf ")
+    assert plan.total_seconds == pytest.approx(plan.step_seconds * 40)
+    assert 0.1 < plan.peak_gib < 20
+    assert "max_steps: 40" in repr(plan)
+
+
+def test_comparing_learning_exporting_and_reporting(model: str) -> None:
+    options = RUN | {"context": "turns", "eval_steps": 1, "max_completion_length": 20}
+    compared = sd.compare(
+        model, ROWS, test=ROWS[:3], output_dir="compared", methods=("sft", "sdft"), seeds=(0,), **options
+    )
+    assert [(row["method"], row["steps"]) for row in compared.table] == [
+        ("sft", 1),
+        ("sft", 2),
+        ("sdft", 1),
+        ("sdft", 2),
+    ]
+    assert compared.conclusion in " ".join(repr(compared).split())
+    assert "<svg" in compared._repr_html_()
+    gates = {"min_teacher": 0, "max_prior_drop": 1, "max_skill_drop": 1, "context": "turns"}
+    learnt = sd.learn("add", ROWS, state="memory", model=model, test=ROWS[:3], name="tickets", **gates, **RUN)
+    assert learnt.accepted
+    assert sd.learn("status", state="memory").details["skills"] == ["tickets"]
+    with pytest.raises(sd.UserError, match="rows in memory have no name"):
+        sd.learn("add", ROWS, state="memory")
+    run = sd.Run(Path("memory/skills/0001-tickets/run"))
+    assert run.metrics[-1]["step"] == 2
+    assert sd.report(Path("compared"), output="report.html").stat().st_size > 1000
+    assert (sd.export("memory/skills/0001-tickets/model", output_dir="exported") / "config.json").is_file()
+
+
+def test_asking_shows_both_replies(model: str) -> None:
+    run = sd.train(model, ROWS, output_dir="run", context="turns", **RUN)
+    answered = sd.ask("run", "Where is ticket 3?", base=model, max_completion_length=12)
+    assert answered.reply == run.generate("Where is ticket 3?")
+    assert answered.base_reply is not None
+    assert "base" in repr(answered)
+    assert sd.ask(model, "Hello?", max_completion_length=4).base_reply is None
+
+
+def test_settings_are_refused_by_name(model: str) -> None:
+    with pytest.raises(sd.UserError, match="unknown setting 'learning_rat'"):
+        sd.train(model, ROWS, output_dir="run", learning_rat=1)
+    with pytest.raises(sd.UserError, match="setting 'output_dir' is required"):
+        sd.train(model, ROWS)
+    with pytest.raises(sd.UserError, match="so it is not a run folder"):
+        sd.Run(Path("none"))
+
+
+def test_every_setting_of_the_api_is_one_of_the_command_line() -> None:
+    from selfdistill.cli_parser import COMMANDS
+
+    assert COMMANDS["check"][0] is CheckConfig
+    assert COMMANDS["eval"][0] is EvalConfig
