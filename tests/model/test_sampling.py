@@ -89,7 +89,7 @@ def test_greedy_equals_generate_with_sliding_windows(load: Loader) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_equals_generate_for_models_of_all_kinds(load: Loader, name: str) -> None:
     model, _ = odd_model(name)
-    loaded = replace(load(), model=model, end_token_ids=(257, *range(0, 300, 9)), window=None, can_continue_cache=None)
+    loaded = replace(load(), model=model, end_token_ids=(257, *range(0, 300, 9)), window=None, continues_cache=None)
     disable_dropout(model)
     beginning, *rest = prompts(50, 5, 1, 40, 17)
     batch = [beginning + tail for tail in rest]
@@ -109,7 +109,7 @@ def test_memory_for_new_tokens_is_set_aside_again_when_it_is_used_up(load: Loade
 
 def test_a_model_without_a_cache_is_refused(load: Loader) -> None:
     config = OpenAIGPTConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4)
-    loaded = replace(load(), model=OpenAIGPTLMHeadModel(config).eval(), can_continue_cache=None)
+    loaded = replace(load(), model=OpenAIGPTLMHeadModel(config).eval(), continues_cache=None)
     with pytest.raises(UserError, match="takes no cache of keys and values"):
         sample(loaded, prompts(5, 3), GREEDY)
 
