@@ -440,7 +440,7 @@ def test_not_one_question_is_an_error(make: Callable[..., QuestionsConfig], serv
 def test_the_model_itself_can_write(
     make: Callable[..., QuestionsConfig], server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = questions.load_start
+    load = questions.load_for_training
     temperatures = []
 
     def sample(loaded: Any, prompts: Any, sampling: Sampling, seeds: Any) -> list[Rollout]:
@@ -454,7 +454,7 @@ def test_the_model_itself_can_write(
             said.append(Rollout(loaded.tokenizer(writes_well(body)[1])["input_ids"], [], False))
         return said
 
-    monkeypatch.setattr(questions, "load_start", lambda *a, **k: replace(load(*a, **k), window=None))
+    monkeypatch.setattr(questions, "load_for_training", lambda *a, **k: replace(load(*a, **k), window=None))
     monkeypatch.setattr(questions, "sample", sample)
     found = make_questions(make(writer_url=None, writer_model=None, batch_size=2))
     assert found == {"passages": 2, "train": 10, "test": 5, "indirect": 5, "rejected": {}}

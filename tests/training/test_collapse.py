@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
         if step == 5:
             (Path(config.output_dir) / "checkpoint-00000003" / "state.json").write_text("{}")
 
-    with pytest.raises(RunFailed, match="no model measured at least 5 steps before is kept"):
+    with pytest.raises(RunFailed, match="no checkpoint measured at least 5 steps earlier exists"):
         train(config, on_step=spoil)
 
 
@@ -161,7 +161,7 @@ def test_the_card_tells_of_the_model_that_was_gone_back_to(falling_apart: Callab
 def test_the_option_on_resuming_stops_a_run_that_is_already_apart(falling_apart: Callable[..., TrainConfig]) -> None:
     train(falling_apart(save_steps=20))
     with pytest.raises(
-        RunFailed, match=r"stopped after step 4[1-5]: .*; no model measured at least 5 steps before is kept"
+        RunFailed, match=r"stopped after step 4[1-5]: .*; no checkpoint measured at least 5 steps earlier exists"
     ):
         train(falling_apart(save_steps=20, max_steps=60, stop_on_collapse=True), resume=True)
 
