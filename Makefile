@@ -26,7 +26,7 @@ demo: $(STAMP) ## Run the demonstration on the starter model
 	$(BIN)/selfdistill demo
 
 test: $(STAMP) ## Run the quick tests
-	$(BIN)/pytest -m "not slow and not stress" $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not stress" $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## Run the tests that use the starter model or take long
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

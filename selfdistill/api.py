@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from selfdistill.api_inputs import Model, data_of, given_settings, kept_rows, model_of, session, train_config
 from selfdistill.comparison import CompareResult
 from selfdistill.comparison import compare as run_comparison
 from selfdistill.comparison import report as write_report
@@ -32,22 +31,17 @@ from selfdistill.continual import LearnResult
 from selfdistill.continual import learn as run_action
 from selfdistill.data import Rows, load_demonstrations, write_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.evaluation import AskResult, CheckResult, EvalResult, check_inputs
+from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
 from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.methods import METHODS
-from selfdistill.model import LoadedModel, adopt, to_best_device
-from selfdistill.questions import QuestionsResult, with_questions
+from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
-from selfdistill.runtime import check_tracker, progress_shown, say
-from selfdistill.training import OnStep, Plan, Run, check_output_dir
+from selfdistill.training import OnStep, Plan, Run
 from selfdistill.training import export as run_export
 from selfdistill.training import plan as run_plan
 from selfdistill.training import train as run_training
-
-Model = str | os.PathLike[str] | Any
-"""A folder, run folder, hub id or ``smollm2-135m``; or a loaded ``PreTrainedModel``, with ``tokenizer=``."""
 
 
 def check(model: Model, data: Rows, *, tokenizer: Any = None, progress: bool = True, **settings: Any) -> CheckResult:
@@ -63,9 +57,9 @@ def check(model: Model, data: Rows, *, tokenizer: Any = None, progress: bool = T
     Raises:
         UserError: bad settings, data or model, or no layout that fits.
     """
-    with _session(progress):
-        name, loaded = _model(model, tokenizer)
-        path, rows = _data(data)
+    with session(progress):
+        name, loaded = model_of(model, tokenizer)
+        path, rows = data_of(data)
         return run_check(CheckConfig(model=name, data=path, **settings), rows, loaded)
 
 
@@ -100,9 +94,9 @@ def train(
         RunStopped: a signal came; everything is saved.
         RunFailed: training diverged.
     """
-    with _session(progress):
-        given = _given(model, output_dir, settings)
-        config, loaded = _train_config(given, data, test, tokenizer, resume)
+    with session(progress):
+        given = given_settings(model, output_dir, settings)
+        config, loaded = train_config(given, data, test, tokenizer, resume)
         run_training(config, resume=resume, loaded=loaded, on_step=on_step)
         return Run(Path(config.output_dir))
 
@@ -120,12 +114,12 @@ def plan(
 
     Two steps are done in memory and thrown away; nothing is written. The arguments are those of :func:`train`.
     """
-    with _session(progress):
-        given = _given(model, output_dir, settings)
-        given["model"], loaded = _model(given.get("model", ""), tokenizer)
+    with session(progress):
+        given = given_settings(model, output_dir, settings)
+        given["model"], loaded = model_of(given.get("model", ""), tokenizer)
         rows = None
         if data is not None:
-            given["data"], rows = _data(data)
+            given["data"], rows = data_of(data)
         config = TrainConfig(**given)
         if config.documents:
             raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
@@ -155,10 +149,10 @@ def evaluate(
     Raises:
         UserError: bad settings, data or model.
     """
-    with _session(progress):
-        name, loaded = _model(model, tokenizer)
-        base_name, base_loaded = (None, None) if base is None else _model(base, tokenizer)
-        path, rows = _data(data)
+    with session(progress):
+        name, loaded = model_of(model, tokenizer)
+        base_name, base_loaded = (None, None) if base is None else model_of(base, tokenizer)
+        path, rows = data_of(data)
         config = EvalConfig(model=name, data=path, base=base_name, **settings)
         details = run_evaluation(config, rows, loaded, base_loaded)
         return EvalResult(name, path, details)
@@ -189,9 +183,9 @@ def compare(
         UserError: anything the user can mend.
         RunStopped: a signal came; what was done is saved.
     """
-    with _session(progress):
-        given = _given(model, output_dir, settings)
-        given |= _kept_rows({"data": data, "test": test}, Path(output_dir), resume)
+    with session(progress):
+        given = given_settings(model, output_dir, settings)
+        given |= kept_rows({"data": data, "test": test}, Path(output_dir), resume)
         config = continued(given, CompareConfig)[0] if resume else CompareConfig(**given)
         return run_comparison(config, resume=resume)
 
@@ -219,12 +213,12 @@ def learn(
         UserError: anything the user can mend.
         RunStopped: a signal came; the same call goes on.
     """
-    with _session(progress), tempfile.TemporaryDirectory() as folder:
+    with session(progress), tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {"action": action, "state": os.fspath(state)} | settings
         for name, rows in (("data", data), ("test", test)):
             if rows is None:
                 continue
-            given[name], in_memory = _data(rows)
+            given[name], in_memory = data_of(rows)
             if in_memory is not None:
                 if not given.get("name"):
                     raise UserError("rows in memory have no name: give name=..., the skill's")
@@ -250,7 +244,7 @@ def ask(
         progress: show bars and notes.
         settings: fields of :class:`selfdistill.config.AskConfig`.
     """
-    with _session(progress):
+    with session(progress):
         base_name = None if base is None else os.fspath(base)
         return ask_question(AskConfig(run=os.fspath(run), question=question, base=base_name, **settings))
 
@@ -272,7 +266,7 @@ def make_questions(
         progress: show bars and notes.
         settings: fields of :class:`selfdistill.config.QuestionsConfig`.
     """
-    with _session(progress):
+    with session(progress):
         places: dict[str, Any] = {"model": model, "documents": documents, "output_dir": output_dir}
         config = QuestionsConfig(**{name: os.fspath(place) for name, place in places.items()} | settings)
         return QuestionsResult(Path(config.output_dir), run_questions(config))
@@ -289,115 +283,6 @@ def export(
     run: str | os.PathLike[str] | Run, *, output_dir: str | os.PathLike[str], merge: bool = False, progress: bool = True
 ) -> Path:
     """Copy the final model of a run to a folder; ``merge`` folds a LoRA adapter into its base."""
-    with _session(progress):
+    with session(progress):
         folder = str(run.output_dir) if isinstance(run, Run) else os.fspath(run)
         return run_export(ExportConfig(run=folder, output_dir=os.fspath(output_dir), merge=merge))
-
-
-# --- from what the caller gave to settings, rows and models ---
-
-
-@contextmanager
-def _session(progress: bool) -> Iterator[None]:
-    """Libraries quiet while models load and save, and progress shown or not."""
-    import warnings
-
-    import transformers
-
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    with warnings.catch_warnings(), progress_shown(progress):
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT's call, not the user's
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            transformers.logging.set_verbosity(verbosity)
-            if bars:
-                transformers.utils.logging.enable_progress_bar()
-
-
-def _given(
-    model: Model | TrainConfig | None, output_dir: str | os.PathLike[str] | None, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """The settings that were given, those of a :class:`TrainConfig` below the others."""
-    given: dict[str, Any] = {}
-    if isinstance(model, TrainConfig):
-        given = model.model_dump(exclude_unset=True)
-    elif model is not None:
-        given["model"] = os.fspath(model) if isinstance(model, os.PathLike) else model
-    if output_dir is not None:
-        given["output_dir"] = os.fspath(output_dir)
-    return given | settings
-
-
-def _model(model: Model, tokenizer: Any) -> tuple[str, LoadedModel | None]:
-    """The model's name, and the model itself where it is loaded already."""
-    if isinstance(model, str | os.PathLike):
-        return os.fspath(model), None
-    loaded = to_best_device(adopt(model, tokenizer))
-    return loaded.name, loaded
-
-
-def _data(data: Rows) -> tuple[str, Rows | None]:
-    """The path of the data, or a word for it and the rows themselves where they are in memory."""
-    return (os.fspath(data), None) if isinstance(data, str | os.PathLike) else ("data", data)
-
-
-def _train_config(
-    given: dict[str, Any], data: Rows | None, test: Rows | None, tokenizer: Any, resume: bool
-) -> tuple[TrainConfig, LoadedModel | None]:
-    """The settings of a run, all that is theirs checked, and the model where it is loaded already."""
-    loaded = None
-    if "model" in given:
-        given["model"], loaded = _model(given["model"], tokenizer)
-    folder = Path(str(given["output_dir"])) if "output_dir" in given else None
-    if resume and folder and (folder / "config.yaml").exists():
-        given.pop("documents", None)  # the settings there name the questions that were made of them
-    given |= _kept_rows({"data": data, "test": test}, folder, resume)
-    saved = None
-    if resume:
-        config, saved = continued(given, TrainConfig)
-    else:
-        config = TrainConfig(**given)
-    if saved and saved.max_steps != config.max_steps:
-        change = f"max_steps was {saved.max_steps} and is now {config.max_steps}"
-        say(f"{change}: from here on the learning rate is that of a run of so many steps")
-    check_output_dir(config.output_dir, resume=resume)
-    check_tracker(config.report_to)
-    check_inputs(config)
-    METHODS[config.method](config)  # its rules, before any long work
-    if config.documents:
-        if loaded is not None:
-            raise UserError("setting 'documents': the model writes the questions first, so give its name or folder")
-        config = with_questions(config)
-    return config, loaded
-
-
-def _kept_rows(given: dict[str, Rows | None], folder: Path | None, resume: bool) -> dict[str, str]:
-    """The paths of the data by setting; rows in memory are written into the folder, so that the run can go on.
-
-    Raises:
-        UserError: rows that cannot be used; a folder that is taken; or other rows than a run that goes on began with.
-    """
-    paths: dict[str, str] = {}
-    for name, rows in given.items():
-        if rows is None:
-            continue
-        paths[name], in_memory = _data(rows)
-        if in_memory is None:
-            continue
-        if folder is None:
-            raise UserError("setting 'output_dir' is required: give output_dir=...")
-        file = check_output_dir(str(folder), resume=resume) / f"{name}.jsonl"
-        loaded = load_demonstrations(in_memory, completion_required=name == "data")
-        paths[name] = str(file)
-        if resume and file.exists():
-            before = load_demonstrations(str(file), completion_required=False)
-            if [row.identity() for row in before] != [row.identity() for row in loaded]:
-                raise UserError(f"{file}: the run began with other rows: give the same, or choose another output_dir")
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        write_demonstrations(file, loaded)
-    return paths

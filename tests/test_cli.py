@@ -977,7 +977,9 @@ def test_every_setting_has_a_help_text_and_a_topic(capsys: pytest.CaptureFixture
         assert set(kind.model_fields) <= {*shown, *grouped}, command
         main([command, "--help"])
         out = capsys.readouterr().out
-        assert all(re.search(rf"^  (-o, )?(--)?{name}\b", out, re.MULTILINE) for name in kind.model_fields), command
+        assert all(re.search(rf"^  (-o TEXT, )?(--)?{name}\b", out, re.MULTILINE) for name in kind.model_fields), (
+            command
+        )
 
 
 def test_the_help_of_train_begins_with_what_everybody_needs(

@@ -58,16 +58,15 @@ def test_the_demo_runs_prints_and_keeps_its_folder(
         assert words in output
     assert output.count("before: ") == output.count("after:  ") == 3
     assert (tiny_demo / "runs/demo/sdft/final/model.safetensors").is_file()
-    # A second run goes beside the first.
-    assert module._free_folder(None) == Path("runs/demo-2")
     assert main(["demo", "--output_dir", "runs/demo"]) == 2
     assert capsys.readouterr().err.endswith("output_dir 'runs/demo' exists and is not empty: choose another\n")
 
 
-def test_a_stopped_demo_does_not_promise_to_go_on(
+def test_a_stopped_demo_does_not_promise_to_go_on_and_lies_beside_an_earlier_one(
     tiny_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "SDFT_EVALUATIONS", (1,))
+    Path("runs/demo").mkdir(parents=True)  # an earlier demo, beside which this one goes
     measure = module.Panel.measure
 
     def interrupted(panel: module.Panel, name: str, loaded: Any, step: int = 0, seconds: float = 0.0) -> Point:
@@ -78,4 +77,4 @@ def test_a_stopped_demo_does_not_promise_to_go_on(
 
     monkeypatch.setattr(module.Panel, "measure", interrupted)
     assert main(["demo"]) == 130
-    assert capsys.readouterr().err.endswith("runs/demo: stopped; the demo begins anew each time\n")
+    assert capsys.readouterr().err.endswith("runs/demo-2: stopped; the demo begins anew each time\n")

@@ -259,7 +259,7 @@ def refusal(file: Path, want: str, capsys: pytest.CaptureFixture[str], arguments
     return f"{code}, {out}{err}, want {want}"
 
 
-@pytest.mark.parametrize("tries", [150, pytest.param(2000, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("tries", [50, pytest.param(2000, marks=pytest.mark.stress)])
 def test_bad_files_are_refused_with_the_row(
     tmp_path: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str], tries: int
 ) -> None:
@@ -332,11 +332,11 @@ def test_an_enormous_row_is_refused_or_left_out(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rows = [{"prompt": "word " * 200_000, "completion": "a"}, {"prompt": "q", "completion": "a"}]
+    rows = [{"prompt": "word " * 40_000, "completion": "a"}, {"prompt": "q", "completion": "a"}]
     data = write_rows(rows)
     command = f"train --model {model_folder(ends=ENDS)} --data {data} --output_dir {tmp_path / 'run'} --context turns"
     assert main(shlex.split(command)) == 2
-    assert "train.jsonl:1: prompt has 10000" in capsys.readouterr().err
+    assert "train.jsonl:1: prompt has 2000" in capsys.readouterr().err
     assert load_model(str(model_folder(ends=ENDS))).window == 512
     more = "--on_long_prompt drop --max_steps 1 --max_completion_length 8 --batch_size 1 --mixed_precision no"
     assert main(shlex.split(f"{command} {more}")) == 0

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -49,18 +50,41 @@ VARIANTS: dict[str, dict[str, Any]] = {
 STEPS = {"batch_size": 4, "max_steps": 8, "save_steps": 3, "ema_rate": 0.2, "snapshot_steps": 3, "drift_steps": 4}
 """Of six rows: checkpoints in the middle of epochs, and batches across their borders."""
 
+QUICK = ("LoRA, frozen teacher, evaluated", "accumulation, several generations", "two stages, frozen base")
+"""Killed at random moments in the quick tests too; together they have what the others have."""
+
 Make = Callable[..., TrainConfig]
 
 
-@pytest.fixture
-def make(settings: Make, write_rows: Callable[..., Path]) -> Make:
-    test = str(write_rows(count=4, name="test.jsonl"))
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what the tests share: rows, and runs that nothing interrupted."""
+    return tmp_path_factory.mktemp("killed")
 
-    def of(variant: str, out: str) -> TrainConfig:
-        values = STEPS | VARIANTS[variant]
+
+@pytest.fixture
+def make(settings: Make, write_rows: Callable[..., Path], shared: Path) -> Make:
+    files = [write_rows(), write_rows(count=4, name="test.jsonl")]
+    data, test = (str(shutil.copy(file, shared)) for file in files)
+
+    def of(variant: str, out: str, **more: Any) -> TrainConfig:
+        values = {"data": data} | STEPS | VARIANTS[variant] | more
         return settings(out, **values | ({"test": test} if "eval_steps" in values else {}))
 
     return of
+
+
+@pytest.fixture
+def uninterrupted(make: Make, shared: Path) -> Callable[[str], TrainConfig]:
+    """A variant's run that nothing interrupted; tests share it."""
+
+    def run(variant: str) -> TrainConfig:
+        config = make(variant, "whole", output_dir=str(shared / variant))
+        if not Path(config.output_dir).exists():
+            train(config)
+        return config
+
+    return run
 
 
 def measured(config: TrainConfig) -> list[dict[str, Any]]:
@@ -91,8 +115,13 @@ def test_other_weights_metrics_or_files_are_noticed(make: Make, tmp_path: Path) 
     assert not the_same(whole, again)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.stress)])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "kills"),
+    [
+        *(pytest.param(name, 2, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS),
+        *(pytest.param(name, 50, marks=pytest.mark.stress) for name in VARIANTS),
+    ],
+)
 def test_killed_at_random_moments(make: Make, tmp_path: Path, variant: str, kills: int) -> None:
     tally = Tally(f"killed at a random moment: {variant}")
     whole, log = make(variant, "whole"), tmp_path / "log"
@@ -136,8 +165,8 @@ class _Dies:
 
         def torn_line(file: Any, values: dict[str, Any]) -> None:
             if self._now():
-                file._file.write(json.dumps(values)[:7])
-                file._file.flush()
+                file.file.write(json.dumps(values)[:7])
+                file.file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             write(file, values)
 
@@ -152,12 +181,20 @@ class _Dies:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("every", [25, pytest.param(1, marks=pytest.mark.stress)])
-@pytest.mark.parametrize("variant", ["full, EMA teacher, evaluated", "samples of the teacher"])
-def test_killed_at_every_operation_on_a_file(make: Make, tmp_path: Path, variant: str, every: int) -> None:
+@pytest.mark.parametrize(
+    ("variant", "every"),
+    [
+        ("full, EMA teacher, evaluated", 47),
+        pytest.param("samples of the teacher", 25, marks=pytest.mark.slow),
+        pytest.param("full, EMA teacher, evaluated", 1, marks=pytest.mark.stress),
+        pytest.param("samples of the teacher", 1, marks=pytest.mark.stress),
+    ],
+)
+def test_killed_at_every_operation_on_a_file(
+    make: Make, uninterrupted: Callable[[str], TrainConfig], tmp_path: Path, variant: str, every: int
+) -> None:
     tally = Tally(f"killed at an operation on a file: {variant}")
-    whole, log = make(variant, "whole"), tmp_path / "log"
-    assert Child(lambda: train(whole), log).wait() == 0, log.read_text()
+    whole, log = uninterrupted(variant), tmp_path / "log"
     for at in count(1, every):
         cut = make(variant, f"cut{at}")
 
@@ -202,13 +239,26 @@ def saved_steps(config: TrainConfig) -> list[int]:
     return [int(path.name[-8:]) for path in list_checkpoints(Path(config.output_dir))]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "code", "signals"),
+    [
+        (signal.SIGTERM, 143, 1),
+        (signal.SIGINT, 130, 1),
+        (signal.SIGHUP, 129, 1),
+        (signal.SIGINT, 130, 2),
+        pytest.param(signal.SIGTERM, 143, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_a_second_one_leaves_at_once(
-    make: Make, tmp_path: Path, number: int, code: int, signals: int
+    make: Make,
+    uninterrupted: Callable[[str], TrainConfig],
+    tmp_path: Path,
+    number: int,
+    code: int,
+    signals: int,
 ) -> None:
-    whole, stopped = make("full, frozen teacher", "whole"), make("full, frozen teacher", "stopped")
-    train(whole)
+    whole, stopped = uninterrupted("full, frozen teacher"), make("full, frozen teacher", "stopped")
     found, last = trained_until(stopped, tmp_path, 3, lambda: [os.kill(os.getpid(), number) for _ in range(signals)])
     if signals == 1:
         assert found == code
@@ -224,10 +274,11 @@ def test_a_signal_saves_and_a_second_one_leaves_at_once(
     assert the_same(whole, stopped)
 
 
-def test_a_full_disk_is_one_line_and_loses_no_checkpoint(make: Make, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
+    make: Make, uninterrupted: Callable[[str], TrainConfig], tmp_path: Path
+) -> None:
     """The kernel's own refusal: no file may be larger than half of a checkpoint's weights."""
-    whole, full = make("full, EMA teacher, evaluated", "whole"), make("full, EMA teacher, evaluated", "full")
-    train(whole)
+    whole, full = uninterrupted("full, EMA teacher, evaluated"), make("full, EMA teacher, evaluated", "full")
     size = (list_checkpoints(Path(whole.output_dir))[0] / "weights.safetensors").stat().st_size
 
     def fill_up() -> None:
@@ -243,9 +294,10 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(make: Make, tmp_path: P
     assert the_same(whole, full)
 
 
-def test_no_memory_is_one_line_and_loses_no_checkpoint(make: Make, tmp_path: Path) -> None:
-    whole, poor = make("full, frozen teacher", "whole"), make("full, frozen teacher", "poor")
-    train(whole)
+def test_no_memory_is_one_line_and_loses_no_checkpoint(
+    make: Make, uninterrupted: Callable[[str], TrainConfig], tmp_path: Path
+) -> None:
+    whole, poor = uninterrupted("full, frozen teacher"), make("full, frozen teacher", "poor")
 
     def starve() -> None:
         used = psutil.Process().memory_info().vms
@@ -274,14 +326,15 @@ def test_what_cannot_fit_is_refused_before_the_first_step(make: Make, monkeypatc
 # --- the same everywhere, and for long ---
 
 
-def test_the_same_seed_gives_the_same_bits_in_another_process(make: Make, tmp_path: Path) -> None:
-    here, there = make("LoRA, EMA teacher", "here"), make("LoRA, EMA teacher", "there")
-    train(here)
+def test_the_same_seed_gives_the_same_bits_in_another_process(
+    make: Make, uninterrupted: Callable[[str], TrainConfig], tmp_path: Path
+) -> None:
+    here, there = uninterrupted("LoRA, EMA teacher"), make("LoRA, EMA teacher", "there")
     assert Child(lambda: train(there), tmp_path / "log").wait() == 0
     assert the_same(here, there)
 
 
-@pytest.mark.parametrize("steps", [150, pytest.param(2000, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("steps", [100, pytest.param(2000, marks=pytest.mark.stress)])
 def test_a_long_run_takes_no_more_memory_files_or_time(settings: Make, steps: int) -> None:
     process, seen = psutil.Process(), []
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from selfdistill.comparison.compare import _runs, compare
+from selfdistill.comparison.compare import compare, runs_of
 from selfdistill.config.commands import CompareConfig, EvalConfig
 from selfdistill.config.files import load_yaml
 from selfdistill.data.contexts import parse_context
@@ -104,7 +104,7 @@ def test_a_default_that_a_method_does_not_use_makes_no_further_run_either(
     settings: Callable[..., CompareConfig], method: str, vary: dict[str, Any]
 ) -> None:
     config = settings(methods=[method], vary=vary)
-    assert [(label, Path(run.output_dir).name) for label, run in _runs(config)] == [(method, f"{method}-0.001-seed0")]
+    assert [(label, Path(run.output_dir).name) for label, run in runs_of(config)] == [(method, f"{method}-0.001-seed0")]
 
 
 def test_varied_contexts_have_no_common_teacher(

@@ -23,8 +23,7 @@ from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dum
 from selfdistill.data import ChatFormat, Demonstration, load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
-from selfdistill.methods import METHODS, unused_settings, uses
-from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods import METHODS, DemonstrationExamples, unused_settings, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint
 from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, list_checkpoints, train
@@ -91,7 +90,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     write_atomically(written, dump_yaml(config))
     del base
     config = config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
-    runs = _runs(config)
+    runs = runs_of(config)
     done: list[Compared] = []
     with StopRequests() as stop:
         for number, (label, run) in enumerate(runs):
@@ -172,7 +171,7 @@ def _used(run: TrainConfig, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if uses(run, name)}
 
 
-def _runs(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
+def runs_of(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
     """Every run with what it is called; what is varied and not used by a method makes no further run of it."""
     runs: dict[str, tuple[str, TrainConfig]] = {}
     for seed in config.seeds:

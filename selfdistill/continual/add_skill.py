@@ -130,7 +130,7 @@ def _opened(config: LearnConfig) -> Ledger:
                 (folder / "prior" / name).write_bytes(text)
         prior = str(folder / "prior") if config.prior else None
         base = load_for_training(config.model, dtype=config.dtype)
-        write_json(folder / "base.json", _measured(base, [], prior, config))
+        write_json(folder / "base.json", measure_model(base, [], prior, config))
         state = {"model": _absolute(config.model), "weights": start_fingerprint(base)}
         state |= {key: getattr(config, key) for key in MEASURED_WITH}
         (folder / "state.yaml").write_text(yaml.safe_dump(state), encoding="utf-8")
@@ -216,7 +216,7 @@ def settings_of(folder: Path) -> LearnConfig:
     return LearnConfig(**{key: value for key, value in saved.items() if key in LearnConfig.model_fields})
 
 
-def _measured(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
+def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
     """A model's :data:`Evaluation` on the tests of skills, each with that skill's settings, and on prior abilities."""
     with training_precision(loaded.model, config.mixed_precision):
         skills: dict[str, Evaluation] = {}
@@ -297,7 +297,7 @@ class _Addition:
             raise RunStopped("stopped", self._stop.received)
 
     def _on(self, model: str, folders: list[tuple[str, Path]], prior: bool) -> dict[str, Any]:
-        found: dict[str, Any] = _measured(
+        found: dict[str, Any] = measure_model(
             load_for_training(model, dtype=self._config.dtype),
             folders,
             self._ledger.prior if prior else None,
@@ -349,7 +349,7 @@ class _Addition:
 
         def look(step: int, loaded: LoadedModel, _metrics: dict[str, Any]) -> None:
             if step % self._config.eval_steps == 0 and step not in along.steps:
-                found = _measured(loaded, self._all, self._ledger.prior, self._config)
+                found = measure_model(loaded, self._all, self._ledger.prior, self._config)
                 scores = {name: evaluation["accuracy"] for name, evaluation in found["skills"].items()}
                 along.write({"step": step, "skills": scores, "prior_accuracy": found.get("prior_accuracy")})
 

@@ -18,8 +18,8 @@ KEYS = ("SELFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
 """Environment variables of the key: the first is sent to whatever address the settings name, the second to OpenAI only,
 whose it is."""
 
-_TIMEOUT_S = 60.0
-_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # between attempts: a minute, the usual window of a rate limit
+TIMEOUT_S = 60.0
+WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # between attempts: a minute, the usual window of a rate limit
 
 
 class Endpoint:
@@ -53,10 +53,10 @@ class Endpoint:
         body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
         key = _api_key(self.url, self.who)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        for wait in (*_WAITS_S, None):
+        for wait in (*WAITS_S, None):
             request = Request(self.url, json.dumps(body).encode(), headers)
             try:
-                with self._opener.open(request, timeout=_TIMEOUT_S) as response:
+                with self._opener.open(request, timeout=TIMEOUT_S) as response:
                     answer = response.read()
                 break
             except (OSError, HTTPException) as error:  # an HTTPError is an OSError

@@ -70,78 +70,113 @@ def chunked_loss(
     Raises:
         UserError: ``chunk_size`` below 1.
     """
-    if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"chunk_size: found {chunk_size}; use 1 or more tokens")
-    if chunk_size is None:
-        vocabulary = student_head(student_hidden_ND[:1].detach()).shape[-1]
-        chunk_size = max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
+    chunks = _Chunks(
+        loss, (student_hidden_ND, student_head), head_parameters, tokens_N, weights_N, teacher_hidden_ND, teacher_head
+    )
+    statistics = chunks.run(_chunk_size(student_hidden_ND, student_head, chunk_size), base, weighting)
+    value = (weights_N.detach() * statistics["loss"]).sum()
+    if chunks.differentiate:
+        value = _Attach.apply(value, chunks.scale, chunks.gradients, *chunks.inputs)
+    return value, statistics
 
-    trainable = [parameter for parameter in head_parameters if parameter.requires_grad]
-    hidden_moves = student_hidden_ND.requires_grad
-    inputs = [student_hidden_ND, *trainable] if hidden_moves else trainable
-    differentiate = torch.is_grad_enabled() and bool(inputs)
-    gradients = []
-    if differentiate:
-        gradients = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
-    # Weights are around 1 / tokens of a batch. Inside they are scaled to at most 1: a float16 head would underflow.
-    tiny = torch.finfo(weights_N.dtype).tiny
-    scale = torch.cat([weights_N.detach().abs(), weights_N.new_full((1,), tiny)]).amax()
-    scaled_N = weights_N.detach() / scale
 
-    device = student_hidden_ND.device.type
-    weight_VD = _plain_weight(student_head, teacher_head, device)
-    dtype = None if weight_VD is None else torch.float32
+def _chunk_size(hidden_ND: Tensor, head: Head, given: int | None) -> int:
+    if given is not None and given < 1:
+        raise UserError(f"chunk_size: found {given}; use 1 or more tokens")
+    if given is not None:
+        return given
+    vocabulary = head(hidden_ND[:1].detach()).shape[-1]
+    return max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
 
-    def run(rows: slice) -> dict[str, Tensor]:
-        # A function of its own, so that one chunk's tensors are gone before the next chunk's logits are made.
-        hidden_nD = student_hidden_ND[rows].detach().to(dtype).requires_grad_(hidden_moves)
+
+class _Chunks:
+    """One call of :func:`chunked_loss`: what all chunks share, and the gradients they add to.
+
+    Args:
+        loss: as for :func:`chunked_loss`, and so are the others.
+        student: hidden states and head.
+    """
+
+    def __init__(
+        self,
+        loss: Divergence | CrossEntropy,
+        student: tuple[Tensor, Head],
+        head_parameters: Sequence[Tensor],
+        tokens_N: Tensor,
+        weights_N: Tensor,
+        teacher_hidden_ND: Tensor | None,
+        teacher_head: Head | None,
+    ) -> None:
+        self.loss, self.tokens_N = loss, tokens_N
+        self.hidden_ND, self.head = student
+        self.teacher_hidden_ND, self.teacher_head = teacher_hidden_ND, teacher_head or self.head
+        self.trainable = [parameter for parameter in head_parameters if parameter.requires_grad]
+        self.hidden_moves = self.hidden_ND.requires_grad
+        self.inputs = [self.hidden_ND, *self.trainable] if self.hidden_moves else self.trainable
+        self.differentiate = torch.is_grad_enabled() and bool(self.inputs)
+        self.gradients = []
+        if self.differentiate:
+            self.gradients = [
+                torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in self.inputs
+            ]
+        # Weights are around 1 / (tokens in the batch). Scale them to at most 1, or a float16 head would underflow.
+        tiny = torch.finfo(weights_N.dtype).tiny
+        self.scale = torch.cat([weights_N.detach().abs(), weights_N.new_full((1,), tiny)]).amax()
+        self.scaled_N = weights_N.detach() / self.scale
+        self.weight_VD = _plain_weight(self.head, teacher_head, self.hidden_ND.device.type)
+
+    def run(self, size: int, base: tuple[Tensor, Head] | None, weighting: Weighting | None) -> dict[str, Tensor]:
+        """Add every chunk to ``gradients``; returns the statistics of all tokens."""
+        # Without tokens, run one empty chunk: zero loss, zero gradients, empty statistics.
+        device = self.hidden_ND.device.type
+        autocast = torch.is_autocast_enabled(device)
+        plain = self.weight_VD is not None
+        with torch.autocast(device, enabled=autocast and not plain), _rounded_factors(autocast and plain):
+            starts = range(0, max(1, len(self.tokens_N)), size)
+            chunks = [self._one(slice(start, start + size), base, weighting) for start in starts]
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+    def _one(self, rows: slice, base: tuple[Tensor, Head] | None, weighting: Weighting | None) -> dict[str, Tensor]:
+        # A separate function, so that one chunk's tensors are freed before the next chunk's logits are allocated.
+        loss, tokens_n, weight_VD = self.loss, self.tokens_N[rows], self.weight_VD
+        dtype = None if weight_VD is None else torch.float32
+        hidden_nD = self.hidden_ND[rows].detach().to(dtype).requires_grad_(self.hidden_moves)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight_VD is None):
-            logits_nV = student_head(hidden_nD)
+            logits_nV = self.head(hidden_nD)
         with torch.no_grad():
             teacher_nV = None
-            if teacher_hidden_ND is not None:
-                teacher_nV = (teacher_head or student_head)(teacher_hidden_ND[rows].to(dtype))
+            if self.teacher_hidden_ND is not None:
+                teacher_nV = self.teacher_head(self.teacher_hidden_ND[rows].to(dtype))
             pair = Pair(logits_nV, teacher_nV)
             del teacher_nV
             logits_dtype = logits_nV.dtype
             if weight_VD is not None:
                 del logits_nV
-            statistics = pair.statistics(tokens_N[rows])
+            statistics = pair.statistics(tokens_n)
             aim, known = pair, statistics
             if isinstance(loss, Divergence) and loss.target is not None and pair.log_q_NV is not None:
                 base_nV = None if base is None else base[1](base[0][rows].to(dtype))
                 aim = pair.towards(loss.target, base_nV)
-                known = aim.statistics(tokens_N[rows])
-            statistics["loss"], slope_nV = loss.value_and_slope(aim, known, tokens_N[rows])
-            scale_n = scaled_N[rows]
+                known = aim.statistics(tokens_n)
+            statistics["loss"], slope_nV = loss.value_and_slope(aim, known, tokens_n)
+            scale_n = self.scaled_N[rows]
             if weighting is not None:
                 factor_n = weighting(statistics)
                 statistics["loss"], scale_n = statistics["loss"] * factor_n, scale_n * factor_n
-            if not differentiate:
+            if not self.differentiate:
                 return statistics
             slope_nV = slope_nV.mul_(scale_n[:, None]).to(logits_dtype)
-        leaves = [hidden_nD, *trainable] if hidden_moves else trainable
-        sums = [gradients[0][rows], *gradients[1:]] if hidden_moves else gradients
+        leaves = [hidden_nD, *self.trainable] if self.hidden_moves else self.trainable
+        sums = [self.gradients[0][rows], *self.gradients[1:]] if self.hidden_moves else self.gradients
         if weight_VD is None:
             for total, gradient in zip(sums, torch.autograd.grad(logits_nV, leaves, slope_nV), strict=True):
                 total += gradient
             return statistics
-        if hidden_moves:
+        if self.hidden_moves:
             torch.mm(slope_nV, weight_VD, out=sums[0])
-        if trainable:
+        if self.trainable:
             sums[-1].addmm_(slope_nV.T, hidden_nD.detach())
         return statistics
-
-    # One empty chunk where there are no tokens: a loss of 0 with gradients of 0, and empty statistics.
-    autocast = torch.is_autocast_enabled(device)
-    plain = weight_VD is not None
-    with torch.autocast(device, enabled=autocast and not plain), _rounded_factors(autocast and plain):
-        chunks = [run(slice(start, start + chunk_size)) for start in range(0, max(1, len(tokens_N)), chunk_size)]
-    statistics = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    value = (weights_N.detach() * statistics["loss"]).sum()
-    if differentiate:
-        value = _Attach.apply(value, scale, gradients, *inputs)
-    return value, statistics
 
 
 @contextmanager

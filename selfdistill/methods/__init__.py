@@ -14,13 +14,26 @@ from selfdistill.config import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.methods.cpt import cpt
 from selfdistill.methods.dft import dft
+from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.grpo import grpo
 from selfdistill.methods.offline_distillation import offline_distillation
 from selfdistill.methods.sdft import sdft
+from selfdistill.methods.sequences import Completion, DatasetCompletions
 from selfdistill.methods.sft import sft
 from selfdistill.methods.sft_from_teacher import sft_from_teacher
 from selfdistill.methods.sft_reinvoke import sft_reinvoke
 from selfdistill.methods.slots import Method
+
+__all__ = [
+    "METHODS",
+    "Completion",
+    "DatasetCompletions",
+    "DemonstrationExamples",
+    "Method",
+    "check_steps",
+    "unused_settings",
+    "uses",
+]
 
 METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
     "sdft": sdft,

@@ -71,29 +71,29 @@ class StepsFile:
                 if step <= start_step:
                     lines.append(line + "\n")
                     self.steps.add(step)
-        self._file: TextIO | None = None
+        self.file: TextIO | None = None
         if is_rank0():
             write_atomically(path, "".join(lines))
-            self._file = path.open("a", encoding="utf-8")
+            self.file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line."""
         self.steps.add(int(values["step"]))
-        if self._file:
-            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
-            self._file.flush()
+        if self.file:
+            self.file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            self.file.flush()
 
     def sync(self) -> None:
         """Wait until the lines are on the disk."""
-        if self._file:
-            os.fsync(self._file.fileno())
+        if self.file:
+            os.fsync(self.file.fileno())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
+        if self.file:
+            self.file.close()
 
 
 class MetricsFile(StepsFile):

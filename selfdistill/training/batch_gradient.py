@@ -26,8 +26,7 @@ from selfdistill.loss import (
     importance_weights,
     token_weights,
 )
-from selfdistill.methods.sequences import Completion
-from selfdistill.methods.slots import Method
+from selfdistill.methods import Completion, Method
 from selfdistill.model import (
     ForwardOutput,
     ForwardPass,

@@ -15,7 +15,7 @@ from typing import Any
 from selfdistill.config import dump_yaml
 from selfdistill.errors import RunCollapsed, RunFailed, RunStopped
 from selfdistill.evaluation import summary
-from selfdistill.methods.sequences import DatasetCompletions
+from selfdistill.methods import DatasetCompletions
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import (
     MetricsFile,

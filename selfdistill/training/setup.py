@@ -20,8 +20,7 @@ from selfdistill.data import ChatFormat, Demonstration, Example
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
-from selfdistill.methods import METHODS, check_steps
-from selfdistill.methods.slots import Method
+from selfdistill.methods import METHODS, Method, check_steps
 from selfdistill.model import LoadedModel, resolved_precision
 from selfdistill.runtime import TIMEOUT, barrier, world_size
 

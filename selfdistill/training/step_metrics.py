@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from selfdistill.methods.sequences import Completion
-from selfdistill.methods.slots import Method
+from selfdistill.methods import Completion, Method
 from selfdistill.training.batch_gradient import BatchResult
 
 

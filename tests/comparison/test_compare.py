@@ -134,20 +134,6 @@ def _without_time(result: dict[str, Any]) -> Any:
     return text
 
 
-def test_more_seeds_may_be_added(settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(settings(seeds="0"))
-    real, started = module.train, []
-
-    def counted(config: TrainConfig, **options: Any) -> Path:
-        started.append(Path(config.output_dir).name)
-        return real(config, **options)
-
-    monkeypatch.setattr(module, "train", counted)
-    result = compare(settings(seeds="0,3"), resume=True).details
-    assert started == ["sft-0.001-seed3", "sdft-0.001-seed3"]
-    assert {row["seeds"] for row in result["table"]} == {2}
-
-
 def test_a_run_that_diverges_is_reported_and_not_tried_again(
     settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,13 +151,13 @@ def test_a_run_that_diverges_is_reported_and_not_tried_again(
         return real(config, **options)
 
     monkeypatch.setattr(module, "train", fails_once)
-    config = settings()
+    config = settings(methods="sft")
     result = compare(config).details
-    assert [run["failed"] for run in result["runs"]] == ["step 1: the loss is nan", None, None, None]
-    assert {(row["method"], row["seeds"]) for row in result["table"]} == {("sft", 1), ("sdft", 2)}
+    assert [run["failed"] for run in result["runs"]] == ["step 1: the loss is nan", None]
+    assert {(row["method"], row["seeds"]) for row in result["table"]} == {("sft", 1)}
     assert "the loss is nan" in capsys.readouterr().err
     compare(config, resume=True)
-    assert len(started) == 4
+    assert len(started) == 2
 
 
 def test_settings_of_a_comparison() -> None:
@@ -276,15 +262,29 @@ def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}
 
 
-def test_the_command_goes_on_from_its_folder_alone(
-    settings: Callable[..., CompareConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_the_command_goes_on_from_its_folder_alone_and_seeds_may_be_added(
+    settings: Callable[..., CompareConfig],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = settings(seeds="0")
     compare(config)
+    real, started = module.train, []
+
+    def counted(run: TrainConfig, **options: Any) -> Path:
+        started.append(Path(run.output_dir).name)
+        return real(run, **options)
+
+    monkeypatch.setattr(module, "train", counted)
     again = ["compare", "--resume", "--output_dir", config.output_dir]
     assert main(again) == 0
-    assert main([*again, "--seeds", "0,1", "--json", str(tmp_path / "result.json")]) == 0
-    assert len(json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["runs"]) == 4
+    assert started == []
+    assert main([*again, "--seeds", "0,3", "--json", str(tmp_path / "result.json")]) == 0
+    assert started == ["sft-0.001-seed3", "sdft-0.001-seed3"]
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert len(result["runs"]) == 4
+    assert {row["seeds"] for row in result["table"]} == {2}
     capsys.readouterr()
     assert main([*again, "--batch_size", "3"]) == 2
     assert "batch_size is 2 there and 3 here" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch, scores: dict[str, list[float]], prior
             skills[name] = {"accuracy": value, "accuracy_interval": interval, "items": 20, "correct": []}
         return {"skills": skills, **({"prior_accuracy": prior.pop(0)} if prior_folder else {})}
 
-    monkeypatch.setattr(add_skill, "_measured", measured)
+    monkeypatch.setattr(add_skill, "measure_model", measured)
 
 
 # --- one skill, then another ---
@@ -294,24 +294,26 @@ def test_a_skill_that_hurts_is_refused_by_what_is_measured(make: Settings, tmp_p
     one = tmp_path / "first.jsonl"
     rows = [{"prompt": f"first {i}", "completion": "yes"} for i in range(10)]
     one.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    learns: dict[str, Any] = {"max_steps": 60, "learning_rate": 1e-2, "max_skill_drop": None, "test_share": 0.5}
+    learns: dict[str, Any] = {"max_steps": 60, "save_steps": 0, "learning_rate": 1e-2, "test_share": 0.5}
+    learns |= {"max_skill_drop": None}
     assert add(make(**learns))["after"]["skills"]["first"]["accuracy"] == 1
     before = digest(tmp_path / "state")
-    settings = make("hurts", **learns)
-    result = add(settings)
+    code, result = main_code(make("hurts", **learns))
+    assert code == 4
     assert result["after"]["skills"] == {
         name: result["after"]["skills"][name] | {"accuracy": score} for name, score in (("first", 0), ("hurts", 1))
     }
     assert [reason.partition(":")[0] for reason in result["reasons"]] == ["first"]
     assert digest(tmp_path / "state") == before
-    assert main_code(settings) == 4
     assert add(make("hurts", **(learns | {"max_skill_drop": 1.0})))["accepted"]
 
 
-def main_code(config: LearnConfig) -> int:
-    file = Path(config.state).parent / "again.yaml"
+def main_code(config: LearnConfig) -> tuple[int, dict[str, Any]]:
+    """Exit code and result of the command."""
+    file, result = Path(config.state).parent / "again.yaml", Path(config.state).parent / "result.json"
     file.write_text(json.dumps(config.model_dump()), encoding="utf-8")
-    return main(["learn", "--config", str(file), "--state", config.state, "add", config.data])
+    code = main(["learn", "--config", str(file), "--state", config.state, "--json", str(result), "add", config.data])
+    return code, json.loads(result.read_text(encoding="utf-8"))
 
 
 def test_training_that_diverges_is_refused(make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +333,13 @@ def test_an_interrupted_addition_goes_on_to_the_same_model(
 ) -> None:
     add(make(state=str(tmp_path / "whole")))
     # Of the measurements: the base's, then the new skill on the base, then what came of it.
-    for name, call in (("_measured", 1), ("_measured", 2), ("train", 1), ("_measured", 1), ("write_json", 2)):
+    for name, call in (
+        ("measure_model", 1),
+        ("measure_model", 2),
+        ("train", 1),
+        ("measure_model", 1),
+        ("write_json", 2),
+    ):
         with monkeypatch.context() as patch:
             interrupt(patch, name, call)
             with pytest.raises(KeyboardInterrupt):
@@ -480,11 +488,12 @@ def test_what_decides_how_long_a_stream_is_learnt_is_not_its_test(
         config = config.model_copy(update={"test": str(tmp_path / "test.jsonl")})
     watched = []
 
-    def loss(self: Any, _: Any) -> float:
-        watched.append([row.demonstration.prompt[0]["content"] for row in self._rows])
+    def loss(loaded: Any, prompts: list[list[int]], _: Any) -> float:
+        texts = map(loaded.tokenizer.decode, prompts)
+        watched.append([text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0] for text in texts])
         return 0.5
 
-    monkeypatch.setattr(stream._Watch, "loss", loss)
+    monkeypatch.setattr(stream, "mean_loss", loss)
     assert add(config)["accepted"]
     folder = tmp_path / "state" / "skills" / "0001-first"
     train, validation, test = (

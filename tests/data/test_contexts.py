@@ -11,7 +11,6 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from selfdistill.data import contexts as module
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import (
     Context,
@@ -190,11 +189,19 @@ def test_few_shot_shows_whole_chats_without_their_system_turns(pick: Any) -> Non
 
 
 def test_few_shot_nearest_finds_the_words_of_a_text_once() -> None:
-    pool = [row(i, f"words of question {i}") for i in range(20)]
-    module._words.cache_clear()
+    read = []
+
+    class Text(str):
+        __slots__ = ()
+
+        def lower(self) -> str:
+            read.append(str(self))
+            return super().lower()
+
+    pool = [row(i, Text(f"words of question {i}, asked nowhere else")) for i in range(20)]
     for demonstration in pool:
         FewShot(k=2, pick="nearest").messages(demonstration, pool)
-    assert module._words.cache_info().misses == len(pool)
+    assert sorted(read) == sorted(demonstration.prompt[-1]["content"] for demonstration in pool)
 
 
 def test_few_shot_needs_enough_other_rows() -> None:

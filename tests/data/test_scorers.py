@@ -293,15 +293,17 @@ def test_real_demonstrations_are_right_and_each_others_mostly_wrong(skill: str, 
         assert score(scorer, one.completion, other) is same, (one.source, other.source)
 
 
+NUMBERS = itertools.count()
+
+
 @pytest.fixture
 def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
     """Write a module of the text into the current folder; returns its name."""
     monkeypatch.chdir(tmp_path)
     before, path = set(sys.modules), list(sys.path)
-    scorers._function.cache_clear()
 
     def write(text: str) -> str:
-        name = f"own_{len(list(tmp_path.iterdir()))}"
+        name = f"own_{next(NUMBERS)}"  # a function is imported once, and then known by its name
         (tmp_path / name).mkdir()
         (tmp_path / name / "marks.py").write_text(text, encoding="utf-8")
         importlib.invalidate_caches()

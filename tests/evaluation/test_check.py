@@ -15,13 +15,13 @@ from selfdistill.config.commands import CheckConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import parse_context
-from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.check_result import UNLIKELY, Layout, verdict_on
 from selfdistill.model.loading import LoadedModel
-from selfdistill.model.sampling import Sampling, sample
+from selfdistill.model.sampling import Sampling, sample, sample_seed
 
 # The package has a function of this name, too.
 module = importlib.import_module("selfdistill.evaluation.check")
@@ -34,6 +34,27 @@ def layout(accuracy: float, logp: float = -1.0, kl: float = 1.0) -> Layout:
 def config_of(folder: Path, data: Path, **settings: object) -> CheckConfig:
     values = {"max_completion_length": 6, "sample": 4, "batch_size": 2, "mixed_precision": "no"} | settings
     return CheckConfig(model=str(folder), data=str(data), **values)
+
+
+def kl_along_samples(
+    loaded: LoadedModel, context: str, rows: list[Demonstration], sampling: Sampling
+) -> list[list[float]]:
+    """KL(teacher||student) at each place of the student's samples: one row, one forward pass each, in float64."""
+    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, {})
+    by_position: list[list[float]] = []
+    for row in rows:
+        prompts = [chat.encode_prompt(m) for m in (parse_context(context).messages(row, rows), row.prompt)]
+        (rollout,) = sample(loaded, prompts[1:], sampling, [sample_seed(0, 0, row.row, 0)])
+        with torch.no_grad():
+            log_q, log_p = (
+                loaded.model(input_ids=torch.tensor([prompt + rollout.ids])).logits[0].double().log_softmax(-1)
+                for prompt in prompts
+            )
+        for place in range(len(rollout.ids)):
+            q, p = (log[len(ids) - 1 + place] for log, ids in zip((log_q, log_p), prompts, strict=True))
+            by_position += [[]] if place == len(by_position) else []
+            by_position[place].append(float((q.exp() * (q - p)).sum()))
+    return by_position
 
 
 def test_measures_equal_recomputation_row_by_row(
@@ -54,9 +75,13 @@ def test_measures_equal_recomputation_row_by_row(
             for j, token in enumerate(completion):
                 total, count = total + float(logits[len(prompt) + j - 1, token]), count + 1
         assert found.logp == pytest.approx(total / count, rel=1e-5)
-        assert found.kl > 0
-        assert found.kl_by_position[0] > 0
         assert found.items == 4
+        by_position = kl_along_samples(loaded, found.context, rows, Sampling(6, 1.0))
+        assert len(by_position) == 6
+        assert found.kl_by_position == pytest.approx([sum(column) / len(column) for column in by_position], rel=1e-4)
+        every = [value for column in by_position for value in column]
+        assert found.kl == pytest.approx(sum(every) / len(every), rel=1e-4)
+        assert found.kl > 0.01
     assert result.dropped == 0
     assert result.seconds_per_step is not None
     assert result.memory_gib is not None
@@ -166,7 +191,7 @@ def test_the_best_context_for_training_costs_nothing_takes_the_scorer_and_says_w
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module._Measure, "cost", lambda *_: pytest.fail("measured the cost"))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("measured the cost"))
     scorers = []
     monkeypatch.setattr(module, "answer", lambda *a, **k: scorers.append(k["scorer"]) or answer(*a, **k))
     train = TrainConfig(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHATML
+from conftest import CHATML, ENDS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config.commands import EvalConfig
@@ -57,7 +57,7 @@ def test_distance_is_kl_from_base_along_the_bases_answers(load: Callable[..., Lo
 
 
 def test_answers_keep_the_order_of_the_rows(load: Callable[..., LoadedModel], write_rows: Callable[..., Path]) -> None:
-    loaded = load()
+    loaded = load(ends=ENDS)
     chat = chat_of(loaded)
     rows = load_demonstrations(str(write_rows(count=7)))
     prompts = [chat.encode_prompt(row.prompt) for row in rows]
@@ -65,7 +65,19 @@ def test_answers_keep_the_order_of_the_rows(load: Callable[..., LoadedModel], wr
     for prompt, row, reply, length in zip(prompts, rows, together.replies, together.lengths, strict=True):
         alone = answer(loaded, [prompt], [row], chat, max_completion_length=5, batch_size=1)
         assert (alone.replies, alone.lengths) == ([reply], [length])
-    assert 0 <= together.truncated <= 7
+    cut = [greedy_is_cut(loaded, prompt, 5) for prompt in prompts]
+    assert 0 < sum(cut) < 7
+    assert together.truncated == sum(cut)
+
+
+def greedy_is_cut(loaded: LoadedModel, prompt: list[int], most: int) -> bool:
+    """Whether greedy decoding, one plain forward pass a token, says no end token within ``most``."""
+    ids = list(prompt)
+    for _ in range(most):
+        ids.append(int(loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in loaded.end_token_ids:
+            return False
+    return True
 
 
 def test_evaluate_counts_right_replies(
@@ -133,7 +145,7 @@ def test_base_is_compared_by_the_width_of_its_logits(
     # More tokenizer entries, the same logits.
     merged = str(model_folder(merges=(("a", "b"),)))
     result = evaluate(EvalConfig(model=folder, data=data, base=merged, max_completion_length=5))
-    assert 0 <= result["kl_base"] < 0.05  # "ab" is one token in the base's prompts and two in the model's
+    assert 0 < result["kl_base"] < 0.05  # "ab" is one token in the base's prompts and two in the model's
     config = LlamaConfig.from_pretrained(folder)
     config.vocab_size = 320
     LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
@@ -222,13 +234,18 @@ def test_rows_that_one_of_them_has_no_room_for_are_left_out_for_both(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path]
 ) -> None:
     long = CHATML.replace("<|im_start|>assistant", "<|im_start|>" + "a" * 100 + "assistant")
-    data = write_rows([{"prompt": "q" * length, "answer": "a"} for length in (10, 400, 450, 20)])
+    data, fitting = (
+        write_rows([{"prompt": "q" * length, "answer": "a"} for length in lengths], name=name)
+        for name, lengths in (("all.jsonl", (10, 400, 450, 20)), ("fitting.jsonl", (10, 20)))
+    )
     model, base = str(model_folder()), str(model_folder(template=long))
     for one, other in ((model, base), (base, model)):
         config = EvalConfig(model=one, base=other, data=str(data), max_completion_length=5, on_long_prompt="drop")
         result = evaluate(config)
         assert (result["items"], result["base"]["items"], result["dropped"]) == (2, 2, 2)
-        assert result["distance"]["new_task"]["kl_base"] >= 0
+        alone = evaluate(config.model_copy(update={"data": str(fitting), "on_long_prompt": "error"}))
+        assert result["distance"]["new_task"] == pytest.approx(alone["distance"]["new_task"], rel=1e-4)
+        assert result["distance"]["new_task"]["kl_base"] > 0.001
 
 
 @pytest.mark.parametrize(
@@ -266,8 +283,12 @@ def test_a_file_for_replies_that_cannot_be_written_is_refused_first(
 
 
 def test_names_are_no_markup(
-    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+    model_folder: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "a[").mkdir()
     data = write_rows(count=2, name="a[/b].jsonl")
     evaluate(EvalConfig(model=str(model_folder()), data=str(data), max_completion_length=3))
+    assert "a[/b].jsonl" in "".join(capsys.readouterr().out.split())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.request import OpenerDirector, Request
 
 import pytest
 from chat_server import Server
@@ -15,7 +17,6 @@ from selfdistill.config.commands import EvalConfig
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import endpoint
-from selfdistill.evaluation import judge as module
 from selfdistill.evaluation.judge import Judge, Verdict
 
 KEY = "sk-very-secret"
@@ -107,7 +108,7 @@ def test_a_busy_endpoint_is_asked_again(server: Server, tmp_path: Path, status: 
 
 
 def test_no_answer_in_time_and_no_server(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(endpoint, "TIMEOUT_S", 1.0)
     slept = threading.Event()
     server.reply = lambda _: (200, "strict") if len(server.asked) > 1 else (slept.wait(1.5), (200, "wrong"))[1]
     assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["x"]) == ["strict"]
@@ -145,15 +146,37 @@ def test_what_is_no_verdict_is_asked_again_once(server: Server, tmp_path: Path) 
 )
 def test_a_reply_stays_inside_its_string(server: Server, tmp_path: Path, reply: str) -> None:
     server.reply = by_reply
-    assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), [reply]) == ["wrong"]
-    prompt = server.asked[0]["messages"][0]["content"]
-    assert data_of(server.asked[0])["reply"] == reply
-    head, tail = module._INSTRUCTION, module._REQUEST
+    judge = Judge(server.url, "j", tmp_path / "judge.jsonl")
+    assert judge.verdicts(rows(1) * 2, ["no", reply]) == ["wrong"] * 2
+    harmless, prompt = sorted(
+        (body["messages"][0]["content"] for body in server.asked), key=lambda text: '"reply": "no"' not in text
+    )
+    head, tail = harmless[: harmless.index("{")], harmless[harmless.rindex("}") + 1 :]
+    assert len(head) > 100
+    assert tail.strip() == "Answer with one word: strict, lenient or wrong."
     assert prompt.startswith(head)
     assert prompt.endswith("}" + tail)
-    assert set(json.loads(prompt[len(head) : -len(tail)])) == {"question", "reference", "reply"}
+    data = json.loads(prompt[len(head) : -len(tail)])
+    assert set(data) == {"question", "reference", "reply"}
+    assert data["reply"] == reply
     for token in ("<|", "</s>", "[INST]", "[/INST]", "<end"):
         assert token not in prompt
+
+
+def key_sent_to(url: str, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """The Authorization header of a request to an address, which does not leave this process."""
+    requests: list[Request] = []
+
+    def open_(_opener: OpenerDirector, request: Request, **_: Any) -> io.BytesIO:
+        requests.append(request)
+        return io.BytesIO(json.dumps({"choices": [{"message": {"content": "strict"}}]}).encode())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenerDirector, "open", open_)
+        assert endpoint.Endpoint(url, "j", "judge", "").ask([], threading.Event(), max_tokens=1) == "strict"
+    (request,) = requests
+    assert request.full_url == f"{url}/chat/completions"
+    return request.get_header("Authorization")
 
 
 def test_the_key_is_sent_and_nothing_else_sees_it(
@@ -175,10 +198,10 @@ def test_the_key_is_sent_and_nothing_else_sees_it(
     assert KEY not in cache.read_text() + str(error.value) + out + err + repr(vars(judge))
     with pytest.raises(UserError, match=r"SELFDISTILL_JUDGE_KEY is not sent over http, where others can read it"):
         Judge("http://judge.example/v1", "j", cache).verdicts(rows(1), ["d"])
-    assert endpoint._api_key("https://api.openai.com/v1", "judge") == KEY
+    assert key_sent_to("https://api.openai.com/v1", monkeypatch) == f"Bearer {KEY}"
     monkeypatch.delenv("SELFDISTILL_JUDGE_KEY")
-    assert endpoint._api_key("https://api.openai.com/v1", "judge") == "for OpenAI only"
-    assert endpoint._api_key("https://judge.example/v1", "judge") is None
+    assert key_sent_to("https://api.openai.com/v1", monkeypatch) == "Bearer for OpenAI only"
+    assert key_sent_to("https://judge.example/v1", monkeypatch) is None
     monkeypatch.setenv("SELFDISTILL_JUDGE_KEY", "a\nb")
     with pytest.raises(UserError, match=r"^environment variable SELFDISTILL_JUDGE_KEY: holds characters that no key"):
         judge.verdicts(rows(1), ["d"])

@@ -12,7 +12,6 @@ import torch
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.evaluation import priors as module
 from selfdistill.evaluation.priors import Choices, PriorResult, encode_priors, load_prior, prior_abilities
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
@@ -37,6 +36,12 @@ def abilities(loaded: LoadedModel, path: str) -> list[PriorResult]:
     return prior_abilities(
         loaded, ForwardPass(loaded), chat, encode_priors(loaded, chat, load_prior(path)), batch_size=4
     )
+
+
+def correct(loaded: LoadedModel, rows: list[Choices]) -> list[bool]:
+    chat = chat_of(loaded)
+    (result,) = prior_abilities(loaded, ForwardPass(loaded), chat, encode_priors(loaded, chat, {"x": rows}))
+    return result.correct
 
 
 def reference_loglikelihood(loaded: LoadedModel, context: str, continuation: str) -> tuple[float, bool]:
@@ -90,11 +95,8 @@ def test_greedy_continuation_of_the_model_itself_counts_as_right(load: Callable[
             if not (text.isascii() and text.isalnum()):
                 continue
             found += 1
-            pairs = [module._pair_ids(loaded, context, text), module._pair_ids(loaded, context, text + "~")]
-            _, greedy = module._loglikelihoods(
-                loaded, ForwardPass(loaded), *map(list, zip(*pairs, strict=True)), 4, "x"
-            )
-            assert greedy == [True, reference_loglikelihood(loaded, context, text + "~")[1]]
+            rows = [Choices("x:1", ((context, more),), None) for more in (text, text + "~")]
+            assert correct(loaded, rows) == [True, reference_loglikelihood(loaded, context, text + "~")[1]]
     assert found >= 3
 
 
@@ -250,12 +252,14 @@ def test_empty_context_is_bos_else_eos(load: Callable[..., LoadedModel], write_r
     text = loaded.tokenizer(" ab")["input_ids"]
     (encoded,) = encode_priors(loaded, chat_of(loaded), priors)
     assert (encoded.contexts, encoded.continuations) == ([[257]], [text])
-    values, greedy = module._loglikelihoods(
-        loaded, ForwardPass(loaded), encoded.contexts, encoded.continuations, 4, "x"
-    )
-    logps = loaded.model(input_ids=torch.tensor([[257, *text]])).logits[0].double().log_softmax(-1)
-    assert values == pytest.approx([sum(float(logps[i, token]) for i, token in enumerate(text))], rel=1e-5)
-    assert greedy == [[int(row.argmax()) for row in logps[:-1]] == text]
+    texts = [f" {letter}" for letter in "abcdefgh"]
+    values = []
+    for continuation in texts:
+        ids = loaded.tokenizer(continuation)["input_ids"]
+        logps = loaded.model(input_ids=torch.tensor([[257, *ids]])).logits[0].double().log_softmax(-1)
+        values.append(sum(float(logps[i, token]) for i, token in enumerate(ids)))
+    rows = [Choices("x:1", tuple(("", continuation) for continuation in texts), gold) for gold in range(len(texts))]
+    assert correct(loaded, rows) == [value == max(values) for value in values]
     loaded.tokenizer.bos_token = "<|im_start|>"
     (encoded,) = encode_priors(loaded, chat_of(loaded), priors)
     assert encoded.contexts == [[256]]

@@ -6,6 +6,8 @@ from importlib import resources
 
 from selfdistill.data.demonstrations import Demonstration, load_prompts
 
+__all__ = ["general_prompts", "packaged"]
+
 
 def packaged(name: str) -> str:
     """Path of a data file of the package."""
