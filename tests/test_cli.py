@@ -68,7 +68,7 @@ ROW = '{"prompt": "q", "completion": "a"}\n'
 DATA: list[tuple[str, str | bytes | None, str, str]] = [
     # name of the file, its content (None: no such file), the rest of the command, message
     ("none.jsonl", None, SFT, "none.jsonl: no such file or folder (looked from HERE); check the path"),
-    ("empty.jsonl", "", SFT, "empty.jsonl: no rows, want at least one"),
+    ("empty.jsonl", "", SFT, "empty.jsonl: no rows, expected at least one"),
     ("json.jsonl", ROW + '{"prompt": "q", \n', SFT, "json.jsonl: 1 bad row: line 2, invalid JSON at character 17: ..."),
     (
         "latin.jsonl",
@@ -86,27 +86,27 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "mixed.jsonl",
         ROW + '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
         SFT,
-        "mixed.jsonl: 1 bad row: line 2, has 'messages' where line 1 has 'prompt', want one form in the whole set",
+        "mixed.jsonl: 1 bad row: line 2, has 'messages' where line 1 has 'prompt', expected one form in the whole set",
     ),
     (
         "many.jsonl",
         '{"prompt": "q", "completion": ""}\n' * 12,
         SFT,
-        "many.jsonl: 12 bad rows: line 1, column 'completion': found empty text, want text or one assistant "
+        "many.jsonl: 12 bad rows: line 1, column 'completion': found empty text, expected text or one assistant "
         "message; line 2, column 'completion': found empty text, ...",
     ),
     (
         "null.jsonl",
         '{"prompt": null, "completion": "a"}\n',
         SFT,
-        "null.jsonl: 1 bad row: line 1, column 'prompt': found null, want text or a list of messages",
+        "null.jsonl: 1 bad row: line 1, column 'prompt': found null, expected text or a list of messages",
     ),
-    ("list.json", '{"prompt": "q", "completion": "a"}', SFT, "list.json: found an object, want a list of rows"),
+    ("list.json", '{"prompt": "q", "completion": "a"}', SFT, "list.json: found an object, expected a list of rows"),
     (
         "rows.csv",
         "prompt,completion\nq,a\n",
         SFT,
-        "rows.csv: cannot read file type '.csv', want .jsonl, .json or .parquet",
+        "rows.csv: cannot read file type '.csv', expected .jsonl, .json or .parquet",
     ),
     ("damaged.parquet", b"PAR1 nothing", SFT, "damaged.parquet: not a readable parquet file: ..."),
     (
@@ -187,13 +187,13 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context turns:repeats=0",
-        "context 'turns:repeats=0': option 'repeats': found '0', want a whole number from 1",
+        "context 'turns:repeats=0': option 'repeats': found '0', expected a whole number from 1",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context example:reasoning=yes",
-        "context 'example:reasoning=yes': option 'reasoning': found 'yes', want true or false",
+        "context 'example:reasoning=yes': option 'reasoning': found 'yes', expected true or false",
     ),
     (
         "train.jsonl",
@@ -271,14 +271,14 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --learning_r 3", "unknown option --learning_r; did you mean --learning_rate?"),
     (f"{SFT} extra", "unknown argument extra; see --help for the names"),
     (f"{SFT} --model", "--model: expected one argument"),
-    (f"{SFT} --method ppo", "setting 'method': found 'ppo', want: 'sdft', 'sft', 'dft', 'cpt', ..."),
-    (f"{SFT} --max_steps 1.5", "setting 'max_steps': found '1.5', want: a valid integer..."),
-    (f"{SFT} --max_steps -3", "setting 'max_steps': found -3, want: greater than or equal to 1"),
-    (f"{SFT} --learning_rate fast", "setting 'learning_rate': found 'fast', want: a valid number..."),
-    (f"{SFT} --learning_rate 0", "setting 'learning_rate': found 0.0, want: greater than 0"),
-    (f"{SFT} --learning_rate inf", "setting 'learning_rate': found 'inf', want: a finite number"),
-    (f"{SFT} --temperature nan", "setting 'temperature': found 'nan', want: a finite number"),
-    (f"{SFT} --top_p 1.5", "setting 'top_p': found 1.5, want: less than or equal to 1"),
+    (f"{SFT} --method ppo", "setting 'method': found 'ppo', expected: 'sdft', 'sft', 'dft', 'cpt', ..."),
+    (f"{SFT} --max_steps 1.5", "setting 'max_steps': found '1.5', expected: a valid integer..."),
+    (f"{SFT} --max_steps -3", "setting 'max_steps': found -3, expected: greater than or equal to 1"),
+    (f"{SFT} --learning_rate fast", "setting 'learning_rate': found 'fast', expected: a valid number..."),
+    (f"{SFT} --learning_rate 0", "setting 'learning_rate': found 0.0, expected: greater than 0"),
+    (f"{SFT} --learning_rate inf", "setting 'learning_rate': found 'inf', expected: a finite number"),
+    (f"{SFT} --temperature nan", "setting 'temperature': found 'nan', expected: a finite number"),
+    (f"{SFT} --top_p 1.5", "setting 'top_p': found 1.5, expected: less than or equal to 1"),
     (
         f"{SFT} --lora_alpha 8",
         "setting 'lora_alpha' belongs to an adapter: give --lora_rank, too, or leave it out",
@@ -289,16 +289,16 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         f"{SFT} --gradient_checkpointing perhaps",
-        "setting 'gradient_checkpointing': found 'perhaps', want: a valid boolean...",
+        "setting 'gradient_checkpointing': found 'perhaps', expected: a valid boolean...",
     ),
     (
         f"{SFT} --chat_template_kwargs '{{thinking'",
-        "setting 'chat_template_kwargs': found '{thinking', want: a valid dictionary",
+        "setting 'chat_template_kwargs': found '{thinking', expected: a valid dictionary",
     ),
     (
         f"{SFT} --batch_size 0 --ema_rate 2",
-        "setting 'batch_size': found 0, want: greater than or equal to 1; setting 'ema_rate': found 2.0, "
-        "want: less than or equal to 1",
+        "setting 'batch_size': found 0, expected: greater than or equal to 1; setting 'ema_rate': found 2.0, "
+        "expected: less than or equal to 1",
     ),
     (
         f"{SFT} --batch_size 5 --gradient_accumulation_steps 2",
@@ -323,7 +323,7 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         f"{SDFT} --scorer exakt",
-        "setting 'scorer': found 'exakt', want: exact, contains, choice, regex, tool_call, judge or "
+        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, judge or "
         "python:package.module.function; did you mean exact?",
     ),
     (
@@ -334,10 +334,10 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --config none.yaml", "none.yaml: cannot read the settings: No such file or directory"),
     (f"{SFT} --config broken.yaml", "broken.yaml: not a YAML file of settings: ..."),
     (f"{SFT} --config latin.yaml", "latin.yaml: not a YAML file of settings: ..."),
-    (f"{SFT} --config list.yaml", "list.yaml: found a list, want a mapping of setting names to values"),
-    (f"{SFT} --config empty.yaml", "empty.yaml: found nothing, want a mapping of setting names to values"),
+    (f"{SFT} --config list.yaml", "list.yaml: found a list, expected a mapping of setting names to values"),
+    (f"{SFT} --config empty.yaml", "empty.yaml: found nothing, expected a mapping of setting names to values"),
     (f"{SFT} --config unknown.yaml", "unknown.yaml: unknown setting 'learning_rte'; did you mean learning_rate?"),
-    (f"{SFT} --config type.yaml", "setting 'warmup_steps': found 'many', want: a valid integer..."),
+    (f"{SFT} --config type.yaml", "setting 'warmup_steps': found 'many', expected: a valid integer..."),
     (f"train {BASE} --resume", "--resume needs the run folder: give --output_dir"),
     (f"{SFT} --resume maybe", "option --resume: found 'maybe', want nothing after it, true or false"),
     (
@@ -350,11 +350,11 @@ CONFIG: list[tuple[str, str]] = [
         f"check {BASE} --contexts turns nonsense",
         "context 'nonsense': there is no context 'nonsense', only turns, example, few_shot, document, template",
     ),
-    (f"check {BASE} --sample 1", "setting 'sample': found 1, want: greater than or equal to 2"),
+    (f"check {BASE} --sample 1", "setting 'sample': found 1, expected: greater than or equal to 2"),
     (f"check {BASE} --output_dir run", "unknown option --output_dir; see --help for the names"),
     (
         f"eval {BASE} --scorer exakt",
-        "setting 'scorer': found 'exakt', want: exact, contains, choice, regex, tool_call, judge or "
+        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, judge or "
         "python:package.module.function; did you mean exact?",
     ),
     (f"eval {BASE} --prior none", "prior 'none': no such .jsonl file, or a folder without any"),
@@ -368,8 +368,8 @@ CONFIG: list[tuple[str, str]] = [
         "no action: put one of add, stream, status, history, rollback, discard, export after learn, also with "
         "--config, see selfdistill learn --help",
     ),
-    ("demo --seed x", "setting 'seed': found 'x', want: a valid integer..."),
-    ("demo --seed -1", "setting 'seed': found -1, want: greater than or equal to 0"),
+    ("demo --seed x", "setting 'seed': found 'x', expected: a valid integer..."),
+    ("demo --seed -1", "setting 'seed': found -1, expected: greater than or equal to 0"),
 ]
 
 
@@ -857,7 +857,7 @@ def test_resume_refuses_other_settings(
     [
         ("model: [", "run/config.yaml: not a YAML file of settings: ..."),
         ("speed: 3\n", "run/config.yaml: unknown setting 'speed'; did you mean seed?"),
-        ("model: model\n", "settings 'data' and 'documents': found neither, want one of them"),
+        ("model: model\n", "settings 'data' and 'documents': found neither, expected one of them"),
     ],
     ids=["cut", "unknown", "few"],
 )

@@ -137,8 +137,8 @@ def test_the_number_of_demonstrations_is_varied(settings: Callable[..., CompareC
         ({"teachr": ["ema"]}, "setting 'vary': 'teachr' cannot be varied; did you mean teacher?"),
         ({"model": ["a"]}, "setting 'vary': 'model' cannot be varied"),
         ({"num_train_epochs": [1, 4]}, "setting 'vary': 'num_train_epochs' cannot be varied"),
-        ({"teacher": []}, "setting 'vary': want one setting with at least one value"),
-        ({"teacher": ["ema"], "top_k": [1]}, "setting 'vary': want one setting with at least one value"),
+        ({"teacher": []}, "setting 'vary': expected one setting with at least one value"),
+        ({"teacher": ["ema"], "top_k": [1]}, "setting 'vary': expected one setting with at least one value"),
     ],
 )
 def test_what_cannot_be_varied(settings: Callable[..., CompareConfig], vary: dict[str, Any], message: str) -> None:

@@ -52,7 +52,7 @@ def _one_line(detail: Any) -> str:
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
     want = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"setting '{name}': found {detail['input']!r}, want: {want}"
+    return f"setting '{name}': found {detail['input']!r}, expected: {want}"
 
 
 class ModelSettings(Settings):

@@ -45,9 +45,9 @@ class CompareConfig(TrainingSettings):
         for name in ("methods", "seeds", "learning_rates"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise UserError(f"setting '{name}': found {values}, want each once")
+                raise UserError(f"setting '{name}': found {values}, expected each once")
             if not values and name != "learning_rates":
-                raise UserError(f"setting '{name}': found nothing, want at least one")
+                raise UserError(f"setting '{name}': found nothing, expected at least one")
         # All runs have as many steps, unless max_steps is varied.
         fixed = (*ModelSettings.model_fields, "output_dir", "test", "prior", "eval_steps", "num_train_epochs")
         may_vary = [name for name in TrainingSettings.model_fields if name not in fixed]
@@ -55,7 +55,7 @@ class CompareConfig(TrainingSettings):
             if name not in may_vary:
                 raise UserError(f"setting 'vary': {name!r} cannot be varied{closest(name, may_vary)}")
             if len(self.vary) > 1 or not values:
-                raise UserError("setting 'vary': want one setting with at least one value")
+                raise UserError("setting 'vary': expected one setting with at least one value")
 
 
 class CheckConfig(ModelSettings):

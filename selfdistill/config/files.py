@@ -50,7 +50,7 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
         raise UserError(f"{path}: not a YAML file of settings: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise UserError(f"{path}: found {found}, want a mapping of setting names to values")
+        raise UserError(f"{path}: found {found}, expected a mapping of setting names to values")
     for key in values:
         if key not in kind.model_fields:
             raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields)}")

@@ -225,4 +225,4 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
             raise UserError("setting 'fsdp' does not go with torch_compile: leave one of them out")
         if bool(self.data) == bool(self.documents):
             found = "both" if self.data else "neither"
-            raise UserError(f"settings 'data' and 'documents': found {found}, want one of them")
+            raise UserError(f"settings 'data' and 'documents': found {found}, expected one of them")

@@ -221,13 +221,13 @@ def _convert(spec: str, key: str, value: str, hint: Any) -> Any:
     if hint is bool:
         choices = ("true", "false")
     if choices and value not in choices:
-        raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, want {' or '.join(choices)}")
+        raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, expected {' or '.join(choices)}")
     if hint is bool:
         return value == "true"
     if hint is int:
         least = 0 if key == "seed" else 1
         if not value.isdecimal() or int(value) < least:
-            raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, want a whole number from {least}")
+            raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, expected a whole number from {least}")
         return int(value)
     return value
 

@@ -101,7 +101,7 @@ def load_demonstrations(path: str, *, completion_required: bool = True, split: s
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
     if not rows:
-        raise UserError(f"{path}: no rows, want at least one")
+        raise UserError(f"{path}: no rows, expected at least one")
 
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
         return _demonstration(raw, number, form, completion_required, problems)
@@ -130,10 +130,10 @@ def load_prompts(path: str) -> list[Demonstration]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text, want one prompt a line") from None
+        raise UserError(f"{path}: not UTF-8 text, expected one prompt a line") from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
-        raise UserError(f"{path}: no prompts, want one a line")
+        raise UserError(f"{path}: no prompts, expected one a line")
     return [
         Demonstration(row, f"{Path(path).name}:{number}", ({"role": "user", "content": text},), "")
         for row, (number, text) in enumerate(numbered)
@@ -153,7 +153,7 @@ def _form(row: Any, problems: list[str]) -> str | None:
         other = next((name for name in ("prompt", "completion") if row.get(name) is not None), None)
         if other is None:
             return "messages"
-        problems.append(f"has '{other}' and 'messages', want 'messages' alone or 'prompt' with 'completion'")
+        problems.append(f"has '{other}' and 'messages', expected 'messages' alone or 'prompt' with 'completion'")
     elif row.get("prompt") is not None:
         return "prompt"
     elif "prompt" in row:
@@ -161,7 +161,7 @@ def _form(row: Any, problems: list[str]) -> str | None:
     elif "messages" in row:
         problems.append(wrong("messages", None, "a list of messages"))
     else:
-        problems.append(_missing(row, "prompt", "messages", want="want 'prompt' with 'completion', or 'messages'"))
+        problems.append(_missing(row, "prompt", "messages", want="expected 'prompt' with 'completion', or 'messages'"))
     return None
 
 
@@ -179,12 +179,12 @@ def _demonstration(
     if turns and form == "messages" and turns[-1]["role"] == "assistant":
         completion = turns.pop()["content"]
     elif turns and form == "messages" and completion_required:
-        problems.append(f"column 'messages': ends with the {turns[-1]['role']}, want the assistant's demonstration")
+        problems.append(f"column 'messages': ends with the {turns[-1]['role']}, expected the assistant's demonstration")
     if not problems and (not turns or turns[-1]["role"] != "user"):
         found = f"ends with the {turns[-1]['role']}" if turns else "is empty"
-        problems.append(f"column '{form}': the prompt {found}, want the user's turn at its end")
+        problems.append(f"column '{form}': the prompt {found}, expected the user's turn at its end")
     if not problems and not completion and others["answer"] is None:
-        problems.append(_missing(row, "completion", "answer", want="want it or 'answer'"))
+        problems.append(_missing(row, "completion", "answer", want="expected it or 'answer'"))
     if isinstance(others["answer"], str) and not others["answer"].strip():
         problems.append(wrong("answer", others["answer"], "a value or null"))
     for name in ("document", "privileged_context"):
@@ -199,14 +199,14 @@ def _completion(row: dict[str, Any], required: bool, problems: list[str]) -> str
     value = row.get("completion")
     if value is None and not (required and "completion" in row):
         if required:
-            problems.append(_missing(row, "completion", want=f"want {_WANT_COMPLETION}"))
+            problems.append(_missing(row, "completion", want=f"expected {_WANT_COMPLETION}"))
         return ""
     if not isinstance(value, list) or not value:
         return text_of(value, "completion", _WANT_COMPLETION, problems)
     turns = _messages(value, "completion", problems)
     roles = [turn["role"] for turn in turns]
     if turns and roles != ["assistant"]:
-        problems.append(f"column 'completion': found messages of {', '.join(roles)}, want one assistant message")
+        problems.append(f"column 'completion': found messages of {', '.join(roles)}, expected one assistant message")
     return turns[0]["content"] if turns else ""
 
 
@@ -224,16 +224,16 @@ def _messages(value: Any, column: str, problems: list[str]) -> list[Message]:
             continue
         role = message.get("role")
         if role == "tool":
-            problems.append(f"column '{at}.role': found 'tool', which is not supported, want {one_of(_ROLES)}")
+            problems.append(f"column '{at}.role': found 'tool', which is not supported, expected {one_of(_ROLES)}")
         elif role not in _ROLES:
             problems.append(wrong(f"{at}.role", role, one_of(_ROLES)))
         elif role == "system" and number:
-            problems.append(f"column '{at}.role': found 'system', want it in the first message only")
+            problems.append(f"column '{at}.role': found 'system', expected it in the first message only")
         text = text_of(message.get("content"), f"{at}.content", "text", problems)
         # Null is what arrow writes for a key that other messages have. Anything else would be lost without a word.
         others = [key for key in message if key not in ("role", "content") and message[key] is not None]
         if others:
-            problems.append(f"column '{at}': found key {quoted(others[0])}, want role and content only")
+            problems.append(f"column '{at}': found key {quoted(others[0])}, expected role and content only")
         turns.append({"role": str(role), "content": text})
     return turns if len(problems) == before else []
 
@@ -251,12 +251,12 @@ def text_of(value: Any, column: str, want: str, problems: list[str]) -> str:
 
 def wrong(column: str, value: Any, want: str) -> str:
     """The problem of a column: what was found there and what is wanted."""
-    return f"column '{column}': found {describe_value(value)}, want {want}"
+    return f"column '{column}': found {describe_value(value)}, expected {want}"
 
 
 def not_object(row: Any) -> str:
     """The problem of a row that is no object."""
-    return f"found {describe_value(row)}, want an object"
+    return f"found {describe_value(row)}, expected an object"
 
 
 def _missing(row: dict[str, Any], *names: str, want: str) -> str:

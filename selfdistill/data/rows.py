@@ -62,7 +62,7 @@ def read_rows(path: str, split: str) -> list[RawRow]:
 def _read_folder(path: str) -> list[RawRow]:
     kinds = {name: os.path.splitext(name)[1].lower() for name in sorted(os.listdir(path)) if name[0] != "."}
     if other := next((name for name, kind in kinds.items() if kind in _OTHER_FILE_TYPES), None):
-        raise UserError(f"{path}: cannot read {other}, want {one_of(_FILE_TYPES)}; convert it or move it elsewhere")
+        raise UserError(f"{path}: cannot read {other}, expected {one_of(_FILE_TYPES)}; convert it or move it elsewhere")
     files = [name for name, kind in kinds.items() if kind in _FILE_TYPES]
     if not files:
         raise UserError(f"{path}: no {one_of(_FILE_TYPES)} file in this folder (subfolders are not read)")
@@ -73,7 +73,7 @@ def _read_file(path: str) -> list[RawRow]:
     readers = dict(zip(_FILE_TYPES, (read_jsonl, _read_json, _read_parquet), strict=True))
     kind = os.path.splitext(path)[1].lower()
     if kind not in readers:
-        raise UserError(f"{path}: cannot read file type '{kind}', want {one_of(_FILE_TYPES)}")
+        raise UserError(f"{path}: cannot read file type '{kind}', expected {one_of(_FILE_TYPES)}")
     return readers[kind](path)
 
 
@@ -106,7 +106,7 @@ def _read_json(path: str) -> list[RawRow]:
         hint = "; one row a line belongs in a .jsonl file" if str(error).startswith("Extra data") else ""
         raise UserError(f"{path}: invalid JSON: {error}{hint}") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path}: found {describe_value(rows)}, want a list of rows")
+        raise UserError(f"{path}: found {describe_value(rows)}, expected a list of rows")
     return [RawRow(f"item {number}", f"{path}[{number}]", row) for number, row in enumerate(rows)]
 
 
@@ -130,7 +130,7 @@ def _read_set(path: str, split: str, *, saved: bool) -> list[RawRow]:
         tried = "not a readable saved data set" if saved else f"no such file, and no hub data set with split '{split}'"
         raise UserError(f"{path}: {tried}: {one_line(error)}") from error
     if isinstance(rows, datasets.DatasetDict) and split not in rows:
-        raise UserError(f"{path}: no split '{split}' in this data set, want {one_of(list(rows))}")
+        raise UserError(f"{path}: no split '{split}' in this data set, expected {one_of(list(rows))}")
     return _numbered(path, rows[split] if isinstance(rows, datasets.DatasetDict) else rows)
 
 
@@ -168,7 +168,7 @@ def repeated_key(row: Any) -> str | None:
     while stack:
         value = stack.pop()
         if isinstance(value, _RepeatedKey):
-            return f"key {quoted(value)} stands twice in one object, want it once"
+            return f"key {quoted(value)} stands twice in one object, expected it once"
         stack.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
     return None
 
@@ -227,7 +227,7 @@ def check_rows(
         if form and first_form is None:
             first_form, first_place = form, raw.place
         if form and form != first_form:
-            problems.append(f"has '{form}' where {first_place} has '{first_form}', want one form in the whole {whole}")
+            problems.append(f"has '{form}' where {first_place} has '{first_form}', expected one form in the whole {whole}")
         elif form:
             made.append(make(raw, form, len(made), problems))
         if problems:

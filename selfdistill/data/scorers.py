@@ -44,7 +44,7 @@ def score(name: str, reply: str, demonstration: Demonstration) -> bool:
     if name.startswith("python:"):
         return _by_function(name, reply, demonstration)
     if name not in SCORER_NAMES:
-        raise UserError(f"unknown scorer '{name}', want one of {', '.join(SCORER_NAMES)}")
+        raise UserError(f"unknown scorer '{name}', expected one of {', '.join(SCORER_NAMES)}")
     return _SCORERS[name](reply, demonstration)
 
 
@@ -172,7 +172,7 @@ def _by_function(name: str, reply: str, demonstration: Demonstration) -> bool:
         ) from error
     if not isinstance(right, bool):
         found = " ".join(repr(right).split())[:60]
-        raise UserError(f"{demonstration.source}: scorer {name!r} returned {found}, want True or False (a bool)")
+        raise UserError(f"{demonstration.source}: scorer {name!r} returned {found}, expected True or False (a bool)")
     return right
 
 
@@ -180,7 +180,7 @@ def _by_function(name: str, reply: str, demonstration: Demonstration) -> bool:
 def _function(name: str) -> Callable[[str, dict[str, Any]], Any]:
     match = FUNCTION.fullmatch(name)
     if match is None:
-        raise UserError(f"scorer {name!r}: want python:package.module.function")
+        raise UserError(f"scorer {name!r}: expected python:package.module.function")
     if match["module"].partition(".")[0] in sys.stdlib_module_names:  # such as builtins.exec
         raise UserError(f"scorer {name!r}: {match['module']!r} is Python's own; name a module of yours")
     here = os.getcwd()

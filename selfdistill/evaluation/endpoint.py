@@ -71,7 +71,7 @@ class Endpoint:
             content = None
         if not isinstance(content, str):
             raise UserError(
-                f"{self.who} {self.url}: found {shown(_hidden(answer.decode(errors='replace'), key))}, want a chat "
+                f"{self.who} {self.url}: found {shown(_hidden(answer.decode(errors='replace'), key))}, expected a chat "
                 f"completion; check {self.who}_url"
             )
         return join_surrogates(content)

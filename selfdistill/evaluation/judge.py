@@ -116,7 +116,7 @@ class Judge:
                     return verdict
             messages += [{"role": "assistant", "content": content}, {"role": "user", "content": _AGAIN}]
         raise UserError(
-            f"{row.source}: judge {self._endpoint.model!r} answered {shown(content)}, want strict, lenient or wrong; "
+            f"{row.source}: judge {self._endpoint.model!r} answered {shown(content)}, expected strict, lenient or wrong; "
             f"{self._endpoint.note}, take a judge that follows instructions"
         )
 

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from selfdistill.continual.retention import transfer
 from transformers import AutoModelForCausalLM
 
 from selfdistill.cli import main
@@ -28,6 +27,7 @@ from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import learn, retention_matrix
 from selfdistill.continual.ledger import Ledger
+from selfdistill.continual.retention import transfer
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.runtime.files import folder_lock
@@ -598,7 +598,7 @@ def test_transfer_of_a_matrix() -> None:
         ({"method": "sft_reinvoke", "max_steps": 1}, "setting 'max_steps': found 1, and the 2 stages of sft_reinvoke"),
         (
             {"action": "stream", "method": "sft_reinvoke", "chunk_steps": 1},
-            "setting 'chunk_steps': found 1, and the 2 stages of sft_reinvoke share them: want at least 2",
+            "setting 'chunk_steps': found 1, and the 2 stages of sft_reinvoke share them: expected at least 2",
         ),
         ({"data": "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such .jsonl file"),

@@ -199,7 +199,7 @@ def test_completion_stands_in_for_the_answer() -> None:
 @pytest.mark.parametrize(
     ("name", "demonstration", "message"),
     [
-        ("exakt", row("a"), "unknown scorer 'exakt', want one of exact, contains, choice, regex, tool_call"),
+        ("exakt", row("a"), "unknown scorer 'exakt', expected one of exact, contains, choice, regex, tool_call"),
         ("exact", row(), "train.jsonl:7: scorer 'exact' needs an answer or a completion"),
         ("contains", row(), "train.jsonl:7: scorer 'contains' needs an answer or a completion"),
         ("contains", row([]), "train.jsonl:7: scorer 'contains' needs an answer or a completion"),
@@ -340,8 +340,8 @@ def test_a_function_scores_with_the_whole_row(write_module: Callable[[str], str]
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return 1", "returned 1, want True or False (a bool)"),
-        ("return None", "returned None, want True or False (a bool)"),
+        ("return 1", "returned 1, expected True or False (a bool)"),
+        ("return None", "returned None, expected True or False (a bool)"),
         ("return [][0]", "failed: IndexError: list index out of range"),
         ("raise ValueError('two\\nlines')", "failed: ValueError: two lines"),
     ],
@@ -366,7 +366,7 @@ def test_a_function_that_is_not_there(write_module: Callable[[str], str], tmp_pa
         f"python:{wrong}.right": f"module '{wrong}' {from_here}: SyntaxError: ",
         f"python:{module}.right": f"{tmp_path / module.replace('.', '/')}.py has no function 'right'",
         f"python:{module}.number": f"{tmp_path / module.replace('.', '/')}.py has no function 'number'",
-        "python:right": "want python:package.module.function",
+        "python:right": "expected python:package.module.function",
     }
     for name, message in cases.items():
         with pytest.raises(UserError) as error:
@@ -384,14 +384,14 @@ def test_names_in_the_settings() -> None:
         with pytest.raises(UserError) as error:
             EvalConfig(model="m", data="d", scorer=name)
         hint = f"; did you mean {guesses[name]}?" if name in guesses else ""
-        assert str(error.value) == f"setting 'scorer': found {name!r}, want: {known}{hint}"
+        assert str(error.value) == f"setting 'scorer': found {name!r}, expected: {known}{hint}"
 
 
 @pytest.mark.parametrize("name", ["judge", "python:os.system"])
 def test_rows_may_not_run_code_or_send_data_out(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"prompt": "q", "completion": "c", "scorer": name}) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=f"column 'scorer': found '{name}', want exact, contains, choice, regex or"):
+    with pytest.raises(UserError, match=f"column 'scorer': found '{name}', expected exact, contains, choice, regex or"):
         load_demonstrations(str(path))
 
 

@@ -123,12 +123,12 @@ def test_what_is_no_verdict_is_asked_again_once(server: Server, tmp_path: Path) 
     with pytest.raises(UserError) as error:
         Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["y"])
     assert str(error.value) == (
-        f"test.jsonl:1: judge 'j' answered 'perhaps right', want strict, lenient or wrong; what was judged is kept in "
+        f"test.jsonl:1: judge 'j' answered 'perhaps right', expected strict, lenient or wrong; what was judged is kept in "
         f"{tmp_path / 'judge.jsonl'}, take a judge that follows instructions"
     )
     assert len(server.asked) == 4
     server.reply = lambda _: (200, {"object": "page"})
-    with pytest.raises(UserError, match=r"""found '\{"object": "page"\}', want a chat completion; check judge_url"""):
+    with pytest.raises(UserError, match=r"""found '\{"object": "page"\}', expected a chat completion; check judge_url"""):
         Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["z"])
 
 
@@ -212,5 +212,5 @@ def test_settings() -> None:
         with pytest.raises(UserError, match=r"'judge' is a model at an address: give --judge_url and --judge_model$"):
             EvalConfig(**good | {missing: None})
     for url in ("host:8000/v1", "file:///etc", "https://user:word@host/v1", "https://host/v1?key=1", "https:///v1"):
-        with pytest.raises(UserError, match=r"^setting 'judge_url': found .*, want: an address such as http://local"):
+        with pytest.raises(UserError, match=r"^setting 'judge_url': found .*, expected: an address such as http://local"):
             EvalConfig(**good | {"judge_url": url})

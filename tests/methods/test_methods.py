@@ -506,7 +506,7 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
     [
         (
             {"method": "grpo", "num_generations": 1},
-            "setting 'num_generations': grpo compares the rollouts of a prompt, found 1, want at least 2",
+            "setting 'num_generations': grpo compares the rollouts of a prompt, found 1, expected at least 2",
         ),
         (
             {"method": "grpo", "scorer": "judge", "judge_url": "http://localhost:1/v1", "judge_model": "m"},
