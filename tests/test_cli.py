@@ -74,19 +74,19 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "latin.jsonl",
         b'{"prompt": "\xe9", "completion": "a"}\n',
         SFT,
-        "latin.jsonl: not UTF-8: line 1, byte 13 of the line is 0xe9; save it as UTF-8",
+        "latin.jsonl: not UTF-8: line 1, byte 13 is 0xe9; save it as UTF-8",
     ),
     (
         "column.jsonl",
         '{"prompt": "q", "response": "a"}\n',
         SFT,
-        "column.jsonl: 1 bad row: line 1, column 'completion': missing, found 'response': rename it to 'completion'",
+        "column.jsonl: 1 bad row: line 1, column 'completion': missing, found 'response'; rename it to 'completion'",
     ),
     (
         "mixed.jsonl",
         ROW + '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
         SFT,
-        "mixed.jsonl: 1 bad row: line 2, has 'messages' where line 1 has 'prompt', expected one form in the whole set",
+        "mixed.jsonl: 1 bad row: line 2, has 'messages' but line 1 has 'prompt'; use one form in the whole set",
     ),
     (
         "many.jsonl",
@@ -121,7 +121,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         SFT,
         "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 504; "
         "lower --max_completion_length (the window is 512 tokens), "
-        "or leave them out with --on_long_prompt drop",
+        "or drop them with --on_long_prompt drop",
     ),
     (
         "long.jsonl",
@@ -129,21 +129,21 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         SDFT,
         "1 of 1 rows do not fit: long.jsonl:1: teacher's prompt has 641 tokens, limit 504; "
         "lower --max_completion_length (the window is 512 tokens), "
-        "choose a shorter context, or leave them out with --on_long_prompt drop",
+        "choose a shorter context, or drop them with --on_long_prompt drop",
     ),
     (
         "short.jsonl",
         ROW,
         SFT + " --max_prompt_length 3",
         "1 of 1 rows do not fit: short.jsonl:1: prompt has 20 tokens, limit 3; raise --max_prompt_length, "
-        "or leave them out with --on_long_prompt drop",
+        "or drop them with --on_long_prompt drop",
     ),
     (
         "reply.jsonl",
         '{"prompt": "q", "completion": "aaaaaaaaaa"}\n',
         SFT,
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 11 tokens, limit 8 (max_completion_length); "
-        "raise --max_completion_length, or leave them out with --on_long_prompt drop",
+        "raise --max_completion_length, or drop them with --on_long_prompt drop",
     ),
     (
         "reply.jsonl",
@@ -162,32 +162,32 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context document",
-        "context 'document' needs a document, and train.jsonl:1 has none: add the column 'document' or take "
+        "context 'document' needs a document, and train.jsonl:1 has none; add the column 'document' or use "
         "another context",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context few_shot:k=3",
-        "context 'few_shot' needs 3 other demonstrations, found 0: lower k or add rows",
+        "context 'few_shot' needs 3 other demonstrations, found 0; lower k or add rows",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context turn",
-        "context 'turn': there is no context 'turn', only turns, example, few_shot, document, template",
+        "context 'turn': unknown context 'turn', expected one of turns, example, few_shot, document, template",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context turns:repeat=2",
-        "context 'turns:repeat=2': turns has no option 'repeat', only repeats",
+        "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context turns:repeats=0",
-        "context 'turns:repeats=0': option 'repeats': found '0', expected a whole number from 1",
+        "context 'turns:repeats=0': option 'repeats': found '0', expected an integer of 1 or more",
     ),
     (
         "train.jsonl",
@@ -199,7 +199,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context template",
-        "context 'template' needs the file of the template: write template:file=PATH",
+        "context 'template' needs a template file; write template:file=PATH",
     ),
     (
         "train.jsonl",
@@ -211,7 +211,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "template.txt",
         "Look: {demonstration}",
         SDFT + " --data train.jsonl --context template:file=template.txt",
-        "context 'template': template.txt does not contain {prompt}, so the question is missing",
+        "context 'template': template.txt has no {prompt}, so the question would be missing",
     ),
     (
         "template.txt",
@@ -223,8 +223,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "template.txt",
         "Answer this: {prompt}",
         SDFT + " --data train.jsonl --context template:file=template.txt",
-        "context 'template': template.txt contains neither {demonstration} nor {document}, so the teacher would see "
-        "nothing more than the student",
+        "context 'template': template.txt has neither {demonstration} nor {document}, so the teacher would see "
+        "the same as the student",
     ),
     (
         "train.jsonl",
@@ -236,7 +236,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SFT + """ --chat_template_kwargs '{"hint": [], "tokenize": true}'""",
-        "setting 'chat_template_kwargs': 'tokenize' is not for you to set: leave it out",
+        "setting 'chat_template_kwargs': 'tokenize' is reserved; leave it out",
     ),
 ]
 
@@ -348,7 +348,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"check {BASE} --contexts", "--contexts: expected at least one argument"),
     (
         f"check {BASE} --contexts turns nonsense",
-        "context 'nonsense': there is no context 'nonsense', only turns, example, few_shot, document, template",
+        "context 'nonsense': unknown context 'nonsense', expected one of turns, example, few_shot, document, template",
     ),
     (f"check {BASE} --sample 1", "setting 'sample': found 1, expected: greater than or equal to 2"),
     (f"check {BASE} --output_dir run", "unknown option --output_dir; see --help for the names"),

@@ -63,7 +63,7 @@ class Endpoint:
                 problem = _problem(error, key)
                 if not _passes(error) or wait is None or stop.wait(wait):
                     raise UserError(
-                        f"{self.who} {self.url}: {problem}; {self.note}, the same command goes on from there"
+                        f"{self.who} {self.url}: {problem}; {self.note}; rerun the same command to resume"
                     ) from None
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]

@@ -33,7 +33,8 @@ REPLY_TOKENS = 48
 
 _SCORER = "contains"  # for questions that name none
 _WANT_ROW = (
-    "expected query + choices + gold, contexts + continuation + gold, context + continuation, or a file of prompt + answer"
+    "expected query + choices + gold, contexts + continuation + gold, context + continuation, or a file of "
+    "prompt + answer"
 )
 
 

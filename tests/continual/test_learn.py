@@ -531,7 +531,7 @@ def test_rows_of_a_stream_whose_teacher_has_no_room_are_told_or_left_out(
     write_rows([{"prompt": "t", "completion": "ab"}], name="test.jsonl")
     options = {"action": "stream", "chunk_size": 4, "chunk_steps": 1, "test": str(tmp_path / "test.jsonl")}
     options |= {"test_share": 0.01, "method": "sdft", "context": "turns:repeats=4", "min_teacher": 0}
-    with pytest.raises(UserError, match=r"teacher's prompt has .* or leave them out with --on_long_prompt drop"):
+    with pytest.raises(UserError, match=r"teacher's prompt has .* or drop them with --on_long_prompt drop"):
         add(make("mixed", **options))
     assert add(make("mixed", **options, on_long_prompt="drop"))["accepted"]
     folder = tmp_path / "state" / "skills" / "0001-mixed"
@@ -593,12 +593,12 @@ def test_transfer_of_a_matrix() -> None:
     [
         ({"model": ""}, "does not exist yet: give the base --model with the first skill"),
         ({"gradient_accumulation_steps": 3}, "setting 'gradient_accumulation_steps': 3 does not divide batch_size 4"),
-        ({"method": "sdft", "context": "turn"}, "there is no context 'turn'"),
+        ({"method": "sdft", "context": "turn"}, "unknown context 'turn'"),
         ({"method": "grpo", "num_generations": 1}, "setting 'num_generations': grpo compares"),
         ({"method": "sft_reinvoke", "max_steps": 1}, "setting 'max_steps': found 1, and the 2 stages of sft_reinvoke"),
         (
             {"action": "stream", "method": "sft_reinvoke", "chunk_steps": 1},
-            "setting 'chunk_steps': found 1, and the 2 stages of sft_reinvoke share them: expected at least 2",
+            "setting 'chunk_steps': found 1, expected at least 2, one per stage of sft_reinvoke",
         ),
         ({"data": "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such .jsonl file"),

@@ -175,16 +175,25 @@ CHAT_ROLES = "system, user or assistant"
 BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": "q", "completion": None}, "column 'completion': found null, expected text or one assistant message"),
     ({"prompt": "q"}, "column 'completion': missing, expected text or one assistant message"),
-    ({"prompt": "q", "response": "r"}, "column 'completion': missing, found 'response': rename it to 'completion'"),
-    ({"prompt": "q", "Completion": "r"}, "column 'completion': missing, found 'Completion': rename it to 'completion'"),
-    ({"prompt": "q", "completion": ""}, "column 'completion': found empty text, expected text or one assistant message"),
+    ({"prompt": "q", "response": "r"}, "column 'completion': missing, found 'response'; rename it to 'completion'"),
+    ({"prompt": "q", "Completion": "r"}, "column 'completion': missing, found 'Completion'; rename it to 'completion'"),
+    (
+        {"prompt": "q", "completion": ""},
+        "column 'completion': found empty text, expected text or one assistant message",
+    ),
     (
         {"prompt": "q", "completion": " \n"},
-        "column 'completion': found white space only, expected text or one assistant message",
+        "column 'completion': found only whitespace, expected text or one assistant message",
     ),
-    ({"prompt": "q", "completion": 4}, "column 'completion': found the number 4, expected text or one assistant message"),
+    (
+        {"prompt": "q", "completion": 4},
+        "column 'completion': found the number 4, expected text or one assistant message",
+    ),
     ({"prompt": "q", "completion": True}, "column 'completion': found true, expected text or one assistant message"),
-    ({"prompt": "q", "completion": []}, "column 'completion': found an empty list, expected text or one assistant message"),
+    (
+        {"prompt": "q", "completion": []},
+        "column 'completion': found an empty list, expected text or one assistant message",
+    ),
     (
         {"prompt": "q", "completion": ASSISTANT},
         "column 'completion': found an object, expected text or one assistant message",
@@ -203,7 +212,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": "q", "completion": "\ud83d"},
-        "column 'completion': found '\\ud83d' with half of a surrogate pair, expected text or one assistant message",
+        "column 'completion': found '\\ud83d' with a lone surrogate, expected text or one assistant message",
     ),
     ({"prompt": None, "completion": "r"}, "column 'prompt': found null, expected text or a list of messages"),
     ({"prompt": "", "completion": "r"}, "column 'prompt': found empty text, expected text or a list of messages"),
@@ -211,9 +220,9 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": [], "completion": "r"}, "column 'prompt': found an empty list, expected a list of messages"),
     ({"completion": "r"}, "column 'prompt': missing, expected 'prompt' with 'completion', or 'messages'"),
     ({}, "column 'prompt': missing, expected 'prompt' with 'completion', or 'messages'"),
-    ({"prompts": "q", "completion": "r"}, "column 'prompt': missing, found 'prompts': rename it to 'prompt'"),
-    ({"question": "q", "output": "r"}, "column 'prompt': missing, found 'question': rename it to 'prompt'"),
-    ({"conversations": [USER]}, "column 'prompt': missing, found 'conversations': rename it to 'messages'"),
+    ({"prompts": "q", "completion": "r"}, "column 'prompt': missing, found 'prompts'; rename it to 'prompt'"),
+    ({"question": "q", "output": "r"}, "column 'prompt': missing, found 'question'; rename it to 'prompt'"),
+    ({"conversations": [USER]}, "column 'prompt': missing, found 'conversations'; rename it to 'messages'"),
     ({"prompt": ["q"], "completion": "r"}, "column 'prompt[0]': found 'q', expected an object with role and content"),
     (
         {"prompt": [{"content": "q"}], "completion": "r"},
@@ -229,7 +238,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [USER, {"role": "system", "content": "s"}], "completion": "r"},
-        "column 'prompt[1].role': found 'system', expected it in the first message only",
+        "column 'prompt[1].role': found 'system', expected only in the first message",
     ),
     (
         {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "completion": "r"},
@@ -237,14 +246,14 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [USER | {"tool_calls": [1]}], "completion": "r"},
-        "column 'prompt[0]': found key 'tool_calls', expected role and content only",
+        "column 'prompt[0]': found key 'tool_calls', expected only role and content",
     ),
     (
         {"prompt": [USER, ASSISTANT], "completion": "r"},
-        "column 'prompt': the prompt ends with the assistant, expected the user's turn at its end",
+        "column 'prompt': the prompt ends with the assistant, expected it to end with a user turn",
     ),
     (GOOD | {"document": 3}, "column 'document': found the number 3, expected text or null"),
-    (GOOD | {"privileged_context": " "}, "column 'privileged_context': found white space only, expected text or null"),
+    (GOOD | {"privileged_context": " "}, "column 'privileged_context': found only whitespace, expected text or null"),
     (GOOD | {"answer": ""}, "column 'answer': found empty text, expected a value or null"),
     (
         GOOD | {"scorer": "exactly"},
@@ -258,17 +267,17 @@ BAD_ROWS: list[tuple[Any, str]] = [
         GOOD | {"messages": [USER, ASSISTANT]},
         "has 'prompt' and 'messages', expected 'messages' alone or 'prompt' with 'completion'",
     ),
-    ({"messages": [USER, ASSISTANT]}, "has 'messages' where line 1 has 'prompt', expected one form in the whole set"),
+    ({"messages": [USER, ASSISTANT]}, "has 'messages' but line 1 has 'prompt'; use one form in the whole set"),
     ([GOOD], "found a list of 1, expected an object"),
     ('"text"', "found 'text', expected an object"),
     ('{"prompt": "q", "completion": "r"', "invalid JSON at character 34: Expecting ',' delimiter"),
     ("{'prompt': 'q'}", "invalid JSON at character 2: Expecting property name enclosed in double quotes"),
     ('{"prompt": "q", "completion": "r"} {}', "invalid JSON at character 36: Extra data"),
     ('{"prompt": "q", "answer": NaN}', "invalid JSON: NaN is not a JSON value"),
-    ('{"prompt": "q", "prompt": "p", "completion": "r"}', "key 'prompt' stands twice in one object, expected it once"),
+    ('{"prompt": "q", "prompt": "p", "completion": "r"}', "duplicate key 'prompt'; remove one"),
     (
         '{"prompt": [{"role": "user", "role": "user", "content": "q"}], "completion": "r"}',
-        "key 'role' stands twice in one object, expected it once",
+        "duplicate key 'role'; remove one",
     ),
     (
         {"prompt": [USER | {"role": "x"}], "completion": "", "document": 3},
@@ -290,11 +299,11 @@ def test_bad_row(row: Any, problem: str) -> None:
         ({"messages": []}, "column 'messages': found an empty list, expected a list of messages"),
         ({"messages": None}, "column 'messages': found null, expected a list of messages"),
         ({"messages": "q"}, "column 'messages': found 'q', expected a list of messages"),
-        ({"messages": [USER]}, "column 'messages': ends with the user, expected the assistant's demonstration"),
-        ({"messages": [ASSISTANT]}, "column 'messages': the prompt is empty, expected the user's turn at its end"),
+        ({"messages": [USER]}, "column 'messages': ends with the user, expected an assistant turn"),
+        ({"messages": [ASSISTANT]}, "column 'messages': the prompt is empty, expected it to end with a user turn"),
         (
             {"messages": [USER, ASSISTANT, ASSISTANT]},
-            "column 'messages': the prompt ends with the assistant, expected the user's turn at its end",
+            "column 'messages': the prompt ends with the assistant, expected it to end with a user turn",
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": ""}]},
@@ -309,10 +318,10 @@ def test_bad_messages(row: Any, problem: str) -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"prompt": "q"}, "column 'completion': missing, expected it or 'answer'"),
-        ({"prompt": "q", "answer": None}, "column 'completion': missing, expected it or 'answer'"),
-        ({"messages": [USER]}, "column 'completion': missing, expected it or 'answer'"),
-        ({"prompt": "q", "answers": "4"}, "column 'completion': missing, found 'answers': rename it to 'answer'"),
+        ({"prompt": "q"}, "column 'completion': missing, expected 'completion' or 'answer'"),
+        ({"prompt": "q", "answer": None}, "column 'completion': missing, expected 'completion' or 'answer'"),
+        ({"messages": [USER]}, "column 'completion': missing, expected 'completion' or 'answer'"),
+        ({"prompt": "q", "answers": "4"}, "column 'completion': missing, found 'answers'; rename it to 'answer'"),
         (
             {"prompt": "q", "completion": "", "answer": 4},
             "column 'completion': found empty text, expected text or one assistant message",
@@ -336,7 +345,7 @@ def test_first_ten_of_all_bad_rows_are_named() -> None:
 
 def test_bad_rows_of_other_sources() -> None:
     bad = GOOD | {"completion": " "}
-    problem = "column 'completion': found white space only, expected text or one assistant message"
+    problem = "column 'completion': found only whitespace, expected text or one assistant message"
     Path("a.json").write_text(json.dumps([GOOD, bad]))
     datasets.Dataset.from_list([GOOD, bad]).to_parquet("b.parquet")
     Path("data").mkdir()
@@ -346,7 +355,7 @@ def test_bad_rows_of_other_sources() -> None:
     assert message_of("b.parquet") == f"b.parquet: 1 bad row: row 1, {problem}"
     assert message_of("data") == (
         f"data: 2 bad rows: c.jsonl line 2, {problem}; "
-        "d.jsonl line 1, has 'messages' where c.jsonl line 1 has 'prompt', expected one form in the whole set"
+        "d.jsonl line 1, has 'messages' but c.jsonl line 1 has 'prompt'; use one form in the whole set"
     )
 
 
@@ -367,7 +376,7 @@ GOOD_LINE = json.dumps(GOOD).encode()
         (
             "a.json",
             GOOD_LINE + b"\n" + GOOD_LINE,
-            "a.json: invalid JSON: Extra data: line 2 column 1 (char 38); one row a line belongs in a .jsonl file",
+            "a.json: invalid JSON: Extra data: line 2 column 1 (char 38); if it has one row per line, name it .jsonl",
         ),
         ("a.json", b"[[1], 2]", "a.json: 2 bad rows: item 0, found a list of 1, expected an object; item 1, {two}"),
         ("a.csv", b"prompt,completion\n", "a.csv: cannot read file type '.csv', expected .jsonl, .json or .parquet"),
@@ -375,12 +384,12 @@ GOOD_LINE = json.dumps(GOOD).encode()
         (
             "a.jsonl",
             GOOD_LINE + b'\n{"prompt": "caf\xe9", "completion": "r"}\n',
-            "a.jsonl: not UTF-8: line 2, byte 16 of the line is 0xe9; save it as UTF-8",
+            "a.jsonl: not UTF-8: line 2, byte 16 is 0xe9; save it as UTF-8",
         ),
         (
             "a.jsonl",
             json.dumps(GOOD).encode("utf-16"),
-            "a.jsonl: not UTF-8: line 1, byte 1 of the line is 0xff; save it as UTF-8",
+            "a.jsonl: not UTF-8: line 1, byte 1 is 0xff; save it as UTF-8",
         ),
         ("data/x.txt", b"x", "data: no .jsonl, .json or .parquet file in this folder (subfolders are not read)"),
         (
@@ -395,7 +404,9 @@ def test_bad_file(name: str, content: bytes, message: str) -> None:
     # The words of json differ between releases of Python.
     with pytest.raises(json.JSONDecodeError) as trailing:
         json.loads('[{"a": 1,}]')
-    message = message.replace("{trailing}", str(trailing.value)).replace("{two}", "found the number 2, expected an object")
+    message = message.replace("{trailing}", str(trailing.value)).replace(
+        "{two}", "found the number 2, expected an object"
+    )
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_bytes(content)
     assert message_of(name.split("/")[0]) == message

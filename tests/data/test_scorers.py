@@ -41,15 +41,15 @@ def test_a_scorer_by_which_the_demonstrations_are_wrong_is_doubted() -> None:
     tagged = [row(letter, f"<answer>\n{letter}\n</answer>") for letter in "BCDE"]
     note = doubt_about(tagged, None)
     assert note == (
-        "scorer 'exact' does not fit: 0 of 4 demonstrations themselves are right by it; by --scorer contains or choice "
-        "or regex all are right"
+        "scorer 'exact' does not fit: it accepts only 0 of 4 demonstrated completions; --scorer contains or choice "
+        "or regex accepts all of them"
     )
     assert doubt_about(tagged, "choice") is None
     assert doubt_about([row("B", "no", scorer="exact"), row("yes", "yes")], None) is None  # a row's own is its affair
     assert doubt_about([row("B"), row("C")], None) is None  # nothing is demonstrated
     assert doubt_about([row("yes", "no"), row("yes", "yes")], None) is None
     mixed = doubt_about([row("yes", "no")] * 2 + [row("yes", "yes")], "exact")
-    assert mixed == "scorer 'exact' does not fit: 1 of 3 demonstrations themselves are right by it"
+    assert mixed == "scorer 'exact' does not fit: it accepts only 1 of 3 demonstrated completions"
 
 
 def test_every_name_has_a_function_of_that_name() -> None:
@@ -208,7 +208,7 @@ def test_completion_stands_in_for_the_answer() -> None:
         (
             "regex",
             row(completion="a"),
-            "train.jsonl:7: scorer 'regex' needs an answer, a pattern; add column 'answer'",
+            "train.jsonl:7: scorer 'regex' needs a pattern; add the column 'answer'",
         ),
         (
             "regex",
@@ -334,7 +334,7 @@ def test_a_function_scores_with_the_whole_row(write_module: Callable[[str], str]
     half = [row({"wanted": "yes"}, "yes"), row({"wanted": "yes"}, "no")]
     assert doubt_about(half, name) is None
     note = doubt_about(half[1:], name)
-    assert note == f"scorer {name!r} does not fit: 0 of 1 demonstrations themselves are right by it"
+    assert note == f"scorer {name!r} does not fit: it accepts only 0 of 1 demonstrated completions"
 
 
 @pytest.mark.parametrize(
@@ -402,5 +402,5 @@ def test_the_judge_is_not_asked_about_the_demonstrations() -> None:
 @pytest.mark.parametrize("name", ["python:builtins.exec", "python:os.system", "python:os.path.exists"])
 def test_pythons_own_functions_are_no_scorers(name: str) -> None:
     row = Demonstration(0, "x.jsonl:1", ({"role": "user", "content": "q"},), "a")
-    with pytest.raises(UserError, match="is Python's own; name a module of yours"):
+    with pytest.raises(UserError, match="is in the standard library; name your own module"):
         score(name, "reply", row)

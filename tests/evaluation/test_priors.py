@@ -122,12 +122,15 @@ def test_greedy_continuation_of_the_model_itself_counts_as_right(load: Callable[
         ),
         ('{"query": "x", "choices": "ab", "gold": 0}', "column 'choices': found 'ab', expected a list"),
         ('{"query": "x", "gold": 0}', "column 'choices': missing, expected a list"),
-        ('{"query": "x", "choices": ["a", " "], "gold": 0}', "column 'choices[1]': found white space only, expected text"),
+        (
+            '{"query": "x", "choices": ["a", " "], "gold": 0}',
+            "column 'choices[1]': found only whitespace, expected text",
+        ),
         ('{"query": "x", "choices": [1, "a"], "gold": 0}', "column 'choices[0]': found the number 1, expected text"),
-        ('{"query": " ", "choices": ["a", "b"], "gold": 0}', "column 'query': found white space only, expected text"),
+        ('{"query": " ", "choices": ["a", "b"], "gold": 0}', "column 'query': found only whitespace, expected text"),
         (
             '{"query": "x", "query": "y", "choices": ["a", "b"], "gold": 0}',
-            "line 1, key 'query' stands twice",
+            "line 1, duplicate key 'query'",
         ),
         ('{"contexts": ["a", "b"], "gold": 0}', "line 1, column 'continuation': missing, expected text"),
         (
@@ -136,10 +139,10 @@ def test_greedy_continuation_of_the_model_itself_counts_as_right(load: Callable[
         ),
         (
             '{"contexts": ["a", "b"], "continuation": " ", "gold": 0}',
-            "column 'continuation': found white space",
+            "column 'continuation': found only whitespace",
         ),
         ('{"context": "a"}', "line 1, column 'continuation': missing, expected text"),
-        ('{"context": " ", "continuation": "a"}', "column 'context': found white space only, expected text"),
+        ('{"context": " ", "continuation": "a"}', "column 'context': found only whitespace, expected text"),
         ('{"context": ["a"], "continuation": "a"}', "column 'context': found a list of 1, expected text"),
         ('{"context": "a", "continuation": null}', "column 'continuation': found null, expected text"),
         ('{"text": "a"}', "line 1, not a prior row, expected query + choices + gold"),
@@ -187,7 +190,7 @@ def test_all_bad_rows_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_prior(str(path))
     message = str(error.value)
-    assert message.startswith(f"{path}: 13 bad rows: line 3, has 'context' where line 1 has 'query', expected one form")
+    assert message.startswith(f"{path}: 13 bad rows: line 3, has 'context' but line 1 has 'query'; use one form")
     assert message.endswith("; ... and 3 more")
     assert "line 12," in message
     assert "line 13," not in message
@@ -199,7 +202,7 @@ def test_lines_are_read_as_those_of_demonstrations(tmp_path: Path) -> None:
     path.write_text("\ufeff\n" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert load_prior(str(path)) == {"p": [Choices(f"{path}:2", (("a\u2028b", " c"),), None)]}
     path.write_bytes(json.dumps({"context": "\u00e9", "continuation": "c"}, ensure_ascii=False).encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8: line 1, byte 14 of the line is 0xe9; save it as UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8: line 1, byte 14 is 0xe9; save it as UTF-8"):
         load_prior(str(path))
 
 

@@ -473,7 +473,9 @@ def test_rewards_that_teach_nothing_are_said(
 
 
 def test_every_stage_has_a_step(all_of_them: Settings) -> None:
-    with pytest.raises(UserError, match=r"^setting 'max_steps': found 1, and the 2 stages of sft_reinvoke share them"):
+    with pytest.raises(
+        UserError, match=r"^setting 'max_steps': found 1, expected at least 2, one per stage of sft_reinvoke"
+    ):
         train(all_of_them(method="sft_reinvoke", max_steps=1))
 
 

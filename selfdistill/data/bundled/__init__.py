@@ -1,4 +1,4 @@
-"""The data sets that ship with the package."""
+"""Data sets that ship with the package."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from selfdistill.data.demonstrations import Demonstration, load_prompts
 
 
 def packaged(name: str) -> str:
-    """Path of a data file of the package."""
+    """Path of a bundled data file."""
     return str(resources.files(__name__) / name)
 
 
 def general_prompts() -> list[Demonstration]:
-    """The general prompts that ship with the package."""
+    """The bundled general prompts."""
     return load_prompts(packaged("general.txt"))
