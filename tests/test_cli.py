@@ -281,11 +281,11 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --top_p 1.5", "setting 'top_p': found 1.5, expected: less than or equal to 1"),
     (
         f"{SFT} --lora_alpha 8",
-        "setting 'lora_alpha' belongs to an adapter: give --lora_rank, too, or leave it out",
+        "setting 'lora_alpha' needs an adapter: give --lora_rank, too, or leave it out",
     ),
     (
         f"{SFT} --gradient_checkpointing true --torch_compile true",
-        "setting 'torch_compile' does not go with gradient_checkpointing: leave one of them out",
+        "setting 'torch_compile' does not work with gradient_checkpointing: leave one of them out",
     ),
     (
         f"{SFT} --gradient_checkpointing perhaps",
@@ -306,7 +306,7 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         f"{SFT} --importance_cap 2 --top_p 0.9",
-        "setting 'importance_cap' needs sampling from the whole distribution: use top_p 1 and top_k 0",
+        "setting 'importance_cap' needs samples from the full distribution: use top_p 1 and top_k 0",
     ),
     (
         f"{SFT} --support sampled",
@@ -316,7 +316,7 @@ CONFIG: list[tuple[str, str]] = [
     *(
         (
             f"{SFT} --support sampled --divergence reverse_kl {options}",
-            "setting 'support': 'sampled' needs samples of the student as it is: use temperature 1, top_p 1 and "
+            "setting 'support': 'sampled' needs untempered samples of the student: use temperature 1, top_p 1 and "
             "top_k 0",
         )
         for options in ("--temperature 0.9", "--top_p 0.9", "--top_k 50")
@@ -332,8 +332,8 @@ CONFIG: list[tuple[str, str]] = [
         "at most 2 or use longer completions",
     ),
     (f"{SFT} --config none.yaml", "none.yaml: cannot read the settings: No such file or directory"),
-    (f"{SFT} --config broken.yaml", "broken.yaml: not a YAML file of settings: ..."),
-    (f"{SFT} --config latin.yaml", "latin.yaml: not a YAML file of settings: ..."),
+    (f"{SFT} --config broken.yaml", "broken.yaml: not a valid YAML file: ..."),
+    (f"{SFT} --config latin.yaml", "latin.yaml: not a valid YAML file: ..."),
     (f"{SFT} --config list.yaml", "list.yaml: found a list, expected a mapping of setting names to values"),
     (f"{SFT} --config empty.yaml", "empty.yaml: found nothing, expected a mapping of setting names to values"),
     (f"{SFT} --config unknown.yaml", "unknown.yaml: unknown setting 'learning_rte'; did you mean learning_rate?"),
@@ -342,7 +342,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --resume maybe", "option --resume: found 'maybe', want nothing after it, true or false"),
     (
         "train --resume --output_dir nowhere",
-        "nowhere/config.yaml: no such file, so there is no run to continue with --resume; check --output_dir",
+        "nowhere/config.yaml: no such file, so there is no run to resume; check --output_dir",
     ),
     (f"check {BASE} --context turns", "unknown option --context; did you mean --contexts?"),
     (f"check {BASE} --contexts", "--contexts: expected at least one argument"),
@@ -827,19 +827,19 @@ def test_resume_takes_the_same_command_and_says_what_changed(here: Path, capsys:
     [
         (
             "--learning_rate 3",
-            "run/config.yaml: learning_rate is 1e-05 there and 3.0 here: with --resume a run keeps its settings; "
-            "leave these out, or start another run in another --output_dir",
+            "run/config.yaml: learning_rate was 1e-05 and is now 3.0; a resumed run keeps its settings: "
+            "leave these out, or start a new run in another --output_dir",
         ),
         (
             "--seed 1 --model other --num_train_epochs 9",
-            "run/config.yaml: seed is 0 there and 1 here; "
-            "num_train_epochs is 2.0 there and 9.0 here: with --resume a run keeps its settings; leave these "
-            "out, or start another run in another --output_dir",
+            "run/config.yaml: seed was 0 and is now 1; "
+            "num_train_epochs was 2.0 and is now 9.0; a resumed run keeps its settings: leave these "
+            "out, or start a new run in another --output_dir",
         ),
         (
             "--config other.yaml",
-            "run/config.yaml: method is 'sft' there and 'sdft' here: with --resume a run keeps its settings; "
-            "leave these out, or start another run in another --output_dir",
+            "run/config.yaml: method was 'sft' and is now 'sdft'; a resumed run keeps its settings: "
+            "leave these out, or start a new run in another --output_dir",
         ),
     ],
 )
@@ -855,7 +855,7 @@ def test_resume_refuses_other_settings(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: [", "run/config.yaml: not a YAML file of settings: ..."),
+        ("model: [", "run/config.yaml: not a valid YAML file: ..."),
         ("speed: 3\n", "run/config.yaml: unknown setting 'speed'; did you mean seed?"),
         ("model: model\n", "settings 'data' and 'documents': found neither, expected one of them"),
     ],
@@ -871,10 +871,7 @@ def test_resume_with_damaged_settings(here: Path, capsys: pytest.CaptureFixture[
 def test_resume_in_a_folder_that_is_no_run(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     Path("run").mkdir()
     Path("run/notes.txt").write_text("mine")
-    message = (
-        "output_dir 'run' is not empty and has no config.yaml, so it is not a run to continue with --resume: choose "
-        "another"
-    )
+    message = "output_dir 'run' is not empty and has no config.yaml, so --resume finds no run there; choose another"
     fails(capsys, f"{command} --resume", message)
     assert [path.name for path in Path("run").iterdir()] == ["notes.txt"]
 
@@ -968,7 +965,7 @@ def test_every_setting_has_a_help_text_and_shows_its_default(capsys: pytest.Capt
     assert [name for name, field in TrainConfig.model_fields.items() if not field.description] == []
     main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "Peak. Default 1e-5, or 1e-4 with LoRA" in out
+    assert "Peak learning rate. Default 1e-5, or 1e-4 with LoRA" in out
     assert "default: forward_kl)" in out
     assert "(required)" in out
 

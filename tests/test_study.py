@@ -120,7 +120,7 @@ def test_other_values_do_not_take_the_runs_of_the_first(settings: Callable[..., 
     compare(settings(vary={"lora_rank": [2]}))
     result = compare(settings(vary={"num_generations": [2]}), resume=True)
     assert [run["folder"] for run in result["runs"]] == ["sdft-num_generations_2-0.001-seed0"]
-    with pytest.raises(UserError, match=r"temperature is 1\.0 there and 0\.5 here"):
+    with pytest.raises(UserError, match=r"temperature was 1\.0 and is now 0\.5"):
         compare(settings(vary={"num_generations": [2]}, temperature=0.5), resume=True)
 
 

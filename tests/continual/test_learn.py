@@ -370,11 +370,9 @@ def test_a_stop_in_training_says_how_to_go_on(
     assert error.value.exit_code == 143
     monkeypatch.undo()
     there = r"adding 'first' was interrupted, and "
-    with pytest.raises(
-        UserError, match=there + r"name is 'first' there and 'second' here; its rows, or test rows, are"
-    ):
+    with pytest.raises(UserError, match=there + r"name was 'first' and is now 'second'; its rows, or test rows, are"):
         add(make("second"))
-    changed = r"batch_size is 4 there and 2 here; learning_rate is 0.001 there and 0.002 here; go on with the same comm"
+    changed = r"batch_size was 4 and is now 2; learning_rate was 0.001 and is now 0.002; go on with the same comm"
     with pytest.raises(UserError, match=there + changed):
         add(make(learning_rate=2e-3, batch_size=2))
     capsys.readouterr()

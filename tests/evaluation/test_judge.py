@@ -111,7 +111,9 @@ def test_no_answer_in_time_and_no_server(server: Server, tmp_path: Path, monkeyp
     slept = threading.Event()
     server.reply = lambda _: (200, "strict") if len(server.asked) > 1 else (slept.wait(1.5), (200, "wrong"))[1]
     assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["x"]) == ["strict"]
-    with pytest.raises(UserError, match=r"judge http://127\.0\.0\.1:1/chat/completions: .*refused; verdicts are cached"):
+    with pytest.raises(
+        UserError, match=r"judge http://127\.0\.0\.1:1/chat/completions: .*refused; verdicts are cached"
+    ):
         Judge("http://127.0.0.1:1", "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["y"])
 
 
@@ -211,7 +213,7 @@ def test_settings() -> None:
     good = {"model": "m", "data": "d", "scorer": "judge", "judge_url": "https://host:8000/v1", "judge_model": "j"}
     assert EvalConfig(**good).scorer == "judge"
     for missing in ("judge_url", "judge_model"):
-        with pytest.raises(UserError, match=r"'judge' is a model at an address: give --judge_url and --judge_model$"):
+        with pytest.raises(UserError, match=r"'judge' needs an endpoint: give --judge_url and --judge_model$"):
             EvalConfig(**good | {missing: None})
     for url in ("host:8000/v1", "file:///etc", "https://user:word@host/v1", "https://host/v1?key=1", "https:///v1"):
         with pytest.raises(

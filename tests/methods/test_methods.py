@@ -517,11 +517,11 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
         ({"method": "sft_reinvoke", "general_prompts": "none.txt"}, "none.txt: cannot be read: No such file"),
         (
             {"cold_start_steps": 2, "importance_cap": 2.0},
-            "setting 'cold_start_steps' does not go with importance_cap: leave one of them out",
+            "setting 'cold_start_steps' does not work with importance_cap: leave one of them out",
         ),
         (
             {"method": "grpo", "num_generations": 2, "temperature": 0.3},
-            "setting 'method': grpo's gradient is that of samples of the student as it is: use temperature 1",
+            "setting 'method': grpo needs untempered samples of the student: use temperature 1",
         ),
         (
             {"support": "sampled", "divergence": "reverse_kl", "cold_start_steps": 2},
@@ -532,10 +532,10 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
             {"teacher_model": "m", "method": "sft"},
             "setting 'teacher_model' is for method sdft, found 'sft'",
         ),
-        ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model' does not change, found teacher 'live'"),
+        ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model' is a fixed teacher, found teacher 'live'"),
         (
             {"target_teacher": 0.0},
-            "setting 'target_teacher': found 0, and the other parts of the target are 0, too",
+            "setting 'target_teacher': found 0, and the target's other weights are 0, too",
         ),
     ],
 )
