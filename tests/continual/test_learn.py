@@ -432,7 +432,7 @@ def test_a_state_of_another_version_is_read(make: Settings, tmp_path: Path) -> N
 
 
 def test_two_at_once_are_refused(make: Settings, tmp_path: Path) -> None:
-    with folder_lock(tmp_path / "state", ""), pytest.raises(UserError, match="another process is at work on it"):
+    with folder_lock(tmp_path / "state", ""), pytest.raises(UserError, match="in use by another process"):
         add(make())
 
 

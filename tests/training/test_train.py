@@ -427,7 +427,7 @@ def test_a_run_that_is_going_on_elsewhere_is_not_continued(settings: Callable[..
         if step == 4:
             train(config, resume=True)
 
-    with pytest.raises(UserError, match=r"output_dir '.*run': another process is at work on it; wait for it, or stop"):
+    with pytest.raises(UserError, match=r"output_dir '.*run': in use by another process; wait for it, or stop"):
         train(config, on_step=on_step)
     train(config, resume=True)
     with folder_lock(Path(config.output_dir), "free"):
@@ -502,9 +502,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("selfdistill.runtime.files.sha256", refuse)
-    with pytest.raises(
-        UserError, match=r"checkpoint-00000006/.* may not be read \(permission denied\): go on as the user"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint-00000006/.*: permission denied; resume as the user"):
         train(config, resume=True)
     assert len(list_checkpoints(Path(config.output_dir))) == 2
 
