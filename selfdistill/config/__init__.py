@@ -1,4 +1,4 @@
-"""Every setting: its default, unit and source."""
+"""All settings, with their defaults, units and sources."""
 
 from selfdistill.config.base import ModelSettings, Settings, closest
 from selfdistill.config.commands import (

@@ -1,4 +1,4 @@
-"""Demonstrations to token ids, as the student and the teacher see them."""
+"""Encode demonstrations as token ids, as the student and the teacher see them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from selfdistill.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids."""
+    """A demonstration as token ids."""
 
     demonstration: Demonstration
     student_ids: list[int]
     """The prompt, as the student sees it."""
     teacher_ids: list[int] | None
-    """The prompt with the context; None where no teacher is asked."""
+    """The prompt with the context, as the teacher sees it; None without a context."""
     completion_ids: list[int]
-    """The demonstration with its end token."""
+    """The completion with its end token."""
 
 
 class NothingFits(UserError):
-    """Rows that do not fit were to be left out, and none would be left."""
+    """Every row is too long, and ``on_long_prompt`` is ``drop``."""
 
 
 def encode(
@@ -40,20 +40,24 @@ def encode(
     completion_must_fit: bool = False,
     pool: Sequence[Demonstration] | None = None,
 ) -> tuple[list[Example], int]:
-    """Token ids of all rows, and how many rows were left out because they do not fit.
+    """Encode demonstrations, and count those dropped because they are too long.
 
     Args:
-        demonstrations: rows to encode.
-        context: the teacher's, or None.
-        max_prompt_length: limit for either prompt in tokens; None: the window less ``max_completion_length``.
-        window: the model's limit for prompt and completion together, None where it has none.
+        demonstrations: what to encode.
+        context: the teacher's context, or None.
+        max_prompt_length: limit for either prompt, in tokens; None: the window minus ``max_completion_length``.
+        max_completion_length: most tokens of a completion.
+        window: the model's limit for prompt plus completion, in tokens; None if it has none.
         on_long_prompt: ``error`` or ``drop``.
-        completion_must_fit: the demonstration itself is trained on, so it too must be within its limit.
-        pool: where contexts take other demonstrations from; default the rows themselves.
+        completion_must_fit: apply ``max_completion_length`` to the demonstrated completion, which is trained on.
+        pool: demonstrations that contexts may draw from; default ``demonstrations``.
+
+    Returns:
+        The examples, and the number of demonstrations dropped.
 
     Raises:
-        NothingFits: with ``drop``, not one row is left.
-        UserError: rows that do not fit, all reported together; or completions that end with the name of an end token.
+        NothingFits: with ``drop``, no row is left.
+        UserError: rows are too long, all reported together; or completions end with the name of an end token.
     """
     room = None if window is None else window - max_completion_length
     limit = min((x for x in (room, max_prompt_length) if x is not None), default=None)
@@ -66,7 +70,7 @@ def encode(
     if ended:
         raise UserError(
             f"{len(ended)} of {len(demonstrations)} completions end with {' or '.join(chat.end_names)}, which the chat "
-            f"format writes by itself ({', '.join(ended[:10])}): take it away"
+            f"format adds itself ({', '.join(ended[:10])}); remove it"
         )
     raised = limit == max_prompt_length
     more_room = (
@@ -97,5 +101,5 @@ def encode(
         ways = [*dict.fromkeys(advice), *(["choose a shorter context"] if context else [])]
         if on_long_prompt == "drop":
             raise NothingFits(text + " or ".join(ways))
-        raise UserError(f"{text}{', '.join(ways)}, or leave them out with --on_long_prompt drop")
+        raise UserError(f"{text}{', '.join(ways)}, or drop them with --on_long_prompt drop")
     return kept, len(long)

@@ -56,8 +56,7 @@ def check_steps(steps: int, method: str, stages: Sequence[Method], setting: str 
     """
     if steps < len(stages):
         raise UserError(
-            f"setting {setting!r}: found {steps}, and the {len(stages)} stages of {method} share them: want at least "
-            f"{len(stages)}"
+            f"setting {setting!r}: found {steps}, expected at least {len(stages)}, one per stage of {method}"
         )
 
 
