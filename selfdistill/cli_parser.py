@@ -60,7 +60,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         *("model", "data", "documents", "split", "dtype", "chat_template_kwargs", "max_prompt_length"),
         *("max_completion_length", "on_long_prompt", "num_demonstrations", "general_prompts"),
     ),
-    "method": ("method", "methods", "seed", "seeds", "vary", "cold_start_steps"),
+    "method": ("method", "methods", "seed", "seeds", "vary", "cold_start_steps", "method_settings"),
     "teacher and context": (
         *("context", "contexts", "teacher", "ema_rate", "snapshot_steps", "teacher_model", "teacher_cache_mib"),
         "fine_tuned",

@@ -109,7 +109,10 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
         ([{"prompt": "a"}], r"data: 1 bad row: row 0, column 'completion': missing"),
         ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found whitespace only"),
         ({"prompt": "a"}, "data: found an object, expected a path, a list of rows or a datasets.Dataset"),
-        (datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)), "no split 'train' in this data set, expected test"),
+        (
+            datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)),
+            "no split 'train' in this data set, expected test",
+        ),
     ],
 )
 def test_bad_rows_in_memory_are_refused(model: str, data: Any, message: str) -> None:

@@ -262,7 +262,8 @@ CONFIG: list[tuple[str, str]] = [
     ("", "no command, expected one of demo, check, train, ask, eval, compare, learn, questions, report, export"),
     (
         "trian",
-        "unknown command 'trian', expected one of demo, check, train, ask, eval, compare, learn, questions, report, export",
+        "unknown command 'trian', expected one of demo, check, train, ask, eval, compare, learn, questions, report, "
+        "export",
     ),
     (
         "train",

@@ -23,7 +23,7 @@ from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dum
 from selfdistill.data import ChatFormat, Demonstration, load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
-from selfdistill.methods import METHODS, DemonstrationExamples, unused_settings, uses
+from selfdistill.methods import DemonstrationExamples, stages_of, unused_settings, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint
 from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, list_checkpoints, train
@@ -203,7 +203,7 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     rows = load_demonstrations(config.data, split=config.split)
     count, chat = len(rows), ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
     for name, values in _kinds(config):
-        for stage in METHODS[name](_run_config(config, name, None, config.seeds[0], values)):
+        for stage in stages_of(_run_config(config, name, None, config.seeds[0], values)):
             fitting, _ = stage.examples(
                 rows, base, chat
             )  # of every kind, so that what is missing is told before any run

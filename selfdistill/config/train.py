@@ -8,7 +8,7 @@ from pydantic import (
     Field,
 )
 
-from selfdistill.config.base import ModelSettings, QuestionSettings
+from selfdistill.config.base import ModelSettings, QuestionSettings, Settings
 from selfdistill.errors import UserError
 
 Precision = Literal["auto", "no", "bf16"]
@@ -31,15 +31,11 @@ class OneRun(ModelSettings):
     """Random seed for data order, contexts and sampling."""
 
 
-class TrainingSettings(ModelSettings):
-    """Settings shared by ``train`` and ``compare``."""
-
-    output_dir: str
-    """The run folder. An existing run is never overwritten."""
+class MethodSettings(Settings):
+    """What methods read to fill their slots. A method uses the settings that it reads, and no others."""
 
     context: str = "auto"
     """How the teacher sees the demonstration, e.g. ``turns:repeats=2``. ``auto``: measure several and use the best."""
-
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of rollouts. The divergence always compares the untempered distributions."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -51,7 +47,6 @@ class TrainingSettings(ModelSettings):
     cold_start_steps: int = Field(default=0, ge=0)
     """Initial steps of ``sdft`` in which demonstrations replace rollouts, all at first, then ever fewer. For a model
     whose own samples never come close to the demonstration."""
-
     teacher: Literal["ema", "frozen", "live", "snapshot"] = "ema"
     """The teacher's weights: a float32 moving average of the student, the initial weights, the student itself, or a
     copy every ``snapshot_steps`` steps."""
@@ -59,15 +54,6 @@ class TrainingSettings(ModelSettings):
     """Share of the student in the average per step. Official code: 0.01; the paper tried 0.01, 0.02, 0.05."""
     snapshot_steps: int = Field(default=50, ge=1)
     """Steps between copies of the student into a ``snapshot`` teacher."""
-
-    teacher_model: str | None = None
-    """A separate, fixed model as the teacher of ``sdft``: the base of a sequence of skills, an earlier checkpoint, or a
-    larger model with the same architecture and vocabulary."""
-
-    teacher_cache_mib: int = Field(default=2048, ge=0)
-    """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each
-    batch needs a copy in addition. 0: recompute every context."""
-
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """forward_kl = KL(teacher||student), which the published results use."""
     jsd_weight: float = Field(default=0.5, gt=0, lt=1)
@@ -80,23 +66,38 @@ class TrainingSettings(ModelSettings):
     """Beyond the top k: one bucket with the exact remaining mass, or both distributions renormalised."""
     sampled_baseline: bool = True
     """Use the closed-form baseline of the ``sampled`` support (vOPD, arXiv 2605.07865)."""
-
     target_teacher: float = Field(default=1.0, ge=0)
     """a in the target softmax(a log teacher + b log student + d log base) that replaces the teacher."""
     target_student: float = Field(default=0.0, ge=0)
     """b: above 0, the target stays nearer to the student, with no gradient through it (Veto, arXiv 2601.07155)."""
     target_base: float = Field(default=0.0, ge=0)
     """d: above 0, the target stays nearer to the model before training, which sees only the prompt."""
-
     skip_first_tokens: int = Field(default=0, ge=0)
     """Leading completion tokens excluded from the loss; 3 in the official code. Refused if it would exclude most."""
-    loss_normalisation: Literal["sequence", "token"] = "sequence"
-    """Average over the tokens of each completion, then over completions; or over all tokens at once."""
     importance_cap: float | None = Field(default=None, gt=0)
     """Weight each rollout by its mean of min(p_now/p_sampled, cap), for rollouts that are not exactly on-policy."""
-
     general_prompts: str | None = None
     """Text file with one prompt per line for the second stage of ``sft_reinvoke``; default: 120 bundled prompts."""
+    method_settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings that only the chosen method knows, e.g. ``{"margin": 0.5}``."""
+
+
+class TrainingSettings(ModelSettings, MethodSettings):
+    """Settings shared by ``train`` and ``compare``."""
+
+    output_dir: str
+    """The run folder. An existing run is never overwritten."""
+
+    teacher_model: str | None = None
+    """A separate, fixed model as the teacher of ``sdft``: the base of a sequence of skills, an earlier checkpoint, or a
+    larger model with the same architecture and vocabulary."""
+
+    teacher_cache_mib: int = Field(default=2048, ge=0)
+    """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each
+    batch needs a copy in addition. 0: recompute every context."""
+
+    loss_normalisation: Literal["sequence", "token"] = "sequence"
+    """Average over the tokens of each completion, then over completions; or over all tokens at once."""
 
     num_demonstrations: int | None = Field(default=None, ge=1)
     """Number of training rows, drawn at random with the seed; default: all."""

@@ -23,8 +23,9 @@ from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import Divergence, Target
 from selfdistill.loss.token_weights import group_advantages
-from selfdistill.methods import METHODS, unused_settings, uses
+from selfdistill.methods import METHODS, stages_of, unused_settings, uses
 from selfdistill.methods.sequences import Completion
+from selfdistill.methods.slots import Method
 from selfdistill.model.loading import load_model
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.stopwatch import Stopwatch
@@ -593,3 +594,20 @@ def test_a_run_of_two_stages_keeps_its_number_of_steps(all_of_them: Settings) ->
     train(config)
     with pytest.raises(UserError, match=r"^setting 'max_steps': 2 in .*config\.yaml and now 4; sft_reinvoke shares"):
         train(config.model_copy(update={"max_steps": 4}), resume=True)
+
+
+def test_a_method_with_a_setting_of_its_own_is_one_function(
+    all_of_them: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sft(config: TrainConfig) -> tuple[Method, ...]:
+        skip = int(config.method_settings.get("skip", 0))
+        return tuple(replace(stage, skip_first_tokens=skip) for stage in plain(config))
+
+    plain = METHODS["sft"]
+    config = all_of_them(method="sft", method_settings={"skip": 2})
+    with pytest.raises(UserError, match="found skip, but method 'sft' has no settings of its own; remove them"):
+        stages_of(config)
+    monkeypatch.setitem(METHODS, "sft", sft)
+    assert stages_of(config)[0].skip_first_tokens == 2
+    assert uses(config, "method_settings")
+    assert not uses(config, "temperature")
