@@ -448,7 +448,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "unfinished run",
         lambda m: (shutil.rmtree(m), m.mkdir(), (m / "config.yaml").touch()),
         "",
-        "model 'model': a run folder without a final model: finish it with train --resume",
+        "model 'model': a run folder without a final model; finish it with train --resume",
     ),
     (
         "no config.json",
@@ -472,15 +472,15 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "own code",
         lambda m: (m / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "c.C"}}'),
         "",
-        "model 'model': it needs code from its own folder, which is never run",
+        "model 'model': needs code from its own folder, which is never run",
     ),
-    ("not causal", not_causal, "", "model 'model': BertForMaskedLM is not a causal language model, which this needs"),
+    ("not causal", not_causal, "", "model 'model': BertForMaskedLM is not a causal language model; use one"),
     ("no weights", lambda m: (m / "model.safetensors").unlink(), "", "model 'model': cannot be loaded: ..."),
     (
         "only pickle",
         only_pickle,
         "",
-        "model 'model': its weights are pickled (.bin), which can run code when read; convert them to safetensors",
+        "model 'model': its weights are pickled (.bin), which can run code; convert them to safetensors",
     ),
     (
         "damaged weights",
@@ -498,13 +498,13 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "missing weights",
         missing_weights,
         "",
-        "model 'model': 1 weights are missing or not of the shape that config.json says, such as model.norm.weight",
+        "model 'model': weights missing or not of the shape in config.json: model.norm.weight",
     ),
     (
         "other shape",
         other_shape,
         "",
-        "model 'model': 21 weights are missing or not of the shape that config.json says, such as lm_head.weight",
+        "model 'model': weights missing or not of the shape in config.json: lm_head.weight and 20 more",
     ),
     (
         "no end token",
@@ -529,27 +529,27 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "unknown name",
         lambda m: None,
         "--model smollm2-136m",
-        "model 'smollm2-136m': no such folder, and not found on the model hub, which was not asked (offline "
+        "model 'smollm2-136m': no such folder, and not found on the model hub (not contacted: offline "
         "mode is on); give a folder, a hub id or one of: smollm2-135m",
     ),
     (
         "misspelt folder",
         lambda m: (m / "final").mkdir(),
         "--model model/finl",
-        "model 'model/finl': there is a folder model here, and no finl in it; did you mean final?",
+        "model 'model/finl': the folder model has no finl in it; did you mean final?",
     ),
     (
         "unknown hub id",
         lambda m: None,
         "--model nobody/nothing",
-        "model 'nobody/nothing': no such folder, and not found on the model hub, which was not asked (offline "
+        "model 'nobody/nothing': no such folder, and not found on the model hub (not contacted: offline "
         "mode is on); give a folder, a hub id or one of: smollm2-135m",
     ),
     (
         "adapter, base gone",
         adapter_without_base,
         "",
-        "model 'model': this is an adapter, and its base cannot be loaded: model 'gone/gone/gone': no such folder",
+        "model 'model': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder",
     ),
     (
         "adapter pickled",
@@ -753,7 +753,7 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
     fails(
         capsys,
         f"eval {BASE} --model run/final",
-        f"model 'run/final': this is an adapter, and its base cannot be loaded: model '{here}/model': no such folder",
+        f"model 'run/final': an adapter whose base cannot be loaded: model '{here}/model': no such folder",
     )
 
 

@@ -164,7 +164,7 @@ def test_parts_that_a_model_names_beside_its_layers_are_no_layers() -> None:
     loaded = LoadedModel(model, None, "mamba", (), 0, None)
     assert set(model._no_split_modules) == {"MambaBlock", "MambaMixer"}
     assert {type(layer).__name__ for layer in layers_of(loaded, model, "fsdp")} == {"MambaBlock"}
-    with pytest.raises(UserError, match="model 'mamba' does not say which modules are its layers: leave fsdp out"):
+    with pytest.raises(UserError, match="model 'mamba' does not declare which modules are its layers; leave fsdp out"):
         layers_of(loaded, nn.Linear(1, 1), "fsdp")
 
 

@@ -277,7 +277,7 @@ def test_a_model_that_does_not_name_its_layers_is_not_compiled(
 ) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "_no_split_modules", None)
     monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", None)
-    with pytest.raises(UserError, match="does not say which modules are its layers: leave torch_compile out"):
+    with pytest.raises(UserError, match="does not declare which modules are its layers; leave torch_compile out"):
         Trainer(settings(torch_compile=True))
 
 
