@@ -1,8 +1,8 @@
 """Methods: each a composition of slots, run by the same loop.
 
-A method answers the loop's questions: what is learnt from and what is the teacher shown (rows), whose tokens are scored
-(sequence), whose weights score them (teacher), how the gap is measured (loss, and the target within it), and which
-tokens count (weights). One that has several stages answers them for each. The loop never asks for a method's name.
+The slots of a method define its training data and the teacher's context (examples), whose tokens are scored (sequence),
+whose weights score them (teacher), the loss and its target, and the weights of the tokens. A method with several stages
+defines them for each. The loop never depends on a method's name.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
     "offline_distillation": offline_distillation,
     "grpo": grpo,
 }
-"""By the name that ``--method`` takes: from the settings to the stages, which share the steps evenly."""
+"""Constructors by the value of ``--method``: from the settings to the stages, which share the steps evenly."""
 
 
 def check_steps(steps: int, method: str, stages: Sequence[Method], setting: str = "max_steps") -> None:
-    """That every stage gets a step.
+    """Check that every stage gets at least one step.
 
     Raises:
-        UserError: there are fewer steps, by that ``setting``, than stages.
+        UserError: ``steps``, the value of ``setting``, is less than the number of stages.
     """
     if steps < len(stages):
         raise UserError(
@@ -68,13 +68,13 @@ _TWO: dict[str, tuple[Any, Any]] = {
     "importance_cap": (None, 1.0),
     "general_prompts": (None, "file"),
 }
-"""Two values of each setting that fills a slot."""
+"""Two values of each setting that affects a slot."""
 _OF_TEACHERS = {"ema_rate": "ema", "snapshot_steps": "snapshot"}
-"""Settings of one kind of teacher."""
+"""Settings that apply to one kind of teacher."""
 
 
 def uses(config: TrainConfig, name: str) -> bool:
-    """Whether another value of a setting would make another method of these settings."""
+    """Whether the method depends on this setting."""
     make = METHODS[config.method]
     if name in _OF_TEACHERS:
         return _OF_TEACHERS[name] in {stage.teacher for stage in make(config)}
@@ -82,13 +82,13 @@ def uses(config: TrainConfig, name: str) -> bool:
         return True
     try:
         one, other = (make(config.model_copy(update={name: value})) for value in _TWO[name])
-    except UserError:  # it is looked at, and refused beside the other settings
+    except UserError:  # the method reads it and rejects the combination
         return True
     return one != other
 
 
 def unused_settings(config: TrainConfig) -> list[str]:
-    """Settings that were given though the method does not use them."""
+    """Settings with non-default values that the method does not use."""
     fields = TrainConfig.model_fields
     given = [name for name in (*_TWO, *_OF_TEACHERS) if getattr(config, name) != fields[name].default]
     return [name for name in given if not uses(config, name)]
