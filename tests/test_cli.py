@@ -357,7 +357,7 @@ CONFIG: list[tuple[str, str]] = [
         "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, judge or "
         "python:package.module.function; did you mean exact?",
     ),
-    (f"eval {BASE} --prior none", "prior 'none': no such .jsonl file, or a folder without any"),
+    (f"eval {BASE} --prior none", "prior 'none': no such .jsonl file, or a folder without any; check the path"),
     (f"eval {BASE} --base none/model/here", "model 'none/model/here': no such folder"),
     (
         f"eval {BASE} --json nowhere/result.json",

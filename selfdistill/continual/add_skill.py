@@ -75,7 +75,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
         say("rows: " + ", ".join(f"{len(rows)} for {part}" for part, rows in parts.items()))
         learnt, asked = {repr(row.prompt) for row in parts["train"]}, parts["test"]
         if known := sum(repr(row.prompt) in learnt for row in asked):
-            say(f"note: {known} of {len(asked)} test questions are among those that are learnt")
+            say(f"note: {known} of {len(asked)} test questions are also in the training data")
         try:
             result = _Addition(ledger, stop).result()
         except RunStopped as stopped:

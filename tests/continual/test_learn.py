@@ -283,7 +283,7 @@ def test_test_questions_that_are_learnt_are_counted(
     rows = [{"prompt": prompt, "completion": "f"} for prompt in ("first 0", "first 9", "first 10")]
     test.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     add(make(max_steps=1, test=str(test)))
-    assert "note: 2 of 3 test questions are among those that are learnt\n" in capsys.readouterr().err
+    assert "note: 2 of 3 test questions are also in the training data\n" in capsys.readouterr().err
 
 
 def test_a_skill_that_hurts_is_refused_by_what_is_measured(make: Settings, tmp_path: Path) -> None:
