@@ -658,7 +658,7 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         full_at_checkpoint,
         "--save_steps 1",
         "run/checkpoint-00000001: cannot write the checkpoint ([Errno 28] No space left on device: "
-        "'weights.safetensors'); earlier checkpoints are whole. Free disk space, then continue with --resume",
+        "'weights.safetensors'); earlier checkpoints are intact. Free disk space, then continue with --resume",
     ),
     (full_at_metrics, "", "run/metrics.jsonl: No space left on device; free some space or choose another place"),
     (
@@ -880,7 +880,7 @@ def test_resume_with_a_damaged_checkpoint(here: Path, capsys: pytest.CaptureFixt
     trained(f"{SFT} --save_steps 1")
     shutil.rmtree("run/final")
     Path("run/checkpoint-00000001/optimizer.safetensors").write_bytes(b"")
-    message = "run: no checkpoint is whole: checkpoint-00000001 (optimizer.safetensors has 0 of ..."
+    message = "run: no checkpoint is intact: checkpoint-00000001 (optimizer.safetensors has 0 of ..."
     fails(capsys, "train --resume --output_dir run", message)
 
 
