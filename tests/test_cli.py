@@ -555,8 +555,8 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "adapter pickled",
         pickled_adapter,
         "",
-        "model 'model': the adapter has no adapter_model.safetensors, and pickled weights (.bin) are never read, for "
-        "they can run code; convert them to safetensors",
+        "model 'model': the adapter has no adapter_model.safetensors, and pickled weights (.bin) are never read, "
+        "because they can run code; convert them to safetensors",
     ),
     ("adapter not JSON", as_adapter("{"), "", "model 'model': cannot be loaded: ..."),
     (
@@ -649,8 +649,8 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (
         full,
         "",
-        "run: 0.0 GiB free, checkpoints and final model need about 0.0 GiB; free some, or lower "
-        "--save_total_limit, or --save_steps 0 for the final model only",
+        "run: 0.0 GiB free, checkpoints and final model need about 0.0 GiB; free some space, lower "
+        "--save_total_limit, or use --save_steps 0 to save only the final model",
     ),
     (read_only, "", "output_dir 'run': cannot be written (Read-only file system)"),
     (settings_not_written, "", "output_dir 'run': cannot be written (Permission denied)"),

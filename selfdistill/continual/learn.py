@@ -1,4 +1,4 @@
-"""``selfdistill learn``: one model, skill after skill, and what is left of each."""
+"""``selfdistill learn``: one model, skill after skill, with the retention of each."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ NOT_ACCEPTED = 4
 
 
 def learn(config: LearnConfig) -> tuple[dict[str, Any], int]:
-    """Do what ``config.action`` says; prints the result.
+    """Run ``config.action`` and print the result.
 
     Returns:
-        The result, as it is written to JSON, and the exit code: 0, or ``NOT_ACCEPTED``.
+        The result, for JSON output, and the exit code: 0 or ``NOT_ACCEPTED``.
 
     Raises:
-        UserError: anything the user can mend.
+        UserError: a mistake the user can fix.
     """
     if config.data and config.action not in ("add", "stream"):
-        raise UserError(f"learn {config.action}: takes no data, and found {config.data!r}; leave it out")
+        raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
     if config.action in ("add", "stream"):
         result = add(config)
         _print_addition(config, result)
@@ -45,7 +45,7 @@ def learn(config: LearnConfig) -> tuple[dict[str, Any], int]:
         return _history(ledger), 0
     if config.action == "export":
         if not ledger.skills:
-            raise UserError(f"state {config.state!r}: no skill was learnt yet, its model is the base {ledger.base}")
+            raise UserError(f"state {config.state!r}: no skills yet, so its model is the base; use {ledger.base}")
         target = export(ExportConfig(run=ledger.model, output_dir=config.output_dir))
         result_console().print(f"exported model: {target}", highlight=False, markup=False)
         return {"output_dir": str(target)}, 0
@@ -53,11 +53,11 @@ def learn(config: LearnConfig) -> tuple[dict[str, Any], int]:
 
 
 def retention_matrix(ledger: Ledger) -> dict[str, Any]:
-    """The retention matrix of a state, the prior abilities along it, and transfer.
+    """The retention matrix of a state, with prior abilities and transfer.
 
     Returns:
-        ``skills`` (names), ``matrix`` (rows: the base, then after each skill; None where not measured), ``prior`` (of
-        the same rows), ``items`` (of each skill's test), ``transfer``.
+        ``skills`` (names), ``matrix`` (first the base, then after each skill; None if not measured), ``prior`` (for the
+        same models), ``items`` (of each skill's test), ``transfer``.
     """
     skills = ledger.skills
     results = [skill.result for skill in skills]
@@ -81,7 +81,7 @@ def retention_matrix(ledger: Ledger) -> dict[str, Any]:
 def _status(ledger: Ledger) -> dict[str, Any]:
     found = retention_matrix(ledger)
     console = result_console()
-    table = Table(title=escape(f"What is left of each skill in {ledger.folder}"))
+    table = Table(title=escape(f"Retention of each skill in {ledger.folder}"))
     table.add_column("after")
     for name, items in zip(found["skills"], found["items"], strict=True):
         table.add_column(f"{name} ({items})", justify="right", no_wrap=True)
@@ -100,27 +100,27 @@ def _status(ledger: Ledger) -> dict[str, Any]:
             if numbers[name] is not None
         ]
         console.print(
-            f"{', '.join(said)}. Backward: change of earlier skills since they were learnt; forward: what earlier "
-            "skills gave before a skill was learnt; forgetting: how far the last model is below the best one before it "
-            "(less than 0: above it).",
+            f"{', '.join(said)}. Backward: change of earlier skills since they were learnt; forward: gain on a skill "
+            "from earlier ones, before it was learnt; forgetting: drop of the last model below the best earlier one "
+            "(negative: above it).",
             highlight=False,
             markup=False,
         )
     else:
-        console.print("No skill was learnt yet.", highlight=False)
+        console.print("No skills yet.", highlight=False)
     if pending := ledger.interrupted:
-        way_on = "the same command goes on, 'discard' drops it"
+        way_on = "rerun the same command to resume, or 'discard' it"
         console.print(f"Adding {pending!r} was interrupted: {way_on}.", highlight=False, markup=False)
-    console.print(f"The current model: {ledger.model}", highlight=False, markup=False)
+    console.print(f"Current model: {ledger.model}", highlight=False, markup=False)
     return {**found, "model": ledger.model, "pending": pending}
 
 
 def _history(ledger: Ledger) -> dict[str, Any]:
-    table = Table(title=escape(f"What was done in {ledger.folder}"))
-    for column in ("", "skill", "finished", "data", "SHA-256 of rows", "before", "after", "why not"):
+    table = Table(title=escape(f"History of {ledger.folder}"))
+    for column in ("", "skill", "finished", "data", "SHA-256 of rows", "before", "after", "reasons"):
         table.add_column(column, overflow="fold")
     found = [("learnt", "", skill) for skill in ledger.skills]
-    for what, place in (("refused", REFUSED), ("taken back", UNDONE)):
+    for what, place in (("refused", REFUSED), ("rolled back", UNDONE)):
         found += [(what, f"{place}/", skill) for skill in ledger.put_aside(place)]
     lines = [
         {"what": what, "place": place + skill.folder.name, "file": skill.file, **skill.result}
@@ -139,14 +139,14 @@ def _rollback(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
     with folder_lock(Path(config.state), f"state {config.state!r}"):
         if not ledger.skills:
-            raise UserError(f"state {config.state!r}: there is no skill to take back")
+            raise UserError(f"state {config.state!r}: no skill to roll back; see learn status")
         if ledger.interrupted:
-            raise UserError(f"state {config.state!r}: an addition was interrupted; finish it, or discard it first")
+            raise UserError(f"state {config.state!r}: an addition was interrupted; finish or discard it first")
         if ledger.pending.is_dir():
-            ledger.discard()  # it was measured on the model that is taken back
+            ledger.discard()  # evaluated with the model that is rolled back
         skill = ledger.skills[-1]
         place = ledger.undo(skill)
-    result_console().print(f"{skill.name} is taken back; its files are in {place}", highlight=False, markup=False)
+    result_console().print(f"Rolled back {skill.name}; its files are in {place}", highlight=False, markup=False)
     return {"skill": skill.name, "model": ledger.model}
 
 
@@ -154,9 +154,9 @@ def _discard(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
     with folder_lock(Path(config.state), f"state {config.state!r}"):
         if not ledger.pending.is_dir():
-            raise UserError(f"state {config.state!r}: no addition was interrupted")
+            raise UserError(f"state {config.state!r}: no interrupted addition to discard; see learn status")
         ledger.discard()
-    result_console().print("The interrupted addition is dropped.", highlight=False)
+    result_console().print("Discarded the interrupted addition.", highlight=False)
     return {"model": ledger.model}
 
 
@@ -181,4 +181,4 @@ def _print_addition(config: LearnConfig, result: dict[str, Any]) -> None:
     if result["accepted"]:
         _status(Ledger(config.state))
     else:
-        console.print(f"Not accepted: {'; '.join(result['reasons'])}", highlight=False, markup=False)
+        console.print(f"Refused: {'; '.join(result['reasons'])}", highlight=False, markup=False)
