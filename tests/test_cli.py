@@ -361,7 +361,7 @@ CONFIG: list[tuple[str, str]] = [
         "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, judge or "
         "python:package.module.function; did you mean exact?",
     ),
-    (f"eval {BASE} --prior none", "prior 'none': no such .jsonl file, or a folder without any"),
+    (f"eval {BASE} --prior none", "prior 'none': no such .jsonl file, or a folder without any; check the path"),
     (f"eval {BASE} --base none/model/here", "model 'none/model/here': no such folder"),
     (
         f"eval {BASE} --json nowhere/result.json",
@@ -452,7 +452,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "unfinished run",
         lambda m: (shutil.rmtree(m), m.mkdir(), (m / "config.yaml").touch()),
         "",
-        "model 'model': a run folder without a final model: finish it with train --resume",
+        "model 'model': a run folder without a final model; finish it with train --resume",
     ),
     (
         "no config.json",
@@ -476,15 +476,15 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "own code",
         lambda m: (m / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "c.C"}}'),
         "",
-        "model 'model': it needs code from its own folder, which is never run",
+        "model 'model': needs code from its own folder, which is never run",
     ),
-    ("not causal", not_causal, "", "model 'model': BertForMaskedLM is not a causal language model, which this needs"),
+    ("not causal", not_causal, "", "model 'model': BertForMaskedLM is not a causal language model; use one"),
     ("no weights", lambda m: (m / "model.safetensors").unlink(), "", "model 'model': cannot be loaded: ..."),
     (
         "only pickle",
         only_pickle,
         "",
-        "model 'model': its weights are pickled (.bin), which can run code when read; convert them to safetensors",
+        "model 'model': its weights are pickled (.bin), which can run code; convert them to safetensors",
     ),
     (
         "damaged weights",
@@ -502,13 +502,13 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "missing weights",
         missing_weights,
         "",
-        "model 'model': 1 weights are missing or not of the shape that config.json says, such as model.norm.weight",
+        "model 'model': weights missing or not of the shape in config.json: model.norm.weight",
     ),
     (
         "other shape",
         other_shape,
         "",
-        "model 'model': 21 weights are missing or not of the shape that config.json says, such as lm_head.weight",
+        "model 'model': weights missing or not of the shape in config.json: lm_head.weight and 20 more",
     ),
     (
         "no end token",
@@ -533,34 +533,34 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "unknown name",
         lambda m: None,
         "--model smollm2-136m",
-        "model 'smollm2-136m': no such folder, and not found on the model hub, which was not asked (offline "
+        "model 'smollm2-136m': no such folder, and not found on the model hub (not contacted: offline "
         "mode is on); give a folder, a hub id or one of: smollm2-135m",
     ),
     (
         "misspelt folder",
         lambda m: (m / "final").mkdir(),
         "--model model/finl",
-        "model 'model/finl': there is a folder model here, and no finl in it; did you mean final?",
+        "model 'model/finl': the folder model has no finl in it; did you mean final?",
     ),
     (
         "unknown hub id",
         lambda m: None,
         "--model nobody/nothing",
-        "model 'nobody/nothing': no such folder, and not found on the model hub, which was not asked (offline "
+        "model 'nobody/nothing': no such folder, and not found on the model hub (not contacted: offline "
         "mode is on); give a folder, a hub id or one of: smollm2-135m",
     ),
     (
         "adapter, base gone",
         adapter_without_base,
         "",
-        "model 'model': this is an adapter, and its base cannot be loaded: model 'gone/gone/gone': no such folder",
+        "model 'model': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder",
     ),
     (
         "adapter pickled",
         pickled_adapter,
         "",
-        "model 'model': the adapter has no adapter_model.safetensors, and pickled weights (.bin) are never read, for "
-        "they can run code; convert them to safetensors",
+        "model 'model': the adapter has no adapter_model.safetensors, and pickled weights (.bin) are never read, "
+        "because they can run code; convert them to safetensors",
     ),
     ("adapter not JSON", as_adapter("{"), "", "model 'model': cannot be loaded: ..."),
     (
@@ -653,8 +653,8 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (
         full,
         "",
-        "run: 0.0 GiB free, checkpoints and final model need about 0.0 GiB; free some, or lower "
-        "--save_total_limit, or --save_steps 0 for the final model only",
+        "run: 0.0 GiB free, checkpoints and final model need about 0.0 GiB; free some space, lower "
+        "--save_total_limit, or use --save_steps 0 to save only the final model",
     ),
     (read_only, "", "output_dir 'run': cannot be written (Read-only file system)"),
     (settings_not_written, "", "output_dir 'run': cannot be written (Permission denied)"),
@@ -662,7 +662,7 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         full_at_checkpoint,
         "--save_steps 1",
         "run/checkpoint-00000001: cannot write the checkpoint ([Errno 28] No space left on device: "
-        "'weights.safetensors'); earlier checkpoints are whole. Free disk space, then continue with --resume",
+        "'weights.safetensors'); earlier checkpoints are intact. Free disk space, then continue with --resume",
     ),
     (full_at_metrics, "", "run/metrics.jsonl: No space left on device; free some space or choose another place"),
     (
@@ -757,7 +757,7 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
     fails(
         capsys,
         f"eval {BASE} --model run/final",
-        f"model 'run/final': this is an adapter, and its base cannot be loaded: model '{here}/model': no such folder",
+        f"model 'run/final': an adapter whose base cannot be loaded: model '{here}/model': no such folder",
     )
 
 
@@ -885,7 +885,7 @@ def test_resume_with_a_damaged_checkpoint(here: Path, capsys: pytest.CaptureFixt
     trained(f"{SFT} --save_steps 1")
     shutil.rmtree("run/final")
     Path("run/checkpoint-00000001/optimizer.safetensors").write_bytes(b"")
-    message = "run: no checkpoint is whole: checkpoint-00000001 (optimizer.safetensors has 0 of ..."
+    message = "run: no checkpoint is intact: checkpoint-00000001 (optimizer.safetensors has 0 of ..."
     fails(capsys, "train --resume --output_dir run", message)
 
 

@@ -288,7 +288,7 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
     code, last = trained_until(full, tmp_path, 4, fill_up)
     assert code == 2
     assert last.startswith(f"selfdistill: error: {full.output_dir}/checkpoint-00000006: cannot write the checkpoint (")
-    assert "earlier checkpoints are whole. Free disk space, then continue with --resume" in last
+    assert "earlier checkpoints are intact. Free disk space, then continue with --resume" in last
     assert saved_steps(full) == [3]
     train(full, resume=True)
     assert the_same(whole, full)

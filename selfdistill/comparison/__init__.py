@@ -1,4 +1,4 @@
-"""Several runs side by side."""
+"""Compare several runs."""
 
 from selfdistill.comparison.compare import compare
 from selfdistill.comparison.compare_result import CompareResult

@@ -1,4 +1,4 @@
-"""What a comparison says: means over seeds, models matched by what they have learnt, and the sentence that follows."""
+"""Conclusions of a comparison: means over seeds, models matched by accuracy, and the summary sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selfdistill.evaluation import Evaluation, seeds_interval, sign_test
 
 
 def reference(runs: Sequence[Compared]) -> str:
-    """The method with which the others are compared: ``sdft``, or the first."""
+    """The method that the others are compared with: ``sdft``, or the first."""
     methods = [run.method for run in runs] or ["sdft"]
     return next((method for method in methods if method.split()[0] == "sdft"), methods[0])
 
@@ -22,15 +22,15 @@ class Compared:
     """One run of a comparison."""
 
     method: str
-    """With what is varied beside it: ``sdft teacher=frozen``."""
+    """Method and varied setting: ``sdft teacher=frozen``."""
     learning_rate: float
     seed: int
     folder: str
-    """Within the comparison's."""
+    """Path within the comparison's folder."""
     evaluations: Sequence[Evaluation]
-    """Lines of its ``evaluations.jsonl``, the base's first."""
+    """Lines of its ``evaluations.jsonl``; the first is the base's."""
     failed: str | None = None
-    """Why it did not reach its end."""
+    """Why it failed; None if it finished."""
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class Compared:
 
 
 def table(runs: Sequence[Compared]) -> list[dict[str, Any]]:
-    """A row for each method, learning rate and evaluated step: means over seeds as (mean, low, high)."""
+    """One line per method, learning rate and evaluated step: means over seeds as (mean, low, high)."""
     rows = []
     for method, rate in dict.fromkeys((run.method, run.learning_rate) for run in runs):
         group = [run for run in _finished(runs) if (run.method, run.learning_rate) == (method, rate)]
@@ -53,21 +53,21 @@ def table(runs: Sequence[Compared]) -> list[dict[str, Any]]:
 
 
 def _within(values: tuple[float, float | None, float | None], most: float) -> tuple[float, float | None, float | None]:
-    """An interval of what cannot be negative."""
+    """Clip an interval to the range from 0 to ``most``."""
     middle, low, high = values
     return middle, None if low is None else max(low, 0.0), None if high is None else min(high, most)
 
 
 @dataclass(frozen=True)
 class Matched:
-    """Where a run has learnt as much as another, between two of its evaluations."""
+    """A run at a given accuracy, interpolated between two of its evaluations."""
 
     reached: bool
-    """False: it never has, and this is where it has learnt most."""
+    """False: it never reached that accuracy, and this is its best evaluation."""
     accuracy: float
     kl_base: float
     right: dict[str, list[float]]
-    """Of each prior item: 0, 1 or, between two evaluations, a share."""
+    """Score of each prior item: 0, 1 or, if interpolated, a value between."""
 
     @property
     def prior_accuracy(self) -> float:
@@ -76,10 +76,10 @@ class Matched:
 
 
 def matched(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
-    """The run where it has learnt ``accuracy`` of the new task and kept most of the prior abilities.
+    """The point of a run with at least ``accuracy`` on the new task and the highest prior accuracy.
 
-    That is where it first reaches it, in proportion between the evaluations around it, or a later evaluation that is as
-    good: what a run recovers is counted for it. Without prior abilities, where it is nearest to the base.
+    This is where it first reaches that accuracy, linearly interpolated between evaluations, or a later evaluation with
+    at least that accuracy, so that recovery counts. Without prior abilities: the point nearest to the base.
     """
     first = _reached(evaluations, accuracy)
     at = next((n for n, e in enumerate(evaluations) if e["accuracy"] >= accuracy), len(evaluations))
@@ -88,7 +88,7 @@ def matched(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
 
 
 def _reached(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
-    """The run where it first reaches ``accuracy``, else where it has learnt most."""
+    """The point where a run first reaches ``accuracy``, else its best evaluation."""
     at = next((n for n, e in enumerate(evaluations) if e["accuracy"] >= accuracy), None)
     reached = at is not None
     if at is None:
@@ -110,11 +110,11 @@ def _reached(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
 
 
 def sentences(runs: Sequence[Compared], budget: str) -> str:
-    """What may be concluded of self-distillation against each other method, with how sure that is."""
+    """The conclusions about self-distillation against each other method, with their uncertainty."""
     finished = _finished(runs)
     said = [budget]
     if failed := [run.name for run in runs if run.failed is not None]:
-        said.append(f"{len(failed)} of {len(runs)} runs failed and count for nothing here: {', '.join(failed)}.")
+        said.append(f"{len(failed)} of {len(runs)} runs failed and are excluded: {', '.join(failed)}.")
     mine = reference(runs)
     own = {(run.learning_rate, run.seed): run for run in finished if run.method == mine}
     pairs: dict[tuple[str, float], list[tuple[Compared, Compared]]] = {}
@@ -124,12 +124,12 @@ def sentences(runs: Sequence[Compared], budget: str) -> str:
             pairs.setdefault((run.method, run.learning_rate), []).append(pair)
     said += [_against(mine, *key, group) for key, group in pairs.items()]
     if not pairs:
-        said.append(f"No run of {mine} and of another method at the same learning rate and seed is finished.")
+        said.append(f"No finished runs of {mine} and another method share a learning rate and seed.")
     return " ".join(said)
 
 
 def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]]) -> str:
-    """The reference ``mine`` at its last step against a method where that is as good."""
+    """The reference ``mine`` at its last step against a method at equal accuracy."""
     own = [matched([run.evaluations[-1]], 0) for run, _ in pairs]
     theirs = [matched(other.evaluations, point.accuracy) for point, (_, other) in zip(own, pairs, strict=True)]
     ends = mean(other.evaluations[-1]["accuracy"] for _, other in pairs)
@@ -141,62 +141,62 @@ def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared
     start = pairs[0][0].evaluations[0]["accuracy"]
     idle = sum(point.accuracy <= start for point in own)
     if 0 < idle < count:
-        text += f"The base stands at {start:.2f}: in {idle} of {count} runs {mine} has learnt nothing, so what was "
-        return f"{text}forgotten for as much learnt cannot be compared."
+        text += f"The base is at {start:.2f}: in {idle} of {count} runs {mine} learnt nothing, so forgetting at equal "
+        return f"{text}accuracy cannot be compared."
     if idle:
         both = all(other.evaluations[-1]["accuracy"] <= start for _, other in pairs)
-        who = f"neither {mine} nor {method} has learnt anything" if both else f"{mine} has learnt nothing"
-        return f"{text}The base stands at {start:.2f}: {who}, so there is nothing to compare."
+        who = f"neither {mine} nor {method} learnt anything" if both else f"{mine} learnt nothing"
+        return f"{text}The base is at {start:.2f}: {who}, so there is nothing to compare."
     distances = _mean(own, "kl_base"), _mean(theirs, "kl_base")
     moved = f"{mine} has KL(base||model) {distances[0]:.2f} and {method} {distances[1]:.2f}"
     if distances[0] > 0.001:
         moved += f", {distances[1] / distances[0]:.2f} times as far"
     if reached < count:
-        text += f"{method} is as good in {reached} of {count} runs only; taken at its best in the others ("
-        text += f"{_mean(theirs, 'accuracy'):.2f}), "
+        text += f"{method} reaches that accuracy in only {reached} of {count} runs; with its best evaluation in the "
+        text += f"others (mean {_mean(theirs, 'accuracy'):.2f}), "
     else:
-        text += f"Where {method} is as good, "
+        text += "At equal accuracy, "
     if not own[0].right:
-        return f"{text}{moved}. No prior abilities were measured, so nothing is known of forgetting."
+        return f"{text}{moved}. No prior abilities were measured, so forgetting is unknown."
     differences = [a.prior_accuracy - b.prior_accuracy for a, b in zip(own, theirs, strict=True)]
     difference, low, high = seeds_interval(differences)
     p = _over_items(own, theirs)
     interval = "" if low is None else f"95% interval over seeds {low:+.3f} to {high:+.3f}, "
     base = pairs[0][0].evaluations[0]["prior_accuracy"]
     text += (
-        f"{mine} answers {_mean(own, 'prior_accuracy'):.3f} of the prior questions, {method} "
+        f"{mine} has a prior accuracy of {_mean(own, 'prior_accuracy'):.3f}, {method} "
         f"{_mean(theirs, 'prior_accuracy'):.3f}, the base {base:.3f}: a difference of {difference:+.3f} "
         f"({interval}p over questions {'below 0.001' if p < 0.001 else f'{p:.3f}'}); {moved}. "
     )
     if reached < count:
-        return text + f"As {method} did not learn as much, what they forgot for it cannot be compared."
+        return text + f"As {method} did not reach that accuracy, forgetting cannot be compared."
     if low is None or high is None:
-        return text + "One seed shows a direction at most: no conclusion."
+        return text + "One seed shows at most a direction: no conclusion."
     if p < 0.05 and low > 0:
-        return text + f"So {mine} forgot less than {method} for as much learnt."
+        return text + f"So at equal accuracy, {mine} forgot less than {method}."
     if p < 0.05 and high < 0:
-        return text + f"So {mine} forgot more than {method} for as much learnt."
-    return text + "So no difference in what was forgotten is shown; more seeds or more prior questions could show one."
+        return text + f"So at equal accuracy, {mine} forgot more than {method}."
+    return text + "So there is no significant difference in forgetting; more seeds or prior questions could show one."
 
 
 def assumption(teacher: dict[str, Any], moved: dict[str, float]) -> str:
-    """The two conditions of the method (arXiv 2601.19897): the teacher is near-optimal, and near the base.
+    """The method's two assumptions (arXiv 2601.19897): the teacher is near-optimal, and near the base.
 
     Args:
-        teacher: its ``accuracy`` and ``kl`` on the test rows, as :meth:`Evaluator.teacher` gives them.
+        teacher: its ``accuracy`` and ``kl`` on the test rows, from :meth:`Evaluator.shown`.
         moved: KL(model||base) of trained models on the same rows, by name.
     """
     models = ", ".join(f"{kl:.2f} after {name}" for name, kl in moved.items())
     return (
-        f"In-context assumption (a teacher that is right, and nearer to the base than fine-tuned models): the teacher "
-        f"is right on {teacher['accuracy']:.0%} of the test rows and {teacher['kl']:.2f} nats per token from the base "
-        f"along its own replies; trained models along theirs: {models}."
+        f"In-context assumption (the teacher is accurate, and nearer to the base than fine-tuned models): the teacher "
+        f"has {teacher['accuracy']:.0%} accuracy on the test rows and is {teacher['kl']:.2f} nats per token from the "
+        f"base along its own replies; trained models along theirs: {models}."
     )
 
 
 def _over_items(own: Sequence[Matched], theirs: Sequence[Matched]) -> float:
-    """Chance of such a difference over other questions: the sign test of each question's mean difference over seeds,
-    weighted so that every file counts the same."""
+    """p-value over questions: the sign test on each question's mean difference over seeds, with equal weight for every
+    prior file."""
     values: list[float] = []
     for name, items in own[0].right.items():
         pairs = [(a.right[name], b.right[name]) for a, b in zip(own, theirs, strict=True)]
@@ -213,9 +213,9 @@ def _mean(points: Sequence[Matched], key: str) -> float:
 
 
 def points_of(runs: Sequence[Compared]) -> dict[str, list[list[tuple[float, float]]]]:
-    """Trade-off points (prior, new) of each finished run, by method and learning rate, the base's first.
+    """Trade-off points (prior, new) of each finished run, by method and learning rate, starting with the base.
 
-    Where no prior abilities were measured, -KL(base||model) takes their place.
+    Without prior abilities, -KL(base||model) replaces the prior accuracy.
     """
     rates = {run.learning_rate for run in runs}
     groups: dict[str, list[list[tuple[float, float]]]] = {}
@@ -227,6 +227,6 @@ def points_of(runs: Sequence[Compared]) -> dict[str, list[list[tuple[float, floa
 
 
 def mean_points(seeds: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The mean point of each step over seeds."""
+    """Average the points of each step over seeds."""
     steps = zip(*seeds, strict=True)
     return [(mean(x for x, _ in at), mean(y for _, y in at)) for at in steps]

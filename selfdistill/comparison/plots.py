@@ -1,6 +1,6 @@
-"""Figures as SVG text: drawn by matplotlib, readable on a light and on a dark page, and by a screen reader.
+"""Figures as SVG text, drawn by matplotlib, for light and dark pages and for screen readers.
 
-Text and axes take the page's colour (``currentColor``), words stay words, and the numbers are in the figure's label.
+Text and axes take the page's colour (``currentColor``), text stays text, and the figure's label contains the numbers.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from matplotlib.ticker import MaxNLocator
 Point = tuple[float, float]
 
 INK = "#1a1b1c"
-"""Of text and axes; in a page it becomes the page's text colour."""
+"""Colour of text and axes; replaced by the page's text colour."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
-"""Told apart by people with any colour vision (Okabe and Ito 2008), on white and on black."""
+"""Distinguishable with any colour vision (Okabe and Ito 2008), on white and on black."""
 MARKERS = "osD^vP"
 DASHES = ("-", "--", ":")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "selfdistill",  # the same figure has the same text every time
-    "text.parse_math": False,  # names of runs may hold dollar signs
+    "svg.hashsalt": "selfdistill",  # deterministic output
+    "text.parse_math": False,  # names of runs may contain dollar signs
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -44,18 +44,18 @@ STYLE: dict[Any, Any] = {
     "grid.color": INK,
 }
 SMOOTHING = 20
-"""A running mean spans a twentieth of a curve."""
+"""The running mean covers 1/SMOOTHING of a curve."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a figure. Curves of one name share colour and marker, and one entry of the legend."""
+    """One line of a figure. Curves with the same name share colour, marker and legend entry."""
 
     name: str
     points: Sequence[Point]
-    """(x, y), joined in this order. A curve without points keeps its colour for the other figures."""
+    """(x, y), connected in this order. A curve without points still reserves its colour, for consistency of figures."""
     seeds: Sequence[Sequence[Point]] = ()
-    """Single runs of which this is the mean: thin lines."""
+    """The single runs that this curve averages, drawn as thin lines."""
 
 
 def trade_off(
@@ -67,15 +67,15 @@ def trade_off(
     *,
     file: Path | None = None,
 ) -> str:
-    """What was learnt against what was kept: one curve a method, from step to step, and the Pareto front.
+    """Plot learning against retention: one curve per method over its steps, and the Pareto front.
 
     Args:
         curves: points are (prior score, new-task score); higher is better in both.
-        base: the model before training, a black star.
-        teacher: its new-task score, a dashed horizontal line.
-        x_label: what the prior score is, with its unit.
-        y_label: what the new-task score is, with its unit.
-        file: also write the figure there as an SVG file of its own, black on white.
+        base: the model before training, drawn as a star.
+        teacher: its new-task score, drawn as a dashed horizontal line.
+        x_label: label of the prior score, with its unit.
+        y_label: label of the new-task score, with its unit.
+        file: also write the figure to this SVG file, black on white.
 
     Returns:
         An ``<svg>`` element for a page.
@@ -100,14 +100,14 @@ def trade_off(
 
 
 def over(curves: Sequence[Curve], x_label: str, y_label: str, *, smooth: bool = False, file: Path | None = None) -> str:
-    """Curves over steps or positions, as an ``<svg>`` element for a page.
+    """Plot curves over steps or positions, as an ``<svg>`` element for a page.
 
     Args:
-        curves: to lay over each other.
-        x_label: what x counts.
-        y_label: what y is, with its unit.
-        smooth: draw the values thin, and over them their running mean over a twentieth of the curve.
-        file: also write the figure there as an SVG file of its own, black on white.
+        curves: the curves, in one figure.
+        x_label: label of x.
+        y_label: label of y, with its unit.
+        smooth: draw thin lines for the values, and their running mean over them.
+        file: also write the figure to this SVG file, black on white.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(x_label, y_label, (4.6, 3.1))
@@ -119,7 +119,7 @@ def over(curves: Sequence[Curve], x_label: str, y_label: str, *, smooth: bool = 
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points than which no other is at least as good in both numbers and better in one, by rising x."""
+    """The points that no other dominates (at least as good in both coordinates, better in one), by ascending x."""
     front: list[Point] = []
     for point in sorted(set(points), reverse=True):
         if not front or point[1] > front[-1][1]:
@@ -143,7 +143,7 @@ def _figure(x_label: str, y_label: str, size: tuple[float, float]) -> tuple[Figu
 
 
 def _draw(axes: Axes, curves: Sequence[Curve], *, marked: bool) -> dict[str, Line2D]:
-    """Draw the curves; one line of each name for the legend."""
+    """Draw the curves, and return one line per name for the legend."""
     names = list(dict.fromkeys(curve.name for curve in curves))
     handles = {}
     for curve in curves:
@@ -163,7 +163,7 @@ def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 
 def _described(what: str, curves: Sequence[Curve]) -> str:
-    """A figure's numbers in words: where each curve begins and ends."""
+    """The figure in words: where each curve starts and ends."""
     said = [f"Plot of {what}."]
     for curve in curves:
         if curve.points:
@@ -179,7 +179,7 @@ _figures = itertools.count()
 
 
 def _svg(figure: Figure, handles: dict[str, Line2D], label: str, file: Path | None) -> str:
-    """The figure as an element in the page's font and colour, whose ids no other figure of the page has."""
+    """The figure as an element in the page's font and colour, with ids unique on the page."""
     if len(handles) > 1:
         points = 72 * figure.get_figwidth()
         columns = max(1, min(3, math.floor(points / (6 * max(map(len, handles)) + 45))))  # letters, line and gaps

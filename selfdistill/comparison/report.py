@@ -1,7 +1,7 @@
-"""``selfdistill report``: run folders -> one HTML file that opens without a network.
+"""``selfdistill report``: from run folders to one self-contained HTML file.
 
-The page is ``report.html`` beside this file. Everything that comes from data or model is text there, and the page's
-policy lets no script run and nothing be fetched.
+The template is ``report.html`` next to this file. Text from data or model is always escaped, and the page's
+Content-Security-Policy allows no scripts and no network requests.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ CURVES = {
     "completion/length": "tokens per completion",
     "entropy": "entropy",
 }
-"""What is drawn of metrics.jsonl, and the words at its axis."""
+"""Metrics to plot from metrics.jsonl, with their axis labels."""
 SCORES = {
     "accuracy": "new-task score",
     "prior_accuracy": "prior score",
     "kl_base": "KL(base||model)",
 }
-"""What is drawn of evaluations.jsonl."""
+"""Scores to plot from evaluations.jsonl, with their axis labels."""
 FULL_COLOUR = 3
-"""Nats of implicit reward, up or down, from which a token has the full colour."""
+"""Implicit reward, positive or negative, in nats, at which a token is fully coloured."""
 PROFILE = 24
-"""Completion positions in the first-token profile."""
+"""Number of completion positions in the first-token profile."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page; the first cell of a row is its heading."""
+    """A table of the page; the first cell of each line is its heading."""
 
     caption: str
     head: list[str]
@@ -56,13 +56,13 @@ class Table:
 
 
 def report(config: ReportConfig) -> Json:
-    """Write the report and print where it is.
+    """Write the report and print its path.
 
     Returns:
-        ``output``, and ``summary``: its sentences.
+        ``output`` (path) and ``summary`` (its sentences).
 
     Raises:
-        UserError: a folder is no run, a file in it cannot be read, or the report cannot be written.
+        UserError: a folder is not a run, a file in it cannot be read, or the report cannot be written.
     """
     target = Path(config.output)
     if target.is_dir() or not target.absolute().parent.is_dir():
@@ -83,22 +83,22 @@ def report(config: ReportConfig) -> Json:
         missing=_missing([run for part in parts for run in part.runs]),
         full_colour=FULL_COLOUR,
     )
-    target.write_text(page, encoding="utf-8", errors="replace")  # a token may end within a character
+    target.write_text(page, encoding="utf-8", errors="replace")  # a token may end in the middle of a character
     return {"output": str(target), "summary": summary}
 
 
-# --- what is shown ---
+# --- contents of the page ---
 
 
 def _missing(runs: list[RunFolder]) -> list[str]:
-    """Which files are not there, and what is not shown for it."""
-    lacks = {EVALUATIONS: "scores at steps of the training", VIEWS: "rollouts by token"}
+    """What the page lacks because of missing files."""
+    lacks = {EVALUATIONS: "scores during training", VIEWS: "rollouts by token"}
     without = {file: [run.name for run in runs if file in run.missing] for file in lacks}
     return [f"{lacks[file]}: no {file} in {', '.join(names)}" for file, names in without.items() if names]
 
 
 def _shown(part: Part) -> Json:
-    """A part of the page, as its template wants it."""
+    """A part of the page, as input of the template."""
     differing, common = _settings(part.runs)
     return {
         "title": part.title,
@@ -115,25 +115,25 @@ def _shown(part: Part) -> Json:
 
 
 def _summary(part: Part) -> list[str]:
-    """The result in words."""
+    """The results in words."""
     said = []
     if part.comparison:
         base, teacher = part.comparison["base"], part.comparison.get("teacher")
         said.append(part.comparison["sentence"])
-        said.append(f"The base model answers {_score(base)} of the new task's questions right.")
+        said.append(f"The base model has an accuracy of {_score(base)} on the new task.")
         if teacher:
             shown = _interval(teacher["accuracy"], teacher["interval"])
-            said.append(f"Shown the demonstration, it answers {shown} right: that is the teacher.")
+            said.append(f"The teacher, the base given the demonstration, has {shown}.")
             if part.comparison.get("moved"):
                 said.append(assumption(teacher, part.comparison["moved"]))
         return said
     for run in part.runs:
         config, losses = run.config, _series(run, "loss")
         steps = run.metrics[-1]["step"] if run.metrics else 0
-        text = f"{run.name}: {config.model} learnt from {config.data} by {config.method} in {steps} steps."
+        text = f"{run.name}: {config.model} trained on {config.data} with {config.method} for {steps} steps."
         if run.evaluations:
             first, now = run.evaluations[0], run.evaluations[-1]
-            text += f" New task: {_score(first)} right at step {first['step']}, {_score(now)} at step {now['step']}."
+            text += f" New task: accuracy {_score(first)} at step {first['step']}, {_score(now)} at step {now['step']}."
             if now.get("prior_accuracy") is not None and first.get("prior_accuracy") is not None:
                 text += f" Prior abilities: {first['prior_accuracy']:.2f}, then {now['prior_accuracy']:.2f}."
             if now.get("kl_base") is not None:
@@ -149,7 +149,7 @@ def _facts(comparison: Json) -> list[tuple[str, str]]:
 
 
 def _settings(runs: list[RunFolder]) -> tuple[Table | None, Table]:
-    """What differs between the runs, and what is common to all, with its meaning."""
+    """The settings that differ between the runs, and the common ones with their meaning."""
     configs = [run.config.model_dump(exclude={"output_dir"}) for run in runs]
     differ = [key for key in configs[0] if any(config[key] != configs[0][key] for config in configs)]
     rows = [[run.name, *(str(config[key]) for key in differ)] for run, config in zip(runs, configs, strict=True)]
@@ -162,7 +162,7 @@ def _settings(runs: list[RunFolder]) -> tuple[Table | None, Table]:
 
 
 def _results(part: Part) -> list[Table]:
-    """The tables of scores with their intervals."""
+    """Tables of scores with their intervals."""
     tables = []
     if part.comparison:
         rows = [
@@ -181,7 +181,17 @@ def _results(part: Part) -> list[Table]:
         evaluated.insert(0, ("base", part.comparison["base"]))
     if evaluated:
         priors = list(dict.fromkeys(name for _, line in evaluated for name in line.get("prior") or {}))
-        head = ["run", "step", "new-task score", "questions", "tokens", "cut", *priors, SCORES["kl_base"], "minutes"]
+        head = [
+            "run",
+            "step",
+            "new-task score",
+            "questions",
+            "tokens",
+            "truncated",
+            *priors,
+            SCORES["kl_base"],
+            "minutes",
+        ]
         rows = [
             [
                 name,
@@ -201,7 +211,7 @@ def _results(part: Part) -> list[Table]:
 
 
 def _trade_off(part: Part) -> Json | None:
-    """The figure of new-task score against prior score with the table of its front; None where no prior was asked."""
+    """The figure of new-task score against prior score, and the table of its front; None without prior scores."""
     comparison = part.comparison or {}
     befores = [comparison["base"]] if comparison else [line for run in part.runs for line in run.evaluations[:1]]
     base = _points(befores[:1]).get(0)
@@ -221,16 +231,16 @@ def _trade_off(part: Part) -> Json | None:
     if not any(curve.points for curve in curves):
         return None
     teacher = comparison.get("teacher")
-    x_label, y_label = "prior score (share right)", "new-task score (share right)"
+    x_label, y_label = "prior score (accuracy)", "new-task score (accuracy)"
     figure = trade_off(curves, base, teacher and teacher["accuracy"], x_label, y_label)
     front = pareto_front([point for curve in curves for point in curve.points])
     rows = [[", ".join(places.get(point, ["base"])), f"{point[0]:.2f}", f"{point[1]:.2f}"] for point in front]
-    table = Table("Pareto front: nothing measured is better in both", ["point", "prior score", "new-task score"], rows)
+    table = Table("Pareto front: no point is better in both scores", ["point", "prior score", "new-task score"], rows)
     return {"figure": Markup(figure), "table": table}
 
 
 def _points(evaluations: Sequence[Json]) -> dict[int, Point]:
-    """(prior score, new-task score) by step, where both were measured."""
+    """(prior score, new-task score) by step, for steps with both."""
     return {
         line.get("step", 0): (line["prior_accuracy"], line["accuracy"])
         for line in evaluations
@@ -249,7 +259,7 @@ def _figures(runs: list[RunFolder]) -> list[Json]:
         curves = [Curve(run.curve, _series(run, key)) for run in runs]
         if any(curve.points for curve in curves):
             smooth = key in CURVES and not key.startswith("drift")
-            meaning = METRICS.get(key, "share of questions right" if "accuracy" in key else "nats per token")
+            meaning = METRICS.get(key, "share of correct answers" if "accuracy" in key else "nats per token")
             figures.append(
                 {
                     "figure": Markup(over(curves, "step", words, smooth=smooth)),
@@ -261,21 +271,21 @@ def _figures(runs: list[RunFolder]) -> list[Json]:
 
 
 def _numbers(runs: list[RunFolder]) -> Table:
-    """The curves in numbers."""
+    """The curves as numbers."""
     rows = []
     for key in CURVES:
         for run in runs:
             if values := [y for _, y in _series(run, key)]:
                 shown = (values[0], values[-1], min(values), max(values))
                 rows.append([CURVES[key], run.name, *map(_number, shown)])
-    return Table("The curves in numbers", ["curve", "run", "first", "last", "lowest", "highest"], rows)
+    return Table("The curves as numbers", ["curve", "run", "first", "last", "lowest", "highest"], rows)
 
 
 # --- tokens ---
 
 
 def _with_views(part: Part) -> list[RunFolder]:
-    """The runs whose tokens are shown: of a comparison the first of each method."""
+    """The runs whose tokens are shown; in a comparison, the first of each method."""
     runs = [run for run in part.runs if run.views]
     if part.comparison is None:
         return runs
@@ -284,7 +294,7 @@ def _with_views(part: Part) -> list[RunFolder]:
 
 
 def _view(run: RunFolder) -> Json:
-    """A run's rollouts before and after, row by row, and the first-token profile."""
+    """A run's rollouts before and after training, example by example, and the first-token profile."""
     steps = sorted({view["step"] for view in run.views})
     steps = [steps[0], steps[-1]] if len(steps) > 1 else steps
     rows: dict[str, Json] = {}
@@ -309,14 +319,14 @@ def _view(run: RunFolder) -> Json:
 
 
 def _profile(views: list[Json], step: int) -> list[Point]:
-    """Mean KL at each of the first positions, over the rollouts that have it."""
+    """Mean KL at each of the first positions, over the rollouts that are long enough."""
     rollouts = [view["tokens"] for view in views if view["step"] == step]
     longest = min(max(map(len, rollouts)), PROFILE)
     return [(at + 1, mean(tokens[at]["kl"] for tokens in rollouts if len(tokens) > at)) for at in range(longest)]
 
 
 def _token(token: Json) -> Json:
-    """A token with its implicit reward log q - log p and how strongly it is coloured."""
+    """A token with its implicit reward log q - log p and the strength of its colour."""
     reward = token["logq"] - token["logp"]
     return {
         "text": visible(token["text"]),
@@ -332,7 +342,7 @@ def _token(token: Json) -> Json:
 
 
 def visible(text: str) -> str:
-    """A token's text with marks for what would not be seen: line ends, tabs, lone spaces, control characters."""
+    """A token's text with marks for invisible characters: line ends, tabs, lone spaces, control characters."""
     if not text:
         return "(empty)"
     if text.isspace():
@@ -354,7 +364,7 @@ def _share(probability: float) -> str:
 
 
 def _interval(value: float, interval: Sequence[float | None] | None) -> str:
-    """The value, and its interval where there is one; a single seed has none."""
+    """The value with its interval, if any; a single seed has none."""
     if interval is None or None in interval:
         return f"{value:.2f}"
     return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"

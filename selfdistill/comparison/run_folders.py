@@ -1,7 +1,7 @@
-"""What a report reads of a run folder.
+"""Read run folders for a report.
 
-``config.yaml`` and ``metrics.jsonl`` are in every run; ``evaluations.jsonl`` (scores at some steps) and
-``token_views.jsonl`` (rollouts, token by token) may be missing. A folder with a ``comparison.json`` holds several runs.
+Every run has ``config.yaml`` and ``metrics.jsonl``; ``evaluations.jsonl`` (scores at some steps) and
+``token_views.jsonl`` (rollouts, token by token) are optional. A folder with ``comparison.json`` holds several runs.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ METRICS, EVALUATIONS, VIEWS = "metrics.jsonl", "evaluations.jsonl", "token_views
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What is read of one run."""
+    """The contents of one run folder."""
 
     name: str
     curve: str
-    """Name in the figures; runs that differ by their seed alone share it."""
+    """Name in the figures; shared by runs that differ only in their seed."""
     config: TrainConfig
     metrics: list[Json]
     evaluations: list[Json]
     views: list[Json]
     missing: list[str]
-    """Files that are not there."""
+    """Names of missing files."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Part:
 
 
 def read_folders(folders: Sequence[str]) -> list[Part]:
-    """Read run folders and comparisons; first the comparisons, each a part, then all other runs as one.
+    """Read run folders and comparisons: one part per comparison, then one part with all other runs.
 
     Raises:
-        UserError: a folder is no run, or a file in it cannot be read.
+        UserError: a folder is not a run, or a file in it cannot be read.
     """
     paths = [Path(folder) for folder in dict.fromkeys(folders)]
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; give folders written by selfdistill train or compare")
         if (path / "skills").is_dir() and (path / "start").is_dir():
-            raise UserError(f"{path}: a state of selfdistill learn, no run; give its runs, {path}/skills/*/run")
+            raise UserError(f"{path}: a state of selfdistill learn, not a run; give its runs, {path}/skills/*/run")
         if not any((path / name).exists() for name in ("config.yaml", "comparison.json")):
-            raise UserError(f"{path}: neither config.yaml nor comparison.json in it, so it is no run folder")
+            raise UserError(f"{path}: has neither config.yaml nor comparison.json; give a run folder")
     comparisons = [path for path in paths if (path / "comparison.json").exists()]
     alone = [path for path in paths if path not in comparisons]
     folder_names = [path.resolve().name for path in alone]
@@ -68,7 +68,7 @@ def read_folders(folders: Sequence[str]) -> list[Part]:
 
 
 def curve_name(row: Json) -> str:
-    """What the seeds of a method have in common: method and learning rate."""
+    """The name that a method's seeds share: method and learning rate."""
     return f"{row['method']} {row['learning_rate']:g}"
 
 
@@ -79,24 +79,24 @@ def _read_comparison(folder: Path) -> Part:
         runs = [
             _read_run(folder / run["folder"], run["name"], curve_name(run), run["evaluations"])
             for run in comparison["runs"]
-            if not run.get("failed")  # the comparison's sentence names them
+            if not run.get("failed")  # the comparison's sentence names those
         ]
     except UserError:
         raise
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not what selfdistill compare writes; compare again") from None
+        raise UserError(f"{path}: not a result of selfdistill compare; compare again") from None
     if lacking := {"sentence", "base", "table", "runs"} - comparison.keys():
-        raise UserError(f"{path}: no {', '.join(sorted(lacking))} in it; compare again")
+        raise UserError(f"{path}: missing {', '.join(sorted(lacking))}; compare again")
     return Part(folder.resolve().name, comparison, runs)
 
 
 def _read_run(folder: Path, name: str, curve: str, evaluations: list[Json] | None = None) -> RunFolder:
-    """One run; its evaluations are those given, or its own file's."""
+    """Read one run, with the given evaluations or its own file's."""
     config = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
     if not (folder / METRICS).exists():
-        raise UserError(f"{folder}: no {METRICS} in it; give the folder of a run that has begun")
+        raise UserError(f"{folder}: has no {METRICS}; give the folder of a run that has started")
     metrics = _lines(folder / METRICS, {"step"})
-    wanted = [VIEWS] if any("kl/forward" in line for line in metrics) else []  # without a teacher there are none
+    wanted = [VIEWS] if any("kl/forward" in line for line in metrics) else []  # without a teacher there are no views
     if evaluations is None:
         wanted.insert(0, EVALUATIONS)
         evaluations = _lines(folder / EVALUATIONS, {"step", "accuracy", "items"})
@@ -112,7 +112,7 @@ def _read_run(folder: Path, name: str, curve: str, evaluations: list[Json] | Non
 
 
 def _lines(path: Path, keys: set[str]) -> list[Json]:
-    """The objects of a file of JSON lines; none where there is no file. A last line may be unfinished."""
+    """The objects of a JSON Lines file, ignoring an incomplete last line; empty if there is no file."""
     found: list[Json] = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, 1):

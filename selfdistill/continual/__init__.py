@@ -1,4 +1,4 @@
-"""Skill after skill."""
+"""Continual learning: one model, skill after skill."""
 
 from selfdistill.continual.learn import LearnResult, learn
 

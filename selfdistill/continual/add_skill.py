@@ -1,7 +1,7 @@
-"""Adding a skill to a state: check the teacher, train, measure everything, and accept only if the gates hold.
+"""Add a skill to a state: check the teacher, train, evaluate everything, and accept only if the gates pass.
 
-An addition happens in ``pending`` of the state, step by step. Each step leaves a file, and one that is there is not
-done again, so that the same command goes on where it was interrupted. Accepting is one rename (:mod:`ledger`).
+An addition runs step by step in the state's ``pending`` folder. Each step leaves a file and is skipped if its file
+exists, so the same command resumes where it was interrupted. Accepting is one rename (:mod:`ledger`).
 """
 
 from __future__ import annotations
@@ -40,26 +40,25 @@ from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write
 from selfdistill.training import OnStep, take_whole, train, whole_folder
 
 _FREE = ("state", "model", "output_dir", "test", "prior", "logging_steps", "report_to")
-"""Settings that may be other ones when an addition goes on."""
+"""Settings that may differ when an addition is resumed."""
 
 
 def add(config: LearnConfig) -> dict[str, Any]:
-    """Learn a skill, or go on learning it, and accept it if the gates hold.
+    """Learn a skill, or resume learning it, and accept it if the gates pass.
 
     Returns:
-        ``name``, ``accepted``, ``reasons`` (against it), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
-        teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the model until now on the new skill)
-        and ``after`` (of the new model: ``skills`` by name, and the prior abilities); the last three only as far as it
-        came.
+        ``name``, ``accepted``, ``reasons`` (for refusal), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
+        teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current model on the new skill) and
+        ``after`` (of the new model: ``skills`` by name, and the prior abilities); the latter only if reached.
 
     Raises:
-        UserError: anything the user can mend.
-        RunStopped: a signal came; the same command goes on.
+        UserError: a mistake the user can fix.
+        RunStopped: a signal arrived; the same command resumes.
     """
     name = config.name or re.sub(r"[^\w.-]+", "-", Path(config.data).name.partition(".")[0]).strip("-.")
     config = LearnConfig(**config.model_dump() | {"name": name})
     parts = _rows(config)
-    run = _run_config(config, "model", config.context, Path(PENDING))  # its rules, before any long work
+    run = _run_config(config, "model", config.context, Path(PENDING))  # validate before any long work
     stages = stages_of(run)
     if config.action == "stream":
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
@@ -74,11 +73,11 @@ def add(config: LearnConfig) -> dict[str, Any]:
         say("rows: " + ", ".join(f"{len(rows)} for {part}" for part, rows in parts.items()))
         learnt, asked = {repr(row.prompt) for row in parts["train"]}, parts["test"]
         if known := sum(repr(row.prompt) in learnt for row in asked):
-            say(f"note: {known} of {len(asked)} test questions are among those that are learnt")
+            say(f"note: {known} of {len(asked)} test questions are also in the training data")
         try:
             result = _Addition(ledger, stop).result()
         except RunStopped as stopped:
-            message = f"state {config.state!r}: stopped while learning {config.data}; the same command goes on"
+            message = f"state {config.state!r}: stopped while learning {config.data}; rerun the same command to resume"
             raise RunStopped(message, stopped.signal_number) from None
         write_json(ledger.pending / "result.json", result)
         if result["accepted"]:
@@ -86,17 +85,17 @@ def add(config: LearnConfig) -> dict[str, Any]:
             before, after = result["before"]["accuracy"], result["after"]["skills"][name]
             score, items = after["accuracy"], after["items"]
             if score <= before:
-                say(f"note: {name}: {before:.3f} before, {score:.3f} after on {items} items: no gain is shown")
-            kept = f"from {max(_least(after, config), 0):.3f} on it will count as kept (test items: {items})"
+                say(f"note: {name}: {before:.3f} before, {score:.3f} after on {items} items: no improvement")
+            kept = f"it counts as retained at {max(_least(after, config), 0):.3f} or more ({items} test items)"
             say(f"accepted: {skill.name} is skill {skill.number} of {config.state}; {kept}")
         else:
             place = ledger.refuse(name)
-            say(f"refused: {name}. {config.state} is as it was; what was tried is in {place}")
+            say(f"refused: {name}. {config.state} is unchanged; the attempt is in {place}")
     return result
 
 
 def _opened(config: LearnConfig) -> Ledger:
-    """The state; made where there is none."""
+    """Open the state, creating it if it does not exist."""
     root = Path(config.state)
     if (root / START).is_dir():
         ledger = Ledger(config.state)
@@ -104,25 +103,25 @@ def _opened(config: LearnConfig) -> Ledger:
             found = start_fingerprint(load_for_training(config.model, dtype=ledger.measured_with["dtype"]))
             if not found or found != ledger.weights:
                 raise UserError(
-                    f"setting 'model': {config.state} began with {ledger.base!r}, and {config.model!r} has other "
+                    f"setting 'model': {config.state} began with {ledger.base!r}, and {config.model!r} has different "
                     "weights; leave it out"
                 )
             ledger.move_base(_absolute(config.model))
         if os.path.isabs(ledger.base) and not os.path.isdir(ledger.base):
             raise UserError(
-                f"state {config.state!r}: its base {ledger.base!r} is not there; where it lies elsewhere now, give "
-                "that with --model"
+                f"state {config.state!r}: its base {ledger.base!r} does not exist; if it was moved, give its new place "
+                "with --model"
             )
         if config.prior and _texts(config.prior) != (_texts(ledger.prior) if ledger.prior else None):
             raise UserError(f"setting 'prior': {config.state} began with other questions, or none; leave it out")
         for key, value in ledger.measured_with.items():
             if getattr(config, key) != value:
-                raise UserError(f"setting {key!r}: {config.state} began with {value!r}, and so are all its scores made")
+                raise UserError(f"setting {key!r}: {config.state} has all its scores with {value!r}; use the same")
         return ledger
     if others := [path.name for path in root.iterdir() if path.name != f".{START}.unfinished"]:
-        raise UserError(f"state {config.state!r}: holds {others[0]!r} and is no state; give another folder")
+        raise UserError(f"state {config.state!r}: not a state, contains {others[0]!r}; give another folder")
     if not config.model:
-        raise UserError(f"state {config.state!r} does not exist yet: give the base --model with the first skill")
+        raise UserError(f"state {config.state!r} does not exist yet; give the base with --model")
     with whole_folder(root / START, "free disk space, then add it again") as folder:
         if config.prior:
             (folder / "prior").mkdir()
@@ -138,7 +137,7 @@ def _opened(config: LearnConfig) -> Ledger:
 
 
 def _texts(prior: str) -> dict[str, bytes]:
-    """What stands in the files of a prior."""
+    """The contents of the prior files, by name."""
     path = Path(prior)
     return {file.name: file.read_bytes() for file in (path.glob("*.jsonl") if path.is_dir() else [path])}
 
@@ -148,16 +147,16 @@ def _absolute(model: str) -> str:
 
 
 def _rows(config: LearnConfig) -> dict[str, list[Demonstration]]:
-    """Rows by their part: ``train``, of a stream ``validation``, and ``test``.
+    """Split the data into ``train``, ``validation`` (of a stream) and ``test``.
 
-    Where both of the last are held out, they take turns, validation first so that it begins as early as it can.
+    If both validation and test are held out, held-out rows alternate, starting with validation so that it begins early.
     """
     rows = load_demonstrations(config.data, split=config.split)
     held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
     count = max(len(held), round(len(rows) * config.test_share)) if held else 0
     if held and count >= len(rows):
         advice = "give more, or a lower --test_share" if config.test else "give --test"
-        raise UserError(f"{config.data}: {len(rows)} rows are too few to keep some for the {held[-1]}; {advice}")
+        raise UserError(f"{config.data}: {len(rows)} rows are too few to hold some out for the {held[-1]}; {advice}")
     chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
     part_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
     parts = {part: [row for row in rows if part_of.get(row.row, "train") == part] for part in ("train", *held)}
@@ -172,10 +171,10 @@ def _text(row: Demonstration) -> str:
 
 
 def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstration]]) -> None:
-    """Make ``pending`` with the rows and settings of the skill; or find there what is asked for.
+    """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
 
     Raises:
-        UserError: something else is there, or the skill's name is taken.
+        UserError: another addition is pending, or the skill's name is taken.
     """
     texts = json.dumps([[_text(row) for row in part] for part in parts.values()])
     asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
@@ -184,17 +183,17 @@ def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstrat
     if ledger.pending.is_dir():
         found, here = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8")), json.dumps(asked)
         if found == json.loads(here):
-            say(f"going on with {config.name}")
+            say(f"resuming {config.name}")
             return
         if ledger.interrupted:
             raise UserError(
                 f"state {config.state!r}: adding {found['name']!r} was interrupted, and "
-                f"{_changes(found, json.loads(here))}; go on with the same command, rows and settings, or drop it with "
-                f"selfdistill learn --state {config.state} discard"
+                f"{_changes(found, json.loads(here))}; resume with the same command, rows and settings, or drop it "
+                f"with selfdistill learn --state {config.state} discard"
             )
-        ledger.discard()  # it had not begun to learn
+        ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:
-        raise UserError(f"setting 'name': {config.state} has a skill {config.name!r} already; give another --name")
+        raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another --name")
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
         for part, rows in parts.items():
             write_demonstrations(folder / f"{part}.jsonl", rows)
@@ -205,19 +204,19 @@ def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstrat
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """What is asked for otherwise than it was in ``pending``."""
+    """The differences between the request and the addition in ``pending``."""
     changed = changes(there["settings"], here["settings"])
-    return "; ".join(changed + ["its rows, or test rows, are others"] * (there["data"] != here["data"]))
+    return "; ".join(changed + ["its rows or test rows differ"] * (there["data"] != here["data"]))
 
 
 def settings_of(folder: Path) -> LearnConfig:
-    """Those with which a skill was learnt; what a later version of this package does not know any more is left out."""
+    """The settings with which a skill was learnt, without those that this version does not know."""
     saved = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
     return LearnConfig(**{key: value for key, value in saved.items() if key in LearnConfig.model_fields})
 
 
 def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
-    """A model's :data:`Evaluation` on the tests of skills, each with that skill's settings, and on prior abilities."""
+    """Evaluate a model on the tests of skills, each with that skill's settings, and on prior abilities."""
     with training_precision(loaded.model, config.mixed_precision):
         skills: dict[str, Evaluation] = {}
         for name, folder in folders:
@@ -230,27 +229,27 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
 
 
 def _run_config(config: LearnConfig, model: str, context: str, folder: Path) -> TrainConfig:
-    """The settings of the training of a skill in ``folder``."""
+    """Training settings for a skill in ``folder``."""
     names = TrainConfig.model_fields.keys() & LearnConfig.model_fields.keys()
     own = {
         "model": model,
         "data": str(folder / "train.jsonl"),
         "output_dir": str(folder / "run"),
         "context": context,
-        **{"test": None, "prior": None, "eval_steps": 0},  # they are measured here
+        **{"test": None, "prior": None, "eval_steps": 0},  # evaluated by this module
     }
     return TrainConfig(**{name: getattr(config, name) for name in names} | own)
 
 
 def _least(score: Evaluation, config: LearnConfig) -> float:
-    """What a skill that once had this score must have to count as kept."""
+    """The minimum score at which a skill counts as retained, given its earlier score."""
     if config.max_skill_drop is not None:
         return float(score["accuracy"]) - config.max_skill_drop
     return float(score["accuracy_interval"][0])
 
 
 class _Addition:
-    """What is done in ``pending``."""
+    """The addition in ``pending``."""
 
     def __init__(self, ledger: Ledger, stop: StopRequests) -> None:
         self._ledger, self._folder, self._stop = ledger, ledger.pending, stop
@@ -261,7 +260,7 @@ class _Addition:
         self._all = [*((skill.name, skill.folder) for skill in ledger.skills), *self._new]
 
     def result(self) -> dict[str, Any]:
-        """Do what is not done yet, and decide."""
+        """Run the remaining steps, and decide."""
         reasons: list[str] = []
         result: dict[str, Any] = {"name": self._name, "data": self._data, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
         result |= self._step("before", self._before)
@@ -271,8 +270,8 @@ class _Addition:
             reasons.append(f"{checked['verdict']} (min_teacher)")
         elif checked["accuracy"] < least:
             reasons.append(
-                f"the teacher with {checked['context']} is right on {checked['accuracy']:.0%} of the rows, at least "
-                f"{least:.0%} is asked for (min_teacher)"
+                f"the teacher with {checked['context']} has {checked['accuracy']:.0%} accuracy, but at least "
+                f"{least:.0%} is required (min_teacher)"
             )
         else:
             try:
@@ -284,7 +283,7 @@ class _Addition:
         return result | {"accepted": not reasons, "reasons": reasons}
 
     def _step(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What a step found, by its file, or by doing it."""
+        """The result of a step, read from its file or computed."""
         file = self._folder / f"{name}.json"
         if not file.exists():
             write_json(file, measure())
@@ -306,17 +305,17 @@ class _Addition:
         return found
 
     def _before(self) -> dict[str, Any]:
-        """The base, and the model until now, on the new skill."""
+        """Evaluate the base and the current model on the new skill."""
         ledger = self._ledger
         base = self._on(ledger.base, self._new, False)["skills"][self._name]
         now = base if not ledger.skills else self._on(ledger.model, self._new, False)["skills"][self._name]
         return {"base": base, "before": now}
 
     def _check(self) -> dict[str, Any]:
-        """Whether the current model, shown the demonstration, is a teacher for itself, and how it is best shown."""
+        """Check whether the current model, given the demonstration, can teach itself, and find the best context."""
         run = _run_config(self._config, self._ledger.model, self._config.context, self._folder)
         if not uses(run, "context"):
-            verdict = f"{run.method} asks no teacher"
+            verdict = f"{run.method} has no teacher"
             return {"context": self._config.context, "worth": True, "accuracy": 1.0, "verdict": verdict}
         found = check_run(run)
         context = found.best.context if run.context == "auto" else run.context
@@ -324,7 +323,7 @@ class _Addition:
         return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}
 
     def _train(self, context: str) -> None:
-        """Leaves ``model``, whole, and ``run`` without its checkpoints."""
+        """Train; leaves the full model in ``model``, and ``run`` without checkpoints."""
         model = self._folder / "model"
         run = _run_config(self._config, self._ledger.model, context, self._folder)
         folder = Path(run.output_dir)
@@ -335,7 +334,7 @@ class _Addition:
             shutil.rmtree(left, ignore_errors=True)
 
     def _trained(self, run: TrainConfig) -> Path:
-        """Folder of the final model, which may be an adapter."""
+        """Train, and return the folder of the final model, which may be an adapter."""
         folder = Path(run.output_dir)
         if self._config.action == "stream":
             return learn_stream(run, self._config, self._folder, self._stop)
@@ -345,7 +344,7 @@ class _Addition:
         return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
 
     def _look(self, along: StepsFile) -> OnStep:
-        """After every ``eval_steps`` steps: the scores of all skills, into ``along.jsonl``."""
+        """A callback that writes the scores of all skills to ``along.jsonl`` every ``eval_steps`` steps."""
 
         def look(step: int, loaded: LoadedModel, _metrics: dict[str, Any]) -> None:
             if step % self._config.eval_steps == 0 and step not in along.steps:
@@ -356,28 +355,28 @@ class _Addition:
         return look
 
     def _against(self, result: dict[str, Any]) -> list[str]:
-        """Why the new model is not accepted; nothing where all gates hold."""
+        """Reasons to refuse the new model; empty if all gates pass."""
         config, reasons = self._config, []
         after, before = result["after"], result["before"]
         new, least = after["skills"][self._name]["accuracy"], _least(before, config)
         if new < least - 1e-9:
             reasons.append(
-                f"{self._name} itself: {before['accuracy']:.3f} before, {new:.3f} after, at least {least:.3f} is asked "
-                "for (max_skill_drop)"
+                f"{self._name} itself: {before['accuracy']:.3f} before, {new:.3f} after, but at least {least:.3f} is "
+                "required (max_skill_drop)"
             )
         for skill in self._ledger.skills:
             learnt, now = skill.result["after"]["skills"][skill.name], after["skills"][skill.name]["accuracy"]
             least = _least(learnt, config)
             if now < least - 1e-9:
                 reasons.append(
-                    f"{skill.name}: {learnt['accuracy']:.3f} when it was learnt, {now:.3f} now, at least {least:.3f} "
-                    "is asked for (max_skill_drop)"
+                    f"{skill.name}: {learnt['accuracy']:.3f} when it was learnt, {now:.3f} now, but at least "
+                    f"{least:.3f} is required (max_skill_drop)"
                 )
         if "prior_accuracy" in after:
             base, now = self._ledger.base_result["prior_accuracy"], after["prior_accuracy"]
             if base - now > config.max_prior_drop + 1e-9:
                 reasons.append(
-                    f"prior abilities: {base:.3f} of the base, {now:.3f} now, a fall of more than "
+                    f"prior abilities: {base:.3f} for the base, {now:.3f} now, a drop of more than "
                     f"{config.max_prior_drop:g} (max_prior_drop)"
                 )
         return reasons

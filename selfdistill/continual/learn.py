@@ -1,4 +1,4 @@
-"""``selfdistill learn``: one model, skill after skill, and what is left of each."""
+"""``selfdistill learn``: one model, skill after skill, with the retention of each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_ACCEPTED = 4
 
 @dataclass(frozen=True, repr=False)
 class LearnResult(Printable):
-    """What one action on a state found or did."""
+    """The result of one action on a state."""
 
     action: str
     state: str
@@ -52,22 +52,22 @@ class LearnResult(Printable):
         elif self.action == "status":
             _print_status(self.state, details, console)
         elif self.action == "rollback":
-            line = f"{details['skill']} is taken back; its files are in {details['folder']}"
+            line = f"Rolled back {details['skill']}; its files are in {details['folder']}"
             console.print(line, highlight=False, markup=False)
         elif self.action == "discard":
-            console.print("The interrupted addition is dropped.", highlight=False)
+            console.print("Discarded the interrupted addition.", highlight=False)
         else:
             console.print(f"exported model: {details['output_dir']}", highlight=False, markup=False)
 
 
 def learn(config: LearnConfig) -> LearnResult:
-    """Do what ``config.action`` says.
+    """Run ``config.action``.
 
     Raises:
-        UserError: anything the user can mend.
+        UserError: a mistake the user can fix.
     """
     if config.data and config.action not in ("add", "stream"):
-        raise UserError(f"learn {config.action}: takes no data, and found {config.data!r}; leave it out")
+        raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
     details = _ACTIONS[config.action](config)
     return LearnResult(config.action, config.state, details)
 
@@ -75,17 +75,17 @@ def learn(config: LearnConfig) -> LearnResult:
 def _export(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
     if not ledger.skills:
-        raise UserError(f"state {config.state!r}: no skill was learnt yet, its model is the base {ledger.base}")
+        raise UserError(f"state {config.state!r}: no skills yet, so its model is the base; use {ledger.base}")
     target = export(ExportConfig(run=ledger.model, output_dir=config.output_dir))
     return {"output_dir": str(target)}
 
 
 def retention_matrix(ledger: Ledger) -> dict[str, Any]:
-    """The retention matrix of a state, the prior abilities along it, and transfer.
+    """The retention matrix of a state, with prior abilities and transfer.
 
     Returns:
-        ``skills`` (names), ``matrix`` (rows: the base, then after each skill; None where not measured), ``prior`` (of
-        the same rows), ``items`` (of each skill's test), ``transfer``.
+        ``skills`` (names), ``matrix`` (first the base, then after each skill; None if not measured), ``prior`` (for the
+        same models), ``items`` (of each skill's test), ``transfer``.
     """
     skills = ledger.skills
     results = [skill.result for skill in skills]
@@ -116,7 +116,7 @@ def _status_of(ledger: Ledger) -> dict[str, Any]:
 
 
 def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
-    table = Table(title=escape(f"What is left of each skill in {state}"))
+    table = Table(title=escape(f"Retention of each skill in {state}"))
     table.add_column("after")
     for name, items in zip(found["skills"], found["items"], strict=True):
         table.add_column(f"{name} ({items})", justify="right", no_wrap=True)
@@ -135,24 +135,24 @@ def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
             if numbers[name] is not None
         ]
         console.print(
-            f"{', '.join(said)}. Backward: change of earlier skills since they were learnt; forward: what earlier "
-            "skills gave before a skill was learnt; forgetting: how far the last model is below the best one before it "
-            "(less than 0: above it).",
+            f"{', '.join(said)}. Backward: change of earlier skills since they were learnt; forward: gain on a skill "
+            "from earlier ones, before it was learnt; forgetting: drop of the last model below the best earlier one "
+            "(negative: above it).",
             highlight=False,
             markup=False,
         )
     else:
-        console.print("No skill was learnt yet.", highlight=False)
+        console.print("No skills yet.", highlight=False)
     if pending := found["pending"]:
-        way_on = "the same command goes on, 'discard' drops it"
+        way_on = "rerun the same command to resume, or 'discard' it"
         console.print(f"Adding {pending!r} was interrupted: {way_on}.", highlight=False, markup=False)
-    console.print(f"The current model: {found['model']}", highlight=False, markup=False)
+    console.print(f"Current model: {found['model']}", highlight=False, markup=False)
 
 
 def _history(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
     found = [("learnt", "", skill) for skill in ledger.skills]
-    for what, place in (("refused", REFUSED), ("taken back", UNDONE)):
+    for what, place in (("refused", REFUSED), ("rolled back", UNDONE)):
         found += [(what, f"{place}/", skill) for skill in ledger.put_aside(place)]
     lines = [
         {"what": what, "place": place + skill.folder.name, "file": skill.file, **skill.result}
@@ -162,8 +162,8 @@ def _history(config: LearnConfig) -> dict[str, Any]:
 
 
 def _print_history(state: str, lines: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title=escape(f"What was done in {state}"))
-    for column in ("", "skill", "finished", "data", "SHA-256 of rows", "before", "after", "why not"):
+    table = Table(title=escape(f"History of {state}"))
+    for column in ("", "skill", "finished", "data", "SHA-256 of rows", "before", "after", "reasons"):
         table.add_column(column, overflow="fold")
     for line in sorted(lines, key=lambda line: str(line["date"])):
         after = line.get("after", {}).get("skills", {}).get(line["name"], {}).get("accuracy")
@@ -177,11 +177,11 @@ def _rollback(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
     with folder_lock(Path(config.state), f"state {config.state!r}"):
         if not ledger.skills:
-            raise UserError(f"state {config.state!r}: there is no skill to take back")
+            raise UserError(f"state {config.state!r}: no skill to roll back; see learn status")
         if ledger.interrupted:
-            raise UserError(f"state {config.state!r}: an addition was interrupted; finish it, or discard it first")
+            raise UserError(f"state {config.state!r}: an addition was interrupted; finish or discard it first")
         if ledger.pending.is_dir():
-            ledger.discard()  # it was measured on the model that is taken back
+            ledger.discard()  # evaluated with the model that is rolled back
         skill = ledger.skills[-1]
         place = ledger.undo(skill)
     return {"skill": skill.name, "model": ledger.model, "folder": str(place)}
@@ -191,7 +191,7 @@ def _discard(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
     with folder_lock(Path(config.state), f"state {config.state!r}"):
         if not ledger.pending.is_dir():
-            raise UserError(f"state {config.state!r}: no addition was interrupted")
+            raise UserError(f"state {config.state!r}: no interrupted addition to discard; see learn status")
         ledger.discard()
     return {"model": ledger.model}
 
@@ -216,7 +216,7 @@ def _print_skill(state: str, result: dict[str, Any], console: Console) -> None:
     if result["accepted"]:
         _print_status(state, _status_of(Ledger(state)), console)
     else:
-        console.print(f"Not accepted: {'; '.join(result['reasons'])}", highlight=False, markup=False)
+        console.print(f"Refused: {'; '.join(result['reasons'])}", highlight=False, markup=False)
 
 
 _ACTIONS: dict[str, Callable[[LearnConfig], dict[str, Any]]] = {

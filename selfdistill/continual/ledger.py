@@ -1,15 +1,15 @@
-"""The memory of one model that learns skill after skill: a folder whose every change is one rename.
+"""The state of a model that learns skill after skill: a folder in which every change is one rename.
 
 ::
 
-    start/          state.yaml (base model and what it is measured with), prior/ (questions about abilities that the
-                    base had, copied) and base.json (its score on them)
-    skills/0001-routing/    accepted, in this order; the model of the last one is the current model
+    start/          state.yaml (base model and evaluation settings), prior/ (copied questions about the base's prior
+                    abilities) and base.json (its score on them)
+    skills/0001-routing/    accepted skills, in this order; the last one's model is the current model
         settings.yaml, train.jsonl, test.jsonl, of a stream validation.jsonl, run/, model/, result.json
-    pending/        an addition that is under way or was interrupted; of the same form
-    refused/, undone/       additions that were not accepted, or taken back; nothing reads them
+    pending/        an addition in progress or interrupted; same contents
+    refused/, undone/       additions that were refused or rolled back; read only by ``history``
 
-A skill is accepted by renaming ``pending`` to its place, so whatever happens before leaves the state as it was.
+A skill is accepted by renaming ``pending``. A crash before that leaves the state unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from selfdistill.runtime import fsync, remove_folder, write_atomically
 
 START, SKILLS, PENDING, REFUSED, UNDONE = "start", "skills", "pending", "refused", "undone"
 MEASURED_WITH = ("dtype", "mixed_precision", "chat_template_kwargs")
-"""Settings that are the same for the base and all skills, or their scores could not be compared."""
+"""Settings that must be the same for the base and all skills, so that scores are comparable."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,22 @@ class Skill:
 
     @property
     def number(self) -> int:
-        """Place in the sequence, from 1."""
+        """Position in the sequence, from 1."""
         return int(self.folder.name.partition("-")[0])
 
     @property
     def name(self) -> str:
-        """Of the skill."""
+        """Name of the skill."""
         return self.folder.name.partition("-")[2]
 
     @property
     def model(self) -> str:
-        """Folder of the model after it."""
+        """Folder of the model after this skill."""
         return str(self.folder / "model")
 
     @property
     def file(self) -> str:
-        """Where its rows came from."""
+        """File that its rows came from."""
         return str(yaml.safe_load((self.folder / "settings.yaml").read_text(encoding="utf-8"))["data"])
 
     @property
@@ -77,12 +77,12 @@ class Ledger:
             state = yaml.safe_load(file.read_text(encoding="utf-8"))
             self.base = str(state["model"])
             self.weights = str(state.get("weights", ""))
-            """Fingerprint of the base's weights; empty where they cannot be compared."""
+            """Fingerprint of the base's weights; empty if they cannot be compared."""
             self.measured_with: dict[str, Any] = {name: state[name] for name in MEASURED_WITH}
         except FileNotFoundError:
-            raise UserError(f"state {folder!r} does not exist; the first 'add' with --model makes it") from None
+            raise UserError(f"state {folder!r} does not exist; create it with a first 'add' and --model") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-            raise UserError(f"{file}: cannot be read as a state of selfdistill learn") from None
+            raise UserError(f"{file}: cannot be read as a state of selfdistill learn; give another --state") from None
 
     @property
     def skills(self) -> list[Skill]:
@@ -97,30 +97,30 @@ class Ledger:
 
     @property
     def prior(self) -> str | None:
-        """Folder of the questions about prior abilities."""
+        """Folder of the questions about prior abilities, or None."""
         folder = self.folder / START / "prior"
         return str(folder) if folder.is_dir() else None
 
     @property
     def base_result(self) -> dict[str, Any]:
-        """What the base could do before."""
+        """Results of the base on the prior abilities."""
         found: dict[str, Any] = json.loads((self.folder / START / "base.json").read_text(encoding="utf-8"))
         return found
 
     @property
     def pending(self) -> Path:
-        """Where an addition takes place."""
+        """Folder of the pending addition."""
         return self.folder / PENDING
 
     @property
     def interrupted(self) -> str | None:
-        """Name of the skill whose addition is pending and has begun to learn; until then it gives way to any other."""
+        """Name of the skill whose pending addition has begun training; before that, another may replace it."""
         if not any((self.pending / name).exists() for name in ("run", "chunks", "model")):
             return None
         return str(json.loads((self.pending / "asked.json").read_text(encoding="utf-8"))["name"])
 
     def move_base(self, model: str) -> None:
-        """Note that the same base lies elsewhere now."""
+        """Record that the base has moved."""
         file = self.folder / START / "state.yaml"
         state = yaml.safe_load(file.read_text(encoding="utf-8")) | {"model": model}
         write_atomically(file, yaml.safe_dump(state))
@@ -132,15 +132,15 @@ class Ledger:
         return Skill(self._move(self.pending, SKILLS, f"{number:04d}-{name}"))
 
     def refuse(self, name: str) -> Path:
-        """Put the pending addition aside."""
+        """Move the pending addition to ``refused``."""
         return self._move(self.pending, REFUSED, name)
 
     def undo(self, skill: Skill) -> Path:
-        """Take the last skill back."""
+        """Roll back the last skill."""
         return self._move(skill.folder, UNDONE, skill.folder.name)
 
     def put_aside(self, place: str) -> list[Skill]:
-        """What was refused or undone, as far as it has a result."""
+        """Refused or rolled-back additions that have a result."""
         return [
             Skill(folder) for folder in sorted((self.folder / place).glob("*")) if (folder / "result.json").exists()
         ]

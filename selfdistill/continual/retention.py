@@ -1,6 +1,6 @@
-"""What a sequence of skills left of each: the retention matrix and what is usually computed from it.
+"""The retention matrix of a sequence of skills and its standard summary metrics.
 
-Legend: R_ij is the score on skill j of the model after skill i was learnt; row 0 is the base.
+Legend: R_ij is the score on skill j of the model after learning skill i; i = 0 is the base.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Matrix = Sequence[Sequence[float | None]]
-"""Rows: the base, then the model after each skill. Columns: skills. None: not measured."""
+"""First index: the base, then the model after each skill. Second index: skills. None: not measured."""
 
 
 @dataclass(frozen=True)
@@ -17,23 +17,22 @@ class Transfer:
     """Means over skills, as shares."""
 
     average: float
-    """Of the last model over all skills."""
+    """R_Tj over all skills: the last model's mean score."""
     backward: float | None
-    """R_Tj - R_jj over skills before the last (Lopez-Paz and Ranzato 2017, arXiv 1706.08840); below 0: forgotten."""
+    """R_Tj - R_jj over skills before the last (Lopez-Paz and Ranzato 2017, arXiv 1706.08840); below 0: forgetting."""
     forward: float | None
-    """R_(j-1)j - R_0j over skills after the first: what earlier skills gave a skill before it was learnt."""
+    """R_(j-1)j - R_0j over skills after the first: the gain from earlier skills before a skill was learnt."""
     forgetting: float | None
     """max_i R_ij - R_Tj over skills j before the last, i from j to T - 1 (Chaudhry et al. 2018, arXiv 1801.10112).
 
-    Above 0: the last model is worse than the best one before it, which is a loss; below 0: better than any of them."""
+    Above 0: the last model is worse than the best earlier one; below 0: better than all of them."""
 
 
 def transfer(matrix: Matrix) -> Transfer | None:
-    """The four numbers; None before a skill is learnt.
+    """Compute the four metrics; None if there are no skills.
 
     Args:
-        matrix: of T skills, with T + 1 rows; everything from the diagonal on down is measured, and so are row 0 and the
-            row before each diagonal.
+        matrix: (T + 1) x T for T skills. R_ij must be measured for i >= j, for i = 0 and for i = j - 1.
     """
     skills = len(matrix) - 1
     if skills < 1:

@@ -1,9 +1,8 @@
-"""A stream of rows without task boundaries: every chunk is tested before it is learnt.
+"""A stream of rows without task boundaries: each chunk is tested before it is learnt.
 
-The number of steps on a chunk adapts to an online validation buffer, as in Drinking from a Firehose (arXiv 2007.09335):
-a share of the rows is never learnt; of those that came last, the mean loss is watched while a chunk is learnt, and when
-it stops falling the next chunk comes. They are not test rows, for what decides how long is learnt must not also measure
-what came of it.
+The number of steps per chunk adapts to an online validation buffer, as in Drinking from a Firehose (arXiv 2007.09335).
+A share of the rows is held out, and training on a chunk ends when the mean loss on the latest of these stops falling.
+They are separate from the test rows, because a stopping criterion must not also measure the result.
 """
 
 from __future__ import annotations
@@ -33,27 +32,26 @@ from selfdistill.runtime import StepsFile, StopRequests, fsync, say
 from selfdistill.training import take_whole, train
 
 BUFFER = 64
-"""Validation rows whose loss is watched: those that came last."""
+"""Number of latest validation rows on which the loss is monitored."""
 LOOK_STEPS = 2
-"""Steps between looks at their loss."""
+"""Steps between measurements of the validation loss."""
 PATIENCE = 2
-"""Looks without a fall after which a chunk is left."""
+"""Measurements without improvement after which training on a chunk ends."""
 
 
 def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: StopRequests) -> Path:
-    """Learn ``train.jsonl`` of ``folder`` chunk by chunk, and return the folder of the last model.
+    """Learn ``train.jsonl`` in ``folder`` chunk by chunk, and return the folder of the last model.
 
-    ``validation.jsonl`` there has the rows whose loss is watched, and ``places.json`` the places of both in the stream:
-    a row is watched from the chunk on before whose last row it came.
+    ``validation.jsonl`` holds the validation rows, and ``places.json`` the stream positions of both. A validation row
+    is used from the first chunk whose last row follows it.
 
-    ``stream.jsonl`` gets a line a chunk: ``step`` (its number, from 1), ``rows`` (that fit), ``accuracy`` (of the model
-    before it learnt the chunk), ``steps`` it took, and ``loss_before`` and ``loss_after``, the mean loss on the
-    validation rows, nats per token; None where none has come that fits. Chunks that are there already are not learnt
-    again.
+    ``stream.jsonl`` gets one line per chunk: ``step`` (its number, from 1), ``rows`` (not too long), ``accuracy``
+    (before training on the chunk), ``steps``, and ``loss_before`` and ``loss_after``: the mean loss on the validation
+    rows, in nats per token, or None if there are none yet. Chunks already in the file are skipped.
 
     Raises:
-        UserError: rows that do not fit, before anything is learnt; or none that does.
-        RunStopped: a signal came between two chunks, or in one.
+        UserError: rows are too long (raised before training), or all are.
+        RunStopped: a signal arrived between or within chunks.
     """
     rows = load_demonstrations(str(folder / "train.jsonl"))
     held = load_demonstrations(str(folder / "validation.jsonl"))
@@ -85,10 +83,10 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
 
 
 def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[Demonstration]]) -> set[int]:
-    """Numbers of the rows that are within all limits, also as the teacher is shown them in their chunk.
+    """Numbers of the rows within all length limits, including the teacher's prompt in their chunk.
 
     Raises:
-        UserError: rows that are not, where ``on_long_prompt`` makes that an error; or none that is.
+        UserError: rows are too long and ``on_long_prompt`` is ``error``, or all rows are.
     """
     loaded = load_for_training(run.model, dtype=config.dtype)
     chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
@@ -99,8 +97,8 @@ def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[
         found |= {row.demonstration.row for row in encoded}
     if not found:
         raise UserError(
-            f"{config.data}: not one row fits, for its prompt, its completion or the teacher's prompt is too long; "
-            "raise --max_completion_length or --max_prompt_length, or choose a shorter context"
+            f"{config.data}: every row is too long (prompt, completion or teacher's prompt); raise "
+            "--max_completion_length or --max_prompt_length, or choose a shorter context"
         )
     return found
 
@@ -108,11 +106,11 @@ def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[
 def _said(line: dict[str, Any]) -> str:
     """A line of ``stream.jsonl`` in words."""
     if not line["rows"]:
-        return "none of its rows fit, 0 steps"
-    loss = "no validation row yet that fits, so it took chunk_steps"
+        return "all its rows are too long, 0 steps"
+    loss = "no validation rows yet, so it took chunk_steps"
     if line["loss_before"] is not None:
         loss = f"validation loss {line['loss_before']:.3f} before, {line['loss_after']:.3f} after"
-    return f"{line['accuracy']:.2f} right before it was learnt, {line['steps']} steps; {loss}"
+    return f"accuracy {line['accuracy']:.2f} before training, {line['steps']} steps; {loss}"
 
 
 def _chunk(
@@ -123,7 +121,7 @@ def _chunk(
     chunk: Sequence[Demonstration],
     buffer: Sequence[Demonstration],
 ) -> dict[str, Any]:
-    """Test the model on the rows of a chunk, then teach it; there may be none that fit."""
+    """Test the model on the rows of a chunk, then train on them; the chunk may be empty."""
     if not chunk:
         return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None}
     loaded = load_for_training(model, dtype=config.dtype)
@@ -163,7 +161,7 @@ def _fitting(
     on_long_prompt: str,
     context: str | None = None,
 ) -> list[Example]:
-    """Rows that are within the limits: prompt, completion and, with a context, the teacher's prompt."""
+    """Encode the rows within the limits on prompt, completion and, with a context, the teacher's prompt."""
     limits: dict[str, Any] = {
         "max_prompt_length": config.max_prompt_length,
         "max_completion_length": config.max_completion_length,
@@ -178,7 +176,7 @@ def _fitting(
 
 
 class _Watch:
-    """Ends the learning of a chunk when the loss on the validation rows stops falling; without rows, never."""
+    """Ends training on a chunk when the validation loss stops falling; never without validation rows."""
 
     def __init__(self, rows: Sequence[Example], config: LearnConfig) -> None:
         self._rows, self._precision, self._most = rows, config.mixed_precision, config.chunk_steps

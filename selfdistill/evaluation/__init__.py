@@ -1,4 +1,4 @@
-"""What a model can do; nothing here trains."""
+"""Evaluate models; nothing here trains."""
 
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.check import best_context, check, check_run

@@ -1,4 +1,4 @@
-"""Answers: a model's replies to rows, each scored."""
+"""Generate a model's replies and score them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from selfdistill.runtime import ProgressBar
 
 @dataclass(frozen=True)
 class Answers:
-    """Replies to a set of rows."""
+    """Scored replies to a set of demonstrations."""
 
     replies: list[str]
     correct: list[bool]
     lenient: list[bool] | None
-    """Right by the judge's lenient measure; None where no judge was asked."""
+    """Correct by the judge's lenient standard; None without a judge."""
     ids: list[list[int]]
-    """Tokens of each reply, with its end token."""
+    """Tokens of each reply, including its end token."""
     thinking: list[int]
-    """How many of them are thinking."""
+    """Number of thinking tokens in each reply."""
     truncated: int
-    """Replies stopped by the length limit."""
+    """Number of replies truncated at the length limit."""
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each reply."""
+        """Number of tokens in each reply."""
         return [len(ids) for ids in self.ids]
 
     @property
@@ -47,19 +47,20 @@ class Answers:
 
 
 def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -> None:
-    """Refuse rows whose answers their scorers cannot use.
+    """Reject answers that their scorers cannot use.
 
     Args:
-        scorer: for rows that name none.
+        demonstrations: what to check.
+        scorer: scorer for rows that name none.
 
     Raises:
-        UserError: names the first ten of them and their number.
+        UserError: names the first ten such rows and the total.
     """
     bad: list[str] = []
     for row in demonstrations:
         name = default_scorer(row, scorer)
         if name not in SCORER_NAMES:
-            continue  # the judge, or a function of the user's, which need not know what an empty reply is
+            continue  # the judge, or a user-defined function, which need not handle an empty reply
         try:
             score(name, "", row)
         except UserError as error:
@@ -83,21 +84,27 @@ def answer(
     seeds: Sequence[int] | None = None,
     what: str | None = None,
 ) -> Answers:
-    """Replies to ``prompts``, each scored against its row; what a reply thinks aloud is not scored.
+    """Generate and score a reply to each prompt; thinking is not scored.
 
     Args:
-        prompts: token ids, the student's or the teacher's, one per row.
-        scorer: for rows that name none.
-        judge: asked where the scorer is ``judge``.
-        temperature: 0: greedy.
-        seeds: of each reply, where it is sampled.
-        what: label of the progress; None: silent.
+        loaded: the model.
+        prompts: token ids, the student's or the teacher's, one per demonstration.
+        demonstrations: what the replies are scored against.
+        chat: the model's chat format.
+        max_completion_length: most tokens of a reply.
+        batch_size: prompts per batch.
+        scorer: scorer for rows that name none.
+        judge: required if a scorer is ``judge``.
+        temperature: 0: greedy decoding.
+        top_p: nucleus sampling.
+        seeds: one per reply, for sampling.
+        what: label of the progress bar; None: silent.
 
     Raises:
-        UserError: before the first reply, where :func:`check_answers` finds an answer that cannot be used.
+        UserError: a scorer cannot use an answer (:func:`check_answers`); raised before the first reply.
     """
     check_answers(demonstrations, scorer)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length together: less padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batch prompts of similar length: less padding
     rollouts: list[Rollout | None] = [None] * len(prompts)
     sampling = Sampling(max_completion_length, temperature, top_p)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -118,13 +125,13 @@ def answer(
 def _grade(
     demonstrations: Sequence[Demonstration], replies: Sequence[str], scorer: str | None, judge: Judge | None
 ) -> tuple[list[bool], list[bool] | None]:
-    """Right, and right by lenient measure where any row is judged."""
+    """Whether each reply is correct and, if any is judged, correct by the lenient standard."""
     names = [default_scorer(row, scorer) for row in demonstrations]
     pairs = list(zip(names, replies, demonstrations, strict=True))
     judged = [(row, reply) for name, reply, row in pairs if name == JUDGE]
     if not judged:
         return [score(name, reply, row) for name, reply, row in pairs], None
-    assert judge is not None, "the settings refuse a judge without an address"
+    assert judge is not None, "the settings reject a judge without an address"
     verdicts = iter(judge.verdicts([row for row, _ in judged], [reply for _, reply in judged]))
     found = [next(verdicts) if name == JUDGE else score(name, reply, row) for name, reply, row in pairs]
     return [verdict in (True, "strict") for verdict in found], [

@@ -1,6 +1,6 @@
-"""How far a model has moved from its base, in nats per token.
+"""The distance between a model and its base, in nats per token.
 
-Legend: N completion tokens of all rows, V vocabulary.
+Legend: N completion tokens of all prompts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from selfdistill.loss import CrossEntropy, Divergence, chunked_loss, forward_kl
 from selfdistill.model import ForwardPass, LoadedModel, Sampling, sample
 
 ANSWER_TOKENS = 32
-"""Most tokens of an answer to a general prompt."""
-_ROWS = 8  # scored at a time
+"""Maximum length of an answer to a general prompt, in tokens."""
+_ROWS = 8  # prompts per batch
 
 
 class Distance:
-    """KL(base||model) per token, over the base's own greedy answers to fixed prompts.
+    """Mean KL(base||model) per token, over the base's own greedy answers to fixed prompts.
 
-    The base's log-probabilities are kept, so the base model itself need not be.
+    Stores the base's logits, so the base model itself can be freed.
 
     Args:
-        base: the model from which the distance is measured, as it is now.
-        prompts: rows whose prompts are asked.
-        max_tokens: of each answer.
+        base: the model to measure from, in its current state.
+        forward_pass: runs the models.
+        chat: encodes the prompts.
+        prompts: demonstrations whose prompts are used.
+        max_tokens: maximum length of an answer.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Distance:
 
 
 class Drift(Distance):
-    """A small :class:`Distance` that is cheap enough during training: 3 prompts, 16 tokens each."""
+    """A small :class:`Distance`, cheap enough during training: 3 prompts, 16 tokens each."""
 
     def __init__(self, base: LoadedModel, forward_pass: ForwardPass, chat: ChatFormat) -> None:
         super().__init__(base, forward_pass, chat, general_prompts()[:3], 16)
@@ -88,13 +90,15 @@ def between(
     of_base: Sequence[Sequence[int]],
     of_model: Sequence[Sequence[int]],
 ) -> Between:
-    """Both distances between two models of one vocabulary.
+    """Both distances between two models with the same vocabulary.
 
     Args:
-        base_contexts: token ids of the prompts, by the base's chat template.
-        model_contexts: the same by the model's.
-        of_base: the base's answers to them, as token ids.
-        of_model: the model's.
+        base: the base model.
+        model: the model to compare with it.
+        base_contexts: token ids of the prompts in the base's chat template.
+        model_contexts: the same in the model's.
+        of_base: the base's answers, as token ids.
+        of_model: the model's answers, as token ids.
     """
     changed = sum(list(a) != list(b) for a, b in zip(of_base, of_model, strict=True)) / len(of_base)
     return Between(
@@ -112,11 +116,14 @@ def kl_along(
     p: LoadedModel,
     q_contexts: Sequence[Sequence[int]] | None = None,
 ) -> float:
-    """KL(q||p) along given completions, mean over all their tokens, in nats.
+    """KL(q||p) along given completions, averaged over all their tokens, in nats per token.
 
     Args:
-        contexts: token ids of the prompts, as p sees them.
-        q_contexts: those that q sees, where they are others.
+        contexts: token ids of p's prompts.
+        completions: token ids.
+        q: the first model.
+        p: the second model.
+        q_contexts: token ids of q's prompts; default ``contexts``.
     """
     forward_passes, total, count = (ForwardPass(q), ForwardPass(p)), 0.0, 0
     for start in range(0, len(contexts), _ROWS):
@@ -139,7 +146,7 @@ def kl_along(
 
 @torch.no_grad()
 def mean_loss(loaded: LoadedModel, contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
-    """-log p of given completions, mean over each one's tokens and then over completions, in nats."""
+    """-log p of given completions, averaged over the tokens of each and then over completions, in nats per token."""
     forward_pass, total = ForwardPass(loaded), 0.0
     for start in range(0, len(contexts), _ROWS):
         ids = completions[start : start + _ROWS]

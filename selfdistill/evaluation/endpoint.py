@@ -1,4 +1,4 @@
-"""Another model behind an OpenAI-compatible chat endpoint. What is asked is sent to that address and nowhere else."""
+"""Client of an OpenAI-compatible chat endpoint. Requests go to that address and nowhere else."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from selfdistill.data import Message, join_surrogates, one_line
 from selfdistill.errors import UserError
 
 KEYS = ("SELFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
-"""Environment variables of the key: the first is sent to whatever address the settings name, the second to OpenAI only,
-whose it is."""
+"""Environment variables of the API key. The first is sent to any address in the settings, the second to OpenAI only."""
 
 TIMEOUT_S = 60.0
 WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # between attempts: a minute, the usual window of a rate limit
 
 
 class Endpoint:
-    """A model at an address.
+    """A model behind a chat endpoint.
 
     Args:
-        url: of the API, for instance ``http://localhost:8000/v1``; ``/chat/completions`` is added.
-        model: its name there.
-        who: what it is for, in messages; the setting of its address is ``{who}_url``.
-        note: what messages say of the answers that are there already.
+        url: base URL of the API, for example ``http://localhost:8000/v1``; ``/chat/completions`` is appended.
+        model: the model's name at that API.
+        who: its role in messages; the setting of its address is ``{who}_url``.
+        note: what error messages say about cached answers.
     """
 
     def __init__(self, url: str, model: str, who: str, note: str) -> None:
@@ -37,18 +36,18 @@ class Endpoint:
         self._opener = build_opener(_NoRedirect)
 
     def ask(self, messages: list[Message], stop: threading.Event, *, max_tokens: int, temperature: float = 0) -> str:
-        """The model's answer to a conversation, asked for until it comes or the time is up.
+        """Return the model's answer to a conversation.
 
-        A request that the endpoint is too busy for (429, 5xx, no answer in time) is repeated for about a minute.
+        Retries for about a minute if the endpoint is overloaded (429, 5xx, timeout).
 
         Args:
             messages: chat messages.
-            stop: set where other requests have failed for good, so that waiting is for nothing.
-            max_tokens: most tokens of the answer.
-            temperature: of its sampling; 0: greedy.
+            stop: ends retries; set when another request has failed permanently.
+            max_tokens: maximum length of the answer.
+            temperature: sampling temperature; 0: greedy.
 
         Raises:
-            UserError: the endpoint cannot be reached, refuses or stays too busy, or answers otherwise than agreed.
+            UserError: the endpoint is unreachable, refuses, stays overloaded, or returns no chat completion.
         """
         body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
         key = _api_key(self.url, self.who)
@@ -78,7 +77,7 @@ class Endpoint:
 
 
 class _NoRedirect(HTTPRedirectHandler):
-    """A redirect is an error: the key and the data are for the address that the user gave."""
+    """Treats a redirect as an error: key and data are meant only for the address that the user gave."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -90,15 +89,15 @@ def _api_key(url: str, who: str) -> str | None:
     for name in KEYS if address.hostname == "api.openai.com" else KEYS[:1]:
         if key := os.environ.get(name, "").strip():
             if not secret:
-                raise UserError(f"{who} {url}: {name} is not sent over http, where others can read it: use https")
+                raise UserError(f"{who} {url}: {name} is not sent over http, where others can read it; use https")
             if not (key.isascii() and key.isprintable()):
-                raise UserError(f"environment variable {name}: holds characters that no key has; set it anew")
+                raise UserError(f"environment variable {name}: contains invalid characters for a key; set it again")
             return key
     return None
 
 
 def _passes(error: Exception) -> bool:
-    """Whether the same request may well succeed a little later."""
+    """Whether a retry may succeed."""
     if isinstance(error, HTTPError):
         return error.code == 429 or error.code >= 500
     cause = error.reason if isinstance(error, URLError) else error
@@ -110,7 +109,7 @@ def _problem(error: Exception, key: str | None) -> str:
         if 300 <= error.code < 400:
             where = shown(error.headers.get("Location", ""))
             return (
-                f"status {error.code}, a redirect to {where}, which is not followed: give that address if you trust it"
+                f"status {error.code}, a redirect to {where}, which is not followed; give that address if you trust it"
             )
         try:
             said = error.read(1000).decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Measuring a model while it is trained: as ``eval`` does, against the base that it began as."""
+"""Evaluate a model during training, as ``eval`` does, against its base."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from selfdistill.runtime import say
 
 
 def check_inputs(config: TrainingSettings) -> None:
-    """Read what a training is measured on, and its context, before any long work.
+    """Validate the evaluation files and the context before any long work.
 
     Raises:
-        UserError: a file that is missing or holds bad rows, or a context that there is not.
+        UserError: a file is missing or has bad rows, or the context is unknown.
     """
     if config.context != "auto":
         parse_context(config.context)
@@ -31,16 +31,16 @@ def check_inputs(config: TrainingSettings) -> None:
 
 
 class Evaluator:
-    """Test rows, prior questions and the base's own numbers, for any number of runs from that base.
+    """Test rows, prior questions and the base's results, for any number of runs from that base.
 
-    Measuring changes neither weights nor any random state: replies are greedy, and no gradient flows.
+    Evaluation changes neither weights nor random state: replies are greedy, and there are no gradients.
 
     Args:
         config: settings with ``test``.
-        base: the model as it is before training.
+        base: the model before training.
 
     Raises:
-        UserError: test rows or prior questions that cannot be used.
+        UserError: test rows or prior questions are invalid.
     """
 
     def __init__(self, config: TrainingSettings, base: LoadedModel) -> None:
@@ -50,11 +50,11 @@ class Evaluator:
         self._mixed_precision = config.mixed_precision
         self.questions = EvaluationSet(base, rows, priors, config)
         if self.questions.dropped:
-            say(f"{self.questions.dropped} of {len(rows)} rows of {config.test} are too long and left out")
+            say(f"dropped {self.questions.dropped} of {len(rows)} rows of {config.test}: too long")
         self._data = load_demonstrations(config.data, split=config.split)
         learnt = [row.prompt for row in self._data]
         if known := sum(row.prompt in learnt for row in self.questions.demonstrations):
-            say(f"note: {known} of {len(self.questions.demonstrations)} test questions are among those that are learnt")
+            say(f"note: {known} of {len(self.questions.demonstrations)} test questions are also in the training data")
         self._judge = judge_of(config)
         with self._arithmetic(base):
             self._distance = Distance(base, ForwardPass(base), self.questions.chat, general_prompts())
@@ -68,19 +68,19 @@ class Evaluator:
         return result
 
     def shown(self, base: LoadedModel, context: str, what: str) -> dict[str, Any] | None:
-        """The base shown each test row's own demonstration, which is about the most that can be taught, or document.
+        """Evaluate the base given each test row's own demonstration (about the most that can be taught) or document.
 
         Args:
             base: the model before training.
-            context: how it is shown.
-            what: is said of the progress.
+            context: how the demonstration or document is shown.
+            what: label of the progress bar.
 
         Returns:
-            ``accuracy``, ``interval``, ``items`` and ``kl``, KL(shown||base) along the replies of the model that is
-            shown it, nats per token; None where rows lack what is to be shown.
+            ``accuracy``, ``interval``, ``items`` and ``kl``: KL(shown||base), in nats per token, along the replies with
+            the context. None if rows lack what the context shows.
 
         Raises:
-            UserError: a context that does not fit the rows.
+            UserError: the context does not fit the rows.
         """
         bare, kind = self.questions, parse_context(context)
         documents = isinstance(kind, Document) and kind.show == "document"

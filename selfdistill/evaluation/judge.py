@@ -1,7 +1,7 @@
-"""The judge: another model, behind an OpenAI-compatible chat endpoint, says which replies are right.
+"""The judge: another model, behind an OpenAI-compatible chat endpoint, grades replies.
 
-Questions, reference answers and replies are sent to that address and nowhere else. Verdicts are kept in a file, so that
-what was judged once is not asked again.
+Questions, reference answers and replies are sent to that address and nowhere else. Verdicts are cached in a file and
+reused.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _AGAIN = "That is none of the three. Answer with one word and nothing else: stri
 
 
 class Judge:
-    """Asks for verdicts and keeps them.
+    """Requests verdicts and caches them.
 
     Args:
-        url: of the API, for instance ``http://localhost:8000/v1``; ``/chat/completions`` is added.
-        model: the judge's name there.
-        cache: JSON Lines file of verdicts, made where it is missing. A line has the verdict and the SHA-256 of model
-            and prompt.
+        url: base URL of the API, for example ``http://localhost:8000/v1``; ``/chat/completions`` is appended.
+        model: the judge's name at that API.
+        cache: JSON Lines file of verdicts, created if missing. A line has the verdict and the SHA-256 of URL, model and
+            prompt.
 
     Raises:
         UserError: the cache cannot be read.
@@ -62,13 +62,13 @@ class Judge:
         self._kept = _read(cache)
 
     def verdicts(self, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[Verdict]:
-        """One verdict for each reply: of the cache, or asked for, several at a time, and kept as soon as it is there.
+        """One verdict per reply, from the cache or by concurrent requests, each cached as soon as it arrives.
 
-        A request that the endpoint is too busy for (429, 5xx, no answer in time) is repeated for about a minute.
+        Retries for about a minute if the endpoint is overloaded (429, 5xx, timeout).
 
         Raises:
-            UserError: the endpoint cannot be reached, refuses or stays too busy; or an answer, asked for twice, is no
-                verdict. What was judged until then is kept.
+            UserError: the endpoint is unreachable, refuses or stays overloaded; or twice answers without a verdict.
+                Verdicts received so far remain cached.
         """
         return broadcast_from_rank0(lambda: self._ask(rows, replies))
 
@@ -122,10 +122,10 @@ class Judge:
 
 
 def judge_of(config: ModelSettings) -> Judge | None:
-    """The judge that the settings name; None where the scorer is another. Its verdicts are kept in the cache folder."""
+    """The judge of the settings, with verdicts in the cache folder; None for any other scorer."""
     if config.scorer != JUDGE:
         return None
-    assert config.judge_url, "the settings refuse a judge without an address"
+    assert config.judge_url, "the settings reject a judge without an address"
     assert config.judge_model
     return Judge(config.judge_url, config.judge_model, cache_dir() / "judge.jsonl")
 
@@ -134,14 +134,14 @@ def _prompt(row: Demonstration, reply: str) -> str:
     reference = row.completion if row.answer is None else row.answer
     data = {"question": row.prompt, "reference": reference, "reply": reply}
     text = json.dumps(data, ensure_ascii=False, indent=1, default=str)
-    # In JSON no text can end its own string. Written so, it holds no control token either, such as <|im_end|> or
-    # [/INST], which some endpoints read as the end of the message.
+    # In JSON no text can end its own string. Escape control tokens, too, such as <|im_end|> or [/INST], which some
+    # endpoints read as the end of the message.
     text = re.sub(r"<(?=\S)|\[(?=/?[A-Z])", lambda found: f"\\u{ord(found[0]):04x}", text)
     return _INSTRUCTION + text + _REQUEST
 
 
 def _read(cache: Path) -> dict[str, Verdict]:
-    """The verdicts of the file; a last line that was being written when the machine stopped is taken away."""
+    """Read the cached verdicts, dropping an incomplete last line left by a crash."""
     try:
         drop_partial_line(cache)
         text = cache.read_text(encoding="utf-8") if cache.exists() else ""

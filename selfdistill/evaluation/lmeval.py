@@ -1,7 +1,6 @@
-"""Prior abilities by tasks of lm-eval, the evaluation harness of EleutherAI: the extra ``lm-eval``.
+"""Prior abilities by tasks of lm-eval, EleutherAI's evaluation harness; needs the extra ``lm-eval``.
 
-The model in memory is measured as it stands, and nothing about it or about the process's random numbers is changed, so
-this may be done in the middle of training.
+Evaluates the model in memory and restores its state and all random states, so it can run in the middle of training.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel
 
 METRICS = ("acc", "exact_match", "em")
-"""Metrics that are 0 or 1 for an item; the first that a task has is its accuracy."""
+"""Metrics that are 0 or 1 per item; the first that a task has is its accuracy."""
 
-# The seeds of lm-eval's own command line, so that tasks which draw at random give the same numbers here.
+# The seeds of lm-eval's own command line, so that tasks that draw at random give the same results here.
 _SEED, _OTHER_SEED = 0, 1234
 
 
@@ -38,40 +37,42 @@ class TaskResult:
     name: str
     items: int
     accuracy: float
-    """Share of right items by ``metric``."""
+    """Share of correct items by ``metric``."""
     accuracy_norm: float | None
-    """The share by ``acc_norm``, log-likelihoods divided by the choice's length in characters; None where the task has
-    none."""
+    """Share by ``acc_norm``, with log-likelihoods divided by the choice's length in characters; None if the task does
+    not have it."""
     correct: list[bool]
-    """Of each item by ``metric``, in the order of the task's data."""
+    """Whether each item is correct by ``metric``, in the order of the task's data."""
     metric: str
-    """lm-eval's name of what is counted, with its filter: ``acc,none``."""
+    """lm-eval's name of the metric, with its filter: ``acc,none``."""
 
 
 def lm_eval_abilities(
     loaded: LoadedModel, tasks: Sequence[str], *, include_path: str | None, limit: int | None, batch_size: int
 ) -> list[TaskResult]:
-    """Accuracy on lm-eval tasks, one result a task; a group or tag stands for its tasks.
+    """Accuracy on lm-eval tasks, one result per task; a group or tag expands to its tasks.
 
-    Prompts, few-shot examples and metrics are lm-eval's, without a chat template. Log-probabilities are float32. What
-    is longer than the model's window lm-eval cuts from the left, and warns. A task's data is fetched where it is
-    neither a local file nor cached.
+    Prompts, few-shot examples and metrics are lm-eval's, without a chat template. Log-probabilities are float32. Inputs
+    longer than the model's window are left-truncated by lm-eval, with a warning. A task's data is downloaded unless it
+    is a local file or cached.
 
     Args:
-        tasks: names; those of ``include_path`` come before lm-eval's own.
-        include_path: folder of further task files (YAML).
-        limit: most items of each task; None: all.
+        loaded: the model.
+        tasks: names; those of ``include_path`` take precedence over lm-eval's own.
+        include_path: folder of additional task files (YAML).
+        limit: maximum number of items per task; None: all.
+        batch_size: items per batch.
 
     Raises:
-        UserError: lm-eval is not installed, no such folder or task, a task that cannot be loaded or run, or that has
-            no metric of ``METRICS``.
+        UserError: lm-eval is not installed, the folder or a task does not exist, or a task cannot be loaded, cannot run
+            or has no metric in ``METRICS``.
     """
     try:
         import lm_eval.evaluator
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UserError(
-            f"lm_eval_tasks needs lm-eval, which cannot be imported ({one_line(error)}): pip install "
+            f"lm_eval_tasks needs lm-eval, which cannot be imported ({one_line(error)}); pip install "
             "'selfdistill[lm-eval]'"
         ) from None
     with _undisturbed(loaded.model):
@@ -79,7 +80,7 @@ def lm_eval_abilities(
         np.random.seed(_OTHER_SEED)
         torch.manual_seed(_OTHER_SEED)
         found = _load(tasks, include_path)
-        tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval changes its padding side for a while
+        tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval temporarily changes its padding side
         with _less_talk():
             language_model = HFLM(
                 pretrained=loaded.model,
@@ -89,10 +90,10 @@ def lm_eval_abilities(
                 softmax_dtype=torch.float32,
             )
         try:
-            # Not simple_evaluate: it also asks the hub about the model, and git and pip about the machine.
+            # Not simple_evaluate: it also queries the hub about the model, and git and pip about the machine.
             results = lm_eval.evaluator.evaluate(language_model, found, limit=limit, bootstrap_iters=0)
         except Exception as error:
-            if isinstance(error, RuntimeError):  # torch's: out of memory, or a defect
+            if isinstance(error, RuntimeError):  # from PyTorch: out of memory, or a bug
                 raise
             names = ", ".join(found["tasks"])
             raise UserError(f"lm-eval: cannot run {names}: {type(error).__name__}: {one_line(error)}") from error
@@ -100,20 +101,20 @@ def lm_eval_abilities(
 
 
 def _load(tasks: Sequence[str], include_path: str | None) -> dict[str, Any]:
-    """The tasks in the form that lm-eval's ``evaluate`` takes, set up as its ``simple_evaluate`` does."""
+    """Load the tasks for lm-eval's ``evaluate``, set up as in its ``simple_evaluate``."""
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"lm_eval_path {include_path!r}: no such folder")
     manager = _manager(include_path)
     found: dict[str, Any] = {"tasks": {}, "groups": {}}
     for name in tasks:
         if name not in manager.all_tasks:
-            elsewhere = f" and {include_path}" if include_path else ", and lm_eval_path is not given"
+            elsewhere = f" or {include_path}" if include_path else ", and lm_eval_path is not given"
             hint = closest(name, manager.all_tasks, "; see lm-eval ls tasks")
-            raise UserError(f"lm_eval_tasks: no task {name!r} among those of lm-eval{elsewhere}{hint}")
+            raise UserError(f"lm_eval_tasks: no task {name!r} in lm-eval{elsewhere}{hint}")
         try:
             with _uncounted():
                 loaded = manager.load([name])
-        except Exception as error:  # of data sets, of the hub, of the task's own code
+        except Exception as error:  # from datasets, the hub or the task's own code
             raise UserError(
                 f"lm_eval_tasks: task {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}"
             ) from error
@@ -127,21 +128,21 @@ def _load(tasks: Sequence[str], include_path: str | None) -> dict[str, Any]:
 
 @functools.cache
 def _manager(include_path: str | None) -> Any:
-    """It reads some ten thousand task files when it is made, which takes seconds."""
+    """Cached, because its constructor reads about ten thousand task files, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
 
 
 def _result(name: str, samples: Sequence[dict[str, Any]]) -> TaskResult:
-    first = samples[0]["filter"]  # a task with several filters lists its items once for each
+    first = samples[0]["filter"]  # a task with several filters lists its items once per filter
     items = sorted((item for item in samples if item["filter"] == first), key=lambda item: item["doc_id"])
     metric = next((metric for metric in METRICS if metric in items[0]), None)
     values = [item[metric] for item in items] if metric else []
     if not metric or not all(value in (0, 1) for value in values):
         raise UserError(
             f"lm_eval_tasks: task {name!r} measures {', '.join(items[0]['metrics'])}, expected one of "
-            f"{', '.join(METRICS)} that is 0 or 1 for each item; leave it out"
+            f"{', '.join(METRICS)} that is 0 or 1 per item; leave it out"
         )
     norm = float(sum(item["acc_norm"] for item in items)) / len(items) if "acc_norm" in items[0] else None
     correct = [bool(value == 1) for value in values]
@@ -150,7 +151,7 @@ def _result(name: str, samples: Sequence[dict[str, Any]]) -> TaskResult:
 
 @contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Give the model and all random number generators back as they were, also after an error."""
+    """Restore the model's train/eval modes and all random states on exit, even after an error."""
     training = [(module, module.training) for module in model.modules()]
     numbers = random.getstate(), np.random.get_state()
     try:
@@ -165,7 +166,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _uncounted() -> Iterator[None]:
-    """Without the request by which ``datasets`` counts what it loads, even a local file."""
+    """Disable the request with which ``datasets`` counts every load, even of a local file."""
     import datasets.config
 
     before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
@@ -178,7 +179,7 @@ def _uncounted() -> Iterator[None]:
 
 @contextmanager
 def _less_talk() -> Iterator[None]:
-    """Without lm-eval's warnings that the model is one in memory, which is what is wanted here."""
+    """Silence lm-eval's warnings that the model is already in memory, which is intended here."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Prior abilities: multiple choice and continuations by log-likelihood, or questions that are answered and scored."""
+"""Prior abilities: multiple choice and continuations by log-likelihood, or questions with scored replies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from selfdistill.model import ForwardPass, LoadedModel
 from selfdistill.runtime import ProgressBar
 
 REPLY_TOKENS = 48
-"""Most tokens of the reply to a question."""
+"""Maximum length of the reply to a question, in tokens."""
 
 _SCORER = "contains"  # for questions that name none
 _WANT_ROW = (
@@ -40,25 +40,25 @@ _WANT_ROW = (
 
 @dataclass(frozen=True)
 class Choices:
-    """One row whose choices are compared, or whose one continuation is to be the model's own."""
+    """A multiple-choice item, or a single continuation that the model should generate."""
 
     source: str
-    """Where it stands: ``piqa.jsonl:12``."""
+    """Its location: ``piqa.jsonl:12``."""
     pairs: tuple[tuple[str, str], ...]
     """(context, continuation) of each choice, as plain text."""
     gold: int | None
-    """The right pair; None: one pair, right if it is the greedy continuation."""
+    """Index of the correct pair; None: a single pair, correct if it is the greedy continuation."""
 
 
 @dataclass(frozen=True)
 class EncodedPrior:
-    """The rows of one prior file with their token ids: one context a pair, or one prompt a question."""
+    """The items of one prior file with their token ids: one context per pair, or one prompt per question."""
 
     name: str
     rows: Sequence[Choices | Demonstration]
     contexts: list[list[int]]
     continuations: list[list[int]]
-    """One a context; none where the rows are questions."""
+    """One per context; empty for questions."""
 
 
 @dataclass(frozen=True)
@@ -68,32 +68,32 @@ class PriorResult:
     name: str
     items: int
     accuracy: float
-    """Share of items whose likeliest choice (or greedy continuation, or scored reply) is right."""
+    """Share of items whose most likely choice (or greedy continuation, or reply) is correct."""
     accuracy_norm: float | None
-    """The same with log-likelihoods divided by the choice's length in characters; None where there are no choices."""
+    """The same with log-likelihoods divided by the choice's length in characters; None without choices."""
     correct: list[bool]
-    """Of each item, by ``accuracy``."""
+    """Whether each item is correct, as counted in ``accuracy``."""
 
 
 # --- loading ---
 
 
 def load_prior(path: str) -> dict[str, list[Choices] | list[Demonstration]]:
-    """Prior files by name: a ``.jsonl`` file or every one of a folder.
+    """Load a ``.jsonl`` prior file, or all of a folder, by name.
 
     A row is ``query`` + ``choices`` + ``gold``, or ``contexts`` + ``continuation`` + ``gold``, or ``context`` +
-    ``continuation``; or, where the first has ``prompt`` or ``messages``, an evaluation row as
-    :func:`load_demonstrations` reads it, which is answered and scored. All rows of a file have the same form. A query
-    that starts with ``Question:`` is followed by ``Answer:``; before choices and continuations stands a space, unless
-    a continuation of ``contexts`` starts with punctuation.
+    ``continuation``. If the first row has ``prompt`` or ``messages``, rows are questions as :func:`load_demonstrations`
+    reads them, whose replies are scored. All rows of a file have the same form. A query that starts with ``Question:``
+    is followed by ``Answer:``. A space precedes choices and continuations, unless a continuation of ``contexts`` starts
+    with punctuation.
 
     Raises:
-        UserError: nothing there, or a file with bad rows, of which it names the first ten and the number of all.
+        UserError: there is no such file, or a file has bad rows, of which it names the first ten and the total.
     """
     root = Path(path)
     files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
     if not files or not all(file.is_file() for file in files):
-        raise UserError(f"prior {path!r}: no such .jsonl file, or a folder without any")
+        raise UserError(f"prior {path!r}: no such .jsonl file, or a folder without any; check the path")
     return {file.stem: _load_file(str(file)) for file in files}
 
 
@@ -111,7 +111,7 @@ def _load_file(path: str) -> list[Choices] | list[Demonstration]:
 
 
 def _form(row: Any, problems: list[str]) -> str | None:
-    """The column that tells the row's form; None with a problem where there is none."""
+    """The column that identifies the row's form; None, with a problem, if there is none."""
     if repeated := repeated_key(row):
         problems.append(repeated)
     elif not isinstance(row, dict):
@@ -125,12 +125,12 @@ def _form(row: Any, problems: list[str]) -> str | None:
 
 
 def _choices(raw: RawRow, form: str, problems: list[str]) -> Choices:
-    """The row as pairs, to be thrown away where there are problems."""
+    """The row as pairs; invalid if there are problems."""
     row: dict[str, Any] = raw.value
     if form == "context":
         context = row["context"]
         if context != "":
-            context = text_of(context, "context", 'text, or "" for a continuation of nothing', problems)
+            context = text_of(context, "context", 'text, or "" for no context', problems)
         return Choices(raw.source, ((context, " " + _continuation(row, problems).strip()),), None)
     if form == "contexts":
         continuation = _continuation(row, problems)
@@ -142,7 +142,7 @@ def _choices(raw: RawRow, form: str, problems: list[str]) -> Choices:
             query += "\nAnswer:"
         pairs = [(query, " " + choice) for choice in _texts(row, "choices", problems)]
     gold = row.get("gold")
-    want = f"a whole number from 0 to {len(pairs) - 1}" if pairs else "the right one's number from 0"
+    want = f"an integer from 0 to {len(pairs) - 1}" if pairs else "the index of the correct one, from 0"
     if "gold" not in row:
         problems.append(f"column 'gold': missing, expected {want}")
     elif not isinstance(gold, int) or isinstance(gold, bool) or (pairs and not 0 <= gold < len(pairs)):
@@ -175,14 +175,14 @@ def _texts(row: dict[str, Any], column: str, problems: list[str]) -> list[str]:
 def encode_priors(
     loaded: LoadedModel, chat: ChatFormat, priors: Mapping[str, Sequence[Choices] | Sequence[Demonstration]]
 ) -> list[EncodedPrior]:
-    """Token ids of every row of every file, so that what does not fit is found before anything is computed.
+    """Encode every item of every file, to find those that are too long before any computation.
 
-    Questions are in the chat template, pairs are plain text. The tokens of a continuation are those that the joint text
-    has beyond the context's. An empty context is the tokenizer's BOS token, or EOS where it has none, as in lm-eval.
+    Questions use the chat template; pairs are plain text. A continuation's tokens are those of the joint text after the
+    context's. An empty context becomes the tokenizer's BOS token, or EOS if it has none, as in lm-eval.
 
     Raises:
-        UserError: rows that do not fit the model's window or, among questions, have an answer that the scorer cannot
-            use; names the first ten and the number of all.
+        UserError: rows exceed the model's window, or a scorer cannot use the answer to a question; names the first ten
+            and the total.
     """
     encoded, bad = [], []
     for name, rows in priors.items():
@@ -210,7 +210,7 @@ def encode_priors(
 
 
 def _pair_ids(loaded: LoadedModel, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    tokenizer = partial(loaded.tokenizer, split_special_tokens=True)  # texts have no control tokens
+    tokenizer = partial(loaded.tokenizer, split_special_tokens=True)  # no control tokens in texts
     if context:
         head = tokenizer(context)["input_ids"]
         whole = tokenizer(context + continuation)["input_ids"]
@@ -228,7 +228,7 @@ def prior_abilities(
 ) -> list[PriorResult]:
     """Accuracy on each prior file.
 
-    Choices are compared by the log-likelihood of their continuation after their context, as plain text without a chat
+    Choices are compared by the log-likelihood of their continuation given their context, in plain text without a chat
     template.
     """
     results = []
@@ -276,7 +276,7 @@ def _loglikelihoods(
     batch_size: int,
     what: str,
 ) -> tuple[list[float], list[bool]]:
-    """Log-likelihood of each continuation, and whether it is what greedy decoding would say."""
+    """Log-likelihood of each continuation, and whether greedy decoding would generate it."""
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]) + len(continuations[i]))
     loglikelihoods, greedy = [0.0] * len(contexts), [False] * len(contexts)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

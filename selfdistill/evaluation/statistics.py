@@ -1,6 +1,6 @@
-"""How sure a number is: intervals, paired tests, pass@k, and what a set of items is able to show.
+"""Uncertainty of results: confidence intervals, paired tests, pass@k, and the power of a test set.
 
-Intervals are of 95%, tests are two-sided.
+Intervals are 95%; tests are two-sided.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-"""Bootstrap samples; their seed is fixed, so the same items give the same interval."""
+"""Number of bootstrap samples. The seed is fixed, so the same items give the same interval."""
 
 Interval = tuple[float, float]
 
 
 def share_interval(right: int, items: int) -> Interval:
-    """Confidence interval of a share: Wilson's score interval.
+    """Confidence interval of a proportion: Wilson's score interval.
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal of the American
-    Statistical Association 22 (1927) 209-212. Unlike the normal approximation it holds for few items and shares of 0
-    or 1.
+    Statistical Association 22 (1927) 209-212. Unlike the normal approximation, it is valid for few items and for
+    proportions of 0 or 1.
     """
     low, high = stats.binomtest(right, items).proportion_ci(CONFIDENCE, method="wilson")
     return float(low), float(high)
 
 
 def mean_interval(*groups: Sequence[float]) -> Interval:
-    """Confidence interval of a mean of shares: percentile bootstrap (Efron 1979) of ``RESAMPLES`` samples of the items.
+    """Confidence interval of a mean of shares: percentile bootstrap (Efron 1979) with ``RESAMPLES`` samples of items.
 
-    Of several groups it is that of the mean of their means, each group resampled on its own. Where all items are 0, or
-    all 1, nothing can be resampled, and it is Wilson's.
+    For several groups: the interval of the mean of their means, with each group resampled separately. If all items are
+    0, or all 1, resampling is degenerate, and this is Wilson's interval.
     """
     everything = numpy.concatenate([numpy.asarray(group, dtype=float) for group in groups])
     if numpy.ptp(everything) == 0 and everything[0] in (0, 1):
@@ -43,7 +43,7 @@ def mean_interval(*groups: Sequence[float]) -> Interval:
 
 
 def difference_interval(*groups: Sequence[float]) -> Interval:
-    """The same of a mean of paired differences; where no item differs, as far to both sides as Wilson's for none."""
+    """The same for a mean of paired differences. If no item differs: plus and minus Wilson's upper bound for 0."""
     if not any(map(any, groups)):
         high = share_interval(0, sum(map(len, groups)))[1]
         return -high, high
@@ -51,7 +51,7 @@ def difference_interval(*groups: Sequence[float]) -> Interval:
 
 
 def _bootstrap(*groups: Sequence[float]) -> Interval:
-    # scipy wants two items; one item twice varies as little as one.
+    # SciPy needs two items; one item twice has the same zero variance.
     samples = [numpy.resize(numpy.asarray(group, dtype=float), max(len(group), 2)) for group in groups]
     found = stats.bootstrap(
         samples,
@@ -67,7 +67,7 @@ def _bootstrap(*groups: Sequence[float]) -> Interval:
 
 
 def seeds_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean over seeds and its interval by Student's t; no bounds for a single seed, of which nothing can be said."""
+    """Mean over seeds and its Student's t interval; bounds are None for a single seed."""
     mean = float(numpy.mean(values))
     if len(values) < 2:
         return mean, None, None
@@ -83,10 +83,10 @@ class Paired:
     """Mean of the second minus mean of the first."""
     low: float
     high: float
-    """Interval of the difference: Newcombe's where every item is right or wrong, bootstrap over items otherwise."""
+    """Interval of the difference: Newcombe's if all scores are 0 or 1, else bootstrap over items."""
     p: float
-    """Probability of a difference at least as large if neither were better: McNemar's exact test where every item is
-    right or wrong, :func:`sign_test` otherwise."""
+    """p-value under the null hypothesis of no difference: McNemar's exact test if all scores are 0 or 1, else
+    :func:`sign_test`."""
     unlike: float
     """Share of items on which the two differ."""
 
@@ -95,11 +95,11 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     """Compare two models item by item.
 
     Args:
-        first: score of each item, 0 or 1, or a share such as pass@k.
-        second: the other model's, in the same order.
+        first: the first model's score on each item, 0 or 1, or a share such as pass@k.
+        second: the second model's scores, in the same order.
     """
     a, b = numpy.asarray(first, dtype=float), numpy.asarray(second, dtype=float)
-    assert a.shape == b.shape, "paired scores are of the same items"
+    assert a.shape == b.shape, "paired scores need the same items"
     differences = b - a
     unlike = float((differences != 0).mean())
     if not numpy.isin((a, b), (0, 1)).all():
@@ -112,14 +112,15 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def _newcombe(both: int, first: int, second: int, items: int) -> Interval:
-    """Interval of the difference of two paired shares, second less first: method 10 of R. G. Newcombe, "Improved
+    """Interval of the difference of two paired proportions, second minus first: method 10 of R. G. Newcombe, "Improved
     confidence intervals for the difference between binomial proportions based on paired data", Statistics in Medicine
     17 (1998) 2635-2650.
 
     Args:
-        both: items that both have right.
-        first: items that only the first has right.
-        second: items that only the second has right.
+        both: items that both answer correctly.
+        first: items that only the first answers correctly.
+        second: items that only the second answers correctly.
+        items: all items.
     """
     neither = items - both - first - second
     p1, p2 = (both + first) / items, (both + second) / items
@@ -137,9 +138,9 @@ def _newcombe(both: int, first: int, second: int, items: int) -> Interval:
 
 
 def sign_test(values: Sequence[float]) -> float:
-    """Probability of a mean at least as far from 0 if every value were as likely to have the other sign.
+    """p-value of the mean under random sign flips of the values.
 
-    All signs are tried where there are at most ``RESAMPLES`` ways, else so many are drawn.
+    Exact over all sign patterns if there are at most ``RESAMPLES``; else over that many random ones.
     """
     found = stats.permutation_test(
         (numpy.asarray(values, dtype=float),),
@@ -154,16 +155,16 @@ def sign_test(values: Sequence[float]) -> float:
 
 
 def smallest_difference(items: int, unlike: float = 0.5) -> float | None:
-    """Smallest true difference between two models that a paired test on so many items finds about 3 times in 4.
+    """Smallest true difference between two models that a paired test on this many items detects about 3 times in 4.
 
     d with sqrt(items) d = z(.975) sqrt(unlike) + z(.8) sqrt(unlike - d^2): the normal approximation of McNemar's test
-    for a power of 0.8 (R. J. Connor, Biometrics 43, 1987, 207-211), of which the exact test keeps 0.73 to 0.78 with 20
-    to 200 items. None where even the largest difference, ``unlike``, is not found.
+    for a power of 0.8 (R. J. Connor, Biometrics 43, 1987, 207-211). The exact test has a power of 0.73 to 0.78 with 20
+    to 200 items. None if not even the largest possible difference, ``unlike``, is detected.
 
     Args:
-        items: questions that both answer.
-        unlike: share of items on which one is right and the other wrong. 0.5, two unrelated models at one half, is the
-            least favourable that is likely.
+        items: questions that both models answer.
+        unlike: share of items on which one is correct and the other is not. 0.5, for two unrelated models at one half,
+            is the least favourable likely value.
     """
     z_level, z_power = stats.norm.ppf((1 + CONFIDENCE) / 2), stats.norm.ppf(0.8)
 
@@ -174,13 +175,14 @@ def smallest_difference(items: int, unlike: float = 0.5) -> float | None:
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:
-    """Probability that at least one of k samples is right: the unbiased estimate 1 - C(n-c, k) / C(n, k).
+    """Probability that at least one of k samples is correct: the unbiased estimate 1 - C(n-c, k) / C(n, k).
 
     M. Chen et al., "Evaluating large language models trained on code" (arXiv 2107.03374), equation 1.
 
     Args:
-        right: c, samples that are right.
-        samples: n, at least k.
+        right: c, number of correct samples.
+        samples: n, number of samples, at least k.
+        k: samples considered.
     """
     assert 1 <= k <= samples
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)

@@ -1,8 +1,8 @@
 """Methods: each a composition of slots, run by the same loop.
 
-A method answers the loop's questions: what is learnt from and what is the teacher shown (rows), whose tokens are scored
-(sequence), whose weights score them (teacher), how the gap is measured (loss, and the target within it), and which
-tokens count (weights). One that has several stages answers them for each. The loop never asks for a method's name.
+The slots of a method define its training data and the teacher's context (examples), whose tokens are scored (sequence),
+whose weights score them (teacher), the loss and its target, and the weights of the tokens. A method with several stages
+defines them for each. The loop never depends on a method's name.
 
 A method is a file of its name here that has a function of its name, from the settings to the stages, and its name in
 ``selfdistill.config.train.MethodName``. It uses the settings that it reads; settings that only it knows come in
@@ -36,7 +36,7 @@ __all__ = [
 METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
     name: getattr(import_module(f"selfdistill.methods.{name}"), name) for name in get_args(MethodName)
 }
-"""By the name that ``--method`` takes: from the settings to the stages, which share the steps evenly."""
+"""Constructors by the value of ``--method``: from the settings to the stages, which share the steps evenly."""
 
 
 def stages_of(config: TrainConfig) -> tuple[Method, ...]:
@@ -56,10 +56,10 @@ def stages_of(config: TrainConfig) -> tuple[Method, ...]:
 
 
 def check_steps(steps: int, method: str, stages: Sequence[Method], setting: str = "max_steps") -> None:
-    """That every stage gets a step.
+    """Check that every stage gets at least one step.
 
     Raises:
-        UserError: there are fewer steps, by that ``setting``, than stages.
+        UserError: ``steps``, the value of ``setting``, is less than the number of stages.
     """
     if steps < len(stages):
         raise UserError(
@@ -86,13 +86,13 @@ def uses(config: TrainConfig, name: str) -> bool:
     read = _Read(config)
     try:
         METHODS[config.method](read)  # type: ignore[arg-type]
-    except UserError:  # it is read, and refused beside the other settings
+    except UserError:  # the method reads it and rejects the combination
         return True
     return name in read.names
 
 
 def unused_settings(config: TrainConfig) -> list[str]:
-    """Settings that were given though the method does not use them."""
+    """Settings with non-default values that the method does not use."""
     fields = TrainConfig.model_fields
     given = [
         name

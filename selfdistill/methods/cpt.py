@@ -2,7 +2,7 @@
 
     L = -mean_t log p(w_t | w_<t)
 
-w is the text of a document, as it is; no question is asked.
+w is the raw text of a document; there are no questions.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ from selfdistill.methods.slots import Method
 
 
 def cpt(config: TrainConfig) -> tuple[Method, ...]:
-    """Pieces of documents and cross-entropy."""
+    """Chunks of documents and cross-entropy."""
     return (Method(examples=DocumentExamples(config), sequence=DatasetCompletions(), loss=CrossEntropy()),)

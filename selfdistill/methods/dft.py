@@ -2,8 +2,8 @@
 
     L = -mean_t sg[p(d_t | x, d_<t)] log p(d_t | x, d_<t)
 
-SFT with each token weighed by the probability that the student gives it, through which no gradient flows: what the
-student holds for impossible is hardly learnt.
+SFT with each token weighted by its detached probability under the student, so tokens that the student considers
+unlikely contribute little.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from selfdistill.methods.slots import Method
 
 
 def dft(config: TrainConfig) -> tuple[Method, ...]:
-    """SFT's slots with a weight for each token."""
+    """SFT's slots plus per-token weights."""
     return tuple(replace(stage, weighting=_probability) for stage in sft(config))
 
 

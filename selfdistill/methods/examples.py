@@ -1,4 +1,4 @@
-"""The context slot: which rows are learnt from, and what student and teacher see of them, as token ids."""
+"""The examples slot: training data as token ids, as the student and the teacher see it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from selfdistill.model import LoadedModel
 
 
 class ExampleSource(Protocol):
-    """Rows that are learnt from."""
+    """Produces the examples to train on."""
 
     @property
     def what(self) -> str:
-        """What one row is, in the plural."""
+        """Plural noun for the examples, for messages."""
         ...
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
-        """The rows, and how many were left out because they do not fit.
+        """Encode the examples, and count those dropped because they are too long.
 
         Raises:
-            UserError: rows that do not fit; or none.
+            UserError: examples are too long, or there are none.
         """
         ...
 
@@ -37,9 +37,9 @@ class DemonstrationExamples:
 
     config: TrainConfig = field(compare=False)
     context: str | None = None
-    """How the teacher is shown them; None where no teacher is asked."""
+    """How the teacher sees them; None without a teacher."""
     completion_must_fit: bool = False
-    """The demonstration itself is scored, so it must be within the length limit."""
+    """Whether the demonstrated completion itself is scored and must be within the length limit."""
     what = "demonstrations"
 
     def __call__(
@@ -59,11 +59,11 @@ class DemonstrationExamples:
 
 @dataclass(frozen=True)
 class GeneralPromptExamples:
-    """General prompts that have nothing to do with the demonstrations; the teacher sees what the student sees."""
+    """General prompts unrelated to the demonstrations; teacher and student see the same."""
 
     config: TrainConfig = field(compare=False)
     prompts: str | None
-    """File; None: those of the package."""
+    """Text file; None: the bundled prompts."""
     what = "general prompts"
 
     def __call__(
@@ -76,10 +76,10 @@ class GeneralPromptExamples:
 
 @dataclass(frozen=True)
 class DocumentExamples:
-    """The text of the demonstrations' documents, each once, in pieces of ``max_completion_length`` tokens.
+    """The demonstrations' documents, each once, in chunks of ``max_completion_length`` tokens.
 
-    A piece is a completion whose prompt is the text before it, as much as the window has room for, after the token that
-    begins a text. The token that ends a text follows each document.
+    A chunk is a completion whose prompt is the preceding text, as much as the window allows. Each document starts with
+    the BOS token and ends with the end token.
     """
 
     config: TrainConfig = field(compare=False)
@@ -92,13 +92,13 @@ class DocumentExamples:
         first = {row.document: row for row in reversed(demonstrations) if row.document}
         if not first:
             raise UserError(
-                f"method {config.method!r} learns from documents, and {config.data} has none: add the column 'document'"
+                f"method {config.method!r} learns from documents, and {config.data} has none; add the column 'document'"
             )
         room = (loaded.window or 2 * length) - length
         if room < 1:
             raise UserError(
-                f"setting 'max_completion_length': {length} leaves no room for the text before a piece in the model's "
-                f"window of {loaded.window} tokens"
+                f"setting 'max_completion_length': {length} leaves no room for preceding text in the model's window of "
+                f"{loaded.window} tokens; lower it"
             )
         room = min(room, config.max_prompt_length or room)
         begin = loaded.tokenizer.bos_token_id

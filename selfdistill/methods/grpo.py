@@ -2,9 +2,9 @@
 
     x -> y_1..y_G ~ p(.|x);   A_i = (r_i - mean r) / (std r + 1e-4);   L = -mean_i A_i mean_t log p(y_it | x, y_i<t)
 
-r is 1 for a reply that the scorer accepts, else 0. Each batch of samples serves one update, as by default in TRL, so
-the ratio of new to old probability is 1, its clip never acts, and the gradient is that of the clipped objective. There
-is no teacher and no KL penalty; the demonstration is seen by nobody.
+r is 1 for a reply that the scorer accepts, else 0. Each batch of samples is used for one update, TRL's default. So the
+ratio of new to old probability is 1, clipping never applies, and the gradient equals that of the clipped objective.
+There is no teacher and no KL penalty, and the demonstration is not used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from selfdistill.methods.sequences import Completion, StudentSamples
 from selfdistill.methods.slots import Method, sampling_of
 
 GROUP = 8
-"""Rollouts per prompt where ``num_generations`` is not given."""
+"""Default rollouts per prompt."""
 
 
 def grpo(config: TrainConfig) -> tuple[Method, ...]:
@@ -32,7 +32,7 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
             "setting 'num_generations': grpo compares the rollouts of a prompt, found 1, expected at least 2"
         )
     if config.scorer == JUDGE:
-        raise UserError("setting 'scorer': grpo asks it at every step, which the judge is too slow for; take another")
+        raise UserError("setting 'scorer': grpo scores at every step, for which the judge is too slow; use another")
     return (
         Method(
             examples=DemonstrationExamples(config),
@@ -46,7 +46,7 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
 
 @dataclass(frozen=True)
 class ScorerReward:
-    """1 for a reply that the row's scorer accepts, else 0."""
+    """Reward 1 if the row's scorer accepts the reply, else 0."""
 
     scorer: str | None
 

@@ -1,8 +1,8 @@
-"""Offline distillation: the teacher's samples and its distributions, off-policy (baseline of SDFT, arXiv 2601.19897).
+"""Offline distillation: the teacher's samples and distributions, off-policy (baseline of SDFT, arXiv 2601.19897).
 
-    y ~ p_base(.|x, c), once for each row;   L = mean_t D( p(.|x, y_<t), p_base(.|x, c, y_<t) )
+    y ~ p_base(.|x, c), once per demonstration;   L = mean_t D( p(.|x, y_<t), p_base(.|x, c, y_<t) )
 
-What SDFT is without the student's own samples. D is forward KL, KL(q||p), by default.
+SDFT without the student's own samples. D is forward KL, KL(q||p), by default.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     x -> y ~ p(.|x);   L = mean_t D( p(.|x, y_<t), q(.|x, c, y_<t) )
 
-p is the student, q the teacher: the same network with weights that follow the student's, shown the demonstration c.
-D is forward KL, KL(q||p), by default: equation 1 of the paper has the reverse, its published results the forward.
+p is the student. q is the teacher: the same network, with weights that follow the student's, given the demonstration c.
+D is forward KL, KL(q||p), by default: equation 1 of the paper has reverse KL, but its published results use forward KL.
 """
 
 from __future__ import annotations

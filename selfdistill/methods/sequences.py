@@ -1,7 +1,6 @@
 """The sequence slot: whose tokens are scored.
 
-Each source gets the rows of one optimizer step and gives their completions, as a function of the weights, the seed and
-the step.
+Each source returns completions for the examples of one optimizer step. They depend only on weights, seed and step.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from selfdistill.runtime import ProgressBar, read_lines, write_atomically
 
 @dataclass(frozen=True)
 class Completion:
-    """Tokens to be scored after a row's prompts."""
+    """Tokens to score after an example's prompts."""
 
     example: Example
     ids: list[int]
     logps: list[float] | None
-    """Log-probability of each token under the policy that sampled it; None where nothing was sampled."""
+    """Log-probability of each token under the policy that sampled it; None if it was not sampled."""
     truncated: bool
-    """Stopped by the length limit."""
+    """Reached the length limit without an end token."""
 
 
 class SequenceSource(Protocol):
@@ -48,7 +47,7 @@ class StudentSamples:
 
     def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]:
         expanded = [row for row in rows for _ in range(self.num_generations)]
-        seen: Counter[int] = Counter()  # a row may occur twice in a batch that spans the end of an epoch
+        seen: Counter[int] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
         seeds = []
         for row in expanded:
             number = row.demonstration.row
@@ -60,7 +59,7 @@ class StudentSamples:
 
 @dataclass(frozen=True)
 class DatasetCompletions:
-    """Off-policy: the completions that the rows hold, which are the demonstrations unless they were replaced."""
+    """Off-policy: the examples' own completions, which are the demonstrations unless replaced."""
 
     def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]:
         return [_held(loaded, row) for row in rows]
@@ -72,10 +71,10 @@ def _held(loaded: LoadedModel, row: Example) -> Completion:
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Student samples, among which demonstrations take the place of some at the beginning.
+    """Student samples, of which demonstrations replace some in the first steps.
 
-    For a student that never comes near the demonstration by itself. Step n (from 0) takes the demonstration of each row
-    with probability 1 - n / ``steps``.
+    For a student whose own samples never come close to the demonstration. Step n (from 0) uses each demonstration with
+    probability 1 - n / ``steps``.
     """
 
     samples: StudentSamples
@@ -89,19 +88,19 @@ class ColdStart:
 
 
 SAMPLES_FILE = "teacher_samples.jsonl"
-"""In the run folder: the ids that :class:`TeacherSamples` drew, and their text."""
+"""File in the run folder with the ids and text of :class:`TeacherSamples`."""
 
 
 @dataclass(frozen=True)
 class TeacherSamples:
-    """One sample a row of the model that is shown the demonstration, drawn once before training: a fixed data set."""
+    """A fixed data set: one sample per example from the model given the demonstration, drawn before training."""
 
     sampling: Sampling
     seed: int
     batch_size: int
 
     def __call__(self, loaded: LoadedModel, rows: Sequence[Example], folder: Path) -> list[Example]:
-        """The rows with these completions; from ``SAMPLES_FILE`` in ``folder`` where a run that goes on has them."""
+        """The examples with these completions; a resumed run reads them from ``SAMPLES_FILE`` in ``folder``."""
         kept = {line["key"]: line["ids"] for line in read_lines(folder / SAMPLES_FILE)}
         keys = [self._key(row) for row in rows]
         if kept.keys() >= set(keys):
@@ -117,12 +116,12 @@ class TeacherSamples:
         return drawn
 
     def _key(self, row: Example) -> str:
-        """What the sample of a row depends on, beside the model."""
+        """Hash of what an example's sample depends on, apart from the model."""
         parts = [row.demonstration.row, row.teacher_ids, asdict(self.sampling), self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def write(self, folder: Path, rows: Sequence[Example], chat: ChatFormat) -> None:
-        """Write what was drawn, for a run that goes on and for whoever wants to read it."""
+        """Save the samples, for a resumed run and for inspection."""
         texts = ((row, chat.decode(row.completion_ids)) for row in rows)
         lines = [
             {"source": row.demonstration.source, "text": text, "ids": row.completion_ids, "key": self._key(row)}

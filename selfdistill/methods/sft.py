@@ -2,7 +2,7 @@
 
     L = -mean_t log p(d_t | x, d_<t)
 
-d is the demonstration, end token included. Nothing is sampled and there is no teacher.
+d is the demonstration, including its end token. There is no sampling and no teacher.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""SFT from the teacher: SFT on what the model says when it is shown the demonstration (baseline of SDFT, 2601.19897).
+"""SFT from the teacher: SFT on the model's samples given the demonstration (baseline of SDFT, arXiv 2601.19897).
 
-    y ~ p_base(.|x, c), once for each row;   L = -mean_t log p(y_t | x, y_<t)
+    y ~ p_base(.|x, c), once per demonstration;   L = -mean_t log p(y_t | x, y_<t)
 
-The teacher's words without its distributions, and off-policy: the samples are drawn before the first step.
+It uses the teacher's samples without its distributions, and is off-policy: all samples are drawn before the first step.
 """
 
 from __future__ import annotations

@@ -14,37 +14,37 @@ from selfdistill.methods.sequences import Completion, SequenceSource, TeacherSam
 from selfdistill.model import Sampling, TeacherRule
 
 Reward = Callable[[Sequence[Completion], ChatFormat], list[float]]
-"""Of each completion, from what it says."""
+"""Maps completions to one reward each."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method as the loop sees it, or one stage of a method that has several."""
+    """A method as the loop sees it, or one of its stages."""
 
     examples: ExampleSource
-    """What is learnt from, and what the teacher is shown."""
+    """The training data, and what the teacher sees."""
     sequence: SequenceSource
     """Whose tokens are scored."""
     loss: Divergence | CrossEntropy
-    """How the gap is measured, per token."""
+    """The per-token loss."""
     teacher: TeacherRule | None = None
-    """Whose weights score them; None: nothing but the sequence itself is learnt from."""
+    """Whose weights score the tokens; None: no teacher."""
     fixed: TeacherSamples | None = None
-    """Replaces the rows' completions, once, before the first step."""
+    """Replaces the examples' completions once, before the first step."""
     skip_first_tokens: int = 0
-    """First tokens of each completion that have no weight."""
+    """Leading tokens of each completion with zero weight."""
     importance_cap: float | None = None
-    """Each completion is weighed by its truncated importance ratio (see :mod:`selfdistill.loss.token_weights`)."""
+    """Weight each completion by its truncated importance ratio (see :mod:`selfdistill.loss.token_weights`)."""
     weighting: Weighting | None = None
-    """A factor for each token from what is known of it (:func:`selfdistill.loss.divergence.token_statistics`)."""
+    """Per-token factor computed from :func:`selfdistill.loss.divergence.token_statistics`."""
     reward: Reward | None = None
-    """Each completion is weighed by its advantage (:func:`selfdistill.loss.token_weights.group_advantages`)."""
+    """Weight each completion by its advantage (:func:`selfdistill.loss.token_weights.group_advantages`)."""
     group_size: int = 1
-    """Completions in a row that belong to one prompt."""
+    """Number of adjacent completions that share a prompt."""
 
 
 def divergence_of(config: TrainConfig) -> Divergence:
-    """The divergence that the settings describe."""
+    """The divergence defined by the settings."""
     target = Target(config.target_teacher, config.target_student, config.target_base)
     own: dict[str, Any] = {"weight": config.jsd_weight} if config.divergence == "jsd" else {}
     if config.support == "top_k":
@@ -55,7 +55,7 @@ def divergence_of(config: TrainConfig) -> Divergence:
 
 
 def sampling_of(config: TrainConfig) -> Sampling:
-    """The policy by which completions are sampled."""
+    """The sampling policy of the rollouts."""
     return Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k)
 
 

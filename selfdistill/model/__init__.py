@@ -1,4 +1,4 @@
-"""Load a model, sample from it, run it forward, shard it, and keep its teacher."""
+"""Load a model, sample from it, run it forward, shard it, and maintain its teacher."""
 
 from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.forward import ForwardOutput, ForwardPass

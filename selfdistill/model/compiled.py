@@ -1,6 +1,6 @@
-"""The layers of a model: which modules they are, and their compilation.
+"""Find and compile the layers of a model.
 
-Legend: B rows, L tokens.
+Legend: B sequences, L tokens.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from selfdistill.model.loading import LoadedModel
 
 
 def layers_of(loaded: LoadedModel, network: Any, setting: str) -> list[nn.Module]:
-    """The modules that a model itself calls its layers, for ``setting``.
+    """The modules that a model declares as its layers (``_no_split_modules``).
 
     Args:
-        loaded: is named in the message.
-        network: the model, or another of its kind.
-        setting: needs them.
+        loaded: the model to name in the error.
+        network: the model, or another with the same architecture.
+        setting: the setting that needs the layers, for the error.
 
     Raises:
-        UserError: it does not say.
+        UserError: the model declares no layers.
     """
     kinds = set(getattr(unwrap(network), "_no_split_modules", None) or ())
     layers = [module for module in network.modules() if type(module).__name__ in kinds]
     within = {
         part for layer in layers for part in layer.modules() if part is not layer
-    }  # Mamba names parts of them, too
+    }  # Mamba also declares parts of layers
     layers = [layer for layer in layers if layer not in within]
     if not layers:
-        raise UserError(f"model {loaded.name!r} does not say which modules are its layers: leave {setting} out")
+        raise UserError(f"model {loaded.name!r} does not declare which modules are its layers; leave {setting} out")
     return layers
 
 
 class CompiledLayers:
-    """The model's layers through ``torch.compile``, while :meth:`active`; one compilation serves them all.
+    """The model's layers compiled with ``torch.compile``, in use while :meth:`active`; one compilation serves all.
 
     Raises:
-        UserError: the model does not say which of its modules are layers, or they cannot be compiled here.
+        UserError: the model does not declare its layers, or they cannot be compiled on this machine.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._layers = layers_of(loaded, loaded.model, "torch_compile")
-        # As large as a small batch, for which loops are worth several threads is decided here. Odd sizes: one that is
-        # a size of the model's, too, such as 64, would be taken for the same thing, and others compiled again.
-        parts = body_and_head(loaded.model)  # called as scoring calls them, or layers get other arguments
+        # The size of a small batch, because the compiler decides here which loops to multithread. Odd sizes, because
+        # one that equals a model dimension, such as 64, would be specialised and other sizes recompiled.
+        parts = body_and_head(loaded.model)  # called as in scoring, or the layers get different arguments
         network: Any = loaded.model if parts is None else parts[0]
         ids_BL = torch.full((3, min(61, loaded.window or 61)), loaded.pad_token_id, device=loaded.device)
         try:
@@ -64,7 +64,7 @@ class CompiledLayers:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Forward passes use the compiled layers."""
+        """Use the compiled layers in forward passes."""
         try:
             for layer, compiled in zip(self._layers, self._compiled, strict=True):
                 layer.forward = compiled

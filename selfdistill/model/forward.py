@@ -1,11 +1,11 @@
-"""Scoring: context ids and completion ids to the hidden states that predict the completion tokens.
+"""The forward pass: from context and completion ids to the hidden states that predict the completion tokens.
 
-The sampled ids are scored verbatim. Rows are padded on the right, after the completion, where causal attention never
-looks: no attention mask and no position ids are needed there, only for contexts of unlike lengths that were kept. A
-row's numbers are its own, but for rounding.
+Sampled ids are scored as they are, without retokenisation. Sequences are right-padded, where causal attention never
+looks, so no attention mask or position ids are needed; only cached contexts of different lengths need them. Up to
+rounding, a sequence's results do not depend on the batch.
 
-Legend: B rows, L padded length of context and completion, T completion tokens, N completion tokens of all rows
-without padding, D hidden size, V vocabulary.
+Legend: B sequences, L padded length of context plus completion, T completion tokens, N completion tokens of all
+sequences without padding, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_
 from selfdistill.runtime import broadcast_from_rank0
 
 PLAIN_ATTENTION_TOKENS = 128
-"""Up to this many tokens plain attention trains faster than fused attention, with bfloat16 on the CPU."""
+"""Up to this length, plain attention trains faster than fused attention with bfloat16 on the CPU."""
 
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What predicts each completion token, rows joined without padding."""
+    """What predicts each completion token, all sequences concatenated without padding."""
 
     hidden_ND: Tensor
-    """Row n predicts completion token n. Logits (N, V) in place of hidden states where the head is the identity."""
+    """Entry n predicts completion token n. Holds logits (N, V) if the head is the identity."""
     head: Head
-    """hidden_ND to logits_NV."""
+    """Maps hidden_ND to logits_NV."""
     head_parameters: tuple[Tensor, ...]
-    """Trainable tensors that ``head`` uses."""
+    """Trainable tensors used by ``head``."""
 
 
 class ForwardPass:
-    """Scores completions with a model, through body and head apart where the start-up probe allows.
+    """Runs a model over completions, separately through body and head if the start-up probe allows.
 
-    ``fused`` tells which: True, hidden states go through the head later, in chunks; False, the model changes its logits
-    after the head in a way that is not known, and its own logits at the completion positions are taken.
+    ``fused`` is True if hidden states can go through the head later, in chunks. It is False if the model transforms its
+    logits in an unknown way; then the output holds the model's own logits at the completion positions.
 
     Args:
-        loaded: the model, of whose kind are all models that score.
-        compiled: its layers, used where gradients flow.
-        sharded: models are sharded, so that every process must do the same passes: each call is a single one.
+        loaded: the model. All models passed to a call must have its architecture.
+        compiled: its compiled layers, used in passes with gradients.
+        sharded: whether models are sharded. Then each call is one single pass, because all ranks must run the same.
     """
 
     def __init__(self, loaded: LoadedModel, compiled: CompiledLayers | None = None, *, sharded: bool = False) -> None:
@@ -64,7 +64,7 @@ class ForwardPass:
         self.pad_token_id = loaded.pad_token_id
 
     def keep(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> PrefixCache | None:
-        """Room for what a model that does not change has read of these contexts; None for a model that cannot."""
+        """A cache of these contexts' states for a model with fixed weights; None if the model does not support it."""
         return PrefixCache(contexts, budget_bytes) if budget_bytes and self._keeps else None
 
     def __call__(
@@ -74,22 +74,21 @@ class ForwardPass:
         completions: Sequence[Sequence[int]],
         kept: PrefixCache | None = None,
     ) -> ForwardOutput:
-        """Score completions under contexts; gradients flow unless the caller switched them off.
+        """Run the model over each context followed by its completion; differentiable unless under ``no_grad``.
 
-        Position: the logits at index t of a sequence predict token t + 1, so completion token j of a row with a context
-        of length P is predicted at index P + j - 1. A beginning that several contexts have in common, such as a
-        document or the chat template's system turn, is computed once, and gradients through it are those of all its
-        rows together. Only under gradient checkpointing, where a pass cannot continue another, and with compiled
-        layers, which would be compiled for each layer's cache, is every row with gradients computed whole; and every
-        row of sharded models.
+        The logits at index t of a sequence predict token t + 1. With a context of length P, completion token j is
+        therefore predicted at index P + j - 1. A prefix shared by several contexts, such as a document or the chat
+        template's system turn, is computed once, and its gradients sum over those sequences. Sequences with gradients
+        are computed in full under gradient checkpointing, where a pass cannot continue another, and with compiled
+        layers, which would be recompiled for each layer's cache. With sharded models, all sequences are.
 
         Args:
-            model: scores; for ``kept`` to be right, it must be the same weights at every call.
-            contexts: token ids, at least one each.
+            model: the network to run. With ``kept``, its weights must be the same at every call.
+            contexts: token ids, at least one per context.
             completions: token ids.
-            kept: states of the contexts, where the model does not change. No gradient flows then.
+            kept: cached states of the contexts, for a model with fixed weights; needs ``no_grad``.
         """
-        assert all(contexts), "nothing predicts the first token after an empty context"
+        assert all(contexts), "an empty context predicts no first token"
         device = next(model.parameters()).device
         parts = body_and_head(model) if self.fused else None
         if parts is None:
@@ -104,7 +103,7 @@ class ForwardPass:
             cache, filled_B = kept.cache(body, config, [contexts[row] for row in held])
             passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B)))
         left = sorted(set(range(len(contexts))) - set(held))
-        # Train mode is there for checkpointing alone (Run).
+        # Train mode means gradient checkpointing (see Trainer).
         whole = self._sharded or (torch.is_grad_enabled() and (model.training or self._compiled is not None))
         for group, length in [] if whole or not self._continues else shared_prefixes([contexts[row] for row in left]):
             rows = [left[row] for row in group]
@@ -134,7 +133,7 @@ class ForwardPass:
         contexts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
     ) -> Tensor:
-        """What ``forward`` says at the positions that predict the completions' tokens, rows joined."""
+        """The output of ``forward`` at the positions that predict the completion tokens, concatenated."""
         rows = [[*context, *completion] for context, completion in zip(contexts, completions, strict=True)]
         width, device = max(map(len, rows)), next(model.parameters()).device
         ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=device)
@@ -146,7 +145,7 @@ class ForwardPass:
             ],
             device=device,
         )
-        # What is compiled keeps the attention kernel of its first pass, so there it is always torch's choice.
+        # Compiled layers keep the attention kernel of their first pass, so leave the choice to PyTorch.
         with self._compiled.active() if self._compiled and torch.is_grad_enabled() else _attention(model, ids_BL):
             return forward(ids_BL).flatten(0, 1)[index_N]
 
@@ -156,7 +155,7 @@ def _logits(model: Any, ids_BL: Tensor) -> Tensor:
 
 
 def _last_hidden(body: Any, cache: DynamicCache | None, filled_B: Tensor | None, ids_BL: Tensor) -> Tensor:
-    """Hidden states; ``filled_B`` of the cache's places count in each row, all of them where it is None."""
+    """Hidden states. ``filled_B`` is the number of valid cache positions per sequence; None: all."""
     places: dict[str, Tensor] = {}
     if cache is not None and filled_B is not None:
         width = cache.get_seq_length()
@@ -168,11 +167,11 @@ def _last_hidden(body: Any, cache: DynamicCache | None, filled_B: Tensor | None,
 
 
 def _attention(module: Any, ids_BL: Tensor) -> AbstractContextManager[None]:
-    """Which attention kernel a pass uses: torch's choice, except where its backward pass is known to be slow.
+    """Select the attention kernel: PyTorch's choice, except where its backward pass is known to be slow.
 
-    On the CPU plain matrix products are faster than fused attention's backward pass in bfloat16 where sequences are
-    short: 0.7 of the time of the whole model's backward pass with 44 tokens, no less with 350. Not under gradient
-    checkpointing (train mode): what it recomputes later must be what was computed here.
+    For short sequences in bfloat16 on the CPU, plain matrix products are faster than fused attention's backward pass.
+    With 44 tokens the whole model's backward pass takes 0.7 of the time; with 350 tokens there is no gain. Not used
+    under gradient checkpointing (train mode), where recomputation must repeat the same computation.
     """
     plain = (
         ids_BL.device.type == "cpu"

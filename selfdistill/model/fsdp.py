@@ -1,8 +1,7 @@
-"""Weights, gradients, optimizer and teacher cut into shards, one for each process (FSDP2).
+"""Shard weights, gradients, optimizer and teacher across processes (FSDP2).
 
-A sharded weight is a ``DTensor``. Its layers gather it for a pass and let it go again, and each such pass is work that
-all processes do together: all must do the same passes. Where they do not, as when each samples its own completions, the
-weights are :func:`unsharded` for that time.
+A sharded weight is a ``DTensor``. Layers all-gather it for a pass and reshard it afterwards, a collective operation:
+all processes must run the same passes. Where they do not, as in sampling, the weights are :func:`unsharded` meanwhile.
 
 Source: PyTorch's ``torch.distributed.fsdp.fully_shard``.
 """
@@ -29,19 +28,19 @@ def shard(
     read: Callable[[nn.Module], object],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Cut the model's weights into shards, each layer on its own and what is left together, on ``device``.
+    """Shard the model's weights on ``device``: each layer separately, and the rest together.
 
     Args:
-        read: does a pass through the model, at which PyTorch finds out which of its modules belong together.
-        dtype: in which layers are gathered, for passes under autocast to it, which would hold casts of all weights
-            beside the shards; gradients are added up in float32. Default: as they are.
+        read: runs a forward pass, from which PyTorch learns how the modules belong together.
+        dtype: data type of the all-gathered layers, for passes under autocast to it, which would otherwise hold casts
+            of all weights beside the shards. Gradients are reduced in float32. Default: the weights' own.
 
     Raises:
-        UserError: this PyTorch is too old.
+        UserError: PyTorch is too old.
         AssertionError, TypeError, ValueError: PyTorch cannot shard this model.
     """
     if not hasattr(FSDPModule, "reset_iter_state"):
-        raise UserError(f"setting 'fsdp' needs a newer PyTorch than {torch.__version__}")
+        raise UserError(f"setting 'fsdp' needs a newer PyTorch, found {torch.__version__}; update it")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
     for layer in layers:
@@ -55,7 +54,7 @@ def shard(
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's weights are cut into shards, gathered at this moment or not."""
+    """Whether the model is sharded, even if its weights are gathered at the moment."""
     return isinstance(model, FSDPModule)
 
 
@@ -65,7 +64,7 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def unsharded(*models: nn.Module) -> Iterator[None]:
-    """Every process has all weights of the models, so that it can do passes, without gradients, on its own."""
+    """Gather all weights of the models, so that each process can run its own passes, without gradients."""
     apart = [model for model in models if any(isinstance(p, DTensor) for p in model.parameters())]
     units = [unit for model in apart for unit in _units(model)]
     try:
@@ -81,7 +80,7 @@ def unsharded(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def root_unsharded(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Every process has the weights outside of the layers, so that body and head can be used apart."""
+    """Gather the weights outside the layers, so that body and head can be used separately."""
     units = [model for model in models if isinstance(model, FSDPModule)]
     try:
         for unit in units:
@@ -91,23 +90,23 @@ def root_unsharded(models: Iterable[nn.Module]) -> Iterator[None]:
         for unit in units:
             unit.reshard()
             if not any(p.requires_grad for p in unit.parameters()):
-                unit.reset_iter_state()  # the order of passes, which a backward pass would forget
+                unit.reset_iter_state()  # the recorded order of passes, which a backward pass would reset
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, in the same memory; any other tensor as it is."""
+    """This rank's shard of a sharded tensor, sharing memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, in every process."""
+    """The full tensor, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All of each tensor, for the first process, which alone writes; shared ones stay shared. All must call this.
+    """The full tensors, for rank 0, which alone writes; shared tensors stay shared. All ranks must call this.
 
-    One after the other, and those that were sharded in the CPU's memory, so that no device has to hold them all.
+    Gathers one tensor at a time and moves gathered ones to the CPU, so that no device has to hold them all.
     """
     found: dict[int, Tensor] = {}
     for tensor in tensors.values():
@@ -121,6 +120,6 @@ def full_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def distribute_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor that every process has all of, on the device of ``other`` and in shards where that is."""
+    """Move a full tensor to the device of ``other``, and shard it like ``other``."""
     tensor = tensor.to(other.device)
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor

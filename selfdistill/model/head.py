@@ -1,4 +1,4 @@
-"""The split of a model into the body that gives hidden states and the head that gives logits.
+"""Split a model into the body, which computes hidden states, and the head, which computes logits.
 
 Legend: B batch, T completion tokens, N tokens without padding, D hidden size, V vocabulary.
 """
@@ -19,7 +19,7 @@ def unwrap(model: Any) -> Any:
 
 
 class ScaledHead(nn.Module):
-    """A head whose logits z are scaled and softly capped: cap tanh(scale z / cap)."""
+    """A head whose logits z are scaled and soft-capped: cap tanh(scale z / cap)."""
 
     def __init__(self, head: nn.Module, scale: float, cap: float | None) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class ScaledHead(nn.Module):
 
 
 def body_and_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
-    """The module that gives hidden states and the one that turns them into logits; None where not separable."""
+    """The module that computes hidden states and the one that maps them to logits; None if they are not separable."""
     causal = unwrap(model)
     body = getattr(causal, getattr(causal, "base_model_prefix", "") or "-", None)
     head = causal.get_output_embeddings()
     if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
         return None
     config = causal.config.get_text_config()
-    # Cohere multiplies, Granite divides, Gemma caps. Whether that is all that a model does is for the probe to find.
+    # Cohere multiplies, Granite divides, Gemma caps. The probe (head_agrees) finds out whether a model does more.
     times, over, cap = (
         value if isinstance(value := getattr(config, name, None), int | float) and value else None
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -51,8 +51,8 @@ def body_and_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
 def head_agrees(loaded: LoadedModel) -> bool:
     """Start-up probe: does head(body(x)) equal the model's own logits?
 
-    False for models that do more to their logits than :class:`ScaledHead`: for them the model's own logits are used in
-    place of hidden states.
+    False for models that transform their logits further than :class:`ScaledHead`; for these the model's own logits
+    replace hidden states.
     """
     parts = body_and_head(loaded.model)
     if parts is None:

@@ -1,4 +1,4 @@
-"""Models and tokenizers: safe loading, adapters, fingerprints of weights."""
+"""Safe loading of models and tokenizers, adapters, and fingerprints of weights."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from selfdistill.model.starter import STARTER_MODELS, starter_model_path
 
 @dataclass
 class LoadedModel:
-    """A causal language model with what is needed to prompt it and to stop it."""
+    """A causal language model with its tokenizer and special tokens."""
 
     model: Any
     """``PreTrainedModel`` or ``PeftModel`` in eval mode, dropout disabled."""
     tokenizer: Any
     name: str
-    """As the user gave it."""
+    """The name given by the user."""
     end_token_ids: tuple[int, ...]
-    """Every token that ends a reply: the tokenizer's and those of the generation config."""
+    """All tokens that end a reply: those of the generation config and the tokenizer's."""
     pad_token_id: int
     window: int | None
-    """Most tokens of prompt and completion together; None where the model states no limit."""
+    """Maximum number of tokens of prompt plus completion; None if the model states no limit."""
     notes: list[str] = field(default_factory=list)
-    """What was decided while loading and should be said."""
+    """Decisions made while loading, to tell the user."""
     merged_adapter: bool = False
-    """An adapter is folded in: a new adapter would not fit the base that the model's name stands for."""
+    """Whether an adapter was merged; a new adapter would then not fit the base that ``name`` refers to."""
     continues_cache: bool | None = None
-    """What :func:`selfdistill.model.prefix_cache.can_continue_cache` found; None before it was asked."""
+    """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""
 
     @property
     def device(self) -> torch.device:
@@ -51,16 +51,16 @@ class LoadedModel:
 def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False) -> LoadedModel:
     """Load a model and its tokenizer from a starter name, a folder, a run folder or a hub id.
 
-    A run folder stands for its ``final``. An adapter folder is loaded on its base. Only safetensors are read and no
-    code from the model's folder is run.
+    A run folder stands for its ``final`` folder. An adapter is loaded together with its base. Only safetensors are
+    read, and no code from the model's folder is run.
 
     Args:
-        name: what the user gave as ``--model``.
-        dtype: ``float32``, ``bfloat16`` or ``auto`` (as the file has it).
-        merge_adapter: fold an adapter into its base, so that a new one can be trained on top.
+        name: the value of ``--model``.
+        dtype: ``float32``, ``bfloat16`` or ``auto`` (as saved).
+        merge_adapter: merge an adapter into its base, so that a new one can be trained.
 
     Raises:
-        UserError: no such model, not a causal LM, no weights in safetensors, no end token.
+        UserError: the model does not exist, is not a causal LM, has no safetensors weights, or has no end token.
     """
     path = _resolve(name)
     _keep_freed_memory()
@@ -76,12 +76,12 @@ def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False
             if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would unpickle a .bin
                 raise UserError(
                     f"model {name!r}: the adapter has no adapter_model.safetensors, and pickled weights (.bin) are "
-                    "never read, for they can run code; convert them to safetensors"
+                    "never read, because they can run code; convert them to safetensors"
                 )
             try:
                 model: Any = _load_causal(_resolve(base), base, torch_dtype)
             except UserError as error:
-                raise UserError(f"model {name!r}: this is an adapter, and its base cannot be loaded: {error}") from None
+                raise UserError(f"model {name!r}: an adapter whose base cannot be loaded: {error}") from None
             model = PeftModel.from_pretrained(model, path)
             if merge_adapter:
                 model = model.merge_and_unload().requires_grad_(True)
@@ -93,7 +93,7 @@ def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False
         raise UserError(f"model {name!r}: cannot be loaded: {_first_line(error)}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exception
+    except Exception as error:  # the tokenizers library raises bare Exception
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise UserError(
             f"model {name!r}: no usable tokenizer in tokenizer.json and tokenizer_config.json ({reason})"
@@ -103,7 +103,7 @@ def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False
     loaded = describe(model, tokenizer, name)
     if adapter and merge_adapter:
         loaded.merged_adapter = True
-        loaded.notes.append("its adapter is folded into its base; what is trained on top is saved as a whole model")
+        loaded.notes.append("its adapter is merged into its base; training saves a full model")
     return loaded
 
 
@@ -128,18 +128,18 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed tensors for the next ones, on the CPU, where it is glibc.
+    """On the CPU, let glibc keep the memory of freed tensors for the next ones.
 
-    By default it gives large blocks back to the system, and each page of the next tensor is fetched and cleared again:
-    up to half a million page faults in one optimizer step, a third of its time. This holds for the whole process, whose
-    resident memory then does not fall below its peak.
+    By default it returns large blocks to the system, and every page of the next tensor is mapped and cleared again: up
+    to half a million page faults per optimizer step, a third of its time. The setting is process-wide, and resident
+    memory then stays at its peak.
     """
     if sys.platform != "linux" or torch.cuda.is_available():
         return
     trim_threshold, mmap_threshold = -1, -3  # the parameters' numbers in malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # Before glibc 2.35 the second may be 32 MiB at most. Where it is refused, nothing else may be set: either stops the
-    # library from raising the threshold on its own.
+    # Before glibc 2.35 the mmap threshold is at most 32 MiB. If it is refused, set nothing: setting either parameter
+    # stops glibc from raising the threshold by itself.
     if mallopt is not None and (mallopt(mmap_threshold, 2**31 - 1) or mallopt(mmap_threshold, 2**25)):
         mallopt(trim_threshold, -1)  # never
 
@@ -154,16 +154,16 @@ def _resolve(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             if (path / "config.yaml").is_file():
-                raise UserError(f"model {name!r}: a run folder without a final model: finish it with train --resume")
+                raise UserError(f"model {name!r}: a run folder without a final model; finish it with train --resume")
             raise UserError(f"model {name!r}: the folder has neither config.json nor adapter_config.json")
         return str(path)
     if path.is_file():
         raise UserError(f"model {name!r}: this is a file; give the folder that holds config.json and the weights")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model {name!r}: no such folder")
-    if "/" in name and path.parent.is_dir():  # before the hub is asked for what is but misspelt
+    if "/" in name and path.parent.is_dir():  # a misspelt folder, not a hub id
         inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()], "")
-        raise UserError(f"model {name!r}: there is a folder {path.parent} here, and no {path.name} in it{inside}")
+        raise UserError(f"model {name!r}: the folder {path.parent} has no {path.name} in it{inside}")
     return name
 
 
@@ -173,25 +173,25 @@ def _load_causal(path: str, name: str, dtype: Any) -> Any:
     except OSError as error:
         if Path(path).is_dir():
             raise UserError(f"model {name!r}: config.json cannot be read: {_first_line(error)}") from None
-        offline = ", which was not asked (offline mode is on)" if is_offline_mode() else ""
+        offline = " (not contacted: offline mode is on)" if is_offline_mode() else ""
         raise UserError(
             f"model {name!r}: no such folder, and not found on the model hub{offline}; "
             f"give a folder, a hub id or one of: {', '.join(STARTER_MODELS)}"
         ) from None
     except ValueError as error:
         if "custom code" in str(error):
-            raise UserError(f"model {name!r}: it needs code from its own folder, which is never run") from None
+            raise UserError(f"model {name!r}: needs code from its own folder, which is never run") from None
         raise UserError(f"model {name!r}: {_first_line(error)}") from None
     architectures = config.architectures or []
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
         architectures and not any("CausalLM" in a or "LMHead" in a or "Conditional" in a for a in architectures)
     ):
         found = ", ".join(architectures) or config.model_type
-        raise UserError(f"model {name!r}: {found} is not a causal language model, which this needs")
+        raise UserError(f"model {name!r}: {found} is not a causal language model; use one")
     folder = Path(path)
     if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"model {name!r}: its weights are pickled (.bin), which can run code when read; convert them to safetensors"
+            f"model {name!r}: its weights are pickled (.bin), which can run code; convert them to safetensors"
         )
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
@@ -204,10 +204,8 @@ def _load_causal(path: str, name: str, dtype: Any) -> Any:
     model, info = loaded
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
-        raise UserError(
-            f"model {name!r}: {len(wrong)} weights are missing or not of the shape that config.json says, such as "
-            f"{wrong[0]}"
-        )
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"model {name!r}: weights missing or not of the shape in config.json: {wrong[0]}{more}")
     return model
 
 
@@ -235,21 +233,21 @@ def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
     if pad is None:
         pad = ends[0]
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        notes.append(f"the tokenizer has no pad token; its end token {tokenizer.pad_token!r} is used to pad")
+        notes.append(f"the tokenizer has no pad token; using its end token {tokenizer.pad_token!r}")
     if not tokenizer.chat_template:
-        notes.append("the tokenizer has no chat template; the plain-text layout of selfdistill.data.contexts is used")
+        notes.append("the tokenizer has no chat template; using a plain-text layout (User:, Assistant:)")
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return LoadedModel(model, tokenizer, name, tuple(ends), pad, window, notes)
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to zero, so that train mode (gradient checkpointing) changes no number."""
+    """Set every dropout probability to zero, so that train mode (gradient checkpointing) changes no result."""
     configs: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         _zero_dropout(module)
-        # Layers of Falcon look it up in the configuration. They get a copy, for the model's own is saved with it.
+        # Falcon's layers read it from the configuration. Give them a copy, because the model's own is saved with it.
         config = vars(module).get("config")
         if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
             if id(config) not in configs:
@@ -259,14 +257,14 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _zero_dropout(holder: Any) -> None:
-    """Models call it attention_dropout, hidden_dropout, resid_pdrop, layerdrop and more."""
+    """Attributes are named attention_dropout, hidden_dropout, resid_pdrop, layerdrop and so on."""
     for name, value in list(vars(holder).items()):
         if isinstance(value, float) and "drop" in name:
             setattr(holder, name, 0.0)
 
 
 def to_best_device(loaded: LoadedModel) -> LoadedModel:
-    """Move the model to the device that accelerate would choose: a GPU where there is one."""
+    """Move the model to the device that accelerate chooses: a GPU if there is one."""
     from accelerate import PartialState
 
     loaded.model.to(PartialState().device)
@@ -274,12 +272,12 @@ def to_best_device(loaded: LoadedModel) -> LoadedModel:
 
 
 def load_for_training(name: str, *, dtype: str = "float32") -> LoadedModel:
-    """The model that a training begins from, with an adapter folded in, on the best device; see :func:`load_model`."""
+    """Load a model to train, with any adapter merged, on the best device; see :func:`load_model`."""
     return to_best_device(load_model(name, dtype=dtype, merge_adapter=True))
 
 
 def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:
-    """Put a LoRA adapter named ``default`` on all linear layers but the head; the base weights are frozen.
+    """Add a LoRA adapter named ``default`` to all linear layers except the head, and freeze the base weights.
 
     The adapter's weights are float32 whatever the model's data type (PEFT's ``autocast_adapter_dtype``).
     """
@@ -303,26 +301,26 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def start_fingerprint(loaded: LoadedModel) -> str:
-    """Fingerprint of the weights that a training begins from; empty where an adapter was folded in.
+    """Fingerprint of the weights before training; empty if an adapter was merged.
 
-    A merged adapter's product may be rounded otherwise on another machine.
+    Merging may round differently on another machine.
     """
     return "" if loaded.merged_adapter else weights_fingerprint(loaded.model)
 
 
 def load_matching(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
-    """Load a model to be compared with another, on that one's device.
+    """Load a model to compare with ``other``, on the device of ``other``.
 
     Raises:
-        UserError: it cannot be loaded, or its vocabulary is another.
+        UserError: it cannot be loaded, or its vocabulary size differs.
     """
     loaded = load_model(name, dtype=dtype)
-    # The width of the logits, which are what is compared: a tokenizer may have fewer entries, and padding differs.
+    # Compare the width of the logits: a tokenizer may have fewer entries, and padding differs.
     own, others = (model.config.get_text_config().vocab_size for model in (loaded.model, other.model))
     if own != others:
         raise UserError(
-            f"model {name!r} has a vocabulary of {own} tokens, model {other.name!r} of {others}: a distance between "
-            "them needs the same"
+            f"model {name!r} has a vocabulary of {own} tokens, model {other.name!r} one of {others}; use models with "
+            "the same vocabulary"
         )
     loaded.model.to(other.device)
     return loaded

@@ -1,4 +1,4 @@
-"""The arithmetic in which a model computes."""
+"""Numerical precision of a model's computation."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ def resolved_precision(setting: str) -> str:
 
 @contextmanager
 def cached_casts(model: nn.Module) -> Iterator[None]:
-    """For passes without gradients under autocast: each weight is cast once, not once a pass.
+    """Cast each weight once rather than once per pass, in passes without gradients under autocast.
 
-    Autocast keeps the cast of a weight until its context ends, but only of weights that require a gradient. So here all
-    do; no gradient can come of it, for gradients are switched off. Shards stay as they are, for it is not them that a
-    pass uses.
+    Autocast caches the cast of a weight until its context ends, but only if the weight requires a gradient. So here all
+    weights do; ``no_grad`` ensures that none is computed. Shards are excluded, because passes do not use them directly.
     """
     own = (p for p in model.parameters() if not isinstance(p, DTensor))
     frozen = [p for p in own if p.is_floating_point() and not p.requires_grad]
@@ -48,7 +47,7 @@ def cached_casts(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_precision(model: nn.Module, mixed_precision: str) -> Iterator[None]:
-    """For measuring: what a training with this setting computes with, and no gradients; a sharded model is whole."""
+    """Evaluate in the precision of training with this setting, unsharded and with cached casts."""
     device = next(model.parameters()).device.type
     enabled = resolved_precision(mixed_precision) == "bf16"
     with unsharded(model), cached_casts(model), torch.autocast(device, torch.bfloat16, enabled=enabled):

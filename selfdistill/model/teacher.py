@@ -1,16 +1,16 @@
-"""The teacher: whose weights score the rollouts, and how they follow the student.
+"""The teacher: the weights that score the rollouts, and how they follow the student.
 
 One rule covers all kinds: after optimizer step n every teacher weight becomes ``teacher + rate(n) * (student -
-teacher)``. ``ema`` has a constant rate, ``snapshot`` a rate of 1 every few steps and 0 between, ``frozen`` a rate of 0,
-and ``live`` is the student itself.
+teacher)``. ``ema`` has a constant rate, ``snapshot`` a rate of 1 every few steps and 0 in between, ``frozen`` a rate of
+0, and ``live`` is the student itself.
 
-Full fine-tuning: the teacher is a second copy of the weights. The average is kept in float32; where the model's data
-type is smaller, the copy that scores is refreshed from it (at a rate of 0.01 a bfloat16 average would hardly move).
+Full fine-tuning: the teacher is a second copy of the weights. The average is kept in float32. If the model's data type
+is smaller, the scoring copy is refreshed from it (at a rate of 0.01 a bfloat16 average would hardly move).
 
-LoRA: the frozen teacher is the base with the adapter off, which costs nothing. A moving teacher is a second adapter
-that starts equal to the student's. The factors A and B are averaged, each on its own: the teacher's weight change is
-avg(B) avg(A), not the average of the products B A. The two differ by terms of second order in the factors' motion
-within the averaging time, and avg(B) avg(A) keeps the rank.
+LoRA: the frozen teacher is the base with the adapter disabled, which costs nothing. A moving teacher is a second
+adapter, initially equal to the student's. The factors A and B are averaged separately: the teacher's weight change is
+avg(B) avg(A), not the average of the products B A. The two differ by second-order terms in the factors' motion within
+the averaging time, and avg(B) avg(A) keeps the rank.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Teacher:
     """The teacher of one run.
 
     Args:
-        loaded: the student, as it is at the start; with LoRA a ``PeftModel`` whose adapter is ``default``.
+        loaded: the student before training; with LoRA a ``PeftModel`` whose adapter is ``default``.
         kind: ``ema``, ``frozen``, ``live`` or ``snapshot``.
-        ema_rate: share of the student that enters the average per step.
+        ema_rate: share of the student in the average per step.
         snapshot_steps: steps between copies.
-        other: a model of its own that teaches, of the student's architecture and vocabulary; then ``frozen``.
+        other: a separate teacher model with the student's architecture and vocabulary; requires ``frozen``.
     """
 
     def __init__(
@@ -83,30 +83,30 @@ class Teacher:
         self.bind()
 
     def bind(self) -> None:
-        """Take hold of the weights, which are other tensors after they were sharded; the average begins as they are."""
+        """Look up the weights, which sharding replaces, and initialise the average from them."""
         students = dict(self._student.named_parameters())
-        self._scoring: dict[str, Tensor] = {}  # the teacher's weights, as they score, by name
+        self._scoring: dict[str, Tensor] = {}  # the teacher's weights used for scoring, by name
         if self._copy is not None:
             self._scoring = dict(self._copy.named_parameters())
         elif self._lora:
             self._scoring = {name: p for name, p in students.items() if f".{ADAPTER}." in name}
         self._followed: dict[str, Tensor] = {}  # the student's
-        self._average: dict[str, Tensor] = {}  # the teacher's, float32 (or those that score where these are float32)
+        self._average: dict[str, Tensor] = {}  # the float32 average; the scoring weights themselves if float32
         if self.kind in ("ema", "snapshot"):
             self._followed = {name: students[_students_name(name)] for name in self._scoring}
             self._average = {name: t.detach().float() for name, t in self._scoring.items()}
 
     def release(self) -> None:
-        """Let go of the weights, which are about to be sharded: until :meth:`bind`."""
+        """Drop references to the weights before sharding, until :meth:`bind`."""
         self._scoring, self._followed, self._average = {}, {}, {}
 
     @property
     def networks(self) -> list[nn.Module]:
-        """What scores beside the student."""
+        """Networks of the teacher other than the student."""
         return [] if self._copy is None else [self._copy]
 
     def rate(self, step: int) -> float:
-        """Share of the student that the teacher takes over after optimizer step ``step`` (from 1)."""
+        """Share of the student in the teacher's update after optimizer step ``step`` (from 1)."""
         if self.kind == "ema":
             return self.ema_rate
         if self.kind == "snapshot":
@@ -115,7 +115,7 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Follow the student, after optimizer step ``step`` (from 1)."""
+        """Move towards the student after optimizer step ``step`` (from 1)."""
         rate = self.rate(step)
         if not self._average or rate == 0:
             return
@@ -132,7 +132,7 @@ class Teacher:
 
     @contextmanager
     def model(self) -> Iterator[Any]:
-        """The network that scores, with no gradients; the student's adapter is active again afterwards."""
+        """The scoring network, under ``no_grad``; reactivates the student's adapter afterwards."""
         with torch.no_grad():
             if not self._lora:
                 yield self._student if self._copy is None else self._copy
@@ -149,7 +149,7 @@ class Teacher:
                     self._student.set_adapter("default")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: the moving average in float32, sharded where the teacher is.
+        """The state for a checkpoint: the float32 moving average, sharded if the teacher is.
 
         Empty for ``frozen`` and ``live``.
         """
@@ -157,31 +157,31 @@ class Teacher:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved average."""
+        """Load a saved average."""
         if state.keys() != self._average.keys():
-            raise ValueError(f"teacher state of {len(state)} tensors does not fit {len(self._average)}")
+            raise ValueError(f"teacher state has {len(state)} tensors, expected {len(self._average)}")
         for name, average in self._average.items():
             average.copy_(distribute_like(state[name], average))
         self._refresh()
 
     @property
     def memory_bytes(self) -> int:
-        """Memory beyond the student's own."""
+        """Memory in bytes beyond the student's own."""
         held = [local_tensor(t) for t in (*self._scoring.values(), *self._average.values())]
         own = {t.data_ptr(): t.numel() * t.element_size() for t in held}
         return sum(own.values())
 
     def describe(self) -> str:
-        """One line for the start of a run: kind and memory."""
+        """One line about kind and memory, for the start of a run."""
         follows = {
             "ema": f"float32 average of the student, rate {self.ema_rate:g}",
             "snapshot": f"copy of the student every {self.snapshot_steps} steps",
-            "frozen": self._other or ("the start, adapter off" if self._lora else "the start"),
+            "frozen": self._other or ("initial weights, adapter disabled" if self._lora else "initial weights"),
             "live": "the student itself",
         }[self.kind]
         return f"teacher: {self.kind} ({follows}), {self.memory_bytes / 2**20:.0f} MiB beyond the student"
 
 
 def _students_name(name: str) -> str:
-    """Of the weight that a teacher's weight follows."""
+    """Name of the student weight that a teacher weight follows."""
     return name.replace(f".{ADAPTER}.", ".default.")

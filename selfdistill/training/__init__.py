@@ -1,4 +1,4 @@
-"""Settings in, ``final/`` out."""
+"""Train a model: settings in, ``final/`` out."""
 
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.export import export, take_whole, whole_folder

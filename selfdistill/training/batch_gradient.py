@@ -1,7 +1,7 @@
-"""The gradient of one optimizer batch: weigh the tokens, score them, run backward.
+"""The gradient of one optimizer batch: weight the tokens, run student and teacher, run backward.
 
-Legend: B completions of a batch, b those of a part, T completion tokens, N completion tokens of a part without padding,
-n those of them that have a weight, D hidden size.
+Legend: B completions in the batch, b completions in a part, T completion tokens, N completion tokens of a part without
+padding, n those with nonzero weight, D hidden size.
 """
 
 from __future__ import annotations
@@ -42,34 +42,34 @@ from selfdistill.training.checkpoint import trained_parameters
 from selfdistill.training.stopwatch import Stopwatch
 
 _Scored = tuple[Tensor, Head]
-"""Hidden states (n, D) of the tokens that have a weight, and the head that turns them into logits."""
+"""Hidden states (n, D) of the tokens with nonzero weight, and the head that maps them to logits."""
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """One optimizer batch, over all its parts and processes."""
+    """Results of one optimizer batch, over all its parts and ranks."""
 
     loss: float
     statistics: dict[str, float]
-    """Weighted means over the batch's tokens of the statistics of each token, such as ``entropy``."""
+    """Weighted means of per-token statistics over the batch, such as ``entropy``."""
     importance: float
-    """Mean importance weight of the completions; 0 where a method has none."""
+    """Mean importance weight of the completions; 0 if the method has none."""
     reward: float | None
-    """Mean reward of the completions; None where a method has none."""
+    """Mean reward of the completions; None if the method has none."""
     non_finite: list[str]
-    """Sources of the rows whose loss is not finite."""
+    """Sources of the examples with a non-finite loss."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Completions that are scored together, with the weights that the whole batch gives their tokens."""
+    """A micro-batch of completions, with token weights computed over the whole batch."""
 
     completions: Sequence[Completion]
     mask_bT: Tensor
     weights_bT: Tensor
-    """Weight of each token in the loss of the batch; they add up to 1 over the batch."""
+    """Weight of each token in the batch's loss; the weights sum to 1 over the batch."""
     factor_b: Tensor
-    """What each completion's weights are multiplied by: its advantage, or 1."""
+    """Factor on each completion's weights: its advantage, or 1."""
 
     @property
     def ids(self) -> list[list[int]]:
@@ -80,13 +80,13 @@ class _Part:
         return [c.example.student_ids for c in self.completions]
 
     def has_weight_N(self, device: torch.device) -> Tensor:
-        """Which of the part's tokens count."""
+        """Mask of the part's tokens with nonzero weight."""
         return self.weights_bT[self.mask_bT].to(device) > 0
 
 
 @dataclass
 class _Sums:
-    """What the parts add up to."""
+    """Running sums over the parts."""
 
     loss: float = 0.0
     importance: float = 0.0
@@ -94,7 +94,7 @@ class _Sums:
     non_finite: list[str] = field(default_factory=list)
 
     def add(self, part: _Part, loss: float, per_token: dict[str, Tensor], importance_b: Tensor | None) -> None:
-        """Add one part, from its loss, its tokens' statistics (n,) and its completions' importance weights."""
+        """Add one part: its loss, its per-token statistics (n,) and its completions' importance weights (b,)."""
         self.loss += loss
         if importance_b is not None:
             self.importance += float(importance_b.sum())
@@ -111,7 +111,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class BatchGradient:
-    """What scores and differentiates the batches of one run."""
+    """Computes the gradients of one run's batches."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -121,14 +121,14 @@ class BatchGradient:
     forward_pass: ForwardPass
     teacher: Teacher | None
     base: Teacher | None
-    """The model as it was before training, where a target asks for it."""
+    """The model before training, if the loss's target needs it."""
     prefix_cache: PrefixCache | None
-    """What a frozen teacher has read."""
+    """Cached states of a frozen teacher's contexts."""
 
     def add(self, method: Method, completions: Sequence[Completion], stopwatch: Stopwatch) -> BatchResult:
-        """Add the gradient of the batch's loss, in ``gradient_accumulation_steps`` parts of each process's share.
+        """Accumulate the gradient of the batch's loss, in ``gradient_accumulation_steps`` parts per rank.
 
-        The whole batch gives each token its weight, so the number of parts and of processes changes no result.
+        Token weights are computed over the whole batch, so the numbers of parts and ranks do not change the result.
         """
         parts, reward = self._weigh(method, completions)
         sums = _Sums()
@@ -148,7 +148,7 @@ class BatchGradient:
         return BatchResult(loss_sum, total, importance, reward, all_gather(sums.non_finite))
 
     def _weigh(self, method: Method, completions: Sequence[Completion]) -> tuple[list[_Part], float | None]:
-        """This process's share of the batch, in parts, and the mean reward."""
+        """This rank's share of the batch, in parts, and the mean reward."""
         lengths = [len(c.ids) for c in completions]
         mask_BT = completion_mask(lengths, max(lengths))
         weights_BT = token_weights(
@@ -170,12 +170,12 @@ class BatchGradient:
         return parts, reward
 
     def _networks(self) -> list[torch.nn.Module]:
-        """Every network that scores a part."""
+        """All networks that process a part."""
         teachers = [teacher for teacher in (self.teacher, self.base) if teacher]
         return [self.loaded.model, *(network for teacher in teachers for network in teacher.networks)]
 
     def _score_teachers(self, method: Method, part: _Part) -> tuple[_Scored | None, _Scored | None]:
-        """The teacher under its own prompts and the base under the student's; None where a method asks for neither."""
+        """Run the teacher on its own prompts and the base on the student's; None for those that the method lacks."""
         taught = base = None
         if method.teacher and self.teacher:
             contexts = [c.example.teacher_ids or [] for c in part.completions]
@@ -194,10 +194,10 @@ class BatchGradient:
     def _score_student(
         self, method: Method, part: _Part, taught: _Scored | None, base: _Scored | None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """The part's loss with its graph, the statistics of its tokens (n,), its importance weights (b,)."""
+        """The part's differentiable loss, its per-token statistics (n,) and its importance weights (b,)."""
         device, factor_b, importance_b = self.loaded.device, part.factor_b, None
         has_weight_N = part.has_weight_N(device)
-        # Train mode is there for checkpointing alone: dropout is disabled.
+        # Train mode only enables gradient checkpointing: dropout is disabled.
         self.loaded.model.train(self.config.gradient_checkpointing)
         with self.accelerator.autocast():
             output = self.forward_pass(self.loaded.model, part.prompts, part.ids)
@@ -220,14 +220,14 @@ class BatchGradient:
         return loss, per_token, importance_b
 
     def _backward(self, loss: Tensor) -> None:
-        # Sharded gradients are averaged over the processes, and the loss is a sum over them.
+        # FSDP averages gradients over the ranks, but the loss is a sum over them.
         times = self.accelerator.num_processes if is_sharded(self.loaded.model) else 1
         self.accelerator.backward(loss * times)
         self.loaded.model.eval()
 
     @torch.no_grad()
     def _importance(self, output: ForwardOutput, tokens_N: Tensor, part: _Part, cap: float) -> Tensor:
-        """Truncated importance weights (b,), both sides at the sampling temperature."""
+        """Truncated importance weights (b,), with both policies at the sampling temperature."""
 
         def tempered_head(hidden_ND: Tensor) -> Tensor:
             return output.head(hidden_ND).float() / self.config.temperature

@@ -1,9 +1,9 @@
-"""Checkpoints: everything a run needs to go on to the same weights, written so that half a checkpoint never exists.
+"""Checkpoints: everything a run needs to resume and reach the same weights, written atomically.
 
-``checkpoint-00000100/`` holds ``weights.safetensors`` (what is trained), ``optimizer.safetensors``,
+``checkpoint-00000100/`` holds ``weights.safetensors`` (trained weights), ``optimizer.safetensors``,
 ``teacher.safetensors`` (the float32 average), ``state.json`` (position), ``config.yaml`` (the run's settings) and
-``manifest.json`` (sizes and SHA-256 of the others, written last). The order of the data and the randomness of samples
-follow from the seed and the step, so the position is all that is needed for them.
+``manifest.json`` (sizes and SHA-256 of the others, written last). Data order and sampling follow from the seed and the
+step, so only the position needs to be saved for them.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from selfdistill.runtime import corruption, fsync, is_rank0, remove_folder, say,
 
 PREFIX = "checkpoint-"
 AT_LEAST = 2
-"""Checkpoints that are kept in any case."""
+"""Minimum number of checkpoints to keep."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands."""
+    """Progress of a run, and fingerprints of what it began with."""
 
     step: int
     """Optimizer steps done."""
     tokens: int
     """Completion tokens trained on so far."""
     data: str
-    """Fingerprint of the encoded rows; see ``Run.fingerprint``."""
+    """Fingerprint of the encoded examples; see ``Trainer.fingerprint``."""
     skipped: int = 0
-    """Steps in a row, up to this one, that were left out for numbers that are not finite."""
+    """Consecutive steps, up to this one, skipped because of a non-finite loss or gradient."""
     model: str = ""
-    """Fingerprint of the weights that the run began with; see ``Run.began_as``."""
+    """Fingerprint of the initial weights; see ``Trainer.began_as``."""
     test: str = ""
-    """Fingerprint of what the run is measured on; see ``Questions.fingerprint``."""
+    """Fingerprint of the evaluation data; see ``EvaluationSet.fingerprint``."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the optimizer changes, by name; tied weights once."""
+    """The parameters that the optimizer updates, by name; tied weights once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def checkpoint_bytes(model: nn.Module, teacher: Teacher | None) -> int:
-    """Size of one checkpoint: trained weights, two AdamW moments of the same size, and the teacher's average."""
+    """Size of a checkpoint in bytes: trained weights, two AdamW moments of the same size, and the teacher's average."""
     weights = sum(p.numel() * p.element_size() for p in trained_parameters(model).values())
     average = sum(t.numel() * t.element_size() for t in teacher.state_dict().values()) if teacher else 0
     return 3 * weights + average
@@ -71,12 +71,10 @@ def save_checkpoint(
     keep: int,
     spared: Sequence[int] = (),
 ) -> Path:
-    """Write a checkpoint, then remove the others but the newest ``keep`` and those of the steps ``spared``.
+    """Write a checkpoint, then remove all others except the newest ``keep`` and those of the steps ``spared``.
 
-    All processes call this, and the first one writes.
-
-    The files are written to a hidden folder, flushed to the disk and renamed: a crash at any moment leaves the earlier
-    checkpoints as they were. ``settings`` is the run's ``config.yaml``.
+    All ranks call this; rank 0 writes. The files are written to a hidden folder, flushed to disk and renamed: a crash
+    at any moment leaves earlier checkpoints intact. ``settings`` is the run's ``config.yaml``.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -112,7 +110,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are whole. Free disk space, then "
+            f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are intact. Free disk space, then "
             "continue with --resume"
         ) from None
     stay = {checkpoint_at(output_dir, step) for step in spared}
@@ -123,7 +121,7 @@ def save_checkpoint(
 
 
 def checkpoint_at(output_dir: Path, step: int) -> Path:
-    """Folder of the checkpoint after a step, there or not."""
+    """Folder of the checkpoint after a step, whether or not it exists."""
     return output_dir / f"{PREFIX}{step:08d}"
 
 
@@ -133,25 +131,25 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def newest_whole(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; None where there is none at all.
+    """The newest intact checkpoint; None if there are no checkpoints.
 
-    Damaged ones are named on the way, with what is wrong, and so are files in it that are not its own.
+    Prints a note about each corrupt checkpoint, and about files in the result that do not belong to it.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged.
+        UserError: all checkpoints are corrupt.
     """
     found = []
     for path in reversed(list_checkpoints(output_dir)):
         wrong = corruption(path)
         if wrong is None:
             if others := unlisted_files(path):
-                say(f"note: {path}: not of this checkpoint and not read: {', '.join(others)}")
+                say(f"note: {path}: ignoring files that are not part of the checkpoint: {', '.join(others)}")
             return path
-        say(f"note: {path} is damaged ({wrong}), so it is not used")
+        say(f"note: skipping the corrupt checkpoint {path} ({wrong})")
         found.append(f"{path.name} ({wrong})")
     if found:
         raise UserError(
-            f"{output_dir}: no checkpoint is whole: {', '.join(found)}; to begin anew, take another output_dir"
+            f"{output_dir}: no checkpoint is intact: {', '.join(found)}; to start over, use another output_dir"
         )
     return None
 
@@ -159,7 +157,10 @@ def newest_whole(output_dir: Path) -> Path | None:
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None
 ) -> Position:
-    """Put weights, optimizer and teacher back to where they were.
+    """Restore weights, optimizer and teacher.
+
+    Returns:
+        The saved position.
 
     Raises:
         UserError: a file cannot be read, or belongs to another model or other settings.
@@ -173,7 +174,7 @@ def load_checkpoint(
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: cannot read the checkpoint ({error})") from None
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
-        raise UserError(f"{path}: its weights are not those of this model and adapter")
+        raise UserError(f"{path}: its weights do not match this model and adapter; resume with the run's own settings")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(distribute_like(weights[name], parameter))
@@ -189,5 +190,5 @@ def load_checkpoint(
         try:
             teacher.load_state_dict(average)
         except ValueError as error:
-            raise UserError(f"{path}: {error}; the run had another teacher") from None
+            raise UserError(f"{path}: {error}; resume with the run's own teacher") from None
     return position

@@ -1,4 +1,4 @@
-"""The collapse guard: signs in a run's metrics that it is no longer learning but falling apart."""
+"""The collapse guard: detects signs of collapse in a run's metrics."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLLAPSE_WINDOW = 5
-"""Steps over which metrics are averaged: a stage's first ones are what the last ones are compared with."""
+"""Steps over which metrics are averaged; a stage's latest steps are compared with its first ones."""
 DRIFT = 3.0
-"""KL from the start, nats per token. Of 48 runs that learnt the largest had 1.9; one that collapsed had 6.4."""
+"""KL from the initial model, nats per token. The largest of 48 successful runs was 1.9; a collapsed one had 6.4."""
 CUT = 0.95
 """Share of samples that reach the length limit."""
 EMPTY = 0.2
-"""Of the demonstrations' length."""
+"""Reply length as a share of the demonstrations' length."""
 NOISE = 4.0
 """Entropy of the samples, nats per token."""
 APART = 1.0
@@ -20,11 +20,11 @@ APART = 1.0
 
 
 class CollapseGuard:
-    """Told of every step, it says what it sees.
+    """Inspects the metrics of every step.
 
     Args:
-        demonstrated: of each stage of the method, the mean tokens of its demonstrations; None where it has none, and
-            the length of the replies tells nothing.
+        demonstrated: mean number of tokens of the demonstrations, per stage of the method; None for a stage without
+            demonstrations, where reply length is no sign.
     """
 
     def __init__(self, demonstrated: Sequence[float | None]) -> None:
@@ -33,12 +33,12 @@ class CollapseGuard:
         self._lines: list[Mapping[str, Any]] = []
 
     def look(self, metrics: Mapping[str, Any], *, stage: int, sampled: bool) -> dict[str, str]:
-        """Signs that this step shows, by their names, in words with numbers; none where it was left out.
+        """Signs of collapse at this step: name to description. Empty for a skipped step.
 
         Args:
             metrics: a line of metrics.jsonl.
-            stage: which stage of the method the step belongs to.
-            sampled: whether the completions are the student's own, so that they tell of it.
+            stage: the stage of the method that the step belongs to.
+            sampled: whether the completions are the student's own samples.
         """
         if stage != self._stage:
             self._stage, self._lines = stage, []
@@ -46,7 +46,7 @@ class CollapseGuard:
             return {}
         self._lines.append(metrics)
         signs = {
-            who: f"the {who} is {metrics[key]:.1f} nats per token from where it began"
+            who: f"the {who} has drifted {metrics[key]:.1f} nats per token from the initial model"
             for who, key in (("student", "drift/student"), ("teacher", "drift/teacher"))
             if metrics.get(key, 0.0) > DRIFT
         }
@@ -55,7 +55,7 @@ class CollapseGuard:
         return signs
 
     def _compared(self) -> dict[str, str]:
-        """What the last steps' samples show beside the first ones'."""
+        """Signs from comparing the samples of the latest steps with those of the first."""
         signs = {}
         demonstrated = self._demonstrated[self._stage]
         cut, cut_before = self._means("completion/truncated")
@@ -75,7 +75,7 @@ class CollapseGuard:
         return signs
 
     def _means(self, key: str) -> tuple[float, float]:
-        """Of the last and of the first steps; 0 where a step has no such number."""
+        """Means over the last and over the first steps; a missing value counts as 0."""
         last, first = self._lines[-COLLAPSE_WINDOW:], self._lines[:COLLAPSE_WINDOW]
         last_mean, first_mean = (sum(line.get(key, 0.0) for line in part) / COLLAPSE_WINDOW for part in (last, first))
         return last_mean, first_mean

@@ -1,4 +1,4 @@
-"""Model folders as others get them: whole or not there at all, with a card, without pickles."""
+"""Model folders for use elsewhere: written atomically, with a model card, without pickles."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _OF_THE_MODEL = (
     *("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.md"),
     "LICENSE*",
 )
-"""What is copied: weights, settings, tokenizer, card. Not code, and not pickled files, which can run code when read."""
+"""Files to copy: weights, settings, tokenizer, card. No code, and no pickled files, which can run code when read."""
 
 
 @contextmanager
 def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
-    """A hidden folder beside ``folder`` to write a model into; renamed at the end, so that half a model never exists.
+    """Yield a hidden folder to write a model into, and rename it to ``folder`` on success: ``folder`` is never partial.
 
     Raises:
-        UserError: it cannot be written; ends with ``advice``.
+        UserError: it cannot be written; the message ends with ``advice``.
     """
     temporary = folder.parent / f".{folder.name}.unfinished"
     try:
@@ -47,37 +47,37 @@ def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, card: str, state: dict[str, Tensor] | None = None) -> None:
-    """Weights (of a ``PeftModel`` the adapter ``default``), tokenizer and card, into an existing folder.
+    """Write weights (for a ``PeftModel``, the adapter ``default``), tokenizer and card into an existing folder.
 
-    ``state`` are the weights where they are not the model's own, which may be sharded.
+    ``state`` replaces the model's own weights, which may be sharded.
     """
     options: dict[str, Any] = {} if state is None else {"state_dict": state}
     if hasattr(model, "peft_config"):
         options["selected_adapters"] = ["default"]
         base = Path(model.peft_config["default"].base_model_name_or_path)
-        if base.is_dir():  # it must be found from any folder
+        if base.is_dir():  # must be found from any working directory
             model.peft_config["default"].base_model_name_or_path = str(base.absolute())
     model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
     mode = (folder / "tokenizer_config.json").stat().st_mode
-    for weights in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
+    for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by the owner only
         weights.chmod(mode)
-    (folder / "README.md").write_text(card, encoding="utf-8")  # PEFT has put its own there
+    (folder / "README.md").write_text(card, encoding="utf-8")  # replaces PEFT's own
 
 
 def export(config: ExportConfig) -> Path:
     """Write the final model of a run to ``output_dir``, and return that folder.
 
-    Without ``merge`` the files are copied as they are. With it an adapter is folded into its base, in float32, and the
-    result is saved in the base's data type.
+    Without ``merge`` the files are copied unchanged. With ``merge`` an adapter is merged into its base in float32, and
+    the result is saved in the base's data type.
 
     Raises:
-        UserError: there is no model, ``output_dir`` is not free or cannot be written, ``merge`` without an adapter, or
-            an adapter whose base cannot be loaded.
+        UserError: there is no model, ``output_dir`` is not empty or cannot be written, ``merge`` is set but there is no
+            adapter, or the adapter's base cannot be loaded.
     """
     source, output_dir = _final_folder(config.run), Path(config.output_dir).absolute()
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"output_dir {config.output_dir!r} exists and is not an empty folder: choose another")
+        raise UserError(f"output_dir {config.output_dir!r} exists and is not an empty folder; choose another")
     advice = "free disk space or choose another output_dir, then export again"
     if not config.merge:
         with whole_folder(output_dir, advice) as folder:
@@ -87,7 +87,7 @@ def export(config: ExportConfig) -> Path:
                 shutil.copy(file, target)
         return output_dir
     if not (source / "adapter_config.json").is_file():
-        raise UserError(f"run {config.run!r}: its model is whole and has no adapter to merge: leave --merge out")
+        raise UserError(f"run {config.run!r}: a full model without an adapter to merge; leave --merge out")
     readme = source / "README.md"
     card = merged_card(readme.read_text(encoding="utf-8") if readme.is_file() else "")
     loaded = load_model(str(source), dtype="auto")
@@ -99,7 +99,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def take_whole(final: Path, target: Path) -> None:
-    """Move the final model of a run to ``target``; one that is an adapter is merged into its base on the way."""
+    """Move the final model of a run to ``target``, merging an adapter into its base."""
     if (final / "adapter_config.json").exists():
         export(ExportConfig(run=str(final), output_dir=str(target), merge=True))
         shutil.rmtree(final)
@@ -108,18 +108,18 @@ def take_whole(final: Path, target: Path) -> None:
 
 
 def _final_folder(name: str) -> Path:
-    """The model folder of a run or the folder itself."""
+    """The model folder of a run, or the folder itself."""
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"run {name!r}: no such folder; give a run folder or a model folder")
     source = folder / "final" if (folder / "final").is_dir() else folder
     if source == folder and (folder / "config.yaml").is_file():
         raise UserError(
-            f"run {name!r}: it has no final model, for it has not reached its last step; go on with "
+            f"run {name!r}: no final model, because it has not reached its last step; resume it with "
             f"selfdistill train --resume --output_dir {name}"
         )
     if not any((source / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise UserError(f"run {name!r}: neither a run folder (final) nor a model folder (config.json)")
     if not any(source.glob("*.safetensors")):
-        raise UserError(f"run {name!r}: no weights in safetensors in {source}; others are not exported")
+        raise UserError(f"run {name!r}: no safetensors weights in {source}; other formats are not exported")
     return source

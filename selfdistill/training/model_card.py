@@ -1,7 +1,6 @@
-"""The model card: ``README.md`` of a model folder, as people and the Hugging Face hub read it.
+"""The model card: ``README.md`` of a model folder, for people and the Hugging Face hub.
 
-What comes from the user (names of files, layouts) stands in code spans, so that it is no markup, and nothing tells
-where on the machine a file lay.
+User input (file names, contexts) goes into code spans, so that it is never markup, and paths are not disclosed.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ from selfdistill.model import STARTER_MODELS
 from selfdistill.runtime import METRICS, public_name, public_settings, read_lines
 
 ALWAYS = ("method", "learning_rate", "max_steps", "batch_size", "max_completion_length", "mixed_precision", "seed")
-"""Settings in every card; others stand there where they are not the defaults."""
+"""Settings in every card; others appear if they differ from the default."""
 _ELSEWHERE = (
     *("model", "data", "output_dir", *MAY_CHANGE, "teacher_cache_mib"),
     *("test", "prior", "view_rows", "judge_url", "judge_model"),
 )
-"""Settings that change no weights, or stand elsewhere in the card."""
+"""Settings that do not affect the weights, or appear elsewhere in the card."""
 _MEASURES = {
-    "accuracy": ("new task, share of right replies", "accuracy_interval"),
-    "accuracy_lenient": ("new task, share of right replies by a lenient judge", ""),
-    "completion/length": ("new task, mean tokens of a reply", ""),
-    "completion/truncated": ("new task, share of replies stopped by the length limit", ""),
-    "prior_accuracy": ("prior abilities, mean", "prior_interval"),
+    "accuracy": ("new task, accuracy", "accuracy_interval"),
+    "accuracy_lenient": ("new task, accuracy by a lenient judge", ""),
+    "completion/length": ("new task, mean tokens per reply", ""),
+    "completion/truncated": ("new task, share of replies truncated at the length limit", ""),
+    "prior_accuracy": ("prior abilities, mean accuracy", "prior_interval"),
     "kl_base": ("KL(base||model), nats per token", ""),
 }
-"""Keys of a line of evaluations.jsonl: what they are, and the key of the interval."""
+"""Keys of a line in evaluations.jsonl: description, and the key of the interval."""
 _LOADING = "## How to load"
 _LOAD_MODEL = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # where this file lies, or its name on the hub
+folder = "."  # the folder of this file, or its name on the hub
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
@@ -53,14 +52,14 @@ _LOAD_ADAPTER = """\
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # where this file lies, or its name on the hub
+folder = "."  # the folder of this file, or its name on the hub
 base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(folder).base_model_name_or_path)
 model = PeftModel.from_pretrained(base, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-This is an adapter. `base_model_name_or_path` in `adapter_config.json` says where its base model is; where that is a
-folder of another machine, put the right one there. `selfdistill export --merge true` makes one model of both.
+This is an adapter. `base_model_name_or_path` in `adapter_config.json` names its base model; if that is a folder on
+another machine, correct it there. `selfdistill export --merge true` merges both into one model.
 """
 
 
@@ -76,17 +75,17 @@ def model_card(
 ) -> str:
     """The card of a run's final model: YAML front matter, then Markdown.
 
-    Results are the last line of ``evaluations.jsonl`` up to ``step`` beside that of step 0 (the base); where there is
-    no such file, that of ``metrics.jsonl``.
+    The results are the last line of ``evaluations.jsonl`` up to ``step``, next to that of step 0 (the base). Without
+    that file, they are the last line of ``metrics.jsonl``.
 
     Args:
         config: the run's resolved settings.
         run: its folder.
-        step: after which the model is as it is.
-        demonstrations: rows that were trained on.
-        fingerprint: of the encoded rows; see ``Run.fingerprint``.
-        adapter: the weights are an adapter, not a whole model.
-        signs: of a run that falls apart, as they were said.
+        step: the step after which the model was saved.
+        demonstrations: number of demonstrations trained on.
+        fingerprint: fingerprint of the encoded examples; see ``Trainer.fingerprint``.
+        adapter: whether the weights are an adapter rather than a full model.
+        signs: signs of collapse, as reported during the run.
     """
     base, data = public_name(config.model), public_name(config.data)
     metadata = ModelCardData(
@@ -103,19 +102,19 @@ def model_card(
         _method(config.method),
         f"- Base model: {_code(base)}\n"
         f"- Data: {_code(data)}, {demonstrations} demonstrations, fingerprint `{fingerprint}` (SHA-256 of the "
-        "tokens of every row, as the model is asked, as the teacher is shown it, and as it is to reply)\n"
+        "tokens of every example: student prompt, teacher prompt and completion)\n"
         f"- Made with selfdistill {__version__}",
         "## Settings",
         _table(("setting", "value"), ((f"`{key}`", _code(str(value))) for key, value in _settings(config).items())),
-        "All others have the defaults of `selfdistill train`.",
+        "All other settings have the defaults of `selfdistill train`.",
         "## Results",
         *results,
         "## Limits",
-        *([f"- The run showed signs of falling apart: {'; '.join(signs)}."] if signs else []),
-        f"- {measured} Nothing here says how it does on other tasks; fine-tuning may have cost it some of them.\n"
-        f"- It learnt from {demonstrations} demonstrations and replies of at most {config.max_completion_length} "
-        "tokens. Mistakes in the demonstrations are learnt, too.\n"
-        "- Its replies were not examined for harm or bias. What the base model has of these may still be there.\n"
+        *([f"- The run showed signs of collapse: {'; '.join(signs)}."] if signs else []),
+        f"- {measured} Performance on other tasks is unknown and may have decreased through fine-tuning.\n"
+        f"- It was trained on {demonstrations} demonstrations with completions of at most "
+        f"{config.max_completion_length} tokens. It may reproduce mistakes in the demonstrations.\n"
+        "- Its replies were not examined for harm or bias; those of the base model may persist.\n"
         "- The licences of the base model and of the data apply; this card grants none.",
         f"{_LOADING}\n\n{_LOAD_ADAPTER if adapter else _LOAD_MODEL}",
     ]
@@ -123,36 +122,36 @@ def model_card(
 
 
 def merged_card(text: str) -> str:
-    """The card of an adapter's folder, ``text``, for the model in which the adapter is folded into its base.
+    """Convert the card ``text`` of an adapter for the merged model.
 
     Raises:
-        UserError: its front matter is not YAML.
+        UserError: the front matter is not YAML.
     """
     try:
         card = ModelCard(text, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"README.md: its front matter cannot be read ({reason}); mend it, or delete the file") from None
+        raise UserError(f"README.md: its front matter cannot be read ({reason}); fix it, or delete the file") from None
     metadata: Any = card.data
     metadata.library_name = "transformers"
     metadata.pipeline_tag = "text-generation"
     # PEFT's own tags say "adapter".
     metadata.tags = [tag for tag in metadata.tags or [] if not tag.startswith("base_model:adapter:")] or None
     body = card.text.partition(_LOADING)[0].strip()
-    note = "The LoRA adapter is merged into its base model: this is a whole model, which needs no PEFT."
+    note = "The LoRA adapter is merged into its base model: this is a full model, which does not need PEFT."
     return "\n\n".join(
         [f"---\n{metadata.to_yaml()}\n---", *([body] if body else []), f"{_LOADING}\n\n{note}\n\n{_LOAD_MODEL}"]
     )
 
 
 def _method(name: str) -> str:
-    """The first line of the method's module, its papers as links."""
+    """The first docstring line of the method's module, with papers as links."""
     summary = (sys.modules[METHODS[name].__module__].__doc__ or name).strip().splitlines()[0]
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", summary)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Settings that shape the model, and that differ from the defaults or are of general interest."""
+    """Settings that affect the model and differ from the default, plus those in every card."""
     used = {name: uses(config, name) for name in ("context", "teacher", "divergence", "temperature")}
     used["scorer"] = any(stage.reward for stage in stages_of(config))
     always = (*ALWAYS, *(name for name in used if used[name]))
@@ -164,23 +163,23 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _results(run: Path, step: int) -> tuple[list[str], str]:
-    """Paragraphs of results, and what the limits say of them."""
+    """Paragraphs of results, and the sentence about them in the limits."""
     if lines := [line for line in read_lines(run / "evaluations.jsonl") if line.get("step", 0) <= step]:
         last, first = lines[-1], lines[0] if lines[0].get("step") == 0 and len(lines) > 1 else {}
         after, before = _measured(last), _measured(first)
         rows = ((name, before.get(name, ""), value) for name, value in after.items())
-        said = f"Measured after step {last.get('step')}; in brackets: 95% confidence intervals."
+        said = f"Measured after step {last.get('step')}; 95% confidence intervals in brackets."
         return [_table(("", "base", "this model"), rows), said], "Only what the table lists was measured."
     if lines := [line for line in read_lines(run / "metrics.jsonl") if line["step"] <= step]:
         found = {key: lines[-1][key] for key in ("loss", "kl/forward", "drift/student") if key in lines[-1]}
         rows = ((f"`{key}`", METRICS[key].replace("``", "`"), f"{value:.4g}") for key, value in found.items())
-        said = f"Of the training itself, at its last step, {lines[-1]['step']}:"
-        return [said, _table(("metric", "what it is", "value"), rows)], "It was not evaluated on held-out questions."
+        said = f"Training metrics at the last step, {lines[-1]['step']}:"
+        return [said, _table(("metric", "meaning", "value"), rows)], "It was not evaluated on held-out questions."
     return ["Nothing was measured."], "It was not evaluated on held-out questions."
 
 
 def _measured(line: dict[str, Any]) -> dict[str, str]:
-    """The numbers of one line of ``evaluations.jsonl`` as text, by what they are."""
+    """The results in a line of ``evaluations.jsonl``: description to value, as text."""
     measured = {}
     for key, (name, interval) in _MEASURES.items():
         if key in line:
@@ -202,7 +201,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _code(text: str) -> str:
-    """A code span: nothing in it is markup."""
+    """``text`` as a code span, in which nothing is markup."""
     text = " ".join(text.split())
     fence = "`" * (max((len(ticks) for ticks in re.findall("`+", text)), default=0) + 1)
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"

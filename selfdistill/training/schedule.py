@@ -1,4 +1,4 @@
-"""What happens at which step: rows and learning rate as pure functions of the step, so that resuming needs no state."""
+"""Batches and learning rate as pure functions of the step, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Row = TypeVar("Row")
 
 
 def batch_examples(rows: Sequence[Row], step: int, batch_size: int, seed: int) -> list[Row]:
-    """Rows of optimizer step ``step`` (from 0).
+    """Examples of optimizer step ``step`` (from 0).
 
-    Every epoch has its own order, drawn from the seed and the epoch. Batches run on across epochs, so each row is used
-    once per epoch and no batch is short; a set smaller than a batch is repeated within it.
+    Every epoch has its own order, drawn from the seed and the epoch. Batches continue across epochs, so each example is
+    used once per epoch and no batch is short. A data set smaller than a batch repeats within it.
     """
     batch: list[Row] = []
     order, drawn = [0], -1
@@ -33,7 +33,7 @@ def learning_rate(
 ) -> float:
     """Learning rate of optimizer step ``step`` (from 0): linear warm-up, then half a cosine to zero, or constant.
 
-    The warm-up is at most a tenth of all steps; its first step is not zero, nor is the cosine's last.
+    The warm-up is capped at a tenth of all steps. Neither its first step nor the cosine's last is zero.
     """
     warmup = min(warmup_steps, max_steps // 10)
     if step < warmup:

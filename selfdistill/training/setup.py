@@ -1,4 +1,4 @@
-"""What a run needs before its model is prepared: its processes, and its stages with their examples.
+"""Set up a run before its model is prepared: its processes, and its stages with their examples.
 
 Legend: see :mod:`selfdistill.training.trainer`.
 """
@@ -27,25 +27,25 @@ from selfdistill.runtime import TIMEOUT, barrier, world_size
 
 @dataclass
 class Stage:
-    """A method, or one stage of it, with its examples and its part of the steps."""
+    """A method, or one of its stages, with its examples and its share of the steps."""
 
     method: Method
     examples: list[Example]
     dropped: int
-    """Rows left out because they do not fit."""
+    """Number of rows dropped because they are too long."""
     first_step: int = 0
     steps: int = 0
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Join the processes that were started, with the arithmetic that the settings ask for.
+    """Create the accelerator and join the process group, in the precision of the settings.
 
     Raises:
-        UserError: the launcher's settings and the run's do not agree.
+        UserError: the launcher's settings conflict with the run's.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("the launcher's own FSDP was switched on (--use_fsdp): leave it out, and give --fsdp true")
-    AcceleratorState._reset_state()  # it would refuse another precision than the process's first run had
+        raise UserError("the launcher's own FSDP is enabled (--use_fsdp); leave it out, and give --fsdp true")
+    AcceleratorState._reset_state()  # it would refuse a precision other than that of the process's first run
     accelerator = Accelerator(
         mixed_precision=resolved_precision(config.mixed_precision),
         log_with=None if config.report_to == "none" else config.report_to,
@@ -55,24 +55,24 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     processes = accelerator.num_processes
     if world_size() != processes:
         raise UserError(
-            f"{world_size()} processes were started and accelerate joins {processes}: on CPUs "
-            "set ACCELERATE_USE_CPU=true in the environment; on GPUs give each process its own"
+            f"{world_size()} processes were started, but accelerate joined {processes}; on CPUs "
+            "set ACCELERATE_USE_CPU=true in the environment, on GPUs give each process its own"
         )
-    barrier()  # a process that finds a mistake and ends must not be missed by one that is still joining
+    barrier()  # a process that exits with an error must not do so while another is still joining
     if config.fsdp and processes == 1:
         raise UserError(
-            "setting 'fsdp' shares a model between processes, and this is one: start several, or give --fsdp false"
+            "setting 'fsdp' shards a model across processes, found only one; start several, or give --fsdp false"
         )
     if config.fsdp and config.batch_size % (processes * config.gradient_accumulation_steps):
         raise UserError(
-            f"setting 'fsdp' needs parts of one size: batch_size {config.batch_size} is not a multiple of "
+            f"setting 'fsdp' needs parts of equal size: batch_size {config.batch_size} is not a multiple of "
             f"{processes} processes times gradient_accumulation_steps {config.gradient_accumulation_steps}"
         )
     return accelerator
 
 
 def drawn(demonstrations: Sequence[Demonstration], config: TrainConfig) -> Sequence[Demonstration]:
-    """``num_demonstrations`` of them, drawn by the seed; all where it is not set."""
+    """Draw ``num_demonstrations`` demonstrations with the seed; all if it is not set."""
     count = config.num_demonstrations
     if count is None or count >= len(demonstrations):
         return demonstrations
@@ -83,10 +83,10 @@ def drawn(demonstrations: Sequence[Demonstration], config: TrainConfig) -> Seque
 def make_stages(
     config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
 ) -> list[Stage]:
-    """The method's stages, each with its examples encoded.
+    """The method's stages, with encoded examples.
 
     Raises:
-        UserError: rows that do not fit; answers that a reward cannot use; ``skip_first_tokens`` that hides most tokens.
+        UserError: rows are too long, a reward cannot use an answer, or ``skip_first_tokens`` masks most tokens.
     """
     stages = []
     for method in stages_of(config):
@@ -100,7 +100,7 @@ def make_stages(
 
 
 def with_defaults(config: TrainConfig, examples: int, mixed_precision: str) -> TrainConfig:
-    """The settings with those decided that were left to the software."""
+    """Resolve the settings that depend on the data or on other settings."""
     from_epochs = math.ceil(examples * config.num_train_epochs / config.batch_size)
     return config.model_copy(
         update={
@@ -113,7 +113,7 @@ def with_defaults(config: TrainConfig, examples: int, mixed_precision: str) -> T
 
 
 def share_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
-    """Give each stage its part of ``max_steps``, as even as can be.
+    """Divide ``max_steps`` among the stages as evenly as possible.
 
     Raises:
         UserError: there are fewer steps than stages.

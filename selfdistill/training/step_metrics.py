@@ -1,4 +1,4 @@
-"""The line of ``metrics.jsonl`` that one step writes."""
+"""The line that a step writes to ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ def step_metrics(
     drift: dict[str, float],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The metrics of a step that was done, by the names of :data:`selfdistill.runtime.tracking.METRICS`.
+    """Metrics of a finished step, under the names of :data:`selfdistill.runtime.tracking.METRICS`.
 
     Args:
         step: its number, from 1.
         epoch: passes over the examples so far.
-        drift: distances from the base, where they were measured.
-        seconds: by part of the step.
+        method: the method or stage.
+        completions: the step's completions.
+        result: the batch's result.
+        learning_rate: of this step.
+        grad_norm: global gradient norm before clipping.
+        drift: distances from the base, if measured.
+        seconds: duration of each part of the step.
 
     Returns:
-        The metrics; where the step was left out, without those that are not finite and with ``skipped``.
+        The metrics. For a skipped step: only finite ones, plus ``skipped``.
     """
     tokens = sum(len(c.ids) for c in completions)
     metrics: dict[str, Any] = {
@@ -62,12 +67,12 @@ def step_metrics(
 
 
 def is_sound(result: BatchResult, grad_norm: float) -> bool:
-    """Whether a step may change the weights: loss and gradient are finite."""
+    """Whether loss and gradient are finite, so that the step may update the weights."""
     return math.isfinite(result.loss) and math.isfinite(grad_norm)
 
 
 def _why(completions: Sequence[Completion], result: BatchResult, grad_norm: float) -> dict[str, Any]:
-    """Why a step was left out, and the rows that are to blame: all of the batch, where they cannot be told apart."""
+    """Why a step was skipped, and the responsible rows; the whole batch if they are unknown."""
     sources = result.non_finite or [c.example.demonstration.source for c in completions]
     why = f"the loss is {result.loss}"
     if math.isfinite(result.loss):

@@ -1,4 +1,4 @@
-"""Seconds spent on each part of a step."""
+"""Time spent on each part of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up seconds by name. On CUDA it first waits for the device to finish its work."""
+    """Sums seconds by name, synchronising CUDA devices first."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -25,11 +25,11 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Count what happens inside under ``name``."""
+        """Add the time spent inside the context to ``name``."""
         began = self._now()
         yield
         self._seconds[name] += self._now() - began
 
     def seconds(self) -> dict[str, float]:
-        """By name, and ``step``: since the stopwatch was made."""
+        """Seconds by name, plus ``step``: since the stopwatch was created."""
         return {**self._seconds, "step": self._now() - self._began}

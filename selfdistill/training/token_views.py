@@ -1,6 +1,6 @@
-"""What the teacher says of each token of a few rollouts: what ``report`` shows before and after training.
+"""The teacher's view of each token in a few rollouts, shown by ``report`` before and after training.
 
-Legend: N tokens of a completion, n tokens of one chunk, D hidden size, V vocabulary.
+Legend: N tokens of a completion, n tokens in one chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, un
 from selfdistill.training.trainer import Trainer
 
 PREFERRED = 5
-"""The teacher's likeliest tokens that are kept for each token."""
+"""Number of the teacher's most likely tokens saved at each position."""
 
 
 @torch.no_grad()
 def token_views(trainer: Trainer) -> list[dict[str, Any]]:
-    """Greedy rollouts of ``view_rows`` rows, spread over the data, scored by student p and teacher q.
+    """Greedy rollouts of ``view_rows`` examples, spread over the data, scored by student p and teacher q.
 
     Returns:
-        One dict a row: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and ``tokens``,
-        each with ``text``, ``logp`` and ``logq`` (of the token, nats), ``kl`` (KL(q||p), nats) and ``top``, the
-        teacher's likeliest tokens with their probabilities. Nothing where no teacher is asked.
+        One dict per example: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and
+        ``tokens``. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats) and ``top``, the
+        teacher's most likely tokens with their probabilities. Empty without a teacher.
     """
     source = trainer.stage.examples
     if trainer.teacher is None or trainer.stage.method.teacher is None:
@@ -65,7 +65,7 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def _chunk(tokenizer: Any, ids: list[int], logp_nV: Tensor, logq_nV: Tensor) -> list[dict[str, Any]]:
-    """What student and teacher say of these tokens."""
+    """The views of these tokens; see :func:`token_views`."""
     kl_n = forward_kl(logp_nV, logq_nV).tolist()
     top, tokens = logq_nV.topk(PREFERRED), []
     for n, token in enumerate(ids):

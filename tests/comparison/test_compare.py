@@ -244,7 +244,7 @@ def test_what_a_method_lacks_is_told_before_anything_is_measured(
     settings: Callable[..., CompareConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(methods="sft,cpt")
-    with pytest.raises(UserError, match=r"method 'cpt' learns from documents, and .* has none: add the column"):
+    with pytest.raises(UserError, match=r"method 'cpt' learns from documents, and .* has none; add the column"):
         compare(config)
     assert "new task" not in capsys.readouterr().err
     assert not Path(config.output_dir).exists()

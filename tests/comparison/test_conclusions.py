@@ -52,15 +52,15 @@ def test_matched_lies_between_the_evaluations_around_it() -> None:
 def test_less_forgotten_is_said_where_neither_seeds_nor_questions_explain_it() -> None:
     said = sentences(pairs([0.72, 0.74, 0.70], [0.55, 0.58, 0.54]), "Three steps.")
     assert said.startswith("Three steps. At learning rate 0.0001 sdft ends at 0.65 on the new task, sft at 0.90")
-    assert "Where sft is as good, sdft answers 0.720 of the prior questions, sft 0.589, the base 0.800" in said
+    assert "At equal accuracy, sdft has a prior accuracy of 0.720, sft 0.589, the base 0.800" in said
     assert "a difference of +0.131 (95% interval over seeds +0.1" in said
     assert "KL(base||model) 0.40 and sft 0.92, 2.29 times as far" in said
-    assert said.endswith("So sdft forgot less than sft for as much learnt.")
+    assert said.endswith("So at equal accuracy, sdft forgot less than sft.")
 
 
 def test_more_forgotten_is_said_as_well() -> None:
     said = sentences(pairs([0.52, 0.50, 0.51], [0.70, 0.69, 0.71]), "")
-    assert said.endswith("So sdft forgot more than sft for as much learnt.")
+    assert said.endswith("So at equal accuracy, sdft forgot more than sft.")
 
 
 @pytest.mark.parametrize(
@@ -71,13 +71,13 @@ def test_more_forgotten_is_said_as_well() -> None:
     ],
 )
 def test_nothing_is_claimed_where_seeds_or_questions_may_explain_it(own: list[float], others: list[float]) -> None:
-    assert "So no difference in what was forgotten is shown" in sentences(pairs(own, others), "")
+    assert "So there is no significant difference in forgetting" in sentences(pairs(own, others), "")
 
 
 def test_one_seed_concludes_nothing() -> None:
     said = sentences(pairs([0.75], [0.40]), "")
     assert "(p over questions below 0.001)" in said
-    assert said.endswith("One seed shows a direction at most: no conclusion.")
+    assert said.endswith("One seed shows at most a direction: no conclusion.")
 
 
 def test_nothing_is_concluded_where_the_other_method_did_not_learn_as_much() -> None:
@@ -86,25 +86,23 @@ def test_nothing_is_concluded_where_the_other_method_did_not_learn_as_much() -> 
         runs.append(run("sft", seed, BASE, (0.1, 0.3, 0.5), (0.05, 0.2, 1.0)))
         runs.append(run("sdft", seed, BASE, (0.5, 0.8, 0.2), (0.9, 0.75, 0.3)))
     said = sentences(runs, "")
-    assert "sft is as good in 0 of 3 runs only; taken at its best in the others (0.10)" in said
-    assert said.endswith("what they forgot for it cannot be compared.")
+    assert "sft reaches that accuracy in only 0 of 3 runs; with its best evaluation in the others (mean 0.10)" in said
+    assert said.endswith("forgetting cannot be compared.")
 
 
 def test_where_nothing_was_learnt_nothing_is_compared() -> None:
     runs = [run("sft", 0, BASE, (0.0, 0.7, 0.3)), run("sdft", 0, BASE, (0.0, 0.8, 0.1))]
     said = sentences(runs, "")
-    assert said.endswith("neither sdft nor sft has learnt anything, so there is nothing to compare.")
+    assert said.endswith("neither sdft nor sft learnt anything, so there is nothing to compare.")
     runs[0] = run("sft", 0, BASE, (0.3, 0.7, 0.3))
-    assert sentences(runs, "").endswith(": sdft has learnt nothing, so there is nothing to compare.")
+    assert sentences(runs, "").endswith(": sdft learnt nothing, so there is nothing to compare.")
 
 
 def test_one_seed_that_learns_nothing_does_not_speak_for_the_others() -> None:
     runs = [run("sft", seed, BASE, (0.6, 0.7, 0.3)) for seed in range(3)]
     runs += [run("sdft", seed, BASE, (new, 0.8, 0.1)) for seed, new in enumerate((0.9, 0.9, 0.0))]
     said = sentences(runs, "")
-    assert said.endswith(
-        "in 1 of 3 runs sdft has learnt nothing, so what was forgotten for as much learnt cannot be compared."
-    )
+    assert said.endswith("in 1 of 3 runs sdft learnt nothing, so forgetting at equal accuracy cannot be compared.")
 
 
 def test_a_model_that_has_not_moved_has_no_ratio() -> None:
@@ -116,7 +114,7 @@ def test_without_prior_abilities_nothing_is_said_of_forgetting() -> None:
     runs = [run(method, 0, (0.0, None, 0.0), (0.5, None, kl)) for method, kl in (("sft", 1.0), ("sdft", 0.5))]
     said = sentences(runs, "")
     assert "2.00 times as far" in said
-    assert said.endswith("nothing is known of forgetting.")
+    assert said.endswith("so forgetting is unknown.")
 
 
 def test_what_a_method_recovers_is_counted_for_it() -> None:
@@ -133,11 +131,11 @@ def test_failed_runs_count_for_nothing() -> None:
     runs = pairs([0.72, 0.74], [0.55, 0.58])
     broken = Compared("sft", 1e-4, 2, "sft-seed2", [point(0, *BASE)], failed="the loss is nan")
     said = sentences([*runs, broken], "")
-    assert said.startswith(" 1 of 5 runs failed and count for nothing here: sft 0.0001 seed 2. ")
+    assert said.startswith(" 1 of 5 runs failed and are excluded: sft 0.0001 seed 2. ")
     assert said.endswith(sentences(runs, ""))
     assert table([*runs, broken]) == table(runs)
     assert points_of([broken]) == {}
-    assert "is finished" in sentences([broken], "")
+    assert "No finished runs" in sentences([broken], "")
 
 
 def test_the_table_has_means_over_seeds_of_every_step() -> None:

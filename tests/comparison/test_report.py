@@ -214,7 +214,7 @@ def test_a_run_is_shown_whole(here: Path) -> None:
     page = report("skill")
     low, high = share_interval(36, 40)
     assert f"0.90 [{low:.2f}, {high:.2f}]" in page.cells
-    assert "New task: 0.10" in page.text
+    assert "New task: accuracy 0.10" in page.text
     assert "turns:repeats=2" in page.cells  # settings
     figures = [svg["aria-label"] or "" for svg in page.attributes("svg")]
     assert len(figures) == 1 + 3 + 7 + 1  # trade-off, scores, curves, first-token profile
@@ -262,13 +262,13 @@ def test_what_is_missing_is_said(here: Path, capsys: pytest.CaptureFixture[str])
         file.write('{"step": 41, "lo')  # being written, left out
     page = report("bare")
     assert f"{STEPS} steps." in page.text
-    assert "scores at steps of the training: no evaluations.jsonl in bare" in page.text
+    assert "scores during training: no evaluations.jsonl in bare" in page.text
     assert "rollouts by token: no token_views.jsonl in bare" in page.text
     assert "The loss went from" in page.text
     (here / "bare" / "metrics.jsonl").write_text("", encoding="utf-8")
     capsys.readouterr()
-    assert "No step is done yet." in report("bare --json -").text
-    summary = ["bare: smollm2-135m learnt from skill.jsonl by sdft in 0 steps."]
+    assert "No steps yet." in report("bare --json -").text
+    summary = ["bare: smollm2-135m trained on skill.jsonl with sdft for 0 steps."]
     assert json.loads(capsys.readouterr().out) == {"output": "report.html", "summary": summary}
 
 
@@ -294,14 +294,14 @@ def test_a_comparison_is_shown_with_its_runs(everything: Path) -> None:
     [
         ("", "no runs: give at least one, see selfdistill report --help"),
         ("nowhere", "nowhere: no such folder; give folders written by selfdistill train or compare"),
-        (".", ".: neither config.yaml nor comparison.json in it, so it is no run folder"),
-        ("state", "state: a state of selfdistill learn, no run; give its runs, state/skills/*/run"),
+        (".", ".: has neither config.yaml nor comparison.json; give a run folder"),
+        ("state", "state: a state of selfdistill learn, not a run; give its runs, state/skills/*/run"),
         ("skill -o no/report.html", "--output no/report.html: cannot be written; give a file in an existing folder"),
         ("skill --output both", "--output both: cannot be written; give a file in an existing folder"),
-        ("empty", "empty: no metrics.jsonl in it; give the folder of a run that has begun"),
+        ("empty", "empty: has no metrics.jsonl; give the folder of a run that has started"),
         ("broken", "broken/metrics.jsonl: line 2 is not an object with step; remove the line"),
-        ("cut", "cut/comparison.json: no base, sentence in it; compare again"),
-        ("odd", "odd/comparison.json: not what selfdistill compare writes; compare again"),
+        ("cut", "cut/comparison.json: missing base, sentence; compare again"),
+        ("odd", "odd/comparison.json: not a result of selfdistill compare; compare again"),
     ],
 )
 def test_mistakes_are_one_line(here: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:

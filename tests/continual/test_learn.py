@@ -137,7 +137,7 @@ def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pyt
     assert main([*command, "history"]) == 0
     said = capsys.readouterr().out
     assert "learnt" in said
-    assert "taken back" in said
+    assert "rolled back" in said
     assert "SHA-256" in said
     assert said.count("first.jsonl") == said.count("second.jsonl") == 1
     assert add(make("second"))["accepted"]
@@ -168,7 +168,7 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
     with monkeypatch.context() as patch:
         patch.setattr(add_skill, "train", lambda *_, **__: pytest.fail("it was learnt"))
         (reason,) = add(make(method="sdft", context="turns"))["reasons"]
-    assert reason == "the teacher with turns is right on 40% of the rows, at least 50% is asked for (min_teacher)"
+    assert reason == "the teacher with turns has 40% accuracy, but at least 50% is required (min_teacher)"
     assert not (tmp_path / "state" / "skills").exists()
     assert add(make(method="sdft", context="turns", min_teacher=0.3))["accepted"]
 
@@ -185,7 +185,7 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
             (0.2, 0.2, 0.6),
             0.69,
             0.5,
-            "first: 0.800 when it was learnt, 0.690 now, at least 0.700 is asked for (max_skill_drop)",
+            "first: 0.800 when it was learnt, 0.690 now, but at least 0.700 is required (max_skill_drop)",
         ),
         ({"max_skill_drop": 0.2}, (0.2, 0.2, 0.6), 0.61, 0.5, None),
         ({"max_skill_drop": 0.05}, (0.2, 0.2, 0.6), 0.74, 0.5, "first: 0.800 when it was learnt, 0.740 now, at least"),
@@ -195,7 +195,7 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
             (0.2, 0.3, 0.19),
             0.8,
             0.5,
-            "second itself: 0.300 before, 0.190 after, at least 0.200 is asked for (max_skill_drop)",
+            "second itself: 0.300 before, 0.190 after, but at least 0.200 is required (max_skill_drop)",
         ),
         ({"max_skill_drop": 0.05}, (0.2, 0.3, 0.25), 0.8, 0.5, None),
         ({"max_skill_drop": 0.05}, (0.2, 0.3, 0.24), 0.8, 0.5, "second itself: 0.300 before, 0.240 after, at least"),
@@ -205,7 +205,7 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
             (0.2, 0.2, 0.6),
             0.8,
             0.47,
-            "prior abilities: 0.500 of the base, 0.470 now, a fall of more than 0.02 (max_prior_drop)",
+            "prior abilities: 0.500 for the base, 0.470 now, a drop of more than 0.02 (max_prior_drop)",
         ),
         ({"max_prior_drop": 0.05}, (0.2, 0.2, 0.6), 0.8, 0.47, None),
     ],
@@ -240,21 +240,21 @@ def test_the_gates(
 @pytest.mark.parametrize(
     ("after", "values", "said"),
     [
-        (0.6, {}, ["accepted: first is skill 1 of STATE; from 0.500 on it will count as kept (test items: 20)"]),
+        (0.6, {}, ["accepted: first is skill 1 of STATE; it counts as retained at 0.500 or more (20 test items)"]),
         (
             0.5,
             {"max_skill_drop": 0.05},
             [
-                "note: first: 0.500 before, 0.500 after on 20 items: no gain is shown",
-                "accepted: first is skill 1 of STATE; from 0.450 on it will count as kept (test items: 20)",
+                "note: first: 0.500 before, 0.500 after on 20 items: no improvement",
+                "accepted: first is skill 1 of STATE; it counts as retained at 0.450 or more (20 test items)",
             ],
         ),
         (
             0.45,
             {"max_skill_drop": 0.9},
             [
-                "note: first: 0.500 before, 0.450 after on 20 items: no gain is shown",
-                "accepted: first is skill 1 of STATE; from 0.000 on it will count as kept (test items: 20)",
+                "note: first: 0.500 before, 0.450 after on 20 items: no improvement",
+                "accepted: first is skill 1 of STATE; it counts as retained at 0.000 or more (20 test items)",
             ],
         ),
     ],
@@ -283,7 +283,7 @@ def test_test_questions_that_are_learnt_are_counted(
     rows = [{"prompt": prompt, "completion": "f"} for prompt in ("first 0", "first 9", "first 10")]
     test.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     add(make(max_steps=1, test=str(test)))
-    assert "note: 2 of 3 test questions are among those that are learnt\n" in capsys.readouterr().err
+    assert "note: 2 of 3 test questions are also in the training data\n" in capsys.readouterr().err
 
 
 def test_a_skill_that_hurts_is_refused_by_what_is_measured(make: Settings, tmp_path: Path) -> None:
@@ -375,20 +375,22 @@ def test_a_stop_in_training_says_how_to_go_on(
         )
 
     monkeypatch.setattr(add_skill, "train", stopped)
-    with pytest.raises(RunStopped, match=r"stopped while learning .*first\.jsonl; the same command goes on") as error:
+    with pytest.raises(
+        RunStopped, match=r"stopped while learning .*first\.jsonl; rerun the same command to resume"
+    ) as error:
         add(make())
     assert error.value.exit_code == 143
     monkeypatch.undo()
     there = r"adding 'first' was interrupted, and "
-    with pytest.raises(UserError, match=there + r"name was 'first' and is now 'second'; its rows, or test rows, are"):
+    with pytest.raises(UserError, match=there + r"name was 'first' and is now 'second'; its rows or test rows differ"):
         add(make("second"))
-    changed = r"batch_size was 4 and is now 2; learning_rate was 0.001 and is now 0.002; go on with the same comm"
+    changed = r"batch_size was 4 and is now 2; learning_rate was 0.001 and is now 0.002; resume with the same comm"
     with pytest.raises(UserError, match=there + changed):
         add(make(learning_rate=2e-3, batch_size=2))
     capsys.readouterr()
     status = learn(make(action="status", data=""))
     assert status.details["pending"] == "first"
-    assert "Adding 'first' was interrupted: the same command goes on" in repr(status)
+    assert "Adding 'first' was interrupted: rerun the same command to resume" in repr(status)
     learnt = tmp_path / "state" / "skills" / "0001-x"
     learnt.mkdir(parents=True)
     with pytest.raises(UserError, match=r"an addition was interrupted"):
@@ -472,7 +474,7 @@ def test_a_stream_is_tested_before_it_is_learnt(
     said = capsys.readouterr().err
     loss = [f"{lines[0][key]:.3f}" for key in ("loss_before", "loss_after")]
     steps = lines[0]["steps"]
-    assert f"chunk 1 of 4: 0.00 right before it was learnt, {steps} steps; validation loss {loss[0]} before, " in said
+    assert f"chunk 1 of 4: accuracy 0.00 before training, {steps} steps; validation loss {loss[0]} before, " in said
     assert f" before, {loss[1]} after\n" in said
 
 
@@ -517,16 +519,14 @@ def test_a_chunk_before_any_validation_row_takes_all_its_steps_and_says_so(
     assert [row.prompt[0]["content"] for row in held] == ["first 6"]
     line = json.loads((folder / "stream.jsonl").read_text().splitlines()[0])
     assert (line["steps"], line["loss_before"]) == (3, None)
-    said = [line for line in capsys.readouterr().err.splitlines() if " right before " in line]
-    assert said[0].endswith(
-        "right before it was learnt, 3 steps; no validation row yet that fits, so it took chunk_steps"
-    )
+    said = [line for line in capsys.readouterr().err.splitlines() if " before training, " in line]
+    assert said[0].endswith("before training, 3 steps; no validation rows yet, so it took chunk_steps")
     assert "validation loss" in said[-1]
 
 
 def test_a_stream_of_which_nothing_fits_leaves_the_base_where_it_is(make: Settings, tmp_path: Path) -> None:
     config = make(action="stream", chunk_size=3, max_completion_length=1, on_long_prompt="drop")
-    with pytest.raises(UserError, match=r"first\.jsonl: not one row fits, .*; raise --max_completion_length or"):
+    with pytest.raises(UserError, match=r"first\.jsonl: every row is too long .*; raise --max_completion_length or"):
         add(config)
     assert (Path(config.model) / "model.safetensors").is_file()
     assert Ledger(config.state).skills == []
@@ -601,7 +601,7 @@ def test_transfer_of_a_matrix() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": ""}, "does not exist yet: give the base --model with the first skill"),
+        ({"model": ""}, "does not exist yet; give the base with --model"),
         ({"gradient_accumulation_steps": 3}, "setting 'gradient_accumulation_steps': 3 does not divide batch_size 4"),
         ({"method": "sdft", "context": "turn"}, "unknown context 'turn'"),
         ({"method": "grpo", "num_generations": 1}, "setting 'num_generations': grpo compares"),
@@ -612,10 +612,10 @@ def test_transfer_of_a_matrix() -> None:
         ),
         ({"data": "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such .jsonl file"),
-        ({"test_share": 0.99}, "10 rows are too few to keep some for the test; give --test"),
+        ({"test_share": 0.99}, "10 rows are too few to hold some out for the test; give --test"),
         (
             {"action": "stream", "test_share": 0.99, "test": "first.jsonl"},
-            "10 rows are too few to keep some for the validation; give more, or a lower --test_share",
+            "10 rows are too few to hold some out for the validation; give more, or a lower --test_share",
         ),
     ],
 )
@@ -627,7 +627,7 @@ def test_mistakes_leave_no_state(make: Settings, tmp_path: Path, values: dict[st
 
 @pytest.mark.parametrize("action", ["status", "history", "rollback", "discard", "export"])
 def test_an_action_without_data_refuses_it(make: Settings, action: str) -> None:
-    with pytest.raises(UserError, match=f"^learn {action}: takes no data, and found 'x.jsonl'; leave it out$"):
+    with pytest.raises(UserError, match=f"^learn {action}: takes no data, found 'x.jsonl'; leave it out$"):
         learn(make(action=action, data="x.jsonl", output_dir="out"))
 
 
@@ -635,7 +635,7 @@ def test_a_folder_that_is_no_state_is_refused_and_untouched(make: Settings, tmp_
     (tmp_path / "state" / "prior").mkdir(parents=True)
     mine = tmp_path / "state" / "prior" / "mine.txt"
     mine.write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match="holds 'prior' and is no state; give another folder"):
+    with pytest.raises(UserError, match="not a state, contains 'prior'; give another folder"):
         add(make())
     assert mine.read_text(encoding="utf-8") == "mine"
 
@@ -702,7 +702,7 @@ def test_a_base_that_was_moved_is_known_by_its_weights(make: Settings, tmp_path:
     add(config)
     second = make("second", model="")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"its base '.*' is not there; where it lies elsewhere now, give that with"):
+    with pytest.raises(UserError, match=r"its base '.*' does not exist; if it was moved, give its new place with"):
         add(second)
     assert add(second.model_copy(update={"model": str(tmp_path / "elsewhere")}))["accepted"]
     assert Ledger(config.state).base == str(tmp_path / "elsewhere")
@@ -730,10 +730,10 @@ def test_mistakes_about_a_state_that_exists(make: Settings, tmp_path: Path) -> N
     save_file({name: weight + 1 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
     (tmp_path / "other.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n', encoding="utf-8")
     for values, message in (
-        ({"model": str(other)}, "setting 'model': .* began with '.*', and '.*' has other weights; leave it out"),
+        ({"model": str(other)}, "setting 'model': .* began with '.*', and '.*' has different weights; leave it out"),
         ({"prior": str(tmp_path / "other.jsonl")}, "setting 'prior': .* began with other questions, or none; leave it"),
-        ({"mixed_precision": "bf16"}, "setting 'mixed_precision': .* began with 'no', and so are all its scores made"),
-        ({}, "setting 'name': .* has a skill 'first' already; give another --name"),
+        ({"mixed_precision": "bf16"}, "setting 'mixed_precision': .* has all its scores with 'no'; use the same"),
+        ({}, "setting 'name': .* already has a skill 'first'; give another --name"),
     ):
         with pytest.raises(UserError, match=message):
             add(make(**values))

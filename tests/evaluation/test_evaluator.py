@@ -57,7 +57,7 @@ def test_test_questions_that_are_learnt_are_said(
 ) -> None:
     other = write_rows([{"prompt": p, "completion": "x"} for p in ("q0", "new")], name="other.jsonl")
     train(settings("a", test=str(other), max_steps=1))
-    assert "note: 1 of 2 test questions are among those that are learnt" in capsys.readouterr().err
+    assert "note: 1 of 2 test questions are also in the training data" in capsys.readouterr().err
     new = write_rows([{"prompt": "new", "completion": "x"}], name="new.jsonl")
     train(settings("b", test=str(new), max_steps=1))
     assert "among those" not in capsys.readouterr().err

@@ -106,18 +106,18 @@ def test_greedy_continuation_of_the_model_itself_counts_as_right(load: Callable[
         ("{", "line 1, invalid JSON at character 2: "),
         (
             '{"query": "x", "choices": ["a", "b"], "gold": 3}',
-            "line 1, column 'gold': found the number 3, expected a whole number",
+            "line 1, column 'gold': found the number 3, expected an integer",
         ),
         (
             '{"query": "x", "choices": ["a", "b"], "gold": -1}',
-            "column 'gold': found the number -1, expected a",
+            "column 'gold': found the number -1, expected an",
         ),
         (
             '{"query": "x", "choices": ["a", "b"], "gold": true}',
-            "column 'gold': found true, expected a whole",
+            "column 'gold': found true, expected an integer",
         ),
         ('{"query": "x", "choices": ["a", "b"], "gold": "1"}', "column 'gold': found '1', expected"),
-        ('{"query": "x", "choices": ["a", "b"]}', "column 'gold': missing, expected a whole number from 0 to 1"),
+        ('{"query": "x", "choices": ["a", "b"]}', "column 'gold': missing, expected an integer from 0 to 1"),
         (
             '{"query": "x", "choices": ["a"], "gold": 0}',
             "column 'choices': found a list of 1, expected a list of two",

@@ -544,7 +544,7 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
         ),
         (
             {"method": "grpo", "scorer": "judge", "judge_url": "http://localhost:1/v1", "judge_model": "m"},
-            "setting 'scorer': grpo asks it at every step, which the judge is too slow for; take another",
+            "setting 'scorer': grpo scores at every step, for which the judge is too slow; use another",
         ),
         ({"method": "sft_reinvoke", "general_prompts": "none.txt"}, "none.txt: cannot be read: No such file"),
         (

@@ -175,7 +175,7 @@ def test_parts_that_a_model_names_beside_its_layers_are_no_layers() -> None:
     loaded = LoadedModel(model, None, "mamba", (), 0, None)
     assert set(model._no_split_modules) == {"MambaBlock", "MambaMixer"}
     assert {type(layer).__name__ for layer in layers_of(loaded, model, "fsdp")} == {"MambaBlock"}
-    with pytest.raises(UserError, match="model 'mamba' does not say which modules are its layers: leave fsdp out"):
+    with pytest.raises(UserError, match="model 'mamba' does not declare which modules are its layers; leave fsdp out"):
         layers_of(loaded, nn.Linear(1, 1), "fsdp")
 
 
@@ -297,9 +297,9 @@ def test_a_measurement_that_fails_in_all_processes_loses_no_step(
         (
             {"batch_size": 3},
             {},
-            "setting 'fsdp' needs parts of one size: batch_size 3 is not a multiple of 2 processes ",
+            "setting 'fsdp' needs parts of equal size: batch_size 3 is not a multiple of 2 processes ",
         ),
-        ({}, {"ACCELERATE_USE_FSDP": "true"}, "the launcher's own FSDP was switched on (--use_fsdp): leave it out, "),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "the launcher's own FSDP is enabled (--use_fsdp); leave it out, "),
     ],
     ids=["uneven", "launcher"],
 )
@@ -324,7 +324,7 @@ def test_what_cannot_be_sharded_is_refused(
 
 
 def test_one_process_is_not_sharded(settings: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(UserError, match="setting 'fsdp' shares a model between processes, and this is one"):
+    with pytest.raises(UserError, match="setting 'fsdp' shards a model across processes, found only one"):
         Trainer(settings(fsdp=True))
 
 

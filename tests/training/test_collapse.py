@@ -34,8 +34,8 @@ def seen(guard: CollapseGuard, values: dict[str, float], *, sampled: bool = True
 @pytest.mark.parametrize(
     ("values", "sign"),
     [
-        ({"drift/student": 3.1}, "the student is 3.1 nats per token from where it began"),
-        ({"drift/teacher": 3.1}, "the teacher is 3.1 nats per token from where it began"),
+        ({"drift/student": 3.1}, "the student has drifted 3.1 nats per token from the initial model"),
+        ({"drift/teacher": 3.1}, "the teacher has drifted 3.1 nats per token from the initial model"),
         ({"completion/truncated": 1.0}, "100% of the replies reach the length limit"),
         ({"completion/length": 1.0}, "replies have 1.0 tokens, demonstrations 14.0"),
         ({"entropy": 9.0}, "the entropy is 9.0 nats per token"),
@@ -124,9 +124,9 @@ def test_a_run_that_falls_apart_is_warned_of_and_stopped_at_the_last_measurement
     said = capsys.readouterr().err
     assert f"note: step {stopped}: the run may be falling apart: {sign}\n" in said
     assert f"note: the run showed signs of falling apart: step {stopped}: {sign}" in said
-    told = f"- The run showed signs of falling apart: step {stopped}: {sign}"
+    told = f"- The run showed signs of collapse: step {stopped}: {sign}"
     assert told in (Path(only_warned.output_dir) / "final" / "README.md").read_text()
-    assert "falling apart" not in (Path(config.output_dir) / "final" / "README.md").read_text()
+    assert "signs of collapse" not in (Path(config.output_dir) / "final" / "README.md").read_text()
     assert list_checkpoints(Path(only_warned.output_dir)) == []
 
 

@@ -135,20 +135,20 @@ def test_refusals(
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine")
     for taken in ("full", "full/notes.txt"):
-        message = f"output_dir {taken!r} exists and is not an empty folder: choose another"
+        message = f"output_dir {taken!r} exists and is not an empty folder; choose another"
         refused(message, run="run", output_dir=taken)
     assert Path("full/notes.txt").read_text() == "mine"
     refused("run 'gone': no such folder; give a run folder or a model folder", run="gone", output_dir="out")
     refused("run 'full': neither a run folder (final) nor a model folder (config.json)", run="full", output_dir="out")
-    message = "run 'run': its model is whole and has no adapter to merge: leave --merge out"
+    message = "run 'run': a full model without an adapter to merge; leave --merge out"
     refused(message, run="run", output_dir="out", merge=True)
     (Path("run/final/model.safetensors")).unlink()
-    message = "run 'run': no weights in safetensors in run/final; others are not exported"
+    message = "run 'run': no safetensors weights in run/final; other formats are not exported"
     refused(message, run="run", output_dir="out")
     Path("run/final").rename("elsewhere")
     message = (
-        "run 'run': it has no final model, for it has not reached its last step; go on with selfdistill train --resume "
-        "--output_dir run"
+        "run 'run': no final model, because it has not reached its last step; resume it with selfdistill train "
+        "--resume --output_dir run"
     )
     refused(message, run="run", output_dir="out")
     assert not Path("out").exists()

@@ -109,9 +109,9 @@ def test_results_are_those_of_the_last_evaluation_beside_the_base(tmp_path: Path
     lines(tmp_path / "evaluations.jsonl", EVALUATIONS)
     _, body = split(card(tmp_path))
     assert table(body, "Results") == [
-        ["new task, share of right replies (90 items)", "0.250 (0.200 to 0.300)", "0.500 (0.400 to 0.600)"],
-        ["new task, mean tokens of a reply", "", "12.500"],
-        ["prior abilities, mean", "0.700", "0.600 (0.550 to 0.650)"],
+        ["new task, accuracy (90 items)", "0.250 (0.200 to 0.300)", "0.500 (0.400 to 0.600)"],
+        ["new task, mean tokens per reply", "", "12.500"],
+        ["prior abilities, mean accuracy", "0.700", "0.600 (0.550 to 0.650)"],
         [r"KL(base\|\|model), nats per token", "", "0.410"],
         [r"prior ability `arc\|easy` (100 items)", "", "0.600 (0.500 to 0.700)"],
     ]
@@ -206,5 +206,5 @@ def test_merged_card_of_other_hands() -> None:
     }
     assert body.startswith("\n# Theirs\n\nTheir words.\n\n## How to load\n\nThe LoRA adapter is merged")
     assert split(merged_card(""))[0]["library_name"] == "transformers"
-    with pytest.raises(UserError, match=r"^README\.md: its front matter cannot be read \(.*\); mend it, or delete"):
+    with pytest.raises(UserError, match=r"^README\.md: its front matter cannot be read \(.*\); fix it, or delete"):
         merged_card("---\na: [\n---\n")

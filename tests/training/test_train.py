@@ -277,7 +277,7 @@ def test_a_model_that_does_not_name_its_layers_is_not_compiled(
 ) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "_no_split_modules", None)
     monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", None)
-    with pytest.raises(UserError, match="does not say which modules are its layers: leave torch_compile out"):
+    with pytest.raises(UserError, match="does not declare which modules are its layers; leave torch_compile out"):
         Trainer(settings(torch_compile=True))
 
 
@@ -516,7 +516,9 @@ def test_a_checkpoint_of_another_teacher_or_model_is_refused(
     with pytest.raises(UserError, match=r"checkpoint-00000006/config.yaml: teacher was 'frozen' and is now 'ema'; "):
         train(settings(save_steps=3, teacher="ema"), resume=True)
     tied = str(model_folder(ends=ENDS, tied=True))
-    with pytest.raises(UserError, match=r"checkpoint-00000006: its weights are not those of this model and adapter$"):
+    with pytest.raises(
+        UserError, match=r"checkpoint-00000006: its weights do not match this model and adapter; resume"
+    ):
         train(settings(save_steps=3, teacher="frozen", model=tied), resume=True)
 
 
@@ -668,7 +670,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     capsys.readouterr()
     assert newest_whole(Path(config.output_dir)) == before
     said = capsys.readouterr().err
-    assert said.startswith(f"note: {newest} is damaged (")
+    assert said.startswith(f"note: skipping the corrupt checkpoint {newest} (")
     assert said.endswith("), so it is not used\n")
     assert said.count("\n") == 1
     guilty = re.search(r"\((\S+) ", said)
@@ -690,7 +692,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     train(damaged, resume=True)
     said = capsys.readouterr().err
     assert re.search(r"checkpoint-00000004 is damaged \(weights.safetensors has 0 of \d+ bytes\), so it is not", said)
-    assert f"note: {older}: not of this checkpoint and not read: optimizer.pt\n" in said
+    assert f"note: {older}: ignoring files that are not part of the checkpoint: optimizer.pt\n" in said
     assert "continuing after step 2\n" in said
     assert_same_run(whole, damaged)
 
@@ -703,8 +705,8 @@ def test_without_a_whole_checkpoint_a_run_does_not_go_on(settings: Callable[...,
     with pytest.raises(UserError) as error:
         train(config, resume=True)
     assert str(error.value) == (
-        f"{config.output_dir}: no checkpoint is whole: checkpoint-00000006 (state.json is missing), "
-        "checkpoint-00000004 (state.json is missing); to begin anew, take another output_dir"
+        f"{config.output_dir}: no checkpoint is intact: checkpoint-00000006 (state.json is missing), "
+        "checkpoint-00000004 (state.json is missing); to start over, use another output_dir"
     )
 
 
@@ -742,7 +744,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
     out = Path(full.output_dir)
     assert str(error.value) == (
         f"{out / 'checkpoint-00000004'}: cannot write the checkpoint ([Errno 28] No space left on device); earlier "
-        "checkpoints are whole. Free disk space, then continue with --resume"
+        "checkpoints are intact. Free disk space, then continue with --resume"
     )
     assert sorted(p.name for p in out.iterdir()) == [
         "checkpoint-00000002",
@@ -904,7 +906,10 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(
 
     monkeypatch.setattr(files, "sha256", failing)
     assert newest_whole(Path(config.output_dir)) == before
-    assert f"{newest} is damaged (config.yaml cannot be read (Input/output error))" in capsys.readouterr().err
+    assert (
+        f"skipping the corrupt checkpoint {newest} (config.yaml cannot be read (Input/output error))"
+        in capsys.readouterr().err
+    )
     (before / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"manifest\.json names no file"):
         newest_whole(Path(config.output_dir))
