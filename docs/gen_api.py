@@ -1,0 +1,30 @@
+"""An extension of griffe for the API pages: Sphinx roles in docstrings become links or code."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+PUBLIC = (
+    *("Demonstration", "Run", "RunFailed", "RunStopped", "TrainConfig", "UserError"),
+    *("ask", "check", "compare", "evaluate", "export", "learn", "load_demonstrations", "make_questions", "plan"),
+    *("report", "train"),
+)
+"""Names whose mention becomes a link; they are those of ``selfdistill.__all__``."""
+_ROLE = re.compile(r":(?:class|func|data|mod|meth):`~?(?P<path>[\w.]+)`")
+
+
+def _link(match: re.Match[str]) -> str:
+    path = match["path"]
+    name = path.rpartition(".")[2]
+    return f"[`{name}`][selfdistill.{name}]" if name in PUBLIC else f"`{path}`"
+
+
+class Roles(griffe.Extension):
+    """Rewrites the docstring of every object as it is read."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = _ROLE.sub(_link, obj.docstring.value)
