@@ -7,19 +7,15 @@ from typing import Any
 
 import griffe
 
-PUBLIC = (
-    *("Demonstration", "Run", "RunFailed", "RunStopped", "TrainConfig", "UserError"),
-    *("ask", "check", "compare", "evaluate", "export", "learn", "load_demonstrations", "make_questions", "plan"),
-    *("report", "train"),
-)
-"""Names whose mention becomes a link; they are those of ``selfdistill.__all__``."""
+from selfdistill import __all__ as public
+
 _ROLE = re.compile(r":(?:class|func|data|mod|meth):`~?(?P<path>[\w.]+)`")
 
 
 def _link(match: re.Match[str]) -> str:
     path = match["path"]
     name = path.rpartition(".")[2]
-    return f"[`{name}`][selfdistill.{name}]" if name in PUBLIC else f"`{path}`"
+    return f"[`{name}`][selfdistill.{name}]" if name in public else f"`{path}`"
 
 
 class Roles(griffe.Extension):
