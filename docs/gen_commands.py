@@ -59,7 +59,7 @@ def command_page(name: str, command: Any) -> str:
     for group in command._action_groups:
         options = [action for action in group._group_actions if action.dest != "help"]
         if options:
-            lines += [f"## {group.title.capitalize()}", "", "| option | default | what it does |", "|---|---|---|"]
+            lines += [f"## {group.title.capitalize()}", "", "| option, default | what it does |", "|---|---|"]
             lines += [_row(action, COMMANDS[name][0].model_fields.get(action.dest)) for action in options] + [""]
     return "\n".join(lines)
 
@@ -70,7 +70,8 @@ def _row(action: Action, field: FieldInfo | None) -> str:
     if choices := [value for value in get_args(field.annotation) if isinstance(value, str)] if field else []:
         text += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
     default = "**required**" if field is not None and field.is_required() else _default(action.default)
-    return f"| {', '.join(names)} | {default} | {' '.join(text.split()).replace('|', chr(92) + '|')} |"
+    first = ", ".join(names) + (f"<br>{default}" if default else "")
+    return f"| {first} | {' '.join(text.split()).replace('|', chr(92) + '|')} |"
 
 
 def _default(value: Any) -> str:
