@@ -170,10 +170,11 @@ def test_the_caption_says_what_was_measured() -> None:
 
 def first_cells(page: str, heading: str) -> list[str]:
     """What stands in backticks at the start of each row of the first table under a heading."""
-    section = PAGES[page].split(f"\n{heading}\n", 1)[1]
+    section = f"\n{PAGES[page]}".split(f"\n{heading}\n", 1)[1]
     table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
     assert table is not None
-    return re.findall(r"^\| (`.*?`(?:, `.*?`)*) \|", table[0], re.MULTILINE)
+    rows = "\n".join(table[0].splitlines()[2:])
+    return re.findall(r"^\| (`.*?`(?:, `.*?`)*) \|", rows, re.MULTILINE)
 
 
 def test_tables_name_what_there_is() -> None:
