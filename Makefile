@@ -5,9 +5,16 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
-STAMP := .venv/.installed
+PACKAGE := .venv/.package
+STAMP := .venv/.tools
 TRL_STAMP := .venv-trl/.installed
 DOCS_STAMP := .venv-docs/.installed
+
+# uv is quicker than pip where it is there. Both install what constraints.txt pins.
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+UV := $(shell command -v uv 2>/dev/null)
+INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python $(if $(INDEX),--index-strategy unsafe-best-match),\
+	$(BIN)/python -m pip install --disable-pip-version-check) $(INDEX) -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow stress audit bench docs lint format clean
@@ -17,13 +24,18 @@ help: ## Show this list
 
 install: $(STAMP) ## Create .venv with the package and its tools (TORCH_INDEX=URL adds a package index)
 
-# A venv left without pip (python3-venv was missing) is made anew. The stamp is written only after pip succeeded.
-$(STAMP): pyproject.toml constraints.txt
+# The package alone, which is all that the demo needs. A venv left without pip (python3-venv was missing) is made anew.
+# A stamp is written only after the installation succeeded.
+$(PACKAGE): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e .
 	@touch $@
 
-demo: $(STAMP) ## Run the demonstration on the starter model
+$(STAMP): $(PACKAGE)
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+demo: $(PACKAGE) ## Run the demonstration on the starter model
 	$(BIN)/selfdistill demo
 
 test: $(STAMP) ## Run the quick tests

@@ -35,7 +35,7 @@ from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
 from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
-from selfdistill.methods import METHODS
+from selfdistill.methods import stages_of
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.training import OnStep, Plan, Run
@@ -123,7 +123,7 @@ def plan(
         config = TrainConfig(**given)
         if config.documents:
             raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
-        METHODS[config.method](config)
+        stages_of(config)
         return run_plan(config, None if rows is None else load_demonstrations(rows), loaded)
 
 

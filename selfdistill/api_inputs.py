@@ -15,7 +15,7 @@ from selfdistill.config import (
 from selfdistill.data import Rows, load_demonstrations, write_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import METHODS
+from selfdistill.methods import stages_of
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
 from selfdistill.runtime import check_tracker, progress_shown, say
@@ -95,7 +95,7 @@ def train_config(
     check_output_dir(config.output_dir, resume=resume)
     check_tracker(config.report_to)
     check_inputs(config)
-    METHODS[config.method](config)  # its rules, before any long work
+    stages_of(config)  # its rules, before any long work
     if config.documents:
         if loaded is not None:
             raise UserError("setting 'documents': the model writes the questions first, so give its name or folder")

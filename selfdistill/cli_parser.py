@@ -60,7 +60,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         *("model", "data", "documents", "split", "dtype", "chat_template_kwargs", "max_prompt_length"),
         *("max_completion_length", "on_long_prompt", "num_demonstrations", "general_prompts"),
     ),
-    "method": ("method", "methods", "seed", "seeds", "vary", "cold_start_steps"),
+    "method": ("method", "methods", "seed", "seeds", "vary", "cold_start_steps", "method_settings"),
     "teacher and context": (
         *("context", "contexts", "teacher", "ema_rate", "snapshot_steps", "teacher_model", "teacher_cache_mib"),
         "fine_tuned",
@@ -230,7 +230,7 @@ def _explained(message: str, arguments: list[str]) -> str:
     """jsonargparse's message as one line; what pydantic says of a value where it is one of a setting."""
     command = next((word for word in arguments if not word.startswith("-")), "")
     if command not in COMMANDS:
-        return f"{f'unknown command {command!r}' if command else 'no command'}, want one of {', '.join(COMMANDS)}"
+        return f"{f'unknown command {command!r}' if command else 'no command'}, expected one of {', '.join(COMMANDS)}"
     fields = COMMANDS[command][0].model_fields
     switches = [switch for switch, wanted in SWITCHES.items() if command in wanted]
     if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
@@ -241,7 +241,7 @@ def _explained(message: str, arguments: list[str]) -> str:
         return f"unknown {what} {unknown[1]}{closest(unknown[1], known)}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
     if key and value and key[1] in switches:
-        return f"option --{key[1]}: found {value[1]!r}, want nothing after it, true or false"
+        return f"option --{key[1]}: found {value[1]!r}, expected nothing after it, true or false"
     if key and value and key[1] in fields:
         needed = {name: "" for name, field in fields.items() if field.is_required()}
         try:

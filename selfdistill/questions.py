@@ -214,7 +214,7 @@ class _Maker:
         self._chat = ChatFormat(self._loaded.tokenizer, self._loaded.end_token_ids, config.chat_template_kwargs)
         self._endpoint: Endpoint | None = None
         if config.writer_url and config.writer_model:
-            note = f"what was written is kept in {self.folder}"
+            note = f"replies are cached in {self.folder}"
             self._endpoint = Endpoint(config.writer_url, config.writer_model, "writer", note)
         path = self.folder / "asked.jsonl"
         drop_partial_line(path)

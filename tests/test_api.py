@@ -105,11 +105,14 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "data: no rows, want at least one"),
+        ([], "data: no rows, expected at least one"),
         ([{"prompt": "a"}], r"data: 1 bad row: row 0, column 'completion': missing"),
-        ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found white space only"),
-        ({"prompt": "a"}, "data: found an object, want a path, a list of rows or a datasets.Dataset"),
-        (datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)), "no split 'train' in this data set, want test"),
+        ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found whitespace only"),
+        ({"prompt": "a"}, "data: found an object, expected a path, a list of rows or a datasets.Dataset"),
+        (
+            datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)),
+            "no split 'train' in this data set, expected test",
+        ),
     ],
 )
 def test_bad_rows_in_memory_are_refused(model: str, data: Any, message: str) -> None:

@@ -71,45 +71,45 @@ ROW = '{"prompt": "q", "completion": "a"}\n'
 DATA: list[tuple[str, str | bytes | None, str, str]] = [
     # name of the file, its content (None: no such file), the rest of the command, message
     ("none.jsonl", None, SFT, "none.jsonl: no such file or folder (looked from HERE); check the path"),
-    ("empty.jsonl", "", SFT, "empty.jsonl: no rows, want at least one"),
+    ("empty.jsonl", "", SFT, "empty.jsonl: no rows, expected at least one"),
     ("json.jsonl", ROW + '{"prompt": "q", \n', SFT, "json.jsonl: 1 bad row: line 2, invalid JSON at character 17: ..."),
     (
         "latin.jsonl",
         b'{"prompt": "\xe9", "completion": "a"}\n',
         SFT,
-        "latin.jsonl: not UTF-8: line 1, byte 13 of the line is 0xe9; save it as UTF-8",
+        "latin.jsonl: not UTF-8: line 1, byte 13 is 0xe9; save it as UTF-8",
     ),
     (
         "column.jsonl",
         '{"prompt": "q", "response": "a"}\n',
         SFT,
-        "column.jsonl: 1 bad row: line 1, column 'completion': missing, found 'response': rename it to 'completion'",
+        "column.jsonl: 1 bad row: line 1, column 'completion': missing, found 'response'; rename it to 'completion'",
     ),
     (
         "mixed.jsonl",
         ROW + '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
         SFT,
-        "mixed.jsonl: 1 bad row: line 2, has 'messages' where line 1 has 'prompt', want one form in the whole set",
+        "mixed.jsonl: 1 bad row: line 2, has 'messages' but line 1 has 'prompt'; use one form in the whole set",
     ),
     (
         "many.jsonl",
         '{"prompt": "q", "completion": ""}\n' * 12,
         SFT,
-        "many.jsonl: 12 bad rows: line 1, column 'completion': found empty text, want text or one assistant "
+        "many.jsonl: 12 bad rows: line 1, column 'completion': found empty text, expected text or one assistant "
         "message; line 2, column 'completion': found empty text, ...",
     ),
     (
         "null.jsonl",
         '{"prompt": null, "completion": "a"}\n',
         SFT,
-        "null.jsonl: 1 bad row: line 1, column 'prompt': found null, want text or a list of messages",
+        "null.jsonl: 1 bad row: line 1, column 'prompt': found null, expected text or a list of messages",
     ),
-    ("list.json", '{"prompt": "q", "completion": "a"}', SFT, "list.json: found an object, want a list of rows"),
+    ("list.json", '{"prompt": "q", "completion": "a"}', SFT, "list.json: found an object, expected a list of rows"),
     (
         "rows.csv",
         "prompt,completion\nq,a\n",
         SFT,
-        "rows.csv: cannot read file type '.csv', want .jsonl, .json or .parquet",
+        "rows.csv: cannot read file type '.csv', expected .jsonl, .json or .parquet",
     ),
     ("damaged.parquet", b"PAR1 nothing", SFT, "damaged.parquet: not a readable parquet file: ..."),
     (
@@ -124,7 +124,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         SFT,
         "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 504; "
         "lower --max_completion_length (the window is 512 tokens), "
-        "or leave them out with --on_long_prompt drop",
+        "or drop them with --on_long_prompt drop",
     ),
     (
         "long.jsonl",
@@ -132,21 +132,21 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         SDFT,
         "1 of 1 rows do not fit: long.jsonl:1: teacher's prompt has 641 tokens, limit 504; "
         "lower --max_completion_length (the window is 512 tokens), "
-        "choose a shorter context, or leave them out with --on_long_prompt drop",
+        "choose a shorter context, or drop them with --on_long_prompt drop",
     ),
     (
         "short.jsonl",
         ROW,
         SFT + " --max_prompt_length 3",
         "1 of 1 rows do not fit: short.jsonl:1: prompt has 20 tokens, limit 3; raise --max_prompt_length, "
-        "or leave them out with --on_long_prompt drop",
+        "or drop them with --on_long_prompt drop",
     ),
     (
         "reply.jsonl",
         '{"prompt": "q", "completion": "aaaaaaaaaa"}\n',
         SFT,
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 11 tokens, limit 8 (max_completion_length); "
-        "raise --max_completion_length, or leave them out with --on_long_prompt drop",
+        "raise --max_completion_length, or drop them with --on_long_prompt drop",
     ),
     (
         "reply.jsonl",
@@ -165,44 +165,44 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context document",
-        "context 'document' needs a document, and train.jsonl:1 has none: add the column 'document' or take "
+        "context 'document' needs a document, and train.jsonl:1 has none; add the column 'document' or use "
         "another context",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context few_shot:k=3",
-        "context 'few_shot' needs 3 other demonstrations, found 0: lower k or add rows",
+        "context 'few_shot' needs 3 other demonstrations, found 0; lower k or add rows",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context turn",
-        "context 'turn': there is no context 'turn', only turns, example, few_shot, document, template",
+        "context 'turn': unknown context 'turn', expected one of turns, example, few_shot, document, template",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context turns:repeat=2",
-        "context 'turns:repeat=2': turns has no option 'repeat', only repeats",
+        "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context turns:repeats=0",
-        "context 'turns:repeats=0': option 'repeats': found '0', want a whole number from 1",
+        "context 'turns:repeats=0': option 'repeats': found '0', expected an integer of 1 or more",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context example:reasoning=yes",
-        "context 'example:reasoning=yes': option 'reasoning': found 'yes', want true or false",
+        "context 'example:reasoning=yes': option 'reasoning': found 'yes', expected true or false",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context template",
-        "context 'template' needs the file of the template: write template:file=PATH",
+        "context 'template' needs a template file; write template:file=PATH",
     ),
     (
         "train.jsonl",
@@ -214,7 +214,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "template.txt",
         "Look: {demonstration}",
         SDFT + " --data train.jsonl --context template:file=template.txt",
-        "context 'template': template.txt does not contain {prompt}, so the question is missing",
+        "context 'template': template.txt has no {prompt}, so the question would be missing",
     ),
     (
         "template.txt",
@@ -226,8 +226,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "template.txt",
         "Answer this: {prompt}",
         SDFT + " --data train.jsonl --context template:file=template.txt",
-        "context 'template': template.txt contains neither {demonstration} nor {document}, so the teacher would see "
-        "nothing more than the student",
+        "context 'template': template.txt has neither {demonstration} nor {document}, so the teacher would see "
+        "the same as the student",
     ),
     (
         "train.jsonl",
@@ -239,7 +239,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SFT + """ --chat_template_kwargs '{"hint": [], "tokenize": true}'""",
-        "setting 'chat_template_kwargs': 'tokenize' is not for you to set: leave it out",
+        "setting 'chat_template_kwargs': 'tokenize' is reserved; leave it out",
     ),
 ]
 
@@ -259,10 +259,11 @@ def test_data_that_is_wrong(
 
 
 CONFIG: list[tuple[str, str]] = [
-    ("", "no command, want one of demo, check, train, ask, eval, compare, learn, questions, report, export"),
+    ("", "no command, expected one of demo, check, train, ask, eval, compare, learn, questions, report, export"),
     (
         "trian",
-        "unknown command 'trian', want one of demo, check, train, ask, eval, compare, learn, questions, report, export",
+        "unknown command 'trian', expected one of demo, check, train, ask, eval, compare, learn, questions, report, "
+        "export",
     ),
     (
         "train",
@@ -274,34 +275,34 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --learning_r 3", "unknown option --learning_r; did you mean --learning_rate?"),
     (f"{SFT} extra", "unknown argument extra; see --help for the names"),
     (f"{SFT} --model", "--model: expected one argument"),
-    (f"{SFT} --method ppo", "setting 'method': found 'ppo', want: 'sdft', 'sft', 'dft', 'cpt', ..."),
-    (f"{SFT} --max_steps 1.5", "setting 'max_steps': found '1.5', want: a valid integer..."),
-    (f"{SFT} --max_steps -3", "setting 'max_steps': found -3, want: greater than or equal to 1"),
-    (f"{SFT} --learning_rate fast", "setting 'learning_rate': found 'fast', want: a valid number..."),
-    (f"{SFT} --learning_rate 0", "setting 'learning_rate': found 0.0, want: greater than 0"),
-    (f"{SFT} --learning_rate inf", "setting 'learning_rate': found 'inf', want: a finite number"),
-    (f"{SFT} --temperature nan", "setting 'temperature': found 'nan', want: a finite number"),
-    (f"{SFT} --top_p 1.5", "setting 'top_p': found 1.5, want: less than or equal to 1"),
+    (f"{SFT} --method ppo", "setting 'method': found 'ppo', expected: 'sdft', 'sft', 'dft', 'cpt', ..."),
+    (f"{SFT} --max_steps 1.5", "setting 'max_steps': found '1.5', expected: a valid integer..."),
+    (f"{SFT} --max_steps -3", "setting 'max_steps': found -3, expected: greater than or equal to 1"),
+    (f"{SFT} --learning_rate fast", "setting 'learning_rate': found 'fast', expected: a valid number..."),
+    (f"{SFT} --learning_rate 0", "setting 'learning_rate': found 0.0, expected: greater than 0"),
+    (f"{SFT} --learning_rate inf", "setting 'learning_rate': found 'inf', expected: a finite number"),
+    (f"{SFT} --temperature nan", "setting 'temperature': found 'nan', expected: a finite number"),
+    (f"{SFT} --top_p 1.5", "setting 'top_p': found 1.5, expected: less than or equal to 1"),
     (
         f"{SFT} --lora_alpha 8",
-        "setting 'lora_alpha' belongs to an adapter: give --lora_rank, too, or leave it out",
+        "setting 'lora_alpha' needs an adapter: give --lora_rank, too, or leave it out",
     ),
     (
         f"{SFT} --gradient_checkpointing true --torch_compile true",
-        "setting 'torch_compile' does not go with gradient_checkpointing: leave one of them out",
+        "setting 'torch_compile' does not work with gradient_checkpointing: leave one of them out",
     ),
     (
         f"{SFT} --gradient_checkpointing perhaps",
-        "setting 'gradient_checkpointing': found 'perhaps', want: a valid boolean...",
+        "setting 'gradient_checkpointing': found 'perhaps', expected: a valid boolean...",
     ),
     (
         f"{SFT} --chat_template_kwargs '{{thinking'",
-        "setting 'chat_template_kwargs': found '{thinking', want: a valid dictionary",
+        "setting 'chat_template_kwargs': found '{thinking', expected: a valid dictionary",
     ),
     (
         f"{SFT} --batch_size 0 --ema_rate 2",
-        "setting 'batch_size': found 0, want: greater than or equal to 1; setting 'ema_rate': found 2.0, "
-        "want: less than or equal to 1",
+        "setting 'batch_size': found 0, expected: greater than or equal to 1; setting 'ema_rate': found 2.0, "
+        "expected: less than or equal to 1",
     ),
     (
         f"{SFT} --batch_size 5 --gradient_accumulation_steps 2",
@@ -309,7 +310,7 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         f"{SFT} --importance_cap 2 --top_p 0.9",
-        "setting 'importance_cap' needs sampling from the whole distribution: use top_p 1 and top_k 0",
+        "setting 'importance_cap' needs samples from the full distribution: use top_p 1 and top_k 0",
     ),
     (
         f"{SFT} --support sampled",
@@ -319,14 +320,14 @@ CONFIG: list[tuple[str, str]] = [
     *(
         (
             f"{SFT} --support sampled --divergence reverse_kl {options}",
-            "setting 'support': 'sampled' needs samples of the student as it is: use temperature 1, top_p 1 and "
+            "setting 'support': 'sampled' needs untempered samples of the student: use temperature 1, top_p 1 and "
             "top_k 0",
         )
         for options in ("--temperature 0.9", "--top_p 0.9", "--top_k 50")
     ),
     (
         f"{SDFT} --scorer exakt",
-        "setting 'scorer': found 'exakt', want: exact, contains, choice, regex, tool_call, judge or "
+        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, judge or "
         "python:package.module.function; did you mean exact?",
     ),
     (
@@ -335,29 +336,29 @@ CONFIG: list[tuple[str, str]] = [
         "at most 2 or use longer completions",
     ),
     (f"{SFT} --config none.yaml", "none.yaml: cannot read the settings: No such file or directory"),
-    (f"{SFT} --config broken.yaml", "broken.yaml: not a YAML file of settings: ..."),
-    (f"{SFT} --config latin.yaml", "latin.yaml: not a YAML file of settings: ..."),
-    (f"{SFT} --config list.yaml", "list.yaml: found a list, want a mapping of setting names to values"),
-    (f"{SFT} --config empty.yaml", "empty.yaml: found nothing, want a mapping of setting names to values"),
+    (f"{SFT} --config broken.yaml", "broken.yaml: not a valid YAML file: ..."),
+    (f"{SFT} --config latin.yaml", "latin.yaml: not a valid YAML file: ..."),
+    (f"{SFT} --config list.yaml", "list.yaml: found a list, expected a mapping of setting names to values"),
+    (f"{SFT} --config empty.yaml", "empty.yaml: found nothing, expected a mapping of setting names to values"),
     (f"{SFT} --config unknown.yaml", "unknown.yaml: unknown setting 'learning_rte'; did you mean learning_rate?"),
-    (f"{SFT} --config type.yaml", "setting 'warmup_steps': found 'many', want: a valid integer..."),
+    (f"{SFT} --config type.yaml", "setting 'warmup_steps': found 'many', expected: a valid integer..."),
     (f"train {BASE} --resume", "--resume needs the run folder: give --output_dir"),
-    (f"{SFT} --resume maybe", "option --resume: found 'maybe', want nothing after it, true or false"),
+    (f"{SFT} --resume maybe", "option --resume: found 'maybe', expected nothing after it, true or false"),
     (
         "train --resume --output_dir nowhere",
-        "nowhere/config.yaml: no such file, so there is no run to continue with --resume; check --output_dir",
+        "nowhere/config.yaml: no such file, so there is no run to resume; check --output_dir",
     ),
     (f"check {BASE} --context turns", "unknown option --context; did you mean --contexts?"),
     (f"check {BASE} --contexts", "--contexts: expected at least one argument"),
     (
         f"check {BASE} --contexts turns nonsense",
-        "context 'nonsense': there is no context 'nonsense', only turns, example, few_shot, document, template",
+        "context 'nonsense': unknown context 'nonsense', expected one of turns, example, few_shot, document, template",
     ),
-    (f"check {BASE} --sample 1", "setting 'sample': found 1, want: greater than or equal to 2"),
+    (f"check {BASE} --sample 1", "setting 'sample': found 1, expected: greater than or equal to 2"),
     (f"check {BASE} --output_dir run", "unknown option --output_dir; see --help for the names"),
     (
         f"eval {BASE} --scorer exakt",
-        "setting 'scorer': found 'exakt', want: exact, contains, choice, regex, tool_call, judge or "
+        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, judge or "
         "python:package.module.function; did you mean exact?",
     ),
     (f"eval {BASE} --prior none", "prior 'none': no such .jsonl file, or a folder without any"),
@@ -371,8 +372,8 @@ CONFIG: list[tuple[str, str]] = [
         "no action: put one of add, stream, status, history, rollback, discard, export after learn, also with "
         "--config, see selfdistill learn --help",
     ),
-    ("demo --seed x", "setting 'seed': found 'x', want: a valid integer..."),
-    ("demo --seed -1", "setting 'seed': found -1, want: greater than or equal to 0"),
+    ("demo --seed x", "setting 'seed': found 'x', expected: a valid integer..."),
+    ("demo --seed -1", "setting 'seed': found -1, expected: greater than or equal to 0"),
 ]
 
 
@@ -831,19 +832,19 @@ def test_resume_takes_the_same_command_and_says_what_changed(here: Path, capsys:
     [
         (
             "--learning_rate 3",
-            "run/config.yaml: learning_rate is 1e-05 there and 3.0 here: with --resume a run keeps its settings; "
-            "leave these out, or start another run in another --output_dir",
+            "run/config.yaml: learning_rate was 1e-05 and is now 3.0; a resumed run keeps its settings: "
+            "leave these out, or start a new run in another --output_dir",
         ),
         (
             "--seed 1 --model other --num_train_epochs 9",
-            "run/config.yaml: seed is 0 there and 1 here; "
-            "num_train_epochs is 2.0 there and 9.0 here: with --resume a run keeps its settings; leave these "
-            "out, or start another run in another --output_dir",
+            "run/config.yaml: seed was 0 and is now 1; "
+            "num_train_epochs was 2.0 and is now 9.0; a resumed run keeps its settings: leave these "
+            "out, or start a new run in another --output_dir",
         ),
         (
             "--config other.yaml",
-            "run/config.yaml: method is 'sft' there and 'sdft' here: with --resume a run keeps its settings; "
-            "leave these out, or start another run in another --output_dir",
+            "run/config.yaml: method was 'sft' and is now 'sdft'; a resumed run keeps its settings: "
+            "leave these out, or start a new run in another --output_dir",
         ),
     ],
 )
@@ -859,9 +860,9 @@ def test_resume_refuses_other_settings(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: [", "run/config.yaml: not a YAML file of settings: ..."),
+        ("model: [", "run/config.yaml: not a valid YAML file: ..."),
         ("speed: 3\n", "run/config.yaml: unknown setting 'speed'; did you mean seed?"),
-        ("model: model\n", "settings 'data' and 'documents': found neither, want one of them"),
+        ("model: model\n", "settings 'data' and 'documents': found neither, expected one of them"),
     ],
     ids=["cut", "unknown", "few"],
 )
@@ -875,10 +876,7 @@ def test_resume_with_damaged_settings(here: Path, capsys: pytest.CaptureFixture[
 def test_resume_in_a_folder_that_is_no_run(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     Path("run").mkdir()
     Path("run/notes.txt").write_text("mine")
-    message = (
-        "output_dir 'run' is not empty and has no config.yaml, so it is not a run to continue with --resume: choose "
-        "another"
-    )
+    message = "output_dir 'run' is not empty and has no config.yaml, so --resume finds no run there; choose another"
     fails(capsys, f"{command} --resume", message)
     assert [path.name for path in Path("run").iterdir()] == ["notes.txt"]
 
@@ -992,7 +990,7 @@ def test_the_help_of_train_begins_with_what_everybody_needs(
     assert titles == ["options", "main settings", *(t for t in TOPICS if t != "skills and their gates"), SWITCHED]
     main_settings = out[out.index("main settings:") : out.index("model and data:")]
     assert re.findall(r"^  --(\w+)", main_settings, re.MULTILINE) == list(MAIN["train"])
-    assert "Peak. Default 1e-5, or 1e-4 with LoRA" in " ".join(out.split())
+    assert "Peak learning rate. Default 1e-5, or 1e-4 with LoRA" in " ".join(out.split())
     assert "[forward_kl]" in out
     assert "(required)" in out
     assert "type:" not in out

@@ -238,7 +238,7 @@ def bad_file(chance: random.Random) -> Bad:
                 (".jsonl", b"", "no rows"),
                 (".jsonl", b"\n \n\n", "no rows"),
                 (".json", b"[]", "no rows"),
-                (".json", json.dumps(rows[0]).encode(), "want a list of rows"),
+                (".json", json.dumps(rows[0]).encode(), "expected a list of rows"),
                 (".json", "\n".join(json.dumps(r) for r in [*rows, *rows]).encode(), "invalid JSON"),
                 (".parquet", b"PAR1" + data + b"PAR1", "not a readable parquet file"),
                 (".csv", b"prompt,completion\nq,a\n", "cannot read file type"),

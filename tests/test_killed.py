@@ -318,7 +318,7 @@ def test_no_memory_is_one_line_and_loses_no_checkpoint(
 def test_what_cannot_fit_is_refused_before_the_first_step(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make("full, frozen teacher", "run")
     monkeypatch.setattr(resources, "free_memory", lambda _: 1000)
-    with pytest.raises(UserError, match=r"^0\.0 GiB of memory are free on cpu, training needs 0\.00 GiB for"):
+    with pytest.raises(UserError, match=r"^0\.0 GiB of memory free on cpu, but training needs 0\.00 GiB for"):
         train(config)
     assert not Path(config.output_dir).exists()
 

@@ -514,8 +514,8 @@ def load(file: Path) -> Any:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "settings 'data' and 'documents': found neither, want one of them"),
-        ({"data": "d", "documents": "e"}, "settings 'data' and 'documents': found both, want one of them"),
+        ({}, "settings 'data' and 'documents': found neither, expected one of them"),
+        ({"data": "d", "documents": "e"}, "settings 'data' and 'documents': found both, expected one of them"),
         ({"data": "d", "writer_url": "http://h"}, "settings 'writer_url' and 'writer_model' go together: give both or"),
         ({"data": "d", "writer_url": "http://a:b@h", "writer_model": "w"}, "setting 'writer_url': found"),
     ],

@@ -120,7 +120,7 @@ def test_other_values_do_not_take_the_runs_of_the_first(settings: Callable[..., 
     compare(settings(vary={"lora_rank": [2]}))
     result = compare(settings(vary={"num_generations": [2]}), resume=True).details
     assert [run["folder"] for run in result["runs"]] == ["sdft-num_generations_2-0.001-seed0"]
-    with pytest.raises(UserError, match=r"temperature is 1\.0 there and 0\.5 here"):
+    with pytest.raises(UserError, match=r"temperature was 1\.0 and is now 0\.5"):
         compare(settings(vary={"num_generations": [2]}, temperature=0.5), resume=True)
 
 
@@ -137,8 +137,8 @@ def test_the_number_of_demonstrations_is_varied(settings: Callable[..., CompareC
         ({"teachr": ["ema"]}, "setting 'vary': 'teachr' cannot be varied; did you mean teacher?"),
         ({"model": ["a"]}, "setting 'vary': 'model' cannot be varied"),
         ({"num_train_epochs": [1, 4]}, "setting 'vary': 'num_train_epochs' cannot be varied"),
-        ({"teacher": []}, "setting 'vary': want one setting with at least one value"),
-        ({"teacher": ["ema"], "top_k": [1]}, "setting 'vary': want one setting with at least one value"),
+        ({"teacher": []}, "setting 'vary': expected one setting with at least one value"),
+        ({"teacher": ["ema"], "top_k": [1]}, "setting 'vary': expected one setting with at least one value"),
     ],
 )
 def test_what_cannot_be_varied(settings: Callable[..., CompareConfig], vary: dict[str, Any], message: str) -> None:

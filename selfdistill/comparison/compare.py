@@ -23,7 +23,7 @@ from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dum
 from selfdistill.data import ChatFormat, Demonstration, load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
-from selfdistill.methods import METHODS, DemonstrationExamples, unused_settings, uses
+from selfdistill.methods import DemonstrationExamples, stages_of, unused_settings, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint
 from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, list_checkpoints, train
@@ -57,6 +57,29 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
         RunStopped: a signal came; what was done is saved.
     """
     folder = check_output_dir(config.output_dir, resume=resume)
+    config = _settled(config, folder, resume)
+    base = load_for_training(config.model, dtype=config.dtype)
+    demonstrations = _common_rows(config, base)
+    evaluator = Evaluator(config, base)
+    teacher = None if config.context == "auto" else evaluator.shown(base, config.context, "teacher")
+    shown = {"teacher": teacher, "rag": _rag(evaluator, base)}
+    _begin(folder, config, demonstrations, evaluator, base)
+    del base
+    config = _with_steps(config, len(demonstrations))
+    done, result = _run_all(folder, config, evaluator, demonstrations, shown)
+    _draw(config, done, evaluator, teacher, folder / "trade_off.svg")
+    if teacher and any(run.failed is None for run in done):
+        result["moved"] = _moved(config, evaluator, done)
+        _write(folder, result)
+    return CompareResult(folder, result)
+
+
+def _settled(config: CompareConfig, folder: Path, resume: bool) -> CompareConfig:
+    """The settings, checked, with the context that a resumed comparison used or that the check finds best.
+
+    Raises:
+        UserError: a setting that may not change has changed, or an input that cannot be used.
+    """
     written = folder / "config.yaml"
     if resume and written.exists():
         saved = CompareConfig(**load_yaml(written, CompareConfig))
@@ -68,17 +91,29 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
         raise UserError("setting 'vary': context 'auto' is what the check finds best; name the contexts to compare")
     first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
     taught = [run for run in first if run.context == "auto" and uses(run, "context")]
-    if taught:
-        context = best_context(taught[0])
-        config = config.model_copy(update={"context": context})
-    base = load_for_training(config.model, dtype=config.dtype)
-    demonstrations = _common_rows(config, base)
-    evaluator = Evaluator(config, base)
-    count = min(len(demonstrations), config.num_demonstrations or len(demonstrations))
+    return config.model_copy(update={"context": best_context(taught[0])}) if taught else config
+
+
+def _with_steps(config: CompareConfig, rows: int) -> CompareConfig:
+    """The settings with the steps of every run and between its measurements, for so many rows."""
+    count = min(rows, config.num_demonstrations or rows)
     steps = config.max_steps or math.ceil(count * config.num_train_epochs / config.batch_size)
     eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
-    teacher = None if config.context == "auto" else evaluator.shown(base, config.context, "teacher")
-    shown = {"teacher": teacher, "rag": _rag(evaluator, base)}
+    return config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
+
+
+def _begin(
+    folder: Path,
+    config: CompareConfig,
+    demonstrations: list[Demonstration],
+    evaluator: Evaluator,
+    base: LoadedModel,
+) -> None:
+    """Write what the comparison begins with; one that is resumed must find it unchanged.
+
+    Raises:
+        UserError: it has changed.
+    """
     began = {
         "the demonstrations": rows_fingerprint({"": demonstrations}),
         "the base": start_fingerprint(base),
@@ -87,11 +122,24 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     _check_unchanged(folder, began)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "began.json", json.dumps(began))
-    write_atomically(written, dump_yaml(config))
-    del base
-    config = config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
+    write_atomically(folder / "config.yaml", dump_yaml(config))
+
+
+def _run_all(
+    folder: Path,
+    config: CompareConfig,
+    evaluator: Evaluator,
+    demonstrations: list[Demonstration],
+    shown: dict[str, dict[str, Any] | None],
+) -> tuple[list[Compared], dict[str, Any]]:
+    """Every run, and the result, which is written anew after each.
+
+    Raises:
+        RunStopped: a signal came before the last run.
+    """
     runs = runs_of(config)
     done: list[Compared] = []
+    result: dict[str, Any] = {}
     with StopRequests() as stop:
         for number, (label, run) in enumerate(runs):
             name = Path(run.output_dir).name
@@ -108,11 +156,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
                 message += f"continue with selfdistill compare --resume --output_dir {folder}"
                 raise RunStopped(message, stop.received)
             gc.collect()
-    _draw(config, done, evaluator, teacher, folder / "trade_off.svg")
-    if teacher and any(run.failed is None for run in done):
-        result["moved"] = _moved(config, evaluator, done)
-        _write(folder, result)
-    return CompareResult(folder, result)
+    return done, result
 
 
 def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
@@ -203,7 +247,7 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     rows = load_demonstrations(config.data, split=config.split)
     count, chat = len(rows), ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
     for name, values in _kinds(config):
-        for stage in METHODS[name](_run_config(config, name, None, config.seeds[0], values)):
+        for stage in stages_of(_run_config(config, name, None, config.seeds[0], values)):
             fitting, _ = stage.examples(
                 rows, base, chat
             )  # of every kind, so that what is missing is told before any run

@@ -1,4 +1,4 @@
-"""Every setting: its default, unit and source."""
+"""All settings, with their defaults, units and sources."""
 
 from selfdistill.config.base import ModelSettings, Settings, closest
 from selfdistill.config.commands import (
@@ -13,7 +13,7 @@ from selfdistill.config.commands import (
     ReportConfig,
 )
 from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_yaml, refuse_changes
-from selfdistill.config.train import TrainConfig, TrainingSettings
+from selfdistill.config.train import MethodName, MethodSettings, TrainConfig, TrainingSettings
 
 __all__ = [
     "MAY_CHANGE",
@@ -24,6 +24,8 @@ __all__ = [
     "EvalConfig",
     "ExportConfig",
     "LearnConfig",
+    "MethodName",
+    "MethodSettings",
     "ModelSettings",
     "QuestionsConfig",
     "ReportConfig",

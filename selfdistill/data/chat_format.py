@@ -1,4 +1,4 @@
-"""Chat messages to token ids and back: the tokenizer's template, plain text without one, and texts that stay text."""
+"""Chat messages to token ids and back, through the chat template or a plain-text layout; text never becomes markup."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from selfdistill.data.demonstrations import Message
 from selfdistill.errors import UserError
 
 _HIDDEN = "\U0010fffd"
-"""Stands around the number of a hidden name; a private character, which no text is likely to have beside a number."""
+"""Delimits the number of a hidden name. A private-use character, unlikely to occur next to a number in any text."""
 
 
 def _any_of(names: Sequence[str]) -> re.Pattern[str]:
-    """Any of the names, the longest first, or the character that hides them."""
+    """Matches any of the names, longest first, or the character that hides them."""
     return re.compile("|".join(map(re.escape, sorted([*names, _HIDDEN], key=len, reverse=True))))
 
 
 class ChatFormat:
-    """Messages to token ids, by the tokenizer's chat template or, without one, by a plain-text layout.
+    """Encodes messages with the tokenizer's chat template or, without one, in a plain-text layout.
 
-    Control tokens come from the template only: where a text contains the name of one, such as ``<|im_end|>``, it is
-    read as the characters that it is.
+    Control tokens come from the template only. Where a text contains the name of one, such as ``<|im_end|>``, it is
+    encoded as plain characters.
 
-    The plain-text layout of a conversation is ``<system text>``, ``User: <text>``, ``Assistant: <text>``, separated by
-    empty lines; a prompt ends with ``Assistant:`` and a completion starts with a space.
+    The plain-text layout is ``<system text>``, ``User: <text>``, ``Assistant: <text>``, separated by blank lines. A
+    prompt ends with ``Assistant:``, and a completion starts with a space.
     """
 
     def __init__(self, tokenizer: Any, end_token_ids: Sequence[int], chat_template_kwargs: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ class ChatFormat:
         self.kwargs = chat_template_kwargs
         template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder.values()
         names = [str(token) for token in added if token.special]
-        # A template may write others, too, such as <|User|>; of these a reply may hold some, such as <think>.
+        # A template may also write non-special tokens, such as <|User|>; a reply may contain some, such as <think>.
         others = [str(token) for token in added if not token.special and str(token) in template]
         self._in_replies, self._in_texts = _any_of(names), _any_of([*names, *others])
         ends = [str(tokenizer.convert_ids_to_tokens(token)) for token in end_token_ids]
@@ -41,7 +41,7 @@ class ChatFormat:
         self.end_token_id = self._turn_end(end_token_ids)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt as text, up to where the reply starts."""
+        """The prompt as text, up to the start of the reply."""
         if self.tokenizer.chat_template:
             return self._by_template(messages, add_generation_prompt=True)
         labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
@@ -60,7 +60,7 @@ class ChatFormat:
             names = self._in_replies if message["role"] == "assistant" else self._in_texts
             shown.append({**message, "content": names.sub(hide, message["content"])})
         text = self.render(shown)
-        # A template writes its own special tokens; plain text gets the tokenizer's (a leading BOS, for some).
+        # A template writes its own special tokens. Plain text gets the tokenizer's, such as a leading BOS.
         special = not self.tokenizer.chat_template
         first, *others = re.split(f"{_HIDDEN}([0-9]+){_HIDDEN}", text)
         ids = self._ids(first, special=special)
@@ -69,12 +69,12 @@ class ChatFormat:
         return ids
 
     def encode_completion(self, text: str) -> list[int]:
-        """Token ids of a demonstrated reply with the token that ends an assistant turn. Ids are joined, never text."""
+        """Token ids of a demonstrated reply plus the end-of-turn token. Joins ids, never text."""
         lead = "" if self.tokenizer.chat_template else " "
         return [*self._plain(lead + text, self._in_replies), self.end_token_id]
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text as it is, which has no control tokens."""
+        """Token ids of a plain text, without control tokens."""
         return self._plain(text, self._in_texts)
 
     def _plain(self, text: str, names: re.Pattern[str]) -> list[int]:
@@ -85,31 +85,31 @@ class ChatFormat:
         return ids + self._ids(text[start:], special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """A reply as text, without special tokens."""
+        """Decode a reply, skipping special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def _by_template(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         if taken := sorted(options.keys() & self.kwargs.keys()):
-            raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is not for you to set: leave it out")
+            raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
         try:
             return str(self.tokenizer.apply_chat_template(list(messages), **options, **self.kwargs))
-        except Exception as error:  # templates are programs: whatever they raise is about these messages
+        except Exception as error:  # templates are programs and may raise anything
             roles = ", ".join(m["role"] for m in messages)
-            raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from None
+            raise UserError(f"the chat template rejects the roles {roles}: {error}") from None
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         options = {"add_special_tokens": special, "split_special_tokens": False}
         return list(self.tokenizer(text, **options)["input_ids"]) if text or special else []
 
     def _name(self, name: str) -> list[int]:
-        """Token ids of a control token's name as characters: in two parts, so that nothing takes it for the token."""
+        """Token ids of a control token's name as plain characters, split in two so it never becomes the token."""
         return self._ids(name[:1], special=False) + self._ids(name[1:], special=False)
 
     def _turn_end(self, end_token_ids: Sequence[int]) -> int:
-        """The end token that the template itself writes after an assistant turn, else the first there is."""
+        """The end token that the template writes after an assistant turn, else the first end token."""
         if self.tokenizer.chat_template:
-            reply = "selfdistill"  # a word that no template writes by itself
+            reply = "selfdistill"  # a word that no template writes
             probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}]
             text = self._by_template(probe, add_generation_prompt=False)
             after = self._ids(text.rpartition(reply)[2] if reply in text else "", special=False)
@@ -120,20 +120,20 @@ class ChatFormat:
 
 
 THINKING = ("<think>", "</think>")
-"""Between these a reasoning model thinks; a prompt that ends in the first leaves only the second to the reply."""
+"""Tags around a reasoning model's thoughts. If the prompt ends with the first, the reply holds only the second."""
 
 
 def thought_and_said(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> tuple[str, str]:
-    """The two parts of a reply, as text, from the token ids of the prompt and of the reply."""
+    """Split a reply into its thought and its final text, given the token ids of prompt and reply."""
     begun = str(chat.tokenizer.decode(list(prompt[-4:]))).rstrip().endswith(THINKING[0])
     return split_thinking(chat.decode(ids), begun=begun)
 
 
 def split_thinking(reply: str, *, begun: bool = False) -> tuple[str, str]:
-    """What a reply thinks aloud, and what it says then. A thought that never ends is followed by nothing.
+    """Split a reply into its thought and its final text, which is empty if the thought never ends.
 
     Args:
-        begun: the prompt ends with the tag that begins a thought.
+        begun: whether the prompt ends with the opening tag.
     """
     begin, end = THINKING
     if end in reply:

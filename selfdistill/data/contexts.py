@@ -1,9 +1,9 @@
-"""What the student sees and what the teacher sees: demonstrations to chat messages to token ids.
+"""Contexts: how the teacher sees the demonstration.
 
 The student sees the prompt. The teacher sees the same prompt and, through a *context*, the demonstration. Each context
-is a small frozen dataclass whose fields are its options; on the command line it is written ``name:option=value,...``,
-for instance ``turns:repeats=2``. Both sides are rendered by the same chat template with the same arguments, so they
-differ only by what the context adds.
+is a small frozen dataclass whose fields are its options. On the command line it is written ``name:option=value,...``,
+for example ``turns:repeats=2``. The same chat template with the same arguments renders both sides, so they differ only
+in what the context adds.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def _split_system(messages: Sequence[Message]) -> tuple[list[Message], list[Mess
 
 
 class Context(Protocol):
-    """How the demonstration reaches the teacher."""
+    """How the demonstration is shown to the teacher."""
 
     name: ClassVar[str]
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
-        """The teacher's messages, ending with the user turn that the teacher answers.
+        """The teacher's messages, ending with the user turn to answer.
 
         Args:
-            demonstration: the row at hand.
-            pool: all rows, from which other demonstrations may be taken.
+            demonstration: the demonstration to show.
+            pool: all demonstrations, from which a context may draw others.
         """
         ...
 
@@ -63,11 +63,11 @@ class Turns:
 
 @dataclass(frozen=True)
 class ExampleAnswer:
-    """One user turn: the question, the demonstration as an example, and a request for an own answer."""
+    """One user turn: the question, the demonstration as an example, and a request for the model's own answer."""
 
     name: ClassVar[str] = "example"
     reasoning: bool = True
-    """Also ask for the reasoning."""
+    """Ask for the reasoning, too."""
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         request = (
@@ -84,12 +84,12 @@ class ExampleAnswer:
 
 @dataclass(frozen=True)
 class FewShot:
-    """``k`` other demonstrations as earlier turns without their system turns, then this one where ``this`` is set."""
+    """``k`` other demonstrations as earlier turns without their system turns, then this one if ``this`` is set."""
 
     name: ClassVar[str] = "few_shot"
     k: int = 3
     pick: Literal["seed", "nearest"] = "seed"
-    """``seed``: drawn at random, the same for a row every time; ``nearest``: most words in common, nearest last."""
+    """``seed``: drawn at random, always the same for a demonstration; ``nearest``: most shared words, nearest last."""
     this: bool = False
     seed: int = 0
 
@@ -97,7 +97,7 @@ class FewShot:
         others = [other for other in pool if other.prompt != demonstration.prompt]
         if len(others) < self.k:
             raise UserError(
-                f"context 'few_shot' needs {self.k} other demonstrations, found {len(others)}: lower k or add rows"
+                f"context 'few_shot' needs {self.k} other demonstrations, found {len(others)}; lower k or add rows"
             )
         if self.pick == "seed":
             shown = random.Random(f"{self.seed}-{demonstration.row}").sample(others, self.k)
@@ -111,7 +111,7 @@ class FewShot:
         return [*system, *earlier, *turns]
 
 
-@lru_cache(maxsize=1 << 16)  # every row is compared with every other
+@lru_cache(maxsize=1 << 16)  # every demonstration is compared with every other
 def _words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", text.lower()))
 
@@ -122,12 +122,12 @@ def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 
 @dataclass(frozen=True)
 class Document:
-    """The document as a turn of its own, then the demonstration as turns: for knowledge."""
+    """The document in a turn of its own, then the demonstration as turns; for teaching knowledge."""
 
     name: ClassVar[str] = "document"
     repeats: int = 1
     show: Literal["both", "document", "answer"] = "both"
-    """``document`` leaves the demonstration out, ``answer`` the document (the paper's ablation of contexts)."""
+    """``document`` omits the demonstration, ``answer`` the document (the paper's ablation of contexts)."""
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         system, turns = _split_system(demonstration.prompt)
@@ -135,8 +135,8 @@ class Document:
         if self.show != "answer":
             if demonstration.document is None:
                 raise UserError(
-                    f"context 'document' needs a document, and {demonstration.source} has none: "
-                    "add the column 'document' or take another context"
+                    f"context 'document' needs a document, and {demonstration.source} has none; "
+                    "add the column 'document' or use another context"
                 )
             text = f"Read this text carefully. Questions about it follow.\n\n{demonstration.document}"
             reading = [_user(text), _assistant("I have read it. What would you like to know?")]
@@ -148,34 +148,34 @@ class Document:
 
 @dataclass(frozen=True)
 class Template:
-    """The user's own text in place of the last user turn, with {prompt}, {demonstration} and {document} filled in."""
+    """The user's own text replaces the last user turn, with {prompt}, {demonstration} and {document} filled in."""
 
     name: ClassVar[str] = "template"
     file: str = ""
-    """Text file with the template, UTF-8."""
+    """UTF-8 text file with the template."""
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.file:
-            raise UserError("context 'template' needs the file of the template: write template:file=PATH")
+            raise UserError("context 'template' needs a template file; write template:file=PATH")
         try:
             text = Path(self.file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise UserError(f"context 'template': cannot read file {self.file!r} ({reason})") from None
         if "{prompt}" not in text:
-            raise UserError(f"context 'template': {self.file} does not contain {{prompt}}, so the question is missing")
+            raise UserError(f"context 'template': {self.file} has no {{prompt}}, so the question would be missing")
         if "{demonstration}" not in text and "{document}" not in text:
             raise UserError(
-                f"context 'template': {self.file} contains neither {{demonstration}} nor {{document}}, so the teacher "
-                "would see nothing more than the student"
+                f"context 'template': {self.file} has neither {{demonstration}} nor {{document}}, so the teacher "
+                "would see the same as the student"
             )
         names = ("prompt", "demonstration", "document")
         for word in sorted(set(re.findall(r"\{(\w+)\}", text)) - set(names)):
             if difflib.get_close_matches(word, names, 1, 0.75):
                 raise UserError(
-                    f"context 'template': {self.file} has {{{word}}}, which stays as it is; there is {{prompt}}, "
-                    "{demonstration} and {document}"
+                    f"context 'template': {self.file} has {{{word}}}, which is not a field; use {{prompt}}, "
+                    "{demonstration} or {document}"
                 )
         object.__setattr__(self, "text", text)
 
@@ -187,7 +187,7 @@ class Template:
             "demonstration": demonstration.shown if "{demonstration}" in self.text else "",
             "document": demonstration.document or "",
         }
-        # One pass, so that braces inside the filled-in texts are left alone.
+        # A single pass, so braces inside the filled-in texts are untouched.
         text = re.sub(r"\{(prompt|demonstration|document)\}", lambda match: values[match[1]], self.text)
         return [*demonstration.prompt[:-1], _user(text)]
 
@@ -196,22 +196,22 @@ CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, ExampleAnswer, FewS
 
 
 def parse_context(spec: str) -> Context:
-    """``name:option=value,option=value`` to a context.
+    """Parse ``name:option=value,option=value``.
 
     Raises:
-        UserError: unknown name or option, or a value that does not fit; the message says what there is.
+        UserError: unknown name or option, or invalid value; the message lists the valid ones.
     """
     name, _, options = spec.partition(":")
     if name not in CONTEXTS:
         hint = "; options follow a colon, as in turns:repeats=2" if "=" in name else ""
-        raise UserError(f"context {spec!r}: there is no context {name!r}, only {', '.join(CONTEXTS)}{hint}")
+        raise UserError(f"context {spec!r}: unknown context {name!r}, expected one of {', '.join(CONTEXTS)}{hint}")
     kind = CONTEXTS[name]
     types = {key: hint for key, hint in get_type_hints(kind).items() if key not in ("name", "text")}
     values = {}
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
         if key not in types:
-            raise UserError(f"context {spec!r}: {name} has no option {key!r}, only {', '.join(types)}")
+            raise UserError(f"context {spec!r}: {name} has no option {key!r}; its options are {', '.join(types)}")
         values[key] = _convert(spec, key, value, types[key])
     return kind(**values)
 
@@ -221,19 +221,21 @@ def _convert(spec: str, key: str, value: str, hint: Any) -> Any:
     if hint is bool:
         choices = ("true", "false")
     if choices and value not in choices:
-        raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, want {' or '.join(choices)}")
+        raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, expected {' or '.join(choices)}")
     if hint is bool:
         return value == "true"
     if hint is int:
         least = 0 if key == "seed" else 1
         if not value.isdecimal() or int(value) < least:
-            raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, want a whole number from {least}")
+            raise UserError(
+                f"context {spec!r}: option {key!r}: found {value!r}, expected an integer of {least} or more"
+            )
         return int(value)
     return value
 
 
 def context_spec(context: Context) -> str:
-    """The text that :func:`parse_context` reads back to an equal context."""
+    """The inverse of :func:`parse_context`."""
     values = {f.name: getattr(context, f.name) for f in fields(context) if f.init}  # type: ignore[arg-type]
     options = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
     return f"{context.name}:{','.join(options)}"

@@ -1,7 +1,7 @@
-"""Demonstrations: rows of a file, folder or data set, all checked, each as one small dataclass.
+"""Demonstrations: validated rows of a file, folder or data set, each as a small dataclass.
 
-Columns are named as in TRL: ``prompt`` and ``completion``, or ``messages``. Bad rows are named in one error; nothing is
-dropped, cut or repaired. Columns that are not listed in :data:`COLUMNS` are ignored.
+Columns have TRL's names: ``prompt`` and ``completion``, or ``messages``. One error names all bad rows; nothing is
+dropped, truncated or repaired. Columns not listed in :data:`COLUMNS` are ignored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One prompt with its demonstrated completion, and what the teacher or a scorer may use."""
+    """A prompt with its demonstrated completion, and extra information for the teacher or a scorer."""
 
     prompt: tuple[Message, ...]
     """Chat messages up to and including the last user turn. A string becomes one user turn."""
@@ -42,15 +42,15 @@ class Demonstration:
     document: str | None = None
     """Text that the teacher reads first."""
     privileged_context: str | None = None
-    """What the teacher sees instead of the demonstration."""
+    """What the teacher sees in place of the completion."""
     answer: Any = None
-    """What a scorer compares with; the completion where absent."""
+    """What a scorer compares the reply with; default: the completion."""
     scorer: str | None = None
-    """Name of the scorer for this row; the command's setting or ``exact`` where absent."""
+    """Name of the scorer for this row; default: the command's setting, else ``exact``."""
     row: int = 0
     """Position in the whole set, from 0; part of every sample's seed."""
     source: str = ""
-    """Where it stands, for messages: ``train.jsonl:12`` (line from 1), or ``name[12]`` for data sets (row from 0)."""
+    """Location for messages: ``train.jsonl:12`` (line, from 1), or ``name[12]`` for data sets (row, from 0)."""
 
     def __post_init__(self) -> None:
         prompt: Any = self.prompt
@@ -58,31 +58,31 @@ class Demonstration:
         object.__setattr__(self, "prompt", turns)
 
     def identity(self) -> dict[str, Any]:
-        """What fingerprints are made of: all but the source. Older folders hold fingerprints of this order of keys."""
+        """What fingerprints hash: all but the source, in the order of keys that older folders used."""
         values = {**asdict(self), "source": ""}
         return {"row": values.pop("row"), "source": values.pop("source"), **values}
 
     @property
     def shown(self) -> str:
-        """What the teacher is shown: ``privileged_context`` where given, else the completion.
+        """What the teacher is shown: ``privileged_context`` if given, else the completion.
 
         Raises:
-            UserError: there is neither.
+            UserError: the row has neither.
         """
         if self.privileged_context is None and not self.completion:
-            raise UserError(f"{self.source}: has no completion that could be shown; add it, or take another context")
+            raise UserError(f"{self.source}: no completion to show the teacher; add one, or use another context")
         return self.completion if self.privileged_context is None else self.privileged_context
 
 
 SCORER_NAMES = ("exact", "contains", "choice", "regex", "tool_call")
-"""Names that column ``scorer`` may hold; :mod:`selfdistill.data.scorers` has one function for each."""
+"""Valid values of the column ``scorer``; :mod:`selfdistill.data.scorers` has one function for each."""
 
 COLUMNS = ("prompt", "completion", "messages", "document", "privileged_context", "answer", "scorer")
 """Columns that are read."""
 
 _ROLES = ("system", "user", "assistant")
 
-# Other projects' names for a column, suggested when the column is missing; misspellings are found by difflib.
+# Other projects' names for a column, recognised when the column is missing. difflib finds misspellings.
 _OTHER_NAMES = {
     "prompt": ("question", "instruction", "input", "query"),
     "messages": ("conversation", "conversations", "chat", "dialogue"),
@@ -98,11 +98,11 @@ Rows = str | Path | Sequence[Mapping[str, Any]] | Sequence[Demonstration] | Any
 
 
 def load_demonstrations(data: Rows, *, completion_required: bool = True, split: str = "train") -> list[Demonstration]:
-    """Read and check every row of ``data``, in order.
+    """Read and validate every row of ``data``, in order.
 
     Args:
-        data: a ``.jsonl``, ``.json`` (a list of rows) or ``.parquet`` file; a folder of such files, read in order of
-            name and without its subfolders; a folder written by ``datasets`` ``save_to_disk``; where nothing of that
+        data: a ``.jsonl``, ``.json`` (a list of rows) or ``.parquet`` file; a folder of such files, read in name order
+            without subfolders; a folder written by ``datasets`` ``save_to_disk``; where nothing of that
             name exists here, the name of a hub data set; or rows in memory: dicts, demonstrations, a
             ``datasets.Dataset``.
         completion_required: a row must have a completion. Otherwise it may have ``answer`` in its place, and the
@@ -110,11 +110,12 @@ def load_demonstrations(data: Rows, *, completion_required: bool = True, split: 
         split: of a ``DatasetDict`` or a hub data set. Files and a single ``Dataset`` have no splits and are read whole.
 
     A row has ``prompt`` and ``completion`` (each text or chat messages, the completion exactly one assistant message),
-    or ``messages``, whose last turn is the assistant's demonstration. Null stands for absent.
+    or ``messages``, whose last turn is the assistant's demonstration. Null counts as absent. All rows have
+    the same form.
 
     Raises:
-        UserError: the data cannot be read or has no rows; or rows are not as above or do not all have the same form:
-            it names the first ten bad rows and the number of all of them.
+        UserError: the data cannot be read or has no rows; or rows are invalid, of which it names the first ten and the
+            total.
     """
     name = "data"
     try:
@@ -126,7 +127,7 @@ def load_demonstrations(data: Rows, *, completion_required: bool = True, split: 
     except OSError as error:
         raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
     if not rows:
-        raise UserError(f"{name}: no rows, want at least one")
+        raise UserError(f"{name}: no rows, expected at least one")
 
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
         return _demonstration(raw, number, form, completion_required, problems)
@@ -135,7 +136,7 @@ def load_demonstrations(data: Rows, *, completion_required: bool = True, split: 
 
 
 def write_demonstrations(path: Path, rows: Sequence[Demonstration]) -> None:
-    """Write rows as a file that :func:`load_demonstrations` reads back to the same rows, but for their places."""
+    """Write a JSON Lines file that :func:`load_demonstrations` reads back equal except for ``row`` and ``source``."""
     text = "".join(json.dumps(_as_row(row), ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
 
@@ -149,31 +150,31 @@ def _as_row(row: Any) -> Any:
 
 
 def load_prompts(path: str) -> list[Demonstration]:
-    """Read a text file with a prompt on every line that is not empty: rows without a completion.
+    """Read a text file with one prompt per line, skipping empty lines, as demonstrations without completions.
 
     Raises:
-        UserError: it cannot be read, is not UTF-8, or has no prompts.
+        UserError: the file cannot be read, is not UTF-8, or has no prompts.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text, want one prompt a line") from None
+        raise UserError(f"{path}: not UTF-8 text, expected one prompt per line") from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
-        raise UserError(f"{path}: no prompts, want one a line")
+        raise UserError(f"{path}: no prompts, expected one per line")
     return [
         Demonstration(({"role": "user", "content": text},), row=row, source=f"{Path(path).name}:{number}")
         for row, (number, text) in enumerate(numbered)
     ]
 
 
-# --- checking; each function adds what it finds to `problems` ---
+# --- validation; each function appends to `problems` ---
 
 
 def _form(row: Any, problems: list[str]) -> str | None:
-    """``prompt`` or ``messages``: the column that holds the row's chat; None with a problem where that is not clear."""
+    """The column that holds the row's chat, ``prompt`` or ``messages``; None, with a problem, if there is not one."""
     if repeated := repeated_key(row):
         problems.append(repeated)
     elif not isinstance(row, dict):
@@ -182,7 +183,7 @@ def _form(row: Any, problems: list[str]) -> str | None:
         other = next((name for name in ("prompt", "completion") if row.get(name) is not None), None)
         if other is None:
             return "messages"
-        problems.append(f"has '{other}' and 'messages', want 'messages' alone or 'prompt' with 'completion'")
+        problems.append(f"has '{other}' and 'messages', expected 'messages' alone or 'prompt' with 'completion'")
     elif row.get("prompt") is not None:
         return "prompt"
     elif "prompt" in row:
@@ -190,14 +191,14 @@ def _form(row: Any, problems: list[str]) -> str | None:
     elif "messages" in row:
         problems.append(wrong("messages", None, "a list of messages"))
     else:
-        problems.append(_missing(row, "prompt", "messages", want="want 'prompt' with 'completion', or 'messages'"))
+        problems.append(_missing(row, "prompt", "messages", want="expected 'prompt' with 'completion', or 'messages'"))
     return None
 
 
 def _demonstration(
     raw: RawRow, number: int, form: str, completion_required: bool, problems: list[str]
 ) -> Demonstration:
-    """The row as a demonstration, to be thrown away where there are problems."""
+    """The row as a demonstration; invalid if there are problems."""
     row: dict[str, Any] = raw.value
     others = {name: row.get(name) for name in ("document", "privileged_context", "answer", "scorer")}
     completion = _completion(row, completion_required, problems) if form == "prompt" else ""
@@ -208,12 +209,12 @@ def _demonstration(
     if turns and form == "messages" and turns[-1]["role"] == "assistant":
         completion = turns.pop()["content"]
     elif turns and form == "messages" and completion_required:
-        problems.append(f"column 'messages': ends with the {turns[-1]['role']}, want the assistant's demonstration")
+        problems.append(f"column 'messages': ends with the {turns[-1]['role']}, expected an assistant turn")
     if not problems and (not turns or turns[-1]["role"] != "user"):
         found = f"ends with the {turns[-1]['role']}" if turns else "is empty"
-        problems.append(f"column '{form}': the prompt {found}, want the user's turn at its end")
+        problems.append(f"column '{form}': the prompt {found}, expected it to end with a user turn")
     if not problems and not completion and others["answer"] is None:
-        problems.append(_missing(row, "completion", "answer", want="want it or 'answer'"))
+        problems.append(_missing(row, "completion", "answer", want="expected 'completion' or 'answer'"))
     if isinstance(others["answer"], str) and not others["answer"].strip():
         problems.append(wrong("answer", others["answer"], "a value or null"))
     for name in ("document", "privileged_context"):
@@ -228,19 +229,19 @@ def _completion(row: dict[str, Any], required: bool, problems: list[str]) -> str
     value = row.get("completion")
     if value is None and not (required and "completion" in row):
         if required:
-            problems.append(_missing(row, "completion", want=f"want {_WANT_COMPLETION}"))
+            problems.append(_missing(row, "completion", want=f"expected {_WANT_COMPLETION}"))
         return ""
     if not isinstance(value, list) or not value:
         return text_of(value, "completion", _WANT_COMPLETION, problems)
     turns = _messages(value, "completion", problems)
     roles = [turn["role"] for turn in turns]
     if turns and roles != ["assistant"]:
-        problems.append(f"column 'completion': found messages of {', '.join(roles)}, want one assistant message")
+        problems.append(f"column 'completion': found messages of {', '.join(roles)}, expected one assistant message")
     return turns[0]["content"] if turns else ""
 
 
 def _messages(value: Any, column: str, problems: list[str]) -> list[Message]:
-    """The list's messages with role and content only; none where any of them is wrong."""
+    """The list's messages, with role and content only; empty if any is invalid."""
     if not isinstance(value, list) or not value:
         problems.append(wrong(column, value, "a list of messages"))
         return []
@@ -253,22 +254,22 @@ def _messages(value: Any, column: str, problems: list[str]) -> list[Message]:
             continue
         role = message.get("role")
         if role == "tool":
-            problems.append(f"column '{at}.role': found 'tool', which is not supported, want {one_of(_ROLES)}")
+            problems.append(f"column '{at}.role': found 'tool', which is not supported, expected {one_of(_ROLES)}")
         elif role not in _ROLES:
             problems.append(wrong(f"{at}.role", role, one_of(_ROLES)))
         elif role == "system" and number:
-            problems.append(f"column '{at}.role': found 'system', want it in the first message only")
+            problems.append(f"column '{at}.role': found 'system', expected only in the first message")
         text = text_of(message.get("content"), f"{at}.content", "text", problems)
-        # Null is what arrow writes for a key that other messages have. Anything else would be lost without a word.
+        # Arrow writes null for a key that only other messages have. Any other value would be lost silently.
         others = [key for key in message if key not in ("role", "content") and message[key] is not None]
         if others:
-            problems.append(f"column '{at}': found key {quoted(others[0])}, want role and content only")
+            problems.append(f"column '{at}': found key {quoted(others[0])}, expected only role and content")
         turns.append({"role": str(role), "content": text})
     return turns if len(problems) == before else []
 
 
 def text_of(value: Any, column: str, want: str, problems: list[str]) -> str:
-    """The value where it is text that is not blank; else "" and a problem more."""
+    """The value if it is non-blank text; else "", with a problem."""
     if isinstance(value, str) and value.strip() and not LONE_SURROGATE.search(value):
         return value
     problems.append(wrong(column, value, want))
@@ -279,20 +280,20 @@ def text_of(value: Any, column: str, want: str, problems: list[str]) -> str:
 
 
 def wrong(column: str, value: Any, want: str) -> str:
-    """The problem of a column: what was found there and what is wanted."""
-    return f"column '{column}': found {describe_value(value)}, want {want}"
+    """The message for a column with an invalid value."""
+    return f"column '{column}': found {describe_value(value)}, expected {want}"
 
 
 def not_object(row: Any) -> str:
-    """The problem of a row that is no object."""
-    return f"found {describe_value(row)}, want an object"
+    """The message for a row that is not an object."""
+    return f"found {describe_value(row)}, expected an object"
 
 
 def _missing(row: dict[str, Any], *names: str, want: str) -> str:
-    """That the first of ``names`` is missing, with the column that looks like one of them, else what is wanted."""
+    """The message for a missing column: the likely misspelling or synonym of one of ``names``, else ``want``."""
     for name in names:
         for column in row:
             close = difflib.get_close_matches(column.lower(), [name], cutoff=0.9)
             if column not in COLUMNS and (close or column.lower() in _OTHER_NAMES[name]):
-                return f"column '{names[0]}': missing, found {quoted(column)}: rename it to '{name}'"
+                return f"column '{names[0]}': missing, found {quoted(column)}; rename it to '{name}'"
     return f"column '{names[0]}': missing, {want}"

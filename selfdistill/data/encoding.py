@@ -1,4 +1,4 @@
-"""Demonstrations to token ids, as the student and the teacher see them."""
+"""Encode demonstrations as token ids, as the student and the teacher see them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from selfdistill.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids."""
+    """A demonstration as token ids."""
 
     demonstration: Demonstration
     student_ids: list[int]
     """The prompt, as the student sees it."""
     teacher_ids: list[int] | None
-    """The prompt with the context; None where no teacher is asked."""
+    """The prompt with the context, as the teacher sees it; None without a context."""
     completion_ids: list[int]
-    """The demonstration with its end token."""
+    """The completion with its end token."""
 
 
 class NothingFits(UserError):
-    """Rows that do not fit were to be left out, and none would be left."""
+    """Every row is too long, and ``on_long_prompt`` is ``drop``."""
 
 
 def encode(
@@ -40,62 +40,101 @@ def encode(
     completion_must_fit: bool = False,
     pool: Sequence[Demonstration] | None = None,
 ) -> tuple[list[Example], int]:
-    """Token ids of all rows, and how many rows were left out because they do not fit.
+    """Encode demonstrations, and count those dropped because they are too long.
 
     Args:
-        demonstrations: rows to encode.
-        context: the teacher's, or None.
-        max_prompt_length: limit for either prompt in tokens; None: the window less ``max_completion_length``.
-        window: the model's limit for prompt and completion together, None where it has none.
+        demonstrations: what to encode.
+        context: the teacher's context, or None.
+        max_prompt_length: limit for either prompt, in tokens; None: the window minus ``max_completion_length``.
+        max_completion_length: most tokens of a completion.
+        window: the model's limit for prompt plus completion, in tokens; None if it has none.
         on_long_prompt: ``error`` or ``drop``.
-        completion_must_fit: the demonstration itself is trained on, so it too must be within its limit.
-        pool: where contexts take other demonstrations from; default the rows themselves.
+        completion_must_fit: apply ``max_completion_length`` to the demonstrated completion, which is trained on.
+        pool: demonstrations that contexts may draw from; default ``demonstrations``.
+
+    Returns:
+        The examples, and the number of demonstrations dropped.
 
     Raises:
-        NothingFits: with ``drop``, not one row is left.
-        UserError: rows that do not fit, all reported together; or completions that end with the name of an end token.
+        NothingFits: with ``drop``, no row is left.
+        UserError: rows are too long, all reported together; or completions end with the name of an end token.
     """
-    room = None if window is None else window - max_completion_length
-    limit = min((x for x in (room, max_prompt_length) if x is not None), default=None)
-    if limit is not None and limit < 1:
-        raise UserError(
-            f"setting 'max_completion_length': {max_completion_length} leaves no room for a prompt in the model's "
-            f"window of {window} tokens"
-        )
-    ended = [d.source for d in demonstrations if d.completion.rstrip().endswith(tuple(chat.end_names))]
-    if ended:
-        raise UserError(
-            f"{len(ended)} of {len(demonstrations)} completions end with {' or '.join(chat.end_names)}, which the chat "
-            f"format writes by itself ({', '.join(ended[:10])}): take it away"
-        )
-    raised = limit == max_prompt_length
-    more_room = (
-        "raise --max_prompt_length" if raised else f"lower --max_completion_length (the window is {window} tokens)"
-    )
-    kept, long, advice = [], [], []
+    limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit)
+    limits.check()
+    _refuse_end_names(demonstrations, chat)
+    kept, problems = [], []
     for demonstration in demonstrations:
-        row = Example(
+        example = Example(
             demonstration,
             chat.encode_prompt(demonstration.prompt),
             chat.encode_prompt(context.messages(demonstration, pool or demonstrations)) if context else None,
             chat.encode_completion(demonstration.completion),
         )
-        prompts = {"prompt": row.student_ids, "teacher's prompt": row.teacher_ids or []}
-        who = next((who for who, ids in prompts.items() if limit is not None and len(ids) > limit), None)
-        if who is not None:
-            long.append(f"{demonstration.source}: {who} has {len(prompts[who])} tokens, limit {limit}")
-            advice.append(more_room)
-        elif completion_must_fit and len(row.completion_ids) > max_completion_length:
-            found = f"completion has {len(row.completion_ids)} tokens, limit {max_completion_length}"
-            long.append(f"{demonstration.source}: {found} (max_completion_length)")
-            advice.append("raise --max_completion_length")
+        problem = limits.problem(example)
+        if problem is None:
+            kept.append(example)
         else:
-            kept.append(row)
-    if long and (on_long_prompt == "error" or not kept):
-        more = f"; and {len(long) - 10} more" if len(long) > 10 else ""
-        text = f"{len(long)} of {len(demonstrations)} rows do not fit: {'; '.join(long[:10])}{more}; "
-        ways = [*dict.fromkeys(advice), *(["choose a shorter context"] if context else [])]
+            problems.append(problem)
+    if problems and (on_long_prompt == "error" or not kept):
+        shown = "; ".join(found for found, _ in problems[:10])
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        text = f"{len(problems)} of {len(demonstrations)} rows do not fit: {shown}{more}; "
+        ways = list(dict.fromkeys(way for _, way in problems))
+        if context:
+            ways.append("choose a shorter context")
         if on_long_prompt == "drop":
             raise NothingFits(text + " or ".join(ways))
-        raise UserError(f"{text}{', '.join(ways)}, or leave them out with --on_long_prompt drop")
-    return kept, len(long)
+        raise UserError(f"{text}{', '.join(ways)}, or drop them with --on_long_prompt drop")
+    return kept, len(problems)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Most tokens of prompts and completions."""
+
+    max_prompt_length: int | None
+    max_completion_length: int
+    window: int | None
+    completion_must_fit: bool
+
+    @property
+    def prompt(self) -> int | None:
+        """Most tokens of a prompt; None if there is no limit."""
+        room = None if self.window is None else self.window - self.max_completion_length
+        return min((x for x in (room, self.max_prompt_length) if x is not None), default=None)
+
+    def check(self) -> None:
+        """Refuse settings that leave no room for a prompt."""
+        if self.prompt is not None and self.prompt < 1:
+            raise UserError(
+                f"setting 'max_completion_length': {self.max_completion_length} leaves no room for a prompt in the "
+                f"model's window of {self.window} tokens"
+            )
+
+    def problem(self, example: Example) -> tuple[str, str] | None:
+        """What does not fit and what to do about it; None if all fits."""
+        source, limit = example.demonstration.source, self.prompt
+        for who, ids in (("prompt", example.student_ids), ("teacher's prompt", example.teacher_ids or [])):
+            if limit is not None and len(ids) > limit:
+                return f"{source}: {who} has {len(ids)} tokens, limit {limit}", self._more_room
+        length = len(example.completion_ids)
+        if self.completion_must_fit and length > self.max_completion_length:
+            found = f"completion has {length} tokens, limit {self.max_completion_length} (max_completion_length)"
+            return f"{source}: {found}", "raise --max_completion_length"
+        return None
+
+    @property
+    def _more_room(self) -> str:
+        if self.prompt == self.max_prompt_length:
+            return "raise --max_prompt_length"
+        return f"lower --max_completion_length (the window is {self.window} tokens)"
+
+
+def _refuse_end_names(demonstrations: Sequence[Demonstration], chat: ChatFormat) -> None:
+    """Refuse completions that end with the name of an end token, which would then be text."""
+    ended = [d.source for d in demonstrations if d.completion.rstrip().endswith(tuple(chat.end_names))]
+    if ended:
+        raise UserError(
+            f"{len(ended)} of {len(demonstrations)} completions end with {' or '.join(chat.end_names)}, which the chat "
+            f"format adds itself ({', '.join(ended[:10])}); remove it"
+        )

@@ -1,4 +1,4 @@
-"""Rows of files and data sets as they stand there, each with its place, and the words for what is wrong with them."""
+"""Raw rows of files and data sets, each with its location, and the wording of errors about them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,23 @@ from selfdistill.errors import UserError
 Made = TypeVar("Made")
 
 _FILE_TYPES = (".jsonl", ".json", ".parquet")
-# In a folder these hold rows that would go missing without a word; as a path they are a file, not a hub name.
+# Unsupported. In a folder, their rows would go missing silently; as a path, they are a file, not a hub name.
 _OTHER_FILE_TYPES = (".csv", ".tsv", ".arrow", ".gz", ".zip", ".zst")
 _SHOWN = 10
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair. JSON can write it; UTF-8, and so any tokenizer, cannot."""
 
 
 def join_surrogates(text: str) -> str:
-    """The text with halves of surrogate pairs joined; one that stands alone is replaced by U+FFFD."""
+    """Join the halves of surrogate pairs, and replace lone ones with U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-"""Half of a pair: JSON can write it, UTF-8 and so no tokenizer can."""
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row before it is checked: its place within the path (``line 3``), and why it has no value.
+    """One unchecked row: its place within the path (``line 3``), and its value or the reason it has none.
 
-    An object with a key that stands twice is found by :func:`repeated_key` only.
+    Only :func:`repeated_key` detects an object with a duplicate key.
     """
 
     place: str
@@ -44,7 +42,7 @@ class RawRow:
 
 
 class _RepeatedKey(str):
-    """A key that stands twice in a JSON object; takes the object's place so that its row can be named."""
+    """A duplicate key, in place of its JSON object, so that the error can name the row."""
 
 
 def read_rows(path: str, split: str) -> list[RawRow]:
@@ -62,7 +60,7 @@ def read_rows(path: str, split: str) -> list[RawRow]:
 def _read_folder(path: str) -> list[RawRow]:
     kinds = {name: os.path.splitext(name)[1].lower() for name in sorted(os.listdir(path)) if name[0] != "."}
     if other := next((name for name, kind in kinds.items() if kind in _OTHER_FILE_TYPES), None):
-        raise UserError(f"{path}: cannot read {other}, want {one_of(_FILE_TYPES)}; convert it or move it elsewhere")
+        raise UserError(f"{path}: cannot read {other}, expected {one_of(_FILE_TYPES)}; convert it or move it elsewhere")
     files = [name for name, kind in kinds.items() if kind in _FILE_TYPES]
     if not files:
         raise UserError(f"{path}: no {one_of(_FILE_TYPES)} file in this folder (subfolders are not read)")
@@ -73,17 +71,19 @@ def _read_file(path: str) -> list[RawRow]:
     readers = dict(zip(_FILE_TYPES, (read_jsonl, _read_json, _read_parquet), strict=True))
     kind = os.path.splitext(path)[1].lower()
     if kind not in readers:
-        raise UserError(f"{path}: cannot read file type '{kind}', want {one_of(_FILE_TYPES)}")
+        raise UserError(f"{path}: cannot read file type '{kind}', expected {one_of(_FILE_TYPES)}")
     return readers[kind](path)
 
 
 def read_jsonl(path: str) -> list[RawRow]:
-    """The rows of a JSON Lines file, unchecked; one that is no JSON has a problem in place of a value.
+    """The unchecked rows of a JSON Lines file; a row with invalid JSON has a problem in place of a value.
 
-    Raises :class:`UserError` where the file is not UTF-8, and OSError where it cannot be read.
+    Raises:
+        UserError: the file is not UTF-8.
+        OSError: the file cannot be read.
     """
     rows = []
-    # Not splitlines(): JSON text may hold U+2028 and the like, which are no line ends here.
+    # Not splitlines(): JSON text may contain U+2028 and the like, which do not end a line here.
     for number, line in enumerate(_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -103,10 +103,10 @@ def _read_json(path: str) -> list[RawRow]:
     try:
         rows = _parse(text) if text.strip() else []
     except (ValueError, RecursionError) as error:
-        hint = "; one row a line belongs in a .jsonl file" if str(error).startswith("Extra data") else ""
+        hint = "; if it has one row per line, name it .jsonl" if str(error).startswith("Extra data") else ""
         raise UserError(f"{path}: invalid JSON: {error}{hint}") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path}: found {describe_value(rows)}, want a list of rows")
+        raise UserError(f"{path}: found {describe_value(rows)}, expected a list of rows")
     return [RawRow(f"item {number}", f"{path}[{number}]", row) for number, row in enumerate(rows)]
 
 
@@ -126,11 +126,11 @@ def _read_set(path: str, split: str, *, saved: bool) -> list[RawRow]:
 
     try:
         rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
-    except Exception as error:  # the network, the hub, arrow and the file system each raise errors of their own
+    except Exception as error:  # the network, the hub, Arrow and the file system each have their own errors
         tried = "not a readable saved data set" if saved else f"no such file, and no hub data set with split '{split}'"
         raise UserError(f"{path}: {tried}: {one_line(error)}") from error
     if isinstance(rows, datasets.DatasetDict) and split not in rows:
-        raise UserError(f"{path}: no split '{split}' in this data set, want {one_of(list(rows))}")
+        raise UserError(f"{path}: no split '{split}' in this data set, expected {one_of(list(rows))}")
     return _numbered(path, rows[split] if isinstance(rows, datasets.DatasetDict) else rows)
 
 
@@ -146,10 +146,10 @@ def rows_in_memory(data: Any, split: str, as_row: Callable[[Any], Any]) -> list[
     """
     if isinstance(data, dict) and hasattr(data, "column_names"):  # a DatasetDict
         if split not in data:
-            raise UserError(f"data: no split '{split}' in this data set, want {one_of(list(data))}")
+            raise UserError(f"data: no split '{split}' in this data set, expected {one_of(list(data))}")
         data = data[split]
     if isinstance(data, dict | str | bytes) or not isinstance(data, Iterable):
-        raise UserError(f"data: found {describe_value(data)}, want a path, a list of rows or a datasets.Dataset")
+        raise UserError(f"data: found {describe_value(data)}, expected a path, a list of rows or a datasets.Dataset")
     rows = list(data)
     sources = [getattr(row, "source", "") or f"data[{number}]" for number, row in enumerate(rows)]
     return [
@@ -163,9 +163,9 @@ def _utf8(path: str) -> str:
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        # Of the file, not of a row: after the first wrong byte of, say, UTF-16 neither lines nor rows mean anything.
+        # An error of the file, not of a row: in UTF-16, for example, lines and rows are meaningless.
         line, byte = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
-        found = f"line {line}, byte {byte} of the line is 0x{data[error.start]:02x}"
+        found = f"line {line}, byte {byte} is 0x{data[error.start]:02x}"
         raise UserError(f"{path}: not UTF-8: {found}; save it as UTF-8") from error
 
 
@@ -183,12 +183,12 @@ def _no_constant(name: str) -> None:
 
 
 def repeated_key(row: Any) -> str | None:
-    """A problem where a key stands twice in an object of the row, at any depth."""
+    """The problem if any object in the row, at any depth, has a duplicate key."""
     stack = [row]
     while stack:
         value = stack.pop()
         if isinstance(value, _RepeatedKey):
-            return f"key {quoted(value)} stands twice in one object, want it once"
+            return f"duplicate key {quoted(value)}; remove one"
         stack.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
     return None
 
@@ -198,8 +198,8 @@ def describe_value(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, str):
         if not value.strip():
-            return "white space only" if value else "empty text"
-        return quoted(value) + (" with half of a surrogate pair" if LONE_SURROGATE.search(value) else "")
+            return "only whitespace" if value else "empty text"
+        return quoted(value) + (" with a lone surrogate" if LONE_SURROGATE.search(value) else "")
     if isinstance(value, int | float):
         return f"the number {value}"
     if isinstance(value, list):
@@ -226,17 +226,17 @@ def check_rows(
     make: Callable[[RawRow, str, int, list[str]], Made],
     whole: str,
 ) -> list[Made]:
-    """Each row as what ``make`` makes of it, all of one form; both functions add what they find to a list of problems.
+    """Convert each row with ``make``, requiring one form; both callables append to a list of problems.
 
     Args:
         path: for the error.
-        rows: as they were read.
-        form_of: the column that tells a row's form, None with a problem.
-        make: from a row, its form, and the number of rows before it.
+        rows: the raw rows.
+        form_of: returns the column that identifies a row's form, or None with a problem.
+        make: converts a row, given its form and the number of rows before it.
         whole: what must have one form, ``set`` or ``file``, for the error.
 
     Raises:
-        UserError: every bad row, by :func:`bad_rows`.
+        UserError: names every bad row, through :func:`bad_rows`.
     """
     made: list[Made] = []
     bad: list[str] = []
@@ -247,7 +247,7 @@ def check_rows(
         if form and first_form is None:
             first_form, first_place = form, raw.place
         if form and form != first_form:
-            problems.append(f"has '{form}' where {first_place} has '{first_form}', want one form in the whole {whole}")
+            problems.append(f"has '{form}' but {first_place} has '{first_form}'; use one form in the whole {whole}")
         elif form:
             made.append(make(raw, form, len(made), problems))
         if problems:
@@ -258,11 +258,11 @@ def check_rows(
 
 
 def bad_rows(path: str, bad: Sequence[str]) -> UserError:
-    """The error for the bad rows of ``path``, each given as its place and what is wrong with it."""
+    """The error for the bad rows of ``path``, each given as its place and its problems."""
     return UserError(f"{path}: {'1 bad row' if len(bad) == 1 else f'{len(bad)} bad rows'}: {first_ten(bad)}")
 
 
 def first_ten(found: Sequence[str]) -> str:
-    """The first ten in one line, and the number of the others."""
+    """The first ten on one line, and the number of the others."""
     more = f"; ... and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return "; ".join(found[:_SHOWN]) + more

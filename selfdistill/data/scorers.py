@@ -1,7 +1,7 @@
-"""Scorers: is a reply right? One function each; every one compares with the row's ``answer``, else its completion.
+"""Scorers: decide whether a reply is correct, by comparison with the row's ``answer``, else its completion.
 
-A wrong or unreadable reply is False. An answer that the scorer cannot use is the user's to mend: :class:`UserError`.
-Beside these the command's setting, never a row of the data, may name a function of the user's own, or the judge of
+A wrong or malformed reply scores False. An answer that the scorer cannot use is a :class:`UserError`. The command's
+setting, but never a row of the data, may also name a user-defined function or the judge of
 :mod:`selfdistill.evaluation.judge`.
 """
 
@@ -25,40 +25,46 @@ from selfdistill.data.rows import one_line
 from selfdistill.errors import UserError
 
 JUDGE = "judge"
-"""The setting by which another model gives the verdicts; not a scorer of :func:`score`."""
+"""The setting with which another model grades replies; not a scorer that :func:`score` accepts."""
 
 FUNCTION = re.compile(r"python:(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\.(?P<function>[^\W\d]\w*)")
-"""The name of a scorer that is a function: ``python:package.module.function``."""
+"""Name of a user-defined scorer: ``python:package.module.function``."""
 
 
 def score(name: str, reply: str, demonstration: Demonstration) -> bool:
-    """Whether ``reply`` is right by the scorer ``name``, one of ``SCORER_NAMES`` or of the form of ``FUNCTION``.
+    """Whether ``reply`` is correct according to a scorer.
 
-    A function is called as ``function(reply, row)`` and returns a bool; ``row`` is a dict with ``prompt`` (chat
-    messages), ``completion``, ``answer`` and ``document``.
+    A user-defined scorer is called as ``function(reply, row)`` and returns a bool; ``row`` is a dict with ``prompt``
+    (chat messages), ``completion``, ``answer`` and ``document``.
 
-    Raises :class:`UserError` for an unknown name, and, naming the row's source, where the row has no answer or
-    completion to compare with, or one that the scorer cannot use. For a function: it cannot be imported from the
-    current folder or the environment, raises an error, or returns something else than a bool.
+    Args:
+        name: one of ``SCORER_NAMES``, or a name that matches ``FUNCTION``.
+        reply: the reply to score.
+        demonstration: what to compare it with.
+
+    Raises:
+        UserError: unknown name; no answer or completion to compare with, or one that the scorer cannot use; or a
+            user-defined function cannot be imported from the current folder or the environment, raises, or does not
+            return a bool.
     """
     if name.startswith("python:"):
         return _by_function(name, reply, demonstration)
     if name not in SCORER_NAMES:
-        raise UserError(f"unknown scorer '{name}', want one of {', '.join(SCORER_NAMES)}")
+        raise UserError(f"unknown scorer '{name}', expected one of {', '.join(SCORER_NAMES)}")
     return _SCORERS[name](reply, demonstration)
 
 
 def default_scorer(demonstration: Demonstration, setting: str | None) -> str:
-    """The name of the row's own scorer, else ``setting``, else ``exact``."""
+    """Name of the row's own scorer, else ``setting``, else ``exact``."""
     return demonstration.scorer or setting or "exact"
 
 
 def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) -> str | None:
-    """A note where the demonstrations themselves are mostly wrong by their scorer, with those by which all are right.
+    """A note if the scorer rejects most demonstrated completions, naming scorers that accept all; else None.
 
     Args:
-        demonstrations: rows whose answers their scorers can use.
-        setting: scorer of rows that name none; about the judge there is no note, for asking it costs time.
+        demonstrations: demonstrations whose answers their scorers can use.
+        setting: scorer for rows that name none. The judge gets no note, because asking it takes time.
     """
     if setting == JUDGE:
         return None
@@ -67,9 +73,9 @@ def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) ->
     if right * 2 >= len(rows):
         return None
     fitting = [name for name in SCORER_NAMES if all(_right(name, row) for row in rows)]
-    instead = f"; by --scorer {' or '.join(fitting)} all are right" if fitting else ""
+    instead = f"; --scorer {' or '.join(fitting)} accepts all of them" if fitting else ""
     scorer = setting or "exact"
-    return f"scorer {scorer!r} does not fit: {right} of {len(rows)} demonstrations themselves are right by it{instead}"
+    return f"scorer {scorer!r} does not fit: it accepts only {right} of {len(rows)} demonstrated completions{instead}"
 
 
 def _right(name: str, row: Demonstration) -> bool:
@@ -80,15 +86,15 @@ def _right(name: str, row: Demonstration) -> bool:
 
 
 def exact(reply: str, demonstration: Demonstration) -> bool:
-    """The reply equals the answer, each stripped and with every run of white space as one space; case counts."""
+    """The reply equals the answer, after stripping and collapsing whitespace; case-sensitive."""
     return reply.split() == _text(_expected("exact", demonstration), "exact", demonstration).split()
 
 
 def contains(reply: str, demonstration: Demonstration) -> bool:
-    """The answer, or any one of a list of them, stands in the reply as consecutive whole words.
+    """The reply contains the answer, or any answer of a list, as consecutive whole words.
 
-    Words are numbers, with their sign and decimals, and runs of letters and digits. Case, punctuation and white space
-    do not count, and neither do commas between thousands: 4,500 is 4500.
+    Words are numbers, with sign and decimals, and runs of letters and digits. Case, punctuation, whitespace and
+    thousands separators are ignored: 4,500 is 4500.
     """
     expected = _expected("contains", demonstration)
     words = words_of(reply)
@@ -104,10 +110,10 @@ def contains(reply: str, demonstration: Demonstration) -> bool:
 def choice(reply: str, demonstration: Demonstration) -> bool:
     """The option that the reply chooses is the answer, one capital letter.
 
-    The choice is the content, stripped, of the last ``<answer>...</answer>``. Without a complete tag it is the last
-    capital letter A to Z that stands alone: a word between white space or colons that is one letter once the
-    punctuation around it is taken away, as in ``(B)``, ``B.`` or ``Answer:B``. The words "I" and "A" count too.
-    Without an answer the right option is the one that the completion chooses.
+    The choice is the stripped content of the last ``<answer>...</answer>``. Without a complete tag it is the last
+    standalone capital letter A to Z: a word, delimited by whitespace or colons, that is one letter after stripping
+    punctuation, as in ``(B)``, ``B.`` or ``Answer:B``. The words "I" and "A" count, too. Without an answer, the correct
+    option is the one that the completion chooses.
     """
     if demonstration.answer is None:
         expected = _choice_in(_expected("choice", demonstration))
@@ -119,12 +125,12 @@ def choice(reply: str, demonstration: Demonstration) -> bool:
 
 
 def regex(reply: str, demonstration: Demonstration) -> bool:
-    """The answer, a regular expression of Python's ``re``, matches somewhere in the reply.
+    """The answer, a Python ``re`` pattern, matches somewhere in the reply.
 
-    A completion is no pattern, so an answer is needed.
+    Requires an answer, because a completion is not a pattern.
     """
     if demonstration.answer is None:
-        raise UserError(f"{demonstration.source}: scorer 'regex' needs an answer, a pattern; add column 'answer'")
+        raise UserError(f"{demonstration.source}: scorer 'regex' needs a pattern; add the column 'answer'")
     try:
         return re.search(_text(_expected("regex", demonstration), "regex", demonstration), reply) is not None
     except re.error as error:
@@ -134,11 +140,11 @@ def regex(reply: str, demonstration: Demonstration) -> bool:
 def tool_call(reply: str, demonstration: Demonstration) -> bool:
     """The reply calls the answer's tools with the answer's arguments.
 
-    A call is a line ``Action: name`` followed by ``Action Input:`` and a JSON object; one that is not makes the reply
-    wrong. The answer is a list of [name, arguments], or its JSON text; the arguments are an object, or its JSON text.
-    Names must be equal as a multiset. Arguments are merged over all calls: for each argument name the multiset of its
-    values must be equal, so the order of calls does not count. A value and its text are equal: 3 and "3". Without an
-    answer the calls are those of the completion.
+    A call is a line ``Action: name`` followed by ``Action Input:`` and a JSON object; a malformed call makes the reply
+    wrong. The answer is a list of [name, arguments] or its JSON text; the arguments are an object or its JSON text.
+    Names must be equal as a multiset. Arguments are merged over all calls: for each argument name the multiset of
+    values must be equal, so the order of calls does not matter. A value equals its text: 3 and "3". Without an answer,
+    the expected calls are those of the completion.
     """
     if demonstration.answer is None:
         expected = _calls_in(_expected("tool_call", demonstration))
@@ -172,7 +178,7 @@ def _by_function(name: str, reply: str, demonstration: Demonstration) -> bool:
         ) from error
     if not isinstance(right, bool):
         found = " ".join(repr(right).split())[:60]
-        raise UserError(f"{demonstration.source}: scorer {name!r} returned {found}, want True or False (a bool)")
+        raise UserError(f"{demonstration.source}: scorer {name!r} returned {found}, expected True or False (a bool)")
     return right
 
 
@@ -180,9 +186,9 @@ def _by_function(name: str, reply: str, demonstration: Demonstration) -> bool:
 def _function(name: str) -> Callable[[str, dict[str, Any]], Any]:
     match = FUNCTION.fullmatch(name)
     if match is None:
-        raise UserError(f"scorer {name!r}: want python:package.module.function")
+        raise UserError(f"scorer {name!r}: expected python:package.module.function")
     if match["module"].partition(".")[0] in sys.stdlib_module_names:  # such as builtins.exec
-        raise UserError(f"scorer {name!r}: {match['module']!r} is Python's own; name a module of yours")
+        raise UserError(f"scorer {name!r}: {match['module']!r} is in the standard library; name your own module")
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
@@ -239,11 +245,11 @@ def _choice_in(reply: str) -> str | None:
 
 
 _Calls = list[tuple[str, dict[str, str]]]
-"""Name and arguments, each argument's value as :func:`_plain` text."""
+"""(name, arguments) of each call, argument values as :func:`_plain` text."""
 
 
 def _calls_in(reply: str) -> _Calls | None:
-    """The reply's calls; None where an ``Action:`` line has no arguments that can be read."""
+    """The reply's calls; None if an ``Action:`` line has no valid arguments."""
     calls: _Calls = []
     for match in re.finditer(r"^[ \t]*Action:(.*)\n\s*Action Input:\s*", reply, re.MULTILINE):
         try:
@@ -274,7 +280,7 @@ def _arguments(value: Any) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """The value with numbers, true, false and null as text, at any depth."""
+    """The value with numbers, true, false and null converted to text, at any depth."""
     if isinstance(value, str):
         return value
     if isinstance(value, dict):

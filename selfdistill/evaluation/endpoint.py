@@ -63,7 +63,7 @@ class Endpoint:
                 problem = _problem(error, key)
                 if not _passes(error) or wait is None or stop.wait(wait):
                     raise UserError(
-                        f"{self.who} {self.url}: {problem}; {self.note}, the same command goes on from there"
+                        f"{self.who} {self.url}: {problem}; {self.note}; rerun the same command to resume"
                     ) from None
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]
@@ -71,7 +71,7 @@ class Endpoint:
             content = None
         if not isinstance(content, str):
             raise UserError(
-                f"{self.who} {self.url}: found {shown(_hidden(answer.decode(errors='replace'), key))}, want a chat "
+                f"{self.who} {self.url}: found {shown(_hidden(answer.decode(errors='replace'), key))}, expected a chat "
                 f"completion; check {self.who}_url"
             )
         return join_surrogates(content)

@@ -57,7 +57,7 @@ class Judge:
 
     def __init__(self, url: str, model: str, cache: Path) -> None:
         self._cache = cache
-        note = f"what was judged is kept in {cache}"
+        note = f"verdicts are cached in {cache}"
         self._endpoint = Endpoint(url, model, "judge", note)
         self._kept = _read(cache)
 
@@ -116,8 +116,8 @@ class Judge:
                     return verdict
             messages += [{"role": "assistant", "content": content}, {"role": "user", "content": _AGAIN}]
         raise UserError(
-            f"{row.source}: judge {self._endpoint.model!r} answered {shown(content)}, want strict, lenient or wrong; "
-            f"{self._endpoint.note}, take a judge that follows instructions"
+            f"{row.source}: judge {self._endpoint.model!r} answered {shown(content)}, expected strict, lenient or "
+            f"wrong; {self._endpoint.note}; use a judge that follows instructions"
         )
 
 

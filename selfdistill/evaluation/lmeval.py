@@ -140,7 +140,7 @@ def _result(name: str, samples: Sequence[dict[str, Any]]) -> TaskResult:
     values = [item[metric] for item in items] if metric else []
     if not metric or not all(value in (0, 1) for value in values):
         raise UserError(
-            f"lm_eval_tasks: task {name!r} measures {', '.join(items[0]['metrics'])}, want one of "
+            f"lm_eval_tasks: task {name!r} measures {', '.join(items[0]['metrics'])}, expected one of "
             f"{', '.join(METRICS)} that is 0 or 1 for each item; leave it out"
         )
     norm = float(sum(item["acc_norm"] for item in items)) / len(items) if "acc_norm" in items[0] else None

@@ -33,7 +33,8 @@ REPLY_TOKENS = 48
 
 _SCORER = "contains"  # for questions that name none
 _WANT_ROW = (
-    "want query + choices + gold, contexts + continuation + gold, context + continuation, or a file of prompt + answer"
+    "expected query + choices + gold, contexts + continuation + gold, context + continuation, or a file of "
+    "prompt + answer"
 )
 
 
@@ -102,7 +103,7 @@ def _load_file(path: str) -> list[Choices] | list[Demonstration]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if not raws:
-        raise UserError(f"{path}: no rows, want at least one")
+        raise UserError(f"{path}: no rows, expected at least one")
     forms = (_form(raw.value, []) for raw in raws if not raw.problem)
     if next((form for form in forms if form), None) in ("prompt", "messages"):
         return load_demonstrations(path, completion_required=False)
@@ -143,7 +144,7 @@ def _choices(raw: RawRow, form: str, problems: list[str]) -> Choices:
     gold = row.get("gold")
     want = f"a whole number from 0 to {len(pairs) - 1}" if pairs else "the right one's number from 0"
     if "gold" not in row:
-        problems.append(f"column 'gold': missing, want {want}")
+        problems.append(f"column 'gold': missing, expected {want}")
     elif not isinstance(gold, int) or isinstance(gold, bool) or (pairs and not 0 <= gold < len(pairs)):
         problems.append(wrong("gold", gold, want))
     return Choices(raw.source, tuple(pairs), gold)
@@ -152,14 +153,14 @@ def _choices(raw: RawRow, form: str, problems: list[str]) -> Choices:
 def _continuation(row: dict[str, Any], problems: list[str]) -> str:
     if "continuation" in row:
         return text_of(row["continuation"], "continuation", "text", problems)
-    problems.append("column 'continuation': missing, want text")
+    problems.append("column 'continuation': missing, expected text")
     return ""
 
 
 def _texts(row: dict[str, Any], column: str, problems: list[str]) -> list[str]:
     want = "a list of two or more texts"
     if column not in row:
-        problems.append(f"column '{column}': missing, want {want}")
+        problems.append(f"column '{column}': missing, expected {want}")
         return []
     values = row[column]
     if not isinstance(values, list) or len(values) < 2:

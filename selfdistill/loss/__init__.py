@@ -1,4 +1,4 @@
-"""Logits to loss and gradient, in pure torch."""
+"""From logits to loss and gradient, in pure PyTorch."""
 
 from selfdistill.loss.chunked import CHUNK_TOKENS, Head, Weighting, chunked_loss
 from selfdistill.loss.divergence import CrossEntropy, Divergence, Target, forward_kl

@@ -1,6 +1,6 @@
 """The loss fused with the LM head: hidden states in, loss and gradients out, chunk by chunk.
 
-Dimensions in names: N tokens, n tokens of one chunk, V vocabulary, D hidden.
+Dimension suffixes: N tokens, n tokens in one chunk, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from selfdistill.loss.divergence import CrossEntropy, Divergence, Pair
 
 Head = Callable[[Tensor], Tensor]
 Weighting = Callable[[dict[str, Tensor]], Tensor]
-"""From :func:`selfdistill.loss.divergence.token_statistics` of some tokens to a factor for each, (n,)."""
+"""Maps per-token statistics (:func:`selfdistill.loss.divergence.token_statistics`) to one factor per token, (n,)."""
 
 CHUNK_LOGITS = 5 * 2**19
-"""Logits in one chunk by default: 10 MiB as float32, of which at most seven are held at a time."""
+"""Default number of logits per chunk: 10 MiB in float32. At most seven such tensors are alive at a time."""
 CHUNK_TOKENS = 53
-"""Least tokens in one by default, however large the vocabulary: products with fewer rows are slow, and each chunk reads
-and writes the head's whole gradient."""
+"""Default minimum of tokens per chunk, whatever the vocabulary size. Matrix products with fewer rows are slow, and each
+chunk reads and writes the head's whole gradient."""
 
 
 def chunked_loss(
@@ -41,34 +41,34 @@ def chunked_loss(
     base: tuple[Tensor, Head] | None = None,
     weighting: Weighting | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum_n weights_n * loss_n through the LM head, without ever holding logits of more than one chunk.
+    """sum_n weights_n * loss_n through the LM head, holding the logits of one chunk at a time.
 
-    The gradients with respect to the hidden states and the head's parameters are formed chunk by chunk on the way
-    forward, in the same pass as the loss, so backward neither runs the head again nor needs its logits; head gradients
-    are summed over chunks in float32 or better. Differentiable once, and backward may be called once.
+    The forward pass computes the gradients of the hidden states and head parameters along with the loss. The backward
+    pass therefore neither reruns the head nor needs its logits. Head gradients are summed over chunks in float32 or
+    better. Differentiable once; call backward at most once.
 
     Args:
-        loss: what is measured per token.
-        student_hidden_ND: final hidden states that predict ``tokens_N``, of the kept tokens only; carries the gradient.
-        student_head: hidden (n, D) -> logits (n, V), such as the model's ``lm_head``; the identity where logits stand
-            in place of hidden states.
-        head_parameters: every tensor through which gradients should flow into ``student_head``; each must be used by
-            it. Those that need no gradient are skipped. They may be tied to the embeddings.
+        loss: the per-token loss.
+        student_hidden_ND: final hidden states that predict ``tokens_N``, retained tokens only; carries the gradient.
+        student_head: maps hidden states (n, D) to logits (n, V), such as the model's ``lm_head``; the identity if
+            ``student_hidden_ND`` already holds logits.
+        head_parameters: tensors in ``student_head`` that receive gradients; the head must use each of them. Those with
+            ``requires_grad=False`` are skipped. They may be tied to the embeddings.
         tokens_N: ids of the completion tokens.
-        weights_N: weight of each token (see :mod:`selfdistill.loss.token_weights`); no gradient flows into it.
-        teacher_hidden_ND: the teacher's hidden states for the same tokens, of its own width; none for
+        weights_N: weight of each token (see :mod:`selfdistill.loss.token_weights`); receives no gradient.
+        teacher_hidden_ND: the teacher's hidden states for the same tokens; its D may differ. None for
             :class:`CrossEntropy` without a teacher.
-        teacher_head: the teacher's head; ``student_head`` where absent.
-        chunk_size: tokens per chunk; by default as many as make ``CHUNK_LOGITS`` logits, at least ``CHUNK_TOKENS``.
-        base: the base's hidden states for the same tokens and its head, where the loss's target asks for them.
-        weighting: a further factor for each token, of loss and gradient; no gradient flows into it.
+        teacher_head: the teacher's head; default ``student_head``.
+        chunk_size: tokens per chunk; default: enough for ``CHUNK_LOGITS`` logits, but at least ``CHUNK_TOKENS``.
+        base: the base model's hidden states for the same tokens and its head, if the loss's target needs them.
+        weighting: an extra per-token factor on loss and gradient; receives no gradient.
 
     Returns:
-        The scalar loss, and per-token statistics of shape (N,), detached: ``loss`` and those of
+        The scalar loss, and detached per-token statistics of shape (N,): ``loss`` and those of
         :func:`token_statistics`.
 
     Raises:
-        UserError: ``chunk_size`` below 1.
+        UserError: ``chunk_size`` is below 1.
     """
     chunks = _Chunks(
         loss, (student_hidden_ND, student_head), head_parameters, tokens_N, weights_N, teacher_hidden_ND, teacher_head
@@ -181,10 +181,10 @@ class _Chunks:
 
 @contextmanager
 def _rounded_factors(enabled: bool) -> Iterator[None]:
-    """float32 products may round their factors to bfloat16, as autocast would; sums and results stay float32.
+    """Let float32 matrix products round their factors to bfloat16, as autocast would; sums and results stay float32.
 
-    0.3 to 0.5 of the time of the head's products on a CPU with AMX. Without such hardware nothing changes. While it
-    lasts it holds for the whole process.
+    On a CPU with AMX the head's products then take 0.3 to 0.5 of the time. Other hardware is unaffected. The setting is
+    process-wide while the context is active.
     """
     if not enabled:
         yield
@@ -198,11 +198,11 @@ def _rounded_factors(enabled: bool) -> Iterator[None]:
 
 
 def _plain_weight(head: Head, teacher_head: Head | None, device: str) -> Tensor | None:
-    """The weight of a head that is to be nothing but one matrix product in float32; None where it is not.
+    """The weight of a head that is a single float32 matrix product; None for any other head.
 
-    Its gradient is added to a sum by the product itself. Through autograd every chunk would make one more tensor of the
-    head's size first: 1.5 times the time of loss and gradients in all, measured at V = 49,152 and 64 tokens a chunk.
-    Under autocast to bfloat16 there would be three, so on a CPU the head's sums stay in float32; GPUs use bfloat16.
+    The product accumulates its gradient in place. With autograd, each chunk would first allocate another tensor of the
+    head's size: 1.5 times the total time of loss and gradients, measured at V = 49,152 and 64 tokens per chunk. Under
+    autocast to bfloat16 it would allocate three. So on a CPU the head's sums stay in float32; GPUs use bfloat16.
     """
     if device != "cpu" and torch.is_autocast_enabled(device):
         return None
@@ -214,7 +214,7 @@ def _plain_weight(head: Head, teacher_head: Head | None, device: str) -> Tensor 
 
 
 class _Attach(torch.autograd.Function):
-    """A scalar as it is, with gradients with respect to ``inputs`` that are known already but for a factor."""
+    """The identity on a scalar, whose gradients with respect to ``inputs`` are already known up to a factor."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, scale: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""How far the student's next-token distribution is from the teacher's, per token.
+"""Per-token divergence between the student's and the teacher's next-token distributions.
 
-Dimensions in names: B batch, T completion tokens, N flattened tokens, n tokens of one chunk, V vocabulary, D hidden,
-K top-k. p is the student, q the teacher; "log_p" are log-probabilities, in nats. Everything is computed in float32
-(float64 where the logits are float64), whatever the model's dtype.
+Dimension suffixes: B batch, T completion tokens, N flattened tokens, n tokens in one chunk, V vocabulary, D hidden
+size, K top-k. p is the student, q the teacher; ``log_p`` is in nats. All computation is in float32 (float64 for float64
+logits), whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Tail = Literal["bucket", "renormalise"]
 
 def _log_softmax(logits_NV: Tensor) -> Tensor:
     dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-    # A floor in place of log 0 (-inf logits): 0 * log 0 is then 0, and no difference is NaN, in the gradient either. It
-    # leaves room for the difference of two, and a sum of it weighted with probabilities stays finite.
+    # A floor replaces log 0 (-inf logits), so 0 * log 0 is 0 and no difference is NaN, in the gradient either. Half of
+    # the smallest float: the difference of two floors and a probability-weighted sum both stay finite.
     log_NV, floor = torch.log_softmax(logits_NV, dim=-1, dtype=dtype), torch.finfo(dtype).min / 2
     return log_NV.clamp(min=floor) if log_NV.requires_grad else log_NV.clamp_(min=floor)
 
 
 def _dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
-    return (a_NV * b_NV).sum(-1)  # not vecdot, which autocast would run in bfloat16
+    return (a_NV * b_NV).sum(-1)  # not vecdot: autocast would run it in bfloat16
 
 
 def _kl(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
@@ -59,9 +59,9 @@ def _pick(log_p_NV: Tensor, tokens_N: Tensor) -> Tensor:
 
 
 def _with_tail(log_p_NV: Tensor, support_NK: Tensor) -> Tensor:
-    """Log-probabilities of the support and, as one more entry, of all the rest together: N(K+1)."""
-    # log(1 - sum of the support) is off by 1e-7 in float32, more than the whole tail of a confident model, and infinite
-    # at 0. A chunk holds the full vocabulary anyway, so the rest is added up directly.
+    """Log-probabilities of the support, plus one entry for the rest of the vocabulary: (N, K+1)."""
+    # log(1 - sum of the support) has an error of 1e-7 in float32, more than a confident model's whole tail, and is
+    # infinite at 0. A chunk holds the full vocabulary anyway, so sum the rest directly.
     rest_NV = log_p_NV.scatter(-1, support_NK, torch.finfo(log_p_NV.dtype).min / 2)
     return torch.cat([log_p_NV.gather(-1, support_NK), rest_NV.logsumexp(-1, keepdim=True)], dim=-1)
 
@@ -73,11 +73,11 @@ def forward_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor
 
     Args:
         student_logits_BTV: unnormalised logits, any leading dimensions, any float dtype; carries the gradient.
-        teacher_logits_BTV: the same shape; detached here.
+        teacher_logits_BTV: same shape; detached here.
 
     Returns:
-        Nats per token, shape (B, T), float32 (float64 for float64 logits). Entries with q_v = 0 count 0. A token that
-        the teacher can say and the student cannot (a logit of -inf) counts as log p = -1.7e38: huge, never NaN.
+        Nats per token, shape (B, T), float32 (float64 for float64 logits). Entries with q_v = 0 contribute 0. Where the
+        student's logit is -inf and the teacher's is not, log p is taken as -1.7e38: huge, never NaN.
     """
     return _kl(_log_softmax(teacher_logits_BTV.detach()), _log_softmax(student_logits_BTV))
 
@@ -85,8 +85,8 @@ def forward_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor
 def reverse_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor:
     """KL(student || teacher) = sum_v p_v (log p_v - log q_v) per token, over the whole vocabulary.
 
-    Equation 1 of SDFT (arXiv 2601.19897). Arguments, shapes and units as :func:`forward_kl`. Entries with p_v = 0
-    count 0. A token that the student can say and the teacher cannot (a logit of -inf) counts as log q = -1.7e38.
+    Equation 1 of SDFT (arXiv 2601.19897). Arguments, shapes and units as in :func:`forward_kl`. Entries with p_v = 0
+    contribute 0. Where the teacher's logit is -inf and the student's is not, log q is taken as -1.7e38.
     """
     return _kl(_log_softmax(student_logits_BTV), _log_softmax(teacher_logits_BTV.detach()))
 
@@ -94,19 +94,19 @@ def reverse_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor
 def jsd(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, weight: float = 0.5) -> Tensor:
     """Generalised Jensen-Shannon divergence b KL(q||M) + (1-b) KL(p||M) with M = (1-b) p + b q, b = ``weight``.
 
-    Used by SDPO (arXiv 2601.20802) and OPSD (arXiv 2601.18734) with b = 0.5. Arguments, shapes and units as
-    :func:`forward_kl`. ``weight`` lies in (0, 1); near 0 it tends to b * forward KL, near 1 to
-    (1-b) * reverse KL.
+    Used by SDPO (arXiv 2601.20802) and OPSD (arXiv 2601.18734) with b = 0.5. Arguments, shapes and units as in
+    :func:`forward_kl`. ``weight`` is in (0, 1). As b approaches 0, the value approaches b * forward KL; as b approaches
+    1, (1-b) * reverse KL.
     """
     return _jsd(_log_softmax(student_logits_BTV), _log_softmax(teacher_logits_BTV.detach()), weight)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the student is drawn to: softmax(a log q + b log sg[p] + d log p_base), q alone by default.
+    """The distribution that the student is trained towards: softmax(a log q + b log sg[p] + d log p_base).
 
-    b > 0 keeps the aim near the student (Veto, arXiv 2601.07155, falls from b = 0.8 to 0); d > 0 near the model as it
-    was before training, p_base, which sees what the student sees.
+    By default the teacher q alone. b > 0 keeps the target near the student (Veto, arXiv 2601.07155, decays b from 0.8
+    to 0). d > 0 keeps it near p_base, the model before training, given the student's prompt.
     """
 
     teacher: float = 1.0
@@ -117,7 +117,7 @@ class Target:
     """d"""
 
     def log_probs(self, log_q_NV: Tensor, log_p_NV: Tensor, log_base_NV: Tensor | None) -> Tensor:
-        """Log-probabilities of the target, (N, V), without gradient."""
+        """Log-probabilities of the target, (N, V), detached."""
         total_NV = self.teacher * log_q_NV + self.student * log_p_NV.detach()
         if log_base_NV is not None:
             total_NV += self.base * log_base_NV
@@ -131,34 +131,34 @@ class Divergence:
     Supports:
 
     - ``full``: the whole vocabulary.
-    - ``top_k``: the k likeliest tokens of the distribution that weighs the terms, so that what is dropped weighs
-      little: the teacher's for forward KL (terms q_v (...)), the student's for reverse KL and JSD (terms p_v (...), and
-      the gradient on a logit is proportional to p_v; SDPO does the same). ``tail`` says what becomes of the rest.
-      k >= V is the full divergence.
+    - ``top_k``: the k most likely tokens of the distribution that weights the terms, so the dropped terms are small:
+      the teacher's for forward KL (terms q_v (...)), the student's for reverse KL and JSD (terms p_v (...), where the
+      gradient on a logit is proportional to p_v, as in SDPO). ``tail`` sets how the rest is treated. k >= V is the full
+      divergence.
     - ``sampled``: reverse KL on the sampled token y alone, as a policy gradient (vOPD, arXiv 2605.07865):
-      A = sg[log q(y) - log p(y) + KL(p||q)], loss = -A log p(y). Its expected gradient over y ~ p is that of the full
-      reverse KL; its value is no divergence. KL(p||q) is the baseline: it has no effect on the expectation and lowers
-      the variance.
+      A = sg[log q(y) - log p(y) + KL(p||q)], loss = -A log p(y). Its expected gradient over y ~ p equals that of the
+      full reverse KL; its value is not a divergence. The baseline KL(p||q) lowers the variance and leaves the
+      expectation unchanged.
 
     Raises:
-        UserError: a setting out of range, or ``sampled`` with another kind than ``reverse_kl``.
+        UserError: a setting is out of range, or ``sampled`` is combined with a kind other than ``reverse_kl``.
     """
 
     kind: Kind = "forward_kl"
     """``forward_kl`` = KL(q||p), ``reverse_kl`` = KL(p||q), or ``jsd``."""
     support: Support = "full"
-    """Which vocabulary entries are compared: ``full``, ``top_k`` or ``sampled``."""
+    """Vocabulary entries that are compared: ``full``, ``top_k`` or ``sampled``."""
     weight: float = 0.5
     """JSD only: b in (0, 1), the teacher's share of the mixture."""
     top_k: int = 100
-    """``top_k`` only: entries in the support."""
+    """``top_k`` only: size of the support."""
     tail: Tail = "bucket"
-    """``top_k`` only: ``bucket`` keeps the rest as one entry of exact mass; ``renormalise`` drops it and scales p and q
-    to sum to 1 on the support."""
+    """``top_k`` only: ``bucket`` keeps the rest as one entry with its exact mass; ``renormalise`` drops it and rescales
+    p and q to sum to 1 on the support."""
     baseline: bool = True
-    """``sampled`` only: whether KL(p||q) is added to the advantage."""
+    """``sampled`` only: add KL(p||q) to the advantage."""
     target: Target | None = None
-    """What stands in for q; None: q itself."""
+    """Replaces q; None: q itself."""
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -179,22 +179,22 @@ class Divergence:
 
     @property
     def needs_base(self) -> bool:
-        """Whether the target has a part of the model before training."""
+        """Whether the target includes p_base, the model before training."""
         return self.target is not None and self.target.base > 0
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
-        """The loss of each token, shape (N,), in nats, with q itself as the target.
+        """Per-token loss, shape (N,), in nats, with q itself as the target.
 
         Args:
             student_logits_NV: any leading dimensions, any float dtype; carries the gradient.
-            teacher_logits_NV: the same shape; detached here.
-            tokens_N: ids of the completion tokens; only ``sampled`` reads them.
+            teacher_logits_NV: same shape; detached here.
+            tokens_N: ids of the completion tokens; used by ``sampled`` only.
         """
         log_q_NV = None if teacher_logits_NV is None else _log_softmax(teacher_logits_NV.detach())
         return self.from_log_probs(_log_softmax(student_logits_NV), log_q_NV, tokens_N)
 
     def from_log_probs(self, log_p_NV: Tensor, log_q_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
-        """:meth:`per_token` on normalised log-probabilities, of which the teacher's carry no gradient."""
+        """:meth:`per_token` on normalised log-probabilities; the teacher's must be detached."""
         if log_q_NV is None:
             raise ValueError("a divergence needs the teacher's logits")
         if self.support == "sampled":
@@ -209,10 +209,10 @@ class Divergence:
         return _divergence(self.kind, self.weight, log_p_NV, log_q_NV)
 
     def value_and_slope(self, pair: Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's loss (N,) and its gradient with respect to the student's logits (N, V); uses up ``pair``.
+        """Per-token loss (N,) and its gradient with respect to the student's logits (N, V); overwrites ``pair``.
 
-        In closed form over the full vocabulary: p - q for forward KL, p (r - sum_v p r) with r = log p - log q for
-        reverse KL, and (1-b) times the same with r = log p - log m for JSD.
+        Over the full vocabulary the gradient has a closed form: p - q for forward KL; p (r - sum_v p r) with
+        r = log p - log q for reverse KL; for JSD, (1-b) times the same with r = log p - log m.
         """
         if self.support != "full" or pair.gap_NV is None or pair.q_NV is None or pair.log_q_NV is None:
             return _by_autograd(self, pair, tokens_N)
@@ -238,22 +238,22 @@ class Divergence:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Negative log-likelihood of the tokens, -log p(token): the loss of supervised fine-tuning. Needs no teacher."""
+    """Negative log-likelihood, -log p(token): the loss of supervised fine-tuning. Needs no teacher."""
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
-        """The loss of each token, shape (N,), in nats; ``teacher_logits_NV`` is not read."""
+        """Per-token loss, shape (N,), in nats; ``teacher_logits_NV`` is ignored."""
         return -_pick(_log_softmax(student_logits_NV), tokens_N)
 
     def value_and_slope(self, pair: Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's loss (N,) and its gradient with respect to the student's logits (N, V): p, less 1 at it."""
+        """Per-token loss (N,) and its gradient with respect to the student's logits (N, V): p - onehot(token)."""
         pair.p_NV[torch.arange(len(tokens_N), device=tokens_N.device), tokens_N] -= 1
         return -statistics["student_logp"], pair.p_NV
 
 
 class Pair:
-    """Student and teacher of some tokens, each as log-probabilities and as probabilities, without gradient.
+    """Detached log-probabilities and probabilities of student and teacher at the same tokens.
 
-    ``teacher_logits_NV`` may be log-probabilities: they are their own logits.
+    ``teacher_logits_NV`` may be log-probabilities, which log-softmax leaves unchanged.
     """
 
     def __init__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None) -> None:
@@ -269,10 +269,10 @@ class Pair:
             self.gap_NV = self.log_p_NV - self.log_q_NV
 
     def towards(self, target: Target, base_logits_NV: Tensor | None) -> Pair:
-        """The same student with the target in the teacher's place."""
+        """The same student, with the target in place of the teacher."""
         assert self.log_q_NV is not None
         log_base_NV = None if base_logits_NV is None else _log_softmax(base_logits_NV)
-        # The student's log-probabilities are their own logits.
+        # Log-softmax leaves the student's log-probabilities unchanged.
         return Pair(self.log_p_NV, target.log_probs(self.log_q_NV, self.log_p_NV, log_base_NV))
 
     def statistics(self, tokens_N: Tensor) -> dict[str, Tensor]:
@@ -296,9 +296,9 @@ def _by_autograd(loss: Divergence, pair: Pair, tokens_N: Tensor) -> tuple[Tensor
 def token_statistics(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor
 ) -> dict[str, Tensor]:
-    """What is worth watching per token, without gradient; each of shape (N,), in nats.
+    """Detached per-token statistics, each of shape (N,), in nats.
 
-    ``entropy`` of the student and ``student_logp`` of the tokens; with a teacher also ``teacher_logp``, ``forward_kl``
+    ``entropy`` of the student and ``student_logp`` of the tokens. With a teacher also ``teacher_logp``, ``forward_kl``
     = KL(q||p) and ``reverse_kl`` = KL(p||q), both over the whole vocabulary.
     """
     return Pair(student_logits_NV, teacher_logits_NV).statistics(tokens_N)

@@ -1,6 +1,6 @@
-"""Which completion tokens count, and how much.
+"""Weights of the completion tokens in the loss.
 
-Dimensions in names: B batch, T completion tokens.
+Dimension suffixes: B batch, T completion tokens.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ Normalisation = Literal["sequence", "token"]
 
 
 def completion_mask(lengths: Tensor | Sequence[int], width: int) -> Tensor:
-    """True at the first ``lengths[b]`` of ``width`` positions: bool, shape (B, T), on the device of ``lengths``."""
+    """Bool mask (B, T), True at the first ``lengths[b]`` of ``width`` positions, on the device of ``lengths``."""
     lengths_B = torch.as_tensor(lengths)
     return torch.arange(width, device=lengths_B.device) < lengths_B.unsqueeze(1)
 
 
 def token_weights(mask_BT: Tensor, *, skip_first_tokens: int, normalisation: Normalisation) -> Tensor:
-    """The weight of each token, so that the loss of the batch is sum(weights * loss).
+    """Token weights such that the loss of the batch is sum(weights * loss).
 
-    ``sequence``: 1 / (kept tokens of the sequence * sequences that keep any token), a mean over tokens and then over
-    sequences (the official SDFT code). ``token``: 1 / kept tokens of the batch. Either sums to 1.
+    ``sequence``: 1 / (retained tokens in the sequence * sequences with any retained token), the mean over tokens and
+    then over sequences (official SDFT code). ``token``: 1 / retained tokens in the batch. Either sums to 1.
 
-    Call it on the whole optimizer batch and cut the result: micro-batches and processes then only add up their
-    weights * loss, and every way of cutting gives the same gradient.
+    Call this on the whole optimizer batch and slice the result. Micro-batches and processes then only sum their
+    weights * loss, and every split gives the same gradient.
 
     Args:
-        mask_BT: bool, the completion tokens.
-        skip_first_tokens: number of first completion tokens in each sequence that get no weight.
+        mask_BT: bool, True at completion tokens.
+        skip_first_tokens: number of leading completion tokens in each sequence with zero weight.
         normalisation: ``sequence`` or ``token``.
 
     Returns:
-        float32, shape (B, T); all 0 where nothing is kept.
+        float32, shape (B, T); all 0 if no token is retained.
     """
     kept_BT = mask_BT & (mask_BT.cumsum(1) > skip_first_tokens)
     kept_B1 = kept_BT.sum(1, keepdim=True)
@@ -48,18 +48,18 @@ def token_weights(mask_BT: Tensor, *, skip_first_tokens: int, normalisation: Nor
 
 
 def importance_weights(student_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, cap: float = 2.0) -> Tensor:
-    """Truncated importance weight of each sequence: the mean over its kept tokens of min(p_student / p_sampler, cap).
+    """Truncated importance weight of each sequence: its mean over retained tokens of min(p_student / p_sampler, cap).
 
     Corrects for a sampling engine whose probabilities differ from the training model's (SDFT, arXiv 2601.19897, cap 2).
 
     Args:
         student_logps_BT: log-probabilities, in nats, of the sampled tokens under the training model.
         sampler_logps_BT: the same under the engine that sampled them.
-        mask_BT: bool, the kept tokens; what stands elsewhere is not read.
+        mask_BT: bool, True at retained tokens; other positions are ignored.
         cap: largest ratio of a token.
 
     Returns:
-        float32, shape (B,), detached; 1 for a sequence without kept tokens.
+        float32, shape (B,), detached; 1 for a sequence without retained tokens.
     """
     log_ratio_BT = (student_logps_BT.detach().float() - sampler_logps_BT.detach().float()).masked_fill(~mask_BT, 0.0)
     ratio_BT = log_ratio_BT.exp().clamp(max=cap) * mask_BT
@@ -68,14 +68,14 @@ def importance_weights(student_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
-    """How much better each completion is than those of the same prompt: (r - mean) / (std + 1e-4), group by group.
+    """Advantage of each completion over the others for its prompt: (r - mean) / (std + 1e-4) within its group.
 
-    std is that of a sample, with n - 1, as in GRPO's published code (arXiv 2402.03300); a group of equal rewards has
-    advantages of 0.
+    std is the sample standard deviation (n - 1), as in GRPO's published code (arXiv 2402.03300). Equal rewards in a
+    group give advantages of 0.
 
     Args:
-        rewards: of all completions, those of a prompt side by side.
-        group_size: completions of each prompt, at least 2.
+        rewards: one per completion; completions of a prompt are adjacent.
+        group_size: completions per prompt, at least 2.
     """
     groups = torch.tensor(rewards, dtype=torch.float64).reshape(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
@@ -83,11 +83,11 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
 
 
 def check_skip(skip_first_tokens: int, completion_lengths: Sequence[int]) -> None:
-    """Refuse a ``skip_first_tokens`` that would mask most of what there is to learn from.
+    """Reject a ``skip_first_tokens`` that would mask most of the training signal.
 
     Raises:
-        UserError: more than half of all completion tokens, or every token of more than half of the (non-empty)
-            completions, would be masked.
+        UserError: it would mask more than half of all completion tokens, or every token of more than half of the
+            (non-empty) completions.
     """
     lengths = [length for length in completion_lengths if length > 0]
 

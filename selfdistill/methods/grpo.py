@@ -28,7 +28,9 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
     """Groups of student samples, advantages from a scorer, cross-entropy."""
     group = config.num_generations or GROUP
     if group < 2:
-        raise UserError("setting 'num_generations': grpo compares the rollouts of a prompt, found 1, want at least 2")
+        raise UserError(
+            "setting 'num_generations': grpo compares the rollouts of a prompt, found 1, expected at least 2"
+        )
     if config.scorer == JUDGE:
         raise UserError("setting 'scorer': grpo asks it at every step, which the judge is too slow for; take another")
     return (

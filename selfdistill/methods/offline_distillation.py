@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from selfdistill.config import TrainConfig
 from selfdistill.methods.sft_from_teacher import sft_from_teacher
-from selfdistill.methods.slots import Method, divergence_of
+from selfdistill.methods.slots import FROZEN, Method, divergence_of
 
 
 def offline_distillation(config: TrainConfig) -> tuple[Method, ...]:
     """The fixed set of samples, a frozen teacher with the demonstration, a divergence."""
     return tuple(
-        replace(stage, teacher="frozen", loss=divergence_of(config), skip_first_tokens=config.skip_first_tokens)
+        replace(stage, teacher=FROZEN, loss=divergence_of(config), skip_first_tokens=config.skip_first_tokens)
         for stage in sft_from_teacher(config)
     )

@@ -14,7 +14,7 @@ from selfdistill.loss import Divergence
 from selfdistill.methods.examples import GeneralPromptExamples
 from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.sft import sft
-from selfdistill.methods.slots import Method, sampling_of
+from selfdistill.methods.slots import FROZEN, Method, sampling_of
 
 
 def sft_reinvoke(config: TrainConfig) -> tuple[Method, ...]:
@@ -23,6 +23,6 @@ def sft_reinvoke(config: TrainConfig) -> tuple[Method, ...]:
         examples=GeneralPromptExamples(config, config.general_prompts),
         sequence=StudentSamples(sampling_of(config), 1, config.seed),
         loss=Divergence("reverse_kl"),
-        teacher="frozen",
+        teacher=FROZEN,
     )
     return (*sft(config), second)

@@ -11,7 +11,7 @@ from selfdistill.data import ChatFormat
 from selfdistill.loss import CrossEntropy, Divergence, Target, Weighting
 from selfdistill.methods.examples import ExampleSource
 from selfdistill.methods.sequences import Completion, SequenceSource, TeacherSamples
-from selfdistill.model import Sampling, TeacherKind
+from selfdistill.model import Sampling, TeacherRule
 
 Reward = Callable[[Sequence[Completion], ChatFormat], list[float]]
 """Of each completion, from what it says."""
@@ -27,7 +27,7 @@ class Method:
     """Whose tokens are scored."""
     loss: Divergence | CrossEntropy
     """How the gap is measured, per token."""
-    teacher: TeacherKind | None = None
+    teacher: TeacherRule | None = None
     """Whose weights score them; None: nothing but the sequence itself is learnt from."""
     fixed: TeacherSamples | None = None
     """Replaces the rows' completions, once, before the first step."""
@@ -57,3 +57,16 @@ def divergence_of(config: TrainConfig) -> Divergence:
 def sampling_of(config: TrainConfig) -> Sampling:
     """The policy by which completions are sampled."""
     return Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k)
+
+
+def teacher_of(config: TrainConfig) -> TeacherRule:
+    """The teacher that the settings describe."""
+    if config.teacher == "ema":
+        return TeacherRule("ema", ema_rate=config.ema_rate)
+    if config.teacher == "snapshot":
+        return TeacherRule("snapshot", snapshot_steps=config.snapshot_steps)
+    return TeacherRule(config.teacher)
+
+
+FROZEN = TeacherRule("frozen")
+"""The model as it is before the first step."""

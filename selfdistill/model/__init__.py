@@ -28,7 +28,7 @@ from selfdistill.model.precision import cached_casts, resolved_precision, traini
 from selfdistill.model.prefix_cache import PrefixCache
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
-from selfdistill.model.teacher import Teacher, TeacherKind
+from selfdistill.model.teacher import Teacher, TeacherRule
 
 __all__ = [
     "STARTER_MODELS",
@@ -40,7 +40,7 @@ __all__ = [
     "Rollout",
     "Sampling",
     "Teacher",
-    "TeacherKind",
+    "TeacherRule",
     "add_lora",
     "adopt",
     "cache_dir",

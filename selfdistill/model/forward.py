@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
+from selfdistill.loss import Head
 from selfdistill.model.compiled import CompiledLayers
-from selfdistill.model.head import Head, body_and_head, head_agrees
+from selfdistill.model.head import body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
 from selfdistill.runtime import broadcast_from_rank0

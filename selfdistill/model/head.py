@@ -5,16 +5,12 @@ Legend: B batch, T completion tokens, N tokens without padding, D hidden size, V
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from selfdistill.model.loading import LoadedModel
-
-Head = Callable[[Tensor], Tensor]
-"""Maps hidden states (..., D) to logits (..., V)."""
 
 
 def unwrap(model: Any) -> Any:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,17 @@ from selfdistill.model.loading import LoadedModel
 
 TeacherKind = Literal["ema", "frozen", "live", "snapshot"]
 ADAPTER = "teacher"
+
+
+@dataclass(frozen=True)
+class TeacherRule:
+    """Whose weights score, and how they follow the student's."""
+
+    kind: TeacherKind
+    ema_rate: float = 0.01
+    """Share of the student that enters the average per step (``ema``)."""
+    snapshot_steps: int = 50
+    """Steps between copies (``snapshot``)."""
 
 
 class Teacher:

@@ -1,4 +1,4 @@
-"""What is shown on the terminal: results, progress, and lines of information."""
+"""Terminal output: results, progress and log lines."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _silent = False
 
 
 def result_console() -> Console:
-    """Where results are printed: standard output; into a file or a pipe 120 columns wide, so that tables keep lines."""
+    """Console for results on standard output; 120 columns wide in a file or pipe, so table rows do not wrap."""
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
 SECONDS_BETWEEN_LINES = 10
-"""Of progress that no terminal shows."""
+"""Interval of progress lines without a terminal."""
 
 
 class ProgressBar:
-    """Progress of long work: a bar with the time left on a terminal, a line now and then elsewhere.
+    """Progress of a long task: a bar with the remaining time on a terminal, occasional lines elsewhere.
 
-    Everything goes to standard error; standard output is for results.
+    Writes to standard error; standard output is for results.
 
     Args:
-        what: is done.
-        total: parts of it.
+        what: name of the task.
+        total: number of parts.
         start: parts done before.
-        every: parts between lines where there is no terminal; without it a line every ten seconds and at the end.
+        every: without a terminal, parts between lines; default: a line every ten seconds and at the end.
         quiet: show nothing.
     """
 
@@ -70,7 +70,7 @@ class ProgressBar:
             self._progress.stop()
 
     def advance(self, done: int, note: str = "") -> None:
-        """``done`` of the total are done."""
+        """Report that ``done`` parts of the total are done."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
             return
@@ -95,7 +95,7 @@ def progress_shown(show: bool) -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """One line of information on standard error, of the first process."""
+    """Print a line to standard error, on rank 0 only."""
     if not is_rank0():
         return
     if _silent:

@@ -1,10 +1,10 @@
-"""Several processes that train one model.
+"""Data-parallel training in several processes.
 
-Every process does the same on the same numbers, so that all stay equal without being told. What takes long is shared:
-:func:`rank_slice` says which part is a process's own, and the others' parts are fetched with :func:`all_gather` and
-:func:`all_reduce_sum`. What is written is written by the first process alone.
+Every process runs the same deterministic computation, so all stay in sync without communication. Only expensive work is
+divided: :func:`rank_slice` gives each process its part, and :func:`all_gather` and :func:`all_reduce_sum` combine the
+results. Rank 0 alone writes files.
 
-Without ``torch.distributed`` everything here is that of a single process.
+Without ``torch.distributed``, everything here behaves as in a single process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from selfdistill.errors import UserError
 
-if TYPE_CHECKING:  # torch takes a second to import, and a command line that is wrong is to be told at once
+if TYPE_CHECKING:  # torch takes a second to import; a mistake on the command line should be reported at once
     import torch
     from torch import Tensor
 
@@ -25,15 +25,15 @@ Item = TypeVar("Item")
 
 
 class RaisedOnAllRanks(UserError):
-    """A mistake that all processes are told at the same place."""
+    """A user error that every rank raises at the same point."""
 
 
 TIMEOUT = timedelta(hours=6)
-"""How long a process waits for another that does something alone. One that ends is noticed at once."""
+"""How long a process waits for another that works alone. A process that exits is noticed at once."""
 
 
 def is_distributed() -> bool:
-    """Whether this run has more than one process, and they know of each other."""
+    """Whether this run has more than one process and the process group is initialised."""
     if world_size() == 1:
         return False
     from torch import distributed
@@ -42,17 +42,17 @@ def is_distributed() -> bool:
 
 
 def world_size() -> int:
-    """Processes that a launcher has started."""
+    """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_rank0() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the process that writes files and prints."""
     return world_size() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 def rank_slice(count: int) -> slice:
-    """This process's part of ``count`` things: neighbours, parts of like size, in the order of the processes."""
+    """This rank's slice of ``count`` items: contiguous, in rank order, of nearly equal size."""
     if not is_distributed():
         return slice(0, count)
     from torch import distributed
@@ -63,7 +63,7 @@ def rank_slice(count: int) -> slice:
 
 
 def all_gather(own: Sequence[Item]) -> list[Item]:
-    """All processes' parts, joined in the order of the processes."""
+    """Concatenate the parts of all ranks, in rank order."""
     if not is_distributed():
         return list(own)
     from torch import distributed
@@ -74,7 +74,7 @@ def all_gather(own: Sequence[Item]) -> list[Item]:
 
 
 def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
-    """Sums over the processes, in float64; keys that a process lacks count as 0."""
+    """Sum each value over all ranks, in float64; a key missing on a rank counts as 0."""
     if not is_distributed():
         return values
     parts = all_gather([values])
@@ -83,7 +83,7 @@ def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
 
 
 def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
-    """Put the sum over the processes in place of every gradient; where a process has none, but another, it is 0."""
+    """All-reduce (sum) every gradient in place; a gradient missing on some ranks counts as 0 there."""
     if not is_distributed():
         return
     import torch
@@ -100,7 +100,7 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def all_reduce_max(value: int, device: torch.device) -> int:
-    """The largest of the processes' values."""
+    """All-reduce (max) of ``value``."""
     if not is_distributed():
         return value
     import torch
@@ -112,7 +112,7 @@ def all_reduce_max(value: int, device: torch.device) -> int:
 
 
 def broadcast_from_rank0(make: Callable[[], Item]) -> Item:
-    """What the first process makes, for all; a mistake of the user's that it finds is raised in all."""
+    """Call ``make`` on rank 0 and broadcast the result; a :class:`UserError` there is raised on every rank."""
     if not is_distributed():
         return make()
     from torch import distributed
@@ -131,7 +131,7 @@ def broadcast_from_rank0(make: Callable[[], Item]) -> Item:
 
 
 def barrier() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes get here."""
     if is_distributed():
         from torch import distributed
 

@@ -1,4 +1,4 @@
-"""Writing so that a crash at any moment leaves what was there before."""
+"""Crash-safe writing: a crash at any moment leaves the previous contents intact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selfdistill.errors import UserError
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Flush a file, or a folder's directory entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,7 +25,7 @@ def fsync(path: Path) -> None:
 
 
 def drop_partial_line(file: Path) -> None:
-    """Take away a last line that was being written when the machine stopped, so that others can be appended."""
+    """Remove an incomplete last line, left by a crash, so that new lines can be appended."""
     if file.exists():
         text = file.read_bytes()
         if not text.endswith(b"\n"):
@@ -33,7 +33,7 @@ def drop_partial_line(file: Path) -> None:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a text file, UTF-8, that is there whole or as it was before."""
+    """Write a UTF-8 text file atomically: after a crash, the file is either complete or unchanged."""
     temporary = file.parent / f".{file.name}.unfinished"
     temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
@@ -41,12 +41,12 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """:func:`write_atomically` of a value as JSON."""
+    """Write a value as JSON with :func:`write_atomically`."""
     write_atomically(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, which is there whole or, by this name, not at all."""
+    """Remove a folder atomically: under this name it is either complete or gone."""
     if folder.exists():
         hidden = folder.parent / f".{folder.name}.removed"
         shutil.rmtree(hidden, ignore_errors=True)
@@ -55,7 +55,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed was writing into ``folder``, or removing from it, with this module."""
+    """Remove the temporary files that a killed process left in ``folder`` through this module."""
     for path in (*folder.glob(".*.unfinished"), *folder.glob(".*.removed")):
         if path.is_dir():
             shutil.rmtree(path)
@@ -67,7 +67,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Flush the files of a folder to the disk, and write their sizes and SHA-256 to its ``manifest.json`` last."""
+    """Flush a folder's files to disk, then write their sizes and SHA-256 to its ``manifest.json``."""
     files = {}
     for path in sorted(folder.iterdir()):
         fsync(path)
@@ -77,12 +77,12 @@ def write_manifest(folder: Path) -> None:
 
 
 def corruption(folder: Path) -> str | None:
-    """What of a sealed folder is not as it was written, in a few words; None where it is whole.
+    """Describe how a folder differs from its manifest; None if it is intact.
 
-    Files that the manifest does not name are no damage; see :func:`unlisted_files`.
+    Extra files are not corruption; see :func:`unlisted_files`.
 
     Raises:
-        UserError: this user may not read it, which is no damage.
+        UserError: the user may not read the folder, which is not corruption.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def corruption(folder: Path) -> str | None:
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except PermissionError:
-        raise UserError(f"{folder}: may not be read (permission denied): go on as the user who began") from None
+        raise UserError(f"{folder}: permission denied; resume as the user who started the run") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} cannot be read"
     if not sizes:
@@ -105,20 +105,20 @@ def corruption(folder: Path) -> str | None:
             if sha256(path) != digest:
                 return f"{name} has changed since it was written (SHA-256)"
         except PermissionError:
-            raise UserError(f"{path}: may not be read (permission denied): go on as the user who began") from None
+            raise UserError(f"{path}: permission denied; resume as the user who started the run") from None
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 
 
 def unlisted_files(folder: Path) -> list[str]:
-    """Names in a sealed folder that its manifest does not have."""
+    """Names of files in a folder that its manifest does not list."""
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return sorted(path.name for path in folder.iterdir() if path.name not in files and path.name != MANIFEST)
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -128,12 +128,16 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def folder_lock(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes from ``folder``, which is made where it is not there; the lock ends with the process.
+    """Lock ``folder`` against other processes, creating it if missing; the lock ends with the process.
 
-    Where the file system knows no locks there is none.
+    On a file system without locks this does nothing.
+
+    Args:
+        folder: the folder to lock.
+        what: start of the error messages.
 
     Raises:
-        UserError: another process is at it, or the folder cannot be written; begins with ``what``.
+        UserError: another process holds the lock, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +148,7 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"{what}: another process is at work on it; wait for it, or stop it") from None
+        raise UserError(f"{what}: in use by another process; wait for it, or stop it") from None
     except OSError:
         pass
     try:

@@ -1,4 +1,4 @@
-"""Disk space and memory: what is free, and whether it is enough."""
+"""Checks of free disk space and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch takes a second to import
 
 
 def free_bytes(path: Path) -> int:
-    """Free disk space where ``path`` is or will be."""
+    """Free disk space in bytes where ``path`` is or will be."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -23,7 +23,7 @@ def free_bytes(path: Path) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device; None where it does not say."""
+    """Free bytes on the device, or None if unknown."""
     if device.type == "cuda":
         import torch
 
@@ -35,40 +35,45 @@ def free_memory(device: torch.device) -> int | None:
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()).isdecimal():
         held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        files = int(held["inactive_file"]) + int(held["active_file"])  # given back when they are needed
+        files = int(held["inactive_file"]) + int(held["active_file"])  # page cache, reclaimed when needed
         free = min(free, int(most) - int((group / "memory.current").read_text()) + files)
     return free
 
 
 def check_memory(needed: int, device: torch.device) -> str:
-    """Refuse to start what cannot fit into memory; returns a line for the start of a run.
+    """Refuse to start a run that cannot fit into memory.
 
-    ``needed`` is what is surely still to come: gradients and the optimizer's moments. Activations come on top.
+    Args:
+        needed: bytes for gradients and the optimizer's moments, still to be allocated. Activations come on top.
+        device: where the model is.
+
+    Returns:
+        A line to print at the start of the run.
 
     Raises:
-        UserError: with both sizes.
+        UserError: less is free; names both sizes.
     """
     free = free_memory(device)
-    sizes = f"{needed / 2**30:.2f} GiB for gradients and moments, and activations"
+    sizes = f"{needed / 2**30:.2f} GiB for gradients and moments, plus activations"
     if free is None:
-        return f"memory to come: {sizes}"
+        return f"memory still needed: {sizes}"
     if free < needed:
         raise UserError(
-            f"{free / 2**30:.1f} GiB of memory are free on {device}, training needs {sizes}, beside the weights that "
-            "are loaded: free some, or train an adapter (--lora_rank 16)"
+            f"{free / 2**30:.1f} GiB of memory free on {device}, but training needs {sizes}, in addition to the loaded "
+            "weights; free some memory, or train an adapter (--lora_rank 16)"
         )
-    return f"memory to come: {sizes}; {free / 2**30:.1f} GiB are free"
+    return f"memory still needed: {sizes}; {free / 2**30:.1f} GiB free"
 
 
 def check_disk(path: Path, needed: int) -> None:
-    """Refuse to start what the disk cannot hold.
+    """Refuse to start a run that the disk cannot hold.
 
     Raises:
-        UserError: with both sizes.
+        UserError: less than ``needed`` bytes are free; names both sizes.
     """
     free = free_bytes(path)
     if free < needed:
         raise UserError(
             f"{path}: {free / 2**30:.1f} GiB free, checkpoints and final model need about {needed / 2**30:.1f} GiB; "
-            "free some, or lower --save_total_limit, or --save_steps 0 for the final model only"
+            "free some space, lower --save_total_limit, or use --save_steps 0 to save only the final model"
         )

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Signals that stop a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class StopRequests:
-    """While active, SIGINT, SIGTERM and SIGHUP are noted in ``received`` for the loop; a second one acts at once.
+    """Context that records SIGINT, SIGTERM and SIGHUP in ``received`` for the loop; a second signal acts at once.
 
-    SIGHUP, which a terminal that is closed sends, only where it is not ignored (``nohup``).
+    Ignored signals stay ignored, such as the SIGHUP of a closed terminal under ``nohup``.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class StopRequests:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         outer = getattr(self._previous.get(self.received or 0), "__self__", None)
-        if isinstance(outer, StopRequests):  # it is to know, too
+        if isinstance(outer, StopRequests):  # pass it on
             outer.received = self.received
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports: the table of metric names, ``metrics.jsonl``, and trackers."""
+"""Metrics of a run: the table of their names, ``metrics.jsonl``, and trackers."""
 
 from __future__ import annotations
 
@@ -22,52 +22,52 @@ if TYPE_CHECKING:
 METRICS = {
     "step": "optimizer steps done",
     "epoch": "passes over the data",
-    "loss": "what is minimised, nats per token",
-    "kl/forward": "KL(teacher||student), nats per token over the kept tokens",
-    "kl/reverse": "KL(student||teacher), nats per token over the kept tokens",
+    "loss": "training loss, nats per token",
+    "kl/forward": "KL(teacher||student), nats per token over the retained tokens",
+    "kl/reverse": "KL(student||teacher), nats per token over the retained tokens",
     "drift/student": "KL(base||student) on a few fixed prompts, nats per token; every ``drift_steps``",
-    "drift/teacher": "KL(base||teacher) on the same, without the demonstration",
+    "drift/teacher": "KL(base||teacher) on the same prompts, without the demonstration, nats per token",
     "completion/length": "mean tokens per completion",
-    "completion/truncated": "share of completions stopped by the length limit",
-    "entropy": "of the student over the kept tokens, nats per token",
+    "completion/truncated": "share of completions truncated at the length limit",
+    "entropy": "student entropy over the retained tokens, nats per token",
     "reward": "mean reward of the completions (grpo)",
     "importance": "mean importance weight of the completions",
-    "learning_rate": "of this step",
-    "grad_norm": "global norm before clipping",
+    "learning_rate": "learning rate of this step",
+    "grad_norm": "global gradient norm before clipping",
     "tokens": "completion tokens trained on so far",
-    "skipped": "why a step was left out, and its rows; only where it was",
+    "skipped": "why the step was skipped, and its rows; only if it was",
     "time/rollout_s": "sampling, seconds",
-    "time/teacher_s": "the teacher's scoring, seconds",
-    "time/student_s": "the student's scoring and backward pass, seconds",
-    "time/update_s": "clipping, optimizer and teacher's update, seconds",
-    "time/drift_s": "measuring the two drifts, seconds; next to 0 where they were not",
+    "time/teacher_s": "the teacher's forward pass, seconds",
+    "time/student_s": "the student's forward and backward pass, seconds",
+    "time/update_s": "clipping, optimizer step and teacher update, seconds",
+    "time/drift_s": "measuring both drifts, seconds; close to 0 at steps without a measurement",
     "time/step_s": "the whole step, seconds",
 }
-"""Every key of a line of metrics.jsonl, with its meaning and unit."""
+"""Every key of a line in metrics.jsonl, with its meaning and unit."""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines that is whole; none where there is no file."""
+    """The objects of a JSON Lines file that is intact; empty if there is no file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]  # not splitlines: text may hold U+2028
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # not splitlines: text may contain U+2028
 
 
 class StepsFile:
-    """JSON lines, each with its ``step``, appended.
+    """Append-only JSON Lines file in which each line has a ``step``.
 
-    Opening for a run that continues cuts the lines after ``start_step``, which are computed again.
+    Opening it for a resumed run drops the lines after ``start_step``, because those steps are repeated.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
         lines = []
         self.steps: set[int] = set()
-        """Of the lines that are there."""
+        """Steps of the lines in the file."""
         if path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     step = json.loads(line)["step"]
                 except (ValueError, KeyError):
-                    continue  # a last line that was being written when the machine stopped
+                    continue  # an incomplete last line, left by a crash
                 if step <= start_step:
                     lines.append(line + "\n")
                     self.steps.add(step)
@@ -84,7 +84,7 @@ class StepsFile:
             self.file.flush()
 
     def sync(self) -> None:
-        """Wait until the lines are on the disk."""
+        """Flush the lines to disk."""
         if self.file:
             os.fsync(self.file.fileno())
 
@@ -107,7 +107,7 @@ class MetricsFile(StepsFile):
 
 
 def public_name(name: str) -> str:
-    """A model or data set as others may see it: a hub id whole, of a path the last part (of ``run/final`` the run)."""
+    """A model or data set name safe to publish: the hub id, or a path's last part (the run for ``run/final``)."""
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or os.path.exists(name):
         path = Path(os.path.abspath(name))
         name = path.parent.name if path.name == "final" else path.name
@@ -115,15 +115,15 @@ def public_name(name: str) -> str:
 
 
 def public_settings(config: Settings) -> dict[str, bool | int | float | str | None]:
-    """Settings as others may see them, of the types that trackers take.
+    """Settings that are safe to publish, in types that trackers accept.
 
-    Of paths the last part is left, of a network address nothing; lists and mappings become JSON.
+    Paths are reduced to their last part, and network addresses are dropped. Lists and mappings become JSON.
     """
     public: dict[str, bool | int | float | str | None] = {}
     for key, value in config.model_dump().items():
         if isinstance(value, str) and "://" in value:
             continue
-        if isinstance(value, str):  # a layout such as template:file=PATH holds a path
+        if isinstance(value, str):  # a context such as template:file=PATH contains a path
             head, equals, tail = value.rpartition("=")
             public[key] = head + equals + public_name(tail) if "/" in tail else value
         else:
@@ -132,10 +132,10 @@ def public_settings(config: Settings) -> dict[str, bool | int | float | str | No
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker whose package is missing, before any work is done.
+    """Reject a tracker whose package is missing, before any work is done.
 
     Raises:
-        UserError: with the command that installs it.
+        UserError: the package is missing; names the command that installs it.
     """
     from accelerate.tracking import get_available_trackers
 
@@ -144,16 +144,16 @@ def check_tracker(name: str) -> None:
 
 
 class Tracker:
-    """Every line of ``metrics.jsonl``, sent on to what ``report_to`` names, by accelerate; with ``none`` nowhere.
+    """Sends every line of ``metrics.jsonl`` through accelerate to the tracker of ``report_to``; no-op for ``none``.
 
-    Tensorboard's files go into ``tensorboard`` of the run folder. For the others ``tracker_id`` there names the run, so
-    that a run which is continued goes on in the same place.
+    TensorBoard files go to ``tensorboard`` in the run folder. For other trackers the file ``tracker_id`` there
+    identifies the run, so that a resumed run continues the same record.
 
     Args:
-        accelerator: made with ``log_with``.
-        config: the run's resolved settings, of which :func:`public_settings` are sent.
+        accelerator: created with ``log_with``.
+        config: the run's resolved settings; :func:`public_settings` of them are sent.
         output_dir: the run folder.
-        start_step: steps done; what tensorboard has of later ones is not shown any more.
+        start_step: steps done; TensorBoard hides its records of later steps.
 
     Raises:
         UserError: the tracker does not start.
@@ -177,14 +177,14 @@ class Tracker:
             if name == "wandb":
                 options |= {"id": identity, "dir": str(output_dir)}
         try:
-            with redirect_stdout(sys.stderr):  # trackio talks
+            with redirect_stdout(sys.stderr):  # trackio prints
                 accelerator.init_trackers(project, config=public_settings(config), init_kwargs={name: options})
-        except Exception as error:  # each tracker has its own
+        except Exception as error:  # each tracker has its own errors
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"report_to {name!r}: it does not start ({reason}); mend that or leave it out") from None
+            raise UserError(f"report_to {name!r}: cannot start ({reason}); fix that or leave it out") from None
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Send the numbers of one step."""
+        """Send the metrics of one step."""
         numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
         self._accelerator.log(numbers, step=int(metrics["step"]))
 
@@ -192,7 +192,7 @@ class Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Not end_training(), which would also part the processes, and the model is still to be written.
+        # Not end_training(), which would also end the process group, and the model is still to be written.
         with redirect_stdout(sys.stderr):
             for tracker in self._accelerator.trackers:
                 tracker.finish()

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from selfdistill import __version__
 from selfdistill.config import MAY_CHANGE, TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.methods import METHODS, uses
+from selfdistill.methods import METHODS, stages_of, uses
 from selfdistill.model import STARTER_MODELS
 from selfdistill.runtime import METRICS, public_name, public_settings, read_lines
 
@@ -154,7 +154,7 @@ def _method(name: str) -> str:
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Settings that shape the model, and that differ from the defaults or are of general interest."""
     used = {name: uses(config, name) for name in ("context", "teacher", "divergence", "temperature")}
-    used["scorer"] = any(stage.reward for stage in METHODS[config.method](config))
+    used["scorer"] = any(stage.reward for stage in stages_of(config))
     always = (*ALWAYS, *(name for name in used if used[name]))
     left_out = (*_ELSEWHERE, *(name for name in used if not used[name]))
     defaults = {k: f.get_default(call_default_factory=True) for k, f in TrainConfig.model_fields.items()}

@@ -20,7 +20,7 @@ from selfdistill.data import ChatFormat, Demonstration, Example
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
-from selfdistill.methods import METHODS, Method, check_steps
+from selfdistill.methods import Method, check_steps, stages_of
 from selfdistill.model import LoadedModel, resolved_precision
 from selfdistill.runtime import TIMEOUT, barrier, world_size
 
@@ -89,7 +89,7 @@ def make_stages(
         UserError: rows that do not fit; answers that a reward cannot use; ``skip_first_tokens`` that hides most tokens.
     """
     stages = []
-    for method in METHODS[config.method](config):
+    for method in stages_of(config):
         examples, dropped = method.examples(demonstrations, loaded, chat)
         stages.append(Stage(method, examples, dropped))
         if method.reward:

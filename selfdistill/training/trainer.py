@@ -124,13 +124,13 @@ class Trainer:
     def _make_teachers(self) -> Teacher | None:
         """Make the teacher that the stages share; returns the base, where a target asks for it."""
         config = self.config
-        kinds = {stage.method.teacher for stage in self.stages if stage.method.teacher}
-        assert len(kinds) < 2, "stages share one teacher"
+        rules = {stage.method.teacher for stage in self.stages if stage.method.teacher}
+        assert len(rules) < 2, "stages share one teacher"
         other = None if config.teacher_model is None else self._other_teacher(config.teacher_model)
         self.teacher: Teacher | None = None
-        for kind in kinds:
+        for rule in rules:
             self.teacher = Teacher(
-                self.loaded, kind, ema_rate=config.ema_rate, snapshot_steps=config.snapshot_steps, other=other
+                self.loaded, rule.kind, ema_rate=rule.ema_rate, snapshot_steps=rule.snapshot_steps, other=other
             )
         losses = [stage.method.loss for stage in self.stages]
         if not any(isinstance(loss, Divergence) and loss.needs_base for loss in losses):

@@ -165,8 +165,8 @@ def test_settings_of_a_comparison() -> None:
     config = CompareConfig(**base, methods="sdft", seeds="3,1", learning_rates="1e-5,2e-5")
     assert (config.methods, config.seeds, config.learning_rates) == (("sdft",), (3, 1), (1e-5, 2e-5))
     for wrong, message in (
-        ({"methods": "sft,sgd"}, r"setting 'methods': found 'sgd', want: 'sdft', 'sft', 'dft', 'cpt'"),
-        ({"seeds": "0,0"}, r"setting 'seeds': found \(0, 0\), want each once"),
+        ({"methods": "sft,sgd"}, r"setting 'methods': found 'sgd', expected: 'sdft', 'sft', 'dft', 'cpt'"),
+        ({"seeds": "0,0"}, r"setting 'seeds': found \(0, 0\), expected each value once"),
         ({"seeds": "-1"}, r"setting 'seeds': found '-1'"),
         ({"learning_rates": "fast"}, r"setting 'learning_rates': found 'fast'"),
     ):
@@ -204,7 +204,7 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
     shutil.copytree(config.model, tmp_path / "own")  # other tests use the same model
     config = config.model_copy(update={"model": str(tmp_path / "own")})
     compare(config)
-    with pytest.raises(UserError, match="batch_size is 2 there and 3 here"):
+    with pytest.raises(UserError, match="batch_size was 2 and is now 3"):
         compare(config.model_copy(update={"batch_size": 3}), resume=True)
     before = {file: file.read_bytes() for file in (Path(config.data), Path(config.test))}
     changed = {
@@ -287,4 +287,4 @@ def test_the_command_goes_on_from_its_folder_alone_and_seeds_may_be_added(
     assert {row["seeds"] for row in result["table"]} == {2}
     capsys.readouterr()
     assert main([*again, "--batch_size", "3"]) == 2
-    assert "batch_size is 2 there and 3 here" in capsys.readouterr().err
+    assert "batch_size was 2 and is now 3" in capsys.readouterr().err

@@ -380,11 +380,9 @@ def test_a_stop_in_training_says_how_to_go_on(
     assert error.value.exit_code == 143
     monkeypatch.undo()
     there = r"adding 'first' was interrupted, and "
-    with pytest.raises(
-        UserError, match=there + r"name is 'first' there and 'second' here; its rows, or test rows, are"
-    ):
+    with pytest.raises(UserError, match=there + r"name was 'first' and is now 'second'; its rows, or test rows, are"):
         add(make("second"))
-    changed = r"batch_size is 4 there and 2 here; learning_rate is 0.001 there and 0.002 here; go on with the same comm"
+    changed = r"batch_size was 4 and is now 2; learning_rate was 0.001 and is now 0.002; go on with the same comm"
     with pytest.raises(UserError, match=there + changed):
         add(make(learning_rate=2e-3, batch_size=2))
     capsys.readouterr()
@@ -445,7 +443,7 @@ def test_a_state_of_another_version_is_read(make: Settings, tmp_path: Path) -> N
 
 
 def test_two_at_once_are_refused(make: Settings, tmp_path: Path) -> None:
-    with folder_lock(tmp_path / "state", ""), pytest.raises(UserError, match="another process is at work on it"):
+    with folder_lock(tmp_path / "state", ""), pytest.raises(UserError, match="in use by another process"):
         add(make())
 
 
@@ -543,7 +541,7 @@ def test_rows_of_a_stream_whose_teacher_has_no_room_are_told_or_left_out(
     write_rows([{"prompt": "t", "completion": "ab"}], name="test.jsonl")
     options = {"action": "stream", "chunk_size": 4, "chunk_steps": 1, "test": str(tmp_path / "test.jsonl")}
     options |= {"test_share": 0.01, "method": "sdft", "context": "turns:repeats=4", "min_teacher": 0}
-    with pytest.raises(UserError, match=r"teacher's prompt has .* or leave them out with --on_long_prompt drop"):
+    with pytest.raises(UserError, match=r"teacher's prompt has .* or drop them with --on_long_prompt drop"):
         add(make("mixed", **options))
     assert add(make("mixed", **options, on_long_prompt="drop"))["accepted"]
     folder = tmp_path / "state" / "skills" / "0001-mixed"
@@ -605,12 +603,12 @@ def test_transfer_of_a_matrix() -> None:
     [
         ({"model": ""}, "does not exist yet: give the base --model with the first skill"),
         ({"gradient_accumulation_steps": 3}, "setting 'gradient_accumulation_steps': 3 does not divide batch_size 4"),
-        ({"method": "sdft", "context": "turn"}, "there is no context 'turn'"),
+        ({"method": "sdft", "context": "turn"}, "unknown context 'turn'"),
         ({"method": "grpo", "num_generations": 1}, "setting 'num_generations': grpo compares"),
         ({"method": "sft_reinvoke", "max_steps": 1}, "setting 'max_steps': found 1, and the 2 stages of sft_reinvoke"),
         (
             {"action": "stream", "method": "sft_reinvoke", "chunk_steps": 1},
-            "setting 'chunk_steps': found 1, and the 2 stages of sft_reinvoke share them: want at least 2",
+            "setting 'chunk_steps': found 1, expected at least 2, one per stage of sft_reinvoke",
         ),
         ({"data": "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such .jsonl file"),

@@ -84,7 +84,7 @@ def test_document_is_read_first_and_its_parts_can_be_left_out() -> None:
 
 def test_document_without_a_document_names_the_row() -> None:
     want = (
-        "context 'document' needs a document, and d.jsonl:1 has none: add the column 'document' or take another context"
+        "context 'document' needs a document, and d.jsonl:1 has none; add the column 'document' or use another context"
     )
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
         Document().messages(row(), [])
@@ -104,19 +104,19 @@ def test_template_errors_name_the_file_and_the_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
         Template(str(file))
     file.write_text("no question", encoding="utf-8")
-    want = f"context 'template': {file} does not contain {{prompt}}, so the question is missing"
+    want = f"context 'template': {file} has no {{prompt}}, so the question would be missing"
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
         Template(str(file))
     file.write_text("{prompt} {answer}", encoding="utf-8")
     want = (
-        f"context 'template': {file} contains neither {{demonstration}} nor {{document}}, so the teacher would see "
-        "nothing more than the student"
+        f"context 'template': {file} has neither {{demonstration}} nor {{document}}, so the teacher would see "
+        "the same as the student"
     )
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
         Template(str(file))
     file.write_text('{document} {promt} {prompt} {"a"} {x}', encoding="utf-8")
     want = (
-        f"context 'template': {file} has {{promt}}, which stays as it is; there is {{prompt}}, {{demonstration}} and "
+        f"context 'template': {file} has {{promt}}, which is not a field; use {{prompt}}, {{demonstration}} or "
         "{document}"
     )
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
@@ -205,7 +205,7 @@ def test_few_shot_nearest_finds_the_words_of_a_text_once() -> None:
 
 
 def test_few_shot_needs_enough_other_rows() -> None:
-    want = "context 'few_shot' needs 3 other demonstrations, found 2: lower k or add rows"
+    want = "context 'few_shot' needs 3 other demonstrations, found 2; lower k or add rows"
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
         FewShot(k=3).messages(POOL[0], POOL[:3])
 
@@ -250,27 +250,31 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
     [
         (
             "turn:repeats=2",
-            "context 'turn:repeats=2': there is no context 'turn', only turns, example, few_shot, document, template",
+            "context 'turn:repeats=2': unknown context 'turn', expected one of turns, example, few_shot, "
+            "document, template",
         ),
-        ("", "context '': there is no context '', only turns, example, few_shot, document, template"),
+        ("", "context '': unknown context '', expected one of turns, example, few_shot, document, template"),
         (
             "turns,repeats=2",
-            "context 'turns,repeats=2': there is no context 'turns,repeats=2', only turns, example, few_shot, "
+            "context 'turns,repeats=2': unknown context 'turns,repeats=2', expected one of turns, example, few_shot, "
             "document, template; options follow a colon, as in turns:repeats=2",
         ),
-        ("turns:repeat=2", "context 'turns:repeat=2': turns has no option 'repeat', only repeats"),
-        ("turns:name=x", "context 'turns:name=x': turns has no option 'name', only repeats"),
-        ("few_shot:n=2", "context 'few_shot:n=2': few_shot has no option 'n', only k, pick, this, seed"),
-        ("template:text=x", "context 'template:text=x': template has no option 'text', only file"),
-        ("turns:repeats=0", "context 'turns:repeats=0': option 'repeats': found '0', want a whole number from 1"),
-        ("turns:repeats", "context 'turns:repeats': option 'repeats': found '', want a whole number from 1"),
-        ("turns:repeats=1.5", "context 'turns:repeats=1.5': option 'repeats': found '1.5', want a whole number from 1"),
-        ("few_shot:seed=-1", "context 'few_shot:seed=-1': option 'seed': found '-1', want a whole number from 0"),
-        ("few_shot:pick=x", "context 'few_shot:pick=x': option 'pick': found 'x', want seed or nearest"),
-        ("example:reasoning=1", "context 'example:reasoning=1': option 'reasoning': found '1', want true or false"),
+        ("turns:repeat=2", "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats"),
+        ("turns:name=x", "context 'turns:name=x': turns has no option 'name'; its options are repeats"),
+        ("few_shot:n=2", "context 'few_shot:n=2': few_shot has no option 'n'; its options are k, pick, this, seed"),
+        ("template:text=x", "context 'template:text=x': template has no option 'text'; its options are file"),
+        ("turns:repeats=0", "context 'turns:repeats=0': option 'repeats': found '0', expected an integer of 1 or more"),
+        ("turns:repeats", "context 'turns:repeats': option 'repeats': found '', expected an integer of 1 or more"),
+        (
+            "turns:repeats=1.5",
+            "context 'turns:repeats=1.5': option 'repeats': found '1.5', expected an integer of 1 or more",
+        ),
+        ("few_shot:seed=-1", "context 'few_shot:seed=-1': option 'seed': found '-1', expected an integer of 0 or more"),
+        ("few_shot:pick=x", "context 'few_shot:pick=x': option 'pick': found 'x', expected seed or nearest"),
+        ("example:reasoning=1", "context 'example:reasoning=1': option 'reasoning': found '1', expected true or false"),
         (
             "document:show=all",
-            "context 'document:show=all': option 'show': found 'all', want both or document or answer",
+            "context 'document:show=all': option 'show': found 'all', expected both or document or answer",
         ),
     ],
 )
@@ -366,7 +370,7 @@ def test_a_template_that_refuses_a_conversation_is_a_user_error(make_tokenizer: 
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
     )
     chat = ChatFormat(make_tokenizer(template=refusing), [257], {})
-    with pytest.raises(UserError, match=r"^the chat template refuses a conversation of system, user: no system$"):
+    with pytest.raises(UserError, match=r"^the chat template rejects the roles system, user: no system$"):
         chat.render(WITH_SYSTEM.prompt)
 
 
@@ -417,7 +421,7 @@ def test_rows_that_do_not_fit_are_all_counted_and_the_first_ten_named(chat: Chat
         encode(rows, None, chat, max_prompt_length=limit, max_completion_length=8, window=None)
     named = "; ".join(f"d.jsonl:{n}: prompt has {overhead + 20} tokens, limit {limit}" for n in range(2, 12))
     assert str(error.value) == (
-        f"12 of 13 rows do not fit: {named}; and 2 more; raise --max_prompt_length, or leave them out with "
+        f"12 of 13 rows do not fit: {named}; and 2 more; raise --max_prompt_length, or drop them with "
         "--on_long_prompt drop"
     )
 
@@ -503,7 +507,7 @@ def test_a_completion_that_ends_with_the_end_token_is_refused(chat: ChatFormat) 
             window=None,
         )
     assert str(error.value) == (
-        "1 of 2 completions end with <|im_end|>, which the chat format writes by itself (d.jsonl:1): take it away"
+        "1 of 2 completions end with <|im_end|>, which the chat format adds itself (d.jsonl:1); remove it"
     )
 
 

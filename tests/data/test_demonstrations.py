@@ -141,7 +141,7 @@ def test_saved_data_set() -> None:
     datasets.DatasetDict({"train": one, "test": two}).save_to_disk("both")
     assert [row.source for row in load_demonstrations("one")] == ["one[0]"]
     assert [row.completion for row in load_demonstrations("both", split="test")] == ["4", "r"]
-    assert message_of("both", split="dev") == "both: no split 'dev' in this data set, want train or test"
+    assert message_of("both", split="dev") == "both: no split 'dev' in this data set, expected train or test"
 
 
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,108 +173,117 @@ def test_missing_path_is_not_looked_for_on_the_hub(path: str, tmp_path: Path, mo
 
 CHAT_ROLES = "system, user or assistant"
 BAD_ROWS: list[tuple[Any, str]] = [
-    ({"prompt": "q", "completion": None}, "column 'completion': found null, want text or one assistant message"),
-    ({"prompt": "q"}, "column 'completion': missing, want text or one assistant message"),
-    ({"prompt": "q", "response": "r"}, "column 'completion': missing, found 'response': rename it to 'completion'"),
-    ({"prompt": "q", "Completion": "r"}, "column 'completion': missing, found 'Completion': rename it to 'completion'"),
-    ({"prompt": "q", "completion": ""}, "column 'completion': found empty text, want text or one assistant message"),
+    ({"prompt": "q", "completion": None}, "column 'completion': found null, expected text or one assistant message"),
+    ({"prompt": "q"}, "column 'completion': missing, expected text or one assistant message"),
+    ({"prompt": "q", "response": "r"}, "column 'completion': missing, found 'response'; rename it to 'completion'"),
+    ({"prompt": "q", "Completion": "r"}, "column 'completion': missing, found 'Completion'; rename it to 'completion'"),
+    (
+        {"prompt": "q", "completion": ""},
+        "column 'completion': found empty text, expected text or one assistant message",
+    ),
     (
         {"prompt": "q", "completion": " \n"},
-        "column 'completion': found white space only, want text or one assistant message",
+        "column 'completion': found only whitespace, expected text or one assistant message",
     ),
-    ({"prompt": "q", "completion": 4}, "column 'completion': found the number 4, want text or one assistant message"),
-    ({"prompt": "q", "completion": True}, "column 'completion': found true, want text or one assistant message"),
-    ({"prompt": "q", "completion": []}, "column 'completion': found an empty list, want text or one assistant message"),
+    (
+        {"prompt": "q", "completion": 4},
+        "column 'completion': found the number 4, expected text or one assistant message",
+    ),
+    ({"prompt": "q", "completion": True}, "column 'completion': found true, expected text or one assistant message"),
+    (
+        {"prompt": "q", "completion": []},
+        "column 'completion': found an empty list, expected text or one assistant message",
+    ),
     (
         {"prompt": "q", "completion": ASSISTANT},
-        "column 'completion': found an object, want text or one assistant message",
+        "column 'completion': found an object, expected text or one assistant message",
     ),
     (
         {"prompt": "q", "completion": [ASSISTANT, ASSISTANT]},
-        "column 'completion': found messages of assistant, assistant, want one assistant message",
+        "column 'completion': found messages of assistant, assistant, expected one assistant message",
     ),
     (
         {"prompt": "q", "completion": [USER]},
-        "column 'completion': found messages of user, want one assistant message",
+        "column 'completion': found messages of user, expected one assistant message",
     ),
     (
         {"prompt": "q", "completion": [{"role": "assistant", "content": None}]},
-        "column 'completion[0].content': found null, want text",
+        "column 'completion[0].content': found null, expected text",
     ),
     (
         {"prompt": "q", "completion": "\ud83d"},
-        "column 'completion': found '\\ud83d' with half of a surrogate pair, want text or one assistant message",
+        "column 'completion': found '\\ud83d' with a lone surrogate, expected text or one assistant message",
     ),
-    ({"prompt": None, "completion": "r"}, "column 'prompt': found null, want text or a list of messages"),
-    ({"prompt": "", "completion": "r"}, "column 'prompt': found empty text, want text or a list of messages"),
-    ({"prompt": 0, "completion": "r"}, "column 'prompt': found the number 0, want text or a list of messages"),
-    ({"prompt": [], "completion": "r"}, "column 'prompt': found an empty list, want a list of messages"),
-    ({"completion": "r"}, "column 'prompt': missing, want 'prompt' with 'completion', or 'messages'"),
-    ({}, "column 'prompt': missing, want 'prompt' with 'completion', or 'messages'"),
-    ({"prompts": "q", "completion": "r"}, "column 'prompt': missing, found 'prompts': rename it to 'prompt'"),
-    ({"question": "q", "output": "r"}, "column 'prompt': missing, found 'question': rename it to 'prompt'"),
-    ({"conversations": [USER]}, "column 'prompt': missing, found 'conversations': rename it to 'messages'"),
-    ({"prompt": ["q"], "completion": "r"}, "column 'prompt[0]': found 'q', want an object with role and content"),
+    ({"prompt": None, "completion": "r"}, "column 'prompt': found null, expected text or a list of messages"),
+    ({"prompt": "", "completion": "r"}, "column 'prompt': found empty text, expected text or a list of messages"),
+    ({"prompt": 0, "completion": "r"}, "column 'prompt': found the number 0, expected text or a list of messages"),
+    ({"prompt": [], "completion": "r"}, "column 'prompt': found an empty list, expected a list of messages"),
+    ({"completion": "r"}, "column 'prompt': missing, expected 'prompt' with 'completion', or 'messages'"),
+    ({}, "column 'prompt': missing, expected 'prompt' with 'completion', or 'messages'"),
+    ({"prompts": "q", "completion": "r"}, "column 'prompt': missing, found 'prompts'; rename it to 'prompt'"),
+    ({"question": "q", "output": "r"}, "column 'prompt': missing, found 'question'; rename it to 'prompt'"),
+    ({"conversations": [USER]}, "column 'prompt': missing, found 'conversations'; rename it to 'messages'"),
+    ({"prompt": ["q"], "completion": "r"}, "column 'prompt[0]': found 'q', expected an object with role and content"),
     (
         {"prompt": [{"content": "q"}], "completion": "r"},
-        f"column 'prompt[0].role': found null, want {CHAT_ROLES}",
+        f"column 'prompt[0].role': found null, expected {CHAT_ROLES}",
     ),
     (
         {"prompt": [{"role": "human", "content": "q"}], "completion": "r"},
-        f"column 'prompt[0].role': found 'human', want {CHAT_ROLES}",
+        f"column 'prompt[0].role': found 'human', expected {CHAT_ROLES}",
     ),
     (
         {"prompt": [USER, {"role": "tool", "content": "3"}], "completion": "r"},
-        f"column 'prompt[1].role': found 'tool', which is not supported, want {CHAT_ROLES}",
+        f"column 'prompt[1].role': found 'tool', which is not supported, expected {CHAT_ROLES}",
     ),
     (
         {"prompt": [USER, {"role": "system", "content": "s"}], "completion": "r"},
-        "column 'prompt[1].role': found 'system', want it in the first message only",
+        "column 'prompt[1].role': found 'system', expected only in the first message",
     ),
     (
         {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "completion": "r"},
-        "column 'prompt[0].content': found a list of 1, want text",
+        "column 'prompt[0].content': found a list of 1, expected text",
     ),
     (
         {"prompt": [USER | {"tool_calls": [1]}], "completion": "r"},
-        "column 'prompt[0]': found key 'tool_calls', want role and content only",
+        "column 'prompt[0]': found key 'tool_calls', expected only role and content",
     ),
     (
         {"prompt": [USER, ASSISTANT], "completion": "r"},
-        "column 'prompt': the prompt ends with the assistant, want the user's turn at its end",
+        "column 'prompt': the prompt ends with the assistant, expected it to end with a user turn",
     ),
-    (GOOD | {"document": 3}, "column 'document': found the number 3, want text or null"),
-    (GOOD | {"privileged_context": " "}, "column 'privileged_context': found white space only, want text or null"),
-    (GOOD | {"answer": ""}, "column 'answer': found empty text, want a value or null"),
+    (GOOD | {"document": 3}, "column 'document': found the number 3, expected text or null"),
+    (GOOD | {"privileged_context": " "}, "column 'privileged_context': found only whitespace, expected text or null"),
+    (GOOD | {"answer": ""}, "column 'answer': found empty text, expected a value or null"),
     (
         GOOD | {"scorer": "exactly"},
-        "column 'scorer': found 'exactly', want exact, contains, choice, regex or tool_call",
+        "column 'scorer': found 'exactly', expected exact, contains, choice, regex or tool_call",
     ),
     (
         GOOD | {"scorer": ["exact"]},
-        "column 'scorer': found a list of 1, want exact, contains, choice, regex or tool_call",
+        "column 'scorer': found a list of 1, expected exact, contains, choice, regex or tool_call",
     ),
     (
         GOOD | {"messages": [USER, ASSISTANT]},
-        "has 'prompt' and 'messages', want 'messages' alone or 'prompt' with 'completion'",
+        "has 'prompt' and 'messages', expected 'messages' alone or 'prompt' with 'completion'",
     ),
-    ({"messages": [USER, ASSISTANT]}, "has 'messages' where line 1 has 'prompt', want one form in the whole set"),
-    ([GOOD], "found a list of 1, want an object"),
-    ('"text"', "found 'text', want an object"),
+    ({"messages": [USER, ASSISTANT]}, "has 'messages' but line 1 has 'prompt'; use one form in the whole set"),
+    ([GOOD], "found a list of 1, expected an object"),
+    ('"text"', "found 'text', expected an object"),
     ('{"prompt": "q", "completion": "r"', "invalid JSON at character 34: Expecting ',' delimiter"),
     ("{'prompt': 'q'}", "invalid JSON at character 2: Expecting property name enclosed in double quotes"),
     ('{"prompt": "q", "completion": "r"} {}', "invalid JSON at character 36: Extra data"),
     ('{"prompt": "q", "answer": NaN}', "invalid JSON: NaN is not a JSON value"),
-    ('{"prompt": "q", "prompt": "p", "completion": "r"}', "key 'prompt' stands twice in one object, want it once"),
+    ('{"prompt": "q", "prompt": "p", "completion": "r"}', "duplicate key 'prompt'; remove one"),
     (
         '{"prompt": [{"role": "user", "role": "user", "content": "q"}], "completion": "r"}',
-        "key 'role' stands twice in one object, want it once",
+        "duplicate key 'role'; remove one",
     ),
     (
         {"prompt": [USER | {"role": "x"}], "completion": "", "document": 3},
-        "column 'completion': found empty text, want text or one assistant message and "
-        f"column 'prompt[0].role': found 'x', want {CHAT_ROLES} and "
-        "column 'document': found the number 3, want text or null",
+        "column 'completion': found empty text, expected text or one assistant message and "
+        f"column 'prompt[0].role': found 'x', expected {CHAT_ROLES} and "
+        "column 'document': found the number 3, expected text or null",
     ),
 ]
 
@@ -287,18 +296,18 @@ def test_bad_row(row: Any, problem: str) -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"messages": []}, "column 'messages': found an empty list, want a list of messages"),
-        ({"messages": None}, "column 'messages': found null, want a list of messages"),
-        ({"messages": "q"}, "column 'messages': found 'q', want a list of messages"),
-        ({"messages": [USER]}, "column 'messages': ends with the user, want the assistant's demonstration"),
-        ({"messages": [ASSISTANT]}, "column 'messages': the prompt is empty, want the user's turn at its end"),
+        ({"messages": []}, "column 'messages': found an empty list, expected a list of messages"),
+        ({"messages": None}, "column 'messages': found null, expected a list of messages"),
+        ({"messages": "q"}, "column 'messages': found 'q', expected a list of messages"),
+        ({"messages": [USER]}, "column 'messages': ends with the user, expected an assistant turn"),
+        ({"messages": [ASSISTANT]}, "column 'messages': the prompt is empty, expected it to end with a user turn"),
         (
             {"messages": [USER, ASSISTANT, ASSISTANT]},
-            "column 'messages': the prompt ends with the assistant, want the user's turn at its end",
+            "column 'messages': the prompt ends with the assistant, expected it to end with a user turn",
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": ""}]},
-            "column 'messages[1].content': found empty text, want text",
+            "column 'messages[1].content': found empty text, expected text",
         ),
     ],
 )
@@ -309,13 +318,13 @@ def test_bad_messages(row: Any, problem: str) -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"prompt": "q"}, "column 'completion': missing, want it or 'answer'"),
-        ({"prompt": "q", "answer": None}, "column 'completion': missing, want it or 'answer'"),
-        ({"messages": [USER]}, "column 'completion': missing, want it or 'answer'"),
-        ({"prompt": "q", "answers": "4"}, "column 'completion': missing, found 'answers': rename it to 'answer'"),
+        ({"prompt": "q"}, "column 'completion': missing, expected 'completion' or 'answer'"),
+        ({"prompt": "q", "answer": None}, "column 'completion': missing, expected 'completion' or 'answer'"),
+        ({"messages": [USER]}, "column 'completion': missing, expected 'completion' or 'answer'"),
+        ({"prompt": "q", "answers": "4"}, "column 'completion': missing, found 'answers'; rename it to 'answer'"),
         (
             {"prompt": "q", "completion": "", "answer": 4},
-            "column 'completion': found empty text, want text or one assistant message",
+            "column 'completion': found empty text, expected text or one assistant message",
         ),
     ],
 )
@@ -327,7 +336,7 @@ def test_bad_row_without_required_completion(row: Any, problem: str) -> None:
 def test_first_ten_of_all_bad_rows_are_named() -> None:
     bad = {"prompt": "q", "completion": None}
     lines = [
-        f"line {line}, column 'completion': found null, want text or one assistant message" for line in range(2, 12)
+        f"line {line}, column 'completion': found null, expected text or one assistant message" for line in range(2, 12)
     ]
     message = f"train.jsonl: 12 bad rows: {'; '.join(lines)}; ... and 2 more"
     assert message_of(write("train.jsonl", GOOD, *[bad] * 12)) == message
@@ -336,7 +345,7 @@ def test_first_ten_of_all_bad_rows_are_named() -> None:
 
 def test_bad_rows_of_other_sources() -> None:
     bad = GOOD | {"completion": " "}
-    problem = "column 'completion': found white space only, want text or one assistant message"
+    problem = "column 'completion': found only whitespace, expected text or one assistant message"
     Path("a.json").write_text(json.dumps([GOOD, bad]))
     datasets.Dataset.from_list([GOOD, bad]).to_parquet("b.parquet")
     Path("data").mkdir()
@@ -346,7 +355,7 @@ def test_bad_rows_of_other_sources() -> None:
     assert message_of("b.parquet") == f"b.parquet: 1 bad row: row 1, {problem}"
     assert message_of("data") == (
         f"data: 2 bad rows: c.jsonl line 2, {problem}; "
-        "d.jsonl line 1, has 'messages' where c.jsonl line 1 has 'prompt', want one form in the whole set"
+        "d.jsonl line 1, has 'messages' but c.jsonl line 1 has 'prompt'; use one form in the whole set"
     )
 
 
@@ -358,35 +367,35 @@ GOOD_LINE = json.dumps(GOOD).encode()
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "a.jsonl: no rows, want at least one"),
-        ("a.jsonl", b"\n \n", "a.jsonl: no rows, want at least one"),
-        ("a.json", b"", "a.json: no rows, want at least one"),
-        ("a.json", b"[]", "a.json: no rows, want at least one"),
-        ("a.json", b"{}", "a.json: found an object, want a list of rows"),
+        ("a.jsonl", b"", "a.jsonl: no rows, expected at least one"),
+        ("a.jsonl", b"\n \n", "a.jsonl: no rows, expected at least one"),
+        ("a.json", b"", "a.json: no rows, expected at least one"),
+        ("a.json", b"[]", "a.json: no rows, expected at least one"),
+        ("a.json", b"{}", "a.json: found an object, expected a list of rows"),
         ("a.json", b'[{"a": 1,}]', "a.json: invalid JSON: {trailing}"),
         (
             "a.json",
             GOOD_LINE + b"\n" + GOOD_LINE,
-            "a.json: invalid JSON: Extra data: line 2 column 1 (char 38); one row a line belongs in a .jsonl file",
+            "a.json: invalid JSON: Extra data: line 2 column 1 (char 38); if it has one row per line, name it .jsonl",
         ),
-        ("a.json", b"[[1], 2]", "a.json: 2 bad rows: item 0, found a list of 1, want an object; item 1, {two}"),
-        ("a.csv", b"prompt,completion\n", "a.csv: cannot read file type '.csv', want .jsonl, .json or .parquet"),
-        ("a", b"x", "a: cannot read file type '', want .jsonl, .json or .parquet"),
+        ("a.json", b"[[1], 2]", "a.json: 2 bad rows: item 0, found a list of 1, expected an object; item 1, {two}"),
+        ("a.csv", b"prompt,completion\n", "a.csv: cannot read file type '.csv', expected .jsonl, .json or .parquet"),
+        ("a", b"x", "a: cannot read file type '', expected .jsonl, .json or .parquet"),
         (
             "a.jsonl",
             GOOD_LINE + b'\n{"prompt": "caf\xe9", "completion": "r"}\n',
-            "a.jsonl: not UTF-8: line 2, byte 16 of the line is 0xe9; save it as UTF-8",
+            "a.jsonl: not UTF-8: line 2, byte 16 is 0xe9; save it as UTF-8",
         ),
         (
             "a.jsonl",
             json.dumps(GOOD).encode("utf-16"),
-            "a.jsonl: not UTF-8: line 1, byte 1 of the line is 0xff; save it as UTF-8",
+            "a.jsonl: not UTF-8: line 1, byte 1 is 0xff; save it as UTF-8",
         ),
         ("data/x.txt", b"x", "data: no .jsonl, .json or .parquet file in this folder (subfolders are not read)"),
         (
             "data/x.jsonl.gz",
             b"x",
-            "data: cannot read x.jsonl.gz, want .jsonl, .json or .parquet; convert it or move it elsewhere",
+            "data: cannot read x.jsonl.gz, expected .jsonl, .json or .parquet; convert it or move it elsewhere",
         ),
         ("data/x.jsonl/y", b"x", "data/x.jsonl: cannot be read: Is a directory"),
     ],
@@ -395,7 +404,9 @@ def test_bad_file(name: str, content: bytes, message: str) -> None:
     # The words of json differ between releases of Python.
     with pytest.raises(json.JSONDecodeError) as trailing:
         json.loads('[{"a": 1,}]')
-    message = message.replace("{trailing}", str(trailing.value)).replace("{two}", "found the number 2, want an object")
+    message = message.replace("{trailing}", str(trailing.value)).replace(
+        "{two}", "found the number 2, expected an object"
+    )
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_bytes(content)
     assert message_of(name.split("/")[0]) == message
@@ -411,7 +422,7 @@ def test_broken_parquet_and_saved_set() -> None:
 
 def test_empty_parquet() -> None:
     datasets.Dataset.from_dict({"prompt": [], "completion": []}).to_parquet("a.parquet")
-    assert message_of("a.parquet") == "a.parquet: no rows, want at least one"
+    assert message_of("a.parquet") == "a.parquet: no rows, expected at least one"
 
 
 def test_nesting_too_deep_is_a_bad_row() -> None:

@@ -41,15 +41,15 @@ def test_a_scorer_by_which_the_demonstrations_are_wrong_is_doubted() -> None:
     tagged = [row(letter, f"<answer>\n{letter}\n</answer>") for letter in "BCDE"]
     note = doubt_about(tagged, None)
     assert note == (
-        "scorer 'exact' does not fit: 0 of 4 demonstrations themselves are right by it; by --scorer contains or choice "
-        "or regex all are right"
+        "scorer 'exact' does not fit: it accepts only 0 of 4 demonstrated completions; --scorer contains or choice "
+        "or regex accepts all of them"
     )
     assert doubt_about(tagged, "choice") is None
     assert doubt_about([row("B", "no", scorer="exact"), row("yes", "yes")], None) is None  # a row's own is its affair
     assert doubt_about([row("B"), row("C")], None) is None  # nothing is demonstrated
     assert doubt_about([row("yes", "no"), row("yes", "yes")], None) is None
     mixed = doubt_about([row("yes", "no")] * 2 + [row("yes", "yes")], "exact")
-    assert mixed == "scorer 'exact' does not fit: 1 of 3 demonstrations themselves are right by it"
+    assert mixed == "scorer 'exact' does not fit: it accepts only 1 of 3 demonstrated completions"
 
 
 def test_every_name_has_a_function_of_that_name() -> None:
@@ -199,7 +199,7 @@ def test_completion_stands_in_for_the_answer() -> None:
 @pytest.mark.parametrize(
     ("name", "demonstration", "message"),
     [
-        ("exakt", row("a"), "unknown scorer 'exakt', want one of exact, contains, choice, regex, tool_call"),
+        ("exakt", row("a"), "unknown scorer 'exakt', expected one of exact, contains, choice, regex, tool_call"),
         ("exact", row(), "train.jsonl:7: scorer 'exact' needs an answer or a completion"),
         ("contains", row(), "train.jsonl:7: scorer 'contains' needs an answer or a completion"),
         ("contains", row([]), "train.jsonl:7: scorer 'contains' needs an answer or a completion"),
@@ -208,7 +208,7 @@ def test_completion_stands_in_for_the_answer() -> None:
         (
             "regex",
             row(completion="a"),
-            "train.jsonl:7: scorer 'regex' needs an answer, a pattern; add column 'answer'",
+            "train.jsonl:7: scorer 'regex' needs a pattern; add the column 'answer'",
         ),
         (
             "regex",
@@ -336,14 +336,14 @@ def test_a_function_scores_with_the_whole_row(write_module: Callable[[str], str]
     half = [row({"wanted": "yes"}, "yes"), row({"wanted": "yes"}, "no")]
     assert doubt_about(half, name) is None
     note = doubt_about(half[1:], name)
-    assert note == f"scorer {name!r} does not fit: 0 of 1 demonstrations themselves are right by it"
+    assert note == f"scorer {name!r} does not fit: it accepts only 0 of 1 demonstrated completions"
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return 1", "returned 1, want True or False (a bool)"),
-        ("return None", "returned None, want True or False (a bool)"),
+        ("return 1", "returned 1, expected True or False (a bool)"),
+        ("return None", "returned None, expected True or False (a bool)"),
         ("return [][0]", "failed: IndexError: list index out of range"),
         ("raise ValueError('two\\nlines')", "failed: ValueError: two lines"),
     ],
@@ -368,7 +368,7 @@ def test_a_function_that_is_not_there(write_module: Callable[[str], str], tmp_pa
         f"python:{wrong}.right": f"module '{wrong}' {from_here}: SyntaxError: ",
         f"python:{module}.right": f"{tmp_path / module.replace('.', '/')}.py has no function 'right'",
         f"python:{module}.number": f"{tmp_path / module.replace('.', '/')}.py has no function 'number'",
-        "python:right": "want python:package.module.function",
+        "python:right": "expected python:package.module.function",
     }
     for name, message in cases.items():
         with pytest.raises(UserError) as error:
@@ -386,14 +386,14 @@ def test_names_in_the_settings() -> None:
         with pytest.raises(UserError) as error:
             EvalConfig(model="m", data="d", scorer=name)
         hint = f"; did you mean {guesses[name]}?" if name in guesses else ""
-        assert str(error.value) == f"setting 'scorer': found {name!r}, want: {known}{hint}"
+        assert str(error.value) == f"setting 'scorer': found {name!r}, expected: {known}{hint}"
 
 
 @pytest.mark.parametrize("name", ["judge", "python:os.system"])
 def test_rows_may_not_run_code_or_send_data_out(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"prompt": "q", "completion": "c", "scorer": name}) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=f"column 'scorer': found '{name}', want exact, contains, choice, regex or"):
+    with pytest.raises(UserError, match=f"column 'scorer': found '{name}', expected exact, contains, choice, regex or"):
         load_demonstrations(str(path))
 
 
@@ -404,5 +404,5 @@ def test_the_judge_is_not_asked_about_the_demonstrations() -> None:
 @pytest.mark.parametrize("name", ["python:builtins.exec", "python:os.system", "python:os.path.exists"])
 def test_pythons_own_functions_are_no_scorers(name: str) -> None:
     row = Demonstration(({"role": "user", "content": "q"},), "a", source="x.jsonl:1")
-    with pytest.raises(UserError, match="is Python's own; name a module of yours"):
+    with pytest.raises(UserError, match="is in the standard library; name your own module"):
         score(name, "reply", row)

@@ -67,7 +67,7 @@ def test_what_a_training_needs_is_read_first(settings: Callable[..., TrainConfig
     for values, message in (
         ({"test": "none.jsonl"}, "none.jsonl: no such file"),
         ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such"),
-        ({"context": "turn"}, "there is no context 'turn'"),
+        ({"context": "turn"}, "unknown context 'turn'"),
     ):
         with pytest.raises(UserError, match=message):
             check_inputs(settings("c", **values))

@@ -83,8 +83,8 @@ def test_after_a_failure_in_the_middle_the_rest_is_asked_for(server: Server, tmp
     kept = len(cache.read_text().splitlines())
     assert kept == 12
     assert re.fullmatch(
-        rf"judge {server.url}/chat/completions: status 400, '{{\"error\": \"no more\"}}'; what was judged is kept "
-        rf"in {cache}, the same command goes on from there",
+        rf"judge {server.url}/chat/completions: status 400, '{{\"error\": \"no more\"}}'; verdicts are cached "
+        rf"in {cache}; rerun the same command to resume",
         str(error.value),
     )
     with cache.open("a") as file:
@@ -102,7 +102,7 @@ def test_a_busy_endpoint_is_asked_again(server: Server, tmp_path: Path, status: 
     assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["x"]) == ["lenient"]
     assert len(server.asked) == 3
     server.reply = lambda _: (status, {"error": "busy"})
-    with pytest.raises(UserError, match=f"status {status}, .*busy.*; what was judged is kept in"):
+    with pytest.raises(UserError, match=f"status {status}, .*busy.*; verdicts are cached in"):
         Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(2), ["x", "x"])
     assert len(server.asked) == 6
 
@@ -112,7 +112,9 @@ def test_no_answer_in_time_and_no_server(server: Server, tmp_path: Path, monkeyp
     slept = threading.Event()
     server.reply = lambda _: (200, "strict") if len(server.asked) > 1 else (slept.wait(1.5), (200, "wrong"))[1]
     assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["x"]) == ["strict"]
-    with pytest.raises(UserError, match=r"judge http://127\.0\.0\.1:1/chat/completions: .*refused; what was judged"):
+    with pytest.raises(
+        UserError, match=r"judge http://127\.0\.0\.1:1/chat/completions: .*refused; verdicts are cached"
+    ):
         Judge("http://127.0.0.1:1", "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["y"])
 
 
@@ -124,12 +126,14 @@ def test_what_is_no_verdict_is_asked_again_once(server: Server, tmp_path: Path) 
     with pytest.raises(UserError) as error:
         Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["y"])
     assert str(error.value) == (
-        f"test.jsonl:1: judge 'j' answered 'perhaps right', want strict, lenient or wrong; what was judged is kept in "
-        f"{tmp_path / 'judge.jsonl'}, take a judge that follows instructions"
+        f"test.jsonl:1: judge 'j' answered 'perhaps right', expected strict, lenient or wrong; verdicts are cached in "
+        f"{tmp_path / 'judge.jsonl'}; use a judge that follows instructions"
     )
     assert len(server.asked) == 4
     server.reply = lambda _: (200, {"object": "page"})
-    with pytest.raises(UserError, match=r"""found '\{"object": "page"\}', want a chat completion; check judge_url"""):
+    with pytest.raises(
+        UserError, match=r"""found '\{"object": "page"\}', expected a chat completion; check judge_url"""
+    ):
         Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["z"])
 
 
@@ -232,8 +236,10 @@ def test_settings() -> None:
     good = {"model": "m", "data": "d", "scorer": "judge", "judge_url": "https://host:8000/v1", "judge_model": "j"}
     assert EvalConfig(**good).scorer == "judge"
     for missing in ("judge_url", "judge_model"):
-        with pytest.raises(UserError, match=r"'judge' is a model at an address: give --judge_url and --judge_model$"):
+        with pytest.raises(UserError, match=r"'judge' needs an endpoint: give --judge_url and --judge_model$"):
             EvalConfig(**good | {missing: None})
     for url in ("host:8000/v1", "file:///etc", "https://user:word@host/v1", "https://host/v1?key=1", "https:///v1"):
-        with pytest.raises(UserError, match=r"^setting 'judge_url': found .*, want: an address such as http://local"):
+        with pytest.raises(
+            UserError, match=r"^setting 'judge_url': found .*, expected: an address such as http://local"
+        ):
             EvalConfig(**good | {"judge_url": url})

@@ -196,7 +196,11 @@ def test_mistakes_are_one_line(
         (["flies"], None, "and lm_eval_path is not given; see lm-eval ls tasks"),
         (["flies"], folder / "no", f"lm_eval_path '{folder / 'no'}': no such folder"),
         (["flies", "lost"], folder, "lm_eval_tasks: task 'lost' cannot be loaded: FileNotFoundError: "),
-        (["texts"], folder, "lm_eval_tasks: task 'texts' measures perplexity, want one of acc, exact_match, em that"),
+        (
+            ["texts"],
+            folder,
+            "lm_eval_tasks: task 'texts' measures perplexity, expected one of acc, exact_match, em that",
+        ),
     ]
     for tasks, path, message in cases:
         with pytest.raises(UserError) as error:

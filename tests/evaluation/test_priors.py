@@ -106,49 +106,52 @@ def test_greedy_continuation_of_the_model_itself_counts_as_right(load: Callable[
         ("{", "line 1, invalid JSON at character 2: "),
         (
             '{"query": "x", "choices": ["a", "b"], "gold": 3}',
-            "line 1, column 'gold': found the number 3, want a whole number",
+            "line 1, column 'gold': found the number 3, expected a whole number",
         ),
         (
             '{"query": "x", "choices": ["a", "b"], "gold": -1}',
-            "column 'gold': found the number -1, want a",
+            "column 'gold': found the number -1, expected a",
         ),
         (
             '{"query": "x", "choices": ["a", "b"], "gold": true}',
-            "column 'gold': found true, want a whole",
+            "column 'gold': found true, expected a whole",
         ),
-        ('{"query": "x", "choices": ["a", "b"], "gold": "1"}', "column 'gold': found '1', want"),
-        ('{"query": "x", "choices": ["a", "b"]}', "column 'gold': missing, want a whole number from 0 to 1"),
+        ('{"query": "x", "choices": ["a", "b"], "gold": "1"}', "column 'gold': found '1', expected"),
+        ('{"query": "x", "choices": ["a", "b"]}', "column 'gold': missing, expected a whole number from 0 to 1"),
         (
             '{"query": "x", "choices": ["a"], "gold": 0}',
-            "column 'choices': found a list of 1, want a list of two",
+            "column 'choices': found a list of 1, expected a list of two",
         ),
-        ('{"query": "x", "choices": "ab", "gold": 0}', "column 'choices': found 'ab', want a list"),
-        ('{"query": "x", "gold": 0}', "column 'choices': missing, want a list"),
-        ('{"query": "x", "choices": ["a", " "], "gold": 0}', "column 'choices[1]': found white space only, want text"),
-        ('{"query": "x", "choices": [1, "a"], "gold": 0}', "column 'choices[0]': found the number 1, want text"),
-        ('{"query": " ", "choices": ["a", "b"], "gold": 0}', "column 'query': found white space only, want text"),
+        ('{"query": "x", "choices": "ab", "gold": 0}', "column 'choices': found 'ab', expected a list"),
+        ('{"query": "x", "gold": 0}', "column 'choices': missing, expected a list"),
+        (
+            '{"query": "x", "choices": ["a", " "], "gold": 0}',
+            "column 'choices[1]': found only whitespace, expected text",
+        ),
+        ('{"query": "x", "choices": [1, "a"], "gold": 0}', "column 'choices[0]': found the number 1, expected text"),
+        ('{"query": " ", "choices": ["a", "b"], "gold": 0}', "column 'query': found only whitespace, expected text"),
         (
             '{"query": "x", "query": "y", "choices": ["a", "b"], "gold": 0}',
-            "line 1, key 'query' stands twice",
+            "line 1, duplicate key 'query'",
         ),
-        ('{"contexts": ["a", "b"], "gold": 0}', "line 1, column 'continuation': missing, want text"),
+        ('{"contexts": ["a", "b"], "gold": 0}', "line 1, column 'continuation': missing, expected text"),
         (
             '{"contexts": ["a", ""], "continuation": "c", "gold": 0}',
             "column 'contexts[1]': found empty text",
         ),
         (
             '{"contexts": ["a", "b"], "continuation": " ", "gold": 0}',
-            "column 'continuation': found white space",
+            "column 'continuation': found only whitespace",
         ),
-        ('{"context": "a"}', "line 1, column 'continuation': missing, want text"),
-        ('{"context": " ", "continuation": "a"}', "column 'context': found white space only, want text"),
-        ('{"context": ["a"], "continuation": "a"}', "column 'context': found a list of 1, want text"),
-        ('{"context": "a", "continuation": null}', "column 'continuation': found null, want text"),
-        ('{"text": "a"}', "line 1, not a prior row, want query + choices + gold"),
-        ("[1]", "line 1, found a list of 1, want an object"),
+        ('{"context": "a"}', "line 1, column 'continuation': missing, expected text"),
+        ('{"context": " ", "continuation": "a"}', "column 'context': found only whitespace, expected text"),
+        ('{"context": ["a"], "continuation": "a"}', "column 'context': found a list of 1, expected text"),
+        ('{"context": "a", "continuation": null}', "column 'continuation': found null, expected text"),
+        ('{"text": "a"}', "line 1, not a prior row, expected query + choices + gold"),
+        ("[1]", "line 1, found a list of 1, expected an object"),
         (
             '[1]\n{"prompt": "a"}',
-            "line 1, found a list of 1, want an object; line 2, column 'completion'",
+            "line 1, found a list of 1, expected an object; line 2, column 'completion'",
         ),
         ("", "no rows"),
     ],
@@ -189,7 +192,7 @@ def test_all_bad_rows_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_prior(str(path))
     message = str(error.value)
-    assert message.startswith(f"{path}: 13 bad rows: line 3, has 'context' where line 1 has 'query', want one form")
+    assert message.startswith(f"{path}: 13 bad rows: line 3, has 'context' but line 1 has 'query'; use one form")
     assert message.endswith("; ... and 3 more")
     assert "line 12," in message
     assert "line 13," not in message
@@ -201,7 +204,7 @@ def test_lines_are_read_as_those_of_demonstrations(tmp_path: Path) -> None:
     path.write_text("\ufeff\n" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert load_prior(str(path)) == {"p": [Choices(f"{path}:2", (("a\u2028b", " c"),), None)]}
     path.write_bytes(json.dumps({"context": "\u00e9", "continuation": "c"}, ensure_ascii=False).encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8: line 1, byte 14 of the line is 0xe9; save it as UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8: line 1, byte 14 is 0xe9; save it as UTF-8"):
         load_prior(str(path))
 
 

@@ -23,8 +23,9 @@ from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import Divergence, Target
 from selfdistill.loss.token_weights import group_advantages
-from selfdistill.methods import METHODS, unused_settings, uses
+from selfdistill.methods import METHODS, stages_of, unused_settings, uses
 from selfdistill.methods.sequences import Completion
+from selfdistill.methods.slots import Method
 from selfdistill.model.loading import load_model
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.stopwatch import Stopwatch
@@ -504,7 +505,9 @@ def test_rewards_that_teach_nothing_are_said(
 
 
 def test_every_stage_has_a_step(all_of_them: Settings) -> None:
-    with pytest.raises(UserError, match=r"^setting 'max_steps': found 1, and the 2 stages of sft_reinvoke share them"):
+    with pytest.raises(
+        UserError, match=r"^setting 'max_steps': found 1, expected at least 2, one per stage of sft_reinvoke"
+    ):
         train(all_of_them(method="sft_reinvoke", max_steps=1))
 
 
@@ -537,7 +540,7 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
     [
         (
             {"method": "grpo", "num_generations": 1},
-            "setting 'num_generations': grpo compares the rollouts of a prompt, found 1, want at least 2",
+            "setting 'num_generations': grpo compares the rollouts of a prompt, found 1, expected at least 2",
         ),
         (
             {"method": "grpo", "scorer": "judge", "judge_url": "http://localhost:1/v1", "judge_model": "m"},
@@ -546,11 +549,11 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
         ({"method": "sft_reinvoke", "general_prompts": "none.txt"}, "none.txt: cannot be read: No such file"),
         (
             {"cold_start_steps": 2, "importance_cap": 2.0},
-            "setting 'cold_start_steps' does not go with importance_cap: leave one of them out",
+            "setting 'cold_start_steps' does not work with importance_cap: leave one of them out",
         ),
         (
             {"method": "grpo", "num_generations": 2, "temperature": 0.3},
-            "setting 'method': grpo's gradient is that of samples of the student as it is: use temperature 1",
+            "setting 'method': grpo needs untempered samples of the student: use temperature 1",
         ),
         (
             {"support": "sampled", "divergence": "reverse_kl", "cold_start_steps": 2},
@@ -561,10 +564,10 @@ def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
             {"teacher_model": "m", "method": "sft"},
             "setting 'teacher_model' is for method sdft, found 'sft'",
         ),
-        ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model' does not change, found teacher 'live'"),
+        ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model' is a fixed teacher, found teacher 'live'"),
         (
             {"target_teacher": 0.0},
-            "setting 'target_teacher': found 0, and the other parts of the target are 0, too",
+            "setting 'target_teacher': found 0, and the target's other weights are 0, too",
         ),
     ],
 )
@@ -591,3 +594,20 @@ def test_a_run_of_two_stages_keeps_its_number_of_steps(all_of_them: Settings) ->
     train(config)
     with pytest.raises(UserError, match=r"^setting 'max_steps': 2 in .*config\.yaml and now 4; sft_reinvoke shares"):
         train(config.model_copy(update={"max_steps": 4}), resume=True)
+
+
+def test_a_method_with_a_setting_of_its_own_is_one_function(
+    all_of_them: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sft(config: TrainConfig) -> tuple[Method, ...]:
+        skip = int(config.method_settings.get("skip", 0))
+        return tuple(replace(stage, skip_first_tokens=skip) for stage in plain(config))
+
+    plain = METHODS["sft"]
+    config = all_of_them(method="sft", method_settings={"skip": 2})
+    with pytest.raises(UserError, match="found skip, but method 'sft' has no settings of its own; remove them"):
+        stages_of(config)
+    monkeypatch.setitem(METHODS, "sft", sft)
+    assert stages_of(config)[0].skip_first_tokens == 2
+    assert uses(config, "method_settings")
+    assert not uses(config, "temperature")

@@ -186,7 +186,7 @@ def test_a_tracker_that_does_not_start_is_one_line(settings: Callable[..., Train
 
     with pytest.raises(UserError) as caught:
         Tracker(Refusing("wandb"), settings(), tmp_path, 0)
-    message = "report_to 'wandb': it does not start (no API key configured); mend that or leave it out"
+    message = "report_to 'wandb': cannot start (no API key configured); fix that or leave it out"
     assert str(caught.value) == message
 
 

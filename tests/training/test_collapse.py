@@ -189,7 +189,9 @@ def test_the_guard_of_a_resumed_run_remembers_what_it_said(
 
 
 def test_going_back_needs_measurements(settings: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(UserError, match="'stop_on_collapse' goes back to a measurement: give test and eval_steps, too"):
+    with pytest.raises(
+        UserError, match="'stop_on_collapse' returns to the last evaluation: give test and eval_steps, too"
+    ):
         settings(stop_on_collapse=True)
 
 

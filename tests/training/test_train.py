@@ -427,7 +427,7 @@ def test_a_run_that_is_going_on_elsewhere_is_not_continued(settings: Callable[..
         if step == 4:
             train(config, resume=True)
 
-    with pytest.raises(UserError, match=r"output_dir '.*run': another process is at work on it; wait for it, or stop"):
+    with pytest.raises(UserError, match=r"output_dir '.*run': in use by another process; wait for it, or stop"):
         train(config, on_step=on_step)
     train(config, resume=True)
     with folder_lock(Path(config.output_dir), "free"):
@@ -473,7 +473,7 @@ def test_a_run_goes_on_where_its_files_lie_elsewhere(
     with pytest.raises(UserError, match=r"checkpoint-00000003: test '.*questions.jsonl' or prior '.*' has other rows"):
         train(moved, resume=True)
     shutil.copy(test, places["test"])
-    with pytest.raises(UserError, match=r"prior is '.*' there and None here: with --resume a run keeps its settings"):
+    with pytest.raises(UserError, match=r"prior was '.*' and is now None; a resumed run keeps its settings"):
         train(moved.model_copy(update={"prior": None}), resume=True)
     train(moved, resume=True)
     assert_same_run(whole, moved)
@@ -502,9 +502,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("selfdistill.runtime.files.sha256", refuse)
-    with pytest.raises(
-        UserError, match=r"checkpoint-00000006/.* may not be read \(permission denied\): go on as the user"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint-00000006/.*: permission denied; resume as the user"):
         train(config, resume=True)
     assert len(list_checkpoints(Path(config.output_dir))) == 2
 
@@ -515,7 +513,7 @@ def test_a_checkpoint_of_another_teacher_or_model_is_refused(
     config = settings(save_steps=3, teacher="frozen")
     train(config)
     (Path(config.output_dir) / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"checkpoint-00000006/config.yaml: teacher is 'frozen' there and 'ema' here: "):
+    with pytest.raises(UserError, match=r"checkpoint-00000006/config.yaml: teacher was 'frozen' and is now 'ema'; "):
         train(settings(save_steps=3, teacher="ema"), resume=True)
     tied = str(model_folder(ends=ENDS, tied=True))
     with pytest.raises(UserError, match=r"checkpoint-00000006: its weights are not those of this model and adapter$"):
@@ -717,7 +715,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(settings:
         train(other, on_step=crash_at(3))
     last = list_checkpoints(Path(one.output_dir))[-1]
     shutil.copytree(last, Path(other.output_dir) / last.name)
-    with pytest.raises(UserError, match=r"checkpoint-00000006/config.yaml: ema_rate is 0.01 there and 0.3 here: with"):
+    with pytest.raises(UserError, match=r"checkpoint-00000006/config.yaml: ema_rate was 0.01 and is now 0.3; a"):
         train(other, resume=True)
 
 
@@ -1098,7 +1096,7 @@ def test_the_teacher_is_updated_with_the_number_of_steps_done(settings: Callable
 
 def test_a_run_does_not_go_on_with_other_settings(settings: Callable[..., TrainConfig]) -> None:
     train(settings(max_steps=2, save_steps=1, lr_scheduler_type="constant"))
-    with pytest.raises(UserError, match=r"learning_rate is 0\.001 there and 0\.002 here: with --resume a run keeps"):
+    with pytest.raises(UserError, match=r"learning_rate was 0\.001 and is now 0\.002; a resumed run keeps"):
         train(settings(max_steps=2, save_steps=1, lr_scheduler_type="constant", learning_rate=2e-3), resume=True)
     train(settings(max_steps=3, save_steps=1, lr_scheduler_type="constant"), resume=True)
     assert [line["step"] for line in metrics_of(settings())] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""The data sets that ship with the package."""
+"""Data sets that ship with the package."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["general_prompts", "packaged"]
 
 
 def packaged(name: str) -> str:
-    """Path of a data file of the package."""
+    """Path of a bundled data file."""
     return str(resources.files(__name__) / name)
 
 
 def general_prompts() -> list[Demonstration]:
-    """The general prompts that ship with the package."""
+    """The bundled general prompts."""
     return load_prompts(packaged("general.txt"))
