@@ -8,6 +8,7 @@ BIN := .venv/bin
 PACKAGE := .venv/.package
 STAMP := .venv/.tools
 TRL_STAMP := .venv-trl/.installed
+DOCS_STAMP := .venv-docs/.installed
 
 # uv is quicker than pip where it is there. Both install what constraints.txt pins.
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -16,7 +17,7 @@ INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python $(if $(INDEX),--in
 	$(BIN)/python -m pip install --disable-pip-version-check) $(INDEX) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow stress audit bench lint format clean
+.PHONY: help install demo test test-slow stress audit bench docs lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +76,16 @@ bench: $(STAMP) $(TRL_STAMP) ## Measure speed and memory, also against TRL (abou
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32 --lora --bf16
 	$(BIN)/python benchmarks/growth.py docs/growth.svg
 
+# An environment of its own: the site needs the parser and the sources, but neither torch nor transformers.
+$(DOCS_STAMP): pyproject.toml constraints.txt
+	@.venv-docs/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff \
+		jsonargparse psutil pydantic pyyaml rich
+	@touch $@
+
+docs: $(DOCS_STAMP) ## Build the documentation's site into site/
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. .venv-docs/bin/mkdocs build --strict
+
 lint: $(STAMP) ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -86,5 +97,5 @@ format: $(STAMP) ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf .venv .venv-trl .venv-audit build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-trl .venv-audit .venv-docs build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find selfdistill tests -type d -name __pycache__ -prune -exec rm -rf {} +
