@@ -63,7 +63,9 @@ def test_what_learning_looks_like_is_no_sign(values: dict[str, float]) -> None:
 def test_completions_that_are_not_sampled_tell_nothing() -> None:
     values = {"completion/truncated": 1.0, "completion/length": 1.0, "entropy": 9.0}
     assert seen(CollapseGuard([14.0]), values, sampled=False) == []
-    assert all("entropy" in sign for sign in seen(CollapseGuard([None]), values))  # without demonstrations
+    signs = seen(CollapseGuard([None]), values)  # without demonstrations
+    assert signs
+    assert all("entropy" in sign for sign in signs)
 
 
 def test_a_stage_is_compared_with_its_own_beginning() -> None:

@@ -957,7 +957,7 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
         assert v["drift/student"] > 0
     if method == "sdft":
         assert all(v["loss"] == pytest.approx(v["kl/forward"], abs=1e-5) for v in values)
-        assert 0 <= values[0]["drift/teacher"] < values[0]["drift/student"]
+        assert 0 < values[0]["drift/teacher"] < values[0]["drift/student"]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (9, [6]), (0, [])])
