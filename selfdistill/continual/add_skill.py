@@ -170,6 +170,13 @@ def _text(row: Demonstration) -> str:
     return f"Demonstration({', '.join(f'{name}={value!r}' for name, value in row.identity().items())})"
 
 
+def _with_newer_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older release, with the defaults of those that it did not have."""
+    newer = LearnConfig.model_fields.keys() - {*settings, *_FREE, "data"}
+    defaults = {name: LearnConfig.model_fields[name].get_default(call_default_factory=True) for name in newer}
+    return {**settings, **defaults}
+
+
 def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstration]]) -> None:
     """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
 
@@ -182,6 +189,7 @@ def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstrat
     asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
     if ledger.pending.is_dir():
         found, here = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8")), json.dumps(asked)
+        found["settings"] = _with_newer_settings(found["settings"])
         if found == json.loads(here):
             say(f"resuming {config.name}")
             return
