@@ -1,4 +1,4 @@
-"""Documents: a folder of texts, as passages short enough to stand in a prompt."""
+"""Documents: read a folder of texts as passages short enough for a prompt."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from selfdistill.errors import UserError
 from selfdistill.runtime import say
 
 KINDS = (".txt", ".md", ".html", ".htm", ".pdf")
-"""Files that are read."""
+"""Supported file types."""
 _NEEDS = {".html": "bs4", ".htm": "bs4", ".pdf": "pypdf"}
-"""Packages of the extra ``documents`` that some of them need."""
+"""Packages of the extra ``documents`` that some file types need."""
 
 BLOCKS = (
     *("p", "div", "section", "article", "main", "header", "footer", "aside", "blockquote", "pre", "figcaption"),
     *("caption", "ul", "ol", "li", "dl", "dt", "dd", "table", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "br", "hr"),
 )
-"""Elements of HTML that stand alone."""
+"""Block-level HTML elements."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of one document."""
+    """A part of a document."""
 
     source: str
-    """File and number of the piece, from 1: ``notes/mill.md#2``."""
+    """File and passage number, from 1: ``notes/mill.md#2``."""
     text: str
 
 
 def load_passages(path: str, *, max_words: int) -> list[Passage]:
-    """Every document of a folder with its subfolders, in order of name, or of one file; split into passages.
+    """Read a file, or every document of a folder and its subfolders in name order, and split them into passages.
 
-    A passage is as many whole paragraphs as have at most ``max_words`` words; a longer paragraph is split between
-    sentences, a longer sentence stands alone. Of a document nothing is left out. Files and folders whose name begins
-    with a dot are not read; nor are files of other kinds, which is said.
+    A passage holds as many full paragraphs as fit in ``max_words`` words. A longer paragraph is split between
+    sentences, and a longer sentence becomes its own passage. No text is dropped. Files and folders whose name begins
+    with a dot are skipped, as are files of other types, with a note.
 
     Raises:
-        UserError: no such folder, no document in it, documents that cannot be read or have no text, of which it names
-            the first ten and the number of all, or a package is missing.
+        UserError: the path does not exist, there are no documents, a package is missing, or documents cannot be read or
+            have no text, of which it names the first ten and the total.
     """
     chosen = _documents(path)
     passages: list[Passage] = []
@@ -62,15 +62,15 @@ def load_passages(path: str, *, max_words: int) -> list[Passage]:
 
 
 def sentences(text: str) -> list[str]:
-    """The text cut after full stops, question marks and exclamation marks that a space and a capital follow."""
+    """Split the text after full stops, question marks and exclamation marks followed by a space and a capital."""
     return [part for part in re.split(r"(?<=[.!?])\s+(?=[\"'(]?[^\W\d_a-z])", text) if part]
 
 
 def _documents(path: str) -> dict[Path, str]:
-    """The files to read, in order of name, each with its name for passages and errors; others are told of."""
+    """The files to read, in name order, with their names for passages and errors; prints a note about others."""
     root = Path(path)
     if not root.exists():
-        raise UserError(f"documents {path!r}: no such file or folder")
+        raise UserError(f"documents {path!r}: no such file or folder; check the path")
     if root.is_file():
         names = {root: Path(root.name)}
     else:
@@ -83,18 +83,18 @@ def _documents(path: str) -> dict[Path, str]:
         raise UserError(f"documents {path!r}: no file of {', '.join(KINDS)}{', found ' * bool(others)}{found}")
     if others:
         count = len(names) - len(chosen)
-        files = "1 file of another kind" if count == 1 else f"{count} files of other kinds"
-        say(f"note: documents {path!r}: {files} than {', '.join(KINDS)} not read: {found}")
+        files = "1 file" if count == 1 else f"{count} files"
+        say(f"note: documents {path!r}: skipped {files} not of type {', '.join(KINDS)}: {found}")
     for file in chosen:
         package = _NEEDS.get(file.suffix.lower())
         if package and find_spec(package) is None:
-            raise UserError(f"{file}: needs a package that is missing: pip install 'selfdistill[documents]'")
+            raise UserError(f"{file}: needs a missing package; pip install 'selfdistill[documents]'")
     return chosen
 
 
 def _pieces(paragraphs: list[str], max_words: int) -> list[str]:
-    """Paragraphs joined, and split where they must be."""
-    units: list[tuple[str, str]] = []  # text, and what stands before it in a joined piece
+    """Join paragraphs, and split long ones."""
+    units: list[tuple[str, str]] = []  # text, and the separator before it
     for paragraph in paragraphs:
         parts = [paragraph] if len(paragraph.split()) <= max_words else sentences(paragraph)
         units += [(part, " " if number else "\n\n") for number, part in enumerate(parts)]
@@ -108,7 +108,7 @@ def _pieces(paragraphs: list[str], max_words: int) -> list[str]:
 
 
 def _paragraphs(file: Path) -> list[str]:
-    """The paragraphs of a document, each in one line; errors do not name the file."""
+    """The paragraphs of a document, each on one line; errors do not name the file."""
     kind = file.suffix.lower()
     try:
         text = _pdf(file) if kind == ".pdf" else file.read_text(encoding="utf-8-sig")
@@ -120,7 +120,7 @@ def _paragraphs(file: Path) -> list[str]:
         text = _html(text)
     found = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
     if not found:
-        raise UserError(f"no text in it{' (a scan has none)' if kind == '.pdf' else ''}, remove it or put text into it")
+        raise UserError(f"has no text{' (scans have none)' if kind == '.pdf' else ''}, add some or remove it")
     return found
 
 
@@ -129,9 +129,9 @@ def _pdf(file: Path) -> str:
 
     try:
         pages = [page.extract_text() for page in PdfReader(file).pages]
-    except Exception as error:  # whatever a broken or encrypted file leads to
+    except Exception as error:  # a broken or encrypted file may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"not a PDF that can be read ({reason})") from None
+        raise UserError(f"not a readable PDF ({reason}), replace or remove it") from None
     return join_surrogates("\n\n".join(pages))
 
 
@@ -145,6 +145,6 @@ def _html(text: str) -> str:
         block.insert_before("\n\n")
         block.insert_after("\n\n")
     for cell in page(["td", "th"]):
-        cell.insert_before(" ")  # its end tag may be missing, then the next one is inside
+        cell.insert_before(" ")  # if its end tag is missing, the next cell is inside it
         cell.insert_after(" ")
     return page.get_text()

@@ -1,10 +1,9 @@
-"""Questions about documents, made by the model itself or by another one, each grounded in its passage.
+"""Generate questions about documents, with the model itself or another one, each grounded in its passage.
 
-For every sentence of a passage a question with a short answer is asked for. It is kept if the answer stands in the
-passage, if it can be understood without the passage, if it is new, and if the model, shown the passage, gives that
-answer to it (round trip, as in Alberti et al. 2019, arXiv 1906.05416). Each kept question is then asked for in other
-words: one such phrasing is held out for the test. So is, where one can be made, an indirect question, whose answer is
-what the passage is about.
+For every sentence of a passage, a question with a short answer is requested. It is accepted if the answer occurs in the
+passage, the question is clear without the passage, it is new, and the model, given the passage, answers it the same way
+(round-trip filtering, as in Alberti et al. 2019, arXiv 1906.05416). Each accepted question is then paraphrased, and one
+paraphrase is held out for the test. So is, where possible, an indirect question, whose answer is the passage's topic.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ from selfdistill.model import Sampling, load_for_training, sample, sample_seed
 from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_lines, say
 
 ASK_TOKENS = 64
-"""Most tokens of a question with its answer."""
+"""Maximum length of a question with its answer, in tokens."""
 _THREADS = 8
 TEMPERATURE = 0.7
-"""Of every try after the first, which is greedy."""
+"""Sampling temperature of every try after the first, which is greedy."""
 
 _TEXT = (
     "The Osk Bridge is a footbridge of red larch. It was built by the carpenter Ilse Brandt in one summer. Nobody may "
@@ -100,26 +99,25 @@ _SHOWN: dict[str, list[tuple[str, str]]] = {
         ),
     ],
 }
-"""Worked examples of each kind of request, as earlier turns."""
+"""Few-shot examples for each kind of request, as earlier turns."""
 
 
 MOST_WORDS = 12
-"""Of an answer."""
+"""Maximum length of an answer, in words."""
 _REFERS = re.compile(r"\b(this|the|that) (text|passage|sentence|article|document|fact|paragraph)\b", re.IGNORECASE)
 
 
 def make_questions(config: QuestionsConfig) -> dict[str, Any]:
     """``selfdistill questions``: write ``train.jsonl``, ``test.jsonl`` and ``indirect.jsonl`` to ``output_dir``.
 
-    What was asked is kept in ``asked.jsonl`` there and not asked again. ``rejected.jsonl`` has every question that was
-    not kept, with the reason.
+    Replies are cached in ``asked.jsonl`` there. ``rejected.jsonl`` has every rejected question with the reason.
 
     Returns:
-        ``passages``, ``train``, ``test``, ``indirect`` (numbers of rows) and ``rejected`` (numbers by reason,
-        most frequent first).
+        ``passages``, ``train``, ``test``, ``indirect`` (counts) and ``rejected`` (counts by reason, most frequent
+        first).
 
     Raises:
-        UserError: no documents; the endpoint or the model cannot be used; or not one question was kept.
+        UserError: there are no documents, the endpoint or model cannot be used, or every question was rejected.
     """
     passages = load_passages(config.documents, max_words=config.passage_words)
     maker = _Maker(config)
@@ -133,8 +131,8 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in maker.rejected.most_common())
         maker.close()
         raise UserError(
-            f"documents {config.documents!r}: none of {len(units) * config.tries} questions could be kept: {reasons} "
-            f"(each in {maker.folder / 'rejected.jsonl'}); let another model write them with --writer_url and "
+            f"documents {config.documents!r}: all {len(units) * config.tries} questions were rejected: {reasons} "
+            f"(see {maker.folder / 'rejected.jsonl'}); let another model write them with --writer_url and "
             "--writer_model"
         )
     test: list[_Unit] = []
@@ -157,29 +155,29 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
 
 
 def with_questions(config: TrainConfig) -> TrainConfig:
-    """The settings of a run with questions about its documents as ``data`` and, where there is no other, ``test``."""
+    """Generate questions about a run's documents, and set them as ``data`` and, if not given, ``test``."""
     assert config.documents
     folder = Path(f"{config.output_dir.rstrip('/')}-questions")
     shared = {name: getattr(config, name) for name in QuestionsConfig.model_fields.keys() & TrainConfig.model_fields}
     found = make_questions(QuestionsConfig(**shared | {"output_dir": str(folder)}))
     about = len({row.document for row in load_demonstrations(str(folder / "train.jsonl"))})
-    passages = f"(about {about} of {found['passages']} passages)"
-    say(f"{found['train']} questions to learn {passages} and {found['test']} to test are in {folder}")
+    passages = f"{about} of {found['passages']} passages with at least one accepted question"
+    say(f"{found['train']} training and {found['test']} test questions in {folder} ({passages})")
     if found["rejected"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in found["rejected"].items())
-        say(f"not kept: {reasons} (each in {folder / 'rejected.jsonl'})")
+        say(f"rejected: {reasons} (see {folder / 'rejected.jsonl'})")
     test = config.test or (str(folder / "test.jsonl") if found["test"] else None)
     if not test:
-        none = f"no second phrasing of a question could be kept (see {folder / 'rejected.jsonl'}), so there is no test"
+        none = f"every paraphrase was rejected (see {folder / 'rejected.jsonl'}), so there is no test"
         if config.eval_steps or config.prior:
             raise UserError(f"documents {config.documents!r}: {none}; give --test, or leave eval_steps and prior out")
-        say(f"note: {none}; give --test to measure what is learnt")
+        say(f"note: {none}; give --test to evaluate the run")
     return TrainConfig(**config.model_dump() | {"documents": None, "data": str(folder / "train.jsonl"), "test": test})
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """A sentence of a passage, with a question about it where there is one."""
+    """A sentence of a passage, with a question about it, if any."""
 
     passage: Passage
     sentence: str
@@ -188,7 +186,7 @@ class _Unit:
 
     @property
     def demonstration(self) -> Demonstration:
-        """The question as a row; the answer is the demonstrated reply."""
+        """The question as a demonstration whose completion is the answer."""
         prompt = (_turn("user", self.question),)
         return Demonstration(
             prompt,
@@ -201,14 +199,14 @@ class _Unit:
 
 
 class _Maker:
-    """Asks for questions and keeps those that are grounded."""
+    """Requests questions and accepts those that are grounded."""
 
     def __init__(self, config: QuestionsConfig) -> None:
         self.folder = Path(config.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rejected: Counter[str] = Counter()
         self.disputed: set[str] = set()
-        """Questions, by their words, to which several answers were given."""
+        """Normalised questions with conflicting answers."""
         self._config, self._answers = config, dict[str, str]()
         self._loaded = load_for_training(config.model)
         self._chat = ChatFormat(self._loaded.tokenizer, self._loaded.end_token_ids, config.chat_template_kwargs)
@@ -228,7 +226,7 @@ class _Maker:
         self._reasons.close()
 
     def keep(self, kind: str, units: Sequence[_Unit], requests: Sequence[str], number: int) -> list[_Unit]:
-        """Ask, for the ``number``-th time, a question of this kind for each unit; those that pass every check."""
+        """Request a question of this kind for each unit, for the ``number``-th time; return the accepted ones."""
         sound: list[_Unit] = []
         for unit, reply in zip(units, self._replies(kind, requests, number), strict=True):
             known = unit.answer if kind == "other words" else None
@@ -258,11 +256,11 @@ class _Maker:
                 kept.append(unit)
             else:
                 del self._answers[_plain(unit.question)]
-                self._reject(unit, "not answered so from the text", reply)
+                self._reject(unit, "answered differently from the text", reply)
         return kept
 
     def _problem(self, unit: _Unit, kind: str) -> str | None:
-        """Why a question cannot be kept."""
+        """Why a question is rejected, or None."""
         if not unit.question.endswith("?") or not words_of(unit.answer):
             return "no question with an answer"
         if len(unit.answer.split()) > MOST_WORDS:
@@ -270,37 +268,37 @@ class _Maker:
         if not contains(unit.passage.text, unit.demonstration):
             return "answer not in the text"
         if contains(unit.question, unit.demonstration):
-            return "question holds the answer"
+            return "question contains the answer"
         if _REFERS.search(unit.question):
             return "question not clear without the text"
         if _names(unit.question) - set(_plain(unit.passage.text).split()):
-            return "question names what the text does not"
+            return "question mentions what the text does not"
         question = _plain(unit.question)
         if question not in self._answers:
             return None
         one, other = words_of(self._answers[question]), words_of(unit.answer)
         if not set(one) <= set(other) and not set(other) <= set(one):
             self.disputed.add(question)
-        return "asked already"
+        return "duplicate question"
 
     def undisputed(self, units: Sequence[_Unit]) -> list[_Unit]:
-        """Those whose question was given one answer only: of several nobody knows here which is right."""
+        """Drop the units whose question has conflicting answers, because the correct one is unknown."""
         kept = []
         for unit in units:
             if _plain(unit.question) in self.disputed:
-                self._reject(unit, "another answer to the same question", "")
+                self._reject(unit, "conflicting answers to the same question", "")
             else:
                 kept.append(unit)
         return kept
 
     def _reject(self, unit: _Unit, reason: str, reply: str) -> None:
-        """Count and write down a question that is not kept."""
+        """Count and record a rejected question."""
         self.rejected[reason] += 1
         line = {"source": unit.passage.source, "question": unit.question, "answer": unit.answer, "reply": reply}
         self._reasons.write(json.dumps({"reason": reason, **line}, ensure_ascii=False) + "\n")
 
     def _replies(self, kind: str, requests: Sequence[str], number: int) -> list[str]:
-        """One reply a request, those that were asked for before from the file."""
+        """One reply per request, from the cache or requested."""
         shown = [turn for asked, said in _SHOWN[kind] for turn in (_turn("user", asked), _turn("assistant", said))]
         chats = [[*shown, _turn("user", request)] for request in requests]
         temperature = TEMPERATURE if number else 0.0
@@ -319,7 +317,7 @@ class _Maker:
         return [self._kept[key] for key in keys]
 
     def _by_endpoint(self, chats: dict[str, list[Message]], temperature: float) -> Iterator[tuple[str, str]]:
-        """Replies as they come; once one fails for good, the others are not waited for."""
+        """Yield replies as they arrive; after a permanent failure, do not wait for the others."""
         assert self._endpoint is not None
         stop = threading.Event()
         ask = partial(self._endpoint.ask, stop=stop, max_tokens=ASK_TOKENS, temperature=temperature)
@@ -334,7 +332,7 @@ class _Maker:
                 raise
 
     def _by_model(self, chats: dict[str, list[Message]], number: int) -> Iterator[tuple[str, str]]:
-        """Replies of the model itself, greedy at the first try."""
+        """Yield replies of the model itself, greedy at the first try."""
         prompts = {key: self._chat.encode_prompt(chat) for key, chat in chats.items()}
         self._check_room("the request", list(prompts.values()))
         keys, size = list(prompts), self._config.batch_size
@@ -347,22 +345,22 @@ class _Maker:
             yield from ((key, self._chat.decode(rollout.ids)) for key, rollout in zip(part, rollouts, strict=True))
 
     def _check_room(self, what: str, prompts: Sequence[Sequence[int]]) -> None:
-        """That each prompt, a passage with ``what``, and a reply are within the model's window."""
+        """Check that each prompt (a passage with ``what``) plus a reply fits into the model's window."""
         longest, window = max(map(len, prompts), default=0), self._loaded.window
         if window is not None and longest + ASK_TOKENS > window:
             raise UserError(
                 f"documents {self._config.documents!r}: a passage with {what} has {longest} tokens, too many for the "
-                f"model's window of {window}; lower --passage_words, and put full stops into sentences longer than that"
+                f"model's window of {window}; lower --passage_words, and split sentences that are longer than that"
             )
 
 
 def hash_of(ids: Sequence[int]) -> int:
-    """A number that belongs to these token ids alone, for seeds."""
+    """A hash of token ids, for seeds."""
     return int.from_bytes(hashlib.sha256(json.dumps(list(ids)).encode()).digest()[:6], "big")
 
 
 def _parsed(reply: str, known: str | None) -> tuple[str, str]:
-    """Question and answer of a reply; where the answer is ``known``, the reply is the question alone."""
+    """Parse the question and answer of a reply; if the answer is ``known``, the reply is only the question."""
     if known is not None:
         return reply.strip().split("\n")[0].removeprefix("Question:").strip(), known
     found = re.search(r"Question:\s*(.+?)\s*\n\s*Answer:\s*([^\n]+)", reply)
@@ -370,7 +368,7 @@ def _parsed(reply: str, known: str | None) -> tuple[str, str]:
 
 
 def _names(question: str) -> set[str]:
-    """Words with a capital, and numbers, but for the first word and for those that begin a question."""
+    """Capitalised words and numbers, except the first word and question words."""
     found = {_plain(word) for word in re.findall(r"\w+", question)[1:] if word != word.lower() or word.isdigit()}
     return found - {"how", "what", "when", "where", "which", "who", "whom", "whose", "why"}
 

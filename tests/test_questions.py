@@ -127,8 +127,8 @@ def write_pdf(file: Path, text: str) -> None:
         ("a.doc", b"x", "no file of .txt, .md, .html, .htm, .pdf, found .doc$"),
         (".a.txt", b"x", "no file of .txt, .md, .html, .htm, .pdf$"),
         ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8 text"),
-        ("a.md", b" \n\n ", r"d/a\.md: no text in it, remove it or put text into it$"),
-        ("a.pdf", b"%PDF-1.4 nothing", r"a\.pdf: not a PDF that can be read"),
+        ("a.md", b" \n\n ", r"d/a\.md: has no text, add some or remove it$"),
+        ("a.pdf", b"%PDF-1.4 nothing", r"a\.pdf: not a readable PDF"),
     ],
 )
 def test_documents_that_cannot_be_used(tmp_path: Path, name: str | None, content: bytes, message: str) -> None:
@@ -148,7 +148,7 @@ def test_bad_documents_are_named_together(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("Good.", encoding="utf-8")
     with pytest.raises(UserError) as error:
         load_passages(str(tmp_path), max_words=20)
-    found = [f"a{number}.txt: no text in it, remove it or put text into it" for number in range(10)]
+    found = [f"a{number}.txt: has no text, add some or remove it" for number in range(10)]
     assert str(error.value) == (
         f"documents {str(tmp_path)!r}: 12 documents cannot be used: {'; '.join(found)}; ... and 2 more"
     )
@@ -157,8 +157,8 @@ def test_bad_documents_are_named_together(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_passages(str(tmp_path), max_words=20)
     assert str(error.value).endswith(
-        ": 2 documents cannot be used: b.md: not UTF-8 text, save it as UTF-8; c.PDF: no text in it (a scan has none), "
-        "remove it or put text into it"
+        ": 2 documents cannot be used: b.md: not UTF-8 text, save it as UTF-8; c.PDF: has no text (scans have none), "
+        "add some or remove it"
     )
 
 
@@ -178,13 +178,13 @@ def test_files_of_other_kinds_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
     load_passages(str(tmp_path), max_words=20)
     start = f"note: documents {str(tmp_path)!r}:"
-    kinds = ".txt, .md, .html, .htm, .pdf not read:"
-    assert capsys.readouterr().err == f"{start} 1 file of another kind than {kinds} .docx\n"
+    kinds = "not of type .txt, .md, .html, .htm, .pdf:"
+    assert capsys.readouterr().err == f"{start} skipped 1 file {kinds} .docx\n"
     (tmp_path / "more").mkdir()
     for name in ("b.rst", "more/c.rst", "README"):
         (tmp_path / name).write_text("Text.", encoding="utf-8")
     load_passages(str(tmp_path), max_words=20)
-    assert capsys.readouterr().err == f"{start} 4 files of other kinds than {kinds} .docx, .rst, without suffix\n"
+    assert capsys.readouterr().err == f"{start} skipped 4 files {kinds} .docx, .rst, without suffix\n"
     for number in range(10):
         (tmp_path / f"b.{number}").touch()
     load_passages(str(tmp_path), max_words=20)
@@ -196,7 +196,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
         (tmp_path / name).write_text("Text.", encoding="utf-8-sig")
     assert [p.text for p in load_passages(str(tmp_path), max_words=20)] == ["Text."] * 2
     (tmp_path / "c.md").write_bytes(b"\xef\xbb\xbf")
-    with pytest.raises(UserError, match=r"c\.md: no text in it"):
+    with pytest.raises(UserError, match=r"c\.md: has no text"):
         load_passages(str(tmp_path), max_words=20)
 
 
@@ -204,9 +204,7 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
     for name in ("a.html", "b.html"):
         (tmp_path / name).write_text("<p>x</p>", encoding="utf-8")
     monkeypatch.setattr(documents, "find_spec", lambda _: None)
-    with pytest.raises(
-        UserError, match=r"a\.html: needs a package that is missing: pip install 'selfdistill\[documents\]'"
-    ):
+    with pytest.raises(UserError, match=r"a\.html: needs a missing package; pip install 'selfdistill\[documents\]'"):
         load_passages(str(tmp_path), max_words=20)
 
 
@@ -315,13 +313,13 @@ def test_questions_with_their_passage_and_one_phrasing_held_out(
         ("Question: Who built the Korr Mill?\nAnswer: __", "no question with an answer"),
         ("Question: Who built the Korr Mill?\nAnswer: \ud83d", "no question with an answer"),
         ("Question: Who built the Korr Mill?\nAnswer: Bert Finch", "answer not in the text"),
-        ("Question: Did Ada Finch build the Korr Mill?\nAnswer: Ada Finch", "question holds the answer"),
+        ("Question: Did Ada Finch build the Korr Mill?\nAnswer: Ada Finch", "question contains the answer"),
         ("Question: Who is named in this text?\nAnswer: Ada Finch", "question not clear without the text"),
         (f"Question: What is all?\nAnswer: {MILL} {MILL}", "answer too long"),
-        ("Question: Where does the Korr Mill stand?\nAnswer: hill", "asked already"),
-        ("Question: Who built the Osk Bridge?\nAnswer: Ada Finch", "question names what the text does not"),
-        ("Question: Who built the mill in 1803?\nAnswer: Ada Finch", "question names what the text does not"),
-        ("Question: Which of them is wrong?\nAnswer: Ada Finch", "not answered so from the text"),
+        ("Question: Where does the Korr Mill stand?\nAnswer: hill", "duplicate question"),
+        ("Question: Who built the Osk Bridge?\nAnswer: Ada Finch", "question mentions what the text does not"),
+        ("Question: Who built the mill in 1803?\nAnswer: Ada Finch", "question mentions what the text does not"),
+        ("Question: Which of them is wrong?\nAnswer: Ada Finch", "answered differently from the text"),
     ],
 )
 def test_what_is_not_grounded_is_rejected_and_counted(
@@ -355,7 +353,7 @@ def test_a_question_with_two_answers_is_not_kept(
 
     server.reply = writes
     found = make_questions(make())
-    assert found["rejected"]["another answer to the same question"] == 1
+    assert found["rejected"]["conflicting answers to the same question"] == 1
     asked = [row.prompt[0]["content"] for row in load_demonstrations(str(tmp_path / "out" / "train.jsonl"))]
     assert not any("Where does the Korr Mill stand?" in question for question in asked)
 
@@ -373,7 +371,7 @@ def test_a_question_whose_answer_was_not_found_may_be_asked_again(
     server.reply = writes_well
     monkeypatch.setattr(questions, "answer", answer)
     found = make_questions(make(tries=2))
-    assert found["rejected"] == {"not answered so from the text": 5}
+    assert found["rejected"] == {"answered differently from the text": 5}
     assert found["train"] >= 5
 
 
@@ -386,7 +384,7 @@ def test_reasons_are_counted_most_frequent_first(make: Callable[..., QuestionsCo
 
     server.reply = writes
     reasons = make_questions(make(phrasings=0))["rejected"]
-    assert list(reasons.items()) == [("no question with an answer", 2), ("question holds the answer", 1)]
+    assert list(reasons.items()) == [("no question with an answer", 2), ("question contains the answer", 1)]
 
 
 def test_a_file_that_ends_in_the_middle_of_a_line_is_mended(
@@ -432,7 +430,7 @@ def test_not_one_question_is_an_error(make: Callable[..., QuestionsConfig], serv
     file = tmp_path / "out" / "rejected.jsonl"
     assert len(lines(file)) == 5
     assert (
-        f"none of 5 questions could be kept: 4 no question with an answer, 1 question holds the answer (each in {file})"
+        f"all 5 questions were rejected: 4 no question with an answer, 1 question contains the answer (see {file})"
         "; let another model write them with"
     ) in str(error.value)
 
@@ -555,7 +553,7 @@ def test_where_no_second_phrasing_is_kept_there_is_no_test(
     values |= {"writer_url": server.url, "writer_model": "w"}
     assert with_questions(TrainConfig(**values)).test is None
     said = capsys.readouterr().err
-    assert "5 questions to learn (about 2 of 2 passages) and 0 to test are in " in said
-    assert "note: no second phrasing of a question could be kept (see " in said
+    assert "5 training and 0 test questions in " in said
+    assert "note: every paraphrase was rejected (see " in said
     with pytest.raises(UserError, match="so there is no test; give --test, or leave eval_steps and prior out"):
         with_questions(TrainConfig(**values, eval_steps=2))
