@@ -184,7 +184,7 @@ def test_the_key_is_sent_and_nothing_else_sees_it(
     assert endpoint._api_key("https://api.openai.com/v1", "judge") == "for OpenAI only"
     assert endpoint._api_key("https://judge.example/v1", "judge") is None
     monkeypatch.setenv("SELFDISTILL_JUDGE_KEY", "a\nb")
-    with pytest.raises(UserError, match=r"^environment variable SELFDISTILL_JUDGE_KEY: holds characters that no key"):
+    with pytest.raises(UserError, match=r"^environment variable SELFDISTILL_JUDGE_KEY: contains invalid characters"):
         judge.verdicts(rows(1), ["d"])
 
 
