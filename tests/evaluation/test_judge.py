@@ -207,7 +207,7 @@ def test_the_key_is_sent_and_nothing_else_sees_it(
     assert key_sent_to("https://api.openai.com/v1", monkeypatch) == "Bearer for OpenAI only"
     assert key_sent_to("https://judge.example/v1", monkeypatch) is None
     monkeypatch.setenv("SELFDISTILL_JUDGE_KEY", "a\nb")
-    with pytest.raises(UserError, match=r"^environment variable SELFDISTILL_JUDGE_KEY: holds characters that no key"):
+    with pytest.raises(UserError, match=r"^environment variable SELFDISTILL_JUDGE_KEY: contains invalid characters"):
         judge.verdicts(rows(1), ["d"])
 
 
