@@ -1,9 +1,10 @@
-"""The example from scratch runs and computes what the package computes."""
+"""The examples run, and the one from scratch computes what the package computes."""
 
 from __future__ import annotations
 
 import ast
 import copy
+import json
 import re
 import runpy
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ENDS, gradients, largest_difference
@@ -114,3 +116,77 @@ def test_the_script_trains_from_the_command_line(
     assert all(0.01 < loss < 100 for loss in losses)
     base, trained = (load_file(path / "model.safetensors") for path in (folder, taught))
     assert 1e-4 < largest_difference(base, trained) < 1e-2
+
+
+# --- the notebook ---
+
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[dict[str, Any]]:
+    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+
+
+def shown_by(cell: dict[str, Any], names: dict[str, Any]) -> Any:
+    """Run a code cell as a notebook does; the value of its last line, where that is an expression."""
+    tree = ast.parse("".join(cell["source"]), cell["id"])
+    *statements, last = tree.body
+    if not isinstance(last, ast.Expr):
+        statements, last = tree.body, None
+    exec(compile(ast.Module(statements, []), cell["id"], "exec"), names)
+    return last and eval(compile(ast.Expression(last.value), cell["id"], "eval"), names)
+
+
+def test_the_notebook_is_valid_and_holds_no_outputs(cells: list[dict[str, Any]]) -> None:
+    """The parts of the notebook format, version 4.5, that these cells have."""
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    assert text == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    assert notebook.keys() == {"cells", "metadata", "nbformat", "nbformat_minor"}
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"].keys() == {"display_name", "language", "name"}
+    ids = [cell["id"] for cell in cells]
+    assert len(set(ids)) == len(ids)
+    for cell in cells:
+        assert re.fullmatch(r"[a-z-]{1,64}", cell["id"])
+        assert cell["metadata"] == {}
+        assert all(line.endswith("\n") for line in cell["source"][:-1])
+        assert not cell["source"][-1].endswith("\n")
+        code = {"outputs": [], "execution_count": None} if cell["cell_type"] == "code" else {}
+        assert cell == {name: cell[name] for name in ("cell_type", "id", "metadata", "source")} | code
+    assert {cell["cell_type"] for cell in cells} == {"markdown", "code"}
+
+
+def test_the_notebook_runs_and_shows_the_trade_off(
+    cells: list[dict[str, Any]], model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny model, two steps of four rows, and one seed."""
+    monkeypatch.chdir(tmp_path)
+    smaller = {
+        '"smollm2-135m"': repr(str(model_folder(ends=ENDS, room=1024))),
+        "STEPS = 24": "STEPS = 2",
+        '"batch_size": 16': '"batch_size": 4',
+        "seeds=(0, 1)": "seeds=(0,)",
+    }
+    source = "".join(line for cell in cells if cell["cell_type"] == "code" for line in cell["source"])
+    assert {text: source.count(text) for text in smaller} == dict.fromkeys(smaller, 1)
+    names: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            text = "".join(cell["source"])
+            for old, new in smaller.items():
+                text = text.replace(old, new)
+            shown[cell["id"]] = shown_by(cell | {"source": [text]}, names)
+    prompts, tests = ({row["prompt"] for row in names[part]} for part in ("train_rows", "test_rows"))
+    assert (len(prompts), len(tests), len(prompts & tests)) == (60, 18, 0)
+    assert shown["check"]._repr_html_().count("turns:repeats=") >= 2
+    assert "runs/desks: sdft on" in shown["train"]._repr_html_()
+    assert "18" in shown["evaluate"]._repr_html_()
+    assert isinstance(shown["generate"], str)
+    page = shown["compare"]._repr_html_()
+    assert page.startswith("<pre>")
+    assert "<svg" in page
+    texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", page[page.index("<svg") :]))
+    assert texts >= {"new task, share right", "sft", "sdft", "teacher", "base"}
