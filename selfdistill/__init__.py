@@ -1,4 +1,4 @@
-"""Teach a language model by self-distillation: the model that sees the demonstration teaches the one that does not."""
+"""Self-distillation fine-tuning: the model that sees a demonstration teaches the same model without it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HOMES = {
     "errors": ("RunFailed", "RunStopped", "UserError"),
     "training": ("Run",),
 }
-"""Where each public name lives. It is imported when it is first used, so that ``import selfdistill`` is quick."""
+"""Home of each public name. Names are imported on first use, so that ``import selfdistill`` is fast."""
 
 __all__ = [
     "Demonstration",

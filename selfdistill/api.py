@@ -1,7 +1,7 @@
-"""What a person calls from Python: the functions and names that ``import selfdistill`` offers.
+"""The Python API: the functions of ``import selfdistill``.
 
-Each function takes the settings of the command of its name, with the same defaults, and returns a result that prints
-itself. Nothing is printed but progress, on standard error; ``progress=False`` sends it to the logger ``selfdistill``.
+Each function takes the settings of the command of the same name, with the same defaults, and returns a result that
+prints itself. Progress goes to standard error, or with ``progress=False`` to the logger ``selfdistill``.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from selfdistill.training import train as run_training
 
 
 def check(model: Model, data: Rows, *, tokenizer: Any = None, progress: bool = True, **settings: Any) -> CheckResult:
-    """Before training: will it help, and how is the demonstration best shown?
+    """Before training, check whether self-distillation will help and which context is best.
 
     Args:
-        model: which model; see :data:`Model`.
-        data: demonstrations: a path, dicts, :class:`Demonstration`s or a ``datasets.Dataset``.
+        model: the model; see :data:`Model`.
+        data: demonstrations; see :data:`Rows`.
         tokenizer: of a loaded model.
         progress: show bars and notes.
         settings: fields of :class:`selfdistill.config.CheckConfig`.
 
     Raises:
-        UserError: bad settings, data or model, or no layout that fits.
+        UserError: settings, data or model are invalid, or no context layout fits.
     """
     with session(progress):
         name, loaded = model_of(model, tokenizer)
@@ -78,21 +78,21 @@ def train(
     """Teach a model from demonstrations.
 
     Args:
-        model: which model; see :data:`Model`. A loaded one is trained in place. A :class:`TrainConfig` stands for all
+        model: the model; see :data:`Model`. A loaded model is trained in place. Or a :class:`TrainConfig` with all
             settings.
-        data: demonstrations; rows in memory are kept as ``data.jsonl`` in the run folder.
-        output_dir: the run folder. An existing one is never overwritten.
-        test: held-out rows on which the model is measured; kept as ``test.jsonl`` where they are in memory.
+        data: demonstrations; see :data:`Rows`. In-memory rows are saved as ``data.jsonl`` in the run folder.
+        output_dir: the run folder. An existing run is never overwritten.
+        test: held-out rows on which the model is evaluated. In-memory rows are saved as ``test.jsonl``.
         tokenizer: of a loaded model.
-        resume: go on with the run in ``output_dir``; the settings saved there hold.
-        on_step: called as ``on_step(step, model, metrics)`` after every step; ends the run where it returns True.
+        resume: resume the run in ``output_dir`` with the settings saved there.
+        on_step: called as ``on_step(step, model, metrics)`` after every step; returning True ends training.
         progress: show bars and notes.
         settings: fields of :class:`TrainConfig`.
 
     Raises:
-        UserError: anything the user can mend.
-        RunStopped: a signal came; everything is saved.
-        RunFailed: training diverged.
+        UserError: a mistake the user can fix.
+        RunStopped: a signal stopped the run; its progress is saved.
+        RunFailed: training diverged or collapsed.
     """
     with session(progress):
         given = given_settings(model, output_dir, settings)
@@ -110,9 +110,13 @@ def plan(
     progress: bool = True,
     **settings: Any,
 ) -> Plan:
-    """What :func:`train` would do: settings, one row as student and teacher see it, time and memory of a step.
+    """Show what :func:`train` would do: settings, one example as student and teacher see it, the cost of a step.
 
-    Two steps are done in memory and thrown away; nothing is written. The arguments are those of :func:`train`.
+    Runs two steps in memory and writes nothing. They change the weights of a loaded model. The arguments are those of
+    :func:`train`.
+
+    Raises:
+        UserError: any error that would stop the run at its start.
     """
     with session(progress):
         given = given_settings(model, output_dir, settings)
@@ -122,7 +126,7 @@ def plan(
             given["data"], rows = data_of(data)
         config = TrainConfig(**given)
         if config.documents:
-            raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
+            raise UserError("setting 'documents': make the questions first (selfdistill questions)")
         stages_of(config)
         return run_plan(config, None if rows is None else load_demonstrations(rows), loaded)
 
@@ -136,18 +140,18 @@ def evaluate(
     progress: bool = True,
     **settings: Any,
 ) -> EvalResult:
-    """Measure the new task, what the model could do before, and how far it has moved from its base.
+    """Evaluate the new task, prior abilities and the distance from the base.
 
     Args:
-        model: which model; see :data:`Model`.
-        data: rows of the new task, with ``completion`` or ``answer``.
-        base: the model it began as, measured on the same items.
-        tokenizer: of a loaded model, and of a loaded base.
+        model: the model; see :data:`Model`.
+        data: rows of the new task, with ``completion`` or ``answer``; see :data:`Rows`.
+        base: the model before training, evaluated on the same items.
+        tokenizer: of a loaded model and a loaded base.
         progress: show bars and notes.
         settings: fields of :class:`selfdistill.config.EvalConfig`.
 
     Raises:
-        UserError: bad settings, data or model.
+        UserError: settings, data or model are invalid.
     """
     with session(progress):
         name, loaded = model_of(model, tokenizer)
@@ -168,20 +172,20 @@ def compare(
     progress: bool = True,
     **settings: Any,
 ) -> CompareResult:
-    """Train by several methods on equal terms: what each gained and lost.
+    """Train by several methods on equal terms, and compare what each gained and forgot.
 
     Args:
-        model: a name; every run loads it anew.
-        data: demonstrations; rows in memory are kept in the folder.
-        test: held-out rows on which every run is measured.
-        output_dir: a folder with a run folder for each method, learning rate and seed.
-        resume: go on; finished runs are kept, and ``seeds`` may be more.
+        model: a folder or name; every run loads it again.
+        data: demonstrations; see :data:`Rows`. In-memory rows are saved in ``output_dir``.
+        test: held-out rows on which every run is evaluated.
+        output_dir: folder of the comparison, with a run folder for each method, learning rate and seed.
+        resume: resume the comparison; finished runs are kept, and ``seeds`` may be added.
         progress: show bars and notes.
         settings: fields of :class:`selfdistill.config.CompareConfig`.
 
     Raises:
-        UserError: anything the user can mend.
-        RunStopped: a signal came; what was done is saved.
+        UserError: a mistake the user can fix.
+        RunStopped: a signal stopped the comparison; its progress is saved.
     """
     with session(progress):
         given = given_settings(model, output_dir, settings)
@@ -199,19 +203,19 @@ def learn(
     progress: bool = True,
     **settings: Any,
 ) -> LearnResult:
-    """Keep one model learning: skill by skill, each accepted only if the others stay.
+    """Teach one model skill after skill, each accepted only if earlier ones are retained.
 
     Args:
         action: ``add``, ``stream``, ``status``, ``history``, ``rollback``, ``discard`` or ``export``.
-        data: demonstrations of the skill. Rows in memory need ``name``, the skill's.
-        state: folder that is the memory of one model.
+        data: demonstrations of the skill; see :data:`Rows`. In-memory rows need ``name``, the name of the skill.
+        state: folder that holds one model's state.
         test: held-out rows of the skill.
         progress: show bars and notes.
         settings: fields of :class:`selfdistill.config.LearnConfig`.
 
     Raises:
-        UserError: anything the user can mend.
-        RunStopped: a signal came; the same call goes on.
+        UserError: a mistake the user can fix.
+        RunStopped: a signal stopped the action; repeat the call to resume.
     """
     with session(progress), tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {"action": action, "state": os.fspath(state)} | settings
@@ -221,7 +225,7 @@ def learn(
             given[name], in_memory = data_of(rows)
             if in_memory is not None:
                 if not given.get("name"):
-                    raise UserError("rows in memory have no name: give name=..., the skill's")
+                    raise UserError("in-memory rows have no name: give name=..., the name of the skill")
                 given[name] = str(Path(folder) / f"{name}.jsonl")
                 write_demonstrations(Path(given[name]), load_demonstrations(in_memory, completion_required=False))
         return run_action(LearnConfig(**given))
@@ -235,7 +239,7 @@ def ask(
     progress: bool = True,
     **settings: Any,
 ) -> AskResult:
-    """Ask a model, and its base beside it, one question.
+    """Ask a model one question, and optionally its base.
 
     Args:
         run: run folder, model folder, hub id or ``smollm2-135m``.
@@ -243,6 +247,9 @@ def ask(
         base: a second model to ask the same.
         progress: show bars and notes.
         settings: fields of :class:`selfdistill.config.AskConfig`.
+
+    Raises:
+        UserError: a model cannot be loaded.
     """
     with session(progress):
         base_name = None if base is None else os.fspath(base)
@@ -257,14 +264,17 @@ def make_questions(
     progress: bool = True,
     **settings: Any,
 ) -> QuestionsResult:
-    """Make questions about documents, to learn them by.
+    """Make questions about documents, as training data that teaches their content.
 
     Args:
-        model: the model that is to be taught; it writes and answers the questions.
+        model: the model to teach. It answers the questions and, without a writer, writes them.
         documents: a folder of ``.txt``, ``.md``, ``.html`` or ``.pdf`` files, or one file.
-        output_dir: where ``train.jsonl``, ``test.jsonl`` and ``indirect.jsonl`` go.
+        output_dir: folder for ``train.jsonl``, ``test.jsonl`` and ``indirect.jsonl``.
         progress: show bars and notes.
         settings: fields of :class:`selfdistill.config.QuestionsConfig`.
+
+    Raises:
+        UserError: a mistake the user can fix.
     """
     with session(progress):
         places: dict[str, Any] = {"model": model, "documents": documents, "output_dir": output_dir}
@@ -273,7 +283,7 @@ def make_questions(
 
 
 def report(*runs: str | os.PathLike[str] | Run, output: str | os.PathLike[str] = "report.html") -> Path:
-    """Write runs and comparisons into one HTML file that opens offline; returns its path."""
+    """Write a report of runs and comparisons as one HTML file that opens offline; returns its path."""
     folders = [str(run.output_dir) if isinstance(run, Run) else os.fspath(run) for run in runs]
     write_report(ReportConfig(runs=folders, output=os.fspath(output)))
     return Path(output)
@@ -282,7 +292,7 @@ def report(*runs: str | os.PathLike[str] | Run, output: str | os.PathLike[str] =
 def export(
     run: str | os.PathLike[str] | Run, *, output_dir: str | os.PathLike[str], merge: bool = False, progress: bool = True
 ) -> Path:
-    """Copy the final model of a run to a folder; ``merge`` folds a LoRA adapter into its base."""
+    """Copy the final model of a run to a folder; returns its path. ``merge`` merges a LoRA adapter into its base."""
     with session(progress):
         folder = str(run.output_dir) if isinstance(run, Run) else os.fspath(run)
         return run_export(ExportConfig(run=folder, output_dir=os.fspath(output_dir), merge=merge))

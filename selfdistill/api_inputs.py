@@ -1,4 +1,4 @@
-"""From what a caller of :mod:`selfdistill.api` gave to settings, rows and models."""
+"""Convert the arguments of :mod:`selfdistill.api` to settings, rows and models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Model = str | os.PathLike[str] | Any
 
 @contextmanager
 def session(progress: bool) -> Iterator[None]:
-    """Libraries quiet while models load and save, and progress shown or not."""
+    """Silence libraries while models load and save; show progress or not."""
     import warnings
 
     import transformers
@@ -49,7 +49,7 @@ def session(progress: bool) -> Iterator[None]:
 def given_settings(
     model: Model | TrainConfig | None, output_dir: str | os.PathLike[str] | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The settings that were given, those of a :class:`TrainConfig` below the others."""
+    """The given settings; keyword arguments override those of a :class:`TrainConfig`."""
     given: dict[str, Any] = {}
     if isinstance(model, TrainConfig):
         given = model.model_dump(exclude_unset=True)
@@ -61,7 +61,7 @@ def given_settings(
 
 
 def model_of(model: Model, tokenizer: Any) -> tuple[str, LoadedModel | None]:
-    """The model's name, and the model itself where it is loaded already."""
+    """The model's name, and the model itself if already loaded."""
     if isinstance(model, str | os.PathLike):
         return os.fspath(model), None
     loaded = to_best_device(adopt(model, tokenizer))
@@ -69,20 +69,20 @@ def model_of(model: Model, tokenizer: Any) -> tuple[str, LoadedModel | None]:
 
 
 def data_of(data: Rows) -> tuple[str, Rows | None]:
-    """The path of the data, or a word for it and the rows themselves where they are in memory."""
+    """The path of the data; or, for in-memory rows, ``data`` and the rows themselves."""
     return (os.fspath(data), None) if isinstance(data, str | os.PathLike) else ("data", data)
 
 
 def train_config(
     given: dict[str, Any], data: Rows | None, test: Rows | None, tokenizer: Any, resume: bool
 ) -> tuple[TrainConfig, LoadedModel | None]:
-    """The settings of a run, all that is theirs checked, and the model where it is loaded already."""
+    """The validated settings of a run, and the model if already loaded."""
     loaded = None
     if "model" in given:
         given["model"], loaded = model_of(given["model"], tokenizer)
     folder = Path(str(given["output_dir"])) if "output_dir" in given else None
     if resume and folder and (folder / "config.yaml").exists():
-        given.pop("documents", None)  # the settings there name the questions that were made of them
+        given.pop("documents", None)  # the saved settings name the questions made from them
     given |= kept_rows({"data": data, "test": test}, folder, resume)
     saved = None
     if resume:
@@ -91,23 +91,23 @@ def train_config(
         config = TrainConfig(**given)
     if saved and saved.max_steps != config.max_steps:
         change = f"max_steps was {saved.max_steps} and is now {config.max_steps}"
-        say(f"{change}: from here on the learning rate is that of a run of so many steps")
+        say(f"{change}: the learning rate follows the new schedule from here on")
     check_output_dir(config.output_dir, resume=resume)
     check_tracker(config.report_to)
     check_inputs(config)
-    stages_of(config)  # its rules, before any long work
+    stages_of(config)  # validates the settings before any long work
     if config.documents:
         if loaded is not None:
-            raise UserError("setting 'documents': the model writes the questions first, so give its name or folder")
+            raise UserError("setting 'documents': the model writes the questions first, so give its folder or name")
         config = with_questions(config)
     return config, loaded
 
 
 def kept_rows(given: dict[str, Rows | None], folder: Path | None, resume: bool) -> dict[str, str]:
-    """The paths of the data by setting; rows in memory are written into the folder, so that the run can go on.
+    """The paths of the data by setting; in-memory rows are written to the folder, so that the run can be resumed.
 
     Raises:
-        UserError: rows that cannot be used; a folder that is taken; or other rows than a run that goes on began with.
+        UserError: rows are invalid, the folder is taken, or the rows are not those of the resumed run.
     """
     paths: dict[str, str] = {}
     for name, rows in given.items():

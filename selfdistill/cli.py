@@ -1,7 +1,7 @@
-"""The command line: it parses, calls the function of the same name in :mod:`selfdistill.api`, and prints the result.
+"""The command line: parse, call the function of the same name in :mod:`selfdistill.api`, print the result.
 
-A user's mistake is one line on standard error and exit code 2. Everything heavy is imported by the command that needs
-it, so that ``--help`` and a misspelt option answer at once.
+A user's mistake prints one line on standard error and exits with code 2. Heavy imports are inside the commands, so that
+``--help`` and errors about options are fast.
 """
 
 from __future__ import annotations
@@ -25,10 +25,15 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code.
+    """Run a command.
 
-    0: done; 2: a mistake the user can fix; 3: training diverged; 4: ``check`` advises against, or ``learn`` did not
-    accept the skill; 128 + n: stopped by signal n, everything saved.
+    Args:
+        argv: arguments without the program's name; default: those of the process.
+
+    Returns:
+        The exit code. 0: done; 2: a mistake the user can fix; 3: training diverged or collapsed, or another process of
+        the run ended; 4: ``check`` advises against training, or ``learn`` refused the skill; 128 + n: stopped by signal
+        n, with progress saved.
     """
     exit_code, kind = 2, "error: "
     try:
@@ -40,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except UserError as error:
         message, exit_code = str(error), error.exit_code
-        kind = "" if exit_code > 128 else kind  # stopped because it was asked to
+        kind = "" if exit_code > 128 else kind  # stopped on request: not an error
     except KeyboardInterrupt:
         message, exit_code, kind = "interrupted", 130, ""
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
         message = f"{error.filename or 'disk'}: {error.strerror}; free some space or choose another place"
-    except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError
         what = _of_the_machine(error)
         if what is None:
             raise
@@ -57,25 +62,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_processes(command: str, given: dict[str, Any]) -> None:
-    """Several processes share one training; what is prepared for it is prepared before."""
+    """Refuse commands and settings that do not work with several processes."""
     if command != "train":
-        raise UserError(f"{world_size()} processes were started, which only train shares: start {command} alone")
+        raise UserError(f"found {world_size()} processes, but only train supports several: start {command} alone")
     if given.get("documents"):
-        raise UserError("setting 'documents': make the questions before (selfdistill questions), in a single process")
+        raise UserError("setting 'documents': make the questions first (selfdistill questions), in a single process")
 
 
 def _of_the_machine(error: Exception) -> tuple[str, int] | None:
-    """Message and exit code of an error that is no fault of the program's."""
+    """Message and exit code of an error caused by the machine; None for any other error."""
     text = str(error)
     if world_size() > 1 and re.search("connection (was )?(closed|reset)|remote process exited|broken pipe", text, re.I):
-        return f"another process of this run has ended; what was saved is whole, continue with --resume ({text})", 3
+        return f"another process of this run has ended; its checkpoints are intact, continue with --resume ({text})", 3
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
         advice = "raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length"
-        return f"out of memory: {advice}; checkpoints are whole", 2
+        return f"out of memory: {advice}; checkpoints are intact", 2
     return None
 
 
-# --- commands: from what was given on the command line to an exit code ---
+# --- commands: from the given options to an exit code ---
 
 
 def _train(given: dict[str, Any]) -> int:
@@ -97,7 +102,7 @@ def _compare(given: dict[str, Any]) -> int:
         result = api.compare(**given)
         show(result, result.details)
         folder = result.output_dir
-        line = f"Everything is in {folder}; selfdistill report {folder} shows it."
+        line = f"Results are in {folder}; view them with: selfdistill report {folder}"
         result_console().print(line, highlight=False, markup=False)
     return RunFailed.exit_code if result.all_failed else 0
 
@@ -194,10 +199,10 @@ _RUN: dict[str, Callable[[dict[str, Any]], int]] = {
 
 @contextlib.contextmanager
 def _printed(given: dict[str, Any]) -> Iterator[Callable[[Printable | None, dict[str, Any]], None]]:
-    """A function that prints a result, and writes its details as JSON where ``--json`` says.
+    """Yield a function that prints a result and, with ``--json``, writes its details as JSON.
 
-    That file is looked at before the work begins. With ``-`` the JSON goes to standard output and all else to standard
-    error.
+    Checks before the work that the file can be written. With ``-`` the JSON goes to standard output, and everything
+    else to standard error.
     """
     file: str | None = given.pop("json", None)
     path = Path(file or "-").absolute()

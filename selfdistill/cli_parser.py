@@ -1,7 +1,6 @@
-"""The command line's parser: each command's options are the fields of its settings, grouped by topic.
+"""The parser of the command line: a command's options are the fields of its settings, grouped by topic.
 
-jsonargparse reads values by their types; ranges and rules between settings are for the settings themselves. What a user
-got wrong becomes one line.
+jsonargparse parses values by type; the settings validate ranges and combinations. Errors are one line.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from selfdistill.config import (
 from selfdistill.errors import UserError
 
 COMMANDS: dict[str, tuple[type[Settings], str]] = {
-    "demo": (DemoConfig, "See it work on the starter model."),
-    "check": (CheckConfig, "Before training: will it help, and how is the demonstration best shown?"),
-    "train": (TrainConfig, "Teach a model from demonstrations."),
-    "ask": (AskConfig, "Ask a model a question, and its base beside it."),
-    "eval": (EvalConfig, "Measure the new task, what the model could do before, and how far it has moved."),
-    "compare": (CompareConfig, "Train by several methods on equal terms: what each gained and lost."),
-    "learn": (LearnConfig, "Keep one model learning: skill by skill, each accepted only if the others stay."),
-    "questions": (QuestionsConfig, "Make questions about documents, to learn them by."),
-    "report": (ReportConfig, "Show runs in one HTML file: scores, curves, settings, tokens."),
-    "export": (ExportConfig, "Hand on the model of a run: as it is, or its adapter merged into the base."),
+    "demo": (DemoConfig, "Teach the starter model invented facts by SDFT and SFT, and compare both."),
+    "check": (CheckConfig, "Before training, check whether self-distillation will help and which context is best."),
+    "train": (TrainConfig, "Train a model on demonstrations."),
+    "ask": (AskConfig, "Ask a model one question, and optionally its base."),
+    "eval": (EvalConfig, "Evaluate the new task, prior abilities and the distance from the base."),
+    "compare": (CompareConfig, "Train by several methods on equal terms, and compare what each gained and forgot."),
+    "learn": (LearnConfig, "Teach one model skill after skill, each accepted only if earlier ones are retained."),
+    "questions": (QuestionsConfig, "Make questions about documents, as training data that teaches their content."),
+    "report": (ReportConfig, "Write a report of runs as one HTML file: scores, curves, settings, tokens."),
+    "export": (ExportConfig, "Copy the final model of a run to a folder, as it is or with its adapter merged."),
 }
-"""Settings of each command, and what it is for."""
+"""Settings and description of each command."""
 
 MAIN = {
     "check": ("model", "data", "contexts", "max_completion_length", "sample", "batch_size"),
@@ -53,7 +52,7 @@ MAIN = {
     "learn": ("action", "data", "state", "model", "name", "test", "prior", "max_steps"),
     "questions": ("documents", "output_dir", "model"),
 }
-"""What everybody needs, shown first; of other commands it is everything."""
+"""Settings that everybody needs, shown first; for a command not listed, all of its settings."""
 
 TOPICS: dict[str, tuple[str, ...]] = {
     "model and data": (
@@ -76,11 +75,11 @@ TOPICS: dict[str, tuple[str, ...]] = {
         *("warmup_steps", "weight_decay", "max_grad_norm", "max_skipped_steps", "stop_on_collapse"),
         *("lora_rank", "lora_alpha"),
     ),
-    "measuring": (
+    "evaluation": (
         *("test", "prior", "base", "sample", "eval_steps", "drift_steps", "scorer", "judge_url", "judge_model"),
         *("lm_eval_tasks", "lm_eval_path", "lm_eval_limit", "replies"),
     ),
-    "skills and their gates": (
+    "skills and gates": (
         *("action", "state", "name", "test_share", "min_teacher", "max_prior_drop", "max_skill_drop"),
         *("chunk_size", "chunk_steps"),
     ),
@@ -90,33 +89,33 @@ TOPICS: dict[str, tuple[str, ...]] = {
     ),
     "output": (*("output_dir", "save_steps", "save_total_limit", "logging_steps", "view_rows", "report_to"),),
 }
-"""Every other setting, by what it is about."""
+"""All other settings, by topic."""
 
 SWITCHES = {
     "resume": ("train", "compare"),
     "dry_run": ("train",),
 }
-"""Options that are no settings, and their commands."""
+"""Options that are not settings, and their commands."""
 _SWITCH_HELP = {
-    "resume": "Continue the run in --output_dir.",
-    "dry_run": "Print settings, one row as student and teacher see it, time and memory; train nothing.",
+    "resume": "Resume the run in --output_dir.",
+    "dry_run": "Print settings, one example as student and teacher see it, time and memory; train nothing.",
 }
 _FLAGS = {"output": ("-o", "--output")}
-"""Settings that have a short name, too."""
+"""Option names of settings that also have a short one."""
 _POSITIONAL = {"export": ("run",), "report": ("runs",), "learn": ("action", "data"), "ask": ("run", "question")}
-"""Settings that are given without their names, in this order; those that are not required may be left out."""
+"""Positional settings, in this order; those not required may be omitted."""
 _LACKING = {
     "run": "give a run folder",
-    "runs": "give at least one",
-    "question": "put it in quotes after the run",
-    "action": f"put one of {', '.join(get_args(LearnConfig.model_fields['action'].annotation))} after learn, also with "
-    "--config",
+    "runs": "give at least one run folder",
+    "question": "give it in quotes after the run",
+    "action": f"give one of {', '.join(get_args(LearnConfig.model_fields['action'].annotation))} after learn, even "
+    "with --config",
 }
-"""What to do where a required one is missing."""
+"""What to do if a required positional setting is missing."""
 
 
 class _Formatter(DefaultHelpFormatter):
-    """Help without types, which the names of values tell, and with short defaults."""
+    """Formats help without types, which the metavars show, and with short defaults."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=32, **options)
@@ -131,10 +130,13 @@ class _Formatter(DefaultHelpFormatter):
 
 
 def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
-    """The command and what was given for it: its options above the values of its ``--config``. No defaults.
+    """Parse the command line.
+
+    Returns:
+        The command, and the given settings without defaults. Options override the values of ``--config``.
 
     Raises:
-        UserError: an unknown command or option, a value of another type, or a required one that is missing.
+        UserError: an unknown command or option, a value of the wrong type, or a missing positional setting.
     """
     try:
         found = parser().parse_args(arguments, defaults=False).as_dict()
@@ -142,7 +144,7 @@ def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
         raise UserError(_explained(str(error), arguments)) from None
     given = found[command := found["command"]]
     for key in _POSITIONAL.get(command, ()):
-        if given.get(key) == "":  # jsonargparse's default for one that was left out
+        if given.get(key) == "":  # jsonargparse's default for an omitted one
             del given[key]
     file = given.pop("config", None)
     return command, given if file is None else load_yaml(Path(file), COMMANDS[command][0]) | given
@@ -161,7 +163,7 @@ def parser() -> ArgumentParser:
             for key in keys:
                 _add_setting(group, name, kind, key)
         group = command.add_argument_group("files and switches")
-        group.add_argument("--config", type=str, metavar="FILE", help="YAML file of settings; options go before it.")
+        group.add_argument("--config", type=str, metavar="FILE", help="YAML file of settings; options override it.")
         for switch, wanted in SWITCHES.items():
             if name in wanted:
                 options: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "metavar": "true"}
@@ -181,7 +183,7 @@ def _usage(name: str, kind: type[Settings]) -> str:
 
 
 def _groups(name: str, kind: type[Settings]) -> list[tuple[str, list[str]]]:
-    """Titles with the settings of a command below them: those that everybody needs, then the others by topic."""
+    """The groups of a command's help, as (title, settings): main settings, then the others by topic."""
     first = list(MAIN.get(name, kind.model_fields))
     places = _POSITIONAL.get(name, ())
     first.sort(key=lambda key: places.index(key) if key in places else len(places))
@@ -194,7 +196,7 @@ def _groups(name: str, kind: type[Settings]) -> list[tuple[str, list[str]]]:
 
 
 def _add_setting(group: Any, command: str, kind: type[Settings], key: str) -> None:
-    """Add one setting as an option, or as a positional argument where the command has it so."""
+    """Add one setting as an option, or as a positional argument if it is one."""
     field = kind.model_fields[key]
     hint: Any = field.annotation
     options: dict[str, Any] = {"type": str, "nargs": "+"} if hint == list[str] else {"type": hint}
@@ -216,7 +218,7 @@ def _add_setting(group: Any, command: str, kind: type[Settings], key: str) -> No
 
 
 def _metavar(hint: Any) -> str | None:
-    """A short name for the values of a type; None where they are listed."""
+    """The metavar of a type; None if its values are listed."""
     parts = {part for part in get_args(hint) if part is not type(None)} or {hint}
     for kind, name in ((bool, "true|false"), (int, "N"), (float, "X"), (str, "TEXT")):
         if parts == {kind}:
@@ -227,21 +229,21 @@ def _metavar(hint: Any) -> str | None:
 
 
 def _explained(message: str, arguments: list[str]) -> str:
-    """jsonargparse's message as one line; what pydantic says of a value where it is one of a setting."""
+    """jsonargparse's message as one line; for an invalid value of a setting, pydantic's message."""
     command = next((word for word in arguments if not word.startswith("-")), "")
     if command not in COMMANDS:
         return f"{f'unknown command {command!r}' if command else 'no command'}, expected one of {', '.join(COMMANDS)}"
     fields = COMMANDS[command][0].model_fields
     switches = [switch for switch, wanted in SWITCHES.items() if command in wanted]
     if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
-        return f"no {lacking[1]}: {_LACKING[lacking[1]]}, see selfdistill {command} --help"
+        return f"no {lacking[1]}: {_LACKING[lacking[1]]}; see selfdistill {command} --help"
     if unknown := re.match(r"unrecognized arguments: ([^\s=]*)", message):
         known = [f"--{key}" for key in (*fields, "config", *switches, *(["json"] if command != "train" else []))]
         what = "option" if unknown[1].startswith("-") else "argument"
         return f"unknown {what} {unknown[1]}{closest(unknown[1], known)}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
     if key and value and key[1] in switches:
-        return f"option --{key[1]}: found {value[1]!r}, expected nothing after it, true or false"
+        return f"option --{key[1]}: found {value[1]!r}, expected true, false or no value"
     if key and value and key[1] in fields:
         needed = {name: "" for name, field in fields.items() if field.is_required()}
         try:

@@ -1,7 +1,7 @@
-"""The demo: a real model learns invented facts, by SDFT and by SFT, and shows what each gained and what each forgot.
+"""The demo: teach the starter model invented facts by SDFT and by SFT, and show what each gained and forgot.
 
-Every setting below was chosen on the validation phrasings of the same facts (``docs/results.md``); the numbers that the
-demo prints are on the test phrasings, the indirect questions and the prior questions, which nothing was chosen on.
+The settings below were chosen on the validation phrasings of the same facts (``docs/results.md``). The demo reports
+results on the test phrasings, the indirect questions and the prior questions, on which nothing was chosen.
 """
 
 from __future__ import annotations
@@ -51,33 +51,34 @@ SFT: dict[str, Any] = {"method": "sft", "learning_rate": 1e-4, "lr_scheduler_typ
 SDFT_EVALUATIONS = (40, 80, 120)
 SFT_EVALUATIONS = (12, 18, 24, 30, 36)
 SHOWN = 3
-"""Questions whose answers are printed before and after."""
+"""Number of questions whose replies are printed, before and after training."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model, measured."""
+    """The results of one model."""
 
     name: str
     step: int
     new: float
-    """Share of held-out phrasings whose reply contains the fact."""
+    """Accuracy on the held-out phrasings: share of replies that contain the fact."""
     indirect: float
-    """The same on questions that need the fact the other way round."""
+    """The same on questions that need the fact in reverse."""
     prior: float
     """The same on general questions."""
     kl: float
     """KL(base||model) on general prompts, nats per token."""
     seconds: float
-    """Training time up to here, without evaluation."""
+    """Training time so far in seconds, without evaluations."""
 
 
 class Panel:
-    """The questions and the base's answers, against which every model of the demo is measured.
+    """The questions on which every model of the demo is evaluated, and the base's logits for the distance.
 
     Args:
-        facts: file stem of the set, ``knowledge`` or ``study``.
-        part: ``test``, or ``validation`` when settings are being chosen.
+        base: the model before training.
+        facts: file stem of the facts, ``knowledge`` or ``study``.
+        part: ``test``, or ``validation`` to choose settings.
     """
 
     def __init__(self, base: LoadedModel, *, facts: str = "knowledge", part: str = "test") -> None:
@@ -87,10 +88,10 @@ class Panel:
         self.prior = load_demonstrations(packaged(f"prior.{part}.jsonl"), completion_required=False)
         self.distance = Distance(base, ForwardPass(base), self.chat, general_prompts(), 32)
         self.replies: list[str] = []
-        """To the held-out phrasings, of the model measured last."""
+        """Replies to the held-out phrasings, of the latest evaluated model."""
 
     def measure(self, name: str, loaded: LoadedModel, step: int = 0, seconds: float = 0.0) -> Point:
-        """Ask everything."""
+        """Evaluate a model on all questions."""
         new = self._ask(loaded, self.new)
         self.replies = new.replies
         indirect = self._ask(loaded, self.indirect).accuracy if self.indirect else float("nan")
@@ -100,7 +101,7 @@ class Panel:
         return Point(name, step, new.accuracy, indirect, prior, kl, seconds)
 
     def teacher(self, loaded: LoadedModel, context: str) -> float:
-        """Accuracy on the held-out phrasings of the model that is shown each row's document and answer."""
+        """Accuracy of the teacher on the held-out phrasings: the model with ``context``."""
         return self._ask(loaded, self.new, context).accuracy
 
     def _ask(self, loaded: LoadedModel, rows: Sequence[Demonstration], context: str | None = None) -> Answers:
@@ -112,12 +113,12 @@ class Panel:
             max_completion_length=32,
             window=loaded.window,
         )
-        prompts = [row.student_ids if row.teacher_ids is None else row.teacher_ids for row in encoded]
+        prompts = [x.student_ids if x.teacher_ids is None else x.teacher_ids for x in encoded]
         return answer(loaded, prompts, rows, self.chat, max_completion_length=32, batch_size=40)
 
 
 def learn(panel: Panel, settings: dict[str, Any], evaluations: Sequence[int], output_dir: Path) -> list[Point]:
-    """Train one method and measure it along the way; evaluation changes nothing in the training."""
+    """Train by one method and evaluate it at some steps, which does not affect the training."""
     points: list[Point] = []
     measuring_s, began = 0.0, time.monotonic()
 
@@ -136,16 +137,24 @@ def learn(panel: Panel, settings: dict[str, Any], evaluations: Sequence[int], ou
 
 
 def as_accurate(sft: Sequence[Point], sdft: Point) -> Point:
-    """SFT where it first knows as many new facts as SDFT; where it never does, at its best."""
+    """SFT at the first evaluation with at least SDFT's accuracy on the new facts; else its best evaluation."""
     reached = [point for point in sft if point.new >= sdft.new]
     return reached[0] if reached else max(sft, key=lambda point: point.new)
 
 
 def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
-    """Run the demo; prints a table and three answers before and after, keeps everything in ``output_dir``.
+    """Run the demo: print a table and three replies before and after training, and save all in ``output_dir``.
+
+    Args:
+        output_dir: folder of the demo; default: ``runs/demo``, or the first free of ``runs/demo-2``, ...
+        seed: random seed for data order and sampling.
 
     Returns:
-        What the table shows, also written to ``demo.json``.
+        The results in the table, also written to ``demo.json``.
+
+    Raises:
+        UserError: ``output_dir`` exists and is not empty.
+        RunStopped: a signal stopped the demo.
     """
     folder = _free_folder(output_dir)
     began = time.monotonic()
@@ -154,7 +163,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
     before = panel.measure("base", base)
     asked = panel.replies
     ceiling = panel.teacher(base, CONTEXT)
-    say(f"the teacher (document and answer in its context): new {ceiling:.2f}")
+    say(f"teacher (document and answer in its context): new {ceiling:.2f}")
     del base
     data = {"data": packaged("knowledge.train.jsonl"), "seed": seed}
     try:
@@ -162,7 +171,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
         told = panel.replies
         sft = learn(panel, SFT | data, SFT_EVALUATIONS, folder / "sft")
     except RunStopped as stop:
-        raise RunStopped(f"{folder}: stopped; the demo begins anew each time", stop.signal_number) from None
+        raise RunStopped(f"{folder}: stopped; the demo cannot be resumed, start it again", stop.signal_number) from None
     final, fair = sdft[-1], as_accurate(sft, sdft[-1])
     result: dict[str, Any] = {
         "seed": seed,
@@ -176,12 +185,12 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
     write_json(folder / "demo.json", result)
     _print(before, ceiling, final, fair, sft[-1])
     _print_answers(panel.new, asked, told)
-    result_console().print(f"Everything is in {folder}. {result['seconds'] / 60:.0f} minutes.", highlight=False)
+    result_console().print(f"Results are in {folder}, after {result['seconds'] / 60:.0f} minutes.", highlight=False)
     return result
 
 
 def _free_folder(output_dir: str | None) -> Path:
-    """The folder asked for, or the first of runs/demo, runs/demo-2, ... that does not exist."""
+    """The given folder, or the first of runs/demo, runs/demo-2, ... that does not exist."""
     if output_dir is not None:
         folder = Path(output_dir)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -198,7 +207,7 @@ def _print(before: Point, ceiling: float, sdft: Point, fair: Point, last: Point)
     table = Table(title="Invented facts, asked in phrasings not seen in training")
     for column in ("", "new facts", "indirect", "prior", "KL", "minutes"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    how = "as good" if fair.new >= sdft.new else "its best"
+    how = "as accurate" if fair.new >= sdft.new else "its best"
     rows = [("base", before), (f"SDFT, {sdft.step} steps", sdft), (f"SFT, {fair.step} steps ({how})", fair)]
     if last.step != fair.step:
         rows.append((f"SFT, {last.step} steps", last))

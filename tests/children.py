@@ -78,7 +78,7 @@ def started_together(work: Callable[[], object], log: Path, count: int = 2) -> l
     return children
 
 
-JOINED = "2 processes, each of which has its share of every batch"
+JOINED = "2 processes, which share every batch"
 
 
 def train_together(config: TrainConfig, tmp_path: Path, **more: Any) -> None:
@@ -86,7 +86,7 @@ def train_together(config: TrainConfig, tmp_path: Path, **more: Any) -> None:
     children = started_together(lambda: train(config, **more), tmp_path / Path(config.output_dir).name)
     for child in children:
         assert child.wait() == 0, child.log.read_text()
-    said = f"{JOINED} and of all weights\n" if config.fsdp else f"{JOINED}\n"
+    said = f"{JOINED} and the weights\n" if config.fsdp else f"{JOINED}\n"
     assert said in children[0].log.read_text()
 
 

@@ -107,7 +107,7 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
     [
         ([], "data: no rows, expected at least one"),
         ([{"prompt": "a"}], r"data: 1 bad row: row 0, column 'completion': missing"),
-        ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found whitespace only"),
+        ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found only whitespace"),
         ({"prompt": "a"}, "data: found an object, expected a path, a list of rows or a datasets.Dataset"),
         (
             datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)),
@@ -207,7 +207,7 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
     learnt = sd.learn("add", ROWS, state="memory", model=model, test=ROWS[:3], name="tickets", **gates, **RUN)
     assert learnt.accepted
     assert sd.learn("status", state="memory").details["skills"] == ["tickets"]
-    with pytest.raises(sd.UserError, match="rows in memory have no name"):
+    with pytest.raises(sd.UserError, match="in-memory rows have no name"):
         sd.learn("add", ROWS, state="memory")
     run = sd.Run(Path("memory/skills/0001-tickets/run"))
     assert run.metrics[-1]["step"] == 2

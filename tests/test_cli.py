@@ -301,8 +301,8 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         f"{SFT} --batch_size 0 --ema_rate 2",
-        "setting 'batch_size': found 0, expected: greater than or equal to 1; setting 'ema_rate': found 2.0, "
-        "expected: less than or equal to 1",
+        "setting 'ema_rate': found 2.0, expected: less than or equal to 1; setting 'batch_size': found 0, "
+        "expected: greater than or equal to 1",
     ),
     (
         f"{SFT} --batch_size 5 --gradient_accumulation_steps 2",
@@ -343,7 +343,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --config unknown.yaml", "unknown.yaml: unknown setting 'learning_rte'; did you mean learning_rate?"),
     (f"{SFT} --config type.yaml", "setting 'warmup_steps': found 'many', expected: a valid integer..."),
     (f"train {BASE} --resume", "--resume needs the run folder: give --output_dir"),
-    (f"{SFT} --resume maybe", "option --resume: found 'maybe', expected nothing after it, true or false"),
+    (f"{SFT} --resume maybe", "option --resume: found 'maybe', expected true, false or no value"),
     (
         "train --resume --output_dir nowhere",
         "nowhere/config.yaml: no such file, so there is no run to resume; check --output_dir",
@@ -369,8 +369,8 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         "learn --state state",
-        "no action: put one of add, stream, status, history, rollback, discard, export after learn, also with "
-        "--config, see selfdistill learn --help",
+        "no action: give one of add, stream, status, history, rollback, discard, export after learn, even with "
+        "--config; see selfdistill learn --help",
     ),
     ("demo --seed x", "setting 'seed': found 'x', expected: a valid integer..."),
     ("demo --seed -1", "setting 'seed': found -1, expected: greater than or equal to 0"),
@@ -675,13 +675,13 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         no_memory,
         "",
         "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
-        "checkpoints are whole",
+        "checkpoints are intact",
     ),
     (
         no_host_memory,
         "",
         "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
-        "checkpoints are whole",
+        "checkpoints are intact",
     ),
 ]
 
@@ -809,7 +809,7 @@ def test_resume_goes_on_to_the_same_weights(
     assert steps("run") == [1, 2]
     capsys.readouterr()
     trained("train --resume --output_dir run")
-    assert "continuing after step 2" in capsys.readouterr().err
+    assert "resuming after step 2" in capsys.readouterr().err
     assert steps("run") == [1, 2, 3, 4]
     assert same(weights("run"), weights("whole"))
 
@@ -987,7 +987,7 @@ def test_the_help_of_train_begins_with_what_everybody_needs(
     main(["train", "--help"])
     out = capsys.readouterr().out
     titles = re.findall(r"^([a-z ]+):$", out, re.MULTILINE)
-    assert titles == ["options", "main settings", *(t for t in TOPICS if t != "skills and their gates"), SWITCHED]
+    assert titles == ["options", "main settings", *(t for t in TOPICS if t != "skills and gates"), SWITCHED]
     main_settings = out[out.index("main settings:") : out.index("model and data:")]
     assert re.findall(r"^  --(\w+)", main_settings, re.MULTILINE) == list(MAIN["train"])
     assert "Peak learning rate. Default 1e-5, or 1e-4 with LoRA" in " ".join(out.split())
@@ -1007,7 +1007,7 @@ def test_a_dry_run_prints_everything_and_writes_nothing(here: Path, capsys: pyte
     assert set(here.rglob("*")) == before
     assert "max_steps: 40" in out
     assert "# as the teacher sees it" in out
-    assert re.search(r"[\d.]+ s per step, .* for 40 steps, [\d.]+ GiB at the peak; nothing was written", out)
+    assert re.search(r"[\d.]+ s per step, .* for 40 steps, peak memory [\d.]+ GiB; nothing was written", out)
 
 
 def test_ask_prints_both_replies(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1017,7 +1017,7 @@ def test_ask_prints_both_replies(here: Path, capsys: pytest.CaptureFixture[str])
     asked = json.loads(Path("asked.json").read_text())
     assert asked["question"] == "What is it?"
     assert isinstance(asked["reply"], str)
-    fails(capsys, "ask run", "no question: put it in quotes after the run, see selfdistill ask --help")
+    fails(capsys, "ask run", "no question: give it in quotes after the run; see selfdistill ask --help")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

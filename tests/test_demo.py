@@ -77,4 +77,4 @@ def test_a_stopped_demo_does_not_promise_to_go_on_and_lies_beside_an_earlier_one
 
     monkeypatch.setattr(module.Panel, "measure", interrupted)
     assert main(["demo"]) == 130
-    assert capsys.readouterr().err.endswith("runs/demo-2: stopped; the demo begins anew each time\n")
+    assert capsys.readouterr().err.endswith("runs/demo-2: stopped; the demo cannot be resumed, start it again\n")

@@ -263,7 +263,7 @@ def test_a_signal_saves_and_a_second_one_leaves_at_once(
     if signals == 1:
         assert found == code
         assert last == (
-            f"selfdistill: {stopped.output_dir}: stopped after step 4 of 8, all saved; continue with --resume"
+            f"selfdistill: {stopped.output_dir}: stopped after step 4 of 8; progress is saved, continue with --resume"
         )
         assert saved_steps(stopped) == [3, 4]
     else:
@@ -308,7 +308,7 @@ def test_no_memory_is_one_line_and_loses_no_checkpoint(
     assert code == 2
     assert last == (
         "selfdistill: error: out of memory: raise --gradient_accumulation_steps (also with --resume), or lower "
-        "--max_completion_length; checkpoints are whole"
+        "--max_completion_length; checkpoints are intact"
     )
     assert saved_steps(poor) == [3]
     train(poor, resume=True)

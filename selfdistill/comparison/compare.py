@@ -1,8 +1,8 @@
-"""``selfdistill compare``: the same demonstrations through several methods, on equal terms.
+"""``selfdistill compare``: train on the same demonstrations by several methods, on equal terms.
 
-Every run has the same base, rows, number of steps and settings, and is measured on the same items at the same steps;
-what differs is the method, the learning rate and the seed. Each run is a folder of its own, so that a comparison that
-was stopped goes on where it was.
+All runs share the base, rows, number of steps and settings, and are evaluated on the same items at the same steps.
+Only method, learning rate, seed and the varied setting differ. Each run has its own folder, so that a comparison can
+be resumed.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, list_checkpoints, train
 
 ORACLE_RAG = "document:show=document"
-"""What a model that is never trained is given with each question: the right document."""
+"""Context of the base without training: each question's own document."""
 _SAFE = ":=, "
-"""Kept in the names of folders, beside letters, digits and ``_.-~``."""
+"""Characters allowed in folder names, besides letters, digits and ``_.-~``."""
 _BUDGET = ("max_steps", "batch_size", "num_demonstrations")
-"""Settings that the sentence on the budget is about."""
+"""Settings that the sentence about the budget names."""
 EVALUATIONS = 5
-"""Measurements of a run after its start, where ``eval_steps`` is 0."""
+"""Evaluations of a run after its start, if ``eval_steps`` is 0."""
 
 
 def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
-    """Run every method, learning rate and seed.
+    """Train and evaluate every method with every learning rate and seed.
 
-    ``output_dir`` gets ``comparison.json``, written anew after every run, ``trade_off.svg`` and a folder for each run.
+    Writes to ``output_dir``: ``comparison.json``, rewritten after every run, ``trade_off.svg``, and a folder per run.
 
     Args:
         config: settings.
-        resume: go on: runs that are finished are kept.
+        resume: resume the comparison; finished runs are kept.
 
     Returns:
-        The result. Its ``details`` are what ``comparison.json`` holds: ``model``, ``data``, ``test``, ``prior``,
+        The result. Its ``details`` are the content of ``comparison.json``: ``model``, ``data``, ``test``, ``prior``,
         ``budget``, ``sentence``, ``base``, ``teacher`` and ``moved`` (the in-context assumption), ``rag`` (the base
-        with each question's document, where the rows have them), ``runs``, ``table``.
+        given each question's document, if the rows have documents), ``runs``, ``table``.
 
     Raises:
-        UserError: anything the user can mend.
-        RunStopped: a signal came; what was done is saved.
+        UserError: a mistake the user can fix.
+        RunStopped: a signal stopped the comparison; its progress is saved.
     """
     folder = check_output_dir(config.output_dir, resume=resume)
     config = _settled(config, folder, resume)
@@ -75,10 +75,10 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
 
 
 def _settled(config: CompareConfig, folder: Path, resume: bool) -> CompareConfig:
-    """The settings, checked, with the context that a resumed comparison used or that the check finds best.
+    """Validate the settings, and replace the context ``auto`` by that of the resumed comparison or by the best one.
 
     Raises:
-        UserError: a setting that may not change has changed, or an input that cannot be used.
+        UserError: a fixed setting has changed, or an input is invalid.
     """
     written = folder / "config.yaml"
     if resume and written.exists():
@@ -88,14 +88,14 @@ def _settled(config: CompareConfig, folder: Path, resume: bool) -> CompareConfig
         refuse_changes(written, saved, config)
     check_inputs(config)
     if "auto" in config.vary.get("context", ()):
-        raise UserError("setting 'vary': context 'auto' is what the check finds best; name the contexts to compare")
+        raise UserError("setting 'vary': context 'auto' stands for the best one; name the contexts to compare")
     first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
     taught = [run for run in first if run.context == "auto" and uses(run, "context")]
     return config.model_copy(update={"context": best_context(taught[0])}) if taught else config
 
 
 def _with_steps(config: CompareConfig, rows: int) -> CompareConfig:
-    """The settings with the steps of every run and between its measurements, for so many rows."""
+    """Resolve ``max_steps`` and ``eval_steps`` for this number of rows."""
     count = min(rows, config.num_demonstrations or rows)
     steps = config.max_steps or math.ceil(count * config.num_train_epochs / config.batch_size)
     eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
@@ -109,10 +109,10 @@ def _begin(
     evaluator: Evaluator,
     base: LoadedModel,
 ) -> None:
-    """Write what the comparison begins with; one that is resumed must find it unchanged.
+    """Write the settings and the fingerprints of the inputs; a resumed comparison must find these unchanged.
 
     Raises:
-        UserError: it has changed.
+        UserError: an input has changed.
     """
     began = {
         "the demonstrations": rows_fingerprint({"": demonstrations}),
@@ -132,10 +132,10 @@ def _run_all(
     demonstrations: list[Demonstration],
     shown: dict[str, dict[str, Any] | None],
 ) -> tuple[list[Compared], dict[str, Any]]:
-    """Every run, and the result, which is written anew after each.
+    """Run all runs; returns them and the result, which is rewritten after each.
 
     Raises:
-        RunStopped: a signal came before the last run.
+        RunStopped: a signal stopped the comparison before its last run ended.
     """
     runs = runs_of(config)
     done: list[Compared] = []
@@ -152,7 +152,7 @@ def _run_all(
                 result = _summary(config, evaluator, shown, done)
                 _write(folder, result)
             if stop.received is not None and len(done) < len(runs):
-                message = f"{folder}: stopped in run {number + 1} of {len(runs)} ({name}); what is done is kept; "
+                message = f"{folder}: stopped in run {number + 1} of {len(runs)} ({name}); progress is saved, "
                 message += f"continue with selfdistill compare --resume --output_dir {folder}"
                 raise RunStopped(message, stop.received)
             gc.collect()
@@ -160,26 +160,26 @@ def _run_all(
 
 
 def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
-    """That runs to come are like those in the folder.
+    """Compare the fingerprints of the inputs with those in the folder.
 
     Raises:
-        UserError: they would learn from, begin as or be measured on something else.
+        UserError: the demonstrations, the base or the evaluation data have changed.
     """
     file = folder / "began.json"
     there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else began
     if changed := [what for what, value in began.items() if there[what] != value]:
         raise UserError(
-            f"{folder}: not what this comparison began with: {', '.join(changed)}; put model, data, test and prior "
-            "back as they were, or compare in another --output_dir"
+            f"{folder}: changed since this comparison began: {', '.join(changed)}; restore model, data, test and "
+            "prior, or use another --output_dir"
         )
 
 
 def _rag(evaluator: Evaluator, base: LoadedModel) -> dict[str, Any] | None:
-    """The base with each question's document; None where the rows have none, or one does not fit."""
+    """Evaluate the base given each question's document; None if rows have none, or one does not fit."""
     try:
         return evaluator.shown(base, ORACLE_RAG, "oracle RAG")
     except UserError as error:
-        say(f"note: oracle RAG is left out: {error}")
+        say(f"note: oracle RAG is skipped: {error}")
         return None
 
 
@@ -188,10 +188,10 @@ def _write(folder: Path, result: dict[str, Any]) -> None:
 
 
 def _moved(config: CompareConfig, evaluator: Evaluator, done: list[Compared]) -> dict[str, float]:
-    """KL(model||base) on the test rows, of the first finished run of each method and learning rate, by its name.
+    """KL(model||base) on the test rows by run name, for the first finished run of each method and learning rate.
 
-    Beside the teacher's own distance it tells whether the second condition of the method holds: the teacher is nearer
-    to the base than what fine-tuning makes of it.
+    Together with the teacher's own distance, it shows whether the method's second condition holds: the teacher is
+    nearer to the base than fine-tuned models are.
     """
     first: dict[tuple[str, float], Compared] = {}
     for run in done:
@@ -205,18 +205,18 @@ def _moved(config: CompareConfig, evaluator: Evaluator, done: list[Compared]) ->
 
 
 def _kinds(config: CompareConfig) -> list[tuple[str, dict[str, Any]]]:
-    """Each method with each value of what is varied beside it."""
+    """Each method with each value of the varied setting."""
     varied = [{name: value} for name, values in config.vary.items() for value in values] or [{}]
     return [(method, values) for method in config.methods for values in varied]
 
 
 def _used(run: TrainConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """What is varied, as far as the run's method uses it."""
+    """The varied setting, if the run's method uses it."""
     return {name: value for name, value in values.items() if uses(run, name)}
 
 
 def runs_of(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
-    """Every run with what it is called; what is varied and not used by a method makes no further run of it."""
+    """The label and settings of every run. A method that ignores the varied setting runs only once."""
     runs: dict[str, tuple[str, TrainConfig]] = {}
     for seed in config.seeds:
         for rate in config.learning_rates or (None,):
@@ -239,27 +239,25 @@ def _run_config(
 
 
 def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration]:
-    """The demonstrations that every method has room for: all of them, or with ``on_long_prompt: drop`` those that fit.
+    """The demonstrations that fit every method: all, or with ``on_long_prompt: drop`` those not dropped by any.
 
     Raises:
-        UserError: rows that do not fit, or that lack what a method learns from.
+        UserError: rows are too long, or lack what a method learns from.
     """
     rows = load_demonstrations(config.data, split=config.split)
     count, chat = len(rows), ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
     for name, values in _kinds(config):
         for stage in stages_of(_run_config(config, name, None, config.seeds[0], values)):
-            fitting, _ = stage.examples(
-                rows, base, chat
-            )  # of every kind, so that what is missing is told before any run
+            fitting, _ = stage.examples(rows, base, chat)  # all sources, so that errors come before any run
             if isinstance(stage.examples, DemonstrationExamples):
-                rows = [row.demonstration for row in fitting]
+                rows = [example.demonstration for example in fitting]
     if len(rows) < count:
-        say(f"{count - len(rows)} of {count} rows do not fit every method and are left out for all")
+        say(f"dropped {count - len(rows)} of {count} rows for all methods: too long for at least one")
     return rows
 
 
 def _one(label: str, run: TrainConfig, evaluator: Evaluator, demonstrations: list[Demonstration]) -> Compared:
-    """Train where that is not done yet, and read what was measured."""
+    """Train, unless the run is finished, and read its evaluations."""
     folder = Path(run.output_dir)
     failure, failed = folder / "failed.txt", None
     if not (folder / "final").is_dir() and not failure.is_file():
@@ -267,7 +265,7 @@ def _one(label: str, run: TrainConfig, evaluator: Evaluator, demonstrations: lis
             train(run, resume=folder.exists(), demonstrations=demonstrations, evaluator=evaluator)
         except RunFailed as error:
             write_atomically(failure, str(error))
-        for checkpoint in list_checkpoints(folder):  # only for a run that was stopped
+        for checkpoint in list_checkpoints(folder):  # only needed to resume
             shutil.rmtree(checkpoint)
     if failure.is_file():
         failed = failure.read_text(encoding="utf-8")
@@ -275,7 +273,7 @@ def _one(label: str, run: TrainConfig, evaluator: Evaluator, demonstrations: lis
     evaluations = read_lines(folder / "evaluations.jsonl")
     saved = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
     open_ = {key: getattr(saved, key) for key, value in run.model_dump().items() if value in (None, "auto")}
-    refuse_changes(folder / "config.yaml", saved, run.model_copy(update=open_))  # open: decided when it began
+    refuse_changes(folder / "config.yaml", saved, run.model_copy(update=open_))  # open: resolved at the start
     assert saved.learning_rate is not None, "a run resolves its settings"
     return Compared(label, saved.learning_rate, run.seed, folder.name, evaluations, failed)
 
@@ -284,7 +282,7 @@ def _summary(
     config: CompareConfig, evaluator: Evaluator, shown: dict[str, dict[str, Any] | None], done: list[Compared]
 ) -> dict[str, Any]:
     budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations"
-    budget += "".join(f", but for {name}, which is varied" for name in config.vary if name in _BUDGET) + "."
+    budget += "".join(f", except for {name}, which is varied" for name in config.vary if name in _BUDGET) + "."
     return {
         "model": config.model,
         "data": config.data,
@@ -304,5 +302,5 @@ def _draw(
 ) -> None:
     curves = [Curve(name, mean_points(seeds), seeds) for name, seeds in points_of(done).items()]
     start = evaluator.base.get("prior_accuracy", 0.0), evaluator.base["accuracy"]
-    kept = "prior abilities, share right" if config.prior else "-KL(base||model), nats per token"
-    trade_off(curves, start, teacher["accuracy"] if teacher else None, kept, "new task, share right", file=file)
+    kept = "prior abilities, accuracy" if config.prior else "-KL(base||model), nats per token"
+    trade_off(curves, start, teacher["accuracy"] if teacher else None, kept, "new task, accuracy", file=file)

@@ -1,4 +1,4 @@
-"""A comparison as a result object: its table, its figure, and what may be concluded."""
+"""The result of a comparison: its table, its figure and its conclusion."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from selfdistill.runtime import Printable
 
 @dataclass(frozen=True, repr=False)
 class CompareResult(Printable):
-    """Several runs side by side."""
+    """The results of several runs side by side."""
 
     output_dir: Path
     details: dict[str, Any]
-    """As ``comparison.json`` holds it."""
+    """The content of ``comparison.json``."""
 
     @property
     def conclusion(self) -> str:
-        """What may be concluded, in words."""
+        """The conclusion as text."""
         return str(self.details["sentence"])
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """One entry per method, learning rate and measured step: means over seeds with their intervals."""
+        """One entry per method, learning rate and evaluated step: means over seeds with their intervals."""
         return list(self.details["table"])
 
     @property
     def all_failed(self) -> bool:
-        """Whether not one run came to its end."""
+        """Whether all runs failed."""
         return all(run["failed"] for run in self.details["runs"])
 
     def figure(self) -> str:
-        """The trade-off of the new task against what was known before, as SVG."""
+        """The trade-off between the new task and prior abilities, as SVG."""
         return (self.output_dir / "trade_off.svg").read_text(encoding="utf-8")
 
     def print(self, console: Console) -> None:
-        """A table of the methods, then what may be concluded."""
+        """Print a table of the methods, then the conclusion."""
         _print(self.details, console)
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
-    title = f"{result['data']}, measured on {result['base']['items']} items of {result['test']}"
+    title = f"{result['data']}, evaluated on {result['base']['items']} items of {result['test']}"
     shown = Table(title=escape(title))
     for column in ("", "steps", "seeds", "new task", "prior", "KL", "minutes"):
         shown.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -63,7 +63,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
         shown.add_row(name, str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
     console.print(shown)
     console.print(
-        "KL: KL(base||model) on general prompts, nats per token. In brackets: 95% intervals over seeds.",
+        "KL: KL(base||model) on general prompts, nats per token. In parentheses: 95% intervals over seeds.",
         highlight=False,
     )
     console.print(result["sentence"], highlight=False, markup=False)

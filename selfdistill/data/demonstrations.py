@@ -33,12 +33,12 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt with its demonstrated completion, and extra information for the teacher or a scorer."""
+    """A prompt with its demonstrated completion, and extra information for the teacher or scorer."""
 
     prompt: tuple[Message, ...]
     """Chat messages up to and including the last user turn. A string becomes one user turn."""
     completion: str = ""
-    """The demonstrated reply; empty where there is none."""
+    """The demonstrated reply; empty if there is none."""
     document: str | None = None
     """Text that the teacher reads first."""
     privileged_context: str | None = None
@@ -58,7 +58,7 @@ class Demonstration:
         object.__setattr__(self, "prompt", turns)
 
     def identity(self) -> dict[str, Any]:
-        """What fingerprints hash: all but the source, in the order of keys that older folders used."""
+        """What fingerprints hash: all fields except the source, in the key order of older folders."""
         values = {**asdict(self), "source": ""}
         return {"row": values.pop("row"), "source": values.pop("source"), **values}
 
@@ -102,20 +102,18 @@ def load_demonstrations(data: Rows, *, completion_required: bool = True, split: 
 
     Args:
         data: a ``.jsonl``, ``.json`` (a list of rows) or ``.parquet`` file; a folder of such files, read in name order
-            without subfolders; a folder written by ``datasets`` ``save_to_disk``; where nothing of that
-            name exists here, the name of a hub data set; or rows in memory: dicts, demonstrations, a
-            ``datasets.Dataset``.
-        completion_required: a row must have a completion. Otherwise it may have ``answer`` in its place, and the
+            without subfolders; a folder written by ``datasets`` ``save_to_disk``; if there is no such path, the name
+            of a hub data set; or in-memory rows: dicts, demonstrations, a ``datasets.Dataset``.
+        completion_required: every row must have a completion. Otherwise it may have ``answer`` instead, and the
             completion is "".
-        split: of a ``DatasetDict`` or a hub data set. Files and a single ``Dataset`` have no splits and are read whole.
+        split: split of a ``DatasetDict`` or a hub data set. Files and a single ``Dataset`` are read in full.
 
     A row has ``prompt`` and ``completion`` (each text or chat messages, the completion exactly one assistant message),
-    or ``messages``, whose last turn is the assistant's demonstration. Null counts as absent. All rows have
-    the same form.
+    or ``messages``, whose last turn is the assistant's demonstration. Null counts as absent. All rows have the same
+    form.
 
     Raises:
-        UserError: the data cannot be read or has no rows; or rows are invalid, of which it names the first ten and the
-            total.
+        UserError: the data cannot be read or has no rows; or rows are invalid: names the first ten and the total.
     """
     name = "data"
     try:

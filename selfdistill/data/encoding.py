@@ -46,7 +46,7 @@ def encode(
         demonstrations: what to encode.
         context: the teacher's context, or None.
         max_prompt_length: limit for either prompt, in tokens; None: the window minus ``max_completion_length``.
-        max_completion_length: most tokens of a completion.
+        max_completion_length: limit for a completion, in tokens.
         window: the model's limit for prompt plus completion, in tokens; None if it has none.
         on_long_prompt: ``error`` or ``drop``.
         completion_must_fit: apply ``max_completion_length`` to the demonstrated completion, which is trained on.
@@ -90,7 +90,7 @@ def encode(
 
 @dataclass(frozen=True)
 class _Limits:
-    """Most tokens of prompts and completions."""
+    """Limits for prompts and completions, in tokens."""
 
     max_prompt_length: int | None
     max_completion_length: int
@@ -99,7 +99,7 @@ class _Limits:
 
     @property
     def prompt(self) -> int | None:
-        """Most tokens of a prompt; None if there is no limit."""
+        """Limit for a prompt; None if there is none."""
         room = None if self.window is None else self.window - self.max_completion_length
         return min((x for x in (room, self.max_prompt_length) if x is not None), default=None)
 
@@ -112,7 +112,7 @@ class _Limits:
             )
 
     def problem(self, example: Example) -> tuple[str, str] | None:
-        """What does not fit and what to do about it; None if all fits."""
+        """What is too long and what to do about it; None if nothing is."""
         source, limit = example.demonstration.source, self.prompt
         for who, ids in (("prompt", example.student_ids), ("teacher's prompt", example.teacher_ids or [])):
             if limit is not None and len(ids) > limit:
@@ -131,7 +131,7 @@ class _Limits:
 
 
 def _refuse_end_names(demonstrations: Sequence[Demonstration], chat: ChatFormat) -> None:
-    """Refuse completions that end with the name of an end token, which would then be text."""
+    """Refuse completions that end with the name of an end token, which would be encoded as plain text."""
     ended = [d.source for d in demonstrations if d.completion.rstrip().endswith(tuple(chat.end_names))]
     if ended:
         raise UserError(

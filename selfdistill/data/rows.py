@@ -76,7 +76,7 @@ def _read_file(path: str) -> list[RawRow]:
 
 
 def read_jsonl(path: str) -> list[RawRow]:
-    """The unchecked rows of a JSON Lines file; a row with invalid JSON has a problem in place of a value.
+    """The unchecked rows of a JSON Lines file; a row with invalid JSON has a problem instead of a value.
 
     Raises:
         UserError: the file is not UTF-8.
@@ -142,7 +142,7 @@ def rows_in_memory(data: Any, split: str, as_row: Callable[[Any], Any]) -> list[
     """The rows of a ``datasets.Dataset`` (or of the split of a ``DatasetDict``), or of any other iterable of rows.
 
     Raises:
-        UserError: it is neither, or there is no such split.
+        UserError: the data is neither, or has no such split.
     """
     if isinstance(data, dict) and hasattr(data, "column_names"):  # a DatasetDict
         if split not in data:
@@ -236,7 +236,7 @@ def check_rows(
         whole: what must have one form, ``set`` or ``file``, for the error.
 
     Raises:
-        UserError: names every bad row, through :func:`bad_rows`.
+        UserError: names the bad rows; see :func:`bad_rows`.
     """
     made: list[Made] = []
     bad: list[str] = []
@@ -263,6 +263,6 @@ def bad_rows(path: str, bad: Sequence[str]) -> UserError:
 
 
 def first_ten(found: Sequence[str]) -> str:
-    """The first ten on one line, and the number of the others."""
+    """The first ten on one line, and the number of others."""
     more = f"; ... and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return "; ".join(found[:_SHOWN]) + more

@@ -1,10 +1,10 @@
 """Before training: is the teacher better than the student, and which context is best?
 
-On a sample of the demonstrations, each layout of the teacher's context is measured: the teacher's greedy score, the
-likelihood it gives to the demonstration, and its distance from the student along the student's own samples. The
-student can hardly be taught more than its teacher knows, so the best teacher's score is the expected ceiling.
+On a sample of the demonstrations, each context layout is evaluated: the teacher's greedy accuracy, the log-probability
+it gives the demonstration, and its KL from the student along the student's samples. The student can hardly exceed its
+teacher, so the best teacher's accuracy is the expected ceiling.
 
-Legend: N completion tokens of all rows without padding.
+Legend: N completion tokens of all examples without padding.
 """
 
 from __future__ import annotations
@@ -64,31 +64,32 @@ LAYOUTS = (
 )
 DOCUMENT_LAYOUTS = ("document:repeats=1", "document:repeats=2", "document:show=document")
 KEPT_BYTES = 2**28
-"""Memory for what the model has read, of the students' prompts and again of one layout's."""
+"""Memory in bytes for the prefix cache of the student's prompts, and as much for one layout's."""
 POSITIONS = 8
-"""Completion tokens for which the divergence is listed one by one."""
+"""Number of leading completion tokens whose KL is listed individually."""
 
 
 def best_context(config: TrainConfig, demonstrations: Rows | None = None, loaded: LoadedModel | None = None) -> str:
-    """The best layout for a training run with ``context: auto``; says what was found.
+    """Find the best layout for a training run with ``context: auto``, and print the check.
 
-    The cost is not measured: full fine-tuning may need far more memory than the run itself.
+    The cost is not measured, because full fine-tuning may need far more memory than the run itself.
 
     Args:
-        demonstrations: rows, where the caller has them already; else ``config.data`` is read.
-        loaded: the model, where the caller has it already.
+        config: settings of the run.
+        demonstrations: the training data, if already loaded; else ``config.data`` is read.
+        loaded: the model, if already loaded.
     """
     result = check_run(config, demonstrations, loaded)
     say(repr(result))
     if result.exit_code == UNLIKELY:
-        say(f"note: self-distillation is unlikely to help; training goes on all the same, with {result.best.context}")
+        say(f"note: self-distillation is unlikely to help; training anyway, with {result.best.context}")
     return result.best.context
 
 
 def check_run(
     config: TrainConfig, demonstrations: Rows | None = None, loaded: LoadedModel | None = None
 ) -> CheckResult:
-    """Check the teacher that a training run will have, with its context, or with all layouts where that is ``auto``."""
+    """Check the teacher of a training run, with its context, or with all layouts if that is ``auto``."""
     shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
     own = {"model": config.teacher_model or config.model}
     contexts = [] if config.context == "auto" else [config.context]
@@ -104,16 +105,16 @@ def check(
     *,
     cost: bool = True,
 ) -> CheckResult:
-    """Measure student and teacher.
+    """Evaluate the student, and the teacher with each context layout.
 
     Args:
         config: settings.
-        demonstrations: rows, where the caller has them already; else ``config.data`` is read.
-        loaded: the model, where the caller has it already; else ``config.model`` is loaded.
-        cost: also measure what a training step takes, by one forward and backward pass.
+        demonstrations: the data, if already loaded; else ``config.data`` is read.
+        loaded: the model, if already loaded; else ``config.model`` is loaded.
+        cost: also estimate time and memory of a training step, from one forward and backward pass.
 
     Raises:
-        UserError: bad settings, data or model, or no layout that fits.
+        UserError: settings, data or model are invalid, or no layout fits.
     """
     began = time.monotonic()
     rows = load_demonstrations(config.data if demonstrations is None else demonstrations, split=config.split)
@@ -136,7 +137,7 @@ def check(
             reporter.advance(number + 1, name)
     if not layouts:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        raise UserError(f"no context layout could be measured: {reasons}")
+        raise UserError(f"no context layout could be evaluated: {reasons}")
     layouts.sort(key=lambda layout: (-layout.accuracy, -layout.logp))
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
@@ -165,7 +166,7 @@ def check(
 
 
 class _Measure:
-    """The student's side, measured once, and the teacher's for each layout."""
+    """Evaluates the student once, and the teacher for each layout."""
 
     def __init__(self, config: CheckConfig, demonstrations: list[Demonstration], loaded: LoadedModel) -> None:
         self.config, self.pool, self.loaded = config, demonstrations, loaded
@@ -189,7 +190,7 @@ class _Measure:
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
     def _encode(self, rows: Sequence[Demonstration], context: str | None) -> list[Example]:
-        """The rows that fit: prompt and completion limit, and prompt and demonstration, within the window."""
+        """Encode the rows that fit the window, with ``max_completion_length`` and with the demonstration."""
         config, window = self.config, self.loaded.window
         encoded, _ = encode(
             rows,
@@ -210,13 +211,13 @@ class _Measure:
             who = "prompt" if context is None else "teacher's prompt"
             raise UserError(
                 f"{len(encoded) - len(kept)} of {len(encoded)} rows do not fit: {row.demonstration.source}: "
-                f"{who} and demonstration have {length} tokens, the "
-                f"model's window {window}; leave such rows out with --on_long_prompt drop"
+                f"{who} and demonstration have {length} tokens, limit {window} (the model's window); "
+                "drop them with --on_long_prompt drop"
             )
         return kept
 
     def student_on(self, context: str) -> tuple[float, float]:
-        """Accuracy and likelihood of the student on the rows that fit a layout."""
+        """The student's accuracy and mean log-probability of the demonstrations, on the rows that fit a layout."""
         fits = {row.demonstration.row for row in self._encode([row.demonstration for row in self.rows], context)}
         if len(fits) == len(self.rows):
             return self.student.accuracy, self.student_logp
@@ -225,7 +226,7 @@ class _Measure:
         return sum(right) / len(right), self._logp([row.student_ids for row in rows], rows, self.kept)
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
-        """The training's."""
+        """The precision of the training run."""
         return torch.autocast(self.loaded.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def _answer(self, prompts: list[list[int]], rows: Sequence[Example], loaded: LoadedModel | None = None) -> Answers:
@@ -249,7 +250,7 @@ class _Measure:
 
     @torch.no_grad()
     def _logp(self, contexts: list[list[int]], rows: Sequence[Example], kept: PrefixCache | None) -> float:
-        """Mean log-probability of the demonstrations' tokens."""
+        """Mean log-probability of the demonstrations, nats per token."""
         completions = [row.completion_ids for row in rows]
         total, count = 0.0, 0
         for start in range(0, len(contexts), 8):
@@ -262,10 +263,10 @@ class _Measure:
 
     @torch.no_grad()
     def layout(self, context: str) -> Layout:
-        """Measure one layout.
+        """Evaluate the teacher with one layout.
 
         Raises:
-            UserError: it does not fit the data or the window.
+            UserError: the layout does not fit the data or the window.
         """
         rows = self._encode([row.demonstration for row in self.rows], context)
         prompts = [row.teacher_ids or [] for row in rows]
@@ -296,7 +297,7 @@ class _Measure:
         )
 
     def closeness(self, context: str, tuned: LoadedModel | None) -> tuple[float, float | None, float | None]:
-        """KL(teacher||base), and of the fine-tuned model its accuracy and KL(fine-tuned||base), along their replies."""
+        """KL(teacher||base); also the fine-tuned model's accuracy and KL(fine-tuned||base). Each along own replies."""
         rows = self._encode([row.demonstration for row in self.rows], context)
         prompts, base = [row.student_ids for row in rows], self.loaded
         with self._arithmetic():
@@ -308,7 +309,7 @@ class _Measure:
             return teacher, answers.accuracy, kl_along(prompts, answers.ids, tuned, base)
 
     def cost(self, context: str) -> tuple[float, float, int]:
-        """Expected seconds per step, peak memory in GiB and for how many rows, from one forward and backward pass."""
+        """Expected seconds per step, peak memory in GiB and its batch size, from one forward and backward pass."""
         rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
         began = time.monotonic()
@@ -326,7 +327,7 @@ class _Measure:
             peak = torch.cuda.max_memory_allocated()
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        # AdamW's two moments and the teacher's average come on top.
+        # Plus AdamW's two moments and the teacher's average.
         return seconds, (peak + 3 * weights) / 2**30, len(rows)
 
 

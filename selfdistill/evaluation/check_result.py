@@ -1,4 +1,4 @@
-"""What the check found: the numbers of each layout, the verdict in words, the table."""
+"""The result of a check: each layout's numbers, the verdict, the table."""
 
 from __future__ import annotations
 
@@ -17,80 +17,83 @@ UNLIKELY = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """One context layout, measured."""
+    """The results of one context layout."""
 
     context: str
     items: int
-    """Rows that fit this layout and were measured."""
+    """Rows that fit this layout and were evaluated."""
     accuracy: float
-    """Share of rows that the teacher answers right, greedy."""
+    """Accuracy of the teacher's greedy replies."""
     logp: float
     """Mean log-probability of the demonstration's tokens under the teacher, nats per token."""
     kl: float
     """KL(teacher||student) along the student's samples, nats per token."""
     kl_by_position: list[float]
-    """The same for each of the first completion tokens: a high start is framing or style, not skill."""
+    """The same for each of the first completion tokens. A high start reflects framing or style, not skill."""
     length: float
-    """Mean tokens of the teacher's replies."""
+    """Mean length of the teacher's replies, in tokens."""
     truncated: float
-    """Share of the teacher's replies cut at the limit."""
+    """Share of the teacher's replies truncated at the length limit."""
     prompt_length: float
-    """Mean tokens of the teacher's prompts."""
+    """Mean length of the teacher's prompts, in tokens."""
 
 
 @dataclass(frozen=True, repr=False)
 class CheckResult(Printable):
-    """What ``selfdistill check`` found."""
+    """The result of ``selfdistill check``."""
 
     model: str
     data: str
     items: int
-    """Rows measured."""
+    """Rows evaluated."""
     dropped: int
-    """Rows of the sample that were left out because not even the student's prompt fits (``on_long_prompt: drop``)."""
+    """Sampled rows dropped because even the student's prompt is too long (``on_long_prompt: drop``)."""
     student_accuracy: float
     student_logp: float
     student_length: float
     student_truncated: float
     layouts: list[Layout]
-    """Best first: by accuracy, then by the likelihood of the demonstration."""
+    """Best first: by accuracy, then by ``logp``."""
     skipped: dict[str, str]
-    """Layouts that could not be measured, with the reason."""
+    """Layouts that could not be evaluated, with the reason."""
     teacher_kl: float
     """KL(teacher||base) along the teacher's own greedy replies, nats per token, with the best layout."""
     fine_tuned_accuracy: float | None
-    """Of the model ``fine_tuned`` on the rows of the best layout; None where there is none."""
+    """Accuracy of the model ``fine_tuned`` on the rows of the best layout; None without such a model."""
     fine_tuned_kl: float | None
     """KL(fine-tuned||base) along the fine-tuned model's own greedy replies, nats per token; None as above."""
     seconds_per_step: float | None
-    """Expected, full fine-tuning at ``batch_size``; None where the cost was not measured."""
+    """Expected for full fine-tuning at ``batch_size``; None if the cost was not measured."""
     memory_gib: float | None
-    """Expected peak, full fine-tuning with an EMA teacher and ``memory_rows`` rows in one part; None as above."""
+    """Expected peak for full fine-tuning with EMA teacher and ``memory_rows`` rows per micro-batch; None as above."""
     memory_rows: int | None
-    """``batch_size``, or the rows of the best layout where there are fewer; None as above."""
+    """``batch_size``, or the number of rows of the best layout if smaller; None as above."""
     verdict: str
     exit_code: int
     """0: worth trying; 4: unlikely to help."""
     seconds: float
-    """What measuring took."""
+    """Duration of the check."""
 
     @property
     def best(self) -> Layout:
         return self.layouts[0]
 
     def print(self, console: Console) -> None:
-        """A table of the layouts, then the verdict."""
+        """Print a table of the layouts, then the verdict."""
         _print(self, console)
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``; ``best`` and ``ceiling`` are the best layout's name and accuracy."""
+        """All fields, for ``--json``, plus ``best`` and ``ceiling``: the best layout's name and accuracy."""
         return {**asdict(self), "best": self.best.context, "ceiling": self.best.accuracy}
 
 
 def verdict_on(student_accuracy: float, student_logp: float, best: Layout) -> tuple[str, int]:
-    """In words, and the exit code. Two items more than the student is the least that counts as better.
+    """The verdict and exit code. The teacher counts as better if it is right on at least two more rows.
 
-    The student's numbers are those on the rows of ``best``.
+    Args:
+        student_accuracy: on the rows of ``best``.
+        student_logp: mean log-probability of the demonstrations of these rows, nats per token.
+        best: the best layout.
     """
     items = best.items
     low, high = share_interval(round(best.accuracy * items), items)
@@ -102,21 +105,21 @@ def verdict_on(student_accuracy: float, student_logp: float, best: Layout) -> tu
         text = f"Worth trying: {scores} of {items} rows. Expect at most about {best.accuracy:.0%} after training."
         if student_accuracy == 0 and best.kl > 3:
             text += (
-                " The two are far apart, so the student may seldom come near the demonstration by itself; a lower "
+                " The two are far apart, so the student's samples may rarely resemble the demonstration. A lower "
                 "temperature or a higher learning rate helps it start."
             )
         return text, 0
-    reason = "by this score the teacher is not clearly better" if best.accuracy < 0.9 else "it knows this already"
+    reason = "the teacher is not clearly better" if best.accuracy < 0.9 else "the student already knows this"
     text = f"Self-distillation is unlikely to help: {scores} of {items} rows; {reason}."
     if best.accuracy < 0.9 and best.truncated > 0.5:
         text += (
-            f" {best.truncated:.0%} of its replies were cut at the limit, so they may be right and unfinished: raise "
-            "--max_completion_length."
+            f" {best.truncated:.0%} of its replies were truncated at the length limit, so they may be right but "
+            "unfinished: raise --max_completion_length."
         )
     elif best.accuracy < 0.9 and best.logp > student_logp:
         text += (
-            f" The demonstration is likelier to the teacher ({best.logp:.2f} nats per token) than to the student "
-            f"({student_logp:.2f}): a scorer that fits the data better may show a difference."
+            f" The demonstration is more likely under the teacher ({best.logp:.2f} nats per token) than under the "
+            f"student ({student_logp:.2f}), so a scorer that suits the data better may show a difference."
         )
     elif best.accuracy < 0.9:
         text += " Try other contexts, a larger model, or supervised fine-tuning."
@@ -149,23 +152,23 @@ def _print(result: CheckResult, console: Console) -> None:
         )
     console.print(table)
     for name, reason in result.skipped.items():
-        console.print(f"not measured: {name}: {reason}", markup=False, highlight=False)
+        console.print(f"not evaluated: {name}: {reason}", markup=False, highlight=False)
     if result.dropped:
         rows = f"{result.dropped} of {result.items + result.dropped} rows"
-        console.print(f"left out: {rows}, which do not fit", markup=False, highlight=False)
+        console.print(f"dropped: {rows}, too long", markup=False, highlight=False)
     for layout in result.layouts:
         if missing := result.items - layout.items:
-            text = f"left out: {layout.context}: {missing} of {result.items} rows, which do not fit it"
+            text = f"dropped with {layout.context}: {missing} of {result.items} rows, too long"
             console.print(text, markup=False, highlight=False)
     profile = " ".join(f"{value:.2f}" for value in result.best.kl_by_position)
     lines = [
-        "log p(demo) and KL(teacher||student) are in nats per token; KL is along the student's samples.",
+        "log p(demo) and KL(teacher||student) are in nats per token; the KL is along the student's samples.",
         f"KL of {result.best.context} at completion tokens 1, 2, ...: {profile}",
         _closeness_line(result),
         *_cost_line(result),
         *_order_line(result),
         result.verdict,
-        f"Best: --context {result.best.context}   (measured in {result.seconds:.0f} s)",
+        f"Best: --context {result.best.context}   (the check took {result.seconds:.0f} s)",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
@@ -174,16 +177,18 @@ def _print(result: CheckResult, console: Console) -> None:
 def _closeness_line(result: CheckResult) -> str:
     """The two conditions of the method (arXiv 2601.19897): the teacher is near-optimal, and close to the base."""
     best = result.best
-    text = f"In-context assumption: the teacher is right on {best.accuracy:.0%}, and {result.teacher_kl:.2f} nats per "
+    text = (
+        f"In-context assumption: the teacher has {best.accuracy:.0%} accuracy and is {result.teacher_kl:.2f} nats per "
+    )
     text += "token from the base along its own replies"
     if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None:
-        return f"{text}; selfdistill check --fine_tuned MODEL shows how far fine-tuning goes for the same."
+        return f"{text}; to compare with a fine-tuned model, give --fine_tuned MODEL."
     text += (
-        f"; the fine-tuned model on {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
+        f"; the fine-tuned model has {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
     )
     if result.fine_tuned_accuracy <= result.student_accuracy:
-        return f"{text}. It has learnt nothing, so its distance says nothing: fine-tune it further."
-    nearer = "nearer, as it should be" if result.teacher_kl < result.fine_tuned_kl else "not nearer: a bad sign"
+        return f"{text}. It has learnt nothing, so its distance is not comparable: fine-tune it further."
+    nearer = "nearer to the base, as assumed" if result.teacher_kl < result.fine_tuned_kl else "not nearer: a bad sign"
     return f"{text}: the teacher is {nearer}."
 
 
@@ -192,11 +197,11 @@ def _cost_line(result: CheckResult) -> list[str]:
         return []
     return [
         f"Expected: {result.seconds_per_step:.1f} s per step; {result.memory_gib:.1f} GiB with {result.memory_rows} "
-        "rows at a time (full fine-tuning, EMA)."
+        "rows per micro-batch (full fine-tuning, EMA)."
     ]
 
 
 def _order_line(result: CheckResult) -> list[str]:
     if len({layout.accuracy for layout in result.layouts}) > 1 or len(result.layouts) == 1:
         return []
-    return ["The scorer finds every layout equally right, so their order is by log p(demo) only."]
+    return ["All layouts have the same accuracy, so log p(demo) alone decides their order."]

@@ -1,4 +1,4 @@
-"""An evaluation as a result object, and the table it prints."""
+"""The result of an evaluation, and its table."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from selfdistill.runtime import Printable
 
 @dataclass(frozen=True, repr=False)
 class EvalResult(Printable):
-    """One model, measured, and its base where one was given."""
+    """The results of a model, and of its base if given."""
 
     model: str
     data: str
     details: dict[str, Any]
-    """Everything that was measured, as ``selfdistill eval --json`` writes it."""
+    """All results, as ``selfdistill eval --json`` writes them."""
 
     @property
     def accuracy(self) -> float:
-        """Share of right replies to the new task."""
+        """Accuracy on the new task."""
         return float(self.details["accuracy"])
 
     @property
@@ -35,12 +35,12 @@ class EvalResult(Printable):
 
     @property
     def items(self) -> int:
-        """Rows of the new task."""
+        """Number of rows of the new task."""
         return int(self.details["items"])
 
     @property
     def prior_accuracy(self) -> float | None:
-        """Mean share of right answers about prior abilities; None where none were measured."""
+        """Mean accuracy over the prior files; None without priors."""
         return self.details.get("prior_accuracy")
 
     @property
@@ -50,7 +50,7 @@ class EvalResult(Printable):
 
     @property
     def base(self) -> EvalResult | None:
-        """The base on the same items; None where none was given."""
+        """The base's result on the same items; None without a base."""
         of_base = self.details.get("base")
         if of_base is None:
             return None
@@ -58,7 +58,7 @@ class EvalResult(Printable):
         return EvalResult(self.details["settings"]["base"], self.data, {**same, **of_base})
 
     def print(self, console: Console) -> None:
-        """One line per score, beside the base's where there is one."""
+        """Print a table with one line per score, next to the base's if given."""
         _print(self.model, self.data, self.details, console)
 
 
@@ -82,54 +82,60 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
 
     items = result["items"]
     if context := result["settings"]["context"]:
-        number("shown with each new question", context, "nothing" if base else "")
+        number("context of each new question", context, "none" if base else "")
     name = f"new task, accuracy ({', '.join(result['scorers'])})"
     score(name, items, result, ("accuracy", "accuracy_interval"), base, tests.get("accuracy"))
     if "accuracy_lenient" in result:
         number(
-            "the same, lenient", f"{result['accuracy_lenient']:.3f}", f"{base['accuracy_lenient']:.3f}" if base else ""
+            "the same, lenient judge",
+            f"{result['accuracy_lenient']:.3f}",
+            f"{base['accuracy_lenient']:.3f}" if base else "",
         )
     for k, of_model in result.get("pass@k", {}).items():
         of_base = base["pass@k"][k] if base else None
         score(f"new task, pass@{k}", items, of_model, ("value", "interval"), of_base, tests.get(f"pass@{k}"))
-    for label, key in (("tokens per reply", "length"), ("of them thinking", "thinking"), ("of them said", "said")):
+    for label, key in (
+        ("tokens per reply", "length"),
+        ("  of these thinking", "thinking"),
+        ("  of these answer", "said"),
+    ):
         thinks = any(side and side["completion/thinking"] for side in (result, base))
         if key == "length" or thinks:
             key = f"completion/{key}"
             number(label, f"{result[key]:.1f}", f"{base[key]:.1f}" if base else "")
     cut = "completion/truncated"
-    number("replies cut at the limit", f"{result[cut]:.1%}", f"{base[cut]:.1%}" if base else "")
+    number("truncated replies", f"{result[cut]:.1%}", f"{base[cut]:.1%}" if base else "")
     if result["dropped"]:
-        number("rows left out as too long", str(result["dropped"]))
+        number("dropped rows (too long)", str(result["dropped"]))
     for name, prior in result.get("prior", {}).items():
         of_base = base["prior"][name] if base else None
         test = tests.get("prior", {}).get(name)
         score(f"prior: {name}", prior["items"], prior, ("accuracy", "interval"), of_base, test)
         if prior["accuracy_norm"] is not None:
             theirs = f"{of_base['accuracy_norm']:.3f}" if of_base else ""
-            number("  by length", f"{prior['accuracy_norm']:.3f}", theirs)
+            number("  normalised by length", f"{prior['accuracy_norm']:.3f}", theirs)
     if len(result.get("prior", {})) > 1:
         count = sum(prior["items"] for prior in result["prior"].values())
         keys = ("prior_accuracy", "prior_interval")
-        score("prior, mean of these", count, result, keys, base, tests.get("prior_accuracy"))
+        score("prior, mean", count, result, keys, base, tests.get("prior_accuracy"))
     for prompts, between in result.get("distance", {}).items():
         where = f"on {prompts.replace('_', ' ')} prompts"
         number(f"KL(base||model) {where}, nats per token", f"{between['kl_base']:.3f}")
         number(f"KL(model||base) {where}, nats per token", f"{between['kl_model']:.3f}")
         number(f"greedy answers changed {where}", f"{between['changed']:.0%}")
     console.print(table)
-    console.print("In brackets: 95% intervals.", highlight=False, markup=False, end=" " if base else "\n")
+    console.print("In parentheses: 95% intervals.", highlight=False, markup=False, end=" " if base else "\n")
     if base:
-        console.print("p: chance of such a difference if neither were better (paired).", highlight=False)
+        console.print("p: p-value of a paired test.", highlight=False)
     unlike = tests["accuracy"]["unlike"] if base else 0.0
-    unlike = unlike or 0.5  # of models that differ nowhere nothing can be said
+    unlike = unlike or 0.5  # models that never differ give no estimate
     smallest = smallest_difference(items, unlike)
     if smallest is None:
-        said = f"{items} items are too few to show any difference in accuracy."
+        said = f"{items} items are too few to detect any difference in accuracy."
     else:
         said = (
-            f"{items} items show a difference in accuracy of {smallest:.2f} about 3 times in 4, where two models are "
-            f"right on unlike items in {unlike:.0%} of the cases."
+            f"{items} items detect a difference in accuracy of {smallest:.2f} about 3 times in 4, if only one of the "
+            f"two models is right on {unlike:.0%} of them."
         )
     console.print(said, highlight=False)
 

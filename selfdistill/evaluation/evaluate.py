@@ -1,4 +1,4 @@
-"""Evaluation: what a model can do on the new task, what it can still do, and how far it has moved from its base."""
+"""Evaluate a model: the new task, prior abilities, and the distance from its base."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ from selfdistill.model import (
 from selfdistill.runtime import say
 
 ASKED = ("model", "base", "data", "prior", "context", "max_completion_length", "num_samples", "temperature", "seed")
-"""Settings that stand beside a result."""
+"""Settings reported with a result."""
 Evaluation = dict[str, Any]
-"""One model, measured, as it is written to JSON.
+"""The results of one model, as they are written to JSON.
 
-``accuracy``, ``accuracy_interval``, ``items``, ``dropped`` (rows too long), ``correct`` (of each item),
-``accuracy_lenient`` (where a judge was asked), ``completion/length``, ``completion/truncated``,
-``completion/thinking`` and ``completion/said`` (tokens inside and outside thinking tags); with priors ``prior`` (by
-name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct``), ``prior_accuracy`` (mean over names) and
-``prior_interval``. Intervals are of 95%.
+``accuracy``, ``accuracy_interval``, ``items``, ``dropped`` (rows too long), ``correct`` (per item), with a judge
+``accuracy_lenient``, ``completion/length``, ``completion/truncated``, ``completion/thinking`` and ``completion/said``
+(tokens inside and outside thinking tags); with priors ``prior`` (by name: ``accuracy``, ``accuracy_norm``,
+``interval``, ``items``, ``correct``), ``prior_accuracy`` (mean over names) and ``prior_interval``. All intervals are
+95% intervals.
 """
 
 
 def rows_fingerprint(parts: Mapping[str, Sequence[Any]]) -> str:
-    """SHA-256 of rows by name of the part that they are, wherever their files lie."""
+    """SHA-256 of named groups of rows, independent of where their files are."""
     rows = {
         name: [row.identity() if isinstance(row, Demonstration) else {**asdict(row), "source": ""} for row in part]
         for name, part in parts.items()
@@ -64,18 +64,18 @@ def rows_fingerprint(parts: Mapping[str, Sequence[Any]]) -> str:
 
 
 class EvaluationSet:
-    """What a model is asked, as its token ids, all checked before anything is computed.
+    """The questions of an evaluation as token ids, validated before any computation.
 
     Args:
         loaded: the model, or one with the same tokenizer.
         demonstrations: rows of the new task.
-        priors: as :func:`load_prior` gives them.
+        priors: from :func:`load_prior`.
         config: a command's settings.
-        context: what the model is shown with each question of the new task; None: the question alone.
-        pool: where contexts take other demonstrations from; default the rows themselves.
+        context: what the model sees with each question of the new task; None: the question alone.
+        pool: demonstrations that contexts may draw from; default ``demonstrations``.
 
     Raises:
-        UserError: rows that do not fit, or whose answers their scorers cannot use; a context that does not fit them.
+        UserError: rows are too long, a scorer cannot use an answer, or the context does not fit the rows.
     """
 
     def __init__(
@@ -104,17 +104,17 @@ class EvaluationSet:
         self.prompts = [row.teacher_ids or row.student_ids for row in self.rows]
         check_answers(self.demonstrations, config.scorer)
         if config.scorer and all(row.scorer for row in self.demonstrations):
-            say(f"note: every row names its own scorer, so --scorer {config.scorer} is not used")
+            say(f"note: every row has its own scorer, so --scorer {config.scorer} is ignored")
         if doubt := doubt_about(self.demonstrations, config.scorer):
             say(f"note: {doubt}")
         self.priors: list[EncodedPrior] = encode_priors(loaded, self.chat, priors)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that is asked, with its answers, wherever the files lie."""
+        """SHA-256 of all questions with their answers, independent of where the files are."""
         return rows_fingerprint({"": self.demonstrations, **{prior.name: prior.rows for prior in self.priors}})
 
     def answers(self, loaded: LoadedModel, judge: Judge | None = None, *, what: str = "new task") -> Answers:
-        """Greedy replies to the new task; ``what`` is said of the progress."""
+        """Greedy replies to the new task; ``what`` labels the progress bar."""
         return answer(
             loaded,
             self.prompts,
@@ -128,7 +128,7 @@ class EvaluationSet:
         )
 
     def ask(self, loaded: LoadedModel, judge: Judge | None = None) -> tuple[Evaluation, Answers]:
-        """Measure a model on all of it; also its greedy replies."""
+        """Evaluate a model on all questions; also returns its greedy replies to the new task."""
         answers = self.answers(loaded, judge)
         thinking = sum(answers.thinking) / len(self.rows)
         length = sum(answers.lengths) / len(self.rows)
@@ -149,7 +149,7 @@ class EvaluationSet:
         return result, answers
 
     def pass_at(self, loaded: LoadedModel, config: EvalConfig, judge: Judge | None) -> dict[str, Any]:
-        """pass@k of the new task from ``num_samples`` sampled replies a row: for each k its value, interval, items."""
+        """pass@k on the new task from ``num_samples`` samples per row: by k, ``value``, ``interval``, ``items``."""
         count = config.num_samples
         sampled = answer(
             loaded,
@@ -178,7 +178,7 @@ class EvaluationSet:
 
 
 def prior_scores(loaded: LoadedModel, chat: ChatFormat, priors: Sequence[EncodedPrior], batch_size: int) -> Evaluation:
-    """The part of an :data:`Evaluation` that is about prior abilities; empty where there are none."""
+    """The part of an :data:`Evaluation` about prior abilities; empty without priors."""
     result: Evaluation = {}
     if priors:
         found = prior_abilities(loaded, ForwardPass(loaded), chat, priors, batch_size=batch_size)
@@ -213,19 +213,22 @@ def evaluate(
     loaded: LoadedModel | None = None,
     base: LoadedModel | None = None,
 ) -> dict[str, Any]:
-    """Measure the new task, prior abilities, and what has changed since a base.
+    """Evaluate a model on the new task and prior abilities, and compare it with its base.
 
     Args:
         config: settings.
-        rows: of the new task, where the caller has them already; else ``config.data`` is read.
-        loaded: the model, where the caller has it already; else ``config.model`` is loaded.
-        base: the same of ``config.base``.
+        rows: the data of the new task, if already loaded; else ``config.data`` is read.
+        loaded: the model, if already loaded; else ``config.model`` is loaded.
+        base: the base, if already loaded; else ``config.base`` is loaded, if set.
 
     Returns:
         The model's :data:`Evaluation` with ``settings`` (``ASKED``), ``scorers``, ``dropped`` and, with
-        ``num_samples``, ``pass@k``. With ``base`` also ``base`` (the same of the base), ``paired`` (differences on the
+        ``num_samples``, ``pass@k``. With a base also ``base`` (the base's results), ``paired`` (differences on the
         same items: ``accuracy``, ``pass@k``, each prior's, ``prior_accuracy``), ``distance`` (:class:`Between` on
-        ``general`` prompts and the ``new_task``'s) and ``kl_base``, KL(base||model) on the general prompts.
+        ``general`` prompts and the ``new_task``'s) and ``kl_base``: KL(base||model) on the general prompts.
+
+    Raises:
+        UserError: settings, data or a model are invalid.
     """
     if config.replies and not Path(config.replies).absolute().parent.is_dir():
         raise UserError(f"replies {config.replies!r}: cannot be written; give a file in an existing folder")
@@ -239,7 +242,7 @@ def evaluate(
         base = load_matching(config.base, loaded, dtype=config.dtype)
     questions = EvaluationSet(loaded, demonstrations, priors, config, config.context)
     if base is not None:
-        # Rows that either has no room for are left out for both, so that both answer the same.
+        # Rows too long for either model are dropped for both, so that both answer the same items.
         for_base = EvaluationSet(base, questions.demonstrations, priors, config)
         questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context)
     result, answers = _measured(loaded, questions, config, judge)
@@ -287,7 +290,7 @@ def _general_distance(base: LoadedModel, loaded: LoadedModel, config: EvalConfig
 
 
 def _paired(base: Evaluation, model: Evaluation) -> dict[str, Any]:
-    """Differences model - base on the same items, each with its interval and p."""
+    """Differences model - base on the same items, each with its interval and p-value."""
     found: dict[str, Any] = {"accuracy": asdict(paired(base["correct"], model["correct"]))}
     for k, of_model in model.get("pass@k", {}).items():
         found[f"pass@{k}"] = asdict(paired(base["pass@k"][k]["items"], of_model["items"]))

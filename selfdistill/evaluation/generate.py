@@ -1,4 +1,4 @@
-"""Replies to prompts, as text."""
+"""Generate replies to prompts, as text."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ def generate(
     seed: int = 0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """The model's reply to each prompt.
+    """Generate the model's reply to each prompt.
 
     Args:
-        prompts: text, which is one user turn, or chat messages.
-        max_completion_length: most tokens of a reply.
-        temperature: 0: greedy.
-        top_p: nucleus sampling: smallest set of tokens with at least this mass.
-        seed: of every sample.
-        chat_template_kwargs: passed to the tokenizer's chat template.
+        loaded: the model.
+        prompts: each text (one user turn) or chat messages.
+        max_completion_length: maximum length of a reply, in tokens.
+        temperature: sampling temperature; 0: greedy.
+        top_p: nucleus sampling: sample from the smallest set of tokens with at least this mass.
+        seed: random seed for sampling.
+        chat_template_kwargs: extra arguments of the tokenizer's chat template.
     """
     chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, dict(chat_template_kwargs or {}))
     turns = [Demonstration(prompt).prompt for prompt in prompts]  # type: ignore[arg-type]
@@ -51,10 +52,10 @@ class AskResult(Printable):
     question: str
     reply: str
     base_reply: str | None
-    """None where no base was asked."""
+    """None without a base."""
 
     def print(self, console: Console) -> None:
-        """The two replies side by side."""
+        """Print the replies side by side."""
         table = Table(title=None, expand=False)
         sides = {"model": self.reply}
         if self.base_reply is not None:
@@ -66,7 +67,7 @@ class AskResult(Printable):
 
 
 def ask(config: AskConfig) -> AskResult:
-    """Ask a model, and its base where one is given, one question.
+    """Ask a model one question, and its base if given.
 
     Raises:
         UserError: a model cannot be loaded.
@@ -87,6 +88,6 @@ def ask(config: AskConfig) -> AskResult:
 
 
 def _template_options(run: str) -> dict[str, Any]:
-    """The chat template's arguments with which a run was trained; none for a model that is no run."""
+    """The ``chat_template_kwargs`` of a run; empty if the model is not a run folder."""
     file = Path(run) / "config.yaml"
     return dict(load_yaml(file, TrainConfig).get("chat_template_kwargs") or {}) if file.is_file() else {}

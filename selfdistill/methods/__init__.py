@@ -1,12 +1,12 @@
-"""Methods: each a composition of slots, run by the same loop.
+"""Methods: each is a composition of slots, run by the same loop.
 
 The slots of a method define its training data and the teacher's context (examples), whose tokens are scored (sequence),
 whose weights score them (teacher), the loss and its target, and the weights of the tokens. A method with several stages
-defines them for each. The loop never depends on a method's name.
+defines them for each stage. The loop never depends on a method's name.
 
-A method is a file of its name here that has a function of its name, from the settings to the stages, and its name in
-``selfdistill.config.train.MethodName``. It uses the settings that it reads; settings that only it knows come in
-``method_settings``.
+To add a method, write a file with its name, and in it a function of the same name that maps settings to stages. Then
+add the name to ``selfdistill.config.train.MethodName``. A method uses the settings that it reads. Its own settings come
+in ``method_settings``.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ __all__ = [
 METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
     name: getattr(import_module(f"selfdistill.methods.{name}"), name) for name in get_args(MethodName)
 }
-"""Constructors by the value of ``--method``: from the settings to the stages, which share the steps evenly."""
+"""Constructors by the value of ``--method``: settings to stages, which share the steps evenly."""
 
 
 def stages_of(config: TrainConfig) -> tuple[Method, ...]:
     """The stages of the method that the settings name.
 
     Raises:
-        UserError: settings that the method refuses, or ``method_settings`` of a method that has none.
+        UserError: the method rejects the settings, or it has no ``method_settings`` but some are given.
     """
     read = _Read(config)
     METHODS[config.method](read)  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def check_steps(steps: int, method: str, stages: Sequence[Method], setting: str 
 
 
 class _Read:
-    """Settings that note the names of those that are read."""
+    """Settings that record which names are read."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
@@ -80,7 +80,7 @@ class _Read:
 
 
 def uses(config: TrainConfig, name: str) -> bool:
-    """Whether the method of these settings reads the setting ``name``; True for settings that are not a method's."""
+    """Whether the method reads the setting ``name``; True for settings that do not belong to methods."""
     if name not in MethodSettings.model_fields:
         return True
     read = _Read(config)

@@ -70,8 +70,8 @@ class GeneralPromptExamples:
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
         prompts = load_prompts(self.prompts or packaged("everyday.txt"))
-        rows, dropped = DemonstrationExamples(self.config)(prompts, loaded, chat)
-        return [replace(row, teacher_ids=row.student_ids) for row in rows], dropped
+        examples, dropped = DemonstrationExamples(self.config)(prompts, loaded, chat)
+        return [replace(example, teacher_ids=example.student_ids) for example in examples], dropped
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class DocumentExamples:
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
         config, length = self.config, self.config.max_completion_length
-        first = {row.document: row for row in reversed(demonstrations) if row.document}
+        first = {d.document: d for d in reversed(demonstrations) if d.document}
         if not first:
             raise UserError(
                 f"method {config.method!r} learns from documents, and {config.data} has none; add the column 'document'"
@@ -103,10 +103,10 @@ class DocumentExamples:
         room = min(room, config.max_prompt_length or room)
         begin = loaded.tokenizer.bos_token_id
         begin = chat.end_token_id if begin is None else begin
-        rows: list[Example] = []
-        for document, row in sorted(first.items(), key=lambda item: item[1].row):
+        examples: list[Example] = []
+        for document, demonstration in sorted(first.items(), key=lambda item: item[1].row):
             ids = [begin, *chat.encode_text(document or ""), chat.end_token_id]
             for start in range(1, len(ids), length):
-                piece = replace(row, row=len(rows), completion=document or "", prompt=())
-                rows.append(Example(piece, ids[max(0, start - room) : start], None, ids[start : start + length]))
-        return rows, 0
+                piece = replace(demonstration, row=len(examples), completion=document or "", prompt=())
+                examples.append(Example(piece, ids[max(0, start - room) : start], None, ids[start : start + length]))
+        return examples, 0

@@ -34,7 +34,7 @@ class Completion:
 class SequenceSource(Protocol):
     """Whose tokens are scored."""
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]: ...
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]: ...
 
 
 @dataclass(frozen=True)
@@ -45,33 +45,34 @@ class StudentSamples:
     num_generations: int
     seed: int
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]:
-        expanded = [row for row in rows for _ in range(self.num_generations)]
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
+        expanded = [example for example in examples for _ in range(self.num_generations)]
         seen: Counter[int] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
         seeds = []
-        for row in expanded:
-            number = row.demonstration.row
+        for example in expanded:
+            number = example.demonstration.row
             seeds.append(sample_seed(self.seed, step, number, seen[number]))
             seen[number] += 1
-        rollouts = sample(loaded, [row.student_ids for row in expanded], self.sampling, seeds)
-        return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(expanded, rollouts, strict=True)]
+        rollouts = sample(loaded, [example.student_ids for example in expanded], self.sampling, seeds)
+        return [Completion(x, r.ids, r.logps, r.truncated) for x, r in zip(expanded, rollouts, strict=True)]
 
 
 @dataclass(frozen=True)
 class DatasetCompletions:
     """Off-policy: the examples' own completions, which are the demonstrations unless replaced."""
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]:
-        return [_held(loaded, row) for row in rows]
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
+        return [_held(loaded, example) for example in examples]
 
 
-def _held(loaded: LoadedModel, row: Example) -> Completion:
-    return Completion(row, row.completion_ids, None, row.completion_ids[-1] not in loaded.end_token_ids)
+def _held(loaded: LoadedModel, example: Example) -> Completion:
+    ids = example.completion_ids
+    return Completion(example, ids, None, ids[-1] not in loaded.end_token_ids)
 
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Student samples, of which demonstrations replace some in the first steps.
+    """Student samples, some of which are replaced by demonstrations in the first steps.
 
     For a student whose own samples never come close to the demonstration. Step n (from 0) uses each demonstration with
     probability 1 - n / ``steps``.
@@ -80,8 +81,8 @@ class ColdStart:
     samples: StudentSamples
     steps: int
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], step: int) -> list[Completion]:
-        completions = self.samples(loaded, rows, step)
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
+        completions = self.samples(loaded, examples, step)
         chance = random.Random(f"{self.samples.seed}-{step}")
         share = 1 - step / self.steps
         return [_held(loaded, c.example) if chance.random() < share else c for c in completions]
@@ -99,32 +100,32 @@ class TeacherSamples:
     seed: int
     batch_size: int
 
-    def __call__(self, loaded: LoadedModel, rows: Sequence[Example], folder: Path) -> list[Example]:
-        """The examples with these completions; a resumed run reads them from ``SAMPLES_FILE`` in ``folder``."""
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], folder: Path) -> list[Example]:
+        """The examples with sampled completions; a resumed run reads them from ``SAMPLES_FILE`` in ``folder``."""
         kept = {line["key"]: line["ids"] for line in read_lines(folder / SAMPLES_FILE)}
-        keys = [self._key(row) for row in rows]
+        keys = [self._key(example) for example in examples]
         if kept.keys() >= set(keys):
-            return [replace(row, completion_ids=kept[key]) for row, key in zip(rows, keys, strict=True)]
+            return [replace(x, completion_ids=kept[key]) for x, key in zip(examples, keys, strict=True)]
         drawn: list[Example] = []
-        with ProgressBar("teacher's samples", len(rows)) as reporter:
-            for start in range(0, len(rows), self.batch_size):
-                part = rows[start : start + self.batch_size]
-                seeds = [sample_seed(self.seed, 0, row.demonstration.row, 0) for row in part]
-                rollouts = sample(loaded, [row.teacher_ids or [] for row in part], self.sampling, seeds)
-                drawn += [replace(row, completion_ids=r.ids) for row, r in zip(part, rollouts, strict=True)]
+        with ProgressBar("teacher's samples", len(examples)) as reporter:
+            for start in range(0, len(examples), self.batch_size):
+                part = examples[start : start + self.batch_size]
+                seeds = [sample_seed(self.seed, 0, example.demonstration.row, 0) for example in part]
+                rollouts = sample(loaded, [example.teacher_ids or [] for example in part], self.sampling, seeds)
+                drawn += [replace(x, completion_ids=r.ids) for x, r in zip(part, rollouts, strict=True)]
                 reporter.advance(len(drawn))
         return drawn
 
-    def _key(self, row: Example) -> str:
+    def _key(self, example: Example) -> str:
         """Hash of what an example's sample depends on, apart from the model."""
-        parts = [row.demonstration.row, row.teacher_ids, asdict(self.sampling), self.seed]
+        parts = [example.demonstration.row, example.teacher_ids, asdict(self.sampling), self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def write(self, folder: Path, rows: Sequence[Example], chat: ChatFormat) -> None:
+    def write(self, folder: Path, examples: Sequence[Example], chat: ChatFormat) -> None:
         """Save the samples, for a resumed run and for inspection."""
-        texts = ((row, chat.decode(row.completion_ids)) for row in rows)
+        texts = ((x, chat.decode(x.completion_ids)) for x in examples)
         lines = [
-            {"source": row.demonstration.source, "text": text, "ids": row.completion_ids, "key": self._key(row)}
-            for row, text in texts
+            {"source": x.demonstration.source, "text": text, "ids": x.completion_ids, "key": self._key(x)}
+            for x, text in texts
         ]
         write_atomically(folder / SAMPLES_FILE, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))

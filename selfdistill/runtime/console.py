@@ -70,7 +70,7 @@ class ProgressBar:
             self._progress.stop()
 
     def advance(self, done: int, note: str = "") -> None:
-        """Report that ``done`` parts of the total are done."""
+        """Report that ``done`` of the parts are done."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
             return
@@ -85,7 +85,7 @@ class ProgressBar:
 
 @contextmanager
 def progress_shown(show: bool) -> Iterator[None]:
-    """Whether bars and lines of progress reach standard error; lines that do not go to the logger ``selfdistill``."""
+    """Show progress on standard error, or hide bars and send lines to the logger ``selfdistill``."""
     global _silent
     before, _silent = _silent, _silent or not show
     try:
@@ -105,11 +105,11 @@ def say(message: str) -> None:
 
 
 class Printable(ABC):
-    """A result that prints itself: on a terminal, as text in a Python session, as HTML in a notebook."""
+    """A result that prints itself: in a terminal, as text in a Python session, as HTML in a notebook."""
 
     @abstractmethod
     def print(self, console: Console) -> None:
-        """Write the result to a console."""
+        """Print the result to a console."""
 
     def __repr__(self) -> str:
         console = Console(file=StringIO(), width=100)
@@ -117,7 +117,7 @@ class Printable(ABC):
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
     def figure(self) -> str:
-        """An SVG to stand below the text in a notebook; none by default."""
+        """An SVG shown below the text in a notebook; empty by default."""
         return ""
 
     def _repr_html_(self) -> str:

@@ -165,8 +165,8 @@ class BatchGradient:
         size = max(1, math.ceil((own.stop - own.start) / self.config.gradient_accumulation_steps))
         parts = []
         for start in range(own.start, own.stop, size):
-            rows = slice(start, min(start + size, own.stop))
-            parts.append(_Part(completions[rows], mask_BT[rows], weights_BT[rows], factor_B[rows]))
+            part = slice(start, min(start + size, own.stop))
+            parts.append(_Part(completions[part], mask_BT[part], weights_BT[part], factor_B[part]))
         return parts, reward
 
     def _networks(self) -> list[torch.nn.Module]:
@@ -175,7 +175,7 @@ class BatchGradient:
         return [self.loaded.model, *(network for teacher in teachers for network in teacher.networks)]
 
     def _score_teachers(self, method: Method, part: _Part) -> tuple[_Scored | None, _Scored | None]:
-        """Run the teacher on its own prompts and the base on the student's; None for those that the method lacks."""
+        """Run the teacher on its own prompts and the base on the student's; None for each that the method lacks."""
         taught = base = None
         if method.teacher and self.teacher:
             contexts = [c.example.teacher_ids or [] for c in part.completions]

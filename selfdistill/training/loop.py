@@ -1,7 +1,7 @@
-"""The loop: step, report, measure, save, stop when asked or when the run falls apart.
+"""The training loop: step, log, evaluate, save; stop on a signal or a collapse.
 
-The order of the data, the learning rate and the randomness of every sample are functions of the seed and the step, so
-a run that is resumed repeats the numbers of one that was not interrupted.
+Data order, learning rate and the random state of every sample depend only on the seed and the step. So a resumed run
+gives the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from selfdistill.training.token_views import token_views
 from selfdistill.training.trainer import Trainer
 
 OnStep = Callable[[int, LoadedModel, dict[str, Any]], object]
-"""Called after every step with its number, the model and the step's metrics; True ends the run there."""
+"""Called after every step with its number, the model and the step's metrics; returning True ends training."""
 
 
 class Loop:
-    """The steps of a run from ``position`` on, with the files that they write into ``output_dir``."""
+    """Runs the steps after ``position`` and writes their files to ``output_dir``."""
 
     def __init__(self, trainer: Trainer, output_dir: Path, position: Position) -> None:
         config, step = trainer.config, position.step
@@ -54,31 +54,31 @@ class Loop:
             config.max_steps,
         )
         self.step = step
-        """Whose model ``run`` holds."""
+        """Step of the current model; after a collapse, that of the restored checkpoint."""
         self._metrics = MetricsFile(output_dir / "metrics.jsonl", step)
         self._reporter = ProgressBar("step", config.max_steps, start=step, every=config.logging_steps)
         self._tracker = Tracker(trainer.accelerator, config, output_dir, step)
         self._watch = _Watch(trainer, output_dir, step, self._tracker)
         self._guard = CollapseGuard([_demonstrated(stage) for stage in trainer.stages])
         self._said: set[tuple[int, str]] = set()
-        """Stage and name of the signs that were said."""
+        """Stage and name of each sign already reported."""
         self.signs: list[str] = []
-        """What was said of them, with the step."""
+        """The reported signs of collapse, each with its step."""
         for line in read_lines(output_dir / "metrics.jsonl"):
-            if line["step"] <= step:  # the first process may not yet have cut the others
+            if line["step"] <= step:  # rank 0 may not have removed the later lines yet
                 self._signs(line)
 
     def go_on(self, on_step: OnStep | None) -> None:
-        """Do all steps that are left; ``on_step`` is that of :func:`selfdistill.training.train.train`.
+        """Run all remaining steps; ``on_step`` as in :func:`selfdistill.training.train.train`.
 
         Raises:
-            RunStopped: a signal came; everything is saved.
-            RunFailed: too many steps in a row were left out.
-            RunCollapsed: with ``stop_on_collapse``; the model is that of the last measurement before.
+            RunStopped: a signal stopped the run; its progress is saved.
+            RunFailed: too many consecutive steps were skipped.
+            RunCollapsed: with ``stop_on_collapse``; the model of an evaluation before the collapse is restored.
         """
         start = self._position.step
         with self._watch, self._metrics, self._tracker, self._reporter, StopRequests() as stop:
-            # What a run that was stopped there had no time for.
+            # An interrupted run may have missed the evaluation of its last step.
             self._watch.look(start, last=start == self._max_steps)
             if on_step and start == 0:
                 on_step(0, self._trainer.loaded, {})
@@ -90,20 +90,20 @@ class Loop:
                 every = self._trainer.config.save_steps
                 received = all_reduce_max(
                     stop.received or 0, self._trainer.accelerator.device
-                )  # any process may have got it
+                )  # a signal may reach any rank
                 if received or (every and (last or step % every == 0)) or self._is_spared(step):
                     self._save()
                 if received and not last:
                     raise RunStopped(
-                        f"{self._output_dir}: stopped after step {step} of {self._max_steps}, all saved; continue with "
-                        "--resume",
+                        f"{self._output_dir}: stopped after step {step} of {self._max_steps}; progress is saved, "
+                        "continue with --resume",
                         received,
                     )
                 if enough:
                     break
 
     def _step(self, step: int) -> dict[str, Any]:
-        """Step number ``step``, from 1; returns its metrics."""
+        """Run step ``step`` (from 1); returns its metrics."""
         metrics = self._trainer.step(step - 1)
         position, self.step = self._position, step
         self._position = position = replace(
@@ -117,25 +117,25 @@ class Loop:
         self._tracker.write(metrics)
         self._reporter.advance(step, _note(metrics))
         if "skipped" in metrics:
-            say(f"note: step {step} was left out: {_left_out(metrics)}")
+            say(f"note: step {step} was skipped: {_skipped(metrics)}")
         if position.skipped >= self._trainer.config.max_skipped_steps:
             self._save()
             raise RunFailed(
-                f"{self._output_dir}: {position.skipped} steps in a row were left out; of the last, step {step}, "
-                f"{_left_out(metrics)}; the weights are as they were before them. Lower --learning_rate, look at these "
-                "rows, or see metrics.jsonl for where it began"
+                f"{self._output_dir}: {position.skipped} consecutive steps were skipped; in the last, step {step}, "
+                f"{_skipped(metrics)}; they did not change the weights. Lower --learning_rate, inspect these rows, or "
+                "see metrics.jsonl for the onset"
             )
         new, signs = broadcast_from_rank0(
             lambda: self._signs(metrics)
-        )  # a drift that is measured twice may differ by a bit
+        )  # a drift measured on two ranks may differ slightly
         for sign in new:
-            say(f"note: step {step}: the run may be falling apart: {sign}")
+            say(f"note: step {step}: the run may be collapsing: {sign}")
         if signs and self._trainer.config.stop_on_collapse:
             self._return(step, signs[0])
         return metrics
 
     def _signs(self, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
-        """Signs of a step that none before it in its stage showed, and all of it."""
+        """The signs of a step: those new in its stage, and all of them."""
         number, stage = self._trainer.stage_of(metrics["step"] - 1)
         sampled = not isinstance(stage.method.sequence, DatasetCompletions)
         signs = self._guard.look(metrics, stage=number, sampled=sampled)
@@ -147,8 +147,8 @@ class Loop:
     def _measure(self, step: int, *, last: bool) -> None:
         try:
             self._watch.look(step, last=last)
-        except Exception as error:  # a judge that does not answer, memory: nothing of the training must be lost by it
-            self._save(together=isinstance(error, RaisedOnAllRanks))  # else another process may be elsewhere
+        except Exception as error:  # such as no reply from the judge, or no memory: keep the progress of the training
+            self._save(together=isinstance(error, RaisedOnAllRanks))  # else the ranks may be at different points
             raise
 
     def _save(self, *, together: bool = True) -> None:
@@ -170,40 +170,40 @@ class Loop:
             barrier()
 
     def _is_spared(self, step: int) -> bool:
-        """Whether the model of a measured step is one that a run which falls apart could return to."""
+        """Whether a collapsed run could still return to the checkpoint of an evaluated step."""
         steps = self._watch.measured
         older = [other for other in steps if other <= self._position.step - COLLAPSE_WINDOW]
         return self._trainer.config.stop_on_collapse and step in steps and step > 0 and step >= max(older, default=0)
 
     def _return(self, step: int, sign: str) -> None:
-        """Put the model back to the last measurement before the run fell apart."""
+        """Restore the model of the last evaluation before the collapse."""
         trainer, begun = self._trainer, f"{self._output_dir}: stopped after step {step}: {sign}"
         before = sorted((s for s in self._watch.measured if 0 < s <= step - COLLAPSE_WINDOW), reverse=True)
         kept = next((s for s in before if corruption(checkpoint_at(self._output_dir, s)) is None), None)
         if kept is None:
             raise RunFailed(
-                f"{begun}; no checkpoint measured at least {COLLAPSE_WINDOW} steps earlier exists, so no model is "
-                f"written. {_ADVICE}"
+                f"{begun}; there is no checkpoint evaluated at least {COLLAPSE_WINDOW} steps earlier, so no final "
+                f"model is written. {_ADVICE}"
             )
         load_checkpoint(checkpoint_at(self._output_dir, kept), trainer.loaded.model, trainer.optimizer, trainer.teacher)
         self.step = kept
-        raise RunCollapsed(f"{begun}; final is the model of step {kept}, measured before it began. {_ADVICE}")
+        raise RunCollapsed(f"{begun}; final is the model of step {kept}, evaluated before the collapse. {_ADVICE}")
 
 
-_ADVICE = "Lower --learning_rate, take a frozen or slower teacher, or see metrics.jsonl for where it began"
+_ADVICE = "Lower --learning_rate, use a frozen or slower teacher, or see metrics.jsonl for the onset"
 
 
 def _demonstrated(stage: Stage) -> float | None:
-    lengths = [len(row.completion_ids) for row in stage.examples if row.demonstration.completion]
+    lengths = [len(example.completion_ids) for example in stage.examples if example.demonstration.completion]
     return mean(lengths) if lengths else None
 
 
 class _Watch:
-    """What is measured beside training: ``evaluations.jsonl`` and ``token_views.jsonl``."""
+    """Evaluations and token views during training: ``evaluations.jsonl`` and ``token_views.jsonl``."""
 
     def __init__(self, trainer: Trainer, output_dir: Path, start: int, tracker: Tracker) -> None:
         self._trainer, self._metrics, self._tracker = trainer, output_dir / "metrics.jsonl", tracker
-        start = start or -1  # what was written before the first step is written anew, too
+        start = start or -1  # a restart from step 0 also rewrites the lines of step 0
         self._evaluations = StepsFile(output_dir / "evaluations.jsonl", start) if trainer.evaluator else None
         views = trainer.config.view_rows and trainer.teacher
         self._views = StepsFile(output_dir / "token_views.jsonl", start) if views else None
@@ -211,11 +211,11 @@ class _Watch:
 
     @property
     def measured(self) -> set[int]:
-        """Steps after which the model was measured."""
+        """Steps after which the model was evaluated."""
         return self._evaluations.steps if self._evaluations else set()
 
     def look(self, step: int, *, last: bool) -> None:
-        """After optimizer step ``step``; 0: before the first."""
+        """Evaluate after optimizer step ``step``, if due; 0: before the first."""
         trainer, config = self._trainer, self._trainer.config
         ends = last or step == 0
         if self._views and ends and step not in self._views.steps:
@@ -230,7 +230,7 @@ class _Watch:
             say(f"step {step}: {summary(found)}")
 
     def _seconds(self) -> float:
-        """Spent on training steps, measurements aside."""
+        """Seconds spent on training steps, without evaluations and drift."""
         return sum(line["time/step_s"] - line["time/drift_s"] for line in read_lines(self._metrics))
 
     def __enter__(self) -> None:
@@ -242,12 +242,12 @@ class _Watch:
 
 
 def without_gradient(output_dir: Path) -> int:
-    """Steps of a run with rewards in which every group had equal ones, so that nothing was learnt."""
+    """Number of steps with a zero gradient because all rewards of each group were equal."""
     lines = read_lines(output_dir / "metrics.jsonl")
     return sum("reward" in line and line["grad_norm"] == 0 for line in lines)
 
 
-def _left_out(metrics: dict[str, Any]) -> str:
+def _skipped(metrics: dict[str, Any]) -> str:
     rows = metrics["skipped"]["rows"]
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"{metrics['skipped']['why']} ({', '.join(rows[:5])}{more})"
@@ -261,6 +261,6 @@ def _note(metrics: dict[str, Any]) -> str:
         parts.append(f"drift {metrics['drift/student']:.3f}")
     if "reward" in metrics:
         parts.append(f"reward {metrics['reward']:.3f}")
-    parts.append(f"{metrics['completion/length']:.0f} tokens, {metrics['completion/truncated']:.0%} cut")
+    parts.append(f"{metrics['completion/length']:.0f} tokens, {metrics['completion/truncated']:.0%} truncated")
     parts.append(f"{metrics['time/step_s']:.1f} s/step")
     return "  ".join(parts)

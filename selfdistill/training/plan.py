@@ -1,4 +1,4 @@
-"""What a run would do: its settings, one row as it is seen, and the time and memory of a step, measured."""
+"""A dry run: the resolved settings, one example as student and teacher see it, and the cost of a step."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from selfdistill.training.trainer import Trainer
 
 @dataclass(frozen=True, repr=False)
 class Plan(Printable):
-    """What ``train --dry_run`` found."""
+    """The result of ``train --dry_run``."""
 
     config: TrainConfig
     """The resolved settings."""
     notes: list[str]
-    """What the start of the run would say."""
+    """Lines that the run would print at its start."""
     student_prompt: str
-    """The first row as the student sees it, special tokens included."""
+    """The first example as the student sees it, including special tokens."""
     teacher_prompt: str | None
-    """The same for the teacher; None where the method asks none."""
+    """The same for the teacher; None if the method has no teacher."""
     completion: str
-    """The demonstration with the token that ends it."""
+    """The demonstration with its end token."""
     step_seconds: float
-    """The second of two optimizer steps on this machine."""
+    """Seconds per optimizer step on this machine; the second of two steps."""
     total_seconds: float
-    """``max_steps`` of them, without evaluation and checkpoints."""
+    """Seconds for ``max_steps`` steps, without evaluations and checkpoints."""
     peak_gib: float
-    """Peak memory of these steps: of the device on CUDA, else of the process."""
+    """Peak memory of these steps in GiB: of the device with CUDA, else of the process."""
 
     def print(self, console: Console) -> None:
-        """Everything, for a terminal."""
+        """Print all of it."""
         parts = [
             "# resolved settings",
             dump_yaml(self.config).rstrip(),
-            "\n# the first row, as the student sees it",
+            "\n# the first example, as the student sees it",
             self.student_prompt,
             *(["\n# as the teacher sees it", self.teacher_prompt] if self.teacher_prompt is not None else []),
             "\n# the demonstration",
@@ -54,7 +54,7 @@ class Plan(Printable):
             "\n# the run",
             *self.notes,
             f"{self.step_seconds:.1f} s per step, {_duration(self.total_seconds)} for {self.config.max_steps} steps, "
-            f"{self.peak_gib:.1f} GiB at the peak; nothing was written",
+            f"peak memory {self.peak_gib:.1f} GiB; nothing was written",
         ]
         for part in parts:
             console.print(part, markup=False, highlight=False, soft_wrap=True)
@@ -65,10 +65,15 @@ def plan(
     demonstrations: Sequence[Demonstration] | None = None,
     loaded: LoadedModel | None = None,
 ) -> Plan:
-    """Prepare a run on one batch of its rows, do two steps of it in memory, and throw them away.
+    """Prepare a run on one batch of its data, do two steps in memory, and discard them.
+
+    Args:
+        config: settings of the run.
+        demonstrations: the training data, if already loaded.
+        loaded: the model, if already loaded; the two steps change its weights.
 
     Raises:
-        UserError: anything that would stop the run at its start.
+        UserError: any error that would stop the run at its start.
     """
     config = with_context(config, demonstrations, loaded)
     rows = demonstrations or load_demonstrations(config.data, split=config.split)

@@ -1,4 +1,4 @@
-"""A run as a result object: its folder, its curves, and its model to talk to."""
+"""A run as a result object: its folder, its metrics, and replies of its model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from selfdistill.runtime import Printable, read_lines
 
 @dataclass(frozen=True, repr=False)
 class Run(Printable):
-    """A run folder. ``Run("runs/skill")`` opens one that exists."""
+    """A run folder. ``Run("runs/skill")`` opens an existing one."""
 
     output_dir: Path
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", Path(self.output_dir))
         if not (self.output_dir / "config.yaml").is_file():
-            raise UserError(f"run {str(self.output_dir)!r}: no config.yaml in it, so it is not a run folder")
+            raise UserError(f"run {str(self.output_dir)!r}: has no config.yaml, so it is not a run folder")
 
     @property
     def final(self) -> Path:
@@ -46,7 +46,7 @@ class Run(Printable):
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """One dict per measurement on ``test``, as in ``evaluations.jsonl``."""
+        """One dict per evaluation on ``test``, as in ``evaluations.jsonl``."""
         return read_lines(self.output_dir / "evaluations.jsonl")
 
     @cached_property
@@ -58,13 +58,13 @@ class Run(Printable):
     @overload
     def generate(self, prompt: Sequence[str | Sequence[Message]], **options: Any) -> list[str]: ...
     def generate(self, prompt: Any, **options: Any) -> Any:
-        """The final model's reply to a prompt, or its replies to a list of prompts.
+        """Generate the final model's reply to a prompt, or its replies to a list of prompts. Greedy by default.
 
-        The model is loaded at the first call and kept. Greedy by default.
+        The first call loads the model; later calls reuse it.
 
         Args:
-            prompt: text, which is one user turn; or a list of prompts, each text or chat messages.
-            options: ``max_completion_length`` (tokens; default that of the run), ``temperature``, ``top_p``, ``seed``.
+            prompt: text (one user turn), or a list of prompts, each text or chat messages.
+            options: ``max_completion_length`` (tokens; default: that of the run), ``temperature``, ``top_p``, ``seed``.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         defaults: dict[str, Any] = {
@@ -75,7 +75,7 @@ class Run(Printable):
         return replies[0] if isinstance(prompt, str) else replies
 
     def print(self, console: Console) -> None:
-        """A few lines: what was trained, how the loss went, what was measured."""
+        """Print what was trained, the first and last loss, and the evaluations."""
         config, metrics = self.config, self.metrics
         lines = [
             f"Run {self.output_dir}: {config.method} on {config.model}, {len(metrics)} of {config.max_steps} steps"

@@ -1,4 +1,4 @@
-"""Set up a run before its model is prepared: its processes, and its stages with their examples.
+"""Set up a run before its model: the processes, and the stages with their examples.
 
 Legend: see :mod:`selfdistill.training.trainer`.
 """
@@ -77,7 +77,7 @@ def drawn(demonstrations: Sequence[Demonstration], config: TrainConfig) -> Seque
     if count is None or count >= len(demonstrations):
         return demonstrations
     chosen = set(random.Random(config.seed).sample(range(len(demonstrations)), count))
-    return [row for number, row in enumerate(demonstrations) if number in chosen]
+    return [demonstration for number, demonstration in enumerate(demonstrations) if number in chosen]
 
 
 def make_stages(

@@ -1,4 +1,4 @@
-"""A training run from its settings to its final model, begun or gone on with."""
+"""Run or resume a training run, from its settings to its final model."""
 
 from __future__ import annotations
 
@@ -41,15 +41,14 @@ from selfdistill.training.model_card import model_card
 from selfdistill.training.trainer import Trainer
 
 GIVEN_ROWS = ("data.jsonl", "test.jsonl")
-"""Rows that a caller had in memory, kept in the run folder before the run begins."""
+"""In-memory rows, written to the run folder before the run starts."""
 
 
 def check_output_dir(name: str, *, resume: bool) -> Path:
-    """The run folder, refused where a new run would mix with what is there.
+    """Check that a run can use the folder, and return its path.
 
     Raises:
-        UserError: it is a file, or it is not empty and no run is continued, or the run in it is finished and kept no
-            checkpoint to continue from.
+        UserError: it is a file; it is not empty and ``resume`` is False; or its run is finished and kept no checkpoint.
     """
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
@@ -57,7 +56,7 @@ def check_output_dir(name: str, *, resume: bool) -> Path:
     if not resume and folder.exists() and any(file.name not in GIVEN_ROWS for file in folder.iterdir()):
         raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with --resume")
     if resume and (folder / "final").exists() and not list_checkpoints(folder):
-        raise UserError(f"output_dir {name!r}: this run is finished and kept no checkpoint, so it cannot be continued")
+        raise UserError(f"output_dir {name!r}: this run is finished and kept no checkpoint, so it cannot be resumed")
     return folder
 
 
@@ -70,27 +69,29 @@ def train(
     loaded: LoadedModel | None = None,
     on_step: OnStep | None = None,
 ) -> Path:
-    """Train, and return the folder of the final model.
+    """Train a model.
 
-    ``output_dir`` gets ``config.yaml`` (resolved, re-runnable), ``metrics.jsonl``, ``evaluations.jsonl`` (with
+    Writes to ``output_dir``: ``config.yaml`` (resolved settings), ``metrics.jsonl``, ``evaluations.jsonl`` (with
     ``test``), ``token_views.jsonl``, checkpoints, and ``final/``, which ``AutoModelForCausalLM`` or ``PeftModel``
     loads.
 
     Args:
         config: settings.
-        resume: go on from the newest whole checkpoint in ``output_dir``, if there is one.
-        demonstrations: rows, where the caller has them already.
-        evaluator: measures the model on ``test``, where the caller has one for several runs.
-        loaded: the model, where the caller has it already; its weights are trained in place.
-        on_step: called with the step's number, the model and the step's metrics: before the first step with 0 and no
-            metrics, then after every step. Where it returns True after a step, the run ends there, as if it had been
-            the last.
+        resume: resume from the newest intact checkpoint in ``output_dir``, if any.
+        demonstrations: the training data, if already loaded.
+        evaluator: evaluates the model on ``test``, if shared by several runs.
+        loaded: the model, if already loaded; its weights are trained in place.
+        on_step: called with the step number, the model and the step's metrics: before the first step with 0 and no
+            metrics, then after every step. If it returns True after a step, training ends there.
+
+    Returns:
+        The folder of the final model.
 
     Raises:
-        UserError: anything the user can mend.
-        RunStopped: a signal came; everything is saved.
-        RunFailed: loss or gradient were not finite ``max_skipped_steps`` times in a row; or, with
-            ``stop_on_collapse``, the run fell apart.
+        UserError: a mistake the user can fix.
+        RunStopped: a signal stopped the run; its progress is saved.
+        RunFailed: loss or gradient were non-finite for ``max_skipped_steps`` consecutive steps; or, with
+            ``stop_on_collapse``, the run collapsed.
     """
     output_dir = check_output_dir(config.output_dir, resume=resume)
     check_tracker(config.report_to)
@@ -115,7 +116,7 @@ def train(
         try:
             loop.go_on(on_step)
         except RunCollapsed:
-            _save_final(trainer, output_dir, loop.step, [])  # the model is that of before
+            _save_final(trainer, output_dir, loop.step, [])  # restored from before the collapse
             raise
         _say_signs(loop, output_dir)
         return _save_final(trainer, output_dir, loop.step, loop.signs)
@@ -124,29 +125,31 @@ def train(
 def with_context(
     config: TrainConfig, demonstrations: Sequence[Demonstration] | None = None, loaded: LoadedModel | None = None
 ) -> TrainConfig:
-    """The settings with the best context in place of ``auto``, where the method shows its teacher one.
+    """Replace the context ``auto`` by the best one, if the method's teacher sees a context.
 
     Raises:
-        UserError: several processes were started, and measuring contexts is for one.
+        UserError: there are several processes; only a single one can compare contexts.
     """
     if config.context != "auto" or not uses(config, "context"):
         return config
     if world_size() > 1:
-        raise UserError("setting 'context': find the best with selfdistill check, in a single process, and name it")
+        raise UserError(
+            "setting 'context': 'auto' needs a single process; find the best with selfdistill check and name it"
+        )
     return config.model_copy(update={"context": best_context(config, demonstrations, loaded)})
 
 
 def _lock(output_dir: Path, held: ExitStack) -> None:
-    """Keep others from the run folder, as long as ``held`` is open."""
+    """Lock the run folder while ``held`` is open."""
     if is_rank0():
         held.enter_context(folder_lock(output_dir, f"output_dir {str(output_dir)!r}"))
 
 
 def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Trainer) -> None:
-    """Stop a resumed run whose settings differ from those of the folder and of its checkpoint.
+    """Refuse to resume with settings that differ from those of the folder or its checkpoint.
 
     Raises:
-        UserError: saying which.
+        UserError: names the settings.
     """
     config, written, own = trainer.config, output_dir / "config.yaml", checkpoint / "config.yaml"
     saved = TrainConfig(**load_yaml(own, TrainConfig))
@@ -156,15 +159,15 @@ def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Traine
     if len(trainer.stages) > 1 and saved.max_steps != config.max_steps:
         raise UserError(
             f"setting 'max_steps': {saved.max_steps} in {own} and now {config.max_steps}; "
-            f"{config.method} shares the steps between its stages, so their number must stay"
+            f"{config.method} divides its steps among its stages, so keep max_steps"
         )
 
 
 def _check_room(trainer: Trainer, output_dir: Path) -> list[str]:
-    """Whether disk and memory hold what the run will need; returns what it needs, in words.
+    """Check that there is enough disk space and memory; returns lines that describe what the run needs.
 
     Raises:
-        UserError: they do not.
+        UserError: there is not enough.
     """
     config, model = trainer.config, trainer.loaded.model
     saved = model.parameters() if trainer.loaded.merged_adapter else trainer.parameters
@@ -179,15 +182,15 @@ def _check_room(trainer: Trainer, output_dir: Path) -> list[str]:
     lines = [check_memory(to_come, trainer.loaded.device)]
     if kept:
         sizes = f"{one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"
-        lines.append(f"on the disk each of {kept - 1} checkpoints takes {sizes}")
+        lines.append(f"disk space: {kept - 1} checkpoints of {sizes}")
     return lines
 
 
 def _write_start(trainer: Trainer, output_dir: Path) -> None:
-    """Write the settings, and what a method drew before the first step.
+    """Write the settings, and the samples that a method drew before the first step.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder is not writable.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -203,10 +206,10 @@ def _write_start(trainer: Trainer, output_dir: Path) -> None:
 
 
 def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
-    """Where the run starts: at step 0, or at its checkpoint, which is loaded.
+    """Load the checkpoint, if any; returns the position at which the run starts.
 
     Raises:
-        UserError: the run began with other rows, weights or questions.
+        UserError: the run began with different examples, weights or evaluation data.
     """
     asked = trainer.evaluator.questions.fingerprint() if trainer.evaluator else ""
     position = Position(0, 0, trainer.fingerprint(), model=trainer.began_as, test=asked)
@@ -219,58 +222,58 @@ def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
 
 
 def _where(output_dir: Path, checkpoint: Path | None, position: Position, config: TrainConfig) -> str:
-    """Where a run that was to be resumed starts, in words."""
+    """Describe where a run with ``resume`` starts."""
     if checkpoint is None:
-        return f"note: there is no run to continue in {output_dir}: starting from the beginning"
+        return f"note: no checkpoint to resume from in {output_dir}: starting from the beginning"
     if position.step >= (config.max_steps or 0):
-        return f"all {position.step} steps are done already: a higher --max_steps would go on"
-    return f"continuing after step {position.step}"
+        return f"all {position.step} steps are already done: raise --max_steps to train further"
+    return f"resuming after step {position.step}"
 
 
 def _say_signs(loop: Loop, output_dir: Path) -> None:
-    """Say what the run showed that its final model does not."""
+    """Report signs of collapse and steps without a gradient."""
     if loop.signs:
-        say(f"note: the run showed signs of falling apart: {'; '.join(loop.signs)}. See docs/reliability.md")
+        say(f"note: the run showed signs of collapse: {'; '.join(loop.signs)}. See docs/reliability.md")
     if idle := without_gradient(output_dir):
         say(
-            f"note: in {idle} of {loop.step} steps all samples of each prompt had the same reward, so nothing was "
-            "learnt in them; easier prompts, an easier scorer or more --num_generations give more to compare"
+            f"note: in {idle} of {loop.step} steps all samples of each prompt had the same reward, so the gradient was "
+            "zero; try easier prompts, a more lenient scorer or more --num_generations"
         )
 
 
 def _check_unchanged(
     trainer: Trainer, checkpoint: Path, saved_config: TrainConfig, saved: Position, position: Position
 ) -> None:
-    """Stop a run that would go on with other rows, weights or questions than it began with, wherever they lie.
+    """Refuse to resume with different examples, weights or evaluation data. File locations may differ.
 
     Raises:
-        UserError: saying which.
+        UserError: names what changed.
     """
     config = trainer.config
     if saved.data != position.data:
         raise UserError(
-            f"{checkpoint}: the rows are not those of the run so far: data, template, tokenizer or limits "
-            "changed; put them back, or start another run"
+            f"{checkpoint}: the training examples have changed: data, template, tokenizer or limits differ; restore "
+            "them, or start a new run"
         )
     if trainer.loaded.merged_adapter and config.model != saved_config.model:
         raise UserError(
-            f"{checkpoint}: model is {saved_config.model!r} there and {config.model!r} here, and cannot be compared, "
-            "for it has an adapter folded in; put it back, or start another run"
+            f"{checkpoint}: model was {saved_config.model!r} and is now {config.model!r}; with a merged adapter the "
+            "weights cannot be compared, so use the original path, or start a new run"
         )
     if "" not in (saved.model, position.model) and saved.model != position.model:
         raise UserError(
-            f"{checkpoint}: the run began with other weights than model {config.model!r}, or teacher_model, has "
-            "now; put them back, or start another run"
+            f"{checkpoint}: the initial weights of model {config.model!r} or of teacher_model have changed; restore "
+            "them, or start a new run"
         )
     if "" not in (saved.test, position.test) and saved.test != position.test:
         raise UserError(
-            f"{checkpoint}: test {config.test!r} or prior {config.prior!r} has other rows than the run was measured on "
-            "so far; put them back, or start another run"
+            f"{checkpoint}: the rows of test {config.test!r} or prior {config.prior!r} have changed; restore them, or "
+            "start a new run"
         )
 
 
 def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str]) -> Path:
-    """Write ``final/``, the model after ``step`` with its card, in place of an earlier one."""
+    """Write ``final/``: the model after ``step`` and its card. Replaces an earlier one."""
     final, model = output_dir / "final", trainer.loaded.model
     adapter = hasattr(model, "peft_config")
     state = None

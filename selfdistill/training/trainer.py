@@ -1,6 +1,6 @@
-"""One run, and one optimizer step of it: sample, gradient, update, teacher.
+"""The trainer: one optimizer step samples completions, computes the gradient, and updates student and teacher.
 
-A method fills the slots; nothing here asks for its name.
+The method fills the slots; nothing here depends on its name.
 
 Legend: B completions of a batch, T completion tokens, N completion tokens of a part without padding, D hidden size.
 """
@@ -49,14 +49,13 @@ from selfdistill.training.stopwatch import Stopwatch
 
 
 class Trainer:
-    """Everything that lives as long as one run: model, teacher, method, encoded examples, optimizer.
+    """The state of one run: model, teacher, stages with their encoded examples, optimizer.
 
     Args:
-        config: resolved settings (a context that is not ``auto``).
-        demonstrations: rows, where the caller has them already; else ``config.data`` is read.
-        evaluator: measures the model, where the caller has one for several runs; else made where ``config.test`` is
-            set.
-        loaded: the model, where the caller has it already; else ``config.model`` is loaded.
+        config: settings, with a ``context`` other than ``auto``.
+        demonstrations: the training data, if already loaded; else ``config.data`` is read.
+        evaluator: evaluates the model, if shared by several runs; else created if ``config.test`` is set.
+        loaded: the model, if already loaded; else ``config.model`` is loaded.
     """
 
     def __init__(
@@ -71,13 +70,13 @@ class Trainer:
             demonstrations = load_demonstrations(config.data, split=config.split)
         self.loaded = loaded or load_model(config.model, dtype=config.dtype, merge_adapter=True)
         self.began_as = start_fingerprint(self.loaded)
-        """Fingerprint of the model's weights and of another teacher's, which a run that goes on must find unchanged."""
+        """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
         for note in self.loaded.notes:
             say(f"note: {note}")
         self.chat = ChatFormat(self.loaded.tokenizer, self.loaded.end_token_ids, config.chat_template_kwargs)
         self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
         self.stage = self.stages[0]
-        """Of the step at hand."""
+        """Stage of the current step."""
         self.config = with_defaults(config, len(self.stage.examples), self.accelerator.mixed_precision)
         share_steps(self.config, self.stages)
         self._prepare()
@@ -85,10 +84,12 @@ class Trainer:
 
     def _prepare(self) -> None:
         config, model = self.config, self.loaded.model
-        if not config.fsdp:  # else it may be more than the device holds
+        if not config.fsdp:  # the whole model may exceed the device's memory
             model.to(self.accelerator.device)
         elif config.lora_rank and self.loaded.merged_adapter:
-            raise UserError("setting 'fsdp' with lora_rank: the model has an adapter already; export it with --merge")
+            raise UserError(
+                "setting 'fsdp' with lora_rank: the model already has an adapter; export it with --merge first"
+            )
         if config.lora_rank:
             add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
             model = self.loaded.model
@@ -107,7 +108,7 @@ class Trainer:
                     stage.examples = stage.method.fixed(self.loaded, stage.examples, Path(config.output_dir))
         self.prefix_cache: PrefixCache | None = None
         if self.teacher and self.teacher.kind == "frozen" and not config.fsdp:
-            contexts = [row.teacher_ids or [] for s in self.stages if s.method.teacher for row in s.examples]
+            contexts = [x.teacher_ids or [] for s in self.stages if s.method.teacher for x in s.examples]
             self.prefix_cache = self.forward_pass.keep(contexts, config.teacher_cache_mib * 2**20)
         self.gradient = BatchGradient(
             config, self.accelerator, self.loaded, self.chat, self.forward_pass, self.teacher, base, self.prefix_cache
@@ -122,7 +123,7 @@ class Trainer:
         )
 
     def _make_teachers(self) -> Teacher | None:
-        """Make the teacher that the stages share; returns the base, where a target asks for it."""
+        """Create the teacher that the stages share; returns the base, if a target needs it."""
         config = self.config
         rules = {stage.method.teacher for stage in self.stages if stage.method.teacher}
         assert len(rules) < 2, "stages share one teacher"
@@ -139,16 +140,18 @@ class Trainer:
         return self.teacher if is_base else Teacher(self.loaded, "frozen")
 
     def _other_teacher(self, name: str) -> LoadedModel:
-        """A model that teaches, of the student's architecture, for it is scored in the same way."""
+        """Load a separate teacher; it must have the student's architecture."""
         other = load_matching(name, self.loaded, dtype=self.config.dtype)
         self.began_as += "+" + weights_fingerprint(other.model) if self.began_as else ""
         own, others = (unwrap(model).config.model_type for model in (self.loaded.model, other.model))
         if own != others:
-            raise UserError(f"setting 'teacher_model': {name!r} is of the kind {others}, the student of the kind {own}")
+            raise UserError(
+                f"setting 'teacher_model': {name!r} has architecture {others}, expected the student's, {own}"
+            )
         return other
 
     def _shard(self, *teachers: Teacher) -> None:
-        """Cut the student and what scores beside it into shards."""
+        """Shard the student, the teacher and the base."""
         device = self.accelerator.device
         dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
         token = torch.tensor([[self.loaded.pad_token_id]], device=device)
@@ -165,40 +168,35 @@ class Trainer:
             teacher.bind()
 
     def fingerprint(self) -> str:
-        """SHA-256 of every row as student, teacher and method see it: what a resumed run must find unchanged."""
-        rows = [
-            [row.student_ids, row.teacher_ids, row.completion_ids] for stage in self.stages for row in stage.examples
-        ]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        """SHA-256 of the encoded examples; a resumed run must find them unchanged."""
+        examples = [example for stage in self.stages for example in stage.examples]
+        ids = [[x.student_ids, x.teacher_ids, x.completion_ids] for x in examples]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     def describe(self) -> list[str]:
-        """What is about to happen, for the start of a run."""
+        """Lines that describe the run, printed at its start."""
         config, trained = self.config, sum(p.numel() for p in self.parameters)
         lines = [
             f"{config.method} on {len(stage.examples)} {stage.method.examples.what}"
-            + (f" ({stage.dropped} too long, left out)" if stage.dropped else "")
+            + (f" ({stage.dropped} too long, dropped)" if stage.dropped else "")
             + f", {stage.steps} steps of {config.batch_size}, learning rate {config.learning_rate:g}"
             for stage in self.stages
         ]
         lines += [
-            f"model: {config.model}, {trained / 1e6:.1f} M weights trained, on {self.loaded.device}"
+            f"model: {config.model}, {trained / 1e6:.1f} M trainable parameters, on {self.loaded.device}"
             + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
         ]
         if self.teacher:
             lines += [self.teacher.describe(), *([f"context: {config.context}"] if uses(config, "context") else [])]
             if self.prefix_cache:
-                lines.append(
-                    f"what it reads is kept for later epochs, as much as fits in {config.teacher_cache_mib} MiB"
-                )
+                lines.append(f"its contexts are cached for later epochs, up to {config.teacher_cache_mib} MiB")
         if is_distributed():
-            shares = " and of all weights" if config.fsdp else ""
-            lines.append(
-                f"{self.accelerator.num_processes} processes, each of which has its share of every batch{shares}"
-            )
+            shares = " and the weights" if config.fsdp else ""
+            lines.append(f"{self.accelerator.num_processes} processes, which share every batch{shares}")
         if unused := unused_settings(config):
-            lines.append(f"note: with these settings {config.method} does not use {', '.join(unused)}")
+            lines.append(f"note: {config.method} ignores these settings: {', '.join(unused)}")
         if not self.forward_pass.fused:
-            lines.append("the head is not separable from the model's own logits; they are taken whole (more memory)")
+            lines.append("the LM head cannot be fused into the loss: full logits need more memory")
         return lines
 
     def _drift_of(self, network: Any) -> float:
@@ -207,7 +205,7 @@ class Trainer:
             return self.drift.of(network)
 
     def _teacher_drift(self, students: float) -> float:
-        """The teacher's distance from where it began, measured only where it is not known: it moves on its own."""
+        """The teacher's drift; measured only for moving teachers, known for the others."""
         assert self.teacher is not None
         if self.teacher.kind in ("frozen", "live"):
             return students if self.teacher.kind == "live" else 0.0
@@ -215,14 +213,13 @@ class Trainer:
             return self._drift_of(network)
 
     def stage_of(self, step: int) -> tuple[int, Stage]:
-        """Number and stage of step ``step`` (from 0)."""
+        """The stage of step ``step`` (from 0), with its number."""
         return next((n, s) for n, s in reversed(list(enumerate(self.stages))) if s.first_step <= step)
 
     def step(self, step: int) -> dict[str, Any]:
-        """Optimizer step ``step`` (from 0); returns its metrics.
+        """Run optimizer step ``step`` (from 0); returns its metrics.
 
-        Where the loss or the gradient is not finite, weights and optimizer stay as they are, and the metrics say so in
-        ``skipped``.
+        If loss or gradient are non-finite, weights and optimizer stay unchanged, and the metrics have ``skipped``.
         """
         stopwatch = Stopwatch(self.loaded.device)
         self.stage = stage = self.stage_of(step)[1]
@@ -273,7 +270,7 @@ class Trainer:
         return rate
 
     def _measured_drift(self, done: int) -> dict[str, float]:
-        """How far student and teacher have moved after ``done`` steps; empty where it is not measured now."""
+        """Drift of student and teacher after ``done`` steps; empty if no measurement is due."""
         due = done == self.config.max_steps or (self.drift is not None and done % self.config.drift_steps == 0)
         if self.drift is None or not due:
             return {}

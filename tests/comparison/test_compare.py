@@ -208,8 +208,8 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
         compare(config.model_copy(update={"batch_size": 3}), resume=True)
     before = {file: file.read_bytes() for file in (Path(config.data), Path(config.test))}
     changed = {
-        Path(config.data): "not what this comparison began with: the demonstrations; put model, data, test and",
-        Path(config.test): "not what this comparison began with: the test rows or prior questions; put",
+        Path(config.data): "changed since this comparison began: the demonstrations; restore model, data, test and",
+        Path(config.test): "changed since this comparison began: the test rows or prior questions; restore",
     }
     for file, message in changed.items():
         write_rows([{"prompt": f"other {i}", "completion": "b", "answer": "never"} for i in range(4)], name=file.name)
@@ -218,18 +218,18 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
         file.write_bytes(before[file])
     weights = Path(config.model) / "model.safetensors"
     save_file({name: weight * 1.01 for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
-    with pytest.raises(UserError, match="not what this comparison began with: the base; put"):
+    with pytest.raises(UserError, match="changed since this comparison began: the base; restore"):
         compare(config, resume=True)
 
 
 def test_a_context_that_is_still_to_be_found_is_not_varied(settings: Callable[..., CompareConfig]) -> None:
-    with pytest.raises(UserError, match="context 'auto' is what the check finds best; name the contexts to compare"):
+    with pytest.raises(UserError, match="context 'auto' stands for the best one; name the contexts to compare"):
         compare(settings(vary={"context": ["auto", "turns"]}))
 
 
 def test_a_varied_budget_is_said(settings: Callable[..., CompareConfig]) -> None:
     result = compare(settings(methods="sft", seeds="0", vary={"num_demonstrations": [2, 4]})).details
-    assert result["budget"].endswith(" of the same demonstrations, but for num_demonstrations, which is varied.")
+    assert result["budget"].endswith(" of the same demonstrations, except for num_demonstrations, which is varied.")
     assert len(result["runs"]) == 2
 
 
@@ -257,7 +257,7 @@ def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     data = write_rows(rows, name="long.jsonl")
     config = settings(data=str(data), seeds="0", on_long_prompt="drop", max_steps=None, num_train_epochs=1)
     result = compare(config).details
-    assert "1 of 5 rows do not fit every method and are left out for all" in capsys.readouterr().err
+    assert "dropped 1 of 5 rows for all methods: too long for at least one" in capsys.readouterr().err
     assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
     assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}
 

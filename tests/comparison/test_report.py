@@ -292,7 +292,7 @@ def test_a_comparison_is_shown_with_its_runs(everything: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "no runs: give at least one, see selfdistill report --help"),
+        ("", "no runs: give at least one run folder; see selfdistill report --help"),
         ("nowhere", "nowhere: no such folder; give folders written by selfdistill train or compare"),
         (".", ".: has neither config.yaml nor comparison.json; give a run folder"),
         ("state", "state: a state of selfdistill learn, not a run; give its runs, state/skills/*/run"),

@@ -116,9 +116,9 @@ def test_the_in_context_assumption_is_measured_along_each_models_own_replies(
             total, count = total + float((log_q.exp() * (log_q - log_p)).sum()), count + len(rollout.ids)
         assert found == pytest.approx(total / count, rel=1e-4)
     said = " ".join(repr(result).split())
-    assert "In-context assumption: the teacher is right on" in said
-    assert "the fine-tuned model on 0%" in said
-    assert "It has learnt nothing, so its distance says nothing: fine-tune it further." in said
+    assert "In-context assumption: the teacher has" in said
+    assert "the fine-tuned model has 0%" in said
+    assert "It has learnt nothing, so its distance is not comparable: fine-tune it further." in said
 
 
 def test_bfloat16_arithmetic_measures_nearly_the_same(
@@ -166,11 +166,11 @@ def test_a_layout_whose_teacher_answers_right_comes_first_and_is_worth_trying(
     assert (as_json["best"], as_json["ceiling"]) == ("turns:repeats=2", 1.0)
     out = repr(result)
     assert "Best: --context turns:repeats=2" in out
-    assert "GiB with 2 rows at a time (full fine-tuning, EMA)." in " ".join(out.split())
-    assert "log p(demo) only" not in out
+    assert "GiB with 2 rows per micro-batch (full fine-tuning, EMA)." in " ".join(out.split())
+    assert "log p(demo) alone" not in out
     train = TrainConfig(model=str(model_folder()), data=str(data), output_dir="unused", max_completion_length=6)
     assert best_context(train) == "turns:repeats=2"
-    assert "training goes on" not in capsys.readouterr().err
+    assert "training anyway" not in capsys.readouterr().err
 
 
 def test_hopeless_data_is_called_unlikely(
@@ -181,8 +181,8 @@ def test_hopeless_data_is_called_unlikely(
     assert result.verdict.startswith("Self-distillation is unlikely to help: ")
     assert result.memory_rows == 4
     out = " ".join(repr(result).split())
-    assert "GiB with 4 rows at a time" in out
-    assert "The scorer finds every layout equally right, so their order is by log p(demo) only." in out
+    assert "GiB with 4 rows per micro-batch" in out
+    assert "All layouts have the same accuracy, so log p(demo) alone decides their order." in out
 
 
 def test_the_best_context_for_training_costs_nothing_takes_the_scorer_and_says_what_it_expects(
@@ -206,9 +206,7 @@ def test_the_best_context_for_training_costs_nothing_takes_the_scorer_and_says_w
     out, err = capsys.readouterr()
     assert out == ""
     assert "GiB" not in err
-    assert err.splitlines()[-1] == (
-        f"note: self-distillation is unlikely to help; training goes on all the same, with {best}"
-    )
+    assert err.splitlines()[-1] == (f"note: self-distillation is unlikely to help; training anyway, with {best}")
 
 
 def test_rows_that_do_not_fit_are_left_out_of_a_layout_or_of_all_and_counted(
@@ -226,8 +224,8 @@ def test_rows_that_do_not_fit_are_left_out_of_a_layout_or_of_all_and_counted(
     assert (result.items, result.dropped) == (4, 1)
     assert {found.context: found.items for found in result.layouts} == {"turns:repeats=1": 4, "turns:repeats=3": 2}
     out = repr(result) + "\n"
-    assert "left out: 1 of 5 rows, which do not fit\n" in out
-    assert "left out: turns:repeats=3: 2 of 4 rows, which do not fit it\n" in out
+    assert "dropped: 1 of 5 rows, too long\n" in out
+    assert "dropped with turns:repeats=3: 2 of 4 rows, too long\n" in out
     few = check(config_of(model_folder(), write_rows([{"prompt": "q" * 5, "completion": "ab"}] * 2), **settings))
     both, few_both = (next(x for x in r.layouts if x.context == "turns:repeats=3") for r in (result, few))
     assert both.logp == pytest.approx(few_both.logp, rel=1e-5)  # the rows that fit, and no others
@@ -249,7 +247,7 @@ def test_a_demonstration_beyond_the_window_is_named(
     assert [found.context for found in result.layouts] == ["turns:repeats=1"]
     assert result.skipped == {
         "turns:repeats=2": f"1 of 3 rows do not fit: {data}:3: teacher's prompt and demonstration have 523 tokens, "
-        "the model's window 512; leave such rows out with --on_long_prompt drop"
+        "limit 512 (the model's window); drop them with --on_long_prompt drop"
     }
     result = check(config_of(model_folder(), data, on_long_prompt="drop", **settings))
     assert {found.context: found.items for found in result.layouts} == {"turns:repeats=1": 3, "turns:repeats=2": 2}
@@ -257,8 +255,8 @@ def test_a_demonstration_beyond_the_window_is_named(
     with pytest.raises(UserError) as error:
         check(config_of(model_folder(), data, **settings))
     assert str(error.value) == (
-        f"1 of 2 rows do not fit: {data}:2: prompt and demonstration have 621 tokens, the model's window 512; leave "
-        "such rows out with --on_long_prompt drop"
+        f"1 of 2 rows do not fit: {data}:2: prompt and demonstration have 621 tokens, limit 512 (the model's "
+        "window); drop them with --on_long_prompt drop"
     )
 
 
@@ -272,7 +270,7 @@ def test_layouts_that_do_not_fit_are_named_and_left_out(
         "context 'few_shot' needs 3 other demonstrations, found 2"
     )
     assert result.skipped["document:repeats=1,show=both"].startswith("context 'document' needs a document")
-    with pytest.raises(UserError, match="no context layout could be measured: document:repeats=1"):
+    with pytest.raises(UserError, match="no context layout could be evaluated: document:repeats=1"):
         check(config_of(model_folder(), data, contexts=["document"]))
 
 
@@ -285,17 +283,17 @@ def test_verdicts() -> None:
     )
     text, code = verdict_on(0.95, -0.1, layout(1.0))
     assert code == UNLIKELY
-    assert "it knows this already" in text
+    assert "the student already knows this" in text
     text, code = verdict_on(0.0, -3.0, layout(0.0, logp=-1.0))
     assert code == UNLIKELY
-    assert "a scorer that fits the data better may show a difference" in text
+    assert "a scorer that suits the data better may show a difference" in text
     text, code = verdict_on(0.5, -1.0, layout(0.5, logp=-2.0))
     assert code == UNLIKELY
     assert "Try other contexts" in text
     text, code = verdict_on(0.0, -3.0, replace(layout(0.05), truncated=1.0))
     assert code == UNLIKELY
     assert text.endswith(
-        "the teacher is not clearly better. 100% of its replies were cut at the limit, so they may be right and "
-        "unfinished: raise --max_completion_length."
+        "the teacher is not clearly better. 100% of its replies were truncated at the length limit, so they may be "
+        "right but unfinished: raise --max_completion_length."
     )
     assert "lower temperature" in verdict_on(0.0, -9.0, layout(1.0, kl=5.0))[0]

@@ -283,12 +283,9 @@ def test_a_file_for_replies_that_cannot_be_written_is_refused_first(
 
 
 def test_names_are_no_markup(
-    model_folder: Callable[..., Path],
-    write_rows: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "a[").mkdir()
     data = write_rows(count=2, name="a[/b].jsonl")
-    evaluate(EvalConfig(model=str(model_folder()), data=str(data), max_completion_length=3))
-    assert "a[/b].jsonl" in "".join(capsys.readouterr().out.split())
+    result = evaluate(EvalConfig(model=str(model_folder()), data=str(data), max_completion_length=3))
+    assert "a[/b].jsonl" in "".join(repr(EvalResult("model", str(data), result)).split())

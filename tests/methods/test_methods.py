@@ -497,7 +497,7 @@ def test_rewards_that_teach_nothing_are_said(
     train(config)
     said = capsys.readouterr().err
     assert "  reward 0.000  " in said
-    assert "note: in 3 of 3 steps all samples of each prompt had the same reward, so nothing was learnt in them" in said
+    assert "note: in 3 of 3 steps all samples of each prompt had the same reward, so the gradient was zero" in said
     train(all_of_them("other", method="grpo", max_steps=3))
     said = capsys.readouterr().err
     assert "  reward 0." in said
@@ -592,7 +592,7 @@ def test_a_file_of_prompts_that_cannot_be_used(tmp_path: Path, content: bytes, m
 def test_a_run_of_two_stages_keeps_its_number_of_steps(all_of_them: Settings) -> None:
     config = all_of_them(method="sft_reinvoke", max_steps=2, save_steps=1)
     train(config)
-    with pytest.raises(UserError, match=r"^setting 'max_steps': 2 in .*config\.yaml and now 4; sft_reinvoke shares"):
+    with pytest.raises(UserError, match=r"^setting 'max_steps': 2 in .*config\.yaml and now 4; sft_reinvoke divides"):
         train(config.model_copy(update={"max_steps": 4}), resume=True)
 
 

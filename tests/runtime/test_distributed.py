@@ -116,7 +116,7 @@ def test_a_run_whose_other_process_has_ended_says_so_in_one_line(
     second.kill()
     second.wait()
     assert first.wait(60) == 3
-    said = "another process of this run has ended; what was saved is whole, continue with --resume ("
+    said = "another process of this run has ended; its checkpoints are intact, continue with --resume ("
     assert first.log.read_text().splitlines()[-1].startswith(f"selfdistill: error: {said}")
 
 
@@ -132,7 +132,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
     children = started_together(lambda: train(stopped, on_step=second_gets(signal.SIGTERM)), tmp_path / "stopped")
     for child in children:
         assert child.wait() == 1
-        assert "stopped after step 3 of 4, all saved; continue with --resume" in child.log.read_text()
+        assert "stopped after step 3 of 4; progress is saved, continue with --resume" in child.log.read_text()
     train_together(stopped, tmp_path, resume=True)
     assert_same_run(whole, stopped)
 
@@ -140,14 +140,14 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "--model", "m"], "2 processes were started, which only train shares: start eval alone"),
+        (["eval", "--model", "m"], "found 2 processes, but only train supports several: start eval alone"),
         (
             ["train", "--model", "MODEL", "--data", "DATA", "--output_dir", "o"],
-            "setting 'context': find the best with selfdistill check, in a single process, and name it",
+            "setting 'context': 'auto' needs a single process; find the best with selfdistill check and name it",
         ),
         (
             ["train", "--model", "m", "--documents", "d", "--output_dir", "o"],
-            "setting 'documents': make the questions before (selfdistill questions), in a single process",
+            "setting 'documents': make the questions first (selfdistill questions), in a single process",
         ),
     ],
 )
@@ -219,13 +219,13 @@ def test_accelerate_launch_with_two_processes(
     tally.count(launcher.returncode not in (0, None), "exit code")
     assert time.monotonic() - began < 60
     assert not any(worker.is_running() for worker in workers)
-    assert "another process of this run has ended; what was saved is whole, continue with --resume" in text
+    assert "another process of this run has ended; its checkpoints are intact, continue with --resume" in text
     steps = int(list_checkpoints(Path(longer.output_dir))[-1].name[-8:])
     done = subprocess.run(
         command(longer, "--resume", "--max_steps", str(steps + 2)), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"continuing after step {steps}\n" in done.stderr
+    assert f"resuming after step {steps}\n" in done.stderr
     tally.finish()
 
 
@@ -256,7 +256,7 @@ def test_a_run_of_two_processes_that_falls_apart_leaves_the_model_before(
     )
     for child in started_together(lambda: train(config), tmp_path / "log"):
         assert child.wait() == 1
-        assert "final is the model of step 3, measured before it began" in child.log.read_text()
+        assert "final is the model of step 3, evaluated before the collapse" in child.log.read_text()
     assert (Path(config.output_dir) / "final" / "README.md").exists()
 
 

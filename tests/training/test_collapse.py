@@ -105,14 +105,14 @@ def test_a_run_that_falls_apart_is_warned_of_and_stopped_at_the_last_measurement
         train(config)
     assert error.value.exit_code == 3
     found = re.fullmatch(
-        rf"{re.escape(config.output_dir)}: stopped after step (\d+): (.+); final is the model of step (\d+), measured "
-        r"before it began\. Lower --learning_rate, take a frozen or slower teacher, or see metrics.jsonl for where it "
-        "began",
+        rf"{re.escape(config.output_dir)}: stopped after step (\d+): (.+); final is the model of step (\d+), evaluated "
+        r"before the collapse\. Lower --learning_rate, use a frozen or slower teacher, or see metrics.jsonl for the "
+        "onset",
         str(error.value),
     )
     assert found is not None, str(error.value)
     stopped, sign, kept = int(found[1]), found[2], int(found[3])
-    assert f"note: step {stopped}: the run may be falling apart: {sign}\n" in capsys.readouterr().err
+    assert f"note: step {stopped}: the run may be collapsing: {sign}\n" in capsys.readouterr().err
     assert [line["step"] for line in metrics_of(config)][-1] == stopped < 40
     assert kept % 3 == 0
     assert stopped - COLLAPSE_WINDOW - 3 < kept <= stopped - COLLAPSE_WINDOW
@@ -124,8 +124,8 @@ def test_a_run_that_falls_apart_is_warned_of_and_stopped_at_the_last_measurement
     only_warned = falling_apart("warned")
     train(only_warned)
     said = capsys.readouterr().err
-    assert f"note: step {stopped}: the run may be falling apart: {sign}\n" in said
-    assert f"note: the run showed signs of falling apart: step {stopped}: {sign}" in said
+    assert f"note: step {stopped}: the run may be collapsing: {sign}\n" in said
+    assert f"note: the run showed signs of collapse: step {stopped}: {sign}" in said
     told = f"- The run showed signs of collapse: step {stopped}: {sign}"
     assert told in (Path(only_warned.output_dir) / "final" / "README.md").read_text()
     assert "signs of collapse" not in (Path(config.output_dir) / "final" / "README.md").read_text()
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
         if step == 5:
             (Path(config.output_dir) / "checkpoint-00000003" / "state.json").write_text("{}")
 
-    with pytest.raises(RunFailed, match="no checkpoint measured at least 5 steps earlier exists"):
+    with pytest.raises(RunFailed, match="there is no checkpoint evaluated at least 5 steps earlier"):
         train(config, on_step=spoil)
 
 
@@ -163,7 +163,7 @@ def test_the_card_tells_of_the_model_that_was_gone_back_to(falling_apart: Callab
 def test_the_option_on_resuming_stops_a_run_that_is_already_apart(falling_apart: Callable[..., TrainConfig]) -> None:
     train(falling_apart(save_steps=20))
     with pytest.raises(
-        RunFailed, match=r"stopped after step 4[1-5]: .*; no checkpoint measured at least 5 steps earlier exists"
+        RunFailed, match=r"stopped after step 4[1-5]: .*; there is no checkpoint evaluated at least 5 steps earlier"
     ):
         train(falling_apart(save_steps=20, max_steps=60, stop_on_collapse=True), resume=True)
 
@@ -173,7 +173,7 @@ def test_a_run_that_falls_apart_before_it_was_measured_leaves_no_model(
 ) -> None:
     config = falling_apart(eval_steps=39, stop_on_collapse=True)
     with pytest.raises(
-        RunFailed, match="no checkpoint measured at least 5 steps earlier exists, so no model is written"
+        RunFailed, match="there is no checkpoint evaluated at least 5 steps earlier, so no final model is written"
     ):
         train(config)
     assert not (Path(config.output_dir) / "final").exists()
@@ -183,11 +183,11 @@ def test_the_guard_of_a_resumed_run_remembers_what_it_said(
     falling_apart: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(falling_apart(save_steps=20))
-    assert "the run may be falling apart" in capsys.readouterr().err
+    assert "the run may be collapsing" in capsys.readouterr().err
     train(falling_apart(save_steps=20, max_steps=41), resume=True)
     said = capsys.readouterr().err
-    assert "the run may be falling apart" not in said
-    assert "note: the run showed signs of falling apart: step 10: " in said
+    assert "the run may be collapsing" not in said
+    assert "note: the run showed signs of collapse: step 10: " in said
 
 
 def test_going_back_needs_measurements(settings: Callable[..., TrainConfig]) -> None:

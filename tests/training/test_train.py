@@ -399,15 +399,15 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(
     assert list_checkpoints(Path(crashed.output_dir)) == []
     capsys.readouterr()
     train(crashed, resume=True)
-    assert f"there is no run to continue in {crashed.output_dir}: starting" in capsys.readouterr().err
+    assert f"no checkpoint to resume from in {crashed.output_dir}: starting" in capsys.readouterr().err
     assert_same_run(whole, crashed)
 
 
 def test_what_a_run_decides_and_does_not_use_is_said(settings: Callable[..., TrainConfig]) -> None:
     run = Trainer(settings(method="sft", context="turns", teacher="frozen", lora_rank=4))
     assert run.config.lora_alpha == 8
-    assert "note: with these settings sft does not use context, teacher" in run.describe()
-    assert not any("does not use" in line for line in Trainer(settings(teacher="frozen")).describe())
+    assert "note: sft ignores these settings: context, teacher" in run.describe()
+    assert not any("ignores these settings" in line for line in Trainer(settings(teacher="frozen")).describe())
 
 
 def test_resuming_a_finished_run_writes_the_same_final_model_again(settings: Callable[..., TrainConfig]) -> None:
@@ -447,7 +447,7 @@ def test_a_run_whose_model_has_changed_is_not_continued(
     weights_["model.layers.1.mlp.up_proj.weight"][0, 0] += 0.5
     save_file(weights_, copied / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        UserError, match=r"checkpoint-00000006: the run began with other weights than model '.*model', or"
+        UserError, match=r"checkpoint-00000006: the initial weights of model '.*model' or of teacher_model have"
     ):
         train(config, resume=True)
 
@@ -470,7 +470,9 @@ def test_a_run_goes_on_where_its_files_lie_elsewhere(
     }
     moved = begun.model_copy(update=places | {"max_steps": 6})
     write_rows(count=3, name="elsewhere/questions.jsonl")
-    with pytest.raises(UserError, match=r"checkpoint-00000003: test '.*questions.jsonl' or prior '.*' has other rows"):
+    with pytest.raises(
+        UserError, match=r"checkpoint-00000003: the rows of test '.*questions.jsonl' or prior '.*' have"
+    ):
         train(moved, resume=True)
     shutil.copy(test, places["test"])
     with pytest.raises(UserError, match=r"prior was '.*' and is now None; a resumed run keeps its settings"):
@@ -488,7 +490,7 @@ def test_a_run_on_a_folded_adapter_goes_on_in_its_place_only(
     train(config)
     train(config, resume=True)
     copied = shutil.copytree(config.model, tmp_path / "model")
-    with pytest.raises(UserError, match=r"checkpoint-00000006: model is '.*final' there and '.*model' here"):
+    with pytest.raises(UserError, match=r"checkpoint-00000006: model was '.*final' and is now '.*model'; with"):
         train(config.model_copy(update={"model": str(copied)}), resume=True)
 
 
@@ -531,7 +533,9 @@ def test_sigterm_saves_and_stops_with_143_and_gives_the_handler_back(settings: C
     with pytest.raises(RunStopped) as error:
         train(config, on_step=terminate_at(2))
     assert error.value.exit_code == 143
-    assert str(error.value) == (f"{config.output_dir}: stopped after step 2 of 6, all saved; continue with --resume")
+    assert str(error.value) == (
+        f"{config.output_dir}: stopped after step 2 of 6; progress is saved, continue with --resume"
+    )
     assert [path.name for path in list_checkpoints(Path(config.output_dir))] == ["checkpoint-00000002"]
     assert not (Path(config.output_dir) / "final").exists()
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -622,13 +626,13 @@ def test_steps_that_are_left_out_are_said_and_too_many_in_a_row_stop_the_run(
     assert error.value.exit_code == 3
     rows = r"train.jsonl:\d, .*train.jsonl:\d"
     assert re.fullmatch(
-        rf"{re.escape(config.output_dir)}: 3 steps in a row were left out; of the last, step 6, the gradient's norm is "
-        rf"(inf|nan) \(.*{rows}\); the weights are as they were before them. Lower --learning_rate, look at these "
-        "rows, or see metrics.jsonl for where it began",
+        rf"{re.escape(config.output_dir)}: 3 consecutive steps were skipped; in the last, step 6, the gradient's norm "
+        rf"is (inf|nan) \(.*{rows}\); they did not change the weights. Lower --learning_rate, inspect these "
+        "rows, or see metrics.jsonl for the onset",
         str(error.value),
     )
     said = capsys.readouterr().err
-    assert re.search(rf"^note: step 2 was left out: the gradient's norm is (inf|nan) \(.*{rows}\)$", said, re.M)
+    assert re.search(rf"^note: step 2 was skipped: the gradient's norm is (inf|nan) \(.*{rows}\)$", said, re.M)
     assert ["skipped" in line for line in metrics_of(config)] == [True, True, False, True, True, True]
     assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["4", "6"]
 
@@ -640,7 +644,7 @@ def test_a_resumed_run_remembers_how_many_steps_were_left_out(
     config = settings(max_skipped_steps=3, save_steps=2)
     with pytest.raises(Cut):
         train(config, on_step=crash_at(4))
-    with pytest.raises(RunFailed, match="3 steps in a row were left out; of the last, step 5"):
+    with pytest.raises(RunFailed, match="3 consecutive steps were skipped; in the last, step 5"):
         train(config, resume=True)
 
 
@@ -671,7 +675,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert newest_whole(Path(config.output_dir)) == before
     said = capsys.readouterr().err
     assert said.startswith(f"note: skipping the corrupt checkpoint {newest} (")
-    assert said.endswith("), so it is not used\n")
+    assert said.endswith(")\n")
     assert said.count("\n") == 1
     guilty = re.search(r"\((\S+) ", said)
     assert guilty is not None
@@ -691,9 +695,9 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     capsys.readouterr()
     train(damaged, resume=True)
     said = capsys.readouterr().err
-    assert re.search(r"checkpoint-00000004 is damaged \(weights.safetensors has 0 of \d+ bytes\), so it is not", said)
+    assert re.search(r"skipping the corrupt checkpoint .*-00000004 \(weights.safetensors has 0 of \d+ bytes\)", said)
     assert f"note: {older}: ignoring files that are not part of the checkpoint: optimizer.pt\n" in said
-    assert "continuing after step 2\n" in said
+    assert "resuming after step 2\n" in said
     assert_same_run(whole, damaged)
 
 
@@ -827,7 +831,7 @@ def test_only_what_a_frozen_teacher_reads_is_kept(
 ) -> None:
     run = Trainer(settings(**options))
     assert (run.prefix_cache is not None) == kept
-    assert any("kept for later epochs" in line for line in run.describe()) == kept
+    assert any("cached for later epochs" in line for line in run.describe()) == kept
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "live", "ema"])
@@ -977,7 +981,7 @@ def test_dropped_rows_are_counted_and_said(
     rows = [{"prompt": "x" * (300 if i == 1 else 3), "completion": "y"} for i in range(5)]
     train(settings(data=str(write_rows(rows, name="long.jsonl")), on_long_prompt="drop", max_steps=1))
     captured = capsys.readouterr()
-    assert "sdft on 4 demonstrations (1 too long, left out), 1 steps of 2" in captured.err
+    assert "sdft on 4 demonstrations (1 too long, dropped), 1 steps of 2" in captured.err
     assert captured.out == ""
 
 
@@ -1114,7 +1118,7 @@ def test_a_run_does_not_go_on_with_other_rows(
     config = settings(data=str(data), save_steps=3)
     train(config)
     write_rows(count=7, name="changing.jsonl")
-    with pytest.raises(UserError, match=r"checkpoint-00000006: the rows are not those of the run so far"):
+    with pytest.raises(UserError, match=r"checkpoint-00000006: the training examples have changed"):
         train(config, resume=True)
 
 
@@ -1122,7 +1126,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_again(settings: Callab
     config = settings(save_steps=0)
     train(config)
     before = final_weights(config)
-    with pytest.raises(UserError, match="this run is finished and kept no checkpoint, so it cannot be continued"):
+    with pytest.raises(UserError, match="this run is finished and kept no checkpoint, so it cannot be resumed"):
         train(config, resume=True)
     assert same(before, final_weights(config))
 
