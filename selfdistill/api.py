@@ -8,10 +8,21 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from selfdistill.api_inputs import Model, data_of, given_settings, kept_rows, model_of, session, train_config
+from selfdistill.api_inputs import (
+    Model,
+    RowsInFolder,
+    check_start,
+    data_of,
+    given_settings,
+    model_of,
+    on_best_device,
+    session,
+    train_config,
+)
 from selfdistill.comparison import CompareResult
 from selfdistill.comparison import compare as run_comparison
 from selfdistill.comparison import report as write_report
@@ -35,7 +46,6 @@ from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
 from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
-from selfdistill.methods import stages_of
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.training import OnStep, Plan, Run
@@ -60,7 +70,7 @@ def check(model: Model, data: Rows, *, tokenizer: Any = None, progress: bool = T
     with session(progress):
         name, loaded = model_of(model, tokenizer)
         path, rows = data_of(data)
-        return run_check(CheckConfig(model=name, data=path, **settings), rows, loaded)
+        return run_check(CheckConfig(model=name, data=path, **settings), rows, on_best_device(loaded))
 
 
 def train(
@@ -71,7 +81,7 @@ def train(
     test: Rows | None = None,
     tokenizer: Any = None,
     resume: bool = False,
-    on_step: OnStep | None = None,
+    on_step: Callable[[int, Any, dict[str, Any]], object] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Run:
@@ -85,7 +95,8 @@ def train(
         test: held-out rows on which the model is evaluated. In-memory rows are saved as ``test.jsonl``.
         tokenizer: of a loaded model.
         resume: resume the run in ``output_dir`` with the settings saved there.
-        on_step: called as ``on_step(step, model, metrics)`` after every step; returning True ends training.
+        on_step: called as ``on_step(step, model, metrics)`` after every step, with the transformers model; ends the run
+            where it returns True.
         progress: show bars and notes.
         settings: fields of :class:`TrainConfig`.
 
@@ -96,39 +107,54 @@ def train(
     """
     with session(progress):
         given = given_settings(model, output_dir, settings)
-        config, loaded = train_config(given, data, test, tokenizer, resume)
-        run_training(config, resume=resume, loaded=loaded, on_step=on_step)
-        return Run(Path(config.output_dir))
+        loaded = None
+        if "model" in given:
+            given["model"], loaded = model_of(given["model"], tokenizer)
+        rows = RowsInFolder({"data": data, "test": test}, given.get("output_dir"), given.get("split", "train"))
+        config = train_config(given | rows.paths, resume=resume)
+        with rows.kept():
+            config = check_start(config, loaded, rows, resume=resume)
+            run_training(config, resume=resume, loaded=loaded, on_step=_callback(on_step), given=rows.names)
+        return Run(config.output_dir)
+
+
+def _callback(on_step: Callable[[int, Any, dict[str, Any]], object] | None) -> OnStep | None:
+    """The caller's function as training calls it: after each step, with the model itself."""
+    if on_step is None:
+        return None
+    return lambda step, loaded, metrics: step > 0 and bool(on_step(step, loaded.model, metrics))
 
 
 def plan(
     model: Model | TrainConfig,
     data: Rows | None = None,
     *,
-    output_dir: str | os.PathLike[str] = "runs/plan",
+    output_dir: str | os.PathLike[str] | None = None,
+    test: Rows | None = None,
     tokenizer: Any = None,
     progress: bool = True,
     **settings: Any,
 ) -> Plan:
-    """Show what :func:`train` would do: settings, one example as student and teacher see it, the cost of a step.
+    """What :func:`train` would do: settings, one row as student and teacher see it, time and memory of a step.
 
-    Runs two steps in memory and writes nothing. They change the weights of a loaded model. The arguments are those of
-    :func:`train`.
-
-    Raises:
-        UserError: any error that would stop the run at its start.
+    Two steps are done in memory, on a copy of a loaded model, and discarded; nothing is written. The arguments are
+    those of :func:`train`; without ``output_dir`` the plan is that of a run in ``runs/plan``.
     """
     with session(progress):
-        given = given_settings(model, output_dir, settings)
+        given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
         given["model"], loaded = model_of(given.get("model", ""), tokenizer)
         rows = None
         if data is not None:
-            given["data"], rows = data_of(data)
+            given["data"], in_memory = data_of(data)
+            if in_memory is not None:
+                rows = load_demonstrations(in_memory, split=given.get("split", "train"))
+        if test is not None:
+            path, in_memory = data_of(test)
+            load_demonstrations(path if in_memory is None else in_memory, completion_required=False)
         config = TrainConfig(**given)
         if config.documents:
-            raise UserError("setting 'documents': make the questions first (selfdistill questions)")
-        stages_of(config)
-        return run_plan(config, None if rows is None else load_demonstrations(rows), loaded)
+            raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
+        return run_plan(config, rows, loaded)
 
 
 def evaluate(
@@ -158,7 +184,7 @@ def evaluate(
         base_name, base_loaded = (None, None) if base is None else model_of(base, tokenizer)
         path, rows = data_of(data)
         config = EvalConfig(model=name, data=path, base=base_name, **settings)
-        details = run_evaluation(config, rows, loaded, base_loaded)
+        details = run_evaluation(config, rows, on_best_device(loaded), base_loaded)
         return EvalResult(name, path, details)
 
 
@@ -189,9 +215,13 @@ def compare(
     """
     with session(progress):
         given = given_settings(model, output_dir, settings)
-        given |= kept_rows({"data": data, "test": test}, Path(output_dir), resume)
+        if not isinstance(given.get("model", ""), str):
+            raise UserError("model: every run loads it anew; save it and give its folder")
+        rows = RowsInFolder({"data": data, "test": test}, os.fspath(output_dir), given.get("split", "train"))
+        given |= rows.paths
         config = continued(given, CompareConfig)[0] if resume else CompareConfig(**given)
-        return run_comparison(config, resume=resume)
+        with rows.kept():
+            return run_comparison(config, resume=resume, given=rows.names)
 
 
 def learn(
@@ -223,11 +253,14 @@ def learn(
             if rows is None:
                 continue
             given[name], in_memory = data_of(rows)
-            if in_memory is not None:
+            if in_memory is not None and action in ("add", "stream"):
                 if not given.get("name"):
                     raise UserError("in-memory rows have no name: give name=..., the name of the skill")
                 given[name] = str(Path(folder) / f"{name}.jsonl")
-                write_demonstrations(Path(given[name]), load_demonstrations(in_memory, completion_required=False))
+                write_demonstrations(
+                    Path(given[name]),
+                    load_demonstrations(in_memory, completion_required=False, split=given.get("split", "train")),
+                )
         return run_action(LearnConfig(**given))
 
 
@@ -282,17 +315,17 @@ def make_questions(
         return QuestionsResult(Path(config.output_dir), run_questions(config))
 
 
-def report(*runs: str | os.PathLike[str] | Run, output: str | os.PathLike[str] = "report.html") -> Path:
+def report(*runs: str | os.PathLike[str], output: str | os.PathLike[str] = "report.html") -> Path:
     """Write a report of runs and comparisons as one HTML file that opens offline; returns its path."""
-    folders = [str(run.output_dir) if isinstance(run, Run) else os.fspath(run) for run in runs]
+    folders = [os.fspath(run) for run in runs]
     write_report(ReportConfig(runs=folders, output=os.fspath(output)))
     return Path(output)
 
 
 def export(
-    run: str | os.PathLike[str] | Run, *, output_dir: str | os.PathLike[str], merge: bool = False, progress: bool = True
+    run: str | os.PathLike[str], *, output_dir: str | os.PathLike[str], merge: bool = False, progress: bool = True
 ) -> Path:
     """Copy the final model of a run to a folder; returns its path. ``merge`` merges a LoRA adapter into its base."""
     with session(progress):
-        folder = str(run.output_dir) if isinstance(run, Run) else os.fspath(run)
+        folder = os.fspath(run)
         return run_export(ExportConfig(run=folder, output_dir=os.fspath(output_dir), merge=merge))

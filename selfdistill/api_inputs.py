@@ -12,13 +12,13 @@ from selfdistill.config import (
     TrainConfig,
     continued,
 )
-from selfdistill.data import Rows, load_demonstrations, write_demonstrations
+from selfdistill.data import Demonstration, Rows, load_demonstrations, write_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import stages_of
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
-from selfdistill.runtime import check_tracker, progress_shown, say
+from selfdistill.runtime import check_tracker, progress_shown, say, world_size
 from selfdistill.training import check_output_dir
 
 Model = str | os.PathLike[str] | Any
@@ -64,8 +64,13 @@ def model_of(model: Model, tokenizer: Any) -> tuple[str, LoadedModel | None]:
     """The model's name, and the model itself if already loaded."""
     if isinstance(model, str | os.PathLike):
         return os.fspath(model), None
-    loaded = to_best_device(adopt(model, tokenizer))
+    loaded = adopt(model, tokenizer)
     return loaded.name, loaded
+
+
+def on_best_device(loaded: LoadedModel | None) -> LoadedModel | None:
+    """The model where it is measured; training moves it by itself."""
+    return None if loaded is None else to_best_device(loaded)
 
 
 def data_of(data: Rows) -> tuple[str, Rows | None]:
@@ -73,59 +78,106 @@ def data_of(data: Rows) -> tuple[str, Rows | None]:
     return (os.fspath(data), None) if isinstance(data, str | os.PathLike) else ("data", data)
 
 
-def train_config(
-    given: dict[str, Any], data: Rows | None, test: Rows | None, tokenizer: Any, resume: bool
-) -> tuple[TrainConfig, LoadedModel | None]:
-    """The validated settings of a run, and the model if already loaded."""
-    loaded = None
-    if "model" in given:
-        given["model"], loaded = model_of(given["model"], tokenizer)
-    folder = Path(str(given["output_dir"])) if "output_dir" in given else None
-    if resume and folder and (folder / "config.yaml").exists():
+class RowsInFolder:
+    """The data of a run: paths, or in-memory rows that its folder keeps, so that it can be resumed.
+
+    Args:
+        given: data by setting, ``data`` and ``test``; None: not given.
+        output_dir: the run folder.
+        split: of a ``DatasetDict``.
+
+    Raises:
+        UserError: rows are invalid; or several processes would have to share them.
+    """
+
+    def __init__(self, given: dict[str, Rows | None], output_dir: str | None, split: str) -> None:
+        self.paths: dict[str, str] = {}
+        """By setting."""
+        self._rows: dict[Path, list[Demonstration]] = {}
+        for name, data in given.items():
+            if data is None:
+                continue
+            self.paths[name], rows = data_of(data)
+            if rows is None:
+                continue
+            if output_dir is None:
+                raise UserError("setting 'output_dir' is required: give output_dir=...")
+            if world_size() > 1:
+                raise UserError(f"setting {name!r}: {world_size()} processes read the rows, so give a file")
+            file = Path(output_dir) / f"{name}.jsonl"
+            self._rows[file] = load_demonstrations(rows, completion_required=name == "data", split=split)
+            self.paths[name] = str(file)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files that the folder keeps."""
+        return [file.name for file in self._rows]
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write the files; remove them again if the run never began.
+
+        Raises:
+            UserError: a file of that name holds other rows, or cannot be written.
+        """
+        missing = [file for file in self._rows if not self._is_there(file)]
+        folders = {file.parent for file in missing if not file.parent.exists()}
+        try:
+            for file in missing:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = file.with_name(f".{file.name}.unfinished")
+                write_demonstrations(unfinished, self._rows[file])
+                unfinished.replace(file)
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            for file in missing:
+                if not (file.parent / "config.yaml").exists():
+                    file.unlink(missing_ok=True)
+            for folder in folders:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+
+    def _is_there(self, file: Path) -> bool:
+        if not file.exists():
+            return False
+        before = load_demonstrations(str(file), completion_required=False)
+        if [row.identity() for row in before] != [row.identity() for row in self._rows[file]]:
+            raise UserError(
+                f"{file}: it holds other rows than those given: give the same, or choose another output_dir"
+            )
+        return True
+
+
+def train_config(given: dict[str, Any], *, resume: bool) -> TrainConfig:
+    """The settings of a run: those given, over those saved in its folder if it is resumed."""
+    if not resume:
+        return TrainConfig(**given)
+    if "output_dir" in given and (Path(given["output_dir"]) / "config.yaml").exists():
         given.pop("documents", None)  # the saved settings name the questions made from them
-    given |= kept_rows({"data": data, "test": test}, folder, resume)
-    saved = None
-    if resume:
-        config, saved = continued(given, TrainConfig)
-    else:
-        config = TrainConfig(**given)
+    config, saved = continued(given, TrainConfig)
     if saved and saved.max_steps != config.max_steps:
         change = f"max_steps was {saved.max_steps} and is now {config.max_steps}"
         say(f"{change}: the learning rate follows the new schedule from here on")
-    check_output_dir(config.output_dir, resume=resume)
-    check_tracker(config.report_to)
-    check_inputs(config)
-    stages_of(config)  # validates the settings before any long work
-    if config.documents:
-        if loaded is not None:
-            raise UserError("setting 'documents': the model writes the questions first, so give its folder or name")
-        config = with_questions(config)
-    return config, loaded
+    return config
 
 
-def kept_rows(given: dict[str, Rows | None], folder: Path | None, resume: bool) -> dict[str, str]:
-    """The paths of the data by setting; in-memory rows are written to the folder, so that the run can be resumed.
+def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFolder, *, resume: bool) -> TrainConfig:
+    """Check everything that is cheap to check; make the questions about documents, if asked for.
 
     Raises:
-        UserError: rows are invalid, the folder is taken, or the rows are not those of the resumed run.
+        UserError: a mistake the user can fix.
     """
-    paths: dict[str, str] = {}
-    for name, rows in given.items():
-        if rows is None:
-            continue
-        paths[name], in_memory = data_of(rows)
-        if in_memory is None:
-            continue
-        if folder is None:
-            raise UserError("setting 'output_dir' is required: give output_dir=...")
-        file = check_output_dir(str(folder), resume=resume) / f"{name}.jsonl"
-        loaded = load_demonstrations(in_memory, completion_required=name == "data")
-        paths[name] = str(file)
-        if resume and file.exists():
-            before = load_demonstrations(str(file), completion_required=False)
-            if [row.identity() for row in before] != [row.identity() for row in loaded]:
-                raise UserError(f"{file}: the run began with other rows: give the same, or choose another output_dir")
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        write_demonstrations(file, loaded)
-    return paths
+    check_output_dir(config.output_dir, resume=resume, given=rows.names)
+    check_tracker(config.report_to)
+    check_inputs(config)
+    stages_of(config)
+    if loaded is not None and config.lora_rank:
+        raise UserError("setting 'lora_rank': an adapter names its base; save the model and give its folder instead")
+    if not config.documents:
+        return config
+    if loaded is not None:
+        raise UserError("setting 'documents': the model writes the questions first, so give its folder or name")
+    return with_questions(config)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfdistill.cli_parser import parse
+from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
 from selfdistill.config import DemoConfig
 from selfdistill.errors import RunFailed, UserError
 from selfdistill.runtime import Printable, is_rank0, result_console, world_size
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, given = parse(list(sys.argv[1:] if argv is None else argv))
         if world_size() > 1:
             _check_processes(command, given)
+        _check_settings(command, given)
         return _RUN[command](given)
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
@@ -69,6 +70,17 @@ def _check_processes(command: str, given: dict[str, Any]) -> None:
         raise UserError("setting 'documents': make the questions first (selfdistill questions), in a single process")
 
 
+def _check_settings(command: str, given: dict[str, Any]) -> None:
+    """Find wrong and missing settings before anything heavy is imported."""
+    if given.get("resume"):  # the folder has the other settings
+        if given.get("dry_run"):
+            raise UserError("option --dry_run: a dry run does not resume; leave --resume out")
+        if "output_dir" not in given:
+            raise UserError("--resume needs the run folder: give --output_dir")
+        return
+    COMMANDS[command][0](**{name: value for name, value in given.items() if name not in ("json", *SWITCHES)})
+
+
 def _of_the_machine(error: Exception) -> tuple[str, int] | None:
     """Message and exit code of an error caused by the machine; None for any other error."""
     text = str(error)
@@ -87,6 +99,7 @@ def _train(given: dict[str, Any]) -> int:
     from selfdistill import api
 
     if given.pop("dry_run", False):
+        given.pop("resume", None)
         api.plan(**given).print(result_console())
         return 0
     run = api.train(**given)
@@ -154,9 +167,10 @@ def _questions(given: dict[str, Any]) -> int:
 
 
 def _demo(given: dict[str, Any]) -> int:
+    from selfdistill.api_inputs import session
     from selfdistill.demo import demo
 
-    with _printed(given) as show:
+    with _printed(given) as show, session(progress=True):
         config = DemoConfig(**given)
         show(None, demo(config.output_dir, config.seed))
     return 0

@@ -15,7 +15,6 @@ from conftest import ENDS, final_weights, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdistill as sd
-from selfdistill.config import CheckConfig, EvalConfig
 
 ROWS = [{"prompt": f"Where is ticket {i}?", "completion": f"Shelf {'ABCD'[i % 4]}, box {i}."} for i in range(6)]
 TINY: dict[str, Any] = {"max_completion_length": 12, "mixed_precision": "no"}
@@ -132,7 +131,7 @@ def test_a_run_on_rows_from_memory_resumes_with_them_and_refuses_others(model: s
         **options | {"max_steps": 4, "lr_scheduler_type": "constant"},
     )
     assert len(stops.metrics) == 2
-    with pytest.raises(sd.UserError, match="began with other rows"):
+    with pytest.raises(sd.UserError, match="holds other rows than those given"):
         sd.train(data=ROWS[1:], output_dir="run", resume=True)
     run = sd.train(data=ROWS, output_dir="run", resume=True)
     assert len(run.metrics) == 4
@@ -159,9 +158,8 @@ def test_a_callback_sees_every_step_and_its_metrics(model: str) -> None:
     run = sd.train(
         model, ROWS, output_dir="run", context="turns", on_step=lambda n, _model, m: seen.append((n, m)), **RUN
     )
-    assert [step for step, _ in seen] == [0, 1, 2]
-    assert seen[0][1] == {}
-    assert [metrics["loss"] for _, metrics in seen[1:]] == [line["loss"] for line in run.metrics]
+    assert [step for step, _ in seen] == [1, 2]
+    assert [metrics["loss"] for _, metrics in seen] == [line["loss"] for line in run.metrics]
 
 
 def test_progress_can_be_switched_off_and_goes_to_the_log(
@@ -233,8 +231,72 @@ def test_settings_are_refused_by_name(model: str) -> None:
         sd.Run(Path("none"))
 
 
-def test_every_setting_of_the_api_is_one_of_the_command_line() -> None:
-    from selfdistill.cli_parser import COMMANDS
+def test_a_callers_files_are_never_overwritten_and_failures_leave_nothing(model: str) -> None:
+    Path("mine").mkdir()
+    Path("mine/data.jsonl").write_text('{"prompt": "mine", "completion": "mine"}\n')
+    with pytest.raises(sd.UserError, match="it holds other rows than those given"):
+        sd.train(model, ROWS, output_dir="mine", **RUN)
+    assert Path("mine/data.jsonl").read_text() == '{"prompt": "mine", "completion": "mine"}\n'
+    for wrong in ({"test": []}, {"learning_rat": 1}, {"model": "no/such/model"}, {"report_to": "wandb"}):
+        with pytest.raises(sd.UserError):
+            sd.train(**{"model": model, "data": ROWS, "output_dir": "new", **RUN, **wrong})
+        assert not Path("new").exists()
+    with pytest.raises(sd.UserError, match="column 'answer': found"):
+        sd.train(model, [{**ROWS[0], "answer": float("nan")}], output_dir="new", **RUN)
+    run = sd.train(model, ROWS, output_dir="new", resume=True, context="turns", **RUN)
+    assert len(run.metrics) == 2
 
-    assert COMMANDS["check"][0] is CheckConfig
-    assert COMMANDS["eval"][0] is EvalConfig
+
+def test_a_split_of_data_in_memory_is_the_one_asked_for(model: str) -> None:
+    sets = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:2]))
+    sd.train(model, sets, output_dir="run", split="test", context="turns", **RUN)
+    assert len(Path("run/data.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_plan_leaves_a_loaded_model_as_it_was(model: str) -> None:
+    ours, tokenizer = loaded(model)
+    before = {name: p.detach().clone() for name, p in ours.state_dict().items()}
+    for options in ({}, {"lora_rank": 2}, {"context": "few_shot:k=3"}, {"method": "sft_reinvoke"}):
+        settings = {"context": "turns", "max_completion_length": 20} | options
+        plan = sd.plan(ours, ROWS, tokenizer=tokenizer, **RUN | settings)
+        assert f" on {len(ROWS)} demonstrations, " in plan.notes[0]
+    assert same(before, dict(ours.state_dict()))
+    sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", context="turns", **RUN)
+    with pytest.raises(sd.UserError, match="exists and is not empty"):
+        sd.plan(model, ROWS, output_dir="run", **RUN)
+
+
+def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str) -> None:
+    ours, tokenizer = loaded(model)
+    with pytest.raises(sd.UserError, match="expected a folder, a name or a transformers PreTrainedModel"):
+        sd.check(123, ROWS)
+    with pytest.raises(sd.UserError, match="tokenizer: found str"):
+        sd.check(ours, ROWS, tokenizer="gpt2")
+    with pytest.raises(sd.UserError, match="an adapter names its base"):
+        sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", lora_rank=2, **RUN)
+    with pytest.raises(sd.UserError, match="float16"):
+        sd.check(ours.half(), ROWS, tokenizer=tokenizer)
+    with pytest.raises(sd.UserError, match="frozen"):
+        sd.check(ours.float().requires_grad_(False), ROWS, tokenizer=tokenizer)
+    assert not Path("run").exists()
+
+
+def test_results_can_be_pickled_and_text_is_not_markup(model: str) -> None:
+    import pickle
+
+    from selfdistill.evaluation import AskResult
+
+    run = sd.train(model, ROWS, output_dir="run", context="turns", **RUN)
+    run.generate("Hello?")
+    assert len(pickle.dumps(run)) < 1000
+    assert pickle.loads(pickle.dumps(run)).output_dir == run.output_dir
+    assert r"\[x + y\] [/b]" in repr(AskResult("q", r"\[x + y\] [/b]", None))
+
+
+def test_silence_ends_where_it_began(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from selfdistill.runtime import progress_shown, say
+
+    with progress_shown(False), progress_shown(True):
+        say("nothing")
+    say("something")
+    assert capfd.readouterr().err == "something\n"

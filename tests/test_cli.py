@@ -1055,3 +1055,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"selfdistill {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_required_and_missing_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, field in COMMANDS[command][0].model_fields.items():
+        if field.is_required() and name not in ("runs", "run", "question", "action"):
+            begin = {"ask": ["ask", "run", "q"], "export": ["export", "run"], "learn": ["learn", "status"]}
+            assert main(begin.get(command, [command])) == 2
+            _, err = capsys.readouterr()
+            assert f"setting '{name}' is required: give --{name}" in err
+            assert err.count("\n") == 1

@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ EVALUATIONS = 5
 """Evaluations of a run after its start, if ``eval_steps`` is 0."""
 
 
-def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
+def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str] = ()) -> CompareResult:
     """Train and evaluate every method with every learning rate and seed.
 
     Writes to ``output_dir``: ``comparison.json``, rewritten after every run, ``trade_off.svg``, and a folder per run.
@@ -46,6 +47,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     Args:
         config: settings.
         resume: resume the comparison; finished runs are kept.
+        given: names of files that may be in the folder before it begins.
 
     Returns:
         The result. Its ``details`` are the content of ``comparison.json``: ``model``, ``data``, ``test``, ``prior``,
@@ -56,7 +58,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
         UserError: a mistake the user can fix.
         RunStopped: a signal stopped the comparison; its progress is saved.
     """
-    folder = check_output_dir(config.output_dir, resume=resume)
+    folder = check_output_dir(config.output_dir, resume=resume, given=given)
     config = _settled(config, folder, resume)
     base = load_for_training(config.model, dtype=config.dtype)
     demonstrations = _common_rows(config, base)

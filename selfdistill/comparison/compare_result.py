@@ -39,7 +39,8 @@ class CompareResult(Printable):
 
     def figure(self) -> str:
         """The trade-off between the new task and prior abilities, as SVG."""
-        return (self.output_dir / "trade_off.svg").read_text(encoding="utf-8")
+        file = self.output_dir / "trade_off.svg"
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
 
     def print(self, console: Console) -> None:
         """Print a table of the methods, then the conclusion."""

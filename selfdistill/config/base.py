@@ -7,6 +7,7 @@ folder) and the Python API. Settings that TRL has carry TRL's names. An unknown 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -37,6 +38,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
+        values = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in values.items()}
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -82,7 +82,7 @@ class MethodSettings(Settings):
     """Settings that only the chosen method knows, e.g. ``{"margin": 0.5}``."""
 
 
-class TrainingSettings(ModelSettings, MethodSettings):
+class TrainingSettings(MethodSettings, ModelSettings):
     """Settings shared by ``train`` and ``compare``."""
 
     output_dir: str

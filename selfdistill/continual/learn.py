@@ -31,6 +31,8 @@ class LearnResult(Printable):
     state: str
     details: dict[str, Any]
     """As ``selfdistill learn --json`` writes it."""
+    status: dict[str, Any] | None = None
+    """What ``status`` says afterwards, where a skill was accepted."""
 
     @property
     def accepted(self) -> bool:
@@ -46,7 +48,7 @@ class LearnResult(Printable):
         """A table or a line, by the action."""
         details = self.details
         if self.action in ("add", "stream"):
-            _print_skill(self.state, details, console)
+            _print_skill(self.state, details, self.status, console)
         elif self.action == "history":
             _print_history(self.state, details["history"], console)
         elif self.action == "status":
@@ -69,7 +71,8 @@ def learn(config: LearnConfig) -> LearnResult:
     if config.data and config.action not in ("add", "stream"):
         raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
     details = _ACTIONS[config.action](config)
-    return LearnResult(config.action, config.state, details)
+    accepted = config.action in ("add", "stream") and details["accepted"]
+    return LearnResult(config.action, config.state, details, _status(config) if accepted else None)
 
 
 def _export(config: LearnConfig) -> dict[str, Any]:
@@ -108,10 +111,6 @@ def retention_matrix(ledger: Ledger) -> dict[str, Any]:
 
 def _status(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
-    return _status_of(ledger)
-
-
-def _status_of(ledger: Ledger) -> dict[str, Any]:
     return {**retention_matrix(ledger), "model": ledger.model, "pending": ledger.interrupted}
 
 
@@ -196,7 +195,7 @@ def _discard(config: LearnConfig) -> dict[str, Any]:
     return {"model": ledger.model}
 
 
-def _print_skill(state: str, result: dict[str, Any], console: Console) -> None:
+def _print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | None, console: Console) -> None:
     name = result["name"]
     if "after" in result:
         before, after = result["before"], result["after"]["skills"]
@@ -213,8 +212,8 @@ def _print_skill(state: str, result: dict[str, Any], console: Console) -> None:
                 console.print(f"{other}: now {score['accuracy']:.3f}", highlight=False, markup=False)
         if "prior_accuracy" in result["after"]:
             console.print(f"prior abilities: now {result['after']['prior_accuracy']:.3f}", highlight=False)
-    if result["accepted"]:
-        _print_status(state, _status_of(Ledger(state)), console)
+    if status is not None:
+        _print_status(state, status, console)
     else:
         console.print(f"Refused: {'; '.join(result['reasons'])}", highlight=False, markup=False)
 

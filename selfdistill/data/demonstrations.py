@@ -213,6 +213,10 @@ def _demonstration(
         problems.append(f"column '{form}': the prompt {found}, expected it to end with a user turn")
     if not problems and not completion and others["answer"] is None:
         problems.append(_missing(row, "completion", "answer", want="expected 'completion' or 'answer'"))
+    try:
+        json.dumps(others["answer"], allow_nan=False)
+    except (TypeError, ValueError):
+        problems.append(wrong("answer", others["answer"], "a JSON value or null"))
     if isinstance(others["answer"], str) and not others["answer"].strip():
         problems.append(wrong("answer", others["answer"], "a value or null"))
     for name in ("document", "privileged_context"):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from selfdistill.evaluation.statistics import share_interval
@@ -127,7 +128,7 @@ def verdict_on(student_accuracy: float, student_logp: float, best: Layout) -> tu
 
 
 def _print(result: CheckResult, console: Console) -> None:
-    table = Table(title=f"{result.model} on {result.items} rows of {result.data}")
+    table = Table(title=escape(f"{result.model} on {result.items} rows of {result.data}"))
     table.add_column("context", overflow="fold")
     for column in ("right", "log p(demo)", "KL", "tokens", "cut", "prompt"):
         table.add_column(column, justify="right")

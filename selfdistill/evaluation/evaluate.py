@@ -35,6 +35,7 @@ from selfdistill.model import (
     Sampling,
     load_matching,
     load_model,
+    matched,
     sample,
     sample_seed,
     to_best_device,
@@ -238,7 +239,9 @@ def evaluate(
     judge = judge_of(config)
     if loaded is None:
         loaded = to_best_device(load_model(config.model, dtype=config.dtype))
-    if base is None and config.base:
+    if base is not None:
+        base = matched(base, loaded)
+    elif config.base:
         base = load_matching(config.base, loaded, dtype=config.dtype)
     questions = EvaluationSet(loaded, demonstrations, priors, config, config.context)
     if base is not None:

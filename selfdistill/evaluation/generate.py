@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from selfdistill.config import AskConfig, TrainConfig, load_yaml
 from selfdistill.data import ChatFormat, Demonstration, Message
@@ -62,7 +63,7 @@ class AskResult(Printable):
             sides = {"base": self.base_reply, **sides}
         for name in sides:
             table.add_column(name, overflow="fold", max_width=60)
-        table.add_row(*(reply.replace("[", r"\[") for reply in sides.values()))
+        table.add_row(*(Text(reply) for reply in sides.values()))  # text, not rich's markup
         console.print(table)
 
 

@@ -116,15 +116,21 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     Raises:
         UserError: no tokenizer, an adapter that is not merged, or no end token.
     """
-    if tokenizer is None:
-        raise UserError("a loaded model needs its tokenizer: give tokenizer=...")
-    if hasattr(model, "peft_config"):
-        raise UserError(
-            "the loaded model has an adapter: merge it first (model.merge_and_unload()), or give its folder"
-        )
+    if not isinstance(model, PreTrainedModel):
+        found = type(model).__name__
+        if hasattr(model, "peft_config"):
+            raise UserError("model: it has an adapter; merge it first (model.merge_and_unload()), or give its folder")
+        raise UserError(f"model: found {found}, expected a folder, a name or a transformers PreTrainedModel")
+    if not hasattr(tokenizer, "apply_chat_template"):
+        found = "none" if tokenizer is None else type(tokenizer).__name__
+        raise UserError(f"tokenizer: found {found}; a loaded model needs its tokenizer: give tokenizer=...")
+    if model.dtype == torch.float16:
+        raise UserError("model: its weights are float16, which training overflows; load it in float32 or bfloat16")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("model: all its weights are frozen (requires_grad=False); unfreeze those to be trained")
     model.eval()
     disable_dropout(model)
-    return describe(model, tokenizer, name or getattr(model, "name_or_path", "") or "loaded-model")
+    return describe(model, tokenizer, name or model.name_or_path or "loaded-model")
 
 
 def _keep_freed_memory() -> None:
@@ -314,13 +320,21 @@ def load_matching(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
     Raises:
         UserError: it cannot be loaded, or its vocabulary size differs.
     """
-    loaded = load_model(name, dtype=dtype)
+    return matched(load_model(name, dtype=dtype), other)
+
+
+def matched(loaded: LoadedModel, other: LoadedModel) -> LoadedModel:
+    """Move a model to the device of ``other``, with which it is to be compared.
+
+    Raises:
+        UserError: its vocabulary size differs.
+    """
     # Compare the width of the logits: a tokenizer may have fewer entries, and padding differs.
     own, others = (model.config.get_text_config().vocab_size for model in (loaded.model, other.model))
     if own != others:
         raise UserError(
-            f"model {name!r} has a vocabulary of {own} tokens, model {other.name!r} one of {others}; use models with "
-            "the same vocabulary"
+            f"model {loaded.name!r} has a vocabulary of {own} tokens, model {other.name!r} one of {others}; use models "
+            "with the same vocabulary"
         )
     loaded.model.to(other.device)
     return loaded

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from html import escape
 from io import StringIO
 
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from selfdistill.runtime.distributed import is_rank0
 
 _logger = logging.getLogger("selfdistill")
-_silent = False
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 
 def result_console() -> Console:
@@ -45,7 +46,7 @@ class ProgressBar:
     def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)
         self._every, self._what, self._total, self._start = every, what, total, start
-        self._quiet = quiet = quiet or _silent or not is_rank0()
+        self._quiet = quiet = quiet or _silent.get() or not is_rank0()
         self._began = self._said = time.monotonic()
         self._progress: Progress | None = None
         if self.console.is_terminal and not quiet:
@@ -86,19 +87,18 @@ class ProgressBar:
 @contextmanager
 def progress_shown(show: bool) -> Iterator[None]:
     """Show progress on standard error, or hide bars and send lines to the logger ``selfdistill``."""
-    global _silent
-    before, _silent = _silent, _silent or not show
+    token = _silent.set(_silent.get() or not show)
     try:
         yield
     finally:
-        _silent = before
+        _silent.reset(token)
 
 
 def say(message: str) -> None:
     """Print a line to standard error, on rank 0 only."""
     if not is_rank0():
         return
-    if _silent:
+    if _silent.get():
         _logger.info(message)
     else:
         print(message, file=sys.stderr, flush=True)

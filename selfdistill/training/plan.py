@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import resource
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from selfdistill.config import TrainConfig, dump_yaml
 from selfdistill.data import Demonstration, load_demonstrations
+from selfdistill.evaluation import check_inputs
+from selfdistill.methods import stages_of
 from selfdistill.model import LoadedModel
-from selfdistill.runtime import Printable
-from selfdistill.training.setup import with_defaults
-from selfdistill.training.train import with_context
+from selfdistill.runtime import Printable, check_tracker
+from selfdistill.training.train import check_output_dir, with_context
 from selfdistill.training.trainer import Trainer
 
 
@@ -75,17 +79,26 @@ def plan(
     Raises:
         UserError: any error that would stop the run at its start.
     """
+    check_output_dir(config.output_dir, resume=False)
+    check_tracker(config.report_to)
+    check_inputs(config)
+    stages = stages_of(config)
+    loaded = copy.deepcopy(loaded)
     config = with_context(config, demonstrations, loaded)
     rows = demonstrations or load_demonstrations(config.data, split=config.split)
-    count = min(len(rows), config.num_demonstrations or len(rows))
-    one_batch = {"num_demonstrations": min(count, config.batch_size), "drift_steps": 0, "test": None}
-    trainer = Trainer(config.model_copy(update=one_batch), rows, loaded=loaded)
-    resolved = with_defaults(config, count, trainer.accelerator.mixed_precision)
+    unmeasured: dict[str, Any] = {"drift_steps": 0, "test": None}
+    if any(stage.fixed for stage in stages):  # one batch of samples is enough to see
+        count = min(len(rows), config.num_demonstrations or len(rows))
+        steps = config.max_steps or math.ceil(count * config.num_train_epochs / config.batch_size)
+        unmeasured |= {"num_demonstrations": min(count, config.batch_size), "max_steps": steps}
+    trainer = Trainer(config.model_copy(update=unmeasured), rows, loaded=loaded)
+    asked = {name: getattr(config, name) for name in ("drift_steps", "test", "num_demonstrations")}
+    resolved = trainer.config.model_copy(update=asked)
     notes = trainer.describe()
     example = trainer.stages[0].examples[0]
     trainer.step(0)
     began = time.monotonic()
-    trainer.step(1 if (trainer.config.max_steps or 1) > 1 else 0)
+    trainer.step(min(1, (resolved.max_steps or 1) - 1))
     seconds = time.monotonic() - began
     decode = trainer.loaded.tokenizer.decode
     return Plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,26 +16,32 @@ from selfdistill.data import Message
 from selfdistill.errors import UserError
 from selfdistill.evaluation import generate, summary
 from selfdistill.model import LoadedModel, load_model, to_best_device
-from selfdistill.runtime import Printable, read_lines
+from selfdistill.runtime import Printable, is_rank0, read_lines
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, init=False)
 class Run(Printable):
     """A run folder. ``Run("runs/skill")`` opens an existing one."""
 
     output_dir: Path
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "output_dir", Path(self.output_dir))
-        if not (self.output_dir / "config.yaml").is_file():
-            raise UserError(f"run {str(self.output_dir)!r}: has no config.yaml, so it is not a run folder")
+    def __init__(self, output_dir: str | os.PathLike[str]) -> None:
+        object.__setattr__(self, "output_dir", Path(output_dir))
+        if is_rank0() and not (self.output_dir / "config.yaml").is_file():
+            raise UserError(f"run {str(output_dir)!r}: no config.yaml in it, so it is not a run folder")
+
+    def __fspath__(self) -> str:
+        return str(self.output_dir)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"output_dir": self.output_dir}  # not the model that generate() has loaded
 
     @property
     def final(self) -> Path:
         """Folder of the final model, for ``from_pretrained``."""
         return self.output_dir / "final"
 
-    @cached_property
+    @property
     def config(self) -> TrainConfig:
         """The resolved settings."""
         return TrainConfig(**load_yaml(self.output_dir / "config.yaml", TrainConfig))

@@ -40,11 +40,8 @@ from selfdistill.training.loop import Loop, OnStep, without_gradient
 from selfdistill.training.model_card import model_card
 from selfdistill.training.trainer import Trainer
 
-GIVEN_ROWS = ("data.jsonl", "test.jsonl")
-"""In-memory rows, written to the run folder before the run starts."""
 
-
-def check_output_dir(name: str, *, resume: bool) -> Path:
+def check_output_dir(name: str, *, resume: bool, given: Sequence[str] = ()) -> Path:
     """Check that a run can use the folder, and return its path.
 
     Raises:
@@ -53,7 +50,7 @@ def check_output_dir(name: str, *, resume: bool) -> Path:
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {name!r} is a file: choose another name")
-    if not resume and folder.exists() and any(file.name not in GIVEN_ROWS for file in folder.iterdir()):
+    if not resume and folder.exists() and any(file.name not in given for file in folder.iterdir()):
         raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with --resume")
     if resume and (folder / "final").exists() and not list_checkpoints(folder):
         raise UserError(f"output_dir {name!r}: this run is finished and kept no checkpoint, so it cannot be resumed")
@@ -68,6 +65,7 @@ def train(
     evaluator: Evaluator | None = None,
     loaded: LoadedModel | None = None,
     on_step: OnStep | None = None,
+    given: Sequence[str] = (),
 ) -> Path:
     """Train a model.
 
@@ -93,7 +91,7 @@ def train(
         RunFailed: loss or gradient were non-finite for ``max_skipped_steps`` consecutive steps; or, with
             ``stop_on_collapse``, the run collapsed.
     """
-    output_dir = check_output_dir(config.output_dir, resume=resume)
+    output_dir = check_output_dir(config.output_dir, resume=resume, given=given)
     check_tracker(config.report_to)
     begun = resume and output_dir.exists()
     with ExitStack() as held:

@@ -188,7 +188,13 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
             "first: 0.800 when it was learnt, 0.690 now, but at least 0.700 is required (max_skill_drop)",
         ),
         ({"max_skill_drop": 0.2}, (0.2, 0.2, 0.6), 0.61, 0.5, None),
-        ({"max_skill_drop": 0.05}, (0.2, 0.2, 0.6), 0.74, 0.5, "first: 0.800 when it was learnt, 0.740 now, at least"),
+        (
+            {"max_skill_drop": 0.05},
+            (0.2, 0.2, 0.6),
+            0.74,
+            0.5,
+            "first: 0.800 when it was learnt, 0.740 now, but at least",
+        ),
         ({}, (0.2, 0.3, 0.21), 0.8, 0.5, None),
         (
             {},
@@ -198,7 +204,13 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
             "second itself: 0.300 before, 0.190 after, but at least 0.200 is required (max_skill_drop)",
         ),
         ({"max_skill_drop": 0.05}, (0.2, 0.3, 0.25), 0.8, 0.5, None),
-        ({"max_skill_drop": 0.05}, (0.2, 0.3, 0.24), 0.8, 0.5, "second itself: 0.300 before, 0.240 after, at least"),
+        (
+            {"max_skill_drop": 0.05},
+            (0.2, 0.3, 0.24),
+            0.8,
+            0.5,
+            "second itself: 0.300 before, 0.240 after, but at least",
+        ),
         ({}, (0.2, 0.2, 0.6), 0.8, 0.48, None),
         (
             {},
@@ -605,7 +617,10 @@ def test_transfer_of_a_matrix() -> None:
         ({"gradient_accumulation_steps": 3}, "setting 'gradient_accumulation_steps': 3 does not divide batch_size 4"),
         ({"method": "sdft", "context": "turn"}, "unknown context 'turn'"),
         ({"method": "grpo", "num_generations": 1}, "setting 'num_generations': grpo compares"),
-        ({"method": "sft_reinvoke", "max_steps": 1}, "setting 'max_steps': found 1, and the 2 stages of sft_reinvoke"),
+        (
+            {"method": "sft_reinvoke", "max_steps": 1},
+            "setting 'max_steps': found 1, expected at least 2, one per stage of sft_reinvoke",
+        ),
         (
             {"action": "stream", "method": "sft_reinvoke", "chunk_steps": 1},
             "setting 'chunk_steps': found 1, expected at least 2, one per stage of sft_reinvoke",

@@ -110,7 +110,7 @@ def test_memory_for_new_tokens_is_set_aside_again_when_it_is_used_up(load: Loade
 def test_a_model_without_a_cache_is_refused(load: Loader) -> None:
     config = OpenAIGPTConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4)
     loaded = replace(load(), model=OpenAIGPTLMHeadModel(config).eval(), continues_cache=None)
-    with pytest.raises(UserError, match="takes no cache of keys and values"):
+    with pytest.raises(UserError, match="does not support a key/value cache"):
         sample(loaded, prompts(5, 3), GREEDY)
 
 

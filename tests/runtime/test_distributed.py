@@ -22,7 +22,8 @@ from children import JOINED, Child, second_gets, started_together, train_togethe
 from conftest import assert_same_run, final_weights, largest_difference, metrics_of
 from stress import Tally
 
-from selfdistill.cli import COMMANDS, main
+from selfdistill import api
+from selfdistill.cli import main
 from selfdistill.config.files import dump_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
@@ -318,11 +319,11 @@ def test_a_gradient_that_no_process_has_stays_none(tmp_path: Path) -> None:
 def test_errors_that_are_of_the_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, code: int | None
 ) -> None:
-    def breaks(_: dict[str, Any]) -> int:
+    def breaks(**_: Any) -> None:
         raise RuntimeError(words)
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setitem(COMMANDS, "train", (*COMMANDS["train"][:2], breaks))
+    monkeypatch.setattr(api, "train", breaks)
     command = ["train", "--model", "m", "--data", "d", "--output_dir", "o"]
     if code is None:
         with pytest.raises(RuntimeError, match=words[:10]):
