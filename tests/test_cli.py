@@ -301,8 +301,8 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         f"{SFT} --batch_size 0 --ema_rate 2",
-        "setting 'ema_rate': found 2.0, expected: less than or equal to 1; setting 'batch_size': found 0, "
-        "expected: greater than or equal to 1",
+        "setting 'batch_size': found 0, expected: greater than or equal to 1; setting 'ema_rate': found 2.0, "
+        "expected: less than or equal to 1",
     ),
     (
         f"{SFT} --batch_size 5 --gradient_accumulation_steps 2",
