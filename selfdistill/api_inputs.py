@@ -22,7 +22,10 @@ from selfdistill.runtime import check_tracker, progress_shown, say, world_size
 from selfdistill.training import check_output_dir
 
 Model = str | os.PathLike[str] | Any
-"""A folder, run folder, hub id or ``smollm2-135m``; or a loaded ``PreTrainedModel``, with ``tokenizer=``."""
+"""A folder, run folder, hub id or ``smollm2-135m``; or a loaded ``PreTrainedModel``, with ``tokenizer=``.
+
+A loaded model is put into eval mode, and its dropout is set to zero.
+"""
 
 
 @contextmanager
