@@ -88,9 +88,8 @@ class Loop:
                 last = enough or step == self._max_steps
                 self._measure(step, last=last)
                 every = self._trainer.config.save_steps
-                received = all_reduce_max(
-                    stop.received or 0, self._trainer.accelerator.device
-                )  # a signal may reach any rank
+                # A signal may reach any rank.
+                received = all_reduce_max(stop.received or 0, self._trainer.accelerator.device)
                 if received or (every and (last or step % every == 0)) or self._is_spared(step):
                     self._save()
                 if received and not last:
@@ -125,9 +124,8 @@ class Loop:
                 f"{_skipped(metrics)}; they did not change the weights. Lower --learning_rate, inspect these rows, or "
                 "see metrics.jsonl for the onset"
             )
-        new, signs = broadcast_from_rank0(
-            lambda: self._signs(metrics)
-        )  # a drift measured on two ranks may differ slightly
+        # From rank 0, because a drift measured on two ranks may differ slightly.
+        new, signs = broadcast_from_rank0(lambda: self._signs(metrics))
         for sign in new:
             say(f"note: step {step}: the run may be collapsing: {sign}")
         if signs and self._trainer.config.stop_on_collapse:
