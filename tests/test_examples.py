@@ -189,4 +189,4 @@ def test_the_notebook_runs_and_shows_the_trade_off(
     assert page.startswith("<pre>")
     assert "<svg" in page
     texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", page[page.index("<svg") :]))
-    assert texts >= {"new task, share right", "sft", "sdft", "teacher", "base"}
+    assert texts >= {"new task, accuracy", "sft", "sdft", "teacher", "base"}
