@@ -31,8 +31,8 @@ An unknown option or key is an error that names the closest one.
 | code | meaning |
 |---|---|
 | 0 | done |
-| 2 | a mistake to mend; one line says where, what was found and what to do |
-| 3 | training diverged, fell apart, or lost another process |
+| 2 | a mistake to fix; one line says where, what was found and what to do |
+| 3 | training diverged, collapsed, or lost another process |
 | 4 | `check` advises against, or `learn` did not accept the skill |
 | 128 + n | stopped by signal n, with everything saved |
 """

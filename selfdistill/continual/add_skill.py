@@ -75,7 +75,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
         if known := sum(repr(row.prompt) in learnt for row in asked):
             say(f"note: {known} of {len(asked)} test questions are also in the training data")
         try:
-            result = _Addition(ledger, stop).result()
+            result = _NewSkill(ledger, stop).result()
         except RunStopped as stopped:
             message = f"state {config.state!r}: stopped while learning {config.data}; rerun the same command to resume"
             raise RunStopped(message, stopped.signal_number) from None
@@ -256,7 +256,7 @@ def _least(score: Evaluation, config: LearnConfig) -> float:
     return float(score["accuracy_interval"][0])
 
 
-class _Addition:
+class _NewSkill:
     """The addition in ``pending``."""
 
     def __init__(self, ledger: Ledger, stop: StopRequests) -> None:
