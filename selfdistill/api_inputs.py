@@ -18,7 +18,7 @@ from selfdistill.evaluation import check_inputs
 from selfdistill.methods import stages_of
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
-from selfdistill.runtime import check_tracker, progress_shown, say, world_size
+from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say, world_size
 from selfdistill.training import check_output_dir
 
 Model = str | os.PathLike[str] | Any
@@ -30,23 +30,9 @@ A loaded model is put into eval mode, and its dropout is set to zero.
 
 @contextmanager
 def session(progress: bool) -> Iterator[None]:
-    """Silence libraries while models load and save; show progress or not."""
-    import warnings
-
-    import transformers
-
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    with warnings.catch_warnings(), progress_shown(progress):
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT's call, not the user's
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            transformers.logging.set_verbosity(verbosity)
-            if bars:
-                transformers.utils.logging.enable_progress_bar()
+    """Silence libraries while models load and save, and show or hide progress."""
+    with quiet_libraries(), progress_shown(progress):
+        yield
 
 
 def given_settings(

@@ -1,6 +1,6 @@
 """Processes, signals, disk, memory and the console."""
 
-from selfdistill.runtime.console import Printable, ProgressBar, progress_shown, result_console, say
+from selfdistill.runtime.console import Printable, ProgressBar, progress_shown, quiet_libraries, result_console, say
 from selfdistill.runtime.distributed import (
     TIMEOUT,
     RaisedOnAllRanks,
@@ -69,6 +69,7 @@ __all__ = [
     "progress_shown",
     "public_name",
     "public_settings",
+    "quiet_libraries",
     "rank_slice",
     "read_lines",
     "remove_folder",

@@ -16,7 +16,7 @@ from selfdistill.data import Message
 from selfdistill.errors import UserError
 from selfdistill.evaluation import generate, summary
 from selfdistill.model import LoadedModel, load_model, to_best_device
-from selfdistill.runtime import Printable, is_rank0, read_lines
+from selfdistill.runtime import Printable, is_rank0, quiet_libraries, read_lines
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -58,7 +58,8 @@ class Run(Printable):
 
     @cached_property
     def _loaded(self) -> LoadedModel:
-        return to_best_device(load_model(str(self.final)))
+        with quiet_libraries():
+            return to_best_device(load_model(str(self.final)))
 
     @overload
     def generate(self, prompt: str, **options: Any) -> str: ...
