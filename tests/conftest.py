@@ -60,6 +60,38 @@ def byte_tokenizer(
     return tokenizer
 
 
+def write_model(
+    folder: Path,
+    *,
+    tied: bool = False,
+    ends: tuple[int, ...] = (257,),
+    seed: int = 0,
+    room: int = 512,
+    **tokenizer_options: Any,
+) -> None:
+    """Write a tiny random Llama and its byte tokenizer."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=room,
+        tie_word_embeddings=tied,
+        initializer_range=0.25,  # distributions far from uniform
+        attention_dropout=0.1,  # must never act
+        bos_token_id=None,
+        eos_token_id=list(ends),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = list(ends)
+    model.save_pretrained(folder)
+    byte_tokenizer(**tokenizer_options).save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return byte_tokenizer
@@ -75,27 +107,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     ) -> Path:
         key = repr((tied, ends, seed, room, sorted(tokenizer_options.items())))
         if key not in made:
-            config = LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=room,
-                tie_word_embeddings=tied,
-                initializer_range=0.25,  # distributions far from uniform
-                attention_dropout=0.1,  # must never act
-                bos_token_id=None,
-                eos_token_id=list(ends),
-            )
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                model = LlamaForCausalLM(config)
             folder = tmp_path_factory.mktemp("model")
-            model.generation_config.eos_token_id = list(ends)
-            model.save_pretrained(folder)
-            byte_tokenizer(**tokenizer_options).save_pretrained(folder)
+            write_model(folder, tied=tied, ends=ends, seed=seed, room=room, **tokenizer_options)
             made[key] = folder
         return made[key]
 

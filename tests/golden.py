@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from children import train_together
-from conftest import CHATML, ENDS, byte_tokenizer
+from conftest import ENDS, write_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.training.train import train
@@ -54,24 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def prepare(folder: Path) -> dict[str, Any]:
     """Write the model and the rows; returns the settings that name them."""
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.25,
-        bos_token_id=None,
-        eos_token_id=list(ENDS),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = list(ENDS)
-    model.save_pretrained(folder / "model")
-    byte_tokenizer(template=CHATML).save_pretrained(folder / "model")
+    write_model(folder / "model", ends=ENDS)
     answers = ["[a-m]", "[n-z]", "[A-Z]", "[0-9]"]
     rows = [
         {"prompt": f"q{i}" * (1 + i % 3), "completion": "ab" * (1 + i % 4), "answer": answers[i % 4]} for i in range(10)

@@ -27,7 +27,7 @@ from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_f
 from selfdistill.methods import DemonstrationExamples, stages_of, unused_settings, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint
 from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
-from selfdistill.training import check_output_dir, list_checkpoints, train
+from selfdistill.training import check_output_dir, list_checkpoints, steps_of, train
 
 ORACLE_RAG = "document:show=document"
 """Context of the base without training: each question's own document."""
@@ -98,8 +98,7 @@ def _settled(config: CompareConfig, folder: Path, resume: bool) -> CompareConfig
 
 def _with_steps(config: CompareConfig, rows: int) -> CompareConfig:
     """Resolve ``max_steps`` and ``eval_steps`` for this number of rows."""
-    count = min(rows, config.num_demonstrations or rows)
-    steps = config.max_steps or math.ceil(count * config.num_train_epochs / config.batch_size)
+    steps = steps_of(config, min(rows, config.num_demonstrations or rows))
     eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
     return config.model_copy(update={"max_steps": steps, "eval_steps": eval_steps})
 

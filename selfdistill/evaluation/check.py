@@ -10,8 +10,6 @@ Legend: N completion tokens of all examples without padding.
 from __future__ import annotations
 
 import random
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -51,7 +49,7 @@ from selfdistill.model import (
     sample,
     sample_seed,
 )
-from selfdistill.runtime import ProgressBar, say
+from selfdistill.runtime import ProgressBar, peak_memory, say
 
 LAYOUTS = (
     "turns:repeats=1",
@@ -323,12 +321,8 @@ class _Measure:
         self.loaded.model.zero_grad(set_to_none=True)
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
         weights = sum(p.numel() for p in self.loaded.model.parameters()) * 4
-        if self.loaded.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         # Plus AdamW's two moments and the teacher's average.
-        return seconds, (peak + 3 * weights) / 2**30, len(rows)
+        return seconds, (peak_memory(self.loaded.device) + 3 * weights) / 2**30, len(rows)
 
 
 def _loss(

@@ -19,9 +19,10 @@ from selfdistill.config import MethodName, MethodSettings, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import Completion, DatasetCompletions
-from selfdistill.methods.slots import Method
+from selfdistill.methods.slots import FROZEN, Method
 
 __all__ = [
+    "FROZEN",
     "METHODS",
     "Completion",
     "DatasetCompletions",
@@ -45,9 +46,7 @@ def stages_of(config: TrainConfig) -> tuple[Method, ...]:
     Raises:
         UserError: the method rejects the settings, or it has no ``method_settings`` but some are given.
     """
-    read = _Read(config)
-    METHODS[config.method](read)  # type: ignore[arg-type]
-    if config.method_settings and "method_settings" not in read.names:
+    if config.method_settings and "method_settings" not in _settings_read(config):
         raise UserError(
             f"setting 'method_settings': found {', '.join(config.method_settings)}, but method {config.method!r} has "
             "no settings of its own; remove them"
@@ -79,16 +78,25 @@ class _Read:
         return getattr(self._config, name)
 
 
+def _settings_read(config: TrainConfig) -> set[str]:
+    """Names of the settings that the method reads.
+
+    Raises:
+        UserError: the method rejects the settings.
+    """
+    read = _Read(config)
+    METHODS[config.method](read)  # type: ignore[arg-type]
+    return read.names
+
+
 def uses(config: TrainConfig, name: str) -> bool:
     """Whether the method reads the setting ``name``; True for settings that do not belong to methods."""
     if name not in MethodSettings.model_fields:
         return True
-    read = _Read(config)
     try:
-        METHODS[config.method](read)  # type: ignore[arg-type]
+        return name in _settings_read(config)
     except UserError:  # the method reads it and rejects the combination
         return True
-    return name in read.names
 
 
 def unused_settings(config: TrainConfig) -> list[str]:

@@ -47,22 +47,19 @@ class Teacher:
 
     Args:
         loaded: the student before training; with LoRA a ``PeftModel`` whose adapter is ``default``.
-        kind: ``ema``, ``frozen``, ``live`` or ``snapshot``.
-        ema_rate: share of the student in the average per step.
-        snapshot_steps: steps between copies.
+        rule: whose weights score, and how they follow the student's.
         other: a separate teacher model with the student's architecture and vocabulary; requires ``frozen``.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        kind: TeacherKind,
+        rule: TeacherRule,
         *,
-        ema_rate: float = 0.01,
-        snapshot_steps: int = 50,
         other: LoadedModel | None = None,
     ) -> None:
-        self.kind, self.ema_rate, self.snapshot_steps = kind, ema_rate, snapshot_steps
+        self.rule = rule
+        self.kind = kind = rule.kind
         self._student = loaded.model
         self._other = None if other is None else other.name
         self._lora = hasattr(loaded.model, "peft_config") and other is None
@@ -108,9 +105,9 @@ class Teacher:
     def rate(self, step: int) -> float:
         """Share of the student in the teacher's update after optimizer step ``step`` (from 1)."""
         if self.kind == "ema":
-            return self.ema_rate
+            return self.rule.ema_rate
         if self.kind == "snapshot":
-            return 1.0 if step % self.snapshot_steps == 0 else 0.0
+            return 1.0 if step % self.rule.snapshot_steps == 0 else 0.0
         return 0.0
 
     @torch.no_grad()
@@ -174,8 +171,8 @@ class Teacher:
     def describe(self) -> str:
         """One line about kind and memory, for the start of a run."""
         follows = {
-            "ema": f"float32 average of the student, rate {self.ema_rate:g}",
-            "snapshot": f"copy of the student every {self.snapshot_steps} steps",
+            "ema": f"float32 average of the student, rate {self.rule.ema_rate:g}",
+            "snapshot": f"copy of the student every {self.rule.snapshot_steps} steps",
             "frozen": self._other or ("initial weights, adapter disabled" if self._lora else "initial weights"),
             "live": "the student itself",
         }[self.kind]

@@ -28,7 +28,7 @@ from selfdistill.runtime.files import (
     write_json,
     write_manifest,
 )
-from selfdistill.runtime.resources import check_disk, check_memory
+from selfdistill.runtime.resources import check_disk, check_memory, peak_memory
 from selfdistill.runtime.signals import StopRequests
 from selfdistill.runtime.tracking import (
     METRICS,
@@ -66,6 +66,7 @@ __all__ = [
     "fsync",
     "is_distributed",
     "is_rank0",
+    "peak_memory",
     "progress_shown",
     "public_name",
     "public_settings",

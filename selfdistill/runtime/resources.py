@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,15 @@ def free_memory(device: torch.device) -> int | None:
         files = int(held["inactive_file"]) + int(held["active_file"])  # page cache, reclaimed when needed
         free = min(free, int(most) - int((group / "memory.current").read_text()) + files)
     return free
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: allocated on the device with CUDA, else resident in the process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def check_memory(needed: int, device: torch.device) -> str:

@@ -5,6 +5,7 @@ from selfdistill.training.export import export, take_whole, whole_folder
 from selfdistill.training.loop import OnStep
 from selfdistill.training.plan import Plan, plan
 from selfdistill.training.run import Run
+from selfdistill.training.schedule import steps_of
 from selfdistill.training.train import check_output_dir, train, with_context
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "export",
     "list_checkpoints",
     "plan",
+    "steps_of",
     "take_whole",
     "train",
     "whole_folder",

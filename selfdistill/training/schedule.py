@@ -8,6 +8,8 @@ from typing import Literal, TypeVar
 
 import torch
 
+from selfdistill.config import TrainingSettings
+
 Row = TypeVar("Row")
 
 
@@ -26,6 +28,11 @@ def batch_examples(rows: Sequence[Row], step: int, batch_size: int, seed: int) -
             order, drawn = torch.randperm(len(rows), generator=generator).tolist(), epoch
         batch.append(rows[order[place]])
     return batch
+
+
+def steps_of(config: TrainingSettings, examples: int) -> int:
+    """``max_steps``; by default the steps of ``num_train_epochs`` over so many examples."""
+    return config.max_steps or math.ceil(examples * config.num_train_epochs / config.batch_size)
 
 
 def learning_rate(

@@ -5,7 +5,6 @@ Legend: see :mod:`selfdistill.training.trainer`.
 
 from __future__ import annotations
 
-import math
 import os
 import random
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from selfdistill.loss import check_skip
 from selfdistill.methods import Method, check_steps, stages_of
 from selfdistill.model import LoadedModel, resolved_precision
 from selfdistill.runtime import TIMEOUT, barrier, world_size
+from selfdistill.training.schedule import steps_of
 
 
 @dataclass
@@ -101,10 +101,9 @@ def make_stages(
 
 def with_defaults(config: TrainConfig, examples: int, mixed_precision: str) -> TrainConfig:
     """Resolve the settings that depend on the data or on other settings."""
-    from_epochs = math.ceil(examples * config.num_train_epochs / config.batch_size)
     return config.model_copy(
         update={
-            "max_steps": config.max_steps or from_epochs,
+            "max_steps": steps_of(config, examples),
             "learning_rate": config.learning_rate or (1e-4 if config.lora_rank else 1e-5),
             "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
             "mixed_precision": mixed_precision,

@@ -20,7 +20,7 @@ from selfdistill.data import ChatFormat, Demonstration, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Drift, Evaluator
 from selfdistill.loss import Divergence
-from selfdistill.methods import unused_settings, uses
+from selfdistill.methods import FROZEN, unused_settings, uses
 from selfdistill.model import (
     CompiledLayers,
     ForwardPass,
@@ -130,14 +130,12 @@ class Trainer:
         other = None if config.teacher_model is None else self._other_teacher(config.teacher_model)
         self.teacher: Teacher | None = None
         for rule in rules:
-            self.teacher = Teacher(
-                self.loaded, rule.kind, ema_rate=rule.ema_rate, snapshot_steps=rule.snapshot_steps, other=other
-            )
+            self.teacher = Teacher(self.loaded, rule, other=other)
         losses = [stage.method.loss for stage in self.stages]
         if not any(isinstance(loss, Divergence) and loss.needs_base for loss in losses):
             return None
         is_base = self.teacher is not None and self.teacher.kind == "frozen" and other is None
-        return self.teacher if is_base else Teacher(self.loaded, "frozen")
+        return self.teacher if is_base else Teacher(self.loaded, FROZEN)
 
     def _other_teacher(self, name: str) -> LoadedModel:
         """Load a separate teacher; it must have the student's architecture."""

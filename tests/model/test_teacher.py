@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel, add_lora
-from selfdistill.model.teacher import Teacher
+from selfdistill.model.teacher import Teacher, TeacherRule
 
 Loader = Callable[..., LoadedModel]
 CONTEXTS, COMPLETIONS = [[1, 2, 3], [9] * 7], [[4, 5], [6, 7, 8]]
@@ -54,7 +54,7 @@ def student_and_teacher(load: Loader, lora: bool, kind: Any, **options: Any) -> 
     if lora:
         add_lora(loaded, 4, None, 0)
         move(loaded.model, 99)  # away from B = 0
-    return loaded, Teacher(loaded, kind, **options)
+    return loaded, Teacher(loaded, TeacherRule(kind, **options))
 
 
 both = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -110,7 +110,7 @@ def test_a_frozen_teacher_never_changes(load: Loader, lora: bool) -> None:
     base = logits(scorer, loaded.model)
     if lora:
         add_lora(loaded, 4, None, 0)  # B = 0: the student starts as the base
-    teacher = Teacher(loaded, "frozen")
+    teacher = Teacher(loaded, TeacherRule("frozen"))
     for step in range(1, 4):
         move(loaded.model, step)
         teacher.update(step)
@@ -158,7 +158,7 @@ def test_a_copied_teacher_starts_as_the_student(load: Loader, lora: bool, kind: 
         if kind != "frozen":
             move(loaded.model, 99)
     expected = logits(scorer, loaded.model)
-    teacher = Teacher(loaded, kind)
+    teacher = Teacher(loaded, TeacherRule(kind))
     with teacher.model() as network:
         assert torch.equal(logits(scorer, network), expected)
     assert torch.equal(logits(scorer, loaded.model), expected)
@@ -266,7 +266,7 @@ def test_the_teacher_adds_nothing_that_is_trained(load: Loader, lora: bool) -> N
     if lora:
         add_lora(loaded, 4, None, 0)
     before = set(trained(loaded.model))
-    teacher = Teacher(loaded, "ema")
+    teacher = Teacher(loaded, TeacherRule("ema"))
     assert set(trained(loaded.model)) == before
     with teacher.model() as network:
         pass
