@@ -137,24 +137,18 @@ def plan(
 ) -> Plan:
     """What :func:`train` would do: settings, one row as student and teacher see it, time and memory of a step.
 
-    Two steps are done in memory, on a copy of a loaded model, and discarded; nothing is written. The arguments are
+    Two steps are done in memory, on a copy of a loaded model, and discarded; nothing is left behind. The arguments are
     those of :func:`train`; without ``output_dir`` the plan is that of a run in ``runs/plan``.
     """
     with session(progress):
         given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
         given["model"], loaded = model_of(given.get("model", ""), tokenizer)
-        rows = None
-        if data is not None:
-            given["data"], in_memory = data_of(data)
-            if in_memory is not None:
-                rows = load_demonstrations(in_memory, split=given.get("split", "train"))
-        if test is not None:
-            path, in_memory = data_of(test)
-            load_demonstrations(path if in_memory is None else in_memory, completion_required=False)
-        config = TrainConfig(**given)
+        rows = RowsInFolder({"data": data, "test": test}, given["output_dir"], given.get("split", "train"))
+        config = TrainConfig(**(given | rows.paths))
         if config.documents:
             raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
-        return run_plan(config, rows, loaded)
+        with rows.kept():
+            return run_plan(config, loaded, given=rows.names)
 
 
 def evaluate(

@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from selfdistill.config import (
-    TrainConfig,
-    continued,
-)
+from selfdistill.config import TrainConfig, continued
 from selfdistill.data import Demonstration, Rows, load_demonstrations, write_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
@@ -110,7 +107,8 @@ class RowsInFolder:
             UserError: a file of that name holds other rows, or cannot be written.
         """
         missing = [file for file in self._rows if not self._is_there(file)]
-        folders = {file.parent for file in missing if not file.parent.exists()}
+        folders = {file.parent for file in missing}
+        created = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
         try:
             for file in missing:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +123,7 @@ class RowsInFolder:
             for file in missing:
                 if not (file.parent / "config.yaml").exists():
                     file.unlink(missing_ok=True)
-            for folder in folders:
+            for folder in created:  # the innermost first
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
 

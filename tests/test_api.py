@@ -184,6 +184,13 @@ def test_a_plan_writes_nothing_and_says_what_a_run_would_do(model: str) -> None:
     assert plan.teacher_prompt.count("Where is ticket") == 3
     assert plan.completion.startswith("Shelf ")
     assert plan.total_seconds == pytest.approx(plan.step_seconds * 40)
+    Path("test.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    for test in ("test.jsonl", ROWS[:2]):
+        measured = sd.plan(model, ROWS, test=test, context="turns", **RUN | {"eval_steps": 1})
+        assert measured.config.test == (test if isinstance(test, str) else str(Path("runs/plan/test.jsonl")))
+        assert not Path("runs").exists()
+    with pytest.raises(sd.UserError, match="no such file"):
+        sd.plan(model, ROWS, test="none.jsonl", **RUN)
     assert 0.1 < plan.peak_gib < 20
     assert "max_steps: 40" in repr(plan)
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import math
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from selfdistill.config import TrainConfig, dump_yaml
-from selfdistill.data import Demonstration, load_demonstrations
+from selfdistill.data import load_demonstrations
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import stages_of
 from selfdistill.model import LoadedModel
-from selfdistill.runtime import Printable, check_tracker
+from selfdistill.runtime import Printable, check_tracker, peak_memory
+from selfdistill.training.schedule import steps_of
 from selfdistill.training.train import check_output_dir, with_context
 from selfdistill.training.trainer import Trainer
 
@@ -64,33 +61,28 @@ class Plan(Printable):
             console.print(part, markup=False, highlight=False, soft_wrap=True)
 
 
-def plan(
-    config: TrainConfig,
-    demonstrations: Sequence[Demonstration] | None = None,
-    loaded: LoadedModel | None = None,
-) -> Plan:
-    """Prepare a run on one batch of its data, do two steps in memory, and discard them.
+def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Sequence[str] = ()) -> Plan:
+    """Prepare a run, do two steps in memory, and discard them.
 
     Args:
         config: settings of the run.
-        demonstrations: the training data, if already loaded.
-        loaded: the model, if already loaded; the two steps change its weights.
+        loaded: the model, if already loaded; a copy of it is trained.
+        given: names of files that may be in the run folder.
 
     Raises:
         UserError: any error that would stop the run at its start.
     """
-    check_output_dir(config.output_dir, resume=False)
+    check_output_dir(config.output_dir, resume=False, given=given)
     check_tracker(config.report_to)
     check_inputs(config)
     stages = stages_of(config)
     loaded = copy.deepcopy(loaded)
-    config = with_context(config, demonstrations, loaded)
-    rows = demonstrations or load_demonstrations(config.data, split=config.split)
+    rows = load_demonstrations(config.data, split=config.split)
+    config = with_context(config, rows, loaded)
     unmeasured: dict[str, Any] = {"drift_steps": 0, "test": None}
     if any(stage.fixed for stage in stages):  # one batch of samples is enough to see
         count = min(len(rows), config.num_demonstrations or len(rows))
-        steps = config.max_steps or math.ceil(count * config.num_train_epochs / config.batch_size)
-        unmeasured |= {"num_demonstrations": min(count, config.batch_size), "max_steps": steps}
+        unmeasured |= {"num_demonstrations": min(count, config.batch_size), "max_steps": steps_of(config, count)}
     trainer = Trainer(config.model_copy(update=unmeasured), rows, loaded=loaded)
     asked = {name: getattr(config, name) for name in ("drift_steps", "test", "num_demonstrations")}
     resolved = trainer.config.model_copy(update=asked)
@@ -109,14 +101,8 @@ def plan(
         completion=str(decode(example.completion_ids)),
         step_seconds=seconds,
         total_seconds=seconds * (resolved.max_steps or 0),
-        peak_gib=_peak_bytes(trainer.loaded.device) / 2**30,
+        peak_gib=peak_memory(trainer.loaded.device) / 2**30,
     )
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _duration(seconds: float) -> str:
