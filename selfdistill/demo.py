@@ -16,7 +16,6 @@ from rich.table import Table
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import (
-    ChatFormat,
     Demonstration,
     encode,
     general_prompts,
@@ -82,7 +81,7 @@ class Panel:
     """
 
     def __init__(self, base: LoadedModel, *, facts: str = "knowledge", part: str = "test") -> None:
-        self.chat = ChatFormat(base.tokenizer, base.end_token_ids, {})
+        self.chat = base.chat()
         self.new = load_demonstrations(packaged(f"{facts}.{part}.jsonl"))
         self.indirect = load_demonstrations(packaged(f"{facts}.indirect.jsonl")) if part == "test" else []
         self.prior = load_demonstrations(packaged(f"prior.{part}.jsonl"), completion_required=False)

@@ -24,12 +24,12 @@ from rich.console import Console
 
 from selfdistill.config import QuestionsConfig, TrainConfig
 from selfdistill.data import (
-    ChatFormat,
     Demonstration,
     Document,
     Message,
     contains,
     load_demonstrations,
+    thought_and_said,
     words_of,
     write_demonstrations,
 )
@@ -209,7 +209,7 @@ class _Maker:
         """Normalised questions with conflicting answers."""
         self._config, self._answers = config, dict[str, str]()
         self._loaded = load_for_training(config.model)
-        self._chat = ChatFormat(self._loaded.tokenizer, self._loaded.end_token_ids, config.chat_template_kwargs)
+        self._chat = self._loaded.chat(config.chat_template_kwargs)
         self._endpoint: Endpoint | None = None
         if config.writer_url and config.writer_model:
             note = f"replies are cached in {self.folder}"
@@ -342,7 +342,8 @@ class _Maker:
             seeds = [sample_seed(self._config.seed, number, hash_of(prompt), 0) for prompt in ids]
             sampling = Sampling(ASK_TOKENS, TEMPERATURE if number else 0.0)
             rollouts = sample(self._loaded, ids, sampling, seeds if number else None)
-            yield from ((key, self._chat.decode(rollout.ids)) for key, rollout in zip(part, rollouts, strict=True))
+            for key, prompt, rollout in zip(part, ids, rollouts, strict=True):
+                yield key, thought_and_said(self._chat, prompt, rollout.ids)[1]
 
     def _check_room(self, what: str, prompts: Sequence[Sequence[int]]) -> None:
         """Check that each prompt (a passage with ``what``) plus a reply fits into the model's window."""

@@ -21,7 +21,7 @@ from selfdistill.comparison.compare_result import CompareResult
 from selfdistill.comparison.conclusions import Compared, mean_points, points_of, sentences, table
 from selfdistill.comparison.plots import Curve, trade_off
 from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dump_yaml, load_yaml, refuse_changes
-from selfdistill.data import ChatFormat, Demonstration, load_demonstrations
+from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
 from selfdistill.methods import DemonstrationExamples, stages_of, unused_settings, uses
@@ -61,6 +61,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
     folder = check_output_dir(config.output_dir, resume=resume, given=given)
     config = _settled(config, folder, resume)
     base = load_for_training(config.model, dtype=config.dtype)
+    config = config.model_copy(update={"template_date": base.chat(date=config.template_date).date})
     demonstrations = _common_rows(config, base)
     evaluator = Evaluator(config, base)
     teacher = None if config.context == "auto" else evaluator.shown(base, config.context, "teacher")
@@ -87,6 +88,8 @@ def _settled(config: CompareConfig, folder: Path, resume: bool) -> CompareConfig
         saved = CompareConfig(**load_yaml(written, CompareConfig))
         if config.context == "auto":
             config = config.model_copy(update={"context": saved.context})
+        if config.template_date is None:
+            config = config.model_copy(update={"template_date": saved.template_date})
         refuse_changes(written, saved, config)
     check_inputs(config)
     if "auto" in config.vary.get("context", ()):
@@ -246,7 +249,7 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
         UserError: rows are too long, or lack what a method learns from.
     """
     rows = load_demonstrations(config.data, split=config.split)
-    count, chat = len(rows), ChatFormat(base.tokenizer, base.end_token_ids, config.chat_template_kwargs)
+    count, chat = len(rows), base.chat(config.chat_template_kwargs, config.template_date)
     for name, values in _kinds(config):
         for stage in stages_of(_run_config(config, name, None, config.seeds[0], values)):
             fitting, _ = stage.examples(rows, base, chat)  # all sources, so that errors come before any run

@@ -6,6 +6,7 @@ folder) and the Python API. Settings that TRL has carry TRL's names. An unknown 
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import os
 import re
@@ -66,6 +67,8 @@ class ModelSettings(Settings):
     """Data type of the weights. float32 with bfloat16 arithmetic (``mixed_precision``) is the safe choice."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra arguments of the tokenizer's chat template, e.g. ``{"enable_thinking": false}``."""
+    template_date: str | None = None
+    """Day (YYYY-MM-DD) that a chat template with the date in it sees. Default: today; a run keeps the day it began."""
     data: str
     """Demonstrations: ``.jsonl``, ``.json``, ``.parquet``, a folder of them, a saved data set or a hub name."""
     split: str = "train"
@@ -94,6 +97,16 @@ class ModelSettings(Settings):
         if value is None or value in known or FUNCTION.fullmatch(value):
             return value
         raise ValueError(f"{', '.join(known)} or python:package.module.function{closest(value, known, '')}")
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _a_day(cls, value: Any) -> str | None:
+        if value is None:
+            return None
+        try:
+            return datetime.date.fromisoformat(str(value)).isoformat()  # YAML reads an unquoted day as a date
+        except ValueError:
+            raise ValueError("a day such as 2026-01-31") from None
 
     @field_validator("judge_url")
     @classmethod

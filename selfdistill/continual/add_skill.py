@@ -22,7 +22,7 @@ import yaml
 from selfdistill.config import LearnConfig, TrainConfig, changes, dump_yaml
 from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, write_demonstrations
+from selfdistill.data import Demonstration, load_demonstrations, write_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -231,7 +231,7 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
             settings = settings_of(folder)
             rows = load_demonstrations(str(folder / "test.jsonl"), completion_required=False)
             skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(loaded, judge_of(settings))[0]
-        chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+        chat = loaded.chat(config.chat_template_kwargs, config.template_date)
         priors = encode_priors(loaded, chat, load_prior(prior)) if prior else []
         return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size)}
 

@@ -89,7 +89,7 @@ def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[
         UserError: rows are too long and ``on_long_prompt`` is ``error``, or all rows are.
     """
     loaded = load_for_training(run.model, dtype=config.dtype)
-    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
     context = run.context if uses(run, "context") else None
     found: set[int] = set()
     for chunk in chunks:
@@ -125,7 +125,7 @@ def _chunk(
     if not chunk:
         return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None}
     loaded = load_for_training(model, dtype=config.dtype)
-    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
     with training_precision(loaded.model, config.mixed_precision):
         questions = EvaluationSet(loaded, chunk, {}, config)
         accuracy = questions.answers(loaded, judge_of(config), what="test of a chunk").accuracy

@@ -1,7 +1,7 @@
 """From files to token ids; no model weights needed."""
 
 from selfdistill.data.bundled import general_prompts, packaged
-from selfdistill.data.chat_format import ChatFormat, thought_and_said
+from selfdistill.data.chat_format import ChatFormat, TemplateRefusal, thought_and_said
 from selfdistill.data.contexts import Document, context_spec, parse_context
 from selfdistill.data.demonstrations import (
     SCORER_NAMES,
@@ -15,7 +15,7 @@ from selfdistill.data.demonstrations import (
     write_demonstrations,
     wrong,
 )
-from selfdistill.data.encoding import Example, NothingFits, encode
+from selfdistill.data.encoding import Example, NothingFits, encode, encode_prompts, text_changes
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, read_jsonl, repeated_key
 from selfdistill.data.scorers import FUNCTION, JUDGE, contains, default_scorer, doubt_about, score, words_of
 
@@ -31,12 +31,14 @@ __all__ = [
     "NothingFits",
     "RawRow",
     "Rows",
+    "TemplateRefusal",
     "check_rows",
     "contains",
     "context_spec",
     "default_scorer",
     "doubt_about",
     "encode",
+    "encode_prompts",
     "first_ten",
     "general_prompts",
     "join_surrogates",
@@ -49,6 +51,7 @@ __all__ = [
     "read_jsonl",
     "repeated_key",
     "score",
+    "text_changes",
     "text_of",
     "thought_and_said",
     "words_of",

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from selfdistill.data.contexts import Verbatim
 from selfdistill.data.demonstrations import Message
+from selfdistill.data.template_clock import pinned
+from selfdistill.data.thinking import (
+    EMPTY_THOUGHT,
+    open_thought,
+    split_thinking,
+    within_open_thought,
+    without_thought,
+)
 from selfdistill.errors import UserError
 
 _HIDDEN = "\U0010fffd"
-"""Delimits the number of a hidden name. A private-use character, unlikely to occur next to a number in any text."""
+"""Delimits the number of a hidden text. A private-use character, unlikely to occur next to a number in any text."""
+_NAME = re.compile(f"{_HIDDEN}([0-9]+){_HIDDEN}")
+_VERBATIM = re.compile(f"(?P<thought>{EMPTY_THOUGHT})?{_HIDDEN}V(?P<number>[0-9]+){_HIDDEN}")
+_PLAIN_REPLY = "Assistant:"
+_REPLY = "selfdistill"
+"""A word that no template writes."""
+_OF_REPLIES = re.compile("think|thought|tool|python_tag|function_call", re.IGNORECASE)
+"""Control tokens that a model writes within its reply, so that a demonstration may contain them."""
+_ANCHOR = 32
+"""Characters of the preceding text with which a text is tokenised."""
+
+
+class TemplateRefusal(UserError):
+    """The chat template rejects a conversation, or leaves out a part of it."""
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """How the template writes an assistant turn."""
+
+    prompt: str
+    """The prompt up to the reply."""
+    lead: str
+    """Between the prompt and the text of a reply, such as a space or an empty thought."""
+    after: str
+    """From the end of the text on."""
 
 
 def _any_of(names: Sequence[str]) -> re.Pattern[str]:
@@ -22,122 +60,251 @@ class ChatFormat:
     """Encodes messages with the tokenizer's chat template or, without one, in a plain-text layout.
 
     Control tokens come from the template only. Where a text contains the name of one, such as ``<|im_end|>``, it is
-    encoded as plain characters.
+    encoded as plain characters. Thinking and tool tags in replies are the exception: they are what the model writes.
 
-    The plain-text layout is ``<system text>``, ``User: <text>``, ``Assistant: <text>``, separated by blank lines. A
-    prompt ends with ``Assistant:``, and a completion starts with a space.
+    The plain-text layout is ``<system text>``, ``User: <text>``, ``Assistant: <text><end token>``, separated by blank
+    lines. A prompt ends with ``Assistant:``, and a completion starts with a space.
+
+    Args:
+        tokenizer: the model's.
+        end_token_ids: the tokens that end a reply.
+        chat_template_kwargs: further arguments of the chat template.
+        date: the day (YYYY-MM-DD) that a template which reads the clock sees; default: today.
     """
 
-    def __init__(self, tokenizer: Any, end_token_ids: Sequence[int], chat_template_kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        end_token_ids: Sequence[int],
+        chat_template_kwargs: Mapping[str, Any],
+        date: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.kwargs = chat_template_kwargs
-        template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder.values()
-        names = [str(token) for token in added if token.special]
+        self.kwargs = dict(chat_template_kwargs)
+        template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
+        self.date = (date or datetime.date.today().isoformat()) if "strftime_now" in template else None
+        """The day that the template sees; None if it does not read the clock."""
+        self._ends = list(end_token_ids)
+        self._added = _any_of([str(token) for token in added.values()])
+        names = [str(token) for token in added.values() if token.special]
+        self.end_names = [name for name in tokenizer.convert_ids_to_tokens(self._ends) if name in names]
+        in_replies = [name for name in names if _OF_REPLIES.search(name) and name not in self.end_names]
+        self._skipped = {number for number, token in added.items() if token.special} - {
+            number for number, token in added.items() if str(token) in in_replies
+        }
         # A template may also write non-special tokens, such as <|User|>; a reply may contain some, such as <think>.
-        others = [str(token) for token in added if not token.special and str(token) in template]
-        self._in_replies, self._in_texts = _any_of(names), _any_of([*names, *others])
-        ends = [str(tokenizer.convert_ids_to_tokens(token)) for token in end_token_ids]
-        self.end_names = [name for name in ends if name in names]
-        self.end_token_id = self._turn_end(end_token_ids)
+        others = [
+            name
+            for name in (str(token) for token in added.values() if not token.special)
+            if name in template or _OF_REPLIES.search(name)
+        ]
+        self._in_texts = _any_of([*names, *others])
+        self._in_replies = _any_of([name for name in names if name not in in_replies])
+        self._turns: dict[str, _Turn] = {}
+        self._begin = self._tokenizers_own_start()
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt as text, up to the start of the reply."""
-        if self.tokenizer.chat_template:
-            return self._by_template(messages, add_generation_prompt=True)
-        labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-        return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + "Assistant:"
+    @cached_property
+    def end_token_id(self) -> int:
+        """The end token that the template writes after an assistant turn, else the first end token."""
+        after = self._ids(self._turn({}).after) if self.tokenizer.chat_template else []
+        return next((token for token in after if token in self._ends), self._ends[0])
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the prompt."""
-        hidden: list[str] = []
+    @cached_property
+    def turn_end_id(self) -> int | None:
+        """The control token that the template writes after an assistant turn, an end token or not; None if none."""
+        found = self._added.match(self._turn({}).after.lstrip())
+        return None if found is None else int(self.tokenizer.convert_tokens_to_ids(found[0]))
 
-        def hide(found: re.Match[str]) -> str:
-            hidden.append(found[0])
-            return f"{_HIDDEN}{len(hidden) - 1}{_HIDDEN}"
+    def render(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
+        """The prompt as text, up to the start of the reply.
 
-        shown = []
-        for message in messages:
-            names = self._in_replies if message["role"] == "assistant" else self._in_texts
-            shown.append({**message, "content": names.sub(hide, message["content"])})
-        text = self.render(shown)
+        Args:
+            messages: the chat. The content of a turn may be :class:`Verbatim`.
+            options: further arguments of the chat template, in addition to the format's own.
+
+        Raises:
+            TemplateRefusal: the template rejects the messages, or leaves one out.
+        """
+        text, hidden = self._rendered(messages, options or {})
+        return _NAME.sub(lambda found: hidden[int(found[1])], text)
+
+    def encode_prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of the prompt; see :meth:`render`."""
+        text, hidden = self._rendered(messages, options or {})
         # A template writes its own special tokens. Plain text gets the tokenizer's, such as a leading BOS.
-        special = not self.tokenizer.chat_template
-        first, *others = re.split(f"{_HIDDEN}([0-9]+){_HIDDEN}", text)
-        ids = self._ids(first, special=special)
-        for number, after in zip(others[::2], others[1::2], strict=True):
-            ids += self._name(hidden[int(number)]) + self._ids(after, special=False)
-        return ids
+        return [*([] if self.tokenizer.chat_template else self._begin), *self._mixed("", text, hidden)]
 
-    def encode_completion(self, text: str) -> list[int]:
-        """Token ids of a demonstrated reply plus the end-of-turn token. Joins ids, never text."""
-        lead = "" if self.tokenizer.chat_template else " "
-        return [*self._plain(lead + text, self._in_replies), self.end_token_id]
+    def encode_completion(self, text: str, options: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a demonstrated reply as it stands after the prompt, plus the end-of-turn token.
+
+        They are those that the template gives when it writes the whole turn, with ``text`` itself kept verbatim. A
+        thought that the prompt has opened is continued, or closed.
+        """
+        turn, said = self._turn(options or {}), text
+        lead = turn.lead
+        if tags := open_thought(turn.prompt):
+            said = within_open_thought(text, turn.prompt, tags)
+        elif split_thinking(text) != ("", text):
+            lead = without_thought(lead)
+        hidden: list[str] = []
+        shown = self._hide(said, self._in_replies, hidden)
+        space = turn.after[: len(turn.after) - len(turn.after.lstrip())]
+        tail = "" if self.turn_end_id is None else space
+        return [*self._mixed(turn.prompt, lead + shown + tail, hidden), self.end_token_id]
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a plain text, without control tokens."""
-        return self._plain(text, self._in_texts)
+        hidden: list[str] = []
+        return self._mixed("", self._hide(text, self._in_texts, hidden), hidden)
 
-    def _plain(self, text: str, names: re.Pattern[str]) -> list[int]:
-        ids, start = [], 0
-        for found in names.finditer(text):
-            ids += self._ids(text[start : found.start()], special=False) + self._name(found[0])
-            start = found.end()
-        return ids + self._ids(text[start:], special=False)
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a plain text and of its continuation, which are those of the joint text after the context's."""
+        head, whole = self._ids(context, split=True), self._ids(context + continuation, split=True)
+        return self._begin + whole[: len(head)], whole[len(head) :]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode a reply, skipping special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        """Decode a reply, skipping special tokens except thinking and tool tags."""
+        kept = [token for token in ids if token not in self._skipped]
+        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)).strip()
 
-    def _by_template(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        if taken := sorted(options.keys() & self.kwargs.keys()):
+    def _rendered(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """The prompt with names of control tokens in its texts hidden, and the hidden names by number."""
+        hidden: list[str] = []
+        verbatim: list[str] = []
+        shown: list[Message] = []
+        for message in messages:
+            content = message["content"]
+            text = self._hide(content, self._in_replies if message["role"] == "assistant" else self._in_texts, hidden)
+            if isinstance(content, Verbatim):
+                verbatim.append(text)
+                text = f"{_HIDDEN}V{len(verbatim) - 1}{_HIDDEN}"
+            shown.append({"role": message["role"], "content": text})
+
+        def put_in(found: re.Match[str]) -> str:
+            text = verbatim[int(found["number"])]
+            own_thought = split_thinking(text) != ("", text)  # takes the place of an empty one
+            return text if own_thought else (found["thought"] or "") + text
+
+        text = self._by_template(shown, options) if self.tokenizer.chat_template else self._plain(shown)
+        _refuse_left_out(messages, shown, text)
+        return _VERBATIM.sub(put_in, text), hidden
+
+    def _plain(self, messages: Sequence[Message]) -> str:
+        end = str(self.tokenizer.convert_ids_to_tokens(self.end_token_id))
+        labels = {"system": "", "user": "User: ", "assistant": f"{_PLAIN_REPLY} "}
+        ends = {"assistant": end if self._added.fullmatch(end) else ""}
+        turns = [f"{labels[m['role']]}{m['content']}{ends.get(m['role'], '')}\n\n" for m in messages]
+        return "".join(turns) + _PLAIN_REPLY
+
+    def _by_template(
+        self, messages: Sequence[Message], options: Mapping[str, Any], *, add_generation_prompt: bool = True
+    ) -> str:
+        fixed: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        given = self.kwargs | dict(options)
+        if taken := sorted(fixed.keys() & given.keys()):
             raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
         try:
-            return str(self.tokenizer.apply_chat_template(list(messages), **options, **self.kwargs))
+            if self.date is not None:
+                template = self.tokenizer.get_chat_template(None, tools=given.get("tools"))
+                fixed["chat_template"] = pinned(template, datetime.date.fromisoformat(self.date))
+            return str(self.tokenizer.apply_chat_template(list(messages), **fixed, **given))
         except Exception as error:  # templates are programs and may raise anything
             roles = ", ".join(m["role"] for m in messages)
-            raise UserError(f"the chat template rejects the roles {roles}: {error}") from None
+            reason = " ".join(str(error).split())
+            raise TemplateRefusal(f"the chat template rejects the roles {roles}: {reason}") from None
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        options = {"add_special_tokens": special, "split_special_tokens": False}
-        return list(self.tokenizer(text, **options)["input_ids"]) if text or special else []
+    def _turn(self, options: Mapping[str, Any]) -> _Turn:
+        """How the template writes an assistant turn with these options."""
+        key = json.dumps(options, sort_keys=True, default=str)
+        if key not in self._turns:
+            self._turns[key] = self._probe(options)
+        return self._turns[key]
 
-    def _name(self, name: str) -> list[int]:
-        """Token ids of a control token's name as plain characters, split in two so it never becomes the token."""
-        return self._ids(name[:1], special=False) + self._ids(name[1:], special=False)
+    def _probe(self, options: Mapping[str, Any]) -> _Turn:
+        asked = [{"role": "user", "content": "a"}]
+        if not self.tokenizer.chat_template:
+            return _Turn(_PLAIN_REPLY, " ", "")
+        prompt = self._by_template(asked, options)
+        answered = [*asked, {"role": "assistant", "content": _REPLY}]
+        before, reply, after = self._by_template(answered, options, add_generation_prompt=False).rpartition(_REPLY)
+        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        return _Turn(prompt, lead, after if reply else "")
 
-    def _turn_end(self, end_token_ids: Sequence[int]) -> int:
-        """The end token that the template writes after an assistant turn, else the first end token."""
-        if self.tokenizer.chat_template:
-            reply = "selfdistill"  # a word that no template writes
-            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}]
-            text = self._by_template(probe, add_generation_prompt=False)
-            after = self._ids(text.rpartition(reply)[2] if reply in text else "", special=False)
-            for token in after:
-                if token in end_token_ids:
-                    return token
-        return end_token_ids[0]
+    def _hide(self, text: str, names: re.Pattern[str], hidden: list[str]) -> str:
+        """The text with every match replaced by a marker; appends the matches to ``hidden``."""
+
+        def marker(found: re.Match[str]) -> str:
+            hidden.append(found[0])
+            return f"{_HIDDEN}{len(hidden) - 1}{_HIDDEN}"
+
+        return names.sub(marker, text)
+
+    def _mixed(self, before: str, text: str, hidden: Sequence[str]) -> list[int]:
+        """Token ids of a text with hidden names, as it stands after ``before``; names become plain characters.
+
+        A name is split in two, so that it never becomes the control token.
+        """
+        first, *others = _NAME.split(text)
+        ids, before = self._after(before, first), first or before
+        for number, rest in zip(others[::2], others[1::2], strict=True):
+            name = hidden[int(number)]
+            for piece in (name[:1], name[1:], rest):
+                ids += self._after(before, piece)
+                before = piece or before
+        return ids
+
+    def _after(self, before: str, text: str) -> list[int]:
+        """Token ids of ``text`` as it stands after ``before``, which some tokenizers encode unlike a text's start.
+
+        Where the two would share a token, as in ids that are already fixed, they are those after a line break.
+        """
+        if not text or not before:
+            return self._ids(text)
+        starts = [found.start() for found in self._added.finditer(before)]
+        anchor = before[starts[-1] :] if starts else before[-_ANCHOR:]
+        for lead in (anchor, "\n", "a"):
+            head, whole = self._ids(lead), self._ids(lead + text)
+            if head and whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self._ids(text)
+
+    def _ids(self, text: str, *, split: bool = False) -> list[int]:
+        options = {"add_special_tokens": False, "split_special_tokens": split}
+        return list(self.tokenizer(text, **options)["input_ids"]) if text else []
+
+    def _tokenizers_own_start(self) -> list[int]:
+        """The special tokens that the tokenizer puts in front of a text; those that it appends are left out."""
+        bare, whole = self._ids("a"), list(self.tokenizer("a")["input_ids"])
+        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return whole[:at]
 
 
-THINKING = ("<think>", "</think>")
-"""Tags around a reasoning model's thoughts. If the prompt ends with the first, the reply holds only the second."""
+def _refuse_left_out(messages: Sequence[Message], shown: Sequence[Message], text: str) -> None:
+    """Refuse a rendering that lacks the text of a message. What a template strips off its ends may be missing.
+
+    A thought in an earlier assistant turn of a prompt may be missing, too: that is how the model sees such turns.
+
+    Args:
+        messages: as given.
+        shown: as the template was given them.
+        text: what it made of them.
+    """
+    texts = [_said(message) for message in shown]
+    for message, content in zip(messages, texts, strict=True):
+        if text.count(content) >= texts.count(content):
+            continue
+        if isinstance(message["content"], Verbatim):
+            raise TemplateRefusal("the chat template leaves out the demonstration, an earlier assistant turn")
+        found = message["content"] if len(message["content"]) <= 40 else message["content"][:37] + "..."
+        raise TemplateRefusal(f"the chat template leaves out or rewrites the {message['role']} turn {found!r}")
+
+
+def _said(message: Message) -> str:
+    content = message["content"]
+    return (split_thinking(content)[1] if message["role"] == "assistant" else content).strip()
 
 
 def thought_and_said(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> tuple[str, str]:
     """Split a reply into its thought and its final text, given the token ids of prompt and reply."""
-    begun = str(chat.tokenizer.decode(list(prompt[-4:]))).rstrip().endswith(THINKING[0])
+    begun = open_thought(str(chat.tokenizer.decode(list(prompt[-8:])))) is not None
     return split_thinking(chat.decode(ids), begun=begun)
-
-
-def split_thinking(reply: str, *, begun: bool = False) -> tuple[str, str]:
-    """Split a reply into its thought and its final text, which is empty if the thought never ends.
-
-    Args:
-        begun: whether the prompt ends with the opening tag.
-    """
-    begin, end = THINKING
-    if end in reply:
-        thought, said = reply.split(end, 1)
-        return thought.lstrip().removeprefix(begin), said.lstrip()
-    thinks = begun or reply.lstrip().startswith(begin)
-    return (reply.lstrip().removeprefix(begin), "") if thinks else ("", reply)

@@ -21,12 +21,18 @@ from selfdistill.data.demonstrations import Demonstration, Message
 from selfdistill.errors import UserError
 
 
+class Verbatim(str):
+    """A demonstration as a turn: rendered as it is, even by a template that strips thoughts from earlier turns."""
+
+    __slots__ = ()
+
+
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
 def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": Verbatim(text)}
 
 
 def _split_system(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:

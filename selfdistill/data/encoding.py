@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.chat_format import ChatFormat, TemplateRefusal
 from selfdistill.data.contexts import Context
 from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.rows import first_ten
+from selfdistill.data.thinking import split_thinking
 from selfdistill.errors import UserError
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -62,14 +68,17 @@ def encode(
     limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit)
     limits.check()
     _refuse_end_names(demonstrations, chat)
-    kept, problems = [], []
-    for demonstration in demonstrations:
-        example = Example(
+
+    def example_of(demonstration: Demonstration) -> Example:
+        return Example(
             demonstration,
             chat.encode_prompt(demonstration.prompt),
             chat.encode_prompt(context.messages(demonstration, pool or demonstrations)) if context else None,
             chat.encode_completion(demonstration.completion),
         )
+
+    kept, problems = [], []
+    for example in _by_row(demonstrations, example_of):
         problem = limits.problem(example)
         if problem is None:
             kept.append(example)
@@ -86,6 +95,59 @@ def encode(
             raise NothingFits(text + " or ".join(ways))
         raise UserError(f"{text}{', '.join(ways)}, or drop them with --on_long_prompt drop")
     return kept, len(problems)
+
+
+def encode_prompts(demonstrations: Sequence[Demonstration], chat: ChatFormat) -> list[list[int]]:
+    """Token ids of the demonstrations' prompts.
+
+    Raises:
+        UserError: the chat template rejects rows; names them.
+    """
+    return _by_row(demonstrations, lambda row: chat.encode_prompt(row.prompt))
+
+
+def _by_row(demonstrations: Sequence[Demonstration], make: Callable[[Demonstration], Made]) -> list[Made]:
+    """What ``make`` returns for each row.
+
+    Raises:
+        UserError: the chat template rejects rows; names the first ten for each reason.
+    """
+    made: list[Made] = []
+    refused: dict[str, list[str]] = {}
+    for demonstration in demonstrations:
+        try:
+            made.append(make(demonstration))
+        except TemplateRefusal as error:
+            refused.setdefault(str(error), []).append(demonstration.source)
+    if refused:
+        count = sum(map(len, refused.values()))
+        reasons = first_ten([f"{reason} ({first_ten(sources)})" for reason, sources in refused.items()])
+        raise UserError(f"{count} of {len(demonstrations)} rows do not fit the chat template: {reasons}")
+    return made
+
+
+def text_changes(examples: Sequence[Example], chat: ChatFormat) -> str | None:
+    """A note if the tokenizer changes demonstrated completions, such as by unknown characters; else None."""
+    changed = []
+    for example in examples:
+        found = unicodedata.normalize("NFC", chat.decode(example.completion_ids))
+        meant = unicodedata.normalize("NFC", example.demonstration.completion).strip()
+        # Between them, the two may divide the tags of a thought: what the prompt opens, the completion only closes.
+        if not found.endswith(split_thinking(meant)[1] or meant):
+            changed.append((example.demonstration.source, *_difference(meant, found)))
+    if not changed:
+        return None
+    source, meant, found = changed[0]
+    return (
+        f"the tokenizer changes {len(changed)} of {len(examples)} completions: in {source}, {meant!r} becomes {found!r}"
+    )
+
+
+def _difference(meant: str, found: str) -> tuple[str, str]:
+    """Excerpts of the two texts from the word before their first difference."""
+    same = next((i for i, (a, b) in enumerate(zip(meant, found, strict=False)) if a != b), min(len(meant), len(found)))
+    start = max(0, same - 10)
+    return meant[start : same + 20], found[start : same + 20]
 
 
 @dataclass(frozen=True)

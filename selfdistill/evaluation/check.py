@@ -20,7 +20,6 @@ from torch import Tensor
 
 from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.data import (
-    ChatFormat,
     Demonstration,
     Example,
     Rows,
@@ -169,7 +168,7 @@ class _Measure:
     def __init__(self, config: CheckConfig, demonstrations: list[Demonstration], loaded: LoadedModel) -> None:
         self.config, self.pool, self.loaded = config, demonstrations, loaded
         self.bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
-        self.chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+        self.chat = loaded.chat(config.chat_template_kwargs, config.template_date)
         self.forward_pass = ForwardPass(loaded)
         chosen = random.Random(config.seed).sample(demonstrations, min(config.sample, len(demonstrations)))
         self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdistill.data import ChatFormat, Demonstration, general_prompts
+from selfdistill.data import ChatFormat, Demonstration, encode_prompts, general_prompts
 from selfdistill.loss import CrossEntropy, Divergence, chunked_loss, forward_kl
 from selfdistill.model import ForwardPass, LoadedModel, Sampling, sample
 
@@ -43,7 +43,7 @@ class Distance:
         max_tokens: int = ANSWER_TOKENS,
     ) -> None:
         self._forward_pass = forward_pass
-        self._contexts = [chat.encode_prompt(row.prompt) for row in prompts]
+        self._contexts = encode_prompts(prompts, chat)
         rollouts = sample(base, self._contexts, Sampling(max_tokens, temperature=0))
         self._completions = [rollout.ids for rollout in rollouts]
         self._base_NV = list(self._logits(base.model))

@@ -18,6 +18,7 @@ from selfdistill.data import (
     default_scorer,
     doubt_about,
     encode,
+    encode_prompts,
     general_prompts,
     load_demonstrations,
     parse_context,
@@ -89,7 +90,7 @@ class EvaluationSet:
         pool: Sequence[Demonstration] | None = None,
     ) -> None:
         self.config = config
-        self.chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
+        self.chat = loaded.chat(config.chat_template_kwargs, config.template_date)
         self.rows: list[Example]
         self.rows, self.dropped = encode(
             demonstrations,
@@ -286,8 +287,8 @@ def _measured(
 def _general_distance(base: LoadedModel, loaded: LoadedModel, config: EvalConfig) -> Between:
     contexts, answers = [], []
     for model in (base, loaded):
-        chat = ChatFormat(model.tokenizer, model.end_token_ids, config.chat_template_kwargs)
-        contexts.append([chat.encode_prompt(row.prompt) for row in general_prompts()])
+        chat = model.chat(config.chat_template_kwargs, config.template_date)
+        contexts.append(encode_prompts(general_prompts(), chat))
         answers.append([r.ids for r in sample(model, contexts[-1], Sampling(ANSWER_TOKENS, temperature=0))])
     return between(base, loaded, *contexts, *answers)
 

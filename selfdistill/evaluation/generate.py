@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfdistill.config import AskConfig, TrainConfig, load_yaml
-from selfdistill.data import ChatFormat, Demonstration, Message
+from selfdistill.data import Demonstration, Message
 from selfdistill.model import LoadedModel, Sampling, load_model, sample, sample_seed, to_best_device
 from selfdistill.runtime import Printable
 
@@ -38,7 +38,7 @@ def generate(
         seed: random seed for sampling.
         chat_template_kwargs: extra arguments of the tokenizer's chat template.
     """
-    chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, dict(chat_template_kwargs or {}))
+    chat = loaded.chat(chat_template_kwargs)
     turns = [Demonstration(prompt).prompt for prompt in prompts]  # type: ignore[arg-type]
     ids = [chat.encode_prompt(messages) for messages in turns]
     seeds = [sample_seed(seed, 0, number, 0) for number in range(len(ids))]

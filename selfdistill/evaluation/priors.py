@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from selfdistill.data import (
     Demonstration,
     RawRow,
     check_rows,
+    encode_prompts,
     first_ten,
     load_demonstrations,
     not_object,
@@ -188,12 +188,12 @@ def encode_priors(
     for name, rows in priors.items():
         questions = [row for row in rows if isinstance(row, Demonstration)]
         check_answers(questions, _SCORER)
-        contexts = [chat.encode_prompt(row.prompt) for row in questions]
+        contexts = encode_prompts(questions, chat)
         lengths = [(row.source, len(ids) + REPLY_TOKENS) for row, ids in zip(questions, contexts, strict=True)]
         continuations: list[list[int]] = []
         for row in rows:
             if isinstance(row, Choices):
-                pairs = [_pair_ids(loaded, *pair) for pair in row.pairs]
+                pairs = [_pair_ids(loaded, chat, *pair) for pair in row.pairs]
                 contexts += [context for context, _ in pairs]
                 continuations += [continuation for _, continuation in pairs]
                 lengths.append((row.source, max(len(context) + len(continuation) for context, continuation in pairs)))
@@ -209,15 +209,12 @@ def encode_priors(
     return encoded
 
 
-def _pair_ids(loaded: LoadedModel, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    tokenizer = partial(loaded.tokenizer, split_special_tokens=True)  # no control tokens in texts
+def _pair_ids(loaded: LoadedModel, chat: ChatFormat, context: str, continuation: str) -> tuple[list[int], list[int]]:
     if context:
-        head = tokenizer(context)["input_ids"]
-        whole = tokenizer(context + continuation)["input_ids"]
-        return whole[: len(head)], whole[len(head) :]
+        return chat.encode_pair(context, continuation)
     ids = (loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id, loaded.end_token_ids[0])
     first = next(token for token in ids if token is not None)
-    return [first], tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    return [first], chat.encode_pair("", continuation)[1]
 
 
 # --- computing ---

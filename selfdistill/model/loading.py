@@ -6,6 +6,7 @@ import copy
 import ctypes
 import hashlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from selfdistill.config import closest
+from selfdistill.data import ChatFormat, TemplateRefusal
 from selfdistill.errors import UserError
 from selfdistill.model.starter import STARTER_MODELS, starter_model_path
 
@@ -46,6 +48,10 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def chat(self, kwargs: Mapping[str, Any] | None = None, date: str | None = None) -> ChatFormat:
+        """How the model's tokenizer encodes messages; see :class:`ChatFormat`."""
+        return ChatFormat(self.tokenizer, self.end_token_ids, kwargs or {}, date)
 
 
 def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False) -> LoadedModel:
@@ -229,12 +235,21 @@ def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
+    notes = []
+    written = _end_of_turn(tokenizer)
+    if tokenizer.chat_template and written is None:
+        notes.append("the chat template writes no control token after a reply; replies end with an end token")
+    elif written is not None and written not in ends:
+        ends.append(written)
+        token = tokenizer.convert_ids_to_tokens(written)
+        notes.append(f"the chat template ends replies with {token!r}, so it is an end token, here and in saved models")
+        if model.generation_config is not None:
+            model.generation_config.eos_token_id = list(ends)
     if not ends:
         raise UserError(
             f"model {name!r}: neither the tokenizer nor generation_config.json names an end token, so replies would "
             "never stop; set eos_token in tokenizer_config.json"
         )
-    notes = []
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = ends[0]
@@ -244,6 +259,14 @@ def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
         notes.append("the tokenizer has no chat template; using a plain-text layout (User:, Assistant:)")
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return LoadedModel(model, tokenizer, name, tuple(ends), pad, window, notes)
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The control token that the chat template writes after an assistant turn."""
+    try:
+        return ChatFormat(tokenizer, (), {}).turn_end_id
+    except TemplateRefusal:  # it takes no plain question and answer; rows will tell
+        return None
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -15,13 +15,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, Example
+from selfdistill.data import ChatFormat, Demonstration, Example, text_changes
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
-from selfdistill.methods import Method, check_steps, stages_of
+from selfdistill.methods import DemonstrationExamples, Method, check_steps, stages_of
 from selfdistill.model import LoadedModel, resolved_precision
-from selfdistill.runtime import TIMEOUT, barrier, world_size
+from selfdistill.runtime import TIMEOUT, barrier, say, world_size
 from selfdistill.training.schedule import steps_of
 
 
@@ -92,6 +92,8 @@ def make_stages(
     for method in stages_of(config):
         examples, dropped = method.examples(demonstrations, loaded, chat)
         stages.append(Stage(method, examples, dropped))
+        if isinstance(method.examples, DemonstrationExamples) and (note := text_changes(examples, chat)):
+            say(f"note: {note}")
         if method.reward:
             check_answers([example.demonstration for example in examples], config.scorer)
         lengths = [min(len(example.completion_ids), config.max_completion_length) for example in examples]
@@ -99,7 +101,7 @@ def make_stages(
     return stages
 
 
-def with_defaults(config: TrainConfig, examples: int, mixed_precision: str) -> TrainConfig:
+def with_defaults(config: TrainConfig, examples: int, mixed_precision: str, date: str | None) -> TrainConfig:
     """Resolve the settings that depend on the data or on other settings."""
     return config.model_copy(
         update={
@@ -107,6 +109,7 @@ def with_defaults(config: TrainConfig, examples: int, mixed_precision: str) -> T
             "learning_rate": config.learning_rate or (1e-4 if config.lora_rank else 1e-5),
             "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
             "mixed_precision": mixed_precision,
+            "template_date": date,
         }
     )
 

@@ -98,7 +98,8 @@ def train(
         if begun:
             _lock(output_dir, held)
         checkpoint = newest_whole(output_dir) if resume else None
-        trainer = Trainer(with_context(config, demonstrations, loaded), demonstrations, evaluator, loaded)
+        config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
+        trainer = Trainer(config, demonstrations, evaluator, loaded)
         if checkpoint:
             _refuse_changed_settings(output_dir, checkpoint, trainer)
         sizes = _check_room(trainer, output_dir)
@@ -135,6 +136,14 @@ def with_context(
             "setting 'context': 'auto' needs a single process; find the best with selfdistill check and name it"
         )
     return config.model_copy(update={"context": best_context(config, demonstrations, loaded)})
+
+
+def _on_its_day(config: TrainConfig) -> TrainConfig:
+    """The settings with the day on which the run began, for templates with the date in them."""
+    written = Path(config.output_dir) / "config.yaml"
+    if config.template_date is not None or not written.exists():
+        return config
+    return config.model_copy(update={"template_date": load_yaml(written, TrainConfig).get("template_date")})
 
 
 def _lock(output_dir: Path, held: ExitStack) -> None:

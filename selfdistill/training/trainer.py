@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, load_demonstrations
+from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Drift, Evaluator
 from selfdistill.loss import Divergence
@@ -73,11 +73,11 @@ class Trainer:
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
         for note in self.loaded.notes:
             say(f"note: {note}")
-        self.chat = ChatFormat(self.loaded.tokenizer, self.loaded.end_token_ids, config.chat_template_kwargs)
+        self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
         self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
         self.stage = self.stages[0]
         """Stage of the current step."""
-        self.config = with_defaults(config, len(self.stage.examples), self.accelerator.mixed_precision)
+        self.config = with_defaults(config, len(self.stage.examples), self.accelerator.mixed_precision, self.chat.date)
         share_steps(self.config, self.stages)
         self._prepare()
         self.evaluator = evaluator or (Evaluator(self.config, self.loaded) if config.test is not None else None)
