@@ -1,7 +1,7 @@
 """From files to token ids; no model weights needed."""
 
 from selfdistill.data.bundled import general_prompts, packaged
-from selfdistill.data.chat_format import ChatFormat, TemplateRefusal, thought_and_said
+from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
 from selfdistill.data.contexts import Document, context_spec, parse_context
 from selfdistill.data.demonstrations import (
     SCORER_NAMES,
@@ -22,6 +22,7 @@ from selfdistill.data.scorers import FUNCTION, JUDGE, contains, default_scorer, 
 __all__ = [
     "FUNCTION",
     "JUDGE",
+    "NEXT_TURN",
     "SCORER_NAMES",
     "ChatFormat",
     "Demonstration",

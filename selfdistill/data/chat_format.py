@@ -26,7 +26,9 @@ _HIDDEN = "\U0010fffd"
 """Delimits the number of a hidden text. A private-use character, unlikely to occur next to a number in any text."""
 _NAME = re.compile(f"{_HIDDEN}([0-9]+){_HIDDEN}")
 _VERBATIM = re.compile(f"(?P<thought>{EMPTY_THOUGHT})?{_HIDDEN}V(?P<number>[0-9]+){_HIDDEN}")
-_PLAIN_REPLY = "Assistant:"
+_PLAIN_USER, _PLAIN_REPLY = "User:", "Assistant:"
+NEXT_TURN = f"\n\n{_PLAIN_USER}"
+"""Where the plain-text layout's next turn begins, a reply has ended, too: so a base model ends it."""
 _REPLY = "selfdistill"
 """A word that no template writes."""
 _OF_REPLIES = re.compile("think|thought|tool|python_tag|function_call", re.IGNORECASE)
@@ -62,8 +64,8 @@ class ChatFormat:
     Control tokens come from the template only. Where a text contains the name of one, such as ``<|im_end|>``, it is
     encoded as plain characters. Thinking and tool tags in replies are the exception: they are what the model writes.
 
-    The plain-text layout is ``<system text>``, ``User: <text>``, ``Assistant: <text><end token>``, separated by blank
-    lines. A prompt ends with ``Assistant:``, and a completion starts with a space.
+    The plain-text layout is ``<system text>``, ``User: <text>``, ``Assistant: <text>``, separated by blank lines. A
+    prompt ends with ``Assistant:``, and a completion starts with a space.
 
     Args:
         tokenizer: the model's.
@@ -165,7 +167,8 @@ class ChatFormat:
     def decode(self, ids: Sequence[int]) -> str:
         """Decode a reply, skipping special tokens except thinking and tool tags."""
         kept = [token for token in ids if token not in self._skipped]
-        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)).strip()
+        text = str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+        return (text if self.tokenizer.chat_template else text.partition(NEXT_TURN)[0]).strip()
 
     def _rendered(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[str, list[str]]:
         """The prompt with names of control tokens in its texts hidden, and the hidden names by number."""
@@ -190,11 +193,8 @@ class ChatFormat:
         return _VERBATIM.sub(put_in, text), hidden
 
     def _plain(self, messages: Sequence[Message]) -> str:
-        end = str(self.tokenizer.convert_ids_to_tokens(self.end_token_id))
-        labels = {"system": "", "user": "User: ", "assistant": f"{_PLAIN_REPLY} "}
-        ends = {"assistant": end if self._added.fullmatch(end) else ""}
-        turns = [f"{labels[m['role']]}{m['content']}{ends.get(m['role'], '')}\n\n" for m in messages]
-        return "".join(turns) + _PLAIN_REPLY
+        labels = {"system": "", "user": f"{_PLAIN_USER} ", "assistant": f"{_PLAIN_REPLY} "}
+        return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + _PLAIN_REPLY
 
     def _by_template(
         self, messages: Sequence[Message], options: Mapping[str, Any], *, add_generation_prompt: bool = True
@@ -221,12 +221,15 @@ class ChatFormat:
         return self._turns[key]
 
     def _probe(self, options: Mapping[str, Any]) -> _Turn:
-        asked = [{"role": "user", "content": "a"}]
         if not self.tokenizer.chat_template:
             return _Turn(_PLAIN_REPLY, " ", "")
-        prompt = self._by_template(asked, options)
+        asked = [{"role": "user", "content": "a"}]
         answered = [*asked, {"role": "assistant", "content": _REPLY}]
-        before, reply, after = self._by_template(answered, options, add_generation_prompt=False).rpartition(_REPLY)
+        try:
+            prompt = self._by_template(asked, options)
+            before, reply, after = self._by_template(answered, options, add_generation_prompt=False).rpartition(_REPLY)
+        except TemplateRefusal:  # a template for other conversations; the rows will tell
+            return _Turn("", "", "")
         lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
         return _Turn(prompt, lead, after if reply else "")
 

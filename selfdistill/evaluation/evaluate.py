@@ -244,6 +244,8 @@ def evaluate(
         base = matched(base, loaded)
     elif config.base:
         base = load_matching(config.base, loaded, dtype=config.dtype)
+    for note in loaded.notes:
+        say(f"note: {note}")
     questions = EvaluationSet(loaded, demonstrations, priors, config, config.context)
     if base is not None:
         # Rows too long for either model are dropped for both, so that both answer the same items.

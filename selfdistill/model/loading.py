@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from selfdistill.config import closest
-from selfdistill.data import ChatFormat, TemplateRefusal
+from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.model.starter import STARTER_MODELS, starter_model_path
 
@@ -236,13 +236,14 @@ def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
     notes = []
-    written = _end_of_turn(tokenizer)
-    if tokenizer.chat_template and written is None:
-        notes.append("the chat template writes no control token after a reply; replies end with an end token")
+    written = ChatFormat(tokenizer, (), {}).turn_end_id
+    if tokenizer.chat_template and written is None and ends:
+        names = " or ".join(map(repr, tokenizer.convert_ids_to_tokens(ends)))
+        notes.append(f"the chat template writes no control token after a reply; replies end with {names}")
     elif written is not None and written not in ends:
-        ends.append(written)
         token = tokenizer.convert_ids_to_tokens(written)
         notes.append(f"the chat template ends replies with {token!r}, so it is an end token, here and in saved models")
+        ends.append(written)
         if model.generation_config is not None:
             model.generation_config.eos_token_id = list(ends)
     if not ends:
@@ -256,17 +257,12 @@ def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
         notes.append(f"the tokenizer has no pad token; using its end token {tokenizer.pad_token!r}")
     if not tokenizer.chat_template:
-        notes.append("the tokenizer has no chat template; using a plain-text layout (User:, Assistant:)")
+        notes.append(
+            "the tokenizer has no chat template; using a plain-text layout (User:, Assistant:), in which a reply ends "
+            "where the next turn begins"
+        )
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return LoadedModel(model, tokenizer, name, tuple(ends), pad, window, notes)
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The control token that the chat template writes after an assistant turn."""
-    try:
-        return ChatFormat(tokenizer, (), {}).turn_end_id
-    except TemplateRefusal:  # it takes no plain question and answer; rows will tell
-        return None
 
 
 def disable_dropout(model: nn.Module) -> None:

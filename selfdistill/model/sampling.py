@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from selfdistill.data import NEXT_TURN
 from selfdistill.errors import UserError
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
@@ -102,6 +103,8 @@ def sample(
 ) -> list[Rollout]:
     """Sample one completion per prompt, stopping each at any of the model's end tokens.
 
+    Without a chat template a sample also stops where the plain-text layout's next turn begins.
+
     Token t of a sample is the inverse of the policy's cumulative distribution at the t-th uniform number of the
     sample's own generator. So a sample depends only on its seed and prompt: not on its batch, padding or earlier
     samples.
@@ -147,7 +150,7 @@ def _sample(
         uniform_B = None if uniforms is None else uniforms[alive.cpu(), t]
         token_B, logp_B = choose(logits_BV.float(), sampling, uniform_B)
         tokens[alive, t], logps[alive, t] = token_B, logp_B
-        done_B = torch.isin(token_B, ends)
+        done_B = torch.isin(token_B, ends) | _at_next_turn(loaded, tokens[alive, : t + 1])
         lengths[alive[done_B]], ended[alive[done_B]] = t + 1, True
         if done_B.all() or t == limit - 1:
             break
@@ -168,6 +171,15 @@ def _sample(
         Rollout(tokens[i, :n].tolist(), logps[i, :n].tolist(), not e)
         for i, (n, e) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True))
     ]
+
+
+def _at_next_turn(loaded: LoadedModel, tokens_BT: Tensor) -> Tensor:
+    """Which samples have come to the next turn of the plain-text layout; none with a chat template."""
+    if loaded.tokenizer.chat_template:
+        return torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
+    # A token has at least a character, so the last tokens hold the marker if the samples end with it.
+    tails = loaded.tokenizer.batch_decode(tokens_BT[:, -2 * len(NEXT_TURN) :].tolist())
+    return torch.tensor([NEXT_TURN in tail for tail in tails], device=tokens_BT.device)
 
 
 def _keep_rows(cache: DynamicCache, index_B: Tensor) -> None:

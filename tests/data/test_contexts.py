@@ -319,7 +319,7 @@ def test_chat_template_arguments_reach_the_template(make_tokenizer: Callable[...
 
 
 def test_without_a_template_the_layout_is_plain_text(plain: ChatFormat) -> None:
-    text = "Be brief.\n\nUser: Hi\n\nAssistant: Hello<|im_end|>\n\nUser: Why?\n\nAssistant:"
+    text = "Be brief.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: Why?\n\nAssistant:"
     assert plain.render(LONG_CHAT.prompt) == text
     assert plain.encode_prompt(LONG_CHAT.prompt) == ids(plain.tokenizer, text)
     assert plain.encode_completion("So.") == [*ids(plain.tokenizer, " So."), 257]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from selfdistill.model.loading import disable_dropout
+from selfdistill.model.loading import LoadedModel, disable_dropout, load_model
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -29,3 +33,46 @@ def test_without_dropout_train_mode_changes_no_number(kind: str) -> None:
         disable_dropout(model)
         assert torch.equal(model(input_ids=ids).logits, expected)
     assert model.config.to_dict() == before  # it is saved with the model
+
+
+# --- the tokens that end a reply ---
+
+
+def test_the_token_that_the_template_writes_after_a_reply_ends_it(
+    load: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} <|stop|>\n{% endfor %}"
+    loaded = load(template=template)  # generation_config.json and tokenizer name <|im_end|>, 257
+    assert loaded.end_token_ids == (257, 259)
+    assert loaded.chat().encode_completion("a")[-1] == 259
+    assert any("ends replies with '<|stop|>'" in note for note in loaded.notes)
+    loaded.model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [257, 259]
+    again = load(template=template)
+    assert again.end_token_ids == (257, 259)
+
+
+def test_a_template_that_writes_the_end_token_changes_nothing(load: Callable[..., LoadedModel]) -> None:
+    loaded = load()
+    assert loaded.end_token_ids == (257,)
+    assert loaded.notes == []
+
+
+def test_a_template_that_ends_no_reply_is_told(load: Callable[..., LoadedModel]) -> None:
+    loaded = load(template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert loaded.end_token_ids == (257,)
+    assert loaded.notes == ["the chat template writes no control token after a reply; replies end with '<|im_end|>'"]
+
+
+def test_a_model_without_any_other_end_token_takes_the_templates(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder().iterdir():
+        text = file.read_bytes()
+        if file.suffix == ".json" and file.name != "tokenizer.json":
+            values = {k: v for k, v in json.loads(text).items() if k not in ("eos_token", "eos_token_id")}
+            text = json.dumps(values).encode()
+        (folder / file.name).write_bytes(text)
+    assert load_model(str(folder)).end_token_ids == (257,)

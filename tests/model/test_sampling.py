@@ -225,6 +225,36 @@ def test_an_end_token_at_the_limit_is_not_a_truncation(load: Loader) -> None:
 # --- the policy ---
 
 
+@pytest.mark.parametrize("templated", [False, True])
+def test_without_a_template_a_sample_stops_where_the_next_turn_begins(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, templated: bool
+) -> None:
+    loaded = load() if templated else load(template=None)
+    texts = ["Yes.\n\nUser: more", "Yes,\n\nand no.\n\nUser: more", "One\nUser: two\n User: three"]
+    scripts = [loaded.tokenizer(text)["input_ids"] for text in texts]
+    alive = list(range(3))
+    at = 0
+
+    def scripted(logits_BV: torch.Tensor, _sampling: Sampling, _uniform_B: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal at, alive
+        if len(logits_BV) < len(alive):  # a finished sample left the batch
+            marker = "\n\nUser:"
+            alive = [row for row in alive if marker not in loaded.tokenizer.decode(scripts[row][:at])]
+        tokens = torch.tensor([(scripts[row] + [0] * 99)[at] for row in alive])
+        at += 1
+        return tokens, torch.zeros(len(alive))
+
+    monkeypatch.setattr("selfdistill.model.sampling.choose", scripted)
+    rollouts = sample(loaded, prompts(3, 4, 5), Sampling(30, 0))
+    said = [loaded.tokenizer.decode(rollout.ids) for rollout in rollouts]
+    if templated:
+        assert all(len(rollout.ids) == 30 and rollout.truncated for rollout in rollouts)
+        return
+    assert said[:2] == ["Yes.\n\nUser:", "Yes,\n\nand no.\n\nUser:"]
+    assert [rollout.truncated for rollout in rollouts] == [False, False, True]
+    assert loaded.chat().decode(rollouts[1].ids) == "Yes,\n\nand no."
+
+
 def policy(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """softmax(logits / temperature), its top k, then its smallest set of at least top_p mass; float64."""
     scaled = logits.astype(np.float64) / sampling.temperature

@@ -1,0 +1,351 @@
+"""What chat template and tokenizer do to a text is what the user meant, for tokenizers and templates of many kinds."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from selfdistill import UserError
+from selfdistill.data import ChatFormat, Demonstration, encode, load_demonstrations, parse_context, text_changes
+from selfdistill.data.chat_format import thought_and_said
+
+LIMITS: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 64, "window": None}
+STRIPPING = (
+    "{% for m in messages %}{% set said = m.content %}"
+    "{% if m.role == 'assistant' %}{% set said = said.split('</think>')[-1] | trim %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ said }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENING = STRIPPING.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+EMPTY_FIRST = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THOUGHT = "<think>\n7 + 5 = 12\n</think>\n\n42"
+
+
+def demonstration(question: str = "Why?", reply: str = "So.", row: int = 0) -> Demonstration:
+    return Demonstration(question, reply, row=row, source=f"d.jsonl:{row + 1}")
+
+
+def shown(chat: ChatFormat, reply: str, context: str = "turns") -> str:
+    row = demonstration(reply=reply)
+    return chat.tokenizer.decode(chat.encode_prompt(parse_context(context).messages(row, [row])))
+
+
+# --- tokenizers whose pieces depend on what stands before ---
+
+
+def sentencepiece(scheme: str, template: str | None) -> PreTrainedTokenizerFast:
+    """Of the kind of Llama 2 (``prepend``), or with Metaspace: a space is put in front of a text, or of every part."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3}
+    for letter in string.digits + string.ascii_letters + string.punctuation + "\n":
+        vocabulary.setdefault(letter, len(vocabulary))
+    merges = [("Y", "e"), ("Ye", "s"), ("▁", "Yes")]
+    for a, b in merges:
+        vocabulary.setdefault(a + b, len(vocabulary))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True))
+    if scheme == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+LINES = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+BRACKETS = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", "always", "never"])
+@pytest.mark.parametrize("template", [LINES, BRACKETS])
+@pytest.mark.parametrize("reply", ["Yes", "Yes, no", "a b", "(Yes)"])
+def test_a_completion_has_the_tokens_of_the_whole_turn(scheme: str, template: str, reply: str) -> None:
+    tokenizer = sentencepiece(scheme, template)
+    chat = ChatFormat(tokenizer, [2], {})
+    row = demonstration("ok?", reply)
+    turns = [*row.prompt, {"role": "assistant", "content": reply}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    own = chat.encode_prompt(row.prompt) + chat.encode_completion(reply)
+    assert own == whole[: len(own)]
+    assert 2 not in whole[len(own) :]
+    assert chat.decode(chat.encode_completion(reply)) == reply
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", "always", "never"])
+@pytest.mark.parametrize("template", [LINES, BRACKETS, None])
+def test_names_of_control_tokens_keep_their_spaces(scheme: str, template: str | None) -> None:
+    chat = ChatFormat(sentencepiece(scheme, template), [2], {})
+    odd = "a <s>b</s> c</s>"
+    prompt = chat.encode_prompt(demonstration(odd).prompt)
+    assert odd in chat.tokenizer.decode(prompt)
+    assert prompt.count(2) == chat.encode_prompt(demonstration("a").prompt).count(2)
+    assert chat.decode(chat.encode_completion(odd)) == odd
+    assert odd in shown(chat, odd)
+
+
+def test_without_a_template_a_completion_stands_after_its_label() -> None:
+    chat = ChatFormat(sentencepiece("prepend", None), [2], {})
+    assert chat.tokenizer.convert_ids_to_tokens(chat.encode_completion("Yes")) == ["▁Yes", "</s>"]
+
+
+@pytest.mark.parametrize("template", ["chatml", None])
+def test_what_a_tokenizer_appends_is_left_out(make_tokenizer: Callable[..., Any], template: str | None) -> None:
+    tokenizer = make_tokenizer() if template else make_tokenizer(template=None)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|stop|> $A <|im_end|>", special_tokens=[("<|stop|>", 259), ("<|im_end|>", 257)]
+    )
+    chat = ChatFormat(tokenizer, [257], {})
+    prompt = chat.encode_prompt(demonstration().prompt)
+    assert prompt[-1] != 257
+    assert prompt.count(259) == (0 if template else 1)
+    head, tail = chat.encode_pair("The sky is", " blue")
+    assert (head[0], tokenizer.decode(head[1:]), tokenizer.decode(tail)) == (259, "The sky is", " blue")
+    assert 257 not in head + tail
+
+
+def test_decoding_leaves_spaces_alone(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    chat = ChatFormat(tokenizer, [257], {})
+    assert chat.decode(chat.encode_completion("a , b . do n't")) == "a , b . do n't"
+
+
+# --- what a tokenizer loses is told ---
+
+
+def note_on(tokenizer: Any, *replies: str) -> str | None:
+    chat = ChatFormat(tokenizer, [2], {})
+    rows = [demonstration(reply=reply, row=number) for number, reply in enumerate(replies)]
+    return text_changes(encode(rows, None, chat, **LIMITS)[0], chat)
+
+
+def test_a_completion_that_the_tokenizer_changes_is_told() -> None:
+    assert note_on(sentencepiece("first", LINES), "Yes", "no") is None
+    assert note_on(sentencepiece("first", LINES), "Yes", "caf\u00e9!") == (
+        "the tokenizer changes 1 of 2 completions: in d.jsonl:2, 'caf\u00e9!' becomes 'caf!'"
+    )
+    lower = sentencepiece("first", LINES)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert "'Yes' becomes 'yes'" in str(note_on(lower, "Yes"))
+
+
+def test_a_composed_letter_is_no_change(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    chat = ChatFormat(tokenizer, [257], {})
+    examples, _ = encode([demonstration(reply="cafe\u0301")], None, chat, **LIMITS)
+    assert text_changes(examples, chat) is None
+
+
+# --- the demonstration that the teacher reads is the demonstration ---
+
+
+@pytest.mark.parametrize("template", [STRIPPING, OPENING, EMPTY_FIRST])
+@pytest.mark.parametrize("context", ["turns:repeats=2", "few_shot:k=1,this=true", "document:show=answer"])
+@pytest.mark.parametrize("reply", [THOUGHT, "  indented\n    code\n"])
+def test_the_demonstration_is_shown_as_it_is(
+    make_tokenizer: Callable[..., Any], template: str, context: str, reply: str
+) -> None:
+    chat = ChatFormat(make_tokenizer(template=template), [257], {})
+    rows = [demonstration(reply=reply), demonstration("Who?", "Me.", row=1)]
+    text = chat.render(parse_context(context).messages(rows[0], rows))
+    assert text.count(f"{reply}<|im_end|>") == (2 if "repeats" in context else 1)
+    assert "<think>\n\n</think>\n\n<think>" not in text
+
+
+def test_thoughts_in_earlier_turns_of_a_prompt_are_the_templates_affair(make_tokenizer: Callable[..., Any]) -> None:
+    chat = ChatFormat(make_tokenizer(template=STRIPPING), [257], {})
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": THOUGHT},
+        {"role": "user", "content": "b"},
+    ]
+    assert "<think>" not in chat.render(turns)
+
+
+@pytest.mark.parametrize(
+    ("loop", "found"),
+    [
+        ("for m in messages if m.role != 'system'", "system turn 'Be brief.'"),
+        ("for m in messages[-1:]", "system turn 'Be brief.'"),
+        ("for m in messages if m.role != 'assistant'", "assistant turn 'First.'"),
+    ],
+)
+def test_a_template_that_leaves_out_a_turn_is_refused(
+    make_tokenizer: Callable[..., Any], loop: str, found: str
+) -> None:
+    template = "{% " + loop + " %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    chat = ChatFormat(make_tokenizer(template=template), [257], {})
+    rows = load_demonstrations(
+        [
+            {"prompt": "q", "completion": "a"},
+            {
+                "prompt": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "One?"},
+                    {"role": "assistant", "content": "First."},
+                    {"role": "user", "content": "Two?"},
+                ],
+                "completion": "b",
+            },
+        ]
+    )
+    with pytest.raises(UserError, match=r"^1 of 2 rows do not fit the chat template: .*\(data\[1\]\)$") as error:
+        encode(rows, None, chat, **LIMITS)
+    assert f"leaves out or rewrites the {found}" in str(error.value)
+
+
+def test_a_template_that_rewrites_a_text_or_drops_the_demonstration_is_refused(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    upper = ChatFormat(make_tokenizer(template="{% for m in messages %}{{ m.content | upper }}{% endfor %}"), [257], {})
+    with pytest.raises(UserError, match=r"leaves out or rewrites the user turn 'Why\?'"):
+        upper.encode_prompt(demonstration().prompt)
+    short = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    last = ChatFormat(make_tokenizer(template=short), [257], {})
+    with pytest.raises(UserError, match=r"leaves out the demonstration, an earlier assistant turn \(d.jsonl:1\)$"):
+        encode([demonstration()], parse_context("turns"), last, **LIMITS)
+
+
+def test_every_row_that_a_template_refuses_is_named(make_tokenizer: Callable[..., Any]) -> None:
+    template = (
+        "{% if messages[1:2] and messages[1].role == 'user' %}{{ raise_exception('one turn\n only') }}{% endif %}"
+    )
+    template += "{{ messages[0].content }}"
+    chat = ChatFormat(make_tokenizer(template=template), [257], {})
+    twice = ({"role": "user", "content": "a"}, {"role": "user", "content": "b"})
+    rows = [
+        Demonstration(twice if number % 2 else "a", "x", row=number, source=f"d.jsonl:{number + 1}")
+        for number in range(30)
+    ]
+    with pytest.raises(UserError) as error:
+        encode(rows, None, chat, **LIMITS)
+    assert str(error.value) == (
+        "15 of 30 rows do not fit the chat template: the chat template rejects the roles user, user: one turn only "
+        "(d.jsonl:2; d.jsonl:4; d.jsonl:6; d.jsonl:8; d.jsonl:10; d.jsonl:12; d.jsonl:14; d.jsonl:16; d.jsonl:18; "
+        "d.jsonl:20; ... and 5 more)"
+    )
+
+
+# --- thinking ---
+
+
+def thinking(make_tokenizer: Callable[..., Any], template: str, *, special: bool) -> ChatFormat:
+    tokenizer = make_tokenizer(template=template)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    return ChatFormat(tokenizer, [257], {})
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tags_are_tokens_where_a_model_writes_them_and_nowhere_else(
+    make_tokenizer: Callable[..., Any], special: bool
+) -> None:
+    chat = thinking(make_tokenizer, STRIPPING, special=special)
+    begin, end = chat.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    completion = chat.encode_completion(THOUGHT)
+    assert (completion.count(begin), completion.count(end)) == (1, 1)
+    prompt = chat.encode_prompt(demonstration().prompt)
+    thought, said = thought_and_said(chat, prompt, completion)
+    assert (thought.strip(), said) == ("7 + 5 = 12", "42")
+    row = Demonstration(f"{THOUGHT}?", THOUGHT, document=f"A text with {THOUGHT}.", source="d.jsonl:1")
+    told = chat.encode_prompt(parse_context("document:repeats=2").messages(row, [row]))
+    assert (told.count(begin), told.count(end)) == (2, 2)  # of the demonstrations; none of question and document
+    assert not {begin, end} & set(chat.encode_text(THOUGHT))
+
+
+@pytest.mark.parametrize(
+    ("template", "reply", "completion"),
+    [
+        (STRIPPING, THOUGHT, THOUGHT),
+        (STRIPPING, "42", "42"),
+        (OPENING, THOUGHT, "7 + 5 = 12\n</think>\n\n42"),  # the prompt has the opening tag
+        (OPENING, "7 + 5 = 12\n</think>\n\n42", "7 + 5 = 12\n</think>\n\n42"),
+        (OPENING, "42", "\n</think>\n\n42"),  # an empty thought, not an answer within one
+        (EMPTY_FIRST, "42", "<think>\n\n</think>\n\n42"),  # as the template writes it
+        (EMPTY_FIRST, THOUGHT, THOUGHT),
+    ],
+)
+def test_a_completion_continues_the_thought_of_its_prompt(
+    make_tokenizer: Callable[..., Any], template: str, reply: str, completion: str
+) -> None:
+    chat = thinking(make_tokenizer, template, special=False)
+    ids = chat.encode_completion(reply)
+    assert chat.tokenizer.decode(ids[:-1]) == completion
+    assert thought_and_said(chat, chat.encode_prompt(demonstration().prompt), ids)[1] == "42"
+    examples, _ = encode([demonstration(reply=reply)], None, chat, **LIMITS)
+    assert text_changes(examples, chat) is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [("[THINK]no[/THINK]yes", "yes"), ("<|START_THINKING|>no<|END_THINKING|>yes", "yes"), ("[THINK]no", "")],
+)
+def test_other_families_tags_are_thoughts_too(make_tokenizer: Callable[..., Any], reply: str, said: str) -> None:
+    chat = ChatFormat(make_tokenizer(), [257], {})
+    assert thought_and_said(chat, [], chat.encode_completion(reply)[:-1])[1] == said
+
+
+def test_a_tool_tag_may_be_demonstrated_but_not_the_end_of_a_turn(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<tool_call>"], special_tokens=True)
+    chat = ChatFormat(tokenizer, [257], {})
+    ids = chat.encode_completion("<tool_call>{}<|im_end|>!")
+    assert ids.count(tokenizer.convert_tokens_to_ids("<tool_call>")) == 1
+    assert ids.count(257) == 1
+    assert chat.decode(ids) == "<tool_call>{}<|im_end|>!"
+
+
+# --- the clock ---
+
+DATED = "Today is {{ strftime_now('%d %b %Y') }}. {% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def test_a_template_sees_the_day_that_it_is_given(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(template=DATED)
+    asked = demonstration().prompt
+    assert ChatFormat(tokenizer, [257], {}, "2020-03-05").render(asked).startswith("Today is 05 Mar 2020. Why?")
+    assert ChatFormat(tokenizer, [257], {}).render(asked) == tokenizer.apply_chat_template(asked, tokenize=False)
+    assert ChatFormat(make_tokenizer(), [257], {}).date is None
+
+
+@pytest.mark.parametrize(
+    ("format_", "written"),
+    [
+        ("%B %d, %Y", "March 05, 2020"),
+        ("%-d/%-m/%y", "5/3/20"),
+        ("%F %H:%M:%S", "2020-03-05 00:00:00"),
+        ("100%% on %A", "100% on Thursday"),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize(
+    "frame", ["{}", "\n  {{% if strftime_now is defined %}}{}{{% endif %}}", "{{%- set a = 1 %}} {}"]
+)
+def test_a_pinned_clock_writes_as_pythons_does(
+    make_tokenizer: Callable[..., Any], format_: str, written: str, frame: str
+) -> None:
+    template = frame.format("{{ strftime_now('" + format_ + "') }}") + "{{ messages[0].content }}"
+    free = make_tokenizer(template=template.replace(f"strftime_now('{format_}')", f"'{written}'"))
+    pinned = ChatFormat(make_tokenizer(template=template), [257], {}, "2020-03-05")
+    asked = demonstration().prompt
+    assert pinned.render(asked) == free.apply_chat_template(asked, tokenize=False)
