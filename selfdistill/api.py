@@ -213,7 +213,7 @@ def compare(
             raise UserError("model: every run loads it anew; save it and give its folder")
         rows = RowsInFolder({"data": data, "test": test}, os.fspath(output_dir), given.get("split", "train"))
         given |= rows.paths
-        config = continued(given, CompareConfig)[0] if resume else CompareConfig(**given)
+        config = continued(given, CompareConfig) if resume else CompareConfig(**given)
         with rows.kept():
             return run_comparison(config, resume=resume, given=rows.names)
 

@@ -15,7 +15,7 @@ from selfdistill.evaluation import check_inputs
 from selfdistill.methods import stages_of
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
-from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say, world_size
+from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, world_size
 from selfdistill.training import check_output_dir
 
 Model = str | os.PathLike[str] | Any
@@ -144,11 +144,7 @@ def train_config(given: dict[str, Any], *, resume: bool) -> TrainConfig:
         return TrainConfig(**given)
     if "output_dir" in given and (Path(given["output_dir"]) / "config.yaml").exists():
         given.pop("documents", None)  # the saved settings name the questions made from them
-    config, saved = continued(given, TrainConfig)
-    if saved and saved.max_steps != config.max_steps:
-        change = f"max_steps was {saved.max_steps} and is now {config.max_steps}"
-        say(f"{change}: the learning rate follows the new schedule from here on")
-    return config
+    return continued(given, TrainConfig)
 
 
 def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFolder, *, resume: bool) -> TrainConfig:

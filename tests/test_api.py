@@ -138,6 +138,17 @@ def test_a_run_on_rows_from_memory_resumes_with_them_and_refuses_others(model: s
     assert same(final_weights(run.config), final_weights(whole.config))
 
 
+def test_a_run_is_not_resumed_with_fewer_steps_than_it_has_done(model: str) -> None:
+    run = sd.train(model, ROWS, output_dir="run", context="turns", **RUN | {"save_steps": 1})
+    message = "setting 'max_steps': found 1, but run/checkpoint-00000002 has already done 2 steps; give 2 or more"
+    with pytest.raises(sd.UserError, match=message):
+        sd.train(output_dir="run", resume=True, max_steps=1)
+    with pytest.raises(sd.UserError, match=message):
+        sd.train(run.config.model_copy(update={"max_steps": 1}), resume=True)
+    assert (run.config.max_steps, len(run.metrics)) == (2, 2)
+    assert "2 of 2 steps" in repr(sd.Run("run"))
+
+
 def test_a_loaded_model_is_checked_trained_and_evaluated_as_its_folder_is(model: str) -> None:
     ours, tokenizer = loaded(model)
     options = {"contexts": ["turns"], "sample": 4, "batch_size": 2} | TINY

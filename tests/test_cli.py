@@ -822,9 +822,21 @@ def test_resume_takes_the_same_command_and_says_what_changed(here: Path, capsys:
     shutil.move("run", "moved")
     capsys.readouterr()
     trained("train --output_dir moved --resume --max_steps 2 --save_steps 0 --save_total_limit 3 --logging_steps 2")
-    assert capsys.readouterr().err.splitlines()[0].startswith("max_steps")
+    change = (
+        "resuming after step 1; max_steps was 1 and is now 2: the learning rate follows the new schedule from here on"
+    )
+    assert change in capsys.readouterr().err
     assert steps("moved") == [1, 2]
     assert saved("moved")["max_steps"] == 2
+    trained("train --output_dir moved --resume --max_steps 3 --save_steps 1")
+    capsys.readouterr()
+    message = (
+        "setting 'max_steps': found 1, but moved/checkpoint-00000003 has already done 3 steps; give 3 or more, or "
+    )
+    fails(
+        capsys, "train --output_dir moved --resume --max_steps 1", message + "start a new run in another --output_dir"
+    )
+    assert (saved("moved")["max_steps"], steps("moved")) == (3, [1, 2, 3])
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
     return values
 
 
-def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> tuple[SettingsOfRuns, SettingsOfRuns | None]:
-    """The settings of a resumed run or comparison, and those it was saved with (None if it never began).
+def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> SettingsOfRuns:
+    """The settings of a resumed run or comparison: those given, over those it was saved with, if it began.
 
     Args:
         given: settings that override ``config.yaml`` in ``output_dir``. Those outside ``MAY_CHANGE`` must be equal to
@@ -80,14 +80,14 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> tuple[Settin
             )
         if "model" not in given:
             raise UserError(f"{path}: no such file, so there is no run to resume; check --output_dir")
-        return kind(**given), None
+        return kind(**given)
     # The run folder may have been renamed or moved.
     saved = kind(**{**load_yaml(path, kind), "output_dir": given["output_dir"]})
     # Settings left open (null, auto) were resolved when the run began.
     open_ = {key for key, value in given.items() if value is None or (key, value) == ("context", "auto")}
     config = kind(**saved.model_dump() | {key: given[key] for key in given.keys() - open_})
     refuse_changes(path, saved, config)
-    return config, saved
+    return config
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], *, but: tuple[str, ...] = ()) -> list[str]:

@@ -53,9 +53,10 @@ class _Turn:
     """From the end of the text on."""
 
 
-def _any_of(names: Sequence[str]) -> re.Pattern[str]:
-    """Matches any of the names, longest first, or the character that hides them."""
-    return re.compile("|".join(map(re.escape, sorted([*names, _HIDDEN], key=len, reverse=True))))
+def _any_of(names: Sequence[str], *patterns: str) -> re.Pattern[str]:
+    """Matches any of the names, longest first, the character that hides them, or a pattern."""
+    longest_first = sorted([*names, _HIDDEN], key=len, reverse=True)
+    return re.compile("|".join([*map(re.escape, longest_first), *patterns]))
 
 
 class ChatFormat:
@@ -83,25 +84,23 @@ class ChatFormat:
     ) -> None:
         self.tokenizer = tokenizer
         self.kwargs = dict(chat_template_kwargs)
-        template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
+        template = str(tokenizer.chat_template or "")
         self.date = (date or datetime.date.today().isoformat()) if "strftime_now" in template else None
         """The day that the template sees; None if it does not read the clock."""
         self._ends = list(end_token_ids)
-        self._added = _any_of([str(token) for token in added.values()])
-        names = [str(token) for token in added.values() if token.special]
-        self.end_names = [name for name in tokenizer.convert_ids_to_tokens(self._ends) if name in names]
-        in_replies = [name for name in names if _OF_REPLIES.search(name) and name not in self.end_names]
-        self._skipped = {number for number, token in added.items() if token.special} - {
-            number for number, token in added.items() if str(token) in in_replies
-        }
-        # A template may also write non-special tokens, such as <|User|>; a reply may contain some, such as <think>.
-        others = [
-            name
-            for name in (str(token) for token in added.values() if not token.special)
-            if name in template or _OF_REPLIES.search(name)
-        ]
-        self._in_texts = _any_of([*names, *others])
-        self._in_replies = _any_of([name for name in names if name not in in_replies])
+        added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+        self._added = _any_of(list(added))
+        self._swallowing = {name for name, token in added.items() if token.rstrip}
+        special = {name for name, token in added.items() if token.special}
+        self.end_names = [name for name in tokenizer.convert_ids_to_tokens(self._ends) if name in special]
+        of_replies = {name for name in added if _OF_REPLIES.search(name)}.difference(self.end_names)
+        self._skipped = set(tokenizer.convert_tokens_to_ids(sorted(special - of_replies)))
+        # A template may also write tokens that are not special, such as <|User|>.
+        control = special | of_replies | {name for name in added if name in template}
+        # Next to a token that swallows white space, that of a text is encoded on its own.
+        edges = [r"\A\s+", r"\s+\Z"] if self._swallowing else []
+        self._in_texts = _any_of(list(control))
+        self._in_replies = _any_of(list(control - of_replies), *edges)
         self._turns: dict[str, _Turn] = {}
         self._begin = self._tokenizers_own_start()
 
@@ -263,8 +262,9 @@ class ChatFormat:
         """
         if not text or not before:
             return self._ids(text)
-        starts = [found.start() for found in self._added.finditer(before)]
-        anchor = before[starts[-1] :] if starts else before[-_ANCHOR:]
+        anchor = before[-_ANCHOR:]
+        for found in self._added.finditer(before):
+            anchor = before[found.end() if found[0] in self._swallowing else found.start() :]
         for lead in (anchor, "\n", "a"):
             head, whole = self._ids(lead), self._ids(lead + text)
             if head and whole[: len(head)] == head:

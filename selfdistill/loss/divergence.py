@@ -37,20 +37,56 @@ def _kl(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
     return (log_a_NV.exp() * (log_a_NV - log_b_NV)).sum(-1)
 
 
-def _log_mixture(log_p_NV: Tensor, log_q_NV: Tensor, weight: float) -> Tensor:
-    return torch.logaddexp(log_p_NV + math.log1p(-weight), log_q_NV + math.log(weight))
+def _differentiable(value_N: Tensor, slope_NV: Tensor, log_p_NV: Tensor) -> Tensor:
+    """The detached value, with ``slope_NV`` as its gradient with respect to ``log_p_NV``."""
+    return value_N + _dot(slope_NV, log_p_NV - log_p_NV.detach())
+
+
+def _reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    p_NV, gap_NV = log_p_NV.detach().exp(), log_p_NV.detach() - log_q_NV
+    value_N = _dot(p_NV, gap_NV)
+    return _differentiable(value_N, _reverse_kl_slope(p_NV, gap_NV, value_N), log_p_NV)
+
+
+def _reverse_kl_slope(p_NV: Tensor, gap_NV: Tensor, value_N: Tensor) -> Tensor:
+    """Gradient of KL(p||q) with respect to log p, less a multiple of p; overwrites the gap log p - log q."""
+    return gap_NV.sub_(value_N.unsqueeze(-1)).mul_(p_NV)
 
 
 def _jsd(log_p_NV: Tensor, log_q_NV: Tensor, weight: float) -> Tensor:
-    log_m_NV = _log_mixture(log_p_NV, log_q_NV, weight)
-    return weight * _kl(log_q_NV, log_m_NV) + (1 - weight) * _kl(log_p_NV, log_m_NV)
+    p_NV, gap_NV = log_p_NV.detach().exp(), log_p_NV.detach() - log_q_NV
+    return _differentiable(*_jsd_and_slope(p_NV, log_q_NV.exp(), gap_NV, weight), log_p_NV)
+
+
+def _jsd_and_slope(p_NV: Tensor, q_NV: Tensor, gap_NV: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """JSD and its gradient with respect to log p, less a multiple of p; overwrites the gap log p - log q.
+
+    With m = (1-b) p + b q and x = log((1-b) p) - log(b q), the shares (1-b) p / m and b q / m are sigmoid(x) and
+    sigmoid(-x). JSD = sum_v (1-b) p [log sigmoid(x) - log(1-b)] + b q [log sigmoid(-x) - log b]; the gradient is
+    (1-b) p log sigmoid(x).
+    """
+    # log p - log m would do, but where p is far above q it is -log(1-b) plus a little. The constant cancels in the
+    # gradient on the logits, and float32 loses the little. log sigmoid(x) is the little alone.
+    x_NV = gap_NV.sub_(math.log(weight) - math.log1p(-weight))
+    small_NV = x_NV.abs().neg_().exp_().log1p_()
+    teacher_NV = x_NV.clamp(min=0).add_(small_NV).neg_()
+    value_N = weight * teacher_NV.sub_(math.log(weight)).mul_(q_NV).sum(-1)
+    del teacher_NV
+    student_NV = x_NV.clamp_(max=0).sub_(small_NV)
+    value_N += (1 - weight) * torch.sub(student_NV, math.log1p(-weight), out=small_NV).mul_(p_NV).sum(-1)
+    return value_N, student_NV.mul_(p_NV).mul_(1 - weight)
+
+
+def _through_log_softmax(slope_NV: Tensor, p_NV: Tensor) -> Tensor:
+    """The gradient on the logits, given that on log p, which is overwritten; a multiple of p drops out."""
+    return slope_NV.addcmul_(p_NV, slope_NV.sum(-1, keepdim=True), value=-1)
 
 
 def _divergence(kind: Kind, weight: float, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     if kind == "forward_kl":
         return _kl(log_q_NV, log_p_NV)
     if kind == "reverse_kl":
-        return _kl(log_p_NV, log_q_NV)
+        return _reverse_kl(log_p_NV, log_q_NV)
     return _jsd(log_p_NV, log_q_NV, weight)
 
 
@@ -88,7 +124,7 @@ def reverse_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor
     Equation 1 of SDFT (arXiv 2601.19897). Arguments, shapes and units as in :func:`forward_kl`. Entries with p_v = 0
     contribute 0. Where the teacher's logit is -inf and the student's is not, log q is taken as -1.7e38.
     """
-    return _kl(_log_softmax(student_logits_BTV), _log_softmax(teacher_logits_BTV.detach()))
+    return _reverse_kl(_log_softmax(student_logits_BTV), _log_softmax(teacher_logits_BTV.detach()))
 
 
 def jsd(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, weight: float = 0.5) -> Tensor:
@@ -212,21 +248,19 @@ class Divergence:
         """Per-token loss (N,) and its gradient with respect to the student's logits (N, V); overwrites ``pair``.
 
         Over the full vocabulary the gradient has a closed form: p - q for forward KL; p (r - sum_v p r) with
-        r = log p - log q for reverse KL; for JSD, (1-b) times the same with r = log p - log m.
+        r = log p - log q for reverse KL; for JSD, (1-b) times the same with r = log p - log m, of which a constant is
+        left out.
         """
         if self.support != "full" or pair.gap_NV is None or pair.q_NV is None or pair.log_q_NV is None:
             return _by_autograd(self, pair, tokens_N)
         if self.kind == "forward_kl":
             return statistics["forward_kl"], pair.p_NV.sub_(pair.q_NV)
         if self.kind == "reverse_kl":
-            value_N, factor = statistics["reverse_kl"], 1.0
+            value_N = statistics["reverse_kl"]
+            slope_NV = _reverse_kl_slope(pair.p_NV, pair.gap_NV, value_N)
         else:
-            log_m_NV = _log_mixture(pair.log_p_NV, pair.log_q_NV, self.weight)
-            forward_N = _dot(pair.q_NV, pair.log_q_NV - log_m_NV)
-            torch.sub(pair.log_p_NV, log_m_NV, out=pair.gap_NV)
-            value_N, factor = _dot(pair.p_NV, pair.gap_NV), 1 - self.weight
-        slope_NV = pair.gap_NV.sub_(value_N[:, None]).mul_(pair.p_NV).mul_(factor)
-        return (self.weight * forward_N + factor * value_N if self.kind == "jsd" else value_N), slope_NV
+            value_N, slope_NV = _jsd_and_slope(pair.p_NV, pair.q_NV, pair.gap_NV, self.weight)
+        return value_N, _through_log_softmax(slope_NV, pair.p_NV)
 
     def _sampled(self, log_p_NV: Tensor, log_q_NV: Tensor, tokens_N: Tensor) -> Tensor:
         logp_N = _pick(log_p_NV, tokens_N)
@@ -290,7 +324,7 @@ def _by_autograd(loss: Divergence, pair: Pair, tokens_N: Tensor) -> tuple[Tensor
         leaf_NV = pair.log_p_NV.requires_grad_()
         value_N = loss.from_log_probs(leaf_NV, pair.log_q_NV, tokens_N)
         (slope_NV,) = torch.autograd.grad(value_N.sum(), leaf_NV)
-    return value_N.detach(), slope_NV.sub_(pair.p_NV.mul_(slope_NV.sum(-1, keepdim=True)))  # through the log-softmax
+    return value_N.detach(), _through_log_softmax(slope_NV, pair.p_NV)
 
 
 def token_statistics(

@@ -154,6 +154,18 @@ def newest_whole(output_dir: Path) -> Path | None:
     return None
 
 
+def saved_position(checkpoint: Path) -> Position:
+    """Where a run stood when it wrote a checkpoint.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return Position(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint}: cannot read the checkpoint ({error})") from None
+
+
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None
 ) -> Position:
@@ -165,13 +177,12 @@ def load_checkpoint(
     Raises:
         UserError: a file cannot be read, or belongs to another model or other settings.
     """
-    parameters = trained_parameters(model)
+    parameters, position = trained_parameters(model), saved_position(path)
     try:
-        position = Position(**json.loads((path / "state.json").read_text(encoding="utf-8")))
         weights = load_file(path / "weights.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         average = load_file(path / "teacher.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: cannot read the checkpoint ({error})") from None
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         raise UserError(f"{path}: its weights do not match this model and adapter; resume with the run's own settings")

@@ -96,6 +96,7 @@ def model_card(
         datasets=[data] if "/" in data else None,
     )
     results, measured = _results(run, step)
+    early = f"- It ended early, after step {step} of {config.max_steps}\n" if step < (config.max_steps or 0) else ""
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {_code(base)}, taught by {_code(config.method)}",
@@ -103,7 +104,7 @@ def model_card(
         f"- Base model: {_code(base)}\n"
         f"- Data: {_code(data)}, {demonstrations} demonstrations, fingerprint `{fingerprint}` (SHA-256 of the "
         "tokens of every example: student prompt, teacher prompt and completion)\n"
-        f"- Made with selfdistill {__version__}",
+        f"{early}- Made with selfdistill {__version__}",
         "## Settings",
         _table(("setting", "value"), ((f"`{key}`", _code(str(value))) for key, value in _settings(config).items())),
         "All other settings have the defaults of `selfdistill train`.",

@@ -32,6 +32,7 @@ from selfdistill.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_whole,
+    saved_position,
     trained_parameters,
 )
 from selfdistill.training.collapse import COLLAPSE_WINDOW
@@ -153,13 +154,14 @@ def _lock(output_dir: Path, held: ExitStack) -> None:
 
 
 def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Trainer) -> None:
-    """Refuse to resume with settings that differ from those of the folder or its checkpoint.
+    """Refuse to resume with settings that differ from those of the folder or its checkpoint, or with too few steps.
 
     Raises:
         UserError: names the settings.
     """
     config, written, own = trainer.config, output_dir / "config.yaml", checkpoint / "config.yaml"
-    saved = TrainConfig(**load_yaml(own, TrainConfig))
+    saved, done = _settings_of(checkpoint), saved_position(checkpoint).step
+    assert config.max_steps is not None, "a trainer resolves its settings"
     if written.exists():
         refuse_changes(written, TrainConfig(**load_yaml(written, TrainConfig)), config)
     refuse_changes(own, saved, config)
@@ -168,6 +170,15 @@ def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Traine
             f"setting 'max_steps': {saved.max_steps} in {own} and now {config.max_steps}; "
             f"{config.method} divides its steps among its stages, so keep max_steps"
         )
+    if config.max_steps < done:
+        raise UserError(
+            f"setting 'max_steps': found {config.max_steps}, but {checkpoint} has already done {done} steps; "
+            f"give {done} or more, or start a new run in another --output_dir"
+        )
+
+
+def _settings_of(checkpoint: Path) -> TrainConfig:
+    return TrainConfig(**load_yaml(checkpoint / "config.yaml", TrainConfig))
 
 
 def _check_room(trainer: Trainer, output_dir: Path) -> list[str]:
@@ -223,8 +234,7 @@ def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
     if checkpoint is None:
         return position
     saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
-    saved_config = TrainConfig(**load_yaml(checkpoint / "config.yaml", TrainConfig))
-    _check_unchanged(trainer, checkpoint, saved_config, saved, position)
+    _check_unchanged(trainer, checkpoint, _settings_of(checkpoint), saved, position)
     return saved
 
 
@@ -234,7 +244,11 @@ def _where(output_dir: Path, checkpoint: Path | None, position: Position, config
         return f"note: no checkpoint to resume from in {output_dir}: starting from the beginning"
     if position.step >= (config.max_steps or 0):
         return f"all {position.step} steps are already done: raise --max_steps to train further"
-    return f"resuming after step {position.step}"
+    resuming, planned = f"resuming after step {position.step}", _settings_of(checkpoint).max_steps
+    if planned == config.max_steps:
+        return resuming
+    change = f"max_steps was {planned} and is now {config.max_steps}"
+    return f"{resuming}; {change}: the learning rate follows the new schedule from here on"
 
 
 def _say_signs(loop: Loop, output_dir: Path) -> None:

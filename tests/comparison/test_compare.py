@@ -206,6 +206,9 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
     compare(config)
     with pytest.raises(UserError, match="batch_size was 2 and is now 3"):
         compare(config.model_copy(update={"batch_size": 3}), resume=True)
+    for steps in (1, 9):
+        with pytest.raises(UserError, match=rf"max_steps was \d and is now {steps}; a resumed run keeps its settings"):
+            compare(config.model_copy(update={"max_steps": steps}), resume=True)
     before = {file: file.read_bytes() for file in (Path(config.data), Path(config.test))}
     changed = {
         Path(config.data): "changed since this comparison began: the demonstrations; restore model, data, test and",

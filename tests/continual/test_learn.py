@@ -399,6 +399,8 @@ def test_a_stop_in_training_says_how_to_go_on(
     changed = r"batch_size was 4 and is now 2; learning_rate was 0.001 and is now 0.002; resume with the same comm"
     with pytest.raises(UserError, match=there + changed):
         add(make(learning_rate=2e-3, batch_size=2))
+    with pytest.raises(UserError, match=there + r"max_steps was 3 and is now 1; resume with the same command"):
+        add(make(max_steps=1))
     capsys.readouterr()
     status = learn(make(action="status", data=""))
     assert status.details["pending"] == "first"

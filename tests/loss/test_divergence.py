@@ -314,6 +314,87 @@ def test_equal_distributions_have_no_divergence_and_no_gradient():
         assert leaf.grad.abs().max() < 1e-6, loss
 
 
+# --- float32 against float64 ---
+
+
+PRECISE = [
+    *(Divergence(kind) for kind in ("forward_kl", "reverse_kl")),
+    *(Divergence("jsd", weight=b) for b in (0.01, 0.1, 0.5, 0.9, 0.99)),
+    *(
+        Divergence(kind, "top_k", top_k=100, tail=tail)
+        for kind in ("forward_kl", "reverse_kl")
+        for tail in ("bucket", "renormalise")
+    ),
+    *(
+        Divergence("jsd", "top_k", weight=b, top_k=100, tail=tail)
+        for b in (0.01, 0.5, 0.99)
+        for tail in ("bucket", "renormalise")
+    ),
+    Divergence("reverse_kl", "sampled"),
+    Divergence("reverse_kl", "sampled", baseline=False),
+]
+
+
+def by_autograd(loss: Divergence, student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = student.clone().requires_grad_()
+    value = loss.per_token(leaf, teacher, tokens)
+    value.sum().backward()
+    return value.detach(), leaf.grad
+
+
+def by_closed_form(loss: Divergence, student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = student.clone().requires_grad_()
+    total, statistics = chunked_loss(
+        loss, leaf, lambda x: x, [], tokens, torch.ones(len(tokens)), teacher, chunk_size=25
+    )
+    total.backward()
+    return statistics["loss"], leaf.grad
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.0, 4.0, 8.0])
+@pytest.mark.parametrize("loss", PRECISE, ids=name)
+def test_float32_is_within_1e_6_of_float64(loss, spread):
+    """Value and gradient, with the L2 norm over all tokens, however far student and teacher lie apart."""
+    random = torch.Generator().manual_seed(0)
+    student, teacher = (spread * torch.randn(64, 1031, generator=random) for _ in range(2))
+    tokens = torch.multinomial(student.softmax(-1), 1, generator=random)[:, 0]
+    value, gradient = by_autograd(loss, student.double(), teacher.double(), tokens)
+    for found in (by_autograd, by_closed_form):
+        value32, gradient32 = found(loss, student, teacher, tokens)
+        assert value32.dtype == gradient32.dtype == torch.float32
+        assert norm_error(value32, value) < 1e-6, found.__name__
+        assert norm_error(gradient32, gradient) < 1e-6, found.__name__
+
+
+@pytest.mark.parametrize("found", [by_autograd, by_closed_form])
+@pytest.mark.parametrize("weight", [0.01, 0.5, 0.99])
+@pytest.mark.parametrize("gap", [5.0, 10.0, 30.0, 80.0])
+def test_jsd_keeps_the_gradient_of_each_token_where_student_and_teacher_disagree(gap, weight, found):
+    """Each is sure of a token to which the other gives next to nothing: the gradient is as small, and not lost."""
+    student = torch.tensor([[gap, 0.0, 1.0, 2.0], [0.0, gap / 2, gap, 1.0]])
+    teacher = torch.tensor([[0.0, gap, 2.0, 1.0], [gap, 1.0, -gap, 0.0]])
+    loss, tokens = Divergence("jsd", weight=weight), torch.zeros(2, dtype=torch.long)
+    _, expected = by_autograd(loss, student.double(), teacher.double(), tokens)
+    _, gradient = found(loss, student, teacher, tokens)
+    for mine, exact in zip(gradient, expected, strict=True):
+        assert norm_error(mine, exact) < 1e-5
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.5, 0.99])
+def test_jsd_of_distributions_that_are_near_each_other(weight):
+    """The value is of second order in the difference, far below the logarithms that it is summed from."""
+    random = torch.Generator().manual_seed(1)
+    student = torch.randn(64, 1031, generator=random)
+    teacher = student + 0.1 * torch.randn(64, 1031, generator=random)
+    tokens = torch.zeros(64, dtype=torch.long)
+    loss = Divergence("jsd", weight=weight)
+    value, gradient = by_autograd(loss, student.double(), teacher.double(), tokens)
+    for found in (by_autograd, by_closed_form):
+        value32, gradient32 = found(loss, student, teacher, tokens)
+        assert norm_error(value32, value) < 3e-5
+        assert norm_error(gradient32, gradient) < 1e-5
+
+
 # --- the sampled token ---
 
 

@@ -1111,6 +1111,98 @@ def test_a_run_does_not_go_on_with_other_settings(settings: Callable[..., TrainC
     assert [line["step"] for line in metrics_of(settings())] == [1, 2, 3]
 
 
+def files_of(config: TrainConfig) -> dict[str, bytes]:
+    """Everything in a run folder, without the lock and what the clock says."""
+    files = (path for path in Path(config.output_dir).rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(config.output_dir)): path.read_bytes() for path in files}
+
+
+def steps_said(config: TrainConfig) -> tuple[int, str, list[int]]:
+    """The steps that config.yaml, the model card and metrics.jsonl name."""
+    folder = Path(config.output_dir)
+    card = (folder / "final" / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"\| `max_steps` \| `(.*)` \|", card)
+    return (
+        load_yaml(folder / "config.yaml", TrainConfig)["max_steps"],
+        row,
+        [line["step"] for line in metrics_of(config)],
+    )
+
+
+@pytest.mark.parametrize("fewer", [1, 3])
+@pytest.mark.parametrize("save_steps", [1, 3, 6])
+def test_a_run_does_not_go_on_with_fewer_steps_than_it_has_done(
+    settings: Callable[..., TrainConfig], fewer: int, save_steps: int
+) -> None:
+    train(settings(max_steps=4, save_steps=save_steps, method="sft"))
+    before = files_of(settings())
+    message = rf"'max_steps': found {fewer}, but .*checkpoint-00000004 has already done 4 steps; give 4 or more"
+    with pytest.raises(UserError, match=message) as caught:
+        train(settings(max_steps=fewer, save_steps=save_steps, method="sft"), resume=True)
+    assert "\n" not in str(caught.value)
+    assert files_of(settings()) == before
+    assert steps_said(settings()) == (4, "4", [1, 2, 3, 4])
+
+
+def test_a_stopped_run_may_end_at_any_step_from_the_last_one_on(settings: Callable[..., TrainConfig]) -> None:
+    def stopped(out: str) -> TrainConfig:
+        config = settings(out, max_steps=6, save_steps=2, method="sft", lr_scheduler_type="constant")
+        train(config, on_step=lambda step, _loaded, _metrics: step == 3)
+        assert "It ended early, after step 3 of 6" in (Path(config.output_dir) / "final/README.md").read_text()
+        return config
+
+    with pytest.raises(UserError, match=r"setting 'max_steps': found 2, but .*checkpoint-00000003 has already done 3"):
+        train(stopped("a").model_copy(update={"max_steps": 2}), resume=True)
+    for out, steps in (("b", 3), ("c", 4), ("d", 6), ("e", 7)):
+        config = stopped(out).model_copy(update={"max_steps": steps})
+        train(config, resume=True)
+        assert steps_said(config) == (steps, str(steps), list(range(1, steps + 1)))
+        assert "ended early" not in (Path(config.output_dir) / "final/README.md").read_text()
+
+
+def test_a_finished_run_that_is_resumed_with_its_own_steps_stays_as_it_is(
+    settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(max_steps=2, save_steps=1)
+    train(config)
+    before = files_of(config)
+    train(config, resume=True)
+    assert "all 2 steps are already done: raise --max_steps to train further" in capsys.readouterr().err
+    assert files_of(config) == before
+
+
+def test_fewer_epochs_are_refused(settings: Callable[..., TrainConfig]) -> None:
+    epochs: dict[str, Any] = {"max_steps": None, "method": "sft", "save_steps": 1}
+    train(settings(num_train_epochs=2.0, **epochs))
+    before = files_of(settings())
+    with pytest.raises(UserError, match=r"num_train_epochs was 2\.0 and is now 1\.0; a resumed run keeps"):
+        train(settings(num_train_epochs=1.0, **epochs), resume=True)
+    assert files_of(settings()) == before
+
+
+def test_stages_are_not_resumed_with_fewer_steps(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = settings(max_steps=4, save_steps=1, method="sft_reinvoke", max_completion_length=20)
+    train(config)
+    before = files_of(config)
+    for steps in (2, 5):
+        with pytest.raises(UserError, match=f"setting 'max_steps': 4 in .* and now {steps}; sft_reinvoke divides its"):
+            train(config.model_copy(update={"max_steps": steps}), resume=True)
+    assert files_of(config) == before
+
+
+def test_the_checkpoint_that_a_run_resumes_from_counts_its_steps(settings: Callable[..., TrainConfig]) -> None:
+    """Where the newest is corrupt, the steps after the one before it are done again, and may be fewer."""
+    config = settings(max_steps=4, save_steps=1, method="sft", lr_scheduler_type="constant", save_total_limit=4)
+    train(config)
+    for step in (3, 4):
+        (Path(config.output_dir) / f"checkpoint-0000000{step}" / "weights.safetensors").write_bytes(b"")
+    shorter = config.model_copy(update={"max_steps": 3})
+    train(shorter, resume=True)
+    assert steps_said(config) == (3, "3", [1, 2, 3])
+    with pytest.raises(UserError, match="checkpoint-00000003 has already done 3 steps"):
+        train(config.model_copy(update={"max_steps": 2}), resume=True)
+
+
 def test_a_run_does_not_go_on_with_other_rows(
     settings: Callable[..., TrainConfig], write_rows: Callable[..., Path]
 ) -> None:
