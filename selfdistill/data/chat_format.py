@@ -95,7 +95,8 @@ class ChatFormat:
         self.end_names = [name for name in tokenizer.convert_ids_to_tokens(self._ends) if name in special]
         of_replies = {name for name in added if _OF_REPLIES.search(name)}.difference(self.end_names)
         of_reply_ids = tokenizer.convert_tokens_to_ids(sorted(of_replies))
-        self._skipped = set(tokenizer.all_special_ids).difference(of_reply_ids)
+        special_ids = tokenizer.convert_tokens_to_ids(sorted(special))
+        self._skipped = {*special_ids, *tokenizer.all_special_ids}.difference(of_reply_ids)
         # A template may also write tokens that are not special, such as <|User|>.
         control = special | of_replies | {name for name in added if name in template}
         # Next to a token that swallows white space, that of a text is encoded on its own.
