@@ -59,7 +59,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
         RunStopped: a signal stopped the comparison; its progress is saved.
     """
     folder = check_output_dir(config.output_dir, resume=resume, given=given)
-    config = _settled(config, folder, resume)
+    config = _settled(config, folder, resume, given)
     base = load_for_training(config.model, dtype=config.dtype)
     demonstrations = _common_rows(config, base)
     evaluator = Evaluator(config, base)
@@ -76,7 +76,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
     return CompareResult(folder, result)
 
 
-def _settled(config: CompareConfig, folder: Path, resume: bool) -> CompareConfig:
+def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[str]) -> CompareConfig:
     """Validate the settings, and replace the context ``auto`` by that of the resumed comparison or by the best one.
 
     Raises:
@@ -88,7 +88,7 @@ def _settled(config: CompareConfig, folder: Path, resume: bool) -> CompareConfig
         if config.context == "auto":
             config = config.model_copy(update={"context": saved.context})
         refuse_changes(written, saved, config)
-    check_inputs(config)
+    check_inputs(config, given)
     if "auto" in config.vary.get("context", ()):
         raise UserError("setting 'vary': context 'auto' stands for the best one; name the contexts to compare")
     first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]

@@ -67,9 +67,10 @@ class ModelSettings(Settings):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra arguments of the tokenizer's chat template, e.g. ``{"enable_thinking": false}``."""
     data: str
-    """Demonstrations: ``.jsonl``, ``.json``, ``.parquet``, a folder of them, a saved data set or a hub name."""
+    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set or a
+    hub name."""
     split: str = "train"
-    """Split to read from a data set with several."""
+    """Split of ``data`` to read, from a folder or data set with several."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Maximum prompt length in tokens, for student and teacher. Default: the model's window minus the completion."""
     max_completion_length: int = Field(default=256, ge=1)

@@ -22,12 +22,11 @@ import yaml
 from selfdistill.config import LearnConfig, TrainConfig, changes, dump_yaml
 from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, write_demonstrations
+from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, parse_context, write_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
     EvaluationSet,
-    check_inputs,
     check_run,
     encode_priors,
     judge_of,
@@ -36,10 +35,10 @@ from selfdistill.evaluation import (
 )
 from selfdistill.methods import check_steps, stages_of, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint, training_precision
-from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write_json
+from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, say_note, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
 
-_FREE = ("state", "model", "output_dir", "test", "prior", "logging_steps", "report_to")
+_FREE = ("state", "model", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to")
 """Settings that may differ when an addition is resumed."""
 
 
@@ -64,7 +63,8 @@ def add(config: LearnConfig) -> dict[str, Any]:
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:
         check_steps(config.max_steps, run.method, stages)
-    check_inputs(run)
+    if config.context != "auto":
+        parse_context(config.context)
     if config.prior:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
@@ -151,7 +151,7 @@ def _rows(config: LearnConfig) -> dict[str, list[Demonstration]]:
 
     If both validation and test are held out, held-out rows alternate, starting with validation so that it begins early.
     """
-    rows = load_demonstrations(config.data, split=config.split)
+    rows = load_demonstrations(config.data, split=config.split, note=say_note)
     held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
     count = max(len(held), round(len(rows) * config.test_share)) if held else 0
     if held and count >= len(rows):
@@ -161,7 +161,7 @@ def _rows(config: LearnConfig) -> dict[str, list[Demonstration]]:
     part_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
     parts = {part: [row for row in rows if part_of.get(row.row, "train") == part] for part in ("train", *held)}
     if config.test:
-        parts["test"] = load_demonstrations(config.test, completion_required=False, split=config.split)
+        parts["test"] = load_demonstrations(config.test, split=config.test_split, note=say_note)
     return parts
 
 
@@ -229,7 +229,7 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
         skills: dict[str, Evaluation] = {}
         for name, folder in folders:
             settings = settings_of(folder)
-            rows = load_demonstrations(str(folder / "test.jsonl"), completion_required=False)
+            rows = load_demonstrations(str(folder / "test.jsonl"))
             skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(loaded, judge_of(settings))[0]
         chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, config.chat_template_kwargs)
         priors = encode_priors(loaded, chat, load_prior(prior)) if prior else []
@@ -276,7 +276,9 @@ class _NewSkill:
         least, checked = self._config.min_teacher, result["check"]
         if least and not checked["worth"]:
             reasons.append(f"{checked['verdict']} (min_teacher)")
-        elif checked["accuracy"] < least:
+        elif least and checked["accuracy"] is None:
+            reasons.append("the teacher cannot be scored, as rows have neither completion nor answer (min_teacher)")
+        elif least and checked["accuracy"] < least:
             reasons.append(
                 f"the teacher with {checked['context']} has {checked['accuracy']:.0%} accuracy, but at least "
                 f"{least:.0%} is required (min_teacher)"

@@ -6,18 +6,26 @@ from selfdistill.data.contexts import Document, context_spec, parse_context
 from selfdistill.data.demonstrations import (
     SCORER_NAMES,
     Demonstration,
-    Message,
     Rows,
     load_demonstrations,
     load_prompts,
-    not_object,
-    text_of,
     write_demonstrations,
-    wrong,
 )
-from selfdistill.data.encoding import Example, NothingFits, encode
-from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, read_jsonl, repeated_key
-from selfdistill.data.scorers import FUNCTION, JUDGE, contains, default_scorer, doubt_about, score, words_of
+from selfdistill.data.encoding import Example, NothingFits, encode, refuse_unshown
+from selfdistill.data.messages import Message, not_object, text_of, wrong
+from selfdistill.data.readers import read_jsonl
+from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
+from selfdistill.data.scorers import (
+    FUNCTION,
+    JUDGE,
+    contains,
+    default_scorer,
+    doubt_about,
+    is_scorable,
+    score,
+    words_of,
+)
+from selfdistill.data.sources import Note
 
 __all__ = [
     "FUNCTION",
@@ -28,6 +36,7 @@ __all__ = [
     "Document",
     "Example",
     "Message",
+    "Note",
     "NothingFits",
     "RawRow",
     "Rows",
@@ -39,6 +48,7 @@ __all__ = [
     "encode",
     "first_ten",
     "general_prompts",
+    "is_scorable",
     "join_surrogates",
     "load_demonstrations",
     "load_prompts",
@@ -47,6 +57,7 @@ __all__ = [
     "packaged",
     "parse_context",
     "read_jsonl",
+    "refuse_unshown",
     "repeated_key",
     "score",
     "text_of",

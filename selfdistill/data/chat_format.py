@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from selfdistill.data.demonstrations import Message
+from selfdistill.data.messages import Message
 from selfdistill.errors import UserError
 
 _HIDDEN = "\U0010fffd"
@@ -40,15 +40,29 @@ class ChatFormat:
         self.end_names = [name for name in ends if name in names]
         self.end_token_id = self._turn_end(end_token_ids)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt as text, up to the start of the reply."""
+    def render(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
+        """The prompt as text, up to the start of the reply.
+
+        Args:
+            messages: the chat, up to the user's last turn.
+            options: a row's own arguments of the template, over the setting's; the plain layout has none.
+        """
         if self.tokenizer.chat_template:
-            return self._by_template(messages, add_generation_prompt=True)
+            return self._by_template(messages, options, add_generation_prompt=True)
         labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
         return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + "Assistant:"
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the prompt."""
+    def unshown(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str | None:
+        """The first of a row's own ``options`` that the template does not show, as it would be lost; else None."""
+        template = str(self.tokenizer.chat_template or "")
+        if "tools" in options:
+            others = {name: value for name, value in options.items() if name != "tools"}
+            if not template or self.render(messages, options) == self.render(messages, others):
+                return "tools"
+        return next((name for name in options if not re.search(rf"\b{re.escape(name)}\b", template)), None)
+
+    def encode_prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of the prompt; for the arguments see :meth:`render`."""
         hidden: list[str] = []
 
         def hide(found: re.Match[str]) -> str:
@@ -59,7 +73,8 @@ class ChatFormat:
         for message in messages:
             names = self._in_replies if message["role"] == "assistant" else self._in_texts
             shown.append({**message, "content": names.sub(hide, message["content"])})
-        text = self.render(shown)
+        # The texts of tools and other arguments come from the data, too.
+        text = self.render(shown, _mapped(options or {}, lambda value: self._in_texts.sub(hide, value)))
         # A template writes its own special tokens. Plain text gets the tokenizer's, such as a leading BOS.
         special = not self.tokenizer.chat_template
         first, *others = re.split(f"{_HIDDEN}([0-9]+){_HIDDEN}", text)
@@ -88,12 +103,14 @@ class ChatFormat:
         """Decode a reply, skipping special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _by_template(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def _by_template(
+        self, messages: Sequence[Message], own: Mapping[str, Any] | None = None, *, add_generation_prompt: bool
+    ) -> str:
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         if taken := sorted(options.keys() & self.kwargs.keys()):
             raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
         try:
-            return str(self.tokenizer.apply_chat_template(list(messages), **options, **self.kwargs))
+            return str(self.tokenizer.apply_chat_template(list(messages), **options, **{**self.kwargs, **(own or {})}))
         except Exception as error:  # templates are programs and may raise anything
             roles = ", ".join(m["role"] for m in messages)
             raise UserError(f"the chat template rejects the roles {roles}: {error}") from None
@@ -117,6 +134,15 @@ class ChatFormat:
                 if token in end_token_ids:
                     return token
         return end_token_ids[0]
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed, at any depth; keys, too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(key, change): _mapped(part, change) for key, part in value.items()}
+    return [_mapped(part, change) for part in value] if isinstance(value, list) else value
 
 
 THINKING = ("<think>", "</think>")

@@ -21,7 +21,7 @@ class Example:
     teacher_ids: list[int] | None
     """The prompt with the context, as the teacher sees it; None without a context."""
     completion_ids: list[int]
-    """The completion with its end token."""
+    """The completion with its end token; empty without a completion, which is not an empty reply."""
 
 
 class NothingFits(UserError):
@@ -57,18 +57,22 @@ def encode(
 
     Raises:
         NothingFits: with ``drop``, no row is left.
-        UserError: rows are too long, all reported together; or completions end with the name of an end token.
+        UserError: rows are too long, all reported together; completions end with the name of an end token; or the
+            template does not show a row's tools or other arguments.
     """
     limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit)
     limits.check()
     _refuse_end_names(demonstrations, chat)
+    refuse_unshown(demonstrations, chat)
     kept, problems = [], []
     for demonstration in demonstrations:
+        options = demonstration.template_options
+        teacher = context.messages(demonstration, pool or demonstrations) if context else None
         example = Example(
             demonstration,
-            chat.encode_prompt(demonstration.prompt),
-            chat.encode_prompt(context.messages(demonstration, pool or demonstrations)) if context else None,
-            chat.encode_completion(demonstration.completion),
+            chat.encode_prompt(demonstration.prompt, options),
+            chat.encode_prompt(teacher, options) if teacher else None,
+            chat.encode_completion(demonstration.completion) if demonstration.completion else [],
         )
         problem = limits.problem(example)
         if problem is None:
@@ -137,4 +141,22 @@ def _refuse_end_names(demonstrations: Sequence[Demonstration], chat: ChatFormat)
         raise UserError(
             f"{len(ended)} of {len(demonstrations)} completions end with {' or '.join(chat.end_names)}, which the chat "
             f"format adds itself ({', '.join(ended[:10])}); remove it"
+        )
+
+
+def refuse_unshown(demonstrations: Sequence[Demonstration], chat: ChatFormat) -> None:
+    """Refuse rows with tools or other arguments of the chat template that it does not show.
+
+    Raises:
+        UserError: names the first of them, and the first ten rows.
+    """
+    unshown = {d.source: chat.unshown(d.prompt, d.template_options) for d in demonstrations if d.template_options}
+    sources = [source for source, name in unshown.items() if name]
+    if sources:
+        name = unshown[sources[0]]
+        what = "tools" if name == "tools" else f"chat_template_kwargs {name!r}"
+        template = f"the chat template shows no {what}" if chat.tokenizer.chat_template else "there is no chat template"
+        raise UserError(
+            f"{len(sources)} of {len(demonstrations)} rows have {what}, but {template} ({', '.join(sources[:10])}); "
+            "use a model whose template shows them, or remove the column"
         )

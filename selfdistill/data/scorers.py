@@ -59,6 +59,11 @@ def default_scorer(demonstration: Demonstration, setting: str | None) -> str:
     return demonstration.scorer or setting or "exact"
 
 
+def is_scorable(demonstration: Demonstration, setting: str | None) -> bool:
+    """Whether a reply can be scored: there is something to compare it with, or a function that may need nothing."""
+    return demonstration.has_reference or default_scorer(demonstration, setting).startswith("python:")
+
+
 def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) -> str | None:
     """A note if the scorer rejects most demonstrated completions, naming scorers that accept all; else None.
 

@@ -43,7 +43,7 @@ class Distance:
         max_tokens: int = ANSWER_TOKENS,
     ) -> None:
         self._forward_pass = forward_pass
-        self._contexts = [chat.encode_prompt(row.prompt) for row in prompts]
+        self._contexts = [chat.encode_prompt(row.prompt, row.template_options) for row in prompts]
         rollouts = sample(base, self._contexts, Sampling(max_tokens, temperature=0))
         self._completions = [rollout.ids for rollout in rollouts]
         self._base_NV = list(self._logits(base.model))

@@ -19,6 +19,7 @@ from selfdistill.data import (
     load_demonstrations,
     not_object,
     read_jsonl,
+    refuse_unshown,
     repeated_key,
     text_of,
     wrong,
@@ -106,7 +107,7 @@ def _load_file(path: str) -> list[Choices] | list[Demonstration]:
         raise UserError(f"{path}: no rows, expected at least one")
     forms = (_form(raw.value, []) for raw in raws if not raw.problem)
     if next((form for form in forms if form), None) in ("prompt", "messages"):
-        return load_demonstrations(path, completion_required=False)
+        return load_demonstrations(path)
     return check_rows(path, raws, _form, lambda raw, form, _, problems: _choices(raw, form, problems), "file")
 
 
@@ -188,7 +189,8 @@ def encode_priors(
     for name, rows in priors.items():
         questions = [row for row in rows if isinstance(row, Demonstration)]
         check_answers(questions, _SCORER)
-        contexts = [chat.encode_prompt(row.prompt) for row in questions]
+        refuse_unshown(questions, chat)
+        contexts = [chat.encode_prompt(row.prompt, row.template_options) for row in questions]
         lengths = [(row.source, len(ids) + REPLY_TOKENS) for row, ids in zip(questions, contexts, strict=True)]
         continuations: list[list[int]] = []
         for row in rows:

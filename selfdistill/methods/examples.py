@@ -7,7 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, Example, encode, load_prompts, packaged, parse_context
+from selfdistill.data import (
+    ChatFormat,
+    Demonstration,
+    Example,
+    encode,
+    first_ten,
+    load_prompts,
+    packaged,
+    parse_context,
+)
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel
 
@@ -39,12 +48,14 @@ class DemonstrationExamples:
     context: str | None = None
     """How the teacher sees them; None without a teacher."""
     completion_must_fit: bool = False
-    """Whether the demonstrated completion itself is scored and must be within the length limit."""
+    """Whether the demonstrated completion itself is learnt: every row needs one, within the length limit."""
     what = "demonstrations"
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
+        if self.completion_must_fit:
+            self._refuse_without_completion(demonstrations)
         return encode(
             demonstrations,
             None if self.context is None else parse_context(self.context),
@@ -55,6 +66,15 @@ class DemonstrationExamples:
             on_long_prompt=self.config.on_long_prompt,
             completion_must_fit=self.completion_must_fit,
         )
+
+    def _refuse_without_completion(self, demonstrations: Sequence[Demonstration]) -> None:
+        bare = [demonstration.source for demonstration in demonstrations if not demonstration.completion]
+        if bare:
+            cold = " with cold_start_steps" if self.config.cold_start_steps and self.context else ""
+            raise UserError(
+                f"method {self.config.method!r}{cold} learns from completions, and {len(bare)} of "
+                f"{len(demonstrations)} rows have none: {first_ten(bare)}; add the column 'completion'"
+            )
 
 
 @dataclass(frozen=True)

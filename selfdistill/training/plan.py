@@ -34,7 +34,7 @@ class Plan(Printable):
     teacher_prompt: str | None
     """The same for the teacher; None if the method has no teacher."""
     completion: str
-    """The demonstration with its end token."""
+    """The demonstration with its end token; "" if the row has no completion."""
     step_seconds: float
     """Seconds per optimizer step on this machine; the second of two steps."""
     total_seconds: float
@@ -50,8 +50,7 @@ class Plan(Printable):
             "\n# the first example, as the student sees it",
             self.student_prompt,
             *(["\n# as the teacher sees it", self.teacher_prompt] if self.teacher_prompt is not None else []),
-            "\n# the demonstration",
-            self.completion,
+            *(["\n# the demonstration", self.completion] if self.completion else []),
             "\n# the run",
             *self.notes,
             f"{self.step_seconds:.1f} s per step, {_duration(self.total_seconds)} for {self.config.max_steps} steps, "
@@ -74,7 +73,7 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     """
     check_output_dir(config.output_dir, resume=False, given=given)
     check_tracker(config.report_to)
-    check_inputs(config)
+    check_inputs(config, given)
     stages = stages_of(config)
     loaded = copy.deepcopy(loaded)
     rows = load_demonstrations(config.data, split=config.split)
