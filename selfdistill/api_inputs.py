@@ -12,7 +12,7 @@ from selfdistill.config import TrainConfig, continued
 from selfdistill.data import Demonstration, Rows, load_demonstrations, write_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import stages_of
+from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
 from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say, say_note, world_size
@@ -164,8 +164,7 @@ def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFol
     """
     check_output_dir(config.output_dir, resume=resume, given=rows.names)
     check_tracker(config.report_to)
-    check_inputs(config, rows.names)
-    stages_of(config)
+    check_inputs(config, rows.names, lacks_of(stages_of(config)))
     if loaded is not None and config.lora_rank:
         raise UserError("setting 'lora_rank': an adapter names its base; save the model and give its folder instead")
     if not config.documents:

@@ -24,7 +24,7 @@ from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dum
 from selfdistill.data import ChatFormat, Demonstration, load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
-from selfdistill.methods import DemonstrationExamples, stages_of, unused_settings, uses
+from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, unused_settings, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint
 from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, list_checkpoints, steps_of, train
@@ -88,10 +88,10 @@ def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[
         if config.context == "auto":
             config = config.model_copy(update={"context": saved.context})
         refuse_changes(written, saved, config)
-    check_inputs(config, given)
     if "auto" in config.vary.get("context", ()):
         raise UserError("setting 'vary': context 'auto' stands for the best one; name the contexts to compare")
     first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
+    check_inputs(config, given, lacks_of([stage for run in first for stage in stages_of(run)]))
     taught = [run for run in first if run.context == "auto" and uses(run, "context")]
     return config.model_copy(update={"context": best_context(taught[0])}) if taught else config
 

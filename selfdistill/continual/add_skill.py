@@ -22,7 +22,7 @@ import yaml
 from selfdistill.config import LearnConfig, TrainConfig, changes, dump_yaml
 from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, parse_context, write_demonstrations
+from selfdistill.data import ChatFormat, Demonstration, Lacks, load_demonstrations, parse_context, write_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -33,7 +33,7 @@ from selfdistill.evaluation import (
     load_prior,
     prior_scores,
 )
-from selfdistill.methods import check_steps, stages_of, uses
+from selfdistill.methods import check_steps, lacks_of, stages_of, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint, training_precision
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, say_note, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
@@ -56,9 +56,9 @@ def add(config: LearnConfig) -> dict[str, Any]:
     """
     name = config.name or re.sub(r"[^\w.-]+", "-", Path(config.data).name.partition(".")[0]).strip("-.")
     config = LearnConfig(**config.model_dump() | {"name": name})
-    parts = _rows(config)
     run = _run_config(config, "model", config.context, Path(PENDING))  # validate before any long work
     stages = stages_of(run)
+    parts = _rows(config, lacks_of(stages))
     if config.action == "stream":
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:
@@ -146,12 +146,12 @@ def _absolute(model: str) -> str:
     return os.path.abspath(model) if os.path.isdir(model) else model
 
 
-def _rows(config: LearnConfig) -> dict[str, list[Demonstration]]:
+def _rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstration]]:
     """Split the data into ``train``, ``validation`` (of a stream) and ``test``.
 
     If both validation and test are held out, held-out rows alternate, starting with validation so that it begins early.
     """
-    rows = load_demonstrations(config.data, split=config.split, note=say_note)
+    rows = load_demonstrations(config.data, split=config.split, note=say_note, lacks=lacks)
     held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
     count = max(len(held), round(len(rows) * config.test_share)) if held else 0
     if held and count >= len(rows):

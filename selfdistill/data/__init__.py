@@ -6,9 +6,11 @@ from selfdistill.data.contexts import Document, context_spec, parse_context
 from selfdistill.data.demonstrations import (
     SCORER_NAMES,
     Demonstration,
+    Lacks,
     Rows,
     load_demonstrations,
     load_prompts,
+    nothing_to_show,
     write_demonstrations,
 )
 from selfdistill.data.encoding import Example, NothingFits, encode, refuse_unshown
@@ -35,6 +37,7 @@ __all__ = [
     "Demonstration",
     "Document",
     "Example",
+    "Lacks",
     "Message",
     "Note",
     "NothingFits",
@@ -53,6 +56,7 @@ __all__ = [
     "load_demonstrations",
     "load_prompts",
     "not_object",
+    "nothing_to_show",
     "one_line",
     "packaged",
     "parse_context",

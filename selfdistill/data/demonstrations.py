@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ _RESERVED = (
 )
 """Arguments of ``apply_chat_template`` that a row may not give; one is a template, and so a program."""
 
+_TAUGHT = ("completion", "answer", "privileged_context")
 _WANT_CHAT = "text or a list of messages"
 _WANT_COMPLETION = "text or one assistant message"
 
@@ -105,8 +106,17 @@ Rows = str | Path | Sequence[Mapping[str, Any]] | Sequence[Demonstration] | Any
 """Where demonstrations come from: a path or hub name, dicts, :class:`Demonstration`s, or a ``datasets.Dataset``."""
 
 
+Lacks = Callable[[Demonstration], str | None]
+"""The problem of a row that lacks what it is used for, such as a completion to learn from; None if it lacks nothing."""
+
+
 def load_demonstrations(
-    data: Rows, *, completion_required: bool = False, split: str | None = "train", note: Note | None = None
+    data: Rows,
+    *,
+    completion_required: bool = False,
+    split: str | None = "train",
+    note: Note | None = None,
+    lacks: Lacks | None = None,
 ) -> list[Demonstration]:
     """Read and validate every row of ``data``, in order.
 
@@ -121,6 +131,7 @@ def load_demonstrations(
             that some are not for training, as in ``test.jsonl`` or ``data/test-00000-of-00001.parquet``.
         note: takes what the user should know, a line each: columns that are not used, equal prompts with unlike
             answers, other splits.
+        lacks: what else a row must have; see :data:`Lacks`.
 
     A row has ``prompt`` and ``completion`` (each text or chat messages, the completion exactly one assistant message),
     or ``messages``, whose last turn is the assistant's demonstration. Null counts as absent. All rows have the same
@@ -142,7 +153,10 @@ def load_demonstrations(
         raise UserError(f"{name}: no rows, expected at least one")
 
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
-        return _demonstration(raw, number, form, completion_required, problems)
+        made = _demonstration(raw, number, form, completion_required, problems)
+        if lacks and not problems:
+            problems += filter(None, [lacks(made)])
+        return made
 
     made = check_rows(name, rows, _form, make, "set")
     if unused := dict.fromkeys(column for raw in rows for column in unread(raw.value)):
@@ -150,6 +164,13 @@ def load_demonstrations(
     for found in _repeated(made):
         said(f"{name}: {found}")
     return made
+
+
+def nothing_to_show(demonstration: Demonstration) -> str | None:
+    """The problem of a row that has nothing to show a teacher; see :data:`Lacks`."""
+    if demonstration.has_demonstration or demonstration.document is not None:
+        return None
+    return "column 'completion': missing, and no 'privileged_context' or 'document' to show the teacher instead"
 
 
 def _silent(_note: str) -> None:
@@ -243,6 +264,8 @@ def _form(row: Any, problems: list[str]) -> str | None:
         problems.append(wrong("messages", None, "a list of messages"))
     else:
         problems.append(missing(row, "prompt", "messages", want="expected 'prompt' with 'completion', or 'messages'"))
+        if row.get("completion") is None:
+            problems += filter(None, [misnamed(row, *_TAUGHT)])
     return None
 
 
@@ -267,7 +290,7 @@ def _demonstration(
     problems += refused(row)
     if not problems and not completion and not any(value is not None for value in others.values()):
         # A prompt alone may be meant, but hardly where another column has a familiar name.
-        problems += filter(None, [misnamed(row, "completion", "answer", "privileged_context")])
+        problems += filter(None, [misnamed(row, *_TAUGHT)])
     _check_others(others, problems)
     return Demonstration(
         tuple(turns),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfdistill.data.columns import COLUMNS, OTHER_NAMES
-from selfdistill.data.rows import RawRow, describe_value, numbered, one_line, one_of, parse_json
+from selfdistill.data.rows import RawRow, describe_value, numbered, one_line, one_of, parse_json, quoted
 from selfdistill.errors import UserError
 
 _PACKED = {".gz": "a gzip file", ".zst": "a zstd file"}
@@ -152,38 +152,45 @@ def _items(path: str, text: str) -> list[RawRow]:
 
 def _table(path: str, text: str, delimiter: str) -> list[RawRow]:
     """The rows of a table whose first line names the columns. A cell is text; an empty one is null."""
-    kind = kind_of(path)[0]
-    _refuse_other_format(path, text, kind)
-    rows: list[RawRow] = []
-    limit = csv.field_size_limit(2**31 - 1)
-    reader, start = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 0
-    names: list[str] = []
-    try:
-        for cells in reader:
-            line, start = start + 1, reader.line_num
-            if not cells:
-                continue
-            if not names:
-                names = cells
-                _check_header(path, names)
-                continue
-            found = f"found {len(cells)} cells, expected {len(names)} ({', '.join(names)})"
-            problem = None if len(cells) == len(names) else found
-            value = {name: cell or None for name, cell in zip(names, cells, strict=False)}
-            rows.append(RawRow(f"line {line}", f"{path}:{line}", value, problem))
-    except csv.Error as error:
-        raise UserError(f"{path}: line {start + 1} is not a row of a table: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
+    _refuse_other_format(path, text, kind_of(path)[0])
+    lines = _cells(path, text, delimiter)
+    if not lines:
+        return []
+    names = lines[0][1]
+    _check_header(path, names)
+    rows = []
+    for line, cells in lines[1:]:
+        fits = len(cells) == len(names)
+        problem = None if fits else f"found {len(cells)} cells, expected {len(names)} ({', '.join(names)})"
+        value = {name: cell or None for name, cell in zip(names, cells, strict=True)} if fits else None
+        rows.append(RawRow(f"line {line}", f"{path}:{line}", value, problem))
     return rows
 
 
+def _cells(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """The cells of each row that is not blank, with the number of its first line."""
+    found, line = [], 1
+    limit = csv.field_size_limit(2**31 - 1)  # by default, a document of 128 KiB is too long
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for cells in reader:
+            found += [(line, cells)] if cells else []
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}: line {line} is not a row of a table: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    return found
+
+
 def _check_header(path: str, names: list[str]) -> None:
-    """Refuse a first line that does not name each column once."""
+    """Refuse a first line that does not name each column once, or not one that is known."""
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
-        raise UserError(f"{path}: line 1 names the column {repeated[0]!r} twice; expected each once")
+        raise UserError(f"{path}: line 1 names the column {repeated[0]!r} twice, expected each once")
     if not set(map(str.lower, names)) & _KNOWN:
-        raise UserError(f"{path}: line 1 names the columns {', '.join(names)[:80]}; expected 'prompt' or 'messages'")
+        found = f"line 1 is {quoted(','.join(names))}"
+        want = f"the names of columns, such as 'prompt', of {_NAMES[kind_of(path)[0]]}"
+        raise UserError(f"{path}: {found}, expected {want}")
 
 
 def _read_parquet(path: str) -> list[RawRow]:
@@ -264,7 +271,8 @@ def _format_of(text: str) -> str | None:
             return ".jsonl"
         return "" if isinstance(_value(text), dict) else None
     if text[:1] == "[":
-        return ".json" if isinstance(_value(text), list) else None
+        items = _value(text)
+        return ".json" if isinstance(items, list) and items and isinstance(items[0], dict) else None
     names = {name.strip(' "').lower() for name in re.split("[,\t]", first)}
     is_table = len(names) > 1 and bool(names & _KNOWN)
     return (".tsv" if "\t" in first else ".csv") if is_table else None

@@ -29,6 +29,7 @@ from selfdistill.data import (
     encode,
     is_scorable,
     load_demonstrations,
+    nothing_to_show,
     parse_context,
 )
 from selfdistill.errors import UserError
@@ -119,7 +120,8 @@ def check(
         UserError: settings, data or model are invalid, or no layout fits.
     """
     data = config.data if demonstrations is None else demonstrations
-    return _checked(config, load_demonstrations(data, split=config.split, note=say_note), loaded, cost)
+    rows = load_demonstrations(data, split=config.split, note=say_note, lacks=nothing_to_show)
+    return _checked(config, rows, loaded, cost)
 
 
 def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel | None, cost: bool) -> CheckResult:
@@ -142,9 +144,8 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
                 skipped[name] = str(error)
             reporter.advance(number + 1, name)
     if not layouts:
-        each = [f"{name}: {reason}" for name, reason in skipped.items()]
-        reasons = each if len(set(skipped.values())) > 1 else list(skipped.values())[:1]
-        raise UserError(f"no context layout could be evaluated: {'; '.join(reasons)}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise UserError(f"no context layout could be evaluated: {reasons}")
     layouts.sort(key=lambda layout: (-(layout.accuracy or 0), -(layout.logp or 0), layout.context != UNMEASURED))
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.config import TrainingSettings
-from selfdistill.data import Document, Note, general_prompts, load_demonstrations, parse_context
+from selfdistill.data import Document, Lacks, Note, general_prompts, load_demonstrations, parse_context
 from selfdistill.evaluation.answers import check_answers
 from selfdistill.evaluation.distances import Distance, kl_along
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet
@@ -19,12 +19,13 @@ from selfdistill.model import ForwardPass, LoadedModel, training_precision
 from selfdistill.runtime import say, say_note
 
 
-def check_inputs(config: TrainingSettings, given: Sequence[str] = ()) -> None:
+def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lacks | None = None) -> None:
     """Validate data, evaluation files and the context before any long work, and say what the user should know of them.
 
     Args:
         config: settings; ``data`` may be "" where questions about documents come first.
         given: names of files with rows from memory, of which everything has been said.
+        lacks: what the rows of ``data`` must have for the method; see :data:`Lacks`.
 
     Raises:
         UserError: a file is missing or has bad rows, a scorer cannot use an answer, or the context is unknown.
@@ -36,7 +37,7 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = ()) -> None:
         return None if Path(path).name in given else say_note
 
     if config.data:
-        load_demonstrations(config.data, split=config.split, note=noted(config.data))
+        load_demonstrations(config.data, split=config.split, note=noted(config.data), lacks=lacks)
     if config.test is not None:
         rows = load_demonstrations(config.test, split=config.test_split, note=noted(config.test))
         check_answers(rows, config.scorer)

@@ -14,6 +14,7 @@ from selfdistill.data import (
     encode,
     first_ten,
     load_prompts,
+    nothing_to_show,
     packaged,
     parse_context,
 )
@@ -27,6 +28,10 @@ class ExampleSource(Protocol):
     @property
     def what(self) -> str:
         """Plural noun for the examples, for messages."""
+        ...
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        """The problem of a row that lacks what these examples are made of; None if it lacks nothing."""
         ...
 
     def __call__(
@@ -54,8 +59,8 @@ class DemonstrationExamples:
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
-        if self.completion_must_fit:
-            self._refuse_without_completion(demonstrations)
+        if bad := [f"{row.source}, {problem}" for row in demonstrations if (problem := self.lacks(row))]:
+            raise UserError(f"{len(bad)} of {len(demonstrations)} rows cannot be used: {first_ten(bad)}")
         return encode(
             demonstrations,
             None if self.context is None else parse_context(self.context),
@@ -67,14 +72,10 @@ class DemonstrationExamples:
             completion_must_fit=self.completion_must_fit,
         )
 
-    def _refuse_without_completion(self, demonstrations: Sequence[Demonstration]) -> None:
-        bare = [demonstration.source for demonstration in demonstrations if not demonstration.completion]
-        if bare:
-            cold = " with cold_start_steps" if self.config.cold_start_steps and self.context else ""
-            raise UserError(
-                f"method {self.config.method!r}{cold} learns from completions, and {len(bare)} of "
-                f"{len(demonstrations)} rows have none: {first_ten(bare)}; add the column 'completion'"
-            )
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        if self.completion_must_fit and not demonstration.completion:
+            return f"column 'completion': missing, which method {self.config.method!r} learns from"
+        return None if self.context is None else nothing_to_show(demonstration)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class GeneralPromptExamples:
     prompts: str | None
     """Text file; None: the bundled prompts."""
     what = "general prompts"
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return None
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
@@ -104,6 +108,9 @@ class DocumentExamples:
 
     config: TrainConfig = field(compare=False)
     what = "pieces of documents"
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return None
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat

@@ -13,7 +13,7 @@ from rich.console import Console
 from selfdistill.config import TrainConfig, dump_yaml
 from selfdistill.data import load_demonstrations
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import stages_of
+from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import Printable, check_tracker, peak_memory
 from selfdistill.training.schedule import steps_of
@@ -73,8 +73,8 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     """
     check_output_dir(config.output_dir, resume=False, given=given)
     check_tracker(config.report_to)
-    check_inputs(config, given)
     stages = stages_of(config)
+    check_inputs(config, given, lacks_of(stages))
     loaded = copy.deepcopy(loaded)
     rows = load_demonstrations(config.data, split=config.split)
     config = with_context(config, rows, loaded)
