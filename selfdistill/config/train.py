@@ -165,6 +165,8 @@ class TrainingSettings(MethodSettings, ModelSettings):
         measured = self.test is not None or getattr(self, "documents", None)
         if not measured and (self.prior is not None or self.eval_steps):
             raise UserError("setting 'test' is missing: prior and eval_steps need it")
+        if self.test_split is not None and self.test is None:
+            raise UserError("setting 'test_split' needs a test: give test, too, or leave it out")
         if self.stop_on_collapse and not (measured and self.eval_steps):
             raise UserError("setting 'stop_on_collapse' returns to the last evaluation: give test and eval_steps, too")
         if self.lora_alpha is not None and not self.lora_rank:

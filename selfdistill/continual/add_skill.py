@@ -22,11 +22,19 @@ import yaml
 from selfdistill.config import LearnConfig, TrainConfig, changes, dump_yaml
 from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import ChatFormat, Demonstration, Lacks, load_demonstrations, parse_context, write_demonstrations
+from selfdistill.data import (
+    ChatFormat,
+    Demonstration,
+    Lacks,
+    load_demonstrations,
+    nothing_to_score,
+    write_demonstrations,
+)
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
     EvaluationSet,
+    check_inputs,
     check_run,
     encode_priors,
     judge_of,
@@ -63,8 +71,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:
         check_steps(config.max_steps, run.method, stages)
-    if config.context != "auto":
-        parse_context(config.context)
+    check_inputs(run.model_copy(update={"data": ""}))  # its rows have been read
     if config.prior:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
@@ -161,7 +168,8 @@ def _rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstration]]:
     part_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
     parts = {part: [row for row in rows if part_of.get(row.row, "train") == part] for part in ("train", *held)}
     if config.test:
-        parts["test"] = load_demonstrations(config.test, split=config.test_split, note=say_note)
+        scored = nothing_to_score(config.scorer)
+        parts["test"] = load_demonstrations(config.test, split=config.test_split, note=say_note, lacks=scored)
     return parts
 
 

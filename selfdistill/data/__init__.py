@@ -24,6 +24,7 @@ from selfdistill.data.scorers import (
     default_scorer,
     doubt_about,
     is_scorable,
+    nothing_to_score,
     score,
     words_of,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "load_demonstrations",
     "load_prompts",
     "not_object",
+    "nothing_to_score",
     "nothing_to_show",
     "one_line",
     "packaged",

@@ -154,9 +154,12 @@ def refuse_unshown(demonstrations: Sequence[Demonstration], chat: ChatFormat) ->
     sources = [source for source, name in unshown.items() if name]
     if sources:
         name = unshown[sources[0]]
-        what = "tools" if name == "tools" else f"chat_template_kwargs {name!r}"
-        template = f"the chat template shows no {what}" if chat.tokenizer.chat_template else "there is no chat template"
+        held, why = f"chat_template_kwargs {name!r}", "which the chat template does not use"
+        if name == "tools":
+            held, why = "tools", "but the chat template shows no tools"
+        if not chat.tokenizer.chat_template:
+            why = "but the tokenizer has no chat template"
         raise UserError(
-            f"{len(sources)} of {len(demonstrations)} rows have {what}, but {template} ({', '.join(sources[:10])}); "
-            "use a model whose template shows them, or remove the column"
+            f"{len(sources)} of {len(demonstrations)} rows have {held}, {why} ({', '.join(sources[:10])}); use a model "
+            "whose template does, or remove the column"
         )

@@ -20,6 +20,7 @@ from selfdistill.data import (
     encode,
     general_prompts,
     load_demonstrations,
+    nothing_to_score,
     parse_context,
 )
 from selfdistill.errors import UserError
@@ -234,7 +235,7 @@ def evaluate(
     if config.replies and not Path(config.replies).absolute().parent.is_dir():
         raise UserError(f"replies {config.replies!r}: cannot be written; give a file in an existing folder")
     data = config.data if rows is None else rows
-    demonstrations = load_demonstrations(data, split=config.split, note=say_note)
+    demonstrations = load_demonstrations(data, split=config.split, note=say_note, lacks=nothing_to_score(config.scorer))
     priors = load_prior(config.prior) if config.prior else {}
     judge = judge_of(config)
     if loaded is None:

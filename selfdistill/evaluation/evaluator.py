@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.config import TrainingSettings
-from selfdistill.data import Document, Lacks, Note, general_prompts, load_demonstrations, parse_context
+from selfdistill.data import (
+    Document,
+    Lacks,
+    Note,
+    general_prompts,
+    load_demonstrations,
+    nothing_to_score,
+    parse_context,
+)
 from selfdistill.evaluation.answers import check_answers
 from selfdistill.evaluation.distances import Distance, kl_along
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet
@@ -39,7 +47,8 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
     if config.data:
         load_demonstrations(config.data, split=config.split, note=noted(config.data), lacks=lacks)
     if config.test is not None:
-        rows = load_demonstrations(config.test, split=config.test_split, note=noted(config.test))
+        scored = nothing_to_score(config.scorer)
+        rows = load_demonstrations(config.test, split=config.test_split, note=noted(config.test), lacks=scored)
         check_answers(rows, config.scorer)
     if config.prior is not None:
         load_prior(config.prior)
