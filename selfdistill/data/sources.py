@@ -23,6 +23,8 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Splits by the words in the names of files and folders that tell them, as ``datasets`` has them."""
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")
+"""Files that describe a data set of the hub."""
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")
 
 
@@ -119,7 +121,7 @@ def _files(path: str, note: Note) -> list[str]:
     for folder in folders:
         for name in sorted(os.listdir(os.path.join(path, folder))):
             relative = os.path.join(folder, name)
-            if name.startswith("."):
+            if name.startswith(".") or name in _NOT_DATA:
                 continue
             if not os.path.isdir(os.path.join(path, relative)):
                 found += [relative] if is_data_file(name) else []

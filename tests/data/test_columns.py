@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +87,20 @@ def test_a_column_that_would_be_lost_is_refused(column: str, value: Any, advice:
     assert problem_of(GOOD | {column: value}) == f"column {column!r}: not read, {advice}"
     chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
     assert problem_of(chat | {column: value}) == f"column {column!r}: not read, {advice}"
+
+
+def test_the_table_in_the_documentation_names_what_is_refused() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = text.partition("## Columns of other tools")[2].partition("\n\nAny other column")[0]
+    named = [
+        name
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for name in re.findall("`(\\w+)`", line.split("|")[1])
+    ]
+    assert len(named) == len(set(named)) > 15
+    for column in named:
+        assert problem_of(GOOD | {column: True}).startswith(f"column {column!r}: not read, ")
 
 
 @pytest.mark.parametrize("column", ["input", "system", "history", "images", "rejected", "context"])

@@ -61,7 +61,7 @@ def notes_of(path: Any, split: str | None = "train") -> list[str]:
     ],
 )
 def test_a_folder_of_splits_is_told_apart(names: tuple[str, ...]) -> None:
-    path = folder(*names, "README.md", ".hidden.jsonl")
+    path = folder(*names, "README.md", ".hidden.jsonl", "dataset_infos.json")
     assert read(path) == [names[0]]
     assert read(path, "test") == [names[1]]
     assert read(path, None) == [names[1]]
