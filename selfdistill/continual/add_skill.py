@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import time
@@ -21,15 +20,9 @@ import yaml
 
 from selfdistill.config import LearnConfig, TrainConfig, changes, dump_yaml
 from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger
+from selfdistill.continual.parts import parts_of
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import (
-    ChatFormat,
-    Demonstration,
-    Lacks,
-    load_demonstrations,
-    nothing_to_score,
-    write_demonstrations,
-)
+from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, write_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -43,7 +36,7 @@ from selfdistill.evaluation import (
 )
 from selfdistill.methods import check_steps, lacks_of, stages_of, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint, training_precision
-from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, say_note, write_json
+from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
 
 _FREE = ("state", "model", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to")
@@ -66,7 +59,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     config = LearnConfig(**config.model_dump() | {"name": name})
     run = _run_config(config, "model", config.context, Path(PENDING))  # validate before any long work
     stages = stages_of(run)
-    parts = _rows(config, lacks_of(stages))
+    parts = parts_of(config, lacks_of(stages))
     if config.action == "stream":
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:
@@ -151,26 +144,6 @@ def _texts(prior: str) -> dict[str, bytes]:
 
 def _absolute(model: str) -> str:
     return os.path.abspath(model) if os.path.isdir(model) else model
-
-
-def _rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstration]]:
-    """Split the data into ``train``, ``validation`` (of a stream) and ``test``.
-
-    If both validation and test are held out, held-out rows alternate, starting with validation so that it begins early.
-    """
-    rows = load_demonstrations(config.data, split=config.split, note=say_note, lacks=lacks)
-    held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
-    count = max(len(held), round(len(rows) * config.test_share)) if held else 0
-    if held and count >= len(rows):
-        advice = "give more, or a lower --test_share" if config.test else "give --test"
-        raise UserError(f"{config.data}: {len(rows)} rows are too few to hold some out for the {held[-1]}; {advice}")
-    chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
-    part_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
-    parts = {part: [row for row in rows if part_of.get(row.row, "train") == part] for part in ("train", *held)}
-    if config.test:
-        scored = nothing_to_score(config.scorer)
-        parts["test"] = load_demonstrations(config.test, split=config.test_split, note=say_note, lacks=scored)
-    return parts
 
 
 def _text(row: Demonstration) -> str:

@@ -140,7 +140,7 @@ def load_demonstrations(
     Raises:
         UserError: the data cannot be read or has no rows; or rows are invalid: names the first ten and the total.
     """
-    name, said = "data", note or _silent
+    name, said = "data", note or _nobody
     try:
         if isinstance(data, str | os.PathLike):
             name = os.fspath(data)
@@ -159,10 +159,10 @@ def load_demonstrations(
         return made
 
     made = check_rows(name, rows, _form, make, "set")
-    if unused := dict.fromkeys(column for raw in rows for column in unread(raw.value)):
-        said(f"{name}: {note_about(unused)}")
-    for found in _repeated(made):
-        said(f"{name}: {found}")
+    if note:
+        unused = dict.fromkeys(column for raw in rows for column in unread(raw.value))
+        for found in [*([note_about(unused)] if unused else []), *_repeated(made)]:
+            note(f"{name}: {found}")
     return made
 
 
@@ -173,7 +173,7 @@ def nothing_to_show(demonstration: Demonstration) -> str | None:
     return "column 'completion': missing, and no 'privileged_context' or 'document' to show the teacher instead"
 
 
-def _silent(_note: str) -> None:
+def _nobody(_note: str) -> None:
     """Takes notes that nobody asked for."""
 
 

@@ -75,6 +75,8 @@ MISSING = "column 'completion': missing"
         ("sdft", SDFT, {"cold_start_steps": 1, "context": "turns"}, f"{MISSING}, which method 'sdft' learns from"),
         ("sdft", GRPO, {"context": "turns"}, f"{MISSING}, and no 'privileged_context' or 'document' to show"),
         ("sdft", BARE, {}, f"{MISSING}, and no 'privileged_context' or 'document' to show the teacher instead"),
+        ("grpo", SDFT, {}, f"{MISSING}, expected 'completion' or 'answer' to score replies with"),
+        ("grpo", BARE, {"scorer": "contains"}, f"{MISSING}, expected 'completion' or 'answer' to score replies with"),
         ("offline_distillation", GRPO, {"context": "example"}, f"{MISSING}, and no 'privileged_context' or 'document'"),
     ],
 )
@@ -92,7 +94,7 @@ def test_what_is_missing_is_said_with_row_and_method_before_a_model_is_loaded(
             start("no-such-model", data, output_dir="run", method=method, **RUN | options)
         assert str(caught.value).startswith(f"{data}: 1 bad row: line 5, {problem}")
     with pytest.raises(sd.UserError, match="line 5, "):
-        sd.compare("no-such-model", data, test=data, output_dir="both", methods=("grpo", method), progress=False)
+        sd.compare("no-such-model", data, test=data, output_dir="both", methods=("cpt", method), progress=False)
 
 
 def test_no_example_without_a_completion_is_ever_learnt_from(
@@ -144,7 +146,11 @@ def test_plan_compare_and_learn_take_such_rows(model: str, write_rows: Callable[
     assert refused.details["reasons"] == [
         "the teacher cannot be scored, as rows have neither completion nor answer (min_teacher)"
     ]
-    added = sd.learn("add", data, state="state", min_teacher=0, **given | gates)
+    del given["test"]
+    for action in ("add", "stream"):
+        with pytest.raises(sd.UserError, match=r"4 bad rows: line 1, column 'completion': missing, expected"):
+            sd.learn(action, data, state="state", **given | gates)
+    added = sd.learn("add", data, state="state", min_teacher=0, test=test, **given | gates)
     assert added.details["accepted"]
 
 
