@@ -127,8 +127,8 @@ def load_demonstrations(
             demonstrations, a ``datasets.Dataset``.
         completion_required: every row must have a completion. Otherwise it may be "".
         split: split of a folder or data set with several; None: ``test``, or the only one. Files and a single
-            ``Dataset`` are read in full. A folder has several where the names of its files, or of folders in it, tell
-            that some are not for training, as in ``test.jsonl`` or ``data/test-00000-of-00001.parquet``.
+            ``Dataset`` are read in full. A folder has splits where the names of its files, or of folders in it, tell
+            them, as in ``test.jsonl`` or ``data/test-00000-of-00001.parquet``.
         note: takes what the user should know, a line each: columns that are not used, equal prompts with unlike
             answers, other splits.
         lacks: what else a row must have; see :data:`Lacks`.

@@ -23,6 +23,7 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Splits by the words in the names of files and folders that tell them, as ``datasets`` has them."""
+_WORDS = {word: split for split, words in _SPLITS.items() for word in words}
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")
 """Files that describe a data set of the hub."""
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")
@@ -82,8 +83,8 @@ def choose(path: str, splits: Mapping[str, _Part], split: str | None, note: Note
     """
     names = list(splits)
     chosen = split or (names[0] if len(names) == 1 else "test")
-    if chosen not in splits:  # a folder's validation.jsonl may have been asked for as dev
-        chosen = next((name for name, words in _SPLITS.items() if chosen in words and name in splits), chosen)
+    if chosen not in splits:  # validation may have been asked for as dev, and a test be called eval
+        chosen = next((name for name in names if _WORDS.get(name) == _WORDS.get(chosen, chosen)), chosen)
     if chosen not in splits:
         raise UserError(f"{path}: no split '{chosen}' in this data set, expected {one_of(names)}")
     if others := [name for name in names if name != chosen]:
@@ -104,12 +105,11 @@ def _read_folder(path: str, split: str | None, note: Note) -> list[RawRow]:
     by_split: dict[str, list[str]] = {}
     for file in files:
         by_split.setdefault(_split_of(file) or "", []).append(file)
-    unnamed = by_split.get("", [])
-    if not by_split.keys() <= {"", "train"}:
-        if unnamed:
-            named = one_of(sorted(by_split.keys() - {""}))
-            advice = f"name it like train-{os.path.basename(unnamed[0])}, or move it elsewhere"
-            raise UserError(f"{path}: {unnamed[0]} is in no split, and others are in {named}; {advice}")
+    unnamed = by_split.pop("", [])
+    if by_split and unnamed:
+        advice = f"name it like train-{os.path.basename(unnamed[0])}, or move it elsewhere"
+        raise UserError(f"{path}: {unnamed[0]} is in no split, and others are in {one_of(sorted(by_split))}; {advice}")
+    if by_split:
         files = choose(path, by_split, split, note)
     return [replace(raw, place=f"{file} {raw.place}") for file in files for raw in read_file(os.path.join(path, file))]
 
@@ -139,7 +139,7 @@ def _split_of(file: str) -> str | None:
     *folders, name = file.split(os.sep)
     shard = _SHARD.fullmatch(name)
     if shard and _split_in(shard[1]):
-        return shard[1] if shard[1] not in _WORDS else _WORDS[shard[1]]
+        return _WORDS.get(shard[1], shard[1])
     return next(filter(None, map(_split_in, (name, *reversed(folders)))), None)
 
 
@@ -147,9 +147,6 @@ def _split_in(name: str) -> str | None:
     """The split of which a word stands in the name; None if there is none, or more than one."""
     found = {_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _WORDS}
     return found.pop() if len(found) == 1 else None
-
-
-_WORDS = {word: split for split, words in _SPLITS.items() for word in words}
 
 
 # --- data sets ---

@@ -88,6 +88,11 @@ def test_a_split_of_its_own_name_is_that_split() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (
+            ("train.jsonl", "holdout.jsonl"),
+            "holdout.jsonl is in no split, and others are in train; name it like train-holdout.jsonl, or move it "
+            "elsewhere",
+        ),
         (("test.jsonl",), "no split 'train' in this data set, expected test"),
         (("validation.jsonl", "test.jsonl"), "no split 'train' in this data set, expected test or validation"),
         (
@@ -107,7 +112,7 @@ def test_rows_of_a_test_are_never_read_as_training_data(names: tuple[str, ...], 
 
 
 def test_a_folder_without_splits_is_read_in_full() -> None:
-    for number, names in enumerate([("a.jsonl", "b.json.jsonl"), ("a.jsonl", "train.jsonl"), ("latest.jsonl",)]):
+    for number, names in enumerate([("a.jsonl", "b.json.jsonl"), ("latest.jsonl", "trained.jsonl")]):
         assert read(folder(*names, root=str(number))) == list(names)
 
 
@@ -141,6 +146,8 @@ def test_sets_saved_and_in_memory_have_the_same_splits() -> None:
 def test_the_only_split_is_the_test_where_none_is_named() -> None:
     only = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"prompt": "q", "completion": "r"}])})
     assert read(only, None) == ["r"]
+    for name in ("eval", "evaluation", "test"):
+        assert read(datasets.DatasetDict({"dev": only["train"], name: only["train"]}), None) == ["r"]
     without = datasets.DatasetDict({"train": only["train"], "dev": only["train"]})
     assert error_of(without, None) == "data: no split 'test' in this data set, expected train or dev"
 
