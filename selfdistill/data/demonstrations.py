@@ -195,7 +195,8 @@ def _repeated(demonstrations: Sequence[Demonstration]) -> list[str]:
     if same:
         notes.append(f"{_rows(same)} an earlier one ({_few(same)})")
     if unlike:
-        notes.append(f"{_rows(unlike)} the prompt of an earlier one with another answer ({_few(unlike)})")
+        rest = "completion, answer and privileged_context"
+        notes.append(f"{_rows(unlike)} the prompt of an earlier one, but not its {rest} ({_few(unlike)})")
     return notes
 
 

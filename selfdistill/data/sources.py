@@ -88,7 +88,7 @@ def choose(path: str, splits: Mapping[str, _Part], split: str | None, note: Note
     if chosen not in splits:
         raise UserError(f"{path}: no split '{chosen}' in this data set, expected {one_of(names)}")
     if others := [name for name in names if name != chosen]:
-        note(f"{path}: split '{chosen}' is used, {' and '.join(map(repr, others))} not")
+        note(f"{path}: split '{chosen}' is read, others are {' and '.join(map(repr, others))}")
     return splits[chosen]
 
 

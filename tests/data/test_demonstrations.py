@@ -513,12 +513,14 @@ def test_columns_that_are_not_used_are_named_once() -> None:
 def test_equal_prompts_with_unlike_answers_are_named() -> None:
     other = GOOD | {"completion": "four"}
     assert notes_of(GOOD, other) == [
-        "a.jsonl: 1 row repeats the prompt of an earlier one with another answer (a.jsonl:1 and a.jsonl:2)"
+        "a.jsonl: 1 row repeats the prompt of an earlier one, but not its completion, answer and "
+        "privileged_context (a.jsonl:1 and a.jsonl:2)"
     ]
     assert notes_of(GOOD, {"prompt": [USER], "completion": "4", "answer": 5}, *[other] * 5) == [
         "a.jsonl: 4 rows repeat an earlier one (a.jsonl:3 and a.jsonl:4, a.jsonl:3 and a.jsonl:5, "
         "a.jsonl:3 and a.jsonl:6, ...)",
-        "a.jsonl: 2 rows repeat the prompt of an earlier one with another answer (a.jsonl:1 and a.jsonl:2, "
+        "a.jsonl: 2 rows repeat the prompt of an earlier one, but not its completion, answer and "
+        "privileged_context (a.jsonl:1 and a.jsonl:2, "
         "a.jsonl:1 and a.jsonl:3)",
     ]
 

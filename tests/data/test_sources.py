@@ -68,7 +68,7 @@ def test_a_folder_of_splits_is_told_apart(names: tuple[str, ...]) -> None:
     assert read(path, "validation") == read(path, "dev") == [names[2]]
     assert error_of(path, "probe").startswith(f"{path}: no split 'probe' in this data set, expected ")
     (said,) = notes_of(path)
-    assert said.startswith(f"{path}: split 'train' is used, ")
+    assert said.startswith(f"{path}: split 'train' is read, others are ")
     assert "'test'" in said
 
 
@@ -140,7 +140,7 @@ def test_sets_saved_and_in_memory_have_the_same_splits() -> None:
         assert read(data, None) == ["test"]
         assert read(data, "probe") == ["probe"]
         assert error_of(data, "dev") == f"{name}: no split 'dev' in this data set, expected train, test or probe"
-        assert notes_of(data, "test") == [f"{name}: split 'test' is used, 'train' and 'probe' not"]
+        assert notes_of(data, "test") == [f"{name}: split 'test' is read, others are 'train' and 'probe'"]
 
 
 def test_the_only_split_is_the_test_where_none_is_named() -> None:
