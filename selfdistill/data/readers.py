@@ -239,8 +239,8 @@ def _check_format(path: str, kind: str, packed: str) -> None:
     with open(path, "rb") as file:
         head = file.read(32)
     found = next((form for form in _BINARY if head.startswith(form.first)), None)
-    if found is None and kind != ".parquet" and not packed and b"\0" in head:
-        found = _UTF_16
+    if found is None and ending in _FORMATS_OF_TEXT and 0 in head[:2]:
+        found = _UTF_16  # without a byte order mark
     if found is None and ending not in _FORMATS_OF_TEXT:
         _refuse_other_format(path, Path(path).read_bytes().decode("utf-8", "replace"), ending)
     elif found is not None and found.ending != ending:
@@ -258,7 +258,8 @@ def _refuse_other_format(path: str, text: str, ending: str) -> None:
     found = _format_of(text)
     if found is not None and found != ending:
         name = _NAMES[found] if found else "one JSON object over several lines"
-        advice = f"rename it to end with {found}" if found else "write each row on one line"
+        packed = kind_of(path)[1] if ending in _FORMATS_OF_TEXT else ""  # else the file is the text itself
+        advice = f"rename it to end with {found}{packed}" if found else "write each row on one line"
         raise UserError(f"{path}: found {name}, expected {_NAMES[ending]}; {advice}")
 
 
