@@ -184,8 +184,8 @@ class _Measure:
         scorable = [row for row in demonstrations if is_scorable(row, config.scorer)]
         self.scored = bool(scorable)
         """Whether replies are scored; if not, teacher and student are compared by their distributions alone."""
-        pool = scorable or demonstrations
-        chosen = random.Random(config.seed).sample(pool, min(config.sample, len(pool)))
+        asked = scorable or demonstrations
+        chosen = random.Random(config.seed).sample(asked, min(config.sample, len(asked)))
         self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
         self.dropped = len(chosen) - len(self.rows)
         measured = [row.demonstration for row in self.rows]
