@@ -21,6 +21,7 @@ from selfdistill.api_inputs import (
     model_of,
     on_best_device,
     session,
+    splits_of,
     train_config,
 )
 from selfdistill.comparison import CompareResult
@@ -48,6 +49,7 @@ from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
+from selfdistill.runtime import say_note
 from selfdistill.training import OnStep, Plan, Run
 from selfdistill.training import export as run_export
 from selfdistill.training import plan as run_plan
@@ -110,7 +112,7 @@ def train(
         loaded = None
         if "model" in given:
             given["model"], loaded = model_of(given["model"], tokenizer)
-        rows = RowsInFolder({"data": data, "test": test}, given.get("output_dir"), given.get("split", "train"))
+        rows = RowsInFolder({"data": data, "test": test}, given.get("output_dir"), splits_of(given))
         config = train_config(given | rows.paths, resume=resume)
         with rows.kept():
             config = check_start(config, loaded, rows, resume=resume)
@@ -143,7 +145,7 @@ def plan(
     with session(progress):
         given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
         given["model"], loaded = model_of(given.get("model", ""), tokenizer)
-        rows = RowsInFolder({"data": data, "test": test}, given["output_dir"], given.get("split", "train"))
+        rows = RowsInFolder({"data": data, "test": test}, given["output_dir"], splits_of(given))
         config = TrainConfig(**(given | rows.paths))
         if config.documents:
             raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
@@ -211,7 +213,7 @@ def compare(
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
             raise UserError("model: every run loads it anew; save it and give its folder")
-        rows = RowsInFolder({"data": data, "test": test}, os.fspath(output_dir), given.get("split", "train"))
+        rows = RowsInFolder({"data": data, "test": test}, os.fspath(output_dir), splits_of(given))
         given |= rows.paths
         config = continued(given, CompareConfig) if resume else CompareConfig(**given)
         with rows.kept():
@@ -253,7 +255,7 @@ def learn(
                 given[name] = str(Path(folder) / f"{name}.jsonl")
                 write_demonstrations(
                     Path(given[name]),
-                    load_demonstrations(in_memory, completion_required=False, split=given.get("split", "train")),
+                    load_demonstrations(in_memory, split=splits_of(given)[name], note=say_note),
                 )
         return run_action(LearnConfig(**given))
 

@@ -12,10 +12,10 @@ from selfdistill.config import TrainConfig, continued
 from selfdistill.data import Demonstration, Rows, load_demonstrations, write_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import stages_of
+from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
-from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, world_size
+from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say_note, world_size
 from selfdistill.training import check_output_dir
 
 Model = str | os.PathLike[str] | Any
@@ -59,6 +59,11 @@ def on_best_device(loaded: LoadedModel | None) -> LoadedModel | None:
     return None if loaded is None else to_best_device(loaded)
 
 
+def splits_of(given: dict[str, Any]) -> dict[str, str | None]:
+    """The splits to read, by the setting of the data."""
+    return {"data": given.get("split", "train"), "test": given.get("test_split")}
+
+
 def data_of(data: Rows) -> tuple[str, Rows | None]:
     """The path of the data; or, for in-memory rows, ``data`` and the rows themselves."""
     return (os.fspath(data), None) if isinstance(data, str | os.PathLike) else ("data", data)
@@ -70,13 +75,13 @@ class RowsInFolder:
     Args:
         given: data by setting, ``data`` and ``test``; None: not given.
         output_dir: the run folder.
-        split: of a ``DatasetDict``.
+        splits: of a ``DatasetDict``, by setting.
 
     Raises:
         UserError: rows are invalid; or several processes would have to share them.
     """
 
-    def __init__(self, given: dict[str, Rows | None], output_dir: str | None, split: str) -> None:
+    def __init__(self, given: dict[str, Rows | None], output_dir: str | None, splits: dict[str, str | None]) -> None:
         self.paths: dict[str, str] = {}
         """By setting."""
         self._rows: dict[Path, list[Demonstration]] = {}
@@ -91,7 +96,7 @@ class RowsInFolder:
             if world_size() > 1:
                 raise UserError(f"setting {name!r}: {world_size()} processes read the rows, so give a file")
             file = Path(output_dir) / f"{name}.jsonl"
-            self._rows[file] = load_demonstrations(rows, completion_required=name == "data", split=split)
+            self._rows[file] = load_demonstrations(rows, split=splits[name], note=say_note)
             self.paths[name] = str(file)
 
     @property
@@ -130,7 +135,7 @@ class RowsInFolder:
     def _is_there(self, file: Path) -> bool:
         if not file.exists():
             return False
-        before = load_demonstrations(str(file), completion_required=False)
+        before = load_demonstrations(str(file))
         if [row.identity() for row in before] != [row.identity() for row in self._rows[file]]:
             raise UserError(
                 f"{file}: it holds other rows than those given: give the same, or choose another output_dir"
@@ -155,8 +160,7 @@ def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFol
     """
     check_output_dir(config.output_dir, resume=resume, given=rows.names)
     check_tracker(config.report_to)
-    check_inputs(config)
-    stages_of(config)
+    check_inputs(config, rows.names, lacks_of(stages_of(config)))
     if loaded is not None and config.lora_rank:
         raise UserError("setting 'lora_rank': an adapter names its base; save the model and give its folder instead")
     if not config.documents:

@@ -76,7 +76,18 @@ TOPICS: dict[str, tuple[str, ...]] = {
         *("lora_rank", "lora_alpha"),
     ),
     "evaluation": (
-        *("test", "prior", "base", "sample", "eval_steps", "drift_steps", "scorer", "judge_url", "judge_model"),
+        *(
+            "test",
+            "test_split",
+            "prior",
+            "base",
+            "sample",
+            "eval_steps",
+            "drift_steps",
+            "scorer",
+            "judge_url",
+            "judge_model",
+        ),
         *("lm_eval_tasks", "lm_eval_path", "lm_eval_limit", "replies"),
     ),
     "skills and gates": (

@@ -105,7 +105,7 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
     ("data", "message"),
     [
         ([], "data: no rows, expected at least one"),
-        ([{"prompt": "a"}], r"data: 1 bad row: row 0, column 'completion': missing"),
+        ([{"prompt": "a"}], r"data.jsonl: 1 bad row: line 1, column 'completion': missing"),
         ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found only whitespace"),
         ({"prompt": "a"}, "data: found an object, expected a path, a list of rows or a datasets.Dataset"),
         (

@@ -106,17 +106,19 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
     ),
     ("list.json", '{"prompt": "q", "completion": "a"}', SFT, "list.json: found an object, expected a list of rows"),
     (
-        "rows.csv",
-        "prompt,completion\nq,a\n",
+        "rows.arrow",
+        b"ARROW1",
         SFT,
-        "rows.csv: cannot read file type '.csv', expected .jsonl, .json or .parquet",
+        "rows.arrow: cannot read file type '.arrow', expected .jsonl, .json, .csv, .tsv or .parquet (text also packed "
+        "as .gz or .zst)",
     ),
     ("damaged.parquet", b"PAR1 nothing", SFT, "damaged.parquet: not a readable parquet file: ..."),
     (
         "folder/readme.txt",
         "no rows",
         SFT.replace("train.jsonl", "folder"),
-        "folder: no .jsonl, .json or .parquet file in this folder (subfolders are not read)",
+        "folder: no .jsonl, .json, .csv, .tsv or .parquet (text also packed as .gz or .zst) file in this folder, in "
+        "its folder data, or in one for a split",
     ),
     (
         "long.jsonl",
@@ -233,7 +235,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SFT + " --split test --data folder-that-is-not",
-        "folder-that-is-not: no such file, and no hub data set with split 'test': ...",
+        "folder-that-is-not: no such file, and no readable hub data set: ...",
     ),
     (
         "train.jsonl",
@@ -253,7 +255,7 @@ def test_data_that_is_wrong(
     if content is not None:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    if "--data train.jsonl" in command and name.endswith((".jsonl", ".json", ".csv", ".parquet")):
+    if "--data train.jsonl" in command and name.endswith((".jsonl", ".json", ".arrow", ".parquet")):
         command = command.replace("--data train.jsonl", f"--data {name}")
     fails(capsys, command, message.replace("HERE", str(here)))
 

@@ -42,7 +42,10 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-COLUMNS = ("prompt", "completion", "messages", "document", "privileged_context", "answer", "scorer")
+COLUMNS = (
+    *("prompt", "completion", "messages", "document", "privileged_context", "answer", "scorer"),
+    *("tools", "chat_template_kwargs", "system", "label"),
+)
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool", ""])}).flatmap(
     lambda message: st.builds(lambda content: message | {"content": content}, st.text(max_size=20) | JSON)
 )
@@ -59,7 +62,7 @@ def refused(error: UserError, *where: object) -> None:
         assert str(word) in text
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet", ".csv", ".tsv", ".jsonl.gz", ".csv.zst"])
 @pytest.mark.property
 @given(data=st.binary(max_size=300))
 def test_any_bytes_are_rows_or_one_line(tmp_path_factory: pytest.TempPathFactory, kind: str, data: bytes) -> None:
@@ -78,7 +81,7 @@ def test_any_rows_are_read_as_they_stand_or_refused(tmp_path_factory: pytest.Tem
     file = tmp_path_factory.getbasetemp() / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     try:
-        found = load_demonstrations(str(file), completion_required=False)
+        found = load_demonstrations(str(file))
     except UserError as error:
         refused(error, file)
         return
@@ -239,10 +242,12 @@ def bad_file(chance: random.Random) -> Bad:
                 (".jsonl", b"\n \n\n", "no rows"),
                 (".json", b"[]", "no rows"),
                 (".json", json.dumps(rows[0]).encode(), "expected a list of rows"),
-                (".json", "\n".join(json.dumps(r) for r in [*rows, *rows]).encode(), "invalid JSON"),
+                (".json", "\n".join(json.dumps(r) for r in [*rows, *rows]).encode(), "found JSON Lines"),
                 (".parquet", b"PAR1" + data + b"PAR1", "not a readable parquet file"),
-                (".csv", b"prompt,completion\nq,a\n", "cannot read file type"),
-                (".jsonl", "\n".join(lines).encode("utf-16"), "not UTF-8"),
+                (".csv", b"prompt,completion\nq,a,b\n", "line 2, found 3 cells"),
+                (".csv", data, "found JSON Lines"),
+                (".xlsx", data, "cannot read file type"),
+                (".jsonl", "\n".join(lines).encode("utf-16"), "found UTF-16 text"),
             ]
         )
     return ending, data, want

@@ -24,7 +24,7 @@ from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dum
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
-from selfdistill.methods import DemonstrationExamples, stages_of, unused_settings, uses
+from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, unused_settings, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint
 from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, list_checkpoints, steps_of, train
@@ -59,7 +59,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
         RunStopped: a signal stopped the comparison; its progress is saved.
     """
     folder = check_output_dir(config.output_dir, resume=resume, given=given)
-    config = _settled(config, folder, resume)
+    config = _settled(config, folder, resume, given)
     base = load_for_training(config.model, dtype=config.dtype)
     config = config.model_copy(update={"template_date": base.chat(date=config.template_date).date})
     demonstrations = _common_rows(config, base)
@@ -77,7 +77,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
     return CompareResult(folder, result)
 
 
-def _settled(config: CompareConfig, folder: Path, resume: bool) -> CompareConfig:
+def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[str]) -> CompareConfig:
     """Validate the settings, and replace the context ``auto`` by that of the resumed comparison or by the best one.
 
     Raises:
@@ -91,10 +91,10 @@ def _settled(config: CompareConfig, folder: Path, resume: bool) -> CompareConfig
         if config.template_date is None:
             config = config.model_copy(update={"template_date": saved.template_date})
         refuse_changes(written, saved, config)
-    check_inputs(config)
     if "auto" in config.vary.get("context", ()):
         raise UserError("setting 'vary': context 'auto' stands for the best one; name the contexts to compare")
     first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
+    check_inputs(config, given, lacks_of([stage for run in first for stage in stages_of(run)]))
     taught = [run for run in first if run.context == "auto" and uses(run, "context")]
     return config.model_copy(update={"context": best_context(taught[0])}) if taught else config
 

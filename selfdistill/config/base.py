@@ -70,9 +70,10 @@ class ModelSettings(Settings):
     template_date: str | None = None
     """Day (YYYY-MM-DD) that a chat template with the date in it sees. Default: today; a run keeps the day it began."""
     data: str
-    """Demonstrations: ``.jsonl``, ``.json``, ``.parquet``, a folder of them, a saved data set or a hub name."""
+    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set or a
+    hub name."""
     split: str = "train"
-    """Split to read from a data set with several."""
+    """Split of ``data`` to read, from a folder or data set with several."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Maximum prompt length in tokens, for student and teacher. Default: the model's window minus the completion."""
     max_completion_length: int = Field(default=256, ge=1)

@@ -48,7 +48,15 @@ class CompareConfig(TrainingSettings):
             if not values and name != "learning_rates":
                 raise UserError(f"setting '{name}': found no value, expected at least one")
         # All runs have the same number of steps, unless max_steps is varied.
-        fixed = (*ModelSettings.model_fields, "output_dir", "test", "prior", "eval_steps", "num_train_epochs")
+        fixed = (
+            *ModelSettings.model_fields,
+            "output_dir",
+            "test",
+            "test_split",
+            "prior",
+            "eval_steps",
+            "num_train_epochs",
+        )
         may_vary = [name for name in TrainingSettings.model_fields if name not in fixed]
         for name, values in self.vary.items():
             if name not in may_vary:

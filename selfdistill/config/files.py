@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "eval_steps",
+    "test_split",
     "drift_steps",
     "save_steps",
     "max_skipped_steps",
@@ -29,7 +30,7 @@ MAY_CHANGE = (
     "logging_steps",
     "report_to",
 )
-"""Settings that may change when a run is resumed."""
+"""Settings that may change when a run is resumed. With ``test_split``, the rows must stay those it began with."""
 MAY_MOVE = ("model", "teacher_model", "data", "test", "prior")
 """Paths that may change on resume: the contents are compared with those the run began with."""
 COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "vary", "logging_steps", "report_to")

@@ -136,6 +136,8 @@ class TrainingSettings(MethodSettings, ModelSettings):
     test: str | None = None
     """Held-out rows on which the model is evaluated before, during and after training, as in ``eval`` but in the
     training precision. They are not used to choose anything."""
+    test_split: str | None = None
+    """Split of ``test`` to read, from a folder or data set with several. Default: ``test``, or the only one."""
     prior: str | None = None
     """File or folder of questions about the model's prior abilities, evaluated along with ``test``."""
     eval_steps: int = Field(default=0, ge=0)
@@ -163,6 +165,8 @@ class TrainingSettings(MethodSettings, ModelSettings):
         measured = self.test is not None or getattr(self, "documents", None)
         if not measured and (self.prior is not None or self.eval_steps):
             raise UserError("setting 'test' is missing: prior and eval_steps need it")
+        if self.test_split is not None and self.test is None:
+            raise UserError("setting 'test_split' needs a test: give test, too, or leave it out")
         if self.stop_on_collapse and not (measured and self.eval_steps):
             raise UserError("setting 'stop_on_collapse' returns to the last evaluation: give test and eval_steps, too")
         if self.lora_alpha is not None and not self.lora_rank:
@@ -194,7 +198,8 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     """Settings of ``selfdistill train``. The resolved settings are saved as ``config.yaml`` in ``output_dir``."""
 
     data: str = ""
-    """Demonstrations: ``.jsonl``, ``.json``, ``.parquet``, a folder of them, a saved data set or a hub name."""
+    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set or a
+    hub name."""
     documents: str | None = None
     """Documents, in place of ``data``. Questions about them are generated first, as in ``selfdistill questions``, and
     saved in the folder ``<output_dir>-questions``."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import time
@@ -21,6 +20,7 @@ import yaml
 
 from selfdistill.config import LearnConfig, TrainConfig, changes, dump_yaml
 from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger
+from selfdistill.continual.parts import parts_of
 from selfdistill.continual.stream import learn_stream
 from selfdistill.data import Demonstration, load_demonstrations, write_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
@@ -34,12 +34,12 @@ from selfdistill.evaluation import (
     load_prior,
     prior_scores,
 )
-from selfdistill.methods import check_steps, stages_of, uses
+from selfdistill.methods import check_steps, lacks_of, stages_of, uses
 from selfdistill.model import LoadedModel, load_for_training, start_fingerprint, training_precision
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
 
-_FREE = ("state", "model", "output_dir", "test", "prior", "logging_steps", "report_to")
+_FREE = ("state", "model", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to")
 """Settings that may differ when an addition is resumed."""
 
 
@@ -57,14 +57,14 @@ def add(config: LearnConfig) -> dict[str, Any]:
     """
     name = config.name or re.sub(r"[^\w.-]+", "-", Path(config.data).name.partition(".")[0]).strip("-.")
     config = LearnConfig(**config.model_dump() | {"name": name})
-    parts = _rows(config)
     run = _run_config(config, "model", config.context, Path(PENDING))  # validate before any long work
     stages = stages_of(run)
+    parts = parts_of(config, lacks_of(stages))
     if config.action == "stream":
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:
         check_steps(config.max_steps, run.method, stages)
-    check_inputs(run)
+    check_inputs(run.model_copy(update={"data": ""}))  # its rows have been read
     if config.prior:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
@@ -146,25 +146,6 @@ def _absolute(model: str) -> str:
     return os.path.abspath(model) if os.path.isdir(model) else model
 
 
-def _rows(config: LearnConfig) -> dict[str, list[Demonstration]]:
-    """Split the data into ``train``, ``validation`` (of a stream) and ``test``.
-
-    If both validation and test are held out, held-out rows alternate, starting with validation so that it begins early.
-    """
-    rows = load_demonstrations(config.data, split=config.split)
-    held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
-    count = max(len(held), round(len(rows) * config.test_share)) if held else 0
-    if held and count >= len(rows):
-        advice = "give more, or a lower --test_share" if config.test else "give --test"
-        raise UserError(f"{config.data}: {len(rows)} rows are too few to hold some out for the {held[-1]}; {advice}")
-    chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
-    part_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
-    parts = {part: [row for row in rows if part_of.get(row.row, "train") == part] for part in ("train", *held)}
-    if config.test:
-        parts["test"] = load_demonstrations(config.test, completion_required=False, split=config.split)
-    return parts
-
-
 def _text(row: Demonstration) -> str:
     """A row as the text that states of 0.1.0 hashed, which was the ``repr`` of its dataclass."""
     return f"Demonstration({', '.join(f'{name}={value!r}' for name, value in row.identity().items())})"
@@ -229,7 +210,7 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
         skills: dict[str, Evaluation] = {}
         for name, folder in folders:
             settings = settings_of(folder)
-            rows = load_demonstrations(str(folder / "test.jsonl"), completion_required=False)
+            rows = load_demonstrations(str(folder / "test.jsonl"))
             skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(loaded, judge_of(settings))[0]
         chat = loaded.chat(config.chat_template_kwargs, config.template_date)
         priors = encode_priors(loaded, chat, load_prior(prior)) if prior else []
@@ -276,7 +257,9 @@ class _NewSkill:
         least, checked = self._config.min_teacher, result["check"]
         if least and not checked["worth"]:
             reasons.append(f"{checked['verdict']} (min_teacher)")
-        elif checked["accuracy"] < least:
+        elif least and checked["accuracy"] is None:
+            reasons.append("the teacher cannot be scored, as rows have neither completion nor answer (min_teacher)")
+        elif least and checked["accuracy"] < least:
             reasons.append(
                 f"the teacher with {checked['context']} has {checked['accuracy']:.0%} accuracy, but at least "
                 f"{least:.0%} is required (min_teacher)"

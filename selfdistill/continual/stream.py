@@ -179,7 +179,8 @@ class _Watch:
     """Ends training on a chunk when the validation loss stops falling; never without validation rows."""
 
     def __init__(self, rows: Sequence[Example], config: LearnConfig) -> None:
-        self._rows, self._precision, self._most = rows, config.mixed_precision, config.chunk_steps
+        self._rows = [row for row in rows if row.completion_ids]
+        self._precision, self._most = config.mixed_precision, config.chunk_steps
         self._best, self._since = float("inf"), 0
         self.steps = 0
         self.last: float | None = None

@@ -6,18 +6,29 @@ from selfdistill.data.contexts import Document, context_spec, parse_context
 from selfdistill.data.demonstrations import (
     SCORER_NAMES,
     Demonstration,
-    Message,
+    Lacks,
     Rows,
     load_demonstrations,
     load_prompts,
-    not_object,
-    text_of,
+    nothing_to_show,
     write_demonstrations,
-    wrong,
 )
-from selfdistill.data.encoding import Example, NothingFits, encode, encode_prompts, text_changes
-from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, read_jsonl, repeated_key
-from selfdistill.data.scorers import FUNCTION, JUDGE, contains, default_scorer, doubt_about, score, words_of
+from selfdistill.data.encoding import Example, NothingFits, encode, encode_prompts, refuse_unshown, text_changes
+from selfdistill.data.messages import Message, not_object, text_of, wrong
+from selfdistill.data.readers import read_jsonl
+from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
+from selfdistill.data.scorers import (
+    FUNCTION,
+    JUDGE,
+    contains,
+    default_scorer,
+    doubt_about,
+    is_scorable,
+    nothing_to_score,
+    score,
+    words_of,
+)
+from selfdistill.data.sources import Note
 
 __all__ = [
     "FUNCTION",
@@ -28,7 +39,9 @@ __all__ = [
     "Demonstration",
     "Document",
     "Example",
+    "Lacks",
     "Message",
+    "Note",
     "NothingFits",
     "RawRow",
     "Rows",
@@ -42,14 +55,18 @@ __all__ = [
     "encode_prompts",
     "first_ten",
     "general_prompts",
+    "is_scorable",
     "join_surrogates",
     "load_demonstrations",
     "load_prompts",
     "not_object",
+    "nothing_to_score",
+    "nothing_to_show",
     "one_line",
     "packaged",
     "parse_context",
     "read_jsonl",
+    "refuse_unshown",
     "repeated_key",
     "score",
     "text_changes",

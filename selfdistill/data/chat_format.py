@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from selfdistill.data.contexts import Verbatim
-from selfdistill.data.demonstrations import Message
+from selfdistill.data.messages import Message
 from selfdistill.data.template_clock import pinned
 from selfdistill.data.thinking import (
     EMPTY_THOUGHT,
@@ -118,6 +118,15 @@ class ChatFormat:
         found = self._added.match(self._turn({}).after.lstrip())
         return None if found is None else int(self.tokenizer.convert_tokens_to_ids(found[0]))
 
+    def unshown(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str | None:
+        """The first of a row's own ``options`` that the template does not show, as it would be lost; else None."""
+        template = str(self.tokenizer.chat_template or "")
+        if "tools" in options:
+            others = {name: value for name, value in options.items() if name != "tools"}
+            if not template or self.render(messages, options) == self.render(messages, others):
+                return "tools"
+        return next((name for name in options if not re.search(rf"\b{re.escape(name)}\b", template)), None)
+
     def render(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
         """The prompt as text, up to the start of the reply.
 
@@ -189,6 +198,8 @@ class ChatFormat:
             own_thought = split_thinking(text) != ("", text)  # takes the place of an empty one
             return text if own_thought else (found["thought"] or "") + text
 
+        # The texts of tools and other arguments come from the data, too.
+        options = _mapped(options, lambda value: self._hide(value, self._in_texts, hidden))
         text = self._by_template(shown, options) if self.tokenizer.chat_template else self._plain(shown)
         _refuse_left_out(messages, shown, text)
         return _VERBATIM.sub(put_in, text), hidden
@@ -307,6 +318,15 @@ def _refuse_left_out(messages: Sequence[Message], shown: Sequence[Message], text
 def _said(message: Message) -> str:
     content = message["content"]
     return (split_thinking(content)[1] if message["role"] == "assistant" else content).strip()
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed, at any depth; keys, too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(key, change): _mapped(part, change) for key, part in value.items()}
+    return [_mapped(part, change) for part in value] if isinstance(value, list) else value
 
 
 def thought_and_said(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> tuple[str, str]:

@@ -17,7 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_type_hints
 
-from selfdistill.data.demonstrations import Demonstration, Message
+from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.messages import Message
 from selfdistill.errors import UserError
 
 

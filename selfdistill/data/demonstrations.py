@@ -1,34 +1,23 @@
 """Demonstrations: validated rows of a file, folder or data set, each as a small dataclass.
 
 Columns have TRL's names: ``prompt`` and ``completion``, or ``messages``. One error names all bad rows; nothing is
-dropped, truncated or repaired. Columns not listed in :data:`COLUMNS` are ignored.
+dropped, truncated or repaired. Whether a row has what a method uses is the method's to check.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from selfdistill.data.rows import (
-    LONE_SURROGATE,
-    RawRow,
-    check_rows,
-    describe_value,
-    one_of,
-    quoted,
-    read_rows,
-    repeated_key,
-    rows_in_memory,
-)
+from selfdistill.data.columns import COLUMNS, misnamed, missing, note_about, refused, unread
+from selfdistill.data.messages import Message, messages_of, not_object, text_of, wrong
+from selfdistill.data.rows import RawRow, check_rows, one_of, parse_json, repeated_key
+from selfdistill.data.sources import Note, read_rows, rows_in_memory
 from selfdistill.errors import UserError
-
-Message = dict[str, str]
-"""One chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +40,10 @@ class Demonstration:
     """Position in the whole set, from 0; part of every sample's seed."""
     source: str = ""
     """Location for messages: ``train.jsonl:12`` (line, from 1), or ``name[12]`` for data sets (row, from 0)."""
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the tools that the chat template shows."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further arguments of the chat template for this row, over the setting's."""
 
     def __post_init__(self) -> None:
         prompt: Any = self.prompt
@@ -58,9 +51,29 @@ class Demonstration:
         object.__setattr__(self, "prompt", turns)
 
     def identity(self) -> dict[str, Any]:
-        """What fingerprints hash: all fields except the source, in the key order of older folders."""
+        """What fingerprints hash: all fields except the source, in the key order of older folders.
+
+        Fields that older folders did not know are left out where they are not set.
+        """
         values = {**asdict(self), "source": ""}
-        return {"row": values.pop("row"), "source": values.pop("source"), **values}
+        newer = {name: values.pop(name) for name in ("tools", "chat_template_kwargs")}
+        first = {"row": values.pop("row"), "source": values.pop("source")}
+        return {**first, **values, **{name: value for name, value in newer.items() if value is not None}}
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The row's own arguments of the chat template."""
+        return {**({} if self.tools is None else {"tools": self.tools}), **(self.chat_template_kwargs or {})}
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a scorer can compare a reply with something."""
+        return bool(self.completion) or self.answer is not None
+
+    @property
+    def has_demonstration(self) -> bool:
+        """Whether there is something to show the teacher."""
+        return bool(self.completion) or self.privileged_context is not None
 
     @property
     def shown(self) -> str:
@@ -69,26 +82,22 @@ class Demonstration:
         Raises:
             UserError: the row has neither.
         """
-        if self.privileged_context is None and not self.completion:
-            raise UserError(f"{self.source}: no completion to show the teacher; add one, or use another context")
+        if not self.has_demonstration:
+            raise UserError(f"{self.source}: neither completion nor privileged_context to show the teacher; add one")
         return self.completion if self.privileged_context is None else self.privileged_context
 
 
 SCORER_NAMES = ("exact", "contains", "choice", "regex", "tool_call")
 """Valid values of the column ``scorer``; :mod:`selfdistill.data.scorers` has one function for each."""
 
-COLUMNS = ("prompt", "completion", "messages", "document", "privileged_context", "answer", "scorer")
-"""Columns that are read."""
+_RESERVED = (
+    *("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding"),
+    *("return_assistant_tokens_mask", "truncation", "max_length", "tokenizer_kwargs", "chat_template", "conversation"),
+    *("tools", "messages"),
+)
+"""Arguments of ``apply_chat_template`` that a row may not give; one is a template, and so a program."""
 
-_ROLES = ("system", "user", "assistant")
-
-# Other projects' names for a column, recognised when the column is missing. difflib finds misspellings.
-_OTHER_NAMES = {
-    "prompt": ("question", "instruction", "input", "query"),
-    "messages": ("conversation", "conversations", "chat", "dialogue"),
-    "completion": ("response", "output", "reply", "target", "chosen"),
-    "answer": ("gold", "label", "solution", "ground_truth"),
-}
+_TAUGHT = ("completion", "answer", "privileged_context")
 _WANT_CHAT = "text or a list of messages"
 _WANT_COMPLETION = "text or one assistant message"
 
@@ -97,16 +106,32 @@ Rows = str | Path | Sequence[Mapping[str, Any]] | Sequence[Demonstration] | Any
 """Where demonstrations come from: a path or hub name, dicts, :class:`Demonstration`s, or a ``datasets.Dataset``."""
 
 
-def load_demonstrations(data: Rows, *, completion_required: bool = True, split: str = "train") -> list[Demonstration]:
+Lacks = Callable[[Demonstration], str | None]
+"""The problem of a row that lacks what it is used for, such as a completion to learn from; None if it lacks nothing."""
+
+
+def load_demonstrations(
+    data: Rows,
+    *,
+    completion_required: bool = False,
+    split: str | None = "train",
+    note: Note | None = None,
+    lacks: Lacks | None = None,
+) -> list[Demonstration]:
     """Read and validate every row of ``data``, in order.
 
     Args:
-        data: a ``.jsonl``, ``.json`` (a list of rows) or ``.parquet`` file; a folder of such files, read in name order
-            without subfolders; a folder written by ``datasets`` ``save_to_disk``; if there is no such path, the name
-            of a hub data set; or in-memory rows: dicts, demonstrations, a ``datasets.Dataset``.
-        completion_required: every row must have a completion. Otherwise it may have ``answer`` instead, and the
-            completion is "".
-        split: split of a ``DatasetDict`` or a hub data set. Files and a single ``Dataset`` are read in full.
+        data: a ``.jsonl``, ``.json`` (a list of rows), ``.csv``, ``.tsv`` or ``.parquet`` file, the text also packed as
+            ``.gz`` or ``.zst``; a folder of such files, read in name order; a folder written by ``datasets``
+            ``save_to_disk``; if there is no such path, the name of a hub data set; or in-memory rows: dicts,
+            demonstrations, a ``datasets.Dataset``.
+        completion_required: every row must have a completion. Otherwise it may be "".
+        split: split of a folder or data set with several; None: ``test``, or the only one. Files and a single
+            ``Dataset`` are read in full. A folder has splits where the names of its files, or of folders in it, tell
+            them, as in ``test.jsonl`` or ``data/test-00000-of-00001.parquet``.
+        note: takes what the user should know, a line each: columns that are not used, equal prompts with unlike
+            answers, other splits.
+        lacks: what else a row must have; see :data:`Lacks`.
 
     A row has ``prompt`` and ``completion`` (each text or chat messages, the completion exactly one assistant message),
     or ``messages``, whose last turn is the assistant's demonstration. Null counts as absent. All rows have the same
@@ -115,22 +140,72 @@ def load_demonstrations(data: Rows, *, completion_required: bool = True, split: 
     Raises:
         UserError: the data cannot be read or has no rows; or rows are invalid: names the first ten and the total.
     """
-    name = "data"
+    name, said = "data", note or _nobody
     try:
         if isinstance(data, str | os.PathLike):
             name = os.fspath(data)
-            rows = read_rows(name, split)
+            rows = read_rows(name, split, said)
         else:
-            rows = rows_in_memory(data, split, _as_row)
+            rows = rows_in_memory(data, split, said, _as_row)
     except OSError as error:
         raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
     if not rows:
         raise UserError(f"{name}: no rows, expected at least one")
 
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
-        return _demonstration(raw, number, form, completion_required, problems)
+        made = _demonstration(raw, number, form, completion_required, problems)
+        if lacks and not problems:
+            problems += filter(None, [lacks(made)])
+        return made
 
-    return check_rows(name, rows, _form, make, "set")
+    made = check_rows(name, rows, _form, make, "set")
+    if note:
+        unused = dict.fromkeys(column for raw in rows for column in unread(raw.value))
+        for found in [*([note_about(unused)] if unused else []), *_repeated(made)]:
+            note(f"{name}: {found}")
+    return made
+
+
+def nothing_to_show(demonstration: Demonstration) -> str | None:
+    """The problem of a row that has nothing to show a teacher; see :data:`Lacks`."""
+    if demonstration.has_demonstration or demonstration.document is not None:
+        return None
+    return "column 'completion': missing, and no 'privileged_context' or 'document' to show the teacher instead"
+
+
+def _nobody(_note: str) -> None:
+    """Takes notes that nobody asked for."""
+
+
+def _repeated(demonstrations: Sequence[Demonstration]) -> list[str]:
+    """Notes about rows that are equal, and about equal prompts whose answers differ."""
+    same: list[str] = []
+    unlike: list[str] = []
+    seen: dict[str, dict[str, str]] = {}  # the source of each first row, by its prompt and by all of it
+    for demonstration in demonstrations:
+        asked = json.dumps([demonstration.prompt, demonstration.document, demonstration.template_options])
+        told = json.dumps([demonstration.completion, demonstration.privileged_context, demonstration.answer])
+        before = seen.setdefault(asked, {})
+        if told in before:
+            same.append(f"{before[told]} and {demonstration.source}")
+        elif before:
+            unlike.append(f"{next(iter(before.values()))} and {demonstration.source}")
+        before.setdefault(told, demonstration.source)
+    notes = []
+    if same:
+        notes.append(f"{_rows(same)} an earlier one ({_few(same)})")
+    if unlike:
+        rest = "completion, answer and privileged_context"
+        notes.append(f"{_rows(unlike)} the prompt of an earlier one, but not its {rest} ({_few(unlike)})")
+    return notes
+
+
+def _rows(found: Sequence[str]) -> str:
+    return "1 row repeats" if len(found) == 1 else f"{len(found)} rows repeat"
+
+
+def _few(found: Sequence[str]) -> str:
+    return ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
 
 
 def write_demonstrations(path: Path, rows: Sequence[Demonstration]) -> None:
@@ -189,7 +264,9 @@ def _form(row: Any, problems: list[str]) -> str | None:
     elif "messages" in row:
         problems.append(wrong("messages", None, "a list of messages"))
     else:
-        problems.append(_missing(row, "prompt", "messages", want="expected 'prompt' with 'completion', or 'messages'"))
+        problems.append(missing(row, "prompt", "messages", want="expected 'prompt' with 'completion', or 'messages'"))
+        if row.get("completion") is None:
+            problems += filter(None, [misnamed(row, *_TAUGHT)])
     return None
 
 
@@ -203,7 +280,7 @@ def _demonstration(
     if form == "prompt" and not isinstance(row["prompt"], list):
         turns = [{"role": "user", "content": text_of(row["prompt"], "prompt", _WANT_CHAT, problems)}]
     else:
-        turns = _messages(row[form], form, problems)
+        turns = messages_of(row[form], form, problems)
     if turns and form == "messages" and turns[-1]["role"] == "assistant":
         completion = turns.pop()["content"]
     elif turns and form == "messages" and completion_required:
@@ -211,8 +288,23 @@ def _demonstration(
     if not problems and (not turns or turns[-1]["role"] != "user"):
         found = f"ends with the {turns[-1]['role']}" if turns else "is empty"
         problems.append(f"column '{form}': the prompt {found}, expected it to end with a user turn")
-    if not problems and not completion and others["answer"] is None:
-        problems.append(_missing(row, "completion", "answer", want="expected 'completion' or 'answer'"))
+    problems += refused(row)
+    if not problems and not completion and not any(value is not None for value in others.values()):
+        # A prompt alone may be meant, but hardly where another column has a familiar name.
+        problems += filter(None, [misnamed(row, *_TAUGHT)])
+    _check_others(others, problems)
+    return Demonstration(
+        tuple(turns),
+        completion,
+        **others,
+        row=number,
+        source=raw.source,
+        tools=_tools(row.get("tools"), problems),
+        chat_template_kwargs=_template_kwargs(row.get("chat_template_kwargs"), problems),
+    )
+
+
+def _check_others(others: dict[str, Any], problems: list[str]) -> None:
     try:
         json.dumps(others["answer"], allow_nan=False)
     except (TypeError, ValueError):
@@ -224,78 +316,59 @@ def _demonstration(
             text_of(others[name], name, "text or null", problems)
     if others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
         problems.append(wrong("scorer", others["scorer"], one_of(SCORER_NAMES)))
-    return Demonstration(tuple(turns), completion, **others, row=number, source=raw.source)
+
+
+def _tools(value: Any, problems: list[str]) -> list[dict[str, Any]] | None:
+    """The schemas, of a list or its JSON text. Null within them counts as absent, for Arrow writes it for all keys."""
+    tools = _from_text(value)
+    if tools in (None, [], ""):
+        return None
+    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
+        return [_without_null(tool) for tool in tools]
+    problems.append(wrong("tools", value, "a list of JSON schemas, or its JSON text"))
+    return None
+
+
+def _template_kwargs(value: Any, problems: list[str]) -> dict[str, Any] | None:
+    options = _from_text(value)
+    if options in (None, ""):
+        return None
+    if not isinstance(options, dict):
+        problems.append(wrong("chat_template_kwargs", value, "an object or null"))
+        return None
+    options = {name: option for name, option in options.items() if option is not None}
+    if taken := sorted(options.keys() & set(_RESERVED)):
+        problems.append(f"column 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
+    return options or None
+
+
+def _from_text(value: Any) -> Any:
+    """The value of a JSON text, in which tables and other projects keep objects; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = parse_json(value)
+    except (ValueError, RecursionError):
+        return value
+    return value if repeated_key(found) else found
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(part) for key, part in value.items() if part is not None}
+    return [_without_null(part) for part in value] if isinstance(value, list) else value
 
 
 def _completion(row: dict[str, Any], required: bool, problems: list[str]) -> str:
     value = row.get("completion")
     if value is None and not (required and "completion" in row):
         if required:
-            problems.append(_missing(row, "completion", want=f"expected {_WANT_COMPLETION}"))
+            problems.append(missing(row, "completion", want=f"expected {_WANT_COMPLETION}"))
         return ""
     if not isinstance(value, list) or not value:
         return text_of(value, "completion", _WANT_COMPLETION, problems)
-    turns = _messages(value, "completion", problems)
+    turns = messages_of(value, "completion", problems)
     roles = [turn["role"] for turn in turns]
     if turns and roles != ["assistant"]:
         problems.append(f"column 'completion': found messages of {', '.join(roles)}, expected one assistant message")
     return turns[0]["content"] if turns else ""
-
-
-def _messages(value: Any, column: str, problems: list[str]) -> list[Message]:
-    """The list's messages, with role and content only; empty if any is invalid."""
-    if not isinstance(value, list) or not value:
-        problems.append(wrong(column, value, "a list of messages"))
-        return []
-    before = len(problems)
-    turns: list[Message] = []
-    for number, message in enumerate(value):
-        at = f"{column}[{number}]"
-        if not isinstance(message, dict):
-            problems.append(wrong(at, message, "an object with role and content"))
-            continue
-        role = message.get("role")
-        if role == "tool":
-            problems.append(f"column '{at}.role': found 'tool', which is not supported, expected {one_of(_ROLES)}")
-        elif role not in _ROLES:
-            problems.append(wrong(f"{at}.role", role, one_of(_ROLES)))
-        elif role == "system" and number:
-            problems.append(f"column '{at}.role': found 'system', expected only in the first message")
-        text = text_of(message.get("content"), f"{at}.content", "text", problems)
-        # Arrow writes null for a key that only other messages have. Any other value would be lost silently.
-        others = [key for key in message if key not in ("role", "content") and message[key] is not None]
-        if others:
-            problems.append(f"column '{at}': found key {quoted(others[0])}, expected only role and content")
-        turns.append({"role": str(role), "content": text})
-    return turns if len(problems) == before else []
-
-
-def text_of(value: Any, column: str, want: str, problems: list[str]) -> str:
-    """The value if it is non-blank text; else "", with a problem."""
-    if isinstance(value, str) and value.strip() and not LONE_SURROGATE.search(value):
-        return value
-    problems.append(wrong(column, value, want))
-    return ""
-
-
-# --- wording ---
-
-
-def wrong(column: str, value: Any, want: str) -> str:
-    """The message for a column with an invalid value."""
-    return f"column '{column}': found {describe_value(value)}, expected {want}"
-
-
-def not_object(row: Any) -> str:
-    """The message for a row that is not an object."""
-    return f"found {describe_value(row)}, expected an object"
-
-
-def _missing(row: dict[str, Any], *names: str, want: str) -> str:
-    """The message for a missing column: the likely misspelling or synonym of one of ``names``, else ``want``."""
-    for name in names:
-        for column in row:
-            close = difflib.get_close_matches(column.lower(), [name], cutoff=0.9)
-            if column not in COLUMNS and (close or column.lower() in _OTHER_NAMES[name]):
-                return f"column '{names[0]}': missing, found {quoted(column)}; rename it to '{name}'"
-    return f"column '{names[0]}': missing, {want}"

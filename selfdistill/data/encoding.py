@@ -27,7 +27,7 @@ class Example:
     teacher_ids: list[int] | None
     """The prompt with the context, as the teacher sees it; None without a context."""
     completion_ids: list[int]
-    """The completion with its end token."""
+    """The completion with its end token; empty without a completion, which is not an empty reply."""
 
 
 class NothingFits(UserError):
@@ -63,18 +63,22 @@ def encode(
 
     Raises:
         NothingFits: with ``drop``, no row is left.
-        UserError: rows are too long, all reported together; or completions end with the name of an end token.
+        UserError: rows are too long, all reported together; completions end with the name of an end token; or the
+            template does not show a row's tools or other arguments.
     """
     limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit)
     limits.check()
     _refuse_end_names(demonstrations, chat)
+    refuse_unshown(demonstrations, chat)
 
     def example_of(demonstration: Demonstration) -> Example:
+        options = demonstration.template_options
+        teacher = context.messages(demonstration, pool or demonstrations) if context else None
         return Example(
             demonstration,
-            chat.encode_prompt(demonstration.prompt),
-            chat.encode_prompt(context.messages(demonstration, pool or demonstrations)) if context else None,
-            chat.encode_completion(demonstration.completion),
+            chat.encode_prompt(demonstration.prompt, options),
+            chat.encode_prompt(teacher, options) if teacher else None,
+            chat.encode_completion(demonstration.completion, options) if demonstration.completion else [],
         )
 
     kept, problems = [], []
@@ -101,9 +105,10 @@ def encode_prompts(demonstrations: Sequence[Demonstration], chat: ChatFormat) ->
     """Token ids of the demonstrations' prompts.
 
     Raises:
-        UserError: the chat template rejects rows; names them.
+        UserError: the chat template rejects rows, or does not show their tools or other arguments; names them.
     """
-    return _by_row(demonstrations, lambda row: chat.encode_prompt(row.prompt))
+    refuse_unshown(demonstrations, chat)
+    return _by_row(demonstrations, lambda row: chat.encode_prompt(row.prompt, row.template_options))
 
 
 def _by_row(demonstrations: Sequence[Demonstration], make: Callable[[Demonstration], Made]) -> list[Made]:
@@ -199,4 +204,26 @@ def _refuse_end_names(demonstrations: Sequence[Demonstration], chat: ChatFormat)
         raise UserError(
             f"{len(ended)} of {len(demonstrations)} completions end with {' or '.join(chat.end_names)}, which the chat "
             f"format adds itself ({', '.join(ended[:10])}); remove it"
+        )
+
+
+def refuse_unshown(demonstrations: Sequence[Demonstration], chat: ChatFormat) -> None:
+    """Refuse rows with tools or other arguments of the chat template that it does not show.
+
+    Raises:
+        UserError: names the first of them, and the first ten rows.
+    """
+    rows = [row for row in demonstrations if row.template_options]
+    names = _by_row(rows, lambda row: chat.unshown(row.prompt, row.template_options))
+    sources = [row.source for row, name in zip(rows, names, strict=True) if name]
+    if sources:
+        name = next(filter(None, names))
+        held, why = f"chat_template_kwargs {name!r}", "which the chat template does not use"
+        if name == "tools":
+            held, why = "tools", "but the chat template shows no tools"
+        if not chat.tokenizer.chat_template:
+            why = "but the tokenizer has no chat template"
+        raise UserError(
+            f"{len(sources)} of {len(demonstrations)} rows have {held}, {why} ({', '.join(sources[:10])}); use a model "
+            "whose template does, or remove the column"
         )

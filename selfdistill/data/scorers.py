@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration
+from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.rows import one_line
 from selfdistill.errors import UserError
 
@@ -57,6 +57,21 @@ def score(name: str, reply: str, demonstration: Demonstration) -> bool:
 def default_scorer(demonstration: Demonstration, setting: str | None) -> str:
     """Name of the row's own scorer, else ``setting``, else ``exact``."""
     return demonstration.scorer or setting or "exact"
+
+
+def is_scorable(demonstration: Demonstration, setting: str | None) -> bool:
+    """Whether a reply can be scored: there is something to compare it with, or a function that may need nothing."""
+    return demonstration.has_reference or default_scorer(demonstration, setting).startswith("python:")
+
+
+def nothing_to_score(setting: str | None) -> Lacks:
+    """The problem of a row whose replies cannot be scored; ``setting`` is the scorer for rows that name none."""
+
+    def lacks(demonstration: Demonstration) -> str | None:
+        problem = "column 'completion': missing, expected 'completion' or 'answer' to score replies with"
+        return None if is_scorable(demonstration, setting) else problem
+
+    return lacks
 
 
 def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) -> str | None:

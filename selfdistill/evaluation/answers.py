@@ -59,6 +59,8 @@ def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -
     bad: list[str] = []
     for row in demonstrations:
         name = default_scorer(row, scorer)
+        if name == JUDGE and not row.has_reference:
+            bad.append(f"{row.source}: scorer 'judge' needs an answer or a completion")
         if name not in SCORER_NAMES:
             continue  # the judge, or a user-defined function, which need not handle an empty reply
         try:
@@ -83,6 +85,7 @@ def answer(
     top_p: float = 1,
     seeds: Sequence[int] | None = None,
     what: str | None = None,
+    scored: bool = True,
 ) -> Answers:
     """Generate and score a reply to each prompt; thinking is not scored.
 
@@ -99,11 +102,13 @@ def answer(
         top_p: nucleus sampling.
         seeds: one per reply, for sampling.
         what: label of the progress bar; None: silent.
+        scored: whether to score the replies; if not, ``correct`` is empty.
 
     Raises:
         UserError: a scorer cannot use an answer (:func:`check_answers`); raised before the first reply.
     """
-    check_answers(demonstrations, scorer)
+    if scored:
+        check_answers(demonstrations, scorer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batch prompts of similar length: less padding
     rollouts: list[Rollout | None] = [None] * len(prompts)
     sampling = Sampling(max_completion_length, temperature, top_p)
@@ -117,7 +122,7 @@ def answer(
     done = [rollout for rollout in rollouts if rollout is not None]
     replies = [chat.decode(rollout.ids) for rollout in done]
     parts = [thought_and_said(chat, prompt, rollout.ids) for prompt, rollout in zip(prompts, done, strict=True)]
-    correct, lenient = _grade(demonstrations, [said for _, said in parts], scorer, judge)
+    correct, lenient = _grade(demonstrations, [said for _, said in parts], scorer, judge) if scored else ([], None)
     thinking = [len(chat.encode_text(thought)) for thought, _ in parts]
     return Answers(replies, correct, lenient, [r.ids for r in done], thinking, sum(r.truncated for r in done))
 

@@ -26,7 +26,9 @@ from selfdistill.data import (
     context_spec,
     doubt_about,
     encode,
+    is_scorable,
     load_demonstrations,
+    nothing_to_show,
     parse_context,
 )
 from selfdistill.errors import UserError
@@ -48,7 +50,7 @@ from selfdistill.model import (
     sample,
     sample_seed,
 )
-from selfdistill.runtime import ProgressBar, peak_memory, say
+from selfdistill.runtime import ProgressBar, peak_memory, say, say_note
 
 LAYOUTS = (
     "turns:repeats=1",
@@ -60,6 +62,8 @@ LAYOUTS = (
     "few_shot:k=3,this=true",
 )
 DOCUMENT_LAYOUTS = ("document:repeats=1", "document:repeats=2", "document:show=document")
+UNMEASURED = "example:reasoning=true"
+"""The layout that comes first where nothing tells layouts apart: much like the one that TRL's SDFT has."""
 KEPT_BYTES = 2**28
 """Memory in bytes for the prefix cache of the student's prompts, and as much for one layout's."""
 POSITIONS = 8
@@ -92,7 +96,8 @@ def check_run(
     contexts = [] if config.context == "auto" else [config.context]
     settings = {name: getattr(config, name) for name in shared} | own
     loaded = None if config.teacher_model else loaded
-    return check(CheckConfig(**settings, contexts=contexts), demonstrations, loaded, cost=False)
+    rows = load_demonstrations(config.data if demonstrations is None else demonstrations, split=config.split)
+    return _checked(CheckConfig(**settings, contexts=contexts), rows, loaded, cost=False)
 
 
 def check(
@@ -113,8 +118,13 @@ def check(
     Raises:
         UserError: settings, data or model are invalid, or no layout fits.
     """
+    data = config.data if demonstrations is None else demonstrations
+    rows = load_demonstrations(data, split=config.split, note=say_note, lacks=nothing_to_show)
+    return _checked(config, rows, loaded, cost)
+
+
+def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel | None, cost: bool) -> CheckResult:
     began = time.monotonic()
-    rows = load_demonstrations(config.data if demonstrations is None else demonstrations, split=config.split)
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
     contexts = [parse_context(spec) for spec in specs]
     if loaded is None:
@@ -135,7 +145,7 @@ def check(
     if not layouts:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise UserError(f"no context layout could be evaluated: {reasons}")
-    layouts.sort(key=lambda layout: (-layout.accuracy, -layout.logp))
+    layouts.sort(key=lambda layout: (-(layout.accuracy or 0), -(layout.logp or 0), layout.context != UNMEASURED))
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
     verdict, exit_code = verdict_on(*measure.student_on(layouts[0].context), layouts[0])
@@ -144,7 +154,7 @@ def check(
         data=config.data,
         items=len(measure.rows),
         dropped=measure.dropped,
-        student_accuracy=measure.student.accuracy,
+        student_accuracy=measure.accuracy_of(measure.student),
         student_logp=measure.student_logp,
         student_length=sum(measure.student.lengths) / len(measure.rows),
         student_truncated=measure.student.truncated / len(measure.rows),
@@ -170,11 +180,16 @@ class _Measure:
         self.bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
         self.chat = loaded.chat(config.chat_template_kwargs, config.template_date)
         self.forward_pass = ForwardPass(loaded)
-        chosen = random.Random(config.seed).sample(demonstrations, min(config.sample, len(demonstrations)))
+        scorable = [row for row in demonstrations if is_scorable(row, config.scorer)]
+        self.scored = bool(scorable)
+        """Whether replies are scored; if not, teacher and student are compared by their distributions alone."""
+        asked = scorable or demonstrations
+        chosen = random.Random(config.seed).sample(asked, min(config.sample, len(asked)))
         self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
         self.dropped = len(chosen) - len(self.rows)
         measured = [row.demonstration for row in self.rows]
-        check_answers(measured, config.scorer)
+        if self.scored:
+            check_answers(measured, config.scorer)
         if doubt := doubt_about(measured, config.scorer):
             say(f"note: {doubt}")
         self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
@@ -213,14 +228,21 @@ class _Measure:
             )
         return kept
 
-    def student_on(self, context: str) -> tuple[float, float]:
+    def accuracy_of(self, answers: Answers) -> float | None:
+        """The share of right replies; None if they are not scored."""
+        return answers.accuracy if self.scored else None
+
+    def student_on(self, context: str) -> tuple[float | None, float | None]:
         """The student's accuracy and mean log-probability of the demonstrations, on the rows that fit a layout."""
         fits = {row.demonstration.row for row in self._encode([row.demonstration for row in self.rows], context)}
         if len(fits) == len(self.rows):
-            return self.student.accuracy, self.student_logp
+            return self.accuracy_of(self.student), self.student_logp
         rows = [row for row in self.rows if row.demonstration.row in fits]
+        logp = self._logp([row.student_ids for row in rows], rows, self.kept)
+        if not self.scored:
+            return None, logp
         right = [c for row, c in zip(self.rows, self.student.correct, strict=True) if row.demonstration.row in fits]
-        return sum(right) / len(right), self._logp([row.student_ids for row in rows], rows, self.kept)
+        return sum(right) / len(right), logp
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         """The precision of the training run."""
@@ -237,6 +259,7 @@ class _Measure:
                 batch_size=16,
                 scorer=self.config.scorer,
                 judge=judge_of(self.config),
+                scored=self.scored,
             )
 
     def _rollouts(self) -> list[Rollout]:
@@ -246,9 +269,10 @@ class _Measure:
             return sample(self.loaded, [row.student_ids for row in self.rows], sampling, seeds)
 
     @torch.no_grad()
-    def _logp(self, contexts: list[list[int]], rows: Sequence[Example], kept: PrefixCache | None) -> float:
-        """Mean log-probability of the demonstrations, nats per token."""
-        completions = [row.completion_ids for row in rows]
+    def _logp(self, contexts: list[list[int]], rows: Sequence[Example], kept: PrefixCache | None) -> float | None:
+        """Mean log-probability of the demonstrations, nats per token; None if no row has a completion."""
+        pairs = [(ids, row.completion_ids) for ids, row in zip(contexts, rows, strict=True) if row.completion_ids]
+        contexts, completions = [ids for ids, _ in pairs], [ids for _, ids in pairs]
         total, count = 0.0, 0
         for start in range(0, len(contexts), 8):
             part = completions[start : start + 8]
@@ -256,7 +280,7 @@ class _Measure:
                 scores = self.forward_pass(self.loaded.model, contexts[start : start + 8], part, kept)
                 total -= float(_loss(CrossEntropy(), scores, part)[0])
             count += sum(map(len, part))
-        return total / count
+        return total / count if count else None
 
     @torch.no_grad()
     def layout(self, context: str) -> Layout:
@@ -284,7 +308,7 @@ class _Measure:
         return Layout(
             context=context,
             items=len(rows),
-            accuracy=answers.accuracy,
+            accuracy=self.accuracy_of(answers),
             logp=self._logp(prompts, rows, kept),
             kl=float(kl.mean()),
             kl_by_position=by_position,
@@ -303,7 +327,7 @@ class _Measure:
             return teacher, None, None
         answers = self._answer(prompts, rows, tuned)
         with self._arithmetic():
-            return teacher, answers.accuracy, kl_along(prompts, answers.ids, tuned, base)
+            return teacher, self.accuracy_of(answers), kl_along(prompts, answers.ids, tuned, base)
 
     def cost(self, context: str) -> tuple[float, float, int]:
         """Expected seconds per step, peak memory in GiB and its batch size, from one forward and backward pass."""

@@ -23,10 +23,10 @@ class Layout:
     context: str
     items: int
     """Rows that fit this layout and were evaluated."""
-    accuracy: float
-    """Accuracy of the teacher's greedy replies."""
-    logp: float
-    """Mean log-probability of the demonstration's tokens under the teacher, nats per token."""
+    accuracy: float | None
+    """Accuracy of the teacher's greedy replies; None if no row has anything to score them with."""
+    logp: float | None
+    """Mean log-probability of the demonstration's tokens under the teacher, nats; None without completions."""
     kl: float
     """KL(teacher||student) along the student's samples, nats per token."""
     kl_by_position: list[float]
@@ -49,8 +49,8 @@ class CheckResult(Printable):
     """Rows evaluated."""
     dropped: int
     """Sampled rows dropped because even the student's prompt is too long (``on_long_prompt: drop``)."""
-    student_accuracy: float
-    student_logp: float
+    student_accuracy: float | None
+    student_logp: float | None
     student_length: float
     student_truncated: float
     layouts: list[Layout]
@@ -88,15 +88,20 @@ class CheckResult(Printable):
         return {**asdict(self), "best": self.best.context, "ceiling": self.best.accuracy}
 
 
-def verdict_on(student_accuracy: float, student_logp: float, best: Layout) -> tuple[str, int]:
+def verdict_on(student_accuracy: float | None, student_logp: float | None, best: Layout) -> tuple[str, int]:
     """The verdict and exit code. The teacher counts as better if it is right on at least two more rows.
 
     Args:
-        student_accuracy: on the rows of ``best``.
-        student_logp: mean log-probability of the demonstrations of these rows, nats per token.
+        student_accuracy: on the rows of ``best``; None if they are not scored.
+        student_logp: mean log-probability of the demonstrations of these rows, nats per token; None without any.
         best: the best layout.
     """
     items = best.items
+    if best.accuracy is None or student_accuracy is None:
+        text = (
+            "Whether the teacher is better is not known: rows have neither completion nor answer to score replies with."
+        )
+        return f"{text} The column 'answer', in some rows, would tell.", 0
     low, high = share_interval(round(best.accuracy * items), items)
     scores = (
         f"the teacher with {best.context} is right on {best.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}), the "
@@ -117,7 +122,7 @@ def verdict_on(student_accuracy: float, student_logp: float, best: Layout) -> tu
             f" {best.truncated:.0%} of its replies were truncated at the length limit, so they may be right but "
             "unfinished: raise --max_completion_length."
         )
-    elif best.accuracy < 0.9 and best.logp > student_logp:
+    elif best.accuracy < 0.9 and best.logp is not None and student_logp is not None and best.logp > student_logp:
         text += (
             f" The demonstration is more likely under the teacher ({best.logp:.2f} nats per token) than under the "
             f"student ({student_logp:.2f}), so a scorer that suits the data better may show a difference."
@@ -134,8 +139,8 @@ def _print(result: CheckResult, console: Console) -> None:
         table.add_column(column, justify="right")
     table.add_row(
         "none (the student)",
-        f"{result.student_accuracy:.2f}",
-        f"{result.student_logp:.2f}",
+        _number(result.student_accuracy),
+        _number(result.student_logp),
         "",
         f"{result.student_length:.0f}",
         f"{result.student_truncated:.0%}",
@@ -144,8 +149,8 @@ def _print(result: CheckResult, console: Console) -> None:
     for layout in result.layouts:
         table.add_row(
             layout.context,
-            f"{layout.accuracy:.2f}",
-            f"{layout.logp:.2f}",
+            _number(layout.accuracy),
+            _number(layout.logp),
             f"{layout.kl:.2f}",
             f"{layout.length:.0f}",
             f"{layout.truncated:.0%}",
@@ -175,14 +180,17 @@ def _print(result: CheckResult, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _closeness_line(result: CheckResult) -> str:
     """The two conditions of the method (arXiv 2601.19897): the teacher is near-optimal, and close to the base."""
-    best = result.best
-    text = (
-        f"In-context assumption: the teacher has {best.accuracy:.0%} accuracy and is {result.teacher_kl:.2f} nats per "
-    )
+    accuracy = result.best.accuracy
+    right = "" if accuracy is None else f"has {accuracy:.0%} accuracy and "
+    text = f"In-context assumption: the teacher {right}is {result.teacher_kl:.2f} nats per "
     text += "token from the base along its own replies"
-    if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None:
+    if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None or result.student_accuracy is None:
         return f"{text}; to compare with a fine-tuned model, give --fine_tuned MODEL."
     text += (
         f"; the fine-tuned model has {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
@@ -205,4 +213,6 @@ def _cost_line(result: CheckResult) -> list[str]:
 def _order_line(result: CheckResult) -> list[str]:
     if len({layout.accuracy for layout in result.layouts}) > 1 or len(result.layouts) == 1:
         return []
+    if result.best.accuracy is None and result.best.logp is None:
+        return ["Nothing tells which layout is best, so the one most like TRL's is first."]
     return ["All layouts have the same accuracy, so log p(demo) alone decides their order."]

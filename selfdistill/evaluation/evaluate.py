@@ -21,6 +21,7 @@ from selfdistill.data import (
     encode_prompts,
     general_prompts,
     load_demonstrations,
+    nothing_to_score,
     parse_context,
 )
 from selfdistill.errors import UserError
@@ -41,7 +42,7 @@ from selfdistill.model import (
     sample_seed,
     to_best_device,
 )
-from selfdistill.runtime import say
+from selfdistill.runtime import say, say_note
 
 ASKED = ("model", "base", "data", "prior", "context", "max_completion_length", "num_samples", "temperature", "seed")
 """Settings reported with a result."""
@@ -235,7 +236,7 @@ def evaluate(
     if config.replies and not Path(config.replies).absolute().parent.is_dir():
         raise UserError(f"replies {config.replies!r}: cannot be written; give a file in an existing folder")
     data = config.data if rows is None else rows
-    demonstrations = load_demonstrations(data, completion_required=False, split=config.split)
+    demonstrations = load_demonstrations(data, split=config.split, note=say_note, lacks=nothing_to_score(config.scorer))
     priors = load_prior(config.prior) if config.prior else {}
     judge = judge_of(config)
     if loaded is None:

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from selfdistill.config import TrainingSettings
-from selfdistill.data import Document, general_prompts, load_demonstrations, parse_context
+from selfdistill.data import (
+    Document,
+    Lacks,
+    Note,
+    general_prompts,
+    load_demonstrations,
+    nothing_to_score,
+    parse_context,
+)
+from selfdistill.evaluation.answers import check_answers
 from selfdistill.evaluation.distances import Distance, kl_along
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import load_prior
 from selfdistill.evaluation.statistics import share_interval
 from selfdistill.model import ForwardPass, LoadedModel, training_precision
-from selfdistill.runtime import say
+from selfdistill.runtime import say, say_note
 
 
-def check_inputs(config: TrainingSettings) -> None:
-    """Validate the evaluation files and the context before any long work.
+def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lacks | None = None) -> None:
+    """Validate data, evaluation files and the context before any long work, and say what the user should know of them.
+
+    Args:
+        config: settings; ``data`` may be "" where questions about documents come first.
+        given: names of files with rows from memory, of which everything has been said.
+        lacks: what the rows of ``data`` must have for the method; see :data:`Lacks`.
 
     Raises:
-        UserError: a file is missing or has bad rows, or the context is unknown.
+        UserError: a file is missing or has bad rows, a scorer cannot use an answer, or the context is unknown.
     """
     if config.context != "auto":
         parse_context(config.context)
+
+    def noted(path: str) -> Note | None:
+        return None if Path(path).name in given else say_note
+
+    if config.data:
+        load_demonstrations(config.data, split=config.split, note=noted(config.data), lacks=lacks)
     if config.test is not None:
-        load_demonstrations(config.test, completion_required=False, split=config.split)
+        scored = nothing_to_score(config.scorer)
+        rows = load_demonstrations(config.test, split=config.test_split, note=noted(config.test), lacks=scored)
+        check_answers(rows, config.scorer)
     if config.prior is not None:
         load_prior(config.prior)
 
@@ -45,7 +69,7 @@ class Evaluator:
 
     def __init__(self, config: TrainingSettings, base: LoadedModel) -> None:
         assert config.test is not None
-        rows = load_demonstrations(config.test, completion_required=False, split=config.split)
+        rows = load_demonstrations(config.test, split=config.test_split)
         priors = load_prior(config.prior) if config.prior else {}
         self._mixed_precision = config.mixed_precision
         self.questions = EvaluationSet(base, rows, priors, config)
@@ -84,7 +108,7 @@ class Evaluator:
         """
         bare, kind = self.questions, parse_context(context)
         documents = isinstance(kind, Document) and kind.show == "document"
-        if not all(row.document if documents else row.completion for row in bare.demonstrations):
+        if not all(row.document if documents else row.has_demonstration for row in bare.demonstrations):
             return None
         questions = EvaluationSet(
             base,

@@ -18,6 +18,7 @@ from selfdistill.data import (
     first_ten,
     load_demonstrations,
     not_object,
+    nothing_to_score,
     read_jsonl,
     repeated_key,
     text_of,
@@ -106,7 +107,7 @@ def _load_file(path: str) -> list[Choices] | list[Demonstration]:
         raise UserError(f"{path}: no rows, expected at least one")
     forms = (_form(raw.value, []) for raw in raws if not raw.problem)
     if next((form for form in forms if form), None) in ("prompt", "messages"):
-        return load_demonstrations(path, completion_required=False)
+        return load_demonstrations(path, lacks=nothing_to_score(_SCORER))
     return check_rows(path, raws, _form, lambda raw, form, _, problems: _choices(raw, form, problems), "file")
 
 

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Any, get_args
 
 from selfdistill.config import MethodName, MethodSettings, TrainConfig
+from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import Completion, DatasetCompletions
@@ -29,6 +30,7 @@ __all__ = [
     "DemonstrationExamples",
     "Method",
     "check_steps",
+    "lacks_of",
     "stages_of",
     "unused_settings",
     "uses",
@@ -52,6 +54,15 @@ def stages_of(config: TrainConfig) -> tuple[Method, ...]:
             "no settings of its own; remove them"
         )
     return METHODS[config.method](config)
+
+
+def lacks_of(stages: Sequence[Method]) -> Lacks:
+    """What a row must have for all of the stages."""
+
+    def lacks(demonstration: Demonstration) -> str | None:
+        return next(filter(None, (stage.examples.lacks(demonstration) for stage in stages)), None)
+
+    return lacks
 
 
 def check_steps(steps: int, method: str, stages: Sequence[Method], setting: str = "max_steps") -> None:

@@ -7,7 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, Example, encode, load_prompts, packaged, parse_context
+from selfdistill.data import (
+    ChatFormat,
+    Demonstration,
+    Example,
+    encode,
+    first_ten,
+    load_prompts,
+    nothing_to_show,
+    packaged,
+    parse_context,
+)
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel
 
@@ -18,6 +28,10 @@ class ExampleSource(Protocol):
     @property
     def what(self) -> str:
         """Plural noun for the examples, for messages."""
+        ...
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        """The problem of a row that lacks what these examples are made of; None if it lacks nothing."""
         ...
 
     def __call__(
@@ -39,12 +53,14 @@ class DemonstrationExamples:
     context: str | None = None
     """How the teacher sees them; None without a teacher."""
     completion_must_fit: bool = False
-    """Whether the demonstrated completion itself is scored and must be within the length limit."""
+    """Whether the demonstrated completion itself is learnt: every row needs one, within the length limit."""
     what = "demonstrations"
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
+        if bad := [f"{row.source}, {problem}" for row in demonstrations if (problem := self.lacks(row))]:
+            raise UserError(f"{len(bad)} of {len(demonstrations)} rows cannot be used: {first_ten(bad)}")
         return encode(
             demonstrations,
             None if self.context is None else parse_context(self.context),
@@ -56,6 +72,11 @@ class DemonstrationExamples:
             completion_must_fit=self.completion_must_fit,
         )
 
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        if self.completion_must_fit and not demonstration.completion:
+            return f"column 'completion': missing, which method {self.config.method!r} learns from"
+        return None if self.context is None else nothing_to_show(demonstration)
+
 
 @dataclass(frozen=True)
 class GeneralPromptExamples:
@@ -65,6 +86,9 @@ class GeneralPromptExamples:
     prompts: str | None
     """Text file; None: the bundled prompts."""
     what = "general prompts"
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return None
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
@@ -84,6 +108,9 @@ class DocumentExamples:
 
     config: TrainConfig = field(compare=False)
     what = "pieces of documents"
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return None
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat

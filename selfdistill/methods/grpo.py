@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import JUDGE, ChatFormat, default_scorer, score, thought_and_said
+from selfdistill.data import (
+    JUDGE,
+    ChatFormat,
+    Demonstration,
+    default_scorer,
+    nothing_to_score,
+    score,
+    thought_and_said,
+)
 from selfdistill.errors import UserError
 from selfdistill.loss import CrossEntropy
 from selfdistill.methods.examples import DemonstrationExamples
@@ -35,13 +43,21 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
         raise UserError("setting 'scorer': grpo scores at every step, for which the judge is too slow; use another")
     return (
         Method(
-            examples=DemonstrationExamples(config),
+            examples=ScoredExamples(config),
             sequence=StudentSamples(sampling_of(config), group, config.seed),
             loss=CrossEntropy(),
             reward=ScorerReward(config.scorer),
             group_size=group,
         ),
     )
+
+
+@dataclass(frozen=True)
+class ScoredExamples(DemonstrationExamples):
+    """The demonstrations' prompts, with what a scorer compares the samples with."""
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return nothing_to_score(self.config.scorer)(demonstration)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,14 @@
 """Processes, signals, disk, memory and the console."""
 
-from selfdistill.runtime.console import Printable, ProgressBar, progress_shown, quiet_libraries, result_console, say
+from selfdistill.runtime.console import (
+    Printable,
+    ProgressBar,
+    progress_shown,
+    quiet_libraries,
+    result_console,
+    say,
+    say_note,
+)
 from selfdistill.runtime.distributed import (
     TIMEOUT,
     RaisedOnAllRanks,
@@ -77,6 +85,7 @@ __all__ = [
     "remove_unfinished",
     "result_console",
     "say",
+    "say_note",
     "sha256",
     "unlisted_files",
     "world_size",

@@ -124,6 +124,11 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def say_note(message: str) -> None:
+    """Print what the user should know, as :func:`say` does."""
+    say(f"note: {message}")
+
+
 class Printable(ABC):
     """A result that prints itself: in a terminal, as text in a Python session, as HTML in a notebook."""
 

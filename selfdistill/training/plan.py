@@ -13,7 +13,7 @@ from rich.console import Console
 from selfdistill.config import TrainConfig, dump_yaml
 from selfdistill.data import load_demonstrations
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import stages_of
+from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import Printable, check_tracker, peak_memory
 from selfdistill.training.schedule import steps_of
@@ -34,7 +34,7 @@ class Plan(Printable):
     teacher_prompt: str | None
     """The same for the teacher; None if the method has no teacher."""
     completion: str
-    """The demonstration with its end token."""
+    """The demonstration with its end token; "" if the row has no completion."""
     step_seconds: float
     """Seconds per optimizer step on this machine; the second of two steps."""
     total_seconds: float
@@ -50,8 +50,7 @@ class Plan(Printable):
             "\n# the first example, as the student sees it",
             self.student_prompt,
             *(["\n# as the teacher sees it", self.teacher_prompt] if self.teacher_prompt is not None else []),
-            "\n# the demonstration",
-            self.completion,
+            *(["\n# the demonstration", self.completion] if self.completion else []),
             "\n# the run",
             *self.notes,
             f"{self.step_seconds:.1f} s per step, {_duration(self.total_seconds)} for {self.config.max_steps} steps, "
@@ -74,8 +73,8 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     """
     check_output_dir(config.output_dir, resume=False, given=given)
     check_tracker(config.report_to)
-    check_inputs(config)
     stages = stages_of(config)
+    check_inputs(config, given, lacks_of(stages))
     loaded = copy.deepcopy(loaded)
     rows = load_demonstrations(config.data, split=config.split)
     config = with_context(config, rows, loaded)

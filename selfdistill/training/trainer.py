@@ -168,7 +168,8 @@ class Trainer:
     def fingerprint(self) -> str:
         """SHA-256 of the encoded examples; a resumed run must find them unchanged."""
         examples = [example for stage in self.stages for example in stage.examples]
-        ids = [[x.student_ids, x.teacher_ids, x.completion_ids] for x in examples]
+        # A row without a completion counts as with an empty one, as it did for older folders.
+        ids = [[x.student_ids, x.teacher_ids, x.completion_ids or [self.chat.end_token_id]] for x in examples]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     def describe(self) -> list[str]:

@@ -10,7 +10,13 @@ from typing import Any
 import datasets
 import pytest
 
-from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
+from selfdistill.data.demonstrations import (
+    SCORER_NAMES,
+    Demonstration,
+    load_demonstrations,
+    nothing_to_show,
+    write_demonstrations,
+)
 from selfdistill.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "skills"
@@ -108,7 +114,7 @@ def test_scorer_names(name: str) -> None:
     ],
 )
 def test_rows_without_completion(row: dict[str, Any]) -> None:
-    (demonstration,) = load_demonstrations(write("test.jsonl", row), completion_required=False)
+    (demonstration,) = load_demonstrations(write("test.jsonl", row))
     assert demonstration == Demonstration((USER,), answer=4, source="test.jsonl:1")
 
 
@@ -145,8 +151,10 @@ def test_saved_data_set() -> None:
 
 
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, split: str) -> datasets.Dataset:
-        return datasets.Dataset.from_list([GOOD | {"answer": f"{name} {split}"}])
+    def load(name: str) -> datasets.DatasetDict:
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_list([GOOD | {"answer": f"{name} {split}"}]) for split in ("train", "test")}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     (demonstration,) = load_demonstrations("owner/name-1.5", split="test")
@@ -154,12 +162,12 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_data_set_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, split: str) -> None:
+    def load(name: str) -> None:
         raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert message_of("owner/name") == (
-        "owner/name: no such file, and no hub data set with split 'train': Couldn't reach 'owner/name' on the Hub"
+        "owner/name: no such file, and no readable hub data set: Couldn't reach 'owner/name' on the Hub"
     )
 
 
@@ -221,7 +229,11 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"completion": "r"}, "column 'prompt': missing, expected 'prompt' with 'completion', or 'messages'"),
     ({}, "column 'prompt': missing, expected 'prompt' with 'completion', or 'messages'"),
     ({"prompts": "q", "completion": "r"}, "column 'prompt': missing, found 'prompts'; rename it to 'prompt'"),
-    ({"question": "q", "output": "r"}, "column 'prompt': missing, found 'question'; rename it to 'prompt'"),
+    (
+        {"question": "q", "output": "r"},
+        "column 'prompt': missing, found 'question'; rename it to 'prompt' and "
+        "column 'completion': missing, found 'output'; rename it to 'completion'",
+    ),
     ({"conversations": [USER]}, "column 'prompt': missing, found 'conversations'; rename it to 'messages'"),
     ({"prompt": ["q"], "completion": "r"}, "column 'prompt[0]': found 'q', expected an object with role and content"),
     (
@@ -242,7 +254,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "completion": "r"},
-        "column 'prompt[0].content': found a list of 1, expected text",
+        "column 'prompt[0].content[0]': found an object, expected an object with type and text",
     ),
     (
         {"prompt": [USER | {"tool_calls": [1]}], "completion": "r"},
@@ -290,7 +302,8 @@ BAD_ROWS: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("row", "problem"), BAD_ROWS)
 def test_bad_row(row: Any, problem: str) -> None:
-    assert message_of(write("train.jsonl", GOOD, row)) == f"train.jsonl: 1 bad row: line 2, {problem}"
+    path = write("train.jsonl", GOOD, row)
+    assert message_of(path, completion_required=True) == f"train.jsonl: 1 bad row: line 2, {problem}"
 
 
 @pytest.mark.parametrize(
@@ -312,15 +325,19 @@ def test_bad_row(row: Any, problem: str) -> None:
     ],
 )
 def test_bad_messages(row: Any, problem: str) -> None:
-    assert message_of(write("train.jsonl", row)) == f"train.jsonl: 1 bad row: line 1, {problem}"
+    path = write("train.jsonl", row)
+    assert message_of(path, completion_required=True) == f"train.jsonl: 1 bad row: line 1, {problem}"
 
 
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"prompt": "q"}, "column 'completion': missing, expected 'completion' or 'answer'"),
-        ({"prompt": "q", "answer": None}, "column 'completion': missing, expected 'completion' or 'answer'"),
-        ({"messages": [USER]}, "column 'completion': missing, expected 'completion' or 'answer'"),
+        ({"prompt": "q", "response": "r"}, "column 'completion': missing, found 'response'; rename it to 'completion'"),
+        ({"prompt": "q", "anwser": "r"}, "column 'completion': missing, found 'anwser'; rename it to 'answer'"),
+        (
+            {"messages": [USER], "privilaged_context": "r"},
+            "column 'completion': missing, found 'privilaged_context'; rename it to 'privileged_context'",
+        ),
         ({"prompt": "q", "answers": "4"}, "column 'completion': missing, found 'answers'; rename it to 'answer'"),
         (
             {"prompt": "q", "completion": "", "answer": 4},
@@ -329,8 +346,7 @@ def test_bad_messages(row: Any, problem: str) -> None:
     ],
 )
 def test_bad_row_without_required_completion(row: Any, problem: str) -> None:
-    path = write("test.jsonl", row)
-    assert message_of(path, completion_required=False) == f"test.jsonl: 1 bad row: line 1, {problem}"
+    assert message_of(write("test.jsonl", row)) == f"test.jsonl: 1 bad row: line 1, {problem}"
 
 
 def test_first_ten_of_all_bad_rows_are_named() -> None:
@@ -339,8 +355,9 @@ def test_first_ten_of_all_bad_rows_are_named() -> None:
         f"line {line}, column 'completion': found null, expected text or one assistant message" for line in range(2, 12)
     ]
     message = f"train.jsonl: 12 bad rows: {'; '.join(lines)}; ... and 2 more"
-    assert message_of(write("train.jsonl", GOOD, *[bad] * 12)) == message
-    assert message_of(write("train.jsonl", GOOD, *[bad] * 10)) == f"train.jsonl: 10 bad rows: {'; '.join(lines)}"
+    assert message_of(write("train.jsonl", GOOD, *[bad] * 12), completion_required=True) == message
+    ten = message_of(write("train.jsonl", GOOD, *[bad] * 10), completion_required=True)
+    assert ten == f"train.jsonl: 10 bad rows: {'; '.join(lines)}"
 
 
 def test_bad_rows_of_other_sources() -> None:
@@ -359,8 +376,173 @@ def test_bad_rows_of_other_sources() -> None:
     )
 
 
+# --- what a row is used for ---
+
+
+def test_a_row_may_have_a_prompt_alone_until_it_is_used() -> None:
+    rows = [{"prompt": "q"}, {"prompt": [USER], "completion": None}, {"messages": [USER]}]
+    for row in rows:
+        (demonstration,) = load_demonstrations(write("a.jsonl", row))
+        assert (demonstration.completion, demonstration.has_reference) == ("", False)
+        with pytest.raises(UserError, match=r"a\.jsonl:1: neither completion nor privileged_context"):
+            _ = demonstration.shown
+    assert message_of(write("a.jsonl", GOOD, *rows[:2]), lacks=nothing_to_show) == (
+        "a.jsonl: 2 bad rows: line 2, column 'completion': missing, and no 'privileged_context' or 'document' to show "
+        "the teacher instead; line 3, column 'completion': missing, and no 'privileged_context' or 'document' to show "
+        "the teacher instead"
+    )
+
+
+@pytest.mark.parametrize("row", [{"privileged_context": "p"}, {"completion": "r"}, {"document": "d"}])
+def test_each_of_these_can_be_shown_to_a_teacher(row: dict[str, Any]) -> None:
+    assert load_demonstrations([{"prompt": "q"} | row], lacks=nothing_to_show)
+
+
+# --- tools and arguments of the template ---
+
+TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("value", [[TOOL], json.dumps([TOOL])])
+def test_tools_are_a_list_or_its_text(value: Any) -> None:
+    (row,) = load_demonstrations(write("a.jsonl", GOOD | {"tools": value, "chat_template_kwargs": {"x": 1, "y": None}}))
+    assert row.tools == [TOOL]
+    assert row.chat_template_kwargs == {"x": 1}
+    assert row.template_options == {"tools": [TOOL], "x": 1}
+    write_demonstrations(Path("b.jsonl"), [row])
+    assert load_demonstrations("b.jsonl")[0].identity() == row.identity()
+
+
+def test_tools_from_arrow_lose_the_nulls_of_other_rows() -> None:
+    def tool(name: str) -> dict[str, Any]:
+        return {
+            "type": "function",
+            "function": {"name": name, "parameters": {"properties": {name: {"type": "string"}}}},
+        }
+
+    rows = [GOOD | {"tools": [tool("city")]}, GOOD | {"tools": [tool("zone")]}, GOOD]
+    datasets.Dataset.from_list(rows).to_parquet("a.parquet")
+    assert [row.tools for row in load_demonstrations("a.parquet")] == [[tool("city")], [tool("zone")], None]
+
+
+def test_the_identity_of_a_row_without_them_is_that_of_older_folders() -> None:
+    keys = ["row", "source", "prompt", "completion", "document", "privileged_context", "answer", "scorer"]
+    assert list(Demonstration((USER,), "4").identity()) == keys
+    assert list(Demonstration((USER,), "4", tools=[TOOL]).identity()) == [*keys, "tools"]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"tools": "clock"}, "column 'tools': found 'clock', expected a list of JSON schemas, or its JSON text"),
+        ({"tools": ["clock"]}, "column 'tools': found a list of 1, expected a list of JSON schemas, or its JSON text"),
+        ({"tools": TOOL}, "column 'tools': found an object, expected a list of JSON schemas, or its JSON text"),
+        (
+            {"tools": '[{"a": 1, "a": 2}]'},
+            "column 'tools': found '[{\"a\": 1, \"a\": 2}]', expected a list of JSON schemas, or its JSON text",
+        ),
+        ({"chat_template_kwargs": [1]}, "column 'chat_template_kwargs': found a list of 1, expected an object or null"),
+        (
+            {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+            "column 'chat_template_kwargs': 'chat_template' is reserved; leave it out",
+        ),
+        (
+            {"chat_template_kwargs": {"tools": [], "tokenize": True}},
+            "column 'chat_template_kwargs': 'tokenize' is reserved; leave it out",
+        ),
+    ],
+)
+def test_bad_arguments_of_the_template(row: dict[str, Any], problem: str) -> None:
+    assert message_of(write("a.jsonl", GOOD | row)) == f"a.jsonl: 1 bad row: line 1, {problem}"
+
+
+# --- lists of parts ---
+
+
+def test_text_parts_are_joined_as_they_are() -> None:
+    parts = [
+        {"type": "text", "text": "2+2"},
+        {"type": "text", "text": ""},
+        {"type": "text", "text": "?\n", "image": None},
+    ]
+    rows = [
+        {"prompt": [{"role": "user", "content": parts}], "completion": [{"role": "assistant", "content": parts[:1]}]},
+        {"prompt": [{"role": "system", "content": parts}, USER], "completion": "4"},
+    ]
+    one, other = load_demonstrations(write("a.jsonl", *rows))
+    assert (one.prompt[0]["content"], one.completion) == ("2+2?\n", "2+2")
+    assert other.prompt[0]["content"] == "2+2?\n"
+
+
+@pytest.mark.parametrize(
+    ("part", "problem"),
+    [
+        ({"type": "image"}, "found a part of type 'image', expected text alone"),
+        ({"type": "input_audio", "input_audio": {}}, "found a part of type 'input_audio', expected text alone"),
+        ({"type": "image_url", "image_url": {"url": "u"}}, "found a part of type 'image_url', expected text alone"),
+        ("text", "found 'text', expected an object with type and text"),
+        ({"type": "text"}, "found an object, expected an object with type and text"),
+        ({"type": "text", "text": "a", "cache_control": {}}, "found an object, expected an object with type and text"),
+        ({"type": "text", "text": 3}, "found an object, expected an object with type and text"),
+    ],
+)
+def test_other_parts_are_refused(part: Any, problem: str) -> None:
+    content = [{"type": "text", "text": "q"}, part]
+    path = write("a.jsonl", {"messages": [{"role": "user", "content": content}, ASSISTANT]})
+    assert message_of(path) == f"a.jsonl: 1 bad row: line 1, column 'messages[0].content[1]': {problem}"
+
+
+# --- notes ---
+
+
+def notes_of(*rows: Any) -> list[str]:
+    notes: list[str] = []
+    load_demonstrations(write("a.jsonl", *rows), note=notes.append)
+    return notes
+
+
+def test_columns_that_are_not_used_are_named_once() -> None:
+    rows = [GOOD | {"id": 7, "url": "u"}, GOOD | {"prompt": "r", "url": "v", "anwser": "x", "empty": ""}]
+    assert notes_of(*rows, GOOD | {"prompt": "s", "score": 0.5, "solution": "y", "tools": []}) == [
+        "a.jsonl: columns not used: id, url, anwser (did you mean 'answer'?), score (did you mean 'scorer'?), "
+        "solution (did you mean 'answer'?)"
+    ]
+    assert notes_of(GOOD) == []
+
+
+def test_equal_prompts_with_unlike_answers_are_named() -> None:
+    other = GOOD | {"completion": "four"}
+    assert notes_of(GOOD, other) == [
+        "a.jsonl: 1 row repeats the prompt of an earlier one, but not its completion, answer and "
+        "privileged_context (a.jsonl:1 and a.jsonl:2)"
+    ]
+    assert notes_of(GOOD, {"prompt": [USER], "completion": "4", "answer": 5}, *[other] * 5) == [
+        "a.jsonl: 4 rows repeat an earlier one (a.jsonl:3 and a.jsonl:4, a.jsonl:3 and a.jsonl:5, "
+        "a.jsonl:3 and a.jsonl:6, ...)",
+        "a.jsonl: 2 rows repeat the prompt of an earlier one, but not its completion, answer and "
+        "privileged_context (a.jsonl:1 and a.jsonl:2, "
+        "a.jsonl:1 and a.jsonl:3)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "notes"),
+    [
+        ({"document": "another"}, 0),
+        ({"tools": [TOOL]}, 0),
+        ({"chat_template_kwargs": {"x": 1}}, 0),
+        ({"prompt": [{"role": "system", "content": "s"}, USER]}, 0),
+        ({"privileged_context": "p"}, 1),
+        ({"answer": "p"}, 1),
+    ],
+)
+def test_what_makes_a_prompt_another_and_what_an_answer(row: dict[str, Any], notes: int) -> None:
+    assert len(notes_of(GOOD, GOOD | {"completion": "5"} | row)) == notes
+
+
 # --- bad files ---
 
+TYPES = ".jsonl, .json, .csv, .tsv or .parquet (text also packed as .gz or .zst)"
 GOOD_LINE = json.dumps(GOOD).encode()
 
 
@@ -376,11 +558,12 @@ GOOD_LINE = json.dumps(GOOD).encode()
         (
             "a.json",
             GOOD_LINE + b"\n" + GOOD_LINE,
-            "a.json: invalid JSON: Extra data: line 2 column 1 (char 38); if it has one row per line, name it .jsonl",
+            "a.json: found JSON Lines, expected a JSON list; rename it to end with .jsonl",
         ),
         ("a.json", b"[[1], 2]", "a.json: 2 bad rows: item 0, found a list of 1, expected an object; item 1, {two}"),
-        ("a.csv", b"prompt,completion\n", "a.csv: cannot read file type '.csv', expected .jsonl, .json or .parquet"),
-        ("a", b"x", "a: cannot read file type '', expected .jsonl, .json or .parquet"),
+        ("a.xlsx", b"PK\x03\x04", f"a.xlsx: cannot read file type '.xlsx', expected {TYPES}"),
+        ("a.parquet.gz", b"x", f"a.parquet.gz: cannot read file type '.parquet.gz', expected {TYPES}"),
+        ("a", b"x", f"a: cannot read file type '', expected {TYPES}"),
         (
             "a.jsonl",
             GOOD_LINE + b'\n{"prompt": "caf\xe9", "completion": "r"}\n',
@@ -389,15 +572,11 @@ GOOD_LINE = json.dumps(GOOD).encode()
         (
             "a.jsonl",
             json.dumps(GOOD).encode("utf-16"),
-            "a.jsonl: not UTF-8: line 1, byte 1 is 0xff; save it as UTF-8",
+            "a.jsonl: found UTF-16 text, expected JSON Lines; save it as UTF-8",
         ),
-        ("data/x.txt", b"x", "data: no .jsonl, .json or .parquet file in this folder (subfolders are not read)"),
-        (
-            "data/x.jsonl.gz",
-            b"x",
-            "data: cannot read x.jsonl.gz, expected .jsonl, .json or .parquet; convert it or move it elsewhere",
-        ),
-        ("data/x.jsonl/y", b"x", "data/x.jsonl: cannot be read: Is a directory"),
+        ("data/x.txt", b"x", f"data: no {TYPES} file in this folder, in its folder data, or in one for a split"),
+        ("data/x.xlsx", b"x", f"data: cannot read x.xlsx (.xlsx), expected {TYPES}; convert it or move it"),
+        ("data/x.jsonl/y", b"x", f"data: no {TYPES} file in this folder, in its folder data, or in one for a split"),
     ],
 )
 def test_bad_file(name: str, content: bytes, message: str) -> None:
@@ -461,5 +640,7 @@ def test_real_data(name: str, rows: int, turns: int) -> None:
             "privileged_context": None,
             "answer": line["answer"],
             "scorer": None,
+            "tools": None,
+            "chat_template_kwargs": None,
         }
         assert len(demonstration.prompt) == turns

@@ -1,0 +1,42 @@
+"""The rows of a skill: those to learn, and those held out to validate and to test."""
+
+from __future__ import annotations
+
+import random
+
+from selfdistill.config import LearnConfig
+from selfdistill.data import Demonstration, Lacks, load_demonstrations, nothing_to_score
+from selfdistill.errors import UserError
+from selfdistill.runtime import say_note
+
+
+def parts_of(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstration]]:
+    """Split the data into ``train``, ``validation`` (of a stream) and ``test``.
+
+    If both validation and test are held out, held-out rows alternate, starting with validation so that it begins early.
+
+    Args:
+        config: settings of the addition.
+        lacks: what a row must have to be learnt; see :data:`Lacks`.
+
+    Raises:
+        UserError: rows are invalid, lack what they are used for, or are too few to hold some out.
+    """
+    scored = nothing_to_score(config.scorer)
+    any_is_asked = config.action == "stream" or not config.test
+
+    def lacks_either(row: Demonstration) -> str | None:
+        return lacks(row) or (scored(row) if any_is_asked else None)
+
+    rows = load_demonstrations(config.data, split=config.split, note=say_note, lacks=lacks_either)
+    held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
+    count = max(len(held), round(len(rows) * config.test_share)) if held else 0
+    if held and count >= len(rows):
+        advice = "give more, or a lower --test_share" if config.test else "give --test"
+        raise UserError(f"{config.data}: {len(rows)} rows are too few to hold some out for the {held[-1]}; {advice}")
+    chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
+    part_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
+    parts = {part: [row for row in rows if part_of.get(row.row, "train") == part] for part in ("train", *held)}
+    if config.test:
+        parts["test"] = load_demonstrations(config.test, split=config.test_split, note=say_note, lacks=scored)
+    return parts

@@ -1,0 +1,110 @@
+"""The columns of a row: those that are read, those that mean something to other tools, and all others.
+
+No text is lost in silence. A column that other tools read as part of the conversation, or as a verdict on it, is
+refused by name, with the place where its content belongs. Others that are not read are named once, in a note.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+COLUMNS = (
+    *("prompt", "completion", "messages", "document", "privileged_context", "answer", "scorer"),
+    *("tools", "chat_template_kwargs"),
+)
+"""Columns that are read."""
+
+OTHER_NAMES = {
+    "prompt": ("question", "instruction", "input", "query"),
+    "messages": ("conversation", "conversations", "chat", "dialogue"),
+    "completion": ("response", "output", "reply", "target", "chosen"),
+    "answer": ("gold", "label", "solution", "ground_truth"),
+}
+"""Other projects' names for a column."""
+
+_IN_PROMPT = ("system", "instruction", "input", "context", "history", "question", "query")
+"""Parts of a prompt that other tools keep in columns of their own."""
+
+_MEDIA = "only text is supported; leave it out"
+_REFUSED = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("instruction", "input"), "put its text into the prompt"),
+    "context": "put its text into the prompt, or name it 'document' if only the teacher should read it",
+    "system": "write it as the system message that begins the prompt",
+    "history": "write it as earlier messages of the prompt",
+    **dict.fromkeys(OTHER_NAMES["messages"], "keep either the prompt or the conversation"),
+    "functions": "write them as 'tools'",
+    "rejected": "pairs of a better and a worse reply are not used; leave it out",
+    "label": "true and false tell good from bad completions; keep the good rows, and leave it out",
+}
+"""Columns that TRL, Alpaca, ShareGPT or LLaMA-Factory read, and what to do with their content."""
+
+_CLOSE = 0.8
+"""Similarity from which a name counts as a misspelling: ``anwser`` and ``answer`` have 0.83."""
+
+
+def unread(row: Mapping[str, Any]) -> list[str]:
+    """The columns that hold something and are not read."""
+    return [column for column, value in row.items() if column not in COLUMNS and not _is_empty(value)]
+
+
+def refused(row: Mapping[str, Any]) -> list[str]:
+    """A problem for each column that other tools read and that would be lost here."""
+    found = []
+    for column in unread(row):
+        name = str(column).lower()
+        is_class = name == "label" and not isinstance(row[column], bool)  # a class, not a verdict on the completion
+        if name in _REFUSED and not is_class:
+            found.append(f"column {column!r}: not read, {_REFUSED[name]}")
+    return found
+
+
+def missing(row: Mapping[str, Any], *names: str, want: str) -> str:
+    """The problem of a row without the first column of ``names``: see :func:`misnamed`, else what was expected."""
+    return misnamed(row, *names) or f"column '{names[0]}': missing, {want}"
+
+
+def misnamed(row: Mapping[str, Any], *names: str) -> str | None:
+    """The problem of a row without the first column of ``names``, if another looks like a name of one of them."""
+    begin = f"column '{names[0]}': missing, found"
+    parts = [column for column in unread(row) if str(column).lower() in _IN_PROMPT]
+    if names[0] == "prompt" and len(parts) > 1:
+        return f"{begin} {_all_of(parts)}; join them in 'prompt'"
+    for name in names:
+        for column in unread(row):
+            if _meant(column) != name:
+                continue
+            if name == "messages" and _is_sharegpt(row[column]):
+                return f"{begin} {column!r} with from and value; write 'messages' with role and content"
+            return f"{begin} {column!r}; rename it to '{name}'"
+    return None
+
+
+def note_about(columns: Collection[str]) -> str:
+    """Names the columns that are not used, with the names that they may be meant as."""
+    hints = {column: _meant(column) for column in columns}
+    named = (f"{column} (did you mean '{hint}'?)" if hint else str(column) for column, hint in hints.items())
+    return f"columns not used: {', '.join(named)}"
+
+
+def _meant(column: str) -> str | None:
+    """The column of which this is a misspelling or another project's name."""
+    name = str(column).lower()
+    close = difflib.get_close_matches(name, COLUMNS, 1, _CLOSE)
+    return next((known for known, others in OTHER_NAMES.items() if name in others), close[0] if close else None)
+
+
+def _all_of(names: list[str]) -> str:
+    quoted = [repr(name) for name in names]
+    return f"{', '.join(quoted[:-1])} and {quoted[-1]}"
+
+
+def _is_empty(value: Any) -> bool:
+    value = value.strip() if isinstance(value, str) else value
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _is_sharegpt(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "from" in value[0]

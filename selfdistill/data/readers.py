@@ -1,0 +1,287 @@
+"""Readers: one file to raw rows, each with its place. A file whose content is of another format than its name is named.
+
+Nothing is guessed about values: a cell of a table is text as it stands, so ``007``, ``NA`` and ``null`` stay what they
+are; an empty cell is null.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from selfdistill.data.columns import COLUMNS, OTHER_NAMES
+from selfdistill.data.rows import RawRow, describe_value, numbered, one_line, one_of, parse_json, quoted
+from selfdistill.errors import UserError
+
+_PACKED = {".gz": "a gzip file", ".zst": "a zstd file"}
+"""Endings that may follow those of text files, and what they are."""
+_FORMATS_OF_TEXT = {
+    ".jsonl": "JSON Lines",
+    ".json": "a JSON list",
+    ".csv": "a table with commas",
+    ".tsv": "a table with tabs",
+}
+_NAMES = {**_FORMATS_OF_TEXT, ".parquet": "a parquet file", **_PACKED}
+FILE_TYPES = (*_FORMATS_OF_TEXT, ".parquet")
+"""Endings of the files that are read."""
+# In a folder, their rows would go missing silently; as a path, they are a file, not a hub name.
+_OTHER_FILE_TYPES = (".arrow", ".zip", ".bz2", ".xz", ".ndjson", ".xlsx", ".pkl")
+_KNOWN = {*COLUMNS, *(name for others in OTHER_NAMES.values() for name in others)}
+
+
+class _Binary(NamedTuple):
+    """A format that its first bytes tell."""
+
+    first: bytes
+    name: str
+    ending: str = ""
+    """Of its files; "" if it is not read."""
+    advice: str = "convert it to JSON Lines"
+
+
+_UTF_16 = _Binary(b"\xff\xfe", "UTF-16 text", advice="save it as UTF-8")
+_BINARY = (
+    _Binary(b"PAR1", _NAMES[".parquet"], ".parquet"),
+    _Binary(b"\x1f\x8b", _NAMES[".gz"], ".gz"),
+    _Binary(b"\x28\xb5\x2f\xfd", _NAMES[".zst"], ".zst"),
+    _Binary(b"PK\x03\x04", "a ZIP archive or spreadsheet"),
+    _Binary(b"BZh", "a bzip2 file"),
+    _Binary(b"\xfd7zXZ\x00", "an xz file"),
+    _Binary(b"ARROW1", "an Arrow file"),
+    _Binary(b"version https://git-lfs", "a Git LFS pointer in place of the file", advice="fetch it with git lfs pull"),
+    _UTF_16,
+    _UTF_16._replace(first=b"\xfe\xff"),
+)
+
+
+def kind_of(path: str) -> tuple[str, str]:
+    """The two endings of a file's name: that of its format, and that of its compression or ""."""
+    name = path.lower()
+    packed = next((ending for ending in _PACKED if name.endswith(ending)), "")
+    return os.path.splitext(name.removesuffix(packed))[1], packed
+
+
+def is_readable(path: str) -> bool:
+    """Whether the name is that of a file that is read."""
+    kind, packed = kind_of(path)
+    return kind in FILE_TYPES and not (packed and kind == ".parquet")
+
+
+def is_data_file(path: str) -> bool:
+    """Whether the name is that of a file with data, though it may be in a format that is not read."""
+    kind, packed = kind_of(path)
+    return bool(packed) or kind in (*FILE_TYPES, *_OTHER_FILE_TYPES)
+
+
+def read_file(path: str) -> list[RawRow]:
+    """The unchecked rows of a file.
+
+    Raises:
+        UserError: the file's format is not read, or is another than its name says; or it is corrupt or not UTF-8.
+        OSError: the file cannot be read.
+    """
+    kind, packed = kind_of(path)
+    if not is_readable(path):
+        raise UserError(f"{path}: cannot read file type '{kind}{packed}', expected {expected_types()}")
+    _check_format(path, kind, packed)
+    if kind == ".parquet":
+        return _read_parquet(path)
+    text = _utf8(path, _unpacked(path, packed))
+    readers: dict[str, Callable[[str, str], list[RawRow]]] = {
+        ".jsonl": _lines,
+        ".json": _items,
+        ".csv": lambda path, text: _table(path, text, ","),
+        ".tsv": lambda path, text: _table(path, text, "\t"),
+    }
+    return readers[kind](path, text)
+
+
+def read_jsonl(path: str) -> list[RawRow]:
+    """The unchecked rows of a JSON Lines file, whatever its name; a row with invalid JSON has a problem, not a value.
+
+    Raises:
+        UserError: the file is not UTF-8, or is of another format.
+        OSError: the file cannot be read.
+    """
+    return _lines(path, _utf8(path, Path(path).read_bytes()))
+
+
+def expected_types() -> str:
+    """The endings of the files that are read, for messages."""
+    return f"{one_of(FILE_TYPES)} (text also packed as {one_of(list(_PACKED))})"
+
+
+def _lines(path: str, text: str) -> list[RawRow]:
+    """The rows of JSON Lines."""
+    rows = []
+    # Not splitlines(): JSON text may contain U+2028 and the like, which do not end a line here.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        value = problem = None
+        try:
+            value = parse_json(line)
+        except json.JSONDecodeError as error:
+            problem = f"invalid JSON at character {error.colno}: {error.msg}"
+        except (ValueError, RecursionError) as error:
+            problem = f"invalid JSON: {error}"
+        rows.append(RawRow(f"line {number}", f"{path}:{number}", value, problem))
+    if rows and not isinstance(rows[0].value, dict):
+        _refuse_other_format(path, text, ".jsonl")
+    return rows
+
+
+def _items(path: str, text: str) -> list[RawRow]:
+    """The rows of a JSON list."""
+    try:
+        rows = parse_json(text) if text.strip() else []
+    except (ValueError, RecursionError) as error:
+        _refuse_other_format(path, text, ".json")
+        raise UserError(f"{path}: invalid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: found {describe_value(rows)}, expected a list of rows")
+    return [RawRow(f"item {number}", f"{path}[{number}]", row) for number, row in enumerate(rows)]
+
+
+def _table(path: str, text: str, delimiter: str) -> list[RawRow]:
+    """The rows of a table whose first line names the columns. A cell is text; an empty one is null."""
+    _refuse_other_format(path, text, kind_of(path)[0])
+    lines = _cells(path, text, delimiter)
+    if not lines:
+        return []
+    names = lines[0][1]
+    _check_header(path, names)
+    rows = []
+    for line, cells in lines[1:]:
+        fits = len(cells) == len(names)
+        problem = None if fits else f"found {len(cells)} cells, expected {len(names)} ({', '.join(names)})"
+        value = {name: cell or None for name, cell in zip(names, cells, strict=True)} if fits else None
+        rows.append(RawRow(f"line {line}", f"{path}:{line}", value, problem))
+    return rows
+
+
+def _cells(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """The cells of each row that is not blank, with the number of its first line."""
+    found, line = [], 1
+    limit = csv.field_size_limit(2**31 - 1)  # by default, a document of 128 KiB is too long
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for cells in reader:
+            found += [(line, cells)] if cells else []
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}: line {line} is not a row of a table: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    return found
+
+
+def _check_header(path: str, names: list[str]) -> None:
+    """Refuse a first line that does not name each column once, or not one that is known."""
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{path}: line 1 names the column {repeated[0]!r} twice, expected each once")
+    if not set(map(str.lower, names)) & _KNOWN:
+        found = f"line 1 is {quoted(','.join(names))}"
+        want = f"the names of columns, such as 'prompt', of {_NAMES[kind_of(path)[0]]}"
+        raise UserError(f"{path}: {found}, expected {want}")
+
+
+def _read_parquet(path: str) -> list[RawRow]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        # Not read_table(path): that would read a `key=value` folder of the path as a column.
+        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: not a readable parquet file: {one_line(error)}") from error
+    return numbered(path, rows)
+
+
+# --- bytes and formats ---
+
+
+def _unpacked(path: str, packed: str) -> bytes:
+    if not packed:
+        return Path(path).read_bytes()
+    import pyarrow
+
+    try:
+        with pyarrow.CompressedInputStream(pyarrow.OSFile(path), {".gz": "gzip", ".zst": "zstd"}[packed]) as stream:
+            return bytes(stream.read())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: not a readable {_PACKED[packed].removeprefix('a ')}: {one_line(error)}") from error
+
+
+def _utf8(path: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        # An error of the file, not of a row: the bytes of one character may look like the end of a line.
+        line, byte = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
+        found = f"line {line}, byte {byte} is 0x{data[error.start]:02x}"
+        raise UserError(f"{path}: not UTF-8: {found}; save it as UTF-8") from error
+
+
+def _check_format(path: str, kind: str, packed: str) -> None:
+    """Refuse a file whose first bytes are those of another format than its ending says.
+
+    Raises:
+        UserError: names both formats.
+    """
+    ending = packed or kind
+    with open(path, "rb") as file:
+        head = file.read(32)
+    found = next((form for form in _BINARY if head.startswith(form.first)), None)
+    if found is None and ending in _FORMATS_OF_TEXT and 0 in head[:2]:
+        found = _UTF_16  # without a byte order mark
+    if found is None and ending not in _FORMATS_OF_TEXT:
+        _refuse_other_format(path, Path(path).read_bytes().decode("utf-8", "replace"), ending)
+    elif found is not None and found.ending != ending:
+        right = kind + found.ending if found.ending in _PACKED else found.ending
+        advice = f"rename it to end with {right}" if right else found.advice
+        raise UserError(f"{path}: found {found.name}, expected {_NAMES[ending]}; {advice}")
+
+
+def _refuse_other_format(path: str, text: str, ending: str) -> None:
+    """Refuse text in another format than the file's ending says.
+
+    Raises:
+        UserError: names both formats.
+    """
+    found = _format_of(text)
+    if found is not None and found != ending:
+        name = _NAMES[found] if found else "one JSON object over several lines"
+        packed = kind_of(path)[1] if ending in _FORMATS_OF_TEXT else ""  # else the file is the text itself
+        advice = f"rename it to end with {found}{packed}" if found else "write each row on one line"
+        raise UserError(f"{path}: found {name}, expected {_NAMES[ending]}; {advice}")
+
+
+def _format_of(text: str) -> str | None:
+    """The ending of a text's format; "" for one JSON object over several lines; None if it is not known."""
+    text = text.strip()
+    first = text.partition("\n")[0]
+    if text[:1] == "{":
+        if isinstance(_value(first), dict):
+            return ".jsonl"
+        return "" if isinstance(_value(text), dict) else None
+    if text[:1] == "[":
+        items = _value(text)
+        return ".json" if isinstance(items, list) and items and isinstance(items[0], dict) else None
+    names = {name.strip(' "').lower() for name in re.split("[,\t]", first)}
+    is_table = len(names) > 1 and bool(names & _KNOWN)
+    return (".tsv" if "\t" in first else ".csv") if is_table else None
+
+
+def _value(text: str) -> Any:
+    """The JSON value of a text; None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

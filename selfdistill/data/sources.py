@@ -1,0 +1,172 @@
+"""Sources: a path, the name of a hub data set or rows in memory to raw rows, of one split where there are several."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from selfdistill.data.readers import expected_types, is_data_file, is_readable, kind_of, read_file
+from selfdistill.data.rows import RawRow, describe_value, numbered, one_line, one_of
+from selfdistill.errors import UserError
+
+Note = Callable[[str], object]
+"""What takes a note for the user, one line without its ``note:``."""
+
+_Part = TypeVar("_Part")
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Splits by the words in the names of files and folders that tell them, as ``datasets`` has them."""
+_WORDS = {word: split for split, words in _SPLITS.items() for word in words}
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")
+"""Files that describe a data set of the hub."""
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")
+
+
+def read_rows(path: str, split: str | None, note: Note) -> list[RawRow]:
+    """The unchecked rows of a file, a folder or a data set.
+
+    Args:
+        path: a file, a folder of files, a data set saved by ``datasets``, or the name of a hub data set.
+        split: see :func:`choose`; files are read in full.
+        note: takes what the user should know.
+
+    Raises:
+        UserError: there is no such path, file type or split, or a file is corrupt.
+        OSError: a file cannot be read.
+    """
+    if os.path.isdir(path):
+        is_saved_set = any(os.path.exists(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
+        return _read_set(path, split, note, saved=True) if is_saved_set else _read_folder(path, split, note)
+    if os.path.exists(path):
+        return read_file(path)
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not is_data_file(path):
+        return _read_set(path, split, note, saved=False)
+    raise UserError(f"{path}: no such file or folder (looked from {os.getcwd()}); check the path")
+
+
+def rows_in_memory(data: Any, split: str | None, note: Note, as_row: Callable[[Any], Any]) -> list[RawRow]:
+    """The rows of a ``datasets.Dataset`` (or of the split of a ``DatasetDict``), or of any other iterable of rows.
+
+    Raises:
+        UserError: the data is neither, or has no such split.
+    """
+    if isinstance(data, dict) and hasattr(data, "column_names"):  # a DatasetDict
+        data = choose("data", data, split, note)
+    if isinstance(data, dict | str | bytes) or not isinstance(data, Iterable):
+        raise UserError(f"data: found {describe_value(data)}, expected a path, a list of rows or a datasets.Dataset")
+    rows = list(data)
+    sources = [getattr(row, "source", "") or f"data[{number}]" for number, row in enumerate(rows)]
+    return [
+        RawRow(f"row {number}", source, as_row(row))
+        for number, (row, source) in enumerate(zip(rows, sources, strict=True))
+    ]
+
+
+def choose(path: str, splits: Mapping[str, _Part], split: str | None, note: Note) -> _Part:
+    """The split that was asked for, with a note if there are others.
+
+    Args:
+        path: for messages.
+        splits: all splits of a data set by name.
+        split: a name; None: ``test``, or the only split.
+        note: takes what the user should know.
+
+    Raises:
+        UserError: there is no such split.
+    """
+    names = list(splits)
+    chosen = split or (names[0] if len(names) == 1 else "test")
+    if chosen not in splits:  # validation may have been asked for as dev, and a test be called eval
+        chosen = next((name for name in names if _WORDS.get(name) == _WORDS.get(chosen, chosen)), chosen)
+    if chosen not in splits:
+        raise UserError(f"{path}: no split '{chosen}' in this data set, expected {one_of(names)}")
+    if others := [name for name in names if name != chosen]:
+        note(f"{path}: split '{chosen}' is read, others are {' and '.join(map(repr, others))}")
+    return splits[chosen]
+
+
+# --- folders ---
+
+
+def _read_folder(path: str, split: str | None, note: Note) -> list[RawRow]:
+    files = _files(path, note)
+    if not files:
+        raise UserError(f"{path}: no {expected_types()} file in this folder, in its folder data, or in one for a split")
+    if bad := next((file for file in files if not is_readable(file)), None):
+        ending = "".join(kind_of(bad))
+        raise UserError(f"{path}: cannot read {bad} ({ending}), expected {expected_types()}; convert it or move it")
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file) or "", []).append(file)
+    unnamed = by_split.pop("", [])
+    if by_split and unnamed:
+        advice = f"name it like train-{os.path.basename(unnamed[0])}, or move it elsewhere"
+        raise UserError(f"{path}: {unnamed[0]} is in no split, and others are in {one_of(sorted(by_split))}; {advice}")
+    if by_split:
+        files = choose(path, by_split, split, note)
+    return [replace(raw, place=f"{file} {raw.place}") for file in files for raw in read_file(os.path.join(path, file))]
+
+
+def _files(path: str, note: Note) -> list[str]:
+    """The data files of a folder, of ``data`` in it and of folders named after a split, by their relative paths."""
+    found, passed_over = [], []
+    folders = [""]
+    for folder in folders:
+        for name in sorted(os.listdir(os.path.join(path, folder))):
+            relative = os.path.join(folder, name)
+            if name.startswith(".") or name in _NOT_DATA:
+                continue
+            if not os.path.isdir(os.path.join(path, relative)):
+                found += [relative] if is_data_file(name) else []
+            elif (name == "data" and not folder) or _split_in(name):
+                folders.append(relative)
+            elif any(map(is_data_file, os.listdir(os.path.join(path, relative)))):
+                passed_over.append(relative)
+    if passed_over:
+        note(f"{path}: folders not read: {', '.join(passed_over)}")
+    return found
+
+
+def _split_of(file: str) -> str | None:
+    """The split that a file's name tells or, if it does not, that of its folder; None if neither does."""
+    *folders, name = file.split(os.sep)
+    shard = _SHARD.fullmatch(name)
+    if shard and _split_in(shard[1]):
+        return _WORDS.get(shard[1], shard[1])
+    return next(filter(None, map(_split_in, (name, *reversed(folders)))), None)
+
+
+def _split_in(name: str) -> str | None:
+    """The split of which a word stands in the name; None if there is none, or more than one."""
+    found = {_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _WORDS}
+    return found.pop() if len(found) == 1 else None
+
+
+# --- data sets ---
+
+
+def _read_set(path: str, split: str | None, note: Note, *, saved: bool) -> list[RawRow]:
+    import datasets
+
+    # An expression such as train[:100] is for the hub alone; it is not the name of a split.
+    asked = {"split": split} if split and re.search(r"[\[+]", split) else {}
+    try:
+        rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, **asked)
+    except Exception as error:  # the network, the hub, Arrow and the file system each have their own errors
+        tried = "not a readable saved data set" if saved else "no such file, and no readable hub data set"
+        raise UserError(f"{path}: {tried}: {one_line(error)}") from error
+    if isinstance(rows, datasets.DatasetDict):
+        rows = choose(path, rows, split, note)
+    if rows.info.builder_name == "csv":
+        note(
+            f"{path}: datasets has read it from CSV, so 007 has become 7, and NA null; to keep cells as they are, give "
+            "the file itself"
+        )
+    return numbered(path, rows)

@@ -1,0 +1,172 @@
+"""Folders and data sets with several splits: the one asked for is read, and what is not read is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def folder(*names: str, root: str = "data-set") -> str:
+    """A folder of files, each with one row whose completion is the file's own name."""
+    for name in names:
+        path = Path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"prompt": "q", "completion": name}
+        if name.endswith(".parquet"):
+            datasets.Dataset.from_list([row]).to_parquet(str(path))
+        else:
+            path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return root
+
+
+def read(path: Any, split: str | None = "train") -> list[str]:
+    return [row.completion for row in load_demonstrations(path, split=split)]
+
+
+def error_of(path: Any, split: str | None = "train") -> str:
+    with pytest.raises(UserError) as caught:
+        load_demonstrations(path, split=split)
+    return str(caught.value)
+
+
+def notes_of(path: Any, split: str | None = "train") -> list[str]:
+    notes: list[str] = []
+    load_demonstrations(path, split=split, note=notes.append)
+    return notes
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "test.jsonl", "validation.jsonl"),
+        ("my-train.jsonl", "my_test_2.jsonl", "my.dev.jsonl"),
+        ("training.jsonl", "eval.jsonl", "val.jsonl"),
+        ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet", "validation-00000-of-00001.parquet"),
+        ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "data/valid-00000-of-00001.parquet"),
+        ("train/a.jsonl", "test/a.jsonl", "dev/a.jsonl"),
+        ("data/train/0.jsonl", "data/testing/0.jsonl", "data/validation/0.jsonl"),
+        ("gsm-Train.jsonl", "gsm-TEST.jsonl", "gsm-Dev.jsonl"),
+    ],
+)
+def test_a_folder_of_splits_is_told_apart(names: tuple[str, ...]) -> None:
+    path = folder(*names, "README.md", ".hidden.jsonl", "dataset_infos.json")
+    assert read(path) == [names[0]]
+    assert read(path, "test") == [names[1]]
+    assert read(path, None) == [names[1]]
+    assert read(path, "validation") == read(path, "dev") == [names[2]]
+    assert error_of(path, "probe").startswith(f"{path}: no split 'probe' in this data set, expected ")
+    (said,) = notes_of(path)
+    assert said.startswith(f"{path}: split 'train' is read, others are ")
+    assert "'test'" in said
+
+
+def test_the_parts_of_a_split_are_read_in_order() -> None:
+    names = [f"data/train-{number:05d}-of-00003.parquet" for number in range(3)]
+    path = folder(*names, "data/test-00000-of-00001.parquet")
+    assert read(path) == names
+
+
+def test_a_split_of_its_own_name_is_that_split() -> None:
+    names = [f"data/{name}-00000-of-00001.parquet" for name in ("train_sft", "test_sft", "train_gen")]
+    path = folder(*names)
+    assert error_of(path) == f"{path}: no split 'train' in this data set, expected test_sft, train_gen or train_sft"
+    assert read(path, "train_sft") == [names[0]]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("train.jsonl", "holdout.jsonl"),
+            "holdout.jsonl is in no split, and others are in train; name it like train-holdout.jsonl, or move it "
+            "elsewhere",
+        ),
+        (("test.jsonl",), "no split 'train' in this data set, expected test"),
+        (("validation.jsonl", "test.jsonl"), "no split 'train' in this data set, expected test or validation"),
+        (
+            ("train.jsonl", "test.jsonl", "extra.jsonl"),
+            "extra.jsonl is in no split, and others are in test or train; name it like train-extra.jsonl, or move it "
+            "elsewhere",
+        ),
+        (
+            ("unit.jsonl", "heldout-test.jsonl"),
+            "unit.jsonl is in no split, and others are in test; name it like train-unit.jsonl, or move it elsewhere",
+        ),
+    ],
+)
+def test_rows_of_a_test_are_never_read_as_training_data(names: tuple[str, ...], message: str) -> None:
+    path = folder(*names)
+    assert error_of(path) == f"{path}: {message}"
+
+
+def test_a_folder_without_splits_is_read_in_full() -> None:
+    for number, names in enumerate([("a.jsonl", "b.json.jsonl"), ("latest.jsonl", "trained.jsonl")]):
+        assert read(folder(*names, root=str(number))) == list(names)
+
+
+def test_folders_that_are_not_read_are_said() -> None:
+    path = folder("a.jsonl", "main/b.jsonl", "notes/c.txt")
+    assert notes_of(path) == [f"{path}: folders not read: main"]
+    other = folder("main/train.jsonl", "socratic/train.jsonl", root="configs")
+    assert error_of(other).startswith("configs: no .jsonl, .json, .csv, .tsv or .parquet (text also packed as")
+
+
+def test_a_file_in_a_folder_that_cannot_be_read_is_named() -> None:
+    path = folder("a.jsonl", "b.arrow")
+    assert error_of(path).startswith(f"{path}: cannot read b.arrow (.arrow), expected .jsonl, ")
+
+
+def sets() -> datasets.DatasetDict:
+    rows = {name: [{"prompt": "q", "completion": name}] for name in ("train", "test", "probe")}
+    return datasets.DatasetDict({name: datasets.Dataset.from_list(row) for name, row in rows.items()})
+
+
+def test_sets_saved_and_in_memory_have_the_same_splits() -> None:
+    sets().save_to_disk("saved")
+    for data, name in (("saved", "saved"), (sets(), "data")):
+        assert read(data) == ["train"]
+        assert read(data, None) == ["test"]
+        assert read(data, "probe") == ["probe"]
+        assert error_of(data, "dev") == f"{name}: no split 'dev' in this data set, expected train, test or probe"
+        assert notes_of(data, "test") == [f"{name}: split 'test' is read, others are 'train' and 'probe'"]
+
+
+def test_the_only_split_is_the_test_where_none_is_named() -> None:
+    only = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"prompt": "q", "completion": "r"}])})
+    assert read(only, None) == ["r"]
+    for name in ("eval", "evaluation", "test"):
+        assert read(datasets.DatasetDict({"dev": only["train"], name: only["train"]}), None) == ["r"]
+    without = datasets.DatasetDict({"train": only["train"], "dev": only["train"]})
+    assert error_of(without, None) == "data: no split 'test' in this data set, expected train or dev"
+
+
+def test_an_expression_of_a_split_is_left_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, split: str | None = None) -> Any:
+        return sets() if split is None else datasets.Dataset.from_list([{"prompt": name, "completion": split}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read("owner/name", "train[:10%]") == ["train[:10%]"]
+    assert read("owner/name", "probe") == ["probe"]
+
+
+def test_a_hub_set_that_was_read_from_csv_is_said_to_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("plain.csv").write_text("prompt,answer\nx,007\ny,NA\n", encoding="utf-8")
+    made = datasets.load_dataset("csv", data_files="plain.csv", cache_dir="cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda _: made)
+    assert [note for note in notes_of("owner/name") if "CSV" in note] == [
+        "owner/name: datasets has read it from CSV, so 007 has become 7, and NA null; to keep cells as they are, give "
+        "the file itself"
+    ]
+    assert [row.answer for row in load_demonstrations("plain.csv")] == ["007", "NA"]
