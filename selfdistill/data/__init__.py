@@ -17,7 +17,8 @@ from selfdistill.data.demonstrations import (
 )
 from selfdistill.data.encoding import Example, NothingFits, encode
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, read_jsonl, repeated_key
-from selfdistill.data.scorers import FUNCTION, JUDGE, contains, default_scorer, doubt_about, score, words_of
+from selfdistill.data.scorers import FUNCTION, JUDGE, contains, default_scorer, doubt_about, reference, score
+from selfdistill.data.words import words_of
 
 __all__ = [
     "FUNCTION",
@@ -47,6 +48,7 @@ __all__ = [
     "packaged",
     "parse_context",
     "read_jsonl",
+    "reference",
     "repeated_key",
     "score",
     "text_of",
