@@ -18,7 +18,7 @@ from selfdistill.data.demonstrations import (
 from selfdistill.data.encoding import Example, NothingFits, encode
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, read_jsonl, repeated_key
 from selfdistill.data.scorers import FUNCTION, JUDGE, contains, default_scorer, doubt_about, reference, score
-from selfdistill.data.words import words_of
+from selfdistill.data.words import includes, words_of
 
 __all__ = [
     "FUNCTION",
@@ -40,6 +40,7 @@ __all__ = [
     "encode",
     "first_ten",
     "general_prompts",
+    "includes",
     "join_surrogates",
     "load_demonstrations",
     "load_prompts",

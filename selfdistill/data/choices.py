@@ -48,7 +48,7 @@ _LETTER = regex.compile(
 )
 
 # What stands before a letter.
-_REACH = 200
+_REACH = 120
 _STATED = regex.compile(
     rf"(?i:{_ANSWER}(?:(?!not\b|n't|cannot|never|neither|nor\b|choices|options|wrong|incorrect)[^.!?\n:=。]){{0,60}}?"
     rf"{_IS}){_LEAD}\Z"

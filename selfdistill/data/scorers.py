@@ -99,13 +99,14 @@ def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) ->
 
 
 def _doubt(name: str, rows: Sequence[Demonstration]) -> str | None:
-    wrong = [row.source for row in rows if not score(name, said(row), row)]
-    if not wrong:
+    rejected = [row.source for row in rows if not score(name, said(row), row)]
+    if not rejected:
         return None
-    places = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    fitting = [other for other in SCORER_NAMES if all(_accepts(other, row) for row in rows)]
-    instead = f"; {' or '.join(fitting)} would accept all of them" if fitting else ""
-    return f"scorer {name!r} rejects {len(wrong)} of {len(rows)} demonstrated completions ({places}){instead}"
+    # Any answer is a pattern, too, so that regex fits would say little.
+    fitting = [other for other in SCORER_NAMES if other != "regex" and all(_accepts(other, row) for row in rows)]
+    instead = f", {' or '.join(fitting)} would accept all" if fitting else ""
+    places = ", ".join(rejected[:3]) + (f" and {len(rejected) - 3} more" if len(rejected) > 3 else "")
+    return f"scorer {name!r} rejects {len(rejected)} of {len(rows)} demonstrated completions{instead}: {places}"
 
 
 def _accepts(name: str, row: Demonstration) -> bool:
