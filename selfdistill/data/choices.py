@@ -26,7 +26,7 @@ _ANSWER = _any_of(
     "odpowiedź jawaban jawabannya cevap ответ απάντηση 答案 正解 答え 选项 選項 選択肢 정답 คำตอบ उत्तर الإجابة الجواب "
     "התשובה"
 )
-_IS_WORD = _any_of("is be was ist es est é è är er jest adalah είναι это 是 为 為 は 은 는 คือ है هي هو היא")
+_IS_WORD = _any_of("is be was ist lautet es est é è är er jest adalah είναι это 是 为 為 は 은 는 คือ है هي هو היא")
 _IS = rf"(?:{_IS_WORD}|[-=:]+>?|[→】|])"
 _FILL = (
     rf"(?:(?:{_OPTION}|\b(?:the|correct|right|best|most|likely|probably|definitely|clearly|certainly|indeed|therefore"
@@ -56,18 +56,19 @@ _STATED = regex.compile(
 _NAMED = regex.compile(
     r"(?<!not |n't )(?:\b(?i:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|(?:go|going|went) with|opt for"
     r"|say|guess|prefer|left with|match(?:es)?|it'?s|it is|it must be|so|thus|hence|therefore|but|rather"
+    r"|only|probably|definitely|clearly|certainly|likely"
     rf"|donc|luego|quindi|dus|значит)\b|因此|所以|故|选择|選擇|选|選|应为|應為|(?i:{_OPTION}|{_ANSWER})){_LEAD}\Z"
 )
-_LINE_START = regex.compile(rf"[#>\s-]*+{_LEAD}")
+_LINE_START = regex.compile(rf"[#>=→\s-]*+{_LEAD}")
 
 # What stands after a letter.
 _LINE_END = regex.compile(rf"{_CLOSE}[.,;:!?。、]*+{_CLOSE}(?:\n|\Z)")
 _LABEL_END = regex.compile(rf"{_CLOSE}[).:,;。、-]|[*\])}}】]|\s+{_BECAUSE}|\p{{Han}}")
 _CORRECT = regex.compile(
     rf"{_CLOSE}(?:(?i:is|must be|seems)\s+(?:(?:the|most|only|clearly|definitely)\s+)*"
-    r"(?i:correct|right|best|answer)\b|正确|正確|が正解)"
+    r"(?i:correct|right|best|answer)\b|是?正确|是?正確|が正解|が正しい)"
 )
-_MARK_END = regex.compile(r"[^\S\n]*+(?:\n|\Z|[)\]}*_`\"'>.,;:—])")
+_MARK_END = regex.compile(r"[^\S\n]*+(?:\n|\Z|[)\]}*_`\"'>.,;:!?。—])")
 _NO_WORD_END = regex.compile(
     rf"\s*(?:\Z|\n|[^\p{{L}}\p{{M}}\p{{N}}\s]|{_BECAUSE}|(?:for|is|but|given|due)\b)|[^\p{{Latin}}\s]"
 )
