@@ -18,6 +18,7 @@ def _any_of(words: str) -> str:
     return f"(?:{'|'.join(patterns)})"
 
 
+# Words for an option, for the answer and for "is"; what may stand between "is" and the letter.
 _OPTION = _any_of(
     "option choice letter alternative variante opción opção opzione choix вариант 选项 選項 選択肢 보기 विकल्प ข้อ"
 )
@@ -70,7 +71,7 @@ _CORRECT = regex.compile(
 )
 _MARK_END = regex.compile(r"[^\S\n]*+(?:\n|\Z|[)\]}*_`\"'>.,;:!?。—])")
 _NO_WORD_END = regex.compile(
-    rf"\s*(?:\Z|\n|[^\p{{L}}\p{{M}}\p{{N}}\s]|{_BECAUSE}|(?:for|is|but|given|due)\b)|[^\p{{Latin}}\s]"
+    rf"\s*(?:\Z|\n|[^\p{{L}}\p{{M}}\p{{N}}\s]|{_BECAUSE}|(?:for|is|but|given|due|(?:and )?not)\b)|[^\p{{Latin}}\s]"
 )
 _REJECTED = regex.compile(
     rf"{_CLOSE}(?:(?i:is|are|was|seems)\s+)?(?i:not|wrong|incorrect|false|out|eliminated|isn't)\b"
