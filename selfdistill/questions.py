@@ -28,6 +28,7 @@ from selfdistill.data import (
     Document,
     Message,
     contains,
+    includes,
     load_demonstrations,
     thought_and_said,
     words_of,
@@ -261,7 +262,7 @@ class _Maker:
 
     def _problem(self, unit: _Unit, kind: str) -> str | None:
         """Why a question is rejected, or None."""
-        if not unit.question.endswith("?") or not words_of(unit.answer):
+        if not unit.question.endswith("?") or not any(map(str.isalnum, unit.answer)):
             return "no question with an answer"
         if len(unit.answer.split()) > MOST_WORDS:
             return "answer too long"
@@ -277,7 +278,7 @@ class _Maker:
         if question not in self._answers:
             return None
         one, other = words_of(self._answers[question]), words_of(unit.answer)
-        if not set(one) <= set(other) and not set(other) <= set(one):
+        if not includes(one, other) and not includes(other, one):
             self.disputed.add(question)
         return "duplicate question"
 

@@ -25,10 +25,11 @@ from selfdistill.data.scorers import (
     doubt_about,
     is_scorable,
     nothing_to_score,
+    reference,
     score,
-    words_of,
 )
 from selfdistill.data.sources import Note
+from selfdistill.data.words import includes, words_of
 
 __all__ = [
     "FUNCTION",
@@ -55,6 +56,7 @@ __all__ = [
     "encode_prompts",
     "first_ten",
     "general_prompts",
+    "includes",
     "is_scorable",
     "join_surrogates",
     "load_demonstrations",
@@ -66,6 +68,7 @@ __all__ = [
     "packaged",
     "parse_context",
     "read_jsonl",
+    "reference",
     "refuse_unshown",
     "repeated_key",
     "score",

@@ -1,8 +1,8 @@
 """Scorers: decide whether a reply is correct, by comparison with the row's ``answer``, else its completion.
 
-A wrong or malformed reply scores False. An answer that the scorer cannot use is a :class:`UserError`. The command's
-setting, but never a row of the data, may also name a user-defined function or the judge of
-:mod:`selfdistill.evaluation.judge`.
+Thoughts (``<think>...</think>``) are compared on neither side. A wrong or malformed reply scores False. An answer that
+the scorer cannot use is a :class:`UserError`. The command's setting, but never a row of the data, may also name a
+user-defined function or the judge of :mod:`selfdistill.evaluation.judge`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import importlib
 import json
 import os
 import re
-import string
 import sys
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from selfdistill.data.choices import chosen_letter, letter_of
 from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.rows import one_line
+from selfdistill.data.thinking import split_thinking
+from selfdistill.data.tool_calls import Calls, calls_in, calls_of, merged
+from selfdistill.data.words import includes, same_text, words_of
 from selfdistill.errors import UserError
 
 JUDGE = "judge"
@@ -35,11 +36,11 @@ def score(name: str, reply: str, demonstration: Demonstration) -> bool:
     """Whether ``reply`` is correct according to a scorer.
 
     A user-defined scorer is called as ``function(reply, row)`` and returns a bool; ``row`` is a dict with ``prompt``
-    (chat messages), ``completion``, ``answer`` and ``document``.
+    (chat messages), ``completion`` (without thoughts), ``answer`` and ``document``.
 
     Args:
         name: one of ``SCORER_NAMES``, or a name that matches ``FUNCTION``.
-        reply: the reply to score.
+        reply: the reply to score, without thoughts.
         demonstration: what to compare it with.
 
     Raises:
@@ -74,69 +75,102 @@ def nothing_to_score(setting: str | None) -> Lacks:
     return lacks
 
 
+def reference(scorer: str, demonstration: Demonstration) -> Any:
+    """What a scorer, or the judge, compares replies with: the answer, else the completion without its thoughts.
+
+    Raises:
+        UserError: the row has neither, or its completion holds nothing but thoughts.
+    """
+    if demonstration.answer is not None:
+        expected = demonstration.answer
+    else:
+        expected = said(demonstration)
+        if demonstration.completion.strip() and not expected.strip():
+            raise _unusable(scorer, demonstration, "it holds only thoughts; add the column 'answer'")
+    if expected == [] or (isinstance(expected, str) and not expected.strip()):
+        raise UserError(f"{demonstration.source}: scorer '{scorer}' needs an answer or a completion")
+    return expected
+
+
+def said(demonstration: Demonstration) -> str:
+    """The completion without its thoughts, as replies are scored."""
+    return split_thinking(demonstration.completion)[1]
+
+
 def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) -> str | None:
-    """A note if the scorer rejects most demonstrated completions, naming scorers that accept all; else None.
+    """A note that names demonstrated completions that their scorers reject, and what would accept them; else None.
 
     Args:
         demonstrations: demonstrations whose answers their scorers can use.
-        setting: scorer for rows that name none. The judge gets no note, because asking it takes time.
+        setting: scorer for rows that name none. Rows for the judge get no note, because asking it takes time.
     """
-    if setting == JUDGE:
-        return None
-    rows = [row for row in demonstrations if row.completion and not row.scorer]
-    right = sum(score(default_scorer(row, setting), row.completion, row) for row in rows)
-    if right * 2 >= len(rows):
-        return None
-    fitting = [name for name in SCORER_NAMES if all(_right(name, row) for row in rows)]
-    instead = f"; --scorer {' or '.join(fitting)} accepts all of them" if fitting else ""
-    scorer = setting or "exact"
-    return f"scorer {scorer!r} does not fit: it accepts only {right} of {len(rows)} demonstrated completions{instead}"
+    by_scorer: dict[str, list[Demonstration]] = {}
+    for row in demonstrations:
+        if row.completion:
+            by_scorer.setdefault(default_scorer(row, setting), []).append(row)
+    by_scorer.pop(JUDGE, None)
+    doubts = [doubt for name, rows in by_scorer.items() if (doubt := _doubt(name, rows))]
+    return "; ".join(doubts) or None
 
 
-def _right(name: str, row: Demonstration) -> bool:
+def _doubt(name: str, rows: Sequence[Demonstration]) -> str | None:
+    rejected = [row.source for row in rows if not score(name, said(row), row)]
+    if not rejected:
+        return None
+    # Any answer is a pattern, too, so that regex fits would say little.
+    fitting = [other for other in SCORER_NAMES if other != "regex" and all(_accepts(other, row) for row in rows)]
+    instead = f", {' or '.join(fitting)} would accept all" if fitting else ""
+    places = ", ".join(rejected[:3]) + (f" and {len(rejected) - 3} more" if len(rejected) > 3 else "")
+    return f"scorer {name!r} rejects {len(rejected)} of {len(rows)} demonstrated completions{instead}: {places}"
+
+
+def _accepts(name: str, row: Demonstration) -> bool:
     try:
-        return score(name, row.completion, row)
+        return score(name, said(row), row)
     except UserError:
         return False
 
 
 def exact(reply: str, demonstration: Demonstration) -> bool:
-    """The reply equals the answer, after stripping and collapsing whitespace; case-sensitive."""
-    return reply.split() == _text(_expected("exact", demonstration), "exact", demonstration).split()
+    """The reply equals the answer: the same text, white space and Unicode's spellings aside, or the same number.
+
+    Case, punctuation and accents count. 72, 72.0 and 7.2e1 are one number, 50 and 50% are two.
+    """
+    return same_text(reply, _text(reference("exact", demonstration), "exact", demonstration))
 
 
 def contains(reply: str, demonstration: Demonstration) -> bool:
-    """The reply contains the answer, or any answer of a list, as consecutive whole words.
+    """The reply contains the answer, or any answer of a list, as consecutive whole words (:func:`words_of`).
 
-    Words are numbers, with sign and decimals, and runs of letters and digits. Case, punctuation, whitespace and
-    thousands separators are ignored: 4,500 is 4500.
+    Case, punctuation and white space do not matter, and numbers are compared by value. In scripts without spaces
+    every character is a word. A sign of the answer (``#``, ``$``, ``/``) must be in the reply; one that only the reply
+    has does not matter unless it makes another word: ``50%``, ``-5``, ``1/2`` and ``C++`` do not contain 50, 5, 1 or C.
     """
-    expected = _expected("contains", demonstration)
+    expected = reference("contains", demonstration)
     words = words_of(reply)
     found = False
     for answer in expected if isinstance(expected, list) else [expected]:
         wanted = words_of(_text(answer, "contains", demonstration))
         if not wanted:
-            raise _unusable("contains", demonstration, "it has no letters or digits")
-        found |= any(words[at : at + len(wanted)] == wanted for at in range(len(words)))
+            raise _unusable("contains", demonstration, "it has no letters, digits or signs")
+        found |= includes(words, wanted)
     return found
 
 
 def choice(reply: str, demonstration: Demonstration) -> bool:
-    """The option that the reply chooses is the answer, one capital letter.
+    """The option that the reply chooses (:func:`~selfdistill.data.choices.chosen_letter`) is the answer, a letter.
 
-    The choice is the stripped content of the last ``<answer>...</answer>``. Without a complete tag it is the last
-    standalone capital letter A to Z: a word, delimited by whitespace or colons, that is one letter after stripping
-    punctuation, as in ``(B)``, ``B.`` or ``Answer:B``. The words "I" and "A" count, too. Without an answer, the correct
-    option is the one that the completion chooses.
+    The answer may also be an option with its letter, as in ``(B) Paris``. Without an answer, the correct option is the
+    one that the completion chooses.
     """
+    expected = reference("choice", demonstration)
     if demonstration.answer is None:
-        expected = _choice_in(_expected("choice", demonstration))
+        letter = chosen_letter(expected)
     else:
-        expected = _text(demonstration.answer, "choice", demonstration).strip()
-    if expected is None or not re.fullmatch("[A-Z]", expected):
-        raise _unusable("choice", demonstration, "it is not one capital letter")
-    return _choice_in(reply) == expected
+        letter = letter_of(_text(expected, "choice", demonstration))
+    if letter is None:
+        raise _unusable("choice", demonstration, "it gives no letter from A to Z")
+    return chosen_letter(reply) == letter
 
 
 def regex(reply: str, demonstration: Demonstration) -> bool:
@@ -147,7 +181,7 @@ def regex(reply: str, demonstration: Demonstration) -> bool:
     if demonstration.answer is None:
         raise UserError(f"{demonstration.source}: scorer 'regex' needs a pattern; add the column 'answer'")
     try:
-        return re.search(_text(_expected("regex", demonstration), "regex", demonstration), reply) is not None
+        return re.search(_text(reference("regex", demonstration), "regex", demonstration), reply) is not None
     except re.error as error:
         raise _unusable("regex", demonstration, f"invalid pattern: {error}") from error
 
@@ -158,17 +192,20 @@ def tool_call(reply: str, demonstration: Demonstration) -> bool:
     A call is a line ``Action: name`` followed by ``Action Input:`` and a JSON object; a malformed call makes the reply
     wrong. The answer is a list of [name, arguments] or its JSON text; the arguments are an object or its JSON text.
     Names must be equal as a multiset. Arguments are merged over all calls: for each argument name the multiset of
-    values must be equal, so the order of calls does not matter. A value equals its text: 3 and "3". Without an answer,
-    the expected calls are those of the completion.
+    values must be equal, so the order of calls does not matter. Numbers are equal by value, also as text: 3, "3" and
+    3.0. Without an answer, the expected calls are those of the completion.
     """
+    wanted: Calls | None
     if demonstration.answer is None:
-        expected = _calls_in(_expected("tool_call", demonstration))
-        if not expected:
+        if not (wanted := calls_in(reference("tool_call", demonstration))):
             raise _unusable("tool_call", demonstration, "it has no Action and Action Input lines")
     else:
-        expected = _calls_of_answer(demonstration)
-    calls = _calls_in(reply)
-    return calls is not None and _merged(calls) == _merged(expected)
+        try:
+            wanted = calls_of(demonstration.answer)
+        except ValueError as error:
+            raise _unusable("tool_call", demonstration, str(error)) from error
+    calls = calls_in(reply)
+    return calls is not None and merged(calls) == merged(wanted)
 
 
 _SCORERS: dict[str, Callable[[str, Demonstration], bool]] = {
@@ -183,7 +220,7 @@ _SCORERS: dict[str, Callable[[str, Demonstration], bool]] = {
 def _by_function(name: str, reply: str, demonstration: Demonstration) -> bool:
     columns = ("prompt", "completion", "answer", "document")
     row = copy.deepcopy({column: getattr(demonstration, column) for column in columns})
-    row["prompt"] = list(row["prompt"])
+    row |= {"prompt": list(row["prompt"]), "completion": said(demonstration)}
     function = _function(name)
     try:
         right = function(reply, row)
@@ -221,13 +258,6 @@ def _function(name: str) -> Callable[[str, dict[str, Any]], Any]:
     return function
 
 
-def _expected(scorer: str, demonstration: Demonstration) -> Any:
-    expected = demonstration.completion if demonstration.answer is None else demonstration.answer
-    if expected == [] or (isinstance(expected, str) and not expected.strip()):
-        raise UserError(f"{demonstration.source}: scorer '{scorer}' needs an answer or a completion")
-    return expected
-
-
 def _text(expected: Any, scorer: str, demonstration: Demonstration) -> str:
     if isinstance(expected, int | float) and not isinstance(expected, bool):
         return str(expected)
@@ -242,69 +272,3 @@ def _unusable(scorer: str, demonstration: Demonstration, reason: str) -> UserErr
     shown = json.dumps(value, ensure_ascii=False, default=str)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return UserError(f"{demonstration.source}: scorer '{scorer}' cannot use {column} {shown}: {reason}")
-
-
-def words_of(text: str) -> list[str]:
-    """Numbers and runs of letters and digits, as :func:`contains` compares them."""
-    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
-    text = re.sub(r"(?<![\w,.])\d{1,3}(?:,\d{3})+(?!,?\d)", lambda number: number[0].replace(",", ""), text)
-    return re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)+|(?<!\w)-\d+|[^\W_]+", text)
-
-
-def _choice_in(reply: str) -> str | None:
-    tags = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", reply, re.DOTALL)
-    if tags:
-        return str(tags[-1]).strip()
-    words = [word.strip(string.punctuation) for word in re.split(r"[\s:]+", reply)]
-    return next((word for word in reversed(words) if re.fullmatch("[A-Z]", word)), None)
-
-
-_Calls = list[tuple[str, dict[str, str]]]
-"""(name, arguments) of each call, argument values as :func:`_plain` text."""
-
-
-def _calls_in(reply: str) -> _Calls | None:
-    """The reply's calls; None if an ``Action:`` line has no valid arguments."""
-    calls: _Calls = []
-    for match in re.finditer(r"^[ \t]*Action:(.*)\n\s*Action Input:\s*", reply, re.MULTILINE):
-        try:
-            value, _ = json.JSONDecoder().raw_decode(reply, match.end())
-            calls.append((match[1].strip(), _arguments(value)))
-        except (ValueError, TypeError, RecursionError):
-            return None
-    return calls if len(calls) == len(re.findall(r"^[ \t]*Action:", reply, re.MULTILINE)) else None
-
-
-def _calls_of_answer(demonstration: Demonstration) -> _Calls:
-    try:
-        pairs = demonstration.answer
-        pairs = json.loads(pairs) if isinstance(pairs, str) else pairs
-        calls = [(name, _arguments(json.loads(given) if isinstance(given, str) else given)) for name, given in pairs]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _unusable("tool_call", demonstration, "it is not a JSON list of [name, arguments]") from error
-    if not all(isinstance(name, str) for name, _ in calls):
-        raise _unusable("tool_call", demonstration, "a name is not text")
-    return calls
-
-
-def _arguments(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise TypeError("arguments are not an object")
-    plain = {key: _plain(part) for key, part in value.items()}
-    return {key: part if isinstance(part, str) else json.dumps(part, sort_keys=True) for key, part in plain.items()}
-
-
-def _plain(value: Any) -> Any:
-    """The value with numbers, true, false and null converted to text, at any depth."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-def _merged(calls: _Calls) -> tuple[Counter[str], Counter[tuple[str, str]]]:
-    names = Counter(name for name, _ in calls)
-    return names, Counter(pair for _, arguments in calls for pair in arguments.items())

@@ -12,6 +12,7 @@ from selfdistill.data import (
     Demonstration,
     default_scorer,
     first_ten,
+    reference,
     score,
     thought_and_said,
 )
@@ -59,12 +60,11 @@ def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -
     bad: list[str] = []
     for row in demonstrations:
         name = default_scorer(row, scorer)
-        if name == JUDGE and not row.has_reference:
-            bad.append(f"{row.source}: scorer 'judge' needs an answer or a completion")
-        if name not in SCORER_NAMES:
-            continue  # the judge, or a user-defined function, which need not handle an empty reply
         try:
-            score(name, "", row)
+            if name in SCORER_NAMES:
+                score(name, "", row)
+            elif name == JUDGE:
+                reference(name, row)  # a user-defined function need not handle an empty reply
         except UserError as error:
             bad.append(str(error))
     if bad:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from selfdistill.config import ModelSettings
-from selfdistill.data import JUDGE, Demonstration
+from selfdistill.data import JUDGE, Demonstration, reference
 from selfdistill.errors import UserError
 from selfdistill.evaluation.endpoint import Endpoint, shown
 from selfdistill.model import cache_dir
@@ -131,8 +131,7 @@ def judge_of(config: ModelSettings) -> Judge | None:
 
 
 def _prompt(row: Demonstration, reply: str) -> str:
-    reference = row.completion if row.answer is None else row.answer
-    data = {"question": row.prompt, "reference": reference, "reply": reply}
+    data = {"question": row.prompt, "reference": reference(JUDGE, row), "reply": reply}
     text = json.dumps(data, ensure_ascii=False, indent=1, default=str)
     # In JSON no text can end its own string. Escape control tokens, too, such as <|im_end|> or [/INST], which some
     # endpoints read as the end of the message.

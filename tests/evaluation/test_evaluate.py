@@ -289,3 +289,20 @@ def test_names_are_no_markup(
     data = write_rows(count=2, name="a[/b].jsonl")
     result = evaluate(EvalConfig(model=str(model_folder()), data=str(data), max_completion_length=3))
     assert "a[/b].jsonl" in "".join(repr(EvalResult("model", str(data), result)).split())
+
+
+def test_what_is_demonstrated_is_scored_first(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": "1?", "completion": "It is vitamin B.", "answer": "B", "scorer": "choice"},
+        {"prompt": "2?", "completion": "<think>Not A.</think>(b)", "answer": "B", "scorer": "choice"},
+        {"prompt": "3?", "completion": "<think>7 + 5</think>12", "answer": 12.0},
+    ]
+    data = write_rows(rows)
+    config = EvalConfig(model=str(model_folder()), data=str(data), max_completion_length=4)
+    evaluate(config)
+    note = "note: scorer 'choice' rejects 1 of 2 demonstrated completions, contains would accept all: "
+    assert f"{note}{data.name}:1\n" in capsys.readouterr().err.replace(str(data.parent) + "/", "")
+    evaluate(config.model_copy(update={"data": str(write_rows(rows[1:], name="sound.jsonl"))}))
+    assert "rejects" not in capsys.readouterr().err

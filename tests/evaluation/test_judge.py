@@ -17,6 +17,7 @@ from selfdistill.config.commands import EvalConfig
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import endpoint
+from selfdistill.evaluation.answers import check_answers
 from selfdistill.evaluation.judge import Judge, Verdict
 
 KEY = "sk-very-secret"
@@ -73,6 +74,21 @@ def test_equal_prompts_are_asked_once_and_an_answer_is_the_reference(server: Ser
     verdicts = Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts([row, called, row], ["a", "a", "a"])
     assert verdicts == ["strict"] * 3
     assert sorted(str(data_of(body)["reference"]) for body in server.asked) == ["[['tool', {'x': 1}]]", "answer 0"]
+
+
+def test_the_reference_is_what_a_demonstration_says_not_what_it_thinks(server: Server, tmp_path: Path) -> None:
+    (row,) = rows(1)
+    thinking = Demonstration(row.prompt, "<think>\n7 or 8?\n</think>\n\nanswer 0", row=1, source="test.jsonl:2")
+    server.reply = by_reply
+    assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts([thinking], ["answer 0"]) == ["strict"]
+    assert data_of(server.asked[0])["reference"] == "answer 0"
+    thoughts = Demonstration(row.prompt, "<think>\n7 or 8?\n</think>", row=2, source="test.jsonl:3")
+    with pytest.raises(UserError) as error:
+        check_answers([thinking, thoughts], "judge")
+    assert str(error.value) == (
+        "test.jsonl:3: scorer 'judge' cannot use completion \"<think>\\n7 or 8?\\n</think>\": "
+        "it holds only thoughts; add the column 'answer'"
+    )
 
 
 def test_after_a_failure_in_the_middle_the_rest_is_asked_for(server: Server, tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""The letter of the option that a reply to a multiple-choice question chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import regex
+
+from selfdistill.data.words import plain
+
+
+def _any_of(words: str) -> str:
+    """Matches any of the words; those of scripts with spaces only as whole words."""
+    patterns = []
+    for word in words.split():
+        spaced = regex.match(r"[\p{Latin}\p{Greek}\p{Cyrillic}]", word)
+        patterns.append(rf"\b{word}\b" if spaced else regex.escape(plain(word)))
+    return f"(?:{'|'.join(patterns)})"
+
+
+# Words for an option, for the answer and for "is"; what may stand between "is" and the letter.
+_OPTION = _any_of(
+    "option choice letter alternative variante opción opção opzione choix вариант 选项 選項 選択肢 보기 विकल्प ข้อ"
+)
+_ANSWER = _any_of(
+    "answers? choice option solution selection antwort lösung réponse respuesta resposta risposta antwoord svar "
+    "odpowiedź jawaban jawabannya cevap ответ απάντηση 答案 正解 答え 选项 選項 選択肢 정답 คำตอบ उत्तर الإجابة الجواب "
+    "התשובה"
+)
+_IS_WORD = _any_of("is be was ist lautet es est é è är er jest adalah είναι это 是 为 為 は 은 는 คือ है هي هو היא")
+_IS = rf"(?:{_IS_WORD}|[-=:]+>?|[→】|])"
+_FILL = (
+    rf"(?:(?:{_OPTION}|\b(?:the|correct|right|best|most|likely|probably|definitely|clearly|certainly|indeed|therefore"
+    r"|either|both|answer|la|le|el|die)\b)[\s:]*+){0,3}+"
+)
+_BECAUSE = r"\b(?i:because|since|as)\b"
+
+# Brackets, quotes, Markdown and LaTeX around a letter. Possessive, or long runs of them would take cubic time.
+_OPEN = r"(?:\\(?:text|math|box)\w*\s*\{|\\[(\[]|[\s*_`~\"'(\[{<$:「【《])*+"
+_CLOSE = r"(?:\\[)\]]|[^\S\n]|[*_`~\"')\]}>$」】》])*+"
+_LEAD = rf"{_OPEN}(?i:{_FILL}){_OPEN}"
+_OR = r"(?:,|/|&|、|\b(?:or|and|oder|und|ou|et|o|y|или|и)\b|或|和)"
+
+_TAG = regex.compile(r"(?i)<answer>((?:(?!<answer>).)*?)</answer>", regex.DOTALL)
+_BOX = regex.compile(r"\\f?boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_LINE_LABELS = regex.compile(r"^(?:[^\S\n]|[*_`>#-])*+\(?([A-Za-z])[).:]", regex.MULTILINE)
+_LETTER = regex.compile(
+    r"[A-Za-z](?![\p{Latin}\p{N}+#&]|[-'/]\p{Latin}|\.\p{Latin}\b)(?<![\p{Latin}\p{N}].|\p{L}[-'/&.].)"
+)
+
+# What stands before a letter.
+_REACH = 120
+_STATED = regex.compile(
+    rf"(?i:{_ANSWER}(?:(?!not\b|n't|cannot|never|neither|nor\b|choices|options|wrong|incorrect)[^.!?\n:=。]){{0,60}}?"
+    rf"{_IS}){_LEAD}\Z"
+)
+_NAMED = regex.compile(
+    r"(?<!not |n't )(?:\b(?i:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|(?:go|going|went) with|opt for"
+    r"|say|guess|prefer|left with|match(?:es)?|it'?s|it is|it must be|so|thus|hence|therefore|but|rather"
+    r"|only|probably|definitely|clearly|certainly|likely"
+    rf"|donc|luego|quindi|dus|значит)\b|因此|所以|故|选择|選擇|选|選|应为|應為|(?i:{_OPTION}|{_ANSWER})){_LEAD}\Z"
+)
+_LINE_START = regex.compile(rf"[#>=→\s-]*+{_LEAD}")
+
+# What stands after a letter.
+_LINE_END = regex.compile(rf"{_CLOSE}[.,;:!?。、]*+{_CLOSE}(?:\n|\Z)")
+_LABEL_END = regex.compile(rf"{_CLOSE}[).:,;。、-]|[*\])}}】]|\s+{_BECAUSE}|\p{{Han}}")
+_CORRECT = regex.compile(
+    rf"{_CLOSE}(?:(?i:is|must be|seems)\s+(?:(?:the|most|only|clearly|definitely)\s+)*"
+    r"(?i:correct|right|best|answer)\b|是?正确|是?正確|が正解|が正しい)"
+)
+_MARK_END = regex.compile(r"[^\S\n]*+(?:\n|\Z|[)\]}*_`\"'>.,;:!?。—])")
+_NO_WORD_END = regex.compile(
+    rf"\s*(?:\Z|\n|[^\p{{L}}\p{{M}}\p{{N}}\s]|{_BECAUSE}|(?:for|is|but|given|due|(?:and )?not)\b)|[^\p{{Latin}}\s]"
+)
+_REJECTED = regex.compile(
+    rf"{_CLOSE}(?:(?i:is|are|was|seems)\s+)?(?i:not|wrong|incorrect|false|out|eliminated|isn't)\b"
+)
+_SEVERAL = regex.compile(rf"{_CLOSE}{_OR}{_LEAD}{_LETTER.pattern}{_CLOSE}(?:\n|\Z|[.,;:!?。]|{_OR})")
+
+
+def chosen_letter(reply: str) -> str | None:
+    r"""The letter, A to Z, of the option that the reply chooses; None if it chooses none or several.
+
+    The first kind of evidence that there is decides, and its last instance:
+
+    1. ``<answer>...</answer>`` that holds a letter (``(b)``, ``B.``) or an option with its letter (``B: Paris``)
+    2. ``\boxed{...}`` that holds one
+    3. a stated answer: ``the answer is B``, ``Answer: b``, also in other languages
+    4. a line that is nothing but a letter
+    5. a letter that is called correct: ``B is the right answer``
+    6. the letter with which the reply begins, ``B) because ...``, unless other lines begin with other letters
+    7. an option that is named and not rejected: ``option C``, ``I choose C``, ``so C``
+    8. the one letter that brackets, emphasis or punctuation set apart
+    9. a capital with which the reply begins
+
+    A small letter, and a capital A or I, may be a word. It counts only in brackets or emphasis, before punctuation, the
+    end of a line or a word such as "because".
+    """
+    text = plain(reply)
+    if tags := _TAG.findall(text):
+        letters = _letters(tags[-1])
+        return letter_of(tags[-1]) or _last(_led_by(_STATED, letters)) or _last(_first(letters))
+    if boxes := [letter for content in _BOX.findall(text) if (letter := letter_of(content))]:
+        return boxes[-1]
+    letters = _letters(text)
+    for found in _evidence(text, letters):
+        if found:
+            return _last(found)
+    apart = [match for match in letters if _is_set_apart(match)] or _first(letters)
+    return _last(apart) if len({match[0].upper() for match in apart}) == 1 else None
+
+
+def letter_of(text: str) -> str | None:
+    """The letter of a text that is a letter, or an option with its letter: ``B``, ``(b)``, ``B: Paris``."""
+    return _last([match for match in _letters(plain(text).strip())[:1] if _begins(match) and _is_label(match)])
+
+
+def _letters(text: str) -> list[regex.Match[str]]:
+    """Letters that may be options: no words, and not called wrong."""
+    return [m for m in _LETTER.finditer(text) if _is_no_word(m) and not _REJECTED.match(text, m.end())]
+
+
+def _evidence(text: str, letters: Sequence[regex.Match[str]]) -> Iterator[list[regex.Match[str]]]:
+    """The letters of each kind of evidence from 3 to 7."""
+    yield _led_by(_STATED, letters)
+    yield [match for match in letters if _begins(match, line=True) and _LINE_END.match(text, match.end())]
+    yield [match for match in letters if _CORRECT.match(text, match.end())]
+    listed = len(set(map(str.upper, _LINE_LABELS.findall(text)))) > 1
+    yield [match for match in letters[:1] if _begins(match) and _is_label(match) and not listed]
+    yield _led_by(_NAMED, letters)
+
+
+def _last(found: Sequence[regex.Match[str]]) -> str | None:
+    """The last letter; None if others are named with it, as in "A or B"."""
+    if not found or _SEVERAL.match(found[-1].string, found[-1].end()):
+        return None
+    return str(found[-1][0]).upper()
+
+
+def _led_by(lead: regex.Pattern[str], letters: Sequence[regex.Match[str]]) -> list[regex.Match[str]]:
+    """The letters before which the pattern stands, without another such letter in it."""
+    found: list[regex.Match[str]] = []
+    for match in letters:
+        past = found[-1].end() if found else 0
+        if lead.search(match.string, max(past, match.start() - _REACH), match.start()):
+            found.append(match)
+    return found
+
+
+def _begins(match: regex.Match[str], *, line: bool = False) -> bool:
+    """Whether the text, or a line of it, begins with the letter."""
+    start = match.string.rfind("\n", 0, match.start()) + 1 if line else 0
+    return _LINE_START.fullmatch(match.string, start, match.start()) is not None
+
+
+def _is_label(match: regex.Match[str]) -> bool:
+    text, end = match.string, match.end()
+    return bool(_LABEL_END.match(text, end) or _LINE_END.match(text, end))
+
+
+def _is_set_apart(match: regex.Match[str]) -> bool:
+    before = match.string[max(0, match.start() - 10) : match.start()].rstrip(" \t")
+    marked = not before or before[-1] in "\n([{*_`\"'<,;:—.!?。"
+    return marked and _MARK_END.match(match.string, match.end()) is not None
+
+
+def _first(letters: Sequence[regex.Match[str]]) -> list[regex.Match[str]]:
+    """The first letter if the text begins with it and goes on with another word."""
+    return [m for m in letters[:1] if _begins(m) and m.string[m.end() : m.end() + 1].isspace()]
+
+
+def _is_no_word(match: regex.Match[str]) -> bool:
+    """Whether the letter is not the word "a" or "I", or another small letter in a text."""
+    letter, text = match[0], match.string
+    if letter.isupper() and letter not in "AI":
+        return True
+    marked = match.start() > 0 and text[match.start() - 1] in "([{*_`\"'<$"
+    return marked or _NO_WORD_END.match(text, match.end()) is not None

@@ -1,0 +1,121 @@
+"""Words of texts: what is one word in which script, which numbers are one number, and where signs belong."""
+
+# ruff: noqa: RUF001 (characters that look like others are what is tested)
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfdistill.data.words import includes, plain, same_text, spelled, words_of
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("Wi-Fi isn't free.", 5),
+        ("C++, C#, F# and .NET", 5),
+        ("a+b", 3),
+        ("A+ (excellent)", 2),
+        ("$1,234.50", 2),
+        ("-$5 and 5 €", 5),
+        ("50 % of 1/2", 3),
+        ("12/05/2024", 5),
+        ("1.2.3", 1),
+        ("72kg", 2),
+        ("5G, 3D, 1990s", 3),
+        ("12ab34", 1),
+        ("snake_case *bold* _it_", 5),
+        ("東京タワー", 4),
+        ("서울은", 3),
+        ("น้ำ", 2),
+        ("हिन्दी में", 2),
+        ("বাংলা", 1),
+        ("القاهرة؟", 1),
+        ("שָׁלוֹם", 1),
+        ("wi\u00adfi", 1),
+        ("\U0001f44d\U0001f3fd", 2),
+        ("?! \u2026 \u2014", 0),
+    ],
+)
+def test_how_many_words(text: str, count: int) -> None:
+    assert len(words_of(text)) == count, words_of(text)
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ("72", "72.0", "7.2e1", "72.00", "７２", "٧٢", "७२"),
+        ("1234.5", "1,234.50", "1 234.5", "1'234.5", "1\u202f234.5", "1234.5e0", "١٬٢٣٤٫٥", "1{,}234.5", "1\\,234.5"),
+        ("100000", "1,00,000", "100,000", "1e5"),
+        ("-5", "\u22125", "\u20135", "-5.0"),
+        ("0.5", ".5", "0.50", "5e-1"),
+        ("0", "0.0", "-0", "0e5"),
+        ("50%", "50 %", "50.0%", "50\\%", "%50", "٥٠٪"),
+        ("$5", "5$", "5 $", "$5.00", "$ 5", "\\$5"),
+        ("1/2", "½", "1 / 2", "\\frac{1}{2}", "\\dfrac{1}{2}"),
+        ("10^5", "10⁵"),
+    ],
+    ids=lambda ways: ways[0],
+)
+def test_ways_to_write_one_number(ways: tuple[str, ...]) -> None:
+    for way in ways:
+        assert words_of(way) == words_of(ways[0]), way
+
+
+def test_different_numbers() -> None:
+    different = [
+        "5",
+        "50",
+        "50%",
+        "-5",
+        "5/2",
+        "2/5",
+        "5.5",
+        "5.05",
+        "05",
+        "5k",
+        "5m",
+        "5e5",
+        "1.2.3",
+        "10^5",
+        "2½",
+        "105",
+    ]
+    for one in different:
+        for other in different:
+            assert (words_of(one) == words_of(other)) is (one == other), (one, other)
+
+
+def test_a_huge_number_costs_nothing() -> None:
+    began = time.monotonic()
+    assert words_of("1e9999") != words_of("1e9998")
+    assert words_of("9" * 40) != words_of("9" * 39 + "8")
+    assert time.monotonic() - began < 1
+
+
+def test_signs_that_only_the_text_has_do_not_part_words() -> None:
+    assert includes(words_of("> **New** = York"), words_of("New York"))
+    assert not includes(words_of("> **New** = York"), words_of("New-York = big"))
+    assert not includes(words_of("a b"), words_of("a/b"))
+
+
+@pytest.mark.property
+@given(st.text(alphabet="aéİßक्ी東ーน้서x01279.,+-#%$€/'&@=_*^()½²① \u200b\u00a0٣", max_size=8))
+def test_an_answer_is_found_in_a_sentence(answer: str) -> None:
+    wanted = words_of(answer.strip())
+    for sentence in ("It is {}.", "**{}**", "({})", "“{}”", "{}, yes", "Answer: {}\n\nBecause", "<b>{}</b>"):
+        if wanted:
+            assert includes(words_of(sentence.format(answer.strip())), wanted), sentence
+    assert same_text(answer, answer)
+    assert spelled(answer) == spelled(plain(answer))
+
+
+@pytest.mark.parametrize("piece", ["1 ", "1,234 ", "1/", "1'", "$", "%", "+", "²", "ก", "\\text{", "_a", "٠", "-"])
+def test_a_degenerate_reply_takes_no_quadratic_time(piece: str) -> None:
+    began = time.monotonic()
+    words_of(piece * (20_000 // len(piece)))
+    assert time.monotonic() - began < 3
