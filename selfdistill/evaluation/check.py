@@ -89,7 +89,9 @@ def check_run(
 ) -> CheckResult:
     """Check the teacher of a training run, with its context, or with all layouts if that is ``auto``."""
     shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
-    own = {"model": config.teacher_model or config.model}
+    own: dict[str, Any] = {"model": config.model}
+    if config.teacher_model:
+        own = {"model": config.teacher_model, "adapter_base": None}
     contexts = [] if config.context == "auto" else [config.context]
     settings = {name: getattr(config, name) for name in shared} | own
     loaded = None if config.teacher_model else loaded
@@ -119,7 +121,7 @@ def check(
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
     contexts = [parse_context(spec) for spec in specs]
     if loaded is None:
-        loaded = load_for_training(config.model, dtype=config.dtype)
+        loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
     for note in loaded.notes:
         say(f"note: {note}")
     tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None

@@ -238,7 +238,9 @@ def evaluate(
     priors = load_prior(config.prior) if config.prior else {}
     judge = judge_of(config)
     if loaded is None:
-        loaded = to_best_device(load_model(config.model, dtype=config.dtype))
+        loaded = to_best_device(load_model(config.model, dtype=config.dtype, adapter_base=config.adapter_base))
+    for note in loaded.notes:
+        say(f"note: {note}")
     if base is not None:
         base = matched(base, loaded)
     elif config.base:

@@ -1,6 +1,14 @@
 """Processes, signals, disk, memory and the console."""
 
-from selfdistill.runtime.console import Printable, ProgressBar, progress_shown, quiet_libraries, result_console, say
+from selfdistill.runtime.console import (
+    Printable,
+    ProgressBar,
+    library_warnings,
+    progress_shown,
+    quiet_libraries,
+    result_console,
+    say,
+)
 from selfdistill.runtime.distributed import (
     TIMEOUT,
     RaisedOnAllRanks,
@@ -66,6 +74,7 @@ __all__ = [
     "fsync",
     "is_distributed",
     "is_rank0",
+    "library_warnings",
     "peak_memory",
     "progress_shown",
     "public_name",
