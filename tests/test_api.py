@@ -281,8 +281,10 @@ def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str) ->
         sd.check(ours, ROWS, tokenizer="gpt2")
     with pytest.raises(sd.UserError, match="an adapter names its base"):
         sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", lora_rank=2, **RUN)
-    with pytest.raises(sd.UserError, match="float16"):
-        sd.check(ours.half(), ROWS, tokenizer=tokenizer)
+    for half in (ours.half(), ours.bfloat16()):
+        sd.evaluate(half, ROWS, tokenizer=tokenizer, max_completion_length=4)
+        with pytest.raises(sd.UserError, match=r"its trainable weights are b?float16, in which the optimizer's steps"):
+            sd.train(half, ROWS, tokenizer=tokenizer, output_dir="run", context="turns", **RUN)
     with pytest.raises(sd.UserError, match="frozen"):
         sd.check(ours.float().requires_grad_(False), ROWS, tokenizer=tokenizer)
     assert not Path("run").exists()

@@ -18,6 +18,7 @@ from selfdistill.model.weights import first_line
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _COPY = re.compile(r"\.(token_adapter\.)?base_layer")
 _SIZES = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]+)\]\) from checkpoint, "
@@ -79,13 +80,21 @@ def attach(base: Any, config: Any, folder: Path, name: str) -> Any:
         raise UserError(f"{does_not}: {WEIGHTS} has no {error.args[0]}") from None
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         raise UserError(f"{does_not}: {_mismatch(error)}") from None
-    # PEFT saves a trained copy of a resized layer under two names, and reads one of them.
-    left = [key for key in result.unexpected_keys if key.replace(".modules_to_save", "") not in shapes]
+    left = [
+        key for key in result.unexpected_keys if not _is_second_copy(key, shapes.keys() - {*result.unexpected_keys})
+    ]
     for keys, what in ((left, "the base has no place for"), (result.missing_keys, f"{WEIGHTS} has no")):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(f"{does_not}: {what} {keys[0].removeprefix(_PREFIX)}{more}")
     return model
+
+
+def _is_second_copy(key: str, read: set[str]) -> bool:
+    """Whether PEFT has read the same from another tensor: it saves copies and tokens of resized layers twice."""
+    if key.endswith(_TOKENS):
+        return any(other.endswith(_TOKENS) for other in read)
+    return ".modules_to_save." in key and key.replace(".modules_to_save", "") in read
 
 
 def _mismatch(error: Exception) -> str:

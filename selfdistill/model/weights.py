@@ -100,7 +100,7 @@ def _check_unexpected(model: Any, unexpected: list[str], name: str) -> list[str]
     if not left:
         return []
     parts = [f"{part} ({count})" for part, count in Counter(_part(key, prefix) for key in left).items()]
-    return [f"{len(left)} tensors of its files belong to parts that are not used: {_listed(parts, _SHOWN)}"]
+    return [f"its files hold parts that are not used, with their numbers of tensors: {_listed(parts, _SHOWN)}"]
 
 
 def _belongs(model: Any, key: str) -> bool:
