@@ -144,20 +144,18 @@ def library_warnings() -> Iterator[list[str]]:
 
     heard: list[str] = []
     listener = _Listener()
-    loggers = [logging.getLogger(name) for name in ("transformers", "peft")]
     verbosity = transformers.logging.get_verbosity()
+    handlers = {logger: logger.handlers for logger in map(logging.getLogger, ("transformers", "peft"))}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         transformers.logging.set_verbosity_warning()
-        transformers.logging.disable_default_handler()
-        for logger in loggers:
-            logger.addHandler(listener)
+        for logger in handlers:
+            logger.handlers = [listener]
         try:
             yield heard
         finally:
-            for logger in loggers:
-                logger.removeHandler(listener)
-            transformers.logging.enable_default_handler()
+            for logger, before in handlers.items():
+                logger.handlers = before
             transformers.logging.set_verbosity(verbosity)
     said = listener.messages + [str(one.message) for one in caught if _is_theirs(one)]
     heard += dict.fromkeys(" ".join(message.split()) for message in said if not _CHATTER.search(message))
