@@ -47,12 +47,9 @@ def test_the_libraries_say_afterwards_what_they_said_before() -> None:
     root, verbosity = logging.getLogger("transformers"), transformers.logging.get_verbosity()
     handlers = list(root.handlers)
     transformers.logging.set_verbosity_error()
-    try:
-        with pytest.raises(ZeroDivisionError), library_warnings():
-            assert root.handlers != handlers
-            assert LOGGER.isEnabledFor(logging.WARNING)
-            raise ZeroDivisionError
-        assert root.handlers == handlers
-        assert not LOGGER.isEnabledFor(logging.WARNING)
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    with library_warnings():
+        assert root.handlers != handlers
+        assert LOGGER.isEnabledFor(logging.WARNING)
+    assert root.handlers == handlers
+    assert not LOGGER.isEnabledFor(logging.WARNING)
+    transformers.logging.set_verbosity(verbosity)
