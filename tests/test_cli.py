@@ -431,7 +431,11 @@ def pickled_adapter(model: Path) -> None:
 
 
 def as_adapter(text: str) -> Callable[[Path], Any]:
-    return lambda model: (model / "adapter_config.json").write_text(text)
+    def change(model: Path) -> None:
+        (model / "adapter_config.json").write_text(text)
+        shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")
+
+    return change
 
 
 MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
@@ -553,8 +557,8 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "adapter, base gone",
         adapter_without_base,
         "",
-        "model 'model': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder; if it was "
-        "moved, give its new place with adapter_base",
+        "model 'model': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder; give the "
+        "right base with adapter_base",
     ),
     (
         "adapter pickled",
@@ -758,8 +762,8 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
     fails(
         capsys,
         f"eval {BASE} --model run/final",
-        f"model 'run/final': an adapter whose base cannot be loaded: model '{here}/model': no such folder; if it was "
-        "moved, give its new place with adapter_base",
+        f"model 'run/final': an adapter whose base cannot be loaded: model '{here}/model': no such folder; give the "
+        "right base with adapter_base",
     )
     trained(f"eval {BASE} --model run/final --adapter_base elsewhere")
     trained("ask run Hello --adapter_base elsewhere --max_completion_length 4")

@@ -45,6 +45,7 @@ from selfdistill.model import (
     Sampling,
     load_for_training,
     load_matching,
+    refuse_half_precision,
     resolved_precision,
     sample,
     sample_seed,
@@ -95,6 +96,10 @@ def check_run(
     contexts = [] if config.context == "auto" else [config.context]
     settings = {name: getattr(config, name) for name in shared} | own
     loaded = None if config.teacher_model else loaded
+    if loaded is None:
+        loaded = load_for_training(own["model"], dtype=config.dtype, adapter_base=settings["adapter_base"])
+    if not config.lora_rank and not config.teacher_model:  # before it is measured for minutes
+        refuse_half_precision(loaded.model, own["model"])
     return check(CheckConfig(**settings, contexts=contexts), demonstrations, loaded, cost=False)
 
 

@@ -87,7 +87,11 @@ def load_model(
             raise
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"model {name!r}: cannot be loaded: {first_line(error)}") from None
-        tokenizer = _load_tokenizer(path if not adapter or has_tokenizer(Path(path)) else base_path, name)
+        own_tokenizer = not adapter or has_tokenizer(Path(path))
+        tokenizer = _load_tokenizer(path if own_tokenizer else base_path, name)
+    template = Path(path) / "chat_template.jinja"
+    if not own_tokenizer and template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     notes = [*notes, *check_vocabulary(model, tokenizer, name), *heard]
     model.eval()
     disable_dropout(model)
@@ -117,8 +121,8 @@ def _load_base(
         path = resolve(named)
         return path, *load_causal(path, named, dtype, training=training)
     except UserError as error:
-        moved = "" if adapter_base else "; if it was moved, give its new place with adapter_base"
-        raise UserError(f"model {name!r}: an adapter whose base cannot be loaded: {error}{moved}") from None
+        another = "" if adapter_base else "; give the right base with adapter_base"
+        raise UserError(f"model {name!r}: an adapter whose base cannot be loaded: {error}{another}") from None
 
 
 def _load_tokenizer(path: str, name: str) -> Any:

@@ -55,12 +55,18 @@ def refused(work: Callable[[], Any], model: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("method", ["sft", "sdft", "sft_reinvoke"])
 def test_full_fine_tuning_is_refused(
-    settings: Callable[..., TrainConfig], in_dtype: Callable[[str], str], dtype: str, method: str
+    settings: Callable[..., TrainConfig],
+    in_dtype: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+    method: str,
 ) -> None:
     model = in_dtype(dtype)
     config = settings(model=model, dtype="auto", method=method, mixed_precision="bf16")
     refused(lambda: train(config), model, dtype)
     refused(lambda: plan(config), model, dtype)
+    refused(lambda: train(config.model_copy(update={"context": "auto"})), model, dtype)
+    assert "layout" not in capsys.readouterr().err  # before contexts are compared
     assert not Path(config.output_dir).exists()
 
 
