@@ -273,7 +273,7 @@ def test_a_plan_leaves_a_loaded_model_as_it_was(model: str) -> None:
         sd.plan(model, ROWS, output_dir="run", **RUN)
 
 
-def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str) -> None:
+def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, tokenizer = loaded(model)
     with pytest.raises(sd.UserError, match="expected a folder, a name or a transformers PreTrainedModel"):
         sd.check(123, ROWS)
@@ -285,8 +285,12 @@ def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str) ->
         sd.evaluate(half, ROWS, tokenizer=tokenizer, max_completion_length=4)
         with pytest.raises(sd.UserError, match=r"its trainable weights are b?float16, in which the optimizer's steps"):
             sd.train(half, ROWS, tokenizer=tokenizer, output_dir="run", context="turns", **RUN)
+    ours.float()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(sd.UserError, match="its weights are quantised"):
+        patch.setattr(ours, "is_quantized", True, raising=False)
+        sd.evaluate(ours, ROWS, tokenizer=tokenizer)
     with pytest.raises(sd.UserError, match="frozen"):
-        sd.check(ours.float().requires_grad_(False), ROWS, tokenizer=tokenizer)
+        sd.check(ours.requires_grad_(False), ROWS, tokenizer=tokenizer)
     assert not Path("run").exists()
 
 

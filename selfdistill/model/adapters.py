@@ -80,10 +80,12 @@ def attach(base: Any, config: Any, folder: Path, name: str) -> Any:
         raise UserError(f"{does_not}: {WEIGHTS} has no {error.args[0]}") from None
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         raise UserError(f"{does_not}: {_mismatch(error)}") from None
-    left = [
-        key for key in result.unexpected_keys if not _is_second_copy(key, shapes.keys() - {*result.unexpected_keys})
-    ]
-    for keys, what in ((left, "the base has no place for"), (result.missing_keys, f"{WEIGHTS} has no")):
+    read = shapes.keys() - {*result.unexpected_keys}
+    left = [key for key in result.unexpected_keys if not _is_second_copy(key, read)]
+    weights = model.state_dict()
+    filled = {weight.data_ptr() for key, weight in weights.items() if key not in result.missing_keys}
+    missing = [key for key in result.missing_keys if weights[key].data_ptr() not in filled]  # not shared by layers
+    for keys, what in ((left, "the base has no place for"), (missing, f"{WEIGHTS} has no")):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(f"{does_not}: {what} {keys[0].removeprefix(_PREFIX)}{more}")

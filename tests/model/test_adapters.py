@@ -20,6 +20,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -46,6 +47,9 @@ MERGEABLE: dict[str, Callable[[], Any]] = {
     "IA3": lambda: IA3Config(**CAUSAL),
     "LoHa": lambda: LoHaConfig(**LORA, target_modules=["q_proj"]),
     "OFT": lambda: OFTConfig(**CAUSAL, r=0, oft_block_size=4, target_modules=["q_proj"]),
+    "VB-LoRA": lambda: VBLoRAConfig(
+        **LORA, num_vectors=4, vector_length=8, topk=2, target_modules=["q_proj"], save_only_topk_weights=False
+    ),
     "VeRA": lambda: VeraConfig(**LORA, target_modules=["q_proj"]),
 }
 OUTSIDE: dict[str, Callable[[], Any]] = {
