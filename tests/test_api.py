@@ -286,9 +286,10 @@ def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str, mo
         with pytest.raises(sd.UserError, match=r"its trainable weights are b?float16, in which the optimizer's steps"):
             sd.train(half, ROWS, tokenizer=tokenizer, output_dir="run", context="turns", **RUN)
     ours.float()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(sd.UserError, match="its weights are quantised"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "is_quantized", True, raising=False)
-        sd.evaluate(ours, ROWS, tokenizer=tokenizer)
+        with pytest.raises(sd.UserError, match="its weights are quantised"):
+            sd.evaluate(ours, ROWS, tokenizer=tokenizer)
     with pytest.raises(sd.UserError, match="frozen"):
         sd.check(ours.requires_grad_(False), ROWS, tokenizer=tokenizer)
     assert not Path("run").exists()

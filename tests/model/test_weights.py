@@ -25,6 +25,7 @@ from transformers import (
     GptOssForCausalLM,
 )
 
+from selfdistill.cli import main
 from selfdistill.errors import UserError
 from selfdistill.model.loading import adopt, load_model
 
@@ -289,3 +290,19 @@ def test_what_transformers_warns_of_reaches_the_user_once(changed: Callable[...,
     (note,) = [note for note in notes if "bos_token_id" in note]
     assert "integer within the vocabulary (between 0 and 299), got 5000" in note
     assert "\n" not in note
+
+
+@pytest.mark.parametrize("command", ["train --method sft --max_steps 1 --save_steps 0 --output_dir run", "eval"])
+def test_every_command_says_what_was_noted(
+    changed: Callable[..., str],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shared = f"--model {changed(adding('score.weight'))} --data {write_rows()} --max_completion_length 8 --batch_size 2"
+    assert main([*command.split(), *shared.split()]) == 0
+    note = "note: its files hold parts that are not used, with their numbers of tensors: score (1)"
+    assert capsys.readouterr().err.splitlines().count(note) == 1
