@@ -302,7 +302,9 @@ def test_every_command_says_what_was_noted(
     command: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shared = f"--model {changed(adding('score.weight'))} --data {write_rows()} --max_completion_length 8 --batch_size 2"
+    shared = (
+        f"--model {changed(adding('score.weight'))} --data {write_rows()} --max_completion_length 10 --batch_size 2"
+    )
     assert main([*command.split(), *shared.split()]) == 0
     note = "note: its files hold parts that are not used, with their numbers of tensors: score (1)"
     assert capsys.readouterr().err.splitlines().count(note) == 1
