@@ -319,9 +319,17 @@ def report(*runs: str | os.PathLike[str], output: str | os.PathLike[str] = "repo
 
 
 def export(
-    run: str | os.PathLike[str], *, output_dir: str | os.PathLike[str], merge: bool = False, progress: bool = True
+    run: str | os.PathLike[str],
+    *,
+    output_dir: str | os.PathLike[str],
+    merge: bool = False,
+    adapter_base: str | os.PathLike[str] | None = None,
+    progress: bool = True,
 ) -> Path:
-    """Copy the final model of a run to a folder; returns its path. ``merge`` merges a LoRA adapter into its base."""
+    """Copy the final model of a run to a folder; returns its path.
+
+    ``merge`` merges a LoRA adapter into its base, which ``adapter_base`` names if it was moved.
+    """
     with session(progress):
-        folder = os.fspath(run)
-        return run_export(ExportConfig(run=folder, output_dir=os.fspath(output_dir), merge=merge))
+        places: dict[str, Any] = {"run": run, "output_dir": output_dir, "adapter_base": adapter_base}
+        return run_export(ExportConfig(**places, merge=merge))

@@ -56,8 +56,8 @@ MAIN = {
 
 TOPICS: dict[str, tuple[str, ...]] = {
     "model and data": (
-        *("model", "data", "documents", "split", "dtype", "chat_template_kwargs", "template_date", "max_prompt_length"),
-        *("max_completion_length", "on_long_prompt", "num_demonstrations", "general_prompts"),
+        *("model", "adapter_base", "data", "documents", "split", "dtype", "chat_template_kwargs", "template_date"),
+        *("max_prompt_length", "max_completion_length", "on_long_prompt", "num_demonstrations", "general_prompts"),
     ),
     "method": ("method", "methods", "seed", "seeds", "vary", "cold_start_steps", "method_settings"),
     "teacher and context": (

@@ -209,7 +209,7 @@ class _Maker:
         self.disputed: set[str] = set()
         """Normalised questions with conflicting answers."""
         self._config, self._answers = config, dict[str, str]()
-        self._loaded = load_for_training(config.model)
+        self._loaded = load_for_training(config.model, adapter_base=config.adapter_base)
         self._chat = self._loaded.chat(config.chat_template_kwargs)
         self._endpoint: Endpoint | None = None
         if config.writer_url and config.writer_model:

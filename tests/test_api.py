@@ -284,7 +284,7 @@ def test_a_plan_leaves_a_loaded_model_as_it_was(model: str) -> None:
         sd.plan(model, ROWS, output_dir="run", **RUN)
 
 
-def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str) -> None:
+def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, tokenizer = loaded(model)
     with pytest.raises(sd.UserError, match="expected a folder, a name or a transformers PreTrainedModel"):
         sd.check(123, ROWS)
@@ -292,10 +292,17 @@ def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str) ->
         sd.check(ours, ROWS, tokenizer="gpt2")
     with pytest.raises(sd.UserError, match="an adapter names its base"):
         sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", lora_rank=2, **RUN)
-    with pytest.raises(sd.UserError, match="float16"):
-        sd.check(ours.half(), ROWS, tokenizer=tokenizer)
+    for half in (ours.half(), ours.bfloat16()):
+        sd.evaluate(half, ROWS, tokenizer=tokenizer, max_completion_length=4)
+        with pytest.raises(sd.UserError, match=r"its trainable weights are b?float16, in which the optimizer's steps"):
+            sd.train(half, ROWS, tokenizer=tokenizer, output_dir="run", context="turns", **RUN)
+    ours.float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours, "is_quantized", True, raising=False)
+        with pytest.raises(sd.UserError, match="its weights are quantised"):
+            sd.evaluate(ours, ROWS, tokenizer=tokenizer)
     with pytest.raises(sd.UserError, match="frozen"):
-        sd.check(ours.float().requires_grad_(False), ROWS, tokenizer=tokenizer)
+        sd.check(ours.requires_grad_(False), ROWS, tokenizer=tokenizer)
     assert not Path("run").exists()
 
 

@@ -406,6 +406,7 @@ def no_end_token(model: Path) -> None:
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         values = json.loads((model / name).read_text())
         (model / name).write_text(json.dumps(values | {"eos_token_id": None, "eos_token": None}))
+    (model / "chat_template.jinja").unlink()  # whose end of turn would do
 
 
 def missing_weights(model: Path) -> None:
@@ -433,7 +434,11 @@ def pickled_adapter(model: Path) -> None:
 
 
 def as_adapter(text: str) -> Callable[[Path], Any]:
-    return lambda model: (model / "adapter_config.json").write_text(text)
+    def change(model: Path) -> None:
+        (model / "adapter_config.json").write_text(text)
+        shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")
+
+    return change
 
 
 MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
@@ -555,7 +560,8 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "adapter, base gone",
         adapter_without_base,
         "",
-        "model 'model': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder",
+        "model 'model': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder; give the "
+        "right base with adapter_base",
     ),
     (
         "adapter pickled",
@@ -569,7 +575,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "adapter without base",
         as_adapter('{"peft_type": "LORA"}'),
         "",
-        "model 'model': adapter_config.json names no base model",
+        "model 'model': adapter_config.json names no base model; give it with adapter_base",
     ),
     (
         "no room in the window",
@@ -755,11 +761,20 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
     assert saved("run")["learning_rate"] == 1e-4
     trained(f"eval {BASE} --model run --base model --json -")
     assert json.loads(capsys.readouterr().out.split("\n", 1)[1])["kl_base"] > 0
-    shutil.rmtree("model")
+    shutil.move("model", "elsewhere")
     fails(
         capsys,
         f"eval {BASE} --model run/final",
-        f"model 'run/final': an adapter whose base cannot be loaded: model '{here}/model': no such folder",
+        f"model 'run/final': an adapter whose base cannot be loaded: model '{here}/model': no such folder; give the "
+        "right base with adapter_base",
+    )
+    trained(f"eval {BASE} --model run/final --adapter_base elsewhere")
+    trained("ask run Hello --adapter_base elsewhere --max_completion_length 4")
+    trained("export run --output_dir out --merge true --adapter_base elsewhere")
+    fails(
+        capsys,
+        f"eval {BASE} --model run/final --adapter_base gone/gone/gone",
+        "model 'run/final': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder",
     )
 
 

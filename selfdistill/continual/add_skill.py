@@ -35,11 +35,17 @@ from selfdistill.evaluation import (
     prior_scores,
 )
 from selfdistill.methods import check_steps, lacks_of, stages_of, uses
-from selfdistill.model import LoadedModel, load_for_training, start_fingerprint, training_precision
+from selfdistill.model import (
+    LoadedModel,
+    load_for_training,
+    refuse_half_precision,
+    start_fingerprint,
+    training_precision,
+)
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
 
-_FREE = ("state", "model", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to")
+_FREE = ("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to")
 """Settings that may differ when an addition is resumed."""
 
 
@@ -100,7 +106,10 @@ def _opened(config: LearnConfig) -> Ledger:
     if (root / START).is_dir():
         ledger = Ledger(config.state)
         if config.model and ledger.base != _absolute(config.model):
-            found = start_fingerprint(load_for_training(config.model, dtype=ledger.measured_with["dtype"]))
+            moved = load_for_training(
+                config.model, dtype=ledger.measured_with["dtype"], adapter_base=config.adapter_base
+            )
+            found = start_fingerprint(moved)
             if not found or found != ledger.weights:
                 raise UserError(
                     f"setting 'model': {config.state} began with {ledger.base!r}, and {config.model!r} has different "
@@ -128,7 +137,9 @@ def _opened(config: LearnConfig) -> Ledger:
             for name, text in _texts(config.prior).items():
                 (folder / "prior" / name).write_bytes(text)
         prior = str(folder / "prior") if config.prior else None
-        base = load_for_training(config.model, dtype=config.dtype)
+        base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
+        if not config.lora_rank:
+            refuse_half_precision(base.model, config.model)
         write_json(folder / "base.json", measure_model(base, [], prior, config))
         state = {"model": _absolute(config.model), "weights": start_fingerprint(base)}
         state |= {key: getattr(config, key) for key in MEASURED_WITH}
@@ -287,12 +298,11 @@ class _NewSkill:
             raise RunStopped("stopped", self._stop.received)
 
     def _on(self, model: str, folders: list[tuple[str, Path]], prior: bool) -> dict[str, Any]:
-        found: dict[str, Any] = measure_model(
-            load_for_training(model, dtype=self._config.dtype),
-            folders,
-            self._ledger.prior if prior else None,
-            self._config,
-        )
+        config = self._config
+        loaded = load_for_training(model, dtype=config.dtype, adapter_base=config.adapter_base)
+        if not config.lora_rank:
+            refuse_half_precision(loaded.model, model)
+        found: dict[str, Any] = measure_model(loaded, folders, self._ledger.prior if prior else None, config)
         return found
 
     def _before(self) -> dict[str, Any]:

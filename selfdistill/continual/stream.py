@@ -88,7 +88,7 @@ def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[
     Raises:
         UserError: rows are too long and ``on_long_prompt`` is ``error``, or all rows are.
     """
-    loaded = load_for_training(run.model, dtype=config.dtype)
+    loaded = load_for_training(run.model, dtype=config.dtype, adapter_base=config.adapter_base)
     chat = loaded.chat(config.chat_template_kwargs, config.template_date)
     context = run.context if uses(run, "context") else None
     found: set[int] = set()
@@ -124,7 +124,7 @@ def _chunk(
     """Test the model on the rows of a chunk, then train on them; the chunk may be empty."""
     if not chunk:
         return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None}
-    loaded = load_for_training(model, dtype=config.dtype)
+    loaded = load_for_training(model, dtype=config.dtype, adapter_base=config.adapter_base)
     chat = loaded.chat(config.chat_template_kwargs, config.template_date)
     with training_precision(loaded.model, config.mixed_precision):
         questions = EvaluationSet(loaded, chunk, {}, config)

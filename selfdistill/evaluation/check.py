@@ -46,6 +46,7 @@ from selfdistill.model import (
     Sampling,
     load_for_training,
     load_matching,
+    refuse_half_precision,
     resolved_precision,
     sample,
     sample_seed,
@@ -92,10 +93,16 @@ def check_run(
 ) -> CheckResult:
     """Check the teacher of a training run, with its context, or with all layouts if that is ``auto``."""
     shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
-    own = {"model": config.teacher_model or config.model}
+    own: dict[str, Any] = {"model": config.model}
+    if config.teacher_model:
+        own = {"model": config.teacher_model, "adapter_base": None}
     contexts = [] if config.context == "auto" else [config.context]
     settings = {name: getattr(config, name) for name in shared} | own
     loaded = None if config.teacher_model else loaded
+    if loaded is None:
+        loaded = load_for_training(own["model"], dtype=config.dtype, adapter_base=settings["adapter_base"])
+    if not config.lora_rank and not config.teacher_model:  # before it is measured for minutes
+        refuse_half_precision(loaded.model, own["model"])
     rows = load_demonstrations(config.data if demonstrations is None else demonstrations, split=config.split)
     return _checked(CheckConfig(**settings, contexts=contexts), rows, loaded, cost=False)
 
@@ -128,7 +135,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
     contexts = [parse_context(spec) for spec in specs]
     if loaded is None:
-        loaded = load_for_training(config.model, dtype=config.dtype)
+        loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
     for note in loaded.notes:
         say(f"note: {note}")
     tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None

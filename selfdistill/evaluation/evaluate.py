@@ -240,13 +240,13 @@ def evaluate(
     priors = load_prior(config.prior) if config.prior else {}
     judge = judge_of(config)
     if loaded is None:
-        loaded = to_best_device(load_model(config.model, dtype=config.dtype))
+        loaded = to_best_device(load_model(config.model, dtype=config.dtype, adapter_base=config.adapter_base))
+    for note in loaded.notes:
+        say(f"note: {note}")
     if base is not None:
         base = matched(base, loaded)
     elif config.base:
         base = load_matching(config.base, loaded, dtype=config.dtype)
-    for note in loaded.notes:
-        say(f"note: {note}")
     questions = EvaluationSet(loaded, demonstrations, priors, config, config.context)
     if base is not None:
         # Rows too long for either model are dropped for both, so that both answer the same items.

@@ -14,7 +14,7 @@ from rich.text import Text
 from selfdistill.config import AskConfig, TrainConfig, load_yaml
 from selfdistill.data import Demonstration, Message
 from selfdistill.model import LoadedModel, Sampling, load_model, sample, sample_seed, to_best_device
-from selfdistill.runtime import Printable
+from selfdistill.runtime import Printable, say
 
 
 def generate(
@@ -80,12 +80,14 @@ def ask(config: AskConfig) -> AskResult:
         "chat_template_kwargs": config.chat_template_kwargs or _template_options(config.run),
     }
 
-    def reply_of(name: str) -> str:
-        loaded = to_best_device(load_model(name, dtype=config.dtype))
+    def reply_of(name: str, adapter_base: str | None) -> str:
+        loaded = to_best_device(load_model(name, dtype=config.dtype, adapter_base=adapter_base))
+        for note in loaded.notes:
+            say(f"note: {note}")
         return generate(loaded, [config.question], **options)[0]
 
-    base_reply = None if config.base is None else reply_of(config.base)
-    return AskResult(config.question, reply_of(config.run), base_reply)
+    base_reply = None if config.base is None else reply_of(config.base, None)
+    return AskResult(config.question, reply_of(config.run, config.adapter_base), base_reply)
 
 
 def _template_options(run: str) -> dict[str, Any]:

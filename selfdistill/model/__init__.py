@@ -1,6 +1,8 @@
 """Load a model, sample from it, run it forward, shard it, and maintain its teacher."""
 
+from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
+from selfdistill.model.files import files_that_go_along
 from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.fsdp import (
     distribute_like,
@@ -25,7 +27,7 @@ from selfdistill.model.loading import (
     to_best_device,
     weights_fingerprint,
 )
-from selfdistill.model.precision import cached_casts, resolved_precision, training_precision
+from selfdistill.model.precision import cached_casts, refuse_half_precision, resolved_precision, training_precision
 from selfdistill.model.prefix_cache import PrefixCache
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
@@ -47,6 +49,7 @@ __all__ = [
     "cache_dir",
     "cached_casts",
     "distribute_like",
+    "files_that_go_along",
     "full_tensor",
     "full_tensors",
     "is_sharded",
@@ -56,6 +59,8 @@ __all__ = [
     "load_model",
     "local_tensor",
     "matched",
+    "merged",
+    "refuse_half_precision",
     "resolved_precision",
     "root_unsharded",
     "sample",

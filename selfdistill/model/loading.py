@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from selfdistill.config import closest
 from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
-from selfdistill.model.starter import STARTER_MODELS, starter_model_path
+from selfdistill.model.adapters import attach, merged, read_config
+from selfdistill.model.files import has_tokenizer, local_folder, resolve
+from selfdistill.model.weights import check_vocabulary, first_line, load_causal
+from selfdistill.runtime import library_warnings
 
 
 @dataclass
@@ -40,6 +40,8 @@ class LoadedModel:
     """Maximum number of tokens of prompt plus completion; None if the model states no limit."""
     notes: list[str] = field(default_factory=list)
     """Decisions made while loading, to tell the user."""
+    files: Path | None = None
+    """Folder of the model's files on this machine, or of an adapter's base; None if there is none."""
     merged_adapter: bool = False
     """Whether an adapter was merged; a new adapter would then not fit the base that ``name`` refers to."""
     continues_cache: bool | None = None
@@ -54,63 +56,89 @@ class LoadedModel:
         return ChatFormat(self.tokenizer, self.end_token_ids, kwargs or {}, date)
 
 
-def load_model(name: str, *, dtype: str = "float32", merge_adapter: bool = False) -> LoadedModel:
+def load_model(
+    name: str, *, dtype: str = "float32", merge_adapter: bool = False, adapter_base: str | None = None
+) -> LoadedModel:
     """Load a model and its tokenizer from a starter name, a folder, a run folder or a hub id.
 
-    A run folder stands for its ``final`` folder. An adapter is loaded together with its base. Only safetensors are
-    read, and no code from the model's folder is run.
+    A run folder stands for its ``final`` folder. An adapter is loaded together with its base, and with the base's
+    tokenizer if it has none of its own. Only safetensors are read, and no code from the model's folder is run.
 
     Args:
         name: the value of ``--model``.
         dtype: ``float32``, ``bfloat16`` or ``auto`` (as saved).
-        merge_adapter: merge an adapter into its base, so that a new one can be trained.
+        merge_adapter: for training: merge an adapter into its base, so that a new one can be trained.
+        adapter_base: the base of an adapter, if it is not where ``adapter_config.json`` says.
 
     Raises:
-        UserError: the model does not exist, is not a causal LM, has no safetensors weights, or has no end token.
+        UserError: the model does not exist, is not a causal LM, has no end token, or its files do not hold exactly the
+            weights that it computes with; an adapter does not fit its base.
     """
-    path = _resolve(name)
+    path = resolve(name)
     _keep_freed_memory()
     adapter = (Path(path) / "adapter_config.json").is_file()
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
-    try:
-        if adapter:
-            from peft import PeftConfig, PeftModel
-
-            base = PeftConfig.from_pretrained(path).base_model_name_or_path
-            if not base:
-                raise UserError(f"model {name!r}: adapter_config.json names no base model")
-            if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would unpickle a .bin
-                raise UserError(
-                    f"model {name!r}: the adapter has no adapter_model.safetensors, and pickled weights (.bin) are "
-                    "never read, because they can run code; convert them to safetensors"
-                )
-            try:
-                model: Any = _load_causal(_resolve(base), base, torch_dtype)
-            except UserError as error:
-                raise UserError(f"model {name!r}: an adapter whose base cannot be loaded: {error}") from None
-            model = PeftModel.from_pretrained(model, path)
-            if merge_adapter:
-                model = model.merge_and_unload().requires_grad_(True)
-        else:
-            model = _load_causal(path, name, torch_dtype)
-    except UserError:
-        raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name!r}: cannot be loaded: {_first_line(error)}") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise UserError(
-            f"model {name!r}: no usable tokenizer in tokenizer.json and tokenizer_config.json ({reason})"
-        ) from None
+    base_path = path
+    with library_warnings() as heard:
+        try:
+            if adapter:
+                config = read_config(Path(path), name)
+                base_path, base, notes = _load_base(config, name, torch_dtype, adapter_base, merge_adapter)
+                model = attach(base, config, Path(path), name)
+                if merge_adapter:
+                    model = merged(model, name)
+            else:
+                model, notes = load_causal(path, name, torch_dtype, training=merge_adapter)
+        except UserError:
+            raise
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"model {name!r}: cannot be loaded: {first_line(error)}") from None
+        own_tokenizer = not adapter or has_tokenizer(Path(path))
+        tokenizer = _load_tokenizer(path if own_tokenizer else base_path, name)
+    template = Path(path) / "chat_template.jinja"
+    if not own_tokenizer and template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    notes = [*notes, *check_vocabulary(model, tokenizer, name), *heard]
     model.eval()
     disable_dropout(model)
     loaded = describe(model, tokenizer, name)
+    loaded.files = local_folder(base_path)
+    loaded.notes += notes
     if adapter and merge_adapter:
         loaded.merged_adapter = True
         loaded.notes.append("its adapter is merged into its base; training saves a full model")
+    if adapter_base and not adapter:
+        loaded.notes.append(f"adapter_base is not used: {name} is not an adapter")
     return loaded
+
+
+def _load_base(
+    config: Any, name: str, dtype: torch.dtype | str, adapter_base: str | None, training: bool
+) -> tuple[str, Any, list[str]]:
+    """The folder or hub id of an adapter's base, the base, and notes.
+
+    Raises:
+        UserError: the base is not named, or cannot be loaded.
+    """
+    named = adapter_base or config.base_model_name_or_path
+    if not named:
+        raise UserError(f"model {name!r}: adapter_config.json names no base model; give it with adapter_base")
+    try:
+        path = resolve(named)
+        return path, *load_causal(path, named, dtype, training=training)
+    except UserError as error:
+        another = "" if adapter_base else "; give the right base with adapter_base"
+        raise UserError(f"model {name!r}: an adapter whose base cannot be loaded: {error}{another}") from None
+
+
+def _load_tokenizer(path: str, name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"model {name!r}: no usable tokenizer in tokenizer.json and tokenizer_config.json ({reason})"
+        ) from None
 
 
 def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
@@ -120,7 +148,7 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
         name: for messages and saved settings; default: where transformers loaded it from.
 
     Raises:
-        UserError: no tokenizer, an adapter that is not merged, or no end token.
+        UserError: no tokenizer, quantised weights, an adapter that is not merged, or no end token.
     """
     if not isinstance(model, PreTrainedModel):
         found = type(model).__name__
@@ -130,13 +158,18 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     if not hasattr(tokenizer, "apply_chat_template"):
         found = "none" if tokenizer is None else type(tokenizer).__name__
         raise UserError(f"tokenizer: found {found}; a loaded model needs its tokenizer: give tokenizer=...")
-    if model.dtype == torch.float16:
-        raise UserError("model: its weights are float16, which training overflows; load it in float32 or bfloat16")
+    if getattr(model, "is_quantized", False):
+        raise UserError("model: its weights are quantised, and quantised weights are not supported; load the original")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model: all its weights are frozen (requires_grad=False); unfreeze those to be trained")
     model.eval()
     disable_dropout(model)
-    return describe(model, tokenizer, name or model.name_or_path or "loaded-model")
+    name = name or model.name_or_path or "loaded-model"
+    notes = check_vocabulary(model, tokenizer, name)
+    loaded = describe(model, tokenizer, name)
+    loaded.files = local_folder(model.name_or_path) if model.name_or_path else None
+    loaded.notes += notes
+    return loaded
 
 
 def _keep_freed_memory() -> None:
@@ -154,75 +187,6 @@ def _keep_freed_memory() -> None:
     # stops glibc from raising the threshold by itself.
     if mallopt is not None and (mallopt(mmap_threshold, 2**31 - 1) or mallopt(mmap_threshold, 2**25)):
         mallopt(trim_threshold, -1)  # never
-
-
-def _resolve(name: str) -> str:
-    """The folder or hub id behind a model's name."""
-    if name in STARTER_MODELS:
-        return str(starter_model_path(name))
-    path = Path(name)
-    if (path / "final").is_dir():
-        return str(path / "final")
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            if (path / "config.yaml").is_file():
-                raise UserError(f"model {name!r}: a run folder without a final model; finish it with train --resume")
-            raise UserError(f"model {name!r}: the folder has neither config.json nor adapter_config.json")
-        return str(path)
-    if path.is_file():
-        raise UserError(f"model {name!r}: this is a file; give the folder that holds config.json and the weights")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"model {name!r}: no such folder")
-    if "/" in name and path.parent.is_dir():  # a misspelt folder, not a hub id
-        inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()], "")
-        raise UserError(f"model {name!r}: the folder {path.parent} has no {path.name} in it{inside}")
-    return name
-
-
-def _load_causal(path: str, name: str, dtype: Any) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except OSError as error:
-        if Path(path).is_dir():
-            raise UserError(f"model {name!r}: config.json cannot be read: {_first_line(error)}") from None
-        offline = " (not contacted: offline mode is on)" if is_offline_mode() else ""
-        raise UserError(
-            f"model {name!r}: no such folder, and not found on the model hub{offline}; "
-            f"give a folder, a hub id or one of: {', '.join(STARTER_MODELS)}"
-        ) from None
-    except ValueError as error:
-        if "custom code" in str(error):
-            raise UserError(f"model {name!r}: needs code from its own folder, which is never run") from None
-        raise UserError(f"model {name!r}: {_first_line(error)}") from None
-    architectures = config.architectures or []
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-        architectures and not any("CausalLM" in a or "LMHead" in a or "Conditional" in a for a in architectures)
-    ):
-        found = ", ".join(architectures) or config.model_type
-        raise UserError(f"model {name!r}: {found} is not a causal language model; use one")
-    folder = Path(path)
-    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"model {name!r}: its weights are pickled (.bin), which can run code; convert them to safetensors"
-        )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported here, in one line
-    )
-    model, info = loaded
-    wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise UserError(f"model {name!r}: weights missing or not of the shape in config.json: {wrong[0]}{more}")
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
@@ -296,9 +260,9 @@ def to_best_device(loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
-def load_for_training(name: str, *, dtype: str = "float32") -> LoadedModel:
+def load_for_training(name: str, *, dtype: str = "float32", adapter_base: str | None = None) -> LoadedModel:
     """Load a model to train, with any adapter merged, on the best device; see :func:`load_model`."""
-    return to_best_device(load_model(name, dtype=dtype, merge_adapter=True))
+    return to_best_device(load_model(name, dtype=dtype, merge_adapter=True, adapter_base=adapter_base))
 
 
 def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from selfdistill.errors import UserError
 from selfdistill.model.fsdp import unsharded
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def bfloat16_is_fast() -> bool:
@@ -24,6 +27,24 @@ def bfloat16_is_fast() -> bool:
 def resolved_precision(setting: str) -> str:
     """``bf16`` or ``no`` for the setting ``mixed_precision``."""
     return setting if setting != "auto" else "bf16" if bfloat16_is_fast() else "no"
+
+
+def refuse_half_precision(model: nn.Module, name: str) -> None:
+    """Refuse to train weights in float16 or bfloat16.
+
+    AdamW's steps are around the learning rate, 1e-5, where neighbouring bfloat16 numbers near 0.01 are 6e-5 apart: most
+    steps would round to nothing. In float16 its second moments and its epsilon of 1e-8 round to zero as well.
+
+    Raises:
+        UserError: names the data type, and what to do.
+    """
+    found = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALF_PRECISION), None)
+    if found is not None:
+        raise UserError(
+            f"model {name!r}: its trainable weights are {str(found).removeprefix('torch.')}, in which the optimizer's "
+            "steps round to nothing; train it with --dtype float32 (--mixed_precision bf16 keeps the speed), or give "
+            "its folder and --lora_rank 16, in a new run"
+        )
 
 
 @contextmanager

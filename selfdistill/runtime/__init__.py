@@ -3,6 +3,7 @@
 from selfdistill.runtime.console import (
     Printable,
     ProgressBar,
+    library_warnings,
     progress_shown,
     quiet_libraries,
     result_console,
@@ -74,6 +75,7 @@ __all__ = [
     "fsync",
     "is_distributed",
     "is_rank0",
+    "library_warnings",
     "peak_memory",
     "progress_shown",
     "public_name",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 import warnings
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from html import escape
 from io import StringIO
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -112,6 +114,57 @@ def quiet_libraries() -> Iterator[None]:
             transformers.logging.set_verbosity(verbosity)
             if bars:
                 transformers.utils.logging.enable_progress_bar()
+
+
+_CHATTER = re.compile(
+    r"LOAD REPORT|deprecated|will be removed|torchvision|ensure_weight_tying|no longer tied after merging|mean_resizing"
+    r"|model has new|tokens have been added|`quantization_config` or equivalent|at your own risk|[Ff]lash"
+)
+"""What the libraries say while loading that a user of this package need not or cannot act on."""
+
+
+class _Listener(logging.Handler):
+    """Collects the messages of log records."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def library_warnings() -> Iterator[list[str]]:
+    """Collect what transformers and PEFT warn about, each once and on one line, in place of printing it.
+
+    The list is filled when the context ends. Their advice to programmers is left out.
+    """
+    import transformers
+
+    heard: list[str] = []
+    listener = _Listener()
+    verbosity = transformers.logging.get_verbosity()
+    handlers = {logger: logger.handlers for logger in map(logging.getLogger, ("transformers", "peft"))}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        transformers.logging.set_verbosity_warning()
+        for logger in handlers:
+            logger.handlers = [listener]
+        try:
+            yield heard
+        finally:
+            for logger, before in handlers.items():
+                logger.handlers = before
+            transformers.logging.set_verbosity(verbosity)
+    said = listener.messages + [str(one.message) for one in caught if _is_theirs(one)]
+    heard += dict.fromkeys(" ".join(message.split()) for message in said if not _CHATTER.search(message))
+
+
+def _is_theirs(warning: warnings.WarningMessage) -> bool:
+    """Whether a warning is from transformers or PEFT, and not for programmers."""
+    aside = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning)
+    return bool({"transformers", "peft"} & {*Path(warning.filename).parts}) and not issubclass(warning.category, aside)
 
 
 def say(message: str) -> None:

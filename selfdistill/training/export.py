@@ -13,13 +13,13 @@ from torch import Tensor
 
 from selfdistill.config import ExportConfig
 from selfdistill.errors import UserError
-from selfdistill.model import load_model
+from selfdistill.model import LoadedModel, files_that_go_along, load_model
 from selfdistill.runtime import fsync
 from selfdistill.training.model_card import merged_card
 
 _OF_THE_MODEL = (
     *("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.md"),
-    "LICENSE*",
+    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"),
 )
 """Files to copy: weights, settings, tokenizer, card. No code, and no pickled files, which can run code when read."""
 
@@ -46,10 +46,17 @@ def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_model(folder: Path, model: Any, tokenizer: Any, card: str, state: dict[str, Tensor] | None = None) -> None:
-    """Write weights (for a ``PeftModel``, the adapter ``default``), tokenizer and card into an existing folder.
+def write_model(
+    folder: Path, model: Any, loaded: LoadedModel, card: str, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model into an existing folder, with the card and what of its base's files belongs beside it.
 
-    ``state`` replaces the model's own weights, which may be sharded.
+    Args:
+        folder: where to write.
+        model: what to write: all weights, or of a ``PeftModel`` the adapter ``default``.
+        loaded: its tokenizer, and the folder of its base's files.
+        card: text of ``README.md``.
+        state: replaces the model's own weights, which may be sharded.
     """
     options: dict[str, Any] = {} if state is None else {"state_dict": state}
     if hasattr(model, "peft_config"):
@@ -57,8 +64,13 @@ def write_model(folder: Path, model: Any, tokenizer: Any, card: str, state: dict
         base = Path(model.peft_config["default"].base_model_name_or_path)
         if base.is_dir():  # must be found from any working directory
             model.peft_config["default"].base_model_name_or_path = str(base.absolute())
+        if model.generation_config is not None:  # with all end tokens; PEFT leaves it out
+            model.generation_config.save_pretrained(folder)
     model.save_pretrained(folder, **options)
-    tokenizer.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    for file in files_that_go_along(loaded.files) if loaded.files else ():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
     mode = (folder / "tokenizer_config.json").stat().st_mode
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by the owner only
         weights.chmod(mode)
@@ -90,11 +102,9 @@ def export(config: ExportConfig) -> Path:
         raise UserError(f"run {config.run!r}: a full model without an adapter to merge; leave --merge out")
     readme = source / "README.md"
     card = merged_card(readme.read_text(encoding="utf-8") if readme.is_file() else "")
-    loaded = load_model(str(source), dtype="auto")
-    dtype = loaded.model.base_model.model.dtype
-    model = loaded.model.float().merge_and_unload().to(dtype)
+    loaded = load_model(str(source), dtype="auto", merge_adapter=True, adapter_base=config.adapter_base)
     with whole_folder(output_dir, advice) as folder:
-        write_model(folder, model, loaded.tokenizer, card)
+        write_model(folder, loaded.model, loaded, card)
     return output_dir
 
 

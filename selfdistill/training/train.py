@@ -11,7 +11,7 @@ from selfdistill.data import Demonstration
 from selfdistill.errors import RunCollapsed, UserError
 from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
-from selfdistill.model import LoadedModel, full_tensors, local_tensor
+from selfdistill.model import LoadedModel, full_tensors, local_tensor, merged
 from selfdistill.runtime import (
     barrier,
     check_disk,
@@ -307,7 +307,7 @@ def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str])
         barrier()
         return final
     if adapter and trainer.loaded.merged_adapter:
-        model = model.merge_and_unload(adapter_names=["default"])
+        model = merged(model, trainer.config.model)
     card = model_card(
         trainer.config,
         output_dir,
@@ -320,7 +320,7 @@ def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str])
     advice = "free disk space, then continue with --resume, which needs a checkpoint (--save_steps)"
     say(f"writing {final}")
     with whole_folder(final, advice) as folder:
-        write_model(folder, model, trainer.loaded.tokenizer, card, state)
+        write_model(folder, model, trainer.loaded, card, state)
         remove_folder(final)
     barrier()
     return final

@@ -33,6 +33,7 @@ from selfdistill.model import (
     layers_of,
     load_matching,
     load_model,
+    refuse_half_precision,
     shard,
     start_fingerprint,
     unsharded,
@@ -68,7 +69,9 @@ class Trainer:
         self.accelerator = make_accelerator(config)
         if demonstrations is None:
             demonstrations = load_demonstrations(config.data, split=config.split)
-        self.loaded = loaded or load_model(config.model, dtype=config.dtype, merge_adapter=True)
+        self.loaded = loaded or load_model(
+            config.model, dtype=config.dtype, merge_adapter=True, adapter_base=config.adapter_base
+        )
         self.began_as = start_fingerprint(self.loaded)
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
         for note in self.loaded.notes:
@@ -93,6 +96,7 @@ class Trainer:
         if config.lora_rank:
             add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
             model = self.loaded.model
+        refuse_half_precision(model, config.model)
         base = self._make_teachers()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -9,8 +9,9 @@ import pytest
 
 from selfdistill.cli import main
 from selfdistill.data.chat_format import ChatFormat
-from selfdistill.model.loading import load_model, starter_model_path
+from selfdistill.model.loading import load_model
 from selfdistill.model.sampling import Sampling, sample
+from selfdistill.model.starter import starter_model_path
 
 pytestmark = pytest.mark.slow
 SKILLS = Path(__file__).resolve().parents[3] / "shared" / "data" / "skills"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from selfdistill.cli import main
 from selfdistill.config.commands import ExportConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
+from selfdistill.model.files import local_folder
+from selfdistill.model.loading import adopt
 from selfdistill.training.export import export, whole_folder
 from selfdistill.training.train import train
 
@@ -125,6 +128,88 @@ def test_what_is_no_part_of_the_model_stays_behind(model_folder: Callable[..., P
     out = export(ExportConfig(run=str(source), output_dir=str(tmp_path / "out")))
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {"config.json", "generation_config.json", "model.safetensors", "additional_chat_templates/x.jinja"}
+
+
+GO_ALONG = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json"),
+    *("LICENSE", "LICENSE.md", "LICENCE.txt", "NOTICE", "USE_POLICY.md"),
+)
+STAY = (
+    *("LICENSE.py", "NOTICE.bin", "modeling.py", "pytorch_model.bin", "model.safetensors.index.json", "README.md"),
+    *("notes.json", "LICENSES/third.txt", "original/params.json"),
+)
+
+
+@pytest.fixture
+def with_files(model_folder: Callable[..., Path]) -> Callable[[Path], str]:
+    """A copy of the tiny model with files of every kind beside it."""
+
+    def make(folder: Path) -> str:
+        shutil.copytree(model_folder(), folder)
+        for name in (*GO_ALONG, *STAY):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(f"the base's {name}")
+        (folder / "generation_config.json").write_text('{"eos_token_id": [257], "top_k": 7}')
+        return str(folder)
+
+    return make
+
+
+def files_of_base(folder: Path) -> set[str]:
+    texts = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name for name, text in texts.items() if text.startswith(b"the base's ")}
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_files_of_the_base_go_along(
+    trained: Callable[..., Path], with_files: Callable[[Path], str], tmp_path: Path, rank: int
+) -> None:
+    run = trained(model=with_files(tmp_path / "base"), lora_rank=rank)
+    out = export(ExportConfig(run=str(run), output_dir=str(tmp_path / "out"), merge=rank > 0))
+    for folder in (run / "final", out):
+        assert files_of_base(folder) == set(GO_ALONG)
+        assert json.loads((folder / "generation_config.json").read_text())["top_k"] == 7
+        assert (folder / "README.md").read_text().startswith("---\n")  # the model's own card
+
+
+def test_files_go_along_when_an_adapter_is_merged_and_trained_further(
+    trained: Callable[..., Path], with_files: Callable[[Path], str], tmp_path: Path
+) -> None:
+    first = trained(model=with_files(tmp_path / "base"), lora_rank=2, out="first")
+    second = trained(model=str(first), out="second")
+    assert files_of_base(second / "final") == set(GO_ALONG)
+
+
+def test_files_go_along_with_a_model_that_the_caller_has_loaded(
+    settings: Callable[..., TrainConfig], with_files: Callable[[Path], str], tmp_path: Path
+) -> None:
+    folder = with_files(tmp_path / "base")
+    loaded = adopt(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    final = train(settings(model=folder, method="sft", max_steps=1), loaded=loaded)
+    assert files_of_base(final) == set(GO_ALONG)
+
+
+def test_files_go_along_from_the_snapshot_of_a_hub_model(
+    settings: Callable[..., TrainConfig],
+    with_files: Callable[[Path], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = tmp_path / "cache" / "models--someone--model"
+    with_files(cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert local_folder("someone/model") == cache / "snapshots" / "abc"
+    assert local_folder("someone/else") is None
+    assert local_folder("no/hub/id") is None
+    loaded = adopt(
+        AutoModelForCausalLM.from_pretrained(cache / "snapshots" / "abc"),
+        AutoTokenizer.from_pretrained(cache / "snapshots" / "abc"),
+    )
+    loaded.files = local_folder("someone/model")
+    final = train(settings(method="sft", max_steps=1), loaded=loaded)
+    assert files_of_base(final) == set(GO_ALONG)
 
 
 def test_refusals(

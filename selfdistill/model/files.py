@@ -1,0 +1,76 @@
+"""Where a model's files lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from selfdistill.config import closest
+from selfdistill.errors import UserError
+from selfdistill.model.starter import STARTER_MODELS, starter_model_path
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
+_LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+_GO_ALONG = ("*processor_config.json", "chat_template.json", "generation_config.json", *_LICENCES)
+_TEXT = ("", ".json", ".md", ".txt")
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id behind a model's name.
+
+    Raises:
+        UserError: there is no such folder, or it holds no model.
+    """
+    if name in STARTER_MODELS:
+        return str(starter_model_path(name))
+    path = Path(name)
+    if (path / "final").is_dir():
+        return str(path / "final")
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            if (path / "config.yaml").is_file():
+                raise UserError(f"model {name!r}: a run folder without a final model; finish it with train --resume")
+            raise UserError(f"model {name!r}: the folder has neither config.json nor adapter_config.json")
+        return str(path)
+    if path.is_file():
+        raise UserError(f"model {name!r}: this is a file; give the folder that holds config.json and the weights")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"model {name!r}: no such folder")
+    if "/" in name and path.parent.is_dir():  # a misspelt folder, not a hub id
+        inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()], "")
+        raise UserError(f"model {name!r}: the folder {path.parent} has no {path.name} in it{inside}")
+    return name
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder of a model's files on this machine: the folder itself, or the cached snapshot of a hub id.
+
+    Nothing is downloaded.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        cached = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:  # neither a folder nor a possible hub id
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of its own."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def files_that_go_along(folder: Path) -> list[Path]:
+    """Files of a base that belong beside a model trained from it, and that training itself does not write.
+
+    These are the settings of its processors, for text, images, video and sound, its processor's chat template, its
+    generation settings, and its licence with what belongs to that. No code, no pickles, no card.
+    """
+    found = {file for pattern in _GO_ALONG for file in folder.glob(pattern)}
+    return sorted(file for file in found if file.is_file() and file.suffix.lower() in _TEXT)

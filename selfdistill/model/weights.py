@@ -1,0 +1,163 @@
+"""Read a causal language model from its files, and compare what the files hold with what the model has."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import is_offline_mode
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from selfdistill.errors import UserError
+from selfdistill.model.files import local_folder
+from selfdistill.model.quantisation import loading_options, refuse_scales
+from selfdistill.model.starter import STARTER_MODELS
+
+_COMPUTED = re.compile(r"(inv_freq|cos_cached|sin_cached|position_ids|masked_bias|att(n|ention)\.bias|causal_mask)$")
+"""Buffers that old checkpoints hold and that models now compute."""
+_SHOWN = 3
+
+
+def load_causal(path: str, name: str, dtype: torch.dtype | str, *, training: bool) -> tuple[Any, list[str]]:
+    """Load a causal language model from a folder or hub id; returns it with notes for the user.
+
+    Args:
+        path: folder or hub id.
+        name: the name given by the user, for messages.
+        dtype: of the weights, or ``auto``.
+        training: whether the weights are to be trained.
+
+    Raises:
+        UserError: it is not a causal language model, or its files do not hold the weights that it computes with.
+    """
+    config = _config(path, name)
+    architectures = config.architectures or []
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        architectures and not any("CausalLM" in a or "LMHead" in a or "Conditional" in a for a in architectures)
+    ):
+        found = ", ".join(architectures) or config.model_type
+        raise UserError(f"model {name!r}: {found} is not a causal language model; use one")
+    folder = local_folder(path)
+    if folder is not None and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model {name!r}: its weights are pickled (.bin), which can run code; convert them to safetensors"
+        )
+    options = loading_options(config, folder, name, training=training)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported here, in one line
+        **options,
+    )
+    model, info = loaded
+    refuse_scales(sorted(info["unexpected_keys"]), name)
+    wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    if wrong:
+        raise UserError(f"model {name!r}: weights missing or not of the shape in config.json: {_listed(wrong, 1)}")
+    return model, _check_unexpected(model, sorted(info["unexpected_keys"]), name)
+
+
+def _config(path: str, name: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        if Path(path).is_dir():
+            raise UserError(f"model {name!r}: config.json cannot be read: {first_line(error)}") from None
+        offline = " (not contacted: offline mode is on)" if is_offline_mode() else ""
+        raise UserError(
+            f"model {name!r}: no such folder, and not found on the model hub{offline}; "
+            f"give a folder, a hub id or one of: {', '.join(STARTER_MODELS)}"
+        ) from None
+    except ValueError as error:
+        if "custom code" in str(error):
+            raise UserError(f"model {name!r}: needs code from its own folder, which is never run") from None
+        raise UserError(f"model {name!r}: {first_line(error)}") from None
+
+
+def _check_unexpected(model: Any, unexpected: list[str], name: str) -> list[str]:
+    """Refuse tensors that belong to a part of the model but have no place in it; note those of other parts.
+
+    A bias, norm or layer that the files hold and the model lacks means that it computes something else than what was
+    trained. A vision tower, a value head or layers that predict further tokens are parts that it can do without.
+    """
+    buffers = dict(model.named_buffers())
+    prefix = f"{model.base_model_prefix}."
+    left = [key for key in unexpected if not _COMPUTED.search(key) and not {key, prefix + key} & buffers.keys()]
+    wrong = [key for key in left if _belongs(model, key) or _belongs(model, prefix + key)]
+    if wrong:
+        raise UserError(
+            f"model {name!r}: its files hold weights that {type(model).__name__}, as config.json describes it, has no "
+            f"place for: {_listed(wrong, 1)}; use the config.json that belongs to the weights"
+        )
+    if not left:
+        return []
+    parts = [f"{part} ({count})" for part, count in Counter(_part(key, prefix) for key in left).items()]
+    return [f"its files hold parts that are not used, with their numbers of tensors: {_listed(parts, _SHOWN)}"]
+
+
+def _belongs(model: Any, key: str) -> bool:
+    """Whether a tensor's name lies in a layer of the model, or beside its other layers, or in a module with weights."""
+    names, module = key.split(".")[:-1], model
+    for place, part in enumerate(names):
+        inside = module._modules.get(part)
+        if inside is None:
+            if isinstance(module, nn.ModuleList) and part.isdigit():
+                further = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+                return int(part) >= len(module) + further
+            return any(name.isdigit() for name in names[:place])
+        module = inside
+    return module is not model
+
+
+def _part(key: str, prefix: str) -> str:
+    """The part of a checkpoint to which a tensor belongs: the first names, up to a number."""
+    names = key.removeprefix(prefix).split(".")
+    return ".".join(names[: 2 if len(names) > 1 and names[1].isdigit() else 1])
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> list[str]:
+    """Check that the model has a row for every token that its tokenizer can write; returns notes for the user.
+
+    Raises:
+        UserError: text, the chat template, or the end, begin or pad token use a token without a row.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    sizes = [weight.shape[0] for layer in layers if isinstance(weight := getattr(layer, "weight", None), torch.Tensor)]
+    rows = min(sizes, default=0)
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows > 0)
+    if not beyond:
+        return []
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    own = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    template = str(tokenizer.chat_template or "")
+    used = [token for number, token in beyond if number not in special or number in own or token in template]
+    if used:
+        raise UserError(
+            f"model {name!r}: its embedding has {rows} rows, and its tokenizer has {_tokens(len(used))} beyond them: "
+            f"{_listed([repr(token) for token in used], _SHOWN)}; use the tokenizer that belongs to the model, or "
+            "resize the embedding and train it first"
+        )
+    names = _listed([repr(token) for _, token in beyond], _SHOWN)
+    return [f"the tokenizer has {_tokens(len(beyond))} without a row in the embedding, which no text writes: {names}"]
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
+
+
+def _listed(names: list[str], shown: int) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,55 @@
+"""The console: what libraries warn of while a model loads is collected, a line each, and chatter is not."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import transformers
+
+from selfdistill.runtime.console import library_warnings
+
+LOGGER = logging.getLogger("transformers.modeling_utils")
+
+
+def warn(text: str, category: type[Warning], file: str) -> None:
+    warnings.warn_explicit(text, category, file, 1)
+
+
+def test_each_warning_is_one_line_and_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+    regex = "The tokenizer you are loading from 'm' with an incorrect regex pattern:\n  see there."
+    with library_warnings() as heard:
+        LOGGER.warning(regex)
+        LOGGER.warning(regex)
+        LOGGER.warning("Some weights were %s", "newly initialized")
+        LOGGER.info("reading")
+        warn("Found missing adapter keys", UserWarning, "/site-packages/peft/peft_model.py")
+        assert heard == []
+    assert heard == [
+        "The tokenizer you are loading from 'm' with an incorrect regex pattern: see there.",
+        "Some weights were newly initialized",
+        "Found missing adapter keys",
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_chatter_is_left_out() -> None:
+    with library_warnings() as heard:
+        LOGGER.warning("LlamaForCausalLM LOAD REPORT from: m\nKey | Status")
+        LOGGER.warning("`torch_dtype` is deprecated! Use `dtype` instead!")
+        warn("will change", FutureWarning, "/site-packages/transformers/utils.py")
+        warn("of another library", UserWarning, "/site-packages/torch/nn.py")
+    assert heard == []
+
+
+def test_the_libraries_say_afterwards_what_they_said_before() -> None:
+    root, verbosity = logging.getLogger("transformers"), transformers.logging.get_verbosity()
+    handlers = list(root.handlers)
+    transformers.logging.set_verbosity_error()
+    with library_warnings():
+        assert root.handlers != handlers
+        assert LOGGER.isEnabledFor(logging.WARNING)
+    assert root.handlers == handlers
+    assert not LOGGER.isEnabledFor(logging.WARNING)
+    transformers.logging.set_verbosity(verbosity)
