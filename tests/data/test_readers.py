@@ -118,7 +118,7 @@ def test_bad_table(name: str, text: str, message: str) -> None:
 )
 def test_packed_text_is_read_like_the_text(name: str, text: str, sources: list[str]) -> None:
     data = text.encode()
-    for packed, content in ((".gz", gzip.compress(data)), (".zst", zstd(data)), (".GZ", gzip.compress(data))):
+    for packed, content in ((".gz", gzip.compress(data, mtime=0)), (".zst", zstd(data)), (".GZ", gzip.compress(data))):
         Path(name + packed).write_bytes(content)
         rows = load_demonstrations(name + packed)
         assert [row.source for row in rows] == [f"{name}{packed}{source}" for source in sources]
@@ -170,10 +170,16 @@ MISNAMED = [
     ("a.csv", json.dumps([GOOD]).encode(), "a JSON list", "a table with commas", "rename it to end with .json"),
     ("a.parquet", lines(GOOD), "JSON Lines", "a parquet file", "rename it to end with .jsonl"),
     ("a.parquet", TABLE, "a table with commas", "a parquet file", "rename it to end with .csv"),
-    ("a.jsonl", gzip.compress(lines(GOOD)), "a gzip file", "JSON Lines", "rename it to end with .jsonl.gz"),
+    ("a.jsonl", gzip.compress(lines(GOOD), mtime=0), "a gzip file", "JSON Lines", "rename it to end with .jsonl.gz"),
     ("a.csv", zstd(TABLE), "a zstd file", "a table with commas", "rename it to end with .csv.zst"),
     ("a.jsonl.gz", lines(GOOD), "JSON Lines", "a gzip file", "rename it to end with .jsonl"),
-    ("a.json.gz", gzip.compress(lines(GOOD, GOOD)), "JSON Lines", "a JSON list", "rename it to end with .jsonl.gz"),
+    (
+        "a.json.gz",
+        gzip.compress(lines(GOOD, GOOD), mtime=0),
+        "JSON Lines",
+        "a JSON list",
+        "rename it to end with .jsonl.gz",
+    ),
     ("a.jsonl.zst", zstd(TABLE), "a table with commas", "JSON Lines", "rename it to end with .csv.zst"),
     ("a.jsonl.gz", zstd(lines(GOOD)), "a zstd file", "a gzip file", "rename it to end with .jsonl.zst"),
     ("a.jsonl", LINE.encode("utf-16"), "UTF-16 text", "JSON Lines", "save it as UTF-8"),
