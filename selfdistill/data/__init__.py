@@ -13,7 +13,7 @@ from selfdistill.data.demonstrations import (
     nothing_to_show,
     write_demonstrations,
 )
-from selfdistill.data.encoding import Example, NothingFits, encode, encode_prompts, refuse_unshown, text_changes
+from selfdistill.data.encoding import Example, NothingFits, encode, encode_prompts, notes_on, refuse_unshown
 from selfdistill.data.messages import Message, not_object, text_of, wrong
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
@@ -62,6 +62,7 @@ __all__ = [
     "load_demonstrations",
     "load_prompts",
     "not_object",
+    "notes_on",
     "nothing_to_score",
     "nothing_to_show",
     "one_line",
@@ -72,7 +73,6 @@ __all__ = [
     "refuse_unshown",
     "repeated_key",
     "score",
-    "text_changes",
     "text_of",
     "thought_and_said",
     "words_of",

@@ -25,7 +25,8 @@ from selfdistill.errors import UserError
 _HIDDEN = "\U0010fffd"
 """Delimits the number of a hidden text. A private-use character, unlikely to occur next to a number in any text."""
 _NAME = re.compile(f"{_HIDDEN}([0-9]+){_HIDDEN}")
-_VERBATIM = re.compile(f"(?P<thought>{EMPTY_THOUGHT})?{_HIDDEN}V(?P<number>[0-9]+){_HIDDEN}")
+_VERBATIM = re.compile(f"{_NAME.pattern}|(?P<thought>{EMPTY_THOUGHT})?{_HIDDEN}V(?P<number>[0-9]+){_HIDDEN}")
+"""A whole hidden turn, after the thought that a template puts in front of it; or a hidden name, to pass over it."""
 _PLAIN_USER, _PLAIN_REPLY = "User:", "Assistant:"
 NEXT_TURN = f"\n\n{_PLAIN_USER}"
 """Where the plain-text layout's next turn begins, a reply has ended, too: so a base model ends it."""
@@ -98,11 +99,13 @@ class ChatFormat:
         special_ids = tokenizer.convert_tokens_to_ids(sorted(special))
         self._skipped = {*special_ids, *tokenizer.all_special_ids}.difference(of_reply_ids)
         # A template may also write tokens that are not special, such as <|User|>.
-        control = special | of_replies | {name for name in added if name in template}
+        control = special | of_replies | {name for name in added if name.strip() and name in template}
         # Next to a token that swallows white space, that of a text is encoded on its own.
         edges = [r"\A\s+", r"\s+\Z"] if self._swallowing else []
         self._in_texts = _any_of(list(control))
         self._in_replies = _any_of(list(control - of_replies), *edges)
+        switches = re.findall(r"['\"](/\w+)['\"]", template)
+        self._switches = re.compile("|".join(map(re.escape, switches)) or r"(?!)")  # matches nothing
         self._turns: dict[str, _Turn] = {}
         self._begin = self._tokenizers_own_start()
 
@@ -164,6 +167,10 @@ class ChatFormat:
         tail = "" if self.turn_end_id is None else space
         return [*self._mixed(turn.prompt, lead + shown + tail, hidden), self.end_token_id]
 
+    def closes_thought(self, options: Mapping[str, Any] | None = None) -> bool:
+        """Whether the prompt ends with a thought that is closed already."""
+        return bool(re.search(rf"({EMPTY_THOUGHT})\Z", self._turn(options or {}).prompt))
+
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a plain text, without control tokens."""
         hidden: list[str] = []
@@ -194,6 +201,8 @@ class ChatFormat:
             shown.append({"role": message["role"], "content": text})
 
         def put_in(found: re.Match[str]) -> str:
+            if found["number"] is None:
+                return found[0]
             text = verbatim[int(found["number"])]
             own_thought = split_thinking(text) != ("", text)  # takes the place of an empty one
             return text if own_thought else (found["thought"] or "") + text
@@ -201,8 +210,29 @@ class ChatFormat:
         # The texts of tools and other arguments come from the data, too.
         options = _mapped(options, lambda value: self._hide(value, self._in_texts, hidden))
         text = self._by_template(shown, options) if self.tokenizer.chat_template else self._plain(shown)
-        _refuse_left_out(messages, shown, text)
+        self._refuse_left_out(messages, shown, text)
         return _VERBATIM.sub(put_in, text), hidden
+
+    def _refuse_left_out(self, messages: Sequence[Message], shown: Sequence[Message], text: str) -> None:
+        """Refuse a rendering that lacks the text of a message.
+
+        Missing may be what a template strips off its ends, a switch such as ``/no_think`` that it reads, and a thought
+        in an earlier assistant turn of a prompt: that is how the model sees such turns.
+
+        Args:
+            messages: as given.
+            shown: as the template was given them.
+            text: what it made of them.
+        """
+        texts = [_said(message) for message in shown]
+        for message, content in zip(messages, texts, strict=True):
+            parts = [part.strip() for part in self._switches.split(content)]
+            if all(text.count(part) >= sum(other.count(part) for other in texts) for part in filter(None, parts)):
+                continue
+            if isinstance(message["content"], Verbatim):
+                raise TemplateRefusal("the chat template leaves out the demonstration, an earlier assistant turn")
+            found = message["content"] if len(message["content"]) <= 40 else message["content"][:37] + "..."
+            raise TemplateRefusal(f"the chat template leaves out or rewrites the {message['role']} turn {found!r}")
 
     def _plain(self, messages: Sequence[Message]) -> str:
         labels = {"system": "", "user": f"{_PLAIN_USER} ", "assistant": f"{_PLAIN_REPLY} "}
@@ -235,15 +265,26 @@ class ChatFormat:
     def _probe(self, options: Mapping[str, Any]) -> _Turn:
         if not self.tokenizer.chat_template:
             return _Turn(_PLAIN_REPLY, " ", "")
-        asked = [{"role": "user", "content": "a"}]
+        user = {"role": "user", "content": "a"}
+        for asked in ([user], [{"role": "system", "content": "a"}, user]):
+            try:
+                return self._probe_with(asked, options)
+            except TemplateRefusal:
+                continue
+        return _Turn("", "", "")  # a template for other conversations; the rows will tell
+
+    def _probe_with(self, asked: list[Message], options: Mapping[str, Any]) -> _Turn:
+        prompt = self._by_template(asked, options)
         answered = [*asked, {"role": "assistant", "content": _REPLY}]
-        try:
-            prompt = self._by_template(asked, options)
-            before, reply, after = self._by_template(answered, options, add_generation_prompt=False).rpartition(_REPLY)
-        except TemplateRefusal:  # a template for other conversations; the rows will tell
-            return _Turn("", "", "")
+        before, reply, after = self._by_template(answered, options, add_generation_prompt=False).rpartition(_REPLY)
         lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        return _Turn(prompt, lead, after if reply else "")
+        if not reply:
+            return _Turn(prompt, "", "")
+        if not self._added.match(after.lstrip()):  # some end only those replies that are not the last
+            more = self._by_template([*answered, asked[-1]], options, add_generation_prompt=False).partition(_REPLY)[2]
+            end = str(self.tokenizer.eos_token)
+            after = more[: more.find(end) + len(end)] if more.lstrip().startswith(end) else after
+        return _Turn(prompt, lead, after)
 
     def _hide(self, text: str, names: re.Pattern[str], hidden: list[str]) -> str:
         """The text with every match replaced by a marker; appends the matches to ``hidden``."""
@@ -263,9 +304,12 @@ class ChatFormat:
         ids, before = self._after(before, first), first or before
         for number, rest in zip(others[::2], others[1::2], strict=True):
             name = hidden[int(number)]
-            for piece in (name[:1], name[1:], rest):
-                ids += self._after(before, piece)
+            for piece in (name[:1], name[1:]):
+                alone = self._added.fullmatch(piece)  # a control token of one letter
+                ids += self._ids(piece, split=True) if alone else self._after(before, piece)
                 before = piece or before
+            ids += self._after(before, rest)
+            before = rest or before
         return ids
 
     def _after(self, before: str, text: str) -> list[int]:
@@ -277,7 +321,8 @@ class ChatFormat:
             return self._ids(text)
         anchor = before[-_ANCHOR:]
         for found in self._added.finditer(before):
-            anchor = before[found.end() if found[0] in self._swallowing else found.start() :]
+            swallowed = found[0] in self._swallowing and text[:1].isspace()
+            anchor = before[found.end() if swallowed else found.start() :]
         for lead in (anchor, "\n", "a"):
             head, whole = self._ids(lead), self._ids(lead + text)
             if head and whole[: len(head)] == head:
@@ -293,26 +338,6 @@ class ChatFormat:
         bare, whole = self._ids("a"), list(self.tokenizer("a")["input_ids"])
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         return whole[:at]
-
-
-def _refuse_left_out(messages: Sequence[Message], shown: Sequence[Message], text: str) -> None:
-    """Refuse a rendering that lacks the text of a message. What a template strips off its ends may be missing.
-
-    A thought in an earlier assistant turn of a prompt may be missing, too: that is how the model sees such turns.
-
-    Args:
-        messages: as given.
-        shown: as the template was given them.
-        text: what it made of them.
-    """
-    texts = [_said(message) for message in shown]
-    for message, content in zip(messages, texts, strict=True):
-        if text.count(content) >= texts.count(content):
-            continue
-        if isinstance(message["content"], Verbatim):
-            raise TemplateRefusal("the chat template leaves out the demonstration, an earlier assistant turn")
-        found = message["content"] if len(message["content"]) <= 40 else message["content"][:37] + "..."
-        raise TemplateRefusal(f"the chat template leaves out or rewrites the {message['role']} turn {found!r}")
 
 
 def _said(message: Message) -> str:

@@ -131,14 +131,39 @@ def _by_row(demonstrations: Sequence[Demonstration], make: Callable[[Demonstrati
     return made
 
 
-def text_changes(examples: Sequence[Example], chat: ChatFormat) -> str | None:
-    """A note if the tokenizer changes demonstrated completions, such as by unknown characters; else None."""
+def notes_on(examples: Sequence[Example], chat: ChatFormat) -> list[str]:
+    """What the user should know of the demonstrated completions: texts that are not trained or shown as they are meant.
+
+    That is completions that the tokenizer changes, such as by unknown characters; thoughts after a prompt that has
+    closed its own; and arguments that the chat template does not use.
+    """
+    notes = []
+    if changes := _text_changes(examples, chat):
+        notes.append(changes)
+    demonstrations = [example.demonstration for example in examples]
+    closed = [
+        row.source
+        for row in demonstrations
+        if split_thinking(row.completion)[0] and chat.closes_thought(row.template_options)
+    ]
+    if closed:
+        notes.append(
+            f"{len(closed)} of {len(examples)} completions think, but the chat template closes the thought before the "
+            f"reply ({first_ten(closed)}); remove their thoughts, or turn thinking on (chat_template_kwargs)"
+        )
+    if unused := chat.unshown((), chat.kwargs):
+        notes.append(f"setting 'chat_template_kwargs': the chat template does not use {unused!r}")
+    return notes
+
+
+def _text_changes(examples: Sequence[Example], chat: ChatFormat) -> str | None:
     changed = []
     for example in examples:
         found = unicodedata.normalize("NFC", chat.decode(example.completion_ids))
         meant = unicodedata.normalize("NFC", example.demonstration.completion).strip()
-        # Between them, the two may divide the tags of a thought: what the prompt opens, the completion only closes.
-        if not found.endswith(split_thinking(meant)[1] or meant):
+        thought, said = split_thinking(meant)
+        # Between them, prompt and completion may divide the tags of a thought.
+        if not found.endswith(said or thought):
             changed.append((example.demonstration.source, *_difference(meant, found)))
     if not changed:
         return None

@@ -15,15 +15,20 @@ EMPTY_THOUGHT = "|".join(rf"{re.escape(begin)}\s*{re.escape(end)}\s*" for begin,
 def split_thinking(reply: str, *, begun: bool = False) -> tuple[str, str]:
     """Split a reply into its thought and its final text, which is empty if the thought never ends.
 
+    A thought begins with its opening tag. Without one, a closing tag ends a thought only if the prompt has begun it, or
+    if the tag has a line of its own.
+
     Args:
         begun: whether the prompt ends with an opening tag.
     """
     for begin, end in TAGS:
-        if end in reply:
-            thought, said = reply.split(end, 1)
-            return thought.lstrip().removeprefix(begin), said.lstrip()
-        if reply.lstrip().startswith(begin):
-            return reply.lstrip().removeprefix(begin), ""
+        opened = reply.lstrip().startswith(begin)
+        text = reply.lstrip().removeprefix(begin) if opened else reply
+        closing = re.search(re.escape(end) if opened or begun else rf"(?m)^[ \t]*{re.escape(end)}[ \t]*$", text)
+        if closing:
+            return text[: closing.start()], text[closing.end() :].lstrip()
+        if opened:
+            return text, ""
     return (reply, "") if begun else ("", reply)
 
 
@@ -44,6 +49,6 @@ def within_open_thought(reply: str, prompt: str, tags: tuple[str, str]) -> str:
     """
     begin, end = tags
     new_line = "\n" if prompt.endswith("\n") else ""
-    if end in reply:
+    if end in reply or reply.lstrip().startswith(begin):
         return reply.lstrip().removeprefix(begin).removeprefix(new_line)
     return f"{'' if new_line else chr(10)}\n{end}\n\n{reply}"

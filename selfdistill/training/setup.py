@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, Example, text_changes
+from selfdistill.data import ChatFormat, Demonstration, Example, notes_on
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
@@ -92,8 +92,9 @@ def make_stages(
     for method in stages_of(config):
         examples, dropped = method.examples(demonstrations, loaded, chat)
         stages.append(Stage(method, examples, dropped))
-        if isinstance(method.examples, DemonstrationExamples) and (note := text_changes(examples, chat)):
-            say(f"note: {note}")
+        if isinstance(method.examples, DemonstrationExamples):
+            for note in notes_on(examples, chat):
+                say(f"note: {note}")
         if method.reward:
             check_answers([example.demonstration for example in examples], config.scorer)
         lengths = [min(len(example.completion_ids), config.max_completion_length) for example in examples]

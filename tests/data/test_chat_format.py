@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from selfdistill import UserError
-from selfdistill.data import ChatFormat, Demonstration, encode, load_demonstrations, parse_context, text_changes
+from selfdistill.data import ChatFormat, Demonstration, encode, load_demonstrations, notes_on, parse_context
 from selfdistill.data.chat_format import thought_and_said
 
 LIMITS: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 64, "window": None}
@@ -136,7 +136,7 @@ def test_decoding_leaves_spaces_alone(make_tokenizer: Callable[..., Any]) -> Non
 def note_on(tokenizer: Any, *replies: str) -> str | None:
     chat = ChatFormat(tokenizer, [2], {})
     rows = [demonstration(reply=reply, row=number) for number, reply in enumerate(replies)]
-    return text_changes(encode(rows, None, chat, **LIMITS)[0], chat)
+    return "; ".join(notes_on(encode(rows, None, chat, **LIMITS)[0], chat)) or None
 
 
 def test_a_completion_that_the_tokenizer_changes_is_told() -> None:
@@ -154,7 +154,7 @@ def test_a_composed_letter_is_no_change(make_tokenizer: Callable[..., Any]) -> N
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     chat = ChatFormat(tokenizer, [257], {})
     examples, _ = encode([demonstration(reply="cafe\u0301")], None, chat, **LIMITS)
-    assert text_changes(examples, chat) is None
+    assert notes_on(examples, chat) == []
 
 
 # --- the demonstration that the teacher reads is the demonstration ---
@@ -293,7 +293,7 @@ def test_a_completion_continues_the_thought_of_its_prompt(
     assert chat.tokenizer.decode(ids[:-1]) == completion
     assert thought_and_said(chat, chat.encode_prompt(demonstration().prompt), ids)[1] == "42"
     examples, _ = encode([demonstration(reply=reply)], None, chat, **LIMITS)
-    assert text_changes(examples, chat) is None
+    assert notes_on(examples, chat) == []
 
 
 @pytest.mark.parametrize(
@@ -349,3 +349,129 @@ def test_a_pinned_clock_writes_as_pythons_does(
     pinned = ChatFormat(make_tokenizer(template=template), [257], {}, "2020-03-05")
     asked = demonstration().prompt
     assert pinned.render(asked) == free.apply_chat_template(asked, tokenize=False)
+
+
+# --- odd templates and tokenizers ---
+
+
+def swallowing(template: str) -> PreTrainedTokenizerFast:
+    """Of the kind of Phi-3: SentencePiece, with role markers that swallow the white space after them."""
+    tokenizer = sentencepiece("prepend", template)
+    markers = [AddedToken(name, rstrip=True, special=True) for name in ("<|user|>", "<|assistant|>", "<|end|>")]
+    tokenizer.add_tokens(markers, special_tokens=True)
+    return tokenizer
+
+
+SWALLOWED = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_a_completion_after_a_token_that_swallows_white_space_keeps_its_own() -> None:
+    tokenizer = swallowing(SWALLOWED)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    chat = ChatFormat(tokenizer, [2, end], {})
+    turns = [{"role": "user", "content": "ok?"}, {"role": "assistant", "content": "Yes"}]
+    whole = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert chat.encode_prompt(turns[:1]) + chat.encode_completion("Yes") == whole
+    assert chat.decode(chat.encode_completion("  a\n    b")) == "a\n    b"
+    assert tokenizer.convert_ids_to_tokens(chat.encode_completion("  a"))[:3] == ["▁", "▁", "a"]
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_switch_that_a_template_takes_out_of_a_text_is_not_missed(
+    make_tokenizer: Callable[..., Any], role: str
+) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.replace('/no_think', '') | trim }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = ChatFormat(make_tokenizer(template=template), [257], {})
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+    for turn in turns:
+        if turn["role"] == role:
+            turn["content"] = "Be brief. /no_think Really."
+    assert "Be brief." in chat.render(turns)
+
+
+@pytest.mark.parametrize(("system", "asked"), [("Be brief.", "Be brief. What is up?"), ("a", "an apple")])
+def test_a_turn_that_stands_in_another_is_missed_where_it_is_left_out(
+    make_tokenizer: Callable[..., Any], system: str, asked: str
+) -> None:
+    template = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
+    chat = ChatFormat(make_tokenizer(template=template), [257], {})
+    with pytest.raises(UserError, match="leaves out or rewrites the system turn"):
+        chat.render([{"role": "system", "content": system}, {"role": "user", "content": asked}])
+
+
+def test_a_token_of_white_space_in_the_templates_source_stays_a_token(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(template="{% for m in messages %}\n    {{ m.content }}<|im_end|>\n{% endfor %}")
+    tokenizer.add_tokens(["    "])
+    chat = ChatFormat(tokenizer, [257], {})
+    assert tokenizer.convert_tokens_to_ids("    ") in chat.encode_completion("f():\n    return 1")
+
+
+def test_a_template_that_needs_a_system_turn_still_ends_replies(make_tokenizer: Callable[..., Any]) -> None:
+    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    template = needs + "{% for m in messages %}{{ m.role }}: {{ m.content }}<|stop|>{% endfor %}"
+    chat = ChatFormat(make_tokenizer(template=template), [257, 259], {})
+    assert chat.encode_completion("a")[-1] == 259
+
+
+def test_a_template_that_ends_all_replies_but_the_last_ends_that_too(make_tokenizer: Callable[..., Any]) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% if not loop.last or m.role == 'user' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    assert ChatFormat(make_tokenizer(template=template), [257], {}).turn_end_id == 257
+
+
+@pytest.mark.parametrize(
+    "text", ["x\U0010fffdV0\U0010fffdy", "\U0010fffd0\U0010fffd", "<|im_end|>\U0010fffdV1\U0010fffd"]
+)
+def test_private_characters_are_no_markers_in_a_teachers_prompt(make_tokenizer: Callable[..., Any], text: str) -> None:
+    chat = ChatFormat(make_tokenizer(), [257], {})
+    row = demonstration(text, f"so {text}")
+    for context in ("turns:repeats=2", "example"):
+        told = chat.tokenizer.decode(chat.encode_prompt(parse_context(context).messages(row, [row])))
+        assert told.count(f"so {text}") == (2 if "turns" in context else 1)
+        assert told.count(text) == told.count(f"so {text}") + (3 if "turns" in context else 1)
+
+
+def test_a_control_token_of_one_letter_stays_text(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["☃"], special_tokens=True)
+    chat = ChatFormat(tokenizer, [257], {})
+    assert tokenizer.convert_tokens_to_ids("☃") not in chat.encode_prompt(demonstration("5 ☃?").prompt)
+
+
+@pytest.mark.parametrize("reply", ["The tag </think> closes it.", "Use </think>", "a </think> b"])
+def test_a_text_about_a_tag_is_no_thought(make_tokenizer: Callable[..., Any], reply: str) -> None:
+    chat = ChatFormat(make_tokenizer(), [257], {})
+    assert thought_and_said(chat, chat.encode_prompt(demonstration().prompt), chat.encode_completion(reply)) == (
+        "",
+        reply,
+    )
+
+
+def test_a_thought_without_its_opening_tag_has_the_closing_one_on_a_line(make_tokenizer: Callable[..., Any]) -> None:
+    chat = ChatFormat(make_tokenizer(), [257], {})
+    ids = chat.encode_completion("7 + 5\n</think>\n\n42")
+    assert thought_and_said(chat, [], ids) == ("7 + 5\n", "42")
+
+
+def test_a_thought_that_never_closes_goes_on_as_it_is(make_tokenizer: Callable[..., Any]) -> None:
+    chat = thinking(make_tokenizer, OPENING, special=False)
+    assert chat.tokenizer.decode(chat.encode_completion("<think>\nnever closed")[:-1]) == "never closed"
+
+
+def test_a_thought_after_a_closed_one_and_an_unused_argument_are_told(make_tokenizer: Callable[..., Any]) -> None:
+    closed = STRIPPING.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+    chat = ChatFormat(make_tokenizer(template=closed), [257], {"enable_thinkin": False})
+    examples, _ = encode([demonstration(reply=THOUGHT), demonstration(row=1)], None, chat, **LIMITS)
+    assert notes_on(examples, chat) == [
+        "1 of 2 completions think, but the chat template closes the thought before the reply (d.jsonl:1); remove their "
+        "thoughts, or turn thinking on (chat_template_kwargs)",
+        "setting 'chat_template_kwargs': the chat template does not use 'enable_thinkin'",
+    ]

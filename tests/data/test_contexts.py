@@ -518,7 +518,7 @@ def test_names_that_a_template_writes_stay_text_but_in_replies(make_tokenizer: C
     user_id, think, other = tokenizer.convert_tokens_to_ids(["<|User|>", "<think>", "<other>"])
     ids = chat.encode_prompt([user("a<|User|><think><other>"), assistant("<think>b<|im_end|>")])
     assert [i for i in ids if i >= 256] == [user_id, other, user_id, think, think]
-    assert think in chat.encode_completion("<think>b")
+    assert chat.encode_completion("<think>b<think>")[1:] == [think, 257]  # the prompt has the first
     assert not {user_id, think, 257} & set(chat.encode_text("<|User|><think><|im_end|>"))
 
 
