@@ -474,3 +474,10 @@ def test_each_template_belongs_to_a_family_that_does_what_the_table_says() -> No
         assert read.endswith(family.opens)
         asked = tokenizer.apply_chat_template([{"role": "user", "content": "@"}], tokenize=False)
         assert ("system" in asked[: asked.index("@")]) == family.own_system
+        if family.system != "left out":
+            system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "@"}]
+            read = tokenizer.apply_chat_template(system, tokenize=False)
+            between = read[read.index("Be brief.") + len("Be brief.") : read.index("@")]
+            assert family.system.startswith("merged" if not between.strip() else "kept")
+        # Markers in plain text are those that the page warns of.
+        assert ("<|user|>" in asked and "<|user|>" not in tokenizer.get_vocab()) == (family.name == "olmo2")
