@@ -28,6 +28,7 @@ from selfdistill.data import (
     encode,
     is_scorable,
     load_demonstrations,
+    notes_on,
     nothing_to_show,
     parse_context,
 )
@@ -197,6 +198,8 @@ class _Measure:
         measured = [row.demonstration for row in self.rows]
         if self.scored:
             check_answers(measured, config.scorer)
+        for note in notes_on(self.rows, self.chat):
+            say(f"note: {note}")
         if doubt := doubt_about(measured, config.scorer):
             say(f"note: {doubt}")
         self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)

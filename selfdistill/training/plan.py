@@ -45,12 +45,12 @@ class Plan(Printable):
     def print(self, console: Console) -> None:
         """Print all of it."""
         parts = [
-            "# resolved settings",
-            dump_yaml(self.config).rstrip(),
-            "\n# the first example, as the student sees it",
+            "# the first example, as the student sees it",
             self.student_prompt,
             *(["\n# as the teacher sees it", self.teacher_prompt] if self.teacher_prompt is not None else []),
             *(["\n# the demonstration", self.completion] if self.completion else []),
+            "\n# resolved settings",
+            dump_yaml(self.config).rstrip(),
             "\n# the run",
             *self.notes,
             f"{self.step_seconds:.1f} s per step, {_duration(self.total_seconds)} for {self.config.max_steps} steps, "
