@@ -169,7 +169,9 @@ def choice(reply: str, demonstration: Demonstration) -> bool:
     else:
         letter = letter_of(_text(expected, "choice", demonstration))
     if letter is None:
-        raise _unusable("choice", demonstration, "it gives no letter from A to Z")
+        raise _unusable(
+            "choice", demonstration, "it gives no letter from A to Z; write the option's letter, for instance A"
+        )
     return chosen_letter(reply) == letter
 
 

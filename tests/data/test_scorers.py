@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import itertools
 import json
 import re
@@ -114,9 +115,27 @@ def test_thoughts_of_a_demonstration_are_not_compared(scorer: str, said: str, re
         assert score("exact", "42", row("42", completion))  # the answer is what counts
 
 
-def test_every_name_has_a_function_of_that_name() -> None:
+def test_names_of_scorers_are_the_same_everywhere() -> None:
+    compare = {
+        name
+        for name, function in vars(scorers).items()
+        if inspect.isfunction(function) and list(inspect.signature(function).parameters) == ["reply", "demonstration"]
+    }
+    assert compare == set(SCORER_NAMES)
+    everything = [*SCORER_NAMES, JUDGE]
+    help_text = EvalConfig.model_fields["scorer"].description
+    assert help_text is not None
+    assert re.findall(r"``(\w+)``", help_text) == everything
+    table = re.findall(r"^\| `(\w+)` \|", section("data.md", "Scorers"), re.MULTILINE)
+    assert table == everything
     for name in SCORER_NAMES:
-        assert callable(getattr(scorers, name))
+        with pytest.raises(UserError, match=f"scorer '{name}' needs"):  # and is not unknown
+            score(name, "reply", row())
+
+
+def section(page: str, heading: str) -> str:
+    text = TABLE.with_name(page).read_text(encoding="utf-8")
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def pairs_of_the_table() -> Iterator[tuple[str, dict[str, Any], str, bool]]:
@@ -315,13 +334,20 @@ def test_completion_stands_in_for_the_answer() -> None:
         (
             "choice",
             row("BC"),
-            "train.jsonl:7: scorer 'choice' cannot use answer \"BC\": it gives no letter from A to Z",
+            "train.jsonl:7: scorer 'choice' cannot use answer \"BC\": "
+            "it gives no letter from A to Z; write the option's letter, for instance A",
         ),
-        ("choice", row(2), "train.jsonl:7: scorer 'choice' cannot use answer 2: it gives no letter from A to Z"),
+        (
+            "choice",
+            row(2),
+            "train.jsonl:7: scorer 'choice' cannot use answer 2: "
+            "it gives no letter from A to Z; write the option's letter, for instance A",
+        ),
         (
             "choice",
             row(completion="two"),
-            "train.jsonl:7: scorer 'choice' cannot use completion \"two\": it gives no letter from A to Z",
+            "train.jsonl:7: scorer 'choice' cannot use completion \"two\": "
+            "it gives no letter from A to Z; write the option's letter, for instance A",
         ),
         (
             "tool_call",
