@@ -20,12 +20,13 @@ def _any_of(words: str) -> str:
 
 # Words for an option, for the answer and for "is"; what may stand between "is" and the letter.
 _OPTION = _any_of(
-    "option choice letter alternative variante opción opção opzione choix вариант 选项 選項 選択肢 보기 विकल्प ข้อ"
+    "option choice letter alternative alternativa letra variante opción opção opzione choix вариант "
+    "选项 選項 選択肢 보기 विकल्प ข้อ"
 )
 _ANSWER = _any_of(
     "answers? choice option solution selection antwort lösung réponse respuesta resposta risposta antwoord svar "
     "odpowiedź jawaban jawabannya cevap ответ απάντηση 答案 正解 答え 选项 選項 選択肢 정답 คำตอบ उत्तर الإجابة الجواب "
-    r"התשובה opción opção opzione richtig đáp\s+án exception 正确的 正確的"
+    r"התשובה opción opção opzione alternativa richtig đáp\s+án câu\s+trả\s+lời exception 正确的 正確的"
 )
 _IS_WORD = _any_of("is be was ist lautet es est é è är er jest adalah là είναι это 是 为 為 は 은 는 คือ है هي هو היא")
 _IS = rf"(?:{_IS_WORD}|[-=:]+>?|[→】|])"
@@ -53,15 +54,17 @@ _LETTER = regex.compile(
 # What stands before a letter.
 _REACH = 120
 _STATED = regex.compile(
-    rf"(?i:(?:\b(?:correct|right|true|best|odd)\s+\w+(?:\s+out)?\s+|{_ANSWER})(?:(?!not\b|n't|cannot|never|neither|nor\b|choices|options|wrong|incorrect)[^.!?\n:=。]){{0,60}}?"
+    rf"(?i:(?:\b(?:correct|right|true|best|odd)\s+\w+(?:\s+out)?\s+|{_ANSWER})"
+    r"(?:(?!not\b|n't|cannot|never|neither|nor\b|choices|options|wrong|incorrect)[^.!?\n:=。]){0,60}?"
     rf"{_IS}){_LEAD}\Z"
 )
 _NAMED = regex.compile(
     r"(?<!(?i:not|n't|than|over|never|unlike)\s)"
     r"(?:\b(?i:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|(?:go|going|went) with|opt for"
-    r"|say|guess|prefer|left with|match(?:es)?|it'?s|it is|(?:must|should|would) be|so|thus|hence|therefore|but|rather"
+    r"|say|guess|prefer|left with|match(?:es)?|it'?s|it is|so|thus|hence|therefore|but|rather"
+    r"|(?:must|should|would|has to|can only) be|leav(?:es|ing)(?: us with)?|lean(?:ing)? towards?"
     r"|only|probably|definitely|clearly|certainly|likely"
-    rf"|donc|luego|quindi|dus|значит)\b|因此|所以|故|选择|選擇|选|選|应为|應為|(?i:{_OPTION}|{_ANSWER})){_LEAD}\Z"
+    rf"|donc|chọn|luego|quindi|dus|значит)\b|因此|所以|故|选择|選擇|选|選|应为|應為|(?i:{_OPTION}|{_ANSWER})){_LEAD}\Z"
 )
 _LINE_START = regex.compile(rf"[#>=→\p{{So}}\s-]*+{_LEAD}")
 
@@ -79,7 +82,8 @@ _NO_WORD_END = regex.compile(
 )
 _REJECTED = regex.compile(
     # After "(B)" a bare "wrong" may be the text of the option.
-    rf"(?i:{_CLOSE}(?:is|are|was|were|seems)\s+(?:both\s+|all\s+)?(?:not|wrong|incorrect|false|out|eliminated)\b"
+    rf"(?i:{_CLOSE}(?:is|are|was|were|seems|can be)\s+(?:both\s+|all\s+)?"
+    rf"(?:not|wrong|incorrect|false|(?:ruled )?out|eliminated)\b"
     rf"|{_CLOSE}isn't\b|[\s*_]++(?:wrong|incorrect|false|out|eliminated|not\s+(?:correct|right))\b)"
 )
 _SEVERAL = regex.compile(
@@ -87,7 +91,7 @@ _SEVERAL = regex.compile(
     rf"(?:\n|\Z|[.,;:!?。]|{_OR}|{_BECAUSE}|(?:are|were|both|fit|have|but|for|due|given)\b)"
 )
 _AND = regex.compile(rf"{_CLOSE}{_OR}{_LEAD}")
-_NEXT_LABEL = regex.compile(rf"{_CLOSE}[).:]*+{_OPEN}[A-Za-z][).:](?!\s+\p{{Ll}})")
+_NEXT_LABEL = regex.compile(rf"{_CLOSE}[).:]*+{_OPEN}[A-Za-z][).:\]](?!\s+\p{{Ll}})")
 
 
 def chosen_letter(reply: str) -> str | None:
@@ -95,12 +99,13 @@ def chosen_letter(reply: str) -> str | None:
 
     The first kind of evidence that there is decides, and its last instance:
 
-    1. ``<answer>...</answer>`` that holds a letter (``(b)``, ``B.``) or an option with its letter (``B: Paris``)
+    1. ``<answer>...</answer>``, also cut off, or ``<final_answer>``, that holds a letter (``(b)``, ``B.``) or an
+       option with its letter (``B: Paris``)
     2. ``\boxed{...}`` that holds one
-    3. a stated answer: ``the answer is B``, ``Answer: b``, also in other languages
+    3. a stated answer: ``the answer is B``, ``Answer: b``, ``the correct statement is B``, also in other languages
     4. a line that is nothing but a letter
     5. a letter that is called correct: ``B is the right answer``
-    6. the letter with which the reply begins, ``B) because ...``, unless other lines begin with other letters
+    6. the letter with which the reply begins, ``B) because ...``, unless others follow at once or begin other lines
     7. an option that is named and not rejected: ``option C``, ``I choose C``, ``so C``
     8. the one letter that brackets, emphasis or punctuation set apart
     9. a capital with which the reply begins
