@@ -77,7 +77,7 @@ _CORRECT = regex.compile(
 )
 _MARK_END = regex.compile(r"[^\S\n]*+(?:\n|\Z|[)\]}*_`\"'>.,;:!?。—])")
 _NO_WORD_END = regex.compile(
-    rf"\s*(?:\Z|\n|[^\p{{L}}\p{{M}}\p{{N}}\s]|{_BECAUSE}|(?:for|is|but|given|due|over|rather than"
+    rf"\s*(?:\Z|\n|[^\p{{L}}\p{{M}}\p{{N}}\s]|{_BECAUSE}|(?:for|is|but|given|due|over(?=\s)|rather than"
     rf"|instead of|(?:and )?not)\b)|[^\p{{Latin}}\s]"
 )
 _REJECTED = regex.compile(
@@ -91,7 +91,8 @@ _SEVERAL = regex.compile(
     rf"(?:\n|\Z|[.,;:!?。]|{_OR}|{_BECAUSE}|(?:are|were|both|fit|have|but|for|due|given)\b)"
 )
 _AND = regex.compile(rf"{_CLOSE}{_OR}{_LEAD}")
-_NEXT_LABEL = regex.compile(rf"{_CLOSE}[).:]*+{_OPEN}[A-Za-z][).:\]](?!\s+\p{{Ll}})")
+_VERDICT = r"(?:(?i:wrong|incorrect|false|right|correct|true)\b[.,;:]?\s*)?"
+_NEXT_LABEL = regex.compile(rf"{_CLOSE}[).:]*+\s*+{_VERDICT}{_OPEN}[A-Za-z][).:\]](?!\s+\p{{Ll}})")
 
 
 def chosen_letter(reply: str) -> str | None:

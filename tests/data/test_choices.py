@@ -396,6 +396,14 @@ REPLIES: list[tuple[str, str | None]] = [
     ("Choice B is the only one that fits.", "B"),
     ("D seems right to me.", "D"),
     ("B is true, the rest are false.", "B"),
+    ("A) Wrong. B) Right.", None),
+    ("(A) False; (B) True", None),
+    ("I over-think.", None),
+    ("The answer is A over B.", "A"),
+    ("\\boxed{(B) False}", "B"),
+    ("**B** is false; **C**", "C"),
+    ("The right triangle has a leg A of 3.", None),
+    ("The best known element with symbol C is carbon.", None),
 ]
 
 
