@@ -21,7 +21,7 @@ from selfdistill.data.choices import chosen_letter, letter_of
 from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.rows import one_line
 from selfdistill.data.thinking import split_thinking
-from selfdistill.data.tool_calls import Calls, calls_in, calls_of, merged
+from selfdistill.data.tool_calls import Calls, calls_in, calls_of, same_calls
 from selfdistill.data.words import includes, same_text, words_of
 from selfdistill.errors import UserError
 
@@ -169,7 +169,9 @@ def choice(reply: str, demonstration: Demonstration) -> bool:
     else:
         letter = letter_of(_text(expected, "choice", demonstration))
     if letter is None:
-        raise _unusable("choice", demonstration, "it gives no letter from A to Z")
+        raise _unusable(
+            "choice", demonstration, "it gives no letter from A to Z; write the option's letter, for instance A"
+        )
     return chosen_letter(reply) == letter
 
 
@@ -192,8 +194,9 @@ def tool_call(reply: str, demonstration: Demonstration) -> bool:
     A call is a line ``Action: name`` followed by ``Action Input:`` and a JSON object; a malformed call makes the reply
     wrong. The answer is a list of [name, arguments] or its JSON text; the arguments are an object or its JSON text.
     Names must be equal as a multiset. Arguments are merged over all calls: for each argument name the multiset of
-    values must be equal, so the order of calls does not matter. Numbers are equal by value, also as text: 3, "3" and
-    3.0. Without an answer, the expected calls are those of the completion.
+    values must be equal, so the order of calls does not matter. A JSON number is equal to a number, or a text, of its
+    value: 3, 3.0 and "3". Two texts are compared as texts. Without an answer, the expected calls are those of the
+    completion.
     """
     wanted: Calls | None
     if demonstration.answer is None:
@@ -205,7 +208,7 @@ def tool_call(reply: str, demonstration: Demonstration) -> bool:
         except ValueError as error:
             raise _unusable("tool_call", demonstration, str(error)) from error
     calls = calls_in(reply)
-    return calls is not None and merged(calls) == merged(wanted)
+    return calls is not None and same_calls(calls, wanted)
 
 
 _SCORERS: dict[str, Callable[[str, Demonstration], bool]] = {
@@ -260,7 +263,10 @@ def _function(name: str) -> Callable[[str, dict[str, Any]], Any]:
 
 def _text(expected: Any, scorer: str, demonstration: Demonstration) -> str:
     if isinstance(expected, int | float) and not isinstance(expected, bool):
-        return str(expected)
+        try:
+            return str(expected)
+        except ValueError:
+            raise _too_long(demonstration) from None
     if not isinstance(expected, str):
         raise _unusable(scorer, demonstration, "it is not text or a number")
     return expected
@@ -269,6 +275,18 @@ def _text(expected: Any, scorer: str, demonstration: Demonstration) -> str:
 def _unusable(scorer: str, demonstration: Demonstration, reason: str) -> UserError:
     column = "completion" if demonstration.answer is None else "answer"
     value = getattr(demonstration, column)
-    shown = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:
+        return _too_long(demonstration)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return UserError(f"{demonstration.source}: scorer '{scorer}' cannot use {column} {shown}: {reason}")
+
+
+def _too_long(demonstration: Demonstration) -> UserError:
+    """For numbers that Python does not write as text, because that would take quadratic time."""
+    limit = sys.get_int_max_str_digits()
+    return UserError(
+        f"{demonstration.source}: column 'answer': found a number of more than {limit:,} digits, expected fewer; "
+        "write it as text"
+    )

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from selfdistill.data.words import spelled
+from selfdistill.data.words import plain, spelled
 
-Calls = list[tuple[str, dict[str, str]]]
-"""(name, arguments) of each call; argument values as text that is the same for equal values."""
+Calls = list[tuple[str, dict[str, Any]]]
+"""(name, arguments) of each call."""
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A JSON number; the text is the same for the same value."""
+
+    value: str
 
 
 def calls_in(reply: str) -> Calls | None:
@@ -41,23 +51,70 @@ def calls_of(answer: Any) -> Calls:
     return calls
 
 
-def merged(calls: Calls) -> tuple[Counter[str], Counter[tuple[str, str]]]:
-    """The calls' names, and the arguments of all of them, as multisets."""
-    names = Counter(name for name, _ in calls)
-    return names, Counter(pair for _, arguments in calls for pair in arguments.items())
+def same_calls(calls: Calls, wanted: Calls) -> bool:
+    """Whether the names, and over all calls each argument's values, are the same multisets.
+
+    A number is the same as a number, or a text, of its value. Two texts are compared as texts: "3.10" is not "3.1".
+    """
+    if Counter(name for name, _ in calls) != Counter(name for name, _ in wanted):
+        return False
+    values, others = _by_argument(calls), _by_argument(wanted)
+    return values.keys() == others.keys() and all(_same_multiset(values[name], others[name]) for name in values)
 
 
-def _arguments(value: Any) -> dict[str, str]:
+def _by_argument(calls: Calls) -> dict[str, list[Any]]:
+    values: dict[str, list[Any]] = defaultdict(list)
+    for _, arguments in calls:
+        for name, value in arguments.items():
+            values[name].append(value)
+    return values
+
+
+def _same_multiset(values: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    if len(values) != len(wanted):
+        return False
+    rest = list(values)
+    # Equal ones first: of "3" and 3 on both sides, the text takes the text, for no other text is the same.
+    for same in (operator.eq, _same):
+        wanted = [value for value in wanted if not _take(rest, value, same)]
+    return not wanted
+
+
+def _take(rest: list[Any], value: Any, same: Callable[[Any, Any], bool]) -> bool:
+    """Whether some of the rest is the same as the value; it is removed."""
+    for place, other in enumerate(rest):
+        if same(value, other):
+            del rest[place]
+            return True
+    return False
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, str | _Number) and isinstance(other, str | _Number):
+        return one == other if isinstance(one, str) and isinstance(other, str) else _value(one) == _value(other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(map(_same, one.values(), [other[key] for key in one]))
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return False
+
+
+def _value(leaf: str | _Number) -> str:
+    return leaf.value if isinstance(leaf, _Number) else spelled(leaf)
+
+
+def _arguments(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError("arguments are not an object")
-    plain = {key: _plain(part) for key, part in value.items()}
-    return {key: part if isinstance(part, str) else json.dumps(part, sort_keys=True) for key, part in plain.items()}
+    return {key: _comparable(part) for key, part in value.items()}
 
 
-def _plain(value: Any) -> Any:
-    """The value with each number, true, false and null as text, at any depth, and each text in one spelling."""
+def _comparable(value: Any) -> Any:
+    """The value with each number as its value, true, false and null as text, and each text in one spelling."""
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _comparable(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return spelled(value if isinstance(value, str) else json.dumps(value))
+        return [_comparable(part) for part in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return _Number(spelled(json.dumps(value)))
+    return plain(value if isinstance(value, str) else json.dumps(value))

@@ -43,7 +43,8 @@ _GROUPS = regex.compile(
 
 _LATEX = (
     (regex.compile(r"(?<![\\$])(\$\$?)(?=[^\s$])([^$\n]+?)(?<=\S)\1(?![\d$])"), r" \2 "),  # $x$, not $5 to $6
-    (regex.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"), r"\1/\2"),
+    (regex.compile(r"\\[cdt]?frac\s*(?|\{\s*(\d+)\s*\}|(\d))\s*(?|\{\s*(\d+)\s*\}|(\d))"), r"\1/\2"),
+    (regex.compile(r"(?<=\^)\{\s*(-?[\p{L}\p{N}.]+)\s*\}"), r"\1"),  # x^{n+1} is not x^n+1
     (regex.compile(r"\\(?:text|math|box|fbox|operatorname)\w*\s*(?=\{)"), ""),
     (regex.compile(r"(?<=\d)(?:\\[,!;:]|\{,\})(?=\d{3})"), ","),
     (regex.compile(r"\\([%$#&_{}])"), r"\1"),
@@ -54,12 +55,14 @@ _PERCENT_BEFORE = regex.compile(r"(?<!\d\s?)%(\d+(?:\.\d+)?)")
 
 _MINUS = r"(?:(?<![\p{L}\p{N})\]])-)?"
 _POWER_OF_TEN = rf"(?:e[+-]?\d{{1,4}}(?!{_IN_WORD}))?"
+_COMPOUND = r"(?:m/s|m\^|[jlnvw]/\p{L})"  # units such as m/s and W/m; 5m and 5k alone may be millions, thousands
 _TOKEN = regex.compile(
     rf"""
     [a-z]++ (?=[\s.,;:!?*)"'])  # most words, at once
     | (?=[-\d]) (?<![/.]|{_IN_WORD}) (?P<above>{_MINUS}\d+)\s?/\s?(?P<below>\d+) (?!\s?/|\.\d|{_IN_WORD})
     | (?=[-.\d]) (?<!{_IN_WORD}) (?P<number>(?>{_MINUS}(?:\d+(?:\.\d+)*|(?<![.)\]])\.\d+){_POWER_OF_TEN}))
-      (?: (?P<unit>{_LETTER}(?!{_IN_WORD})) | \s?(?P<percent>[%\u2030]) | (?!{_IN_WORD}) | (?={_LETTER}{{2,}}(?!\d)) )
+      (?: (?={_COMPOUND})
+        | (?P<unit>{_LETTER}(?!{_IN_WORD})) | \s?(?P<percent>[%\u2030]) | (?!{_IN_WORD}) | (?={_LETTER}{{2,}}(?!\d)) )
     | [[{_UNSPACED}]--\p{{M}}][\p{{M}}\u30fc]*
     | (?:(?<![.)\]]|{_IN_WORD})\.(?=\p{{L}}))? {_IN_WORD}+ (?:\+\+|\#|\+(?!{_IN_WORD}|[+(\\]))?
     | [[\p{{S}}\#%&@/]--[\^`~|]]
@@ -67,16 +70,17 @@ _TOKEN = regex.compile(
     """,
     regex.VERSION1 | regex.VERBOSE,
 )
+_WITH_UNIT = regex.compile(r"(-?\d[\d.]*(?:e-?\d+)?)(\p{L})")
 _ALONE = regex.compile(r"(-?(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,4})?)(?:\s?([%\u2030]))?")
 _PADDED = regex.compile(r"-?0\d")
 _CODE = regex.compile(r"(-?)0+(\d[\d.]*)(.*)")
 
 
 def plain(text: str) -> str:
-    """The text with one spelling for what looks or means the same.
+    """The text with one spelling for characters that look or mean the same; white space and letter case stay.
 
     NFKC with ASCII digits, straight quotes and one hyphen; no invisible characters. Powers become ``^2``, and a
-    fraction keeps apart from the number before it. Letter case, accents and vowel signs stay.
+    fraction keeps apart from the number before it. Accents and vowel signs stay.
     """
     if text.isascii():
         return text
@@ -116,13 +120,28 @@ def includes(words: Sequence[str], wanted: Sequence[str]) -> bool:
     """Whether the wanted words stand among the words, one after the other.
 
     Signs that are none of the wanted words do not matter. A code such as 007 is also the number 7, but 7 is not 007.
+    A number and a letter are also one word, and the other way round: ``5 m`` and ``5m``.
     """
     kept = [word for word in words if word[0].isalnum() or not _is_sign(word) or word in wanted]
+    apart = _units_apart(wanted)
+    return _stands_in(kept, wanted) or (len(apart) > 1 and _stands_in(_units_apart(kept), apart))
+
+
+def _stands_in(words: Sequence[str], wanted: Sequence[str]) -> bool:
     size = len(wanted)
     return any(
-        _same(kept[start], wanted[0]) and all(map(_same, kept[start : start + size], wanted))
-        for start in range(len(kept) - size + 1)
+        _same(words[start], wanted[0]) and all(map(_same, words[start : start + size], wanted))
+        for start in range(len(words) - size + 1)
     )
+
+
+def _units_apart(words: Sequence[str]) -> list[str]:
+    """The words with each number and the letter behind it as two words."""
+    apart: list[str] = []
+    for word in words:
+        with_unit = _WITH_UNIT.fullmatch(word)
+        apart.extend(with_unit.groups() if with_unit else (word,))
+    return apart
 
 
 def same_text(one: str, wanted: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import itertools
 import json
 import re
@@ -114,9 +115,27 @@ def test_thoughts_of_a_demonstration_are_not_compared(scorer: str, said: str, re
         assert score("exact", "42", row("42", completion))  # the answer is what counts
 
 
-def test_every_name_has_a_function_of_that_name() -> None:
+def test_names_of_scorers_are_the_same_everywhere() -> None:
+    compare = {
+        name
+        for name, function in vars(scorers).items()
+        if inspect.isfunction(function) and list(inspect.signature(function).parameters) == ["reply", "demonstration"]
+    }
+    assert compare == set(SCORER_NAMES)
+    everything = [*SCORER_NAMES, JUDGE]
+    help_text = EvalConfig.model_fields["scorer"].description
+    assert help_text is not None
+    assert re.findall(r"``(\w+)``", help_text) == everything
+    table = re.findall(r"^\| `(\w+)` \|", section("data.md", "Scorers"), re.MULTILINE)
+    assert table == everything
     for name in SCORER_NAMES:
-        assert callable(getattr(scorers, name))
+        with pytest.raises(UserError, match=f"scorer '{name}' needs"):  # and is not unknown
+            score(name, "reply", row())
+
+
+def section(page: str, heading: str) -> str:
+    text = TABLE.with_name(page).read_text(encoding="utf-8")
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def pairs_of_the_table() -> Iterator[tuple[str, dict[str, Any], str, bool]]:
@@ -244,9 +263,28 @@ TWO_CALLS = [("get", '{"id": 3, "tags": ["a", "b"]}'), ("put", '{"deep": {"y": n
         # Deep enough for our own recursion, not for the parser's; escaping level by level would never end.
         (calls(("get", '{"a": ' + "[" * 600 + "]" * 600 + "}")), [["get", {}]], False),
         (calls(("get", '{"a": ' + "[" * 60 + '"b"' + "]" * 60 + "}")), [["get", {"a": ["b"]}]], False),
+        (
+            calls(("get", '{"a": ' * 200 + '"1"' + "}" * 200)),
+            '[["get", ' + '{"a": ' * 200 + "1" + "}" * 200 + "]]",
+            True,
+        ),
         ("Action: get", [["get", {}]], False),
         (calls(("get", "{}")) + "\nAction: put", [["get", {}]], False),
         ("", [["get", {}]], False),
+        # Two texts are compared as texts, a number with a text by value.
+        (calls(("get", '{"v": "3.1"}')), [["get", {"v": "3.10"}]], False),
+        (calls(("get", '{"v": 3.1}')), [["get", {"v": "3.10"}]], True),
+        (calls(("get", '{"id": "100000"}')), [["get", {"id": "1e5"}]], False),
+        (calls(("get", '{"id": "1,000"}')), [["get", {"id": "1000"}]], False),
+        (calls(("get", '{"id": "1,000"}')), [["get", {"id": 1000}]], True),
+        (calls(("get", '{"at": [{"v": "3.1"}]}')), [["get", {"at": [{"v": "3.10"}]}]], False),
+        (calls(("get", '{"at": [{"v": "3.1"}]}')), [["get", {"at": [{"v": 3.10}]}]], True),
+        (calls(("get", '{"at": [1, 2]}')), [["get", {"at": '["1", "2"]'}]], False),
+        # The text "3.0" must take the number, for it is not the text "3".
+        (calls(("get", '{"v": 3}'), ("get", '{"v": "3"}')), [["get", {"v": "3"}], ["get", {"v": "3.0"}]], True),
+        (calls(("get", '{"v": "3"}'), ("get", '{"v": 3}')), [["get", {"v": "3.0"}], ["get", {"v": "3"}]], True),
+        (calls(("get", '{"v": "3"}'), ("get", '{"v": "3"}')), [["get", {"v": "3"}], ["get", {"v": "3.0"}]], False),
+        (calls(("get", '{"v": 1}')), [["get", {"v": True}]], False),
         ("No tool is needed.", [], True),
         (calls(("get", "{}")), [], False),
     ],
@@ -296,13 +334,20 @@ def test_completion_stands_in_for_the_answer() -> None:
         (
             "choice",
             row("BC"),
-            "train.jsonl:7: scorer 'choice' cannot use answer \"BC\": it gives no letter from A to Z",
+            "train.jsonl:7: scorer 'choice' cannot use answer \"BC\": "
+            "it gives no letter from A to Z; write the option's letter, for instance A",
         ),
-        ("choice", row(2), "train.jsonl:7: scorer 'choice' cannot use answer 2: it gives no letter from A to Z"),
+        (
+            "choice",
+            row(2),
+            "train.jsonl:7: scorer 'choice' cannot use answer 2: "
+            "it gives no letter from A to Z; write the option's letter, for instance A",
+        ),
         (
             "choice",
             row(completion="two"),
-            "train.jsonl:7: scorer 'choice' cannot use completion \"two\": it gives no letter from A to Z",
+            "train.jsonl:7: scorer 'choice' cannot use completion \"two\": "
+            "it gives no letter from A to Z; write the option's letter, for instance A",
         ),
         (
             "tool_call",
@@ -339,6 +384,24 @@ def test_what_the_user_must_mend(name: str, demonstration: Demonstration, messag
     with pytest.raises(UserError) as caught:
         score(name, "reply", demonstration)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("scorer", ["exact", "contains", "choice", "regex", "tool_call"])
+def test_a_number_that_python_does_not_write(scorer: str) -> None:
+    number = 10**5000
+    for answer in (number, -number) if scorer != "tool_call" else ([["get", {"id": number}]],):
+        with pytest.raises(UserError) as caught:
+            score(scorer, calls(("get", '{"id": 3}')), row(answer))
+        assert str(caught.value) == (
+            "train.jsonl:7: column 'answer': found a number of more than 4,300 digits, expected fewer; write it as text"
+        )
+    assert score("exact", "9" * 5000, row("9" * 5000))
+    assert not score("tool_call", calls(("get", f'{{"id": {"9" * 5000}}}')), row([["get", {"id": 3}]]))
+
+
+def test_a_list_with_a_number_that_python_does_not_write() -> None:
+    with pytest.raises(UserError, match="more than 4,300 digits"):
+        score("contains", "red", row(["red", 10**5000]))
 
 
 def test_contains_checks_every_answer_of_the_list() -> None:

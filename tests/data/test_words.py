@@ -56,8 +56,11 @@ def test_how_many_words(text: str, count: int) -> None:
         ("0", "0.0", "-0", "0e5"),
         ("50%", "50 %", "50.0%", "50\\%", "%50", "٥٠٪"),
         ("$5", "5$", "5 $", "$5.00", "$ 5", "\\$5"),
-        ("1/2", "½", "1 / 2", "\\frac{1}{2}", "\\dfrac{1}{2}"),
-        ("10^5", "10⁵"),
+        ("1/2", "½", "1 / 2", "\\frac{1}{2}", "\\dfrac{1}{2}", "\\frac12", "\\tfrac1{2}", "\\dfrac {1} 2"),
+        ("10^5", "10⁵", "10^{5}", "$10^{ 5 }$"),
+        ("10^-5", "10⁻⁵", "10^{-5}"),
+        ("x^n", "$x^{n}$"),
+        ("9.8 m/s^2", "9.8m/s²", "9.80 m/s^{2}", "9.8m/s^2"),
     ],
     ids=lambda ways: ways[0],
 )
@@ -82,6 +85,8 @@ def test_different_numbers() -> None:
         "5e5",
         "1.2.3",
         "10^5",
+        "x^n+1",
+        "x^{n+1}",
         "2½",
         "105",
     ]
@@ -103,6 +108,52 @@ def test_signs_that_only_the_text_has_do_not_part_words() -> None:
     assert not includes(words_of("a b"), words_of("a/b"))
 
 
+@pytest.mark.parametrize(
+    ("wanted", "text", "there"),
+    [
+        ("5 m", "5m", True),
+        ("5m", "5 m", True),
+        ("10 m/s", "10m/s", True),
+        ("10m/s", "10 m/s", True),
+        ("9.8", "9.8m/s^2", True),
+        ("9.8 m/s^2", "9.8m/s²", True),
+        ("9.8 m/s^2", "9.8 m/s^{2}", True),
+        ("5", "5k", False),
+        ("5", "5G", False),
+        ("3", "3D", False),
+        ("5", "5m", False),
+        ("5k", "$5 k", True),
+        ("5 G", "5g", True),
+        ("5", "5k/month", False),
+        ("5 m", "5 km", False),
+        ("5 m", "5 mm", False),
+        ("5 m", "15m", False),
+        ("5 m", "-5m", False),
+        ("5 m", "5", False),
+        ("5 s", "in 5s", True),
+        ("1990", "1990s", False),
+        ("72 kg", "72kg", True),
+        ("12 V", "12V", True),
+        ("5 %", "5m", False),
+        ("m", "5m", False),
+        ("12 V battery", "a 12V battery", True),
+        ("007 m", "7m", False),
+        ("7 m", "007m", True),
+        ("5e3 m", "5000m", True),
+        ("0 m", "0m", True),
+        ("5 m", "5m/s", True),
+        ("x^a", "$x^{a}$", True),
+        ("5 и", "5и", True),
+        ("5", "5W/m", True),
+        ("5", "5m/year", False),
+        ("5", "5n/2", False),
+        ("5", "5x^2", False),
+    ],
+)
+def test_numbers_with_units_of_one_letter(wanted: str, text: str, there: bool) -> None:
+    assert includes(words_of(text), words_of(wanted)) is there
+
+
 @pytest.mark.property
 @given(st.text(alphabet="aéİßक्ी東ーน้서x01279.,+-#%$€/'&@=_*^()½²① \u200b\u00a0٣", max_size=8))
 def test_an_answer_is_found_in_a_sentence(answer: str) -> None:
@@ -114,7 +165,9 @@ def test_an_answer_is_found_in_a_sentence(answer: str) -> None:
     assert spelled(answer) == spelled(plain(answer))
 
 
-@pytest.mark.parametrize("piece", ["1 ", "1,234 ", "1/", "1'", "$", "%", "+", "²", "ก", "\\text{", "_a", "٠", "-"])
+@pytest.mark.parametrize(
+    "piece", ["1 ", "1,234 ", "1/", "1'", "$", "%", "+", "²", "ก", "\\text{", "_a", "٠", "-", "5m ", "\\frac1", "^{"]
+)
 def test_a_degenerate_reply_takes_no_quadratic_time(piece: str) -> None:
     began = time.monotonic()
     words_of(piece * (20_000 // len(piece)))
