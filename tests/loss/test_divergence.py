@@ -423,7 +423,7 @@ def from_rounded_log_probabilities(loss: Divergence, student: Tensor, teacher: T
 @pytest.mark.parametrize("spread", [1.0, 4.0, 8.0])
 @pytest.mark.parametrize("loss", JSDS, ids=name)
 def test_jsd_of_a_teacher_near_its_student_is_within_1e_6_of_float64(loss, spread, noise):
-    """Or within three times what rounding the log-probabilities to float32 costs, however exactly one goes on from there.
+    """Or within three times what rounding the log-probabilities to float32 costs.
 
     The value is of second order in the difference, far below the logarithms that it is summed from.
     """
