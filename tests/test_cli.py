@@ -560,8 +560,8 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "adapter, base gone",
         adapter_without_base,
         "",
-        "model 'model': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder; give the "
-        "right base with adapter_base",
+        "model 'model': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder; if it was "
+        "moved, name its place with --adapter_base",
     ),
     (
         "adapter pickled",
@@ -575,7 +575,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "adapter without base",
         as_adapter('{"peft_type": "LORA"}'),
         "",
-        "model 'model': adapter_config.json names no base model; give it with adapter_base",
+        "model 'model': adapter_config.json names no base model; give it with --adapter_base",
     ),
     (
         "no room in the window",
@@ -765,8 +765,8 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
     fails(
         capsys,
         f"eval {BASE} --model run/final",
-        f"model 'run/final': an adapter whose base cannot be loaded: model '{here}/model': no such folder; give the "
-        "right base with adapter_base",
+        f"model 'run/final': an adapter whose base cannot be loaded: model '{here}/model': no such folder; if it was "
+        "moved, name its place with --adapter_base",
     )
     trained(f"eval {BASE} --model run/final --adapter_base elsewhere")
     trained("ask run Hello --adapter_base elsewhere --max_completion_length 4")

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from selfdistill.errors import UserError
 
@@ -61,20 +62,33 @@ def _jsd(log_p_NV: Tensor, log_q_NV: Tensor, weight: float) -> Tensor:
 def _jsd_and_slope(p_NV: Tensor, q_NV: Tensor, gap_NV: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """JSD and its gradient with respect to log p, less a multiple of p; overwrites the gap log p - log q.
 
-    With m = (1-b) p + b q and x = log((1-b) p) - log(b q), the shares (1-b) p / m and b q / m are sigmoid(x) and
-    sigmoid(-x). JSD = sum_v (1-b) p [log sigmoid(x) - log(1-b)] + b q [log sigmoid(-x) - log b]; the gradient is
-    (1-b) p log sigmoid(x).
+    JSD = sum_v (1-b) p r + b q (r - gap) with m = (1-b) p + b q and r = log p - log m; the gradient is (1-b) p r. With
+    x = gap - log(b/(1-b)), r is log sigmoid(x) - log(1-b) and r - gap is log sigmoid(-x) - log b. Where p and q are
+    near each other, r is -log1p(b expm1(-gap)), or r - gap is -log1p((1-b) expm1(gap)): no constants that cancel.
     """
-    # log p - log m would do, but where p is far above q it is -log(1-b) plus a little. The constant cancels in the
-    # gradient on the logits, and float32 loses the little. log sigmoid(x) is the little alone.
-    x_NV = gap_NV.sub_(math.log(weight) - math.log1p(-weight))
-    small_NV = x_NV.abs().neg_().exp_().log1p_()
-    teacher_NV = x_NV.clamp(min=0).add_(small_NV).neg_()
-    value_N = weight * teacher_NV.sub_(math.log(weight)).mul_(q_NV).sum(-1)
-    del teacher_NV
-    student_NV = x_NV.clamp_(max=0).sub_(small_NV)
-    value_N += (1 - weight) * torch.sub(student_NV, math.log1p(-weight), out=small_NV).mul_(p_NV).sum(-1)
-    return value_N, student_NV.mul_(p_NV).mul_(1 - weight)
+    log_p_share, log_q_share = math.log1p(-weight), math.log(weight)
+    x_NV = gap_NV - (log_q_share - log_p_share)
+    likeliest_N1 = p_NV.argmax(-1, keepdim=True)
+    # In the gradient on the logits a constant of a token cancels. Where p is far above q, r is -log(1-b) plus a little,
+    # and float32 would lose the little. log sigmoid(x) is the little alone.
+    near_N1 = logsigmoid(x_NV.gather(-1, likeliest_N1)) < log_p_share / 2
+    left_out_N1 = torch.where(near_N1, 0.0, -log_p_share).to(gap_NV.dtype)
+    student_NV = logsigmoid(x_NV).sub_(left_out_N1 + log_p_share)
+    teacher_NV = logsigmoid(x_NV.neg_()).sub_(log_q_share)
+    share, sign = (weight, -1) if weight <= 0.5 else (1 - weight, 1)
+    change_NV = torch.mul(gap_NV, sign, out=x_NV).expm1_().mul_(share)  # m/p - 1, or m/q - 1 where m is nearer to q
+    near_NV = (change_NV.abs() <= 0.5) & near_N1
+    smaller_NV = change_NV.log1p_().neg_()
+    larger_NV = gap_NV.mul_(sign).add_(smaller_NV)
+    near_student_NV, near_teacher_NV = (smaller_NV, larger_NV) if weight <= 0.5 else (larger_NV, smaller_NV)
+    torch.where(near_NV, near_student_NV, student_NV, out=student_NV)
+    torch.where(near_NV, near_teacher_NV, teacher_NV, out=teacher_NV)
+    value_N = weight * teacher_NV.mul_(q_NV).sum(-1)
+    # A confident student's gradient is that of its other tokens, so the likeliest one should add no rounding.
+    likeliest_r_N1 = student_NV.gather(-1, likeliest_N1)
+    slope_NV = student_NV.sub_(likeliest_r_N1).mul_(p_NV)
+    value_N += (1 - weight) * (slope_NV.sum(-1) + (likeliest_r_N1 + left_out_N1).squeeze(-1))
+    return value_N, slope_NV.mul_(1 - weight)
 
 
 def _through_log_softmax(slope_NV: Tensor, p_NV: Tensor) -> Tensor:

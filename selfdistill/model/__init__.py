@@ -2,7 +2,7 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
-from selfdistill.model.files import files_that_go_along
+from selfdistill.model.files import files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.fsdp import (
     distribute_like,
@@ -61,6 +61,7 @@ __all__ = [
     "matched",
     "merged",
     "refuse_half_precision",
+    "resolve",
     "resolved_precision",
     "root_unsharded",
     "sample",

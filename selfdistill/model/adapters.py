@@ -20,6 +20,8 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _COPY = re.compile(r"\.(token_adapter\.)?base_layer")
+_BASES_OWN = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)(?=\.)")
+"""What PEFT adds to the names of a base's tensors where it wraps their layers."""
 _SIZES = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]+)\]\) from checkpoint, "
     r"the shape in current model is torch\.Size\(\[([\d, ]+)\]\)"
@@ -129,25 +131,49 @@ def _resize(base: Any, shapes: dict[str, tuple[int, ...]]) -> None:
 
 @torch.no_grad()
 def merged(model: Any, name: str) -> Any:
-    """Merge the adapter ``default`` into its base, in float32; the result has the base's data type.
+    """Merge the adapter ``default`` into its base, in float32 on the CPU; every tensor then has the base's data type.
 
     Raises:
-        UserError: PEFT cannot merge an adapter of this kind, or the merged model computes something else.
+        UserError: PEFT cannot merge an adapter of this kind, the merged model computes something else, or memory does
+            not suffice.
     """
-    dtype = model.base_model.model.dtype
+    base = model.base_model.model
+    default = base.dtype
+    # Models keep some tensors in float32, such as frequencies of positions and biases of a router.
+    tensors = (*base.named_parameters(), *base.named_buffers())
+    dtypes = {_BASES_OWN.sub("", tensor): values.dtype for tensor, values in tensors}
     cannot = f"model {name!r}: its adapter cannot be merged into its base"
-    model = model.float().eval()
+    try:
+        whole = _merged_in_float32(model.cpu().float().eval(), cannot)
+        for tensor, values in (*whole.named_parameters(), *whole.named_buffers()):
+            values.data = values.data.to(dtypes.get(tensor, default))
+    except (RuntimeError, MemoryError) as error:  # of the CPU's memory torch tells in a plain RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        needs = "merging needs all of its weights in float32, in the CPU's memory"
+        raise UserError(f"{cannot}: out of memory: {needs}; free some, then load or resume it again") from None
+    return whole.requires_grad_(True)
+
+
+def _merged_in_float32(model: Any, cannot: str) -> Any:
+    """Merge, and compare what the model computes before and after.
+
+    Raises:
+        UserError: begins with ``cannot``.
+    """
     expected_BTV = _probe(model)
     try:
         whole = model.merge_and_unload(adapter_names=["default"])
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if "memory" in str(error):
+            raise
         raise UserError(f"{cannot}: {first_line(error)}") from None
     found_BTV = _probe(whole)
     scale = float(expected_BTV.abs().max().clamp(min=1.0))
     if float((found_BTV - expected_BTV).abs().max()) > _SAME_LOGITS * scale:
         tied = "; it changes embeddings that its base ties" if whole.config.tie_word_embeddings else ""
         raise UserError(f"{cannot}: the merged model computes something else{tied}")
-    return whole.to(dtype).requires_grad_(True)
+    return whole
 
 
 def _probe(model: Any) -> Tensor:

@@ -20,7 +20,7 @@ from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.model.adapters import attach, merged, read_config
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
-from selfdistill.model.weights import check_vocabulary, first_line, load_causal
+from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
 from selfdistill.runtime import library_warnings
 
 
@@ -106,7 +106,7 @@ def load_model(
     loaded.notes += notes
     if adapter and merge_adapter:
         loaded.merged_adapter = True
-        loaded.notes.append("its adapter is merged into its base; training saves a full model")
+        loaded.notes.append(f"the adapter {name} is merged into its base, so training saves a full model")
     if adapter_base and not adapter:
         loaded.notes.append(f"adapter_base is not used: {name} is not an adapter")
     return loaded
@@ -122,12 +122,12 @@ def _load_base(
     """
     named = adapter_base or config.base_model_name_or_path
     if not named:
-        raise UserError(f"model {name!r}: adapter_config.json names no base model; give it with adapter_base")
+        raise UserError(f"model {name!r}: adapter_config.json names no base model; give it with --adapter_base")
     try:
         path = resolve(named)
         return path, *load_causal(path, named, dtype, training=training)
     except UserError as error:
-        another = "" if adapter_base else "; give the right base with adapter_base"
+        another = "" if adapter_base else "; if it was moved, name its place with --adapter_base"
         raise UserError(f"model {name!r}: an adapter whose base cannot be loaded: {error}{another}") from None
 
 
@@ -216,10 +216,13 @@ def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
             "never stop; set eos_token in tokenizer_config.json"
         )
     pad = tokenizer.pad_token_id
-    if pad is None:
+    if pad is None or pad >= embedding_rows(model):
+        lacks = (
+            "no pad token" if pad is None else f"a pad token without a row in the embedding, {tokenizer.pad_token!r}"
+        )
         pad = ends[0]
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        notes.append(f"the tokenizer has no pad token; using its end token {tokenizer.pad_token!r}")
+        notes.append(f"the tokenizer has {lacks}; using its end token {tokenizer.pad_token!r}")
     if not tokenizer.chat_template:
         notes.append(
             "the tokenizer has no chat template; using a plain-text layout (User:, Assistant:), in which a reply ends "

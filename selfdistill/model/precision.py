@@ -42,8 +42,8 @@ def refuse_half_precision(model: nn.Module, name: str) -> None:
     if found is not None:
         raise UserError(
             f"model {name!r}: its trainable weights are {str(found).removeprefix('torch.')}, in which the optimizer's "
-            "steps round to nothing; train it with --dtype float32 (--mixed_precision bf16 keeps the speed), or give "
-            "its folder and --lora_rank 16, in a new run"
+            "steps round to nothing; load it with --dtype float32, or in Python with dtype=torch.float32 "
+            "(--mixed_precision bf16 keeps the speed), or train an adapter with --lora_rank 16"
         )
 
 

@@ -65,6 +65,10 @@ def loading_options(config: PretrainedConfig, folder: Path | None, name: str, *,
 def refuse_scales(names: list[str], name: str) -> None:
     """Refuse a checkpoint whose files hold scales of quantised weights for which the model has no place.
 
+    Args:
+        names: of the tensors that belong to the model and have no place in it.
+        name: the name given by the user, for messages.
+
     Raises:
         UserError: names the first.
     """

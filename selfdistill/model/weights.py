@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -58,7 +59,7 @@ def load_causal(path: str, name: str, dtype: torch.dtype | str, *, training: boo
         **options,
     )
     model, info = loaded
-    refuse_scales(sorted(info["unexpected_keys"]), name)
+    refuse_scales([key for key in sorted(info["unexpected_keys"]) if _belongs(model, key)], name)
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
         raise UserError(f"model {name!r}: weights missing or not of the shape in config.json: {_listed(wrong, 1)}")
@@ -91,7 +92,7 @@ def _check_unexpected(model: Any, unexpected: list[str], name: str) -> list[str]
     buffers = dict(model.named_buffers())
     prefix = f"{model.base_model_prefix}."
     left = [key for key in unexpected if not _COMPUTED.search(key) and not {key, prefix + key} & buffers.keys()]
-    wrong = [key for key in left if _belongs(model, key) or _belongs(model, prefix + key)]
+    wrong = [key for key in left if _belongs(model, key)]
     if wrong:
         raise UserError(
             f"model {name!r}: its files hold weights that {type(model).__name__}, as config.json describes it, has no "
@@ -104,7 +105,12 @@ def _check_unexpected(model: Any, unexpected: list[str], name: str) -> list[str]
 
 
 def _belongs(model: Any, key: str) -> bool:
-    """Whether a tensor's name lies in a layer of the model, or beside its other layers, or in a module with weights."""
+    """Whether a tensor, named with the base model's prefix or without, belongs to a part of the model."""
+    return any(_lies_in(model, name) for name in (key, f"{model.base_model_prefix}.{key}"))
+
+
+def _lies_in(model: Any, key: str) -> bool:
+    """Whether a tensor's name lies in a layer of the model, or beside its other layers, or in a module or weight."""
     names, module = key.split(".")[:-1], model
     for place, part in enumerate(names):
         inside = module._modules.get(part)
@@ -112,7 +118,7 @@ def _belongs(model: Any, key: str) -> bool:
             if isinstance(module, nn.ModuleList) and part.isdigit():
                 further = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
                 return int(part) >= len(module) + further
-            return any(name.isdigit() for name in names[:place])
+            return part in module._parameters or any(name.isdigit() for name in names[:place])
         module = inside
     return module is not model
 
@@ -127,16 +133,14 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> list[str]:
     """Check that the model has a row for every token that its tokenizer can write; returns notes for the user.
 
     Raises:
-        UserError: text, the chat template, or the end, begin or pad token use a token without a row.
+        UserError: text, the chat template, or the end or begin token use a token without a row.
     """
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    sizes = [weight.shape[0] for layer in layers if isinstance(weight := getattr(layer, "weight", None), torch.Tensor)]
-    rows = min(sizes, default=0)
-    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows > 0)
+    rows = embedding_rows(model)
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     if not beyond:
         return []
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    own = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    own = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     template = str(tokenizer.chat_template or "")
     used = [token for number, token in beyond if number not in special or number in own or token in template]
     if used:
@@ -145,8 +149,18 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> list[str]:
             f"{_listed([repr(token) for token in used], _SHOWN)}; use the tokenizer that belongs to the model, or "
             "resize the embedding and train it first"
         )
-    names = _listed([repr(token) for _, token in beyond], _SHOWN)
-    return [f"the tokenizer has {_tokens(len(beyond))} without a row in the embedding, which no text writes: {names}"]
+    rest = [repr(token) for number, token in beyond if number != tokenizer.pad_token_id]  # replaced, which is noted
+    if not rest:
+        return []
+    names = _listed(rest, _SHOWN)
+    return [f"the tokenizer has {_tokens(len(rest))} without a row in the embedding, which no text writes: {names}"]
+
+
+def embedding_rows(model: Any) -> float:
+    """Number of tokens for which embedding and head have a row; infinite if the model does not tell."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = (getattr(layer, "weight", None) for layer in layers)
+    return min((weight.shape[0] for weight in weights if isinstance(weight, torch.Tensor)), default=math.inf)
 
 
 def _tokens(count: int) -> str:

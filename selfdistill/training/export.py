@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from selfdistill.config import ExportConfig
 from selfdistill.errors import UserError
-from selfdistill.model import LoadedModel, files_that_go_along, load_model
-from selfdistill.runtime import fsync
+from selfdistill.model import LoadedModel, files_that_go_along, load_model, resolve
+from selfdistill.runtime import fsync, say
 from selfdistill.training.model_card import merged_card
 
 _OF_THE_MODEL = (
@@ -80,7 +81,8 @@ def write_model(
 def export(config: ExportConfig) -> Path:
     """Write the final model of a run to ``output_dir``, and return that folder.
 
-    Without ``merge`` the files are copied unchanged. With ``merge`` an adapter is merged into its base in float32, and
+    Without ``merge`` the files are copied unchanged, except that ``adapter_base`` is written into the copy of an
+    adapter's settings. With ``merge`` an adapter is merged into its base in float32, and
     the result is saved in the base's data type.
 
     Raises:
@@ -97,6 +99,8 @@ def export(config: ExportConfig) -> Path:
                 target = folder / file.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copy(file, target)
+            if config.adapter_base:
+                _name_base(folder, config.adapter_base, config.run)
         return output_dir
     if not (source / "adapter_config.json").is_file():
         raise UserError(f"run {config.run!r}: a full model without an adapter to merge; leave --merge out")
@@ -106,6 +110,22 @@ def export(config: ExportConfig) -> Path:
     with whole_folder(output_dir, advice) as folder:
         write_model(folder, loaded.model, loaded, card)
     return output_dir
+
+
+def _name_base(folder: Path, adapter_base: str, run: str) -> None:
+    """Write the base of an adapter into its settings, as an absolute path if it is a folder.
+
+    Raises:
+        UserError: there is no such base.
+    """
+    settings = folder / "adapter_config.json"
+    if not settings.is_file():
+        say(f"note: adapter_base is not used: {run} is not an adapter")
+        return
+    base = resolve(adapter_base)
+    place = str(Path(base).absolute()) if Path(base).is_dir() else base
+    values = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": place}
+    settings.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def take_whole(final: Path, target: Path) -> None:

@@ -380,19 +380,73 @@ def test_jsd_keeps_the_gradient_of_each_token_where_student_and_teacher_disagree
         assert norm_error(mine, exact) < 1e-5
 
 
+@pytest.mark.parametrize("found", [by_autograd, by_closed_form])
 @pytest.mark.parametrize("weight", [0.01, 0.5, 0.99])
-def test_jsd_of_distributions_that_are_near_each_other(weight):
-    """The value is of second order in the difference, far below the logarithms that it is summed from."""
+@pytest.mark.parametrize("sure", [5.0, 10.0, 15.0])
+def test_jsd_keeps_the_gradient_of_a_confident_student(sure, weight, found):
+    """It is that of the unlikely tokens, many times smaller than the likeliest token's term."""
+    student = torch.tensor([[sure, 0.0, 1.0, 2.0], [0.0, -1.0, sure, 0.5]])
+    teacher = torch.tensor([[1.0, 0.0, 0.5, 0.2], [0.0, -1.5, sure / 2, 1.0]])
+    loss, tokens = Divergence("jsd", weight=weight), torch.zeros(2, dtype=torch.long)
+    _, expected = by_autograd(loss, student.double(), teacher.double(), tokens)
+    _, gradient = found(loss, student, teacher, tokens)
+    for mine, exact in zip(gradient, expected, strict=True):
+        assert norm_error(mine, exact) < 1e-6
+
+
+JSDS = [
+    *(Divergence("jsd", weight=b) for b in (0.01, 0.1, 0.5, 0.9, 0.99)),
+    *(
+        Divergence("jsd", "top_k", weight=b, top_k=100, tail=tail)
+        for b in (0.1, 0.9)
+        for tail in ("bucket", "renormalise")
+    ),
+]
+
+
+def from_rounded_log_probabilities(loss: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient in float64 from the log-probabilities in float32, which are rounded again on a support."""
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    support = torch.arange(student.shape[-1]).expand_as(student)
+    if loss.support == "top_k" and loss.tail == "renormalise":
+        support = student.topk(loss.top_k).indices
+        log_p, log_q = (x.gather(-1, support).log_softmax(-1) for x in (log_p, log_q))
+        loss = Divergence("jsd", weight=loss.weight)
+    leaf = log_p.double().requires_grad_()
+    value = loss.from_log_probs(leaf, log_q.double(), torch.zeros(len(leaf), dtype=torch.long))
+    (slope,) = torch.autograd.grad(value.sum(), leaf)
+    slope = slope - leaf.detach().exp() * slope.sum(-1, keepdim=True)
+    return value, torch.zeros_like(student, dtype=torch.float64).scatter_(-1, support, slope)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1, 1.0, 8.0])
+@pytest.mark.parametrize("spread", [1.0, 4.0, 8.0])
+@pytest.mark.parametrize("loss", JSDS, ids=name)
+def test_jsd_of_a_teacher_near_its_student_is_within_1e_6_of_float64(loss, spread, noise):
+    """Or within three times what rounding the log-probabilities to float32 costs.
+
+    The value is of second order in the difference, far below the logarithms that it is summed from.
+    """
     random = torch.Generator().manual_seed(1)
-    student = torch.randn(64, 1031, generator=random)
-    teacher = student + 0.1 * torch.randn(64, 1031, generator=random)
+    student = spread * torch.randn(64, 1031, generator=random)
+    teacher = student + noise * torch.randn(64, 1031, generator=random)
     tokens = torch.zeros(64, dtype=torch.long)
-    loss = Divergence("jsd", weight=weight)
-    value, gradient = by_autograd(loss, student.double(), teacher.double(), tokens)
+    exact = by_autograd(loss, student.double(), teacher.double(), tokens)
+    best = from_rounded_log_probabilities(loss, student, teacher)
+    limits = [max(1e-6, 3 * norm_error(mine, x)) for mine, x in zip(best, exact, strict=True)]
     for found in (by_autograd, by_closed_form):
-        value32, gradient32 = found(loss, student, teacher, tokens)
-        assert norm_error(value32, value) < 3e-5
-        assert norm_error(gradient32, gradient) < 1e-5
+        for mine, x, limit in zip(found(loss, student, teacher, tokens), exact, limits, strict=True):
+            assert norm_error(mine, x) < limit, found.__name__
+
+
+@pytest.mark.parametrize("found", [by_autograd, by_closed_form])
+@pytest.mark.parametrize("weight", [0.01, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+def test_jsd_of_equals_is_zero(spread, weight, found):
+    logits_NV = spread * torch.randn(16, 1031, generator=torch.Generator().manual_seed(2))
+    value, gradient = found(Divergence("jsd", weight=weight), logits_NV, logits_NV, torch.zeros(16, dtype=torch.long))
+    assert (value == 0).all()
+    assert (gradient == 0).all()
 
 
 # --- the sampled token ---

@@ -26,7 +26,14 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from selfdistill.config.commands import ExportConfig
 from selfdistill.errors import UserError
@@ -288,7 +295,7 @@ def test_a_base_that_was_moved_is_named(adapter: Callable[..., Path], tmp_path: 
     expected = logits(load_model(str(folder)).model)
     base, moved = tmp_path / "base", str(tmp_path / "moved")
     shutil.move(base, moved)
-    refused(folder, f"model {str(base)!r}: no such folder; give the right base with adapter_base")
+    refused(folder, f"model {str(base)!r}: no such folder; if it was moved, name its place with --adapter_base")
     assert torch.equal(logits(load_model(str(folder), adapter_base=moved).model), expected)
     out = export(ExportConfig(run=str(folder), output_dir=str(tmp_path / "out"), merge=True, adapter_base=moved))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, atol=1e-4, rtol=0)
@@ -301,3 +308,74 @@ def test_a_named_base_must_fit(adapter: Callable[..., Path], tmp_path: Path) -> 
     other = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_layer=2, n_head=4, n_embd=32))
     other.save_pretrained(tmp_path / "other")
     refused(folder, "the adapter does not fit its base", "other", adapter_base=str(tmp_path / "other"))
+
+
+# --- every tensor keeps its base's data type ---
+
+
+def kept_in_float32(model: Any) -> set[str]:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name for name, tensor in tensors if tensor.dtype == torch.float32}
+
+
+def deepseek() -> DeepseekV3ForCausalLM:
+    """A model that keeps the biases of its router in float32 beside the frequencies of positions."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 4, "q_lora_rank": 4}
+    parts = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **parts, **experts, **layers))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["Llama", "DeepSeek-V3", "copies", "trained tokens"])
+def test_merging_keeps_every_data_type_and_late_positions(
+    model_folder: Callable[..., Path], tmp_path: Path, kind: str, half: torch.dtype
+) -> None:
+    """The adapter is zero, so the merged model is its base, at positions where rounded frequencies would show."""
+    base = tmp_path / "base"
+    if kind == "DeepSeek-V3":
+        deepseek().to(half).save_pretrained(base)
+    else:
+        AutoModelForCausalLM.from_pretrained(model_folder(), dtype=half).save_pretrained(base)
+    AutoTokenizer.from_pretrained(model_folder()).save_pretrained(base)
+    options: dict[str, Any] = {
+        "copies": {"modules_to_save": BOTH},
+        "trained tokens": {"trainable_token_indices": [256, 257]},
+    }.get(kind, {})
+    targets = ["q_b_proj"] if kind == "DeepSeek-V3" else ["q_proj"]
+    expected = AutoModelForCausalLM.from_pretrained(base, dtype=half)
+    config = LoraConfig(**LORA, target_modules=targets, **options)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=half), config).save_pretrained(tmp_path / "adapter")
+    merged = load_model(str(tmp_path / "adapter"), dtype="auto", merge_adapter=True).model
+    assert kept_in_float32(merged) == kept_in_float32(expected)
+    assert any(name.endswith("inv_freq") for name in kept_in_float32(merged))
+    assert any(name.endswith("e_score_correction_bias") for name in kept_in_float32(merged)) == (kind == "DeepSeek-V3")
+    assert all(tensor.dtype in (half, torch.float32) for tensor in merged.parameters())
+    ids = (torch.arange(500) % 250)[None]
+    assert torch.equal(logits(merged, ids)[:, -20:], logits(expected, ids)[:, -20:])
+
+
+def test_memory_that_does_not_suffice_for_merging_is_one_line(
+    adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapter(MERGEABLE["DoRA"]())
+    message = (
+        "its adapter cannot be merged into its base: out of memory: merging needs all of its weights in float32, in "
+        "the CPU's memory; free some, then load or resume it again"
+    )
+    for error in (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+    ):
+
+        def fail(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        for place in ("float", "merge_and_unload"):
+            with monkeypatch.context() as patch:
+                patch.setattr(PeftModel, place, fail, raising=False)
+                refused(folder, message, merge_adapter=True)

@@ -79,6 +79,10 @@ def refused(model: str, *messages: str, **options: Any) -> None:
         f"{OWN}.weight.absmax",  # bitsandbytes
         f"{OWN}.weight.quant_state.bitsandbytes__nf4",
         f"{OWN}.SCB",
+        "model.embed_tokens.weight.absmax",
+        "lm_head.weight_scale",
+        "lm_head.weight.quant_map",
+        "layers.0.mlp.up_proj.weight_scale",  # saved without the head
         "model.layers.1.self_attn.k_scale",  # of a cache in eight bits
         "lm_head.biases_scales",
     ],
@@ -114,6 +118,21 @@ def test_parts_that_a_language_model_can_do_without_are_noted(changed: Callable[
     further = changed(adding("model.layers.2.mlp.up_proj.weight"), num_nextn_predict_layers=1)
     (note,) = load_model(further).notes
     assert note == "its files hold parts that are not used, with their numbers of tensors: layers.2 (1)"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_tower.blocks.0.layer_scale",
+        "vision_tower.blocks.0.attn.weight_scale",
+        "audio.scales",
+        "v_head.weight_scale",
+        "mtp.0.fc.weight_scale_inv",
+    ],
+)
+def test_scales_of_parts_that_are_not_used_are_noted(changed: Callable[..., str], name: str) -> None:
+    (note,) = load_model(changed(adding(name))).notes
+    assert note.startswith("its files hold parts that are not used, with their numbers of tensors: ")
 
 
 @pytest.mark.parametrize(
@@ -263,8 +282,27 @@ def test_an_end_token_needs_a_row(with_tokens: Callable[..., str]) -> None:
     refused(with_tokens(eos_token="<end>"), "its tokenizer has 1 token beyond them: '<end>'")
 
 
-def test_a_pad_token_needs_a_row(with_tokens: Callable[..., str]) -> None:
-    refused(with_tokens(pad_token="[PAD]"), "its tokenizer has 1 token beyond them: '[PAD]'")
+def test_the_end_token_replaces_a_pad_token_without_a_row(with_tokens: Callable[..., str]) -> None:
+    note = "the tokenizer has a pad token without a row in the embedding, '[PAD]'; using its end token '<end>'"
+    loaded = load_model(with_tokens(pad_token="[PAD]"))
+    end = loaded.tokenizer.eos_token
+    assert loaded.notes == [note.replace("<end>", end)]
+    assert loaded.pad_token_id == loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
+    loaded.tokenizer.pad_token = "[PAD]"
+    adopted = adopt(loaded.model, loaded.tokenizer)
+    assert adopted.notes == loaded.notes
+    assert adopted.pad_token_id == loaded.pad_token_id
+
+
+@pytest.mark.parametrize("also", ["template", "eos_token", "text"])
+def test_a_pad_token_that_is_used_elsewhere_needs_a_row(with_tokens: Callable[..., str], also: str) -> None:
+    if also == "template":
+        model = with_tokens(pad_token="[PAD]", template="[PAD]")
+    elif also == "eos_token":
+        model = with_tokens(pad_token="[PAD]", eos_token="[PAD]")
+    else:
+        model = with_tokens("[MORE]", pad_token="[PAD]")
+    refused(model, "beyond them: '[MORE]'" if also == "text" else "its tokenizer has 1 token beyond them: '[PAD]'")
 
 
 def test_a_token_of_the_template_needs_a_row(with_tokens: Callable[..., str]) -> None:

@@ -18,7 +18,7 @@ from selfdistill.config.commands import ExportConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.model.files import local_folder
-from selfdistill.model.loading import adopt
+from selfdistill.model.loading import adopt, load_model
 from selfdistill.training.export import export, whole_folder
 from selfdistill.training.train import train
 
@@ -91,6 +91,44 @@ def test_an_adapter_is_copied_or_merged(
     for folder in (copied, merged):
         kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
         assert kinds <= {".safetensors", ".json", ".jinja", ".md"}
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_copy_of_an_adapter_names_the_base_that_is_given(
+    trained: Callable[..., Path],
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    relative: bool,
+) -> None:
+    base, moved = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(model_folder(), base)
+    run = trained(model=str(base), lora_rank=2)
+    before = (run / "final" / "adapter_config.json").read_bytes()
+    base.rename(moved)
+    monkeypatch.chdir(tmp_path)
+    out = export(ExportConfig(run=str(run), output_dir="out", adapter_base="moved" if relative else str(moved)))
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert written == json.loads(before) | {"base_model_name_or_path": str(moved)}
+    assert (run / "final" / "adapter_config.json").read_bytes() == before
+    monkeypatch.chdir("/")
+    assert torch.equal(logits(load_model(str(out)).model), adapter_logits(moved, run / "final"))
+    refused(
+        "model 'gone/gone/gone': no such folder",
+        run=str(run),
+        output_dir=str(tmp_path / "other"),
+        adapter_base="gone/gone/gone",
+    )
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_base_is_not_used_where_the_model_is_no_adapter(
+    trained: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained()
+    capsys.readouterr()
+    export(ExportConfig(run=str(run), output_dir=str(tmp_path / "out"), adapter_base="smollm2-135m"))
+    assert f"note: adapter_base is not used: {run} is not an adapter" in capsys.readouterr().err
 
 
 def test_merged_in_float32_and_saved_in_the_bases_data_type(

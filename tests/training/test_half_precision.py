@@ -27,8 +27,9 @@ from selfdistill.training.train import train
 
 HALVES = ["float16", "bfloat16"]
 REFUSED = (
-    "model {!r}: its trainable weights are {}, in which the optimizer's steps round to nothing; train it with --dtype "
-    "float32 (--mixed_precision bf16 keeps the speed), or give its folder and --lora_rank 16, in a new run"
+    "model {!r}: its trainable weights are {}, in which the optimizer's steps round to nothing; load it with --dtype "
+    "float32, or in Python with dtype=torch.float32 (--mixed_precision bf16 keeps the speed), or train an adapter with "
+    "--lora_rank 16"
 )
 
 
@@ -137,6 +138,8 @@ def test_an_adapter_is_continued_on_half_precision(
         first.output_dir,
         "bfloat16",
     )
+    (note,) = load_model(first.output_dir, dtype="auto", merge_adapter=True).notes
+    assert note == f"the adapter {first.output_dir} is merged into its base, so training saves a full model"
     second = settings("second", model=first.output_dir, dtype="auto", lora_rank=2, method="sft")
     train(second)
     assert {weight.dtype for weight in final_weights(second).values()} == {torch.bfloat16}  # merged: the base's
