@@ -147,7 +147,9 @@ def test_saved_data_set() -> None:
     datasets.DatasetDict({"train": one, "test": two}).save_to_disk("both")
     assert [row.source for row in load_demonstrations("one")] == ["one[0]"]
     assert [row.completion for row in load_demonstrations("both", split="test")] == ["4", "r"]
-    assert message_of("both", split="dev") == "both: no split 'dev' in this data set, expected train or test"
+    assert message_of("both", split="dev") == (
+        "both: no split 'dev' in this data set, expected train or test; give --split train or test"
+    )
 
 
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
