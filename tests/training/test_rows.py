@@ -64,20 +64,28 @@ def test_a_method_asks_for_no_more_than_it_uses(
 
 
 MISSING = "column 'completion': missing"
+UNSHOWN = f"{MISSING}, and no 'privileged_context' for context"
+NOTHING = f"{MISSING}, and no 'privileged_context' or 'document'"
 
 
 @pytest.mark.parametrize(
     ("method", "rows", "options", "problem"),
     [
-        ("sft", SDFT, {}, f"{MISSING}, which method 'sft' learns from"),
+        ("sft", SDFT, {}, f"{MISSING}, which method 'sft' learns from; --method sdft learns from 'privileged_context'"),
         ("dft", GRPO, {}, f"{MISSING}, which method 'dft' learns from"),
         ("sft_reinvoke", SDFT, {}, f"{MISSING}, which method 'sft_reinvoke' learns from"),
         ("sdft", SDFT, {"cold_start_steps": 1, "context": "turns"}, f"{MISSING}, which method 'sdft' learns from"),
-        ("sdft", GRPO, {"context": "turns"}, f"{MISSING}, and no 'privileged_context' or 'document' to show"),
-        ("sdft", BARE, {}, f"{MISSING}, and no 'privileged_context' or 'document' to show the teacher instead"),
+        ("sft", GRPO, {}, f"{MISSING}, which method 'sft' learns from; --method grpo learns from 'answer'"),
+        ("sdft", GRPO, {"context": "turns"}, f"{UNSHOWN} 'turns' to show instead; --method grpo learns from 'answer'"),
+        ("sdft", GRPO, {}, f"{NOTHING} to show the teacher instead; --method grpo learns from 'answer'"),
+        ("sdft", READING, {"context": "document"}, f"{UNSHOWN} 'document' to show instead; context document:show="),
+        ("sdft", READING, {"context": "turns"}, f"{UNSHOWN} 'turns' to show instead; context document:show=document"),
+        ("sdft", FULL, {"context": "document:show=document"}, "column 'document': missing, which context 'document'"),
+        ("sft_from_teacher", SDFT, {"context": "document"}, "column 'document': missing, which context 'document'"),
+        ("sdft", BARE, {}, f"{NOTHING} to show the teacher instead"),
         ("grpo", SDFT, {}, f"{MISSING}, expected 'completion' or 'answer' to score replies with"),
         ("grpo", BARE, {"scorer": "contains"}, f"{MISSING}, expected 'completion' or 'answer' to score replies with"),
-        ("offline_distillation", GRPO, {"context": "example"}, f"{MISSING}, and no 'privileged_context' or 'document'"),
+        ("offline_distillation", GRPO, {"context": "example"}, f"{UNSHOWN} 'example' to show instead"),
     ],
 )
 def test_what_is_missing_is_said_with_row_and_method_before_a_model_is_loaded(
@@ -88,13 +96,15 @@ def test_what_is_missing_is_said_with_row_and_method_before_a_model_is_loaded(
     options: dict[str, Any],
     problem: str,
 ) -> None:
-    data = write_rows([*FULL, rows[0]])
+    data = write_rows([*(row | {"document": "d"} for row in FULL), rows[0]])
     for start in (sd.train, sd.plan):
         with pytest.raises(sd.UserError) as caught:
             start("no-such-model", data, output_dir="run", method=method, **RUN | options)
         assert str(caught.value).startswith(f"{data}: 1 bad row: line 5, {problem}")
     with pytest.raises(sd.UserError, match="line 5, "):
-        sd.compare("no-such-model", data, test=data, output_dir="both", methods=("cpt", method), progress=False)
+        sd.compare(
+            "no-such-model", data, test=data, output_dir="both", methods=("cpt", method), **options, progress=False
+        )
 
 
 def test_no_example_without_a_completion_is_ever_learnt_from(
@@ -162,6 +172,28 @@ def test_rows_that_nothing_can_score_are_no_test(
     options = {"eval": f"--data {test}", "train": f"--data {data} --test {test} --output_dir run --context turns"}
     assert main([command, "--model", "no-such-model", *options[command].split()]) == 2
     assert f"{test}: 1 bad row: line 5, column 'completion': missing, expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "row", "problem"),
+    [
+        ("check --contexts turns", READING[0], f"{UNSHOWN} 'turns'"),
+        ("check --contexts turns document", READING[0], f"{UNSHOWN} 'turns'"),
+        ("check --contexts document:show=document", SDFT[0], "column 'document': missing"),
+        ("eval --context document:show=document", FULL[0], "column 'document': missing"),
+        ("eval --context turns", GRPO[0], f"{UNSHOWN} 'turns'"),
+    ],
+)
+def test_what_a_named_context_lacks_is_said_before_a_model_is_loaded(
+    write_rows: Callable[..., Path],
+    command: str,
+    row: dict[str, Any],
+    problem: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = write_rows([FULL[0] | {"document": "d"}, row])
+    assert main([*command.split(), "--model", "no-such-model", "--data", str(data)]) == 2
+    assert f"{data}: 1 bad row: line 2, {problem}" in capsys.readouterr().err
 
 
 # --- splits ---
