@@ -76,6 +76,13 @@ def test_prompt_and_completion_as_messages() -> None:
     assert demonstration.completion == "4"
 
 
+@pytest.mark.parametrize("empty", [None, "", " \n", [], {}])
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "name", "function_call"])
+def test_an_empty_key_of_a_message_counts_as_absent(key: str, empty: Any) -> None:
+    (demonstration,) = load_demonstrations([{"messages": [USER | {key: empty}, ASSISTANT | {key: empty}]}])
+    assert (demonstration.prompt, demonstration.completion) == ((USER,), "4")
+
+
 def test_messages_end_with_the_demonstration() -> None:
     last = {"role": "assistant", "content": "five"}
     (demonstration,) = load_demonstrations(write("train.jsonl", {"messages": [USER, ASSISTANT, USER, last]}))
@@ -260,7 +267,22 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [USER | {"tool_calls": [1]}], "completion": "r"},
-        "column 'prompt[0]': found key 'tool_calls', expected only role and content",
+        "column 'prompt[0]': found key 'tool_calls', expected only role and content; write the call as text in "
+        "content, as the model writes it (see docs/data.md)",
+    ),
+    (
+        {"prompt": "q", "completion": [ASSISTANT | {"function_call": {"name": "f"}}]},
+        "column 'completion[0]': found key 'function_call', expected only role and content; write the call as text in "
+        "content, as the model writes it (see docs/data.md)",
+    ),
+    (
+        {"prompt": "q", "completion": [ASSISTANT | {"reasoning_content": "so"}]},
+        "column 'completion[0]': found key 'reasoning_content', expected only role and content; put it into content as "
+        "<think>...</think>",
+    ),
+    (
+        {"prompt": [USER | {"weight": 0}], "completion": "r"},
+        "column 'prompt[0]': found key 'weight', expected only role and content",
     ),
     (
         {"prompt": [USER, ASSISTANT], "completion": "r"},
