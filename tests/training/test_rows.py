@@ -225,12 +225,24 @@ def test_the_split_of_the_test_needs_a_test(model: str) -> None:
         sd.train(model, FULL, test_split="test", output_dir="run", context="turns", **RUN)
 
 
-def test_a_run_that_was_evaluated_on_another_split_resumes_if_that_is_named(model: str) -> None:
+def test_a_run_from_before_the_split_of_the_test_resumes_with_that_of_the_data(model: str) -> None:
     three_splits().save_to_disk("sets")
     options = RUN | {"context": "turns", "save_steps": 1}
     sd.train(model, "sets", test="sets", test_split="train", output_dir="run", **options)
     file = Path("run/config.yaml")
     file.write_text(file.read_text().replace("test_split: train\n", ""), encoding="utf-8")
+    assert sd.Run("run").config.test_split == "train"
     with pytest.raises(sd.UserError, match="have changed"):
-        sd.train(output_dir="run", resume=True, progress=False, max_steps=3)
-    assert len(sd.train(output_dir="run", resume=True, progress=False, max_steps=3, test_split="train").metrics) == 3
+        sd.train(output_dir="run", resume=True, progress=False, max_steps=3, test_split="test")
+    assert len(sd.train(output_dir="run", resume=True, progress=False, max_steps=3).metrics) == 3
+
+
+def test_a_comparison_from_before_the_split_of_the_test_goes_on(model: str) -> None:
+    three_splits().save_to_disk("sets")
+    options = RUN | {"context": "turns", "methods": ("sdft",), "output_dir": "both"}
+    sd.compare(model, "sets", test="sets", test_split="train", seeds=(0,), **options)
+    for file in Path("both").rglob("config.yaml"):
+        file.write_text(file.read_text().replace("test_split: train\n", ""), encoding="utf-8")
+    more = sd.compare(output_dir="both", resume=True, seeds=(0, 1), progress=False)
+    assert len(more.details["runs"]) == 2
+    assert {found["items"] for run in more.details["runs"] for found in run["evaluations"]} == {4}
