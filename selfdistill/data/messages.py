@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from selfdistill.data.columns import FROM_SHAREGPT, is_empty
-from selfdistill.data.rows import LONE_SURROGATE, describe_value, one_of, quoted
+from selfdistill.data.rows import LONE_SURROGATE, describe_value, from_text, one_of, quoted
 
 Message = dict[str, str]
 """One chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -19,6 +20,22 @@ _INTO_CONTENT = {
     ),
 }
 """Keys of other tools' messages, and where their text belongs."""
+
+
+_LIKE_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)
+
+
+def chat_of(value: Any, column: str, problems: list[str]) -> Any:
+    """The list of messages of which the value is the JSON text, as tables keep it; anything else as it is.
+
+    A text that looks like messages but is not JSON, such as Python's own form with single quotes, is a problem.
+    """
+    if not isinstance(value, str) or not _LIKE_CHAT.fullmatch(value):
+        return value
+    found = from_text(value)
+    if isinstance(found, str):
+        problems.append(f"column '{column}': found messages as Python writes them, expected a list or its JSON text")
+    return found
 
 
 def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:

@@ -56,6 +56,51 @@ def test_prompt_and_completion_as_text() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "turns", "completion"),
+    [
+        ({"prompt": [USER], "completion": "4"}, (USER,), "4"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, (USER,), "4"),
+        ({"prompt": [{"role": "system", "content": "s"}, USER]}, ({"role": "system", "content": "s"}, USER), ""),
+        ({"prompt": [{"content": "q", "role": "user"}]}, ({"role": "user", "content": "q"},), ""),
+        ({"messages": [USER, ASSISTANT]}, (USER,), "4"),
+    ],
+)
+def test_messages_may_be_their_json_text(row: dict[str, Any], turns: Any, completion: str) -> None:
+    texts = {name: value if isinstance(value, str) else json.dumps(value, indent=1) for name, value in row.items()}
+    datasets.Dataset.from_list([texts]).to_csv("a.csv")
+    datasets.Dataset.from_list([texts]).to_parquet("a.parquet")
+    for path in (write("a.jsonl", texts), "a.csv", "a.parquet"):
+        (demonstration,) = load_demonstrations(path)
+        assert (demonstration.prompt, demonstration.completion) == (turns, completion)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'role': 'user', 'content': 'q'}]",
+        "[{'content': 'q', 'role': 'user'}\n {'content': 'r', 'role': 'assistant'}]",
+        "[{'from': 'human', 'value': 'q'}]",
+        '[{"role": "user", "content": "it\'s", "name": None}]',
+    ],
+)
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_messages_as_python_writes_them_are_refused(column: str, text: str) -> None:
+    problem = f"column '{column}': found messages as Python writes them, expected a list or its JSON text"
+    assert message_of(write("a.jsonl", {column: text})) == f"a.jsonl: 1 bad row: line 1, {problem}"
+    both = {"prompt": json.dumps([USER]), "completion": text}
+    assert "column 'completion': found messages as Python writes them" in message_of(write("a.jsonl", both))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1, 2]", "[]", "[INST] q", '{"role": "user"}', '["a", "b"]', "What is [{'role': 'user'}]?", '[{"name": "Ada"}]'],
+)
+def test_other_texts_in_brackets_stay_text(text: str) -> None:
+    (row,) = load_demonstrations(write("a.jsonl", {"prompt": text, "completion": json.dumps([ASSISTANT])}))
+    assert (row.prompt[0]["content"], row.completion) == (text, json.dumps([ASSISTANT]))
+
+
 def test_completion_is_kept_letter_for_letter() -> None:
     completion = " 4\u2028\n\tfour \U0001f600 "
     (demonstration,) = load_demonstrations(write("train.jsonl", {"prompt": " q ", "completion": completion}))
