@@ -90,7 +90,10 @@ def misnamed(row: Mapping[str, Any], *names: str) -> str | None:
 def note_about(columns: Collection[str]) -> str:
     """Names the columns that are not used, with the names that they may be meant as."""
     hints = {column: _meant(column) for column in columns}
-    named = (f"{column} (did you mean '{hint}'?)" if hint else str(column) for column, hint in hints.items())
+    named = (
+        f"{column} (did you mean '{hint}'?)" if hint else str(column).strip() or "one without a name"
+        for column, hint in hints.items()
+    )
     return f"columns not used: {', '.join(named)}"
 
 
