@@ -350,6 +350,12 @@ CONFIG: list[tuple[str, str]] = [
         "train --resume --output_dir nowhere",
         "nowhere/config.yaml: no such file, so there is no run to resume; check --output_dir",
     ),
+    ("learn add --data x", "learn takes data without --data: selfdistill learn ACTION DATA"),
+    ("learn add --data=x --state s", "learn takes data without --data: selfdistill learn ACTION DATA"),
+    ("learn --action add x", "learn takes action without --action: selfdistill learn ACTION DATA"),
+    ("export --run r", "export takes run without --run: selfdistill export RUN"),
+    ("report --runs a b", "report takes runs without --runs: selfdistill report RUNS"),
+    ("ask r --question hi", "ask takes question without --question: selfdistill ask RUN QUESTION"),
     (f"check {BASE} --context turns", "unknown option --context; did you mean --contexts?"),
     (f"check {BASE} --contexts", "--contexts: expected at least one argument"),
     (

@@ -168,7 +168,8 @@ def _table(path: str, text: str, delimiter: str) -> list[RawRow]:
     found = []
     for line, cells in rows:
         fits = len(cells) == len(header)
-        problem = None if fits else f"found {len(cells)} cells, expected {len(header)} ({', '.join(names)})"
+        count = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+        problem = None if fits else f"found {count}, expected {len(header)} ({', '.join(names)})"
         value = {header[at]: cells[at] or None for at in used} if fits else None
         found.append(RawRow(f"line {line}", f"{path}:{line}", value, problem))
     return found
