@@ -167,8 +167,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context document",
-        "context 'document' needs a document, and train.jsonl:1 has none; add the column 'document' or use "
-        "another context",
+        "train.jsonl: 1 bad row: line 1, column 'document': missing, which context 'document' shows the teacher; add it "
+        "or use another context",
     ),
     (
         "train.jsonl",
@@ -222,7 +222,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "template.txt",
         "{document} {prompt}",
         SDFT + " --data train.jsonl --context template:file=template.txt",
-        "context 'template' uses {document}, and train.jsonl:1 has none",
+        "train.jsonl: 4 bad rows: line 1, column 'document': missing, which context 'template' shows the teacher; add "
+        "it or use another context; line 2, ...",
     ),
     (
         "template.txt",

@@ -71,7 +71,7 @@ def _no_demonstration(demonstration: Demonstration, context: str) -> str | None:
 def _no_document(demonstration: Demonstration, context: str) -> str | None:
     if demonstration.document is not None:
         return None
-    return f"column 'document': missing, which context '{context}' shows the teacher"
+    return f"column 'document': missing, which context '{context}' shows the teacher; add it or use another context"
 
 
 @dataclass(frozen=True)

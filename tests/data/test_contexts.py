@@ -92,7 +92,7 @@ def test_document_without_a_document_names_the_row() -> None:
 
 COMPLETION = "column 'completion': missing, and no 'privileged_context' for context '{}' to show instead"
 ALONE = "; context document:show=document shows the document alone"
-DOCUMENT = "column 'document': missing, which context '{}' shows the teacher"
+DOCUMENT = "column 'document': missing, which context '{}' shows the teacher; add it or use another context"
 
 
 @pytest.mark.parametrize(
