@@ -167,8 +167,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context document",
-        "train.jsonl: 1 bad row: line 1, column 'document': missing, which context 'document' shows the teacher; add it "
-        "or use another context",
+        "train.jsonl: 1 bad row: line 1, column 'document': missing, which context 'document' shows the teacher; add "
+        "it or use another context",
     ),
     (
         "train.jsonl",
