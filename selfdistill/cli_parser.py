@@ -249,7 +249,11 @@ def _explained(message: str, arguments: list[str]) -> str:
     if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
         return f"no {lacking[1]}: {_LACKING[lacking[1]]}; see selfdistill {command} --help"
     if unknown := re.match(r"unrecognized arguments: ([^\s=]*)", message):
-        known = [f"--{key}" for key in (*fields, "config", *switches, *(["json"] if command != "train" else []))]
+        places = _POSITIONAL.get(command, ())
+        if (name := unknown[1].removeprefix("--")) in places and name != unknown[1]:
+            return f"{command} takes {name} without {unknown[1]}: selfdistill {command} {' '.join(places).upper()}"
+        options = [key for key in fields if key not in places]
+        known = [f"--{key}" for key in (*options, "config", *switches, *(["json"] if command != "train" else []))]
         what = "option" if unknown[1].startswith("-") else "argument"
         return f"unknown {what} {unknown[1]}{closest(unknown[1], known)}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)

@@ -109,8 +109,8 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
         ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found only whitespace"),
         ({"prompt": "a"}, "data: found an object, expected a path, a list of rows or a datasets.Dataset"),
         (
-            datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)),
-            "no split 'train' in this data set, expected test",
+            datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS) for name in ("test", "dev")}),
+            "no split 'train' in this data set, expected test or dev",
         ),
     ],
 )

@@ -167,8 +167,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context document",
-        "context 'document' needs a document, and train.jsonl:1 has none; add the column 'document' or use "
-        "another context",
+        "train.jsonl: 1 bad row: line 1, column 'document': missing, which context 'document' shows the teacher; add "
+        "it or use another context",
     ),
     (
         "train.jsonl",
@@ -222,7 +222,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "template.txt",
         "{document} {prompt}",
         SDFT + " --data train.jsonl --context template:file=template.txt",
-        "context 'template' uses {document}, and train.jsonl:1 has none",
+        "train.jsonl: 4 bad rows: line 1, column 'document': missing, which context 'template' shows the teacher; add "
+        "it or use another context; line 2, ...",
     ),
     (
         "template.txt",
@@ -350,6 +351,12 @@ CONFIG: list[tuple[str, str]] = [
         "train --resume --output_dir nowhere",
         "nowhere/config.yaml: no such file, so there is no run to resume; check --output_dir",
     ),
+    ("learn add --data x", "learn takes data without --data: selfdistill learn ACTION DATA"),
+    ("learn add --data=x --state s", "learn takes data without --data: selfdistill learn ACTION DATA"),
+    ("learn --action add x", "learn takes action without --action: selfdistill learn ACTION DATA"),
+    ("export --run r", "export takes run without --run: selfdistill export RUN"),
+    ("report --runs a b", "report takes runs without --runs: selfdistill report RUNS"),
+    ("ask r --question hi", "ask takes question without --question: selfdistill ask RUN QUESTION"),
     (f"check {BASE} --context turns", "unknown option --context; did you mean --contexts?"),
     (f"check {BASE} --contexts", "--contexts: expected at least one argument"),
     (

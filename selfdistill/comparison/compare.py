@@ -20,7 +20,7 @@ from urllib.parse import quote
 from selfdistill.comparison.compare_result import CompareResult
 from selfdistill.comparison.conclusions import Compared, mean_points, points_of, sentences, table
 from selfdistill.comparison.plots import Curve, trade_off
-from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dump_yaml, load_yaml, refuse_changes
+from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dump_yaml, load_saved, refuse_changes
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
@@ -87,7 +87,7 @@ def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[
     """
     written = folder / "config.yaml"
     if resume and written.exists():
-        saved = CompareConfig(**load_yaml(written, CompareConfig))
+        saved = CompareConfig(**load_saved(written, CompareConfig))
         if config.context == "auto":
             config = config.model_copy(update={"context": saved.context})
         if config.template_date is None:
@@ -278,7 +278,7 @@ def _one(label: str, run: TrainConfig, evaluator: Evaluator, demonstrations: lis
         failed = failure.read_text(encoding="utf-8")
         say(f"note: this run failed: {failed}")
     evaluations = read_lines(folder / "evaluations.jsonl")
-    saved = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
+    saved = TrainConfig(**load_saved(folder / "config.yaml", TrainConfig))
     open_ = {key: getattr(saved, key) for key, value in run.model_dump().items() if value in (None, "auto")}
     refuse_changes(folder / "config.yaml", saved, run.model_copy(update=open_))  # open: resolved at the start
     assert saved.learning_rate is not None, "a run resolves its settings"

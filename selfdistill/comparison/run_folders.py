@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfdistill.config import TrainConfig, load_yaml
+from selfdistill.config import TrainConfig, load_saved
 from selfdistill.errors import UserError
 
 Json = dict[str, Any]
@@ -92,7 +92,7 @@ def _read_comparison(folder: Path) -> Part:
 
 def _read_run(folder: Path, name: str, curve: str, evaluations: list[Json] | None = None) -> RunFolder:
     """Read one run, with the given evaluations or its own file's."""
-    config = TrainConfig(**load_yaml(folder / "config.yaml", TrainConfig))
+    config = TrainConfig(**load_saved(folder / "config.yaml", TrainConfig))
     if not (folder / METRICS).exists():
         raise UserError(f"{folder}: has no {METRICS}; give the folder of a run that has started")
     metrics = _lines(folder / METRICS, {"step"})

@@ -12,7 +12,7 @@ from selfdistill.config.commands import (
     QuestionsConfig,
     ReportConfig,
 )
-from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_yaml, refuse_changes
+from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_saved, load_yaml, refuse_changes
 from selfdistill.config.train import MethodName, MethodSettings, TrainConfig, TrainingSettings
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "closest",
     "continued",
     "dump_yaml",
+    "load_saved",
     "load_yaml",
     "refuse_changes",
 ]

@@ -58,6 +58,17 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
     return values
 
 
+def load_saved(path: Path, kind: type[Settings]) -> dict[str, Any]:
+    """Read the ``config.yaml`` of a run or comparison; as :func:`load_yaml`, with the settings that it lacks.
+
+    Before ``test_split``, the test was read with the split of the data.
+    """
+    values = load_yaml(path, kind)
+    if values.get("test") is not None and "test_split" not in values and "split" in values:
+        values["test_split"] = values["split"]
+    return values
+
+
 def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> SettingsOfRuns:
     """The settings of a resumed run or comparison: those given, over those it was saved with, if it began.
 
@@ -83,7 +94,7 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> SettingsOfRu
             raise UserError(f"{path}: no such file, so there is no run to resume; check --output_dir")
         return kind(**given)
     # The run folder may have been renamed or moved.
-    saved = kind(**{**load_yaml(path, kind), "output_dir": given["output_dir"]})
+    saved = kind(**{**load_saved(path, kind), "output_dir": given["output_dir"]})
     # Settings left open (null, auto) were resolved when the run began.
     open_ = {key for key, value in given.items() if value is None or (key, value) == ("context", "auto")}
     config = kind(**saved.model_dump() | {key: given[key] for key in given.keys() - open_})

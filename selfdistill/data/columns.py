@@ -45,9 +45,13 @@ _CLOSE = 0.8
 """Similarity from which a name counts as a misspelling: ``anwser`` and ``answer`` have 0.83."""
 
 
+FROM_SHAREGPT = "role (human: user, gpt: assistant) and content (see docs/data.md)"
+"""What to write in place of ShareGPT's from and value."""
+
+
 def unread(row: Mapping[str, Any]) -> list[str]:
     """The columns that hold something and are not read."""
-    return [column for column, value in row.items() if column not in COLUMNS and not _is_empty(value)]
+    return [column for column, value in row.items() if column not in COLUMNS and not is_empty(value)]
 
 
 def refused(row: Mapping[str, Any]) -> list[str]:
@@ -69,15 +73,16 @@ def missing(row: Mapping[str, Any], *names: str, want: str) -> str:
 def misnamed(row: Mapping[str, Any], *names: str) -> str | None:
     """The problem of a row without the first column of ``names``, if another looks like a name of one of them."""
     begin = f"column '{names[0]}': missing, found"
-    parts = [column for column in unread(row) if str(column).lower() in _IN_PROMPT]
-    if names[0] == "prompt" and len(parts) > 1:
-        return f"{begin} {_all_of(parts)}; join them in 'prompt'"
+    # Also those that are empty in this row: where its neighbours hold both, renaming one would be wrong.
+    parts = [column for column in row if str(column).lower() in _IN_PROMPT]
+    if names[0] == "prompt" and len(parts) > 1 and set(parts) & set(unread(row)):
+        return f"{begin} {_all_of(parts)}; join them in 'prompt' (see docs/data.md)"
     for name in names:
         for column in unread(row):
             if _meant(column) != name:
                 continue
             if name == "messages" and _is_sharegpt(row[column]):
-                return f"{begin} {column!r} with from and value; write 'messages' with role and content"
+                return f"{begin} {column!r} with from and value; write 'messages' with {FROM_SHAREGPT}"
             return f"{begin} {column!r}; rename it to '{name}'"
     return None
 
@@ -85,7 +90,10 @@ def misnamed(row: Mapping[str, Any], *names: str) -> str | None:
 def note_about(columns: Collection[str]) -> str:
     """Names the columns that are not used, with the names that they may be meant as."""
     hints = {column: _meant(column) for column in columns}
-    named = (f"{column} (did you mean '{hint}'?)" if hint else str(column) for column, hint in hints.items())
+    named = (
+        f"{column} (did you mean '{hint}'?)" if hint else str(column).strip() or "one without a name"
+        for column, hint in hints.items()
+    )
     return f"columns not used: {', '.join(named)}"
 
 
@@ -101,7 +109,8 @@ def _all_of(names: list[str]) -> str:
     return f"{', '.join(quoted[:-1])} and {quoted[-1]}"
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a column or key with this value counts as absent: null, white space, an empty list or object."""
     value = value.strip() if isinstance(value, str) else value
     return value is None or (isinstance(value, str | list | dict) and not value)
 

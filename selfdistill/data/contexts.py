@@ -55,6 +55,24 @@ class Context(Protocol):
         """
         ...
 
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        """The problem of a row that has not what the context shows; see :data:`Lacks`."""
+        ...
+
+
+def _no_demonstration(demonstration: Demonstration, context: str) -> str | None:
+    if demonstration.has_demonstration:
+        return None
+    problem = f"column 'completion': missing, and no 'privileged_context' for context '{context}' to show instead"
+    has_other = demonstration.document is not None
+    return problem + ("; context document:show=document shows the document alone" if has_other else "")
+
+
+def _no_document(demonstration: Demonstration, context: str) -> str | None:
+    if demonstration.document is not None:
+        return None
+    return f"column 'document': missing, which context '{context}' shows the teacher; add it or use another context"
+
 
 @dataclass(frozen=True)
 class Turns:
@@ -66,6 +84,9 @@ class Turns:
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         system, turns = _split_system(demonstration.prompt)
         return [*system, *((*turns, _assistant(demonstration.shown)) * self.repeats), *turns]
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return _no_demonstration(demonstration, self.name)
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,9 @@ class ExampleAnswer:
             f"For orientation, this is what a good answer to it looks like:\n\n{demonstration.shown}\n\n{request}"
         )
         return [*demonstration.prompt[:-1], _user(text)]
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return _no_demonstration(demonstration, self.name)
 
 
 @dataclass(frozen=True)
@@ -116,6 +140,9 @@ class FewShot:
         if self.this:
             earlier += [*turns, _assistant(demonstration.shown)]
         return [*system, *earlier, *turns]
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return _no_demonstration(demonstration, self.name)  # others may draw it
 
 
 @lru_cache(maxsize=1 << 16)  # every demonstration is compared with every other
@@ -151,6 +178,10 @@ class Document:
         if self.show != "document":
             answered = [*turns, _assistant(demonstration.shown)] * self.repeats
         return [*system, *reading, *answered, *turns]
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        no_document = _no_document(demonstration, self.name) if self.show != "answer" else None
+        return no_document or (_no_demonstration(demonstration, self.name) if self.show != "document" else None)
 
 
 @dataclass(frozen=True)
@@ -197,6 +228,10 @@ class Template:
         # A single pass, so braces inside the filled-in texts are untouched.
         text = re.sub(r"\{(prompt|demonstration|document)\}", lambda match: values[match[1]], self.text)
         return [*demonstration.prompt[:-1], _user(text)]
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        no_document = _no_document(demonstration, self.name) if "{document}" in self.text else None
+        return no_document or (_no_demonstration(demonstration, self.name) if "{demonstration}" in self.text else None)
 
 
 CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, ExampleAnswer, FewShot, Document, Template)}

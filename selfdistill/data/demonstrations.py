@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.data.columns import COLUMNS, misnamed, missing, note_about, refused, unread
-from selfdistill.data.messages import Message, messages_of, not_object, text_of, wrong
-from selfdistill.data.rows import RawRow, check_rows, one_of, parse_json, repeated_key
+from selfdistill.data.messages import Message, chat_of, messages_of, not_object, text_of, wrong
+from selfdistill.data.rows import RawRow, check_rows, from_text, one_of, repeated_key
 from selfdistill.data.sources import Note, read_rows, rows_in_memory
 from selfdistill.errors import UserError
 
@@ -134,8 +134,8 @@ def load_demonstrations(
         lacks: what else a row must have; see :data:`Lacks`.
 
     A row has ``prompt`` and ``completion`` (each text or chat messages, the completion exactly one assistant message),
-    or ``messages``, whose last turn is the assistant's demonstration. Null counts as absent. All rows have the same
-    form.
+    or ``messages``, whose last turn is the assistant's demonstration. Messages may be their JSON text. Null counts as
+    absent. All rows have the same form.
 
     Raises:
         UserError: the data cannot be read or has no rows; or rows are invalid: names the first ten and the total.
@@ -276,11 +276,16 @@ def _demonstration(
     """The row as a demonstration; invalid if there are problems."""
     row: dict[str, Any] = raw.value
     others = {name: row.get(name) for name in ("document", "privileged_context", "answer", "scorer")}
+    chat = chat_of(row[form], form, problems)
+    if isinstance(row.get("prompt"), str) and isinstance(chat, list):  # then the completion may be such a text, too
+        row = {**row, "completion": chat_of(row.get("completion"), "completion", problems)}
     completion = _completion(row, completion_required, problems) if form == "prompt" else ""
-    if form == "prompt" and not isinstance(row["prompt"], list):
-        turns = [{"role": "user", "content": text_of(row["prompt"], "prompt", _WANT_CHAT, problems)}]
+    if form == "prompt" and not isinstance(chat, list):
+        turns = [{"role": "user", "content": text_of(chat, "prompt", _WANT_CHAT, problems)}]
+    elif isinstance(chat, list) or not problems:
+        turns = messages_of(chat, form, problems)
     else:
-        turns = messages_of(row[form], form, problems)
+        turns = []
     if turns and form == "messages" and turns[-1]["role"] == "assistant":
         completion = turns.pop()["content"]
     elif turns and form == "messages" and completion_required:
@@ -320,7 +325,7 @@ def _check_others(others: dict[str, Any], problems: list[str]) -> None:
 
 def _tools(value: Any, problems: list[str]) -> list[dict[str, Any]] | None:
     """The schemas, of a list or its JSON text. Null within them counts as absent, for Arrow writes it for all keys."""
-    tools = _from_text(value)
+    tools = from_text(value)
     if tools in (None, [], ""):
         return None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
@@ -330,7 +335,7 @@ def _tools(value: Any, problems: list[str]) -> list[dict[str, Any]] | None:
 
 
 def _template_kwargs(value: Any, problems: list[str]) -> dict[str, Any] | None:
-    options = _from_text(value)
+    options = from_text(value)
     if options in (None, ""):
         return None
     if not isinstance(options, dict):
@@ -340,17 +345,6 @@ def _template_kwargs(value: Any, problems: list[str]) -> dict[str, Any] | None:
     if taken := sorted(options.keys() & set(_RESERVED)):
         problems.append(f"column 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
     return options or None
-
-
-def _from_text(value: Any) -> Any:
-    """The value of a JSON text, in which tables and other projects keep objects; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        found = parse_json(value)
-    except (ValueError, RecursionError):
-        return value
-    return value if repeated_key(found) else found
 
 
 def _without_null(value: Any) -> Any:

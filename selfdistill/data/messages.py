@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from selfdistill.data.rows import LONE_SURROGATE, describe_value, one_of, quoted
+from selfdistill.data.columns import FROM_SHAREGPT, is_empty
+from selfdistill.data.rows import LONE_SURROGATE, describe_value, from_text, one_of, quoted
 
 Message = dict[str, str]
 """One chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
 
 _ROLES = ("system", "user", "assistant")
+_INTO_CONTENT = {
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into content as <think>...</think>"),
+    **dict.fromkeys(
+        ("tool_calls", "function_call"),
+        "write the call as text in content, as the model writes it (see docs/data.md)",
+    ),
+}
+"""Keys of other tools' messages, and where their text belongs."""
+
+
+_LIKE_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)
+
+
+def chat_of(value: Any, column: str, problems: list[str]) -> Any:
+    """The list of messages of which the value is the JSON text, as tables keep it; anything else as it is.
+
+    A text that looks like messages but is not JSON, such as Python's own form with single quotes, is a problem.
+    """
+    if not isinstance(value, str) or not _LIKE_CHAT.fullmatch(value):
+        return value
+    found = from_text(value)
+    if isinstance(found, str):
+        problems.append(f"column '{column}': found messages as Python writes them, expected a list or its JSON text")
+    return found
 
 
 def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:
@@ -24,6 +50,9 @@ def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:
         if not isinstance(message, dict):
             problems.append(wrong(at, message, "an object with role and content"))
             continue
+        if "from" in message and "role" not in message:
+            problems.append(f"column '{at}': found from and value, expected {FROM_SHAREGPT}")
+            continue
         role = message.get("role")
         if role == "tool":
             problems.append(f"column '{at}.role': found 'tool', which is not supported, expected {one_of(_ROLES)}")
@@ -32,10 +61,11 @@ def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:
         elif role == "system" and number:
             problems.append(f"column '{at}.role': found 'system', expected only in the first message")
         text = _content(message.get("content"), f"{at}.content", problems)
-        # Arrow writes null for a key that only other messages have. Any other value would be lost silently.
-        others = [key for key in message if key not in ("role", "content") and message[key] is not None]
+        # Arrow writes null for a key that only other messages have. What holds something would be lost silently.
+        others = [key for key in message if key not in ("role", "content") and not is_empty(message[key])]
         if others:
-            problems.append(f"column '{at}': found key {quoted(others[0])}, expected only role and content")
+            advice = f"; {_INTO_CONTENT[others[0]]}" if others[0] in _INTO_CONTENT else ""
+            problems.append(f"column '{at}': found key {quoted(others[0])}, expected only role and content{advice}")
         turns.append({"role": str(role), "content": text})
     return turns if len(problems) == before else []
 

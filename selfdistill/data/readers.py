@@ -33,6 +33,7 @@ FILE_TYPES = (*_FORMATS_OF_TEXT, ".parquet")
 """Endings of the files that are read."""
 # In a folder, their rows would go missing silently; as a path, they are a file, not a hub name.
 _OTHER_FILE_TYPES = (".arrow", ".zip", ".bz2", ".xz", ".ndjson", ".xlsx", ".pkl")
+_OTHER_SEPARATORS = {";": "semicolons", "|": "vertical bars"}
 _KNOWN = {*COLUMNS, *(name for others in OTHER_NAMES.values() for name in others)}
 
 
@@ -151,20 +152,32 @@ def _items(path: str, text: str) -> list[RawRow]:
 
 
 def _table(path: str, text: str, delimiter: str) -> list[RawRow]:
-    """The rows of a table whose first line names the columns. A cell is text; an empty one is null."""
+    """The rows of a table whose first line names the columns. A cell is text; an empty one is null.
+
+    A column without name and content, as spreadsheets leave them behind, is none.
+    """
     _refuse_other_format(path, text, kind_of(path)[0])
+    _refuse_other_separator(path, text, delimiter)
     lines = _cells(path, text, delimiter)
     if not lines:
         return []
-    names = lines[0][1]
+    (_, header), *rows = lines
+    used = [at for at, name in enumerate(header) if name.strip() or any(_cell(cells, at) for _, cells in rows)]
+    names = [header[at] for at in used]
     _check_header(path, names)
-    rows = []
-    for line, cells in lines[1:]:
-        fits = len(cells) == len(names)
-        problem = None if fits else f"found {len(cells)} cells, expected {len(names)} ({', '.join(names)})"
-        value = {name: cell or None for name, cell in zip(names, cells, strict=True)} if fits else None
-        rows.append(RawRow(f"line {line}", f"{path}:{line}", value, problem))
-    return rows
+    found = []
+    for line, cells in rows:
+        fits = len(cells) == len(header)
+        count = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+        problem = None if fits else f"found {count}, expected {len(header)} ({', '.join(names)})"
+        value = {header[at]: cells[at] or None for at in used} if fits else None
+        found.append(RawRow(f"line {line}", f"{path}:{line}", value, problem))
+    return found
+
+
+def _cell(cells: list[str], at: int) -> str:
+    """What the cell holds, if there is one."""
+    return cells[at].strip() if at < len(cells) else ""
 
 
 def _cells(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
@@ -174,7 +187,7 @@ def _cells(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for cells in reader:
-            found += [(line, cells)] if cells else []
+            found += [(line, cells)] if any(cells) else []
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}: line {line} is not a row of a table: {error}") from error
@@ -185,12 +198,28 @@ def _cells(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
 
 def _check_header(path: str, names: list[str]) -> None:
     """Refuse a first line that does not name each column once, or not one that is known."""
+    if sum(not name.strip() for name in names) > 1:
+        raise UserError(f"{path}: line 1 does not name all columns that hold something; name them or leave them out")
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
         raise UserError(f"{path}: line 1 names the column {repeated[0]!r} twice, expected each once")
     if not set(map(str.lower, names)) & _KNOWN:
         found = f"line 1 is {quoted(','.join(names))}"
         want = f"the names of columns, such as 'prompt', of {_NAMES[kind_of(path)[0]]}"
         raise UserError(f"{path}: {found}, expected {want}")
+
+
+def _refuse_other_separator(path: str, text: str, delimiter: str) -> None:
+    """Refuse a table whose first line names columns with another separator, as some spreadsheets write it."""
+    first = text.strip().partition("\n")[0]
+    for separator, name in _OTHER_SEPARATORS.items():
+        if _columns_in(first, separator) and not _columns_in(first, delimiter):
+            raise UserError(f"{path}: separated by {name}; use commas in a .csv, or tabs in a .tsv")
+
+
+def _columns_in(line: str, separators: str) -> set[str]:
+    """The known names of columns in a line, if that has a separator."""
+    names = [name.strip(' "\r').lower() for name in re.split(f"[{separators}]", line)]
+    return set(names) & _KNOWN if len(names) > 1 else set()
 
 
 def _read_parquet(path: str) -> list[RawRow]:
@@ -274,9 +303,7 @@ def _format_of(text: str) -> str | None:
     if text[:1] == "[":
         items = _value(text)
         return ".json" if isinstance(items, list) and items and isinstance(items[0], dict) else None
-    names = {name.strip(' "').lower() for name in re.split("[,\t]", first)}
-    is_table = len(names) > 1 and bool(names & _KNOWN)
-    return (".tsv" if "\t" in first else ".csv") if is_table else None
+    return (".tsv" if "\t" in first else ".csv") if _columns_in(first, ",\t") else None
 
 
 def _value(text: str) -> Any:

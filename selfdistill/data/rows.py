@@ -75,6 +75,17 @@ def repeated_key(row: Any) -> str | None:
     return None
 
 
+def from_text(value: Any) -> Any:
+    """The value of a JSON text, in which tables and other projects keep objects; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = parse_json(value)
+    except (ValueError, RecursionError):
+        return value
+    return value if repeated_key(found) else found
+
+
 def describe_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)

@@ -19,7 +19,7 @@ from typing import Any
 
 from selfdistill.data.choices import chosen_letter, letter_of
 from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, Lacks
-from selfdistill.data.rows import one_line
+from selfdistill.data.rows import from_text, one_line
 from selfdistill.data.thinking import split_thinking
 from selfdistill.data.tool_calls import Calls, calls_in, calls_of, same_calls
 from selfdistill.data.words import includes, same_text, words_of
@@ -30,6 +30,8 @@ JUDGE = "judge"
 
 FUNCTION = re.compile(r"python:(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\.(?P<function>[^\W\d]\w*)")
 """Name of a user-defined scorer: ``python:package.module.function``."""
+
+_LIST_OF_TEXTS = re.compile(r"""\s*\[\s*['"].*['"]\s*\]\s*""", re.DOTALL)
 
 
 def score(name: str, reply: str, demonstration: Demonstration) -> bool:
@@ -146,15 +148,27 @@ def contains(reply: str, demonstration: Demonstration) -> bool:
     every character is a word. A sign of the answer (``#``, ``$``, ``/``) must be in the reply; one that only the reply
     has does not matter unless it makes another word: ``50%``, ``-5``, ``1/2`` and ``C++`` do not contain 50, 5, 1 or C.
     """
-    expected = reference("contains", demonstration)
+    expected = _answers(reference("contains", demonstration), demonstration)
     words = words_of(reply)
     found = False
-    for answer in expected if isinstance(expected, list) else [expected]:
+    for answer in expected:
         wanted = words_of(_text(answer, "contains", demonstration))
         if not wanted:
             raise _unusable("contains", demonstration, "it has no letters, digits or signs")
         found |= includes(words, wanted)
     return found
+
+
+def _answers(expected: Any, demonstration: Demonstration) -> list[Any]:
+    """The answers of a list, or of its JSON text, as tables keep it; else the one answer."""
+    if isinstance(expected, list):
+        return expected
+    if not isinstance(demonstration.answer, str) or not _LIST_OF_TEXTS.fullmatch(expected):
+        return [expected]
+    answers = from_text(expected)
+    if not isinstance(answers, list):
+        raise _unusable("contains", demonstration, "it is a list as Python writes it, expected a list or its JSON text")
+    return answers
 
 
 def choice(reply: str, demonstration: Demonstration) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from selfdistill.data.readers import expected_types, is_data_file, is_readable, kind_of, read_file
-from selfdistill.data.rows import RawRow, describe_value, numbered, one_line, one_of
+from selfdistill.data.rows import RawRow, describe_value, first_ten, numbered, one_line, one_of
 from selfdistill.errors import UserError
 
 Note = Callable[[str], object]
@@ -24,6 +24,8 @@ _SPLITS = {
 }
 """Splits by the words in the names of files and folders that tell them, as ``datasets`` has them."""
 _WORDS = {word: split for split, words in _SPLITS.items() for word in words}
+_DEFAULT = "train"
+"""The split of training data unless another is asked for."""
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")
 """Files that describe a data set of the hub."""
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")
@@ -75,20 +77,30 @@ def choose(path: str, splits: Mapping[str, _Part], split: str | None, note: Note
     Args:
         path: for messages.
         splits: all splits of a data set by name.
-        split: a name; None: ``test``, or the only split.
+        split: a name; None: ``test``. The only split is read in place of ``test`` and ``train``, the defaults.
         note: takes what the user should know.
 
     Raises:
         UserError: there is no such split.
     """
     names = list(splits)
-    chosen = split or (names[0] if len(names) == 1 else "test")
+    chosen = split or "test"
     if chosen not in splits:  # validation may have been asked for as dev, and a test be called eval
         chosen = next((name for name in names if _WORDS.get(name) == _WORDS.get(chosen, chosen)), chosen)
+    option = "--test_split" if split is None else "--split"
+    if chosen not in splits and len(names) == 1 and split in (None, _DEFAULT):
+        if split is not None:
+            note(f"{path}: the only split, {names[0]!r}, is read")
+        return splits[names[0]]
     if chosen not in splits:
-        raise UserError(f"{path}: no split '{chosen}' in this data set, expected {one_of(names)}")
+        advice = f"give {option} {one_of(names)}"
+        raise UserError(f"{path}: no split '{chosen}' in this data set, expected {one_of(names)}; {advice}")
     if others := [name for name in names if name != chosen]:
-        note(f"{path}: split '{chosen}' is read, others are {' and '.join(map(repr, others))}")
+        # Whoever names a split needs no advice on how to name another.
+        name = others[0] if len(others) == 1 else "NAME"
+        advice = f" ({option} {name})" if split in (None, _DEFAULT) else ""
+        are = "the other split is" if len(others) == 1 else "the other splits are"
+        note(f"{path}: split '{chosen}' is read; {are} {' and '.join(map(repr, others))}{advice}")
     return splits[chosen]
 
 
@@ -111,6 +123,8 @@ def _read_folder(path: str, split: str | None, note: Note) -> list[RawRow]:
         raise UserError(f"{path}: {unnamed[0]} is in no split, and others are in {one_of(sorted(by_split))}; {advice}")
     if by_split:
         files = choose(path, by_split, split, note)
+    elif len(files) > 1:
+        note(f"{path}: {len(files)} files are read as one set: {first_ten(files)}")
     return [replace(raw, place=f"{file} {raw.place}") for file in files for raw in read_file(os.path.join(path, file))]
 
 
@@ -144,8 +158,13 @@ def _split_of(file: str) -> str | None:
 
 
 def _split_in(name: str) -> str | None:
-    """The split of which a word stands in the name; None if there is none, or more than one."""
-    found = {_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _WORDS}
+    """The split of which a word stands in the name; None if there is none, or more than one.
+
+    Words end at signs, digits and capitals, and may go on with ``set`` or ``data``: ``my_test``, ``myTest``,
+    ``testset``.
+    """
+    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+    found = {_WORDS[base] for word in words if (base := re.sub("(set|data)$", "", word)) in _WORDS}
     return found.pop() if len(found) == 1 else None
 
 

@@ -22,6 +22,7 @@ from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.data import (
     Demonstration,
     Example,
+    Lacks,
     Rows,
     context_spec,
     doubt_about,
@@ -127,8 +128,21 @@ def check(
         UserError: settings, data or model are invalid, or no layout fits.
     """
     data = config.data if demonstrations is None else demonstrations
-    rows = load_demonstrations(data, split=config.split, note=say_note, lacks=nothing_to_show)
+    rows = load_demonstrations(data, split=config.split, note=say_note, lacks=_lacks_of(config.contexts))
     return _checked(config, rows, loaded, cost)
+
+
+def _lacks_of(specs: Sequence[str]) -> Lacks:
+    """What a row must have for any of the contexts, or for any at all if none is given."""
+    if not specs:
+        return nothing_to_show
+    contexts = [parse_context(spec) for spec in specs]
+
+    def lacks(demonstration: Demonstration) -> str | None:
+        problems = [context.lacks(demonstration) for context in contexts]
+        return problems[0] if all(problems) else None
+
+    return lacks
 
 
 def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel | None, cost: bool) -> CheckResult:

@@ -131,7 +131,8 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
     unlike = unlike or 0.5  # models that never differ give no estimate
     smallest = smallest_difference(items, unlike)
     if smallest is None:
-        said = f"{items} items are too few to detect any difference in accuracy."
+        few = "1 item is" if items == 1 else f"{items} items are"
+        said = f"{few} too few to detect any difference in accuracy."
     else:
         said = (
             f"{items} items detect a difference in accuracy of {smallest:.2f} about 3 times in 4, if only one of the "

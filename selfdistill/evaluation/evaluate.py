@@ -236,7 +236,13 @@ def evaluate(
     if config.replies and not Path(config.replies).absolute().parent.is_dir():
         raise UserError(f"replies {config.replies!r}: cannot be written; give a file in an existing folder")
     data = config.data if rows is None else rows
-    demonstrations = load_demonstrations(data, split=config.split, note=say_note, lacks=nothing_to_score(config.scorer))
+    scored = nothing_to_score(config.scorer)
+    shown = parse_context(config.context).lacks if config.context else None
+
+    def lacks(row: Demonstration) -> str | None:
+        return scored(row) or (shown(row) if shown else None)
+
+    demonstrations = load_demonstrations(data, split=config.split, note=say_note, lacks=lacks)
     priors = load_prior(config.prior) if config.prior else {}
     judge = judge_of(config)
     if loaded is None:

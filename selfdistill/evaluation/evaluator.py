@@ -9,7 +9,6 @@ from typing import Any
 
 from selfdistill.config import TrainingSettings
 from selfdistill.data import (
-    Document,
     Lacks,
     Note,
     general_prompts,
@@ -107,8 +106,7 @@ class Evaluator:
             UserError: the context does not fit the rows.
         """
         bare, kind = self.questions, parse_context(context)
-        documents = isinstance(kind, Document) and kind.show == "document"
-        if not all(row.document if documents else row.has_demonstration for row in bare.demonstrations):
+        if any(kind.lacks(row) for row in bare.demonstrations):
             return None
         questions = EvaluationSet(
             base,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 from selfdistill.config import TrainConfig
@@ -11,6 +12,7 @@ from selfdistill.data import (
     ChatFormat,
     Demonstration,
     Example,
+    Lacks,
     encode,
     first_ten,
     load_prompts,
@@ -73,9 +75,26 @@ class DemonstrationExamples:
         )
 
     def lacks(self, demonstration: Demonstration) -> str | None:
+        problem = None
         if self.completion_must_fit and not demonstration.completion:
-            return f"column 'completion': missing, which method {self.config.method!r} learns from"
-        return None if self.context is None else nothing_to_show(demonstration)
+            problem = f"column 'completion': missing, which method {self.config.method!r} learns from"
+        elif self._shows is not None:
+            problem = self._shows(demonstration)
+        return problem and problem + self._other_method(demonstration)
+
+    def _other_method(self, demonstration: Demonstration) -> str:
+        """Advice for a row that looks made for another method."""
+        if demonstration.has_demonstration:
+            is_for_sdft = not demonstration.completion and self.completion_must_fit and self.config.method != "sdft"
+            return "; --method sdft learns from 'privileged_context'" if is_for_sdft else ""
+        return "; --method grpo learns from 'answer'" if demonstration.answer is not None else ""
+
+    @cached_property
+    def _shows(self) -> Lacks | None:
+        """The problem of a row that has nothing for the context to show; None without a context."""
+        if self.context is None:
+            return None
+        return nothing_to_show if self.context == "auto" else parse_context(self.context).lacks
 
 
 @dataclass(frozen=True)

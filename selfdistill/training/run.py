@@ -11,7 +11,7 @@ from typing import Any, overload
 
 from rich.console import Console
 
-from selfdistill.config import TrainConfig, load_yaml
+from selfdistill.config import TrainConfig, load_saved
 from selfdistill.data import Message
 from selfdistill.errors import UserError
 from selfdistill.evaluation import generate, summary
@@ -44,7 +44,7 @@ class Run(Printable):
     @property
     def config(self) -> TrainConfig:
         """The resolved settings."""
-        return TrainConfig(**load_yaml(self.output_dir / "config.yaml", TrainConfig))
+        return TrainConfig(**load_saved(self.output_dir / "config.yaml", TrainConfig))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

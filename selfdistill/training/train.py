@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from selfdistill.config import TrainConfig, dump_yaml, load_yaml, refuse_changes
+from selfdistill.config import TrainConfig, dump_yaml, load_saved, refuse_changes
 from selfdistill.data import Demonstration
 from selfdistill.errors import RunCollapsed, UserError
 from selfdistill.evaluation import Evaluator, best_context
@@ -144,7 +144,7 @@ def _on_its_day(config: TrainConfig) -> TrainConfig:
     written = Path(config.output_dir) / "config.yaml"
     if config.template_date is not None or not written.exists():
         return config
-    return config.model_copy(update={"template_date": load_yaml(written, TrainConfig).get("template_date")})
+    return config.model_copy(update={"template_date": load_saved(written, TrainConfig).get("template_date")})
 
 
 def _lock(output_dir: Path, held: ExitStack) -> None:
@@ -163,7 +163,7 @@ def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Traine
     saved, done = _settings_of(checkpoint), saved_position(checkpoint).step
     assert config.max_steps is not None, "a trainer resolves its settings"
     if written.exists():
-        refuse_changes(written, TrainConfig(**load_yaml(written, TrainConfig)), config)
+        refuse_changes(written, TrainConfig(**load_saved(written, TrainConfig)), config)
     refuse_changes(own, saved, config)
     if len(trainer.stages) > 1 and saved.max_steps != config.max_steps:
         raise UserError(
@@ -178,7 +178,7 @@ def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Traine
 
 
 def _settings_of(checkpoint: Path) -> TrainConfig:
-    return TrainConfig(**load_yaml(checkpoint / "config.yaml", TrainConfig))
+    return TrainConfig(**load_saved(checkpoint / "config.yaml", TrainConfig))
 
 
 def _check_room(trainer: Trainer, output_dir: Path) -> list[str]:

@@ -28,31 +28,51 @@ def problem_of(row: dict[str, Any]) -> str:
     [
         (
             {"instruction": "Translate.", "input": "night", "output": "Nacht"},
-            "column 'prompt': missing, found 'instruction' and 'input'; join them in 'prompt' and "
+            "column 'prompt': missing, found 'instruction' and 'input'; join them in 'prompt' (see docs/data.md) and "
             "column 'completion': missing, found 'output'; rename it to 'completion'",
         ),
         (
             {"instruction": "Translate.", "input": "", "output": "Nacht"},
+            "column 'prompt': missing, found 'instruction' and 'input'; join them in 'prompt' (see docs/data.md) and "
+            "column 'completion': missing, found 'output'; rename it to 'completion'",
+        ),
+        (
+            {"instruction": "Translate.", "output": "Nacht"},
             "column 'prompt': missing, found 'instruction'; rename it to 'prompt' and "
             "column 'completion': missing, found 'output'; rename it to 'completion'",
         ),
         (
+            {"instruction": "", "input": None, "completion": "Nacht"},
+            "column 'prompt': missing, expected 'prompt' with 'completion', or 'messages'",
+        ),
+        (
+            {"question": "Who?", "context": None, "completion": "he"},
+            "column 'prompt': missing, found 'question' and 'context'; join them in 'prompt' (see docs/data.md)",
+        ),
+        (
             {"system": "s", "instruction": "i", "input": "x", "history": [["a", "b"]], "output": "o"},
-            "column 'prompt': missing, found 'system', 'instruction', 'input' and 'history'; join them in 'prompt' and "
+            "column 'prompt': missing, found 'system', 'instruction', 'input' and 'history'; join them in 'prompt' "
+            "(see docs/data.md) and "
             "column 'completion': missing, found 'output'; rename it to 'completion'",
         ),
         (
             {"question": "Who?", "context": "A text.", "answer": "he"},
-            "column 'prompt': missing, found 'question' and 'context'; join them in 'prompt'",
+            "column 'prompt': missing, found 'question' and 'context'; join them in 'prompt' (see docs/data.md)",
         ),
         (
             {"instruction": "Who?", "context": "A text.", "completion": "he"},
-            "column 'prompt': missing, found 'instruction' and 'context'; join them in 'prompt'",
+            "column 'prompt': missing, found 'instruction' and 'context'; join them in 'prompt' (see docs/data.md)",
         ),
         (
             {"conversations": TURNS},
-            "column 'prompt': missing, found 'conversations' with from and value; write 'messages' with role and "
-            "content",
+            "column 'prompt': missing, found 'conversations' with from and value; write 'messages' with role "
+            "(human: user, gpt: assistant) and content (see docs/data.md)",
+        ),
+        (
+            {"messages": TURNS},
+            "column 'messages[0]': found from and value, expected role (human: user, gpt: assistant) and content (see "
+            "docs/data.md) and column 'messages[1]': found from and value, expected role (human: user, gpt: assistant) "
+            "and content (see docs/data.md)",
         ),
     ],
 )

@@ -90,6 +90,48 @@ def test_document_without_a_document_names_the_row() -> None:
         Document().messages(row(), [])
 
 
+COMPLETION = "column 'completion': missing, and no 'privileged_context' for context '{}' to show instead"
+ALONE = "; context document:show=document shows the document alone"
+DOCUMENT = "column 'document': missing, which context '{}' shows the teacher; add it or use another context"
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns", "problem"),
+    [
+        ("turns", {"document": "d"}, COMPLETION.format("turns") + ALONE),
+        ("turns", {"answer": "a"}, COMPLETION.format("turns")),
+        ("example", {"document": "d"}, COMPLETION.format("example") + ALONE),
+        ("few_shot:k=1", {}, COMPLETION.format("few_shot")),
+        ("document", {"document": "d"}, COMPLETION.format("document") + ALONE),
+        ("document", {"privileged_context": "p"}, DOCUMENT.format("document")),
+        ("document:show=document", {"completion": "r"}, DOCUMENT.format("document")),
+        ("document:show=answer", {"document": "d"}, COMPLETION.format("document") + ALONE),
+        ("template:file=both.txt", {"document": "d"}, COMPLETION.format("template") + ALONE),
+        ("template:file=both.txt", {"completion": "r"}, DOCUMENT.format("template")),
+        ("turns", {"completion": "r"}, None),
+        ("example", {"privileged_context": "p"}, None),
+        ("document", {"completion": "r", "document": "d"}, None),
+        ("document:show=document", {"document": "d"}, None),
+        ("document:show=answer", {"completion": "r"}, None),
+        ("template:file=document.txt", {"document": "d"}, None),
+    ],
+)
+def test_a_context_says_what_a_row_lacks_for_it(
+    spec: str, columns: dict[str, Any], problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("both.txt").write_text("{prompt} {document} {demonstration}", encoding="utf-8")
+    Path("document.txt").write_text("{prompt} {document}", encoding="utf-8")
+    context, asked = parse_context(spec), Demonstration((user("q"),), **columns)
+    assert context.lacks(asked) == problem
+    pool = [asked, Demonstration((user("p"),), **columns)]
+    if problem is None:
+        assert context.messages(asked, pool)
+    else:
+        with pytest.raises(UserError):
+            context.messages(asked, pool)
+
+
 def test_template_fills_its_places_in_one_pass(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     file.write_text("D={document} A={demonstration} Q={prompt} {other} {prompt}", encoding="utf-8")

@@ -56,6 +56,51 @@ def test_prompt_and_completion_as_text() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "turns", "completion"),
+    [
+        ({"prompt": [USER], "completion": "4"}, (USER,), "4"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, (USER,), "4"),
+        ({"prompt": [{"role": "system", "content": "s"}, USER]}, ({"role": "system", "content": "s"}, USER), ""),
+        ({"prompt": [{"content": "q", "role": "user"}]}, ({"role": "user", "content": "q"},), ""),
+        ({"messages": [USER, ASSISTANT]}, (USER,), "4"),
+    ],
+)
+def test_messages_may_be_their_json_text(row: dict[str, Any], turns: Any, completion: str) -> None:
+    texts = {name: value if isinstance(value, str) else json.dumps(value, indent=1) for name, value in row.items()}
+    datasets.Dataset.from_list([texts]).to_csv("a.csv")
+    datasets.Dataset.from_list([texts]).to_parquet("a.parquet")
+    for path in (write("a.jsonl", texts), "a.csv", "a.parquet"):
+        (demonstration,) = load_demonstrations(path)
+        assert (demonstration.prompt, demonstration.completion) == (turns, completion)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'role': 'user', 'content': 'q'}]",
+        "[{'content': 'q', 'role': 'user'}\n {'content': 'r', 'role': 'assistant'}]",
+        "[{'from': 'human', 'value': 'q'}]",
+        '[{"role": "user", "content": "it\'s", "name": None}]',
+    ],
+)
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_messages_as_python_writes_them_are_refused(column: str, text: str) -> None:
+    problem = f"column '{column}': found messages as Python writes them, expected a list or its JSON text"
+    assert message_of(write("a.jsonl", {column: text})) == f"a.jsonl: 1 bad row: line 1, {problem}"
+    both = {"prompt": json.dumps([USER]), "completion": text}
+    assert "column 'completion': found messages as Python writes them" in message_of(write("a.jsonl", both))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1, 2]", "[]", "[INST] q", '{"role": "user"}', '["a", "b"]', "What is [{'role': 'user'}]?", '[{"name": "Ada"}]'],
+)
+def test_other_texts_in_brackets_stay_text(text: str) -> None:
+    (row,) = load_demonstrations(write("a.jsonl", {"prompt": text, "completion": json.dumps([ASSISTANT])}))
+    assert (row.prompt[0]["content"], row.completion) == (text, json.dumps([ASSISTANT]))
+
+
 def test_completion_is_kept_letter_for_letter() -> None:
     completion = " 4\u2028\n\tfour \U0001f600 "
     (demonstration,) = load_demonstrations(write("train.jsonl", {"prompt": " q ", "completion": completion}))
@@ -74,6 +119,13 @@ def test_prompt_and_completion_as_messages() -> None:
     (demonstration,) = load_demonstrations(write("train.jsonl", row))
     assert demonstration.prompt == (system, USER, ASSISTANT, USER)
     assert demonstration.completion == "4"
+
+
+@pytest.mark.parametrize("empty", [None, "", " \n", [], {}])
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "name", "function_call"])
+def test_an_empty_key_of_a_message_counts_as_absent(key: str, empty: Any) -> None:
+    (demonstration,) = load_demonstrations([{"messages": [USER | {key: empty}, ASSISTANT | {key: empty}]}])
+    assert (demonstration.prompt, demonstration.completion) == ((USER,), "4")
 
 
 def test_messages_end_with_the_demonstration() -> None:
@@ -147,7 +199,9 @@ def test_saved_data_set() -> None:
     datasets.DatasetDict({"train": one, "test": two}).save_to_disk("both")
     assert [row.source for row in load_demonstrations("one")] == ["one[0]"]
     assert [row.completion for row in load_demonstrations("both", split="test")] == ["4", "r"]
-    assert message_of("both", split="dev") == "both: no split 'dev' in this data set, expected train or test"
+    assert message_of("both", split="dev") == (
+        "both: no split 'dev' in this data set, expected train or test; give --split train or test"
+    )
 
 
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +312,22 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [USER | {"tool_calls": [1]}], "completion": "r"},
-        "column 'prompt[0]': found key 'tool_calls', expected only role and content",
+        "column 'prompt[0]': found key 'tool_calls', expected only role and content; write the call as text in "
+        "content, as the model writes it (see docs/data.md)",
+    ),
+    (
+        {"prompt": "q", "completion": [ASSISTANT | {"function_call": {"name": "f"}}]},
+        "column 'completion[0]': found key 'function_call', expected only role and content; write the call as text in "
+        "content, as the model writes it (see docs/data.md)",
+    ),
+    (
+        {"prompt": "q", "completion": [ASSISTANT | {"reasoning_content": "so"}]},
+        "column 'completion[0]': found key 'reasoning_content', expected only role and content; put it into content as "
+        "<think>...</think>",
+    ),
+    (
+        {"prompt": [USER | {"weight": 0}], "completion": "r"},
+        "column 'prompt[0]': found key 'weight', expected only role and content",
     ),
     (
         {"prompt": [USER, ASSISTANT], "completion": "r"},

@@ -70,13 +70,32 @@ def test_a_table_with_tabs_and_a_long_document() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "notes"),
+    [
+        ("prompt,completion,,\nq,r,,\np,s,,\n,,,\n", []),
+        (",prompt,,completion\n,q,,r\n,p,,s\n", []),
+        ("prompt,completion, \nq,r,\np,s,\n", []),
+        (",prompt,completion\n0,q,r\n1,p,s\n", ["a.csv: columns not used: one without a name"]),
+        (",prompt,completion,,\n0,q,r,,\n1,p,s,,\n", ["a.csv: columns not used: one without a name"]),
+        ("prompt,completion,id,\nq,r,1,x\np,s,2,\n", ["a.csv: columns not used: id, one without a name"]),
+    ],
+)
+def test_columns_without_a_name_are_none_if_they_are_empty(text: str, notes: list[str]) -> None:
+    Path("a.csv").write_text(text, encoding="utf-8")
+    said: list[str] = []
+    rows = load_demonstrations("a.csv", note=said.append)
+    assert [(row.prompt[0]["content"], row.source) for row in rows] == [("q", "a.csv:2"), ("p", "a.csv:3")]
+    assert said == notes
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         (
             "a.csv",
             "prompt,completion\nq,r,s\nq\n",
             "a.csv: 2 bad rows: line 2, found 3 cells, expected 2 (prompt, completion); "
-            "line 3, found 1 cells, expected 2 (prompt, completion)",
+            "line 3, found 1 cell, expected 2 (prompt, completion)",
         ),
         (
             "a.csv",
@@ -86,8 +105,37 @@ def test_a_table_with_tabs_and_a_long_document() -> None:
         (
             "a.csv",
             "prompt;completion\nq;r\n",
-            "a.csv: line 1 is 'prompt;completion', expected the names of columns, such as 'prompt', of a table with "
-            "commas",
+            "a.csv: separated by semicolons; use commas in a .csv, or tabs in a .tsv",
+        ),
+        (
+            "a.csv",
+            '"prompt";"completion"\n"q";"r"\n',
+            "a.csv: separated by semicolons; use commas in a .csv, or tabs in a .tsv",
+        ),
+        (
+            "a.tsv",
+            "Frage;Antwort;prompt\nq;r;s\n",
+            "a.tsv: separated by semicolons; use commas in a .csv, or tabs in a .tsv",
+        ),
+        (
+            "a.csv",
+            "prompt|completion\nq|r\n",
+            "a.csv: separated by vertical bars; use commas in a .csv, or tabs in a .tsv",
+        ),
+        (
+            "a.csv",
+            "Frage,Antwort\nq,r\n",
+            "a.csv: line 1 is 'Frage,Antwort', expected the names of columns, such as 'prompt', of a table with commas",
+        ),
+        (
+            "a.csv",
+            "prompt,completion,, \nq,r,s,t\n",
+            "a.csv: line 1 does not name all columns that hold something; name them or leave them out",
+        ),
+        (
+            "a.csv",
+            "prompt,completion,,\nq,r,,\nq,r,\n",
+            "a.csv: 1 bad row: line 3, found 3 cells, expected 4 (prompt, completion)",
         ),
         ("a.csv", 'prompt,completion\nq,"r\n', "a.csv: line 2 is not a row of a table: unexpected end of data"),
         ("a.csv", "prompt,completion\n", "a.csv: no rows, expected at least one"),

@@ -41,6 +41,33 @@ def test_default_scorer() -> None:
     assert default_scorer(row(), None) == "exact"
 
 
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ('["Lima", "La Paz"]', "It is La Paz.", "It is Quito."),
+        (' [ "it\'s", "a b" ] ', "a b", "b a"),
+        ('["利馬", "Lima"]', "利馬", "秘魯"),
+    ],
+)
+def test_contains_reads_the_json_text_of_a_list(answer: str, right: str, wrong: str) -> None:
+    assert score("contains", right, row(answer))
+    assert not score("contains", wrong, row(answer))
+
+
+@pytest.mark.parametrize("answer", ["['Lima', 'La Paz']", "['Lima' 'La Paz']", """['a', "it's"]""", "[\"a\", 'b']"])
+def test_contains_refuses_a_list_as_python_writes_it(answer: str) -> None:
+    with pytest.raises(UserError, match="it is a list as Python writes it, expected a list or its JSON text"):
+        score("contains", "Lima", row(answer))
+    assert score("contains", f"It prints {answer}.", row([answer]))
+
+
+def test_contains_takes_other_brackets_as_they_are() -> None:
+    for answer in ("[1, 2]", "[a]", "x[0]"):
+        assert score("contains", f"It is {answer}.", row(answer))
+    assert score("contains", '["a", "b"]', row(completion='["a", "b"]'))
+    assert not score("contains", "a", row(completion='["a", "b"]'))
+
+
 def at(line: int, answer: Any, completion: str, scorer: str | None = None) -> Demonstration:
     return dataclasses.replace(row(answer, completion, scorer), source=f"a.jsonl:{line}")
 

@@ -58,6 +58,12 @@ def notes_of(path: Any, split: str | None = "train") -> list[str]:
         ("train/a.jsonl", "test/a.jsonl", "dev/a.jsonl"),
         ("data/train/0.jsonl", "data/testing/0.jsonl", "data/validation/0.jsonl"),
         ("gsm-Train.jsonl", "gsm-TEST.jsonl", "gsm-Dev.jsonl"),
+        ("traindata.jsonl", "testdata.jsonl", "devdata.jsonl"),
+        ("trainset.jsonl", "testset.jsonl", "valset.jsonl"),
+        ("trainingset2.jsonl", "evalset2.jsonl", "validationset2.jsonl"),
+        ("myTrain.jsonl", "myTest.jsonl", "myDev.jsonl"),
+        ("mathTrainSet.jsonl", "mathTestSet.jsonl", "mathValidSet.jsonl"),
+        ("TrainData/a.jsonl", "TestData/a.jsonl", "ValData/a.jsonl"),
     ],
 )
 def test_a_folder_of_splits_is_told_apart(names: tuple[str, ...]) -> None:
@@ -68,8 +74,9 @@ def test_a_folder_of_splits_is_told_apart(names: tuple[str, ...]) -> None:
     assert read(path, "validation") == read(path, "dev") == [names[2]]
     assert error_of(path, "probe").startswith(f"{path}: no split 'probe' in this data set, expected ")
     (said,) = notes_of(path)
-    assert said.startswith(f"{path}: split 'train' is read, others are ")
+    assert said.startswith(f"{path}: split 'train' is read; the other splits are ")
     assert "'test'" in said
+    assert said.endswith(" (--split NAME)")
 
 
 def test_the_parts_of_a_split_are_read_in_order() -> None:
@@ -81,7 +88,10 @@ def test_the_parts_of_a_split_are_read_in_order() -> None:
 def test_a_split_of_its_own_name_is_that_split() -> None:
     names = [f"data/{name}-00000-of-00001.parquet" for name in ("train_sft", "test_sft", "train_gen")]
     path = folder(*names)
-    assert error_of(path) == f"{path}: no split 'train' in this data set, expected test_sft, train_gen or train_sft"
+    assert error_of(path) == (
+        f"{path}: no split 'train' in this data set, expected test_sft, train_gen or train_sft; "
+        "give --split test_sft, train_gen or train_sft"
+    )
     assert read(path, "train_sft") == [names[0]]
 
 
@@ -93,8 +103,10 @@ def test_a_split_of_its_own_name_is_that_split() -> None:
             "holdout.jsonl is in no split, and others are in train; name it like train-holdout.jsonl, or move it "
             "elsewhere",
         ),
-        (("test.jsonl",), "no split 'train' in this data set, expected test"),
-        (("validation.jsonl", "test.jsonl"), "no split 'train' in this data set, expected test or validation"),
+        (
+            ("validation.jsonl", "test.jsonl"),
+            "no split 'train' in this data set, expected test or validation; give --split test or validation",
+        ),
         (
             ("train.jsonl", "test.jsonl", "extra.jsonl"),
             "extra.jsonl is in no split, and others are in test or train; name it like train-extra.jsonl, or move it "
@@ -111,9 +123,40 @@ def test_rows_of_a_test_are_never_read_as_training_data(names: tuple[str, ...], 
     assert error_of(path) == f"{path}: {message}"
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("test.jsonl", "test"),
+        ("dev-ops.jsonl", "validation"),
+        ("unit-test-generation.jsonl", "test"),
+        ("cancer-testing.jsonl", "test"),
+        ("data/validation-00000-of-00001.parquet", "validation"),
+        ("test/a.jsonl", "test"),
+    ],
+)
+def test_the_only_split_is_read_where_none_is_named(name: str, split: str) -> None:
+    path = folder(name)
+    assert read(path) == read(path, None) == read(path, split) == [name]
+    assert notes_of(path) == [f"{path}: the only split, '{split}', is read"]
+    assert notes_of(path, split) == []
+    assert error_of(path, "probe") == (
+        f"{path}: no split 'probe' in this data set, expected {split}; give --split {split}"
+    )
+
+
+def test_the_other_split_is_said_with_the_option_that_reads_it() -> None:
+    path = folder("train.jsonl", "test.jsonl")
+    assert notes_of(path) == [f"{path}: split 'train' is read; the other split is 'test' (--split test)"]
+    assert notes_of(path, None) == [f"{path}: split 'test' is read; the other split is 'train' (--test_split train)"]
+    assert notes_of(path, "test") == [f"{path}: split 'test' is read; the other split is 'train'"]
+
+
 def test_a_folder_without_splits_is_read_in_full() -> None:
-    for number, names in enumerate([("a.jsonl", "b.json.jsonl"), ("latest.jsonl", "trained.jsonl")]):
-        assert read(folder(*names, root=str(number))) == list(names)
+    for number, names in enumerate([("a.jsonl", "b.json.jsonl"), ("dataset.jsonl", "latest.jsonl", "trained.jsonl")]):
+        path = folder(*names, root=str(number))
+        assert read(path) == list(names)
+        assert notes_of(path)[0] == f"{path}: {len(names)} files are read as one set: {'; '.join(names)}"
+    assert notes_of(folder("a.jsonl", root="one")) == []
 
 
 def test_folders_that_are_not_read_are_said() -> None:
@@ -139,8 +182,10 @@ def test_sets_saved_and_in_memory_have_the_same_splits() -> None:
         assert read(data) == ["train"]
         assert read(data, None) == ["test"]
         assert read(data, "probe") == ["probe"]
-        assert error_of(data, "dev") == f"{name}: no split 'dev' in this data set, expected train, test or probe"
-        assert notes_of(data, "test") == [f"{name}: split 'test' is read, others are 'train' and 'probe'"]
+        assert error_of(data, "dev") == (
+            f"{name}: no split 'dev' in this data set, expected train, test or probe; give --split train, test or probe"
+        )
+        assert notes_of(data, "test") == [f"{name}: split 'test' is read; the other splits are 'train' and 'probe'"]
 
 
 def test_the_only_split_is_the_test_where_none_is_named() -> None:
@@ -149,7 +194,9 @@ def test_the_only_split_is_the_test_where_none_is_named() -> None:
     for name in ("eval", "evaluation", "test"):
         assert read(datasets.DatasetDict({"dev": only["train"], name: only["train"]}), None) == ["r"]
     without = datasets.DatasetDict({"train": only["train"], "dev": only["train"]})
-    assert error_of(without, None) == "data: no split 'test' in this data set, expected train or dev"
+    assert error_of(without, None) == (
+        "data: no split 'test' in this data set, expected train or dev; give --test_split train or dev"
+    )
 
 
 def test_an_expression_of_a_split_is_left_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,8 +270,8 @@ def test_layouts_that_do_not_fit_are_named_and_left_out(
         "context 'few_shot' needs 3 other demonstrations, found 2"
     )
     assert result.skipped["document:repeats=1,show=both"].startswith("context 'document' needs a document")
-    with pytest.raises(UserError, match="no context layout could be evaluated: document:repeats=1"):
-        check(config_of(model_folder(), data, contexts=["document"]))
+    with pytest.raises(UserError, match="no context layout could be evaluated: few_shot:k=3"):
+        check(config_of(model_folder(), data, contexts=["few_shot:k=3"]))
 
 
 def test_verdicts() -> None:

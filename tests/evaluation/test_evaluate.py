@@ -114,6 +114,8 @@ def test_evaluate_counts_right_replies(
         (result["prior"]["c"]["accuracy"] + result["prior"]["q"]["accuracy"]) / 2
     )
     assert "0.750" in repr(EvalResult(folder, str(data), result))
+    for items, few in ((1, "1 item is too few"), (4, "4 items are too few")):
+        assert few in " ".join(repr(EvalResult(folder, str(data), result | {"items": items})).split())
 
 
 def test_unusable_answers_are_named_together_before_anything_is_sampled(

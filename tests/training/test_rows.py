@@ -64,20 +64,28 @@ def test_a_method_asks_for_no_more_than_it_uses(
 
 
 MISSING = "column 'completion': missing"
+UNSHOWN = f"{MISSING}, and no 'privileged_context' for context"
+NOTHING = f"{MISSING}, and no 'privileged_context' or 'document'"
 
 
 @pytest.mark.parametrize(
     ("method", "rows", "options", "problem"),
     [
-        ("sft", SDFT, {}, f"{MISSING}, which method 'sft' learns from"),
+        ("sft", SDFT, {}, f"{MISSING}, which method 'sft' learns from; --method sdft learns from 'privileged_context'"),
         ("dft", GRPO, {}, f"{MISSING}, which method 'dft' learns from"),
         ("sft_reinvoke", SDFT, {}, f"{MISSING}, which method 'sft_reinvoke' learns from"),
         ("sdft", SDFT, {"cold_start_steps": 1, "context": "turns"}, f"{MISSING}, which method 'sdft' learns from"),
-        ("sdft", GRPO, {"context": "turns"}, f"{MISSING}, and no 'privileged_context' or 'document' to show"),
-        ("sdft", BARE, {}, f"{MISSING}, and no 'privileged_context' or 'document' to show the teacher instead"),
+        ("sft", GRPO, {}, f"{MISSING}, which method 'sft' learns from; --method grpo learns from 'answer'"),
+        ("sdft", GRPO, {"context": "turns"}, f"{UNSHOWN} 'turns' to show instead; --method grpo learns from 'answer'"),
+        ("sdft", GRPO, {}, f"{NOTHING} to show the teacher instead; --method grpo learns from 'answer'"),
+        ("sdft", READING, {"context": "document"}, f"{UNSHOWN} 'document' to show instead; context document:show="),
+        ("sdft", READING, {"context": "turns"}, f"{UNSHOWN} 'turns' to show instead; context document:show=document"),
+        ("sdft", FULL, {"context": "document:show=document"}, "column 'document': missing, which context 'document'"),
+        ("sft_from_teacher", SDFT, {"context": "document"}, "column 'document': missing, which context 'document'"),
+        ("sdft", BARE, {}, f"{NOTHING} to show the teacher instead"),
         ("grpo", SDFT, {}, f"{MISSING}, expected 'completion' or 'answer' to score replies with"),
         ("grpo", BARE, {"scorer": "contains"}, f"{MISSING}, expected 'completion' or 'answer' to score replies with"),
-        ("offline_distillation", GRPO, {"context": "example"}, f"{MISSING}, and no 'privileged_context' or 'document'"),
+        ("offline_distillation", GRPO, {"context": "example"}, f"{UNSHOWN} 'example' to show instead"),
     ],
 )
 def test_what_is_missing_is_said_with_row_and_method_before_a_model_is_loaded(
@@ -88,13 +96,15 @@ def test_what_is_missing_is_said_with_row_and_method_before_a_model_is_loaded(
     options: dict[str, Any],
     problem: str,
 ) -> None:
-    data = write_rows([*FULL, rows[0]])
+    data = write_rows([*(row | {"document": "d"} for row in FULL), rows[0]])
     for start in (sd.train, sd.plan):
         with pytest.raises(sd.UserError) as caught:
             start("no-such-model", data, output_dir="run", method=method, **RUN | options)
         assert str(caught.value).startswith(f"{data}: 1 bad row: line 5, {problem}")
     with pytest.raises(sd.UserError, match="line 5, "):
-        sd.compare("no-such-model", data, test=data, output_dir="both", methods=("cpt", method), progress=False)
+        sd.compare(
+            "no-such-model", data, test=data, output_dir="both", methods=("cpt", method), **options, progress=False
+        )
 
 
 def test_no_example_without_a_completion_is_ever_learnt_from(
@@ -164,6 +174,28 @@ def test_rows_that_nothing_can_score_are_no_test(
     assert f"{test}: 1 bad row: line 5, column 'completion': missing, expected" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "row", "problem"),
+    [
+        ("check --contexts turns", READING[0], f"{UNSHOWN} 'turns'"),
+        ("check --contexts turns document", READING[0], f"{UNSHOWN} 'turns'"),
+        ("check --contexts document:show=document", SDFT[0], "column 'document': missing"),
+        ("eval --context document:show=document", FULL[0], "column 'document': missing"),
+        ("eval --context turns", GRPO[0], f"{UNSHOWN} 'turns'"),
+    ],
+)
+def test_what_a_named_context_lacks_is_said_before_a_model_is_loaded(
+    write_rows: Callable[..., Path],
+    command: str,
+    row: dict[str, Any],
+    problem: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = write_rows([FULL[0] | {"document": "d"}, row])
+    assert main([*command.split(), "--model", "no-such-model", "--data", str(data)]) == 2
+    assert f"{data}: 1 bad row: line 2, {problem}" in capsys.readouterr().err
+
+
 # --- splits ---
 
 
@@ -193,12 +225,24 @@ def test_the_split_of_the_test_needs_a_test(model: str) -> None:
         sd.train(model, FULL, test_split="test", output_dir="run", context="turns", **RUN)
 
 
-def test_a_run_that_was_evaluated_on_another_split_resumes_if_that_is_named(model: str) -> None:
+def test_a_run_from_before_the_split_of_the_test_resumes_with_that_of_the_data(model: str) -> None:
     three_splits().save_to_disk("sets")
     options = RUN | {"context": "turns", "save_steps": 1}
     sd.train(model, "sets", test="sets", test_split="train", output_dir="run", **options)
     file = Path("run/config.yaml")
     file.write_text(file.read_text().replace("test_split: train\n", ""), encoding="utf-8")
+    assert sd.Run("run").config.test_split == "train"
+    assert len(sd.train(output_dir="run", resume=True, progress=False, max_steps=3).metrics) == 3
     with pytest.raises(sd.UserError, match="have changed"):
-        sd.train(output_dir="run", resume=True, progress=False, max_steps=3)
-    assert len(sd.train(output_dir="run", resume=True, progress=False, max_steps=3, test_split="train").metrics) == 3
+        sd.train(output_dir="run", resume=True, progress=False, max_steps=4, test_split="test")
+
+
+def test_a_comparison_from_before_the_split_of_the_test_goes_on(model: str) -> None:
+    three_splits().save_to_disk("sets")
+    options = RUN | {"context": "turns", "methods": ("sdft",), "output_dir": "both"}
+    sd.compare(model, "sets", test="sets", test_split="train", seeds=(0,), **options)
+    for file in Path("both").rglob("config.yaml"):
+        file.write_text(file.read_text().replace("test_split: train\n", ""), encoding="utf-8")
+    more = sd.compare(output_dir="both", resume=True, seeds=(0, 1), progress=False)
+    assert len(more.details["runs"]) == 2
+    assert {found["items"] for run in more.details["runs"] for found in run["evaluations"]} == {4}
