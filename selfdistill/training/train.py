@@ -106,8 +106,8 @@ def train(
         sizes = _check_room(trainer, output_dir)
         if not begun:
             _lock(output_dir, held)
+        position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing
         _write_start(trainer, output_dir)
-        position = _start(trainer, checkpoint)
         for line in (*trainer.describe(), *sizes):
             say(line)
         if resume:
