@@ -1,7 +1,7 @@
 """From files to token ids; no model weights needed."""
 
 from selfdistill.data.bundled import general_prompts, packaged
-from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
+from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, thought_and_said
 from selfdistill.data.contexts import Document, context_spec, parse_context
 from selfdistill.data.demonstrations import (
     SCORER_NAMES,
@@ -13,7 +13,7 @@ from selfdistill.data.demonstrations import (
     nothing_to_show,
     write_demonstrations,
 )
-from selfdistill.data.encoding import Example, NothingFits, encode, encode_prompts, notes_on, refuse_unshown
+from selfdistill.data.encoding import Example, NothingFits, encode, encode_prompts, notes_on
 from selfdistill.data.messages import Message, not_object, text_of, wrong
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
@@ -46,7 +46,6 @@ __all__ = [
     "NothingFits",
     "RawRow",
     "Rows",
-    "TemplateRefusal",
     "check_rows",
     "contains",
     "context_spec",
@@ -70,7 +69,6 @@ __all__ = [
     "parse_context",
     "read_jsonl",
     "reference",
-    "refuse_unshown",
     "repeated_key",
     "score",
     "text_of",

@@ -17,6 +17,7 @@ from selfdistill.data.thinking import (
     EMPTY_THOUGHT,
     open_thought,
     split_thinking,
+    thinks,
     within_open_thought,
     without_thought,
 )
@@ -159,7 +160,7 @@ class ChatFormat:
         lead = turn.lead
         if tags := open_thought(turn.prompt):
             said = within_open_thought(text, turn.prompt, tags)
-        elif split_thinking(text) != ("", text):
+        elif thinks(text):
             lead = without_thought(lead)
         hidden: list[str] = []
         shown = self._hide(said, self._in_replies, hidden)
@@ -204,8 +205,7 @@ class ChatFormat:
             if found["number"] is None:
                 return found[0]
             text = verbatim[int(found["number"])]
-            own_thought = split_thinking(text) != ("", text)  # takes the place of an empty one
-            return text if own_thought else (found["thought"] or "") + text
+            return text if thinks(text) else (found["thought"] or "") + text  # in place of an empty one
 
         # The texts of tools and other arguments come from the data, too.
         options = _mapped(options, lambda value: self._hide(value, self._in_texts, hidden))

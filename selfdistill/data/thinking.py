@@ -32,6 +32,11 @@ def split_thinking(reply: str, *, begun: bool = False) -> tuple[str, str]:
     return (reply, "") if begun else ("", reply)
 
 
+def thinks(reply: str) -> bool:
+    """Whether a reply has a thought of its own."""
+    return split_thinking(reply) != ("", reply)
+
+
 def open_thought(prompt: str) -> tuple[str, str] | None:
     """The tags of the thought that the prompt opens for the reply; None if it opens none."""
     return next((tags for tags in TAGS if prompt.rstrip().endswith(tags[0])), None)

@@ -152,7 +152,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
     for note in loaded.notes:
-        say(f"note: {note}")
+        say_note(note)
     tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
     measure = _Measure(config, rows, loaded)
     layouts, skipped = [], {}
@@ -213,9 +213,9 @@ class _Measure:
         if self.scored:
             check_answers(measured, config.scorer)
         for note in notes_on(self.rows, self.chat):
-            say(f"note: {note}")
+            say_note(note)
         if doubt := doubt_about(measured, config.scorer):
-            say(f"note: {doubt}")
+            say_note(doubt)
         self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
         self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.kept)

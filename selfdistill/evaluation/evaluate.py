@@ -109,7 +109,7 @@ class EvaluationSet:
         if config.scorer and all(row.scorer for row in self.demonstrations):
             say(f"note: every row has its own scorer, so --scorer {config.scorer} is ignored")
         if doubt := doubt_about(self.demonstrations, config.scorer):
-            say(f"note: {doubt}")
+            say_note(doubt)
         self.priors: list[EncodedPrior] = encode_priors(loaded, self.chat, priors)
 
     def fingerprint(self) -> str:
@@ -248,7 +248,7 @@ def evaluate(
     if loaded is None:
         loaded = to_best_device(load_model(config.model, dtype=config.dtype, adapter_base=config.adapter_base))
     for note in loaded.notes:
-        say(f"note: {note}")
+        say_note(note)
     if base is not None:
         base = matched(base, loaded)
     elif config.base:

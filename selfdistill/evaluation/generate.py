@@ -14,7 +14,7 @@ from rich.text import Text
 from selfdistill.config import AskConfig, TrainConfig, load_yaml
 from selfdistill.data import Demonstration, Message
 from selfdistill.model import LoadedModel, Sampling, load_model, sample, sample_seed, to_best_device
-from selfdistill.runtime import Printable, say
+from selfdistill.runtime import Printable, say_note
 
 
 def generate(
@@ -83,7 +83,7 @@ def ask(config: AskConfig) -> AskResult:
     def reply_of(name: str, adapter_base: str | None) -> str:
         loaded = to_best_device(load_model(name, dtype=config.dtype, adapter_base=adapter_base))
         for note in loaded.notes:
-            say(f"note: {note}")
+            say_note(note)
         return generate(loaded, [config.question], **options)[0]
 
     base_reply = None if config.base is None else reply_of(config.base, None)

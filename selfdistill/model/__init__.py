@@ -2,7 +2,7 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
-from selfdistill.model.files import files_that_go_along, resolve
+from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.fsdp import (
     distribute_like,
@@ -34,6 +34,7 @@ from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.teacher import Teacher, TeacherRule
 
 __all__ = [
+    "LICENCES",
     "STARTER_MODELS",
     "CompiledLayers",
     "ForwardOutput",

@@ -15,8 +15,8 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
-_LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-_GO_ALONG = ("*processor_config.json", "chat_template.json", "generation_config.json", *_LICENCES)
+LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+_GO_ALONG = ("*processor_config.json", "chat_template.json", "generation_config.json", *LICENCES)
 _TEXT = ("", ".json", ".md", ".txt")
 
 

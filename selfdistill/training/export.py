@@ -14,13 +14,13 @@ from torch import Tensor
 
 from selfdistill.config import ExportConfig
 from selfdistill.errors import UserError
-from selfdistill.model import LoadedModel, files_that_go_along, load_model, resolve
+from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, resolve
 from selfdistill.runtime import fsync, say
 from selfdistill.training.model_card import merged_card
 
 _OF_THE_MODEL = (
     *("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.md"),
-    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"),
+    *LICENCES,
 )
 """Files to copy: weights, settings, tokenizer, card. No code, and no pickled files, which can run code when read."""
 

@@ -21,7 +21,7 @@ from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
 from selfdistill.methods import DemonstrationExamples, Method, check_steps, stages_of
 from selfdistill.model import LoadedModel, resolved_precision
-from selfdistill.runtime import TIMEOUT, barrier, say, world_size
+from selfdistill.runtime import TIMEOUT, barrier, say_note, world_size
 from selfdistill.training.schedule import steps_of
 
 
@@ -94,7 +94,7 @@ def make_stages(
         stages.append(Stage(method, examples, dropped))
         if isinstance(method.examples, DemonstrationExamples):
             for note in notes_on(examples, chat):
-                say(f"note: {note}")
+                say_note(note)
         if method.reward:
             check_answers([example.demonstration for example in examples], config.scorer)
         lengths = [min(len(example.completion_ids), config.max_completion_length) for example in examples]

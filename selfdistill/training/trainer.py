@@ -40,7 +40,7 @@ from selfdistill.model import (
     unwrap,
     weights_fingerprint,
 )
-from selfdistill.runtime import is_distributed, say
+from selfdistill.runtime import is_distributed, say_note
 from selfdistill.training.batch_gradient import BatchGradient
 from selfdistill.training.checkpoint import trained_parameters
 from selfdistill.training.schedule import batch_examples, learning_rate
@@ -75,7 +75,7 @@ class Trainer:
         self.began_as = start_fingerprint(self.loaded)
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
         for note in self.loaded.notes:
-            say(f"note: {note}")
+            say_note(note)
         self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
         self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
         self.stage = self.stages[0]
