@@ -124,7 +124,7 @@ class TrainingSettings(MethodSettings, ModelSettings):
     max_skipped_steps: int = Field(default=5, ge=1)
     """Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops."""
     mixed_precision: Precision = "auto"
-    """auto: bfloat16 arithmetic where it is fast (most GPUs, CPUs with AMX), float32 otherwise."""
+    """auto: bfloat16 arithmetic where it is fast (most GPUs, CPUs with AMX or AVX512-BF16), float32 otherwise."""
     torch_compile: bool = False
     """Compile the student's layers; shared prefixes are then recomputed for every example. On the CPU this pays off
     with bfloat16, little sharing and more than about 60 steps, and needs a C++ compiler."""

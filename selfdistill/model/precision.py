@@ -17,11 +17,12 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def bfloat16_is_fast() -> bool:
-    """Whether the hardware multiplies matrices in bfloat16 at full speed: most GPUs, and CPUs with AMX."""
+    """Whether the hardware multiplies matrices in bfloat16 at full speed: most GPUs, and CPUs with AMX or AVX512-BF16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in torch 2.6
-    return bool(capabilities().get("amx_bf16", False))
+    found: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in torch 2.6
+    capabilities = found()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def resolved_precision(setting: str) -> str:
