@@ -60,6 +60,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         *("max_prompt_length", "max_completion_length", "on_long_prompt", "num_demonstrations", "general_prompts"),
     ),
     "method": ("method", "methods", "seed", "seeds", "vary", "cold_start_steps", "method_settings"),
+    "anchors": ("anchors", "anchor_share", "anchor_divergence"),
     "teacher and context": (
         *("context", "contexts", "teacher", "ema_rate", "snapshot_steps", "teacher_model", "teacher_cache_mib"),
         "fine_tuned",

@@ -254,9 +254,10 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     rows = load_demonstrations(config.data, split=config.split)
     count, chat = len(rows), base.chat(config.chat_template_kwargs, config.template_date)
     for name, values in _kinds(config):
-        for stage in stages_of(_run_config(config, name, None, config.seeds[0], values)):
-            fitting, _ = stage.examples(rows, base, chat)  # all sources, so that errors come before any run
-            if isinstance(stage.examples, DemonstrationExamples):
+        stages = stages_of(_run_config(config, name, None, config.seeds[0], values))
+        for source in (part.method.examples for parts in stages for part in parts):
+            fitting, _ = source(rows, base, chat)  # all sources, so that errors come before any run
+            if isinstance(source, DemonstrationExamples):
                 rows = [example.demonstration for example in fitting]
     if len(rows) < count:
         say(f"dropped {count - len(rows)} of {count} rows for all methods: too long for at least one")

@@ -13,10 +13,11 @@ from selfdistill.config.commands import (
     ReportConfig,
 )
 from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_saved, load_yaml, refuse_changes
-from selfdistill.config.train import MethodName, MethodSettings, TrainConfig, TrainingSettings
+from selfdistill.config.train import PACKAGE, MethodName, MethodSettings, TrainConfig, TrainingSettings
 
 __all__ = [
     "MAY_CHANGE",
+    "PACKAGE",
     "AskConfig",
     "CheckConfig",
     "CompareConfig",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import (
     Field,
+    field_validator,
 )
 
 from selfdistill.config.base import ModelSettings, QuestionSettings, Settings
@@ -13,6 +14,9 @@ from selfdistill.errors import UserError
 
 Precision = Literal["auto", "no", "bf16"]
 
+
+PACKAGE = "package"
+"""The value of ``anchors`` that stands for the prompts of the package."""
 
 MethodName = Literal["sdft", "sft", "dft", "cpt", "sft_reinvoke", "sft_from_teacher", "offline_distillation", "grpo"]
 
@@ -77,9 +81,25 @@ class MethodSettings(Settings):
     importance_cap: float | None = Field(default=None, gt=0)
     """Weight each rollout by its mean of min(p_now/p_sampled, cap), for rollouts that are not exactly on-policy."""
     general_prompts: str | None = None
-    """Text file with one prompt per line for the second stage of ``sft_reinvoke``; default: 120 bundled prompts."""
+    """Prompts for the second stage of ``sft_reinvoke``, as in ``anchors``; default: those of the package."""
+    anchors: tuple[str, ...] = ()
+    """Prompts on which the model is to stay as it was before the run: ``package`` (general prompts of many kinds), or
+    a text file with one prompt per line, or rows with ``prompt`` or ``messages``, such as your own traffic. Several
+    sources, separated by commas, get equal shares. ``none``: no anchors. They need no answers."""
+    anchor_share: float = Field(default=0.25, ge=0, lt=1)
+    """Share of every batch that is anchors, on average over the steps."""
+    anchor_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """On anchors, between the model before the run and the student; forward_kl = KL(before||student)."""
     method_settings: dict[str, Any] = Field(default_factory=dict)
     """Settings that only the chosen method knows, e.g. ``{"margin": 0.5}``."""
+
+    @field_validator("anchors", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        """Accept one source, several separated by commas, ``none`` or None."""
+        if value is None or value in ("", "none"):
+            return ()
+        return value.split(",") if isinstance(value, str) else value
 
 
 class TrainingSettings(MethodSettings, ModelSettings):

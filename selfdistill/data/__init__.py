@@ -1,6 +1,6 @@
 """From files to token ids; no model weights needed."""
 
-from selfdistill.data.bundled import general_prompts, packaged
+from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, thought_and_said
 from selfdistill.data.contexts import Document, context_spec, parse_context
 from selfdistill.data.demonstrations import (
@@ -46,6 +46,7 @@ __all__ = [
     "NothingFits",
     "RawRow",
     "Rows",
+    "anchor_prompts",
     "check_rows",
     "contains",
     "context_spec",

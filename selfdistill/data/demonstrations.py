@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from selfdistill.data.columns import COLUMNS, misnamed, missing, note_about, refused, unread
 from selfdistill.data.messages import Message, chat_of, messages_of, not_object, text_of, wrong
+from selfdistill.data.readers import is_data_file
 from selfdistill.data.rows import RawRow, check_rows, from_text, one_of, repeated_key
 from selfdistill.data.sources import Note, read_rows, rows_in_memory
 from selfdistill.errors import UserError
@@ -223,11 +224,18 @@ def _as_row(row: Any) -> Any:
 
 
 def load_prompts(path: str) -> list[Demonstration]:
-    """Read a text file with one prompt per line, skipping empty lines, as demonstrations without completions.
+    """Read prompts, as demonstrations without completions.
+
+    Args:
+        path: a text file with one prompt per line, of which empty ones are skipped; or any data that
+            :func:`load_demonstrations` reads. Of its rows, the prompts count and the completions do not.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, or has no prompts.
+        UserError: the file cannot be read, is not UTF-8, or has no prompts; or rows are invalid.
     """
+    is_text = Path(path).suffix == ".txt" or (os.path.isfile(path) and not is_data_file(path))
+    if not is_text:
+        return [replace(row, completion="", privileged_context=None, answer=None) for row in load_demonstrations(path)]
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:

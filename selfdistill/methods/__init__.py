@@ -2,7 +2,7 @@
 
 The slots of a method define its training data and the teacher's context (examples), whose tokens are scored (sequence),
 whose weights score them (teacher), the loss and its target, and the weights of the tokens. A method with several stages
-defines them for each stage. The loop never depends on a method's name.
+defines them for each stage. A step may sum several methods, its parts. The loop never depends on a method's name.
 
 To add a method, write a file with its name, and in it a function of the same name that maps settings to stages. Then
 add the name to ``selfdistill.config.train.MethodName``. A method uses the settings that it reads. Its own settings come
@@ -18,9 +18,10 @@ from typing import Any, get_args
 from selfdistill.config import MethodName, MethodSettings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
+from selfdistill.methods.anchors import anchors
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import Completion, DatasetCompletions
-from selfdistill.methods.slots import FROZEN, Method
+from selfdistill.methods.slots import FROZEN, Method, Part, Parts
 
 __all__ = [
     "FROZEN",
@@ -29,6 +30,8 @@ __all__ = [
     "DatasetCompletions",
     "DemonstrationExamples",
     "Method",
+    "Part",
+    "Parts",
     "check_steps",
     "lacks_of",
     "stages_of",
@@ -42,8 +45,12 @@ METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
 """Constructors by the value of ``--method``: settings to stages, which share the steps evenly."""
 
 
-def stages_of(config: TrainConfig) -> tuple[Method, ...]:
-    """The stages of the method that the settings name.
+TASK = "task"
+"""Name of the method's own part of a step."""
+
+
+def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
+    """The stages of the method that the settings name, each with the parts of its steps.
 
     Raises:
         UserError: the method rejects the settings, or it has no ``method_settings`` but some are given.
@@ -53,19 +60,22 @@ def stages_of(config: TrainConfig) -> tuple[Method, ...]:
             f"setting 'method_settings': found {', '.join(config.method_settings)}, but method {config.method!r} has "
             "no settings of its own; remove them"
         )
-    return METHODS[config.method](config)
+    beside = anchors(config)
+    share = 1 - sum(part.share for part in beside)
+    return tuple((Part(TASK, method, share), *beside) for method in METHODS[config.method](config))
 
 
-def lacks_of(stages: Sequence[Method]) -> Lacks:
+def lacks_of(stages: Sequence[Parts]) -> Lacks:
     """What a row must have for all of the stages."""
+    sources = [part.method.examples for parts in stages for part in parts]
 
     def lacks(demonstration: Demonstration) -> str | None:
-        return next(filter(None, (stage.examples.lacks(demonstration) for stage in stages)), None)
+        return next(filter(None, (source.lacks(demonstration) for source in sources)), None)
 
     return lacks
 
 
-def check_steps(steps: int, method: str, stages: Sequence[Method], setting: str = "max_steps") -> None:
+def check_steps(steps: int, method: str, stages: Sequence[object], setting: str = "max_steps") -> None:
     """Check that every stage gets at least one step.
 
     Raises:
@@ -90,14 +100,15 @@ class _Read:
 
 
 def _settings_read(config: TrainConfig) -> set[str]:
-    """Names of the settings that the method reads.
+    """Names of the settings that the method and the parts beside it read.
 
     Raises:
         UserError: the method rejects the settings.
     """
-    read = _Read(config)
-    METHODS[config.method](read)  # type: ignore[arg-type]
-    return read.names
+    read: Any = _Read(config)
+    METHODS[config.method](read)
+    anchors(read)
+    return set(read.names)
 
 
 def uses(config: TrainConfig, name: str) -> bool:

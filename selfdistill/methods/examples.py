@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
-from selfdistill.config import TrainConfig
+from selfdistill.config import PACKAGE, TrainConfig
 from selfdistill.data import (
     ChatFormat,
     Demonstration,
     Example,
     Lacks,
+    anchor_prompts,
     encode,
     first_ten,
     load_prompts,
     nothing_to_show,
-    packaged,
     parse_context,
 )
 from selfdistill.errors import UserError
@@ -98,13 +99,16 @@ class DemonstrationExamples:
 
 
 @dataclass(frozen=True)
-class GeneralPromptExamples:
-    """General prompts unrelated to the demonstrations; teacher and student see the same."""
+class PromptExamples:
+    """Prompts without answers, apart from the demonstrations; teacher and student see the same."""
 
     config: TrainConfig = field(compare=False)
-    prompts: str | None
-    """Text file; None: the bundled prompts."""
-    what = "general prompts"
+    prompts: str
+    """``package``, or what :func:`selfdistill.data.load_prompts` reads."""
+
+    @property
+    def what(self) -> str:
+        return "bundled general prompts" if self.prompts == PACKAGE else f"prompts of {Path(self.prompts).name}"
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return None
@@ -112,7 +116,7 @@ class GeneralPromptExamples:
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
-        prompts = load_prompts(self.prompts or packaged("everyday.txt"))
+        prompts = anchor_prompts() if self.prompts == PACKAGE else load_prompts(self.prompts)
         examples, dropped = DemonstrationExamples(self.config)(prompts, loaded, chat)
         return [replace(example, teacher_ids=example.student_ids) for example in examples], dropped
 

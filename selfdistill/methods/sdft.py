@@ -11,7 +11,7 @@ from __future__ import annotations
 from selfdistill.config import TrainConfig
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import ColdStart, SequenceSource, StudentSamples
-from selfdistill.methods.slots import FROZEN, Method, divergence_of, sampling_of, teacher_of
+from selfdistill.methods.slots import Method, divergence_of, sampling_of, teacher_of
 
 
 def sdft(config: TrainConfig) -> tuple[Method, ...]:
@@ -23,7 +23,7 @@ def sdft(config: TrainConfig) -> tuple[Method, ...]:
             examples=DemonstrationExamples(config, config.context, completion_must_fit=config.cold_start_steps > 0),
             sequence=sequence,
             loss=divergence_of(config),
-            teacher=FROZEN if config.teacher_model else teacher_of(config),
+            teacher=teacher_of(config),
             skip_first_tokens=config.skip_first_tokens,
             importance_cap=config.importance_cap,
         ),

@@ -9,9 +9,9 @@ schedule.
 
 from __future__ import annotations
 
-from selfdistill.config import TrainConfig
+from selfdistill.config import PACKAGE, TrainConfig
 from selfdistill.loss import Divergence
-from selfdistill.methods.examples import GeneralPromptExamples
+from selfdistill.methods.examples import PromptExamples
 from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.sft import sft
 from selfdistill.methods.slots import FROZEN, Method, sampling_of
@@ -20,7 +20,7 @@ from selfdistill.methods.slots import FROZEN, Method, sampling_of
 def sft_reinvoke(config: TrainConfig) -> tuple[Method, ...]:
     """SFT's slots, then student samples with the base as teacher."""
     second = Method(
-        examples=GeneralPromptExamples(config, config.general_prompts),
+        examples=PromptExamples(config, config.general_prompts or PACKAGE),
         sequence=StudentSamples(sampling_of(config), 1, config.seed),
         loss=Divergence("reverse_kl"),
         teacher=FROZEN,

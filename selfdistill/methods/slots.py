@@ -19,7 +19,7 @@ Reward = Callable[[Sequence[Completion], ChatFormat], list[float]]
 
 @dataclass(frozen=True)
 class Method:
-    """A method as the loop sees it, or one of its stages."""
+    """A method as the loop sees it, one of its stages, or a further part of its steps."""
 
     examples: ExampleSource
     """The training data, and what the teacher sees."""
@@ -42,6 +42,26 @@ class Method:
     group_size: int = 1
     """Number of adjacent completions that share a prompt."""
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether the model before the first step scores the tokens, too."""
+        return isinstance(self.loss, Divergence) and self.loss.needs_base
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the methods that a step sums up."""
+
+    name: str
+    """For messages and metrics; unique among the parts of a step."""
+    method: Method
+    share: float
+    """Its share of every batch, on average over the steps; the shares of a step sum to 1."""
+
+
+Parts = tuple[Part, ...]
+"""The parts of a stage's steps: first the method's own, which learns the task, then those beside it."""
+
 
 def divergence_of(config: TrainConfig) -> Divergence:
     """The divergence defined by the settings."""
@@ -61,6 +81,8 @@ def sampling_of(config: TrainConfig) -> Sampling:
 
 def teacher_of(config: TrainConfig) -> TeacherRule:
     """The teacher that the settings describe."""
+    if config.teacher_model is not None:
+        return TeacherRule("frozen", model=config.teacher_model)
     if config.teacher == "ema":
         return TeacherRule("ema", ema_rate=config.ema_rate)
     if config.teacher == "snapshot":

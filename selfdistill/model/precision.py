@@ -17,7 +17,7 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def bfloat16_is_fast() -> bool:
-    """Whether the hardware multiplies matrices in bfloat16 at full speed: most GPUs, and CPUs with AMX or AVX512-BF16."""
+    """Whether the hardware multiplies matrices in bfloat16 fast: most GPUs, and CPUs with AMX or AVX512-BF16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in torch 2.6

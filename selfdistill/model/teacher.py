@@ -40,6 +40,8 @@ class TeacherRule:
     """Share of the student that enters the average per step (``ema``)."""
     snapshot_steps: int = 50
     """Steps between copies (``snapshot``)."""
+    model: str | None = None
+    """A separate model (``frozen``); None: the student's own weights."""
 
 
 class Teacher:

@@ -23,6 +23,8 @@ METRICS = {
     "step": "optimizer steps done",
     "epoch": "passes over the data",
     "loss": "training loss, nats per token",
+    "loss/PART": "mean loss of a part of the step, such as ``task`` or ``anchors``; only if it has several",
+    "share/PART": "its share of the batch's examples, and its weight in ``loss``",
     "kl/forward": "KL(teacher||student), nats per token over the retained tokens",
     "kl/reverse": "KL(student||teacher), nats per token over the retained tokens",
     "drift/student": "KL(base||student) on a few fixed prompts, nats per token; every ``drift_steps``",
@@ -101,7 +103,7 @@ class MetricsFile(StepsFile):
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one step."""
-        unknown = values.keys() - METRICS.keys()
+        unknown = {re.sub("^(loss|share)/.+", r"\1/PART", key) for key in values} - METRICS.keys()
         assert not unknown, f"metrics missing from the table: {sorted(unknown)}"
         super().write(values)
 

@@ -1,14 +1,14 @@
-"""The gradient of one optimizer batch: weight the tokens, run student and teacher, run backward.
+"""The gradient of one optimizer batch: weight the tokens, run student and teachers, run backward.
 
-Legend: B completions in the batch, b completions in a part, T completion tokens, N completion tokens of a part without
-padding, n those with nonzero weight, D hidden size.
+Legend: B completions of a part of the batch, b completions in a micro-batch, T completion tokens, N completion tokens
+of a micro-batch without padding, n those with nonzero weight, D hidden size.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,13 +26,14 @@ from selfdistill.loss import (
     importance_weights,
     token_weights,
 )
-from selfdistill.methods import Completion, Method
+from selfdistill.methods import FROZEN, Completion, Method
 from selfdistill.model import (
     ForwardOutput,
     ForwardPass,
     LoadedModel,
     PrefixCache,
     Teacher,
+    TeacherRule,
     cached_casts,
     is_sharded,
     root_unsharded,
@@ -46,12 +47,25 @@ _Scored = tuple[Tensor, Head]
 
 
 @dataclass(frozen=True)
-class BatchResult:
-    """Results of one optimizer batch, over all its parts and ranks."""
+class BatchPart:
+    """What one part of a step contributes to the batch."""
 
+    name: str
+    method: Method
+    completions: Sequence[Completion]
+    share: float
+    """Weight of the part's loss: its share of the batch's examples."""
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """Results of one part of a batch, over all its micro-batches and ranks."""
+
+    part: BatchPart
     loss: float
+    """Mean over the part's completions; the batch's loss is the sum over parts of share times loss."""
     statistics: dict[str, float]
-    """Weighted means of per-token statistics over the batch, such as ``entropy``."""
+    """Weighted means of per-token statistics over the part, such as ``entropy``."""
     importance: float
     """Mean importance weight of the completions; 0 if the method has none."""
     reward: float | None
@@ -61,13 +75,13 @@ class BatchResult:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A micro-batch of completions, with token weights computed over the whole batch."""
+class _MicroBatch:
+    """Some completions of a part, with token weights computed over the whole part."""
 
     completions: Sequence[Completion]
     mask_bT: Tensor
     weights_bT: Tensor
-    """Weight of each token in the batch's loss; the weights sum to 1 over the batch."""
+    """Weight of each token in the part's loss; the weights sum to 1 over the part."""
     factor_b: Tensor
     """Factor on each completion's weights: its advantage, or 1."""
 
@@ -80,32 +94,32 @@ class _Part:
         return [c.example.student_ids for c in self.completions]
 
     def has_weight_N(self, device: torch.device) -> Tensor:
-        """Mask of the part's tokens with nonzero weight."""
+        """Mask of the tokens with nonzero weight."""
         return self.weights_bT[self.mask_bT].to(device) > 0
 
 
 @dataclass
 class _Sums:
-    """Running sums over the parts."""
+    """Running sums over the micro-batches of a part."""
 
     loss: float = 0.0
     importance: float = 0.0
     statistics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     non_finite: list[str] = field(default_factory=list)
 
-    def add(self, part: _Part, loss: float, per_token: dict[str, Tensor], importance_b: Tensor | None) -> None:
-        """Add one part: its loss, its per-token statistics (n,) and its completions' importance weights (b,)."""
+    def add(self, micro: _MicroBatch, loss: float, per_token: dict[str, Tensor], importance_b: Tensor | None) -> None:
+        """Add a micro-batch: its loss, its per-token statistics (n,) and its completions' importance weights (b,)."""
         self.loss += loss
         if importance_b is not None:
             self.importance += float(importance_b.sum())
-        has_weight_bT = part.weights_bT > 0
+        has_weight_bT = micro.weights_bT > 0
         if not math.isfinite(self.loss):
             losses = per_token["loss"].split(has_weight_bT.sum(dim=1).tolist())
-            for completion, loss_n in zip(part.completions, losses, strict=True):
+            for completion, loss_n in zip(micro.completions, losses, strict=True):
                 if not bool(loss_n.isfinite().all()):
                     self.non_finite.append(completion.example.demonstration.source)
         for name, values_n in per_token.items():
-            weights_n = part.weights_bT[has_weight_bT].to(values_n.device)
+            weights_n = micro.weights_bT[has_weight_bT].to(values_n.device)
             self.statistics[name] += float((values_n * weights_n).sum())
 
 
@@ -119,36 +133,54 @@ class BatchGradient:
     """The student."""
     chat: ChatFormat
     forward_pass: ForwardPass
-    teacher: Teacher | None
-    base: Teacher | None
-    """The model before training, if the loss's target needs it."""
-    prefix_cache: PrefixCache | None
-    """Cached states of a frozen teacher's contexts."""
+    teachers: Mapping[TeacherRule, Teacher]
+    """Every teacher of the run; that of ``FROZEN`` is also the base of a target that needs it."""
+    prefix_caches: Mapping[TeacherRule, PrefixCache | None]
+    """Cached states of the frozen teachers' contexts."""
 
-    def add(self, method: Method, completions: Sequence[Completion], stopwatch: Stopwatch) -> BatchResult:
-        """Accumulate the gradient of the batch's loss, in ``gradient_accumulation_steps`` parts per rank.
+    def add(self, parts: Sequence[BatchPart], stopwatch: Stopwatch) -> list[PartResult]:
+        """Accumulate the gradient of the batch's loss, the sum over its parts of share times loss.
 
-        Token weights are computed over the whole batch, so the numbers of parts and ranks do not change the result.
+        On every rank, a micro-batch has at most the ``gradient_accumulation_steps``-th part of the rank's completions.
+        Token weights are computed over a whole part, so the numbers of micro-batches and ranks do not change the
+        result.
         """
-        parts, reward = self._weigh(method, completions)
-        sums = _Sums()
-        for part in parts:
-            with root_unsharded(self._networks()):
-                with stopwatch("teacher"):
-                    taught, base = self._score_teachers(method, part)
-                with stopwatch("student"):
-                    loss, per_token, importance_b = self._score_student(method, part, taught, base)
-                    self._backward(loss)
-            sums.add(part, float(loss.detach()), per_token, importance_b)
+        slices = [rank_slice(len(part.completions)) for part in parts]
+        own = sum(rows.stop - rows.start for rows in slices)
+        size = max(1, math.ceil(own / self.config.gradient_accumulation_steps))
+        sums, rewards = [], []
+        for part, rows in zip(parts, slices, strict=True):
+            micro_batches, reward = self._weigh(part, rows, size)
+            sums.append(self._run(part, micro_batches, stopwatch))
+            rewards.append(reward)
         with stopwatch("student"):
             if not is_sharded(self.loaded.model):
                 all_reduce_gradients(trained_parameters(self.loaded.model).values())
-            total = all_reduce_sum(sums.statistics | {"loss": sums.loss, "importance": sums.importance})
-        loss_sum, importance = total.pop("loss"), total.pop("importance") / len(completions)
-        return BatchResult(loss_sum, total, importance, reward, all_gather(sums.non_finite))
+            return [self._reduced(*found) for found in zip(parts, sums, rewards, strict=True)]
 
-    def _weigh(self, method: Method, completions: Sequence[Completion]) -> tuple[list[_Part], float | None]:
-        """This rank's share of the batch, in parts, and the mean reward."""
+    def _run(self, part: BatchPart, micro_batches: Sequence[_MicroBatch], stopwatch: Stopwatch) -> _Sums:
+        """Score the part's micro-batches and run backward."""
+        sums = _Sums()
+        for micro in micro_batches:
+            with root_unsharded(self._networks()):
+                with stopwatch("teacher"):
+                    taught, base = self._score_teachers(part.method, micro)
+                with stopwatch("student"):
+                    loss, per_token, importance_b = self._score_student(part.method, micro, taught, base)
+                    self._backward(loss * part.share)
+            sums.add(micro, float(loss.detach()), per_token, importance_b)
+        return sums
+
+    @staticmethod
+    def _reduced(part: BatchPart, sums: _Sums, reward: float | None) -> PartResult:
+        """The part's result over all ranks."""
+        total = all_reduce_sum(sums.statistics | {"loss": sums.loss, "importance": sums.importance})
+        loss, importance = total.pop("loss"), total.pop("importance") / len(part.completions)
+        return PartResult(part, loss, total, importance, reward, all_gather(sums.non_finite))
+
+    def _weigh(self, part: BatchPart, own: slice, size: int) -> tuple[list[_MicroBatch], float | None]:
+        """This rank's completions in micro-batches of at most ``size``, and the part's mean reward."""
+        completions, method = part.completions, part.method
         lengths = [len(c.ids) for c in completions]
         mask_BT = completion_mask(lengths, max(lengths))
         weights_BT = token_weights(
@@ -161,51 +193,48 @@ class BatchGradient:
             rewards = method.reward(completions, self.chat)
             factor_B = torch.tensor(group_advantages(rewards, method.group_size))
             reward = sum(rewards) / len(rewards)
-        own = rank_slice(len(completions))
-        size = max(1, math.ceil((own.stop - own.start) / self.config.gradient_accumulation_steps))
-        parts = []
+        micro_batches = []
         for start in range(own.start, own.stop, size):
-            part = slice(start, min(start + size, own.stop))
-            parts.append(_Part(completions[part], mask_BT[part], weights_BT[part], factor_B[part]))
-        return parts, reward
+            rows = slice(start, min(start + size, own.stop))
+            micro_batches.append(_MicroBatch(completions[rows], mask_BT[rows], weights_BT[rows], factor_B[rows]))
+        return micro_batches, reward
 
     def _networks(self) -> list[torch.nn.Module]:
-        """All networks that process a part."""
-        teachers = [teacher for teacher in (self.teacher, self.base) if teacher]
-        return [self.loaded.model, *(network for teacher in teachers for network in teacher.networks)]
+        """All networks that process a micro-batch."""
+        return [self.loaded.model, *(network for teacher in self.teachers.values() for network in teacher.networks)]
 
-    def _score_teachers(self, method: Method, part: _Part) -> tuple[_Scored | None, _Scored | None]:
+    def _score_teachers(self, method: Method, micro: _MicroBatch) -> tuple[_Scored | None, _Scored | None]:
         """Run the teacher on its own prompts and the base on the student's; None for each that the method lacks."""
         taught = base = None
-        if method.teacher and self.teacher:
-            contexts = [c.example.teacher_ids or [] for c in part.completions]
-            taught = self._score(self.teacher, contexts, part, self.prefix_cache)
-        if self.base:
-            base = self._score(self.base, part.prompts, part)
+        if method.teacher:
+            contexts = [c.example.teacher_ids or [] for c in micro.completions]
+            taught = self._score(method.teacher, contexts, micro, self.prefix_caches.get(method.teacher))
+        if method.needs_base:
+            base = self._score(FROZEN, micro.prompts, micro)
         return taught, base
 
     def _score(
-        self, teacher: Teacher, contexts: Sequence[Sequence[int]], part: _Part, cache: PrefixCache | None = None
+        self, rule: TeacherRule, contexts: Sequence[Sequence[int]], micro: _MicroBatch, cache: PrefixCache | None = None
     ) -> _Scored:
-        with teacher.model() as network, cached_casts(network), self.accelerator.autocast():
-            output = self.forward_pass(network, contexts, part.ids, cache)
-            return output.hidden_ND[part.has_weight_N(self.loaded.device)], output.head
+        with self.teachers[rule].model() as network, cached_casts(network), self.accelerator.autocast():
+            output = self.forward_pass(network, contexts, micro.ids, cache)
+            return output.hidden_ND[micro.has_weight_N(self.loaded.device)], output.head
 
     def _score_student(
-        self, method: Method, part: _Part, taught: _Scored | None, base: _Scored | None
+        self, method: Method, micro: _MicroBatch, taught: _Scored | None, base: _Scored | None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """The part's differentiable loss, its per-token statistics (n,) and its importance weights (b,)."""
-        device, factor_b, importance_b = self.loaded.device, part.factor_b, None
-        has_weight_N = part.has_weight_N(device)
+        """The micro-batch's differentiable loss, its per-token statistics (n,) and its importance weights (b,)."""
+        device, factor_b, importance_b = self.loaded.device, micro.factor_b, None
+        has_weight_N = micro.has_weight_N(device)
         # Train mode only enables gradient checkpointing: dropout is disabled.
         self.loaded.model.train(self.config.gradient_checkpointing)
         with self.accelerator.autocast():
-            output = self.forward_pass(self.loaded.model, part.prompts, part.ids)
-            tokens_N = torch.tensor([token for ids in part.ids for token in ids], device=device)
-            if method.importance_cap is not None and part.completions[0].logps is not None:
-                importance_b = self._importance(output, tokens_N, part, method.importance_cap)
+            output = self.forward_pass(self.loaded.model, micro.prompts, micro.ids)
+            tokens_N = torch.tensor([token for ids in micro.ids for token in ids], device=device)
+            if method.importance_cap is not None and micro.completions[0].logps is not None:
+                importance_b = self._importance(output, tokens_N, micro, method.importance_cap)
                 factor_b = factor_b * importance_b
-            weights_N = (part.weights_bT * factor_b[:, None])[part.mask_bT].float().to(device)
+            weights_N = (micro.weights_bT * factor_b[:, None])[micro.mask_bT].float().to(device)
             loss, per_token = chunked_loss(
                 method.loss,
                 output.hidden_ND[has_weight_N],
@@ -226,7 +255,7 @@ class BatchGradient:
         self.loaded.model.eval()
 
     @torch.no_grad()
-    def _importance(self, output: ForwardOutput, tokens_N: Tensor, part: _Part, cap: float) -> Tensor:
+    def _importance(self, output: ForwardOutput, tokens_N: Tensor, micro: _MicroBatch, cap: float) -> Tensor:
         """Truncated importance weights (b,), with both policies at the sampling temperature."""
 
         def tempered_head(hidden_ND: Tensor) -> Tensor:
@@ -234,9 +263,9 @@ class BatchGradient:
 
         ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
         _, statistics = chunked_loss(CrossEntropy(), output.hidden_ND, tempered_head, (), tokens_N, ones_N)
-        student = statistics["student_logp"].cpu().split([len(ids) for ids in part.ids])
-        width = part.mask_bT.shape[1]
+        student = statistics["student_logp"].cpu().split([len(ids) for ids in micro.ids])
+        width = micro.mask_bT.shape[1]
         pad = torch.nn.functional.pad
         student_bT = torch.stack([pad(logp, (0, width - len(logp))) for logp in student])
-        sampled_bT = torch.stack([pad(torch.tensor(c.logps or []), (0, width - len(c.ids))) for c in part.completions])
-        return importance_weights(student_bT, sampled_bT, part.weights_bT > 0, cap)
+        sampled_bT = torch.stack([pad(torch.tensor(c.logps or []), (0, width - len(c.ids))) for c in micro.completions])
+        return importance_weights(student_bT, sampled_bT, micro.weights_bT > 0, cap)

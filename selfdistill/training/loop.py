@@ -135,7 +135,7 @@ class Loop:
     def _signs(self, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
         """The signs of a step: those new in its stage, and all of them."""
         number, stage = self._trainer.stage_of(metrics["step"] - 1)
-        sampled = not isinstance(stage.method.sequence, DatasetCompletions)
+        sampled = not isinstance(stage.task.method.sequence, DatasetCompletions)
         signs = self._guard.look(metrics, stage=number, sampled=sampled)
         new = [words for name, words in signs.items() if (number, name) not in self._said]
         self._said |= {(number, name) for name in signs}
@@ -192,7 +192,7 @@ _ADVICE = "Lower --learning_rate, use a frozen or slower teacher, or see metrics
 
 
 def _demonstrated(stage: Stage) -> float | None:
-    lengths = [len(example.completion_ids) for example in stage.examples if example.demonstration.completion]
+    lengths = [len(example.completion_ids) for example in stage.task.examples if example.demonstration.completion]
     return mean(lengths) if lengths else None
 
 

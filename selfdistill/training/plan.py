@@ -79,14 +79,15 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     rows = load_demonstrations(config.data, split=config.split)
     config = with_context(config, rows, loaded)
     unmeasured: dict[str, Any] = {"drift_steps": 0, "test": None}
-    if any(stage.fixed for stage in stages):  # one batch of samples is enough to see
+    if any(part.method.fixed for parts in stages for part in parts):  # one batch of samples is enough to see
         count = min(len(rows), config.num_demonstrations or len(rows))
-        unmeasured |= {"num_demonstrations": min(count, config.batch_size), "max_steps": steps_of(config, count)}
+        steps = steps_of(config, count, share=stages[0][0].share)
+        unmeasured |= {"num_demonstrations": min(count, config.batch_size), "max_steps": steps}
     trainer = Trainer(config.model_copy(update=unmeasured), rows, loaded=loaded)
     asked = {name: getattr(config, name) for name in ("drift_steps", "test", "num_demonstrations")}
     resolved = trainer.config.model_copy(update=asked)
     notes = trainer.describe()
-    example = trainer.stages[0].examples[0]
+    example = trainer.stages[0].task.examples[0]
     trainer.step(0)
     began = time.monotonic()
     trainer.step(min(1, (resolved.max_steps or 1) - 1))

@@ -3,25 +3,66 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 import torch
 
 from selfdistill.config import TrainingSettings
+from selfdistill.errors import UserError
 
 Row = TypeVar("Row")
 
 
-def batch_examples(rows: Sequence[Row], step: int, batch_size: int, seed: int) -> list[Row]:
-    """Examples of optimizer step ``step`` (from 0).
+def check_shares(shares: Sequence[float], batch_size: int, unit: int = 1) -> None:
+    """Check that every step has room for all of its parts; see :func:`positions_of`.
+
+    Raises:
+        UserError: the batch is too small.
+    """
+    least = unit * (1 + sum(math.ceil(batch_size / unit * share) for share in shares[1:]))
+    if batch_size < least:
+        raise UserError(
+            f"setting 'batch_size': {batch_size} is too small for {len(shares)} parts of a step, which need {least}; "
+            "raise it, or lower their shares"
+        )
+
+
+def positions_of(shares: Sequence[float], step: int, batch_size: int, seed: int, unit: int = 1) -> list[range]:
+    """The positions of step ``step`` (from 0) in the sequence of each part's examples.
+
+    The numbers of examples sum to ``batch_size``. Those of a part are its share on average, and at every step the whole
+    number below or above it: part k has had floor(step * batch_size * share_k + u_k) examples before the step, with u_k
+    in [0, 1) from the seed. The first part has the rest.
+
+    Args:
+        shares: of the parts; they sum to 1.
+        step: the optimizer step.
+        batch_size: examples of a step.
+        seed: of the run.
+        unit: the numbers of examples are multiples of this.
+    """
+    beside = []
+    for number, share in enumerate(shares[1:]):
+        per_step = batch_size / unit * share
+        offset = random.Random(f"{seed}-{number}").random()
+        start = unit * math.floor(step * per_step + offset)
+        stop = unit * math.floor((step + 1) * per_step + offset)
+        beside.append(range(start, stop))
+    start = step * batch_size - sum(positions.start for positions in beside)
+    return [range(start, start + batch_size - sum(map(len, beside))), *beside]
+
+
+def examples_at(rows: Sequence[Row], positions: range, seed: int) -> list[Row]:
+    """Examples at the given positions of an endless sequence of epochs.
 
     Every epoch has its own order, drawn from the seed and the epoch. Batches continue across epochs, so each example is
     used once per epoch and no batch is short. A data set smaller than a batch repeats within it.
     """
     batch: list[Row] = []
     order, drawn = [0], -1
-    for position in range(step * batch_size, (step + 1) * batch_size):
+    for position in positions:
         epoch, place = divmod(position, len(rows))
         if epoch != drawn:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -30,9 +71,9 @@ def batch_examples(rows: Sequence[Row], step: int, batch_size: int, seed: int) -
     return batch
 
 
-def steps_of(config: TrainingSettings, examples: int) -> int:
-    """``max_steps``; by default the steps of ``num_train_epochs`` over so many examples."""
-    return config.max_steps or math.ceil(examples * config.num_train_epochs / config.batch_size)
+def steps_of(config: TrainingSettings, examples: int, share: float = 1.0) -> int:
+    """``max_steps``; by default the steps of ``num_train_epochs`` over so many examples, a share of every batch."""
+    return config.max_steps or math.ceil(examples * config.num_train_epochs / (config.batch_size * share))
 
 
 def learning_rate(

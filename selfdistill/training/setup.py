@@ -5,6 +5,7 @@ Legend: see :mod:`selfdistill.training.trainer`.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Sequence
@@ -15,26 +16,41 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, Example, notes_on
+from selfdistill.data import ChatFormat, Demonstration, Example, first_ten, notes_on
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
-from selfdistill.methods import DemonstrationExamples, Method, check_steps, stages_of
+from selfdistill.methods import DemonstrationExamples, Method, Part, check_steps, stages_of
 from selfdistill.model import LoadedModel, resolved_precision
 from selfdistill.runtime import TIMEOUT, barrier, say_note, world_size
-from selfdistill.training.schedule import steps_of
+from selfdistill.training.schedule import check_shares, steps_of
+
+
+@dataclass
+class EncodedPart:
+    """A part of a stage's steps, with its examples."""
+
+    name: str
+    method: Method
+    share: float
+    """Of every batch, on average over the steps."""
+    examples: list[Example]
+    dropped: int
+    """Number of rows dropped because they are too long."""
 
 
 @dataclass
 class Stage:
-    """A method, or one of its stages, with its examples and its share of the steps."""
+    """A stage of the method: what its steps sum up, and which steps they are."""
 
-    method: Method
-    examples: list[Example]
-    dropped: int
-    """Number of rows dropped because they are too long."""
+    parts: list[EncodedPart]
     first_step: int = 0
     steps: int = 0
+
+    @property
+    def task(self) -> EncodedPart:
+        """The method's own part."""
+        return self.parts[0]
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -89,24 +105,50 @@ def make_stages(
         UserError: rows are too long, a reward cannot use an answer, or ``skip_first_tokens`` masks most tokens.
     """
     stages = []
-    for method in stages_of(config):
-        examples, dropped = method.examples(demonstrations, loaded, chat)
-        stages.append(Stage(method, examples, dropped))
-        if isinstance(method.examples, DemonstrationExamples):
-            for note in notes_on(examples, chat):
-                say_note(note)
-        if method.reward:
-            check_answers([example.demonstration for example in examples], config.scorer)
-        lengths = [min(len(example.completion_ids), config.max_completion_length) for example in examples]
-        check_skip(method.skip_first_tokens, lengths)
+    for parts in stages_of(config):
+        check_shares([part.share for part in parts], config.batch_size, batch_unit(config))
+        stages.append(Stage([_encoded(part, config, demonstrations, loaded, chat) for part in parts]))
     return stages
 
 
-def with_defaults(config: TrainConfig, examples: int, mixed_precision: str, date: str | None) -> TrainConfig:
+def _encoded(
+    part: Part, config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+) -> EncodedPart:
+    method = part.method
+    examples, dropped = method.examples(demonstrations, loaded, chat)
+    if isinstance(method.examples, DemonstrationExamples):
+        for note in notes_on(examples, chat):
+            say_note(note)
+    else:
+        _note_repeated(examples, method.examples.what, demonstrations)
+    if method.reward:
+        check_answers([example.demonstration for example in examples], config.scorer)
+    lengths = [min(len(example.completion_ids), config.max_completion_length) for example in examples]
+    check_skip(method.skip_first_tokens, lengths)
+    return EncodedPart(part.name, method, part.share, examples, dropped)
+
+
+def _note_repeated(examples: Sequence[Example], what: str, demonstrations: Sequence[Demonstration]) -> None:
+    """Note prompts that the demonstrations have, too: what is learnt on one is unlearnt on the other."""
+    taught = {json.dumps(row.prompt) for row in demonstrations}
+    repeated = [x.demonstration.source for x in examples if json.dumps(x.demonstration.prompt) in taught]
+    if repeated:
+        say_note(
+            f"{len(repeated)} of {len(examples)} {what} are also prompts of the demonstrations "
+            f"({first_ten(repeated)}); remove them, for there the model is taught two things"
+        )
+
+
+def batch_unit(config: TrainConfig) -> int:
+    """How many examples a part's share of a batch is a multiple of: with ``fsdp``, all processes need equal parts."""
+    return world_size() * config.gradient_accumulation_steps if config.fsdp else 1
+
+
+def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str, date: str | None) -> TrainConfig:
     """Resolve the settings that depend on the data or on other settings."""
     return config.model_copy(
         update={
-            "max_steps": steps_of(config, examples),
+            "max_steps": steps_of(config, len(task.examples), task.share),
             "learning_rate": config.learning_rate or (1e-4 if config.lora_rank else 1e-5),
             "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
             "mixed_precision": mixed_precision,
@@ -122,7 +164,7 @@ def share_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
         UserError: there are fewer steps than stages.
     """
     assert config.max_steps is not None
-    check_steps(config.max_steps, config.method, [stage.method for stage in stages])
+    check_steps(config.max_steps, config.method, stages)
     ends = [config.max_steps * number // len(stages) for number in range(len(stages) + 1)]
     for stage, start, end in zip(stages, ends[:-1], ends[1:], strict=True):
         stage.first_step, stage.steps = start, end - start

@@ -6,16 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from selfdistill.methods import Completion, Method
-from selfdistill.training.batch_gradient import BatchResult
+from selfdistill.training.batch_gradient import PartResult
 
 
 def step_metrics(
     step: int,
     epoch: float,
-    method: Method,
-    completions: Sequence[Completion],
-    result: BatchResult,
+    results: Sequence[PartResult],
     *,
     learning_rate: float,
     grad_norm: float,
@@ -26,10 +23,8 @@ def step_metrics(
 
     Args:
         step: its number, from 1.
-        epoch: passes over the examples so far.
-        method: the method or stage.
-        completions: the step's completions.
-        result: the batch's result.
+        epoch: passes over the task's examples so far.
+        results: of the parts; the first, the task, gives all metrics but ``loss`` and ``tokens``.
         learning_rate: of this step.
         grad_norm: global gradient norm before clipping.
         drift: distances from the base, if measured.
@@ -38,43 +33,55 @@ def step_metrics(
     Returns:
         The metrics. For a skipped step: only finite ones, plus ``skipped``.
     """
-    tokens = sum(len(c.ids) for c in completions)
+    task = results[0]
+    completions, method = task.part.completions, task.part.method
     metrics: dict[str, Any] = {
         "step": step,
         "epoch": epoch,
-        "loss": result.loss,
-        "entropy": result.statistics["entropy"],
-        "completion/length": tokens / len(completions),
+        "loss": total_loss(results),
+        "entropy": task.statistics["entropy"],
+        "completion/length": sum(len(c.ids) for c in completions) / len(completions),
         "completion/truncated": sum(c.truncated for c in completions) / len(completions),
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
-        "tokens": tokens,
+        "tokens": sum(len(c.ids) for result in results for c in result.part.completions),
     }
     if method.teacher is not None:
-        metrics["kl/forward"] = result.statistics["forward_kl"]
-        metrics["kl/reverse"] = result.statistics["reverse_kl"]
+        metrics["kl/forward"] = task.statistics["forward_kl"]
+        metrics["kl/reverse"] = task.statistics["reverse_kl"]
     if method.importance_cap is not None:
-        metrics["importance"] = result.importance
-    if result.reward is not None:
-        metrics["reward"] = result.reward
+        metrics["importance"] = task.importance
+    if task.reward is not None:
+        metrics["reward"] = task.reward
+    if len(results) > 1:
+        for result in results:
+            metrics[f"loss/{result.part.name}"] = result.loss
+            metrics[f"share/{result.part.name}"] = result.part.share
     metrics |= drift
     for part in ("rollout", "teacher", "student", "update", "drift", "step"):
         metrics[f"time/{part}_s"] = seconds[part]
-    if not is_sound(result, grad_norm):
+    if not is_sound(results, grad_norm):
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        return finite | {"skipped": _why(completions, result, grad_norm)}
+        return finite | {"skipped": _why(results, grad_norm)}
     return metrics
 
 
-def is_sound(result: BatchResult, grad_norm: float) -> bool:
+def total_loss(results: Sequence[PartResult]) -> float:
+    """The batch's loss."""
+    return sum(result.part.share * result.loss for result in results)
+
+
+def is_sound(results: Sequence[PartResult], grad_norm: float) -> bool:
     """Whether loss and gradient are finite, so that the step may update the weights."""
-    return math.isfinite(result.loss) and math.isfinite(grad_norm)
+    return math.isfinite(total_loss(results)) and math.isfinite(grad_norm)
 
 
-def _why(completions: Sequence[Completion], result: BatchResult, grad_norm: float) -> dict[str, Any]:
+def _why(results: Sequence[PartResult], grad_norm: float) -> dict[str, Any]:
     """Why a step was skipped, and the responsible rows; the whole batch if they are unknown."""
-    sources = result.non_finite or [c.example.demonstration.source for c in completions]
-    why = f"the loss is {result.loss}"
-    if math.isfinite(result.loss):
+    sources = [source for result in results for source in result.non_finite]
+    sources = sources or [c.example.demonstration.source for result in results for c in result.part.completions]
+    loss = total_loss(results)
+    why = f"the loss is {loss}"
+    if math.isfinite(loss):
         why = f"the gradient's norm is {grad_norm}"
     return {"why": why, "rows": list(dict.fromkeys(sources))}

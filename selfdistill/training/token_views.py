@@ -27,8 +27,8 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
         ``tokens``. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats) and ``top``, the
         teacher's most likely tokens with their probabilities. Empty without a teacher.
     """
-    source = trainer.stage.examples
-    if trainer.teacher is None or trainer.stage.method.teacher is None:
+    source = trainer.stage.task.examples
+    if trainer.teacher is None or trainer.stage.task.method.teacher is None:
         return []
     count = min(trainer.config.view_rows, len(source))
     rows = [source[number * len(source) // count] for number in range(count)]

@@ -217,8 +217,9 @@ def _write_start(trainer: Trainer, output_dir: Path) -> None:
         remove_unfinished(output_dir)
         write_atomically(output_dir / "config.yaml", dump_yaml(trainer.config))
         for stage in trainer.stages:
-            if stage.method.fixed:
-                stage.method.fixed.write(output_dir, stage.examples, trainer.chat)
+            for part in stage.parts:
+                if part.method.fixed:
+                    part.method.fixed.write(output_dir, part.examples, trainer.chat)
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
 
@@ -312,7 +313,7 @@ def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str])
         trainer.config,
         output_dir,
         step,
-        demonstrations=len(trainer.stages[0].examples),
+        demonstrations=len(trainer.stages[0].task.examples),
         fingerprint=trainer.fingerprint(),
         adapter=hasattr(model, "peft_config"),
         signs=signs,

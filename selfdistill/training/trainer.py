@@ -19,14 +19,14 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Drift, Evaluator
-from selfdistill.loss import Divergence
-from selfdistill.methods import FROZEN, unused_settings, uses
+from selfdistill.methods import FROZEN, Completion, unused_settings, uses
 from selfdistill.model import (
     CompiledLayers,
     ForwardPass,
     LoadedModel,
     PrefixCache,
     Teacher,
+    TeacherRule,
     add_lora,
     cached_casts,
     full_tensor,
@@ -41,10 +41,19 @@ from selfdistill.model import (
     weights_fingerprint,
 )
 from selfdistill.runtime import is_distributed, say_note
-from selfdistill.training.batch_gradient import BatchGradient
+from selfdistill.training.batch_gradient import BatchGradient, BatchPart
 from selfdistill.training.checkpoint import trained_parameters
-from selfdistill.training.schedule import batch_examples, learning_rate
-from selfdistill.training.setup import Stage, drawn, make_accelerator, make_stages, share_steps, with_defaults
+from selfdistill.training.schedule import examples_at, learning_rate, positions_of
+from selfdistill.training.setup import (
+    EncodedPart,
+    Stage,
+    batch_unit,
+    drawn,
+    make_accelerator,
+    make_stages,
+    share_steps,
+    with_defaults,
+)
 from selfdistill.training.step_metrics import is_sound, step_metrics
 from selfdistill.training.stopwatch import Stopwatch
 
@@ -80,7 +89,7 @@ class Trainer:
         self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
         self.stage = self.stages[0]
         """Stage of the current step."""
-        self.config = with_defaults(config, len(self.stage.examples), self.accelerator.mixed_precision, self.chat.date)
+        self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision, self.chat.date)
         share_steps(self.config, self.stages)
         self._prepare()
         self.evaluator = evaluator or (Evaluator(self.config, self.loaded) if config.test is not None else None)
@@ -97,7 +106,7 @@ class Trainer:
             add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
             model = self.loaded.model
         refuse_half_precision(model, config.model)
-        base = self._make_teachers()
+        self._make_teachers()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -105,17 +114,15 @@ class Trainer:
             compiled = CompiledLayers(self.loaded) if config.torch_compile else None
         self.forward_pass = ForwardPass(self.loaded, compiled, sharded=config.fsdp)
         if config.fsdp:
-            self._shard(*([self.teacher] if self.teacher else []), *([base] if base else []))
+            self._shard(*self.teachers.values())
         for stage in self.stages:
-            if stage.method.fixed:
-                with self.accelerator.autocast():
-                    stage.examples = stage.method.fixed(self.loaded, stage.examples, Path(config.output_dir))
-        self.prefix_cache: PrefixCache | None = None
-        if self.teacher and self.teacher.kind == "frozen" and not config.fsdp:
-            contexts = [x.teacher_ids or [] for s in self.stages if s.method.teacher for x in s.examples]
-            self.prefix_cache = self.forward_pass.keep(contexts, config.teacher_cache_mib * 2**20)
+            for part in stage.parts:
+                if part.method.fixed:
+                    with self.accelerator.autocast():
+                        part.examples = part.method.fixed(self.loaded, part.examples, Path(config.output_dir))
+        self.prefix_caches = {} if config.fsdp else self._make_caches()
         self.gradient = BatchGradient(
-            config, self.accelerator, self.loaded, self.chat, self.forward_pass, self.teacher, base, self.prefix_cache
+            config, self.accelerator, self.loaded, self.chat, self.forward_pass, self.teachers, self.prefix_caches
         )
         self.drift: Drift | None = None
         if config.drift_steps:
@@ -126,20 +133,30 @@ class Trainer:
             self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
         )
 
-    def _make_teachers(self) -> Teacher | None:
-        """Create the teacher that the stages share; returns the base, if a target needs it."""
-        config = self.config
-        rules = {stage.method.teacher for stage in self.stages if stage.method.teacher}
-        assert len(rules) < 2, "stages share one teacher"
-        other = None if config.teacher_model is None else self._other_teacher(config.teacher_model)
-        self.teacher: Teacher | None = None
-        for rule in rules:
-            self.teacher = Teacher(self.loaded, rule, other=other)
-        losses = [stage.method.loss for stage in self.stages]
-        if not any(isinstance(loss, Divergence) and loss.needs_base for loss in losses):
-            return None
-        is_base = self.teacher is not None and self.teacher.kind == "frozen" and other is None
-        return self.teacher if is_base else Teacher(self.loaded, FROZEN)
+    def _make_teachers(self) -> None:
+        """Create every teacher of the run, one per rule, so that no weights are held twice."""
+        methods = [part.method for stage in self.stages for part in stage.parts]
+        rules = [method.teacher for method in methods if method.teacher]
+        rules += [FROZEN for method in methods if method.needs_base]
+        self.teachers: dict[TeacherRule, Teacher] = {}
+        for rule in dict.fromkeys(rules):
+            other = None if rule.model is None else self._other_teacher(rule.model)
+            self.teachers[rule] = Teacher(self.loaded, rule, other=other)
+        tasks = [stage.task.method.teacher for stage in self.stages if stage.task.method.teacher]
+        assert len(set(tasks)) < 2, "stages share one teacher"
+        self.teacher = self.teachers[tasks[0]] if tasks else None
+        """The task's teacher: the only one that may move."""
+
+    def _make_caches(self) -> dict[TeacherRule, PrefixCache | None]:
+        """A cache for each frozen teacher's contexts, as far as later epochs use them again."""
+        contexts: dict[TeacherRule, list[list[int]]] = {}
+        for stage in self.stages:
+            for part in stage.parts:
+                rule, drawn = part.method.teacher, part.share * self.config.batch_size * stage.steps
+                if rule and rule.kind == "frozen" and drawn > len(part.examples):
+                    contexts.setdefault(rule, []).extend(x.teacher_ids or [] for x in part.examples)
+        budget_bytes = self.config.teacher_cache_mib * 2**20 // max(1, len(contexts))
+        return {rule: self.forward_pass.keep(ids, budget_bytes) for rule, ids in contexts.items()}
 
     def _other_teacher(self, name: str) -> LoadedModel:
         """Load a separate teacher; it must have the student's architecture."""
@@ -171,7 +188,7 @@ class Trainer:
 
     def fingerprint(self) -> str:
         """SHA-256 of the encoded examples; a resumed run must find them unchanged."""
-        examples = [example for stage in self.stages for example in stage.examples]
+        examples = [example for stage in self.stages for part in stage.parts for example in part.examples]
         # A row without a completion counts as with an empty one, as it did for older folders.
         ids = [[x.student_ids, x.teacher_ids, x.completion_ids or [self.chat.end_token_id]] for x in examples]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
@@ -180,10 +197,13 @@ class Trainer:
         """Lines that describe the run, printed at its start."""
         config, trained = self.config, sum(p.numel() for p in self.parameters)
         lines = [
-            f"{config.method} on {len(stage.examples)} {stage.method.examples.what}"
-            + (f" ({stage.dropped} too long, dropped)" if stage.dropped else "")
-            + f", {stage.steps} steps of {config.batch_size}, learning rate {config.learning_rate:g}"
+            f"{config.method} on {_counted(stage.task)}, {stage.steps} steps of {config.batch_size}, learning rate "
+            f"{config.learning_rate:g}"
             for stage in self.stages
+        ]
+        lines += [
+            f"{part.name}: {_counted(part)}, {part.share:.1%} of every batch, answered and scored without demonstration"
+            for part in self.stages[0].parts[1:]
         ]
         lines += [
             f"model: {config.model}, {trained / 1e6:.1f} M trainable parameters, on {self.loaded.device}"
@@ -191,8 +211,9 @@ class Trainer:
         ]
         if self.teacher:
             lines += [self.teacher.describe(), *([f"context: {config.context}"] if uses(config, "context") else [])]
-            if self.prefix_cache:
+            if self.prefix_caches.get(self.teacher.rule):
                 lines.append(f"its contexts are cached for later epochs, up to {config.teacher_cache_mib} MiB")
+        lines += [teacher.describe() for teacher in self.teachers.values() if teacher is not self.teacher]
         if is_distributed():
             shares = " and the weights" if config.fsdp else ""
             lines.append(f"{self.accelerator.num_processes} processes, which share every batch{shares}")
@@ -227,17 +248,17 @@ class Trainer:
         stopwatch = Stopwatch(self.loaded.device)
         self.stage = stage = self.stage_of(step)[1]
         stage_step = step - stage.first_step
-        examples = batch_examples(stage.examples, stage_step, self.config.batch_size, self.config.seed)
+        positions = self._positions(stage, stage_step)
 
         with stopwatch("rollout"), self.accelerator.autocast():
-            completions = stage.method.sequence(self.loaded, examples, step)
+            parts = self._completed(stage, positions, step)
 
-        result = self.gradient.add(stage.method, completions, stopwatch)
+        results = self.gradient.add(parts, stopwatch)
 
         with stopwatch("update"):
             rate = self._set_learning_rate(stage, stage_step)
             norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
-            if is_sound(result, norm):
+            if is_sound(results, norm):
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.teacher is not None:
@@ -248,15 +269,38 @@ class Trainer:
 
         return step_metrics(
             step + 1,
-            (stage_step + 1) * self.config.batch_size / len(stage.examples),
-            stage.method,
-            completions,
-            result,
+            positions[0].stop / len(stage.task.examples),
+            results,
             learning_rate=rate,
             grad_norm=norm,
             drift=drift,
             seconds={"teacher": 0.0, **stopwatch.seconds()},
         )
+
+    def _positions(self, stage: Stage, stage_step: int) -> list[range]:
+        """Positions of the step's examples, by part."""
+        config, shares = self.config, [part.share for part in stage.parts]
+        return positions_of(shares, stage_step, config.batch_size, config.seed, batch_unit(config))
+
+    def _completed(self, stage: Stage, positions: Sequence[range], step: int) -> list[BatchPart]:
+        """The parts of the step with their completions; parts that sample alike sample together."""
+        parts = stage.parts
+        examples = [
+            examples_at(part.examples, places, self.config.seed) for part, places in zip(parts, positions, strict=True)
+        ]
+        completions: list[list[Completion]] = [[] for _ in parts]
+        for sequence in dict.fromkeys(part.method.sequence for part in parts):
+            alike = [number for number, part in enumerate(parts) if part.method.sequence == sequence]
+            asked = [example for number in alike for example in examples[number]]
+            made = sequence(self.loaded, asked, step) if asked else []
+            for number in alike:
+                count = len(examples[number]) * (len(made) // len(asked)) if asked else 0
+                completions[number], made = made[:count], made[count:]
+        return [
+            BatchPart(part.name, part.method, made, len(own) / self.config.batch_size)
+            for part, own, made in zip(parts, examples, completions, strict=True)
+            if own
+        ]
 
     def _set_learning_rate(self, stage: Stage, stage_step: int) -> float:
         config = self.config
@@ -281,3 +325,9 @@ class Trainer:
         if self.teacher is not None:
             drift["drift/teacher"] = self._teacher_drift(drift["drift/student"])
         return drift
+
+
+def _counted(part: EncodedPart) -> str:
+    """What a part learns from, and how much of it."""
+    dropped = f" ({part.dropped} too long, dropped)" if part.dropped else ""
+    return f"{len(part.examples)} {part.method.examples.what}{dropped}"

@@ -8,11 +8,11 @@ from collections import Counter
 
 import pytest
 
-from selfdistill.training.schedule import batch_examples, learning_rate
+from selfdistill.training.schedule import examples_at, learning_rate
 
 
 def drawn(rows: list[str], steps: range, batch_size: int, seed: int = 0) -> list[str]:
-    return [row for step in steps for row in batch_examples(rows, step, batch_size, seed)]
+    return [row for step in steps for row in examples_at(rows, range(step * batch_size, (step + 1) * batch_size), seed)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 10])
@@ -33,13 +33,13 @@ def test_every_epoch_and_every_seed_has_its_own_order() -> None:
 
 def test_a_batch_depends_on_its_step_and_seed_only() -> None:
     rows = list("abcde")
-    forward = [batch_examples(rows, step, 3, 8) for step in range(6)]
-    backward = [batch_examples(rows, step, 3, 8) for step in reversed(range(6))]
+    forward = [examples_at(rows, range(step * 3, step * 3 + 3), 8) for step in range(6)]
+    backward = [examples_at(rows, range(step * 3, step * 3 + 3), 8) for step in reversed(range(6))]
     assert forward == backward[::-1]
 
 
 def test_a_set_smaller_than_a_batch_is_repeated_within_it() -> None:
-    assert Counter(batch_examples(["a", "b"], 0, 5, 0)) in (Counter("aaabb"), Counter("aabbb"))
+    assert Counter(examples_at(["a", "b"], range(5), 0)) in (Counter("aaabb"), Counter("aabbb"))
 
 
 def test_warm_up_climbs_in_a_line_and_the_cosine_falls_to_the_closed_form() -> None:

@@ -6,7 +6,7 @@ from importlib import resources
 
 from selfdistill.data.demonstrations import Demonstration, load_prompts
 
-__all__ = ["general_prompts", "packaged"]
+__all__ = ["anchor_prompts", "general_prompts", "packaged"]
 
 
 def packaged(name: str) -> str:
@@ -15,5 +15,10 @@ def packaged(name: str) -> str:
 
 
 def general_prompts() -> list[Demonstration]:
-    """The bundled general prompts."""
+    """A few general prompts along which distances are measured; none of them is trained on."""
     return load_prompts(packaged("general.txt"))
+
+
+def anchor_prompts() -> list[Demonstration]:
+    """General prompts of many kinds, to train on as anchors."""
+    return load_prompts(packaged("everyday.txt"))

@@ -1,0 +1,38 @@
+"""Anchors: prompts on which the model is to stay as it was; a part that any method can have beside it.
+
+    z -> y ~ p(.|z);   L = mean_t D( p(.|z, y_<t), p_0(.|z, y_<t) )
+
+z are general prompts, one's own traffic, or the prompts of skills learnt before. p is the student and p_0 the model
+before the first step, which sees the same prompt. So no answers are needed. D is forward KL, KL(p_0||p), by default.
+
+Related: Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282) distils from the old model on the new task's
+inputs; the second stage of SFT + Re-invoke (arXiv 2601.19897) has the same loss, after the task in place of beside it.
+"""
+
+from __future__ import annotations
+
+from selfdistill.config import TrainConfig
+from selfdistill.loss import Divergence
+from selfdistill.methods.examples import PromptExamples
+from selfdistill.methods.sequences import StudentSamples
+from selfdistill.methods.slots import FROZEN, Method, Part, Parts, sampling_of
+
+
+def anchors(config: TrainConfig) -> Parts:
+    """One part per source of anchors, which divide ``anchor_share`` evenly."""
+    if not config.anchors or not config.anchor_share:
+        return ()
+    names = [f"anchors {number}" if number else "anchors" for number in range(len(config.anchors))]
+    return tuple(
+        Part(
+            name,
+            Method(
+                examples=PromptExamples(config, source),
+                sequence=StudentSamples(sampling_of(config), 1, config.seed),
+                loss=Divergence(config.anchor_divergence),
+                teacher=FROZEN,
+            ),
+            share=config.anchor_share / len(config.anchors),
+        )
+        for name, source in zip(names, config.anchors, strict=True)
+    )
