@@ -292,9 +292,12 @@ class Trainer:
         for sequence in dict.fromkeys(part.method.sequence for part in parts):
             alike = [number for number, part in enumerate(parts) if part.method.sequence == sequence]
             asked = [example for number in alike for example in examples[number]]
-            made = sequence(self.loaded, asked, step) if asked else []
+            if not asked:
+                continue
+            made = sequence(self.loaded, asked, step)
+            per_example = len(made) // len(asked)
             for number in alike:
-                count = len(examples[number]) * (len(made) // len(asked)) if asked else 0
+                count = len(examples[number]) * per_example
                 completions[number], made = made[:count], made[count:]
         return [
             BatchPart(part.name, part.method, made, len(own) / self.config.batch_size)
