@@ -32,6 +32,7 @@ from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.methods.slots import Completion
 from selfdistill.model.loading import starter_model_path
+from selfdistill.training.batch_gradient import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.trainer import Trainer
 
@@ -71,7 +72,7 @@ class Alternate(TrainerCallback):
             self.losses = (float(logs["loss"]), self.own_loss)
 
     def _score(self, batch: Any) -> float:
-        by_prompt = {tuple(row.student_ids): row for row in self.run.stage.examples}
+        by_prompt = {tuple(row.student_ids): row for row in self.run.stage.task.examples}
         completions = []
         for prompt, padded, teacher, mask in zip(
             batch["prompt_ids"].tolist(),
@@ -85,9 +86,11 @@ class Alternate(TrainerCallback):
             seen = [token for token, counts in zip(teacher, mask, strict=True) if counts][: -len(ids)]
             assert seen == row.teacher_ids, "the teachers' prompts differ"
             completions.append(Completion(row, ids, None, True))
-        loss = self.run.gradient.add(self.run.stage.method, completions, Stopwatch(self.run.loaded.device)).loss
+        task = self.run.stage.task
+        part = BatchPart(task.name, task.method, completions, 1.0)
+        (result,) = self.run.gradient.add([part], Stopwatch(self.run.loaded.device))
         self.run.optimizer.zero_grad(set_to_none=True)
-        return loss
+        return result.loss
 
 
 def main() -> None:

@@ -101,7 +101,7 @@ class Limits:
             "time/student_s": (6 if full else 4) * (weights * student / self.body + head_weights * new / self.head)
         }
         if run.teacher is not None:
-            read = 0 if run.prefix_cache else tokens_once([list(c.example.teacher_ids or []) for c in completions])
+            read = 0 if run.prefix_caches else tokens_once([list(c.example.teacher_ids or []) for c in completions])
             seconds["time/teacher_s"] = 2 * weights * (read + new) / self.body
             seconds["time/student_s"] += 2 * head_weights * new / self.head  # the teacher's logits, timed with the loss
             prompts = tokens_once([list(c.example.student_ids) for c in completions])
@@ -115,12 +115,13 @@ class Limits:
 
 def first_epoch(run: Trainer) -> None:
     """What a frozen teacher reads in the first epoch, if anything is kept of it."""
-    if run.prefix_cache is None:
+    if not run.prefix_caches:
         return
     assert run.teacher is not None
+    cache = run.prefix_caches[run.teacher.rule]
     with run.teacher.model() as network, cached_casts(network), run.accelerator.autocast():
-        for row in run.stage.examples:
-            run.forward_pass(network, [row.teacher_ids or []], [row.completion_ids[:1]], run.prefix_cache)
+        for row in run.stage.task.examples:
+            run.forward_pass(network, [row.teacher_ids or []], [row.completion_ids[:1]], cache)
 
 
 def main() -> None:
@@ -149,7 +150,7 @@ def main() -> None:
         first_epoch(runs["SDFT"])
         average_s = Timed(runs["SDFT"].teacher)
         for run in runs.values():
-            run.stage.method = replace(run.stage.method, sequence=Recorder(run.stage.method.sequence))
+            run.stage.task.method = replace(run.stage.task.method, sequence=Recorder(run.stage.task.method.sequence))
         dtype = torch.bfloat16 if runs["SDFT"].config.mixed_precision == "bf16" else torch.float32
         limits = Limits.measure(dtype, options.batch_size)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
@@ -159,7 +160,7 @@ def main() -> None:
                 metrics = run.step(step)
                 if step >= WARM:
                     found[name].append(metrics)
-                    least[name].append(limits.allow(run, run.stage.method.sequence.last))
+                    least[name].append(limits.allow(run, run.stage.task.method.sequence.last))
         medians: dict[str, float] = {}
         for name in runs:
             length = median(m["completion/length"] for m in found[name])

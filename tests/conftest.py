@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.evaluation import endpoint
+from selfdistill.methods.sequences import Completion
 from selfdistill.model.loading import LoadedModel, load_model
+from selfdistill.training.batch_gradient import BatchPart, PartResult
 from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.stopwatch import Stopwatch
+from selfdistill.training.trainer import Trainer
 
 torch.set_num_threads(1)
 
@@ -181,6 +185,13 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def row_log_probs(model: Any, context: list[int], completion: list[int]) -> Tensor:
     logits_LV = model(input_ids=torch.tensor([context + completion])).logits[0].double()
     return logits_LV[len(context) - 1 : -1].log_softmax(-1)
+
+
+def add_gradient(run: Trainer, completions: Sequence[Completion]) -> PartResult:
+    """Accumulate the gradient of a step that has nothing but these completions of the task."""
+    task = run.stage.task
+    (result,) = run.gradient.add([BatchPart(task.name, task.method, completions, 1.0)], Stopwatch(run.loaded.device))
+    return result
 
 
 def final_weights(config: TrainConfig) -> dict[str, Tensor]:

@@ -15,11 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ENDS, gradients, largest_difference
+from conftest import ENDS, add_gradient, gradients, largest_difference
 from safetensors.torch import load_file
 
 from selfdistill.config.train import TrainConfig
-from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.trainer import Trainer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -48,15 +47,15 @@ def test_the_script_uses_nothing_of_the_package() -> None:
 
 
 def test_student_and_teacher_see_the_packages_prompts(scratch: SimpleNamespace, run: Trainer) -> None:
-    assert len(run.stage.examples) == 6
-    for example in run.stage.examples:
+    assert len(run.stage.task.examples) == 6
+    for example in run.stage.task.examples:
         prompt, completion = example.demonstration.prompt[0]["content"], example.demonstration.completion
         assert scratch.prompt_ids(run.loaded.tokenizer, prompt) == example.student_ids
         assert scratch.prompt_ids(run.loaded.tokenizer, prompt, completion) == example.teacher_ids
 
 
 def test_the_scripts_loss_and_gradient_are_the_packages(scratch: SimpleNamespace, run: Trainer) -> None:
-    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 7)
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 7)
     assert len({len(c.ids) for c in completions}) > 2
     student = copy.deepcopy(run.loaded.model)
     student.zero_grad()
@@ -68,7 +67,7 @@ def test_the_scripts_loss_and_gradient_are_the_packages(scratch: SimpleNamespace
     loss = scratch.sdft_loss(student, teacher, student_prompts, teacher_prompts, [c.ids for c in completions])
     loss.backward()
     expected = gradients(student)
-    result = run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
+    result = add_gradient(run, completions)
     assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
     assert result.loss > 0.01
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-2
@@ -92,8 +91,10 @@ def test_the_script_samples_what_the_package_does_where_the_student_is_certain(
 ) -> None:
     model = copy.deepcopy(run.loaded.model)
     model.lm_head.weight.data.mul_(1e4)  # all probability on one token, so that no draw matters
-    rows = run.stage.examples
-    completions = run.stage.method.sequence(replace(run.loaded, model=model), rows, 0)[:: run.config.num_generations]
+    rows = run.stage.task.examples
+    completions = run.stage.task.method.sequence(replace(run.loaded, model=model), rows, 0)[
+        :: run.config.num_generations
+    ]
     found = [scratch.sample(model, row.student_ids, set(ENDS), 10) for row in rows]
     assert found == [c.ids for c in completions]
     assert {c.truncated for c in completions} == {True, False}

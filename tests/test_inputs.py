@@ -304,9 +304,9 @@ def test_odd_texts_reach_the_model_as_they_are(
     text = ODD[name]
     rows = [{"prompt": text, "completion": text, "document": text}, {"prompt": "q", "completion": "a", "document": "d"}]
     run = Trainer(settings_of(data=str(write_rows(rows)), context="document", max_completion_length=128))
-    row = run.stage.examples[0]
+    row = run.stage.task.examples[0]
     decode = run.loaded.tokenizer.decode
-    plain = run.stage.examples[1]
+    plain = run.stage.task.examples[1]
     assert decode(row.student_ids).count(text) == 1
     assert decode(row.teacher_ids).count(text) >= 3
     control = [i for i in row.teacher_ids or [] if 256 <= i < 260]

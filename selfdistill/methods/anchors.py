@@ -11,6 +11,9 @@ inputs; the second stage of SFT + Re-invoke (arXiv 2601.19897) has the same loss
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from selfdistill.config import TrainConfig
 from selfdistill.loss import Divergence
 from selfdistill.methods.examples import PromptExamples
@@ -22,7 +25,6 @@ def anchors(config: TrainConfig) -> Parts:
     """One part per source of anchors, which divide ``anchor_share`` evenly."""
     if not config.anchors or not config.anchor_share:
         return ()
-    names = [f"anchors {number}" if number else "anchors" for number in range(len(config.anchors))]
     return tuple(
         Part(
             name,
@@ -34,5 +36,12 @@ def anchors(config: TrainConfig) -> Parts:
             ),
             share=config.anchor_share / len(config.anchors),
         )
-        for name, source in zip(names, config.anchors, strict=True)
+        for name, source in zip(_names(config.anchors), config.anchors, strict=True)
     )
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """Names of the parts by file; files of the same name are numbered."""
+    stems = [Path(source).stem for source in sources]
+    earlier = [stems[:place].count(stem) for place, stem in enumerate(stems)]
+    return [f"anchors:{stem}" + (f"-{n + 1}" if n else "") for stem, n in zip(stems, earlier, strict=True)]

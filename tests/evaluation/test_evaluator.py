@@ -151,7 +151,9 @@ def test_token_views_are_what_student_and_teacher_say_of_each_token(settings: Ca
     assert run.teacher is not None
     teacher = load_model(config.model).model
     teacher.load_state_dict(run.teacher.state_dict(), strict=False)
-    for view, row in zip(views, (run.stage.examples[0], run.stage.examples[2], run.stage.examples[4]), strict=True):
+    for view, row in zip(
+        views, (run.stage.task.examples[0], run.stage.task.examples[2], run.stage.task.examples[4]), strict=True
+    ):
         ids = [tokens["text"] for tokens in view["tokens"]]
         assert view["prompt"] == row.demonstration.prompt[0]["content"]
         assert view["demonstration"] == row.demonstration.completion

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import final_weights, gradients, largest_difference, row_log_probs, same
+from conftest import add_gradient, final_weights, gradients, largest_difference, row_log_probs, same
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,7 +28,6 @@ from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
 from selfdistill.model.loading import load_model
 from selfdistill.training.checkpoint import list_checkpoints
-from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -90,7 +89,7 @@ def assert_gradient(
     loss = mean_over_rows([values_of(student, completion) for completion in completions])
     loss.backward()
     run.optimizer.zero_grad()
-    result = run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
+    result = add_gradient(run, completions)
     assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
     expected = gradients(student)
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
@@ -102,8 +101,8 @@ def assert_gradient(
 
 def test_dft_weighs_each_token_by_its_probability(all_of_them: Settings) -> None:
     run = moved(all_of_them(method="dft", batch_size=4, gradient_accumulation_steps=2))
-    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 1)
-    assert [c.ids for c in completions] == [row.completion_ids for row in run.stage.examples[:4]]
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 1)
+    assert [c.ids for c in completions] == [row.completion_ids for row in run.stage.task.examples[:4]]
 
     def values(student: Any, c: Completion) -> Tensor:
         logp_T = chosen(row_log_probs(student, c.example.student_ids, c.ids), c.ids)
@@ -114,7 +113,7 @@ def test_dft_weighs_each_token_by_its_probability(all_of_them: Settings) -> None
 
 def test_cpt_predicts_every_token_of_every_document_once(all_of_them: Settings) -> None:
     run = moved(all_of_them(method="cpt", batch_size=4))
-    rows = run.stage.examples
+    rows = run.stage.task.examples
     by_document: dict[str, list[int]] = {}
     for row in rows:
         text = by_document.setdefault(row.demonstration.completion, [])
@@ -125,7 +124,7 @@ def test_cpt_predicts_every_token_of_every_document_once(all_of_them: Settings) 
     tokenizer = run.loaded.tokenizer
     ends = {document: tokenizer(document, add_special_tokens=False)["input_ids"] + [257] for document in DOCUMENTS}
     assert by_document == ends
-    completions = run.stage.method.sequence(run.loaded, rows, 1)
+    completions = run.stage.task.method.sequence(run.loaded, rows, 1)
     assert_gradient(
         run, completions, lambda student, c: -chosen(row_log_probs(student, c.example.student_ids, c.ids), c.ids)
     )
@@ -133,8 +132,8 @@ def test_cpt_predicts_every_token_of_every_document_once(all_of_them: Settings) 
 
 def test_cpt_shows_no_more_of_the_text_before_than_there_is_room_for(all_of_them: Settings) -> None:
     run = Trainer(all_of_them(method="cpt", max_prompt_length=7))
-    assert {len(row.student_ids) for row in run.stage.examples} == {1, 7}
-    first, second = run.stage.examples[:2]
+    assert {len(row.student_ids) for row in run.stage.task.examples} == {1, 7}
+    first, second = run.stage.task.examples[:2]
     assert second.student_ids == first.completion_ids[-7:]
 
 
@@ -151,10 +150,10 @@ def test_reinvoke_is_sft_and_then_reverse_kl_to_the_base_on_general_prompts(all_
     metrics = run.step(3)
     assert metrics["learning_rate"] == config.learning_rate
     assert metrics["kl/reverse"] == pytest.approx(metrics["loss"], abs=1e-5)
-    rows = run.stage.examples
+    rows = run.stage.task.examples
     assert [row.demonstration.prompt[0]["content"] for row in rows] == ["Who?", "Why is that so?", "When"]
     assert all(row.teacher_ids == row.student_ids for row in rows)
-    completions = run.stage.method.sequence(run.loaded, rows, 9)
+    completions = run.stage.task.method.sequence(run.loaded, rows, 9)
 
     def values(student: Any, c: Completion) -> Tensor:
         log_base_TV = row_log_probs(base, c.example.student_ids, c.ids).detach()
@@ -171,12 +170,12 @@ def test_the_teachers_samples_are_drawn_once_from_the_base_that_sees_the_demonst
     run = moved(config)
     base = load_model(config.model)
     base.model.requires_grad_(False)
-    completions = run.stage.method.sequence(run.loaded, run.stage.examples, 1)
-    again = run.stage.method.sequence(run.loaded, run.stage.examples, 5)
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples, 1)
+    again = run.stage.task.method.sequence(run.loaded, run.stage.task.examples, 5)
     assert [c.ids for c in again] == [c.ids for c in completions]
-    demonstrated = Trainer(all_of_them(method="sft")).stage.examples
+    demonstrated = Trainer(all_of_them(method="sft")).stage.task.examples
     assert [c.ids for c in completions] != [row.completion_ids for row in demonstrated]
-    for row in run.stage.examples:  # each a likely draw of the teacher, not of the student
+    for row in run.stage.task.examples:  # each a likely draw of the teacher, not of the student
         assert row.teacher_ids is not None
         assert len(row.teacher_ids) > len(row.student_ids)
     taught, untaught = (
@@ -196,7 +195,7 @@ def test_the_teachers_samples_are_drawn_once_from_the_base_that_sees_the_demonst
 
 def test_grpo_is_the_gradient_of_the_clipped_objective_with_group_advantages(all_of_them: Settings) -> None:
     run = moved(all_of_them(method="grpo", batch_size=3, num_generations=4, gradient_accumulation_steps=3))
-    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:3], 2)
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:3], 2)
     assert len(completions) == 12
     rewards = [float(len(run.chat.decode(c.ids)) >= 4) for c in completions]
     assert len(set(rewards)) == 2
@@ -212,7 +211,7 @@ def test_grpo_is_the_gradient_of_the_clipped_objective_with_group_advantages(all
         values.append(-torch.minimum(ratio_T * advantage, ratio_T.clamp(0.8, 1.2) * advantage))
     mean_over_rows(values).backward()
     run.optimizer.zero_grad()
-    result = run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
+    result = add_gradient(run, completions)
     assert result.reward == pytest.approx(sum(rewards) / 12)
     expected = gradients(student)
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
@@ -237,7 +236,7 @@ def test_the_target_is_a_mixture_of_logits(
     )
     run = moved(config)
     base = load_model(config.model)
-    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 1)
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 1)
 
     def values(student: Any, c: Completion) -> Tensor:
         log_p_TV = row_log_probs(student, c.example.student_ids, c.ids)
@@ -288,7 +287,7 @@ def test_another_model_can_teach(all_of_them: Settings, model_folder: Callable[.
     other = model_folder(seed=1)
     run = moved(all_of_them(teacher_model=str(other), batch_size=4, lora_rank=lora_rank))
     teacher = load_model(str(other)).model.requires_grad_(False)
-    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 1)
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 1)
 
     def values(student: Any, c: Completion) -> Tensor:
         log_q_TV = row_log_probs(teacher, c.example.teacher_ids or [], c.ids)
@@ -392,10 +391,10 @@ def test_the_teachers_samples_are_kept_in_the_run_folder(
 
 def test_a_cold_start_goes_from_demonstrations_to_samples(all_of_them: Settings) -> None:
     run = Trainer(all_of_them(cold_start_steps=4, batch_size=6))
-    demonstrated = {row.demonstration.row: row.completion_ids for row in run.stage.examples}
+    demonstrated = {row.demonstration.row: row.completion_ids for row in run.stage.task.examples}
     shares = []
     for step in range(6):
-        completions = run.stage.method.sequence(run.loaded, run.stage.examples * 50, step)
+        completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples * 50, step)
         held = [c for c in completions if c.logps is None]
         assert all(c.ids == demonstrated[c.example.demonstration.row] for c in held)
         shares.append(len(held) / len(completions))
@@ -406,7 +405,7 @@ def test_a_cold_start_goes_from_demonstrations_to_samples(all_of_them: Settings)
 
 def test_a_mixed_batch_of_a_cold_start_has_the_gradient_of_its_tokens(all_of_them: Settings) -> None:
     run = moved(all_of_them(cold_start_steps=4, batch_size=6))
-    completions = run.stage.method.sequence(run.loaded, run.stage.examples, 2)
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples, 2)
     assert {c.logps is None for c in completions} == {True, False}
 
     def values(student: Any, c: Completion) -> Tensor:
@@ -425,7 +424,7 @@ def test_other_rows_get_other_samples_of_the_teacher(
     rows = [{"prompt": f"other {i}", "completion": "ab"} for i in range(6)]
     again = Trainer(config.model_copy(update={"data": str(write_rows(rows, name="rows.jsonl"))}))
     fresh = Trainer(again.config.model_copy(update={"output_dir": str(tmp_path / "fresh")}))
-    samples = [[row.completion_ids for row in run.stage.examples] for run in (again, fresh)]
+    samples = [[row.completion_ids for row in run.stage.task.examples] for run in (again, fresh)]
     assert samples[0] == samples[1]
 
 

@@ -115,7 +115,7 @@ def test_no_example_without_a_completion_is_ever_learnt_from(
         Trainer(settings(data=str(data), method="sft"))
     run = Trainer(settings(data=str(data)))
     with pytest.raises(IndexError):  # rather than an empty reply
-        DatasetCompletions()(run.loaded, run.stage.examples, 0)
+        DatasetCompletions()(run.loaded, run.stage.task.examples, 0)
 
 
 # --- the other commands ---

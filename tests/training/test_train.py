@@ -21,6 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import (
     ENDS,
+    add_gradient,
     assert_same_run,
     final_weights,
     gradients,
@@ -48,7 +49,6 @@ from selfdistill.runtime.tracking import METRICS
 from selfdistill.training import checkpoint as checkpoint_module
 from selfdistill.training.batch_gradient import BatchGradient
 from selfdistill.training.checkpoint import list_checkpoints, newest_whole
-from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -115,10 +115,10 @@ def test_an_sdft_gradient_equals_plain_autograd_row_by_row(
         learning_rate=1e-2,
     )
     run = moved_run(config)
-    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 7)
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 7)
     assert len({len(c.ids) for c in completions}) > 2
     loss, expected = plain_gradients(run, completions, divergence, normalisation, skip)
-    result = run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
+    result = add_gradient(run, completions)
     found = gradients(run.loaded.model)
     assert result.loss == pytest.approx(loss, abs=1e-5)
     assert loss > 0.01
@@ -133,24 +133,22 @@ def test_an_sft_gradient_equals_transformers_own_loss_per_sequence(
     run = Trainer(settings(method="sft", model=str(model_folder(tied=tied)), batch_size=4))
     model = copy.deepcopy(run.loaded.model)
     losses = []
-    for row in run.stage.examples[:4]:
+    for row in run.stage.task.examples[:4]:
         assert row.completion_ids[-1] == 257
         ids = torch.tensor([row.student_ids + row.completion_ids])
         labels = torch.tensor([[-100] * len(row.student_ids) + row.completion_ids])
         losses.append(model(input_ids=ids, labels=labels).loss)
-    assert len({len(row.completion_ids) for row in run.stage.examples[:4]}) > 2
+    assert len({len(row.completion_ids) for row in run.stage.task.examples[:4]}) > 2
     loss = torch.stack(losses).mean()
     loss.backward()
-    result = run.gradient.add(
-        run.stage.method, run.stage.method.sequence(run.loaded, run.stage.examples[:4], 0), Stopwatch(run.loaded.device)
-    )
+    result = add_gradient(run, run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 0))
     assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
     assert largest_difference(gradients(run.loaded.model), gradients(model)) < 1e-5
 
 
 def test_student_and_teacher_score_the_sampled_ids_verbatim(settings: Callable[..., TrainConfig]) -> None:
     run = Trainer(settings(batch_size=4))
-    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 0)
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 0)
     tokenizer = run.loaded.tokenizer
     again = [tokenizer(tokenizer.decode(c.ids), add_special_tokens=False)["input_ids"] for c in completions]
     assert again != [c.ids for c in completions]  # random bytes: decoding and encoding would change them
@@ -162,7 +160,7 @@ def test_student_and_teacher_score_the_sampled_ids_verbatim(settings: Callable[.
     with run.teacher.model() as network:  # type: ignore[union-attr]
         network.model.register_forward_pre_hook(note, with_kwargs=True)
     run.loaded.model.model.register_forward_pre_hook(note, with_kwargs=True)
-    run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
+    add_gradient(run, completions)
     by_teacher, by_student = seen
     for c, taught, own in zip(completions, by_teacher, by_student, strict=True):
         for row, context in ((taught, c.example.teacher_ids), (own, c.example.student_ids)):
@@ -198,13 +196,13 @@ def test_a_batch_of_eight_and_eight_batches_of_one_give_the_same_weights(
 
 def test_a_part_whose_tokens_are_all_skipped_adds_nothing(settings: Callable[..., TrainConfig]) -> None:
     run = Trainer(settings(batch_size=2, gradient_accumulation_steps=2, skip_first_tokens=1))
-    a, b = run.stage.method.sequence(run.loaded, run.stage.examples[:2], 0)
+    a, b = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:2], 0)
     short, long = replace(a, ids=[5], logps=[0.0]), replace(b, ids=[5, 6, 7], logps=[0.0] * 3)
-    run.gradient.add(run.stage.method, [long], Stopwatch(run.loaded.device))
+    add_gradient(run, [long])
     alone = gradients(run.loaded.model)
     for order in ([short, long], [long, short]):
         run.optimizer.zero_grad()
-        run.gradient.add(run.stage.method, order, Stopwatch(run.loaded.device))
+        add_gradient(run, order)
         assert largest_difference(gradients(run.loaded.model), alone) < 1e-6
 
 
@@ -290,7 +288,7 @@ def test_an_evaluation_between_steps_leaves_the_weights_as_they_would_have_been(
     def evaluate(step: int, loaded: Any, _metrics: Any) -> None:
         run = Trainer(watched)
         chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, {})
-        rows = run.stage.examples
+        rows = run.stage.task.examples
         answer(
             loaded,
             [row.student_ids for row in rows],
@@ -560,7 +558,7 @@ def test_an_output_folder_that_is_in_use_is_refused_and_untouched(settings: Call
 def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_row(settings: Callable[..., TrainConfig]) -> None:
     run = Trainer(settings(batch_size=6, gradient_accumulation_steps=3))
     scored = run.forward_pass
-    guilty = run.stage.examples[4]
+    guilty = run.stage.task.examples[4]
 
     def one_row_is_nan(network: Any, contexts: Any, completions: Any, *more: Any) -> Any:
         scores = scored(network, contexts, completions, *more)
@@ -830,7 +828,7 @@ def test_only_what_a_frozen_teacher_reads_is_kept(
     settings: Callable[..., TrainConfig], options: dict[str, Any], kept: bool
 ) -> None:
     run = Trainer(settings(**options))
-    assert (run.prefix_cache is not None) == kept
+    assert (bool(run.prefix_caches)) == kept
     assert any("cached for later epochs" in line for line in run.describe()) == kept
 
 
@@ -993,26 +991,22 @@ def test_on_policy_the_importance_weight_is_one_at_any_temperature(
     settings: Callable[..., TrainConfig], temperature: float
 ) -> None:
     run = moved_run(settings(importance_cap=2.0, temperature=temperature, batch_size=4))
-    completions = run.stage.method.sequence(run.loaded, run.stage.examples[:4], 3)
-    unweighted = replace(run.stage.method, importance_cap=None)
-    assert run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device)).importance == pytest.approx(
-        1.0, abs=1e-3
-    )
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 3)
+    unweighted = replace(run.stage.task.method, importance_cap=None)
+    assert add_gradient(run, completions).importance == pytest.approx(1.0, abs=1e-3)
     on_policy = gradients(run.loaded.model)
-    run.stage.method, weighted = unweighted, run.stage.method
+    run.stage.task.method, weighted = unweighted, run.stage.task.method
     run.optimizer.zero_grad()
-    run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
+    add_gradient(run, completions)
     assert largest_difference(gradients(run.loaded.model), on_policy) < 1e-3
 
     def shifted(by: float) -> list[Completion]:
         return [replace(c, logps=[logp + by for logp in c.logps or []]) for c in completions]
 
-    run.stage.method = weighted
+    run.stage.task.method = weighted
     for shift, ratio in ((0.6931472, 0.5), (-0.4054651, 1.5), (-3.0, 2.0)):
         run.optimizer.zero_grad()
-        assert run.gradient.add(
-            run.stage.method, shifted(shift), Stopwatch(run.loaded.device)
-        ).importance == pytest.approx(ratio, abs=2e-3)
+        assert add_gradient(run, shifted(shift)).importance == pytest.approx(ratio, abs=2e-3)
         expected = {name: ratio * g for name, g in on_policy.items()}
         assert largest_difference(gradients(run.loaded.model), expected) < 2e-3
 
@@ -1072,9 +1066,9 @@ def test_bfloat16_arithmetic_gives_nearly_the_gradient_of_float32(
         run = Trainer(settings(mixed_precision=precision, lora_rank=lora_rank, batch_size=4, **options))
         completions = [
             Completion(row, row.completion_ids, [-5.0] * len(row.completion_ids), False)
-            for row in run.stage.examples[:4]
+            for row in run.stage.task.examples[:4]
         ]
-        run.gradient.add(run.stage.method, completions, Stopwatch(run.loaded.device))
+        add_gradient(run, completions)
         found[precision] = gradients(run.loaded.model)
         assert all(g.dtype == torch.float32 for g in found[precision].values())
     assert found["bf16"].keys() == found["no"].keys()

@@ -1,0 +1,323 @@
+"""Steps of several parts: how a batch is divided, the gradient against plain code, resuming, processes, anchors."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import train_together
+from conftest import assert_same_run, final_weights, gradients, largest_difference, metrics_of, row_log_probs, same
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from selfdistill.config.train import TrainConfig
+from selfdistill.errors import UserError
+from selfdistill.methods import METHODS, stages_of
+from selfdistill.methods.sequences import Completion
+from selfdistill.model.loading import load_model
+from selfdistill.training.batch_gradient import BatchPart
+from selfdistill.training.schedule import check_shares, positions_of
+from selfdistill.training.stopwatch import Stopwatch
+from selfdistill.training.train import train
+from selfdistill.training.trainer import Trainer
+
+Settings = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def anchored(settings: Settings, tmp_path: Path) -> Settings:
+    """Settings with two sources of anchors: lines of text, and chats with a system turn and earlier turns."""
+    (tmp_path / "lines.txt").write_text("Who?\n\nWhy is that so?\nWhen\nHow far is it\n", encoding="utf-8")
+    system, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "And then?"}
+    told = {"role": "assistant", "content": "Rain."}
+    rows = [{"prompt": [system, asked]}, {"messages": [asked, told, asked, told]}, {"prompt": "Name it."}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        sources = f"{tmp_path / 'lines.txt'},{tmp_path / 'chats.jsonl'}"
+        return settings(out, **({"anchors": sources, "anchor_share": 0.5, "batch_size": 8} | values))
+
+    return make
+
+
+# --- the division of a batch ---
+
+
+@given(
+    beside=st.lists(st.floats(0.01, 0.3), min_size=0, max_size=3),
+    units=st.integers(2, 40),
+    unit=st.sampled_from([1, 4]),
+    seed=st.integers(0, 5),
+)
+def test_shares_are_exact_on_average_and_whole_at_every_step(
+    beside: list[float], units: int, unit: int, seed: int
+) -> None:
+    shares, batch_size = [1 - sum(beside), *beside], units * unit
+    try:
+        check_shares(shares, batch_size, unit)
+    except UserError:
+        return
+    ends = [0] * len(shares)
+    for step in range(60):
+        found = positions_of(shares, step, batch_size, seed, unit)
+        assert sum(map(len, found)) == batch_size
+        assert [positions.start for positions in found] == ends  # nothing is left out, nothing comes twice
+        ends = [positions.stop for positions in found]
+        assert len(found[0]) >= unit
+        for share, positions in zip(beside, found[1:], strict=True):
+            assert len(positions) % unit == 0
+            assert abs(len(positions) - share * batch_size) < unit
+            assert abs(positions.stop - share * batch_size * (step + 1)) < unit
+
+
+def test_one_part_has_every_batch_whole() -> None:
+    assert [positions_of([1.0], step, 5, seed=3) for step in (0, 7)] == [[range(5)], [range(35, 40)]]
+
+
+def test_the_seed_decides_at_which_steps_a_fraction_is_rounded_up() -> None:
+    def counts(seed: int) -> list[int]:
+        return [len(positions_of([0.9, 0.1], step, 4, seed)[1]) for step in range(10)]
+
+    assert {sum(counts(seed)) for seed in range(20)} == {4}
+    assert len({tuple(counts(seed)) for seed in range(20)}) > 1
+
+
+@pytest.mark.parametrize(("batch_size", "fits"), [(1, False), (2, True)])
+def test_a_batch_needs_room_for_every_part(anchored: Settings, tmp_path: Path, batch_size: int, fits: bool) -> None:
+    config = anchored(anchors=str(tmp_path / "lines.txt"), batch_size=batch_size)
+    if fits:
+        Trainer(config).step(0)
+        return
+    with pytest.raises(UserError, match="'batch_size': 1 is too small for 2 parts of a step, which need 2; raise it"):
+        Trainer(config)
+
+
+# --- the gradient, against plain code ---
+
+
+def kl(log_a_TV: Tensor, log_b_TV: Tensor) -> Tensor:
+    return (log_a_TV.exp() * (log_a_TV - log_b_TV)).sum(-1)
+
+
+def plain(run: Trainer, base: Any, part: BatchPart, student: Any) -> Tensor:
+    """A part's loss row by row: SFT or SDFT on the task, KL to the base on anchors."""
+    values: list[Tensor] = []
+    for c in part.completions:
+        log_p_TV = row_log_probs(student, c.example.student_ids, c.ids)
+        if part.name != "task":
+            with torch.no_grad():
+                log_q_TV = row_log_probs(base, c.example.student_ids, c.ids)
+            reverse = run.config.anchor_divergence == "reverse_kl"
+            values.append(kl(log_p_TV, log_q_TV) if reverse else kl(log_q_TV, log_p_TV))
+        elif run.config.method == "sft":
+            values.append(-log_p_TV[torch.arange(len(c.ids)), torch.tensor(c.ids)])
+        else:
+            with torch.no_grad(), run.teacher.model() as network:  # type: ignore[union-attr]
+                log_q_TV = row_log_probs(network, c.example.teacher_ids or [], c.ids)
+            values.append(kl(log_q_TV, log_p_TV))
+    if run.config.loss_normalisation == "token":
+        return torch.cat(values).mean()
+    return torch.stack([row_T.mean() for row_T in values]).mean()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"teacher": "ema", "ema_rate": 0.3, "num_generations": 2},
+        {"teacher": "frozen", "anchor_divergence": "reverse_kl"},
+        {"teacher": "frozen", "lora_rank": 4},
+        {"teacher": "ema", "ema_rate": 0.3, "lora_rank": 4},
+        {"method": "sft", "max_completion_length": 20, "loss_normalisation": "token"},
+    ],
+    ids=["ema", "reverse", "lora", "lora ema", "sft"],
+)
+def test_a_steps_gradient_is_the_sum_of_its_parts_by_share(
+    anchored: Settings, values: dict[str, Any], micro_batches: int
+) -> None:
+    config = anchored(learning_rate=1e-2, gradient_accumulation_steps=micro_batches, **values)
+    base = load_model(config.model).model
+    run = Trainer(config)
+    run.step(0)
+    parts = []
+    for part, count in zip(run.stage.parts, (4, 3, 1), strict=True):
+        completions: list[Completion] = part.method.sequence(run.loaded, part.examples[:count], 5)
+        parts.append(BatchPart(part.name, part.method, completions, count / 8))
+    assert [part.name for part in parts] == ["task", "anchors:lines", "anchors:chats"]
+    student = copy.deepcopy(run.loaded.model)
+    losses = [plain(run, base, part, student) for part in parts]
+    sum(part.share * loss for part, loss in zip(parts, losses, strict=True)).backward()  # type: ignore[union-attr]
+    results = run.gradient.add(parts, Stopwatch(run.loaded.device))
+    for result, loss in zip(results, losses, strict=True):
+        assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+        assert result.loss > 1e-4
+    expected = gradients(student)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
+
+
+def test_metrics_tell_how_the_loss_divides(anchored: Settings) -> None:
+    config = anchored(max_steps=3)
+    train(config)
+    for line in metrics_of(config):
+        names = ("task", "anchors:lines", "anchors:chats")
+        assert [line[f"share/{name}"] for name in names] == [0.5, 0.25, 0.25]
+        total = sum(line[f"share/{name}"] * line[f"loss/{name}"] for name in names)
+        assert line["loss"] == pytest.approx(total, abs=1e-7)
+    first, last = metrics_of(config)[0], metrics_of(config)[-1]
+    assert first["loss/anchors:lines"] == pytest.approx(0, abs=1e-6)  # the student is still the model before the run
+    assert last["loss/anchors:lines"] > 1e-6
+
+
+def test_without_anchors_nothing_is_said_of_parts(settings: Settings) -> None:
+    config = settings(max_steps=1)
+    train(config)
+    assert not [name for name in metrics_of(config)[0] if name.startswith(("loss/", "share/"))]
+
+
+# --- anchors ---
+
+
+def test_anchors_are_prompts_of_text_and_chat_without_their_answers(anchored: Settings) -> None:
+    run = Trainer(anchored())
+    assert [len(part.examples) for part in run.stage.parts[1:]] == [4, 3]
+    for part in run.stage.parts[1:]:
+        for example in part.examples:
+            assert example.teacher_ids == example.student_ids
+            assert example.completion_ids == []
+            assert not example.demonstration.completion
+    system, chat, _ = (example.demonstration.prompt for example in run.stage.parts[2].examples)
+    assert [message["role"] for message in system] == ["system", "user"]
+    assert [message["role"] for message in chat] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_have_anchors(anchored: Settings, write_rows: Callable[..., Path], method: Any) -> None:
+    rows = [
+        {"prompt": f"q{i}", "completion": "ab", "document": "The mill stood by the river.", "answer": "ab"}
+        for i in range(4)
+    ]
+    more: dict[str, Any] = {"num_generations": 4} if method == "grpo" else {}
+    config = anchored(method=method, data=str(write_rows(rows, name="rows.jsonl")), max_steps=2, **more)
+    assert [[part.name for part in parts] for parts in stages_of(config)] == [
+        ["task", "anchors:lines", "anchors:chats"]
+    ] * len(stages_of(config))
+    train(config)
+    assert [line["share/task"] for line in metrics_of(config)] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("values", "copies"),
+    [
+        ({"teacher": "frozen"}, 1),
+        ({"teacher": "frozen", "target_base": 0.5}, 1),
+        ({"teacher": "ema"}, 2),
+        ({"method": "sft"}, 1),
+        ({"teacher": "frozen", "lora_rank": 4}, 0),
+        ({"teacher": "ema", "lora_rank": 4}, 0),
+        ({"method": "sft", "lora_rank": 4}, 0),
+    ],
+)
+def test_no_weights_are_held_twice(anchored: Settings, values: dict[str, Any], copies: int) -> None:
+    run = Trainer(anchored(**values))
+    assert sum(len(teacher.networks) for teacher in run.teachers.values()) == copies
+
+
+def test_anchors_keep_the_model_where_it_was(anchored: Settings, tmp_path: Path) -> None:
+    """KL along the base's own answers to anchors, with and without them; the task is learnt either way."""
+    common: dict[str, Any] = {"method": "sft", "max_steps": 40, "learning_rate": 3e-3, "max_completion_length": 20}
+    drifts, losses = [], []
+    for out, share in (("with", 0.5), ("without", 0.0)):
+        config = anchored(out, anchor_share=share, **common)
+        train(config)
+        base, tuned = load_model(config.model), load_model(str(Path(config.output_dir) / "final"))
+        run = Trainer(anchored("anchors"))
+        total = []
+        for example in run.stage.parts[1].examples:
+            with torch.no_grad():
+                ids = base.model.generate(torch.tensor([example.student_ids]), max_new_tokens=8, do_sample=False)
+                completion = ids[0, len(example.student_ids) :].tolist()
+                log_q, log_p = (row_log_probs(x.model, example.student_ids, completion) for x in (base, tuned))
+            total.append(float(kl(log_q, log_p).mean()))
+        drifts.append(sum(total) / len(total))
+        lines = metrics_of(config)
+        losses.append([lines[number].get("loss/task", lines[number]["loss"]) for number in (0, -1)])
+    assert all(last < 0.5 * first for first, last in losses)
+    assert drifts[0] < drifts[1] / 5
+
+
+def test_anchors_that_are_prompts_of_the_task_are_noted(
+    anchored: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = json.loads(Path(anchored().data).read_text(encoding="utf-8").splitlines()[1])["prompt"]
+    (tmp_path / "own.txt").write_text(f"Who?\n{prompt}\n", encoding="utf-8")
+    Trainer(anchored(anchors=str(tmp_path / "own.txt")))
+    assert "1 of 2 prompts of own.txt are also prompts of the demonstrations (own.txt:2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "sources"),
+    [("none", ()), (None, ()), ("package", ("package",)), ("a.txt,package", ("a.txt", "package")), (["a"], ("a",))],
+)
+def test_sources_of_anchors(settings: Settings, given: Any, sources: tuple[str, ...]) -> None:
+    assert settings(anchors=given).anchors == sources
+
+
+def test_sources_of_one_name_are_told_apart(anchored: Settings, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "lines.txt").write_text("Where?\n", encoding="utf-8")
+    config = anchored(anchors=[str(tmp_path / "lines.txt"), str(tmp_path / "more" / "lines.txt")])
+    assert [part.name for part in stages_of(config)[0]] == ["task", "anchors:lines", "anchors:lines-2"]
+
+
+def test_a_missing_file_of_anchors_is_one_line(anchored: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.txt: cannot be read: No such file"):
+        Trainer(anchored(anchors=str(tmp_path / "nowhere.txt")))
+
+
+# --- resuming, processes ---
+
+
+@pytest.mark.parametrize("values", [{"teacher": "ema"}, {"method": "sft"}, {"teacher": "frozen", "lora_rank": 4}])
+def test_a_resumed_run_equals_one_that_was_not_interrupted_to_the_bit(
+    anchored: Settings, values: dict[str, Any]
+) -> None:
+    common: dict[str, Any] = {"save_steps": 2, "batch_size": 5, "max_steps": 6, "anchor_share": 0.3, **values}
+    whole, cut = anchored("whole", **common), anchored("cut", **common)
+    train(whole)
+    assert len({line["share/anchors:lines"] for line in metrics_of(whole) if "share/anchors:lines" in line}) >= 1
+
+    def crash(step: int, _loaded: Any, _metrics: Any) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, on_step=crash)
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+
+
+def test_micro_batches_change_nothing(anchored: Settings) -> None:
+    one, four = anchored("one", drift_steps=0), anchored("four", drift_steps=0, gradient_accumulation_steps=4)
+    train(one)
+    train(four)
+    assert largest_difference(final_weights(one), final_weights(four)) < 1e-5
+    assert not same(final_weights(one), {k: torch.zeros_like(v) for k, v in final_weights(one).items()})
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_give_what_one_gives(anchored: Settings, tmp_path: Path, fsdp: bool) -> None:
+    common: dict[str, Any] = {"drift_steps": 0, "max_steps": 4}
+    one, two = anchored("one", **common), anchored("two", fsdp=fsdp, **common)
+    train(one)
+    train_together(two, tmp_path)
+    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
+    for mine, theirs in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert mine["share/anchors:chats"] == theirs["share/anchors:chats"] == 0.25
