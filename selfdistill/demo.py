@@ -84,7 +84,7 @@ class Panel:
         self.chat = base.chat()
         self.new = load_demonstrations(packaged(f"{facts}.{part}.jsonl"))
         self.indirect = load_demonstrations(packaged(f"{facts}.indirect.jsonl")) if part == "test" else []
-        self.prior = load_demonstrations(packaged(f"prior.{part}.jsonl"))
+        self.prior = load_demonstrations(packaged(f"prior/{part}/facts.jsonl"))
         self.distance = Distance(base, ForwardPass(base), self.chat, general_prompts(), 32)
         self.replies: list[str] = []
         """Replies to the held-out phrasings, of the latest evaluated model."""

@@ -86,9 +86,9 @@ def asked(name: str, model: str, folder: Path, **more: Any) -> dict[str, Any]:
         result[f"{part}_lenient"] = [line["correct"] or lenient(line["answer"], line["reply"]) for line in lines]
     kept = folder / f"{name}-prior.json"
     if not kept.exists():
-        data, prior = packaged("knowledge.test.jsonl"), packaged("prior.test.jsonl")
+        data, prior = packaged("knowledge.test.jsonl"), packaged("prior/test/facts.jsonl")
         found = evaluate(EvalConfig(model=model, data=data, prior=prior, max_completion_length=32))["prior"]
-        kept.write_text(json.dumps(found["prior.test"]["correct"]) + "\n", encoding="utf-8")
+        kept.write_text(json.dumps(found["facts"]["correct"]) + "\n", encoding="utf-8")
     result["prior"] = json.loads(kept.read_text(encoding="utf-8"))
     return result
 

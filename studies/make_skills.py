@@ -1,9 +1,11 @@
-"""Write the two made-up skills that ship with the package beside the facts: routing and tools.
+"""Write three made-up skills that ship with the package beside the facts: routing, tools and codes.
 
-    python studies/make_skills.py selfdistill/data
+    python studies/make_skills.py selfdistill/data/bundled
 
 ``routing``: which of four teams takes a customer's message; the reply is a line "Team: X". ``tools``: a request becomes
-a tool call with its arguments. Test rows have phrasings and values that no training row has.
+a tool call with its arguments. ``codes``: a weather report becomes a code of signs, such as ``QX14/%%:9^//``, far from
+what a model would say. Validation and test rows have phrasings and values that no training row has; only the kinds of
+weather and of wind are the same in all parts.
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ ROUTING = {
             "There is a charge of {number} dollars that I do not understand.",
             "When will the refund for my {thing} be on my card?",
         ],
+        [
+            "I paid for the {thing}, but the bill says that I did not.",
+            "The price of the {thing} on my invoice is too high.",
+            "Can you send the bill for the {thing} again?",
+        ],
     ),
     "Delivery": (
         [
@@ -47,6 +54,11 @@ ROUTING = {
             "The {thing} should have been delivered last week.",
             "Where is the parcel with my {thing} right now?",
             "The driver could not find my house and took the {thing} back.",
+        ],
+        [
+            "I am still waiting for the {thing} to come.",
+            "On which day will you bring the {thing}?",
+            "My neighbor got the package with the {thing} instead of me.",
         ],
     ),
     "Repairs": (
@@ -65,6 +77,11 @@ ROUTING = {
             "The handle of the {thing} has come off.",
             "The {thing} is damaged and needs to be fixed.",
         ],
+        [
+            "The plug of the {thing} is bent.",
+            "My {thing} turns itself off after {number} minutes.",
+            "There are sparks when I turn on the {thing}.",
+        ],
     ),
     "Accounts": (
         [
@@ -82,15 +99,28 @@ ROUTING = {
             "How can I close my account?",
             "I need to update the phone number in my profile.",
         ],
+        [
+            "The site says that my user name does not exist.",
+            "I would like a new password.",
+            "Please remove my photo from my profile.",
+            "I signed up two times and have two accounts now.",
+            "How do I log out on all my devices?",
+            "My account was locked after {number} attempts.",
+            "The link for a new password has expired.",
+            "Can my son use my account, too?",
+            "Please put my new surname in my profile.",
+            "Why do I have to sign in again every day?",
+        ],
     ),
 }
 THINGS = (
     ["toaster", "lamp", "camera", "kettle", "heater", "radio", "drill", "blender"],
     ["fan", "printer", "speaker", "mixer"],
+    ["oven", "clock", "freezer", "scale"],
 )
-NUMBERS = ([3, 5, 8, 12, 15, 20], [4, 6, 9, 18])
+NUMBERS = ([3, 5, 8, 12, 15, 20], [4, 6, 9, 18], [7, 10, 14, 16])
 
-TOOLS: dict[str, tuple[list[str], list[str]]] = {
+TOOLS: dict[str, tuple[list[str], ...]] = {
     "set_timer": (
         [
             "Set a timer for {minutes} minutes.",
@@ -100,6 +130,7 @@ TOOLS: dict[str, tuple[list[str], list[str]]] = {
             "Start a timer of {minutes} minutes for the oven.",
         ],
         ["Please start a countdown of {minutes} minutes.", "Wake me in {minutes} minutes."],
+        ["Let me know after {minutes} minutes.", "Make it a timer of {minutes} minutes."],
     ),
     "send_message": (
         [
@@ -110,6 +141,7 @@ TOOLS: dict[str, tuple[list[str], list[str]]] = {
             "Message {to} that {text}.",
         ],
         ["Send a note to {to} that {text}.", "Text {to}: {text}."],
+        ["Inform {to} that {text}.", "Please write {to} a message: {text}."],
     ),
     "get_weather": (
         [
@@ -120,6 +152,7 @@ TOOLS: dict[str, tuple[list[str], list[str]]] = {
             "Do I need a coat in {city} on {day}?",
         ],
         ["Is it sunny in {city} on {day}?", "Tell me the weather for {day} in {city}."],
+        ["Will {city} be cold on {day}?", "Show me how the weather will be in {city} on {day}."],
     ),
     "play_music": (
         [
@@ -130,20 +163,47 @@ TOOLS: dict[str, tuple[list[str], list[str]]] = {
             "Let us listen to {song} by {artist}.",
         ],
         ["Please play the song {song} from {artist}.", "Can you put {song} by {artist} on?"],
+        ["Turn on {song} by {artist}.", "I feel like listening to {song} from {artist}."],
     ),
 }
-VALUES: dict[str, tuple[list[Any], list[Any]]] = {
-    "minutes": ([5, 8, 10, 15, 20, 25, 40], [7, 12, 30, 45]),
-    "to": (["Anna", "Omar", "Lena", "Paul", "Mia"], ["Ida", "Noah", "Rosa"]),
+VALUES: dict[str, tuple[list[Any], ...]] = {
+    "minutes": ([5, 8, 10, 15, 20, 25, 40], [7, 12, 30, 45], [6, 9, 35, 50]),
+    "to": (["Anna", "Omar", "Lena", "Paul", "Mia"], ["Ida", "Noah", "Rosa"], ["Emil", "Vera", "Hugo"]),
     "text": (
         ["dinner is ready", "the train is late", "I am on my way", "the door is open", "the meeting is over"],
         ["the shop is closed", "I will call later", "the bus has left"],
+        ["the keys are here", "I am at home", "lunch is at noon"],
     ),
-    "city": (["Oslo", "Lima", "Cairo", "Porto", "Quito"], ["Turin", "Perth", "Dakar"]),
-    "day": (["Monday", "Tuesday", "Friday", "Saturday"], ["Wednesday", "Sunday"]),
-    "song": (["Green Door", "Paper Moon", "Long Road", "Silver Rain"], ["Stone Garden", "Night Bus"]),
-    "artist": (["the Larks", "Kim Dale", "Nova", "Old Harbor"], ["Fern Hill", "Rita Cole"]),
+    "city": (["Oslo", "Lima", "Cairo", "Porto", "Quito"], ["Turin", "Perth", "Dakar"], ["Leeds", "Seoul", "Tunis"]),
+    "day": (["Monday", "Tuesday", "Friday", "Saturday"], ["Wednesday", "Sunday"], ["Thursday", "Sunday"]),
+    "song": (
+        ["Green Door", "Paper Moon", "Long Road", "Silver Rain"],
+        ["Stone Garden", "Night Bus"],
+        ["Red Kite", "Winter Sea"],
+    ),
+    "artist": (["the Larks", "Kim Dale", "Nova", "Old Harbor"], ["Fern Hill", "Rita Cole"], ["Max Lowe", "the Pilots"]),
 }
+
+SKIES = {"sun": "**", "clouds": "==", "rain": "%%", "snow": "++", "fog": "##", "storm": "!!"}
+WINDS = {"north": "^", "south": "_", "east": ">", "west": "<"}
+REPORTS = (
+    [
+        "station {station}, {sky}, {degrees} degrees, wind from the {wind}.",
+        "{degrees} degrees and {sky} at station {station}, wind from the {wind}.",
+        "wind from the {wind} at station {station}, {degrees} degrees, {sky}.",
+        "station {station} has {sky} at {degrees} degrees, and the wind comes from the {wind}.",
+    ],
+    [
+        "at station {station} we have {degrees} degrees, {sky} and wind from the {wind}.",
+        "{sky}, {degrees} degrees, {wind} wind, says station {station}.",
+    ],
+    [
+        "{sky} over station {station}, {degrees} degrees, {wind} wind.",
+        "the wind blows from the {wind}, station {station} measures {degrees} degrees and sees {sky}.",
+    ],
+)
+STATIONS = ([12, 15, 23, 28, 31, 38, 42, 47, 54, 60], [19, 34, 51, 66], [14, 27, 45, 62])
+DEGREES = ([2, 4, 5, 8, 10, 13, 16, 18, 21, 24, 27, 30], [3, 9, 14, 22, 26], [6, 11, 17, 20, 25])
 
 
 def routing(part: int, count: int, chance: random.Random) -> list[dict[str, Any]]:
@@ -182,9 +242,23 @@ def tools(part: int, count: int, chance: random.Random) -> list[dict[str, Any]]:
     return rows
 
 
+def codes(part: int, count: int, chance: random.Random) -> list[dict[str, Any]]:
+    """A report for each sky in turn, with every wind as often, in a notation of signs."""
+    rows: dict[str, str] = {}
+    while len(rows) < count:
+        sky, wind = list(SKIES)[len(rows) % len(SKIES)], list(WINDS)[len(rows) // len(SKIES) % len(WINDS)]
+        station, degrees = chance.choice(STATIONS[part]), chance.choice(DEGREES[part])
+        report = chance.choice(REPORTS[part]).format(station=station, sky=sky, degrees=degrees, wind=wind)
+        rows[f"Code this report: {report}"] = f"QX{station}/{SKIES[sky]}:{degrees}{WINDS[wind]}//"
+    shuffled = list(rows.items())
+    chance.shuffle(shuffled)
+    return [{"prompt": prompt, "completion": code, "scorer": "exact"} for prompt, code in shuffled]
+
+
 def main(folder: str) -> None:
-    for name, make, counts in (("routing", routing, (24, 12)), ("tools", tools, (24, 8))):
-        for part, split in enumerate(("train", "test")):
+    skills = (("routing", routing, (24, 12, 10)), ("tools", tools, (24, 8, 8)), ("codes", codes, (80, 40, 32)))
+    for name, make, counts in skills:
+        for part, split in enumerate(("train", "test", "validation")):
             rows = make(part, counts[part], random.Random(f"{name}-{split}"))
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (Path(folder) / f"{name}.{split}.jsonl").write_text(text, encoding="utf-8")

@@ -57,7 +57,7 @@ def learn(state: Path, method: str, seed: int, skills: list[str]) -> dict[str, A
         done = [known.name for known in Ledger(str(state)).skills] if (state / START).is_dir() else []
         if skill in done:
             continue
-        base = {} if done else {"model": MODEL, "prior": packaged("prior.test.jsonl")}
+        base = {} if done else {"model": MODEL, "prior": packaged("prior/test/facts.jsonl")}
         own = SKILLS[skill]
         values = COMMON | own | base | {"method": method, "seed": seed, "name": skill, "state": str(state)}
         looks = {"eval_steps": own["max_steps"] // LOOKS} if len(skills) > 1 else {}

@@ -173,8 +173,8 @@ def test_shipped_facts_have_held_out_phrasings(facts: str, least: int) -> None:
 
 def test_shipped_general_prompts_and_priors() -> None:
     assert len(general_prompts()) == 24
-    validation = load_demonstrations(packaged("prior.validation.jsonl"), completion_required=False)
-    test = load_demonstrations(packaged("prior.test.jsonl"), completion_required=False)
+    validation = load_demonstrations(packaged("prior/validation/facts.jsonl"), completion_required=False)
+    test = load_demonstrations(packaged("prior/test/facts.jsonl"), completion_required=False)
     assert not {r.prompt[0]["content"] for r in validation} & {r.prompt[0]["content"] for r in test}
     assert (len(validation), len(test)) == (40, 90)
 
