@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # Further arguments for pytest, for instance PYTEST_ARGS='-n 2 -k weights'.
 PYTEST_ARGS ?=
+MINUTES ?=
+ONLY ?=
 
 BIN := .venv/bin
 PACKAGE := .venv/.package
@@ -17,7 +19,7 @@ INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python $(if $(INDEX),--in
 	$(BIN)/python -m pip install --disable-pip-version-check) $(INDEX) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow stress audit bench docs lint format clean
+.PHONY: help install demo test test-slow stress audit bench study docs lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +77,11 @@ bench: $(STAMP) $(TRL_STAMP) ## Measure speed and memory, also against TRL (abou
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32 --bf16
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32 --lora --bf16
 	$(BIN)/python benchmarks/growth.py docs/growth.svg
+
+# MINUTES=M starts no run that would end later; ONLY='NAME ...' are names of studies and of arms.
+study: $(STAMP) ## Run the studies in configs/study/anchors that have no results yet, and print their tables
+	$(BIN)/python studies/study.py $(addprefix --only ,$(ONLY)) $(addprefix --minutes ,$(MINUTES)) configs/study/anchors/*.yaml
+	$(BIN)/python studies/study.py $(addprefix --only ,$(ONLY)) --summary configs/study/anchors/*.yaml
 
 # An environment of its own: the site needs the parser and the sources, but neither torch nor transformers.
 $(DOCS_STAMP): pyproject.toml constraints.txt

@@ -1,0 +1,374 @@
+"""Studies from files: stopped and resumed between runs, each run as if it were alone, and tables worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ENDS
+
+from selfdistill.config.train import TrainConfig
+from selfdistill.evaluation.generate import generate
+from selfdistill.model.loading import LoadedModel
+from selfdistill.runtime.tracking import read_lines
+from selfdistill.training.train import train
+
+ROOT = Path(__file__).resolve().parents[2]
+ORDER = [("lora", 0), ("sdft", 0), ("lora", 1), ("sdft", 1)]
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "studies")
+    return import_module("study")
+
+
+@pytest.fixture
+def write(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+) -> Callable[..., list[str]]:
+    """Write a study of a tiny model, two arms and two seeds; returns the arguments that run it."""
+    (tmp_path / "prior").mkdir()
+    for kind in ("easy", "hard"):
+        write_rows([{"prompt": f"{kind} {n}?", "answer": str(n)} for n in range(3)], name=f"prior/{kind}.jsonl")
+    data, test, shown = (str(write_rows(count=n, name=f"{n}.jsonl")) for n in (6, 2, 3))
+
+    def make(**values: Any) -> list[str]:
+        settings = {
+            "model": str(model_folder(ends=ENDS)),
+            "data": data,
+            "test": test,
+            "prior": str(tmp_path / "prior"),
+            "context": "turns",
+            "max_completion_length": 10,
+            "batch_size": 2,
+            "max_steps": 4,
+            "eval_steps": 2,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+        }
+        content = {
+            "name": "tiny",
+            "settings": settings,
+            "arms": {"lora": {"method": "sft", "lora_rank": 2}, "sdft": {}},
+            "seeds": [0, 1],
+            "after": [{"name": "teacher", "data": shown, "context": "turns:repeats=2"}],
+            "covered": ["easy"],
+        }
+        file = tmp_path / "tiny.yaml"
+        file.write_text(yaml.safe_dump(content | values, sort_keys=False))
+        return ["--results", str(tmp_path / "results"), str(file)]
+
+    return make
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Callable[[], list[dict[str, Any]]]:
+    return lambda: read_lines(tmp_path / "results" / "tiny.jsonl")
+
+
+# --- running ---
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_study_goes_on_with_the_run_that_was_stopped(
+    sent: signal.Signals,
+    study: ModuleType,
+    write: Callable[..., list[str]],
+    lines: Callable[[], list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began: list[tuple[str, int]] = []
+    stop_in = 3
+
+    def stopped(config: TrainConfig, **options: Any) -> Path:
+        began.append(("lora" if config.lora_rank else "sdft", config.seed))
+
+        def on_step(step: int, *_: Any) -> None:
+            if step == 1 and len(began) == stop_in:
+                os.kill(os.getpid(), sent)
+
+        return train(config, on_step=on_step, **options)
+
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setattr(study, "train", stopped)
+    arguments, file = write(), tmp_path / "results" / "tiny.jsonl"
+    assert study.main(arguments) == 128 + sent
+    assert [(line["arm"], line["seed"]) for line in lines()] == ORDER[:2]
+    first = file.read_bytes()
+
+    with file.open("ab") as torn:
+        torn.write(b'{"arm": "lora", "se')  # a machine that lost its power
+    assert study.main(arguments) == 0
+    assert began == [*ORDER[:3], *ORDER[2:]]
+    assert [(line["arm"], line["seed"]) for line in lines()] == ORDER
+    assert file.read_bytes().startswith(first)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+    assert study.main(arguments) == 0
+    assert len(began) == 5
+
+
+def test_a_run_is_as_if_it_were_alone(
+    study: ModuleType, write: Callable[..., list[str]], lines: Callable[[], list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    assert study.main(write()) == 0
+    for line in lines():
+        alone = tmp_path / f"alone-{line['arm']}-{line['seed']}"
+        train(TrainConfig(**line["settings"], seed=line["seed"], output_dir=str(alone)))
+        expected = read_lines(alone / "evaluations.jsonl")
+        assert [found["step"] for found in line["evaluations"]] == [0, 2, 4]
+        assert [found["kl"] for found in line["evaluations"]] == [found["kl_base"] for found in expected]
+        assert line["evaluations"][-1]["kl"] > 0
+        for found, whole in zip(line["evaluations"], expected, strict=True):
+            assert found["correct"] == "".join("01"[right] for right in whole["correct"])
+            assert {name: prior["accuracy"] for name, prior in found["prior"].items()} == {
+                name: prior["accuracy"] for name, prior in whole["prior"].items()
+            }
+        metrics = read_lines(alone / "metrics.jsonl")[-1]
+        assert line["metrics"]["loss"] == metrics["loss"]
+        assert line["metrics"]["grad_norm"] == metrics["grad_norm"]
+        assert 0 < line["seconds"]["steps"] < line["seconds"]["all"]
+        assert len(line["after"]["teacher"]["correct"]) == 3
+
+
+def test_after_shows_the_demonstration(
+    study: ModuleType,
+    write: Callable[..., list[str]],
+    lines: Callable[[], list[dict[str, Any]]],
+    load: Callable[..., LoadedModel],
+    write_rows: Callable[..., Path],
+) -> None:
+    base = load(ends=ENDS)
+    bare = [{"role": "user", "content": "a?"}]
+    shown = [*bare, {"role": "assistant", "content": "b"}, *bare]
+    replies = generate(base, [bare, shown], max_completion_length=10)
+    assert replies[0] != replies[1]
+    after = []
+    for name, reply in zip(("bare", "shown"), replies, strict=True):
+        row = {"prompt": "a?", "completion": "b", "answer": re.escape(reply.strip()), "scorer": "regex"}
+        data = str(write_rows([row], name=f"{name}.jsonl"))
+        after.append({"name": name, "data": data, "context": "turns"})
+    assert study.main([*write(after=after, seeds=[0]), "--only", "sdft"]) == 0
+    (line,) = lines()
+    assert {name: found["base"] for name, found in line["after"].items()} == {"bare": 0.0, "shown": 1.0}
+
+
+def test_a_run_that_fails_is_a_line(
+    study: ModuleType, write: Callable[..., list[str]], lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    arms = {"wild": {"learning_rate": 1e38, "max_skipped_steps": 2}, "sdft": {}}
+    arguments = write(arms=arms, seeds=[0])
+    assert study.main(arguments) == 3
+    assert ["failed" in line for line in lines()] == [True, False]
+    assert lines()[0]["failed"].startswith("RunFailed: /run: 2 consecutive steps were skipped")
+    assert study.main(arguments) == 0  # neither is run again
+    assert len(lines()) == 2
+
+
+def test_no_run_begins_that_would_end_too_late(
+    study: ModuleType,
+    write: Callable[..., list[str]],
+    lines: Callable[[], list[dict[str, Any]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = write()
+    assert study.main(["--minutes", "0", *arguments]) == 0
+    assert lines() == []
+    assert study.main(["--minutes", "10", "--only", "lora", *arguments]) == 0
+    assert [(line["arm"], line["seed"]) for line in lines()] == [("lora", 0), ("lora", 1)]
+    slow = [
+        line | {"seconds": {"steps": 1.0, "all": seconds}} for line, seconds in zip(lines(), (500, 900), strict=True)
+    ]
+    (tmp_path / "results" / "tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in slow))
+    assert study.main(["--minutes", "11", *arguments]) == 0  # the mean is 700 seconds
+    assert len(lines()) == 2
+    assert "no time left for another run; the next is tiny, sdft, seed 0" in capsys.readouterr().err
+    assert study.main(["--minutes", "12", *arguments]) == 0
+    assert len(lines()) == 4
+
+
+# --- study files ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"arms": {"a": {"max_stepz": 3}}}, "arm 'a': unknown setting 'max_stepz'"),
+        ({"arms": {"a": {"output_dir": "x"}}}, "arm 'a': setting 'output_dir' is not for a study file"),
+        ({"arms": {"a": {"context": "auto"}}}, "arm 'a': setting 'context': name one"),
+        ({"arms": {"a": {"prior": None}}}, "arm 'a': setting 'prior' is required"),
+        ({"seed": [0]}, "unknown setting 'seed'; did you mean seeds?"),
+        ({"arms": {"a": {"method": "sft", "max_completion_length": 2}}}, "raise --max_completion_length"),
+        ({"covered": ["soft"]}, "'covered' names 'soft', which is no prior file"),
+    ],
+)
+def test_a_mistake_in_a_study_file_is_named(
+    values: dict[str, Any],
+    message: str,
+    study: ModuleType,
+    write: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    lines: Callable[[], list[dict[str, Any]]],
+) -> None:
+    assert study.main(write(**values)) == 2
+    assert message in capsys.readouterr().err
+    assert lines() == []
+
+
+def test_files_of_the_package_are_named_without_a_path(
+    study: ModuleType, write: Callable[..., list[str]], lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    arms = {"sft": {"method": "sft", "data": "bundled:routing.train.jsonl", "max_completion_length": 20}}
+    assert study.main(write(arms=arms, seeds=[0], after=[])) == 0
+    (line,) = lines()
+    assert line["settings"]["data"] == "bundled:routing.train.jsonl"
+    assert line["metrics"]["step"] == 4
+
+
+def test_bf16_is_forced_and_not_part_of_what_a_run_is(study: ModuleType, write: Callable[..., list[str]]) -> None:
+    (first, *_) = study.chosen(study.read_studies([Path(write()[-1])]), [])
+    assert (first.config("run").mixed_precision, first.config("run", "bf16").mixed_precision) == ("no", "bf16")
+    assert first.settings["mixed_precision"] == "no"
+
+
+@pytest.mark.skipif("anchors" not in TrainConfig.model_fields, reason="this version has no anchors")
+def test_the_studies_of_anchors_are_accepted(study: ModuleType) -> None:
+    files = sorted((ROOT / "configs" / "study" / "anchors").glob("*.yaml"))
+    for one in study.read_studies(files):
+        for asked in study.chosen([one], []):
+            config = asked.config("run")
+            assert all(Path(path).exists() for path in (config.data, config.test, config.prior))
+        assert all(Path(study.resolved(after.data)).is_file() for after in one.after)
+
+
+# --- the table ---
+
+
+def made(arm: str, seed: int, new: float, prior: float, kl: float, teacher: float, **other: Any) -> dict[str, Any]:
+    """A line with the base and two evaluations; ``hard`` is always 0.5 below ``easy``."""
+
+    def at(step: int, new: float, prior: float, kl: float) -> dict[str, Any]:
+        kinds = {"easy": {"accuracy": prior + 0.25}, "hard": {"accuracy": prior - 0.25}}
+        return {"step": step, "accuracy": new, "prior": kinds, "kl": kl, "seconds": 30.0 * step}
+
+    return {
+        "arm": arm,
+        "seed": seed,
+        "evaluations": [at(0, 0.0, 0.75, 0.0), at(2, new / 2, prior, kl), at(4, new, prior, kl)],
+        "after": {"teacher": {"accuracy": teacher, "base": 1.0}},
+        "where": {
+            "device": "a CPU",
+            "threads": 2,
+            "precision": "float32",
+            "torch": "2",
+            "transformers": "5",
+            "selfdistill": "1",
+            "rows": "abc",
+            "date": f"2026-01-0{seed + 1}",
+        },
+    } | other
+
+
+@pytest.fixture
+def summary(
+    study: ModuleType, write: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[[list[dict[str, Any]]], list[str]]:
+    """The summary of lines, of the settings that the study asks for unless they have their own."""
+    arguments = write()
+    asked = {run.arm: run.settings for run in study.chosen(study.read_studies([Path(arguments[-1])]), [])}
+
+    def of(lines: list[dict[str, Any]]) -> list[str]:
+        (tmp_path / "results").mkdir(exist_ok=True)
+        text = "".join(json.dumps({"settings": asked[line["arm"]]} | line) + "\n" for line in lines)
+        (tmp_path / "results" / "tiny.jsonl").write_text(text)
+        assert study.main(["--summary", *arguments]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return of
+
+
+def test_means_and_intervals_are_those_worked_out_by_hand(summary: Callable[[list[dict[str, Any]]], list[str]]) -> None:
+    """Two seeds: half the interval is t = 12.7062 times half of the difference."""
+    said = summary(
+        [
+            made("lora", 0, 0.5, 0.5, 0.99, 0.75),
+            made("lora", 1, 0.52, 0.51, 1.01, 0.75),
+            made("sdft", 0, 1.0, 0.75, 0.1, 1.0),
+        ]
+    )
+    half = 12.7062 * 0.01
+    assert said == [
+        "## tiny",
+        "",
+        "| arm | steps | seeds | new | prior | covered | uncovered | easy | hard | KL | teacher | minutes | where |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| base | 0 |  | 0.000 | 0.750 | 1.000 | 0.500 | 1.000 | 0.500 | 0.000 | 1.000 |  | A |",
+        "| lora | 2 | 2 | 0.255 (0.19 to 0.32) | 0.505 (0.44 to 0.57) | 0.755 (0.69 to 0.82) | 0.255 (0.19 to 0.32) "
+        f"| 0.755 (0.69 to 0.82) | 0.255 (0.19 to 0.32) | 1.000 ({1 - half:.2f} to {1 + half:.2f}) |  | 1.0 | A |",
+        "| lora | 4 | 2 | 0.510 (0.38 to 0.64) | 0.505 (0.44 to 0.57) | 0.755 (0.69 to 0.82) | 0.255 (0.19 to 0.32) "
+        f"| 0.755 (0.69 to 0.82) | 0.255 (0.19 to 0.32) | 1.000 ({1 - half:.2f} to {1 + half:.2f}) "
+        "| 0.750 (0.75 to 0.75) | 2.0 | A |",
+        "| sdft | 2 | 1 | 0.500 | 0.750 | 1.000 | 0.500 | 1.000 | 0.500 | 0.100 |  | 1.0 | A |",
+        "| sdft | 4 | 1 | 1.000 | 0.750 | 1.000 | 0.500 | 1.000 | 0.500 | 0.100 | 1.000 | 2.0 | A |",
+        "",
+        "- A: a CPU, 2 threads, float32, torch 2, transformers 5, selfdistill 1, rows abc: 3 runs, 2026-01-01 to "
+        "2026-01-02",
+        "- not yet run: 1 of 4 runs",
+        "",
+    ]
+
+
+def elsewhere(line: dict[str, Any], **where: Any) -> dict[str, Any]:
+    return line | {"where": line["where"] | where}
+
+
+def test_a_mean_over_machines_is_named(summary: Callable[[list[dict[str, Any]]], list[str]]) -> None:
+    other = elsewhere(made("lora", 1, 0.5, 0.5, 1.0, 1.0), device="a GPU", precision="bfloat16")
+    said = summary([made("lora", 0, 0.5, 0.5, 1.0, 1.0), other, made("sdft", 0, 0.5, 0.5, 1.0, 1.0)])
+    assert [line.rsplit("| ", 2)[-2:] for line in said if line.startswith("| lora | 4")] == [[" ", "A B |"]]
+    assert [line.rsplit("| ", 2)[-2:] for line in said if line.startswith("| sdft | 4")] == [["2.0 ", "A |"]]
+    assert [line[-4:] for line in said if line.startswith("| base")] == [" A |", " B |"]
+    assert any(line.startswith("- B: a GPU, 2 threads, bfloat16") for line in said)
+    assert "- **Means over several machines, precisions or versions**: lora" in said
+
+
+def test_a_seed_run_on_two_machines_counts_once_in_each_mean(
+    summary: Callable[[list[dict[str, Any]]], list[str]],
+) -> None:
+    first = [made("lora", 0, 0.5, 0.5, 1.0, 1.0), made("lora", 1, 0.5, 0.5, 1.0, 1.0)]
+    said = summary([*first, first[0], elsewhere(made("lora", 0, 0.9, 0.5, 1.0, 1.0), torch="3")])
+    rows = [line.split(" | ")[2:4] for line in said if line.startswith("| lora | 4")]
+    assert rows == [["2", "0.500 (0.50 to 0.50)"], ["1", "0.900"]]
+    assert "- **Rows come from several machines, precisions or versions**: compare within one letter" in said
+
+
+def test_runs_of_other_settings_are_left_out_and_failures_named(
+    summary: Callable[[list[dict[str, Any]]], list[str]],
+) -> None:
+    said = summary(
+        [
+            made("lora", 0, 0.5, 0.5, 1.0, 1.0),
+            made("lora", 1, 0.9, 0.5, 1.0, 1.0, settings={"method": "dft"}),
+            {"arm": "sdft", "seed": 1, "failed": "RunFailed: no", "where": made("sdft", 1, 0, 0, 0, 0)["where"]},
+        ]
+    )
+    assert [line.split(" | ")[2:4] for line in said if line.startswith("| lora | 4")] == [["1", "0.500"]]
+    assert said[-4:-1] == [
+        "- failed: sdft, seed 1: RunFailed: no",
+        "- not yet run: 2 of 4 runs",
+        "- left out: 1 line of other settings",
+    ]
