@@ -17,8 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selfdistill.config.train import MethodName, TrainConfig
-from selfdistill.data.bundled import general_prompts, packaged
-from selfdistill.data.demonstrations import load_prompts
 from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import Divergence, Target
@@ -523,12 +521,6 @@ def test_every_stage_has_a_step(all_of_them: Settings) -> None:
 )
 def test_settings_that_matter_beside_others(all_of_them: Settings, values: dict[str, Any], name: str) -> None:
     assert uses(all_of_them(**values), name)
-
-
-def test_the_shipped_general_prompts_are_not_those_that_measure() -> None:
-    shipped = [row.prompt[0]["content"] for row in load_prompts(packaged("everyday.txt"))]
-    assert len(shipped) == len(set(shipped)) == 120
-    assert not set(shipped) & {row.prompt[0]["content"] for row in general_prompts()}
 
 
 # --- mistakes ---

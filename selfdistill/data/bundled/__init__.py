@@ -21,4 +21,4 @@ def general_prompts() -> list[Demonstration]:
 
 def anchor_prompts() -> list[Demonstration]:
     """General prompts of many kinds, to train on as anchors."""
-    return load_prompts(packaged("everyday.txt"))
+    return load_prompts(packaged("anchors.jsonl"))
