@@ -18,28 +18,12 @@ from markupsafe import Markup
 
 from selfdistill import __version__
 from selfdistill.comparison.conclusions import assumption
+from selfdistill.comparison.curves import NUMBERS_HEAD, SCORES, figures, number, numbers, series
 from selfdistill.comparison.plots import Curve, Point, over, pareto_front, trade_off
 from selfdistill.comparison.run_folders import EVALUATIONS, VIEWS, Json, Part, RunFolder, curve_name, read_folders
 from selfdistill.config import ReportConfig, TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.runtime import METRICS
 
-CURVES = {
-    "loss": "loss",
-    "kl/forward": "KL(teacher||student)",
-    "kl/reverse": "KL(student||teacher)",
-    "drift/student": "KL(base||student)",
-    "drift/teacher": "KL(base||teacher)",
-    "completion/length": "tokens per completion",
-    "entropy": "entropy",
-}
-"""Metrics to plot from metrics.jsonl, with their axis labels."""
-SCORES = {
-    "accuracy": "new-task score",
-    "prior_accuracy": "prior score",
-    "kl_base": "KL(base||model)",
-}
-"""Scores to plot from evaluations.jsonl, with their axis labels."""
 FULL_COLOUR = 3
 """Implicit reward, positive or negative, in nats, at which a token is fully coloured."""
 PROFILE = 24
@@ -108,8 +92,8 @@ def _shown(part: Part) -> Json:
         "common": common,
         "results": _results(part),
         "trade_off": _trade_off(part),
-        "figures": _figures(part.runs),
-        "numbers": _numbers(part.runs),
+        "figures": figures(part.runs),
+        "numbers": Table("The curves as numbers", NUMBERS_HEAD, numbers(part.runs)),
         "views": [_view(run) for run in _with_views(part)],
     }
 
@@ -128,7 +112,7 @@ def _summary(part: Part) -> list[str]:
                 said.append(assumption(teacher, part.comparison["moved"]))
         return said
     for run in part.runs:
-        config, losses = run.config, _series(run, "loss")
+        config, losses = run.config, series(run, "loss")
         steps = run.metrics[-1]["step"] if run.metrics else 0
         text = f"{run.name}: {config.model} trained on {config.data} with {config.method} for {steps} steps."
         if run.evaluations:
@@ -198,11 +182,11 @@ def _results(part: Part) -> list[Table]:
                 str(line.get("step", 0)),
                 _score(line),
                 str(line["items"]),
-                _number(line.get("completion/length")),
-                _number(line.get("completion/truncated")),
+                number(line.get("completion/length")),
+                number(line.get("completion/truncated")),
                 *(_prior((line.get("prior") or {}).get(prior)) for prior in priors),
-                _number(line.get("kl_base")),
-                _number(line["seconds"] / 60 if "seconds" in line else None),
+                number(line.get("kl_base")),
+                number(line["seconds"] / 60 if "seconds" in line else None),
             ]
             for name, line in evaluated
         ]
@@ -248,39 +232,6 @@ def _points(evaluations: Sequence[Json]) -> dict[int, Point]:
     }
 
 
-def _series(run: RunFolder, key: str) -> list[Point]:
-    lines = run.evaluations if key in SCORES else run.metrics
-    return [(line["step"], line[key]) for line in lines if line.get(key) is not None and math.isfinite(line[key])]
-
-
-def _figures(runs: list[RunFolder]) -> list[Json]:
-    figures = []
-    for key, words in {**SCORES, **CURVES}.items():
-        curves = [Curve(run.curve, _series(run, key)) for run in runs]
-        if any(curve.points for curve in curves):
-            smooth = key in CURVES and not key.startswith("drift")
-            meaning = METRICS.get(key, "share of correct answers" if "accuracy" in key else "nats per token")
-            figures.append(
-                {
-                    "figure": Markup(over(curves, "step", words, smooth=smooth)),
-                    "title": words[0].upper() + words[1:],
-                    "meaning": meaning.replace("``", ""),
-                }
-            )
-    return figures
-
-
-def _numbers(runs: list[RunFolder]) -> Table:
-    """The curves as numbers."""
-    rows = []
-    for key in CURVES:
-        for run in runs:
-            if values := [y for _, y in _series(run, key)]:
-                shown = (values[0], values[-1], min(values), max(values))
-                rows.append([CURVES[key], run.name, *map(_number, shown)])
-    return Table("The curves as numbers", ["curve", "run", "first", "last", "lowest", "highest"], rows)
-
-
 # --- tokens ---
 
 
@@ -308,7 +259,7 @@ def _view(run: RunFolder) -> Json:
     curves = [Curve(f"step {step}", _profile(run.views, step)) for step in steps]
     positions = range(1, 1 + max(len(curve.points) for curve in curves))
     values = [dict(curve.points) for curve in curves]
-    table = [[str(at), *(_number(value.get(at)) for value in values)] for at in positions]
+    table = [[str(at), *(number(value.get(at)) for value in values)] for at in positions]
     label = "KL(teacher||student), nats"
     return {
         "run": run.name,
@@ -353,10 +304,6 @@ def visible(text: str) -> str:
 
 
 # --- numbers as text ---
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
 
 
 def _share(probability: float) -> str:

@@ -229,6 +229,19 @@ def test_a_run_is_shown_whole(here: Path) -> None:
     assert tokens[1]["aria-label"] == " 17: reward +2.18; teacher prefers  17 98%, ↵ <1%,  box <1%"
 
 
+def test_the_loss_is_shown_by_part_where_steps_have_several(here: Path) -> None:
+    assert "Loss by part" not in report("skill").text
+    lines = [json.loads(line) for line in Path("skill/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    parts = {"loss/task": 0.5, "share/task": 0.75, "loss/anchors:package": 0.2, "share/anchors:package": 0.25}
+    jsonl(Path("skill/metrics.jsonl"), [line | parts for line in lines])
+    page = report("skill")
+    assert "Loss by part" in page.text
+    labels = [svg["aria-label"] or "" for svg in page.attributes("svg")]
+    (label,) = [label for label in labels if "anchors:package" in label]
+    assert f"({STEPS}, 0.375)" in label
+    assert f"({STEPS}, 0.05)" in label
+
+
 def test_model_output_stays_text_and_nothing_is_fetched(everything: Path) -> None:
     page = Page(everything.read_text(encoding="utf-8"))
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "link", "iframe", "object"})

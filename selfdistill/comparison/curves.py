@@ -1,0 +1,91 @@
+"""The curves of a report: metrics and scores of runs over their steps, as figures and as numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from selfdistill.comparison.plots import Curve, Point, over
+from selfdistill.comparison.run_folders import Json, RunFolder
+from selfdistill.runtime import METRICS
+
+CURVES = {
+    "loss": "loss",
+    "kl/forward": "KL(teacher||student)",
+    "kl/reverse": "KL(student||teacher)",
+    "drift/student": "KL(base||student)",
+    "drift/teacher": "KL(base||teacher)",
+    "completion/length": "tokens per completion",
+    "entropy": "entropy",
+}
+"""Metrics to plot from metrics.jsonl, with their axis labels."""
+SCORES = {
+    "accuracy": "new-task score",
+    "prior_accuracy": "prior score",
+    "kl_base": "KL(base||model)",
+}
+"""Scores to plot from evaluations.jsonl, with their axis labels."""
+NUMBERS_HEAD = ["curve", "run", "first", "last", "lowest", "highest"]
+
+
+def series(run: RunFolder, key: str) -> list[Point]:
+    """The finite values of a metric or score by step."""
+    lines = run.evaluations if key in SCORES else run.metrics
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None and math.isfinite(line[key])]
+
+
+def figures(runs: list[RunFolder]) -> list[Json]:
+    """The figures of all runs, as input of the template."""
+    made = []
+    for key, words in {**SCORES, **CURVES}.items():
+        curves = [Curve(run.curve, series(run, key)) for run in runs]
+        if any(curve.points for curve in curves):
+            smooth = key in CURVES and not key.startswith("drift")
+            meaning = METRICS.get(key, "share of correct answers" if "accuracy" in key else "nats per token")
+            made.append(
+                {
+                    "figure": Markup(over(curves, "step", words, smooth=smooth)),
+                    "title": words[0].upper() + words[1:],
+                    "meaning": meaning.replace("``", ""),
+                }
+            )
+    contributions = [curve for run in runs for curve in _contributions(run)]
+    if contributions:
+        meaning = "a part's share of the batch times its mean loss, nats per token; the sum over the parts is the loss"
+        figure = Markup(over(contributions, "step", "loss by part", smooth=True))
+        made.append({"figure": figure, "title": "Loss by part", "meaning": meaning})
+    return made
+
+
+def _contributions(run: RunFolder) -> list[Curve]:
+    """What each part of the steps adds to the loss; empty where steps have one part."""
+    names = dict.fromkeys(key.removeprefix("loss/") for line in run.metrics for key in line if key.startswith("loss/"))
+    curves = []
+    for name in names:
+        share, loss = dict(series(run, f"share/{name}")), series(run, f"loss/{name}")
+        curves.append(Curve(f"{run.curve} {name}", [(step, share[step] * value) for step, value in loss]))
+    return curves
+
+
+def numbers(runs: list[RunFolder]) -> list[list[str]]:
+    """The curves as numbers, with the columns of :data:`NUMBERS_HEAD`."""
+    rows = []
+    for key in CURVES:
+        for run in runs:
+            rows += _numbers_of(CURVES[key], run.name, series(run, key))
+    for run in runs:
+        for curve in _contributions(run):
+            rows += _numbers_of("loss by part", curve.name, curve.points)
+    return rows
+
+
+def _numbers_of(what: str, name: str, points: Sequence[Point]) -> list[list[str]]:
+    values = [y for _, y in points]
+    return [[what, name, *map(number, (values[0], values[-1], min(values), max(values)))]] if values else []
+
+
+def number(value: float | None) -> str:
+    """Three digits; empty for None."""
+    return "" if value is None else f"{value:.3g}"
