@@ -116,8 +116,20 @@ class PromptExamples:
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
-        prompts = anchor_prompts() if self.prompts == PACKAGE else load_prompts(self.prompts)
-        examples, dropped = DemonstrationExamples(self.config)(prompts, loaded, chat)
+        config = self.config
+        if self.prompts == PACKAGE:  # the user cannot shorten these
+            prompts, on_long_prompt = anchor_prompts(), "drop"
+        else:
+            prompts, on_long_prompt = load_prompts(self.prompts), config.on_long_prompt
+        examples, dropped = encode(
+            prompts,
+            None,
+            chat,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            window=loaded.window,
+            on_long_prompt=on_long_prompt,
+        )
         return [replace(example, teacher_ids=example.student_ids) for example in examples], dropped
 
 
