@@ -22,7 +22,7 @@ from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import Divergence, Target
 from selfdistill.loss.token_weights import group_advantages
-from selfdistill.methods import METHODS, stages_of, unused_settings, uses
+from selfdistill.methods import FROZEN, METHODS, stages_of, unused_settings, uses
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
 from selfdistill.model.loading import load_model
@@ -301,7 +301,8 @@ def test_the_base_of_a_target_is_the_student_at_the_start_not_the_teacher(
     all_of_them: Settings, model_folder: Callable[..., Path]
 ) -> None:
     run = Trainer(all_of_them(teacher_model=str(model_folder(seed=1)), target_base=0.5))
-    assert run.gradient.base is not run.teacher
+    assert [rule.model is None for rule in run.teachers] == [False, True]
+    assert run.teachers[FROZEN] is not run.teacher
 
 
 # --- the loop ---
