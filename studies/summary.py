@@ -57,8 +57,9 @@ class Places:
         described = []
         for own in self.split(self._lines):
             at, days = own[0]["where"], sorted({line["where"]["date"] for line in own})
+            threads = "thread" if at["threads"] == 1 else "threads"
             described.append(
-                f"- {self.of(own)}: {at['device']}, {at['threads']} threads, {at['precision']}, torch {at['torch']}, "
+                f"- {self.of(own)}: {at['device']}, {at['threads']} {threads}, {at['precision']}, torch {at['torch']}, "
                 f"transformers {at['transformers']}, selfdistill {at['selfdistill']}, rows {at['rows']}: "
                 f"{len(own)} runs, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
             )

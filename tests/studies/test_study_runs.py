@@ -245,12 +245,13 @@ def test_bf16_is_forced_and_not_part_of_what_a_run_is(study: ModuleType, write: 
     assert first.settings["mixed_precision"] == "no"
 
 
-@pytest.mark.skipif("anchors" not in TrainConfig.model_fields, reason="this version has no anchors")
 def test_the_studies_of_anchors_are_accepted(study: ModuleType) -> None:
     files = sorted((ROOT / "configs" / "study" / "anchors").glob("*.yaml"))
     for one in study.read_studies(files):
         for asked in study.chosen([one], []):
             config = asked.config("run")
+            assert config.test
+            assert config.prior
             assert all(Path(path).exists() for path in (config.data, config.test, config.prior))
         assert all(Path(study.resolved(after.data)).is_file() for after in one.after)
 
