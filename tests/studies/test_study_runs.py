@@ -18,6 +18,7 @@ import yaml
 from conftest import ENDS
 
 from selfdistill.config.train import TrainConfig
+from selfdistill.errors import UserError
 from selfdistill.evaluation.generate import generate
 from selfdistill.model.loading import LoadedModel
 from selfdistill.runtime.tracking import read_lines
@@ -373,3 +374,12 @@ def test_runs_of_other_settings_are_left_out_and_failures_named(
         "- not yet run: 2 of 4 runs",
         "- left out: 1 line of other settings",
     ]
+
+
+def test_anchors_of_some_kinds_are_those_of_the_package(study: ModuleType) -> None:
+    lines = Path(study.resolved("bundled:anchors.jsonl")).read_text(encoding="utf-8").splitlines()
+    found = Path(study.resolved("kinds:list+code")).read_text(encoding="utf-8").splitlines()
+    assert found == [line for line in lines if json.loads(line)["kind"] in ("list", "code")]
+    assert 0 < len(found) < len(lines)
+    with pytest.raises(UserError, match="kinds:list\\+poems: no kind 'poems', expected arithmetic, code, "):
+        study.resolved("kinds:list+poems")
