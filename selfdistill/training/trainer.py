@@ -148,15 +148,12 @@ class Trainer:
         """The task's teacher: the only one that may move."""
 
     def _make_caches(self) -> dict[TeacherRule, PrefixCache | None]:
-        """A cache for each frozen teacher's contexts, as far as later epochs use them again."""
-        contexts: dict[TeacherRule, list[list[int]]] = {}
-        for stage in self.stages:
-            for part in stage.parts:
-                rule, drawn = part.method.teacher, part.share * self.config.batch_size * stage.steps
-                if rule and rule.kind == "frozen" and drawn > len(part.examples):
-                    contexts.setdefault(rule, []).extend(x.teacher_ids or [] for x in part.examples)
-        budget_bytes = self.config.teacher_cache_mib * 2**20 // max(1, len(contexts))
-        return {rule: self.forward_pass.keep(ids, budget_bytes) for rule, ids in contexts.items()}
+        """A cache for the contexts of the task's teacher, if it is frozen; prompts beside it rarely come twice."""
+        if self.teacher is None or self.teacher.kind != "frozen":
+            return {}
+        tasks = [stage.task for stage in self.stages if stage.task.method.teacher]
+        contexts = [example.teacher_ids or [] for task in tasks for example in task.examples]
+        return {self.teacher.rule: self.forward_pass.keep(contexts, self.config.teacher_cache_mib * 2**20)}
 
     def _other_teacher(self, name: str) -> LoadedModel:
         """Load a separate teacher; it must have the student's architecture."""

@@ -326,7 +326,7 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
     values: dict[str, Any] = {"teacher": "frozen"} if method == "sdft" else {}
     run = Trainer(all_of_them(method=method, batch_size=6, max_steps=24, learning_rate=3e-3, **values))
     base, student = copy.deepcopy(run.loaded.model), run.loaded.model
-    first = run.stages[0]
+    first = run.stages[0].task
     completions = first.method.sequence(run.loaded, first.examples * 8, 1000)  # of the untrained model, where sampled
 
     def lacks(model: Any) -> float:
@@ -601,6 +601,6 @@ def test_a_method_with_a_setting_of_its_own_is_one_function(
     with pytest.raises(UserError, match="found skip, but method 'sft' has no settings of its own; remove them"):
         stages_of(config)
     monkeypatch.setitem(METHODS, "sft", sft)
-    assert stages_of(config)[0].skip_first_tokens == 2
+    assert stages_of(config)[0][0].method.skip_first_tokens == 2
     assert uses(config, "method_settings")
     assert not uses(config, "temperature")

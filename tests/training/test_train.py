@@ -828,7 +828,7 @@ def test_only_what_a_frozen_teacher_reads_is_kept(
     settings: Callable[..., TrainConfig], options: dict[str, Any], kept: bool
 ) -> None:
     run = Trainer(settings(**options))
-    assert (bool(run.prefix_caches)) == kept
+    assert any(run.prefix_caches.values()) == kept
     assert any("cached for later epochs" in line for line in run.describe()) == kept
 
 
@@ -947,7 +947,9 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
     train(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     with_teacher = {"kl/forward", "kl/reverse", "drift/teacher", "importance"}
-    expected = set(METRICS) - {"reward", "skipped"} - (with_teacher if method == "sft" else set())
+    expected = (
+        set(METRICS) - {"reward", "skipped", "loss/PART", "share/PART"} - (with_teacher if method == "sft" else set())
+    )
     values = [json.loads(line) for line in lines]
     assert [v["step"] for v in values] == [1, 2, 3, 4, 5, 6]
     assert all(v.keys() == expected for v in values)
