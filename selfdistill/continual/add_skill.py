@@ -20,7 +20,7 @@ import yaml
 
 from selfdistill.config import LearnConfig, TrainConfig, changes, dump_yaml
 from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger
-from selfdistill.continual.parts import parts_of
+from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
 from selfdistill.data import Demonstration, load_demonstrations, write_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
@@ -65,7 +65,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     config = LearnConfig(**config.model_dump() | {"name": name})
     run = _run_config(config, "model", config.context, Path(PENDING))  # validate before any long work
     stages = stages_of(run)
-    parts = parts_of(config, lacks_of(stages))
+    splits = split_rows(config, lacks_of(stages))
     if config.action == "stream":
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:
@@ -75,9 +75,9 @@ def add(config: LearnConfig) -> dict[str, Any]:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config)
-        _begin(ledger, config, parts)
-        say("rows: " + ", ".join(f"{len(rows)} for {part}" for part, rows in parts.items()))
-        learnt, asked = {repr(row.prompt) for row in parts["train"]}, parts["test"]
+        _begin(ledger, config, splits)
+        say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in splits.items()))
+        learnt, asked = {repr(row.prompt) for row in splits["train"]}, splits["test"]
         if known := sum(repr(row.prompt) in learnt for row in asked):
             say(f"note: {known} of {len(asked)} test questions are also in the training data")
         try:
@@ -169,13 +169,13 @@ def _with_newer_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **defaults}
 
 
-def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstration]]) -> None:
+def _begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]) -> None:
     """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
 
     Raises:
         UserError: another addition is pending, or the skill's name is taken.
     """
-    texts = json.dumps([[_text(row) for row in part] for part in parts.values()])
+    texts = json.dumps([[_text(row) for row in rows] for rows in splits.values()])
     asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
     settings = config.model_dump()
     asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
@@ -195,11 +195,11 @@ def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstrat
     if config.name in [skill.name for skill in ledger.skills]:
         raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another --name")
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
-        for part, rows in parts.items():
-            write_demonstrations(folder / f"{part}.jsonl", rows)
+        for split, rows in splits.items():
+            write_demonstrations(folder / f"{split}.jsonl", rows)
         (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
         write_json(folder / "asked.json", asked)
-        places = {part: [row.row for row in rows] for part, rows in parts.items() if part != "test"}
+        places = {split: [row.row for row in rows] for split, rows in splits.items() if split != "test"}
         write_json(folder / "places.json", places)
 
 
