@@ -6,7 +6,6 @@ exists, so the same command resumes where it was interrupted. Accepting is one r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,11 +17,12 @@ from typing import Any
 
 import yaml
 
-from selfdistill.config import LearnConfig, TrainConfig, changes, dump_yaml
-from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger
+from selfdistill.config import LearnConfig, TrainConfig
+from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger, settings_of
+from selfdistill.continual.pending import begin
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import Demonstration, load_demonstrations, write_demonstrations
+from selfdistill.data import load_demonstrations
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -44,9 +44,6 @@ from selfdistill.model import (
 )
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
-
-_FREE = ("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to")
-"""Settings that may differ when an addition is resumed."""
 
 
 def add(config: LearnConfig) -> dict[str, Any]:
@@ -75,7 +72,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config)
-        _begin(ledger, config, splits)
+        begin(ledger, config, splits)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in splits.items()))
         learnt, asked = {repr(row.prompt) for row in splits["train"]}, splits["test"]
         if known := sum(repr(row.prompt) in learnt for row in asked):
@@ -155,64 +152,6 @@ def _texts(prior: str) -> dict[str, bytes]:
 
 def _absolute(model: str) -> str:
     return os.path.abspath(model) if os.path.isdir(model) else model
-
-
-def _text(row: Demonstration) -> str:
-    """A row as the text that states of 0.1.0 hashed, which was the ``repr`` of its dataclass."""
-    return f"Demonstration({', '.join(f'{name}={value!r}' for name, value in row.identity().items())})"
-
-
-def _with_newer_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older release, with the defaults of those that it did not have."""
-    newer = LearnConfig.model_fields.keys() - {*settings, *_FREE, "data"}
-    defaults = {name: LearnConfig.model_fields[name].get_default(call_default_factory=True) for name in newer}
-    return {**settings, **defaults}
-
-
-def _begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]) -> None:
-    """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
-
-    Raises:
-        UserError: another addition is pending, or the skill's name is taken.
-    """
-    texts = json.dumps([[_text(row) for row in rows] for rows in splits.values()])
-    asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
-    settings = config.model_dump()
-    asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
-    if ledger.pending.is_dir():
-        found, here = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8")), json.dumps(asked)
-        found["settings"] = _with_newer_settings(found["settings"])
-        if found == json.loads(here):
-            say(f"resuming {config.name}")
-            return
-        if ledger.interrupted:
-            raise UserError(
-                f"state {config.state!r}: adding {found['name']!r} was interrupted, and "
-                f"{_changes(found, json.loads(here))}; resume with the same command, rows and settings, or drop it "
-                f"with selfdistill learn --state {config.state} discard"
-            )
-        ledger.discard()  # training had not begun
-    if config.name in [skill.name for skill in ledger.skills]:
-        raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another --name")
-    with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
-        for split, rows in splits.items():
-            write_demonstrations(folder / f"{split}.jsonl", rows)
-        (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        write_json(folder / "asked.json", asked)
-        places = {split: [row.row for row in rows] for split, rows in splits.items() if split != "test"}
-        write_json(folder / "places.json", places)
-
-
-def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The differences between the request and the addition in ``pending``."""
-    changed = changes(there["settings"], here["settings"])
-    return "; ".join(changed + ["its rows or test rows differ"] * (there["data"] != here["data"]))
-
-
-def settings_of(folder: Path) -> LearnConfig:
-    """The settings with which a skill was learnt, without those that this version does not know."""
-    saved = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
-    return LearnConfig(**{key: value for key, value in saved.items() if key in LearnConfig.model_fields})
 
 
 def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:

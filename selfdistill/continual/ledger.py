@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from selfdistill.config import LearnConfig
 from selfdistill.errors import UserError
 from selfdistill.runtime import fsync, remove_folder, write_atomically
 
@@ -61,6 +62,12 @@ class Skill:
         """What was measured when it was added."""
         found: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         return found
+
+
+def settings_of(folder: Path) -> LearnConfig:
+    """The settings with which a skill was learnt, without those that this version does not know."""
+    saved = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    return LearnConfig(**{key: value for key, value in saved.items() if key in LearnConfig.model_fields})
 
 
 class Ledger:
