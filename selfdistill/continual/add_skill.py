@@ -20,9 +20,10 @@ import yaml
 from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger, settings_of
 from selfdistill.continual.pending import begin
+from selfdistill.continual.rehearsal import MEMORY, check_room, cost_of, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import load_demonstrations
+from selfdistill.data import load_demonstrations, load_prompts
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -42,7 +43,7 @@ from selfdistill.model import (
     start_fingerprint,
     training_precision,
 )
-from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write_json
+from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
 
 
@@ -52,7 +53,9 @@ def add(config: LearnConfig) -> dict[str, Any]:
     Returns:
         ``name``, ``accepted``, ``reasons`` (for refusal), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
         teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current model on the new skill) and
-        ``after`` (of the new model: ``skills`` by name, and the prior abilities); the latter only if reached.
+        ``after`` (of the new model: ``skills`` by name, and the prior abilities), ``training`` (its cost, see
+        :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``, the number of earlier skills' prompts that
+        were anchors); the latter two only if reached.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -60,7 +63,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     """
     name = config.name or re.sub(r"[^\w.-]+", "-", Path(config.data).name.partition(".")[0]).strip("-.")
     config = LearnConfig(**config.model_dump() | {"name": name})
-    run = _run_config(config, "model", config.context, Path(PENDING))  # validate before any long work
+    run = run_config(config, "model", config.context, Path(PENDING), rehearses=False)  # validate before any long work
     stages = stages_of(run)
     splits = split_rows(config, lacks_of(stages))
     if config.action == "stream":
@@ -68,6 +71,8 @@ def add(config: LearnConfig) -> dict[str, Any]:
     elif config.max_steps is not None:
         check_steps(config.max_steps, run.method, stages)
     check_inputs(run.model_copy(update={"data": ""}))  # its rows have been read
+    if not (Path(config.state) / START).is_dir():
+        check_room(run)  # before the base is measured; a state that exists may have more to rehearse, or to resume
     if config.prior:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
@@ -167,19 +172,6 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
         return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size)}
 
 
-def _run_config(config: LearnConfig, model: str, context: str, folder: Path) -> TrainConfig:
-    """Training settings for a skill in ``folder``."""
-    names = TrainConfig.model_fields.keys() & LearnConfig.model_fields.keys()
-    own = {
-        "model": model,
-        "data": str(folder / "train.jsonl"),
-        "output_dir": str(folder / "run"),
-        "context": context,
-        **{"test": None, "prior": None, "eval_steps": 0},  # evaluated by this module
-    }
-    return TrainConfig(**{name: getattr(config, name) for name in names} | own)
-
-
 def _least(score: Evaluation, config: LearnConfig) -> float:
     """The minimum score at which a skill counts as retained, given its earlier score."""
     if config.max_skill_drop is not None:
@@ -216,7 +208,7 @@ class _NewSkill:
             )
         else:
             try:
-                self._train(result["check"]["context"])
+                result["training"] = self._train(result["check"]["context"])
                 result["after"] = self._step("after", lambda: self._on(str(self._folder / "model"), self._all, True))
                 reasons += self._against(result)
             except RunFailed as failed:
@@ -253,7 +245,7 @@ class _NewSkill:
 
     def _check(self) -> dict[str, Any]:
         """Check whether the current model, given the demonstration, can teach itself, and find the best context."""
-        run = _run_config(self._config, self._ledger.model, self._config.context, self._folder)
+        run = run_config(self._config, self._ledger.model, self._config.context, self._folder)
         if not uses(run, "context"):
             verdict = f"{run.method} has no teacher"
             return {"context": self._config.context, "worth": True, "accuracy": 1.0, "verdict": verdict}
@@ -262,16 +254,23 @@ class _NewSkill:
         worth, accuracy = found.exit_code == 0, found.best.accuracy
         return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}
 
-    def _train(self, context: str) -> None:
-        """Train; leaves the full model in ``model``, and ``run`` without checkpoints."""
+    def _train(self, context: str) -> dict[str, Any]:
+        """Train, and return the cost; leaves the full model in ``model``, and ``run`` without checkpoints."""
         model = self._folder / "model"
-        run = _run_config(self._config, self._ledger.model, context, self._folder)
+        run = run_config(self._config, self._ledger.model, context, self._folder)
         folder = Path(run.output_dir)
         if not model.is_dir():
             take_whole(self._trained(run), model)
             self._stop_where_asked()
         for left in (*folder.glob("checkpoint-*"), folder / "final"):
             shutil.rmtree(left, ignore_errors=True)
+        if self._config.action == "stream":
+            chunks = [line.get("training") for line in read_lines(self._folder / "stream.jsonl")]
+            cost = total([chunk for chunk in chunks if chunk])
+        else:
+            cost = cost_of(run, len(self._config.anchors))
+        memory = self._folder / MEMORY
+        return cost | {"rehearsed": len(load_prompts(str(memory))) if memory.exists() else 0}
 
     def _trained(self, run: TrainConfig) -> Path:
         """Train, and return the folder of the final model, which may be an adapter."""

@@ -10,7 +10,8 @@ import json
 from typing import Any
 
 from selfdistill.config import LearnConfig, changes, dump_yaml
-from selfdistill.continual.ledger import Ledger
+from selfdistill.continual.ledger import BEFORE, Ledger
+from selfdistill.continual.rehearsal import MEMORY, PROMPTS, check_room, rehearsed, run_config, to_remember
 from selfdistill.data import Demonstration, write_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.runtime import say, write_json
@@ -25,11 +26,18 @@ def _text(row: Demonstration) -> str:
     return f"Demonstration({', '.join(f'{name}={value!r}' for name, value in row.identity().items())})"
 
 
-def _with_newer_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older release, with the defaults of those that it did not have."""
-    newer = LearnConfig.model_fields.keys() - {*settings, *_FREE, "data"}
-    defaults = {name: LearnConfig.model_fields[name].get_default(call_default_factory=True) for name in newer}
-    return {**settings, **defaults}
+def _with_newer_settings(settings: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older release, with those that it did not have.
+
+    It goes on as it began, so where ``here`` has the default, or what the older release did, it is the same.
+    """
+    found = dict(settings)
+    for name in here.keys() - settings.keys():
+        default = LearnConfig.model_fields[name].get_default(call_default_factory=True)
+        default = list(default) if isinstance(default, tuple) else default
+        before = BEFORE.get(name, default)
+        found[name] = here[name] if here[name] in (default, before) else before
+    return found
 
 
 def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]) -> None:
@@ -43,23 +51,31 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
     settings = config.model_dump()
     asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
     if ledger.pending.is_dir():
-        found, here = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8")), json.dumps(asked)
-        found["settings"] = _with_newer_settings(found["settings"])
-        if found == json.loads(here):
-            say(f"resuming {config.name}")
+        found = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))
+        here = json.loads(json.dumps(asked))
+        without = "" if "anchors" in found["settings"] else ", which began without anchors and goes on without"
+        found["settings"] = _with_newer_settings(found["settings"], here["settings"])
+        if found == here:
+            say(f"resuming {config.name}{without}")
             return
         if ledger.interrupted:
             raise UserError(
                 f"state {config.state!r}: adding {found['name']!r} was interrupted, and "
-                f"{_changes(found, json.loads(here))}; resume with the same command, rows and settings, or drop it "
+                f"{_changes(found, here)}; resume with the same command, rows and settings, or drop it "
                 f"with selfdistill learn --state {config.state} discard"
             )
         ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:
         raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another --name")
+    memory = rehearsed(ledger.skills, splits["train"])
+    check_room(run_config(config, "model", config.context, ledger.pending, rehearses=bool(memory)))
+    prompts = to_remember(config, splits["train"])
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
         for split, rows in splits.items():
             write_demonstrations(folder / f"{split}.jsonl", rows)
+        for name, kept in ((PROMPTS, prompts), (MEMORY, memory)):
+            if kept:
+                write_demonstrations(folder / name, kept)
         (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
         write_json(folder / "asked.json", asked)
         places = {split: [row.row for row in rows] for split, rows in splits.items() if split != "test"}
