@@ -38,8 +38,10 @@ def remembered(folder: Path) -> list[Demonstration]:
     """The prompts that the state keeps of the skill in ``folder``; those of its rows if an older release learnt it."""
     if (folder / PROMPTS).exists():
         return load_prompts(str(folder / PROMPTS))
-    rows = folder / "train.jsonl"
-    return to_remember(settings_of(folder), load_demonstrations(str(rows))) if rows.exists() else []
+    settings, rows = settings_of(folder), folder / "train.jsonl"
+    if "remember" in settings.model_fields_set or not rows.exists():
+        return []
+    return to_remember(settings, load_demonstrations(str(rows)))
 
 
 def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[Demonstration]:
