@@ -201,7 +201,7 @@ def test_status_and_result_say_what_was_rehearsed_and_what_it_cost(
     training = found["training"]
     assert (found["skill"], found["remembered"], training["rehearsed"], training["steps"]) == ("second", 8, 8, 8)
     assert training["seconds"] == pytest.approx(sum(line["time/step_s"] for line in lines))
-    for what, part in (("anchors", "anchors"), ("memory", "anchors 1")):
+    for what, part in (("anchors", "anchors:package"), ("memory", "anchors:memory")):
         shares = [line.get(f"share/{part}", 0.0) for line in lines]
         seconds = sum(share * line["time/step_s"] for share, line in zip(shares, lines, strict=True))
         assert training[what] == pytest.approx({"share": sum(shares) / 8, "seconds": seconds})
@@ -293,7 +293,7 @@ def test_an_interrupted_addition_rehearses_on_to_the_same_model(
     folders = [tmp_path / state / "skills/0002-second" for state in ("whole", "moved")]
     a, b = (load_file(folder / "model/model.safetensors") for folder in folders)
     assert all(torch.equal(a[key], b[key]) for key in a)
-    shares = [[line.get("share/anchors 1") for line in rows_of(folder / "run/metrics.jsonl")] for folder in folders]
+    shares = [[line.get("share/anchors:memory") for line in rows_of(folder / "run/metrics.jsonl")] for folder in folders]
     assert shares[0] == shares[1]
     assert any(shares[0])
 
