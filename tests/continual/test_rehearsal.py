@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import CHATML
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +32,7 @@ def make(model_folder: Callable[..., Path], tmp_path: Path) -> Settings:
     """Settings of an addition by SFT, without gates, of ten rows that tell one word."""
 
     def settings(skill: str = "first", rows: list[dict[str, Any]] | None = None, **values: Any) -> LearnConfig:
-        rows = rows or [{"prompt": f"{skill} {i}", "completion": f"{skill}!", "answer": skill} for i in range(10)]
+        rows = rows or [{"prompt": f"{skill} {i}", "completion": f"{skill}!", "answer": f"{skill}!"} for i in range(10)]
         data = tmp_path / f"{skill}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         defaults: dict[str, Any] = {
@@ -95,12 +96,15 @@ def test_each_addition_rehearses_the_prompts_of_all_earlier_skills_and_no_answer
     assert len(before) == 24  # eight of each skill's ten rows, the others are its test
 
 
-def test_tools_and_template_arguments_of_a_row_stay_with_its_prompt(make: Settings, tmp_path: Path) -> None:
+def test_tools_and_template_arguments_of_a_row_stay_with_its_prompt(
+    make: Settings, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = str(model_folder(template="{% if tools %}{{ tools[0].function.name }}{% endif %}" + CHATML))
     tools = [{"type": "function", "function": {"name": "look"}}]
     extra: dict[str, Any] = {"tools": tools, "chat_template_kwargs": {"hint": "h"}}
     rows = [{"prompt": f"p {i}", "completion": "x", "document": "d", **extra} for i in range(4)]
-    add(make(rows=rows))
-    add(make("second"))
+    add(make(rows=rows, model=model))
+    add(make("second", model=model))
     found = rows_of(tmp_path / "state/skills/0002-second/memory.jsonl")
     assert found
     assert all(row.keys() == {"prompt", "tools", "chat_template_kwargs"} for row in found)
@@ -293,7 +297,9 @@ def test_an_interrupted_addition_rehearses_on_to_the_same_model(
     folders = [tmp_path / state / "skills/0002-second" for state in ("whole", "moved")]
     a, b = (load_file(folder / "model/model.safetensors") for folder in folders)
     assert all(torch.equal(a[key], b[key]) for key in a)
-    shares = [[line.get("share/anchors:memory") for line in rows_of(folder / "run/metrics.jsonl")] for folder in folders]
+    shares = [
+        [line.get("share/anchors:memory") for line in rows_of(folder / "run/metrics.jsonl")] for folder in folders
+    ]
     assert shares[0] == shares[1]
     assert any(shares[0])
 
