@@ -93,7 +93,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     ),
     "skills and gates": (
         *("action", "state", "name", "test_share", "min_teacher", "max_prior_drop", "max_skill_drop"),
-        *("chunk_size", "chunk_steps"),
+        *("chunk_size", "chunk_steps", "remember"),
     ),
     "questions about documents": ("writer_url", "writer_model", "passage_words", "tries", "phrasings"),
     "devices and memory": (

@@ -46,6 +46,8 @@ COMMON: dict[str, Any] = {
     "min_teacher": 0.0,
     "max_prior_drop": 1.0,
     "max_skill_drop": 1.0,
+    "anchors": (),
+    "remember": "none",
 }
 LOOKS = 4
 """Measurements along each skill."""

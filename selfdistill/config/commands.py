@@ -171,6 +171,16 @@ class LearnConfig(TrainingSettings, OneRun):
     max_skill_drop: float | None = Field(default=None, ge=0, le=1)
     """Gate: refuse a skill if an earlier one drops by more than this since it was learnt, or the new one below its
     score before training. Default: a drop below the 95% interval of that score, which is wide for a small test."""
+    anchors: tuple[str, ...] = ("package",)
+    """Prompts on which the model is to stay as it was before the addition, beside those of earlier skills: ``package``
+    (general prompts of many kinds), or a text file with one prompt per line, or rows with ``prompt`` or ``messages``,
+    such as your own traffic. Several sources are separated by commas. ``none``: only those of earlier skills."""
+    anchor_share: float = Field(default=0.5, ge=0, lt=1)
+    """Share of every batch that is anchors, by default half. All sources get equal parts of it, and the prompts of all
+    earlier skills together are one. 0: no anchors, and nothing is rehearsed."""
+    remember: Literal["all", "none"] | int = "all"
+    """Training prompts of this skill that stay in the state, without answers, so that later additions rehearse them:
+    ``all``, ``none``, or at most so many, drawn with the seed."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations of every skill during training, written to ``along.jsonl``; 0: none."""
     chunk_size: int = Field(default=32, ge=1)
@@ -178,6 +188,15 @@ class LearnConfig(TrainingSettings, OneRun):
     chunk_steps: int = Field(default=50, ge=1)
     """``stream``: maximum steps per chunk; training on it ends when the loss on the latest validation rows stops
     falling. Until the first validation row arrives, every chunk takes this many steps."""
+
+    @field_validator("remember", mode="before")
+    @classmethod
+    def _prompts(cls, value: Any) -> Any:
+        """Accept a number as text; 0 is ``none``."""
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if number in ("all", "none") or (type(number) is int and number >= 0):
+            return number or "none"
+        raise ValueError("all, none, or a number of prompts")
 
     def model_post_init(self, _context: Any) -> None:
         """Check settings against each other, without ``train``'s rules about ``test``."""

@@ -6,7 +6,6 @@ exists, so the same command resumes where it was interrupted. Accepting is one r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,11 +17,13 @@ from typing import Any
 
 import yaml
 
-from selfdistill.config import LearnConfig, TrainConfig, changes, dump_yaml
-from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger
-from selfdistill.continual.parts import parts_of
+from selfdistill.config import LearnConfig, TrainConfig
+from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger, settings_of
+from selfdistill.continual.pending import begin
+from selfdistill.continual.rehearsal import MEMORY, check_room, cost_of, run_config, total
+from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import Demonstration, load_demonstrations, write_demonstrations
+from selfdistill.data import load_demonstrations, load_prompts
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -42,11 +43,8 @@ from selfdistill.model import (
     start_fingerprint,
     training_precision,
 )
-from selfdistill.runtime import StepsFile, StopRequests, folder_lock, say, write_json
+from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
-
-_FREE = ("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to")
-"""Settings that may differ when an addition is resumed."""
 
 
 def add(config: LearnConfig) -> dict[str, Any]:
@@ -55,7 +53,9 @@ def add(config: LearnConfig) -> dict[str, Any]:
     Returns:
         ``name``, ``accepted``, ``reasons`` (for refusal), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
         teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current model on the new skill) and
-        ``after`` (of the new model: ``skills`` by name, and the prior abilities); the latter only if reached.
+        ``after`` (of the new model: ``skills`` by name, and the prior abilities), ``training`` (its cost, see
+        :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``, the number of earlier skills' prompts that
+        were anchors); the latter two only if reached.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -63,21 +63,23 @@ def add(config: LearnConfig) -> dict[str, Any]:
     """
     name = config.name or re.sub(r"[^\w.-]+", "-", Path(config.data).name.partition(".")[0]).strip("-.")
     config = LearnConfig(**config.model_dump() | {"name": name})
-    run = _run_config(config, "model", config.context, Path(PENDING))  # validate before any long work
+    run = run_config(config, "model", config.context, Path(PENDING), rehearses=False)  # validate before any long work
     stages = stages_of(run)
-    parts = parts_of(config, lacks_of(stages))
+    splits = split_rows(config, lacks_of(stages))
     if config.action == "stream":
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:
         check_steps(config.max_steps, run.method, stages)
     check_inputs(run.model_copy(update={"data": ""}))  # its rows have been read
+    if not (Path(config.state) / START).is_dir():
+        check_room(run)  # before the base is measured; a state that exists may have more to rehearse, or to resume
     if config.prior:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config)
-        _begin(ledger, config, parts)
-        say("rows: " + ", ".join(f"{len(rows)} for {part}" for part, rows in parts.items()))
-        learnt, asked = {repr(row.prompt) for row in parts["train"]}, parts["test"]
+        begin(ledger, config, splits)
+        say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in splits.items()))
+        learnt, asked = {repr(row.prompt) for row in splits["train"]}, splits["test"]
         if known := sum(repr(row.prompt) in learnt for row in asked):
             say(f"note: {known} of {len(asked)} test questions are also in the training data")
         try:
@@ -157,64 +159,6 @@ def _absolute(model: str) -> str:
     return os.path.abspath(model) if os.path.isdir(model) else model
 
 
-def _text(row: Demonstration) -> str:
-    """A row as the text that states of 0.1.0 hashed, which was the ``repr`` of its dataclass."""
-    return f"Demonstration({', '.join(f'{name}={value!r}' for name, value in row.identity().items())})"
-
-
-def _with_newer_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older release, with the defaults of those that it did not have."""
-    newer = LearnConfig.model_fields.keys() - {*settings, *_FREE, "data"}
-    defaults = {name: LearnConfig.model_fields[name].get_default(call_default_factory=True) for name in newer}
-    return {**settings, **defaults}
-
-
-def _begin(ledger: Ledger, config: LearnConfig, parts: dict[str, list[Demonstration]]) -> None:
-    """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
-
-    Raises:
-        UserError: another addition is pending, or the skill's name is taken.
-    """
-    texts = json.dumps([[_text(row) for row in part] for part in parts.values()])
-    asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
-    settings = config.model_dump()
-    asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
-    if ledger.pending.is_dir():
-        found, here = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8")), json.dumps(asked)
-        found["settings"] = _with_newer_settings(found["settings"])
-        if found == json.loads(here):
-            say(f"resuming {config.name}")
-            return
-        if ledger.interrupted:
-            raise UserError(
-                f"state {config.state!r}: adding {found['name']!r} was interrupted, and "
-                f"{_changes(found, json.loads(here))}; resume with the same command, rows and settings, or drop it "
-                f"with selfdistill learn --state {config.state} discard"
-            )
-        ledger.discard()  # training had not begun
-    if config.name in [skill.name for skill in ledger.skills]:
-        raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another --name")
-    with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
-        for part, rows in parts.items():
-            write_demonstrations(folder / f"{part}.jsonl", rows)
-        (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        write_json(folder / "asked.json", asked)
-        places = {part: [row.row for row in rows] for part, rows in parts.items() if part != "test"}
-        write_json(folder / "places.json", places)
-
-
-def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The differences between the request and the addition in ``pending``."""
-    changed = changes(there["settings"], here["settings"])
-    return "; ".join(changed + ["its rows or test rows differ"] * (there["data"] != here["data"]))
-
-
-def settings_of(folder: Path) -> LearnConfig:
-    """The settings with which a skill was learnt, without those that this version does not know."""
-    saved = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
-    return LearnConfig(**{key: value for key, value in saved.items() if key in LearnConfig.model_fields})
-
-
 def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
     """Evaluate a model on the tests of skills, each with that skill's settings, and on prior abilities."""
     with training_precision(loaded.model, config.mixed_precision):
@@ -226,19 +170,6 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
         chat = loaded.chat(config.chat_template_kwargs, config.template_date)
         priors = encode_priors(loaded, chat, load_prior(prior)) if prior else []
         return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size)}
-
-
-def _run_config(config: LearnConfig, model: str, context: str, folder: Path) -> TrainConfig:
-    """Training settings for a skill in ``folder``."""
-    names = TrainConfig.model_fields.keys() & LearnConfig.model_fields.keys()
-    own = {
-        "model": model,
-        "data": str(folder / "train.jsonl"),
-        "output_dir": str(folder / "run"),
-        "context": context,
-        **{"test": None, "prior": None, "eval_steps": 0},  # evaluated by this module
-    }
-    return TrainConfig(**{name: getattr(config, name) for name in names} | own)
 
 
 def _least(score: Evaluation, config: LearnConfig) -> float:
@@ -277,7 +208,7 @@ class _NewSkill:
             )
         else:
             try:
-                self._train(result["check"]["context"])
+                result["training"] = self._train(result["check"]["context"])
                 result["after"] = self._step("after", lambda: self._on(str(self._folder / "model"), self._all, True))
                 reasons += self._against(result)
             except RunFailed as failed:
@@ -314,7 +245,7 @@ class _NewSkill:
 
     def _check(self) -> dict[str, Any]:
         """Check whether the current model, given the demonstration, can teach itself, and find the best context."""
-        run = _run_config(self._config, self._ledger.model, self._config.context, self._folder)
+        run = run_config(self._config, self._ledger.model, self._config.context, self._folder)
         if not uses(run, "context"):
             verdict = f"{run.method} has no teacher"
             return {"context": self._config.context, "worth": True, "accuracy": 1.0, "verdict": verdict}
@@ -323,16 +254,23 @@ class _NewSkill:
         worth, accuracy = found.exit_code == 0, found.best.accuracy
         return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}
 
-    def _train(self, context: str) -> None:
-        """Train; leaves the full model in ``model``, and ``run`` without checkpoints."""
+    def _train(self, context: str) -> dict[str, Any]:
+        """Train, and return the cost; leaves the full model in ``model``, and ``run`` without checkpoints."""
         model = self._folder / "model"
-        run = _run_config(self._config, self._ledger.model, context, self._folder)
+        run = run_config(self._config, self._ledger.model, context, self._folder)
         folder = Path(run.output_dir)
         if not model.is_dir():
             take_whole(self._trained(run), model)
             self._stop_where_asked()
         for left in (*folder.glob("checkpoint-*"), folder / "final"):
             shutil.rmtree(left, ignore_errors=True)
+        if self._config.action == "stream":
+            chunks = [line.get("training") for line in read_lines(self._folder / "stream.jsonl")]
+            cost = total([chunk for chunk in chunks if chunk])
+        else:
+            cost = cost_of(run, len(self._config.anchors))
+        memory = self._folder / MEMORY
+        return cost | {"rehearsed": len(load_prompts(str(memory))) if memory.exists() else 0}
 
     def _trained(self, run: TrainConfig) -> Path:
         """Train, and return the folder of the final model, which may be an adapter."""

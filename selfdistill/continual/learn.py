@@ -14,6 +14,7 @@ from rich.table import Table
 from selfdistill.config import ExportConfig, LearnConfig
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.ledger import REFUSED, UNDONE, Ledger
+from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
 from selfdistill.errors import UserError
 from selfdistill.runtime import Printable, folder_lock
@@ -111,7 +112,11 @@ def retention_matrix(ledger: Ledger) -> dict[str, Any]:
 
 def _status(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
-    return {**retention_matrix(ledger), "model": ledger.model, "pending": ledger.interrupted}
+    memory = [
+        {"skill": skill.name, "remembered": len(remembered(skill.folder)), "training": skill.result.get("training")}
+        for skill in ledger.skills
+    ]
+    return {**retention_matrix(ledger), "memory": memory, "model": ledger.model, "pending": ledger.interrupted}
 
 
 def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
@@ -140,12 +145,34 @@ def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
             highlight=False,
             markup=False,
         )
+        _print_memory(found["memory"], console)
     else:
         console.print("No skills yet.", highlight=False)
     if pending := found["pending"]:
         way_on = "rerun the same command to resume, or 'discard' it"
         console.print(f"Adding {pending!r} was interrupted: {way_on}.", highlight=False, markup=False)
     console.print(f"Current model: {found['model']}", highlight=False, markup=False)
+
+
+def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="Prompts that the state keeps of each skill, and what learning it took")
+    table.add_column("skill")
+    for column in ("prompts kept", "rehearsed", "of each batch", "other anchors", "seconds", "for anchors"):
+        table.add_column(column, justify="right")
+    for line in memory:
+        cells, training = [str(line["remembered"])], line["training"]
+        if training:
+            seconds = training["anchors"]["seconds"] + training["memory"]["seconds"]
+            cells += [str(training["rehearsed"]), *(f"{training[what]['share']:.1%}" for what in ("memory", "anchors"))]
+            cells += [f"{training['seconds']:.0f}", f"{seconds:.0f}"]
+        table.add_row(escape(line["skill"]), *cells)
+    console.print(table)
+    console.print(
+        "Rehearsed: prompts of earlier skills, and their share of the examples; for anchors of both kinds, each step's "
+        "seconds by their share of its examples.",
+        highlight=False,
+        markup=False,
+    )
 
 
 def _history(config: LearnConfig) -> dict[str, Any]:

@@ -5,7 +5,8 @@
     start/          state.yaml (base model and evaluation settings), prior/ (copied questions about the base's prior
                     abilities) and base.json (its score on them)
     skills/0001-routing/    accepted skills, in this order; the last one's model is the current model
-        settings.yaml, train.jsonl, test.jsonl, of a stream validation.jsonl, run/, model/, result.json
+        settings.yaml, train.jsonl, test.jsonl, of a stream validation.jsonl, run/, model/, result.json;
+        prompts.jsonl (what later additions rehearse of it) and memory.jsonl (what it rehearsed of earlier skills)
     pending/        an addition in progress or interrupted; same contents
     refused/, undone/       additions that were refused or rolled back; read only by ``history``
 
@@ -22,12 +23,15 @@ from typing import Any
 
 import yaml
 
+from selfdistill.config import LearnConfig
 from selfdistill.errors import UserError
 from selfdistill.runtime import fsync, remove_folder, write_atomically
 
 START, SKILLS, PENDING, REFUSED, UNDONE = "start", "skills", "pending", "refused", "undone"
 MEASURED_WITH = ("dtype", "mixed_precision", "chat_template_kwargs")
 """Settings that must be the same for the base and all skills, so that scores are comparable."""
+BEFORE: dict[str, Any] = {"anchors": []}
+"""What additions did before there was the setting, where that is not the default."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,12 @@ class Skill:
         """What was measured when it was added."""
         found: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         return found
+
+
+def settings_of(folder: Path) -> LearnConfig:
+    """The settings with which a skill was learnt, without those that this version does not know."""
+    saved = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    return LearnConfig(**BEFORE | {key: value for key, value in saved.items() if key in LearnConfig.model_fields})
 
 
 class Ledger:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.config import LearnConfig, TrainConfig
+from selfdistill.continual.rehearsal import cost_of
 from selfdistill.data import (
     ChatFormat,
     Demonstration,
@@ -47,7 +48,8 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
 
     ``stream.jsonl`` gets one line per chunk: ``step`` (its number, from 1), ``rows`` (not too long), ``accuracy``
     (before training on the chunk), ``steps``, and ``loss_before`` and ``loss_after``: the mean loss on the validation
-    rows, in nats per token, or None if there are none yet. Chunks already in the file are skipped.
+    rows, in nats per token, or None if there are none yet, and ``training``, its cost. Chunks already in the file are
+    skipped. The anchors of a chunk are those of the addition; what the model was before the chunk is to stay.
 
     Raises:
         UserError: rows are too long (raised before training), or all are.
@@ -123,7 +125,7 @@ def _chunk(
 ) -> dict[str, Any]:
     """Test the model on the rows of a chunk, then train on them; the chunk may be empty."""
     if not chunk:
-        return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None}
+        return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None, "training": None}
     loaded = load_for_training(model, dtype=config.dtype, adapter_base=config.adapter_base)
     chat = loaded.chat(config.chat_template_kwargs, config.template_date)
     with training_precision(loaded.model, config.mixed_precision):
@@ -135,22 +137,20 @@ def _chunk(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     write_demonstrations(folder / "rows.jsonl", chunk)
-    final = train(
-        run.model_copy(
-            update={
-                "model": model,
-                "data": str(folder / "rows.jsonl"),
-                "output_dir": str(folder / "run"),
-                "max_steps": config.chunk_steps,
-                "lr_scheduler_type": "constant",
-                **{"save_steps": 0, "view_rows": 0, "drift_steps": 0},
-            }
-        ),
-        on_step=watch,
+    own = run.model_copy(
+        update={
+            "model": model,
+            "data": str(folder / "rows.jsonl"),
+            "output_dir": str(folder / "run"),
+            "max_steps": config.chunk_steps,
+            "lr_scheduler_type": "constant",
+            **{"save_steps": 0, "view_rows": 0, "drift_steps": 0},
+        }
     )
-    take_whole(final, folder / "model")
+    take_whole(train(own, on_step=watch), folder / "model")
     losses = {"loss_before": before, "loss_after": watch.last}
-    return {"rows": len(chunk), "accuracy": accuracy, "steps": watch.steps, **losses}
+    training = cost_of(own, len(config.anchors))
+    return {"rows": len(chunk), "accuracy": accuracy, "steps": watch.steps, **losses, "training": training}
 
 
 def _fitting(

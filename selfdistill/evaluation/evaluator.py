@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from selfdistill.config import TrainingSettings
+from selfdistill.config import PACKAGE, TrainingSettings
 from selfdistill.data import (
     Lacks,
     Note,
     general_prompts,
     load_demonstrations,
+    load_prompts,
     nothing_to_score,
     parse_context,
 )
@@ -51,6 +52,9 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
         check_answers(rows, config.scorer)
     if config.prior is not None:
         load_prior(config.prior)
+    for source in config.anchors:
+        if source != PACKAGE:
+            load_prompts(source)
 
 
 class Evaluator:

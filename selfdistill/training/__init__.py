@@ -6,6 +6,7 @@ from selfdistill.training.loop import OnStep
 from selfdistill.training.plan import Plan, plan
 from selfdistill.training.run import Run
 from selfdistill.training.schedule import steps_of
+from selfdistill.training.setup import check_parts
 from selfdistill.training.train import check_output_dir, train, with_context
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Plan",
     "Run",
     "check_output_dir",
+    "check_parts",
     "export",
     "list_checkpoints",
     "plan",

@@ -104,11 +104,20 @@ def make_stages(
     Raises:
         UserError: rows are too long, a reward cannot use an answer, or ``skip_first_tokens`` masks most tokens.
     """
-    stages = []
+    check_parts(config)
+    return [
+        Stage([_encoded(part, config, demonstrations, loaded, chat) for part in parts]) for parts in stages_of(config)
+    ]
+
+
+def check_parts(config: TrainConfig) -> None:
+    """Check that every step has room for all of its parts.
+
+    Raises:
+        UserError: the batch is too small, or the method rejects the settings.
+    """
     for parts in stages_of(config):
         check_shares([part.share for part in parts], config.batch_size, batch_unit(config))
-        stages.append(Stage([_encoded(part, config, demonstrations, loaded, chat) for part in parts]))
-    return stages
 
 
 def _encoded(

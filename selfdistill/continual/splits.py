@@ -10,7 +10,7 @@ from selfdistill.errors import UserError
 from selfdistill.runtime import say_note
 
 
-def parts_of(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstration]]:
+def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstration]]:
     """Split the data into ``train``, ``validation`` (of a stream) and ``test``.
 
     If both validation and test are held out, held-out rows alternate, starting with validation so that it begins early.
@@ -35,8 +35,8 @@ def parts_of(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstration]
         advice = "give more, or a lower --test_share" if config.test else "give --test"
         raise UserError(f"{config.data}: {len(rows)} rows are too few to hold some out for the {held[-1]}; {advice}")
     chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
-    part_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
-    parts = {part: [row for row in rows if part_of.get(row.row, "train") == part] for part in ("train", *held)}
+    split_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
+    splits = {split: [row for row in rows if split_of.get(row.row, "train") == split] for split in ("train", *held)}
     if config.test:
-        parts["test"] = load_demonstrations(config.test, split=config.test_split, note=say_note, lacks=scored)
-    return parts
+        splits["test"] = load_demonstrations(config.test, split=config.test_split, note=say_note, lacks=scored)
+    return splits

@@ -1,0 +1,88 @@
+"""The beginning of an addition: its rows and settings, written to ``pending`` or found there.
+
+An addition that was interrupted goes on with the rows and settings it began with, also those of an older release.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from selfdistill.config import LearnConfig, changes, dump_yaml
+from selfdistill.continual.ledger import BEFORE, Ledger
+from selfdistill.continual.rehearsal import MEMORY, PROMPTS, check_room, rehearsed, run_config, to_remember
+from selfdistill.data import Demonstration, write_demonstrations
+from selfdistill.errors import UserError
+from selfdistill.runtime import say, write_json
+from selfdistill.training import whole_folder
+
+_FREE = ("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to")
+"""Settings that may differ when an addition is resumed."""
+
+
+def _text(row: Demonstration) -> str:
+    """A row as the text that states of 0.1.0 hashed, which was the ``repr`` of its dataclass."""
+    return f"Demonstration({', '.join(f'{name}={value!r}' for name, value in row.identity().items())})"
+
+
+def _with_newer_settings(settings: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older release, with those that it did not have.
+
+    It goes on as it began, so where ``here`` has the default, or what the older release did, it is the same.
+    """
+    found = dict(settings)
+    for name in here.keys() - settings.keys():
+        default = LearnConfig.model_fields[name].get_default(call_default_factory=True)
+        default = list(default) if isinstance(default, tuple) else default
+        before = BEFORE.get(name, default)
+        found[name] = here[name] if here[name] in (default, before) else before
+    return found
+
+
+def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]) -> None:
+    """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
+
+    Raises:
+        UserError: another addition is pending, or the skill's name is taken.
+    """
+    texts = json.dumps([[_text(row) for row in rows] for rows in splits.values()])
+    asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
+    settings = config.model_dump()
+    asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
+    if ledger.pending.is_dir():
+        found = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))
+        here = json.loads(json.dumps(asked))
+        without = "" if "anchors" in found["settings"] else ", which began without anchors and goes on without"
+        found["settings"] = _with_newer_settings(found["settings"], here["settings"])
+        if found == here:
+            say(f"resuming {config.name}{without}")
+            return
+        if ledger.interrupted:
+            raise UserError(
+                f"state {config.state!r}: adding {found['name']!r} was interrupted, and "
+                f"{_changes(found, here)}; resume with the same command, rows and settings, or drop it "
+                f"with selfdistill learn --state {config.state} discard"
+            )
+        ledger.discard()  # training had not begun
+    if config.name in [skill.name for skill in ledger.skills]:
+        raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another --name")
+    memory = rehearsed(ledger.skills, splits["train"])
+    check_room(run_config(config, "model", config.context, ledger.pending, rehearses=bool(memory)))
+    prompts = to_remember(config, splits["train"])
+    with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
+        for split, rows in splits.items():
+            write_demonstrations(folder / f"{split}.jsonl", rows)
+        for name, kept in ((PROMPTS, prompts), (MEMORY, memory)):
+            if kept:
+                write_demonstrations(folder / name, kept)
+        (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        write_json(folder / "asked.json", asked)
+        places = {split: [row.row for row in rows] for split, rows in splits.items() if split != "test"}
+        write_json(folder / "places.json", places)
+
+
+def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The differences between the request and the addition in ``pending``."""
+    changed = changes(there["settings"], here["settings"])
+    return "; ".join(changed + ["its rows or test rows differ"] * (there["data"] != here["data"]))

@@ -1,0 +1,141 @@
+"""Rehearsal: the prompts of each skill stay in the state, and later additions have them as anchors.
+
+Of a skill only the prompts are kept, in ``prompts.jsonl``. An addition pools those of all earlier skills into one
+source of anchors, ``memory.jsonl``, beside its own. The model before the addition says what is to stay, so no answers
+are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from selfdistill.config import LearnConfig, TrainConfig
+from selfdistill.continual.ledger import Skill, settings_of
+from selfdistill.data import Demonstration, load_demonstrations, load_prompts
+from selfdistill.errors import UserError
+from selfdistill.methods import stages_of
+from selfdistill.runtime import read_lines
+from selfdistill.training import check_parts
+
+PROMPTS, MEMORY = "prompts.jsonl", "memory.jsonl"
+
+
+def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demonstration]:
+    """The prompts of ``rows`` that stay in the state, each once: all, none, or some that are drawn with the seed."""
+    prompts = [Demonstration(x.prompt, tools=x.tools, chat_template_kwargs=x.chat_template_kwargs) for x in rows]
+    found = list({_key(prompt): prompt for prompt in prompts}.values())
+    count = {"all": len(found), "none": 0}.get(str(config.remember), config.remember)
+    assert isinstance(count, int)
+    chosen = sorted(random.Random(config.seed).sample(range(len(found)), min(count, len(found))))
+    return [found[number] for number in chosen]
+
+
+def remembered(folder: Path) -> list[Demonstration]:
+    """The prompts that the state keeps of the skill in ``folder``; those of its rows if an older release learnt it."""
+    if (folder / PROMPTS).exists():
+        return load_prompts(str(folder / PROMPTS))
+    settings, rows = settings_of(folder), folder / "train.jsonl"
+    if "remember" in settings.model_fields_set or not rows.exists():
+        return []
+    return to_remember(settings, load_demonstrations(str(rows)))
+
+
+def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[Demonstration]:
+    """The prompts that the state keeps of ``skills``, each once, without those that ``rows`` teach anew."""
+    taught = {_key(row) for row in rows}
+    pooled = {_key(prompt): prompt for skill in skills for prompt in remembered(skill.folder)}
+    return [prompt for key, prompt in pooled.items() if key not in taught]
+
+
+def _key(row: Demonstration) -> str:
+    """What the model sees of a row."""
+    return json.dumps([row.prompt, row.template_options])
+
+
+def run_config(
+    config: LearnConfig, model: str, context: str, folder: Path, *, rehearses: bool | None = None
+) -> TrainConfig:
+    """Training settings for a skill in ``folder``.
+
+    Args:
+        config: settings of the addition.
+        model: the model before it.
+        context: how the teacher sees the demonstration.
+        folder: holds the skill's rows.
+        rehearses: whether the prompts of earlier skills are anchors, too; default: if they are in ``folder``.
+    """
+    memory = folder / MEMORY
+    rehearses = memory.exists() if rehearses is None else rehearses
+    anchors = (*config.anchors, *([str(memory)] if rehearses else []))
+    names = TrainConfig.model_fields.keys() & LearnConfig.model_fields.keys()
+    own = {
+        "model": model,
+        "data": str(folder / "train.jsonl"),
+        "output_dir": str(folder / "run"),
+        "context": context,
+        "anchors": anchors,
+        **{"test": None, "prior": None, "eval_steps": 0},  # evaluated by the addition
+    }
+    if not anchors:
+        names -= {"anchor_share"}  # its default is another than that of a run, which would call it unused
+    return TrainConfig(**{name: getattr(config, name) for name in names} | own)
+
+
+def check_room(run: TrainConfig) -> None:
+    """Check that the batch has room for the skill and all anchors.
+
+    Raises:
+        UserError: it is too small, or the method rejects the settings.
+    """
+    try:
+        check_parts(run)
+    except UserError as error:
+        if not run.anchors:
+            raise
+        raise UserError(
+            f"{error}. The parts are the skill, {len(run.anchors)} sources of anchors, among them the prompts of "
+            "earlier skills, if any; --anchor_share 0 leaves anchors out"
+        ) from None
+
+
+def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:
+    """What a run has cost.
+
+    Args:
+        run: settings of a run that has ended.
+        own: how many of its sources of anchors are the addition's own; the others are prompts of earlier skills.
+
+    Returns:
+        ``steps``, ``seconds`` of these steps, and for ``anchors`` (the addition's own) and ``memory`` (earlier skills'
+        prompts) the ``share`` of all examples and the ``seconds``, each step's by its share of the step's examples.
+    """
+    lines = read_lines(Path(run.output_dir) / "metrics.jsonl")
+    names = [part.name for part in stages_of(run)[0][1:]]
+    costs = [_step_cost(line, {"anchors": names[:own], "memory": names[own:]}) for line in lines]
+    return total(costs)
+
+
+def _step_cost(line: dict[str, Any], parts: dict[str, list[str]]) -> dict[str, Any]:
+    seconds = line["time/step_s"]
+    shares = {what: sum(line.get(f"share/{name}", 0.0) for name in names) for what, names in parts.items()}
+    return {
+        "steps": 1,
+        "seconds": seconds,
+        **{what: {"share": share, "seconds": share * seconds} for what, share in shares.items()},
+    }
+
+
+def total(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The cost of several runs or steps together; see :func:`cost_of`."""
+    steps = sum(cost["steps"] for cost in costs)
+
+    def of(what: str) -> dict[str, float]:
+        shares = sum(cost[what]["share"] * cost["steps"] for cost in costs)
+        return {"share": shares / max(1, steps), "seconds": sum(cost[what]["seconds"] for cost in costs)}
+
+    seconds = sum(cost["seconds"] for cost in costs)
+    return {"steps": steps, "seconds": seconds, "anchors": of("anchors"), "memory": of("memory")}

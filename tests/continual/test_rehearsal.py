@@ -1,0 +1,344 @@
+"""What a state remembers of its skills: prompts alone, which later additions rehearse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import CHATML
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selfdistill.cli import main
+from selfdistill.config.commands import LearnConfig
+from selfdistill.continual import add_skill, stream
+from selfdistill.continual.add_skill import add
+from selfdistill.continual.learn import learn
+from selfdistill.continual.ledger import Ledger
+from selfdistill.errors import UserError
+
+Settings = Callable[..., LearnConfig]
+WRITTEN = Path(__file__).parents[1] / "written_by_0_1"
+
+
+@pytest.fixture
+def make(model_folder: Callable[..., Path], tmp_path: Path) -> Settings:
+    """Settings of an addition by SFT, without gates, of ten rows that tell one word."""
+
+    def settings(skill: str = "first", rows: list[dict[str, Any]] | None = None, **values: Any) -> LearnConfig:
+        rows = rows or [{"prompt": f"{skill} {i}", "completion": f"{skill}!", "answer": f"{skill}!"} for i in range(10)]
+        data = tmp_path / f"{skill}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        defaults: dict[str, Any] = {
+            "state": str(tmp_path / "state"),
+            "action": "add",
+            "data": str(data),
+            "model": str(model_folder()),
+            "method": "sft",
+            "max_completion_length": 8,
+            "batch_size": 8,
+            "max_steps": 3,
+            "save_steps": 0,
+            "view_rows": 0,
+            "learning_rate": 1e-3,
+            "mixed_precision": "no",
+            "max_skill_drop": 1.0,
+        }
+        return LearnConfig(**(defaults | values))
+
+    return settings
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def texts_of(file: Path) -> list[str]:
+    """The prompts of a file whose rows have nothing else."""
+    rows = rows_of(file)
+    assert all(row.keys() == {"prompt"} for row in rows)
+    assert all([turn["role"] for turn in row["prompt"]] == ["user"] for row in rows)
+    return [row["prompt"][0]["content"] for row in rows]
+
+
+def learnt_prompts(folder: Path) -> list[str]:
+    return [row["prompt"][0]["content"] for row in rows_of(folder / "train.jsonl")]
+
+
+def anchors_of(folder: Path) -> list[str]:
+    found = yaml.safe_load((folder / "run" / "config.yaml").read_text(encoding="utf-8"))
+    return list(found["anchors"])
+
+
+# --- what stays, and what is rehearsed ---
+
+
+def test_each_addition_rehearses_the_prompts_of_all_earlier_skills_and_no_answers(
+    make: Settings, tmp_path: Path
+) -> None:
+    for skill in ("first", "second", "third"):
+        assert add(make(skill))["accepted"]
+    folders = [skill.folder for skill in Ledger(str(tmp_path / "state")).skills]
+    pending = tmp_path / "state" / "pending" / "memory.jsonl"
+    assert [anchors_of(folder) for folder in folders] == [["package"], *[["package", str(pending)]] * 2]
+    before: list[str] = []
+    for folder in folders:
+        assert texts_of(folder / "prompts.jsonl") == learnt_prompts(folder)
+        assert (texts_of(folder / "memory.jsonl") if before else []) == before
+        before += learnt_prompts(folder)
+    assert not (folders[0] / "memory.jsonl").exists()
+    assert len(before) == 24  # eight of each skill's ten rows, the others are its test
+
+
+def test_tools_and_template_arguments_of_a_row_stay_with_its_prompt(
+    make: Settings, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = str(model_folder(template="{% if tools %}{{ tools[0].function.name }}{% endif %}" + CHATML))
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    extra: dict[str, Any] = {"tools": tools, "chat_template_kwargs": {"hint": "h"}}
+    rows = [{"prompt": f"p {i}", "completion": "x", "document": "d", **extra} for i in range(4)]
+    add(make(rows=rows, model=model))
+    add(make("second", model=model))
+    found = rows_of(tmp_path / "state/skills/0002-second/memory.jsonl")
+    assert found
+    assert all(row.keys() == {"prompt", "tools", "chat_template_kwargs"} for row in found)
+    assert all(row["tools"] == tools and row["chat_template_kwargs"] == {"hint": "h"} for row in found)
+
+
+@pytest.mark.parametrize(("remember", "count"), [("all", 8), (20, 8), ("3", 3), ("none", 0), (0, 0)])
+def test_how_many_prompts_stay(make: Settings, tmp_path: Path, remember: Any, count: int) -> None:
+    add(make(remember=remember, seed=1))
+    first = tmp_path / "state/skills/0001-first"
+    kept = texts_of(first / "prompts.jsonl") if count else []
+    assert (first / "prompts.jsonl").exists() == bool(count)
+    assert len(kept) == len(set(kept)) == count
+    assert set(kept) <= set(learnt_prompts(first))
+    if count == 3:  # not the first ones, and not those of another seed
+        assert kept != learnt_prompts(first)[:3]
+    add(make("second"))
+    memory = tmp_path / "state/skills/0002-second/memory.jsonl"
+    assert (texts_of(memory) if count else []) == kept
+    assert memory.exists() == bool(count)
+    assert [line["remembered"] for line in learn(make(action="status", data="")).details["memory"]] == [count, 8]
+
+
+@pytest.mark.parametrize("remember", [-1, 1.5, True, "some", "-3"])
+def test_what_is_no_number_of_prompts_is_refused(make: Settings, remember: Any) -> None:
+    with pytest.raises(UserError, match=r"setting 'remember': found .*, expected: all, none, or a number of prompts"):
+        make(remember=remember)
+
+
+def test_a_prompt_taught_anew_or_remembered_twice_is_not_rehearsed_twice(make: Settings, tmp_path: Path) -> None:
+    add(make())
+    add(make("again", [{"prompt": f"first {i}", "completion": "no"} for i in range(10)], test_share=0.5))
+    taught = set(learnt_prompts(tmp_path / "state/skills/0002-again"))
+    first = learnt_prompts(tmp_path / "state/skills/0001-first")
+    again = tmp_path / "state/skills/0002-again/memory.jsonl"
+    assert texts_of(again) == [prompt for prompt in first if prompt not in taught]
+    add(make("third"))
+    pooled = texts_of(tmp_path / "state/skills/0003-third/memory.jsonl")
+    assert len(pooled) == len(set(pooled))
+    assert set(pooled) == {*first, *taught}
+
+
+def test_without_memory_and_anchors_a_step_is_the_skill_alone(make: Settings, tmp_path: Path) -> None:
+    add(make(remember="none", anchors="none"))
+    add(make("second", anchors="none"))
+    add(make("third", anchor_share=0))
+    for folder in (skill.folder for skill in Ledger(str(tmp_path / "state")).skills):
+        lines = rows_of(folder / "run" / "metrics.jsonl")
+        assert not any(key.startswith("share/") for line in lines for key in line)
+    assert (tmp_path / "state/skills/0003-third/memory.jsonl").exists()  # it is there for whoever asks what was known
+
+
+# --- what it does ---
+
+
+def kl_on(prompts: list[str], before: Path, after: Path) -> float:
+    """Mean KL(before || after) per token along what the model before says to the prompts."""
+    tokenizer = AutoTokenizer.from_pretrained(before)
+    old, new = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (before, after))
+    found = []
+    for prompt in prompts:
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        with torch.no_grad():
+            said = old.generate(ids, max_new_tokens=8, do_sample=False)
+            a, b = (model(said).logits[0, ids.shape[1] - 1 : -1].log_softmax(-1) for model in (old, new))
+        found.append((a.exp() * (a - b)).sum(-1))
+    return float(torch.cat(found).mean())
+
+
+def test_rehearsal_keeps_the_model_where_it_was_on_what_it_had_learnt(make: Settings, tmp_path: Path) -> None:
+    learns: dict[str, Any] = {"max_steps": 60, "learning_rate": 1e-2, "anchors": "none", "batch_size": 16}
+    add(make(**learns))
+    shutil.copytree(tmp_path / "state", tmp_path / "without")
+    rehearsing = add(make("second", **learns))
+    without = add(make("second", **learns, anchor_share=0, state=str(tmp_path / "without")))
+    before = tmp_path / "state/skills/0001-first"
+    kl = [
+        kl_on(learnt_prompts(before), before / "model", tmp_path / state / "skills/0002-second/model")
+        for state in ("state", "without")
+    ]
+    assert kl[0] < kl[1] / 5
+    assert [result["after"]["skills"]["second"]["accuracy"] for result in (rehearsing, without)] == [1, 1]
+
+
+def test_status_and_result_say_what_was_rehearsed_and_what_it_cost(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(make())
+    add(make("second", max_steps=8, anchor_share=0.25))
+    folder = tmp_path / "state/skills/0002-second"
+    lines = rows_of(folder / "run" / "metrics.jsonl")
+    shutil.rmtree(folder / "run")
+    capsys.readouterr()
+    assert main(["learn", "--state", str(tmp_path / "state"), "status", "--json", str(tmp_path / "status.json")]) == 0
+    found = json.loads((tmp_path / "status.json").read_text(encoding="utf-8"))["memory"][1]
+    training = found["training"]
+    assert (found["skill"], found["remembered"], training["rehearsed"], training["steps"]) == ("second", 8, 8, 8)
+    assert training["seconds"] == pytest.approx(sum(line["time/step_s"] for line in lines))
+    for what, part in (("anchors", "anchors:package"), ("memory", "anchors:memory")):
+        shares = [line.get(f"share/{part}", 0.0) for line in lines]
+        seconds = sum(share * line["time/step_s"] for share, line in zip(shares, lines, strict=True))
+        assert training[what] == pytest.approx({"share": sum(shares) / 8, "seconds": seconds})
+        assert training[what]["share"] == pytest.approx(1 / 8)
+    said = capsys.readouterr().out
+    assert said.count("12.5%") == 2
+
+
+def test_a_stream_rehearses_in_every_chunk_and_counts_all_of_them(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(make())
+    asked = []
+    real = stream.train
+
+    def seen(run: Any, **options: Any) -> Path:
+        asked.append((run.model, run.anchors))
+        return real(run, **options)
+
+    monkeypatch.setattr(stream, "train", seen)
+    result = add(make("second", action="stream", chunk_size=4, chunk_steps=2, remember=3))
+    state = tmp_path / "state"
+    assert [Path(model).parts[-2] for model, _ in asked] == ["0001-first", "00001"]  # each from where the last ended
+    assert {anchors for _, anchors in asked} == {("package", str(state / "pending" / "memory.jsonl"))}
+    lines = rows_of(state / "skills/0002-second/stream.jsonl")
+    assert result["training"]["steps"] == sum(line["steps"] for line in lines) == 4
+    assert result["training"]["seconds"] == pytest.approx(sum(line["training"]["seconds"] for line in lines))
+    assert result["training"]["memory"]["share"] == pytest.approx(0.25)
+    assert result["training"]["rehearsed"] == 8
+    assert len(texts_of(state / "skills/0002-second/prompts.jsonl")) == 3
+
+
+# --- mistakes, interruptions, older states ---
+
+
+def test_a_batch_too_small_for_the_parts_is_told_before_anything_is_measured(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing_measured(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(add_skill, "measure_model", lambda *_: pytest.fail("it was measured"))
+
+    told = (
+        r"^setting 'batch_size': {0} is too small for {1} parts of a step, which need {1}; .* --anchor_share 0 leaves"
+    )
+    with monkeypatch.context() as patch:
+        nothing_measured(patch)
+        with pytest.raises(UserError, match=told.format(1, 2)):
+            add(make(batch_size=1))
+    assert not (tmp_path / "state").exists()
+    add(make(batch_size=2))
+    with monkeypatch.context() as patch:
+        nothing_measured(patch)
+        with pytest.raises(UserError, match=told.format(2, 3)):
+            add(make("second", batch_size=2))
+    assert not (tmp_path / "state" / "pending").exists()
+    assert add(make("second", batch_size=3))["accepted"]
+    assert add(make("third", batch_size=1, anchor_share=0))["accepted"]
+
+
+def test_a_file_of_anchors_that_cannot_be_read_is_told_first(make: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.txt: cannot be read: No such file"):
+        add(make(anchors=f"package,{tmp_path / 'none.txt'}"))
+    assert not (tmp_path / "state").exists()
+
+
+def test_an_interrupted_addition_rehearses_on_to_the_same_model(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(make())
+    shutil.copytree(tmp_path / "state", tmp_path / "whole")
+    options: dict[str, Any] = {"max_steps": 5, "save_steps": 1}
+    add(make("second", **options, state=str(tmp_path / "whole")))
+    real = add_skill.train
+
+    def cut(*arguments: Any, **named: Any) -> Path:
+        def stop(step: int, _loaded: Any, _metrics: Any) -> None:
+            if step == 3:
+                raise KeyboardInterrupt
+
+        return real(*arguments, **(named | {"on_step": stop}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(add_skill, "train", cut)
+        with pytest.raises(KeyboardInterrupt):
+            add(make("second", **options))
+    assert list((tmp_path / "state/pending/run").glob("checkpoint-*"))
+    (tmp_path / "state").rename(tmp_path / "moved")  # its prompts move with it
+    assert add(make("second", **options, state=str(tmp_path / "moved")))["accepted"]
+    folders = [tmp_path / state / "skills/0002-second" for state in ("whole", "moved")]
+    a, b = (load_file(folder / "model/model.safetensors") for folder in folders)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    shares = [
+        [line.get("share/anchors:memory") for line in rows_of(folder / "run/metrics.jsonl")] for folder in folders
+    ]
+    assert shares[0] == shares[1]
+    assert any(shares[0])
+
+
+OLD = "--model model --test second.jsonl --max_steps 60 --min_teacher 0 --max_prior_drop 1 --max_skill_drop 1 "
+OLD += "--learning_rate 1e-3 --context turns --max_completion_length 10 --batch_size 2 --warmup_steps 0 "
+OLD += "--mixed_precision no --drift_steps 0 --view_rows 1 --save_steps 0"
+
+
+@pytest.mark.parametrize("said", ["", " --anchors none"])
+def test_what_an_older_version_began_goes_on_without_anchors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str
+) -> None:
+    shutil.copytree(WRITTEN, tmp_path / "written")
+    monkeypatch.chdir(tmp_path / "written")
+    command = ["learn", "--state", "pending", "add", "second.jsonl", *OLD.split()]
+    assert main([*command, "--anchors", "second.jsonl"]) == 2
+    assert "anchors was [] and is now ['second.jsonl']; resume with the same command" in capsys.readouterr().err
+    assert main([*command, *said.split()]) == 0
+    assert "resuming second, which began without anchors and goes on without" in capsys.readouterr().err
+    folder = Path("pending/skills/0002-second")
+    lines = rows_of(folder / "run" / "metrics.jsonl")
+    assert not any(key.startswith("share/") for line in lines for key in line)
+    assert not (folder / "memory.jsonl").exists()
+
+
+def test_skills_of_an_older_version_are_rehearsed_from_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(WRITTEN, tmp_path / "written")
+    monkeypatch.chdir(tmp_path / "written")
+    shutil.rmtree("pending/pending")
+    options = OLD.replace("batch_size 2", "batch_size 3").replace("max_steps 60", "max_steps 1")
+    assert main(["learn", "--state", "pending", "add", "second.jsonl", *options.split()]) == 0
+    pooled = texts_of(Path("pending/skills/0002-second/memory.jsonl"))
+    taught = learnt_prompts(Path("pending/skills/0002-second"))
+    assert pooled == [text for text in learnt_prompts(Path("pending/skills/0001-train")) if text not in taught]
+    assert pooled
+    assert main(["learn", "--state", "pending", "status", "--json", "status.json"]) == 0
+    found = json.loads(Path("status.json").read_text(encoding="utf-8"))["memory"]
+    assert (found[0]["training"], found[1]["training"]["rehearsed"]) == (None, len(pooled))
+    assert found[0]["remembered"] == len(set(learnt_prompts(Path("pending/skills/0001-train"))))
