@@ -125,12 +125,19 @@ def public_settings(config: Settings) -> dict[str, bool | int | float | str | No
     for key, value in config.model_dump().items():
         if isinstance(value, str) and "://" in value:
             continue
-        if isinstance(value, str):  # a context such as template:file=PATH contains a path
-            head, equals, tail = value.rpartition("=")
-            public[key] = head + equals + public_name(tail) if "/" in tail else value
+        if isinstance(value, tuple | list):
+            value = [_public_text(part) if isinstance(part, str) else part for part in value]
+        if isinstance(value, str):
+            public[key] = _public_text(value)
         else:
             public[key] = value if value is None or isinstance(value, bool | int | float) else json.dumps(value)
     return public
+
+
+def _public_text(value: str) -> str:
+    """The value without folders; a context such as ``template:file=PATH`` contains a path, too."""
+    head, equals, tail = value.rpartition("=")
+    return head + equals + public_name(tail) if "/" in tail else value
 
 
 def check_tracker(name: str) -> None:

@@ -199,7 +199,7 @@ class Trainer:
             for stage in self.stages
         ]
         lines += [
-            f"{part.name}: {_counted(part)}, {part.share:.1%} of every batch, answered and scored without demonstration"
+            f"{part.name}: {_counted(part)}, {part.share:.1%} of every batch"
             for part in self.stages[0].parts[1:]
         ]
         lines += [
