@@ -74,8 +74,9 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
         seed: random seed for data order and sampling.
 
     Returns:
-        What was measured, also written to ``demo.json``: ``seed``, ``settings`` of each arm, ``teacher`` (its ``new``
-        score), ``base`` and ``arms`` (see :func:`_point`), ``replies`` and ``seconds``.
+        What was measured, also written to ``demo.json``: ``seed``, ``settings`` of each arm, ``teacher`` (its accuracy on
+        the new task), ``base`` and ``arms`` (each with ``new``, ``prior``, ``kinds``, ``kl`` and ``seconds``),
+        ``replies`` by model and prompt, and ``seconds`` by part of the demo.
 
     Raises:
         UserError: ``output_dir`` exists and is not empty.
