@@ -74,7 +74,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
         seed: random seed for data order and sampling.
 
     Returns:
-        What was measured, also written to ``demo.json``: ``seed``, ``settings`` of each arm, ``teacher`` (its accuracy on
+        What was measured, as in ``demo.json``: ``seed``, ``settings`` of each arm, ``teacher`` (its accuracy on
         the new task), ``base`` and ``arms`` (each with ``new``, ``prior``, ``kinds``, ``kl`` and ``seconds``),
         ``replies`` by model and prompt, and ``seconds`` by part of the demo.
 
