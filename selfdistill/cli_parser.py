@@ -31,7 +31,7 @@ from selfdistill.config import (
 from selfdistill.errors import UserError
 
 COMMANDS: dict[str, tuple[type[Settings], str]] = {
-    "demo": (DemoConfig, "Teach the starter model invented facts by SDFT and SFT, and compare both."),
+    "demo": (DemoConfig, "Teach the starter model a skill by SFT and SDFT, with and without anchors, and compare."),
     "check": (CheckConfig, "Before training, check whether self-distillation will help and which context is best."),
     "train": (TrainConfig, "Train a model on demonstrations."),
     "ask": (AskConfig, "Ask a model one question, and optionally its base."),

@@ -1,191 +1,195 @@
-"""The demo: teach the starter model invented facts by SDFT and by SFT, and show what each gained and forgot.
+"""The demo: teach the starter model a skill by SFT and SDFT, each without and with anchors; show what it cost.
 
-The settings below were chosen on the validation phrasings of the same facts (``docs/results.md``). The demo reports
-results on the test phrasings, the indirect questions and the prior questions, on which nothing was chosen.
+The skill is to name the team for a customer's message. Every arm learns from the same demonstrations in the same number
+of steps, and is measured on the test part of the skill and on questions about what the base could do before.
 """
 
 from __future__ import annotations
 
+import copy
+import gc
+import random
+import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 
-from selfdistill.config import TrainConfig
-from selfdistill.data import (
-    Demonstration,
-    encode,
-    general_prompts,
-    load_demonstrations,
-    packaged,
-    parse_context,
-)
+from selfdistill.comparison import report, scatter
+from selfdistill.config import ReportConfig, TrainConfig
+from selfdistill.data import general_prompts, load_demonstrations, packaged
 from selfdistill.errors import RunStopped, UserError
-from selfdistill.evaluation import Answers, Distance, answer
-from selfdistill.model import ForwardPass, LoadedModel, load_model, to_best_device
-from selfdistill.runtime import result_console, say, write_json
+from selfdistill.evaluation import Evaluation, Evaluator, generate
+from selfdistill.model import LoadedModel, load_for_training, training_precision
+from selfdistill.runtime import StopRequests, read_lines, result_console, say, write_json
 from selfdistill.training import train
 
-CONTEXT = "document:repeats=2"
+# These settings were chosen on the skill's validation rows and the validation part of the prior questions. The demo
+# measures on the test parts, on which nothing was chosen.
 SHARED: dict[str, Any] = {
     "model": "smollm2-135m",
-    "batch_size": 16,
-    "max_completion_length": 24,
-    "save_steps": 0,
-    "logging_steps": 5,
-}
-SDFT: dict[str, Any] = {
-    "method": "sdft",
-    "context": CONTEXT,
-    "teacher": "frozen",
-    "temperature": 0.3,
+    "data": packaged("routing.train.jsonl"),
+    "test": packaged("routing.test.jsonl"),
     "learning_rate": 1e-4,
-    "lr_scheduler_type": "cosine",
-    "max_steps": 120,
+    "batch_size": 16,
+    "max_steps": 16,
+    "max_completion_length": 24,
+    "drift_steps": 0,
+    "save_steps": 0,
+    "view_rows": 2,
+    "logging_steps": 4,
 }
-SFT: dict[str, Any] = {"method": "sft", "learning_rate": 1e-4, "lr_scheduler_type": "constant", "max_steps": 36}
-SDFT_EVALUATIONS = (40, 80, 120)
-SFT_EVALUATIONS = (12, 18, 24, 30, 36)
+SAMPLING: dict[str, Any] = {"temperature": 0.3}
+SFT: dict[str, Any] = {"method": "sft"}
+SDFT: dict[str, Any] = {"method": "sdft", "context": "turns:repeats=4", "teacher": "frozen", **SAMPLING}
+ANCHORS: dict[str, Any] = {"anchors": "package", "anchor_share": 0.25, **SAMPLING}
+ARMS: dict[str, dict[str, Any]] = {
+    "SFT": SFT,
+    "SDFT": SDFT,
+    "SFT + anchors": SFT | ANCHORS,
+    "SDFT + anchors": SDFT | ANCHORS,
+}
+ASKED = ("SDFT + anchors", "SFT")
+"""Arms whose replies are shown: what is kept, and what plain SFT forgets."""
+PRIOR = packaged("prior/test")
+PRIOR_OF_A_KIND = 10
+"""Questions that are asked of each kind: always the same ones."""
+EVALUATION_BATCH = 64
 SHOWN = 3
-"""Number of questions whose replies are printed, before and after training."""
+"""Number of prompts of each sort whose replies are shown."""
+REPLY_TOKENS = 48
+"""Maximum length of a reply that is shown, in tokens."""
 
-
-@dataclass(frozen=True)
-class Point:
-    """The results of one model."""
-
-    name: str
-    step: int
-    new: float
-    """Accuracy on the held-out phrasings: share of replies that contain the fact."""
-    indirect: float
-    """The same on questions that need the fact in reverse."""
-    prior: float
-    """The same on general questions."""
-    kl: float
-    """KL(base||model) on general prompts, nats per token."""
-    seconds: float
-    """Training time so far in seconds, without evaluations."""
-
-
-class Panel:
-    """The questions on which every model of the demo is evaluated, and the base's logits for the distance.
-
-    Args:
-        base: the model before training.
-        facts: file stem of the facts, ``knowledge`` or ``study``.
-        part: ``test``, or ``validation`` to choose settings.
-    """
-
-    def __init__(self, base: LoadedModel, *, facts: str = "knowledge", part: str = "test") -> None:
-        self.chat = base.chat()
-        self.new = load_demonstrations(packaged(f"{facts}.{part}.jsonl"))
-        self.indirect = load_demonstrations(packaged(f"{facts}.indirect.jsonl")) if part == "test" else []
-        self.prior = load_demonstrations(packaged(f"prior/{part}/facts.jsonl"))
-        self.distance = Distance(base, ForwardPass(base), self.chat, general_prompts(), 32)
-        self.replies: list[str] = []
-        """Replies to the held-out phrasings, of the latest evaluated model."""
-
-    def measure(self, name: str, loaded: LoadedModel, step: int = 0, seconds: float = 0.0) -> Point:
-        """Evaluate a model on all questions."""
-        new = self._ask(loaded, self.new)
-        self.replies = new.replies
-        indirect = self._ask(loaded, self.indirect).accuracy if self.indirect else float("nan")
-        prior = self._ask(loaded, self.prior).accuracy
-        kl = self.distance.of(loaded.model)
-        say(f"{name}, step {step}: new {new.accuracy:.2f}  indirect {indirect:.2f}  prior {prior:.2f}  KL {kl:.3f}")
-        return Point(name, step, new.accuracy, indirect, prior, kl, seconds)
-
-    def teacher(self, loaded: LoadedModel, context: str) -> float:
-        """Accuracy of the teacher on the held-out phrasings: the model with ``context``."""
-        return self._ask(loaded, self.new, context).accuracy
-
-    def _ask(self, loaded: LoadedModel, rows: Sequence[Demonstration], context: str | None = None) -> Answers:
-        encoded, _ = encode(
-            rows,
-            parse_context(context) if context else None,
-            self.chat,
-            max_prompt_length=None,
-            max_completion_length=32,
-            window=loaded.window,
-        )
-        prompts = [x.student_ids if x.teacher_ids is None else x.teacher_ids for x in encoded]
-        return answer(loaded, prompts, rows, self.chat, max_completion_length=32, batch_size=40)
-
-
-def learn(panel: Panel, settings: dict[str, Any], evaluations: Sequence[int], output_dir: Path) -> list[Point]:
-    """Train by one method and evaluate it at some steps, which does not affect the training."""
-    points: list[Point] = []
-    measuring_s, began = 0.0, time.monotonic()
-
-    def on_step(step: int, loaded: LoadedModel, _metrics: Any) -> None:
-        nonlocal measuring_s, began
-        if step == 0:
-            began = time.monotonic()
-        if step not in evaluations:
-            return
-        measure_began = time.monotonic()
-        points.append(panel.measure(settings["method"], loaded, step, measure_began - began - measuring_s))
-        measuring_s += time.monotonic() - measure_began
-
-    train(TrainConfig(**{**SHARED, **settings, "output_dir": str(output_dir)}), on_step=on_step)
-    return points
-
-
-def as_accurate(sft: Sequence[Point], sdft: Point) -> Point:
-    """SFT at the first evaluation with at least SDFT's accuracy on the new facts; else its best evaluation."""
-    reached = [point for point in sft if point.new >= sdft.new]
-    return reached[0] if reached else max(sft, key=lambda point: point.new)
+_T = TypeVar("_T")
 
 
 def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
-    """Run the demo: print a table and three replies before and after training, and save all in ``output_dir``.
+    """Run the demo: print a table, the trade-off and replies before and after, and save all in ``output_dir``.
 
     Args:
         output_dir: folder of the demo; default: ``runs/demo``, or the first free of ``runs/demo-2``, ...
         seed: random seed for data order and sampling.
 
     Returns:
-        The results in the table, also written to ``demo.json``.
+        What was measured, as in ``demo.json``: ``seed``, ``settings`` of each arm, ``teacher`` (its accuracy on
+        the new task), ``base`` and ``arms`` (each with ``new``, ``prior``, ``kinds``, ``kl`` and ``seconds``),
+        ``replies`` by model and prompt, and ``seconds`` by part of the demo.
 
     Raises:
         UserError: ``output_dir`` exists and is not empty.
         RunStopped: a signal stopped the demo.
     """
     folder = _free_folder(output_dir)
-    began = time.monotonic()
-    base = to_best_device(load_model(SHARED["model"]))
-    panel = Panel(base)
-    before = panel.measure("base", base)
-    asked = panel.replies
-    ceiling = panel.teacher(base, CONTEXT)
-    say(f"teacher (document and answer in its context): new {ceiling:.2f}")
-    del base
-    data = {"data": packaged("knowledge.train.jsonl"), "seed": seed}
     try:
-        sdft = learn(panel, SDFT | data, SDFT_EVALUATIONS, folder / "sdft")
-        told = panel.replies
-        sft = learn(panel, SFT | data, SFT_EVALUATIONS, folder / "sft")
-    except RunStopped as stop:
-        raise RunStopped(f"{folder}: stopped; the demo cannot be resumed, start it again", stop.signal_number) from None
-    final, fair = sdft[-1], as_accurate(sft, sdft[-1])
-    result: dict[str, Any] = {
-        "seed": seed,
-        "teacher": ceiling,
-        "base": asdict(before),
-        "sdft": [asdict(point) for point in sdft],
-        "sft": [asdict(point) for point in sft],
-        "sft_matched": asdict(fair),
-        "seconds": time.monotonic() - began,
-    }
+        with StopRequests() as stop:
+            result = _measured(folder, seed, stop)
+    except (RunStopped, KeyboardInterrupt) as stopped:
+        number = stopped.signal_number if isinstance(stopped, RunStopped) else signal.SIGINT
+        message = f"{folder}: stopped before the results; the demo cannot be resumed, start it again: selfdistill demo"
+        raise RunStopped(message, number) from None
     write_json(folder / "demo.json", result)
-    _print(before, ceiling, final, fair, sft[-1])
-    _print_answers(panel.new, asked, told)
-    result_console().print(f"Results are in {folder}, after {result['seconds'] / 60:.0f} minutes.", highlight=False)
+    _print(result)
+    page = folder / "report.html"
+    report(ReportConfig(runs=[str(_run_folder(folder, arm)) for arm in ARMS], output=str(page)))
+    _say_all([f"All numbers are in {folder / 'demo.json'}.", f"A report with figures: {page}"])
     return result
+
+
+def _measured(folder: Path, seed: int, stop: StopRequests) -> dict[str, Any]:
+    """Measure the base, then train and measure every arm from a copy of it.
+
+    Raises:
+        RunStopped: a signal stopped the demo.
+    """
+    began = time.monotonic()
+    settings = SHARED | {"prior": str(_prior_sample(folder / "prior")), "seed": seed}
+    configs = {
+        arm: TrainConfig(**settings | own | {"output_dir": str(_run_folder(folder, arm))}) for arm, own in ARMS.items()
+    }
+    base = load_for_training(SHARED["model"])
+    loaded_at = time.monotonic()
+    say("measuring the base")
+    evaluator = Evaluator(configs["SDFT"].model_copy(update={"batch_size": EVALUATION_BATCH}), base)
+    teacher = evaluator.shown(base, SDFT["context"], "teacher")
+    assert teacher is not None, "the package's rows have demonstrations"
+    replies = {"base": _replies(base)}
+    measured_at = time.monotonic()
+    arms = {}
+    for number, (arm, config) in enumerate(configs.items(), 1):
+        if stop.received is not None:
+            raise RunStopped("", stop.received)
+        say(f"arm {number} of {len(ARMS)}: {arm}")
+        student = replace(base, model=copy.deepcopy(base.model), notes=[])
+        train(config, evaluator=evaluator, loaded=student)
+        arms[arm] = _point(read_lines(Path(config.output_dir) / "evaluations.jsonl")[-1])
+        if arm in ASKED:
+            replies[arm] = _replies(student)
+        del student
+        gc.collect()
+    seconds = {
+        "loading": loaded_at - began,
+        "base": measured_at - loaded_at,
+        "arms": time.monotonic() - measured_at,
+        "steps": sum(point["seconds"] for point in arms.values()),
+        "all": time.monotonic() - began,
+    }
+    return {
+        "seed": seed,
+        "settings": {arm: config.model_dump(mode="json", exclude_unset=True) for arm, config in configs.items()},
+        "teacher": teacher["accuracy"],
+        "base": _point({**evaluator.base, "seconds": 0.0}),
+        "arms": arms,
+        "replies": replies,
+        "seconds": seconds,
+    }
+
+
+def _point(found: Evaluation) -> dict[str, Any]:
+    """What the demo keeps of an evaluation.
+
+    ``new``, ``prior`` (mean over kinds) and ``kinds`` are shares of right replies; ``kl`` is KL(base||model) along the
+    base's answers to general prompts, in nats per token; ``seconds`` are those of the training steps.
+    """
+    return {
+        "new": found["accuracy"],
+        "prior": found["prior_accuracy"],
+        "kinds": {kind: of_kind["accuracy"] for kind, of_kind in found["prior"].items()},
+        "kl": found["kl_base"],
+        "seconds": found["seconds"],
+    }
+
+
+def _prior_sample(folder: Path) -> Path:
+    """Write the prior questions that are asked, a file for each kind, and return their folder."""
+    folder.mkdir()
+    for file in sorted(Path(PRIOR).glob("*.jsonl")):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / file.name).write_text("".join(random.Random(0).sample(lines, PRIOR_OF_A_KIND)), encoding="utf-8")
+    return folder
+
+
+def _prompts() -> list[str]:
+    """Prompts whose replies are shown: first new ones, then everyday ones, evenly spread over their files."""
+    rows = _spread(load_demonstrations(SHARED["test"])) + _spread(general_prompts())
+    return [row.prompt[-1]["content"] for row in rows]
+
+
+def _spread(rows: Sequence[_T]) -> list[_T]:
+    return [rows[number * len(rows) // SHOWN] for number in range(SHOWN)]
+
+
+def _replies(loaded: LoadedModel) -> dict[str, str]:
+    """The model's replies by prompt."""
+    with training_precision(loaded.model, TrainConfig.model_fields["mixed_precision"].default):
+        replies = generate(loaded, _prompts(), max_completion_length=REPLY_TOKENS)
+    return dict(zip(_prompts(), replies, strict=True))
+
+
+def _run_folder(folder: Path, arm: str) -> Path:
+    return folder / arm.lower().replace(" + ", "-")
 
 
 def _free_folder(output_dir: str | None) -> Path:
@@ -202,32 +206,52 @@ def _free_folder(output_dir: str | None) -> Path:
     return folder
 
 
-def _print(before: Point, ceiling: float, sdft: Point, fair: Point, last: Point) -> None:
-    table = Table(title="Invented facts, asked in phrasings not seen in training")
-    for column in ("", "new facts", "indirect", "prior", "KL", "minutes"):
+# --- printing ---
+
+
+def _print(result: dict[str, Any]) -> None:
+    points = {"base": result["base"], **result["arms"]}
+    kinds = result["base"]["kinds"]
+    table = Table(title="A skill: which team takes a customer's message?")
+    for column in ("", "new", "prior", "KL", "minutes"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    how = "as accurate" if fair.new >= sdft.new else "its best"
-    rows = [("base", before), (f"SDFT, {sdft.step} steps", sdft), (f"SFT, {fair.step} steps ({how})", fair)]
-    if last.step != fair.step:
-        rows.append((f"SFT, {last.step} steps", last))
-    for name, point in rows:
-        table.add_row(
-            name,
-            f"{point.new:.2f}",
-            f"{point.indirect:.2f}",
-            f"{point.prior:.2f}",
-            f"{point.kl:.3f}",
-            f"{point.seconds / 60:.1f}",
-        )
-        if point is before:
-            table.add_row("teacher: base + document", f"{ceiling:.2f}", "", "", "", "")
+    for name, point in points.items():
+        minutes = "" if name == "base" else f"{point['seconds'] / 60:.1f}"
+        table.add_row(name, f"{point['new']:.2f}", f"{point['prior']:.2f}", f"{point['kl']:.3f}", minutes)
+        if name == "base":
+            table.add_row("teacher: base + answer", f"{result['teacher']:.2f}")
     result_console().print(table)
-    result_console().print("KL: KL(base||model) on general prompts, nats per token", highlight=False)
+    asked = f"{PRIOR_OF_A_KIND * len(kinds)} other questions, {PRIOR_OF_A_KIND} of each kind"
+    figure = scatter(
+        {name: (point["prior"], point["new"]) for name, point in points.items()},
+        "prior",
+        "new",
+        level=("teacher", result["teacher"]),
+    )
+    _say_all(
+        [
+            "new: share of test messages that get the right team",
+            f"prior: share right of {asked}:",
+            f"  {', '.join(kinds)}",
+            "KL: KL(base||model) along the base's answers to general prompts, nats per token",
+            "minutes: of training steps, without loading and measuring",
+            "",
+            *figure,
+            *_shown_replies(result["replies"]),
+            "",
+        ]
+    )
 
 
-def _print_answers(rows: Sequence[Demonstration], before: Sequence[str], after: Sequence[str]) -> None:
-    console = result_console()
-    for number in (i * len(rows) // SHOWN for i in range(SHOWN)):
-        console.print(f"\n{rows[number].prompt[-1]['content']}", markup=False, highlight=False, soft_wrap=True)
-        console.print(f"  before: {' '.join(before[number].split())}", markup=False, highlight=False, soft_wrap=True)
-        console.print(f"  after:  {' '.join(after[number].split())}", markup=False, highlight=False, soft_wrap=True)
+def _shown_replies(replies: dict[str, dict[str, str]]) -> list[str]:
+    lines = []
+    for number, prompt in enumerate(replies["base"]):
+        sort, arms = ("New", ASKED[:1]) if number < SHOWN else ("Everyday", ASKED)
+        lines += ["", f"{sort}: {prompt}"]
+        lines += [f"  {name + ':':16}{' '.join(replies[name][prompt].split())}" for name in ("base", *arms)]
+    return lines
+
+
+def _say_all(lines: Sequence[str]) -> None:
+    for line in lines:
+        result_console().print(line, markup=False, highlight=False, soft_wrap=True)

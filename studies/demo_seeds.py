@@ -1,10 +1,10 @@
-"""Mean and spread of several demo runs, as the table of docs/results.md.
+"""Mean and spread of several demo runs, as a table.
 
     for seed in 0 1 2; do selfdistill demo --seed $seed --output_dir runs/seed-$seed; done
     python studies/demo_seeds.py runs/seed-*/demo.json
 
-Prints, for the base, the teacher, SDFT at its last step, SFT where it matches it, and SFT at its last step: mean
-and, in brackets, smallest and largest over the seeds. Then every point of every run.
+Prints a line for the base, the teacher and every arm: mean and, in brackets, smallest and largest over the seeds. Then
+every arm of every run, with each kind of prior questions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-COLUMNS = {"new": "new facts", "indirect": "indirect", "prior": "prior", "kl": "KL from base", "minutes": "minutes"}
+COLUMNS = {"new": "new", "prior": "prior", "kl": "KL", "minutes": "minutes"}
 
 
 def cell(values: list[float]) -> str:
@@ -23,27 +23,25 @@ def cell(values: list[float]) -> str:
 
 
 def row(name: str, points: list[dict[str, Any]]) -> str:
-    for point in points:
-        point["minutes"] = point["seconds"] / 60
+    points = [{**point, "minutes": point["seconds"] / 60} for point in points]
     return f"| {name} | " + " | ".join(cell([point[key] for point in points]) for key in COLUMNS) + " |"
 
 
 def main(paths: list[str]) -> None:
     runs = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    kinds = list(runs[0]["base"]["kinds"])
     print(f"| {len(runs)} seeds | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     print(row("base", [run["base"] for run in runs]))
-    print(f"| teacher | {cell([run['teacher'] for run in runs])} | | | | |")
-    print(row("SDFT, last step", [run["sdft"][-1] for run in runs]))
-    print(row("SFT, as good as SDFT (or its best)", [run["sft_matched"] for run in runs]))
-    print(row("SFT, last step", [run["sft"][-1] for run in runs]))
-    ratios = [run["sft_matched"]["kl"] / run["sdft"][-1]["kl"] for run in runs]
-    print(f"\nKL from base, SFT as good / SDFT: {cell(ratios)}")
-    print("\n| seed | method | step | new facts | indirect | prior | KL from base |\n|---|---|---|---|---|---|---|")
+    print(f"| teacher | {cell([run['teacher'] for run in runs])} | | | |")
+    for arm in runs[0]["arms"]:
+        print(row(arm, [run["arms"][arm] for run in runs]))
+    print(f"\n| seed | arm | new | prior | KL | {' | '.join(kinds)} |")
+    print("|---" * (5 + len(kinds)) + "|")
     for run in runs:
-        for point in [*run["sdft"], *run["sft"]]:
-            values = " | ".join(f"{point[key]:.3f}" for key in ("new", "indirect", "prior", "kl"))
-            print(f"| {run['seed']} | {point['name']} | {point['step']} | {values} |")
+        for arm, point in run["arms"].items():
+            values = [point["new"], point["prior"], point["kl"], *(point["kinds"][kind] for kind in kinds)]
+            print(f"| {run['seed']} | {arm} | {' | '.join(f'{value:.3f}' for value in values)} |")
 
 
 if __name__ == "__main__":

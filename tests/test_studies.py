@@ -164,3 +164,30 @@ def test_comparisons_made_apart_are_merged(tmp_path: Path, capsys: pytest.Captur
     assert [run["seed"] for run in merged["runs"]] == [0, 0, 1, 1, 2, 2]
     assert "sdft forgot less than sft" in capsys.readouterr().out
     assert (tmp_path / "facts.svg").is_file()
+
+
+def test_seeds_of_the_demo_make_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def point(new: float, seconds: float) -> dict[str, Any]:
+        return {"new": new, "prior": 0.75, "kinds": {"code": 0.5, "facts": 1.0}, "kl": 0.25, "seconds": seconds}
+
+    for seed, new in ((0, 0.5), (1, 1.0)):
+        arms = {"SFT": point(new, 60 + 60 * seed), "SDFT": point(1.0, 180)}
+        kept = {"seed": seed, "teacher": new, "base": point(0.0, 0), "arms": arms}
+        (tmp_path / f"{seed}.json").write_text(json.dumps(kept))
+    study("demo_seeds").main([str(tmp_path / "0.json"), str(tmp_path / "1.json")])
+    same = "0.750 (0.750 to 0.750) | 0.250 (0.250 to 0.250)"
+    assert capsys.readouterr().out.splitlines() == [
+        "| 2 seeds | new | prior | KL | minutes |",
+        "|---|---|---|---|---|",
+        f"| base | 0.000 (0.000 to 0.000) | {same} | 0.000 (0.000 to 0.000) |",
+        "| teacher | 0.750 (0.500 to 1.000) | | | |",
+        f"| SFT | 0.750 (0.500 to 1.000) | {same} | 1.500 (1.000 to 2.000) |",
+        f"| SDFT | 1.000 (1.000 to 1.000) | {same} | 3.000 (3.000 to 3.000) |",
+        "",
+        "| seed | arm | new | prior | KL | code | facts |",
+        "|---|---|---|---|---|---|---|",
+        "| 0 | SFT | 0.500 | 0.750 | 0.250 | 0.500 | 1.000 |",
+        "| 0 | SDFT | 1.000 | 0.750 | 0.250 | 0.500 | 1.000 |",
+        "| 1 | SFT | 1.000 | 0.750 | 0.250 | 0.500 | 1.000 |",
+        "| 1 | SDFT | 1.000 | 0.750 | 0.250 | 0.500 | 1.000 |",
+    ]
