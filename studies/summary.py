@@ -1,15 +1,17 @@
-"""The Markdown table of a study: means over seeds with their 95% intervals, and what was measured where."""
+"""A study as a table, with means over seeds, their 95% intervals and what was measured where; and as a figure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from string import ascii_uppercase
 from typing import Any
 
 from study_file import Asked, place, runs_of
 
+from selfdistill.comparison.plots import Curve, trade_off
 from selfdistill.evaluation import seeds_interval
 
 Line = dict[str, Any]
@@ -37,6 +39,17 @@ def scores(line: Line, number: int, covered: Sequence[str]) -> dict[str, float]:
     elif number == len(line["evaluations"]) - 1:
         columns |= {name: after["accuracy"] for name, after in line["after"].items()}
     return columns
+
+
+def draw(runs: Sequence[Asked], lines: Sequence[Line], file: Path) -> str:
+    """Draw new against prior of each run's final model into ``file``; returns the figure for a page."""
+    curves, base = [], None
+    for arm in dict.fromkeys(run.arm for run in runs):
+        own = [line for run in runs if run.arm == arm for line in lines if run.is_of(line) and "failed" not in line]
+        ends = [scores(line, -1 % len(line["evaluations"]), ()) for line in own]
+        curves.append(Curve(arm, sorted((end["prior"], end["new"]) for end in ends)))
+        base = base or next(((start["prior"], start["new"]) for line in own if (start := scores(line, 0, ()))), None)
+    return trade_off(curves, base, None, "prior questions answered", "new task answered", file=file)
 
 
 class Places:

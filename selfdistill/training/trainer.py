@@ -199,8 +199,7 @@ class Trainer:
             for stage in self.stages
         ]
         lines += [
-            f"{part.name}: {_counted(part)}, {part.share:.1%} of every batch"
-            for part in self.stages[0].parts[1:]
+            f"{part.name}: {_counted(part)}, {part.share:.1%} of every batch" for part in self.stages[0].parts[1:]
         ]
         lines += [
             f"model: {config.model}, {trained / 1e6:.1f} M trainable parameters, on {self.loaded.device}"

@@ -383,3 +383,16 @@ def test_anchors_of_some_kinds_are_those_of_the_package(study: ModuleType) -> No
     assert 0 < len(found) < len(lines)
     with pytest.raises(UserError, match="kinds:list\\+poems: no kind 'poems', expected arithmetic, code, "):
         study.resolved("kinds:list+poems")
+
+
+def test_the_figure_shows_where_each_run_ended(
+    study: ModuleType, write: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    runs = study.chosen(study.read_studies([Path(write()[-1])]), [])
+    asked = {run.arm: run.settings for run in runs}
+    ends = [("sdft", 0, 1.0, 0.75), ("sdft", 1, 0.875, 0.625)]
+    lines = [made(*end, kl=0.1, teacher=1.0, settings=asked[end[0]]) for end in ends]
+    drawn = study.draw(runs, lines, tmp_path / "end.svg")
+    assert "sdft: from (0.625, 0.875) to (0.75, 1)." in drawn
+    assert "lora: from" not in drawn
+    assert (tmp_path / "end.svg").is_file()
