@@ -186,7 +186,7 @@ def _print(result: CheckResult, console: Console) -> None:
         f"KL of {result.best.context} at completion tokens 1, 2, ...: {profile}",
         _closeness_line(result),
         *_cost_line(result),
-        *([f"Spill: {result.spill.sentence()}"] if result.spill else []),
+        *([f"Spill: {result.spill.sentence()}."] if result.spill else []),
         *_order_line(result),
         result.verdict,
         f"Best: --context {result.best.context}   (the check took {result.seconds:.0f} s)",

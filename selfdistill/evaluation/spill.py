@@ -27,7 +27,7 @@ from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.model import ForwardPass, LoadedModel, refuse_half_precision
 
 STEP = 1e-5
-"""By how much the trial step moves every weight that has a gradient."""
+"""By how much the trial step moves every weight that has a gradient: as AdamW's first at the default learning rate."""
 _ANCHORS, _TOKENS = 16, 16  # general prompts, and at most this long answers to them
 _ROWS = 8  # per pass
 
@@ -59,19 +59,22 @@ class Spill:
     """Why no step was taken; None if it was."""
 
     def sentence(self) -> str:
-        """What was found, and what follows."""
+        """What was found, and what follows; without a full stop."""
         if self.sft is None or self.sdft is None:
             return f"not measured: {self.untried}"
-        spills = {"SFT": self.sft.spill, "SDFT": self.sdft.spill}
-        nothing = " and of ".join(name for name, spill in spills.items() if spill is None)
-        if nothing:
-            return f"not known, because a small step of {nothing} does not make the demonstrations more likely."
-        (near, less), (far, more) = sorted(((name, spill or 0.0) for name, spill in spills.items()), key=lambda x: x[1])
-        times = f", {more / less:.1f} times as far" if less else ""
-        return (
-            "where steps like the first gain one nat per token on the demonstrations, general prompts move "
-            f"{less:.2g} nats per token with {near} and {more:.2g} with {far}{times}. To hold them: --anchors package."
+        steps = {"SFT": self.sft, "SDFT": self.sdft}
+        text = "; ".join(
+            f"a small step of {name} makes the demonstrations {step.gain:.2g} nats per token more likely and moves "
+            f"general prompts by {step.moved:.2g}"
+            for name, step in steps.items()
         )
+        found = sorted((step.spill, name) for name, step in steps.items() if step.spill)
+        if len(found) == len(steps):
+            (less, near), (more, far) = found
+            text += f". For the same gain, {far} moves them {more / less:.1f} times as far as {near}"
+        else:
+            text += ". Without a gain it is not known how far they would move"
+        return f"{text}. To hold them: --anchors package"
 
 
 def measure_spill(
@@ -98,7 +101,7 @@ def measure_spill(
     """
     kept = [(row, ids) for row, ids in zip(rows, sampled, strict=True) if row.completion_ids]
     if not kept:
-        return Spill(untried="no row has a completion, on which the gain is measured.")
+        return Spill(untried="no row has a completion, on which the gain is measured")
     try:
         refuse_half_precision(loaded.model, loaded.name)
     except UserError as error:

@@ -144,13 +144,18 @@ def test_what_the_numbers_say() -> None:
     sft, sdft = TrialStep(gain=0.1, moved=0.004), TrialStep(gain=0.05, moved=0.0005)
     assert sft.spill == pytest.approx(0.4)
     assert sdft.spill == pytest.approx(0.2)
+    measured = (
+        "a small step of SFT makes the demonstrations 0.1 nats per token more likely and moves general prompts by 0.004; "
+        "a small step of SDFT makes the demonstrations {} nats per token more likely and moves general prompts by 0.0005"
+    )
     assert Spill(sft, sdft).sentence() == (
-        "where steps like the first gain one nat per token on the demonstrations, general prompts move 0.2 nats per "
-        "token with SDFT and 0.4 with SFT, 2.0 times as far. To hold them: --anchors package."
+        measured.format(0.05) + ". For the same gain, SFT moves them 2.0 times as far as SDFT. To hold them: --anchors "
+        "package"
     )
     assert TrialStep(gain=0.0, moved=0.1).spill is None
     assert Spill(sft, replace(sdft, gain=-0.1)).sentence() == (
-        "not known, because a small step of SDFT does not make the demonstrations more likely."
+        measured.format(-0.1) + ". Without a gain it is not known how far they would move. To hold them: --anchors "
+        "package"
     )
 
 
@@ -160,7 +165,7 @@ def test_where_there_is_nothing_to_learn_it_is_not_known(
     monkeypatch.setattr(spill, "STEP", 0.0)
     result = check(config_of(model_folder(), write_rows(count=4)))
     assert (result.spill_sft, result.spill_sdft) == (None, None)
-    assert "Spill: not known, because a small step of SFT and of SDFT does not make" in " ".join(repr(result).split())
+    assert "Without a gain it is not known how far they would move." in " ".join(repr(result).split())
 
 
 def test_it_is_left_out_where_it_makes_no_sense(
