@@ -145,8 +145,9 @@ def test_what_the_numbers_say() -> None:
     assert sft.spill == pytest.approx(0.4)
     assert sdft.spill == pytest.approx(0.2)
     measured = (
-        "a small step of SFT makes the demonstrations 0.1 nats per token more likely and moves general prompts by 0.004; "
-        "a small step of SDFT makes the demonstrations {} nats per token more likely and moves general prompts by 0.0005"
+        "a small step of SFT makes the demonstrations 0.1 nats per token more likely and moves general prompts by "
+        "0.004; a small step of SDFT makes the demonstrations {} nats per token more likely and moves general prompts "
+        "by 0.0005"
     )
     assert Spill(sft, sdft).sentence() == (
         measured.format(0.05) + ". For the same gain, SFT moves them 2.0 times as far as SDFT. To hold them: --anchors "
