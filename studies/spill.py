@@ -21,7 +21,7 @@ SETS: dict[str, dict[str, Any]] = {
     "tools": {"contexts": ["turns:repeats=2"], "max_completion_length": 40},
     "knowledge": {"contexts": ["document:repeats=2"], "max_completion_length": 32},
 }
-COMMON: dict[str, Any] = {"temperature": 0.3, "sample": 16}
+COMMON: dict[str, Any] = {"spill": True, "temperature": 0.3, "sample": 16}
 
 
 def main(model: str = "smollm2-135m", settings: str = "{}") -> None:

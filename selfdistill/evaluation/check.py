@@ -121,7 +121,7 @@ def check(
         config: settings.
         demonstrations: the data, if already loaded; else ``config.data`` is read.
         loaded: the model, if already loaded; else ``config.model`` is loaded.
-        cost: also estimate time and memory of a training step, from one forward and backward pass, and the spill.
+        cost: also estimate time and memory of a training step, from one forward and backward pass.
 
     Raises:
         UserError: settings, data or model are invalid, or no layout fits.
@@ -169,7 +169,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     layouts.sort(key=lambda layout: (-(layout.accuracy or 0), -(layout.logp or 0), layout.context != UNMEASURED))
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
-    spill = measure.spill(layouts[0].context) if cost else None
+    spill = measure.spill(layouts[0].context) if config.spill else None
     verdict, exit_code = verdict_on(*measure.student_on(layouts[0].context), layouts[0])
     return CheckResult(
         model=config.model,

@@ -71,7 +71,7 @@ class CheckResult(Printable):
     memory_rows: int | None
     """``batch_size``, or the number of rows of the best layout if smaller; None as above."""
     spill: Spill | None
-    """What a small step on the task does to prompts that have nothing to do with it; None as above."""
+    """What a small step on the task does to prompts that have nothing to do with it; None if not asked for."""
     verdict: str
     exit_code: int
     """0: worth trying; 4: unlikely to help."""

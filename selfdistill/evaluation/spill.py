@@ -46,6 +46,14 @@ class TrialStep:
         """Nats per token moved where one nat per token is gained, if all steps were like this; None without gain."""
         return self.moved / self.gain**2 if self.gain > 0 else None
 
+    def __str__(self) -> str:
+        learnt = (
+            f"makes the demonstrations {self.gain:.2g} nats per token more likely"
+            if self.gain > 0
+            else "does not make the demonstrations more likely"
+        )
+        return f"{learnt} and moves general prompts by {self.moved:.2g}"
+
 
 @dataclass(frozen=True)
 class Spill:
@@ -62,19 +70,8 @@ class Spill:
         """What was found, and what follows; without a full stop."""
         if self.sft is None or self.sdft is None:
             return f"not measured: {self.untried}"
-        steps = {"SFT": self.sft, "SDFT": self.sdft}
-        text = "; ".join(
-            f"a small step of {name} makes the demonstrations {step.gain:.2g} nats per token more likely and moves "
-            f"general prompts by {step.moved:.2g}"
-            for name, step in steps.items()
-        )
-        found = sorted((step.spill, name) for name, step in steps.items() if step.spill)
-        if len(found) == len(steps):
-            (less, near), (more, far) = found
-            text += f". For the same gain, {far} moves them {more / less:.1f} times as far as {near}"
-        else:
-            text += ". Without a gain it is not known how far they would move"
-        return f"{text}. To hold them: --anchors package"
+        found = "; ".join(f"a small step of {name} {step}" for name, step in (("SFT", self.sft), ("SDFT", self.sdft)))
+        return f"{found}. Against it: --anchors package"
 
 
 def measure_spill(

@@ -31,7 +31,13 @@ module = importlib.import_module("selfdistill.evaluation.check")
 
 
 def config_of(folder: Path, data: Path, **settings: object) -> CheckConfig:
-    values = {"max_completion_length": 6, "sample": 4, "batch_size": 2, "mixed_precision": "no"} | settings
+    values = {
+        "max_completion_length": 6,
+        "sample": 4,
+        "batch_size": 2,
+        "mixed_precision": "no",
+        "spill": True,
+    } | settings
     return CheckConfig(model=str(folder), data=str(data), contexts=["turns:repeats=2"], **values)
 
 
@@ -144,19 +150,15 @@ def test_what_the_numbers_say() -> None:
     sft, sdft = TrialStep(gain=0.1, moved=0.004), TrialStep(gain=0.05, moved=0.0005)
     assert sft.spill == pytest.approx(0.4)
     assert sdft.spill == pytest.approx(0.2)
-    measured = (
-        "a small step of SFT makes the demonstrations 0.1 nats per token more likely and moves general prompts by "
-        "0.004; a small step of SDFT makes the demonstrations {} nats per token more likely and moves general prompts "
-        "by 0.0005"
-    )
     assert Spill(sft, sdft).sentence() == (
-        measured.format(0.05) + ". For the same gain, SFT moves them 2.0 times as far as SDFT. To hold them: --anchors "
-        "package"
+        "a small step of SFT makes the demonstrations 0.1 nats per token more likely and moves general prompts by "
+        "0.004; a small step of SDFT makes the demonstrations 0.05 nats per token more likely and moves general "
+        "prompts by 0.0005. Against it: --anchors package"
     )
-    assert TrialStep(gain=0.0, moved=0.1).spill is None
-    assert Spill(sft, replace(sdft, gain=-0.1)).sentence() == (
-        measured.format(-0.1) + ". Without a gain it is not known how far they would move. To hold them: --anchors "
-        "package"
+    lost = replace(sdft, gain=-0.1)
+    assert lost.spill is None
+    assert "of SDFT does not make the demonstrations more likely and moves general prompts by 0.0005" in (
+        Spill(sft, lost).sentence()
     )
 
 
@@ -166,7 +168,7 @@ def test_where_there_is_nothing_to_learn_it_is_not_known(
     monkeypatch.setattr(spill, "STEP", 0.0)
     result = check(config_of(model_folder(), write_rows(count=4)))
     assert (result.spill_sft, result.spill_sdft) == (None, None)
-    assert "Without a gain it is not known how far they would move." in " ".join(repr(result).split())
+    assert "a small step of SFT does not make the demonstrations more likely" in " ".join(repr(result).split())
 
 
 def test_it_is_left_out_where_it_makes_no_sense(
@@ -184,5 +186,6 @@ def test_it_is_left_out_where_it_makes_no_sense(
     assert "Spill: not measured: no row has a completion" in " ".join(repr(result).split())
     assert json.loads(json.dumps(result.to_dict()))["spill_sdft"] is None
     monkeypatch.setattr(module, "measure_spill", lambda *_: pytest.fail("measured the spill"))
+    assert check(config_of(folder, write_rows(count=4), spill=False)).spill is None
     settings = {"output_dir": "unused", "max_completion_length": 6}
     best_context(TrainConfig(model=str(folder), data=str(write_rows(count=4)), **settings))
