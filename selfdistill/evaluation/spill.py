@@ -15,12 +15,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from selfdistill.data import ChatFormat, Example, anchor_prompts
+from selfdistill.data import ChatFormat, Demonstration, Example, anchor_prompts, encode_prompts
 from selfdistill.errors import UserError
 from selfdistill.evaluation.distances import Distance, mean_loss, summed_loss
 from selfdistill.loss import CrossEntropy, Divergence
@@ -105,8 +106,7 @@ def measure_spill(
         return Spill(untried=str(error))
     rows, sampled = [row for row, _ in kept], [ids for _, ids in kept]
     prompts, demos = [row.student_ids for row in rows], [row.completion_ids for row in rows]
-    anchors = random.Random(seed).sample(anchor_prompts(), _ANCHORS)
-    distance = Distance(loaded, forward_pass, chat, anchors, _TOKENS)
+    distance = Distance(loaded, forward_pass, chat, _general_prompts(chat, loaded.window, seed), _TOKENS)
     before = mean_loss(loaded, prompts, demos)
     steps = []
     for loss, completions in ((CrossEntropy(), demos), (Divergence(), sampled)):
@@ -120,6 +120,14 @@ def measure_spill(
             steps.append(TrialStep(gain, distance.of(loaded.model)))
     sft, sdft = steps
     return Spill(sft, sdft)
+
+
+def _general_prompts(chat: ChatFormat, window: int | None, seed: int) -> list[Demonstration]:
+    """A sample of those that the package offers as anchors and that fit the window."""
+    prompts = anchor_prompts()
+    shuffled = random.Random(seed).sample(prompts, len(prompts))
+    fitting = (row for row in shuffled if not window or len(encode_prompts([row], chat)[0]) + _TOKENS <= window)
+    return list(islice(fitting, _ANCHORS))
 
 
 def task_loss(
