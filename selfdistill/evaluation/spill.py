@@ -115,7 +115,7 @@ def measure_spill(
             with arithmetic():
                 value = task_loss(loaded.model, forward_pass, loss, rows[part], completions[part])
             value.backward()
-        with _moved(loaded.model):
+        with stepped(loaded.model):
             gain = before - mean_loss(loaded, prompts, demos)
             steps.append(TrialStep(gain, distance.of(loaded.model)))
     sft, sdft = steps
@@ -147,7 +147,7 @@ def task_loss(
 
 
 @contextmanager
-def _moved(model: nn.Module) -> Iterator[None]:
+def stepped(model: nn.Module) -> Iterator[None]:
     """Move the weights against the sign of their gradients, drop these, and in the end put the weights back."""
     moving = [p for p in model.parameters() if p.grad is not None]
     kept = [p.detach().to("cpu", copy=True) for p in moving]

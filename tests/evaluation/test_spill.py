@@ -139,7 +139,7 @@ def test_an_interrupted_step_puts_the_weights_back(load: Callable[..., LoadedMod
     loaded.model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
 
     def interrupted() -> None:
-        with spill._moved(loaded.model):
+        with spill.stepped(loaded.model):
             assert weights_fingerprint(loaded.model) != before
             raise KeyboardInterrupt
 
