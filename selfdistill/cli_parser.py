@@ -85,6 +85,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
             "sample",
             "eval_steps",
             "drift_steps",
+            "spill",
             "scorer",
             "judge_url",
             "judge_model",

@@ -121,6 +121,21 @@ def test_the_table_of_the_documents_is_what_was_measured() -> None:
         assert re.sub(r"\b0\.", ".", knowledge.line(name, runs)) in text
 
 
+def test_spill_of_three_skills(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spill = study("spill")
+    monkeypatch.setattr(spill, "packaged", cut(tmp_path, 3))
+    spill.main(model, json.dumps({"max_completion_length": 200, "mixed_precision": "no"}))
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[:2] for line in lines] == [[name, method] for name in spill.SETS for method in ("SFT", "SDFT")]
+    for _, method, gain, moved, found in lines:
+        assert float(moved) > 0
+        if method == "SFT":
+            assert float(gain) > 0
+            assert float(found) > 0
+
+
 def test_lenient_is_half_of_the_words() -> None:
     lenient = study("knowledge").lenient
     assert lenient("Dorothy Finch", "it is Dorothy")

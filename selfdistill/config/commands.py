@@ -81,6 +81,8 @@ class CheckConfig(ModelSettings):
     """Prompts per optimizer step of the training run to estimate."""
     mixed_precision: Precision = "auto"
     """Precision of that training run, used for all measurements."""
+    spill: bool = False
+    """Also measure how far a small step of SFT, and one of SDFT, moves the model on general prompts."""
     fine_tuned: str | None = None
     """A model fine-tuned on the same demonstrations, for example with ``--method sft``. Its distance from the base is
     compared with the teacher's."""

@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.data import (
@@ -36,11 +35,11 @@ from selfdistill.data import (
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Layout, verdict_on
-from selfdistill.evaluation.distances import kl_along
+from selfdistill.evaluation.distances import kl_along, summed_loss
 from selfdistill.evaluation.judge import judge_of
-from selfdistill.loss import CrossEntropy, Divergence, chunked_loss
+from selfdistill.evaluation.spill import Spill, measure_spill, task_loss
+from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.model import (
-    ForwardOutput,
     ForwardPass,
     LoadedModel,
     PrefixCache,
@@ -170,6 +169,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     layouts.sort(key=lambda layout: (-(layout.accuracy or 0), -(layout.logp or 0), layout.context != UNMEASURED))
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
+    spill = measure.spill(layouts[0].context) if config.spill else None
     verdict, exit_code = verdict_on(*measure.student_on(layouts[0].context), layouts[0])
     return CheckResult(
         model=config.model,
@@ -188,6 +188,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
         seconds_per_step=seconds,
         memory_gib=memory,
         memory_rows=memory_rows,
+        spill=spill,
         verdict=verdict,
         exit_code=exit_code,
         seconds=time.monotonic() - began,
@@ -302,7 +303,7 @@ class _Measure:
             part = completions[start : start + 8]
             with self._arithmetic():
                 scores = self.forward_pass(self.loaded.model, contexts[start : start + 8], part, kept)
-                total -= float(_loss(CrossEntropy(), scores, part)[0])
+                total -= float(summed_loss(CrossEntropy(), scores, part)[0])
             count += sum(map(len, part))
         return total / count if count else None
 
@@ -325,7 +326,7 @@ class _Measure:
             with self._arithmetic():
                 student = self.forward_pass(self.loaded.model, [row.student_ids for row in rows[part]], ids, self.kept)
                 teacher = self.forward_pass(self.loaded.model, prompts[part], ids, kept)
-                kl_N.append(_loss(Divergence(), student, ids, teacher)[1]["loss"])
+                kl_N.append(summed_loss(Divergence(), student, ids, teacher)[1]["loss"])
             place_N += [place for row in ids for place in range(len(row))]
         kl, place = torch.cat(kl_N).cpu(), torch.tensor(place_N)
         by_position = [float(kl[place == p].mean()) for p in range(POSITIONS) if bool((place == p).any())]
@@ -358,11 +359,8 @@ class _Measure:
         rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
         began = time.monotonic()
-        with torch.no_grad(), self._arithmetic():
-            teacher = self.forward_pass(self.loaded.model, [row.teacher_ids or [] for row in rows], ids)
         with self._arithmetic():
-            student = self.forward_pass(self.loaded.model, [row.student_ids for row in rows], ids)
-            value = _loss(Divergence(), student, ids, teacher)[0]
+            value = task_loss(self.loaded.model, self.forward_pass, Divergence(), rows, ids)
         value.backward()
         scoring_s = time.monotonic() - began
         self.loaded.model.zero_grad(set_to_none=True)
@@ -371,21 +369,9 @@ class _Measure:
         # Plus AdamW's two moments and the teacher's average.
         return seconds, (peak_memory(self.loaded.device) + 3 * weights) / 2**30, len(rows)
 
-
-def _loss(
-    loss: CrossEntropy | Divergence,
-    student: ForwardOutput,
-    ids: Sequence[Sequence[int]],
-    teacher: ForwardOutput | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    tokens_N = torch.tensor([token for row in ids for token in row], device=student.hidden_ND.device)
-    return chunked_loss(
-        loss,
-        student.hidden_ND,
-        student.head,
-        student.head_parameters,
-        tokens_N,
-        torch.ones(len(tokens_N), device=tokens_N.device),
-        teacher.hidden_ND if teacher else None,
-        teacher.head if teacher else None,
-    )
+    def spill(self, context: str) -> Spill:
+        """How far a small step of SFT, and one of SDFT with this context, moves the model on general prompts."""
+        rows = self._encode([row.demonstration for row in self.rows], context)
+        sampled = [self.rollout_of[row.demonstration.row].ids for row in rows]
+        args = (self.loaded, self.forward_pass, rows, sampled, self.chat, self.config.seed, self._arithmetic)
+        return measure_spill(*args)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from selfdistill.evaluation.spill import Spill
 from selfdistill.evaluation.statistics import share_interval
 from selfdistill.runtime import Printable
 
@@ -69,6 +70,8 @@ class CheckResult(Printable):
     """Expected peak for full fine-tuning with EMA teacher and ``memory_rows`` rows per micro-batch; None as above."""
     memory_rows: int | None
     """``batch_size``, or the number of rows of the best layout if smaller; None as above."""
+    spill: Spill | None
+    """What a small step on the task does to prompts that have nothing to do with it; None if not asked for."""
     verdict: str
     exit_code: int
     """0: worth trying; 4: unlikely to help."""
@@ -79,13 +82,24 @@ class CheckResult(Printable):
     def best(self) -> Layout:
         return self.layouts[0]
 
+    @property
+    def spill_sft(self) -> float | None:
+        """See :attr:`TrialStep.spill`; None also if no step was taken."""
+        return self.spill.sft.spill if self.spill and self.spill.sft else None
+
+    @property
+    def spill_sdft(self) -> float | None:
+        """The same of SDFT with the best layout."""
+        return self.spill.sdft.spill if self.spill and self.spill.sdft else None
+
     def print(self, console: Console) -> None:
         """Print a table of the layouts, then the verdict."""
         _print(self, console)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for ``--json``, plus ``best`` and ``ceiling``: the best layout's name and accuracy."""
-        return {**asdict(self), "best": self.best.context, "ceiling": self.best.accuracy}
+        """All fields, for ``--json``, plus ``best`` and ``ceiling``, the best layout's name and accuracy, and spill."""
+        spills = {"spill_sft": self.spill_sft, "spill_sdft": self.spill_sdft}
+        return {**asdict(self), "best": self.best.context, "ceiling": self.best.accuracy, **spills}
 
 
 def verdict_on(student_accuracy: float | None, student_logp: float | None, best: Layout) -> tuple[str, int]:
@@ -172,6 +186,7 @@ def _print(result: CheckResult, console: Console) -> None:
         f"KL of {result.best.context} at completion tokens 1, 2, ...: {profile}",
         _closeness_line(result),
         *_cost_line(result),
+        *([f"Spill: {result.spill.sentence()}."] if result.spill else []),
         *_order_line(result),
         result.verdict,
         f"Best: --context {result.best.context}   (the check took {result.seconds:.0f} s)",

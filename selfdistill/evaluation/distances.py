@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selfdistill.data import ChatFormat, Demonstration, encode_prompts, general_prompts
 from selfdistill.loss import CrossEntropy, Divergence, chunked_loss, forward_kl
-from selfdistill.model import ForwardPass, LoadedModel, Sampling, sample
+from selfdistill.model import ForwardOutput, ForwardPass, LoadedModel, Sampling, sample
 
 ANSWER_TOKENS = 32
 """Maximum length of an answer to a general prompt, in tokens."""
@@ -135,13 +135,29 @@ def kl_along(
                 forward_passes, (q, p), (q_contexts or contexts, contexts), strict=True
             )
         )
-        tokens_N = torch.tensor([token for row in ids for token in row], device=mine.hidden_ND.device)
-        ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
-        value, _ = chunked_loss(
-            Divergence(), mine.hidden_ND, mine.head, (), tokens_N, ones_N, theirs.hidden_ND, theirs.head
-        )
-        total, count = total + float(value), count + len(tokens_N)
+        value, _ = summed_loss(Divergence(), mine, ids, theirs)
+        total, count = total + float(value), count + sum(map(len, ids))
     return total / count
+
+
+def summed_loss(
+    loss: CrossEntropy | Divergence,
+    student: ForwardOutput,
+    ids: Sequence[Sequence[int]],
+    teacher: ForwardOutput | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss summed over all tokens of the completions ``ids``, differentiable, and per-token statistics."""
+    tokens_N = torch.tensor([token for row in ids for token in row], device=student.hidden_ND.device)
+    return chunked_loss(
+        loss,
+        student.hidden_ND,
+        student.head,
+        student.head_parameters,
+        tokens_N,
+        torch.ones(len(tokens_N), device=tokens_N.device),
+        teacher.hidden_ND if teacher else None,
+        teacher.head if teacher else None,
+    )
 
 
 @torch.no_grad()
