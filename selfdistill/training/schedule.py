@@ -23,9 +23,10 @@ def check_shares(shares: Sequence[float], batch_size: int, unit: int = 1) -> Non
     """
     least = unit * (1 + sum(math.ceil(batch_size / unit * share) for share in shares[1:]))
     if batch_size < least:
+        multiples = f" (each a multiple of {unit}, with fsdp)" if unit > 1 else ""
         raise UserError(
-            f"setting 'batch_size': {batch_size} is too small for {len(shares)} parts of a step, which need {least}; "
-            "raise it, or lower their shares"
+            f"setting 'batch_size': {batch_size} is too small for {len(shares)} parts of a step{multiples}, which need "
+            f"{least}; raise it, or lower their shares"
         )
 
 

@@ -106,6 +106,13 @@ def test_a_batch_needs_room_for_every_part(anchored: Settings, tmp_path: Path, b
         Trainer(config)
 
 
+def test_a_batch_too_small_for_processes_that_share_the_weights_says_why() -> None:
+    with pytest.raises(
+        UserError, match=r"8 is too small for 2 parts of a step \(each a multiple of 8, with fsdp\), which"
+    ):
+        check_shares([0.75, 0.25], 8, unit=8)
+
+
 # --- the gradient, against plain code ---
 
 
