@@ -292,6 +292,8 @@ def _summary(
     config: CompareConfig, evaluator: Evaluator, shown: dict[str, dict[str, Any] | None], done: list[Compared]
 ) -> dict[str, Any]:
     budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations"
+    if any(run.anchors and run.anchor_share for _, run in runs_of(config)):
+        budget += ", anchors included"
     budget += "".join(f", except for {name}, which is varied" for name in config.vary if name in _BUDGET) + "."
     return {
         "model": config.model,

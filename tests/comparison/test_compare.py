@@ -236,6 +236,14 @@ def test_a_varied_budget_is_said(settings: Callable[..., CompareConfig]) -> None
     assert len(result["runs"]) == 2
 
 
+def test_a_budget_with_anchors_is_said(settings: Callable[..., CompareConfig], tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("Who?\nWhy?\n", encoding="utf-8")
+    varied = ["none", str(tmp_path / "lines.txt")]
+    result = compare(settings(methods="sft", seeds="0", vary={"anchors": varied})).details
+    assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations, anchors included."
+    assert len(result["runs"]) == 2
+
+
 def test_a_batch_too_small_for_one_of_the_runs_is_told_before_any_begins(
     settings: Callable[..., CompareConfig],
 ) -> None:
