@@ -16,7 +16,7 @@ from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
 from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say_note, world_size
-from selfdistill.training import check_output_dir
+from selfdistill.training import check_output_dir, check_parts
 
 Model = str | os.PathLike[str] | Any
 """A folder, run folder, hub id or ``smollm2-135m``; or a loaded ``PreTrainedModel``, with ``tokenizer=``.
@@ -161,6 +161,7 @@ def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFol
     check_output_dir(config.output_dir, resume=resume, given=rows.names)
     check_tracker(config.report_to)
     check_inputs(config, rows.names, lacks_of(stages_of(config)))
+    check_parts(config)
     if loaded is not None and config.lora_rank:
         raise UserError("setting 'lora_rank': an adapter names its base; save the model and give its folder instead")
     if not config.documents:

@@ -27,7 +27,7 @@ from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_f
 from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, unused_settings, uses
 from selfdistill.model import LoadedModel, load_for_training, refuse_half_precision, start_fingerprint
 from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
-from selfdistill.training import check_output_dir, list_checkpoints, steps_of, train
+from selfdistill.training import check_output_dir, check_parts, list_checkpoints, steps_of, train
 
 ORACLE_RAG = "document:show=document"
 """Context of the base without training: each question's own document."""
@@ -97,6 +97,8 @@ def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[
         raise UserError("setting 'vary': context 'auto' stands for the best one; name the contexts to compare")
     first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
     check_inputs(config, given, lacks_of([stage for run in first for stage in stages_of(run)]))
+    for run in first:
+        check_parts(run)
     taught = [run for run in first if run.context == "auto" and uses(run, "context")]
     return config.model_copy(update={"context": best_context(taught[0])}) if taught else config
 
@@ -290,6 +292,8 @@ def _summary(
     config: CompareConfig, evaluator: Evaluator, shown: dict[str, dict[str, Any] | None], done: list[Compared]
 ) -> dict[str, Any]:
     budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations"
+    if any(run.anchors and run.anchor_share for _, run in runs_of(config)):
+        budget += ", anchors included"
     budget += "".join(f", except for {name}, which is varied" for name in config.vary if name in _BUDGET) + "."
     return {
         "model": config.model,

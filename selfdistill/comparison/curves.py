@@ -51,7 +51,7 @@ def figures(runs: list[RunFolder]) -> list[Json]:
                     "meaning": meaning.replace("``", ""),
                 }
             )
-    contributions = [curve for run in runs for curve in _contributions(run)]
+    contributions = [Curve(f"{run.curve} {part}", points) for run in runs for part, points in _by_part(run).items()]
     if contributions:
         meaning = "a part's share of the batch times its mean loss, nats per token; the sum over the parts is the loss"
         figure = Markup(over(contributions, "step", "loss by part", smooth=True))
@@ -59,14 +59,18 @@ def figures(runs: list[RunFolder]) -> list[Json]:
     return made
 
 
-def _contributions(run: RunFolder) -> list[Curve]:
-    """What each part of the steps adds to the loss; empty where steps have one part."""
-    names = dict.fromkeys(key.removeprefix("loss/") for line in run.metrics for key in line if key.startswith("loss/"))
-    curves = []
-    for name in names:
-        share, loss = dict(series(run, f"share/{name}")), series(run, f"loss/{name}")
-        curves.append(Curve(f"{run.curve} {name}", [(step, share[step] * value) for step, value in loss]))
-    return curves
+def _by_part(run: RunFolder) -> dict[str, list[Point]]:
+    """What each part adds to the loss of every step, 0 where it has no example; empty where steps have one part."""
+    lines = [line for line in run.metrics if any(key.startswith("share/") for key in line)]
+    names = dict.fromkeys(key.removeprefix("share/") for line in lines for key in line if key.startswith("share/"))
+    return {
+        name: [
+            (line["step"], line.get(f"share/{name}", 0.0) * line.get(f"loss/{name}", 0.0))
+            for line in lines
+            if f"loss/{name}" in line or f"share/{name}" not in line  # a skipped step may lack the loss
+        ]
+        for name in names
+    }
 
 
 def numbers(runs: list[RunFolder]) -> list[list[str]]:
@@ -76,8 +80,8 @@ def numbers(runs: list[RunFolder]) -> list[list[str]]:
         for run in runs:
             rows += _numbers_of(CURVES[key], run.name, series(run, key))
     for run in runs:
-        for curve in _contributions(run):
-            rows += _numbers_of("loss by part", curve.name, curve.points)
+        for part, points in _by_part(run).items():
+            rows += _numbers_of("loss by part", f"{run.name} {part}", points)
     return rows
 
 

@@ -97,9 +97,13 @@ class MethodSettings(Settings):
     @classmethod
     def _sources(cls, value: Any) -> Any:
         """Accept one source, several separated by commas, ``none`` or None."""
-        if value is None or value in ("", "none"):
+        if isinstance(value, str):
+            value = [source.strip() for source in value.split(",") if source.strip()]
+        if value is None or value in (["none"], ("none",)):
             return ()
-        return value.split(",") if isinstance(value, str) else value
+        if isinstance(value, list | tuple) and "none" in value:
+            raise ValueError("'none' stands alone; leave it out beside other sources")
+        return value
 
 
 class TrainingSettings(MethodSettings, ModelSettings):

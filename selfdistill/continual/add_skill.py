@@ -270,7 +270,8 @@ class _NewSkill:
         else:
             cost = cost_of(run, len(self._config.anchors))
         memory = self._folder / MEMORY
-        return cost | {"rehearsed": len(load_prompts(str(memory))) if memory.exists() else 0}
+        rehearses = memory.exists() and run.anchor_share > 0
+        return cost | {"rehearsed": len(load_prompts(str(memory))) if rehearses else 0}
 
     def _trained(self, run: TrainConfig) -> Path:
         """Train, and return the folder of the final model, which may be an adapter."""

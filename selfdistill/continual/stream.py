@@ -70,7 +70,7 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
                 last = place["train"][chunk[-1].row]
                 buffer = [row for row, at in zip(held, place["validation"], strict=True) if at <= last]
                 learnt = [row for row in chunk if row.row in fitting]
-                line = _chunk(run, config, own, model, learnt, buffer[-BUFFER:])
+                line = _chunk(_of_chunk(run, number), config, own, model, learnt, buffer[-BUFFER:])
                 lines.write({"step": number, **line})
                 fsync(folder / "stream.jsonl")
                 say(f"chunk {number} of {len(chunks)}: {_said(line)}")
@@ -82,6 +82,11 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
                 raise RunStopped("stopped", stop.received)
     assert model != run.model, "a chunk has rows that fit, and so a model"
     return Path(model)
+
+
+def _of_chunk(run: TrainConfig, number: int) -> TrainConfig:
+    """The run with the chunk's own seed: with one seed, every chunk would have the same few anchors."""
+    return run.model_copy(update={"seed": run.seed + number - 1})
 
 
 def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[Demonstration]]) -> set[int]:

@@ -359,9 +359,7 @@ class _Measure:
         rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
         began = time.monotonic()
-        with self._arithmetic():
-            value = task_loss(self.loaded.model, self.forward_pass, Divergence(), rows, ids)
-        value.backward()
+        task_loss(self.loaded.model, self.forward_pass, Divergence(), rows, ids, self._arithmetic).backward()
         scoring_s = time.monotonic() - began
         self.loaded.model.zero_grad(set_to_none=True)
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size

@@ -112,9 +112,7 @@ def measure_spill(
     for loss, completions in ((CrossEntropy(), demos), (Divergence(), sampled)):
         for start in range(0, len(rows), _ROWS):
             part = slice(start, start + _ROWS)
-            with arithmetic():
-                value = task_loss(loaded.model, forward_pass, loss, rows[part], completions[part])
-            value.backward()
+            task_loss(loaded.model, forward_pass, loss, rows[part], completions[part], arithmetic).backward()
         with stepped(loaded.model):
             gain = before - mean_loss(loaded, prompts, demos)
             steps.append(TrialStep(gain, distance.of(loaded.model)))
@@ -136,14 +134,16 @@ def task_loss(
     loss: CrossEntropy | Divergence,
     rows: Sequence[Example],
     completions: Sequence[list[int]],
+    arithmetic: Callable[[], AbstractContextManager[Any]],
 ) -> Tensor:
     """A loss, summed over the completions' tokens; a divergence is from the model that is shown the rows' context."""
     teacher = None
     if isinstance(loss, Divergence):
-        with torch.no_grad():
+        with torch.no_grad(), arithmetic():  # a context of its own: older releases of torch keep casts without gradient
             teacher = forward_pass(model, [row.teacher_ids or [] for row in rows], completions)
-    student = forward_pass(model, [row.student_ids for row in rows], completions)
-    return summed_loss(loss, student, completions, teacher)[0]
+    with arithmetic():
+        student = forward_pass(model, [row.student_ids for row in rows], completions)
+        return summed_loss(loss, student, completions, teacher)[0]
 
 
 @contextmanager

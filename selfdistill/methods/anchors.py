@@ -12,6 +12,7 @@ inputs; the second stage of SFT + Re-invoke (arXiv 2601.19897) has the same loss
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from selfdistill.config import TrainConfig
@@ -42,6 +43,9 @@ def anchors(config: TrainConfig) -> Parts:
 
 def _names(sources: Sequence[str]) -> list[str]:
     """Names of the parts by file; files of the same name are numbered."""
-    stems = [Path(source).stem for source in sources]
-    earlier = [stems[:place].count(stem) for place, stem in enumerate(stems)]
-    return [f"anchors:{stem}" + (f"-{n + 1}" if n else "") for stem, n in zip(stems, earlier, strict=True)]
+    names: list[str] = []
+    for source in sources:
+        name = f"anchors:{Path(source).stem}"
+        numbered = (f"{name}-{number}" for number in count(2))
+        names.append(next(free for free in chain([name], numbered) if free not in names))
+    return names

@@ -87,7 +87,7 @@ class Teacher:
         self._scoring: dict[str, Tensor] = {}  # the teacher's weights used for scoring, by name
         if self._copy is not None:
             self._scoring = dict(self._copy.named_parameters())
-        elif self._lora:
+        elif self._lora and self.kind in ("ema", "snapshot"):
             self._scoring = {name: p for name, p in students.items() if f".{ADAPTER}." in name}
         self._followed: dict[str, Tensor] = {}  # the student's
         self._average: dict[str, Tensor] = {}  # the float32 average; the scoring weights themselves if float32

@@ -23,7 +23,7 @@ METRICS = {
     "step": "optimizer steps done",
     "epoch": "passes over the data",
     "loss": "training loss, nats per token",
-    "loss/PART": "mean loss of a part of the step, such as ``task`` or ``anchors``; only if it has several",
+    "loss/PART": "mean loss of a part of the step, such as ``task``; only if steps have several",
     "share/PART": "its share of the batch's examples, and its weight in ``loss``",
     "kl/forward": "KL(teacher||student), nats per token over the retained tokens",
     "kl/reverse": "KL(student||teacher), nats per token over the retained tokens",
@@ -137,6 +137,8 @@ def public_settings(config: Settings) -> dict[str, bool | int | float | str | No
 def _public_text(value: str) -> str:
     """The value without folders; a context such as ``template:file=PATH`` contains a path, too."""
     head, equals, tail = value.rpartition("=")
+    if "/" in head:  # a path with "=" in it
+        return public_name(value)
     return head + equals + public_name(tail) if "/" in tail else value
 
 

@@ -17,6 +17,7 @@ from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import Printable, check_tracker, peak_memory
 from selfdistill.training.schedule import steps_of
+from selfdistill.training.setup import check_parts
 from selfdistill.training.train import check_output_dir, with_context
 from selfdistill.training.trainer import Trainer
 
@@ -75,6 +76,7 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     check_tracker(config.report_to)
     stages = stages_of(config)
     check_inputs(config, given, lacks_of(stages))
+    check_parts(config)
     loaded = copy.deepcopy(loaded)
     rows = load_demonstrations(config.data, split=config.split)
     config = with_context(config, rows, loaded)

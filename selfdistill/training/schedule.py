@@ -23,9 +23,10 @@ def check_shares(shares: Sequence[float], batch_size: int, unit: int = 1) -> Non
     """
     least = unit * (1 + sum(math.ceil(batch_size / unit * share) for share in shares[1:]))
     if batch_size < least:
+        multiples = f" (each a multiple of {unit}, with fsdp)" if unit > 1 else ""
         raise UserError(
-            f"setting 'batch_size': {batch_size} is too small for {len(shares)} parts of a step, which need {least}; "
-            "raise it, or lower their shares"
+            f"setting 'batch_size': {batch_size} is too small for {len(shares)} parts of a step{multiples}, which need "
+            f"{least}; raise it, or lower their shares"
         )
 
 
@@ -73,7 +74,8 @@ def examples_at(rows: Sequence[Row], positions: range, seed: int) -> list[Row]:
 
 def steps_of(config: TrainingSettings, examples: int, share: float = 1.0) -> int:
     """``max_steps``; by default the steps of ``num_train_epochs`` over so many examples, a share of every batch."""
-    return config.max_steps or math.ceil(examples * config.num_train_epochs / (config.batch_size * share))
+    steps = examples * config.num_train_epochs / (config.batch_size * share)
+    return config.max_steps or math.ceil(round(steps, 9))  # 1 - 0.8 is a little less than 0.2
 
 
 def learning_rate(

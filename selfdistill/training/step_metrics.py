@@ -18,17 +18,19 @@ def step_metrics(
     grad_norm: float,
     drift: dict[str, float],
     seconds: dict[str, float],
+    by_part: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a finished step, under the names of :data:`selfdistill.runtime.tracking.METRICS`.
 
     Args:
         step: its number, from 1.
         epoch: passes over the task's examples so far.
-        results: of the parts; the first, the task, gives all metrics but ``loss`` and ``tokens``.
+        results: of the parts with examples; the first, the task, gives all metrics but ``loss`` and ``tokens``.
         learning_rate: of this step.
         grad_norm: global gradient norm before clipping.
         drift: distances from the base, if measured.
         seconds: duration of each part of the step.
+        by_part: whether to tell how the loss divides between the parts.
 
     Returns:
         The metrics. For a skipped step: only finite ones, plus ``skipped``.
@@ -53,7 +55,7 @@ def step_metrics(
         metrics["importance"] = task.importance
     if task.reward is not None:
         metrics["reward"] = task.reward
-    if len(results) > 1:
+    if by_part:
         for result in results:
             metrics[f"loss/{result.part.name}"] = result.loss
             metrics[f"share/{result.part.name}"] = result.part.share

@@ -271,6 +271,7 @@ class Trainer:
             grad_norm=norm,
             drift=drift,
             seconds={"teacher": 0.0, **stopwatch.seconds()},
+            by_part=len(stage.parts) > 1,
         )
 
     def _positions(self, stage: Stage, stage_step: int) -> list[range]:

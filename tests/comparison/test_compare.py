@@ -236,6 +236,23 @@ def test_a_varied_budget_is_said(settings: Callable[..., CompareConfig]) -> None
     assert len(result["runs"]) == 2
 
 
+def test_a_budget_with_anchors_is_said(settings: Callable[..., CompareConfig], tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("Who?\nWhy?\n", encoding="utf-8")
+    varied = ["none", str(tmp_path / "lines.txt")]
+    result = compare(settings(methods="sft", seeds="0", vary={"anchors": varied})).details
+    assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations, anchors included."
+    assert len(result["runs"]) == 2
+
+
+def test_a_batch_too_small_for_one_of_the_runs_is_told_before_any_begins(
+    settings: Callable[..., CompareConfig],
+) -> None:
+    config = settings(methods="sft", batch_size=1, vary={"anchors": ["none", "package"]})
+    with pytest.raises(UserError, match="'batch_size': 1 is too small for 2 parts of a step"):
+        compare(config)
+    assert not Path(config.output_dir).exists()
+
+
 def test_a_misspelt_test_leaves_no_folder_behind(settings: Callable[..., CompareConfig]) -> None:
     config = settings(test="no/such.jsonl")
     with pytest.raises(UserError, match=r"no/such\.jsonl"):

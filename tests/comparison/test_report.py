@@ -233,13 +233,16 @@ def test_the_loss_is_shown_by_part_where_steps_have_several(here: Path) -> None:
     assert "Loss by part" not in report("skill").text
     lines = [json.loads(line) for line in Path("skill/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     parts = {"loss/task": 0.5, "share/task": 0.75, "loss/anchors:package": 0.2, "share/anchors:package": 0.25}
-    jsonl(Path("skill/metrics.jsonl"), [line | parts for line in lines])
+    alone = {"loss/task": 0.6, "share/task": 1.0}  # a step without an anchor
+    jsonl(Path("skill/metrics.jsonl"), [lines[0] | alone, *(line | parts for line in lines[1:])])
     page = report("skill")
     assert "Loss by part" in page.text
     labels = [svg["aria-label"] or "" for svg in page.attributes("svg")]
     (label,) = [label for label in labels if "anchors:package" in label]
     assert f"({STEPS}, 0.375)" in label
     assert f"({STEPS}, 0.05)" in label
+    assert "(1, 0.487)" in label  # the running mean of 0.6 and 0.375
+    assert "(1, 0.025)" in label  # of 0 and 0.05
 
 
 def test_model_output_stays_text_and_nothing_is_fetched(everything: Path) -> None:

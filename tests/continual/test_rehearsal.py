@@ -154,7 +154,10 @@ def test_without_memory_and_anchors_a_step_is_the_skill_alone(make: Settings, tm
     for folder in (skill.folder for skill in Ledger(str(tmp_path / "state")).skills):
         lines = rows_of(folder / "run" / "metrics.jsonl")
         assert not any(key.startswith("share/") for line in lines for key in line)
-    assert (tmp_path / "state/skills/0003-third/memory.jsonl").exists()  # it is there for whoever asks what was known
+    third = tmp_path / "state/skills/0003-third"
+    assert (third / "memory.jsonl").exists()  # it is there for whoever asks what was known
+    result = json.loads((third / "result.json").read_text(encoding="utf-8"))
+    assert result["training"]["rehearsed"] == 0
 
 
 # --- what it does ---
@@ -222,14 +225,15 @@ def test_a_stream_rehearses_in_every_chunk_and_counts_all_of_them(
     real = stream.train
 
     def seen(run: Any, **options: Any) -> Path:
-        asked.append((run.model, run.anchors))
+        asked.append((run.model, run.anchors, run.seed))
         return real(run, **options)
 
     monkeypatch.setattr(stream, "train", seen)
     result = add(make("second", action="stream", chunk_size=4, chunk_steps=2, remember=3))
     state = tmp_path / "state"
-    assert [Path(model).parts[-2] for model, _ in asked] == ["0001-first", "00001"]  # each from where the last ended
-    assert {anchors for _, anchors in asked} == {("package", str(state / "pending" / "memory.jsonl"))}
+    assert [Path(model).parts[-2] for model, *_ in asked] == ["0001-first", "00001"]  # each from where the last ended
+    assert {anchors for _, anchors, _ in asked} == {("package", str(state / "pending" / "memory.jsonl"))}
+    assert len({seed for *_, seed in asked}) == 2  # else each chunk would begin with the same anchors
     lines = rows_of(state / "skills/0002-second/stream.jsonl")
     assert result["training"]["steps"] == sum(line["steps"] for line in lines) == 4
     assert result["training"]["seconds"] == pytest.approx(sum(line["training"]["seconds"] for line in lines))

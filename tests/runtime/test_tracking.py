@@ -201,10 +201,10 @@ def test_public_settings_hold_no_folder_and_no_address(tmp_path: Path, monkeypat
         context=f"template:file={tmp_path}/template.txt",
         judge_url="http://10.0.0.1:8000/v1",
         chat_template_kwargs={"enable_thinking": False},
-        anchors=("package", f"{tmp_path}/data/mine.jsonl"),
+        anchors=("package", f"{tmp_path}/data/mine.jsonl", f"{tmp_path}/k=1.txt", f"{tmp_path}/a=b/lines.txt"),
     )
     found = public_settings(config)
-    assert found["anchors"] == '["package", "mine.jsonl"]'
+    assert found["anchors"] == '["package", "mine.jsonl", "k=1.txt", "lines.txt"]'
     assert (found["model"], found["data"], found["output_dir"]) == ("org/base", "mine.jsonl", "run")
     assert found["context"] == "template:file=template.txt"
     assert found["chat_template_kwargs"] == '{"enable_thinking": false}'

@@ -106,6 +106,13 @@ def test_a_batch_needs_room_for_every_part(anchored: Settings, tmp_path: Path, b
         Trainer(config)
 
 
+def test_a_batch_too_small_for_processes_that_share_the_weights_says_why() -> None:
+    with pytest.raises(
+        UserError, match=r"8 is too small for 2 parts of a step \(each a multiple of 8, with fsdp\), which"
+    ):
+        check_shares([0.75, 0.25], 8, unit=8)
+
+
 # --- the gradient, against plain code ---
 
 
@@ -181,6 +188,14 @@ def test_metrics_tell_how_the_loss_divides(anchored: Settings) -> None:
     first, last = metrics_of(config)[0], metrics_of(config)[-1]
     assert first["loss/anchors:lines"] == pytest.approx(0, abs=1e-6)  # the student is still the model before the run
     assert last["loss/anchors:lines"] > 1e-6
+
+
+def test_metrics_tell_of_parts_in_a_step_that_has_only_one(anchored: Settings, tmp_path: Path) -> None:
+    config = anchored(anchors=str(tmp_path / "lines.txt"), anchor_share=0.25, batch_size=2, max_steps=4)
+    train(config)
+    lines = metrics_of(config)
+    assert sorted(line["share/task"] for line in lines) == [0.5, 0.5, 1.0, 1.0]
+    assert [line["loss/task"] == line["loss"] for line in lines] == [line["share/task"] == 1 for line in lines]
 
 
 def test_without_anchors_nothing_is_said_of_parts(settings: Settings) -> None:
@@ -271,10 +286,23 @@ def test_anchors_that_are_prompts_of_the_task_are_noted(
 
 @pytest.mark.parametrize(
     ("given", "sources"),
-    [("none", ()), (None, ()), ("package", ("package",)), ("a.txt,package", ("a.txt", "package")), (["a"], ("a",))],
+    [
+        *[("none", ()), (None, ()), ("", ()), (["none"], ())],
+        *[("package", ("package",)), ("a.txt, package,", ("a.txt", "package")), (["a"], ("a",))],
+    ],
 )
 def test_sources_of_anchors(settings: Settings, given: Any, sources: tuple[str, ...]) -> None:
     assert settings(anchors=given).anchors == sources
+
+
+def test_none_beside_sources_is_refused(settings: Settings) -> None:
+    with pytest.raises(UserError, match=r"'anchors': .*'none' stands alone; leave it out"):
+        settings(anchors="package,none")
+
+
+def test_a_frozen_teacher_beside_a_moving_adapter_takes_no_memory(anchored: Settings) -> None:
+    run = Trainer(anchored(teacher="ema", lora_rank=4))
+    assert [teacher.memory_bytes > 0 for teacher in run.teachers.values()] == [True, False]
 
 
 def test_sources_of_one_name_are_told_apart(anchored: Settings, tmp_path: Path) -> None:
@@ -282,6 +310,8 @@ def test_sources_of_one_name_are_told_apart(anchored: Settings, tmp_path: Path) 
     (tmp_path / "more" / "lines.txt").write_text("Where?\n", encoding="utf-8")
     config = anchored(anchors=[str(tmp_path / "lines.txt"), str(tmp_path / "more" / "lines.txt")])
     assert [part.name for part in stages_of(config)[0]] == ["task", "anchors:lines", "anchors:lines-2"]
+    config = anchored(anchors=["a/x.txt", "b/x.txt", "x-2.txt"])
+    assert [part.name for part in stages_of(config)[0][1:]] == ["anchors:x", "anchors:x-2", "anchors:x-2-2"]
 
 
 def test_a_missing_file_of_anchors_is_one_line(anchored: Settings, tmp_path: Path) -> None:

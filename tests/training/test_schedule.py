@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
-from selfdistill.training.schedule import examples_at, learning_rate
+from selfdistill.config.train import TrainConfig
+from selfdistill.training.schedule import examples_at, learning_rate, steps_of
 
 
 def drawn(rows: list[str], steps: range, batch_size: int, seed: int = 0) -> list[str]:
@@ -40,6 +42,14 @@ def test_a_batch_depends_on_its_step_and_seed_only() -> None:
 
 def test_a_set_smaller_than_a_batch_is_repeated_within_it() -> None:
     assert Counter(examples_at(["a", "b"], range(5), 0)) in (Counter("aaabb"), Counter("aabbb"))
+
+
+@pytest.mark.parametrize("share", [0.5, 1 - 0.8, 1 - 0.9])
+def test_an_epoch_has_no_step_too_many_where_the_tasks_share_is_rounded(
+    settings: Callable[..., TrainConfig], share: float
+) -> None:
+    config = settings(max_steps=None, num_train_epochs=1, batch_size=10)
+    assert steps_of(config, 100, share) == round(10 / share)
 
 
 def test_warm_up_climbs_in_a_line_and_the_cosine_falls_to_the_closed_form() -> None:
