@@ -209,7 +209,8 @@ class Trainer:
             lines += [self.teacher.describe(), *([f"context: {config.context}"] if uses(config, "context") else [])]
             if self.prefix_caches.get(self.teacher.rule):
                 lines.append(f"its contexts are cached for later epochs, up to {config.teacher_cache_mib} MiB")
-        lines += [teacher.describe() for teacher in self.teachers.values() if teacher is not self.teacher]
+        others = [teacher for teacher in self.teachers.values() if teacher is not self.teacher]
+        lines += [f"also {teacher.describe()}" for teacher in others]
         if is_distributed():
             shares = " and the weights" if config.fsdp else ""
             lines.append(f"{self.accelerator.num_processes} processes, which share every batch{shares}")
