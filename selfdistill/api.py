@@ -15,6 +15,7 @@ from typing import Any
 from selfdistill.api_inputs import (
     Model,
     RowsInFolder,
+    anchors_in_memory,
     check_start,
     data_of,
     given_settings,
@@ -100,7 +101,7 @@ def train(
         on_step: called as ``on_step(step, model, metrics)`` after every step, with the transformers model; ends the run
             where it returns True.
         progress: show bars and notes.
-        settings: fields of :class:`TrainConfig`.
+        settings: fields of :class:`TrainConfig`. ``anchors`` may also be rows in memory, saved as ``anchors.jsonl``.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -112,7 +113,8 @@ def train(
         loaded = None
         if "model" in given:
             given["model"], loaded = model_of(given["model"], tokenizer)
-        rows = RowsInFolder({"data": data, "test": test}, given.get("output_dir"), splits_of(given))
+        in_memory = {"data": data, "test": test, "anchors": anchors_in_memory(given)}
+        rows = RowsInFolder(in_memory, given.get("output_dir"), splits_of(given))
         config = train_config(given | rows.paths, resume=resume)
         with rows.kept():
             config = check_start(config, loaded, rows, resume=resume)
@@ -145,7 +147,8 @@ def plan(
     with session(progress):
         given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
         given["model"], loaded = model_of(given.get("model", ""), tokenizer)
-        rows = RowsInFolder({"data": data, "test": test}, given["output_dir"], splits_of(given))
+        in_memory = {"data": data, "test": test, "anchors": anchors_in_memory(given)}
+        rows = RowsInFolder(in_memory, given["output_dir"], splits_of(given))
         config = TrainConfig(**(given | rows.paths))
         if config.documents:
             raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")

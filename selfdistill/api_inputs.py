@@ -61,7 +61,16 @@ def on_best_device(loaded: LoadedModel | None) -> LoadedModel | None:
 
 def splits_of(given: dict[str, Any]) -> dict[str, str | None]:
     """The splits to read, by the setting of the data."""
-    return {"data": given.get("split", "train"), "test": given.get("test_split")}
+    return {"data": given.get("split", "train"), "test": given.get("test_split"), "anchors": "train"}
+
+
+def anchors_in_memory(given: dict[str, Any]) -> Rows | None:
+    """The anchors that are rows in memory; None if there are none, or they are paths."""
+    anchors = given.get("anchors")
+    listed = [anchors] if isinstance(anchors, str | os.PathLike) else anchors
+    if listed is None or (isinstance(listed, list | tuple) and all(isinstance(x, str | os.PathLike) for x in listed)):
+        return None
+    return anchors
 
 
 def data_of(data: Rows) -> tuple[str, Rows | None]:
@@ -73,7 +82,7 @@ class RowsInFolder:
     """The data of a run: paths, or in-memory rows that its folder keeps, so that it can be resumed.
 
     Args:
-        given: data by setting, ``data`` and ``test``; None: not given.
+        given: data by setting, ``data``, ``test`` and ``anchors``; None: not given.
         output_dir: the run folder.
         splits: of a ``DatasetDict``, by setting.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import (
@@ -103,7 +104,7 @@ class MethodSettings(Settings):
             return ()
         if isinstance(value, list | tuple) and "none" in value:
             raise ValueError("'none' stands alone; leave it out beside other sources")
-        return value
+        return [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
 
 
 class TrainingSettings(MethodSettings, ModelSettings):

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import selfdistill as sd
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.methods import METHODS, stages_of
@@ -303,6 +304,16 @@ def test_none_beside_sources_is_refused(settings: Settings) -> None:
 def test_a_frozen_teacher_beside_a_moving_adapter_takes_no_memory(anchored: Settings) -> None:
     run = Trainer(anchored(teacher="ema", lora_rank=4))
     assert [teacher.memory_bytes > 0 for teacher in run.teachers.values()] == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["rows", "paths"])
+def test_anchors_from_python(settings: Settings, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "own.txt").write_text("Who?\nWhen?\n", encoding="utf-8")
+    anchors: Any = [{"prompt": "Who?"}, {"prompt": "When?"}] if kind == "rows" else [tmp_path / "own.txt"]
+    run = sd.train(settings(max_steps=1), anchors=anchors, batch_size=4)
+    (source,) = run.config.anchors
+    assert source == str(run.output_dir / "anchors.jsonl" if kind == "rows" else tmp_path / "own.txt")
+    assert run.metrics[0][f"share/anchors:{Path(source).stem}"] == 0.25
 
 
 def test_sources_of_one_name_are_told_apart(anchored: Settings, tmp_path: Path) -> None:
