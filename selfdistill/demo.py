@@ -34,9 +34,9 @@ SHARED: dict[str, Any] = {
     "data": packaged("routing.train.jsonl"),
     "test": packaged("routing.test.jsonl"),
     "learning_rate": 1e-4,
-    "batch_size": 16,
-    "max_steps": 16,
-    "max_completion_length": 24,
+    "batch_size": 8,
+    "max_steps": 24,
+    "max_completion_length": 32,
     "drift_steps": 0,
     "save_steps": 0,
     "view_rows": 2,
@@ -45,7 +45,7 @@ SHARED: dict[str, Any] = {
 SAMPLING: dict[str, Any] = {"temperature": 0.3}
 SFT: dict[str, Any] = {"method": "sft"}
 SDFT: dict[str, Any] = {"method": "sdft", "context": "turns:repeats=4", "teacher": "frozen", **SAMPLING}
-ANCHORS: dict[str, Any] = {"anchors": "package", "anchor_share": 0.25, **SAMPLING}
+ANCHORS: dict[str, Any] = {"anchors": "package", "anchor_share": 0.5, **SAMPLING}
 ARMS: dict[str, dict[str, Any]] = {
     "SFT": SFT,
     "SDFT": SDFT,
