@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from typing import Any, Literal
 
 from pydantic import (
@@ -102,6 +104,10 @@ class MethodSettings(Settings):
             value = [source.strip() for source in value.split(",") if source.strip()]
         if value is None or value in (["none"], ("none",)):
             return ()
+        for source in value:
+            is_word = re.fullmatch(r"\w+", str(source)) and not os.path.exists(source)
+            if is_word and source != PACKAGE and difflib.get_close_matches(source, [PACKAGE]):
+                raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
         if isinstance(value, list | tuple) and "none" in value:
             raise ValueError("'none' stands alone; leave it out beside other sources")
         return [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]

@@ -26,7 +26,7 @@ _silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 def result_console() -> Console:
     """Console for results on standard output; 120 columns wide in a file or pipe, so table rows do not wrap."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 120, emoji=False)
 
 
 SECONDS_BETWEEN_LINES = 10
@@ -47,7 +47,7 @@ class ProgressBar:
     """
 
     def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         self._every, self._what, self._total, self._start = every, what, total, start
         self._quiet = quiet = quiet or _silent.get() or not is_rank0()
         self._began = self._said = time.monotonic()
@@ -190,7 +190,7 @@ class Printable(ABC):
         """Print the result to a console."""
 
     def __repr__(self) -> str:
-        console = Console(file=StringIO(), width=100)
+        console = Console(file=StringIO(), width=100, emoji=False)
         self.print(console)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 

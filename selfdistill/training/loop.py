@@ -251,8 +251,14 @@ def _skipped(metrics: dict[str, Any]) -> str:
     return f"{metrics['skipped']['why']} ({', '.join(rows[:5])}{more})"
 
 
+def _by_part(metrics: dict[str, Any]) -> str:
+    """The mean loss of each part, if the step has several."""
+    losses = {name.removeprefix("loss/"): loss for name, loss in metrics.items() if name.startswith("loss/")}
+    return f" ({', '.join(f'{name} {loss:.3f}' for name, loss in losses.items())})" if losses else ""
+
+
 def _note(metrics: dict[str, Any]) -> str:
-    parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    parts = [f"loss {metrics['loss']:.4f}{_by_part(metrics)}"] if "loss" in metrics else []
     if "kl/forward" in metrics:
         parts.append(f"KL {metrics['kl/forward']:.3f}")
     if "drift/student" in metrics:

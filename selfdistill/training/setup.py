@@ -129,7 +129,11 @@ def _encoded(
         for note in notes_on(examples, chat):
             say_note(note)
     else:
-        _note_repeated(examples, method.examples.what, demonstrations)
+        if repeated := repeated_prompts(examples, demonstrations):
+            say_note(
+                f"{len(repeated)} of {len(examples)} {method.examples.what} are also prompts of the demonstrations "
+                f"({first_ten(repeated)}); remove them, for there the model is taught two things"
+            )
     if method.reward:
         check_answers([example.demonstration for example in examples], config.scorer)
     lengths = [min(len(example.completion_ids), config.max_completion_length) for example in examples]
@@ -137,15 +141,10 @@ def _encoded(
     return EncodedPart(part.name, method, part.share, examples, dropped)
 
 
-def _note_repeated(examples: Sequence[Example], what: str, demonstrations: Sequence[Demonstration]) -> None:
-    """Note prompts that the demonstrations have, too: what is learnt on one is unlearnt on the other."""
-    taught = {json.dumps(row.prompt) for row in demonstrations}
-    repeated = [x.demonstration.source for x in examples if json.dumps(x.demonstration.prompt) in taught]
-    if repeated:
-        say_note(
-            f"{len(repeated)} of {len(examples)} {what} are also prompts of the demonstrations "
-            f"({first_ten(repeated)}); remove them, for there the model is taught two things"
-        )
+def repeated_prompts(examples: Sequence[Example], rows: Sequence[Demonstration]) -> list[str]:
+    """The sources of examples whose prompts are among those of the rows."""
+    prompts = {json.dumps(row.prompt) for row in rows}
+    return [x.demonstration.source for x in examples if json.dumps(x.demonstration.prompt) in prompts]
 
 
 def batch_unit(config: TrainConfig) -> int:

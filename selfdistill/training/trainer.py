@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import Demonstration, load_demonstrations
+from selfdistill.data import Demonstration, first_ten, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Drift, Evaluator
 from selfdistill.methods import FROZEN, Completion, unused_settings, uses
@@ -51,6 +51,7 @@ from selfdistill.training.setup import (
     drawn,
     make_accelerator,
     make_stages,
+    repeated_prompts,
     share_steps,
     with_defaults,
 )
@@ -93,6 +94,17 @@ class Trainer:
         share_steps(self.config, self.stages)
         self._prepare()
         self.evaluator = evaluator or (Evaluator(self.config, self.loaded) if config.test is not None else None)
+        self._note_test_prompts()
+
+    def _note_test_prompts(self) -> None:
+        """Note prompts beside the task that are test questions, too: there, the model is held where it was."""
+        for part in self.stages[0].parts[1:] if self.evaluator else []:
+            assert self.evaluator is not None
+            if repeated := repeated_prompts(part.examples, self.evaluator.questions.demonstrations):
+                say_note(
+                    f"{len(repeated)} of {_counted(part)} are also test questions ({first_ten(repeated)}); on these "
+                    "the model is held at the replies of before the run"
+                )
 
     def _prepare(self) -> None:
         config, model = self.config, self.loaded.model
@@ -210,7 +222,7 @@ class Trainer:
             if self.prefix_caches.get(self.teacher.rule):
                 lines.append(f"its contexts are cached for later epochs, up to {config.teacher_cache_mib} MiB")
         others = [teacher for teacher in self.teachers.values() if teacher is not self.teacher]
-        lines += [f"also {teacher.describe()}" for teacher in others]
+        lines += [f"also scoring: {teacher.describe().removeprefix('teacher: ')}" for teacher in others]
         if is_distributed():
             shares = " and the weights" if config.fsdp else ""
             lines.append(f"{self.accelerator.num_processes} processes, which share every batch{shares}")

@@ -325,6 +325,30 @@ def test_sources_of_one_name_are_told_apart(anchored: Settings, tmp_path: Path) 
     assert [part.name for part in stages_of(config)[0][1:]] == ["anchors:x", "anchors:x-2", "anchors:x-2-2"]
 
 
+def test_anchors_that_are_test_questions_are_noted(
+    anchored: Settings, write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.txt").write_text("Who?\nWhy?\n", encoding="utf-8")
+    test = write_rows([{"prompt": "Why?", "completion": "So."}], name="test.jsonl")
+    Trainer(anchored(anchors=str(tmp_path / "own.txt"), test=str(test)))
+    assert (
+        "1 of 2 prompts of own.txt are also test questions (own.txt:2); on these the model" in capsys.readouterr().err
+    )
+
+
+def test_a_misspelt_package_is_not_looked_for_on_the_hub(settings: Settings) -> None:
+    with pytest.raises(UserError, match="expected: package, a file or none; did you mean package"):
+        settings(anchors="pakage")
+
+
+def test_progress_tells_the_loss_by_part(anchored: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    config = anchored(max_steps=1)
+    train(config)
+    (line,) = metrics_of(config)
+    shown = [f"{name} {line[f'loss/{name}']:.3f}" for name in ("task", "anchors:lines", "anchors:chats")]
+    assert f"loss {line['loss']:.4f} ({', '.join(shown)})" in capsys.readouterr().err
+
+
 def test_a_missing_file_of_anchors_is_one_line(anchored: Settings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.txt: cannot be read: No such file"):
         Trainer(anchored(anchors=str(tmp_path / "nowhere.txt")))
