@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,17 @@ def test_the_paragraph_is_what_the_measurements_say(name: str) -> None:
             assert evaluation["accuracy"] == sum(evaluation["correct"]) / evaluation["items"]
             shares = [sum(prior["correct"]) / prior["items"] for prior in evaluation["prior"].values()]
             assert evaluation["prior_accuracy"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_the_tables_of_studies_are_what_their_lines_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS.parent / "studies")
+    study_file, summary = import_module("study_file"), import_module("summary")
+    text = (DOCS / "results.md").read_text(encoding="utf-8")
+    files = sorted((DOCS / "comparisons" / "studies").glob("*.jsonl"))
+    assert files
+    for file in files:
+        (study,) = study_file.read_studies([DOCS.parent / "configs" / "study" / "anchors" / f"{file.stem}.yaml"])
+        lines = summary.table(study_file.runs_of(study), study_file.results_of(study, file.parent))
+        rows = [line for line in lines if line.startswith(("|", "-"))]
+        assert len(rows) > 3
+        assert [line for line in rows if line not in text] == []
