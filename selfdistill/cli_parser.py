@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from argparse import Action, ArgumentError
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -236,6 +236,8 @@ def _metavar(hint: Any) -> str | None:
     for kind, name in ((bool, "true|false"), (int, "N"), (float, "X"), (str, "TEXT")):
         if parts == {kind}:
             return name
+    if int in parts:  # beside words
+        return "|".join([*(word for part in parts if get_origin(part) is Literal for word in get_args(part)), "N"])
     if get_origin(hint) is list:
         return "TEXT"
     return "JSON" if get_origin(hint) is dict else None

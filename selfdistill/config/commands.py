@@ -181,8 +181,8 @@ class LearnConfig(TrainingSettings, OneRun):
     """Share of every batch that is anchors, by default half. All sources get equal parts of it, and the prompts of all
     earlier skills together are one. 0: no anchors, and nothing is rehearsed."""
     remember: Literal["all", "none"] | int = "all"
-    """Training prompts of this skill that stay in the state, without answers, so that later additions rehearse them:
-    ``all``, ``none``, or at most so many, drawn with the seed."""
+    """What later additions rehearse of this skill: ``all`` of its training prompts, ``none``, or at most so many, drawn
+    with the seed. The rows themselves always stay in the state, in ``train.jsonl``."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations of every skill during training, written to ``along.jsonl``; 0: none."""
     chunk_size: int = Field(default=32, ge=1)

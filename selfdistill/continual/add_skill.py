@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from selfdistill.config import LearnConfig, TrainConfig
-from selfdistill.continual.ledger import MEASURED_WITH, PENDING, START, Ledger, settings_of
+from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
 from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import MEMORY, check_room, cost_of, run_config, total
 from selfdistill.continual.splits import split_rows
@@ -53,9 +54,10 @@ def add(config: LearnConfig) -> dict[str, Any]:
     Returns:
         ``name``, ``accepted``, ``reasons`` (for refusal), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
         teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current model on the new skill) and
-        ``after`` (of the new model: ``skills`` by name, and the prior abilities), ``training`` (its cost, see
+        ``after`` (of the new model: ``skills`` by name, and the prior abilities), ``retained`` (of each earlier skill
+        the score when ``learnt`` and the ``least`` that counts as retained), ``training`` (its cost, see
         :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``, the number of earlier skills' prompts that
-        were anchors); the latter two only if reached.
+        were anchors); the latter three only if reached.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -93,7 +95,9 @@ def add(config: LearnConfig) -> dict[str, Any]:
             before, after = result["before"]["accuracy"], result["after"]["skills"][name]
             score, items = after["accuracy"], after["items"]
             if score <= before:
-                say(f"note: {name}: {before:.3f} before, {score:.3f} after on {items} items: no improvement")
+                said = f"{before:.3f} before, {score:.3f} after on {items} items: {NO_IMPROVEMENT}"
+                undo = f"selfdistill learn --state {shlex.quote(config.state)} rollback"
+                say(f"note: {name}: {said}; to undo: {undo}")
             kept = f"it counts as retained at {max(_least(after, config), 0):.3f} or more ({items} test items)"
             say(f"accepted: {skill.name} is skill {skill.number} of {config.state}; {kept}")
         else:
@@ -210,6 +214,7 @@ class _NewSkill:
             try:
                 result["training"] = self._train(result["check"]["context"])
                 result["after"] = self._step("after", lambda: self._on(str(self._folder / "model"), self._all, True))
+                result["retained"] = self._retained()
                 reasons += self._against(result)
             except RunFailed as failed:
                 reasons.append(str(failed))
@@ -294,6 +299,13 @@ class _NewSkill:
 
         return look
 
+    def _retained(self) -> dict[str, dict[str, float]]:
+        """Of each earlier skill the score when it was learnt, and the least that counts as retained."""
+        learnt = {skill.name: skill.result["after"]["skills"][skill.name] for skill in self._ledger.skills}
+        return {
+            name: {"learnt": score["accuracy"], "least": _least(score, self._config)} for name, score in learnt.items()
+        }
+
     def _against(self, result: dict[str, Any]) -> list[str]:
         """Reasons to refuse the new model; empty if all gates pass."""
         config, reasons = self._config, []
@@ -304,13 +316,12 @@ class _NewSkill:
                 f"{self._name} itself: {before['accuracy']:.3f} before, {new:.3f} after, but at least {least:.3f} is "
                 "required (max_skill_drop)"
             )
-        for skill in self._ledger.skills:
-            learnt, now = skill.result["after"]["skills"][skill.name], after["skills"][skill.name]["accuracy"]
-            least = _least(learnt, config)
+        for name, retained in result["retained"].items():
+            now, least = after["skills"][name]["accuracy"], retained["least"]
             if now < least - 1e-9:
                 reasons.append(
-                    f"{skill.name}: {learnt['accuracy']:.3f} when it was learnt, {now:.3f} now, but at least "
-                    f"{least:.3f} is required (max_skill_drop)"
+                    f"{name}: {retained['learnt']:.3f} when it was learnt, {now:.3f} now, but at least {least:.3f} is "
+                    "required (max_skill_drop)"
                 )
         if "prior_accuracy" in after:
             base, now = self._ledger.base_result["prior_accuracy"], after["prior_accuracy"]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from selfdistill.config import ExportConfig, LearnConfig
 from selfdistill.continual.add_skill import add
-from selfdistill.continual.ledger import REFUSED, UNDONE, Ledger
+from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger
 from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
 from selfdistill.errors import UserError
@@ -119,6 +119,12 @@ def _status(config: LearnConfig) -> dict[str, Any]:
     return {**retention_matrix(ledger), "memory": memory, "model": ledger.model, "pending": ledger.interrupted}
 
 
+_TRANSFER = (
+    " Backward: change of earlier skills since they were learnt; forward: gain on a skill from earlier ones, before it "
+    "was learnt; forgetting: drop of the last model below the best earlier one (negative: above it)."
+)
+
+
 def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
     table = Table(title=escape(f"Retention of each skill in {state}"))
     table.add_column("after")
@@ -138,13 +144,8 @@ def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
             for name, form in (("backward", "+.3f"), ("forward", "+.3f"), ("forgetting", ".3f"))
             if numbers[name] is not None
         ]
-        console.print(
-            f"{', '.join(said)}. Backward: change of earlier skills since they were learnt; forward: gain on a skill "
-            "from earlier ones, before it was learnt; forgetting: drop of the last model below the best earlier one "
-            "(negative: above it).",
-            highlight=False,
-            markup=False,
-        )
+        explained = _TRANSFER if len(said) > 1 else ""
+        console.print(f"{', '.join(said)}.{explained}", highlight=False, markup=False)
         _print_memory(found["memory"], console)
     else:
         console.print("No skills yet.", highlight=False)
@@ -154,25 +155,32 @@ def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
     console.print(f"Current model: {found['model']}", highlight=False, markup=False)
 
 
+_COSTS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
+    "earlier prompts rehearsed": ("d", lambda cost: cost["rehearsed"]),
+    "share rehearsed": (".1%", lambda cost: cost["memory"]["share"]),
+    "share of general anchors": (".1%", lambda cost: cost["anchors"]["share"]),
+    "seconds": (".0f", lambda cost: cost["seconds"]),
+    "of which on anchors": (".0f", lambda cost: cost["memory"]["seconds"] + cost["anchors"]["seconds"]),
+}
+"""Columns of what learning a skill took: the number's form, and the number."""
+
+
 def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title="Prompts that the state keeps of each skill, and what learning it took")
+    """Print what the state keeps of each skill and what learning it took, without columns that are empty or all 0."""
+    table = Table(title="Prompts of each skill that later ones rehearse, and what learning it took")
     table.add_column("skill")
-    for column in ("prompts kept", "rehearsed", "of each batch", "other anchors", "seconds", "for anchors"):
-        table.add_column(column, justify="right")
-    for line in memory:
-        cells, training = [str(line["remembered"])], line["training"]
-        if training:
-            seconds = training["anchors"]["seconds"] + training["memory"]["seconds"]
-            cells += [str(training["rehearsed"]), *(f"{training[what]['share']:.1%}" for what in ("memory", "anchors"))]
-            cells += [f"{training['seconds']:.0f}", f"{seconds:.0f}"]
+    table.add_column("prompts kept", justify="right")
+    columns = [[str(line["remembered"]) for line in memory]]
+    for title, (form, number) in _COSTS.items():
+        numbers = [number(line["training"]) if line["training"] else None for line in memory]
+        if any(numbers):
+            table.add_column(title, justify="right")
+            columns.append(["" if found is None else f"{found:{form}}" for found in numbers])
+    for line, *cells in zip(memory, *columns, strict=True):
         table.add_row(escape(line["skill"]), *cells)
     console.print(table)
-    console.print(
-        "Rehearsed: prompts of earlier skills, and their share of the examples; for anchors of both kinds, each step's "
-        "seconds by their share of its examples.",
-        highlight=False,
-        markup=False,
-    )
+    if len(columns) > 2:
+        console.print("Shares are of all examples; the seconds on anchors are estimated from them.", highlight=False)
 
 
 def _history(config: LearnConfig) -> dict[str, Any]:
@@ -193,9 +201,12 @@ def _print_history(state: str, lines: list[dict[str, Any]], console: Console) ->
         table.add_column(column, overflow="fold")
     for line in sorted(lines, key=lambda line: str(line["date"])):
         after = line.get("after", {}).get("skills", {}).get(line["name"], {}).get("accuracy")
+        before, reasons = line["before"]["accuracy"], line["reasons"]
+        if line["accepted"] and after is not None and after <= before:
+            reasons = [NO_IMPROVEMENT]
         cells = [line["what"], line["place"], line["date"], Path(line["file"]).name, line["data"][:12]]
-        cells.append(f"{line['before']['accuracy']:.3f}")
-        table.add_row(*map(escape, cells), "" if after is None else f"{after:.3f}", escape("; ".join(line["reasons"])))
+        cells += [f"{before:.3f}", "" if after is None else f"{after:.3f}", "; ".join(reasons)]
+        table.add_row(*map(escape, cells))
     console.print(table)
 
 
@@ -234,9 +245,10 @@ def _print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | No
             highlight=False,
             markup=False,
         )
-        for other, score in after.items():
-            if other != name:
-                console.print(f"{other}: now {score['accuracy']:.3f}", highlight=False, markup=False)
+        for other, retained in result["retained"].items():
+            scores = f"{retained['learnt']:.3f} when learnt, {after[other]['accuracy']:.3f} now"
+            least = f"retained: at least {max(retained['least'], 0):.3f}"
+            console.print(f"{other}: {scores} ({least})", highlight=False, markup=False)
         if "prior_accuracy" in result["after"]:
             console.print(f"prior abilities: now {result['after']['prior_accuracy']:.3f}", highlight=False)
     if status is not None:

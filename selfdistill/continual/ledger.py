@@ -30,6 +30,8 @@ from selfdistill.runtime import fsync, remove_folder, write_atomically
 START, SKILLS, PENDING, REFUSED, UNDONE = "start", "skills", "pending", "refused", "undone"
 MEASURED_WITH = ("dtype", "mixed_precision", "chat_template_kwargs")
 """Settings that must be the same for the base and all skills, so that scores are comparable."""
+NO_IMPROVEMENT = "no improvement"
+"""Said of a skill that was accepted and scores no better than before."""
 BEFORE: dict[str, Any] = {"anchors": []}
 """What additions did before there was the setting, where that is not the default."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from typing import Any
 
 from selfdistill.config import LearnConfig, changes, dump_yaml
@@ -60,9 +61,8 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
             return
         if ledger.interrupted:
             raise UserError(
-                f"state {config.state!r}: adding {found['name']!r} was interrupted, and "
-                f"{_changes(found, here)}; resume with the same command, rows and settings, or drop it "
-                f"with selfdistill learn --state {config.state} discard"
+                f"{found['name']!r} is unfinished: give the same command to finish it, or discard it with selfdistill "
+                f"learn --state {shlex.quote(config.state)} discard. What differs: {_changes(found, here)}"
             )
         ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:

@@ -91,15 +91,15 @@ def check_room(run: TrainConfig) -> None:
     Raises:
         UserError: it is too small, or the method rejects the settings.
     """
+    beside = [part.name for part in stages_of(run)[0][1:]]
     try:
         check_parts(run)
     except UserError as error:
-        if not run.anchors:
+        if not beside:
             raise
-        raise UserError(
-            f"{error}. The parts are the skill, {len(run.anchors)} sources of anchors, among them the prompts of "
-            "earlier skills, if any; --anchor_share 0 leaves anchors out"
-        ) from None
+        *others, last = "the skill", *beside
+        parts = f"{', '.join(others)} and {last}"
+        raise UserError(f"{error}. The parts are {parts}; --anchor_share 0 leaves anchors out") from None
 
 
 def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from selfdistill.cli import main
 from selfdistill.config.commands import LearnConfig
 from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
-from selfdistill.continual.learn import learn, retention_matrix
+from selfdistill.continual.learn import LearnResult, learn, retention_matrix
 from selfdistill.continual.ledger import Ledger
 from selfdistill.continual.retention import transfer
 from selfdistill.data.demonstrations import load_demonstrations
@@ -240,6 +241,9 @@ def test_the_gates(
     result = add(make("second", **(gates | values)))
     assert result["accepted"] == (reason is None)
     assert scores == {"first": [], "second": []}
+    least = 0.8 - values.get("max_skill_drop", 0.1)
+    said = repr(LearnResult("add", str(tmp_path / "state"), result))
+    assert f"first: 0.800 when learnt, {first:.3f} now (retained: at least {least:.3f})\n" in said
     if reason is not None:
         (found,) = result["reasons"]
         assert found.startswith(reason)
@@ -257,7 +261,7 @@ def test_the_gates(
             0.5,
             {"max_skill_drop": 0.05},
             [
-                "note: first: 0.500 before, 0.500 after on 20 items: no improvement",
+                "note: first: 0.500 before, 0.500 after on 20 items: no improvement; to undo: UNDO",
                 "accepted: first is skill 1 of STATE; it counts as retained at 0.450 or more (20 test items)",
             ],
         ),
@@ -265,7 +269,7 @@ def test_the_gates(
             0.45,
             {"max_skill_drop": 0.9},
             [
-                "note: first: 0.500 before, 0.450 after on 20 items: no improvement",
+                "note: first: 0.500 before, 0.450 after on 20 items: no improvement; to undo: UNDO",
                 "accepted: first is skill 1 of STATE; it counts as retained at 0.000 or more (20 test items)",
             ],
         ),
@@ -283,8 +287,14 @@ def test_what_is_accepted_is_said_with_what_it_must_keep(
     config = make(max_steps=1, **({"max_skill_drop": None} | values))
     assert add(config)["accepted"]
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-len(said) :] == [line.replace("STATE", config.state) for line in said]
+    undo = f"selfdistill learn --state {config.state} rollback"
+    assert lines[-len(said) :] == [line.replace("STATE", config.state).replace("UNDO", undo) for line in said]
     assert sum(line.startswith("note: ") for line in lines) == len(said) - 1
+    history = repr(learn(make(action="history", data="")))
+    assert ("improvement" in history) == (len(said) > 1)
+    if len(said) > 1:
+        assert main([*undo.split()[1:]]) == 0
+        assert not Ledger(config.state).skills
 
 
 def test_test_questions_that_are_learnt_are_counted(
@@ -393,13 +403,14 @@ def test_a_stop_in_training_says_how_to_go_on(
         add(make())
     assert error.value.exit_code == 143
     monkeypatch.undo()
-    there = r"adding 'first' was interrupted, and "
+    there = r"^'first' is unfinished: give the same command to finish it, or discard it with selfdistill learn --state "
+    there += re.escape(make().state) + r" discard\. What differs: "
     with pytest.raises(UserError, match=there + r"name was 'first' and is now 'second'; its rows or test rows differ"):
         add(make("second"))
-    changed = r"batch_size was 4 and is now 2; learning_rate was 0.001 and is now 0.002; resume with the same comm"
+    changed = r"batch_size was 4 and is now 2; learning_rate was 0.001 and is now 0.002$"
     with pytest.raises(UserError, match=there + changed):
         add(make(learning_rate=2e-3, batch_size=2))
-    with pytest.raises(UserError, match=there + r"max_steps was 3 and is now 1; resume with the same command"):
+    with pytest.raises(UserError, match=there + r"max_steps was 3 and is now 1$"):
         add(make(max_steps=1))
     capsys.readouterr()
     status = learn(make(action="status", data=""))

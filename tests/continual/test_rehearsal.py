@@ -215,6 +215,19 @@ def test_status_and_result_say_what_was_rehearsed_and_what_it_cost(
         assert training[what]["share"] == pytest.approx(1 / 8)
     said = capsys.readouterr().out
     assert said.count("12.5%") == 2
+    columns = ["earlier prompts rehearsed", "share rehearsed", "share of general anchors", "seconds", "of which on"]
+    assert all(word in said for column in columns for word in column.split())
+
+
+def test_status_of_one_skill_leaves_out_what_is_empty(make: Settings) -> None:
+    add(make())
+    one = repr(learn(make(action="status", data="")))
+    add(make("second"))
+    two = repr(learn(make(action="status", data="")))
+    for word in ("rehearsed", "backward", "Backward", "forgetting"):
+        assert (word in one, word in two) == (False, True)
+    assert "general" in one
+    assert "average" in one
 
 
 def test_a_stream_rehearses_in_every_chunk_and_counts_all_of_them(
@@ -252,17 +265,18 @@ def test_a_batch_too_small_for_the_parts_is_told_before_anything_is_measured(
         patch.setattr(add_skill, "measure_model", lambda *_: pytest.fail("it was measured"))
 
     told = (
-        r"^setting 'batch_size': {0} is too small for {1} parts of a step, which need {1}; .* --anchor_share 0 leaves"
+        r"^setting 'batch_size': {0} is too small for {1} parts of a step, which need {1}; .*\. The parts are the skill"
+        r"{2}; --anchor_share 0 leaves"
     )
     with monkeypatch.context() as patch:
         nothing_measured(patch)
-        with pytest.raises(UserError, match=told.format(1, 2)):
+        with pytest.raises(UserError, match=told.format(1, 2, " and anchors:package")):
             add(make(batch_size=1))
     assert not (tmp_path / "state").exists()
     add(make(batch_size=2))
     with monkeypatch.context() as patch:
         nothing_measured(patch)
-        with pytest.raises(UserError, match=told.format(2, 3)):
+        with pytest.raises(UserError, match=told.format(2, 3, ", anchors:package and anchors:memory")):
             add(make("second", batch_size=2))
     assert not (tmp_path / "state" / "pending").exists()
     assert add(make("second", batch_size=3))["accepted"]
@@ -321,7 +335,7 @@ def test_what_an_older_version_began_goes_on_without_anchors(
     monkeypatch.chdir(tmp_path / "written")
     command = ["learn", "--state", "pending", "add", "second.jsonl", *OLD.split()]
     assert main([*command, "--anchors", "second.jsonl"]) == 2
-    assert "anchors was [] and is now ['second.jsonl']; resume with the same command" in capsys.readouterr().err
+    assert "What differs: anchors was [] and is now ['second.jsonl']\n" in capsys.readouterr().err
     assert main([*command, *said.split()]) == 0
     assert "resuming second, which began without anchors and goes on without" in capsys.readouterr().err
     folder = Path("pending/skills/0002-second")
