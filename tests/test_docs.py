@@ -152,17 +152,29 @@ def test_the_two_commands_are_make_targets_that_set_up_first() -> None:
 
 
 def test_the_caption_says_what_was_measured() -> None:
-    """The four percentages under the figure, from the comparison that drew it."""
+    """The percentages under the figure of the site's first page, from the comparison that drew it."""
     kept = json.loads((DOCS / "comparisons" / "facts.json").read_text(encoding="utf-8"))
     last = [run["evaluations"][-1] for run in kept["runs"] if run["method"] == "sdft"]
     shares = [sum(found[key] for found in last) / len(last) for key in ("accuracy", "prior_accuracy")]
     numbers = [round(100 * share) for share in shares]
     assert numbers == [80, 71]
-    for page in ("README.md", "docs/index.md"):
-        text = " ".join(PAGES[page].split())
-        assert "SDFT ends at 80% of the facts" in text
-        assert "71% of the old questions" in text
+    text = " ".join(PAGES["docs/index.md"].split())
+    assert "SDFT ends at 80% of the facts" in text
+    assert "71% of the old questions" in text
     assert "sft 0.545, the base 0.878" in " ".join(PAGES["docs/results.md"].replace("\n> ", " ").split())
+
+
+def test_the_readmes_figures_are_those_of_the_study() -> None:
+    lines = (DOCS / "comparisons" / "studies" / "routing.jsonl").read_text(encoding="utf-8").splitlines()
+    kept: dict[str, list[str]] = {}
+    for line in map(json.loads, lines):
+        kept.setdefault(line["arm"], []).append(f"{line['evaluations'][-1]['prior_accuracy']:.0%}")
+        kept["base"] = [f"{line['evaluations'][0]['prior_accuracy']:.0%}"]
+    (base,), (sdft,), sft = kept["base"], kept["sdft"], sorted(kept["sft"])
+    text = " ".join(README.split())
+    assert f"The base answers {base} of them, after SFT {sft[0]} and {sft[1]} (two seeds), after SDFT {sdft}." in text
+    anchored = sorted(share for arm, shares in kept.items() if "+" in arm for share in shares)
+    assert f"With them it answers {anchored[0][:-1]} to {anchored[-1]}" in text
 
 
 # --- tables ---

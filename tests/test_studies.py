@@ -35,6 +35,7 @@ def cut(folder: Path, count: int) -> Callable[[str], str]:
 
     def of(name: str) -> str:
         lines = Path(packaged(name)).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("".join(lines[:count]), encoding="utf-8")
         return str(folder / name)
 
