@@ -15,12 +15,12 @@ from typing import Any
 from selfdistill.api_inputs import (
     Model,
     RowsInFolder,
-    anchors_in_memory,
     check_start,
     data_of,
     given_settings,
     model_of,
     on_best_device,
+    rows_of_run,
     session,
     splits_of,
     train_config,
@@ -113,8 +113,7 @@ def train(
         loaded = None
         if "model" in given:
             given["model"], loaded = model_of(given["model"], tokenizer)
-        in_memory = {"data": data, "test": test, "anchors": anchors_in_memory(given)}
-        rows = RowsInFolder(in_memory, given.get("output_dir"), splits_of(given))
+        rows = rows_of_run(data, test, given)
         config = train_config(given | rows.paths, resume=resume)
         with rows.kept():
             config = check_start(config, loaded, rows, resume=resume)
@@ -147,8 +146,7 @@ def plan(
     with session(progress):
         given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
         given["model"], loaded = model_of(given.get("model", ""), tokenizer)
-        in_memory = {"data": data, "test": test, "anchors": anchors_in_memory(given)}
-        rows = RowsInFolder(in_memory, given["output_dir"], splits_of(given))
+        rows = rows_of_run(data, test, given)
         config = TrainConfig(**(given | rows.paths))
         if config.documents:
             raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")

@@ -64,15 +64,6 @@ def splits_of(given: dict[str, Any]) -> dict[str, str | None]:
     return {"data": given.get("split", "train"), "test": given.get("test_split"), "anchors": "train"}
 
 
-def anchors_in_memory(given: dict[str, Any]) -> Rows | None:
-    """The anchors that are rows in memory; None if there are none, or they are paths."""
-    anchors = given.get("anchors")
-    listed = [anchors] if isinstance(anchors, str | os.PathLike) else anchors
-    if listed is None or (isinstance(listed, list | tuple) and all(isinstance(x, str | os.PathLike) for x in listed)):
-        return None
-    return anchors
-
-
 def data_of(data: Rows) -> tuple[str, Rows | None]:
     """The path of the data; or, for in-memory rows, ``data`` and the rows themselves."""
     return (os.fspath(data), None) if isinstance(data, str | os.PathLike) else ("data", data)
@@ -150,6 +141,21 @@ class RowsInFolder:
                 f"{file}: it holds other rows than those given: give the same, or choose another output_dir"
             )
         return True
+
+
+def rows_of_run(data: Rows | None, test: Rows | None, given: dict[str, Any]) -> RowsInFolder:
+    """The rows of a run: its data and test, and the anchors among its settings where they are rows in memory."""
+    rows = {"data": data, "test": test, "anchors": _anchors_in_memory(given)}
+    return RowsInFolder(rows, given.get("output_dir"), splits_of(given))
+
+
+def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:
+    """The anchors that are rows in memory; None if there are none, or they are paths."""
+    anchors = given.get("anchors")
+    listed = [anchors] if isinstance(anchors, str | os.PathLike) else anchors
+    if listed is None or (isinstance(listed, list | tuple) and all(isinstance(x, str | os.PathLike) for x in listed)):
+        return None
+    return anchors
 
 
 def train_config(given: dict[str, Any], *, resume: bool) -> TrainConfig:

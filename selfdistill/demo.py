@@ -188,9 +188,10 @@ def _spread(rows: Sequence[_T]) -> list[_T]:
 
 def _replies(loaded: LoadedModel) -> dict[str, str]:
     """The model's replies by prompt."""
+    prompts = _prompts()
     with training_precision(loaded.model, TrainConfig.model_fields["mixed_precision"].default):
-        replies = generate(loaded, _prompts(), max_completion_length=REPLY_TOKENS)
-    return dict(zip(_prompts(), replies, strict=True))
+        replies = generate(loaded, prompts, max_completion_length=REPLY_TOKENS)
+    return dict(zip(prompts, replies, strict=True))
 
 
 def _run_folder(folder: Path, arm: str) -> Path:

@@ -205,6 +205,18 @@ def metrics_of(config: TrainConfig) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
+class Cut(Exception):
+    """A crash."""
+
+
+def crash_at(step: int) -> Callable[[int, Any], None]:
+    def on_step(done: int, _loaded: Any, _metrics: Any) -> None:
+        if done == step:
+            raise Cut
+
+    return on_step
+
+
 def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
     """Final model, every tensor of the last checkpoint (weights, moments, average) and every metric."""
     assert same(final_weights(a), final_weights(b))

@@ -21,8 +21,10 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import (
     ENDS,
+    Cut,
     add_gradient,
     assert_same_run,
+    crash_at,
     final_weights,
     gradients,
     largest_difference,
@@ -326,18 +328,6 @@ def test_the_seed_changes_the_run(settings: Callable[..., TrainConfig]) -> None:
 
 
 # --- resuming ---
-
-
-class Cut(Exception):
-    """A crash."""
-
-
-def crash_at(step: int) -> Callable[[int, Any], None]:
-    def on_step(done: int, _loaded: Any, _metrics: Any) -> None:
-        if done == step:
-            raise Cut
-
-    return on_step
 
 
 def terminate_at(step: int) -> Callable[[int, Any], None]:
