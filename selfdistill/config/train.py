@@ -104,11 +104,13 @@ class MethodSettings(Settings):
             value = [source.strip() for source in value.split(",") if source.strip()]
         if value is None or value in (["none"], ("none",)):
             return ()
+        if not isinstance(value, list | tuple):
+            return value  # of a wrong type, as pydantic says
         for source in value:
-            is_word = re.fullmatch(r"\w+", str(source)) and not os.path.exists(source)
+            is_word = isinstance(source, str) and re.fullmatch(r"\w+", source) and not os.path.exists(source)
             if is_word and source != PACKAGE and difflib.get_close_matches(source, [PACKAGE]):
                 raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
-        if isinstance(value, list | tuple) and "none" in value:
+        if "none" in value:
             raise ValueError("'none' stands alone; leave it out beside other sources")
         return [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
 
