@@ -58,23 +58,31 @@ def test_three_skills_in_a_row(
     monkeypatch.setattr(sequence, "LOOKS", 1)
     monkeypatch.setattr(sequence, "packaged", cut(tmp_path, 2))
     monkeypatch.setattr(sequence, "SKILLS", {name: values | SHORT for name, values in sequence.SKILLS.items()})
-    monkeypatch.setattr(sequence, "COMMON", sequence.COMMON | {"torch_compile": False, "context": "turns"})
-    sequence.main(str(tmp_path / "made"), [0])
+    arms = {name: settings | {"context": "turns"} for name, settings in sequence.ARMS.items()}
+    arms = {
+        name: settings | (SHORT | {"batch_size": 4} if settings["anchors"] else {}) for name, settings in arms.items()
+    }
+    monkeypatch.setattr(sequence, "ARMS", arms)
+    sequence.main([str(tmp_path / "made"), "--seed", "0"])
     said = capsys.readouterr().out
     heads = [
         line.split(" | ")[0] for line in said.splitlines() if line.endswith(" | knowledge | routing | tools | prior |")
     ]
-    assert heads == ["| sft after", "| sdft after"]
+    assert heads == [f"| {arm} after" for arm in arms]
     kept = json.loads((tmp_path / "made" / "sequence.json").read_text())
-    assert list(kept) == ["sft-0", "sdft-0"]
+    assert list(kept) == [f"{arm}-0" for arm in arms]
     state = Ledger(str(tmp_path / "made" / "sdft-0"))
     assert kept["sdft-0"]["matrix"] == retention_matrix(state)["matrix"]
     assert [line["step"] for line in kept["sdft-0"]["along"]] == [0, 2, 2, 4, 4, 6]
+    assert [line["step"] for line in kept["sdft+anchors-0"]["along"]] == [0, 3, 3, 6, 6, 9]
+    assert kept["sdft+anchors-0"]["alone"] == kept["sdft-0"]["alone"]
+    last = Ledger(str(tmp_path / "made" / "sdft+anchors-0")).skills[-1]
+    assert (last.folder / "memory.jsonl").is_file()
     assert (tmp_path / "made" / "sequence.svg").is_file()
 
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "sequence.json").write_text(json.dumps(kept))
-    sequence.main(str(tmp_path / "again"), [0])
+    sequence.main([str(tmp_path / "again"), "--seed", "0"])
     assert said.endswith(capsys.readouterr().out)
     assert sorted(file.name for file in (tmp_path / "again").iterdir()) == ["sequence.json", "sequence.svg"]
 
@@ -84,8 +92,10 @@ def test_the_tables_of_the_sequences_are_what_was_measured() -> None:
     found = json.loads((docs / "comparisons" / "sequence.json").read_text(encoding="utf-8"))
     text = (docs / "results.md").read_text(encoding="utf-8")
     sequence = study("sequence")
-    for method in sequence.METHODS:
-        table = sequence.table(method, [found[f"{method}-{seed}"] for seed in (0, 1, 2)])
+    for arm in sequence.ARMS:
+        if f"{arm}-0" not in found:
+            continue
+        table = sequence.table(arm, [found[f"{arm}-{seed}"] for seed in (0, 1, 2)])
         assert "\n".join(table) in text
 
 

@@ -19,8 +19,9 @@ ANCHORS = Path(packaged("anchors.jsonl"))
 LEAST = {
     **dict.fromkeys(("question", "instruction"), 70),
     **dict.fromkeys(("smalltalk", "list", "code", "arithmetic", "language"), 35),
-    "reading": 105,
-    "example": 65,
+    "fact": 100,
+    "reading": 50,
+    "example": 40,
 }
 """How many anchors of each kind there are at least."""
 
