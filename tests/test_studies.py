@@ -87,6 +87,28 @@ def test_three_skills_in_a_row(
     assert sorted(file.name for file in (tmp_path / "again").iterdir()) == ["sequence.json", "sequence.svg"]
 
 
+def test_a_skill_as_a_stream(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(STUDIES)
+    stream = study("stream")
+    monkeypatch.setattr(stream, "MODEL", model)
+    shorter = cut(tmp_path, 6)
+    monkeypatch.setattr(stream, "packaged", lambda name: shorter(name if "." in name else f"{name}/facts.jsonl"))
+    short = {"chunk_size": 2, "chunk_steps": 2, "context": "turns", "max_completion_length": 200, "batch_size": 4}
+    monkeypatch.setattr(stream, "STREAM", stream.STREAM | short | {"mixed_precision": "no"})
+    stream.main([str(tmp_path / "made"), "--arm", "sdft", "--arm", "sdft+anchors", "--seed", "1"])
+    table = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| sdft", "| sdft+anchors", "| base"]
+    kept = json.loads((tmp_path / "made" / "stream.json").read_text())
+    assert list(kept) == ["sdft-1", "sdft+anchors-1"]
+    assert len(kept["sdft-1"]["before"]) == 3
+    assert kept["sdft-1"]["steps"] == 6
+
+    stream.main([str(tmp_path / "made"), "--arm", "sdft", "--arm", "sdft+anchors", "--seed", "1"])
+    assert capsys.readouterr().out.splitlines() == table
+
+
 def test_the_tables_of_the_sequences_are_what_was_measured() -> None:
     docs = STUDIES.parent / "docs"
     found = json.loads((docs / "comparisons" / "sequence.json").read_text(encoding="utf-8"))
