@@ -29,7 +29,7 @@ from selfdistill.runtime.files import write_atomically
 from selfdistill.runtime.tracking import read_lines
 
 MODEL = "smollm2-135m"
-PRIORS = {"test": "prior/test/facts.jsonl", "validation": "prior/validation"}
+PRIORS = {"test": "prior/test", "validation": "prior/validation"}
 SKILLS: dict[str, dict[str, Any]] = {
     "knowledge": {"context": "document:repeats=2", "max_completion_length": 32, "max_steps": 80, "scorer": "contains"},
     "routing": {"context": "turns:repeats=4", "max_completion_length": 12, "max_steps": 24},
@@ -55,16 +55,17 @@ WITH: dict[str, Any] = {
     "remember": "all",
     "max_completion_length": 48,
     "batch_size": 8,
+    "learning_rate": 5e-5,
 }
-STEPS_WITH = 1.5
-"""With anchors, as many times the steps: only half of each batch is the skill."""
+STEPS_WITH = 2.5
+"""With anchors, as many times the steps: the rate is half of that without, and only half of each batch is the skill."""
 ARMS: dict[str, dict[str, Any]] = {
     "sft": WITHOUT | {"method": "sft"},
     "sdft": WITHOUT | {"method": "sdft"},
     "sft+anchors": WITH | {"method": "sft"},
     "sdft+anchors": WITH | {"method": "sdft"},
 }
-LOOKS = 4
+LOOKS = 2
 """Measurements along each skill."""
 
 

@@ -56,7 +56,8 @@ def test_three_skills_in_a_row(
     sequence = study("sequence")
     monkeypatch.setattr(sequence, "MODEL", model)
     monkeypatch.setattr(sequence, "LOOKS", 1)
-    monkeypatch.setattr(sequence, "packaged", cut(tmp_path, 2))
+    shorter = cut(tmp_path, 2)
+    monkeypatch.setattr(sequence, "packaged", lambda name: shorter(name if "." in name else f"{name}/facts.jsonl"))
     monkeypatch.setattr(sequence, "SKILLS", {name: values | SHORT for name, values in sequence.SKILLS.items()})
     arms = {name: settings | {"context": "turns"} for name, settings in sequence.ARMS.items()}
     arms = {
@@ -74,7 +75,7 @@ def test_three_skills_in_a_row(
     state = Ledger(str(tmp_path / "made" / "sdft-0"))
     assert kept["sdft-0"]["matrix"] == retention_matrix(state)["matrix"]
     assert [line["step"] for line in kept["sdft-0"]["along"]] == [0, 2, 2, 4, 4, 6]
-    assert [line["step"] for line in kept["sdft+anchors-0"]["along"]] == [0, 3, 3, 6, 6, 9]
+    assert [line["step"] for line in kept["sdft+anchors-0"]["along"]] == [0, 5, 5, 10, 10, 15]
     assert kept["sdft+anchors-0"]["alone"] == kept["sdft-0"]["alone"]
     last = Ledger(str(tmp_path / "made" / "sdft+anchors-0")).skills[-1]
     assert (last.folder / "memory.jsonl").is_file()
