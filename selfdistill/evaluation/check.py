@@ -37,7 +37,7 @@ from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Layout, verdict_on
 from selfdistill.evaluation.distances import kl_along, summed_loss
 from selfdistill.evaluation.judge import judge_of
-from selfdistill.evaluation.spill import Spill, measure_spill, task_loss
+from selfdistill.evaluation.spill import Spill, TrialSettings, measure_spill, task_loss
 from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.model import (
     ForwardPass,
@@ -68,6 +68,8 @@ UNMEASURED = "example:reasoning=true"
 """The layout that comes first where nothing tells layouts apart: much like the one that TRL's SDFT has."""
 KEPT_BYTES = 2**28
 """Memory in bytes for the prefix cache of the student's prompts, and as much for one layout's."""
+DEFAULT_RATE = 1e-5
+"""Learning rate of the steps that spill is measured after, unless set: that of full fine-tuning."""
 POSITIONS = 8
 """Number of leading completion tokens whose KL is listed individually."""
 
@@ -288,10 +290,9 @@ class _Measure:
             )
 
     def _rollouts(self) -> list[Rollout]:
-        sampling = Sampling(self.config.max_completion_length, self.config.temperature)
         seeds = [sample_seed(self.config.seed, 0, row.demonstration.row, 0) for row in self.rows]
         with self._arithmetic():
-            return sample(self.loaded, [row.student_ids for row in self.rows], sampling, seeds)
+            return sample(self.loaded, [row.student_ids for row in self.rows], self._sampling(), seeds)
 
     @torch.no_grad()
     def _logp(self, contexts: list[list[int]], rows: Sequence[Example], kept: PrefixCache | None) -> float | None:
@@ -359,17 +360,22 @@ class _Measure:
         rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
         began = time.monotonic()
-        task_loss(self.loaded.model, self.forward_pass, Divergence(), rows, ids, self._arithmetic).backward()
+        model = self.loaded.model
+        task_loss(model, model, self.forward_pass, Divergence(), rows, ids, self._arithmetic).backward()
         scoring_s = time.monotonic() - began
-        self.loaded.model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
         weights = sum(p.numel() for p in self.loaded.model.parameters()) * 4
         # Plus AdamW's two moments and the teacher's average.
         return seconds, (peak_memory(self.loaded.device) + 3 * weights) / 2**30, len(rows)
 
     def spill(self, context: str) -> Spill:
-        """How far a small step of SFT, and one of SDFT with this context, moves the model on general prompts."""
+        """How far a few steps of SFT, and of SDFT with this context, move the model on general prompts."""
         rows = self._encode([row.demonstration for row in self.rows], context)
-        sampled = [self.rollout_of[row.demonstration.row].ids for row in rows]
-        args = (self.loaded, self.forward_pass, rows, sampled, self.chat, self.config.seed, self._arithmetic)
-        return measure_spill(*args)
+        rate = self.config.learning_rate or DEFAULT_RATE
+        settings = TrialSettings(rate, self._sampling(), self.config.seed, self._arithmetic)
+        return measure_spill(self.loaded, rows, self.chat, settings)
+
+    def _sampling(self) -> Sampling:
+        """The student's policy."""
+        return Sampling(self.config.max_completion_length, self.config.temperature)

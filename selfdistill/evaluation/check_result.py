@@ -82,24 +82,13 @@ class CheckResult(Printable):
     def best(self) -> Layout:
         return self.layouts[0]
 
-    @property
-    def spill_sft(self) -> float | None:
-        """See :attr:`TrialStep.spill`; None also if no step was taken."""
-        return self.spill.sft.spill if self.spill and self.spill.sft else None
-
-    @property
-    def spill_sdft(self) -> float | None:
-        """The same of SDFT with the best layout."""
-        return self.spill.sdft.spill if self.spill and self.spill.sdft else None
-
     def print(self, console: Console) -> None:
         """Print a table of the layouts, then the verdict."""
         _print(self, console)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for ``--json``, plus ``best`` and ``ceiling``, the best layout's name and accuracy, and spill."""
-        spills = {"spill_sft": self.spill_sft, "spill_sdft": self.spill_sdft}
-        return {**asdict(self), "best": self.best.context, "ceiling": self.best.accuracy, **spills}
+        """All fields, for ``--json``, plus ``best`` and ``ceiling``, the best layout's name and accuracy."""
+        return {**asdict(self), "best": self.best.context, "ceiling": self.best.accuracy}
 
 
 def verdict_on(student_accuracy: float | None, student_logp: float | None, best: Layout) -> tuple[str, int]:

@@ -1,68 +1,59 @@
-"""Foretell spill: what one small step on the task does to prompts that have nothing to do with it.
+"""Foretell spill: what a few real steps on the task do to prompts that have nothing to do with it.
 
-    d = -s sign(g);   gain = log p(demo) after - before;   moved = KL(before||after) on general prompts
-    spill = moved / gain^2
+    gain = log p(demo) after - before;   moved = KL(before||after) on general prompts
 
-g is the gradient of the method's loss on the rows. The sign makes d the first step of AdamW, which training uses. For
-small s, gain grows with s and moved with s^2 (it is 1/2 d^T F d, with the Fisher information F on those prompts). So
-spill does not depend on s: it is what would be moved where one nat is gained, if all steps were like the first. The
-demonstrations are the yardstick of gain for every method, because the methods' own losses have no common unit.
+SFT and SDFT each take ``STEPS`` steps of AdamW on the same rows, from the same weights. The demonstrations are the
+yardstick of gain for both, because their own losses have no common unit.
+
+One step does not tell: the first of SDFT moves a model as far as the first of SFT, and later ones do not
+(docs/results.md).
 """
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from selfdistill.data import ChatFormat, Demonstration, Example, anchor_prompts, encode_prompts
 from selfdistill.errors import UserError
 from selfdistill.evaluation.distances import Distance, mean_loss, summed_loss
 from selfdistill.loss import CrossEntropy, Divergence
-from selfdistill.model import ForwardPass, LoadedModel, refuse_half_precision
+from selfdistill.model import ForwardPass, LoadedModel, Sampling, refuse_half_precision, sample, sample_seed
 
-STEP = 1e-5
-"""By how much the trial step moves every weight that has a gradient: as AdamW's first at the default learning rate."""
+STEPS = 8
+"""Steps of each method."""
 _ANCHORS, _TOKENS = 16, 16  # general prompts, and at most this long answers to them
 _ROWS = 8  # per pass
 
 
 @dataclass(frozen=True)
-class TrialStep:
-    """One small step of a method on the task."""
+class Trial:
+    """A few steps of a method on the task."""
 
     gain: float
     """Rise of the demonstrations' log-probability under the student, nats per token."""
     moved: float
     """KL(before||after) along the model's own answers to general prompts, nats per token."""
 
-    @property
-    def spill(self) -> float | None:
-        """Nats per token moved where one nat per token is gained, if all steps were like this; None without gain."""
-        return self.moved / self.gain**2 if self.gain > 0 else None
-
     def __str__(self) -> str:
-        learnt = (
-            f"makes the demonstrations {self.gain:.2g} nats per token more likely"
-            if self.gain > 0
-            else "does not make the demonstrations more likely"
-        )
-        return f"{learnt} and moves general prompts by {self.moved:.2g}"
+        return f"{self.gain:+.2f} on the demonstrations and {self.moved:.2f} away on general prompts"
 
 
 @dataclass(frozen=True)
 class Spill:
-    """A step of SFT and one of SDFT, from the same weights."""
+    """Trials of SFT and of SDFT, from the same weights."""
 
-    sft: TrialStep | None = None
+    sft: Trial | None = None
     """None if no step was taken."""
-    sdft: TrialStep | None = None
+    sdft: Trial | None = None
     """None as above."""
     untried: str | None = None
     """Why no step was taken; None if it was."""
@@ -71,52 +62,50 @@ class Spill:
         """What was found, and what follows; without a full stop."""
         if self.sft is None or self.sdft is None:
             return f"not measured: {self.untried}"
-        found = "; ".join(f"a small step of {name} {step}" for name, step in (("SFT", self.sft), ("SDFT", self.sdft)))
+        found = f"after {STEPS} steps, in nats per token: SFT {self.sft}, SDFT {self.sdft}"
         return f"{found}. Against it: --anchors package"
 
 
-def measure_spill(
-    loaded: LoadedModel,
-    forward_pass: ForwardPass,
-    rows: Sequence[Example],
-    sampled: Sequence[list[int]],
-    chat: ChatFormat,
-    seed: int,
-    arithmetic: Callable[[], AbstractContextManager[Any]],
-) -> Spill:
-    """Take a step of SFT and one of SDFT; afterwards the weights are as before, to the bit.
+@dataclass(frozen=True)
+class TrialSettings:
+    """How the trials' steps are taken."""
 
-    Needs the memory of a gradient; a copy of the weights lies in the CPU's memory meanwhile.
+    learning_rate: float
+    sampling: Sampling
+    """Of SDFT's student."""
+    seed: int
+    arithmetic: Callable[[], AbstractContextManager[Any]]
+    """The precision of training; the distance is measured in that of the weights."""
+
+
+def measure_spill(loaded: LoadedModel, rows: Sequence[Example], chat: ChatFormat, settings: TrialSettings) -> Spill:
+    """Take a few steps of SFT and of SDFT, each with a copy of the model.
+
+    Needs the memory of a training run beside the model.
 
     Args:
-        loaded: the model.
-        forward_pass: runs it.
+        loaded: the model, and SDFT's teacher. It stays as it is.
         rows: the task, with the teacher's prompts. Those without a completion are left out.
-        sampled: the student's completion of each row.
         chat: encodes the general prompts, a sample of those that training offers as anchors.
-        seed: of that sample.
-        arithmetic: the precision of training, in which gradients are computed; all else is in that of the weights.
+        settings: how the steps are taken.
     """
-    kept = [(row, ids) for row, ids in zip(rows, sampled, strict=True) if row.completion_ids]
-    if not kept:
+    rows = [row for row in rows if row.completion_ids]
+    if not rows:
         return Spill(untried="no row has a completion, on which the gain is measured")
     try:
         refuse_half_precision(loaded.model, loaded.name)
     except UserError as error:
         return Spill(untried=str(error))
-    rows, sampled = [row for row, _ in kept], [ids for _, ids in kept]
     prompts, demos = [row.student_ids for row in rows], [row.completion_ids for row in rows]
-    distance = Distance(loaded, forward_pass, chat, _general_prompts(chat, loaded.window, seed), _TOKENS)
+    forward_pass = ForwardPass(loaded)
+    distance = Distance(loaded, forward_pass, chat, _general_prompts(chat, loaded.window, settings.seed), _TOKENS)
     before = mean_loss(loaded, prompts, demos)
-    steps = []
-    for loss, completions in ((CrossEntropy(), demos), (Divergence(), sampled)):
-        for start in range(0, len(rows), _ROWS):
-            part = slice(start, start + _ROWS)
-            task_loss(loaded.model, forward_pass, loss, rows[part], completions[part], arithmetic).backward()
-        with stepped(loaded.model):
-            gain = before - mean_loss(loaded, prompts, demos)
-            steps.append(TrialStep(gain, distance.of(loaded.model)))
-    sft, sdft = steps
+    trials = []
+    for loss in (CrossEntropy(), Divergence()):
+        student = replace(loaded, model=copy.deepcopy(loaded.model))
+        _train(student, loaded, forward_pass, loss, rows, settings)
+        trials.append(Trial(before - mean_loss(student, prompts, demos), distance.of(student.model)))
+    sft, sdft = trials
     return Spill(sft, sdft)
 
 
@@ -128,37 +117,47 @@ def _general_prompts(chat: ChatFormat, window: int | None, seed: int) -> list[De
     return list(islice(fitting, _ANCHORS))
 
 
+def _train(
+    student: LoadedModel,
+    teacher: LoadedModel,
+    forward_pass: ForwardPass,
+    loss: CrossEntropy | Divergence,
+    rows: Sequence[Example],
+    settings: TrialSettings,
+) -> None:
+    """Take the steps, each on all rows; a divergence is along the student's own samples, from the teacher."""
+    optimizer = torch.optim.AdamW(student.model.parameters(), settings.learning_rate, weight_decay=0)
+    completions = [row.completion_ids for row in rows]
+    for step in range(STEPS):
+        if isinstance(loss, Divergence):
+            seeds = [sample_seed(settings.seed, step, row.demonstration.row, 0) for row in rows]
+            with settings.arithmetic():
+                rollouts = sample(student, [row.student_ids for row in rows], settings.sampling, seeds)
+            completions = [rollout.ids for rollout in rollouts]
+        for start in range(0, len(rows), _ROWS):
+            part = slice(start, start + _ROWS)
+            taught_by = teacher.model if isinstance(loss, Divergence) else None
+            task_loss(
+                student.model, taught_by, forward_pass, loss, rows[part], completions[part], settings.arithmetic
+            ).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def task_loss(
     model: Any,
+    teacher: Any,
     forward_pass: ForwardPass,
     loss: CrossEntropy | Divergence,
     rows: Sequence[Example],
     completions: Sequence[list[int]],
     arithmetic: Callable[[], AbstractContextManager[Any]],
 ) -> Tensor:
-    """A loss, summed over the completions' tokens; a divergence is from the model that is shown the rows' context."""
-    teacher = None
-    if isinstance(loss, Divergence):
+    """A loss, summed over the completions' tokens; a divergence is from the teacher, shown the rows' context."""
+    taught = None
+    if teacher is not None:
         with torch.no_grad(), arithmetic():  # a context of its own: older releases of torch keep casts without gradient
-            teacher = forward_pass(model, [row.teacher_ids or [] for row in rows], completions)
+            taught = forward_pass(teacher, [row.teacher_ids or [] for row in rows], completions)
     with arithmetic():
         student = forward_pass(model, [row.student_ids for row in rows], completions)
-        return summed_loss(loss, student, completions, teacher)[0]
-
-
-@contextmanager
-def stepped(model: nn.Module) -> Iterator[None]:
-    """Move the weights against the sign of their gradients, drop these, and in the end put the weights back."""
-    moving = [p for p in model.parameters() if p.grad is not None]
-    kept = [p.detach().to("cpu", copy=True) for p in moving]
-    try:
-        with torch.no_grad():
-            for parameter in moving:
-                assert parameter.grad is not None
-                parameter.sub_(parameter.grad.sign_(), alpha=STEP)
-                parameter.grad = None
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, weights in zip(moving, kept, strict=True):
-                parameter.copy_(weights)
+        return summed_loss(loss, student, completions, taught)[0]
