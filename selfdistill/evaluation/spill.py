@@ -5,8 +5,8 @@
 SFT and SDFT each take ``STEPS`` steps of AdamW on the same rows, from the same weights. The demonstrations are the
 yardstick of gain for both, because their own losses have no common unit.
 
-One step does not tell: the first of SDFT moves a model as far as the first of SFT, and later ones do not
-(docs/results.md).
+One step does not tell. On the package's routing skill the first of SDFT moves the starter model further than the first
+of SFT, and eight less far, as the whole run does.
 """
 
 from __future__ import annotations

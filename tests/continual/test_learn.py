@@ -317,7 +317,7 @@ def test_a_skill_that_hurts_is_refused_by_what_is_measured(make: Settings, tmp_p
     rows = [{"prompt": f"first {i}", "completion": "yes"} for i in range(10)]
     one.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     learns: dict[str, Any] = {"max_steps": 60, "save_steps": 0, "learning_rate": 1e-2, "test_share": 0.5}
-    learns |= {"max_skill_drop": None}
+    learns |= {"max_skill_drop": None, "anchors": ()}
     assert add(make(**learns))["after"]["skills"]["first"]["accuracy"] == 1
     before = digest(tmp_path / "state")
     code, result = main_code(make("hurts", **learns))
