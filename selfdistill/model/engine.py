@@ -22,6 +22,10 @@ if TYPE_CHECKING:  # that module asks this one for the engine
 class Engine(Protocol):
     """Samples completions with weights of its own, which it takes from the model whenever they differ."""
 
+    name: str
+    """Its name, version and arithmetic: what its samples depend on."""
+    failed: str | None
+    """Why it must not be used any more; None if it works."""
     sync_s: float
     """Seconds spent so far on taking over weights."""
 
@@ -31,7 +35,7 @@ class Engine(Protocol):
         """As :func:`selfdistill.model.sampling.sample`, in this process alone."""
 
     def describe(self) -> str:
-        """Name, version and arithmetic, in words."""
+        """Its name, and what it has room for."""
 
     def rest(self) -> None:
         """Give memory back until the next sample, where the device allows it."""
@@ -61,7 +65,7 @@ def use_engine(loaded: LoadedModel, settings: EngineSettings) -> None:
 def engine_for(loaded: LoadedModel) -> Engine:
     """The engine that samples from the model in the current arithmetic, that of autocast or of its weights.
 
-    A process runs one engine at a time. One of another kind is ended first.
+    A process runs one engine at a time. One of another kind, or one that failed, is ended first.
 
     Raises:
         UserError: it is not installed, or does not support the model or the machine.
@@ -70,7 +74,7 @@ def engine_for(loaded: LoadedModel) -> Engine:
     global _running
     assert loaded.engine is not None
     kind = _Kind(loaded.engine, _architecture(loaded.model), _arithmetic(loaded))
-    if _running is not None and _running[0] == kind:
+    if _running is not None and _running[0] == kind and not _running[1].failed:
         return _running[1]
     close_engine()
     if world_size() > 1:

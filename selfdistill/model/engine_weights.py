@@ -42,6 +42,8 @@ def _sum_of_bits(weight: Tensor) -> Tensor:
 def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
     """Name and full tensor of every weight, as the model's files would have them; tied weights once.
 
+    Checks the model at once, and computes each tensor when it is asked for.
+
     Sharded weights are gathered one by one, and all ranks must iterate. LoRA is merged in float32: W + s B A.
 
     Raises:
@@ -54,7 +56,9 @@ def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
     # Converting back, as from experts in one tensor to single ones, needs all tensors at once.
     renamed = revert_weight_conversion(causal, {name: weight.to("meta") for name, (weight, _) in parts.items()})
     weights = ((name, _whole(weight, layer)) for name, (weight, layer) in parts.items())
-    yield from weights if renamed.keys() == parts.keys() else revert_weight_conversion(causal, dict(weights)).items()
+    if renamed.keys() == parts.keys():
+        return weights
+    return iter(revert_weight_conversion(causal, dict(weights)).items())
 
 
 def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
@@ -82,7 +86,7 @@ def _check_lora(layer: Any, name: str) -> None:
     """
     from peft.tuners.lora import Linear
 
-    plain = isinstance(layer, Linear) and list(layer.lora_A) == [_ADAPTER]
+    plain = isinstance(layer, Linear) and layer.active_adapters == [_ADAPTER]
     if not plain or layer.lora_variant or layer.lora_bias.get(_ADAPTER) or layer.merged or layer.disable_adapters:
         raise _unsupported(name)
 

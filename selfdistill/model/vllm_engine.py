@@ -64,10 +64,12 @@ class VllmEngine:
     def __init__(self, loaded: LoadedModel, settings: EngineSettings, dtype: torch.dtype) -> None:
         self.sync_s = 0.0
         self._version = _installed_version()
+        self.name = f"vllm {self._version}, {str(dtype).removeprefix('torch.')}"
         self._settings, self._dtype = settings, dtype
         self._on_cpu = loaded.device.type == "cpu"
         self._holds: WeightsVersion | None = None
-        self._failed: str | None = None
+        self.failed: str | None = None
+        """Why it is not used any more."""
         self._asleep = False
         self._vocabulary = unwrap(loaded.model).config.get_text_config().vocab_size
         self._had_group = torch.distributed.is_initialized()
@@ -83,8 +85,7 @@ class VllmEngine:
 
     def describe(self) -> str:
         """Name, version, arithmetic and length, in words."""
-        arithmetic = str(self._dtype).removeprefix("torch.")
-        return f"vllm {self._version} in this process, {arithmetic}, at most {self.length} tokens"
+        return f"{self.name}, in this process, at most {self.length} tokens"
 
     def sample(
         self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
@@ -97,8 +98,8 @@ class VllmEngine:
             UserError: a prompt with its completion exceeds the engine's length, or vLLM cannot sample so.
             EngineFailed: the engine failed, now or earlier, or was late.
         """
-        if self._failed:
-            raise EngineFailed(f"engine vllm: it failed before ({self._failed}) and is not used again; start anew")
+        if self.failed:
+            raise EngineFailed(f"engine vllm: it failed before ({self.failed}) and is not used again")
         self._check(prompts, sampling)
         if not prompts:
             return []
@@ -110,14 +111,14 @@ class VllmEngine:
 
     def rest(self) -> None:
         """On a GPU, free the memory of weights and cache until the next sample; on a CPU, nothing."""
-        if not self._on_cpu and not self._asleep and not self._failed:
+        if not self._on_cpu and not self._asleep and not self.failed:
             with self._guarded("failed"):
                 self._llm.sleep(level=2)
             self._asleep, self._holds = True, None
 
     def close(self) -> None:
         """End the engine."""
-        self._failed = "it was ended"
+        self.failed = "it was ended"
         with unchanged_process({}), _spared_group() if self._had_group else nullcontext():
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
@@ -171,9 +172,9 @@ class VllmEngine:
         own_L = _log_probs(loaded, prompt, rollout.ids, self._dtype)
         gap = float((own_L - torch.tensor(rollout.logps)).abs().mean())
         if not gap <= _LARGEST_GAP.get(self._dtype, _LARGEST_GAP_OTHERWISE):
-            self._failed = f"its log-probabilities are {gap:.2g} nats per token away from the model's"
+            self.failed = f"its log-probabilities are {gap:.2g} nats per token away from the model's"
             raise EngineFailed(
-                f"engine vllm: {self._failed}, so vllm {self._version} computes {loaded.name!r} otherwise than "
+                f"engine vllm: {self.failed}, so vllm {self._version} computes {loaded.name!r} otherwise than "
                 "transformers does; leave engine out"
             )
 
@@ -188,8 +189,9 @@ class VllmEngine:
         """Take over the model's weights if they are not those that the engine has, and forget what they computed."""
         began, version = time.monotonic(), weights_version(loaded.model)
         if version != self._holds:
+            weights = hub_tensors(loaded)
             self._holds = None  # until all have arrived
-            self._llm.collective_rpc(_put, args=(hub_tensors(loaded), self._on_cpu))
+            self._llm.collective_rpc(_put, args=(weights, self._on_cpu))
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is in use and cannot be reset")
             self._holds = version
@@ -293,13 +295,15 @@ class VllmEngine:
                 torch.compiler.set_stance(stance),
             ):
                 yield
-        except (UserError, KeyboardInterrupt):
-            self._failed = "it was interrupted"
+        except UserError:  # ours, before the engine was touched
+            raise
+        except KeyboardInterrupt:
+            self.failed = "it was interrupted"
             raise
         except Exception as error:  # vLLM's own, and those of all that it uses
-            self._failed = first_line(error)
+            self.failed = first_line(error)
             raise EngineFailed(
-                f"engine vllm {what}: {type(error).__name__}: {self._failed}; leave engine out, or change "
+                f"engine vllm {what}: {type(error).__name__}: {self.failed}; leave engine out, or change "
                 "engine_memory_gib or engine_timeout_s if it says so"
             ) from error
 

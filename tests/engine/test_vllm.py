@@ -319,7 +319,7 @@ def test_a_temperature_that_it_would_change_is_refused(load: Loader, temperature
 
 def test_an_error_inside_it_is_one_line_and_it_is_not_used_again(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load()
-    engine_for(loaded)
+    engine = engine_for(loaded)
     from vllm.v1.engine.llm_engine import LLMEngine
 
     def broken(self: Any) -> Any:
@@ -332,9 +332,9 @@ def test_an_error_inside_it_is_one_line_and_it_is_not_used_again(load: Loader, m
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("engine vllm failed: RuntimeError: no memory left; leave engine out")
     with pytest.raises(EngineFailed, match="it failed before"):
-        sample(loaded, prompts(3), GREEDY)
-    close_engine()
-    assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)
+        engine.sample(loaded, prompts(3), GREEDY, None)
+    assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)  # by another
+    assert running_engine() is not engine
 
 
 def test_an_engine_that_completes_nothing_is_late(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:

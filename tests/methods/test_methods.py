@@ -541,10 +541,6 @@ def test_settings_that_matter_beside_others(all_of_them: Settings, values: dict[
         ),
         ({"method": "sft_reinvoke", "general_prompts": "none.txt"}, "none.txt: cannot be read: No such file"),
         (
-            {"cold_start_steps": 2, "importance_cap": 2.0},
-            "setting 'cold_start_steps' does not work with importance_cap: leave one of them out",
-        ),
-        (
             {"method": "grpo", "num_generations": 2, "temperature": 0.3},
             "setting 'method': grpo needs untempered samples of the student: use temperature 1",
         ),
