@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from selfdistill.config import EngineSettings
-from selfdistill.errors import UserError
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
-from selfdistill.runtime import say_note, world_size
+from selfdistill.runtime import say_note
 
 if TYPE_CHECKING:  # that module asks this one for the engine
     from selfdistill.model.sampling import Rollout, Sampling
@@ -32,7 +31,7 @@ class Engine(Protocol):
     def sample(
         self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
     ) -> list[Rollout]:
-        """As :func:`selfdistill.model.sampling.sample`, in this process alone."""
+        """As :func:`selfdistill.model.sampling.sample`."""
 
     def describe(self) -> str:
         """Its name, and what it has room for."""
@@ -65,7 +64,8 @@ def use_engine(loaded: LoadedModel, settings: EngineSettings) -> None:
 def engine_for(loaded: LoadedModel) -> Engine:
     """The engine that samples from the model in the current arithmetic, that of autocast or of its weights.
 
-    A process runs one engine at a time. One of another kind, or one that failed, is ended first.
+    A process runs one engine at a time. One of another kind, or one that failed, is ended first. All ranks start
+    theirs together.
 
     Raises:
         UserError: it is not installed, or does not support the model or the machine.
@@ -77,8 +77,6 @@ def engine_for(loaded: LoadedModel) -> Engine:
     if _running is not None and _running[0] == kind and not _running[1].failed:
         return _running[1]
     close_engine()
-    if world_size() > 1:
-        raise UserError("setting 'engine': vllm runs in a single process only; leave engine out, or start one process")
     from selfdistill.model.vllm_engine import VllmEngine
 
     engine = VllmEngine(loaded, kind.settings, kind.dtype)

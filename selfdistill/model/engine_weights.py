@@ -64,11 +64,9 @@ def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
 def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
     """Each weight and saved buffer of the base by its name there, with the LoRA layer to merge into it, or None."""
     wrapped = {path: layer for path, layer in causal.named_modules() if hasattr(layer, "lora_A")}
-    seen: set[int] = set()
-    for path, weight in causal.state_dict(keep_vars=True).items():
-        if id(weight) in seen or ".lora_" in path:
+    for path, weight in (*causal.named_parameters(), *_saved_buffers(causal)):
+        if ".lora_" in path:
             continue
-        seen.add(id(weight))
         layer = wrapped.get(path.rpartition(".")[0].removesuffix(_BASE)) if _BASE in path else None
         if layer is not None:
             _check_lora(layer, name)
@@ -76,6 +74,14 @@ def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, An
             raise _unsupported(name)
         merge = layer if path.endswith(f"{_BASE}.weight") else None
         yield path.replace(_BASE, ""), (weight.detach(), merge)
+
+
+def _saved_buffers(causal: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that files hold. ``state_dict`` would tell them, too, but shards what is gathered."""
+    for path, module in causal.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
 
 
 def _check_lora(layer: Any, name: str) -> None:

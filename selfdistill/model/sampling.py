@@ -119,12 +119,11 @@ def sample(
     Returns:
         One rollout per prompt, on every rank.
     """
-    own = rank_slice(len(prompts))
-    own_seeds = None if seeds is None else seeds[own]
     if loaded.engine is not None:
-        return all_gather(engine_for(loaded).sample(loaded, prompts[own], sampling, own_seeds))
+        return engine_for(loaded).sample(loaded, prompts, sampling, seeds)
+    own = rank_slice(len(prompts))
     with unsharded(loaded.model), cached_casts(loaded.model):
-        rollouts = _sample(loaded, prompts[own], sampling, own_seeds)
+        rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
     return all_gather(rollouts)
 
 

@@ -28,6 +28,7 @@ from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Rollout, Sampling, cut_at_next_turn
 from selfdistill.model.unchanged_process import unchanged_process
 from selfdistill.model.weights import first_line
+from selfdistill.runtime import all_gather, all_reduce_max, rank_slice, world_size
 
 OLDEST, BELOW = (0, 28), (0, 33)
 """Supported releases: from the first to below the second."""
@@ -96,18 +97,32 @@ class VllmEngine:
 
         Raises:
             UserError: a prompt with its completion exceeds the engine's length, or vLLM cannot sample so.
-            EngineFailed: the engine failed, now or earlier, or was late.
+            EngineFailed: the engine failed, now or earlier, or was late; on all ranks together.
         """
         if self.failed:
             raise EngineFailed(f"engine vllm: it failed before ({self.failed}) and is not used again")
         self._check(prompts, sampling)
-        if not prompts:
-            return []
-        with self._guarded("failed"):
-            self._wake()
-            self._synchronise(loaded)
-            rollouts = self._generated(loaded, prompts, sampling, seeds)
-        return rollouts if loaded.tokenizer.chat_template else [cut_at_next_turn(loaded, r) for r in rollouts]
+        own = rank_slice(len(prompts))
+        rollouts, failure = self._tried(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
+        if failures := list(filter(None, all_gather([failure]))):  # so that no rank waits for another
+            self.failed = self.failed or "that of another process failed"
+            raise EngineFailed(failures[0])
+        return all_gather(rollouts)
+
+    def _tried(
+        self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
+    ) -> tuple[list[Rollout], str | None]:
+        """This rank's rollouts, and why the engine failed, if it did."""
+        try:
+            with self._guarded("failed"):
+                self._wake()
+                self._synchronise(loaded)
+                rollouts = self._generated(loaded, prompts, sampling, seeds)
+        except EngineFailed as error:
+            return [], str(error)
+        if not loaded.tokenizer.chat_template:
+            rollouts = [cut_at_next_turn(loaded, rollout) for rollout in rollouts]
+        return rollouts, None
 
     def rest(self) -> None:
         """On a GPU, free the memory of weights and cache until the next sample; on a CPU, nothing."""
@@ -127,6 +142,7 @@ class VllmEngine:
 
     def _built(self, loaded: LoadedModel) -> Any:
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         causal = unwrap(loaded.model)
         config = copy.deepcopy(causal.config)
@@ -138,6 +154,11 @@ class VllmEngine:
             total = torch.cuda.get_device_properties(loaded.device).total_memory
             # What it asks to be free at the start; the size of the cache is fixed.
             on_gpu = {"enable_sleep_mode": True, "gpu_memory_utilization": (weights + cache_bytes) / total}
+        if current_platform.is_cpu() != self._on_cpu:
+            raise UserError(
+                f"engine vllm: the installed vllm computes on {current_platform.device_name}, and the model is on "
+                f"{loaded.device.type}; install the build for it, or leave engine out"
+            )
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             return LLM(
@@ -154,6 +175,8 @@ class VllmEngine:
                 trust_remote_code=False,
                 disable_log_stats=True,
                 seed=0,
+                # Under a launcher each process has an engine of its own, on its own device.
+                distributed_executor_backend="external_launcher" if world_size() > 1 else None,
                 **on_gpu,
             )
 
@@ -188,7 +211,7 @@ class VllmEngine:
     def _synchronise(self, loaded: LoadedModel) -> None:
         """Take over the model's weights if they are not those that the engine has, and forget what they computed."""
         began, version = time.monotonic(), weights_version(loaded.model)
-        if version != self._holds:
+        if all_reduce_max(int(version != self._holds), loaded.device):  # ranks gather sharded weights together
             weights = hub_tensors(loaded)
             self._holds = None  # until all have arrived
             self._llm.collective_rpc(_put, args=(weights, self._on_cpu))

@@ -18,14 +18,15 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ENDS, Cut, assert_same_run, crash_at, final_weights, metrics_of, same
+from children import started_together, train_together
+from conftest import ENDS, Cut, assert_same_run, crash_at, final_weights, largest_difference, metrics_of, same
 
 from selfdistill.config import CheckConfig, EvalConfig, TrainConfig
 from selfdistill.config.files import continued
-from selfdistill.errors import EngineFailed, UserError
+from selfdistill.errors import EngineFailed
 from selfdistill.evaluation.check import check
 from selfdistill.evaluation.evaluate import evaluate
-from selfdistill.model import Sampling, close_engine, engine_for, load_model, running_engine, sample, use_engine
+from selfdistill.model import Sampling, close_engine, load_model, sample, use_engine
 from selfdistill.model.vllm_engine import VllmEngine
 from selfdistill.training.train import train
 
@@ -241,11 +242,44 @@ def test_eval_check_and_pass_at_k_use_it(run: Settings, write_rows: Callable[...
     assert len(calls) >= 3  # student, teacher, rollouts
 
 
-def test_several_processes_are_refused_in_a_line(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"batch_size": 4},
+        {"batch_size": 1},
+        {"batch_size": 4, "fsdp": True},
+        {"batch_size": 4, "fsdp": True, "lora_rank": 4},
+        {"batch_size": 4, "fsdp": True, "mixed_precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_two_processes_sample_what_one_does(run: Settings, tmp_path: Path, values: dict[str, Any]) -> None:
+    close_engine()  # these are forked
+    common: dict[str, Any] = {"max_steps": 4, "drift_steps": 2, "ema_rate": 0.2, **values}
+    one, two = run("one", **common | {"fsdp": False}), run("two", **common)
+    train_together(two, tmp_path)
+    train(one)
+    half = "mixed_precision" in values
+    assert largest_difference(final_weights(one), final_weights(two)) < (0.01 if half else 2e-5)
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert max(a["engine/gap_max"], b["engine/gap_max"]) < (1.0 if half else 1e-3)
+        if not half:
+            assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_when_the_engine_of_one_process_fails_all_stop_with_a_checkpoint(run: Settings, tmp_path: Path) -> None:
     close_engine()
-    loaded = load_model(model)
-    use_engine(loaded, EvalConfig(model=model, data="", **ENGINE))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="vllm runs in a single process only"):
-        engine_for(loaded)
-    assert running_engine() is None
+    config = run("two", batch_size=4, save_steps=100)
+
+    def fail_in_the_second(step: int, _loaded: Any, _metrics: Any) -> None:
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        if step == 3 and os.environ["RANK"] == "1":
+            LLMEngine.step = lambda self: 1 / 0
+
+    children = started_together(lambda: train(config, on_step=fail_in_the_second), tmp_path / "two")
+    assert [child.wait() for child in children] == [1, 1]
+    for child in children:
+        assert "stopped after step 3: engine vllm failed: ZeroDivisionError" in child.log.read_text()
+    train_together(config, tmp_path, resume=True)
+    assert len(metrics_of(config)) == 6
