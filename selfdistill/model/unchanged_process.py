@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,3 +42,19 @@ def unchanged_process(environment: Mapping[str, str]) -> Iterator[None]:
         torch.set_float32_matmul_precision(products)
         if not frozen:
             gc.unfreeze()
+
+
+@contextmanager
+def spared_process_group() -> Iterator[None]:
+    """Keep the default process group while a library ends it together with groups of its own."""
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_own(group: Any = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    torch.distributed.destroy_process_group = destroy_own
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy

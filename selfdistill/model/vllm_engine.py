@@ -26,7 +26,8 @@ from selfdistill.model.fsdp import unsharded
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Rollout, Sampling, cut_at_next_turn
-from selfdistill.model.unchanged_process import unchanged_process
+from selfdistill.model.unchanged_process import spared_process_group, unchanged_process
+from selfdistill.model.vllm_worker import put_weights
 from selfdistill.model.weights import first_line
 from selfdistill.runtime import all_gather, all_reduce_max, rank_slice, world_size
 
@@ -134,7 +135,7 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine."""
         self.failed = "it was ended"
-        with unchanged_process({}), _spared_group() if self._had_group else nullcontext():
+        with unchanged_process({}), spared_process_group() if self._had_group else nullcontext():
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
 
@@ -214,7 +215,7 @@ class VllmEngine:
         if all_reduce_max(int(version != self._holds), loaded.device):  # ranks gather sharded weights together
             weights = hub_tensors(loaded)
             self._holds = None  # until all have arrived
-            self._llm.collective_rpc(_put, args=(weights, self._on_cpu))
+            self._llm.collective_rpc(put_weights, args=(weights, self._on_cpu))
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is in use and cannot be reset")
             self._holds = version
@@ -349,46 +350,6 @@ def _installed_version() -> str:
             return version
         raise UserError(f"setting 'engine': found {package} {version}, which is not supported: {install}")
     raise UserError(f"setting 'engine': vllm is not installed: {install}, or leave engine out")
-
-
-@contextmanager
-def _spared_group() -> Iterator[None]:
-    """Keep the process group that the engine found. It would end that together with its own."""
-    destroy = torch.distributed.destroy_process_group
-
-    def destroy_own(group: Any = None) -> None:
-        if group is not None:
-            destroy(group)
-
-    torch.distributed.destroy_process_group = destroy_own
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group = destroy
-
-
-def _put(worker: Any, weights: Iterator[tuple[str, Tensor]], on_cpu: bool) -> None:
-    """Replace all weights of the engine; runs in its worker.
-
-    vLLM loads layer by layer, packs again what it packs for its kernels, and copies the result to where it was.
-    """
-    from vllm.config import set_current_vllm_config
-
-    runner = worker.model_runner
-    with torch.no_grad(), set_current_vllm_config(worker.vllm_config):
-        runner.reload_weights(weights_iterator=weights)
-    if on_cpu:
-        _pack_embeddings(runner.get_model())
-
-
-def _pack_embeddings(model: torch.nn.Module) -> None:
-    """Pack embedding and head again. Of a head that is tied to the embedding vLLM keeps the packed copy as it was."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
 def _rollout(output: Any, greedy: bool) -> Rollout:
