@@ -12,6 +12,7 @@ import copy
 import importlib.metadata
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -75,7 +76,8 @@ class VllmEngine:
         self._asleep = False
         self._vocabulary = unwrap(loaded.model).config.get_text_config().vocab_size
         self._had_group = torch.distributed.is_initialized()
-        with self._guarded("does not start"):
+        with self._guarded("does not start"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about its own use of PyTorch
             self._llm = self._built(loaded)
         self.length = int(self._llm.llm_engine.model_config.max_model_len)
         """Most tokens of a prompt and its completion: the model's window, or what the memory has room for."""

@@ -20,10 +20,10 @@ def put_weights(worker: Any, weights: Iterator[tuple[str, Tensor]], on_cpu: bool
     with torch.no_grad(), set_current_vllm_config(worker.vllm_config):
         runner.reload_weights(weights_iterator=weights)
     if on_cpu:
-        _pack_embeddings(runner.get_model())
+        pack_embeddings(runner.get_model())
 
 
-def _pack_embeddings(model: torch.nn.Module) -> None:
+def pack_embeddings(model: torch.nn.Module) -> None:
     """Pack embedding and head again. Of a head that is tied to the embedding vLLM keeps the packed copy as it was."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
