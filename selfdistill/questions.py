@@ -37,7 +37,7 @@ from selfdistill.data import (
 from selfdistill.documents import Passage, load_passages, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Endpoint, answer
-from selfdistill.model import Sampling, load_for_training, sample, sample_seed
+from selfdistill.model import Sampling, load_for_training, sample, sample_seed, use_engine
 from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_lines, say
 
 ASK_TOKENS = 64
@@ -210,6 +210,7 @@ class _Maker:
         """Normalised questions with conflicting answers."""
         self._config, self._answers = config, dict[str, str]()
         self._loaded = load_for_training(config.model, adapter_base=config.adapter_base)
+        use_engine(self._loaded, config)
         self._chat = self._loaded.chat(config.chat_template_kwargs)
         self._endpoint: Endpoint | None = None
         if config.writer_url and config.writer_model:

@@ -71,9 +71,10 @@ def write_model(
     ends: tuple[int, ...] = (257,),
     seed: int = 0,
     room: int = 512,
+    head_dim: int = 8,
     **tokenizer_options: Any,
 ) -> None:
-    """Write a tiny random Llama and its byte tokenizer."""
+    """Write a tiny random Llama, whose window is ``room``, and its byte tokenizer."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -81,6 +82,7 @@ def write_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=room,
         tie_word_embeddings=tied,
         initializer_range=0.25,  # distributions far from uniform
@@ -103,16 +105,14 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Folder of a tiny Llama: ``tied``, ``ends`` (generation_config.json), ``room`` (window), tokenizer's options."""
+    """Folder of a tiny Llama: options of :func:`write_model`."""
     made: dict[str, Path] = {}
 
-    def make(
-        *, tied: bool = False, ends: tuple[int, ...] = (257,), seed: int = 0, room: int = 512, **tokenizer_options: Any
-    ) -> Path:
-        key = repr((tied, ends, seed, room, sorted(tokenizer_options.items())))
+    def make(**options: Any) -> Path:
+        key = repr(sorted(options.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("model")
-            write_model(folder, tied=tied, ends=ends, seed=seed, room=room, **tokenizer_options)
+            write_model(folder, **options)
             made[key] = folder
         return made[key]
 

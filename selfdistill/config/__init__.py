@@ -1,6 +1,6 @@
 """All settings, with their defaults, units and sources."""
 
-from selfdistill.config.base import ModelSettings, Settings, closest
+from selfdistill.config.base import EngineSettings, ModelSettings, Settings, closest
 from selfdistill.config.commands import (
     AskConfig,
     CheckConfig,
@@ -22,6 +22,7 @@ __all__ = [
     "CheckConfig",
     "CompareConfig",
     "DemoConfig",
+    "EngineSettings",
     "EvalConfig",
     "ExportConfig",
     "LearnConfig",

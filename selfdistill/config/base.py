@@ -58,7 +58,20 @@ def _one_line(detail: Any) -> str:
     return f"setting '{name}': found {detail['input']!r}, expected: {want}"
 
 
-class ModelSettings(Settings):
+class EngineSettings(Settings):
+    """What samples from a model."""
+
+    engine: Literal["none", "vllm"] = "none"
+    """What samples: ``none``, this package's own loop in PyTorch; ``vllm``, vLLM in the same process (the extra
+    ``vllm``), much faster on GPUs."""
+    engine_memory_gib: float = Field(default=4.0, gt=0)
+    """Memory in GiB for the engine's key/value cache, beside its weights. It bounds the number of samples drawn at a
+    time, and the longest of them."""
+    engine_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest time in seconds in which the engine may complete no sample; a later one ends the command."""
+
+
+class ModelSettings(EngineSettings):
     """The model, its data and its tokenisation. Shared by most commands."""
 
     model: str

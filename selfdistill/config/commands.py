@@ -11,7 +11,7 @@ from pydantic import (
     field_validator,
 )
 
-from selfdistill.config.base import ModelSettings, QuestionSettings, Settings, closest
+from selfdistill.config.base import EngineSettings, ModelSettings, QuestionSettings, Settings, closest
 from selfdistill.config.train import MethodName, OneRun, Precision, TrainingSettings
 from selfdistill.errors import UserError
 
@@ -212,7 +212,7 @@ class LearnConfig(TrainingSettings, OneRun):
             raise UserError("setting 'stop_on_collapse' is for train; in learn, the gates refuse a harmful skill")
 
 
-class QuestionsConfig(QuestionSettings):
+class QuestionsConfig(QuestionSettings, EngineSettings):
     """Settings of ``selfdistill questions``."""
 
     documents: str

@@ -29,6 +29,9 @@ MAY_CHANGE = (
     "save_total_limit",
     "logging_steps",
     "report_to",
+    "engine",
+    "engine_memory_gib",
+    "engine_timeout_s",
 )
 """Settings that may change when a run is resumed. With ``test_split``, the rows must stay those it began with."""
 MAY_MOVE = ("model", "teacher_model", "data", "test", "prior", "anchors")

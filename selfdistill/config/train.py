@@ -82,7 +82,8 @@ class MethodSettings(Settings):
     skip_first_tokens: int = Field(default=0, ge=0)
     """Leading completion tokens excluded from the loss; 3 in the official code. Refused if it would exclude most."""
     importance_cap: float | None = Field(default=None, gt=0)
-    """Weight each rollout by its mean of min(p_now/p_sampled, cap), for rollouts that are not exactly on-policy."""
+    """Weight each rollout by its mean of min(p_now/p_sampled, cap), for rollouts that are not exactly on-policy.
+    Default: none, or 2 with an engine."""
     general_prompts: str | None = None
     """Prompts for the second stage of ``sft_reinvoke``, as in ``anchors``; default: those of the package."""
     anchors: tuple[str, ...] = ()
@@ -210,8 +211,6 @@ class TrainingSettings(MethodSettings, ModelSettings):
             raise UserError(
                 "setting 'importance_cap' needs samples from the full distribution: use top_p 1 and top_k 0"
             )
-        if self.importance_cap is not None and self.cold_start_steps:
-            raise UserError("setting 'cold_start_steps' does not work with importance_cap: leave one of them out")
         if self.target_teacher + self.target_student + self.target_base == 0:
             raise UserError("setting 'target_teacher': found 0, and the target's other weights are 0, too; raise one")
         if self.support == "sampled" and self.divergence != "reverse_kl":

@@ -43,6 +43,7 @@ from selfdistill.model import (
     refuse_half_precision,
     start_fingerprint,
     training_precision,
+    use_engine,
 )
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
@@ -165,6 +166,7 @@ def _absolute(model: str) -> str:
 
 def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
     """Evaluate a model on the tests of skills, each with that skill's settings, and on prior abilities."""
+    use_engine(loaded, config)
     with training_precision(loaded.model, config.mixed_precision):
         skills: dict[str, Evaluation] = {}
         for name, folder in folders:

@@ -28,7 +28,7 @@ from selfdistill.data import (
 from selfdistill.errors import RunStopped, UserError
 from selfdistill.evaluation import EvaluationSet, judge_of, mean_loss
 from selfdistill.methods import uses
-from selfdistill.model import LoadedModel, load_for_training, training_precision
+from selfdistill.model import LoadedModel, load_for_training, training_precision, use_engine
 from selfdistill.runtime import StepsFile, StopRequests, fsync, say
 from selfdistill.training import take_whole, train
 
@@ -132,6 +132,7 @@ def _chunk(
     if not chunk:
         return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None, "training": None}
     loaded = load_for_training(model, dtype=config.dtype, adapter_base=config.adapter_base)
+    use_engine(loaded, config)
     chat = loaded.chat(config.chat_template_kwargs, config.template_date)
     with training_precision(loaded.model, config.mixed_precision):
         questions = EvaluationSet(loaded, chunk, {}, config)

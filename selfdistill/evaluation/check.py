@@ -51,6 +51,7 @@ from selfdistill.model import (
     resolved_precision,
     sample,
     sample_seed,
+    use_engine,
 )
 from selfdistill.runtime import ProgressBar, peak_memory, say, say_note
 
@@ -152,6 +153,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     contexts = [parse_context(spec) for spec in specs]
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
+    use_engine(loaded, config)
     for note in loaded.notes:
         say_note(note)
     tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None

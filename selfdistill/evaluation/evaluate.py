@@ -41,6 +41,7 @@ from selfdistill.model import (
     sample,
     sample_seed,
     to_best_device,
+    use_engine,
 )
 from selfdistill.runtime import say, say_note
 
@@ -247,6 +248,7 @@ def evaluate(
     judge = judge_of(config)
     if loaded is None:
         loaded = to_best_device(load_model(config.model, dtype=config.dtype, adapter_base=config.adapter_base))
+    use_engine(loaded, config)
     for note in loaded.notes:
         say_note(note)
     if base is not None:

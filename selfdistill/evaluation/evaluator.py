@@ -23,7 +23,7 @@ from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import load_prior
 from selfdistill.evaluation.statistics import share_interval
-from selfdistill.model import ForwardPass, LoadedModel, training_precision
+from selfdistill.model import ForwardPass, LoadedModel, training_precision, use_engine
 from selfdistill.runtime import say, say_note
 
 
@@ -75,6 +75,7 @@ class Evaluator:
         rows = load_demonstrations(config.test, split=config.test_split)
         priors = load_prior(config.prior) if config.prior else {}
         self._mixed_precision = config.mixed_precision
+        use_engine(base, config)
         self.questions = EvaluationSet(base, rows, priors, config)
         if self.questions.dropped:
             say(f"dropped {self.questions.dropped} of {len(rows)} rows of {config.test}: too long")
@@ -129,6 +130,7 @@ class Evaluator:
 
     def moved(self, base: LoadedModel, model: LoadedModel) -> float:
         """KL(model||base) along the model's own replies to the test rows, nats per token."""
+        use_engine(model, self.questions.config)
         with self._arithmetic(base), self._arithmetic(model):
             answers = self.questions.answers(model, self._judge)
             return kl_along(self.questions.prompts, answers.ids, model, base)

@@ -19,7 +19,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.loss import Divergence
 from selfdistill.methods.examples import PromptExamples
 from selfdistill.methods.sequences import StudentSamples
-from selfdistill.methods.slots import FROZEN, Method, Part, Parts, sampling_of
+from selfdistill.methods.slots import FROZEN, Method, Part, Parts, engine_cap, sampling_of
 
 
 def anchors(config: TrainConfig) -> Parts:
@@ -34,6 +34,7 @@ def anchors(config: TrainConfig) -> Parts:
                 sequence=StudentSamples(sampling_of(config), 1, config.seed),
                 loss=Divergence(config.anchor_divergence),
                 teacher=FROZEN,
+                importance_cap=engine_cap(config),
             ),
             share=config.anchor_share / len(config.anchors),
         )

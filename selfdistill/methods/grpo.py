@@ -26,7 +26,7 @@ from selfdistill.errors import UserError
 from selfdistill.loss import CrossEntropy
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import Completion, StudentSamples
-from selfdistill.methods.slots import Method, sampling_of
+from selfdistill.methods.slots import Method, engine_cap, sampling_of
 
 GROUP = 8
 """Default rollouts per prompt."""
@@ -48,6 +48,7 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
             loss=CrossEntropy(),
             reward=ScorerReward(config.scorer),
             group_size=group,
+            importance_cap=engine_cap(config),
         ),
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from selfdistill.config import TrainConfig
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import ColdStart, SequenceSource, StudentSamples
-from selfdistill.methods.slots import Method, divergence_of, sampling_of, teacher_of
+from selfdistill.methods.slots import Method, divergence_of, engine_cap, sampling_of, teacher_of
 
 
 def sdft(config: TrainConfig) -> tuple[Method, ...]:
@@ -25,6 +25,6 @@ def sdft(config: TrainConfig) -> tuple[Method, ...]:
             loss=divergence_of(config),
             teacher=teacher_of(config),
             skip_first_tokens=config.skip_first_tokens,
-            importance_cap=config.importance_cap,
+            importance_cap=config.importance_cap or engine_cap(config),
         ),
     )

@@ -14,7 +14,7 @@ from selfdistill.loss import Divergence
 from selfdistill.methods.examples import PromptExamples
 from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.sft import sft
-from selfdistill.methods.slots import FROZEN, Method, sampling_of
+from selfdistill.methods.slots import FROZEN, Method, engine_cap, sampling_of
 
 
 def sft_reinvoke(config: TrainConfig) -> tuple[Method, ...]:
@@ -24,5 +24,6 @@ def sft_reinvoke(config: TrainConfig) -> tuple[Method, ...]:
         sequence=StudentSamples(sampling_of(config), 1, config.seed),
         loss=Divergence("reverse_kl"),
         teacher=FROZEN,
+        importance_cap=engine_cap(config),
     )
     return (*sft(config), second)

@@ -79,6 +79,19 @@ def sampling_of(config: TrainConfig) -> Sampling:
     return Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k)
 
 
+ENGINE_CAP = 2.0
+"""Default cap of the importance weights of an engine's samples."""
+
+
+def engine_cap(config: TrainConfig) -> float | None:
+    """The cap for an engine's samples, which are drawn from other probabilities than the trainer's by rounding.
+
+    None without an engine, and for truncated sampling, whose probabilities are of another kind than the trainer's.
+    """
+    untruncated = config.top_p == 1 and config.top_k == 0
+    return ENGINE_CAP if config.engine != "none" and untruncated else None
+
+
 def teacher_of(config: TrainConfig) -> TeacherRule:
     """The teacher that the settings describe."""
     if config.teacher_model is not None:

@@ -2,6 +2,7 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
+from selfdistill.model.engine import Engine, close_engine, engine_for, running_engine, use_engine
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.fsdp import (
@@ -37,6 +38,7 @@ __all__ = [
     "LICENCES",
     "STARTER_MODELS",
     "CompiledLayers",
+    "Engine",
     "ForwardOutput",
     "ForwardPass",
     "LoadedModel",
@@ -49,7 +51,9 @@ __all__ = [
     "adopt",
     "cache_dir",
     "cached_casts",
+    "close_engine",
     "distribute_like",
+    "engine_for",
     "files_that_go_along",
     "full_tensor",
     "full_tensors",
@@ -65,6 +69,7 @@ __all__ = [
     "resolve",
     "resolved_precision",
     "root_unsharded",
+    "running_engine",
     "sample",
     "sample_seed",
     "shard",
@@ -73,5 +78,6 @@ __all__ = [
     "training_precision",
     "unsharded",
     "unwrap",
+    "use_engine",
     "weights_fingerprint",
 ]

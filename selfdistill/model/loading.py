@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from selfdistill.config import EngineSettings
 from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.model.adapters import attach, merged, read_config
@@ -44,6 +45,8 @@ class LoadedModel:
     """Folder of the model's files on this machine, or of an adapter's base; None if there is none."""
     merged_adapter: bool = False
     """Whether an adapter was merged; a new adapter would then not fit the base that ``name`` refers to."""
+    engine: EngineSettings | None = None
+    """The engine that samples from the model; None: PyTorch. See :func:`selfdistill.model.engine.use_engine`."""
     continues_cache: bool | None = None
     """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""
 
@@ -310,7 +313,7 @@ def load_matching(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
 
 
 def matched(loaded: LoadedModel, other: LoadedModel) -> LoadedModel:
-    """Move a model to the device of ``other``, with which it is to be compared.
+    """Move a model to the device of ``other``, with which it is to be compared, and sample from it in the same way.
 
     Raises:
         UserError: its vocabulary size differs.
@@ -323,4 +326,5 @@ def matched(loaded: LoadedModel, other: LoadedModel) -> LoadedModel:
             "with the same vocabulary"
         )
     loaded.model.to(other.device)
+    loaded.engine = other.engine
     return loaded

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from selfdistill.data import NEXT_TURN
 from selfdistill.errors import UserError
+from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.precision import cached_casts
@@ -61,7 +62,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         self._hold(in_attention_dtype(layer.keys), in_attention_dtype(layer.values))
 
     def _hold(self, keys_BHLC: Tensor, values_BHLC: Tensor) -> None:
@@ -107,7 +108,7 @@ def sample(
 
     Token t of a sample is the inverse of the policy's cumulative distribution at the t-th uniform number of the
     sample's own generator. So a sample depends only on its seed and prompt: not on its batch, padding or earlier
-    samples.
+    samples. If ``loaded`` has an engine, that samples in the place of PyTorch: from the same policy, by other numbers.
 
     Args:
         loaded: the model to sample from.
@@ -118,10 +119,21 @@ def sample(
     Returns:
         One rollout per prompt, on every rank.
     """
+    if loaded.engine is not None:
+        return engine_for(loaded).sample(loaded, prompts, sampling, seeds)
     own = rank_slice(len(prompts))
     with unsharded(loaded.model), cached_casts(loaded.model):
         rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
     return all_gather(rollouts)
+
+
+def cut_at_next_turn(loaded: LoadedModel, rollout: Rollout) -> Rollout:
+    """The rollout up to where the next turn of the plain-text layout begins, if it does."""
+    ids = torch.tensor([rollout.ids])
+    for end in range(1, len(rollout.ids) + 1):
+        if _at_next_turn(loaded, ids[:, :end]):
+            return Rollout(rollout.ids[:end], rollout.logps[:end], truncated=False)
+    return rollout
 
 
 def _sample(

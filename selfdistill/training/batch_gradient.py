@@ -58,6 +58,26 @@ class BatchPart:
 
 
 @dataclass(frozen=True)
+class SamplerGap:
+    """Absolute difference between a token's log-probability by the student and by what sampled it, in nats."""
+
+    total: float = 0.0
+    """Sum over the tokens."""
+    tokens: int = 0
+    largest: float = 0.0
+
+    @classmethod
+    def of(cls, differences: Sequence[Tensor]) -> SamplerGap:
+        """The gap of some completions, from the difference at each of their tokens."""
+        tokens = torch.cat([torch.zeros(0), *differences]).abs()
+        return cls(float(tokens.sum()), len(tokens), float(tokens.max())) if len(tokens) else cls()
+
+    def __add__(self, other: SamplerGap) -> SamplerGap:
+        largest = max(self.largest, other.largest)
+        return SamplerGap(self.total + other.total, self.tokens + other.tokens, largest)
+
+
+@dataclass(frozen=True)
 class PartResult:
     """Results of one part of a batch, over all its micro-batches and ranks."""
 
@@ -72,6 +92,8 @@ class PartResult:
     """Mean reward of the completions; None if the method has none."""
     non_finite: list[str]
     """Sources of the examples with a non-finite loss."""
+    gap: SamplerGap | None
+    """How far the sampler's log-probabilities were from the student's; None if the method has no importance weights."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +126,7 @@ class _Sums:
 
     loss: float = 0.0
     importance: float = 0.0
+    gap: SamplerGap = SamplerGap()
     statistics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     non_finite: list[str] = field(default_factory=list)
 
@@ -166,9 +189,10 @@ class BatchGradient:
                 with stopwatch("teacher"):
                     taught, base = self._score_teachers(part.method, micro)
                 with stopwatch("student"):
-                    loss, per_token, importance_b = self._score_student(part.method, micro, taught, base)
+                    loss, per_token, importance_b, gap = self._score_student(part.method, micro, taught, base)
                     self._backward(loss * part.share)
             sums.add(micro, float(loss.detach()), per_token, importance_b)
+            sums.gap += gap
         return sums
 
     @staticmethod
@@ -176,7 +200,8 @@ class BatchGradient:
         """The part's result over all ranks."""
         total = all_reduce_sum(sums.statistics | {"loss": sums.loss, "importance": sums.importance})
         loss, importance = total.pop("loss"), total.pop("importance") / len(part.completions)
-        return PartResult(part, loss, total, importance, reward, all_gather(sums.non_finite))
+        gap = None if part.method.importance_cap is None else sum(all_gather([sums.gap]), SamplerGap())
+        return PartResult(part, loss, total, importance, reward, all_gather(sums.non_finite), gap)
 
     def _weigh(self, part: BatchPart, own: slice, size: int) -> tuple[list[_MicroBatch], float | None]:
         """This rank's completions in micro-batches of at most ``size``, and the part's mean reward."""
@@ -222,17 +247,17 @@ class BatchGradient:
 
     def _score_student(
         self, method: Method, micro: _MicroBatch, taught: _Scored | None, base: _Scored | None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """The micro-batch's differentiable loss, its per-token statistics (n,) and its importance weights (b,)."""
-        device, factor_b, importance_b = self.loaded.device, micro.factor_b, None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, SamplerGap]:
+        """The micro-batch's differentiable loss, its per-token statistics (n,), its importance weights (b,) and gap."""
+        device, factor_b, importance_b, gap = self.loaded.device, micro.factor_b, None, SamplerGap()
         has_weight_N = micro.has_weight_N(device)
         # Train mode only enables gradient checkpointing: dropout is disabled.
         self.loaded.model.train(self.config.gradient_checkpointing)
         with self.accelerator.autocast():
             output = self.forward_pass(self.loaded.model, micro.prompts, micro.ids)
             tokens_N = torch.tensor([token for ids in micro.ids for token in ids], device=device)
-            if method.importance_cap is not None and micro.completions[0].logps is not None:
-                importance_b = self._importance(output, tokens_N, micro, method.importance_cap)
+            if method.importance_cap is not None:
+                importance_b, gap = self._importance(output, tokens_N, micro, method.importance_cap)
                 factor_b = factor_b * importance_b
             weights_N = (micro.weights_bT * factor_b[:, None])[micro.mask_bT].float().to(device)
             loss, per_token = chunked_loss(
@@ -246,7 +271,7 @@ class BatchGradient:
                 base=base,
                 weighting=method.weighting,
             )
-        return loss, per_token, importance_b
+        return loss, per_token, importance_b, gap
 
     def _backward(self, loss: Tensor) -> None:
         # FSDP averages gradients over the ranks, but the loss is a sum over them.
@@ -255,8 +280,13 @@ class BatchGradient:
         self.loaded.model.eval()
 
     @torch.no_grad()
-    def _importance(self, output: ForwardOutput, tokens_N: Tensor, micro: _MicroBatch, cap: float) -> Tensor:
-        """Truncated importance weights (b,), with both policies at the sampling temperature."""
+    def _importance(
+        self, output: ForwardOutput, tokens_N: Tensor, micro: _MicroBatch, cap: float
+    ) -> tuple[Tensor, SamplerGap]:
+        """Truncated importance weights (b,), with both policies at the sampling temperature, and their tokens' gap.
+
+        A completion that was not sampled has weight 1.
+        """
 
         def tempered_head(hidden_ND: Tensor) -> Tensor:
             return output.head(hidden_ND).float() / self.config.temperature
@@ -266,6 +296,10 @@ class BatchGradient:
         student = statistics["student_logp"].cpu().split([len(ids) for ids in micro.ids])
         width = micro.mask_bT.shape[1]
         pad = torch.nn.functional.pad
-        student_bT = torch.stack([pad(logp, (0, width - len(logp))) for logp in student])
-        sampled_bT = torch.stack([pad(torch.tensor(c.logps or []), (0, width - len(c.ids))) for c in micro.completions])
-        return importance_weights(student_bT, sampled_bT, micro.weights_bT > 0, cap)
+        pairs = list(zip(micro.completions, student, strict=True))
+        sampled = [own if c.logps is None else torch.tensor(c.logps) for c, own in pairs]
+        gap = SamplerGap.of([own - torch.tensor(c.logps) for c, own in pairs if c.logps is not None])
+        student_bT, sampled_bT = (
+            torch.stack([pad(logp, (0, width - len(logp))) for logp in logps]) for logps in (student, sampled)
+        )
+        return importance_weights(student_bT, sampled_bT, micro.weights_bT > 0, cap), gap

@@ -46,6 +46,8 @@ class Position:
     """Fingerprint of the initial weights; see ``Trainer.began_as``."""
     test: str = ""
     """Fingerprint of the evaluation data; see ``EvaluationSet.fingerprint``."""
+    engine: str = ""
+    """Name of the engine that samples; empty without one."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

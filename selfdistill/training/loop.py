@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from selfdistill.config import dump_yaml
-from selfdistill.errors import RunCollapsed, RunFailed, RunStopped
+from selfdistill.errors import EngineFailed, RunCollapsed, RunFailed, RunStopped
 from selfdistill.evaluation import summary
 from selfdistill.methods import DatasetCompletions
 from selfdistill.model import LoadedModel
@@ -30,6 +30,7 @@ from selfdistill.runtime import (
     corruption,
     read_lines,
     say,
+    say_note,
 )
 from selfdistill.training.checkpoint import Position, checkpoint_at, load_checkpoint, save_checkpoint
 from selfdistill.training.collapse import COLLAPSE_WINDOW, CollapseGuard
@@ -39,6 +40,10 @@ from selfdistill.training.trainer import Trainer
 
 OnStep = Callable[[int, LoadedModel, dict[str, Any]], object]
 """Called after every step with its number, the model and the step's metrics; returning True ends training."""
+
+
+LARGE_GAP = 0.1
+"""Mean difference between the engine's and the student's log-probabilities, in nats, that is said."""
 
 
 class Loop:
@@ -55,6 +60,7 @@ class Loop:
         )
         self.step = step
         """Step of the current model; after a collapse, that of the restored checkpoint."""
+        self._gap_was_said = False
         self._metrics = MetricsFile(output_dir / "metrics.jsonl", step)
         self._reporter = ProgressBar("step", config.max_steps, start=step, every=config.logging_steps)
         self._tracker = Tracker(trainer.accelerator, config, output_dir, step)
@@ -103,7 +109,13 @@ class Loop:
 
     def _step(self, step: int) -> dict[str, Any]:
         """Run step ``step`` (from 1); returns its metrics."""
-        metrics = self._trainer.step(step - 1)
+        try:
+            metrics = self._trainer.step(step - 1)
+        except EngineFailed as error:  # before the weights changed
+            self._save()
+            raise EngineFailed(
+                f"{self._output_dir}: stopped after step {step - 1}: {error}; progress is saved, continue with --resume"
+            ) from error
         position, self.step = self._position, step
         self._position = position = replace(
             position,
@@ -123,6 +135,12 @@ class Loop:
                 f"{self._output_dir}: {position.skipped} consecutive steps were skipped; in the last, step {step}, "
                 f"{_skipped(metrics)}; they did not change the weights. Lower --learning_rate, inspect these rows, or "
                 "see metrics.jsonl for the onset"
+            )
+        if metrics.get("engine/gap", 0.0) > LARGE_GAP and not self._gap_was_said:
+            self._gap_was_said = True
+            say_note(
+                f"step {step}: the engine's log-probabilities are {metrics['engine/gap']:.2f} nats per token away from "
+                "the student's on average; see docs/engines.md"
             )
         # From rank 0, because a drift measured on two ranks may differ slightly.
         new, signs = broadcast_from_rank0(lambda: self._signs(metrics))

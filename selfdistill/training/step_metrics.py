@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from selfdistill.training.batch_gradient import PartResult
+from selfdistill.training.batch_gradient import PartResult, SamplerGap
 
 
 def step_metrics(
@@ -29,7 +29,7 @@ def step_metrics(
         learning_rate: of this step.
         grad_norm: global gradient norm before clipping.
         drift: distances from the base, if measured.
-        seconds: duration of each part of the step.
+        seconds: duration of each part of the step; with ``sync`` if an engine samples.
         by_part: whether to tell how the loss divides between the parts.
 
     Returns:
@@ -60,12 +60,21 @@ def step_metrics(
             metrics[f"loss/{result.part.name}"] = result.loss
             metrics[f"share/{result.part.name}"] = result.part.share
     metrics |= drift
-    for part in ("rollout", "teacher", "student", "update", "drift", "step"):
-        metrics[f"time/{part}_s"] = seconds[part]
+    if "sync" in seconds:
+        metrics |= _engine_gap(results)
+    for part in ("rollout", "sync", "teacher", "student", "update", "drift", "step"):
+        if part in seconds:
+            metrics[f"time/{part}_s"] = seconds[part]
     if not is_sound(results, grad_norm):
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
         return finite | {"skipped": _why(results, grad_norm)}
     return metrics
+
+
+def _engine_gap(results: Sequence[PartResult]) -> dict[str, float]:
+    """Mean and largest gap of the step's samples; empty if nothing was sampled."""
+    gap = sum((result.gap for result in results if result.gap), SamplerGap())
+    return {"engine/gap": gap.total / gap.tokens, "engine/gap_max": gap.largest} if gap.tokens else {}
 
 
 def total_loss(results: Sequence[PartResult]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from selfdistill.config import TrainConfig, dump_yaml, load_saved, refuse_changes
@@ -22,6 +23,7 @@ from selfdistill.runtime import (
     remove_folder,
     remove_unfinished,
     say,
+    say_note,
     world_size,
     write_atomically,
 )
@@ -231,12 +233,17 @@ def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
         UserError: the run began with different examples, weights or evaluation data.
     """
     asked = trainer.evaluator.questions.fingerprint() if trainer.evaluator else ""
-    position = Position(0, 0, trainer.fingerprint(), model=trainer.began_as, test=asked)
+    engine = trainer.engine()
+    name = engine.name if engine else ""
+    position = Position(0, 0, trainer.fingerprint(), model=trainer.began_as, test=asked, engine=name)
     if checkpoint is None:
         return position
     saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
     _check_unchanged(trainer, checkpoint, _settings_of(checkpoint), saved, position)
-    return saved
+    if saved.engine != name:
+        before, now = saved.engine or "PyTorch", name or "PyTorch"
+        say_note(f"the run has sampled with {before} and goes on with {now}, which draws other samples")
+    return replace(saved, engine=name)
 
 
 def _where(output_dir: Path, checkpoint: Path | None, position: Position, config: TrainConfig) -> str:

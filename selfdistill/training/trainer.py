@@ -22,6 +22,7 @@ from selfdistill.evaluation import Drift, Evaluator
 from selfdistill.methods import FROZEN, Completion, unused_settings, uses
 from selfdistill.model import (
     CompiledLayers,
+    Engine,
     ForwardPass,
     LoadedModel,
     PrefixCache,
@@ -29,6 +30,7 @@ from selfdistill.model import (
     TeacherRule,
     add_lora,
     cached_casts,
+    engine_for,
     full_tensor,
     layers_of,
     load_matching,
@@ -38,6 +40,7 @@ from selfdistill.model import (
     start_fingerprint,
     unsharded,
     unwrap,
+    use_engine,
     weights_fingerprint,
 )
 from selfdistill.runtime import is_distributed, say_note
@@ -82,6 +85,7 @@ class Trainer:
         self.loaded = loaded or load_model(
             config.model, dtype=config.dtype, merge_adapter=True, adapter_base=config.adapter_base
         )
+        use_engine(self.loaded, config)
         self.began_as = start_fingerprint(self.loaded)
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
         for note in self.loaded.notes:
@@ -127,6 +131,7 @@ class Trainer:
         self.forward_pass = ForwardPass(self.loaded, compiled, sharded=config.fsdp)
         if config.fsdp:
             self._shard(*self.teachers.values())
+        self.engine()  # before any long work
         for stage in self.stages:
             for part in stage.parts:
                 if part.method.fixed:
@@ -158,6 +163,13 @@ class Trainer:
         assert len(set(tasks)) < 2, "stages share one teacher"
         self.teacher = self.teachers[tasks[0]] if tasks else None
         """The task's teacher: the only one that may move."""
+
+    def engine(self) -> Engine | None:
+        """The engine, in the arithmetic of training, started if it does not run; None without one."""
+        if self.loaded.engine is None:
+            return None
+        with self.accelerator.autocast():
+            return engine_for(self.loaded)
 
     def _make_caches(self) -> dict[TeacherRule, PrefixCache | None]:
         """A cache for the contexts of the task's teacher, if it is frozen; prompts beside it rarely come twice."""
@@ -259,8 +271,13 @@ class Trainer:
         stage_step = step - stage.first_step
         positions = self._positions(stage, stage_step)
 
+        engine = self.engine()
+        synced_s = engine.sync_s if engine else 0.0
         with stopwatch("rollout"), self.accelerator.autocast():
             parts = self._completed(stage, positions, step)
+            if engine:
+                engine.rest()
+        sync = {"sync": engine.sync_s - synced_s} if engine else {}
 
         results = self.gradient.add(parts, stopwatch)
 
@@ -283,7 +300,7 @@ class Trainer:
             learning_rate=rate,
             grad_norm=norm,
             drift=drift,
-            seconds={"teacher": 0.0, **stopwatch.seconds()},
+            seconds={"teacher": 0.0, **sync, **stopwatch.seconds()},
             by_part=len(stage.parts) > 1,
         )
 

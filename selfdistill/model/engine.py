@@ -1,0 +1,112 @@
+"""Sample with a separate engine: which one a model uses, and the one that this process runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from selfdistill.config import EngineSettings
+from selfdistill.model.head import unwrap
+from selfdistill.model.loading import LoadedModel
+from selfdistill.runtime import say_note
+
+if TYPE_CHECKING:  # that module asks this one for the engine
+    from selfdistill.model.sampling import Rollout, Sampling
+
+
+class Engine(Protocol):
+    """Samples completions with weights of its own, which it takes from the model whenever they differ."""
+
+    name: str
+    """Its name, version and arithmetic: what its samples depend on."""
+    failed: str | None
+    """Why it must not be used any more; None if it works."""
+    sync_s: float
+    """Seconds spent so far on taking over weights."""
+
+    def sample(
+        self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
+    ) -> list[Rollout]:
+        """As :func:`selfdistill.model.sampling.sample`."""
+
+    def describe(self) -> str:
+        """Its name, and what it has room for."""
+
+    def rest(self) -> None:
+        """Give memory back until the next sample, where the device allows it."""
+
+    def close(self) -> None:
+        """End the engine and free its memory."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What an engine is built for. Any model of the kind can be sampled from, one at a time."""
+
+    settings: EngineSettings
+    architecture: str
+    dtype: torch.dtype
+
+
+_running: tuple[_Kind, Engine] | None = None
+
+
+def use_engine(loaded: LoadedModel, settings: EngineSettings) -> None:
+    """Sample from the model with the engine of the settings from now on; the engine starts when it is first needed."""
+    own = {name: getattr(settings, name) for name in EngineSettings.model_fields}
+    loaded.engine = None if settings.engine == "none" else EngineSettings(**own)
+
+
+def engine_for(loaded: LoadedModel) -> Engine:
+    """The engine that samples from the model in the current arithmetic, that of autocast or of its weights.
+
+    A process runs one engine at a time. One of another kind, or one that failed, is ended first. All ranks start
+    theirs together.
+
+    Raises:
+        UserError: it is not installed, or does not support the model or the machine.
+        EngineFailed: it does not start.
+    """
+    global _running
+    assert loaded.engine is not None
+    kind = _Kind(loaded.engine, _architecture(loaded.model), _arithmetic(loaded))
+    if _running is not None and _running[0] == kind and not _running[1].failed:
+        return _running[1]
+    close_engine()
+    from selfdistill.model.vllm_engine import VllmEngine
+
+    engine = VllmEngine(loaded, kind.settings, kind.dtype)
+    _running = kind, engine
+    say_note(f"sampling with {engine.describe()}")
+    return engine
+
+
+def running_engine() -> Engine | None:
+    """The engine that this process runs, if any."""
+    return None if _running is None else _running[1]
+
+
+def close_engine() -> None:
+    """End the engine that this process runs, if any. The next sample starts one again."""
+    global _running
+    if _running is not None:
+        engine, _running = _running[1], None
+        engine.close()
+
+
+def _architecture(model: Any) -> str:
+    """The model's configuration without what does not change its layers."""
+    config = unwrap(model).config.to_dict()
+    return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, default=str)
+
+
+def _arithmetic(loaded: LoadedModel) -> torch.dtype:
+    device = loaded.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype: torch.dtype = unwrap(loaded.model).dtype
+    return dtype

