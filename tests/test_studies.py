@@ -115,11 +115,10 @@ def test_the_tables_of_the_sequences_are_what_was_measured() -> None:
     found = json.loads((docs / "comparisons" / "sequence.json").read_text(encoding="utf-8"))
     text = (docs / "results.md").read_text(encoding="utf-8")
     sequence = study("sequence")
-    for arm in sequence.ARMS:
-        if f"{arm}-0" not in found:
-            continue
-        table = sequence.table(arm, [found[f"{arm}-{seed}"] for seed in (0, 1, 2)])
-        assert "\n".join(table) in text
+    runs = {arm: [found[f"{arm}-{seed}"] for seed in (0, 1, 2) if f"{arm}-{seed}" in found] for arm in sequence.ARMS}
+    assert len(runs["sft"]) == len(runs["sdft"]) == 3
+    for arm in filter(runs.get, runs):
+        assert "\n".join(sequence.table(arm, runs[arm])) in text
 
 
 def test_knowledge_from_documents(

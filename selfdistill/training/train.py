@@ -281,8 +281,8 @@ def _check_unchanged(
     config = trainer.config
     if saved.data != position.data:
         raise UserError(
-            f"{checkpoint}: the training examples have changed: data, anchors, template, tokenizer or limits differ, or "
-            "an earlier version encoded them differently (CHANGELOG.md); restore them, or start a new run"
+            f"{checkpoint}: the training examples have changed: data, anchors, template, tokenizer or limits differ, "
+            "or an earlier version encoded them differently (CHANGELOG.md); restore them, or start a new run"
         )
     if trainer.loaded.merged_adapter and config.model != saved_config.model:
         raise UserError(
