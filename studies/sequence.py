@@ -144,14 +144,16 @@ def draw(found: dict[str, Any], arms: list[str], seeds: list[int], file: Path) -
     over(curves, "step", "score / score alone", file=file)
 
 
-def alone(folder: Path, found: dict[str, Any], method: str, seed: int, part: str) -> dict[str, float]:
-    """The score of each skill when it is learnt alone, by ``method`` without anchors."""
+def alone(
+    folder: Path, found: dict[str, Any], method: str, seed: int, part: str, known: dict[str, float]
+) -> dict[str, float]:
+    """The score of each skill when it is learnt alone, by ``method`` without anchors; of some it is ``known``."""
     for arm, settings in ARMS.items():
         if settings["method"] == method and f"{arm}-{seed}" in found:
-            known: dict[str, float] = found[f"{arm}-{seed}"]["alone"]
-            return known
-    states = {name: folder / f"{method}-{seed}-{name}" for name in SKILLS}
-    return {name: learn(state, method, seed, [name], part)["matrix"][1][0] for name, state in states.items()}
+            earlier: dict[str, float] = found[f"{arm}-{seed}"]["alone"]
+            return earlier
+    states = {name: folder / f"{method}-{seed}-{name}" for name in SKILLS if name not in known}
+    return known | {name: learn(state, method, seed, [name], part)["matrix"][1][0] for name, state in states.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             state = folder / f"{arm}-{seed}"
             whole = learn(state, arm, seed, list(SKILLS), options.part)
-            single = alone(folder, found, ARMS[arm]["method"], seed, options.part)
+            first = {} if ARMS[arm]["anchors"] else {next(iter(SKILLS)): whole["matrix"][1][0]}
+            single = alone(folder, found, ARMS[arm]["method"], seed, options.part, first)
             found[f"{arm}-{seed}"] = {**whole, "alone": single, "along": along(state, arm)}
             write_atomically(kept, json.dumps(found) + "\n")
     for arm in arms:

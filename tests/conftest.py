@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib.util
 import json
 import signal
 import threading
@@ -26,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from selfdistill.config.train import TrainConfig
 from selfdistill.evaluation import endpoint
 from selfdistill.methods.sequences import Completion
+from selfdistill.model.engine import close_engine
 from selfdistill.model.loading import LoadedModel, load_model
 from selfdistill.training.batch_gradient import BatchPart, PartResult
 from selfdistill.training.checkpoint import list_checkpoints
@@ -46,6 +48,22 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if hint is defined %}{{ hint }}{% endif %}{% endif %}"
 )
+
+
+VLLM: dict[str, Any] = {"engine": "vllm", "engine_memory_gib": 0.02, "engine_timeout_s": 60}
+NEEDS_VLLM = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="NOT TESTED: vllm is not installed; run make test-vllm"
+    ),
+    pytest.mark.usefixtures("ended_engine"),
+]
+
+
+@pytest.fixture(scope="module")
+def ended_engine() -> Iterator[None]:
+    """End the engine after the module's tests."""
+    yield
+    close_engine()
 
 
 def byte_tokenizer(

@@ -31,9 +31,10 @@ def study(name: str) -> ModuleType:
 
 
 def cut(folder: Path, count: int) -> Callable[[str], str]:
-    """The first rows of the package's files, in a folder."""
+    """The first rows of the package's files, in a folder; in place of a folder, one file of it."""
 
     def of(name: str) -> str:
+        name = name if "." in name else f"{name}/facts.jsonl"
         lines = Path(packaged(name)).read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("".join(lines[:count]), encoding="utf-8")
@@ -56,8 +57,7 @@ def test_three_skills_in_a_row(
     sequence = study("sequence")
     monkeypatch.setattr(sequence, "MODEL", model)
     monkeypatch.setattr(sequence, "LOOKS", 1)
-    shorter = cut(tmp_path, 2)
-    monkeypatch.setattr(sequence, "packaged", lambda name: shorter(name if "." in name else f"{name}/facts.jsonl"))
+    monkeypatch.setattr(sequence, "packaged", cut(tmp_path, 2))
     monkeypatch.setattr(sequence, "SKILLS", {name: values | SHORT for name, values in sequence.SKILLS.items()})
     arms = {name: settings | {"context": "turns"} for name, settings in sequence.ARMS.items()}
     arms = {
@@ -94,8 +94,7 @@ def test_a_skill_as_a_stream(
     monkeypatch.syspath_prepend(STUDIES)
     stream = study("stream")
     monkeypatch.setattr(stream, "MODEL", model)
-    shorter = cut(tmp_path, 6)
-    monkeypatch.setattr(stream, "packaged", lambda name: shorter(name if "." in name else f"{name}/facts.jsonl"))
+    monkeypatch.setattr(stream, "packaged", cut(tmp_path, 6))
     short = {"chunk_size": 2, "chunk_steps": 2, "context": "turns", "max_completion_length": 200, "batch_size": 4}
     monkeypatch.setattr(stream, "STREAM", stream.STREAM | short | {"mixed_precision": "no"})
     stream.main([str(tmp_path / "made"), "--arm", "sdft", "--arm", "sdft+anchors", "--seed", "1"])

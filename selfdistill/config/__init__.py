@@ -13,9 +13,19 @@ from selfdistill.config.commands import (
     ReportConfig,
 )
 from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_saved, load_yaml, refuse_changes
-from selfdistill.config.train import PACKAGE, MethodName, MethodSettings, TrainConfig, TrainingSettings
+from selfdistill.config.train import (
+    LEARNING_RATE,
+    LORA_LEARNING_RATE,
+    PACKAGE,
+    MethodName,
+    MethodSettings,
+    TrainConfig,
+    TrainingSettings,
+)
 
 __all__ = [
+    "LEARNING_RATE",
+    "LORA_LEARNING_RATE",
     "MAY_CHANGE",
     "PACKAGE",
     "AskConfig",

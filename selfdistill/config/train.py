@@ -20,6 +20,8 @@ Precision = Literal["auto", "no", "bf16"]
 
 PACKAGE = "package"
 """The value of ``anchors`` that stands for the prompts of the package."""
+LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
+"""Defaults of ``learning_rate``, with full fine-tuning and with LoRA."""
 
 MethodName = Literal["sdft", "sft", "dft", "cpt", "sft_reinvoke", "sft_from_teacher", "offline_distillation", "grpo"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from selfdistill.config import CheckConfig, TrainConfig
+from selfdistill.config import LEARNING_RATE, CheckConfig, TrainConfig
 from selfdistill.data import (
     Demonstration,
     Example,
@@ -69,8 +69,6 @@ UNMEASURED = "example:reasoning=true"
 """The layout that comes first where nothing tells layouts apart: much like the one that TRL's SDFT has."""
 KEPT_BYTES = 2**28
 """Memory in bytes for the prefix cache of the student's prompts, and as much for one layout's."""
-DEFAULT_RATE = 1e-5
-"""Learning rate of the steps that spill is measured after, unless set: that of full fine-tuning."""
 POSITIONS = 8
 """Number of leading completion tokens whose KL is listed individually."""
 
@@ -367,16 +365,16 @@ class _Measure:
         scoring_s = time.monotonic() - began
         model.zero_grad(set_to_none=True)
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
-        weights = sum(p.numel() for p in self.loaded.model.parameters()) * 4
+        weights = sum(p.numel() for p in model.parameters()) * 4
         # Plus AdamW's two moments and the teacher's average.
         return seconds, (peak_memory(self.loaded.device) + 3 * weights) / 2**30, len(rows)
 
     def spill(self, context: str) -> Spill:
         """How far a few steps of SFT, and of SDFT with this context, move the model on general prompts."""
         rows = self._encode([row.demonstration for row in self.rows], context)
-        rate = self.config.learning_rate or DEFAULT_RATE
+        rate = self.config.learning_rate or LEARNING_RATE
         settings = TrialSettings(rate, self._sampling(), self.config.seed, self._arithmetic)
-        return measure_spill(self.loaded, rows, self.chat, settings)
+        return measure_spill(self.loaded, self.forward_pass, rows, self.chat, settings)
 
     def _sampling(self) -> Sampling:
         """The student's policy."""

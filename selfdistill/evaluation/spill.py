@@ -78,13 +78,20 @@ class TrialSettings:
     """The precision of training; the distance is measured in that of the weights."""
 
 
-def measure_spill(loaded: LoadedModel, rows: Sequence[Example], chat: ChatFormat, settings: TrialSettings) -> Spill:
+def measure_spill(
+    loaded: LoadedModel,
+    forward_pass: ForwardPass,
+    rows: Sequence[Example],
+    chat: ChatFormat,
+    settings: TrialSettings,
+) -> Spill:
     """Take a few steps of SFT and of SDFT, each with a copy of the model.
 
     Needs the memory of a training run beside the model.
 
     Args:
         loaded: the model, and SDFT's teacher. It stays as it is.
+        forward_pass: runs it.
         rows: the task, with the teacher's prompts. Those without a completion are left out.
         chat: encodes the general prompts, a sample of those that training offers as anchors.
         settings: how the steps are taken.
@@ -97,16 +104,15 @@ def measure_spill(loaded: LoadedModel, rows: Sequence[Example], chat: ChatFormat
     except UserError as error:
         return Spill(untried=str(error))
     prompts, demos = [row.student_ids for row in rows], [row.completion_ids for row in rows]
-    forward_pass = ForwardPass(loaded)
     distance = Distance(loaded, forward_pass, chat, _general_prompts(chat, loaded.window, settings.seed), _TOKENS)
     before = mean_loss(loaded, prompts, demos)
-    trials = []
-    for loss in (CrossEntropy(), Divergence()):
+
+    def trial(loss: CrossEntropy | Divergence) -> Trial:
         student = replace(loaded, model=copy.deepcopy(loaded.model))
         _train(student, loaded, forward_pass, loss, rows, settings)
-        trials.append(Trial(before - mean_loss(student, prompts, demos), distance.of(student.model)))
-    sft, sdft = trials
-    return Spill(sft, sdft)
+        return Trial(before - mean_loss(student, prompts, demos), distance.of(student.model))
+
+    return Spill(sft=trial(CrossEntropy()), sdft=trial(Divergence()))
 
 
 def _general_prompts(chat: ChatFormat, window: int | None, seed: int) -> list[Demonstration]:
@@ -128,15 +134,15 @@ def _train(
     """Take the steps, each on all rows; a divergence is along the student's own samples, from the teacher."""
     optimizer = torch.optim.AdamW(student.model.parameters(), settings.learning_rate, weight_decay=0)
     completions = [row.completion_ids for row in rows]
+    taught_by = teacher.model if isinstance(loss, Divergence) else None
     for step in range(STEPS):
-        if isinstance(loss, Divergence):
+        if taught_by is not None:
             seeds = [sample_seed(settings.seed, step, row.demonstration.row, 0) for row in rows]
             with settings.arithmetic():
                 rollouts = sample(student, [row.student_ids for row in rows], settings.sampling, seeds)
             completions = [rollout.ids for rollout in rollouts]
         for start in range(0, len(rows), _ROWS):
             part = slice(start, start + _ROWS)
-            taught_by = teacher.model if isinstance(loss, Divergence) else None
             task_loss(
                 student.model, taught_by, forward_pass, loss, rows[part], completions[part], settings.arithmetic
             ).backward()

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
-from selfdistill.config import TrainConfig
+from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, TrainConfig
 from selfdistill.data import ChatFormat, Demonstration, Example, first_ten, notes_on
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
@@ -157,7 +157,7 @@ def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str, 
     return config.model_copy(
         update={
             "max_steps": steps_of(config, len(task.examples), task.share),
-            "learning_rate": config.learning_rate or (1e-4 if config.lora_rank else 1e-5),
+            "learning_rate": config.learning_rate or (LORA_LEARNING_RATE if config.lora_rank else LEARNING_RATE),
             "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
             "mixed_precision": mixed_precision,
             "template_date": date,

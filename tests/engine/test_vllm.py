@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ENDS, row_log_probs
+from conftest import ENDS, NEEDS_VLLM, VLLM, row_log_probs
 from scipy.stats import chisquare
 
 from selfdistill.config import EngineSettings
@@ -35,19 +34,11 @@ from selfdistill.model import (
 from selfdistill.model.engine_weights import hub_tensors
 from selfdistill.model.sampling import choose
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="NOT TESTED: vllm is not installed; run make test-vllm"
-)
+pytestmark = NEEDS_VLLM
 Loader = Callable[..., LoadedModel]
-ENGINE = EngineSettings(engine="vllm", engine_memory_gib=0.02, engine_timeout_s=60)
+ENGINE = EngineSettings(**VLLM)
 GREEDY = Sampling(20, temperature=0)
 FREE = Sampling(12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ended_engine() -> Iterator[None]:
-    yield
-    close_engine()
 
 
 @pytest.fixture

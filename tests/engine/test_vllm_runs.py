@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from children import started_together, train_together
-from conftest import ENDS, Cut, assert_same_run, crash_at, final_weights, largest_difference, metrics_of, same
+from conftest import (
+    ENDS,
+    NEEDS_VLLM,
+    VLLM,
+    Cut,
+    assert_same_run,
+    crash_at,
+    final_weights,
+    largest_difference,
+    metrics_of,
+    same,
+)
 
 from selfdistill.config import CheckConfig, EvalConfig, TrainConfig
 from selfdistill.config.files import continued
@@ -30,17 +40,8 @@ from selfdistill.model import Sampling, close_engine, load_model, sample, use_en
 from selfdistill.model.vllm_engine import VllmEngine
 from selfdistill.training.train import train
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="NOT TESTED: vllm is not installed; run make test-vllm"
-)
+pytestmark = NEEDS_VLLM
 Settings = Callable[..., TrainConfig]
-ENGINE: dict[str, Any] = {"engine": "vllm", "engine_memory_gib": 0.02, "engine_timeout_s": 60}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ended_engine() -> Iterator[None]:
-    yield
-    close_engine()
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def model(model_folder: Callable[..., Path]) -> str:
 @pytest.fixture
 def run(settings: Settings, model: str) -> Settings:
     """Settings of a tiny run that samples with vLLM."""
-    return lambda out="run", **values: settings(out, **{"model": model, **ENGINE, **values})
+    return lambda out="run", **values: settings(out, **{"model": model, **VLLM, **values})
 
 
 def state_of_the_process() -> dict[str, Any]:
@@ -75,7 +76,7 @@ def test_the_process_stays_as_it_was(model: str, threads: int) -> None:
     torch.set_num_threads(threads)
     loaded = load_model(model)
     before = state_of_the_process()
-    use_engine(loaded, EvalConfig(model=model, data="", **ENGINE))
+    use_engine(loaded, EvalConfig(model=model, data="", **VLLM))
     sample(loaded, [[1, 2, 3]], Sampling(5), [7])
     assert state_of_the_process() == before
     with torch.no_grad():
@@ -98,7 +99,7 @@ from selfdistill.model import Sampling, close_engine, load_model, sample, use_en
 torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
 group = torch.distributed.group.WORLD
 loaded = load_model({model!r})
-use_engine(loaded, EvalConfig(model="m", data="", **{ENGINE!r}))
+use_engine(loaded, EvalConfig(model="m", data="", **{VLLM!r}))
 for _ in range(2):
     sample(loaded, [[1, 2, 3]], Sampling(5), [7])
     assert torch.distributed.group.WORLD is group
@@ -228,7 +229,7 @@ def test_eval_check_and_pass_at_k_use_it(run: Settings, write_rows: Callable[...
     data = str(write_rows())
     common: dict[str, Any] = {"model": model, "data": data, "max_completion_length": 10}
     sizes = {"num_samples": 2, "base": model}
-    engine = evaluate(EvalConfig(**common, **sizes, **ENGINE))
+    engine = evaluate(EvalConfig(**common, **sizes, **VLLM))
     ours = evaluate(EvalConfig(**common, **sizes))
     assert engine["accuracy"] == ours["accuracy"]
     assert engine["completion/length"] == ours["completion/length"]
@@ -238,7 +239,7 @@ def test_eval_check_and_pass_at_k_use_it(run: Settings, write_rows: Callable[...
     with pytest.MonkeyPatch.context() as patch:
         own = VllmEngine.sample
         patch.setattr(VllmEngine, "sample", lambda self, *rest: calls.append(1) or own(self, *rest))
-        check(CheckConfig(**common, contexts=["turns"], sample=4, mixed_precision="no", **ENGINE), cost=False)
+        check(CheckConfig(**common, contexts=["turns"], sample=4, mixed_precision="no", **VLLM), cost=False)
     assert len(calls) >= 3  # student, teacher, rollouts
 
 
