@@ -36,7 +36,7 @@ class Method:
     importance_cap: float | None = None
     """Weight each completion by its truncated importance ratio (see :mod:`selfdistill.loss.token_weights`)."""
     weighting: Weighting | None = None
-    """Per-token factor computed from :func:`selfdistill.loss.divergence.token_statistics`."""
+    """Per-token factor computed from the distributions at each token."""
     reward: Reward | None = None
     """Weight each completion by its advantage (:func:`selfdistill.loss.token_weights.group_advantages`)."""
     group_size: int = 1
