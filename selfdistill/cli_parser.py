@@ -67,7 +67,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     ),
     "sampling": ("temperature", "top_p", "top_k", "num_generations", "num_samples"),
     "loss": (
-        *("divergence", "jsd_weight", "support", "support_top_k", "support_tail", "sampled_baseline"),
+        *("divergence", "jsd_weight", "support", "support_top_k", "support_tail", "entry_clip", "sampled_baseline"),
         *("target_teacher", "target_student", "target_base", "skip_first_tokens", "loss_normalisation"),
         "importance_cap",
     ),
