@@ -21,6 +21,7 @@ from selfdistill.config import (
     EvalConfig,
     ExportConfig,
     LearnConfig,
+    MergeConfig,
     QuestionsConfig,
     ReportConfig,
     Settings,
@@ -41,6 +42,10 @@ COMMANDS: dict[str, tuple[type[Settings], str]] = {
     "questions": (QuestionsConfig, "Make questions about documents, as training data that teaches their content."),
     "report": (ReportConfig, "Write a report of runs as one HTML file: scores, curves, settings, tokens."),
     "export": (ExportConfig, "Copy the final model of a run to a folder, as it is or with its adapter merged."),
+    "merge": (
+        MergeConfig,
+        "Add what another model has learnt, without training: model + scale * (add - subtract).",
+    ),
 }
 """Settings and description of each command."""
 
