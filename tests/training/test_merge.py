@@ -1,10 +1,11 @@
-"""Merge: the sum of weights is that of plain PyTorch, in whole files, in shards and with adapters, and nothing else fits."""
+"""Merge: the sum of weights is that of plain PyTorch, in whole files, in shards and with adapters."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from selfdistill.cli import main
 from selfdistill.config.commands import MergeConfig
 from selfdistill.errors import UserError
 from selfdistill.model.loading import load_model
-from selfdistill.training import merge as merge_module
 from selfdistill.training.merge import merge
 
 Folders = Callable[..., Path]
@@ -164,8 +164,8 @@ def test_one_tensor_is_written_at_a_time(
     three: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
-    monkeypatch.setattr(merge_module, "overwrite_tensor", lambda file, name, value: written.append(name), raising=False)
-    monkeypatch.setattr("selfdistill.training.merge.overwrite_tensor", lambda file, name, value: written.append(name))
+    module = sys.modules[merge.__module__]
+    monkeypatch.setattr(module, "overwrite_tensor", lambda file, name, value: written.append(name))
     run(tmp_path / "out", model=three[0], add=three[1], subtract=three[2])
     changed = {name for name, value in state(three[1]).items() if not torch.equal(value, state(three[2])[name])}
     assert sorted(written) == sorted(changed)
@@ -202,8 +202,8 @@ def test_models_of_other_sizes(three: tuple[Path, Path, Path], model_folder: Fol
     wide = model_folder(head_dim=16)
     advice = "; all three must be of one architecture and size"
     refused(
-        f"model '{wide}' does not match '{target}': tensor model.layers.0.self_attn.k_proj.weight is 32 x 32 in place of "
-        f"16 x 32{advice}",
+        f"model '{wide}' does not match '{target}': tensor model.layers.0.self_attn.k_proj.weight is 32 x 32 in "
+        f"place of 16 x 32{advice}",
         tmp_path,
         model=target,
         add=learnt,
@@ -264,7 +264,8 @@ def test_an_adapter_of_another_base(three: tuple[Path, Path, Path], model_folder
     )
     refused(
         f"model '{lora}': the adapter changes model.layers.0.self_attn.q_proj.weight of 64 x 32, and the files of its "
-        f"base '{three[0]}' have no such tensor; merge it first with selfdistill export --merge true, and give the result",
+        f"base '{three[0]}' have no such tensor; merge it first with selfdistill export --merge true, and give the "
+        "result",
         tmp_path,
         model=three[0],
         add=lora,
