@@ -121,6 +121,8 @@ _SWITCH_HELP = {
 }
 _FLAGS = {"output": ("-o", "--output")}
 """Option names of settings that also have a short one."""
+MOST_LISTED = 8
+"""Values of a setting that help lists beside its name."""
 _POSITIONAL = {"export": ("run",), "report": ("runs",), "learn": ("action", "data"), "ask": ("run", "question")}
 """Positional settings, in this order; those not required may be omitted."""
 _LACKING = {
@@ -238,6 +240,8 @@ def _add_setting(group: Any, command: str, kind: type[Settings], key: str) -> No
 
 def _metavar(hint: Any) -> str | None:
     """The metavar of a type; None if its values are listed."""
+    if get_origin(hint) is Literal and len(get_args(hint)) > MOST_LISTED:
+        return "NAME"  # its help says which
     parts = {part for part in get_args(hint) if part is not type(None)} or {hint}
     for kind, name in ((bool, "true|false"), (int, "N"), (float, "X"), (str, "TEXT")):
         if parts == {kind}:

@@ -266,7 +266,7 @@ CONFIG: list[tuple[str, str]] = [
     (
         "trian",
         "unknown command 'trian', expected one of demo, check, train, ask, eval, compare, learn, questions, report, "
-        "export",
+        "export, merge",
     ),
     (
         "train",
