@@ -8,9 +8,9 @@ q is the model before training, given the reference solution, which is the demon
 of style, on which the two differ most, would else outweigh the others; an entry that is cut has no gradient. Only the
 upper end is cut, as in the authors' code, so the sum can be negative for KL(q||p), whose entries can be.
 
-Differences: the paper's text has JSD with b = 0.5 and no clip; the authors' code clips, and its scripts use KL(q||p),
-temperature 1.1, top-p 0.95 and top-k 20 for the samples, and temperature 1.1 within the divergence, too. Here the
-divergence is the setting's, KL(q||p) by default, of the untempered distributions, and samples are untempered by
+Differences: the paper's text has JSD with b = 0.5 and no clip. The authors' later code clips, and its scripts use
+KL(q||p), temperature 1.1, top-p 0.95 and top-k 20 for the samples, and temperature 1.1 within the divergence, too. Here
+the divergence is the setting's, KL(q||p) by default, of the untempered distributions, and samples are untempered by
 default. The authors stop near 100 steps, as the gain is early: give ``max_steps``, or watch ``test`` with
 ``eval_steps``.
 """
