@@ -35,6 +35,7 @@ from selfdistill.config import (
     EvalConfig,
     ExportConfig,
     LearnConfig,
+    MergeConfig,
     QuestionsConfig,
     ReportConfig,
     TrainConfig,
@@ -53,6 +54,7 @@ from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import say_note
 from selfdistill.training import OnStep, Plan, Run
 from selfdistill.training import export as run_export
+from selfdistill.training import merge as run_merge
 from selfdistill.training import plan as run_plan
 from selfdistill.training import train as run_training
 
@@ -334,3 +336,21 @@ def export(
     with session(progress):
         places: dict[str, Any] = {"run": run, "output_dir": output_dir, "adapter_base": adapter_base}
         return run_export(ExportConfig(**places, merge=merge))
+
+
+def merge(
+    model: str | os.PathLike[str],
+    add: str | os.PathLike[str],
+    subtract: str | os.PathLike[str] | None = None,
+    *,
+    output_dir: str | os.PathLike[str],
+    scale: float = 1.0,
+    progress: bool = True,
+) -> Path:
+    """Write ``model`` + ``scale`` * (``add`` - ``subtract``), tensor by tensor, to a folder; returns its path.
+
+    ``subtract`` may be left out if ``add`` is an adapter, whose base it then is.
+    """
+    with session(progress):
+        places: dict[str, Any] = {"model": model, "add": add, "subtract": subtract, "output_dir": output_dir}
+        return run_merge(MergeConfig(**places, scale=scale))

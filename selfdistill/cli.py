@@ -197,6 +197,16 @@ def _export(given: dict[str, Any]) -> int:
     return 0
 
 
+def _merge(given: dict[str, Any]) -> int:
+    from selfdistill import api
+
+    with _printed(given) as show:
+        folder = api.merge(given.pop("model"), given.pop("add"), given.pop("subtract", None), **given)
+        print(f"merged model: {folder}")
+        show(None, {"output_dir": str(folder)})
+    return 0
+
+
 _RUN: dict[str, Callable[[dict[str, Any]], int]] = {
     "demo": _demo,
     "check": _check,
@@ -208,6 +218,7 @@ _RUN: dict[str, Callable[[dict[str, Any]], int]] = {
     "questions": _questions,
     "report": _report,
     "export": _export,
+    "merge": _merge,
 }
 
 

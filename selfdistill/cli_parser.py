@@ -21,6 +21,7 @@ from selfdistill.config import (
     EvalConfig,
     ExportConfig,
     LearnConfig,
+    MergeConfig,
     QuestionsConfig,
     ReportConfig,
     Settings,
@@ -41,6 +42,10 @@ COMMANDS: dict[str, tuple[type[Settings], str]] = {
     "questions": (QuestionsConfig, "Make questions about documents, as training data that teaches their content."),
     "report": (ReportConfig, "Write a report of runs as one HTML file: scores, curves, settings, tokens."),
     "export": (ExportConfig, "Copy the final model of a run to a folder, as it is or with its adapter merged."),
+    "merge": (
+        MergeConfig,
+        "Add what another model has learnt, without training: model + scale * (add - subtract).",
+    ),
 }
 """Settings and description of each command."""
 
@@ -67,7 +72,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     ),
     "sampling": ("temperature", "top_p", "top_k", "num_generations", "num_samples"),
     "loss": (
-        *("divergence", "jsd_weight", "support", "support_top_k", "support_tail", "sampled_baseline"),
+        *("divergence", "jsd_weight", "support", "support_top_k", "support_tail", "entry_clip", "sampled_baseline"),
         *("target_teacher", "target_student", "target_base", "skip_first_tokens", "loss_normalisation"),
         "importance_cap",
     ),
@@ -116,6 +121,8 @@ _SWITCH_HELP = {
 }
 _FLAGS = {"output": ("-o", "--output")}
 """Option names of settings that also have a short one."""
+MOST_LISTED = 8
+"""Values of a setting that help lists beside its name."""
 _POSITIONAL = {"export": ("run",), "report": ("runs",), "learn": ("action", "data"), "ask": ("run", "question")}
 """Positional settings, in this order; those not required may be omitted."""
 _LACKING = {
@@ -233,6 +240,8 @@ def _add_setting(group: Any, command: str, kind: type[Settings], key: str) -> No
 
 def _metavar(hint: Any) -> str | None:
     """The metavar of a type; None if its values are listed."""
+    if get_origin(hint) is Literal and len(get_args(hint)) > MOST_LISTED:
+        return "NAME"  # its help says which
     parts = {part for part in get_args(hint) if part is not type(None)} or {hint}
     for kind, name in ((bool, "true|false"), (int, "N"), (float, "X"), (str, "TEXT")):
         if parts == {kind}:

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from selfdistill.config.train import TrainConfig
 from selfdistill.evaluation import endpoint
 from selfdistill.methods.sequences import Completion
+from selfdistill.methods.slots import Method
 from selfdistill.model.engine import close_engine
 from selfdistill.model.loading import LoadedModel, load_model
 from selfdistill.training.batch_gradient import BatchPart, PartResult
@@ -49,6 +50,9 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if hint is defined %}{{ hint }}{% endif %}{% endif %}"
 )
 
+
+DOCUMENTS = ("The mill stood by the river for ninety years.", "Nobody in Varn has two keys.")
+"""Of the rows of ``all_of_them``."""
 
 VLLM: dict[str, Any] = {"engine": "vllm", "engine_memory_gib": 0.02, "engine_timeout_s": 60}
 NEEDS_VLLM = [
@@ -187,6 +191,34 @@ def settings(
     return make
 
 
+@pytest.fixture
+def all_of_them(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], tmp_path: Path
+) -> Callable[..., TrainConfig]:
+    """Settings with which every method runs: documents, general prompts, an answer that half of all replies have."""
+    rows = [
+        {
+            "prompt": f"q{i}" * (1 + i % 3),
+            "completion": "ab" * (1 + i % 4),
+            "document": DOCUMENTS[i % 2],
+            "scorer": "regex",
+            "answer": r"[\s\S]{4,}",
+        }
+        for i in range(6)
+    ]
+    data = write_rows(rows, name="rows.jsonl")
+    general = tmp_path / "general.txt"
+    general.write_text("Who?\n\nWhy is that so?\nWhen\n", encoding="utf-8")
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        more: dict[str, Any] = {"data": str(data), "general_prompts": str(general)}
+        if values.get("method") == "grpo":
+            more["num_generations"] = 4
+        return settings(out, **(more | values))
+
+    return make
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and len(a) > 0 and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -205,10 +237,11 @@ def row_log_probs(model: Any, context: list[int], completion: list[int]) -> Tens
     return logits_LV[len(context) - 1 : -1].log_softmax(-1)
 
 
-def add_gradient(run: Trainer, completions: Sequence[Completion]) -> PartResult:
+def add_gradient(run: Trainer, completions: Sequence[Completion], method: Method | None = None) -> PartResult:
     """Accumulate the gradient of a step that has nothing but these completions of the task."""
     task = run.stage.task
-    (result,) = run.gradient.add([BatchPart(task.name, task.method, completions, 1.0)], Stopwatch(run.loaded.device))
+    part = BatchPart(task.name, method or task.method, completions, 1.0)
+    (result,) = run.gradient.add([part], Stopwatch(run.loaded.device))
     return result
 
 

@@ -262,11 +262,11 @@ def test_data_that_is_wrong(
 
 
 CONFIG: list[tuple[str, str]] = [
-    ("", "no command, expected one of demo, check, train, ask, eval, compare, learn, questions, report, export"),
+    ("", "no command, expected one of demo, check, train, ask, eval, compare, learn, questions, report, export, merge"),
     (
         "trian",
         "unknown command 'trian', expected one of demo, check, train, ask, eval, compare, learn, questions, report, "
-        "export",
+        "export, merge",
     ),
     (
         "train",
@@ -981,6 +981,7 @@ FROZEN = {
     "eval": "model data prior base num_samples replies lm_eval_tasks json",
     "compare": "model data test prior methods seeds learning_rates eval_steps output_dir max_steps resume json config",
     "export": "output_dir merge json",
+    "merge": "model add subtract scale output_dir json",
     "report": "json",
     "check": "model data json",
     "demo": "output_dir seed json",

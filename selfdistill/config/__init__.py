@@ -9,6 +9,7 @@ from selfdistill.config.commands import (
     EvalConfig,
     ExportConfig,
     LearnConfig,
+    MergeConfig,
     QuestionsConfig,
     ReportConfig,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "EvalConfig",
     "ExportConfig",
     "LearnConfig",
+    "MergeConfig",
     "MethodName",
     "MethodSettings",
     "ModelSettings",

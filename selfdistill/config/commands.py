@@ -244,6 +244,21 @@ class ExportConfig(Settings):
     """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
 
 
+class MergeConfig(Settings):
+    """Settings of ``selfdistill merge``."""
+
+    model: str
+    """The model to change: run folder, model folder or ``smollm2-135m``, as are the others."""
+    add: str
+    """A model that has learnt, whose weights are added. It may be a LoRA adapter."""
+    subtract: str | None = None
+    """What that model was before; its weights are subtracted. Default, for an adapter: its base."""
+    scale: float = 1.0
+    """Factor l in model + l (add - subtract); below 0 takes away what was learnt."""
+    output_dir: str
+    """Folder for the model; must not exist or be empty."""
+
+
 class DemoConfig(Settings):
     """Settings of ``selfdistill demo``."""
 

@@ -23,7 +23,22 @@ PACKAGE = "package"
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
 """Defaults of ``learning_rate``, with full fine-tuning and with LoRA."""
 
-MethodName = Literal["sdft", "sft", "dft", "cpt", "sft_reinvoke", "sft_from_teacher", "offline_distillation", "grpo"]
+MethodName = Literal[
+    "sdft",
+    "sft",
+    "dft",
+    "cpt",
+    "sft_reinvoke",
+    "sft_from_teacher",
+    "offline_distillation",
+    "grpo",
+    "opsd",
+    "vopd",
+    "isdft",
+    "veto",
+    "eaft",
+    "ssd",
+]
 
 
 class OneRun(ModelSettings):
@@ -33,7 +48,9 @@ class OneRun(ModelSettings):
     """``sdft``: self-distillation. Baselines: ``sft``, cross-entropy on the demonstrations; ``dft``, the same weighted
     by each token's probability; ``cpt``, cross-entropy on the documents; ``sft_reinvoke``, SFT and then distillation
     from the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, training on teacher samples
-    drawn in advance; ``grpo``, reinforcement learning with the scorer as reward."""
+    drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``opsd``, each
+    vocabulary entry clipped; ``vopd``, the sampled token alone; ``isdft`` and ``veto``, a target near the student at
+    first. Of SFT: ``eaft``, weighted by the student's entropy; ``ssd``, on the model's own samples."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
@@ -73,6 +90,9 @@ class MethodSettings(Settings):
     """Number of tokens in the ``top_k`` support."""
     support_tail: Literal["bucket", "renormalise"] = "bucket"
     """Beyond the top k: one bucket with the exact remaining mass, or both distributions renormalised."""
+    entry_clip: float | None = Field(default=None, gt=0)
+    """Each vocabulary entry adds at most this many nats to a token's divergence. Default: no limit, or 0.05 for
+    ``opsd`` (arXiv 2601.18734). Not with the ``sampled`` support."""
     sampled_baseline: bool = True
     """Use the closed-form baseline of the ``sampled`` support (vOPD, arXiv 2605.07865)."""
     target_teacher: float = Field(default=1.0, ge=0)
@@ -125,8 +145,8 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """The run folder. An existing run is never overwritten."""
 
     teacher_model: str | None = None
-    """A separate, fixed model as the teacher of ``sdft``: the base of a sequence of skills, an earlier checkpoint, or a
-    larger model with the same architecture and vocabulary."""
+    """A separate, fixed model as the teacher of ``sdft``, ``vopd``, ``isdft`` or ``veto``: the base of a sequence of
+    skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary."""
 
     teacher_cache_mib: int = Field(default=2048, ge=0)
     """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each
@@ -220,6 +240,10 @@ class TrainingSettings(MethodSettings, ModelSettings):
                 f"setting 'support': 'sampled' is the policy gradient of reverse_kl, found divergence "
                 f"{self.divergence!r}: add --divergence reverse_kl"
             )
+        if self.support == "sampled" and self.entry_clip is not None:
+            raise UserError(
+                "setting 'entry_clip': the 'sampled' support has no sum over the vocabulary to clip: leave one out"
+            )
         # Its expectation equals the gradient of reverse_kl only over samples of the distribution being trained.
         if self.support == "sampled" and (self.temperature != 1 or self.top_p < 1 or self.top_k > 0):
             raise UserError(
@@ -253,8 +277,6 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
                 "setting 'support': 'sampled' needs the student's own samples: leave cold_start_steps out, and use "
                 "method sdft"
             )
-        if self.teacher_model is not None and self.method != "sdft":
-            raise UserError(f"setting 'teacher_model' is for method sdft, found {self.method!r}: leave it out")
         if self.teacher_model is not None and self.teacher not in ("ema", "frozen"):
             raise UserError(
                 f"setting 'teacher_model' is a fixed teacher, found teacher {self.teacher!r}: leave that out"

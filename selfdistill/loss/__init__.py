@@ -1,13 +1,16 @@
 """From logits to loss and gradient, in pure PyTorch."""
 
 from selfdistill.loss.chunked import CHUNK_TOKENS, Head, Weighting, chunked_loss
-from selfdistill.loss.divergence import CrossEntropy, Divergence, Target, forward_kl
+from selfdistill.loss.divergence import CrossEntropy, Divergence, Pair, forward_kl
+from selfdistill.loss.log_probs import pick
+from selfdistill.loss.target import ProximalTarget, Target
 from selfdistill.loss.token_weights import (
     check_skip,
     completion_mask,
     group_advantages,
     importance_weights,
     token_weights,
+    top_k_entropy,
 )
 
 __all__ = [
@@ -15,6 +18,8 @@ __all__ = [
     "CrossEntropy",
     "Divergence",
     "Head",
+    "Pair",
+    "ProximalTarget",
     "Target",
     "Weighting",
     "check_skip",
@@ -23,5 +28,7 @@ __all__ = [
     "forward_kl",
     "group_advantages",
     "importance_weights",
+    "pick",
     "token_weights",
+    "top_k_entropy",
 ]

@@ -17,8 +17,8 @@ from selfdistill.errors import UserError
 from selfdistill.loss.divergence import CrossEntropy, Divergence, Pair
 
 Head = Callable[[Tensor], Tensor]
-Weighting = Callable[[dict[str, Tensor]], Tensor]
-"""Maps per-token statistics (:func:`selfdistill.loss.divergence.token_statistics`) to one factor per token, (n,)."""
+Weighting = Callable[[Pair, Tensor], Tensor]
+"""Maps the distributions at some tokens, and the tokens (n,), to one factor per token, (n,)."""
 
 CHUNK_LOGITS = 5 * 2**19
 """Default number of logits per chunk: 10 MiB in float32. At most seven such tensors are alive at a time."""
@@ -60,7 +60,7 @@ def chunked_loss(
             :class:`CrossEntropy` without a teacher.
         teacher_head: the teacher's head; default ``student_head``.
         chunk_size: tokens per chunk; default: enough for ``CHUNK_LOGITS`` logits, but at least ``CHUNK_TOKENS``.
-        base: the base model's hidden states for the same tokens and its head, if the loss's target needs them.
+        base: the base model's hidden states for the same tokens and its head, if the loss needs them.
         weighting: an extra per-token factor on loss and gradient; receives no gradient.
 
     Returns:
@@ -147,21 +147,16 @@ class _Chunks:
             teacher_nV = None
             if self.teacher_hidden_ND is not None:
                 teacher_nV = self.teacher_head(self.teacher_hidden_ND[rows].to(dtype))
-            pair = Pair(logits_nV, teacher_nV)
-            del teacher_nV
+            base_nV = None if base is None else base[1](base[0][rows].to(dtype))
+            pair = Pair(logits_nV, teacher_nV, base_nV)
+            del teacher_nV, base_nV
             logits_dtype = logits_nV.dtype
             if weight_VD is not None:
                 del logits_nV
-            statistics = pair.statistics(tokens_n)
-            aim, known = pair, statistics
-            if isinstance(loss, Divergence) and loss.target is not None and pair.log_q_NV is not None:
-                base_nV = None if base is None else base[1](base[0][rows].to(dtype))
-                aim = pair.towards(loss.target, base_nV)
-                known = aim.statistics(tokens_n)
-            statistics["loss"], slope_nV = loss.value_and_slope(aim, known, tokens_n)
-            scale_n = self.scaled_N[rows]
-            if weighting is not None:
-                factor_n = weighting(statistics)
+            statistics, scale_n = pair.statistics(tokens_n), self.scaled_N[rows]
+            factor_n = None if weighting is None else weighting(pair, tokens_n)  # before the loss overwrites the pair
+            statistics["loss"], slope_nV = loss.value_and_slope(pair, statistics, tokens_n)
+            if factor_n is not None:
                 statistics["loss"], scale_n = statistics["loss"] * factor_n, scale_n * factor_n
             if not self.differentiate:
                 return statistics

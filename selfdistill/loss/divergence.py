@@ -16,36 +16,22 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from selfdistill.errors import UserError
+from selfdistill.loss.log_probs import dot, kl, log_softmax, pick
+from selfdistill.loss.target import ProximalTarget, Target
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 Support = Literal["full", "top_k", "sampled"]
 Tail = Literal["bucket", "renormalise"]
 
 
-def _log_softmax(logits_NV: Tensor) -> Tensor:
-    dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-    # A floor replaces log 0 (-inf logits), so 0 * log 0 is 0 and no difference is NaN, in the gradient either. Half of
-    # the smallest float: the difference of two floors and a probability-weighted sum both stay finite.
-    log_NV, floor = torch.log_softmax(logits_NV, dim=-1, dtype=dtype), torch.finfo(dtype).min / 2
-    return log_NV.clamp(min=floor) if log_NV.requires_grad else log_NV.clamp_(min=floor)
-
-
-def _dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
-    return (a_NV * b_NV).sum(-1)  # not vecdot: autocast would run it in bfloat16
-
-
-def _kl(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
-    return (log_a_NV.exp() * (log_a_NV - log_b_NV)).sum(-1)
-
-
 def _differentiable(value_N: Tensor, slope_NV: Tensor, log_p_NV: Tensor) -> Tensor:
     """The detached value, with ``slope_NV`` as its gradient with respect to ``log_p_NV``."""
-    return value_N + _dot(slope_NV, log_p_NV - log_p_NV.detach())
+    return value_N + dot(slope_NV, log_p_NV - log_p_NV.detach())
 
 
 def _reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     p_NV, gap_NV = log_p_NV.detach().exp(), log_p_NV.detach() - log_q_NV
-    value_N = _dot(p_NV, gap_NV)
+    value_N = dot(p_NV, gap_NV)
     return _differentiable(value_N, _reverse_kl_slope(p_NV, gap_NV, value_N), log_p_NV)
 
 
@@ -98,14 +84,26 @@ def _through_log_softmax(slope_NV: Tensor, p_NV: Tensor) -> Tensor:
 
 def _divergence(kind: Kind, weight: float, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     if kind == "forward_kl":
-        return _kl(log_q_NV, log_p_NV)
+        return kl(log_q_NV, log_p_NV)
     if kind == "reverse_kl":
         return _reverse_kl(log_p_NV, log_q_NV)
     return _jsd(log_p_NV, log_q_NV, weight)
 
 
-def _pick(log_p_NV: Tensor, tokens_N: Tensor) -> Tensor:
-    return log_p_NV.gather(-1, tokens_N.unsqueeze(-1)).squeeze(-1)
+def _entries(kind: Kind, weight: float, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """What each vocabulary entry contributes to the divergence, (N, V)."""
+    if kind == "forward_kl":
+        return log_q_NV.exp() * (log_q_NV - log_p_NV)
+    if kind == "reverse_kl":
+        return log_p_NV.exp() * (log_p_NV - log_q_NV)
+    log_m_NV = torch.logaddexp(log_p_NV + math.log1p(-weight), log_q_NV + math.log(weight))
+    teacher_NV = log_q_NV.exp() * (log_q_NV - log_m_NV)
+    return weight * teacher_NV + (1 - weight) * log_p_NV.exp() * (log_p_NV - log_m_NV)
+
+
+def _renormalised(log_p_NV: Tensor, support_NK: Tensor) -> Tensor:
+    """Log-probabilities of the support alone, rescaled to sum to 1: (N, K)."""
+    return log_p_NV.gather(-1, support_NK).log_softmax(-1)
 
 
 def _with_tail(log_p_NV: Tensor, support_NK: Tensor) -> Tensor:
@@ -129,7 +127,7 @@ def forward_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor
         Nats per token, shape (B, T), float32 (float64 for float64 logits). Entries with q_v = 0 contribute 0. Where the
         student's logit is -inf and the teacher's is not, log p is taken as -1.7e38: huge, never NaN.
     """
-    return _kl(_log_softmax(teacher_logits_BTV.detach()), _log_softmax(student_logits_BTV))
+    return kl(log_softmax(teacher_logits_BTV.detach()), log_softmax(student_logits_BTV))
 
 
 def reverse_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor:
@@ -138,7 +136,7 @@ def reverse_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor
     Equation 1 of SDFT (arXiv 2601.19897). Arguments, shapes and units as in :func:`forward_kl`. Entries with p_v = 0
     contribute 0. Where the teacher's logit is -inf and the student's is not, log q is taken as -1.7e38.
     """
-    return _reverse_kl(_log_softmax(student_logits_BTV), _log_softmax(teacher_logits_BTV.detach()))
+    return _reverse_kl(log_softmax(student_logits_BTV), log_softmax(teacher_logits_BTV.detach()))
 
 
 def jsd(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, weight: float = 0.5) -> Tensor:
@@ -148,30 +146,7 @@ def jsd(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, weight: float = 
     :func:`forward_kl`. ``weight`` is in (0, 1). As b approaches 0, the value approaches b * forward KL; as b approaches
     1, (1-b) * reverse KL.
     """
-    return _jsd(_log_softmax(student_logits_BTV), _log_softmax(teacher_logits_BTV.detach()), weight)
-
-
-@dataclass(frozen=True)
-class Target:
-    """The distribution that the student is trained towards: softmax(a log q + b log sg[p] + d log p_base).
-
-    By default the teacher q alone. b > 0 keeps the target near the student (Veto, arXiv 2601.07155, decays b from 0.8
-    to 0). d > 0 keeps it near p_base, the model before training, given the student's prompt.
-    """
-
-    teacher: float = 1.0
-    """a"""
-    student: float = 0.0
-    """b"""
-    base: float = 0.0
-    """d"""
-
-    def log_probs(self, log_q_NV: Tensor, log_p_NV: Tensor, log_base_NV: Tensor | None) -> Tensor:
-        """Log-probabilities of the target, (N, V), detached."""
-        total_NV = self.teacher * log_q_NV + self.student * log_p_NV.detach()
-        if log_base_NV is not None:
-            total_NV += self.base * log_base_NV
-        return _log_softmax(total_NV)
+    return _jsd(log_softmax(student_logits_BTV), log_softmax(teacher_logits_BTV.detach()), weight)
 
 
 @dataclass(frozen=True)
@@ -207,8 +182,16 @@ class Divergence:
     p and q to sum to 1 on the support."""
     baseline: bool = True
     """``sampled`` only: add KL(p||q) to the advantage."""
-    target: Target | None = None
+    baseline_top_k: int | None = None
+    """``sampled`` only: take this KL over the student's k most likely tokens, with p and q renormalised on them. The
+    expected gradient is the same, because the baseline does not depend on the sampled token."""
+    clip: float | None = None
+    """Not with ``sampled``: each vocabulary entry contributes at most this many nats to the sum (OPSD, arXiv
+    2601.18734). An entry that is cut has no gradient. The tail's bucket counts as one entry."""
+    target: Target | ProximalTarget | None = None
     """Replaces q; None: q itself."""
+    pull: float = 0.0
+    """Add this times KL(p_base||p), with p_base the model before training, given the student's prompt."""
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -226,22 +209,26 @@ class Divergence:
             raise UserError(
                 f"divergence support: 'sampled' has no {self.kind} form; use kind reverse_kl, or support full or top_k"
             )
+        if self.support == "sampled" and self.clip is not None:
+            raise UserError(
+                "divergence clip: 'sampled' has no sum over the vocabulary to clip; use support full or top_k"
+            )
 
     @property
     def needs_base(self) -> bool:
-        """Whether the target includes p_base, the model before training."""
-        return self.target is not None and self.target.base > 0
+        """Whether the loss includes p_base, the model before training."""
+        return self.pull > 0 or (self.target is not None and self.target.base > 0)
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
-        """Per-token loss, shape (N,), in nats, with q itself as the target.
+        """Per-token loss, shape (N,), in nats, with q itself as the target, and without a pull.
 
         Args:
             student_logits_NV: any leading dimensions, any float dtype; carries the gradient.
             teacher_logits_NV: same shape; detached here.
             tokens_N: ids of the completion tokens; used by ``sampled`` only.
         """
-        log_q_NV = None if teacher_logits_NV is None else _log_softmax(teacher_logits_NV.detach())
-        return self.from_log_probs(_log_softmax(student_logits_NV), log_q_NV, tokens_N)
+        log_q_NV = None if teacher_logits_NV is None else log_softmax(teacher_logits_NV.detach())
+        return self.from_log_probs(log_softmax(student_logits_NV), log_q_NV, tokens_N)
 
     def from_log_probs(self, log_p_NV: Tensor, log_q_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
         """:meth:`per_token` on normalised log-probabilities; the teacher's must be detached."""
@@ -255,17 +242,37 @@ class Divergence:
             if self.tail == "bucket":
                 log_p_NV, log_q_NV = _with_tail(log_p_NV, support_NK), _with_tail(log_q_NV, support_NK)
             else:
-                log_p_NV, log_q_NV = (x.gather(-1, support_NK).log_softmax(-1) for x in (log_p_NV, log_q_NV))
+                log_p_NV, log_q_NV = _renormalised(log_p_NV, support_NK), _renormalised(log_q_NV, support_NK)
+        if self.clip is not None:
+            return _entries(self.kind, self.weight, log_p_NV, log_q_NV).clamp(max=self.clip).sum(-1)
         return _divergence(self.kind, self.weight, log_p_NV, log_q_NV)
 
     def value_and_slope(self, pair: Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """Per-token loss (N,) and its gradient with respect to the student's logits (N, V); overwrites ``pair``.
 
+        Args:
+            pair: student and teacher, and the base if the loss needs it.
+            statistics: of the pair.
+            tokens_N: ids of the completion tokens.
+        """
+        pulled = self._pulled(pair) if self.pull else None
+        if self.target is not None:
+            pair = pair.towards(self.target)
+            statistics = pair.statistics(tokens_N)
+        value_N, slope_NV = self._value_and_slope(pair, statistics, tokens_N)
+        if pulled is not None:
+            value_N, slope_NV = value_N + self.pull * pulled[0], slope_NV.add_(pulled[1], alpha=self.pull)
+        return value_N, slope_NV
+
+    def _value_and_slope(self, pair: Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The divergence from the pair's teacher.
+
         Over the full vocabulary the gradient has a closed form: p - q for forward KL; p (r - sum_v p r) with
         r = log p - log q for reverse KL; for JSD, (1-b) times the same with r = log p - log m, of which a constant is
         left out.
         """
-        if self.support != "full" or pair.gap_NV is None or pair.q_NV is None or pair.log_q_NV is None:
+        plain = self.support == "full" and self.clip is None
+        if not plain or pair.gap_NV is None or pair.q_NV is None or pair.log_q_NV is None:
             return _by_autograd(self, pair, tokens_N)
         if self.kind == "forward_kl":
             return statistics["forward_kl"], pair.p_NV.sub_(pair.q_NV)
@@ -276,12 +283,24 @@ class Divergence:
             value_N, slope_NV = _jsd_and_slope(pair.p_NV, pair.q_NV, pair.gap_NV, self.weight)
         return value_N, _through_log_softmax(slope_NV, pair.p_NV)
 
+    @staticmethod
+    def _pulled(pair: Pair) -> tuple[Tensor, Tensor]:
+        """KL(p_base||p) and its gradient with respect to the student's logits."""
+        assert pair.log_base_NV is not None
+        return kl(pair.log_base_NV, pair.log_p_NV), pair.p_NV - pair.log_base_NV.exp()
+
     def _sampled(self, log_p_NV: Tensor, log_q_NV: Tensor, tokens_N: Tensor) -> Tensor:
-        logp_N = _pick(log_p_NV, tokens_N)
-        advantage_N = _pick(log_q_NV, tokens_N) - logp_N.detach()
+        logp_N = pick(log_p_NV, tokens_N)
+        advantage_N = pick(log_q_NV, tokens_N) - logp_N.detach()
         if self.baseline:
-            advantage_N = advantage_N + _kl(log_p_NV.detach(), log_q_NV)
+            advantage_N = advantage_N + self._baseline(log_p_NV.detach(), log_q_NV)
         return -advantage_N * logp_N
+
+    def _baseline(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        if self.baseline_top_k is None:
+            return kl(log_p_NV, log_q_NV)
+        support_NK = log_p_NV.topk(min(self.baseline_top_k, log_p_NV.shape[-1]), dim=-1).indices
+        return kl(_renormalised(log_p_NV, support_NK), _renormalised(log_q_NV, support_NK))
 
 
 @dataclass(frozen=True)
@@ -290,7 +309,7 @@ class CrossEntropy:
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
         """Per-token loss, shape (N,), in nats; ``teacher_logits_NV`` is ignored."""
-        return -_pick(_log_softmax(student_logits_NV), tokens_N)
+        return -pick(log_softmax(student_logits_NV), tokens_N)
 
     def value_and_slope(self, pair: Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """Per-token loss (N,) and its gradient with respect to the student's logits (N, V): p - onehot(token)."""
@@ -299,37 +318,39 @@ class CrossEntropy:
 
 
 class Pair:
-    """Detached log-probabilities and probabilities of student and teacher at the same tokens.
+    """Detached log-probabilities and probabilities of student and teacher at the same tokens, and those of the base.
 
     ``teacher_logits_NV`` may be log-probabilities, which log-softmax leaves unchanged.
     """
 
-    def __init__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None) -> None:
-        self.log_p_NV = _log_softmax(student_logits_NV.detach())
+    def __init__(
+        self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, base_logits_NV: Tensor | None = None
+    ) -> None:
+        self.log_p_NV = log_softmax(student_logits_NV.detach())
         self.p_NV = self.log_p_NV.exp()
         self.log_q_NV: Tensor | None = None
         self.q_NV: Tensor | None = None
         self.gap_NV: Tensor | None = None
         """log p - log q"""
+        self.log_base_NV = None if base_logits_NV is None else log_softmax(base_logits_NV.detach())
         if teacher_logits_NV is not None:
-            self.log_q_NV = _log_softmax(teacher_logits_NV.detach())
+            self.log_q_NV = log_softmax(teacher_logits_NV.detach())
             self.q_NV = self.log_q_NV.exp()
             self.gap_NV = self.log_p_NV - self.log_q_NV
 
-    def towards(self, target: Target, base_logits_NV: Tensor | None) -> Pair:
+    def towards(self, target: Target | ProximalTarget) -> Pair:
         """The same student, with the target in place of the teacher."""
         assert self.log_q_NV is not None
-        log_base_NV = None if base_logits_NV is None else _log_softmax(base_logits_NV)
         # Log-softmax leaves the student's log-probabilities unchanged.
-        return Pair(self.log_p_NV, target.log_probs(self.log_q_NV, self.log_p_NV, log_base_NV))
+        return Pair(self.log_p_NV, target.log_probs(self.log_q_NV, self.log_p_NV, self.log_base_NV))
 
     def statistics(self, tokens_N: Tensor) -> dict[str, Tensor]:
         """See :func:`token_statistics`."""
-        found = {"entropy": -_dot(self.p_NV, self.log_p_NV), "student_logp": _pick(self.log_p_NV, tokens_N)}
+        found = {"entropy": -dot(self.p_NV, self.log_p_NV), "student_logp": pick(self.log_p_NV, tokens_N)}
         if self.log_q_NV is not None and self.q_NV is not None and self.gap_NV is not None:
-            found["teacher_logp"] = _pick(self.log_q_NV, tokens_N)
-            found["forward_kl"] = -_dot(self.q_NV, self.gap_NV)
-            found["reverse_kl"] = _dot(self.p_NV, self.gap_NV)
+            found["teacher_logp"] = pick(self.log_q_NV, tokens_N)
+            found["forward_kl"] = -dot(self.q_NV, self.gap_NV)
+            found["reverse_kl"] = dot(self.p_NV, self.gap_NV)
         return found
 
 

@@ -1,10 +1,11 @@
 """Weights of the completion tokens in the loss.
 
-Dimension suffixes: B batch, T completion tokens.
+Dimension suffixes: B batch, T completion tokens, N flattened tokens, V vocabulary, K top-k.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import count
 from typing import Literal
@@ -65,6 +66,18 @@ def importance_weights(student_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_
     ratio_BT = log_ratio_BT.exp().clamp(max=cap) * mask_BT
     kept_B = mask_BT.sum(1)
     return torch.where(kept_B > 0, ratio_BT.sum(1) / kept_B.clamp(min=1), 1.0)
+
+
+def top_k_entropy(log_p_NV: Tensor, k: int) -> Tensor:
+    """Entropy of the k most likely tokens, renormalised, over its largest value ln k: from 0 to 1, shape (N,).
+
+    Args:
+        log_p_NV: log-probabilities.
+        k: at least 2; a smaller vocabulary counts as a whole.
+    """
+    k = min(k, log_p_NV.shape[-1])
+    log_top_NK = log_p_NV.topk(k, dim=-1).values.log_softmax(-1)
+    return -(log_top_NK.exp() * log_top_NK).sum(-1) / math.log(k)
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:

@@ -53,12 +53,18 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
     """The stages of the method that the settings name, each with the parts of its steps.
 
     Raises:
-        UserError: the method rejects the settings, or it has no ``method_settings`` but some are given.
+        UserError: the method rejects the settings, or ``method_settings`` or ``teacher_model`` is given and it has no
+            use for it.
     """
     if config.method_settings and "method_settings" not in _settings_read(config):
         raise UserError(
             f"setting 'method_settings': found {', '.join(config.method_settings)}, but method {config.method!r} has "
             "no settings of its own; remove them"
+        )
+    if config.teacher_model is not None and "teacher_model" not in _settings_read(config):
+        raise UserError(
+            f"setting 'teacher_model' is for methods whose teacher is a choice, such as sdft, found {config.method!r}: "
+            "leave it out"
         )
     beside = anchors(config)
     share = 1 - sum(part.share for part in beside)

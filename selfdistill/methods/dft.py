@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from selfdistill.config import TrainConfig
+from selfdistill.loss import Pair, pick
 from selfdistill.methods.sft import sft
 from selfdistill.methods.slots import Method
 
@@ -22,5 +23,5 @@ def dft(config: TrainConfig) -> tuple[Method, ...]:
     return tuple(replace(stage, weighting=_probability) for stage in sft(config))
 
 
-def _probability(statistics: dict[str, Tensor]) -> Tensor:
-    return statistics["student_logp"].exp()
+def _probability(pair: Pair, tokens_N: Tensor) -> Tensor:
+    return pick(pair.log_p_NV, tokens_N).exp()

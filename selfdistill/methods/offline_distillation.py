@@ -11,12 +11,13 @@ from dataclasses import replace
 
 from selfdistill.config import TrainConfig
 from selfdistill.methods.sft_from_teacher import sft_from_teacher
-from selfdistill.methods.slots import FROZEN, Method, divergence_of
+from selfdistill.methods.slots import FROZEN, Method, divergence_of, target_of
 
 
 def offline_distillation(config: TrainConfig) -> tuple[Method, ...]:
     """The fixed set of samples, a frozen teacher with the demonstration, a divergence."""
+    loss = replace(divergence_of(config), target=target_of(config))
     return tuple(
-        replace(stage, teacher=FROZEN, loss=divergence_of(config), skip_first_tokens=config.skip_first_tokens)
+        replace(stage, teacher=FROZEN, loss=loss, skip_first_tokens=config.skip_first_tokens)
         for stage in sft_from_teacher(config)
     )

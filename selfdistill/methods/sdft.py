@@ -8,23 +8,20 @@ D is forward KL, KL(q||p), by default: equation 1 of the paper has reverse KL, b
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from selfdistill.config import TrainConfig
 from selfdistill.methods.examples import DemonstrationExamples
-from selfdistill.methods.sequences import ColdStart, SequenceSource, StudentSamples
-from selfdistill.methods.slots import Method, divergence_of, engine_cap, sampling_of, teacher_of
+from selfdistill.methods.on_policy import on_policy
+from selfdistill.methods.sequences import ColdStart, StudentSamples
+from selfdistill.methods.slots import Method, divergence_of, target_of, teacher_of
 
 
 def sdft(config: TrainConfig) -> tuple[Method, ...]:
     """Student samples, a teacher with the demonstration, a divergence."""
-    samples = StudentSamples(sampling_of(config), config.num_generations or 1, config.seed)
-    sequence: SequenceSource = ColdStart(samples, config.cold_start_steps) if config.cold_start_steps else samples
-    return (
-        Method(
-            examples=DemonstrationExamples(config, config.context, completion_must_fit=config.cold_start_steps > 0),
-            sequence=sequence,
-            loss=divergence_of(config),
-            teacher=teacher_of(config),
-            skip_first_tokens=config.skip_first_tokens,
-            importance_cap=config.importance_cap or engine_cap(config),
-        ),
-    )
+    method = on_policy(config, replace(divergence_of(config), target=target_of(config)), teacher_of(config))
+    if not config.cold_start_steps:
+        return (method,)
+    assert isinstance(method.sequence, StudentSamples)
+    examples = DemonstrationExamples(config, config.context, completion_must_fit=True)
+    return (replace(method, examples=examples, sequence=ColdStart(method.sequence, config.cold_start_steps)),)

@@ -89,16 +89,21 @@ class ColdStart:
 
 
 SAMPLES_FILE = "teacher_samples.jsonl"
-"""File in the run folder with the ids and text of :class:`TeacherSamples`."""
+"""File in the run folder with the ids and text of :class:`DrawnSamples`."""
 
 
 @dataclass(frozen=True)
-class TeacherSamples:
-    """A fixed data set: one sample per example from the model given the demonstration, drawn before training."""
+class DrawnSamples:
+    """A fixed data set: one sample per example from the model before training.
+
+    The model sees what the teacher sees; without a teacher's view, the prompt alone.
+    """
 
     sampling: Sampling
     seed: int
     batch_size: int
+    drop_shortest: float = 0.0
+    """Share of the samples that is not learnt, the shortest."""
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], folder: Path) -> list[Example]:
         """The examples with sampled completions; a resumed run reads them from ``SAMPLES_FILE`` in ``folder``."""
@@ -111,14 +116,20 @@ class TeacherSamples:
             for start in range(0, len(examples), self.batch_size):
                 part = examples[start : start + self.batch_size]
                 seeds = [sample_seed(self.seed, 0, example.demonstration.row, 0) for example in part]
-                rollouts = sample(loaded, [example.teacher_ids or [] for example in part], self.sampling, seeds)
+                rollouts = sample(loaded, [_view(example) for example in part], self.sampling, seeds)
                 drawn += [replace(x, completion_ids=r.ids) for x, r in zip(part, rollouts, strict=True)]
                 reporter.advance(len(drawn))
         return drawn
 
+    def learnt(self, drawn: Sequence[Example]) -> list[Example]:
+        """Those that are learnt: all but the shortest. Samples as long as the shortest that is kept are kept."""
+        lengths = sorted(len(example.completion_ids) for example in drawn)
+        shortest = lengths[int(len(lengths) * self.drop_shortest)]
+        return [example for example in drawn if len(example.completion_ids) >= shortest]
+
     def _key(self, example: Example) -> str:
         """Hash of what an example's sample depends on, apart from the model."""
-        parts = [example.demonstration.row, example.teacher_ids, asdict(self.sampling), self.seed]
+        parts = [example.demonstration.row, _view(example), asdict(self.sampling), self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def write(self, folder: Path, examples: Sequence[Example], chat: ChatFormat) -> None:
@@ -129,3 +140,8 @@ class TeacherSamples:
             for x, text in texts
         ]
         write_atomically(folder / SAMPLES_FILE, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+
+
+def _view(example: Example) -> list[int]:
+    """What the sampling model sees."""
+    return example.student_ids if example.teacher_ids is None else example.teacher_ids

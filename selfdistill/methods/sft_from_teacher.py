@@ -10,7 +10,7 @@ from __future__ import annotations
 from selfdistill.config import TrainConfig
 from selfdistill.loss import CrossEntropy
 from selfdistill.methods.examples import DemonstrationExamples
-from selfdistill.methods.sequences import DatasetCompletions, TeacherSamples
+from selfdistill.methods.sequences import DatasetCompletions, DrawnSamples
 from selfdistill.methods.slots import Method, sampling_of
 
 
@@ -21,6 +21,6 @@ def sft_from_teacher(config: TrainConfig) -> tuple[Method, ...]:
             examples=DemonstrationExamples(config, config.context),
             sequence=DatasetCompletions(),
             loss=CrossEntropy(),
-            fixed=TeacherSamples(sampling_of(config), config.seed, config.batch_size),
+            fixed=DrawnSamples(sampling_of(config), config.seed, config.batch_size),
         ),
     )

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from selfdistill.config import TrainConfig
+from selfdistill.config import Settings, TrainConfig, closest
 from selfdistill.data import ChatFormat
+from selfdistill.errors import UserError
 from selfdistill.loss import CrossEntropy, Divergence, Target, Weighting
 from selfdistill.methods.examples import ExampleSource
-from selfdistill.methods.sequences import Completion, SequenceSource, TeacherSamples
+from selfdistill.methods.sequences import Completion, DrawnSamples, SequenceSource
 from selfdistill.model import Sampling, TeacherRule
 
 Reward = Callable[[Sequence[Completion], ChatFormat], list[float]]
 """Maps completions to one reward each."""
+
+LossAt = Callable[[int, int], Divergence]
+"""Maps a step of the stage (from 0), and their number, to the loss of that step."""
+
+OwnSettings = TypeVar("OwnSettings", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -26,17 +32,20 @@ class Method:
     sequence: SequenceSource
     """Whose tokens are scored."""
     loss: Divergence | CrossEntropy
-    """The per-token loss."""
+    """The per-token loss; that of the first step, with ``loss_at``."""
+    loss_at: LossAt | None = None
+    """The loss of each step, where it changes from step to step. It depends on the step alone, so a resumed run has
+    nothing to restore."""
     teacher: TeacherRule | None = None
     """Whose weights score the tokens; None: no teacher."""
-    fixed: TeacherSamples | None = None
+    fixed: DrawnSamples | None = None
     """Replaces the examples' completions once, before the first step."""
     skip_first_tokens: int = 0
     """Leading tokens of each completion with zero weight."""
     importance_cap: float | None = None
     """Weight each completion by its truncated importance ratio (see :mod:`selfdistill.loss.token_weights`)."""
     weighting: Weighting | None = None
-    """Per-token factor computed from :func:`selfdistill.loss.divergence.token_statistics`."""
+    """Per-token factor computed from the distributions at each token."""
     reward: Reward | None = None
     """Weight each completion by its advantage (:func:`selfdistill.loss.token_weights.group_advantages`)."""
     group_size: int = 1
@@ -46,6 +55,10 @@ class Method:
     def needs_base(self) -> bool:
         """Whether the model before the first step scores the tokens, too."""
         return isinstance(self.loss, Divergence) and self.loss.needs_base
+
+    def at(self, step: int, steps: int) -> Method:
+        """The method at step ``step`` (from 0) of a stage of so many steps."""
+        return self if self.loss_at is None else replace(self, loss=self.loss_at(step, steps))
 
 
 @dataclass(frozen=True)
@@ -64,14 +77,19 @@ Parts = tuple[Part, ...]
 
 
 def divergence_of(config: TrainConfig) -> Divergence:
-    """The divergence defined by the settings."""
-    target = Target(config.target_teacher, config.target_student, config.target_base)
+    """The divergence defined by the settings, from the teacher itself."""
     own: dict[str, Any] = {"weight": config.jsd_weight} if config.divergence == "jsd" else {}
     if config.support == "top_k":
         own |= {"top_k": config.support_top_k, "tail": config.support_tail}
     if config.support == "sampled":
         own |= {"baseline": config.sampled_baseline}
-    return Divergence(config.divergence, config.support, target=None if target == Target() else target, **own)
+    return Divergence(config.divergence, config.support, clip=config.entry_clip, **own)
+
+
+def target_of(config: TrainConfig) -> Target | None:
+    """The target that the settings define; None for the teacher itself."""
+    target = Target(config.target_teacher, config.target_student, config.target_base)
+    return None if target == Target() else target
 
 
 def sampling_of(config: TrainConfig) -> Sampling:
@@ -105,3 +123,19 @@ def teacher_of(config: TrainConfig) -> TeacherRule:
 
 FROZEN = TeacherRule("frozen")
 """The model as it is before the first step."""
+
+
+def own_settings(config: TrainConfig, kind: type[OwnSettings]) -> OwnSettings:
+    """The settings that only this method knows, from ``method_settings``.
+
+    Raises:
+        UserError: an unknown name, or a value out of range.
+    """
+    for name in config.method_settings:
+        if name not in kind.model_fields:
+            known = list(kind.model_fields)
+            raise UserError(f"setting 'method_settings': {config.method} has no {name!r}{closest(name, known)}")
+    try:
+        return kind(**config.method_settings)
+    except UserError as error:
+        raise UserError(f"setting 'method_settings', {error}") from None

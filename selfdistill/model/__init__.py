@@ -32,6 +32,7 @@ from selfdistill.model.precision import cached_casts, refuse_half_precision, res
 from selfdistill.model.prefix_cache import PrefixCache
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
+from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_weights
 from selfdistill.model.teacher import Teacher, TeacherRule
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "PrefixCache",
     "Rollout",
     "Sampling",
+    "StoredWeights",
     "Teacher",
     "TeacherRule",
     "add_lora",
@@ -65,6 +67,7 @@ __all__ = [
     "local_tensor",
     "matched",
     "merged",
+    "overwrite_tensor",
     "refuse_half_precision",
     "resolve",
     "resolved_precision",
@@ -74,6 +77,7 @@ __all__ = [
     "sample_seed",
     "shard",
     "start_fingerprint",
+    "stored_weights",
     "to_best_device",
     "training_precision",
     "unsharded",

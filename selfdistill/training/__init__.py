@@ -3,6 +3,7 @@
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.export import export, take_whole, whole_folder
 from selfdistill.training.loop import OnStep
+from selfdistill.training.merge import merge
 from selfdistill.training.plan import Plan, plan
 from selfdistill.training.run import Run
 from selfdistill.training.schedule import steps_of
@@ -17,6 +18,7 @@ __all__ = [
     "check_parts",
     "export",
     "list_checkpoints",
+    "merge",
     "plan",
     "steps_of",
     "take_whole",

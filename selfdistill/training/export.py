@@ -18,7 +18,7 @@ from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_m
 from selfdistill.runtime import fsync, say
 from selfdistill.training.model_card import merged_card
 
-_OF_THE_MODEL = (
+MODEL_FILES = (
     *("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.md"),
     *LICENCES,
 )
@@ -95,7 +95,7 @@ def export(config: ExportConfig) -> Path:
     advice = "free disk space or choose another output_dir, then export again"
     if not config.merge:
         with whole_folder(output_dir, advice) as folder:
-            for file in (file for pattern in _OF_THE_MODEL for file in source.glob(pattern)):
+            for file in (file for pattern in MODEL_FILES for file in source.glob(pattern)):
                 target = folder / file.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copy(file, target)

@@ -145,6 +145,25 @@ def merged_card(text: str) -> str:
     )
 
 
+def sum_card(model: str, add: str, subtract: str, scale: float) -> str:
+    """The card of ``model`` + ``scale`` * (``add`` - ``subtract``)."""
+    names = [public_name(name) for name in (model, add, subtract)]
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["selfdistill", "task-vector", "merge"]
+    )
+    target, learnt, before = map(_code, names)
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {target} with what {learnt} has learnt",
+        f"The weights are those of {target} plus {scale:g} times the difference between {learnt} and {before}. Made "
+        f"with selfdistill {__version__}, without training.",
+        "## Limits",
+        "It was not evaluated: whether a difference of weights carries a skill over is to be measured.",
+        f"{_LOADING}\n\n{_LOAD_MODEL}",
+    ]
+    return "\n\n".join(parts)
+
+
 def _method(name: str) -> str:
     """The first docstring line of the method's module, with papers as links."""
     summary = (sys.modules[METHODS[name].__module__].__doc__ or name).strip().splitlines()[0]

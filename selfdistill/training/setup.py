@@ -9,7 +9,7 @@ import json
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -37,6 +37,8 @@ class EncodedPart:
     examples: list[Example]
     dropped: int
     """Number of rows dropped because they are too long."""
+    drawn: list[Example] = field(default_factory=list)
+    """All samples that the method drew before the first step; it may learn some of them only."""
 
 
 @dataclass

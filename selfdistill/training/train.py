@@ -221,7 +221,7 @@ def _write_start(trainer: Trainer, output_dir: Path) -> None:
         for stage in trainer.stages:
             for part in stage.parts:
                 if part.method.fixed:
-                    part.method.fixed.write(output_dir, part.examples, trainer.chat)
+                    part.method.fixed.write(output_dir, part.drawn, trainer.chat)
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
 

@@ -136,7 +136,8 @@ class Trainer:
             for part in stage.parts:
                 if part.method.fixed:
                     with self.accelerator.autocast():
-                        part.examples = part.method.fixed(self.loaded, part.examples, Path(config.output_dir))
+                        part.drawn = part.method.fixed(self.loaded, part.examples, Path(config.output_dir))
+                    part.examples = part.method.fixed.learnt(part.drawn)
         self.prefix_caches = {} if config.fsdp else self._make_caches()
         self.gradient = BatchGradient(
             config, self.accelerator, self.loaded, self.chat, self.forward_pass, self.teachers, self.prefix_caches
@@ -326,8 +327,9 @@ class Trainer:
             for number in alike:
                 count = len(examples[number]) * per_example
                 completions[number], made = made[:count], made[count:]
+        stage_step = step - stage.first_step
         return [
-            BatchPart(part.name, part.method, made, len(own) / self.config.batch_size)
+            BatchPart(part.name, part.method.at(stage_step, stage.steps), made, len(own) / self.config.batch_size)
             for part, own, made in zip(parts, examples, completions, strict=True)
             if own
         ]

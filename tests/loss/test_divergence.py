@@ -5,6 +5,7 @@ Dimensions in names: N tokens, V vocabulary, D hidden.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from selfdistill.loss.divergence import (
 )
 
 N, V, D, K = 7, 23, 5, 6
+CLIP = 0.03  # cuts one to four entries of most tokens
 
 LOSSES = [
     *(Divergence(kind) for kind in ("forward_kl", "reverse_kl", "jsd")),
@@ -38,6 +40,13 @@ LOSSES = [
     ),
     Divergence("reverse_kl", "sampled"),
     Divergence("reverse_kl", "sampled", baseline=False),
+    Divergence("reverse_kl", "sampled", baseline_top_k=K),
+    *(Divergence(kind, clip=CLIP) for kind in ("forward_kl", "reverse_kl", "jsd")),
+    *(
+        Divergence(kind, "top_k", top_k=K, tail=tail, clip=CLIP)
+        for kind in ("forward_kl", "reverse_kl", "jsd")
+        for tail in ("bucket", "renormalise")
+    ),
     CrossEntropy(),
 ]
 
@@ -61,13 +70,14 @@ def kl(a: np.ndarray, b: np.ndarray) -> float:
     return sum(x * np.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
 
 
-def divergence_of(kind: str, weight: float, p: np.ndarray, q: np.ndarray) -> float:
+def divergence_of(kind: str, weight: float, p: np.ndarray, q: np.ndarray, clip: float | None = None) -> float:
     m = (1 - weight) * p + weight * q
-    return {
-        "forward_kl": lambda: kl(q, p),
-        "reverse_kl": lambda: kl(p, q),
-        "jsd": lambda: weight * kl(q, m) + (1 - weight) * kl(p, m),
-    }[kind]()
+    entries = {
+        "forward_kl": lambda p, q, m: kl([q], [p]),
+        "reverse_kl": lambda p, q, m: kl([p], [q]),
+        "jsd": lambda p, q, m: weight * kl([q], [m]) + (1 - weight) * kl([p], [m]),
+    }[kind]
+    return sum(min(entries(*entry), np.inf if clip is None else clip) for entry in zip(p, q, m, strict=True))
 
 
 def reference(loss: Divergence | CrossEntropy, student: np.ndarray, teacher: np.ndarray, token: int) -> float:
@@ -83,11 +93,13 @@ def reference(loss: Divergence | CrossEntropy, student: np.ndarray, teacher: np.
             p, q = np.append(p[top], p[rest].sum()), np.append(q[top], q[rest].sum())
         else:
             p, q = p[top] / p[top].sum(), q[top] / q[top].sum()
-    return divergence_of(loss.kind, loss.weight, p, q)
+    return divergence_of(loss.kind, loss.weight, p, q, loss.clip)
 
 
 def advantage(loss: Divergence, p: np.ndarray, q: np.ndarray, token: int) -> float:
-    return np.log(q[token]) - np.log(p[token]) + (kl(p, q) if loss.baseline else 0.0)
+    top = np.argsort(-p)[: loss.baseline_top_k]
+    baseline = kl(p[top] / p[top].sum(), q[top] / q[top].sum()) if loss.baseline else 0.0
+    return np.log(q[token]) - np.log(p[token]) + baseline
 
 
 def reference_gradient(loss: Divergence | CrossEntropy, student: np.ndarray, teacher: np.ndarray, token: int):
@@ -332,6 +344,7 @@ PRECISE = [
     ),
     Divergence("reverse_kl", "sampled"),
     Divergence("reverse_kl", "sampled", baseline=False),
+    *(Divergence(kind, clip=0.005) for kind in ("forward_kl", "reverse_kl", "jsd")),
 ]
 
 
@@ -452,11 +465,15 @@ def test_jsd_of_equals_is_zero(spread, weight, found):
 # --- the sampled token ---
 
 
-@pytest.mark.parametrize("baseline", [True, False])
+@pytest.mark.parametrize(
+    "baseline",
+    [{"baseline": False}, {}, {"baseline_top_k": 1}, {"baseline_top_k": 4}, {"baseline_top_k": 2 * V}],
+    ids=str,
+)
 def test_sampled_gradient_is_the_reverse_kl_gradient_in_expectation(baseline):
     student, teacher, _ = logits(9)
     p = torch.softmax(student, -1)
-    loss = Divergence("reverse_kl", "sampled", baseline=baseline)
+    loss = Divergence("reverse_kl", "sampled", **baseline)
     expected = np.array(
         [reference_gradient(LOSSES[1], s, t, 0) for s, t in zip(student.numpy(), teacher.numpy(), strict=True)]
     )
@@ -483,6 +500,31 @@ def test_baseline_lowers_the_variance_of_the_gradient():
         return total
 
     assert spread(True).mean() < 0.8 * spread(False).mean()
+
+
+# --- the clip of each vocabulary entry ---
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("support", ["full", "top_k"])
+def test_a_clip_out_of_reach_changes_nothing(kind, support):
+    student, teacher, tokens = logits(13)
+    plain = Divergence(kind, support, top_k=K, weight=0.3)
+    for clip in (1e9, float("inf")):
+        found, expected = (
+            by_autograd(x, student, teacher, tokens) for x in (dataclasses.replace(plain, clip=clip), plain)
+        )
+        assert all(error(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+def test_a_cut_entry_has_no_gradient_of_its_own():
+    """KL(q||p) has the gradient p - q; without the cut entries, those of the others alone: p * sum q - q."""
+    student, teacher, tokens = logits(14)
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    kept = q * (q.log() - p.log()) < CLIP
+    assert (~kept).any(-1).all()
+    _, gradient = by_closed_form(Divergence(clip=CLIP), student, teacher, tokens)
+    assert error(gradient, p * (q * kept).sum(-1, keepdim=True) - q * kept) < 1e-12
 
 
 # --- statistics ---

@@ -12,7 +12,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import add_gradient, final_weights, gradients, largest_difference, row_log_probs, same
+from conftest import (
+    DOCUMENTS,
+    add_gradient,
+    final_weights,
+    gradients,
+    largest_difference,
+    row_log_probs,
+    same,
+)
+from formulas import assert_gradient, chosen, kl, mean_over_rows, moved
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,67 +41,8 @@ from selfdistill.training.trainer import Trainer
 
 Settings = Callable[..., TrainConfig]
 NAMES = get_args(MethodName)
-DOCUMENTS = ("The mill stood by the river for ninety years.", "Nobody in Varn has two keys.")
-
-
-@pytest.fixture
-def all_of_them(settings: Settings, write_rows: Callable[..., Path], tmp_path: Path) -> Settings:
-    """Settings with which every method runs: documents, general prompts, an answer that half of all replies have."""
-    rows = [
-        {
-            "prompt": f"q{i}" * (1 + i % 3),
-            "completion": "ab" * (1 + i % 4),
-            "document": DOCUMENTS[i % 2],
-            "scorer": "regex",
-            "answer": r"[\s\S]{4,}",
-        }
-        for i in range(6)
-    ]
-    data = write_rows(rows, name="rows.jsonl")
-    general = tmp_path / "general.txt"
-    general.write_text("Who?\n\nWhy is that so?\nWhen\n", encoding="utf-8")
-
-    def make(out: str = "run", **values: Any) -> TrainConfig:
-        more: dict[str, Any] = {"data": str(data), "general_prompts": str(general)}
-        if values.get("method") == "grpo":
-            more["num_generations"] = 4
-        return settings(out, **(more | values))
-
-    return make
-
-
-def moved(config: TrainConfig) -> Trainer:
-    """After one large step, so that the student is not its base."""
-    run = Trainer(config)
-    run.step(0)
-    return run
-
-
-def mean_over_rows(values: list[Tensor]) -> Tensor:
-    return torch.stack([row_T.mean() for row_T in values]).mean()
-
-
-def chosen(log_p_TV: Tensor, ids: list[int]) -> Tensor:
-    return log_p_TV[torch.arange(len(ids)), torch.tensor(ids)]
-
-
-def kl(log_a_TV: Tensor, log_b_TV: Tensor) -> Tensor:
-    return (log_a_TV.exp() * (log_a_TV - log_b_TV)).sum(-1)
-
-
-def assert_gradient(
-    run: Trainer, completions: list[Completion], values_of: Callable[[Any, Completion], Tensor]
-) -> None:
-    """The run's loss and gradient are those of the mean of ``values_of(student, completion)``, by autograd."""
-    student = copy.deepcopy(run.loaded.model)
-    loss = mean_over_rows([values_of(student, completion) for completion in completions])
-    loss.backward()
-    run.optimizer.zero_grad()
-    result = add_gradient(run, completions)
-    assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
-    expected = gradients(student)
-    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
-    assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
+TAUGHT = ("sdft", "vopd", "isdft", "veto")
+"""Methods whose teacher is a choice."""
 
 
 # --- formulas ---
@@ -323,7 +273,9 @@ def test_parts_of_a_batch_change_nothing(all_of_them: Settings, method: Any) -> 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any) -> None:
-    values: dict[str, Any] = {"teacher": "frozen"} if method == "sdft" else {}
+    values: dict[str, Any] = {"teacher": "frozen"} if method in TAUGHT else {}
+    if method == "vopd":  # one token a place is a noisy estimate
+        values["num_generations"] = 8
     run = Trainer(all_of_them(method=method, batch_size=6, max_steps=24, learning_rate=3e-3, **values))
     base, student = copy.deepcopy(run.loaded.model), run.loaded.model
     first = run.stages[0].task
@@ -337,7 +289,7 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
         values = []
         for c in completions:
             log_p_TV = row_log_probs(model, c.example.student_ids, c.ids)
-            if method in ("sdft", "offline_distillation"):
+            if method in (*TAUGHT, "opsd", "offline_distillation"):
                 values.append(kl(row_log_probs(base, c.example.teacher_ids or [], c.ids), log_p_TV))
             else:
                 values.append(-chosen(log_p_TV, c.ids))
@@ -433,18 +385,27 @@ def test_other_rows_get_other_samples_of_the_teacher(
 
 def test_which_methods_show_a_context(all_of_them: Settings) -> None:
     shown = {name for name in NAMES if uses(all_of_them(method=name), "context")}
-    assert shown == {"sdft", "sft_from_teacher", "offline_distillation"}
+    assert shown == {*TAUGHT, "opsd", "sft_from_teacher", "offline_distillation"}
     assert list(METHODS) == list(NAMES)
 
 
+ON_POLICY = {"context", "temperature", "top_p", "top_k", "num_generations", "skip_first_tokens", "importance_cap"}
+DIVERGENCE = {"divergence", "support", "entry_clip"}
 USED = {
+    "opsd": ON_POLICY | DIVERGENCE,
+    "vopd": ON_POLICY | {"teacher", "ema_rate"},
+    "isdft": ON_POLICY | DIVERGENCE | {"teacher", "ema_rate"},
+    "veto": ON_POLICY | DIVERGENCE | {"teacher", "ema_rate"},
+    "eaft": set(),
+    "ssd": set(),
     "sft": set(),
     "dft": set(),
     "cpt": set(),
     "sft_reinvoke": {"general_prompts", "temperature", "top_p", "top_k"},
     "sft_from_teacher": {"context", "temperature", "top_p", "top_k"},
     "offline_distillation": {"context", "temperature", "top_p", "top_k", "skip_first_tokens"}
-    | {"divergence", "support", "target_teacher", "target_student", "target_base"},
+    | DIVERGENCE
+    | {"target_teacher", "target_student", "target_base"},
     "grpo": {"num_generations", "temperature", "top_p", "top_k"},
 }
 OTHERS: dict[str, Any] = {
@@ -462,6 +423,7 @@ OTHERS: dict[str, Any] = {
     "support": "top_k",
     "support_top_k": 7,
     "support_tail": "renormalise",
+    "entry_clip": 0.01,
     "sampled_baseline": False,
     "target_teacher": 0.5,
     "target_student": 0.5,
@@ -482,7 +444,7 @@ def test_a_setting_that_a_method_does_not_use_changes_nothing(all_of_them: Setti
     else:
         assert used == USED[name]
     unused = {setting: value for setting, value in OTHERS.items() if setting not in used}
-    if name == "sdft":  # other values of these would make others matter
+    if name in TAUGHT and name != "vopd":  # other values of these would make others matter
         assert not {"teacher", "divergence", "support"} & unused.keys()
     other = plain.model_copy(update=unused | {"output_dir": f"{plain.output_dir}-other"})
     assert set(unused_settings(other)) == set(unused)
@@ -554,7 +516,7 @@ def test_settings_that_matter_beside_others(all_of_them: Settings, values: dict[
         ({"method": "cpt", "max_completion_length": 512}, "setting 'max_completion_length': 512 leaves no room"),
         (
             {"teacher_model": "m", "method": "sft"},
-            "setting 'teacher_model' is for method sdft, found 'sft'",
+            "setting 'teacher_model' is for methods whose teacher is a choice, such as sdft, found 'sft'",
         ),
         ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model' is a fixed teacher, found teacher 'live'"),
         (

@@ -44,6 +44,10 @@ COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema
             {"lora_rank": 4, "gradient_accumulation_steps": 2, "num_generations": 2, "teacher": "snapshot"}, id="lora"
         ),
         pytest.param({}, id="ema", marks=pytest.mark.slow),
+        pytest.param(
+            {"method": "isdft", "method_settings": {"ramp_steps": 3, "pull": 0.1}, "learning_rate": 1e-4}, id="isdft"
+        ),
+        pytest.param({"method": "ssd", "learning_rate": 1e-4}, id="ssd", marks=pytest.mark.slow),
         pytest.param({"method": "sft", "batch_size": 5}, id="sft", marks=pytest.mark.slow),
         pytest.param(
             {"method": "offline_distillation", "teacher": "frozen"}, id="teacher_samples", marks=pytest.mark.slow

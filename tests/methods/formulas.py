@@ -1,0 +1,60 @@
+"""What the tests of methods share: a method's gradient against its formula in plain code.
+
+Dimensions in names: T completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import add_gradient, gradients, largest_difference
+from torch import Tensor
+
+from selfdistill.config.train import TrainConfig
+from selfdistill.methods.sequences import Completion
+from selfdistill.methods.slots import Method
+from selfdistill.training.trainer import Trainer
+
+
+def moved(config: TrainConfig) -> Trainer:
+    """After one large step, so that the student is not its base."""
+    run = Trainer(config)
+    run.step(0)
+    return run
+
+
+def mean_over_rows(values: list[Tensor]) -> Tensor:
+    return torch.stack([row_T.mean() for row_T in values]).mean()
+
+
+def chosen(log_p_TV: Tensor, ids: list[int]) -> Tensor:
+    return log_p_TV[torch.arange(len(ids)), torch.tensor(ids)]
+
+
+def kl(log_a_TV: Tensor, log_b_TV: Tensor) -> Tensor:
+    return (log_a_TV.exp() * (log_a_TV - log_b_TV)).sum(-1)
+
+
+def assert_gradient(
+    run: Trainer,
+    completions: list[Completion],
+    values_of: Callable[[Any, Completion], Tensor],
+    method: Method | None = None,
+) -> None:
+    """The run's loss and gradient are those of the mean of ``values_of(student, completion)``, by autograd.
+
+    ``method``: in place of the task's, such as the method at another step.
+    """
+    student = copy.deepcopy(run.loaded.model)
+    loss = mean_over_rows([values_of(student, completion) for completion in completions])
+    loss.backward()
+    run.optimizer.zero_grad()
+    result = add_gradient(run, completions, method)
+    assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    expected = gradients(student)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
