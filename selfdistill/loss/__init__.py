@@ -1,6 +1,6 @@
 """From logits to loss and gradient, in pure PyTorch."""
 
-from selfdistill.loss.chunked import CHUNK_TOKENS, Head, Weighting, chunked_loss
+from selfdistill.loss.chunked import CHUNK_TOKENS, Head, Weighting, chunk_tokens, chunked_loss
 from selfdistill.loss.divergence import CrossEntropy, Divergence, Target, forward_kl
 from selfdistill.loss.token_weights import (
     check_skip,
@@ -18,6 +18,7 @@ __all__ = [
     "Target",
     "Weighting",
     "check_skip",
+    "chunk_tokens",
     "chunked_loss",
     "completion_mask",
     "forward_kl",

@@ -127,6 +127,39 @@ def sample(
     return all_gather(rollouts)
 
 
+def sample_at_its_longest(loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Any]:
+    """Sample the first token and the last, as if no sample ended early: what sampling needs at most.
+
+    The tokens between have states of zeros. Made for fake tensors, on which :func:`sample` cannot look for an end.
+
+    Returns:
+        The layers of the key/value cache.
+    """
+    with cached_casts(loaded.model):
+        cache, logits_BV, mask_BL = _read(loaded, prompts)
+        cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        zeros_B = torch.zeros(len(prompts), dtype=torch.float64)
+        uniform_B = zeros_B if sampling.temperature > 0 else None
+        token_B, _ = choose(logits_BV.float(), sampling, uniform_B)
+        between = max(0, sampling.max_completion_length - 2)
+        for start in range(0, between, PREALLOCATED_TOKENS):
+            for layer in cache.layers:
+                if isinstance(layer, PreallocatedLayer):
+                    shape = list(layer.keys.shape)
+                    shape[2] = min(PREALLOCATED_TOKENS, between - start)
+                    layer.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape))
+        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), between + 1)], dim=1)
+        logits_BV = loaded.model(
+            input_ids=token_B[:, None],
+            attention_mask=mask_BL,
+            position_ids=mask_BL.sum(1)[:, None] - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        choose(logits_BV.float(), sampling, uniform_B)
+    return list(cache.layers)
+
+
 def cut_at_next_turn(loaded: LoadedModel, rollout: Rollout) -> Rollout:
     """The rollout up to where the next turn of the plain-text layout begins, if it does."""
     ids = torch.tensor([rollout.ids])

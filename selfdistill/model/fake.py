@@ -1,0 +1,196 @@
+"""A model of fake tensors, which have shapes and data types but no data, and a count of the tensors alive.
+
+A pass over such a model runs the same code and makes the same tensors as over the real one, in seconds and without its
+memory. So what a run will need is known before any weights are read.
+
+Source: PyTorch's ``torch._subclasses.fake_tensor.FakeTensorMode``.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from selfdistill.model.adapters import read_config
+from selfdistill.model.files import local_folder, resolve
+from selfdistill.model.head import unwrap
+from selfdistill.model.loading import LoadedModel, add_lora, describe, disable_dropout, load_tokenizer
+from selfdistill.model.prefix_cache import in_attention_dtype
+from selfdistill.model.quantisation import loading_options
+from selfdistill.model.weights import causal_config
+
+
+def fake_model(
+    name: str, *, dtype: str, adapter_base: str | None = None, lora_rank: int = 0, like: LoadedModel | None = None
+) -> LoadedModel:
+    """A model to train, as fake tensors on the CPU, with its real tokenizer; reads ``config.json`` and no weights.
+
+    The start-up probes need data, so their usual results are assumed: the head is separate from the body, and a pass
+    can continue from a cache.
+
+    Args:
+        name: the value of ``--model``. An adapter counts as its base, into which training merges it.
+        dtype: of the weights, or ``auto`` (as saved).
+        adapter_base: the base of an adapter, if it is not where ``adapter_config.json`` says.
+        lora_rank: rank of the adapter to train; 0: none.
+        like: the model itself, if already loaded; then no file is read.
+
+    Raises:
+        UserError: ``config.json`` or the tokenizer cannot be used, or the weights are quantised.
+    """
+    with torch.device("meta"):
+        if like is not None:
+            whole = unwrap(like.model)
+            saved = whole.dtype if dtype == "auto" else getattr(torch, dtype)
+            model: Any = type(whole)._from_config(copy.deepcopy(whole.config), dtype=saved)
+            tokenizer = like.tokenizer
+        else:
+            model, tokenizer = _from_files(name, dtype, adapter_base)
+        disable_dropout(model.eval())
+        loaded = describe(model, tokenizer, name)
+        loaded.continues_cache = loaded.separate_head = True
+        if lora_rank:
+            add_lora(loaded, lora_rank, None, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loaded.model.to_empty(device="cpu")
+    unwrap(loaded.model).tie_weights()
+    return loaded
+
+
+def _from_files(name: str, dtype: str, adapter_base: str | None) -> tuple[Any, Any]:
+    path = base_path = resolve(name)
+    if (Path(path) / "adapter_config.json").is_file():
+        named = adapter_base or read_config(Path(path), name).base_model_name_or_path
+        base_path = resolve(str(named))
+    config = causal_config(base_path, name)
+    loading_options(config, local_folder(base_path), name, training=True)
+    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=saved if dtype == "auto" else getattr(torch, dtype))
+    return model, load_tokenizer(path, base_path, name)
+
+
+@contextmanager
+def fake_tensors(loaded: LoadedModel) -> Iterator[None]:
+    """Make all new tensors fake, like those of the model."""
+    fake: Any = next(loaded.model.parameters())
+    with fake.fake_mode:
+        yield
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors, each memory once, as of tied weights."""
+    return sum({id(storage): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}.values())
+
+
+class FilledCache:
+    """Stands for a :class:`selfdistill.model.prefix_cache.PrefixCache` that keeps every context it is asked for.
+
+    Created under autocast if the states are to be of its data type.
+
+    Args:
+        loaded: the model, of fake tensors.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        cache = DynamicCache(config=loaded.model.config.get_text_config())
+        with fake_tensors(loaded), torch.no_grad():
+            loaded.model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+            layers: Any = cache.layers
+            self._token = [tuple(in_attention_dtype(t) for t in (layer.keys, layer.values)) for layer in layers]
+        self.token_bytes = tensor_bytes(t for pair in self._token for t in pair)
+        """Bytes of one token's states in all layers."""
+
+    def kept(self, body: Any, config: Any, contexts: Sequence[Sequence[int]]) -> list[int]:
+        """Indices of all contexts."""
+        return list(range(len(contexts)))
+
+    def cache(self, body: Any, config: Any, contexts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor]:
+        """As that of a :class:`selfdistill.model.prefix_cache.PrefixCache`."""
+        filled = [len(context) - 1 for context in contexts]
+        cache = DynamicCache(config=config)
+        for number, pair in enumerate(self._token):
+            keys, values = (t.new_zeros(len(filled), t.shape[1], max(filled), t.shape[3]) for t in pair)
+            cache.update(keys, values, number)
+        return cache, torch.tensor(filled)
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors made while it is active, as long as they live, by component.
+
+    A tensor belongs to the :attr:`component` at the time when it is made, except for casts of weights, and for
+    gradients of weights once they are complete.
+
+    Args:
+        models: their weights are not counted.
+    """
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.component = "activations"
+        self.now: Counter[str] = Counter()
+        """Bytes alive, by component."""
+        self.peak: Counter[str] = Counter()
+        """Bytes alive when their sum was largest, by component."""
+        self._entries: Any = WeakIdKeyDictionary()  # component and size, by storage
+        self._hooks: list[Any] = []
+        self._weights: Any = WeakIdKeyDictionary()
+        for model in models:
+            for weight in (*model.parameters(), *model.buffers()):
+                self._weights[weight.untyped_storage()] = True
+                if weight.requires_grad:
+                    self._hooks.append(weight.register_post_accumulate_grad_hook(self._is_gradient))
+
+    def restart(self) -> None:
+        """Begin a new peak."""
+        self.peak = Counter(self.now)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._add(tensor, func, args)
+        return made
+
+    def _add(self, tensor: Tensor, func: Any, args: Any) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._entries or storage in self._weights:
+            return
+        is_cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage() in self._weights
+        entry = ["casts" if is_cast else self.component, storage.nbytes()]
+        self._entries[storage] = entry
+        self.now[entry[0]] += entry[1]
+        weakref.finalize(storage, self._freed, entry)
+        if self.now.total() > self.peak.total():
+            self.peak = Counter(self.now)
+
+    def _freed(self, entry: list[Any]) -> None:
+        self.now[entry[0]] -= entry[1]
+
+    def move(self, tensor: Tensor, component: str) -> None:
+        """Count a tensor to another component from now on."""
+        entry = self._entries[tensor.untyped_storage()]
+        self.now[entry[0]] -= entry[1]
+        entry[0] = component
+        self.now[component] += entry[1]
+
+    def _is_gradient(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        self.move(weight.grad, "gradients")

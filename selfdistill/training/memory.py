@@ -1,0 +1,329 @@
+"""The memory of a run, planned from config.json before any weights are read.
+
+Every number is the size of tensors that the run will hold, W bytes of weights, P trained ones among them:
+
+    weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32
+    teacher    full: W for a copy, and 4 bytes a weight for the float32 average of bfloat16 weights; LoRA: the factors
+    moments    2 P, of AdamW
+    contexts   kept keys and values of a frozen teacher's contexts, and the logits that the drift is measured from
+    gradients  P, from the first micro-batch on, or as far as the backward pass has come
+
+What a step adds, the engine's memory and the phases of a step are in :mod:`selfdistill.training.traced_step`. Phases
+do not overlap, so the peak is that of the largest.
+
+Not counted: evaluations on ``test``, what a caching allocator loses to fragments, and a GPU's context.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import Demonstration
+from selfdistill.errors import UserError
+from selfdistill.evaluation import DRIFT_PROMPTS, DRIFT_TOKENS, LAYOUTS
+from selfdistill.methods import stages_of, uses
+from selfdistill.model import LoadedModel, TeacherRule, checkpoint_activations, fake_model, layers_of, tensor_bytes, unwrap
+from selfdistill.runtime import Printable
+from selfdistill.training.setup import drawn, teacher_rules
+from selfdistill.training.traced_step import Bytes, Device, PlannedPart, TracedStep
+
+GIB = 2**30
+COMPONENTS = (
+    *("weights", "teacher", "moments", "gradients", "casts", "activations", "loss"),
+    *("keys and values", "workspace", "contexts", "engine"),
+)
+"""In the order of the table."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a step at its peak."""
+
+    name: str
+    bytes: Bytes
+    """By component."""
+
+    @property
+    def total(self) -> int:
+        return self.bytes.total()
+
+
+@dataclass(frozen=True, repr=False)
+class MemoryPlan(Printable):
+    """What a run needs, on each of its processes, when all of a batch's completions are as long as they may be."""
+
+    config: TrainConfig
+    device: Device
+    phases: tuple[Phase, ...]
+    """Of the step, at its largest."""
+    lengths: tuple[int, int]
+    """Tokens of the longest row: of the student's prompt with the completion, and of the teacher's."""
+    untraced: str | None
+    """Why what a step adds is not counted; None if it is."""
+
+    @property
+    def largest(self) -> Phase:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.largest.total
+
+    def line(self) -> str:
+        """One line with the components of the peak."""
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in _shown(self.largest))
+        beside = f"; not counted: {self.untraced}" if self.untraced else ""
+        return f"memory by plan: {self.peak / GIB:.2f} GiB at most ({parts}){beside}"
+
+    def print(self, console: Console) -> None:
+        """Print a table of components by phase."""
+        config, phases = self.config, [phase for phase in self.phases if phase.total]
+        kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "full fine-tuning"
+        title = (
+            f"{config.model}: {kind}, {config.dtype} weights, "
+            f"{'bfloat16' if self.device.mixed_precision == 'bf16' else 'float32'} arithmetic, batch "
+            f"{config.batch_size} in {config.gradient_accumulation_steps}; longest rows {self.lengths[0]} tokens, "
+            f"teacher's {self.lengths[1]}"
+        )
+        table = Table(title=title, title_justify="left", title_style="")
+        table.add_column("GiB, by plan")
+        for phase in phases:
+            table.add_column(phase.name, justify="right")
+        for name in COMPONENTS:
+            sizes = [phase.bytes[name] / GIB for phase in phases]
+            if any(size >= 0.005 for size in sizes):
+                table.add_row(name, *(f"{size:.2f}" if size else "" for size in sizes))
+        table.add_section()
+        table.add_row("sum", *(f"{phase.total / GIB:.2f}" for phase in phases))
+        console.print(table)
+        if self.untraced:
+            console.print(f"not counted: {self.untraced}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(phase: Phase) -> list[tuple[str, int]]:
+    return [(name, phase.bytes[name]) for name in COMPONENTS if phase.bytes[name] >= GIB / 200]
+
+
+class MemoryPlanner:
+    """Plans runs that differ in settings, on the same model and rows.
+
+    Args:
+        config: settings of a run.
+        demonstrations: its rows.
+        device: what it is planned for.
+        loaded: the model, if already loaded.
+
+    Raises:
+        UserError: the model's files cannot be used, or no row fits.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        demonstrations: Sequence[Demonstration],
+        device: Device,
+        loaded: LoadedModel | None = None,
+    ) -> None:
+        self._device, self._loaded = device, loaded
+        self._rows = drawn(demonstrations, config)
+        self._models: dict[tuple[Any, ...], LoadedModel] = {}
+        self._traced: dict[str, tuple[Phase, ...]] = {}
+        self._model(config)
+
+    def plan(self, config: TrainConfig) -> MemoryPlan:
+        """Plan a run with these settings."""
+        loaded = self._model(config)
+        stages = _longest_rows(config, self._rows, loaded)
+        rules = teacher_rules(part.method for parts in stages for part in parts)
+        others = {rule: fake_model(rule.model, dtype=config.dtype) for rule in rules if rule.model is not None}
+        tasks = {parts[0].method.teacher for parts in stages}
+        cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
+        step = TracedStep(config, self._device, loaded, others, [] if config.fsdp else cached)
+        fixed = _fixed(config, self._device, loaded, others, rules)
+        fixed["contexts"] += self._contexts(config, step, stages)
+        untraced = None
+        try:
+            traced = _phases(config, self._device, step, stages)
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
+            untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
+            traced = {"step": Bytes()}
+        if config.fsdp:
+            traced = {name: _sharded(size, self._device, loaded, others) for name, size in traced.items()}
+        phases = tuple(Phase(name, fixed + size) for name, size in traced.items())
+        return MemoryPlan(config, self._device, phases, _lengths(stages), untraced)
+
+    def _model(self, config: TrainConfig) -> LoadedModel:
+        key = (config.dtype, config.lora_rank, config.gradient_checkpointing)
+        if key not in self._models:
+            like = next(iter(self._models.values()), self._loaded)
+            loaded = fake_model(
+                config.model,
+                dtype="auto" if self._loaded else config.dtype,
+                adapter_base=config.adapter_base,
+                lora_rank=config.lora_rank,
+                like=like,
+            )
+            if config.gradient_checkpointing:
+                checkpoint_activations(loaded.model)
+            self._models[key] = loaded
+        return self._models[key]
+
+    def _contexts(self, config: TrainConfig, step: TracedStep, stages: list[list[PlannedPart]]) -> int:
+        """Bytes of the contexts that are kept: as many as there are rows, each as long as the longest on average."""
+        total = 0
+        for rule, cache in step.caches.items():
+            contexts = [
+                len(x.teacher_ids or []) for p in stages for x in p[0].examples if p[0].method.teacher == rule
+            ]
+            tokens = sum(contexts) / len(contexts) * len(self._rows)
+            total += min(int(tokens * cache.token_bytes), config.teacher_cache_mib * 2**20)
+        return total
+
+
+def memory_plan(
+    config: TrainConfig, demonstrations: Sequence[Demonstration], device: Device, loaded: LoadedModel | None = None
+) -> MemoryPlan:
+    """Plan the memory of a run; arguments and errors as of :class:`MemoryPlanner`."""
+    return MemoryPlanner(config, demonstrations, device, loaded).plan(config)
+
+
+def _longest_rows(
+    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel
+) -> list[list[PlannedPart]]:
+    """The stages with the longest rows of a batch; with the layout that is longest, if the context is ``auto``."""
+    longest = sorted(rows, key=_characters, reverse=True)[: config.batch_size]
+    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+    contexts = LAYOUTS if config.context == "auto" and uses(config, "context") else (config.context,)
+    found: list[list[list[PlannedPart]]] = []
+    problems: list[UserError] = []
+    for context in contexts:
+        own = config.model_copy(update={"context": context, "on_long_prompt": "drop"})
+        try:
+            found.append(
+                [
+                    [
+                        PlannedPart(part.method, part.share, part.method.examples(longest, loaded, chat)[0])
+                        for part in parts
+                    ]
+                    for parts in stages_of(own)
+                ]
+            )
+        except UserError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    return max(found, key=lambda stages: _lengths(stages)[1])
+
+
+def _characters(row: Demonstration) -> int:
+    return len(json.dumps(row.prompt)) + len(row.completion)
+
+
+def _lengths(stages: list[list[PlannedPart]]) -> tuple[int, int]:
+    """Tokens of the longest rows of student and teacher."""
+    students, teachers = [0], [0]
+    for part in (part for parts in stages for part in parts):
+        for x in part.examples:
+            length = len(part.completion(x))
+            students.append(len(x.student_ids) + length)
+            if part.method.teacher:
+                teachers.append(len(x.teacher_ids or []) + length)
+    return max(students), max(teachers)
+
+
+def _fixed(
+    config: TrainConfig,
+    device: Device,
+    loaded: LoadedModel,
+    others: dict[TeacherRule, LoadedModel],
+    rules: Sequence[TeacherRule],
+) -> Bytes:
+    """What stays from step to step."""
+    model, shares = loaded.model, device.processes if config.fsdp else 1
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    vocabulary = model.config.get_text_config().vocab_size
+    fixed = Bytes(
+        {
+            "weights": tensor_bytes((*model.parameters(), *model.buffers())) // shares,
+            "moments": 2 * tensor_bytes(trained) // shares,
+            "teacher": sum(_teacher_bytes(config, rule, loaded, others) for rule in rules) // shares,
+        }
+    )
+    if config.drift_steps:
+        fixed["contexts"] = DRIFT_PROMPTS * DRIFT_TOKENS * vocabulary * 4
+    if config.engine != "none" and device.kind == "cpu":  # on a GPU it sleeps while the model learns
+        fixed["engine"] = _engine_bytes(config, device, loaded)
+    return fixed
+
+
+def _teacher_bytes(
+    config: TrainConfig, rule: TeacherRule, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]
+) -> int:
+    """Memory of a teacher beyond the student's; see :class:`selfdistill.model.Teacher`."""
+    if rule in others:
+        return tensor_bytes(others[rule].model.parameters())
+    moves = rule.kind in ("ema", "snapshot")
+    if config.lora_rank:
+        return tensor_bytes(p for p in loaded.model.parameters() if p.requires_grad) if moves else 0
+    if rule.kind == "live":
+        return 0
+    weights = list(loaded.model.parameters())
+    average = sum(4 * p.numel() for p in weights if p.dtype != torch.float32) if moves else 0
+    return tensor_bytes((*weights, *loaded.model.buffers())) + average
+
+
+def _engine_bytes(config: TrainConfig, device: Device, loaded: LoadedModel) -> int:
+    """The engine's key/value cache, and its copy of the weights in the arithmetic of training."""
+    size = 2 if device.mixed_precision == "bf16" else unwrap(loaded.model).dtype.itemsize
+    count = sum(p.numel() for name, p in loaded.model.named_parameters() if ".lora_" not in name)
+    return int(config.engine_memory_gib * GIB) + size * count
+
+
+def _phases(
+    config: TrainConfig, device: Device, step: TracedStep, stages: list[list[PlannedPart]]
+) -> dict[str, Bytes]:
+    """What each phase of a step adds at its peak, in the part of the stage where it is largest."""
+    found: dict[str, Bytes] = {}
+    for parts in stages:
+        sizes = [part.rows(config, device) for part in parts]
+        size = max(1, math.ceil(sum(sizes) / config.gradient_accumulation_steps))
+        again = sum(math.ceil(own / size) for own in sizes) > 1
+        for part, own in zip(parts, sizes, strict=True):
+            teacher, student = step.learning(part, min(size, own), again=again)
+            sampling = step.sampling(part, own) if config.engine == "none" else Bytes()
+            for name, added in (("sampling", sampling), ("teacher", teacher), ("student", student)):
+                found[name] = max(found.get(name, Bytes()), added, key=lambda size: size.total())
+    if config.engine != "none" and device.kind == "cuda":
+        found["sampling"] = Bytes({"engine": _engine_bytes(config, device, step.loaded)})
+    return found
+
+
+def _sharded(
+    added: Bytes, device: Device, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]
+) -> Bytes:
+    """What a phase adds with sharded weights.
+
+    Sampling gathers all weights. Elsewhere, the weights outside the layers are gathered, of every network, and two
+    layers at a time, in bfloat16 with that arithmetic. The layers' gradients are sharded at once, the others' at the
+    end of the backward pass.
+    """
+    size = 2 if device.mixed_precision == "bf16" else unwrap(loaded.model).dtype.itemsize
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(loaded, loaded.model, "fsdp")]
+    whole = tensor_bytes(loaded.model.parameters())
+    root = whole - sum(tensor_bytes(layer.parameters()) for layer in layers_of(loaded, loaded.model, "fsdp"))
+    found = Bytes(added)
+    gathered = sum(layers) if "workspace" in added else 2 * max(layers)
+    found["casts"] = min(added["casts"], root // 2) + root * (1 + len(others)) + size * gathered
+    found["gradients"] = added["gradients"] // device.processes + (root if added["gradients"] else 0)
+    return found
