@@ -3,7 +3,7 @@
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.engine import Engine, close_engine, engine_for, running_engine, use_engine
-from selfdistill.model.fake import FilledCache, LiveTensors, fake_model, fake_tensors, tensor_bytes
+from selfdistill.model.fake import FilledCache, LiveTensors, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.fsdp import (
@@ -60,7 +60,6 @@ __all__ = [
     "distribute_like",
     "engine_for",
     "fake_model",
-    "fake_tensors",
     "files_that_go_along",
     "full_tensor",
     "full_tensors",

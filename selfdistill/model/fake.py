@@ -1,7 +1,8 @@
 """A model of fake tensors, which have shapes and data types but no data, and a count of the tensors alive.
 
 A pass over such a model runs the same code and makes the same tensors as over the real one, in seconds and without its
-memory. So what a run will need is known before any weights are read.
+memory. So what a run will need is known before any weights are read. Token ids, positions and masks are ordinary
+tensors, whose values decide which code runs.
 
 Source: PyTorch's ``torch._subclasses.fake_tensor.FakeTensorMode``.
 """
@@ -11,8 +12,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +82,6 @@ def _from_files(name: str, dtype: str, adapter_base: str | None) -> tuple[Any, A
     return model, load_tokenizer(path, base_path, name)
 
 
-@contextmanager
-def fake_tensors(loaded: LoadedModel) -> Iterator[None]:
-    """Make all new tensors fake, like those of the model."""
-    fake: Any = next(loaded.model.parameters())
-    with fake.fake_mode:
-        yield
-
-
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors, each memory once, as of tied weights."""
     return sum({id(storage): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}.values())
@@ -106,7 +98,7 @@ class FilledCache:
 
     def __init__(self, loaded: LoadedModel) -> None:
         cache = DynamicCache(config=loaded.model.config.get_text_config())
-        with fake_tensors(loaded), torch.no_grad():
+        with torch.no_grad():
             loaded.model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
             layers: Any = cache.layers
             self._token = [tuple(in_attention_dtype(t) for t in (layer.keys, layer.values)) for layer in layers]

@@ -30,7 +30,6 @@ from selfdistill.model import (
     LoadedModel,
     TeacherRule,
     cached_casts,
-    fake_tensors,
     sample_at_its_longest,
     tensor_bytes,
 )
@@ -110,7 +109,7 @@ class TracedStep:
             return Counter()
         live = LiveTensors(self.loaded.model)
         live.component = "workspace"
-        with fake_tensors(self.loaded), live, self._autocast():
+        with live, self._autocast():
             layers = sample_at_its_longest(self.loaded, longest(prompts, count), sampling)
             states = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
             found = Counter(live.peak)
@@ -129,7 +128,7 @@ class TracedStep:
         live = LiveTensors(*self._networks)
         trained = [weight for weight in self.loaded.model.parameters() if weight.requires_grad]
         try:
-            with fake_tensors(self.loaded), live:
+            with live:
                 if again:
                     live.component = "gradients"
                     for weight in trained:

@@ -96,7 +96,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full, checkpointing": {"gradient_checkpointing": True},
     "full, four micro-batches": {"gradient_accumulation_steps": 4},
     "long completions": {"max_completion_length": 512},
-    "anchors": {"anchors": "package", "anchor_share": 0.5},
+    "anchors": {"anchors": "anchors.txt", "anchor_share": 0.5},
     "SFT": {"method": "sft"},
     "top-k loss": {"support": "top_k"},
 }
@@ -109,7 +109,11 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", cases())
-def test_the_plan_is_what_the_steps_hold(make: Make, name: str) -> None:
+def test_the_plan_is_what_the_steps_hold(
+    make: Make, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("anchors.txt").write_text("Tell me what a lighthouse is for, and who keeps it.\n", encoding="utf-8")
     config = make(**SETTINGS[name])
     rows = load_demonstrations(config.data)
     plan = memory_plan(config, rows, Device("cpu", config.mixed_precision))
