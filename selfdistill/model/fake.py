@@ -13,6 +13,7 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,14 @@ class FilledCache:
         return cache, torch.tensor(filled)
 
 
+@dataclass
+class _Entry:
+    """A tensor's memory."""
+
+    component: str
+    bytes: int
+
+
 class LiveTensors(TorchDispatchMode):
     """Counts the bytes of all tensors made while it is active, as long as they live, by component.
 
@@ -136,7 +145,7 @@ class LiveTensors(TorchDispatchMode):
         """Bytes alive, by component."""
         self.peak: Counter[str] = Counter()
         """Bytes alive when their sum was largest, by component."""
-        self._entries: Any = WeakIdKeyDictionary()  # component and size, by storage
+        self._entries: Any = WeakIdKeyDictionary()  # by storage
         self._hooks: list[Any] = []
         self._weights: Any = WeakIdKeyDictionary()
         for model in models:
@@ -166,23 +175,20 @@ class LiveTensors(TorchDispatchMode):
         if storage in self._entries or storage in self._weights:
             return
         is_cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage() in self._weights
-        entry = ["casts" if is_cast else self.component, storage.nbytes()]
+        entry = _Entry("casts" if is_cast else self.component, storage.nbytes())
         self._entries[storage] = entry
-        self.now[entry[0]] += entry[1]
+        self.now[entry.component] += entry.bytes
         weakref.finalize(storage, self._freed, entry)
         if self.now.total() > self.peak.total():
             self.peak = Counter(self.now)
 
-    def _freed(self, entry: list[Any]) -> None:
-        self.now[entry[0]] -= entry[1]
-
-    def move(self, tensor: Tensor, component: str) -> None:
-        """Count a tensor to another component from now on."""
-        entry = self._entries[tensor.untyped_storage()]
-        self.now[entry[0]] -= entry[1]
-        entry[0] = component
-        self.now[component] += entry[1]
+    def _freed(self, entry: _Entry) -> None:
+        self.now[entry.component] -= entry.bytes
 
     def _is_gradient(self, weight: Tensor) -> None:
+        """Count a complete gradient as one."""
         assert weight.grad is not None
-        self.move(weight.grad, "gradients")
+        entry = self._entries[weight.grad.untyped_storage()]
+        self.now[entry.component] -= entry.bytes
+        entry.component = "gradients"
+        self.now["gradients"] += entry.bytes

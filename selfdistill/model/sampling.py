@@ -86,6 +86,13 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = keys, values = self._room[0][:, :, : new.stop], self._room[1][:, :, : new.stop]
         return keys, values
 
+    def skip(self, count: int) -> None:
+        """Append as many tokens, with states of zeros."""
+        assert self.keys is not None
+        assert self.values is not None
+        shapes = [(*t.shape[:2], count, t.shape[3]) for t in (self.keys, self.values)]
+        self.update(self.keys.new_zeros(shapes[0]), self.values.new_zeros(shapes[1]))
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select these rows of the batch."""
         assert self.keys is not None
@@ -145,9 +152,7 @@ def sample_at_its_longest(loaded: LoadedModel, prompts: Sequence[Sequence[int]],
         for start in range(0, between, PREALLOCATED_TOKENS):
             for layer in cache.layers:
                 if isinstance(layer, PreallocatedLayer):
-                    shape = list(layer.keys.shape)
-                    shape[2] = min(PREALLOCATED_TOKENS, between - start)
-                    layer.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape))
+                    layer.skip(min(PREALLOCATED_TOKENS, between - start))
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), between + 1)], dim=1)
         logits_BV = loaded.model(
             input_ids=token_B[:, None],

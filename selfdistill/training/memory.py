@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,19 @@ from rich.console import Console
 from rich.table import Table
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import Demonstration
+from selfdistill.data import ChatFormat, Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import DRIFT_PROMPTS, DRIFT_TOKENS, LAYOUTS
-from selfdistill.methods import stages_of, uses
-from selfdistill.model import LoadedModel, TeacherRule, checkpoint_activations, fake_model, layers_of, tensor_bytes, unwrap
+from selfdistill.methods import Method, Part, stages_of, uses
+from selfdistill.model import (
+    LoadedModel,
+    TeacherRule,
+    checkpoint_activations,
+    fake_model,
+    layers_of,
+    tensor_bytes,
+    unwrap,
+)
 from selfdistill.runtime import Printable
 from selfdistill.training.setup import drawn, teacher_rules
 from selfdistill.training.traced_step import Bytes, Device, PlannedPart, TracedStep
@@ -138,30 +146,52 @@ class MemoryPlanner:
         self._device, self._loaded = device, loaded
         self._rows = drawn(demonstrations, config)
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
-        self._traced: dict[str, tuple[Phase, ...]] = {}
-        self._model(config)
+        self._teachers: dict[str, LoadedModel] = {}
+        _longest_rows(config, self._rows, self._model(config), config.max_completion_length)
 
-    def plan(self, config: TrainConfig) -> MemoryPlan:
-        """Plan a run with these settings."""
-        loaded = self._model(config)
-        stages = _longest_rows(config, self._rows, loaded)
-        rules = teacher_rules(part.method for parts in stages for part in parts)
-        others = {rule: fake_model(rule.model, dtype=config.dtype) for rule in rules if rule.model is not None}
+    def plan(self, config: TrainConfig, *, longest: int | None = None) -> MemoryPlan:
+        """Plan a run with these settings.
+
+        Args:
+            config: the settings.
+            longest: tokens of the longest completion that is sampled; default: ``max_completion_length``.
+        """
+        device, loaded = self.device(config), self._model(config)
+        stages = _longest_rows(config, self._rows, loaded, longest or config.max_completion_length)
+        others = self._others(config)
         tasks = {parts[0].method.teacher for parts in stages}
         cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
-        step = TracedStep(config, self._device, loaded, others, [] if config.fsdp else cached)
-        fixed = _fixed(config, self._device, loaded, others, rules)
+        step = TracedStep(config, device, loaded, others, [] if config.fsdp else cached)
+        fixed = self.fixed(config)
         fixed["contexts"] += self._contexts(config, step, stages)
         untraced = None
         try:
-            traced = _phases(config, self._device, step, stages)
+            traced = _phases(config, device, step, stages)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
             untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
             traced = {"step": Bytes()}
         if config.fsdp:
-            traced = {name: _sharded(size, self._device, loaded, others) for name, size in traced.items()}
+            traced = {name: _sharded(size, device, loaded, others) for name, size in traced.items()}
         phases = tuple(Phase(name, fixed + size) for name, size in traced.items())
-        return MemoryPlan(config, self._device, phases, _lengths(stages), untraced)
+        return MemoryPlan(config, device, phases, _lengths(stages), untraced)
+
+    def device(self, config: TrainConfig) -> Device:
+        """The device, in the arithmetic of these settings."""
+        if config.mixed_precision == "auto":
+            return self._device
+        return replace(self._device, mixed_precision=config.mixed_precision)
+
+    def fixed(self, config: TrainConfig) -> Bytes:
+        """What stays from step to step, by component, without the contexts of a frozen teacher."""
+        return _fixed(config, self.device(config), self._model(config), self._others(config))
+
+    def _others(self, config: TrainConfig) -> dict[TeacherRule, LoadedModel]:
+        """Separate teachers, by their rules."""
+        names = {rule: rule.model for rule in teacher_rules(_methods(config)) if rule.model is not None}
+        for name in names.values():
+            if name not in self._teachers:
+                self._teachers[name] = fake_model(name, dtype=config.dtype)
+        return {rule: self._teachers[name] for rule, name in names.items()}
 
     def _model(self, config: TrainConfig) -> LoadedModel:
         key = (config.dtype, config.lora_rank, config.gradient_checkpointing)
@@ -183,9 +213,7 @@ class MemoryPlanner:
         """Bytes of the contexts that are kept: as many as there are rows, each as long as the longest on average."""
         total = 0
         for rule, cache in step.caches.items():
-            contexts = [
-                len(x.teacher_ids or []) for p in stages for x in p[0].examples if p[0].method.teacher == rule
-            ]
+            contexts = [len(x.teacher_ids or []) for p in stages for x in p[0].examples if p[0].method.teacher == rule]
             tokens = sum(contexts) / len(contexts) * len(self._rows)
             total += min(int(tokens * cache.token_bytes), config.teacher_cache_mib * 2**20)
         return total
@@ -199,10 +227,10 @@ def memory_plan(
 
 
 def _longest_rows(
-    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel
+    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, longest: int
 ) -> list[list[PlannedPart]]:
     """The stages with the longest rows of a batch; with the layout that is longest, if the context is ``auto``."""
-    longest = sorted(rows, key=_characters, reverse=True)[: config.batch_size]
+    chosen = sorted(rows, key=_characters, reverse=True)[: config.batch_size]
     chat = loaded.chat(config.chat_template_kwargs, config.template_date)
     contexts = LAYOUTS if config.context == "auto" and uses(config, "context") else (config.context,)
     found: list[list[list[PlannedPart]]] = []
@@ -211,19 +239,28 @@ def _longest_rows(
         own = config.model_copy(update={"context": context, "on_long_prompt": "drop"})
         try:
             found.append(
-                [
-                    [
-                        PlannedPart(part.method, part.share, part.method.examples(longest, loaded, chat)[0])
-                        for part in parts
-                    ]
-                    for parts in stages_of(own)
-                ]
+                [[_planned(part, chosen, loaded, chat, longest) for part in parts] for parts in stages_of(own)]
             )
         except UserError as error:
             problems.append(error)
     if not found:
         raise problems[0]
     return max(found, key=lambda stages: _lengths(stages)[1])
+
+
+def _planned(
+    part: Part, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat, longest: int
+) -> PlannedPart:
+    method = part.method
+    sampling = method.fixed.sampling if method.fixed else method.sequence.sampling
+    if sampling is not None:
+        sampling = replace(sampling, max_completion_length=longest)
+    return PlannedPart(method, part.share, method.examples(rows, loaded, chat)[0], sampling)
+
+
+def _methods(config: TrainConfig) -> list[Method]:
+    named = config.model_copy(update={"context": LAYOUTS[0]}) if config.context == "auto" else config
+    return [part.method for parts in stages_of(named) for part in parts]
 
 
 def _characters(row: Demonstration) -> int:
@@ -247,11 +284,11 @@ def _fixed(
     device: Device,
     loaded: LoadedModel,
     others: dict[TeacherRule, LoadedModel],
-    rules: Sequence[TeacherRule],
 ) -> Bytes:
-    """What stays from step to step."""
+    """What stays from step to step, without the contexts of a frozen teacher."""
     model, shares = loaded.model, device.processes if config.fsdp else 1
     trained = [weight for weight in model.parameters() if weight.requires_grad]
+    rules = teacher_rules(_methods(config))
     vocabulary = model.config.get_text_config().vocab_size
     fixed = Bytes(
         {
@@ -290,17 +327,14 @@ def _engine_bytes(config: TrainConfig, device: Device, loaded: LoadedModel) -> i
     return int(config.engine_memory_gib * GIB) + size * count
 
 
-def _phases(
-    config: TrainConfig, device: Device, step: TracedStep, stages: list[list[PlannedPart]]
-) -> dict[str, Bytes]:
+def _phases(config: TrainConfig, device: Device, step: TracedStep, stages: list[list[PlannedPart]]) -> dict[str, Bytes]:
     """What each phase of a step adds at its peak, in the part of the stage where it is largest."""
     found: dict[str, Bytes] = {}
     for parts in stages:
         sizes = [part.rows(config, device) for part in parts]
         size = max(1, math.ceil(sum(sizes) / config.gradient_accumulation_steps))
-        again = sum(math.ceil(own / size) for own in sizes) > 1
-        for part, own in zip(parts, sizes, strict=True):
-            teacher, student = step.learning(part, min(size, own), again=again)
+        for number, (part, own) in enumerate(zip(parts, sizes, strict=True)):
+            teacher, student = step.learning(part, min(size, own), again=number > 0 or own > size)
             sampling = step.sampling(part, own) if config.engine == "none" else Bytes()
             for name, added in (("sampling", sampling), ("teacher", teacher), ("student", student)):
                 found[name] = max(found.get(name, Bytes()), added, key=lambda size: size.total())
@@ -309,9 +343,7 @@ def _phases(
     return found
 
 
-def _sharded(
-    added: Bytes, device: Device, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]
-) -> Bytes:
+def _sharded(added: Bytes, device: Device, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]) -> Bytes:
     """What a phase adds with sharded weights.
 
     Sampling gathers all weights. Elsewhere, the weights outside the layers are gathered, of every network, and two

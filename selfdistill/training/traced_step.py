@@ -28,6 +28,7 @@ from selfdistill.model import (
     ForwardPass,
     LiveTensors,
     LoadedModel,
+    Sampling,
     TeacherRule,
     cached_casts,
     sample_at_its_longest,
@@ -46,7 +47,7 @@ class Device:
     kind: str
     """``cuda`` or ``cpu``, as PyTorch names it."""
     mixed_precision: str
-    """``bf16`` or ``no``."""
+    """``bf16`` or ``no``: what the setting ``auto`` stands for there."""
     processes: int = 1
 
 
@@ -57,6 +58,8 @@ class PlannedPart:
     method: Method
     share: float
     examples: list[Example]
+    sampling: Sampling | None
+    """How the completions are sampled; None if they are those of the examples."""
 
     def rows(self, config: TrainConfig, device: Device) -> int:
         """Completions of a step on one process."""
@@ -65,8 +68,7 @@ class PlannedPart:
 
     def completion(self, example: Example) -> Ids:
         """As long as the example's completion may become."""
-        sampling = self.method.sequence.sampling
-        return example.completion_ids if sampling is None else [0] * sampling.max_completion_length
+        return [0] * self.sampling.max_completion_length if self.sampling else example.completion_ids
 
 
 class TracedStep:
@@ -100,10 +102,9 @@ class TracedStep:
 
     def sampling(self, part: PlannedPart, count: int) -> Bytes:
         """Sample so many completions, all of the greatest length."""
-        sampling = part.method.sequence.sampling
-        prompts = [x.student_ids for x in part.examples]
+        sampling, prompts = part.sampling, [x.student_ids for x in part.examples]
         if part.method.fixed is not None:  # before the first step, by the teacher
-            sampling, count = part.method.fixed.sampling, part.method.fixed.batch_size
+            count = part.method.fixed.batch_size
             prompts = [x.teacher_ids or [] for x in part.examples]
         if sampling is None:
             return Counter()
@@ -186,8 +187,7 @@ class TracedStep:
             weights_N = torch.ones(len(tokens_N))
             if method.importance_cap is not None:
                 with torch.no_grad():
-                    tempered: Head = lambda hidden_ND: output.head(hidden_ND).float() / self._config.temperature
-                    chunked_loss(CrossEntropy(), output.hidden_ND, tempered, (), tokens_N, weights_N)
+                    chunked_loss(CrossEntropy(), output.hidden_ND, _float32(output.head), (), tokens_N, weights_N)
             loss, _ = chunked_loss(
                 method.loss,
                 output.hidden_ND[torch.arange(count)],
@@ -218,6 +218,10 @@ def longest(ids: Sequence[Ids], count: int) -> list[Ids]:
 def _selected(output: ForwardOutput) -> ForwardOutput:
     """A copy of the hidden states, as the choice of tokens with nonzero weight makes one."""
     return ForwardOutput(output.hidden_ND[torch.arange(len(output.hidden_ND))], output.head, output.head_parameters)
+
+
+def _float32(head: Head) -> Head:
+    return lambda hidden_ND: head(hidden_ND).float()
 
 
 def _vocabulary(model: Any) -> int:

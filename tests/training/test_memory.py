@@ -120,5 +120,6 @@ def test_the_plan_is_what_the_steps_hold(
     assert plan.untraced is None
     measured = measured_peak(config)
     print(f"\n| {name} | {plan.peak / 2**20:.0f} | {measured / 2**20:.0f} | {plan.peak / measured - 1:+.1%} |")
-    for phase in plan.phases: print("   ", phase.name, {k: round(v/2**20) for k,v in phase.bytes.items()})
+    for phase in plan.phases:
+        print("   ", phase.name, {k: round(v / 2**20) for k, v in phase.bytes.items()})
     assert plan.peak == pytest.approx(measured, rel=0.15)
