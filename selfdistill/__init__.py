@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         export,
         learn,
         make_questions,
+        memory_plan,
         plan,
         report,
         train,
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from selfdistill.training import Run
 
 _HOMES = {
-    "api": ("ask", "check", "compare", "evaluate", "export", "learn", "make_questions", "plan", "report", "train"),
+    "api": (
+        *("ask", "check", "compare", "evaluate", "export", "learn", "make_questions", "memory_plan", "plan", "report"),
+        "train",
+    ),
     "config": ("TrainConfig",),
     "data": ("Demonstration", "load_demonstrations"),
     "errors": ("RunFailed", "RunStopped", "UserError"),
@@ -49,6 +53,7 @@ __all__ = [
     "learn",
     "load_demonstrations",
     "make_questions",
+    "memory_plan",
     "plan",
     "report",
     "train",

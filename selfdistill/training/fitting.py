@@ -87,8 +87,8 @@ def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
     return Fit(plan, limit, None if plan.peak <= limit else _nearest(planner, config, limit))
 
 
-def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> list[str]:
-    """Lines on a run's memory, for its start.
+def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
+    """A run's plan, and lines on it for its start.
 
     Replies are mostly shorter than ``max_completion_length``. So a run is refused only if it cannot fit even with
     completions of one token, and warned if it cannot with the longest.
@@ -97,22 +97,21 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
         UserError: it cannot fit; names the nearest settings that would.
     """
     if limit is None:
-        return [planner.plan(config).line()]
+        plan = planner.plan(config)
+        return plan, [plan.line()]
     found = fitted(planner, config, limit)
     lines = [f"{found.plan.line()}; {limit / GIB:.1f} GiB free"]
     if found.fits:
-        return lines
+        return found.plan, lines
     least = planner.plan(config, longest=1)
     if least.peak > limit:
         raise UserError(
             f"{limit / GIB:.1f} GiB of memory are free, and the run needs at least {least.peak / GIB:.1f} GiB, with "
             f"the longest completions {found.plan.peak / GIB:.1f} GiB; {found.advice()}"
         )
-    return [
-        *lines,
-        f"note: if all completions of a batch are {config.max_completion_length} tokens long, it does not "
-        f"fit; {found.advice()}",
-    ]
+    tokens = config.max_completion_length
+    note = f"note: if all completions of a batch are {tokens} tokens long, it does not fit; {found.advice()}"
+    return found.plan, [*lines, note]
 
 
 def _nearest(planner: MemoryPlanner, config: TrainConfig, limit: int) -> tuple[Changes, MemoryPlan] | None:

@@ -90,37 +90,40 @@ class MemoryPlan(Printable):
 
     def line(self) -> str:
         """One line with the components of the peak."""
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in _shown(self.largest))
+        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", 2**20)
+        parts = ", ".join(f"{name} {self.largest.bytes[name] / size:.1f}" for name in _shown([self.largest]))
         beside = f"; not counted: {self.untraced}" if self.untraced else ""
-        return f"memory by plan: {self.peak / GIB:.2f} GiB at most ({parts}){beside}"
+        return f"memory by plan: at most {self.peak / size:.1f} {unit} ({parts}){beside}"
 
     def print(self, console: Console) -> None:
         """Print a table of components by phase."""
-        config, phases = self.config, [phase for phase in self.phases if phase.total]
+        config = self.config
         kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "full fine-tuning"
-        title = (
-            f"{config.model}: {kind}, {config.dtype} weights, "
-            f"{'bfloat16' if self.device.mixed_precision == 'bf16' else 'float32'} arithmetic, batch "
-            f"{config.batch_size} in {config.gradient_accumulation_steps}; longest rows {self.lengths[0]} tokens, "
-            f"teacher's {self.lengths[1]}"
-        )
-        table = Table(title=title, title_justify="left", title_style="")
-        table.add_column("GiB, by plan")
-        for phase in phases:
-            table.add_column(phase.name, justify="right")
-        for name in COMPONENTS:
-            sizes = [phase.bytes[name] / GIB for phase in phases]
-            if any(size >= 0.005 for size in sizes):
-                table.add_row(name, *(f"{size:.2f}" if size else "" for size in sizes))
-        table.add_section()
-        table.add_row("sum", *(f"{phase.total / GIB:.2f}" for phase in phases))
-        console.print(table)
+        arithmetic = "bfloat16" if self.device.mixed_precision == "bf16" else "float32"
+        lines = [
+            f"{config.model}: {kind}, {config.dtype} weights, {arithmetic} arithmetic, batch {config.batch_size} in "
+            f"{config.gradient_accumulation_steps}; longest rows {self.lengths[0]} tokens, teacher's {self.lengths[1]}"
+        ]
         if self.untraced:
-            console.print(f"not counted: {self.untraced}", markup=False, highlight=False, soft_wrap=True)
+            lines.append(f"not counted: {self.untraced}")
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", 2**20)
+        table = Table()
+        table.add_column(f"{unit} by plan")
+        for phase in self.phases:
+            table.add_column(phase.name, justify="right")
+        for name in _shown(self.phases):
+            table.add_row(name, *(f"{phase.bytes[name] / size:.1f}" for phase in self.phases))
+        table.add_section()
+        table.add_row("sum", *(f"{phase.total / size:.1f}" for phase in self.phases))
+        console.print(table)
 
 
-def _shown(phase: Phase) -> list[tuple[str, int]]:
-    return [(name, phase.bytes[name]) for name in COMPONENTS if phase.bytes[name] >= GIB / 200]
+def _shown(phases: Sequence[Phase]) -> list[str]:
+    """The components that are at least a thousandth of the largest phase."""
+    least = max(phase.total for phase in phases) / 1000
+    return [name for name in COMPONENTS if any(phase.bytes[name] > least for phase in phases)]
 
 
 class MemoryPlanner:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from selfdistill.config import TrainConfig
@@ -49,6 +50,11 @@ class Device:
     mixed_precision: str
     """``bf16`` or ``no``: what the setting ``auto`` stands for there."""
     processes: int = 1
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Device:
+        """The device of this process."""
+        return cls(accelerator.device.type, str(accelerator.mixed_precision), accelerator.num_processes)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from selfdistill.training.collapse import COLLAPSE_WINDOW
 from selfdistill.training.export import whole_folder, write_model
 from selfdistill.training.fitting import check_fits
 from selfdistill.training.loop import Loop, OnStep, without_gradient
-from selfdistill.training.memory import MemoryPlanner
+from selfdistill.training.memory import MemoryPlan, MemoryPlanner
 from selfdistill.training.model_card import model_card
 from selfdistill.training.setup import make_accelerator
 from selfdistill.training.traced_step import Device
@@ -106,7 +106,7 @@ def train(
             _lock(output_dir, held)
         checkpoint = newest_whole(output_dir) if resume else None
         demonstrations = demonstrations or load_demonstrations(config.data, split=config.split)
-        memory = _check_memory(config, demonstrations, loaded)
+        _, memory = check_memory(config, demonstrations, loaded)
         config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
         trainer = Trainer(config, demonstrations, evaluator, loaded)
         if checkpoint:
@@ -189,10 +189,10 @@ def _settings_of(checkpoint: Path) -> TrainConfig:
     return TrainConfig(**load_saved(checkpoint / "config.yaml", TrainConfig))
 
 
-def _check_memory(
+def check_memory(
     config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel | None
-) -> list[str]:
-    """Check before the model is loaded that there is enough memory; returns lines that describe what the run needs.
+) -> tuple[MemoryPlan | None, list[str]]:
+    """Check before the model is loaded that there is enough memory; returns the plan, and lines that describe it.
 
     A model or row that cannot be used is not reported here, but where it is used.
 
@@ -200,11 +200,10 @@ def _check_memory(
         UserError: there is not enough; names the nearest settings for which there is.
     """
     accelerator = make_accelerator(config)
-    device = Device(accelerator.device.type, str(accelerator.mixed_precision), accelerator.num_processes)
     try:
-        planner = MemoryPlanner(config, demonstrations, device, loaded)
+        planner = MemoryPlanner(config, demonstrations, Device.of(accelerator), loaded)
     except UserError:
-        return []
+        return None, []
     free = free_memory(accelerator.device)
     if free is not None and loaded is not None and loaded.device.type == accelerator.device.type:
         free += tensor_bytes(loaded.model.parameters())
