@@ -3,7 +3,7 @@
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.engine import Engine, close_engine, engine_for, running_engine, use_engine
-from selfdistill.model.fake import FilledCache, LiveTensors, fake_model, tensor_bytes
+from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.fsdp import (
@@ -53,6 +53,7 @@ __all__ = [
     "TeacherRule",
     "add_lora",
     "adopt",
+    "alike_layers",
     "cache_dir",
     "cached_casts",
     "checkpoint_activations",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from selfdistill.errors import UserError
 from selfdistill.model.adapters import read_config
+from selfdistill.model.compiled import layers_of
 from selfdistill.model.files import local_folder, resolve
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel, add_lora, describe, disable_dropout, load_tokenizer
@@ -35,7 +37,13 @@ from selfdistill.model.weights import causal_config
 
 
 def fake_model(
-    name: str, *, dtype: str, adapter_base: str | None = None, lora_rank: int = 0, like: LoadedModel | None = None
+    name: str,
+    *,
+    dtype: str,
+    adapter_base: str | None = None,
+    lora_rank: int = 0,
+    like: LoadedModel | None = None,
+    layers: int | None = None,
 ) -> LoadedModel:
     """A model to train, as fake tensors on the CPU, with its real tokenizer; reads ``config.json`` and no weights.
 
@@ -47,7 +55,8 @@ def fake_model(
         dtype: of the weights, or ``auto`` (as saved).
         adapter_base: the base of an adapter, if it is not where ``adapter_config.json`` says.
         lora_rank: rank of the adapter to train; 0: none.
-        like: the model itself, if already loaded; then no file is read.
+        like: the model itself, or another fake of it; then no file is read.
+        layers: its number of layers, if it is to have fewer.
 
     Raises:
         UserError: ``config.json`` or the tokenizer cannot be used, or the weights are quantised.
@@ -56,7 +65,7 @@ def fake_model(
         if like is not None:
             whole = unwrap(like.model)
             saved = whole.dtype if dtype == "auto" else getattr(torch, dtype)
-            model: Any = type(whole)._from_config(copy.deepcopy(whole.config), dtype=saved)
+            model: Any = type(whole)._from_config(_with_layers(whole.config, layers), dtype=saved)
             tokenizer = like.tokenizer
         else:
             model, tokenizer = _from_files(name, dtype, adapter_base)
@@ -69,6 +78,33 @@ def fake_model(
         loaded.model.to_empty(device="cpu")
     unwrap(loaded.model).tie_weights()
     return loaded
+
+
+def _with_layers(config: Any, layers: int | None) -> Any:
+    """A copy of a configuration with the first so many layers; None: all."""
+    config = copy.deepcopy(config)
+    if layers is not None:
+        text = config.get_text_config()
+        count, text.num_hidden_layers = text.num_hidden_layers, layers
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == count:
+                setattr(text, name, value[:layers])
+    return config
+
+
+def alike_layers(loaded: LoadedModel) -> list[nn.Module]:
+    """A model's layers if all are alike; empty if they are not, or that is not known."""
+    text = loaded.model.config.get_text_config()
+    count = getattr(text, "num_hidden_layers", 0)
+    listed = [value for value in vars(text).values() if isinstance(value, list) and len(value) == count]
+    if any(value != value[:1] * count for value in listed):
+        return []
+    try:
+        layers = layers_of(loaded, loaded.model, "")
+    except UserError:
+        return []
+    shapes = {tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters()) for layer in layers}
+    return layers if len(layers) == count and len(shapes) == 1 else []
 
 
 def _from_files(name: str, dtype: str, adapter_base: str | None) -> tuple[Any, Any]:
@@ -143,8 +179,9 @@ class LiveTensors(TorchDispatchMode):
         self.component = "activations"
         self.now: Counter[str] = Counter()
         """Bytes alive, by component."""
-        self.peak: Counter[str] = Counter()
-        """Bytes alive when their sum was largest, by component."""
+        self.peaks: dict[Any, Counter[str]] = {}
+        """Bytes alive when their sum was largest, by segment and component."""
+        self.begin("")
         self._entries: Any = WeakIdKeyDictionary()  # by storage
         self._hooks: list[Any] = []
         self._weights: Any = WeakIdKeyDictionary()
@@ -154,9 +191,10 @@ class LiveTensors(TorchDispatchMode):
                 if weight.requires_grad:
                     self._hooks.append(weight.register_post_accumulate_grad_hook(self._is_gradient))
 
-    def restart(self) -> None:
-        """Begin a new peak."""
-        self.peak = Counter(self.now)
+    def begin(self, segment: Hashable) -> None:
+        """Begin a new segment, with a peak of its own."""
+        self._segment, self._most = segment, self.now.total()
+        self.peaks[segment] = Counter(self.now)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
@@ -179,8 +217,8 @@ class LiveTensors(TorchDispatchMode):
         self._entries[storage] = entry
         self.now[entry.component] += entry.bytes
         weakref.finalize(storage, self._freed, entry)
-        if self.now.total() > self.peak.total():
-            self.peak = Counter(self.now)
+        if (total := self.now.total()) > self._most:
+            self._most, self.peaks[self._segment] = total, Counter(self.now)
 
     def _freed(self, entry: _Entry) -> None:
         self.now[entry.component] -= entry.bytes

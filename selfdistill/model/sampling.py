@@ -6,7 +6,7 @@ Legend: B unfinished samples, L length so far, V vocabulary, H key/value heads, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,11 +87,11 @@ class PreallocatedLayer(DynamicLayer):
         return keys, values
 
     def skip(self, count: int) -> None:
-        """Append as many tokens, with states of zeros."""
+        """Append so many tokens with states of zeros."""
         assert self.keys is not None
         assert self.values is not None
-        shapes = [(*t.shape[:2], count, t.shape[3]) for t in (self.keys, self.values)]
-        self.update(self.keys.new_zeros(shapes[0]), self.values.new_zeros(shapes[1]))
+        longer = [t.new_zeros(*t.shape[:2], t.shape[2] + count, t.shape[3]) for t in (self.keys, self.values)]
+        self._hold(*longer)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select these rows of the batch."""
@@ -134,25 +134,33 @@ def sample(
     return all_gather(rollouts)
 
 
-def sample_at_its_longest(loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Any]:
+def sample_at_its_longest(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, at: Callable[[str], object]
+) -> None:
     """Sample the first token and the last, as if no sample ended early: what sampling needs at most.
 
     The tokens between have states of zeros. Made for fake tensors, on which :func:`sample` cannot look for an end.
 
-    Returns:
-        The layers of the key/value cache.
+    Args:
+        loaded: the model.
+        prompts: token ids.
+        sampling: the policy.
+        at: called with the name of each part of the work before it begins.
     """
+    zeros_B = torch.zeros(len(prompts), dtype=torch.float64)
+    uniform_B = zeros_B if sampling.temperature > 0 else None
+    between = max(0, sampling.max_completion_length - 2)
     with cached_casts(loaded.model):
+        at("prompts")
         cache, logits_BV, mask_BL = _read(loaded, prompts)
+        at("states")
         cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        zeros_B = torch.zeros(len(prompts), dtype=torch.float64)
-        uniform_B = zeros_B if sampling.temperature > 0 else None
+        for layer in cache.layers:
+            if isinstance(layer, PreallocatedLayer):
+                layer.skip(between)
+        at("choice")
         token_B, _ = choose(logits_BV.float(), sampling, uniform_B)
-        between = max(0, sampling.max_completion_length - 2)
-        for start in range(0, between, PREALLOCATED_TOKENS):
-            for layer in cache.layers:
-                if isinstance(layer, PreallocatedLayer):
-                    layer.skip(min(PREALLOCATED_TOKENS, between - start))
+        at("last token")
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), between + 1)], dim=1)
         logits_BV = loaded.model(
             input_ids=token_B[:, None],
@@ -161,8 +169,8 @@ def sample_at_its_longest(loaded: LoadedModel, prompts: Sequence[Sequence[int]],
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+        at("last choice")
         choose(logits_BV.float(), sampling, uniform_B)
-    return list(cache.layers)
 
 
 def cut_at_next_turn(loaded: LoadedModel, rollout: Rollout) -> Rollout:

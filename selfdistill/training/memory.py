@@ -32,8 +32,10 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation import DRIFT_PROMPTS, DRIFT_TOKENS, LAYOUTS
 from selfdistill.methods import Method, Part, stages_of, uses
 from selfdistill.model import (
+    FilledCache,
     LoadedModel,
     TeacherRule,
+    alike_layers,
     checkpoint_activations,
     fake_model,
     layers_of,
@@ -42,9 +44,11 @@ from selfdistill.model import (
 )
 from selfdistill.runtime import Printable
 from selfdistill.training.setup import drawn, teacher_rules
-from selfdistill.training.traced_step import Bytes, Device, PlannedPart, TracedStep
+from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+FEW_LAYERS = (2, 3)
+"""Numbers of layers of which a step is traced where all layers are alike; with more, a peak grows in proportion."""
 COMPONENTS = (
     *("weights", "teacher", "moments", "gradients", "casts", "activations", "loss"),
     *("keys and values", "workspace", "contexts", "engine"),
@@ -90,7 +94,7 @@ class MemoryPlan(Printable):
 
     def line(self) -> str:
         """One line with the components of the peak."""
-        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", 2**20)
+        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", MIB)
         parts = ", ".join(f"{name} {self.largest.bytes[name] / size:.1f}" for name in _shown([self.largest]))
         beside = f"; not counted: {self.untraced}" if self.untraced else ""
         return f"memory by plan: at most {self.peak / size:.1f} {unit} ({parts}){beside}"
@@ -108,7 +112,7 @@ class MemoryPlan(Printable):
             lines.append(f"not counted: {self.untraced}")
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", 2**20)
+        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", MIB)
         table = Table()
         table.add_column(f"{unit} by plan")
         for phase in self.phases:
@@ -164,19 +168,29 @@ class MemoryPlanner:
         others = self._others(config)
         tasks = {parts[0].method.teacher for parts in stages}
         cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
-        step = TracedStep(config, device, loaded, others, [] if config.fsdp else cached)
+        cached = [] if config.fsdp else cached
+        steps = [TracedStep(config, device, model, others, cached) for model in self._traced_models(config)]
         fixed = self.fixed(config)
-        fixed["contexts"] += self._contexts(config, step, stages)
+        fixed["contexts"] += self._contexts(config, cached, stages)
         untraced = None
         try:
-            traced = _phases(config, device, step, stages)
+            traced = _phases(config, device, steps, stages, len(alike_layers(loaded)))
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
             untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
             traced = {"step": Bytes()}
+        if config.engine != "none" and device.kind == "cuda":
+            traced["sampling"] = Bytes({"engine": _engine_bytes(config, device, loaded)})
         if config.fsdp:
             traced = {name: _sharded(size, device, loaded, others) for name, size in traced.items()}
         phases = tuple(Phase(name, fixed + size) for name, size in traced.items())
         return MemoryPlan(config, device, phases, _lengths(stages), untraced)
+
+    def _traced_models(self, config: TrainConfig) -> list[LoadedModel]:
+        """The models whose steps are traced: with a few layers where all are alike, which takes less time."""
+        loaded = self._model(config)
+        if len(alike_layers(loaded)) <= max(FEW_LAYERS) or config.teacher_model:
+            return [loaded]
+        return [self._model(config, layers) for layers in FEW_LAYERS]
 
     def device(self, config: TrainConfig) -> Device:
         """The device, in the arithmetic of these settings."""
@@ -196,8 +210,8 @@ class MemoryPlanner:
                 self._teachers[name] = fake_model(name, dtype=config.dtype)
         return {rule: self._teachers[name] for rule, name in names.items()}
 
-    def _model(self, config: TrainConfig) -> LoadedModel:
-        key = (config.dtype, config.lora_rank, config.gradient_checkpointing)
+    def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
+        key = (config.dtype, config.lora_rank, config.gradient_checkpointing, layers)
         if key not in self._models:
             like = next(iter(self._models.values()), self._loaded)
             loaded = fake_model(
@@ -206,19 +220,23 @@ class MemoryPlanner:
                 adapter_base=config.adapter_base,
                 lora_rank=config.lora_rank,
                 like=like,
+                layers=layers,
             )
             if config.gradient_checkpointing:
                 checkpoint_activations(loaded.model)
             self._models[key] = loaded
         return self._models[key]
 
-    def _contexts(self, config: TrainConfig, step: TracedStep, stages: list[list[PlannedPart]]) -> int:
-        """Bytes of the contexts that are kept: as many as there are rows, each as long as the longest on average."""
+    def _contexts(self, config: TrainConfig, cached: Sequence[TeacherRule], stages: list[list[PlannedPart]]) -> int:
+        """Bytes of the contexts that are kept: as many as there are rows, as long as the longest are on average."""
         total = 0
-        for rule, cache in step.caches.items():
-            contexts = [len(x.teacher_ids or []) for p in stages for x in p[0].examples if p[0].method.teacher == rule]
-            tokens = sum(contexts) / len(contexts) * len(self._rows)
-            total += min(int(tokens * cache.token_bytes), config.teacher_cache_mib * 2**20)
+        for rule in cached:
+            tasks = [parts[0] for parts in stages if parts[0].method.teacher == rule]
+            lengths = [len(x.teacher_ids or []) for task in tasks for x in task.examples]
+            network = self._others(config).get(rule, self._model(config))
+            with autocast(self.device(config)):
+                token_bytes = FilledCache(network).token_bytes
+            total += min(sum(lengths) * len(self._rows) * token_bytes // len(lengths), config.teacher_cache_mib * MIB)
         return total
 
 
@@ -330,19 +348,37 @@ def _engine_bytes(config: TrainConfig, device: Device, loaded: LoadedModel) -> i
     return int(config.engine_memory_gib * GIB) + size * count
 
 
-def _phases(config: TrainConfig, device: Device, step: TracedStep, stages: list[list[PlannedPart]]) -> dict[str, Bytes]:
-    """What each phase of a step adds at its peak, in the part of the stage where it is largest."""
+def _phases(
+    config: TrainConfig,
+    device: Device,
+    steps: Sequence[TracedStep],
+    stages: list[list[PlannedPart]],
+    layers: int,
+) -> dict[str, Bytes]:
+    """What each phase of a step adds at its peak, in the part of the stage and the segment where it is largest."""
     found: dict[str, Bytes] = {}
     for parts in stages:
         sizes = [part.rows(config, device) for part in parts]
         size = max(1, math.ceil(sum(sizes) / config.gradient_accumulation_steps))
         for number, (part, own) in enumerate(zip(parts, sizes, strict=True)):
-            teacher, student = step.learning(part, min(size, own), again=number > 0 or own > size)
-            sampling = step.sampling(part, own) if config.engine == "none" else Bytes()
-            for name, added in (("sampling", sampling), ("teacher", teacher), ("student", student)):
-                found[name] = max(found.get(name, Bytes()), added, key=lambda size: size.total())
-    if config.engine != "none" and device.kind == "cuda":
-        found["sampling"] = Bytes({"engine": _engine_bytes(config, device, step.loaded)})
+            peaks = [step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps]
+            if config.engine == "none":
+                peaks = [step.sampling(part, own) | peak for step, peak in zip(steps, peaks, strict=True)]
+            for (phase, _), added in _extrapolated(peaks, layers).items():
+                found[phase] = max(found.get(phase, Bytes()), added, key=lambda added: added.total())
+    return found
+
+
+def _extrapolated(peaks: Sequence[Segments], layers: int) -> Segments:
+    """The peaks with all layers, from those with ``FEW_LAYERS``; a single one is with all."""
+    if len(peaks) == 1:
+        return peaks[0]
+    few, more = FEW_LAYERS
+    found: Segments = {}
+    for segment, fewer in peaks[0].items():
+        other = peaks[1][segment]
+        slopes = {name: (other[name] - fewer[name]) / (more - few) for name in fewer | other}
+        found[segment] = Bytes({name: round(fewer[name] + (layers - few) * slope) for name, slope in slopes.items()})
     return found
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import Example
@@ -31,14 +30,16 @@ from selfdistill.model import (
     LoadedModel,
     Sampling,
     TeacherRule,
+    alike_layers,
     cached_casts,
     sample_at_its_longest,
-    tensor_bytes,
 )
 
 Ids = list[int]
 Bytes = Counter[str]
 """Bytes by component."""
+Segments = dict[tuple[str, str], Bytes]
+"""The peaks of a step's segments, by phase and name. Where all layers are alike, each grows by as much per layer."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Device:
     def of(cls, accelerator: Accelerator) -> Device:
         """The device of this process."""
         return cls(accelerator.device.type, str(accelerator.mixed_precision), accelerator.num_processes)
+
+
+def autocast(device: Device) -> torch.autocast:
+    """The arithmetic of a device, for fake tensors."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=device.mixed_precision == "bf16")
 
 
 @dataclass(frozen=True)
@@ -104,28 +110,30 @@ class TracedStep:
             """Kept contexts, by the rule of their teacher."""
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self._device.mixed_precision == "bf16")
+        return autocast(self._device)
 
-    def sampling(self, part: PlannedPart, count: int) -> Bytes:
+    def sampling(self, part: PlannedPart, count: int) -> Segments:
         """Sample so many completions, all of the greatest length."""
-        sampling, prompts = part.sampling, [x.student_ids for x in part.examples]
+        prompts = [x.student_ids for x in part.examples]
         if part.method.fixed is not None:  # before the first step, by the teacher
             count = part.method.fixed.batch_size
             prompts = [x.teacher_ids or [] for x in part.examples]
-        if sampling is None:
-            return Counter()
+        if part.sampling is None:
+            return {}
+        prompts = longest(prompts, count)
         live = LiveTensors(self.loaded.model)
         live.component = "workspace"
         with live, self._autocast():
-            layers = sample_at_its_longest(self.loaded, longest(prompts, count), sampling)
-            states = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-            found = Counter(live.peak)
-            found["keys and values"] = tensor_bytes(t for t in states if isinstance(t, Tensor))
-        found["workspace"] = max(0, found["workspace"] - found["keys and values"])
-        return found
+            sample_at_its_longest(self.loaded, prompts, part.sampling, lambda name: live.begin(("sampling", name)))
+            states = FilledCache(self.loaded).token_bytes * count
+        states *= len(prompts[0]) + part.sampling.max_completion_length
+        for peak in live.peaks.values():
+            peak["keys and values"] = min(states, peak["workspace"])
+            peak["workspace"] -= peak["keys and values"]
+        return _segments(live)
 
-    def learning(self, part: PlannedPart, size: int, *, again: bool) -> tuple[Bytes, Bytes]:
-        """Score a micro-batch by teachers and student, and run backward; what the two phases hold.
+    def learning(self, part: PlannedPart, size: int, *, again: bool) -> Segments:
+        """Score a micro-batch by teachers and student, and run backward.
 
         Args:
             part: whose rows.
@@ -134,6 +142,9 @@ class TracedStep:
         """
         live = LiveTensors(*self._networks)
         trained = [weight for weight in self.loaded.model.parameters() if weight.requires_grad]
+        layers = alike_layers(self.loaded)
+        last = [p for p in layers[-1].parameters() if p.requires_grad] if layers else trained
+        hook = last[-1].register_post_accumulate_grad_hook(lambda _: live.begin(("student", "other layers")))
         try:
             with live:
                 if again:
@@ -141,12 +152,11 @@ class TracedStep:
                     for weight in trained:
                         weight.grad = torch.zeros_like(weight)
                 live.component = "activations"
-                taught, base = self._teachers(part, size)
-                teachers = Counter(live.peak)
-                live.restart()
+                taught, base = self._teachers(part, size, live)
                 self._student(part, size, taught, base, live)
-                return teachers, Counter(live.peak)
+                return _segments(live)
         finally:
+            hook.remove()
             for weight in trained:
                 weight.grad = None
             self.loaded.model.eval()
@@ -158,10 +168,14 @@ class TracedStep:
         chosen = [pairs[number % len(pairs)] for number in range(size)]
         return [ids for ids, _ in chosen], [ids for _, ids in chosen]
 
-    def _teachers(self, part: PlannedPart, size: int) -> tuple[ForwardOutput | None, ForwardOutput | None]:
+    def _teachers(
+        self, part: PlannedPart, size: int, live: LiveTensors
+    ) -> tuple[ForwardOutput | None, ForwardOutput | None]:
         taught = base = None
+        live.begin(("teacher", "context"))
         if part.method.teacher:
             taught = self._score(part.method.teacher, *self._rows(part, size, lambda x: x.teacher_ids or []))
+        live.begin(("teacher", "base"))
         if part.method.needs_base:
             base = self._score(FROZEN, *self._rows(part, size, lambda x: x.student_ids))
         return taught, base
@@ -184,9 +198,11 @@ class TracedStep:
         contexts, completions = self._rows(part, size, lambda x: x.student_ids)
         model, method = self.loaded.model, part.method
         model.train(self._config.gradient_checkpointing)
+        live.begin(("student", "forward"))
         with self._autocast():
             output = self._forward_pass(model, contexts, completions)
             count = len(output.hidden_ND)
+            live.begin(("student", "loss"))
             live.component = "loss"
             # The second chunk needs what all later ones need.
             tokens_N = torch.zeros(min(count, 2 * chunk_tokens(_vocabulary(model))), dtype=torch.long)
@@ -206,6 +222,7 @@ class TracedStep:
                 weighting=method.weighting,
             )
         live.component = "activations"
+        live.begin(("student", "backward"))
         loss.backward()
 
     def _head(self, head: Head) -> Head:
@@ -213,6 +230,10 @@ class TracedStep:
         if self._device.kind == "cpu" or self._device.mixed_precision == "no":
             return head
         return lambda hidden_ND: head(hidden_ND)
+
+
+def _segments(live: LiveTensors) -> Segments:
+    return {segment: peak for segment, peak in live.peaks.items() if segment}
 
 
 def longest(ids: Sequence[Ids], count: int) -> list[Ids]:
