@@ -33,7 +33,7 @@ from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel, add_lora, describe, disable_dropout, load_tokenizer
 from selfdistill.model.prefix_cache import in_attention_dtype
 from selfdistill.model.quantisation import loading_options
-from selfdistill.model.weights import causal_config
+from selfdistill.model.weights import causal_config, first_line
 
 
 def fake_model(
@@ -62,13 +62,16 @@ def fake_model(
         UserError: ``config.json`` or the tokenizer cannot be used, or the weights are quantised.
     """
     with torch.device("meta"):
-        if like is not None:
-            whole = unwrap(like.model)
-            saved = whole.dtype if dtype == "auto" else getattr(torch, dtype)
-            model: Any = type(whole)._from_config(_with_layers(whole.config, layers), dtype=saved)
-            tokenizer = like.tokenizer
-        else:
-            model, tokenizer = _from_files(name, dtype, adapter_base)
+        try:
+            if like is not None:
+                whole = unwrap(like.model)
+                saved = whole.dtype if dtype == "auto" else getattr(torch, dtype)
+                model: Any = type(whole)._from_config(_with_layers(whole.config, layers), dtype=saved)
+                tokenizer = like.tokenizer
+            else:
+                model, tokenizer = _from_files(name, dtype, adapter_base)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"model {name!r}: its memory cannot be planned: {first_line(error)}") from None
         disable_dropout(model.eval())
         loaded = describe(model, tokenizer, name)
         loaded.continues_cache = loaded.separate_head = True

@@ -4,7 +4,7 @@ from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.export import export, take_whole, whole_folder
 from selfdistill.training.fitting import Fit
 from selfdistill.training.loop import OnStep
-from selfdistill.training.memory import MemoryPlan
+from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.plan import Plan, plan, plan_for
 from selfdistill.training.run import Run
 from selfdistill.training.schedule import steps_of

@@ -14,7 +14,8 @@ from selfdistill.data import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import Printable
-from selfdistill.training.memory import GIB, MemoryPlan, MemoryPlanner
+from selfdistill.training.memory import MemoryPlanner
+from selfdistill.training.memory_result import GIB, MemoryPlan
 from selfdistill.training.traced_step import Device
 
 LORA_RANK = 16

@@ -8,8 +8,14 @@ Every number is the size of tensors that the run will hold, W bytes of weights, 
     contexts   kept keys and values of a frozen teacher's contexts, and the logits that the drift is measured from
     gradients  P, from the first micro-batch on, or as far as the backward pass has come
 
-What a step adds, the engine's memory and the phases of a step are in :mod:`selfdistill.training.traced_step`. Phases
-do not overlap, so the peak is that of the largest.
+    engine     its key/value cache and a copy of the weights; on a GPU only while it samples
+
+What a step adds is counted by :mod:`selfdistill.training.traced_step`, in three phases that do not overlap. So the peak
+is that of the largest:
+
+    sampling   casts of the weights, keys and values, workspace
+    teacher    casts, activations without gradient
+    student    casts, activations, loss (logits of a chunk and the head's gradient), gradients
 
 Not counted: evaluations on ``test``, what a caching allocator loses to fragments, and a GPU's context.
 """
@@ -19,12 +25,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, Demonstration
@@ -42,92 +46,12 @@ from selfdistill.model import (
     tensor_bytes,
     unwrap,
 )
-from selfdistill.runtime import Printable
+from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
 from selfdistill.training.setup import drawn, teacher_rules
 from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
 
-GIB, MIB = 2**30, 2**20
 FEW_LAYERS = (2, 3)
 """Numbers of layers of which a step is traced where all layers are alike; with more, a peak grows in proportion."""
-COMPONENTS = (
-    *("weights", "teacher", "moments", "gradients", "casts", "activations", "loss"),
-    *("keys and values", "workspace", "contexts", "engine"),
-)
-"""In the order of the table."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A phase of a step at its peak."""
-
-    name: str
-    bytes: Bytes
-    """By component."""
-
-    @property
-    def total(self) -> int:
-        return self.bytes.total()
-
-
-@dataclass(frozen=True, repr=False)
-class MemoryPlan(Printable):
-    """What a run needs, on each of its processes, when all of a batch's completions are as long as they may be."""
-
-    config: TrainConfig
-    device: Device
-    phases: tuple[Phase, ...]
-    """Of the step, at its largest."""
-    lengths: tuple[int, int]
-    """Tokens of the longest row: of the student's prompt with the completion, and of the teacher's."""
-    untraced: str | None
-    """Why what a step adds is not counted; None if it is."""
-
-    @property
-    def largest(self) -> Phase:
-        """The phase with the peak."""
-        return max(self.phases, key=lambda phase: phase.total)
-
-    @property
-    def peak(self) -> int:
-        """Bytes."""
-        return self.largest.total
-
-    def line(self) -> str:
-        """One line with the components of the peak."""
-        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", MIB)
-        parts = ", ".join(f"{name} {self.largest.bytes[name] / size:.1f}" for name in _shown([self.largest]))
-        beside = f"; not counted: {self.untraced}" if self.untraced else ""
-        return f"memory by plan: at most {self.peak / size:.1f} {unit} ({parts}){beside}"
-
-    def print(self, console: Console) -> None:
-        """Print a table of components by phase."""
-        config = self.config
-        kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "full fine-tuning"
-        arithmetic = "bfloat16" if self.device.mixed_precision == "bf16" else "float32"
-        lines = [
-            f"{config.model}: {kind}, {config.dtype} weights, {arithmetic} arithmetic, batch {config.batch_size} in "
-            f"{config.gradient_accumulation_steps}; longest rows {self.lengths[0]} tokens, teacher's {self.lengths[1]}"
-        ]
-        if self.untraced:
-            lines.append(f"not counted: {self.untraced}")
-        for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", MIB)
-        table = Table()
-        table.add_column(f"{unit} by plan")
-        for phase in self.phases:
-            table.add_column(phase.name, justify="right")
-        for name in _shown(self.phases):
-            table.add_row(name, *(f"{phase.bytes[name] / size:.1f}" for phase in self.phases))
-        table.add_section()
-        table.add_row("sum", *(f"{phase.total / size:.1f}" for phase in self.phases))
-        console.print(table)
-
-
-def _shown(phases: Sequence[Phase]) -> list[str]:
-    """The components that are at least a thousandth of the largest phase."""
-    least = max(phase.total for phase in phases) / 1000
-    return [name for name in COMPONENTS if any(phase.bytes[name] > least for phase in phases)]
 
 
 class MemoryPlanner:

@@ -17,7 +17,7 @@ from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import Printable, check_tracker, peak_memory, world_size
 from selfdistill.training.fitting import Fit, fit
-from selfdistill.training.memory import MemoryPlan
+from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.schedule import steps_of
 from selfdistill.training.setup import check_parts
 from selfdistill.training.traced_step import Device

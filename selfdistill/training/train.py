@@ -41,7 +41,8 @@ from selfdistill.training.collapse import COLLAPSE_WINDOW
 from selfdistill.training.export import whole_folder, write_model
 from selfdistill.training.fitting import check_fits
 from selfdistill.training.loop import Loop, OnStep, without_gradient
-from selfdistill.training.memory import MemoryPlan, MemoryPlanner
+from selfdistill.training.memory import MemoryPlanner
+from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.model_card import model_card
 from selfdistill.training.setup import make_accelerator
 from selfdistill.training.traced_step import Device
