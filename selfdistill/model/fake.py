@@ -70,6 +70,8 @@ def fake_model(
                 tokenizer = like.tokenizer
             else:
                 model, tokenizer = _from_files(name, dtype, adapter_base)
+        except UserError:
+            raise
         except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"model {name!r}: its memory cannot be planned: {first_line(error)}") from None
         disable_dropout(model.eval())

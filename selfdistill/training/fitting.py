@@ -15,7 +15,7 @@ from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import Printable
 from selfdistill.training.memory import MemoryPlanner
-from selfdistill.training.memory_result import GIB, MemoryPlan
+from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.traced_step import Device
 
 LORA_RANK = 16
@@ -43,7 +43,7 @@ class Fit(Printable):
 
     def verdict(self) -> str:
         """Whether it fits, and what would."""
-        sizes = f"{self.plan.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB"
+        sizes = f"{size_text(self.plan.peak)} of {size_text(self.limit)}"
         return f"it fits: {sizes}" if self.fits else f"it does not fit: {sizes}; {self.advice()}"
 
     def advice(self) -> str:
@@ -52,7 +52,7 @@ class Fit(Printable):
             return "no change of settings makes it fit; use a smaller model, or shorter prompts and completions"
         changes, plan = self.nearest
         options = " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
-        return f"this would, with {plan.peak / GIB:.1f} GiB: {options}"
+        return f"this would, with {size_text(plan.peak)}: {options}"
 
     def print(self, console: Console) -> None:
         """Print the table of the plan and the verdict."""
@@ -101,14 +101,14 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
         plan = planner.plan(config)
         return plan, [plan.line()]
     found = fitted(planner, config, limit)
-    lines = [f"{found.plan.line()}; {limit / GIB:.1f} GiB free"]
+    lines = [f"{found.plan.line()}; {size_text(limit)} free"]
     if found.fits:
         return found.plan, lines
     least = planner.plan(config, longest=1)
     if least.peak > limit:
         raise UserError(
-            f"{limit / GIB:.1f} GiB of memory are free, and the run needs at least {least.peak / GIB:.1f} GiB, with "
-            f"the longest completions {found.plan.peak / GIB:.1f} GiB; {found.advice()}"
+            f"{size_text(limit)} of memory are free, and the run needs at least {size_text(least.peak)}, with "
+            f"the longest completions {size_text(found.plan.peak)}; {found.advice()}"
         )
     tokens = config.max_completion_length
     note = f"note: if all completions of a batch are {tokens} tokens long, it does not fit; {found.advice()}"
@@ -120,6 +120,9 @@ def _nearest(planner: MemoryPlanner, config: TrainConfig, limit: int) -> tuple[C
     moves = list(_moves(config, planner.device(config)))
     more = range(config.gradient_accumulation_steps + 1, config.batch_size + 1)
     in_parts: list[Changes] = [{"gradient_accumulation_steps": n} for n in more if config.batch_size % n == 0]
+    least = {name: value for changes in moves for name, value in changes.items() if name != "teacher"}
+    if not _smallest(planner, config, limit, least, in_parts[-1:] or [{}]):
+        return None
     for count in range(1, MOST_CHANGES + 1):
         for own, steps in ((count - 1, in_parts), (count, [{}])):
             for chosen in combinations(moves, own):

@@ -58,10 +58,10 @@ class MemoryPlan(Printable):
 
     def line(self) -> str:
         """One line with the components of the peak."""
-        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", MIB)
+        _, size = _unit(self.peak)
         parts = ", ".join(f"{name} {self.largest.bytes[name] / size:.1f}" for name in _shown([self.largest]))
         beside = f"; not counted: {self.untraced}" if self.untraced else ""
-        return f"memory by plan: at most {self.peak / size:.1f} {unit} ({parts}){beside}"
+        return f"memory by plan: at most {size_text(self.peak)} ({parts}){beside}"
 
     def print(self, console: Console) -> None:
         """Print a table of components by phase."""
@@ -76,7 +76,7 @@ class MemoryPlan(Printable):
             lines.append(f"not counted: {self.untraced}")
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", MIB)
+        unit, size = _unit(self.peak)
         table = Table()
         table.add_column(f"{unit} by plan")
         for phase in self.phases:
@@ -86,6 +86,16 @@ class MemoryPlan(Printable):
         table.add_section()
         table.add_row("sum", *(f"{phase.total / size:.1f}" for phase in self.phases))
         console.print(table)
+
+
+def size_text(size: int) -> str:
+    """A number of bytes for people."""
+    name, unit = _unit(size)
+    return f"{size / unit:.1f} {name}"
+
+
+def _unit(size: int) -> tuple[str, int]:
+    return ("GiB", GIB) if size >= GIB else ("MiB", MIB)
 
 
 def _shown(phases: Sequence[Phase]) -> list[str]:
