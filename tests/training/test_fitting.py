@@ -60,7 +60,7 @@ def test_what_fits_unless_completions_are_long_is_said_and_trained(
     said = capsys.readouterr().err
     assert "memory by plan: at most" in said
     assert "note: if all completions of a batch are 200 tokens long, it does not fit; this would, with" in said
-    assert said.rstrip().endswith("final")
+    assert (Path(config.output_dir) / "final").is_dir()
 
 
 def test_the_nearest_settings_change_least(settings: Make) -> None:
@@ -95,12 +95,12 @@ def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
 def test_layers_that_are_all_alike_are_counted_from_a_few(
     settings: Make, model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = with_config(model_folder(), tmp_path / "seven", num_hidden_layers=7)
-    for values in ({}, {"lora_rank": 4, "gradient_checkpointing": True}, {"mixed_precision": "bf16"}):
+    folder = with_config(model_folder(), tmp_path / "five", num_hidden_layers=5)
+    for values in ({"mixed_precision": "bf16"}, {"lora_rank": 4, "gradient_checkpointing": True}):
         config = settings(model=str(folder), **values)
         found = planned(config)
         with monkeypatch.context() as whole:
-            whole.setattr(memory, "FEW_LAYERS", (7, 8))
+            whole.setattr(memory, "FEW_LAYERS", (5, 6))
             expected = planned(config)
         assert found.peak == pytest.approx(expected.peak, rel=0.01)
         assert found.largest.name == expected.largest.name

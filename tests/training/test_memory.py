@@ -100,7 +100,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SFT": {"method": "sft"},
     "top-k loss": {"support": "top_k"},
 }
-QUICK = ("full, float32, EMA", "LoRA, bfloat16 base", "SFT")
+QUICK = ("full, four micro-batches", "LoRA, bfloat16 base")
 
 
 def cases() -> Iterator[Any]:
@@ -120,6 +120,5 @@ def test_the_plan_is_what_the_steps_hold(
     assert plan.untraced is None
     measured = measured_peak(config)
     print(f"\n| {name} | {plan.peak / 2**20:.0f} | {measured / 2**20:.0f} | {plan.peak / measured - 1:+.1%} |")
-    for phase in plan.phases:
-        print("   ", phase.name, {k: round(v / 2**20) for k, v in phase.bytes.items()})
-    assert plan.peak == pytest.approx(measured, rel=0.15)
+    print(repr(plan))
+    assert plan.peak == pytest.approx(measured, rel=0.03)
