@@ -117,9 +117,10 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
 
 def _nearest(planner: MemoryPlanner, config: TrainConfig, limit: int) -> tuple[Changes, MemoryPlan] | None:
     """The fewest changes that fit; of as many, those that change the result least come first."""
-    moves = list(_moves(config, planner.device(config)))
+    moves = list(_moves(config, planner))
     more = range(config.gradient_accumulation_steps + 1, config.batch_size + 1)
-    in_parts: list[Changes] = [{"gradient_accumulation_steps": n} for n in more if config.batch_size % n == 0]
+    unit = planner.device(config).processes if config.fsdp else 1  # with fsdp, all parts are equal
+    in_parts: list[Changes] = [{"gradient_accumulation_steps": n} for n in more if config.batch_size % (n * unit) == 0]
     least = {name: value for changes in moves for name, value in changes.items() if name != "teacher"}
     if not _smallest(planner, config, limit, least, in_parts[-1:] or [{}]):
         return None
@@ -132,15 +133,16 @@ def _nearest(planner: MemoryPlanner, config: TrainConfig, limit: int) -> tuple[C
     return None
 
 
-def _moves(config: TrainConfig, device: Device) -> Iterator[Changes]:
+def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
     """Single changes of settings, apart from micro-batches, in the order of what they change in the result."""
+    device = planner.device(config)
     if not config.gradient_checkpointing and not config.torch_compile:
         yield {"gradient_checkpointing": True}
     if device.mixed_precision == "no" and device.kind == "cuda":
         yield {"mixed_precision": "bf16"}
     if config.teacher in ("ema", "snapshot") and not config.lora_rank:
         yield {"teacher": "live"}
-    if not config.lora_rank:
+    if not config.lora_rank and not planner.has_model:  # an adapter needs the files of its base
         yield {"lora_rank": LORA_RANK}
     if config.dtype == "float32":
         yield {"dtype": "bfloat16"}

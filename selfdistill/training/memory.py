@@ -75,6 +75,8 @@ class MemoryPlanner:
         loaded: LoadedModel | None = None,
     ) -> None:
         self._device, self._loaded = device, loaded
+        self.has_model = loaded is not None
+        """Whether the model is already loaded."""
         self._rows = drawn(demonstrations, config)
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
         self._teachers: dict[str, LoadedModel] = {}
