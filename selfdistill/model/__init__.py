@@ -31,7 +31,7 @@ from selfdistill.model.loading import (
     weights_fingerprint,
 )
 from selfdistill.model.precision import cached_casts, refuse_half_precision, resolved_precision, training_precision
-from selfdistill.model.prefix_cache import PrefixCache
+from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.teacher import Teacher, TeacherRule
@@ -64,6 +64,7 @@ __all__ = [
     "files_that_go_along",
     "full_tensor",
     "full_tensors",
+    "has_full_attention",
     "is_sharded",
     "layers_of",
     "load_for_training",

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from selfdistill.errors import UserError
 from selfdistill.model.adapters import read_config
@@ -48,7 +49,7 @@ def fake_model(
     """A model to train, as fake tensors on the CPU, with its real tokenizer; reads ``config.json`` and no weights.
 
     The start-up probes need data, so their usual results are assumed: the head is separate from the body, and a pass
-    can continue from a cache.
+    can continue from a cache unless the model has a recurrent state.
 
     Args:
         name: the value of ``--model``. An adapter counts as its base, into which training merges it.
@@ -76,7 +77,9 @@ def fake_model(
             raise UserError(f"model {name!r}: its memory cannot be planned: {first_line(error)}") from None
         disable_dropout(model.eval())
         loaded = describe(model, tokenizer, name)
-        loaded.continues_cache = loaded.separate_head = True
+        loaded.separate_head = True
+        layers_of_cache = DynamicCache(config=model.config.get_text_config()).layers
+        loaded.continues_cache = all(isinstance(layer, DynamicLayer) for layer in layers_of_cache)
         if lora_rank:
             add_lora(loaded, lora_rank, None, 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -143,7 +146,8 @@ class FilledCache:
         with torch.no_grad():
             loaded.model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
             layers: Any = cache.layers
-            self._token = [tuple(in_attention_dtype(t) for t in (layer.keys, layer.values)) for layer in layers]
+            held = [layer for layer in layers if getattr(layer, "keys", None) is not None]  # others are recurrent
+            self._token = [tuple(in_attention_dtype(t) for t in (layer.keys, layer.values)) for layer in held]
         self.token_bytes = tensor_bytes(t for pair in self._token for t in pair)
         """Bytes of one token's states in all layers."""
 

@@ -23,8 +23,10 @@ Not counted: evaluations on ``test``, what a caching allocator loses to fragment
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +44,7 @@ from selfdistill.model import (
     alike_layers,
     checkpoint_activations,
     fake_model,
+    has_full_attention,
     layers_of,
     tensor_bytes,
     unwrap,
@@ -94,13 +97,14 @@ class MemoryPlanner:
         others = self._others(config)
         tasks = {parts[0].method.teacher for parts in stages}
         cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
-        cached = [] if config.fsdp else cached
+        cached = [] if config.fsdp or not has_full_attention(loaded.model.config.get_text_config()) else cached
         steps = [TracedStep(config, device, model, others, cached) for model in self._traced_models(config)]
         fixed = self.fixed(config)
         fixed["contexts"] += self._contexts(config, cached, stages)
         untraced = None
         try:
-            traced = _phases(config, device, steps, stages, len(alike_layers(loaded)))
+            with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
+                traced = _phases(config, device, steps, stages, len(alike_layers(loaded)))
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
             untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
             traced = {"step": Bytes()}
@@ -193,6 +197,17 @@ def _longest_rows(
     if not found:
         raise problems[0]
     return max(found, key=lambda stages: _lengths(stages)[1])
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Log nothing; what fails is said in the plan."""
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _planned(

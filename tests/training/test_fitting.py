@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import LlamaConfig
 
 from selfdistill.config import TrainConfig
@@ -154,6 +155,21 @@ def test_fixed_memory_is_that_of_the_shapes(
         adapter += layers * rank * (read + written)
     found, share = of(dtype="bfloat16", lora_rank=rank), adapter / weights
     assert found == pytest.approx({"weights": 2 + 4 * share, "moments": 8 * share, "teacher": 4 * share}, **close)
+
+
+def test_a_model_that_does_not_run_without_data_has_a_plan_without_its_step(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads_a_value(*_: Any, **__: Any) -> Any:
+        raise DataDependentOutputException("aten._local_scalar_dense")
+
+    config = settings(drift_steps=0)
+    monkeypatch.setattr("selfdistill.training.traced_step.chunked_loss", reads_a_value)
+    found = planned(config)
+    assert set(found.largest.bytes) == {"weights", "moments", "teacher", "contexts"}
+    assert found.line().endswith(
+        "; not counted: what a step adds, because this model does not run without data (DataDependentOutputException)"
+    )
 
 
 def test_anchors_hold_the_weights_of_before_the_run(settings: Make) -> None:
