@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         export,
         learn,
         make_questions,
+        memory_plan,
         merge,
         plan,
         report,
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api": (
-        *("ask", "check", "compare", "evaluate", "export", "learn", "make_questions", "merge", "plan", "report"),
+        *("ask", "check", "compare", "evaluate", "export", "learn", "make_questions", "memory_plan", "merge", "plan"),
+        "report",
         "train",
     ),
     "config": ("TrainConfig",),
@@ -53,6 +55,7 @@ __all__ = [
     "learn",
     "load_demonstrations",
     "make_questions",
+    "memory_plan",
     "merge",
     "plan",
     "report",

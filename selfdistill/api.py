@@ -51,11 +51,12 @@ from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
-from selfdistill.runtime import say_note
-from selfdistill.training import OnStep, Plan, Run
+from selfdistill.runtime import say_note, size_in_bytes
+from selfdistill.training import Fit, OnStep, Plan, Run
 from selfdistill.training import export as run_export
 from selfdistill.training import merge as run_merge
 from selfdistill.training import plan as run_plan
+from selfdistill.training import plan_for as run_plan_for
 from selfdistill.training import train as run_training
 
 
@@ -154,6 +155,43 @@ def plan(
             raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
         with rows.kept():
             return run_plan(config, loaded, given=rows.names)
+
+
+def memory_plan(
+    model: Model | TrainConfig,
+    data: Rows | None = None,
+    *,
+    memory: str,
+    output_dir: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Fit:
+    """The memory that :func:`train` would need on a GPU, by component, and the nearest settings that fit into it.
+
+    Reads ``config.json``, the tokenizer and the data, but no weights, and computes nothing.
+
+    Args:
+        model: as for :func:`train`.
+        data: as for :func:`train`.
+        memory: of the GPU, such as ``80GiB`` or ``24GB``.
+        output_dir: as for :func:`train`; need not be given.
+        tokenizer: of a loaded model.
+        progress: show notes.
+        settings: fields of :class:`TrainConfig`.
+
+    Raises:
+        UserError: settings, data or model are invalid.
+    """
+    with session(progress):
+        given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
+        given["model"], loaded = model_of(given.get("model", ""), tokenizer)
+        rows = rows_of_run(data, None, given)
+        config = TrainConfig(**(given | rows.paths))
+        if config.documents:
+            raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
+        with rows.kept():
+            return run_plan_for(config, size_in_bytes(memory), loaded, given=rows.names)
 
 
 def evaluate(

@@ -72,6 +72,8 @@ def _check_processes(command: str, given: dict[str, Any]) -> None:
 
 def _check_settings(command: str, given: dict[str, Any]) -> None:
     """Find wrong and missing settings before anything heavy is imported."""
+    if "memory" in given and not given.get("dry_run"):
+        raise UserError("option --memory plans for a GPU of that size and trains nothing: add --dry_run")
     if given.get("resume"):  # the folder has the other settings
         if given.get("dry_run"):
             raise UserError("option --dry_run: a dry run does not resume; leave --resume out")
@@ -98,8 +100,13 @@ def _of_the_machine(error: Exception) -> tuple[str, int] | None:
 def _train(given: dict[str, Any]) -> int:
     from selfdistill import api
 
+    memory = given.pop("memory", None)
     if given.pop("dry_run", False):
         given.pop("resume", None)
+        if memory is not None:
+            found = api.memory_plan(**given, memory=memory)
+            found.print(result_console())
+            return 0 if found.fits else 2
         api.plan(**given).print(result_console())
         return 0
     run = api.train(**given)

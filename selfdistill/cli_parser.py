@@ -113,11 +113,13 @@ TOPICS: dict[str, tuple[str, ...]] = {
 SWITCHES = {
     "resume": ("train", "compare"),
     "dry_run": ("train",),
+    "memory": ("train",),
 }
 """Options that are not settings, and their commands."""
 _SWITCH_HELP = {
     "resume": "Resume the run in --output_dir.",
     "dry_run": "Print settings, one example as student and teacher see it, time and memory; train nothing.",
+    "memory": "With --dry_run: only plan the memory for a GPU with SIZE, such as 80GiB. Loads nothing.",
 }
 _FLAGS = {"output": ("-o", "--output")}
 """Option names of settings that also have a short one."""
@@ -188,6 +190,8 @@ def parser() -> ArgumentParser:
         for switch, wanted in SWITCHES.items():
             if name in wanted:
                 options: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "metavar": "true"}
+                if switch == "memory":
+                    options = {"type": str, "metavar": "SIZE"}
                 group.add_argument(f"--{switch}", **options, help=_SWITCH_HELP[switch])
         if name != "train":
             group.add_argument("--json", type=str, metavar="FILE", help="Write the result as JSON; -: standard output.")

@@ -35,7 +35,7 @@ def test_the_public_names_are_these_and_importing_them_is_quick() -> None:
     assert sd.__all__ == [
         *("Demonstration", "Run", "RunFailed", "RunStopped", "TrainConfig", "UserError"),
         *("ask", "check", "compare", "evaluate", "export", "learn", "load_demonstrations", "make_questions"),
-        *("merge", "plan", "report", "train"),
+        *("memory_plan", "merge", "plan", "report", "train"),
     ]
     assert all(getattr(sd, name).__name__ == name for name in sd.__all__)
     assert set(sd.__all__) <= set(dir(sd))

@@ -1045,6 +1045,26 @@ def test_a_dry_run_prints_everything_and_writes_nothing(here: Path, capsys: pyte
     assert "max_steps: 40" in out
     assert "# as the teacher sees it" in out
     assert re.search(r"[\d.]+ s per step, .* for 40 steps, peak memory [\d.]+ GiB; nothing was written", out)
+    assert "MiB by plan" in out
+
+
+def test_memory_is_planned_for_another_device_and_nothing_is_loaded(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "model" / "model.safetensors").unlink()
+    before = set(here.rglob("*"))
+    trained(f"{SDFT} --dry_run --memory 80GiB")
+    out = capsys.readouterr().out
+    assert set(here.rglob("*")) == before
+    assert re.search(r"│ weights +│ +0\.\d │ +0\.\d │ +0\.\d │", out)
+    assert re.search(r"it fits: \d\.\d MiB of 80\.0 GiB\n$", out)
+    assert main(shlex.split(f"{SDFT} --dry_run --memory 0.01MB")) == 2
+    assert re.search(
+        r"it does not fit: .* MiB of 0\.0 MiB; no change of settings makes it fit", capsys.readouterr().out
+    )
+    refused = "option --memory plans for a GPU of that size and trains nothing: add --dry_run"
+    fails(capsys, f"{SDFT} --memory 80GiB", refused)
+    fails(capsys, f"{SDFT} --dry_run --memory 80", "option --memory: found '80', expected a size such as 80GiB or 80GB")
 
 
 def test_ask_prints_both_replies(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

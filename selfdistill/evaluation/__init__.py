@@ -1,9 +1,9 @@
 """Evaluate models; nothing here trains."""
 
 from selfdistill.evaluation.answers import Answers, answer, check_answers
-from selfdistill.evaluation.check import best_context, check, check_run
+from selfdistill.evaluation.check import LAYOUTS, best_context, check, check_run
 from selfdistill.evaluation.check_result import CheckResult
-from selfdistill.evaluation.distances import Distance, Drift, mean_loss
+from selfdistill.evaluation.distances import DRIFT_PROMPTS, DRIFT_TOKENS, Distance, Drift, mean_loss
 from selfdistill.evaluation.endpoint import Endpoint
 from selfdistill.evaluation.eval_result import EvalResult
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint, summary
@@ -14,6 +14,9 @@ from selfdistill.evaluation.priors import encode_priors, load_prior
 from selfdistill.evaluation.statistics import seeds_interval, sign_test
 
 __all__ = [
+    "DRIFT_PROMPTS",
+    "DRIFT_TOKENS",
+    "LAYOUTS",
     "Answers",
     "AskResult",
     "CheckResult",

@@ -18,6 +18,8 @@ from selfdistill.model import ForwardOutput, ForwardPass, LoadedModel, Sampling,
 
 ANSWER_TOKENS = 32
 """Maximum length of an answer to a general prompt, in tokens."""
+DRIFT_PROMPTS, DRIFT_TOKENS = 3, 16
+"""Prompts of :class:`Drift`, and the maximum length of their answers in tokens."""
 _ROWS = 8  # prompts per batch
 
 
@@ -64,10 +66,10 @@ class Distance:
 
 
 class Drift(Distance):
-    """A small :class:`Distance`, cheap enough during training: 3 prompts, 16 tokens each."""
+    """A small :class:`Distance`, cheap enough during training."""
 
     def __init__(self, base: LoadedModel, forward_pass: ForwardPass, chat: ChatFormat) -> None:
-        super().__init__(base, forward_pass, chat, general_prompts()[:3], 16)
+        super().__init__(base, forward_pass, chat, general_prompts()[:DRIFT_PROMPTS], DRIFT_TOKENS)
 
 
 @dataclass(frozen=True)

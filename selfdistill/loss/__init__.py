@@ -1,6 +1,6 @@
 """From logits to loss and gradient, in pure PyTorch."""
 
-from selfdistill.loss.chunked import CHUNK_TOKENS, Head, Weighting, chunked_loss
+from selfdistill.loss.chunked import CHUNK_TOKENS, Head, Weighting, chunk_tokens, chunked_loss
 from selfdistill.loss.divergence import CrossEntropy, Divergence, Pair, forward_kl
 from selfdistill.loss.log_probs import pick
 from selfdistill.loss.target import ProximalTarget, Target
@@ -23,6 +23,7 @@ __all__ = [
     "Target",
     "Weighting",
     "check_skip",
+    "chunk_tokens",
     "chunked_loss",
     "completion_mask",
     "forward_kl",

@@ -85,7 +85,11 @@ def _chunk_size(hidden_ND: Tensor, head: Head, given: int | None) -> int:
         raise UserError(f"chunk_size: found {given}; use 1 or more tokens")
     if given is not None:
         return given
-    vocabulary = head(hidden_ND[:1].detach()).shape[-1]
+    return chunk_tokens(head(hidden_ND[:1].detach()).shape[-1])
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Default tokens per chunk, for a vocabulary of this size."""
     return max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
 
 

@@ -34,6 +34,16 @@ class Completion:
 class SequenceSource(Protocol):
     """Whose tokens are scored."""
 
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the student samples; None if it does not."""
+        ...
+
+    @property
+    def per_example(self) -> int:
+        """Completions of each example."""
+        ...
+
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]: ...
 
 
@@ -44,6 +54,10 @@ class StudentSamples:
     sampling: Sampling
     num_generations: int
     seed: int
+
+    @property
+    def per_example(self) -> int:
+        return self.num_generations
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
         expanded = [example for example in examples for _ in range(self.num_generations)]
@@ -60,6 +74,9 @@ class StudentSamples:
 @dataclass(frozen=True)
 class DatasetCompletions:
     """Off-policy: the examples' own completions, which are the demonstrations unless replaced."""
+
+    sampling = None
+    per_example = 1
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
         return [_held(loaded, example) for example in examples]
@@ -80,6 +97,14 @@ class ColdStart:
 
     samples: StudentSamples
     steps: int
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.samples.sampling
+
+    @property
+    def per_example(self) -> int:
+        return self.samples.per_example
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
         completions = self.samples(loaded, examples, step)

@@ -3,6 +3,7 @@
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.engine import Engine, close_engine, engine_for, running_engine, use_engine
+from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.fsdp import (
@@ -20,6 +21,7 @@ from selfdistill.model.loading import (
     LoadedModel,
     add_lora,
     adopt,
+    checkpoint_activations,
     load_for_training,
     load_matching,
     load_model,
@@ -29,8 +31,8 @@ from selfdistill.model.loading import (
     weights_fingerprint,
 )
 from selfdistill.model.precision import cached_casts, refuse_half_precision, resolved_precision, training_precision
-from selfdistill.model.prefix_cache import PrefixCache
-from selfdistill.model.sampling import Rollout, Sampling, sample, sample_seed
+from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
+from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_weights
 from selfdistill.model.teacher import Teacher, TeacherRule
@@ -40,8 +42,10 @@ __all__ = [
     "STARTER_MODELS",
     "CompiledLayers",
     "Engine",
+    "FilledCache",
     "ForwardOutput",
     "ForwardPass",
+    "LiveTensors",
     "LoadedModel",
     "PrefixCache",
     "Rollout",
@@ -51,14 +55,18 @@ __all__ = [
     "TeacherRule",
     "add_lora",
     "adopt",
+    "alike_layers",
     "cache_dir",
     "cached_casts",
+    "checkpoint_activations",
     "close_engine",
     "distribute_like",
     "engine_for",
+    "fake_model",
     "files_that_go_along",
     "full_tensor",
     "full_tensors",
+    "has_full_attention",
     "is_sharded",
     "layers_of",
     "load_for_training",
@@ -74,10 +82,12 @@ __all__ = [
     "root_unsharded",
     "running_engine",
     "sample",
+    "sample_at_its_longest",
     "sample_seed",
     "shard",
     "start_fingerprint",
     "stored_weights",
+    "tensor_bytes",
     "to_best_device",
     "training_precision",
     "unsharded",

@@ -52,8 +52,14 @@ def head_agrees(loaded: LoadedModel) -> bool:
     """Start-up probe: does head(body(x)) equal the model's own logits?
 
     False for models that transform their logits further than :class:`ScaledHead`; for these the model's own logits
-    replace hidden states.
+    replace hidden states. Runs once per ``loaded``.
     """
+    if loaded.separate_head is None:
+        loaded.separate_head = _agrees(loaded)
+    return loaded.separate_head
+
+
+def _agrees(loaded: LoadedModel) -> bool:
     parts = body_and_head(loaded.model)
     if parts is None:
         return False

@@ -49,6 +49,8 @@ class LoadedModel:
     """The engine that samples from the model; None: PyTorch. See :func:`selfdistill.model.engine.use_engine`."""
     continues_cache: bool | None = None
     """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""
+    separate_head: bool | None = None
+    """Result of :func:`selfdistill.model.head.head_agrees`; None before its first call."""
 
     @property
     def device(self) -> torch.device:
@@ -96,11 +98,7 @@ def load_model(
             raise
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"model {name!r}: cannot be loaded: {first_line(error)}") from None
-        own_tokenizer = not adapter or has_tokenizer(Path(path))
-        tokenizer = _load_tokenizer(path if own_tokenizer else base_path, name)
-    template = Path(path) / "chat_template.jinja"
-    if not own_tokenizer and template.is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        tokenizer = load_tokenizer(path, base_path, name)
     notes = [*notes, *check_vocabulary(model, tokenizer, name), *heard]
     model.eval()
     disable_dropout(model)
@@ -134,14 +132,29 @@ def _load_base(
         raise UserError(f"model {name!r}: an adapter whose base cannot be loaded: {error}{another}") from None
 
 
-def _load_tokenizer(path: str, name: str) -> Any:
+def load_tokenizer(path: str, base_path: str, name: str) -> Any:
+    """The tokenizer of a model, or an adapter's own one and chat template where it has them, else its base's.
+
+    Args:
+        path: folder or hub id of the model or adapter.
+        base_path: that of the adapter's base; the same as ``path`` for a model.
+        name: the name given by the user, for messages.
+
+    Raises:
+        UserError: there is no usable tokenizer.
+    """
+    own = path == base_path or has_tokenizer(Path(path))
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path if own else base_path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"model {name!r}: no usable tokenizer in tokenizer.json and tokenizer_config.json ({reason})"
         ) from None
+    template = Path(path) / "chat_template.jinja"
+    if not own and template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
@@ -284,6 +297,12 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
         torch.manual_seed(seed)
         loaded.model = get_peft_model(loaded.model, config)
     loaded.model.eval()
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let the model's layers recompute their activations in the backward pass, in train mode."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 def weights_fingerprint(model: nn.Module) -> str:

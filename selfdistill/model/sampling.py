@@ -6,7 +6,7 @@ Legend: B unfinished samples, L length so far, V vocabulary, H key/value heads, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,13 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = keys, values = self._room[0][:, :, : new.stop], self._room[1][:, :, : new.stop]
         return keys, values
 
+    def skip(self, count: int) -> None:
+        """Append so many tokens with states of zeros."""
+        assert self.keys is not None
+        assert self.values is not None
+        longer = [t.new_zeros(*t.shape[:2], t.shape[2] + count, t.shape[3]) for t in (self.keys, self.values)]
+        self._hold(*longer)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select these rows of the batch."""
         assert self.keys is not None
@@ -125,6 +132,45 @@ def sample(
     with unsharded(loaded.model), cached_casts(loaded.model):
         rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
     return all_gather(rollouts)
+
+
+def sample_at_its_longest(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, at: Callable[[str], object]
+) -> None:
+    """Sample the first token and the last, as if no sample ended early: what sampling needs at most.
+
+    The tokens between have states of zeros. Made for fake tensors, on which :func:`sample` cannot look for an end.
+
+    Args:
+        loaded: the model.
+        prompts: token ids.
+        sampling: the policy.
+        at: called with the name of each part of the work before it begins.
+    """
+    zeros_B = torch.zeros(len(prompts), dtype=torch.float64)
+    uniform_B = zeros_B if sampling.temperature > 0 else None
+    between = max(0, sampling.max_completion_length - 2)
+    with cached_casts(loaded.model):
+        at("prompts")
+        cache, logits_BV, mask_BL = _read(loaded, prompts)
+        at("states")
+        cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        for layer in cache.layers:
+            if isinstance(layer, PreallocatedLayer):
+                layer.skip(between)
+        at("choice")
+        token_B, _ = choose(logits_BV.float(), sampling, uniform_B)
+        at("last token")
+        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), between + 1)], dim=1)
+        logits_BV = loaded.model(
+            input_ids=token_B[:, None],
+            attention_mask=mask_BL,
+            position_ids=mask_BL.sum(1)[:, None] - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        at("last choice")
+        choose(logits_BV.float(), sampling, uniform_B)
 
 
 def cut_at_next_turn(loaded: LoadedModel, rollout: Rollout) -> Rollout:

@@ -36,13 +36,7 @@ def load_causal(path: str, name: str, dtype: torch.dtype | str, *, training: boo
     Raises:
         UserError: it is not a causal language model, or its files do not hold the weights that it computes with.
     """
-    config = _config(path, name)
-    architectures = config.architectures or []
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-        architectures and not any("CausalLM" in a or "LMHead" in a or "Conditional" in a for a in architectures)
-    ):
-        found = ", ".join(architectures) or config.model_type
-        raise UserError(f"model {name!r}: {found} is not a causal language model; use one")
+    config = causal_config(path, name)
     folder = local_folder(path)
     if folder is not None and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise UserError(
@@ -64,6 +58,26 @@ def load_causal(path: str, name: str, dtype: torch.dtype | str, *, training: boo
     if wrong:
         raise UserError(f"model {name!r}: weights missing or not of the shape in config.json: {_listed(wrong, 1)}")
     return model, _check_unexpected(model, sorted(info["unexpected_keys"]), name)
+
+
+def causal_config(path: str, name: str) -> PretrainedConfig:
+    """What ``config.json`` says of a causal language model.
+
+    Args:
+        path: folder or hub id.
+        name: the name given by the user, for messages.
+
+    Raises:
+        UserError: it cannot be read, or is not that of a causal language model.
+    """
+    config = _config(path, name)
+    architectures = config.architectures or []
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        architectures and not any("CausalLM" in a or "LMHead" in a or "Conditional" in a for a in architectures)
+    ):
+        found = ", ".join(architectures) or config.model_type
+        raise UserError(f"model {name!r}: {found} is not a causal language model; use one")
+    return config
 
 
 def _config(path: str, name: str) -> PretrainedConfig:

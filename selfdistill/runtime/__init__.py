@@ -37,7 +37,7 @@ from selfdistill.runtime.files import (
     write_json,
     write_manifest,
 )
-from selfdistill.runtime.resources import check_disk, check_memory, peak_memory
+from selfdistill.runtime.resources import check_disk, free_memory, peak_memory, size_in_bytes
 from selfdistill.runtime.signals import StopRequests
 from selfdistill.runtime.tracking import (
     METRICS,
@@ -67,11 +67,11 @@ __all__ = [
     "barrier",
     "broadcast_from_rank0",
     "check_disk",
-    "check_memory",
     "check_tracker",
     "corruption",
     "drop_partial_line",
     "folder_lock",
+    "free_memory",
     "fsync",
     "is_distributed",
     "is_rank0",
@@ -89,6 +89,7 @@ __all__ = [
     "say",
     "say_note",
     "sha256",
+    "size_in_bytes",
     "unlisted_files",
     "world_size",
     "write_atomically",

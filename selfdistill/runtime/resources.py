@@ -1,7 +1,9 @@
-"""Checks of free disk space and memory."""
+"""Free disk space and memory."""
 
 from __future__ import annotations
 
+import ctypes
+import re
 import resource
 import shutil
 import sys
@@ -25,7 +27,10 @@ def free_bytes(path: Path) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes on the device, or None if unknown."""
+    """Free bytes on the device, or None if unknown.
+
+    On the CPU, memory of freed tensors that glibc keeps is first given back.
+    """
     if device.type == "cuda":
         import torch
 
@@ -33,6 +38,8 @@ def free_memory(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0]) + own
     if device.type != "cpu":
         return None
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
     free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()).isdecimal():
@@ -51,29 +58,18 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def check_memory(needed: int, device: torch.device) -> str:
-    """Refuse to start a run that cannot fit into memory.
-
-    Args:
-        needed: bytes for gradients and the optimizer's moments, still to be allocated. Activations come on top.
-        device: where the model is.
-
-    Returns:
-        A line to print at the start of the run.
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size such as ``80GiB`` or ``80GB``.
 
     Raises:
-        UserError: less is free; names both sizes.
+        UserError: it is none.
     """
-    free = free_memory(device)
-    sizes = f"{needed / 2**30:.2f} GiB for gradients and moments, plus activations"
-    if free is None:
-        return f"memory still needed: {sizes}"
-    if free < needed:
-        raise UserError(
-            f"{free / 2**30:.1f} GiB of memory free on {device}, but training needs {sizes}, in addition to the loaded "
-            "weights; free some memory, or train an adapter (--lora_rank 16)"
-        )
-    return f"memory still needed: {sizes}; {free / 2**30:.1f} GiB free"
+    found = re.fullmatch(r"([\d.]+) ?([MGT])(i?)B", text.strip())
+    try:
+        assert found is not None
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** (" MGT".index(found[2]) + 1))
+    except (AssertionError, ValueError):
+        raise UserError(f"option --memory: found {text!r}, expected a size such as 80GiB or 80GB") from None
 
 
 def check_disk(path: Path, needed: int) -> None:

@@ -2,15 +2,19 @@
 
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.export import export, take_whole, whole_folder
+from selfdistill.training.fitting import Fit
 from selfdistill.training.loop import OnStep
+from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.merge import merge
-from selfdistill.training.plan import Plan, plan
+from selfdistill.training.plan import Plan, plan, plan_for
 from selfdistill.training.run import Run
 from selfdistill.training.schedule import steps_of
 from selfdistill.training.setup import check_parts
 from selfdistill.training.train import check_output_dir, train, with_context
 
 __all__ = [
+    "Fit",
+    "MemoryPlan",
     "OnStep",
     "Plan",
     "Run",
@@ -20,6 +24,7 @@ __all__ = [
     "list_checkpoints",
     "merge",
     "plan",
+    "plan_for",
     "steps_of",
     "take_whole",
     "train",

@@ -11,14 +11,17 @@ from typing import Any
 from rich.console import Console
 
 from selfdistill.config import TrainConfig, dump_yaml
-from selfdistill.data import load_demonstrations
+from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel
-from selfdistill.runtime import Printable, check_tracker, peak_memory
+from selfdistill.runtime import Printable, check_tracker, peak_memory, world_size
+from selfdistill.training.fitting import Fit, fit
+from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.schedule import steps_of
 from selfdistill.training.setup import check_parts
-from selfdistill.training.train import check_output_dir, with_context
+from selfdistill.training.traced_step import Device
+from selfdistill.training.train import check_memory, check_output_dir, with_context
 from selfdistill.training.trainer import Trainer
 
 
@@ -42,6 +45,8 @@ class Plan(Printable):
     """Seconds for ``max_steps`` steps, without evaluations and checkpoints."""
     peak_gib: float
     """Peak memory of these steps in GiB: of the device with CUDA, else of the process."""
+    memory: MemoryPlan | None
+    """What a step needs at most, if all completions are as long as they may be; None if that is not known."""
 
     def print(self, console: Console) -> None:
         """Print all of it."""
@@ -59,6 +64,8 @@ class Plan(Printable):
         ]
         for part in parts:
             console.print(part, markup=False, highlight=False, soft_wrap=True)
+        if self.memory is not None:
+            self.memory.print(console)
 
 
 def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Sequence[str] = ()) -> Plan:
@@ -75,10 +82,9 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     check_output_dir(config.output_dir, resume=False, given=given)
     check_tracker(config.report_to)
     stages = stages_of(config)
-    check_inputs(config, given, lacks_of(stages))
-    check_parts(config)
+    rows = _checked_rows(config, given)
     loaded = copy.deepcopy(loaded)
-    rows = load_demonstrations(config.data, split=config.split)
+    memory, lines = check_memory(config, rows, loaded)
     config = with_context(config, rows, loaded)
     unmeasured: dict[str, Any] = {"drift_steps": 0, "test": None}
     if any(part.method.fixed for parts in stages for part in parts):  # one batch of samples is enough to see
@@ -88,7 +94,7 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     trainer = Trainer(config.model_copy(update=unmeasured), rows, loaded=loaded)
     asked = {name: getattr(config, name) for name in ("drift_steps", "test", "num_demonstrations")}
     resolved = trainer.config.model_copy(update=asked)
-    notes = trainer.describe()
+    notes = [*trainer.describe(), *lines]
     example = trainer.stages[0].task.examples[0]
     trainer.step(0)
     began = time.monotonic()
@@ -104,7 +110,30 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
         step_seconds=seconds,
         total_seconds=seconds * (resolved.max_steps or 0),
         peak_gib=peak_memory(trainer.loaded.device) / 2**30,
+        memory=memory,
     )
+
+
+def plan_for(config: TrainConfig, memory: int, loaded: LoadedModel | None = None, *, given: Sequence[str] = ()) -> Fit:
+    """Plan a run's memory on a GPU with so many bytes; no weights are read, and nothing is computed.
+
+    Args:
+        config: settings of the run. Where ``mixed_precision`` is ``auto``, it is bf16.
+        memory: bytes that the GPU has.
+        loaded: the model, if already loaded.
+        given: names of files that may be in the run folder.
+
+    Raises:
+        UserError: settings, data, ``config.json`` or tokenizer are invalid.
+    """
+    rows = _checked_rows(config, given)
+    return fit(config, rows, Device("cuda", "bf16", world_size()), memory, loaded)
+
+
+def _checked_rows(config: TrainConfig, given: Sequence[str]) -> list[Demonstration]:
+    check_inputs(config, given, lacks_of(stages_of(config)))
+    check_parts(config)
+    return load_demonstrations(config.data, split=config.split)
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from accelerate import Accelerator
@@ -20,8 +20,8 @@ from selfdistill.data import ChatFormat, Demonstration, Example, first_ten, note
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
-from selfdistill.methods import DemonstrationExamples, Method, Part, check_steps, stages_of
-from selfdistill.model import LoadedModel, resolved_precision
+from selfdistill.methods import FROZEN, DemonstrationExamples, Method, Part, check_steps, stages_of
+from selfdistill.model import LoadedModel, TeacherRule, resolved_precision
 from selfdistill.runtime import TIMEOUT, barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
 
@@ -110,6 +110,13 @@ def make_stages(
     return [
         Stage([_encoded(part, config, demonstrations, loaded, chat) for part in parts]) for parts in stages_of(config)
     ]
+
+
+def teacher_rules(methods: Iterable[Method]) -> list[TeacherRule]:
+    """The rules of all teachers of a run, each once, so that no weights are held twice."""
+    methods = list(methods)
+    rules = [method.teacher for method in methods if method.teacher]
+    return list(dict.fromkeys([*rules, *(FROZEN for method in methods if method.needs_base)]))
 
 
 def check_parts(config: TrainConfig) -> None:

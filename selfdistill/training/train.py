@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from selfdistill.config import TrainConfig, dump_yaml, load_saved, refuse_changes
-from selfdistill.data import Demonstration
+from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RunCollapsed, UserError
 from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
-from selfdistill.model import LoadedModel, full_tensors, local_tensor, merged
+from selfdistill.model import LoadedModel, full_tensors, merged, tensor_bytes
 from selfdistill.runtime import (
     barrier,
     check_disk,
-    check_memory,
     check_tracker,
     folder_lock,
+    free_memory,
     is_rank0,
     remove_folder,
     remove_unfinished,
@@ -39,8 +39,13 @@ from selfdistill.training.checkpoint import (
 )
 from selfdistill.training.collapse import COLLAPSE_WINDOW
 from selfdistill.training.export import whole_folder, write_model
+from selfdistill.training.fitting import check_fits
 from selfdistill.training.loop import Loop, OnStep, without_gradient
+from selfdistill.training.memory import MemoryPlanner
+from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.model_card import model_card
+from selfdistill.training.setup import make_accelerator
+from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
 
@@ -101,11 +106,13 @@ def train(
         if begun:
             _lock(output_dir, held)
         checkpoint = newest_whole(output_dir) if resume else None
+        demonstrations = demonstrations or load_demonstrations(config.data, split=config.split)
+        _, memory = check_memory(config, demonstrations, loaded)
         config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
         trainer = Trainer(config, demonstrations, evaluator, loaded)
         if checkpoint:
             _refuse_changed_settings(output_dir, checkpoint, trainer)
-        sizes = _check_room(trainer, output_dir)
+        sizes = [*memory, *_check_disk(trainer, output_dir)]
         if not begun:
             _lock(output_dir, held)
         position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing
@@ -183,8 +190,29 @@ def _settings_of(checkpoint: Path) -> TrainConfig:
     return TrainConfig(**load_saved(checkpoint / "config.yaml", TrainConfig))
 
 
-def _check_room(trainer: Trainer, output_dir: Path) -> list[str]:
-    """Check that there is enough disk space and memory; returns lines that describe what the run needs.
+def check_memory(
+    config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel | None
+) -> tuple[MemoryPlan | None, list[str]]:
+    """Check before the model is loaded that there is enough memory; returns the plan, and lines that describe it.
+
+    A model or row that cannot be used is not reported here, but where it is used.
+
+    Raises:
+        UserError: there is not enough; names the nearest settings for which there is.
+    """
+    accelerator = make_accelerator(config)
+    try:
+        planner = MemoryPlanner(config, demonstrations, Device.of(accelerator), loaded)
+    except UserError:
+        return None, []
+    free = free_memory(accelerator.device)
+    if free is not None and loaded is not None and loaded.device.type == accelerator.device.type:
+        free += tensor_bytes(loaded.model.parameters())
+    return check_fits(planner, config, free)
+
+
+def _check_disk(trainer: Trainer, output_dir: Path) -> list[str]:
+    """Check that there is enough disk space; returns lines that describe what the run needs.
 
     Raises:
         UserError: there is not enough.
@@ -197,13 +225,9 @@ def _check_room(trainer: Trainer, output_dir: Path) -> list[str]:
         kept += COLLAPSE_WINDOW // config.eval_steps + 2
     one = checkpoint_bytes(model, trainer.teacher)
     check_disk(output_dir, size + kept * one)
-    # Gradients, and AdamW's two moments.
-    to_come = 3 * sum(p.numel() * p.element_size() for p in map(local_tensor, trainer.parameters))
-    lines = [check_memory(to_come, trainer.loaded.device)]
-    if kept:
-        sizes = f"{one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"
-        lines.append(f"disk space: {kept - 1} checkpoints of {sizes}")
-    return lines
+    if not kept:
+        return []
+    return [f"disk space: {kept - 1} checkpoints of {one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"]
 
 
 def _write_start(trainer: Trainer, output_dir: Path) -> None:

@@ -19,7 +19,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, first_ten, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Drift, Evaluator
-from selfdistill.methods import FROZEN, Completion, unused_settings, uses
+from selfdistill.methods import Completion, unused_settings, uses
 from selfdistill.model import (
     CompiledLayers,
     Engine,
@@ -30,6 +30,7 @@ from selfdistill.model import (
     TeacherRule,
     add_lora,
     cached_casts,
+    checkpoint_activations,
     engine_for,
     full_tensor,
     layers_of,
@@ -56,6 +57,7 @@ from selfdistill.training.setup import (
     make_stages,
     repeated_prompts,
     share_steps,
+    teacher_rules,
     with_defaults,
 )
 from selfdistill.training.step_metrics import is_sound, step_metrics
@@ -124,8 +126,7 @@ class Trainer:
         refuse_half_precision(model, config.model)
         self._make_teachers()
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
+            checkpoint_activations(model)
         with self.accelerator.autocast():
             compiled = CompiledLayers(self.loaded) if config.torch_compile else None
         self.forward_pass = ForwardPass(self.loaded, compiled, sharded=config.fsdp)
@@ -152,12 +153,9 @@ class Trainer:
         )
 
     def _make_teachers(self) -> None:
-        """Create every teacher of the run, one per rule, so that no weights are held twice."""
-        methods = [part.method for stage in self.stages for part in stage.parts]
-        rules = [method.teacher for method in methods if method.teacher]
-        rules += [FROZEN for method in methods if method.needs_base]
+        """Create every teacher of the run."""
         self.teachers: dict[TeacherRule, Teacher] = {}
-        for rule in dict.fromkeys(rules):
+        for rule in teacher_rules(part.method for stage in self.stages for part in stage.parts):
             other = None if rule.model is None else self._other_teacher(rule.model)
             self.teachers[rule] = Teacher(self.loaded, rule, other=other)
         tasks = [stage.task.method.teacher for stage in self.stages if stage.task.method.teacher]

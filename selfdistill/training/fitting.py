@@ -1,0 +1,176 @@
+"""Whether a run fits into a device's memory, and which settings nearest to those given would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from rich.console import Console
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import Demonstration
+from selfdistill.errors import UserError
+from selfdistill.model import LoadedModel
+from selfdistill.runtime import Printable
+from selfdistill.training.memory import MemoryPlanner
+from selfdistill.training.memory_result import MemoryPlan, size_text
+from selfdistill.training.traced_step import Device
+
+LORA_RANK = 16
+"""Rank of the adapter that is proposed."""
+MOST_CHANGES = 4
+"""Of settings, in a proposal."""
+
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True, repr=False)
+class Fit(Printable):
+    """A run's plan beside the memory of a device."""
+
+    plan: MemoryPlan
+    limit: int
+    """Bytes that the device has."""
+    nearest: tuple[Changes, MemoryPlan] | None
+    """With the fewest changes of settings that fit, if the plan does not; None if there are none."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan's peak is within the limit."""
+        return self.plan.peak <= self.limit
+
+    def verdict(self) -> str:
+        """Whether it fits, and what would."""
+        sizes = f"{size_text(self.plan.peak)} of {size_text(self.limit)}"
+        return f"it fits: {sizes}" if self.fits else f"it does not fit: {sizes}; {self.advice()}"
+
+    def advice(self) -> str:
+        """Settings that would fit, as options of the command line."""
+        if self.nearest is None:
+            return "no change of settings makes it fit; use a smaller model, or shorter prompts and completions"
+        changes, plan = self.nearest
+        options = " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
+        return f"this would, with {size_text(plan.peak)}: {options}"
+
+    def print(self, console: Console) -> None:
+        """Print the table of the plan and the verdict."""
+        self.plan.print(console)
+        console.print(self.verdict(), markup=False, highlight=False, soft_wrap=True)
+
+
+def fit(
+    config: TrainConfig,
+    demonstrations: Sequence[Demonstration],
+    device: Device,
+    limit: int,
+    loaded: LoadedModel | None = None,
+) -> Fit:
+    """Plan a run and compare it with a device.
+
+    Args:
+        config: settings of the run.
+        demonstrations: its rows.
+        device: what it is planned for.
+        limit: bytes that the device has.
+        loaded: the model, if already loaded.
+
+    Raises:
+        UserError: the model's files cannot be used, or no row fits.
+    """
+    return fitted(MemoryPlanner(config, demonstrations, device, loaded), config, limit)
+
+
+def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
+    """The same with a planner."""
+    plan = planner.plan(config)
+    return Fit(plan, limit, None if plan.peak <= limit else _nearest(planner, config, limit))
+
+
+def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
+    """A run's plan, and lines on it for its start.
+
+    Replies are mostly shorter than ``max_completion_length``. So a run is refused only if it cannot fit even with
+    completions of one token, and warned if it cannot with the longest.
+
+    Raises:
+        UserError: it cannot fit; names the nearest settings that would.
+    """
+    if limit is None:
+        plan = planner.plan(config)
+        return plan, [plan.line()]
+    found = fitted(planner, config, limit)
+    lines = [f"{found.plan.line()}; {size_text(limit)} free"]
+    if found.fits:
+        return found.plan, lines
+    least = planner.plan(config, longest=1)
+    if least.peak > limit:
+        raise UserError(
+            f"{size_text(limit)} of memory are free, and the run needs at least {size_text(least.peak)}, with "
+            f"the longest completions {size_text(found.plan.peak)}; {found.advice()}"
+        )
+    tokens = config.max_completion_length
+    note = f"note: if all completions of a batch are {tokens} tokens long, it does not fit; {found.advice()}"
+    return found.plan, [*lines, note]
+
+
+def _nearest(planner: MemoryPlanner, config: TrainConfig, limit: int) -> tuple[Changes, MemoryPlan] | None:
+    """The fewest changes that fit; of as many, those that change the result least come first."""
+    moves = list(_moves(config, planner))
+    more = range(config.gradient_accumulation_steps + 1, config.batch_size + 1)
+    unit = planner.device(config).processes if config.fsdp else 1  # with fsdp, all parts are equal
+    in_parts: list[Changes] = [{"gradient_accumulation_steps": n} for n in more if config.batch_size % (n * unit) == 0]
+    least = {name: value for changes in moves for name, value in changes.items() if name != "teacher"}
+    if not _smallest(planner, config, limit, least, in_parts[-1:] or [{}]):
+        return None
+    for count in range(1, MOST_CHANGES + 1):
+        for own, steps in ((count - 1, in_parts), (count, [{}])):
+            for chosen in combinations(moves, own):
+                base = {name: value for changes in chosen for name, value in changes.items()}
+                if found := _smallest(planner, config, limit, base, steps):
+                    return found
+    return None
+
+
+def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
+    """Single changes of settings, apart from micro-batches, in the order of what they change in the result."""
+    device = planner.device(config)
+    if not config.gradient_checkpointing and not config.torch_compile:
+        yield {"gradient_checkpointing": True}
+    if device.mixed_precision == "no" and device.kind == "cuda":
+        yield {"mixed_precision": "bf16"}
+    if config.teacher in ("ema", "snapshot") and not config.lora_rank:
+        yield {"teacher": "live"}
+    if not config.lora_rank and not planner.has_model:  # an adapter needs the files of its base
+        yield {"lora_rank": LORA_RANK}
+    if config.dtype == "float32":
+        yield {"dtype": "bfloat16"}
+
+
+def _smallest(
+    planner: MemoryPlanner, config: TrainConfig, limit: int, base: Changes, steps: Sequence[Changes]
+) -> tuple[Changes, MemoryPlan] | None:
+    """The first of the steps, which need ever less memory, that fits together with the changes ``base``."""
+    adapter = base.get("lora_rank", config.lora_rank)
+    if ("dtype" in base and not adapter) or ("teacher" in base and adapter):
+        return None
+    changed = config.model_copy(update=base)
+    if not steps or planner.fixed(changed).total() > limit:
+        return None
+
+    def planned(number: int) -> MemoryPlan:
+        return planner.plan(changed.model_copy(update=steps[number]))
+
+    low, high = 0, len(steps) - 1
+    best = planned(high)
+    if best.peak > limit:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        plan = planned(middle)
+        if plan.peak <= limit:
+            high, best = middle, plan
+        else:
+            low = middle + 1
+    return base | steps[high], best

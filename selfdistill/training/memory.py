@@ -1,0 +1,341 @@
+"""The memory of a run, planned from config.json before any weights are read.
+
+Every number is the size of tensors that the run will hold, W bytes of weights, P trained ones among them:
+
+    weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32
+    teacher    full: W for a copy, and 4 bytes a weight for the float32 average of bfloat16 weights; LoRA: the factors
+    moments    2 P, of AdamW
+    contexts   kept keys and values of a frozen teacher's contexts, and the logits that the drift is measured from
+    gradients  P, from the first micro-batch on, or as far as the backward pass has come
+
+    engine     its key/value cache and a copy of the weights; on a GPU only while it samples
+
+What a step adds is counted by :mod:`selfdistill.training.traced_step`, in three phases that do not overlap. So the peak
+is that of the largest:
+
+    sampling   casts of the weights, keys and values, workspace
+    teacher    casts, activations without gradient
+    student    casts, activations, loss (logits of a chunk and the head's gradient), gradients
+
+Not counted: evaluations on ``test``, what a caching allocator loses to fragments, and a GPU's context.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import ChatFormat, Demonstration
+from selfdistill.errors import UserError
+from selfdistill.evaluation import DRIFT_PROMPTS, DRIFT_TOKENS, LAYOUTS
+from selfdistill.methods import Method, Part, stages_of, uses
+from selfdistill.model import (
+    FilledCache,
+    LoadedModel,
+    TeacherRule,
+    alike_layers,
+    checkpoint_activations,
+    fake_model,
+    has_full_attention,
+    layers_of,
+    tensor_bytes,
+    unwrap,
+)
+from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
+from selfdistill.training.setup import drawn, teacher_rules
+from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
+
+FEW_LAYERS = (2, 3)
+"""Numbers of layers of which a step is traced where all layers are alike; with more, a peak grows in proportion."""
+
+
+class MemoryPlanner:
+    """Plans runs that differ in settings, on the same model and rows.
+
+    Args:
+        config: settings of a run.
+        demonstrations: its rows.
+        device: what it is planned for.
+        loaded: the model, if already loaded.
+
+    Raises:
+        UserError: the model's files cannot be used, or no row fits.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        demonstrations: Sequence[Demonstration],
+        device: Device,
+        loaded: LoadedModel | None = None,
+    ) -> None:
+        self._device, self._loaded = device, loaded
+        self.has_model = loaded is not None
+        """Whether the model is already loaded."""
+        self._rows = drawn(demonstrations, config)
+        self._models: dict[tuple[Any, ...], LoadedModel] = {}
+        self._teachers: dict[str, LoadedModel] = {}
+        _longest_rows(config, self._rows, self._model(config), config.max_completion_length)
+
+    def plan(self, config: TrainConfig, *, longest: int | None = None) -> MemoryPlan:
+        """Plan a run with these settings.
+
+        Args:
+            config: the settings.
+            longest: tokens of the longest completion that is sampled; default: ``max_completion_length``.
+        """
+        device, loaded = self.device(config), self._model(config)
+        stages = _longest_rows(config, self._rows, loaded, longest or config.max_completion_length)
+        others = self._others(config)
+        tasks = {parts[0].method.teacher for parts in stages}
+        cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
+        cached = [] if config.fsdp or not has_full_attention(loaded.model.config.get_text_config()) else cached
+        steps = [TracedStep(config, device, model, others, cached) for model in self._traced_models(config)]
+        fixed = self.fixed(config)
+        fixed["contexts"] += self._contexts(config, cached, stages)
+        untraced = None
+        try:
+            with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
+                traced = _phases(config, device, steps, stages, len(alike_layers(loaded)))
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
+            untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
+            traced = {"step": Bytes()}
+        if config.engine != "none" and device.kind == "cuda":
+            traced["sampling"] = Bytes({"engine": _engine_bytes(config, device, loaded)})
+        if config.fsdp:
+            traced = {name: _sharded(size, device, loaded, others) for name, size in traced.items()}
+        phases = tuple(Phase(name, fixed + size) for name, size in traced.items())
+        return MemoryPlan(config, device, phases, _lengths(stages), untraced)
+
+    def _traced_models(self, config: TrainConfig) -> list[LoadedModel]:
+        """The models whose steps are traced: with a few layers where all are alike, which takes less time."""
+        loaded = self._model(config)
+        if len(alike_layers(loaded)) <= max(FEW_LAYERS) or config.teacher_model:
+            return [loaded]
+        return [self._model(config, layers) for layers in FEW_LAYERS]
+
+    def device(self, config: TrainConfig) -> Device:
+        """The device, in the arithmetic of these settings."""
+        if config.mixed_precision == "auto":
+            return self._device
+        return replace(self._device, mixed_precision=config.mixed_precision)
+
+    def fixed(self, config: TrainConfig) -> Bytes:
+        """What stays from step to step, by component, without the contexts of a frozen teacher."""
+        return _fixed(config, self.device(config), self._model(config), self._others(config))
+
+    def _others(self, config: TrainConfig) -> dict[TeacherRule, LoadedModel]:
+        """Separate teachers, by their rules."""
+        names = {rule: rule.model for rule in teacher_rules(_methods(config)) if rule.model is not None}
+        for name in names.values():
+            if name not in self._teachers:
+                self._teachers[name] = fake_model(name, dtype=config.dtype)
+        return {rule: self._teachers[name] for rule, name in names.items()}
+
+    def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
+        key = (config.dtype, config.lora_rank, config.gradient_checkpointing, layers)
+        if key not in self._models:
+            like = next(iter(self._models.values()), self._loaded)
+            loaded = fake_model(
+                config.model,
+                dtype="auto" if self._loaded else config.dtype,
+                adapter_base=config.adapter_base,
+                lora_rank=config.lora_rank,
+                like=like,
+                layers=layers,
+            )
+            if config.gradient_checkpointing:
+                checkpoint_activations(loaded.model)
+            self._models[key] = loaded
+        return self._models[key]
+
+    def _contexts(self, config: TrainConfig, cached: Sequence[TeacherRule], stages: list[list[PlannedPart]]) -> int:
+        """Bytes of the contexts that are kept: as many as there are rows, as long as the longest are on average."""
+        total = 0
+        for rule in cached:
+            tasks = [parts[0] for parts in stages if parts[0].method.teacher == rule]
+            lengths = [len(x.teacher_ids or []) for task in tasks for x in task.examples]
+            network = self._others(config).get(rule, self._model(config))
+            with autocast(self.device(config)):
+                token_bytes = FilledCache(network).token_bytes
+            total += min(sum(lengths) * len(self._rows) * token_bytes // len(lengths), config.teacher_cache_mib * MIB)
+        return total
+
+
+def memory_plan(
+    config: TrainConfig, demonstrations: Sequence[Demonstration], device: Device, loaded: LoadedModel | None = None
+) -> MemoryPlan:
+    """Plan the memory of a run; arguments and errors as of :class:`MemoryPlanner`."""
+    return MemoryPlanner(config, demonstrations, device, loaded).plan(config)
+
+
+def _longest_rows(
+    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, longest: int
+) -> list[list[PlannedPart]]:
+    """The stages with the longest rows of a batch; with the layout that is longest, if the context is ``auto``."""
+    chosen = sorted(rows, key=_characters, reverse=True)[: config.batch_size]
+    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+    contexts = LAYOUTS if config.context == "auto" and uses(config, "context") else (config.context,)
+    found: list[list[list[PlannedPart]]] = []
+    problems: list[UserError] = []
+    for context in contexts:
+        own = config.model_copy(update={"context": context, "on_long_prompt": "drop"})
+        try:
+            found.append(
+                [[_planned(part, chosen, loaded, chat, longest) for part in parts] for parts in stages_of(own)]
+            )
+        except UserError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    return max(found, key=lambda stages: _lengths(stages)[1])
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Log nothing; what fails is said in the plan."""
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _planned(
+    part: Part, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat, longest: int
+) -> PlannedPart:
+    method = part.method
+    sampling = method.fixed.sampling if method.fixed else method.sequence.sampling
+    if sampling is not None:
+        sampling = replace(sampling, max_completion_length=longest)
+    return PlannedPart(method, part.share, method.examples(rows, loaded, chat)[0], sampling)
+
+
+def _methods(config: TrainConfig) -> list[Method]:
+    named = config.model_copy(update={"context": LAYOUTS[0]}) if config.context == "auto" else config
+    return [part.method for parts in stages_of(named) for part in parts]
+
+
+def _characters(row: Demonstration) -> int:
+    return len(json.dumps(row.prompt)) + len(row.completion)
+
+
+def _lengths(stages: list[list[PlannedPart]]) -> tuple[int, int]:
+    """Tokens of the longest rows of student and teacher."""
+    students, teachers = [0], [0]
+    for part in (part for parts in stages for part in parts):
+        for x in part.examples:
+            length = len(part.completion(x))
+            students.append(len(x.student_ids) + length)
+            if part.method.teacher:
+                teachers.append(len(x.teacher_ids or []) + length)
+    return max(students), max(teachers)
+
+
+def _fixed(
+    config: TrainConfig,
+    device: Device,
+    loaded: LoadedModel,
+    others: dict[TeacherRule, LoadedModel],
+) -> Bytes:
+    """What stays from step to step, without the contexts of a frozen teacher."""
+    model, shares = loaded.model, device.processes if config.fsdp else 1
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    rules = teacher_rules(_methods(config))
+    vocabulary = model.config.get_text_config().vocab_size
+    fixed = Bytes(
+        {
+            "weights": tensor_bytes((*model.parameters(), *model.buffers())) // shares,
+            "moments": 2 * tensor_bytes(trained) // shares,
+            "teacher": sum(_teacher_bytes(config, rule, loaded, others) for rule in rules) // shares,
+        }
+    )
+    if config.drift_steps:
+        fixed["contexts"] = DRIFT_PROMPTS * DRIFT_TOKENS * vocabulary * 4
+    if config.engine != "none" and device.kind == "cpu":  # on a GPU it sleeps while the model learns
+        fixed["engine"] = _engine_bytes(config, device, loaded)
+    return fixed
+
+
+def _teacher_bytes(
+    config: TrainConfig, rule: TeacherRule, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]
+) -> int:
+    """Memory of a teacher beyond the student's; see :class:`selfdistill.model.Teacher`."""
+    if rule in others:
+        return tensor_bytes(others[rule].model.parameters())
+    moves = rule.kind in ("ema", "snapshot")
+    if config.lora_rank:
+        return tensor_bytes(p for p in loaded.model.parameters() if p.requires_grad) if moves else 0
+    if rule.kind == "live":
+        return 0
+    weights = list(loaded.model.parameters())
+    average = sum(4 * p.numel() for p in weights if p.dtype != torch.float32) if moves else 0
+    return tensor_bytes((*weights, *loaded.model.buffers())) + average
+
+
+def _engine_bytes(config: TrainConfig, device: Device, loaded: LoadedModel) -> int:
+    """The engine's key/value cache, and its copy of the weights in the arithmetic of training."""
+    size = 2 if device.mixed_precision == "bf16" else unwrap(loaded.model).dtype.itemsize
+    count = sum(p.numel() for name, p in loaded.model.named_parameters() if ".lora_" not in name)
+    return int(config.engine_memory_gib * GIB) + size * count
+
+
+def _phases(
+    config: TrainConfig,
+    device: Device,
+    steps: Sequence[TracedStep],
+    stages: list[list[PlannedPart]],
+    layers: int,
+) -> dict[str, Bytes]:
+    """What each phase of a step adds at its peak, in the part of the stage and the segment where it is largest."""
+    found: dict[str, Bytes] = {}
+    for parts in stages:
+        sizes = [part.rows(config, device) for part in parts]
+        size = max(1, math.ceil(sum(sizes) / config.gradient_accumulation_steps))
+        for number, (part, own) in enumerate(zip(parts, sizes, strict=True)):
+            peaks = [step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps]
+            if config.engine == "none":
+                peaks = [step.sampling(part, own) | peak for step, peak in zip(steps, peaks, strict=True)]
+            for (phase, _), added in _extrapolated(peaks, layers).items():
+                found[phase] = max(found.get(phase, Bytes()), added, key=lambda added: added.total())
+    return found
+
+
+def _extrapolated(peaks: Sequence[Segments], layers: int) -> Segments:
+    """The peaks with all layers, from those with ``FEW_LAYERS``; a single one is with all."""
+    if len(peaks) == 1:
+        return peaks[0]
+    few, more = FEW_LAYERS
+    found: Segments = {}
+    for segment, fewer in peaks[0].items():
+        other = peaks[1][segment]
+        slopes = {name: (other[name] - fewer[name]) / (more - few) for name in fewer | other}
+        found[segment] = Bytes({name: round(fewer[name] + (layers - few) * slope) for name, slope in slopes.items()})
+    return found
+
+
+def _sharded(added: Bytes, device: Device, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]) -> Bytes:
+    """What a phase adds with sharded weights.
+
+    Sampling gathers all weights. Elsewhere, the weights outside the layers are gathered, of every network, and two
+    layers at a time, in bfloat16 with that arithmetic. The layers' gradients are sharded at once, the others' at the
+    end of the backward pass.
+    """
+    size = 2 if device.mixed_precision == "bf16" else unwrap(loaded.model).dtype.itemsize
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(loaded, loaded.model, "fsdp")]
+    whole = tensor_bytes(loaded.model.parameters())
+    root = whole - sum(tensor_bytes(layer.parameters()) for layer in layers_of(loaded, loaded.model, "fsdp"))
+    found = Bytes(added)
+    gathered = sum(layers) if "workspace" in added else 2 * max(layers)
+    found["casts"] = min(added["casts"], root // 2) + root * (1 + len(others)) + size * gathered
+    found["gradients"] = added["gradients"] // device.processes + (root if added["gradients"] else 0)
+    return found

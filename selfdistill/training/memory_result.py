@@ -1,0 +1,104 @@
+"""The result of a memory plan: what a run needs, by component and phase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from selfdistill.config import TrainConfig
+from selfdistill.runtime import Printable
+from selfdistill.training.traced_step import Bytes, Device
+
+GIB, MIB = 2**30, 2**20
+COMPONENTS = (
+    *("weights", "teacher", "moments", "gradients", "casts", "activations", "loss"),
+    *("keys and values", "workspace", "contexts", "engine"),
+)
+"""In the order of the table."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a step at its peak."""
+
+    name: str
+    bytes: Bytes
+    """By component."""
+
+    @property
+    def total(self) -> int:
+        return self.bytes.total()
+
+
+@dataclass(frozen=True, repr=False)
+class MemoryPlan(Printable):
+    """What a run needs, on each of its processes, when all of a batch's completions are as long as they may be."""
+
+    config: TrainConfig
+    device: Device
+    phases: tuple[Phase, ...]
+    """Of the step, at its largest."""
+    lengths: tuple[int, int]
+    """Tokens of the longest row: of the student's prompt with the completion, and of the teacher's."""
+    untraced: str | None
+    """Why what a step adds is not counted; None if it is."""
+
+    @property
+    def largest(self) -> Phase:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.largest.total
+
+    def line(self) -> str:
+        """One line with the components of the peak."""
+        _, size = _unit(self.peak)
+        parts = ", ".join(f"{name} {self.largest.bytes[name] / size:.1f}" for name in _shown([self.largest]))
+        beside = f"; not counted: {self.untraced}" if self.untraced else ""
+        return f"memory by plan: at most {size_text(self.peak)} ({parts}){beside}"
+
+    def print(self, console: Console) -> None:
+        """Print a table of components by phase."""
+        config = self.config
+        kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "full fine-tuning"
+        arithmetic = "bfloat16" if self.device.mixed_precision == "bf16" else "float32"
+        lines = [
+            f"{config.model}: {kind}, {config.dtype} weights, {arithmetic} arithmetic, batch {config.batch_size} in "
+            f"{config.gradient_accumulation_steps}; longest rows {self.lengths[0]} tokens, teacher's {self.lengths[1]}"
+        ]
+        if self.untraced:
+            lines.append(f"not counted: {self.untraced}")
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        unit, size = _unit(self.peak)
+        table = Table()
+        table.add_column(f"{unit} by plan")
+        for phase in self.phases:
+            table.add_column(phase.name, justify="right")
+        for name in _shown(self.phases):
+            table.add_row(name, *(f"{phase.bytes[name] / size:.1f}" for phase in self.phases))
+        table.add_section()
+        table.add_row("sum", *(f"{phase.total / size:.1f}" for phase in self.phases))
+        console.print(table)
+
+
+def size_text(size: int) -> str:
+    """A number of bytes for people."""
+    name, unit = _unit(size)
+    return f"{size / unit:.1f} {name}"
+
+
+def _unit(size: int) -> tuple[str, int]:
+    return ("GiB", GIB) if size >= GIB else ("MiB", MIB)
+
+
+def _shown(phases: Sequence[Phase]) -> list[str]:
+    """The components that are at least a thousandth of the largest phase."""
+    least = max(phase.total for phase in phases) / 1000
+    return [name for name in COMPONENTS if any(phase.bytes[name] > least for phase in phases)]

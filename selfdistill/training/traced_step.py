@@ -1,0 +1,256 @@
+"""The phases of one optimizer step on fake tensors: what each holds at its peak, beside what stays from step to step.
+
+The same forward pass, loss and backward pass as in training run over the longest rows that a micro-batch may have:
+see :meth:`selfdistill.training.batch_gradient.BatchGradient.add` for how it is divided.
+
+Legend: B completions of a micro-batch, N their tokens without padding, T tokens of a completion, D hidden size, V
+vocabulary, H key/value heads, L tokens, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import Example
+from selfdistill.loss import CrossEntropy, Head, chunk_tokens, chunked_loss
+from selfdistill.methods import FROZEN, Method
+from selfdistill.model import (
+    FilledCache,
+    ForwardOutput,
+    ForwardPass,
+    LiveTensors,
+    LoadedModel,
+    Sampling,
+    TeacherRule,
+    alike_layers,
+    cached_casts,
+    sample_at_its_longest,
+)
+
+Ids = list[int]
+Bytes = Counter[str]
+"""Bytes by component."""
+Segments = dict[tuple[str, str], Bytes]
+"""The peaks of a step's segments, by phase and name. Where all layers are alike, each grows by as much per layer."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run is planned for."""
+
+    kind: str
+    """``cuda`` or ``cpu``, as PyTorch names it."""
+    mixed_precision: str
+    """``bf16`` or ``no``: what the setting ``auto`` stands for there."""
+    processes: int = 1
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Device:
+        """The device of this process."""
+        return cls(accelerator.device.type, str(accelerator.mixed_precision), accelerator.num_processes)
+
+
+def autocast(device: Device) -> torch.autocast:
+    """The arithmetic of a device, for fake tensors."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=device.mixed_precision == "bf16")
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """A part of a stage's steps, with the longest of its examples."""
+
+    method: Method
+    share: float
+    examples: list[Example]
+    sampling: Sampling | None
+    """How the completions are sampled; None if they are those of the examples."""
+
+    def rows(self, config: TrainConfig, device: Device) -> int:
+        """Completions of a step on one process."""
+        count = math.ceil(round(config.batch_size * self.share, 9)) * self.method.sequence.per_example
+        return math.ceil(count / device.processes)
+
+    def completion(self, example: Example) -> Ids:
+        """As long as the example's completion may become."""
+        return [0] * self.sampling.max_completion_length if self.sampling else example.completion_ids
+
+
+class TracedStep:
+    """Runs the phases of a step.
+
+    Args:
+        config: settings of the run.
+        device: what it is planned for.
+        loaded: the student, of fake tensors.
+        others: separate teachers, by their rules.
+        cached: rules of the teachers whose contexts are kept.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: Device,
+        loaded: LoadedModel,
+        others: dict[TeacherRule, LoadedModel],
+        cached: Sequence[TeacherRule],
+    ) -> None:
+        self._config, self._device, self.loaded, self._others = config, device, loaded, others
+        self._forward_pass = ForwardPass(loaded, sharded=config.fsdp)
+        self._networks = [loaded.model, *(other.model for other in others.values())]
+        with self._autocast():
+            self.caches = {rule: FilledCache(others.get(rule, loaded)) for rule in cached}
+            """Kept contexts, by the rule of their teacher."""
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self._device)
+
+    def sampling(self, part: PlannedPart, count: int) -> Segments:
+        """Sample so many completions, all of the greatest length."""
+        prompts = [x.student_ids for x in part.examples]
+        if part.method.fixed is not None:  # before the first step, by the teacher
+            count = part.method.fixed.batch_size
+            prompts = [x.teacher_ids or [] for x in part.examples]
+        if part.sampling is None:
+            return {}
+        prompts = longest(prompts, count)
+        live = LiveTensors(self.loaded.model)
+        live.component = "workspace"
+        with live, self._autocast():
+            sample_at_its_longest(self.loaded, prompts, part.sampling, lambda name: live.begin(("sampling", name)))
+            states = FilledCache(self.loaded).token_bytes * count
+        states *= len(prompts[0]) + part.sampling.max_completion_length
+        for peak in live.peaks.values():
+            peak["keys and values"] = min(states, peak["workspace"])
+            peak["workspace"] -= peak["keys and values"]
+        return _segments(live)
+
+    def learning(self, part: PlannedPart, size: int, *, again: bool) -> Segments:
+        """Score a micro-batch by teachers and student, and run backward.
+
+        Args:
+            part: whose rows.
+            size: completions of the micro-batch.
+            again: whether an earlier micro-batch has left gradients.
+        """
+        live = LiveTensors(*self._networks)
+        trained = [weight for weight in self.loaded.model.parameters() if weight.requires_grad]
+        layers = alike_layers(self.loaded)
+        last = [p for p in layers[-1].parameters() if p.requires_grad] if layers else trained
+        hook = last[-1].register_post_accumulate_grad_hook(lambda _: live.begin(("student", "other layers")))
+        try:
+            with live:
+                if again:
+                    live.component = "gradients"
+                    for weight in trained:
+                        weight.grad = torch.zeros_like(weight)
+                live.component = "activations"
+                taught, base = self._teachers(part, size, live)
+                self._student(part, size, taught, base, live)
+                return _segments(live)
+        finally:
+            hook.remove()
+            for weight in trained:
+                weight.grad = None
+            self.loaded.model.eval()
+
+    def _rows(self, part: PlannedPart, size: int, prompt: Callable[[Example], Ids]) -> tuple[list[Ids], list[Ids]]:
+        """Prompts and completions of the longest rows."""
+        pairs = [(prompt(x), part.completion(x)) for x in part.examples]
+        pairs.sort(key=lambda pair: -len(pair[0]) - len(pair[1]))
+        chosen = [pairs[number % len(pairs)] for number in range(size)]
+        return [ids for ids, _ in chosen], [ids for _, ids in chosen]
+
+    def _teachers(
+        self, part: PlannedPart, size: int, live: LiveTensors
+    ) -> tuple[ForwardOutput | None, ForwardOutput | None]:
+        taught = base = None
+        live.begin(("teacher", "context"))
+        if part.method.teacher:
+            taught = self._score(part.method.teacher, *self._rows(part, size, lambda x: x.teacher_ids or []))
+        live.begin(("teacher", "base"))
+        if part.method.needs_base:
+            base = self._score(FROZEN, *self._rows(part, size, lambda x: x.student_ids))
+        return taught, base
+
+    def _score(self, rule: TeacherRule, contexts: list[Ids], completions: list[Ids]) -> ForwardOutput:
+        network = self._others.get(rule, self.loaded).model
+        cache: Any = self.caches.get(rule)
+        with cached_casts(network), self._autocast():
+            output = self._forward_pass(network, contexts, completions, cache)
+            return _selected(output)
+
+    def _student(
+        self,
+        part: PlannedPart,
+        size: int,
+        taught: ForwardOutput | None,
+        base: ForwardOutput | None,
+        live: LiveTensors,
+    ) -> None:
+        contexts, completions = self._rows(part, size, lambda x: x.student_ids)
+        model, method = self.loaded.model, part.method
+        model.train(self._config.gradient_checkpointing)
+        live.begin(("student", "forward"))
+        with self._autocast():
+            output = self._forward_pass(model, contexts, completions)
+            count = len(output.hidden_ND)
+            live.begin(("student", "loss"))
+            live.component = "loss"
+            # The second chunk needs what all later ones need.
+            tokens_N = torch.zeros(min(count, 2 * chunk_tokens(_vocabulary(model))), dtype=torch.long)
+            weights_N = torch.ones(len(tokens_N))
+            if method.importance_cap is not None:
+                with torch.no_grad():
+                    chunked_loss(CrossEntropy(), output.hidden_ND, _float32(output.head), (), tokens_N, weights_N)
+            loss, _ = chunked_loss(
+                method.loss,
+                output.hidden_ND[torch.arange(count)],
+                self._head(output.head),
+                output.head_parameters,
+                tokens_N,
+                weights_N,
+                *((None, None) if taught is None else (taught.hidden_ND, taught.head)),
+                base=None if base is None else (base.hidden_ND, base.head),
+                weighting=method.weighting,
+            )
+        live.component = "activations"
+        live.begin(("student", "backward"))
+        loss.backward()
+
+    def _head(self, head: Head) -> Head:
+        """The head, or one that the loss computes through autograd, as it does under autocast except on CPUs."""
+        if self._device.kind == "cpu" or self._device.mixed_precision == "no":
+            return head
+        return lambda hidden_ND: head(hidden_ND)
+
+
+def _segments(live: LiveTensors) -> Segments:
+    return {segment: peak for segment, peak in live.peaks.items() if segment}
+
+
+def longest(ids: Sequence[Ids], count: int) -> list[Ids]:
+    """The longest of some token sequences, repeated where there are fewer."""
+    ordered = sorted(ids, key=len, reverse=True)
+    return [ordered[number % len(ordered)] for number in range(count)]
+
+
+def _selected(output: ForwardOutput) -> ForwardOutput:
+    """A copy of the hidden states, as the choice of tokens with nonzero weight makes one."""
+    return ForwardOutput(output.hidden_ND[torch.arange(len(output.hidden_ND))], output.head, output.head_parameters)
+
+
+def _float32(head: Head) -> Head:
+    return lambda hidden_ND: head(hidden_ND).float()
+
+
+def _vocabulary(model: Any) -> int:
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return vocabulary

@@ -1,0 +1,197 @@
+"""What is refused before a model is loaded, and which settings are proposed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from transformers import LlamaConfig
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import load_demonstrations
+from selfdistill.errors import UserError
+from selfdistill.runtime import size_in_bytes
+from selfdistill.training import memory, train
+from selfdistill.training.fitting import fit
+from selfdistill.training.memory import MemoryPlanner, memory_plan
+from selfdistill.training.memory_result import MemoryPlan
+from selfdistill.training.traced_step import Device
+
+Make = Callable[..., TrainConfig]
+CPU, GPU = Device("cpu", "no"), Device("cuda", "bf16")
+
+
+def planned(config: TrainConfig, device: Device = CPU) -> MemoryPlan:
+    return memory_plan(config, load_demonstrations(config.data), device)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the free memory."""
+
+    def set_free(size: int) -> None:
+        monkeypatch.setattr(import_module("selfdistill.training.train"), "free_memory", lambda _: size)
+
+    return set_free
+
+
+def test_what_cannot_fit_is_refused_before_the_model_is_loaded(
+    settings: Make, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings()
+    free(1000)
+    monkeypatch.setattr("selfdistill.training.trainer.load_model", lambda *_, **__: pytest.fail("loaded"))
+    message = r"^0\.0 MiB of memory are free, and the run needs at least \d\.\d MiB, .*; no change of settings makes it"
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_what_fits_unless_completions_are_long_is_said_and_trained(
+    settings: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(max_completion_length=200, max_steps=1, batch_size=4)
+    free(planned(config).peak - 1)
+    train(config)
+    said = capsys.readouterr().err
+    assert "memory by plan: at most" in said
+    assert "note: if all completions of a batch are 200 tokens long, it does not fit; this would, with" in said
+    assert (Path(config.output_dir) / "final").is_dir()
+
+
+def test_the_nearest_settings_change_least(settings: Make) -> None:
+    config = settings(batch_size=4, max_completion_length=100)
+    rows = load_demonstrations(config.data)
+    peaks = {n: planned(config.model_copy(update={"gradient_accumulation_steps": n})).peak for n in (1, 2, 4)}
+    assert peaks[1] > peaks[2] > peaks[4]
+    assert fit(config, rows, CPU, peaks[1]).fits
+    for limit, parts in ((peaks[1] - 1, 2), (peaks[2] - 1, 4)):
+        found = fit(config, rows, CPU, limit)
+        assert not found.fits
+        assert found.nearest is not None
+        changes, plan = found.nearest
+        assert changes == {"gradient_accumulation_steps": parts}
+        assert plan.peak <= limit
+        assert f" MiB: --gradient_accumulation_steps {parts}" in found.verdict()
+
+
+def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
+    settings: Make, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = with_config(model_folder(), tmp_path / "wide", hidden_size=512, intermediate_size=1024, head_dim=128)
+    config = settings(model=str(folder))
+    rows = load_demonstrations(config.data)
+    live = MemoryPlanner(config, rows, CPU).fixed(config.model_copy(update={"teacher": "live"})).total()
+    found = fit(config, rows, CPU, live - 1)
+    assert found.nearest is not None
+    assert found.nearest[0] == {"lora_rank": 16}
+    assert re.search(r"it does not fit: [\d.]+ MiB of [\d.]+ MiB; this would, .* MiB: --lora_rank 16$", found.verdict())
+
+
+def test_layers_that_are_all_alike_are_counted_from_a_few(
+    settings: Make, model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_config(model_folder(), tmp_path / "five", num_hidden_layers=5)
+    for values in ({"mixed_precision": "bf16"}, {"lora_rank": 4, "gradient_checkpointing": True}):
+        config = settings(model=str(folder), **values)
+        found = planned(config)
+        with monkeypatch.context() as whole:
+            whole.setattr(memory, "FEW_LAYERS", (5, 6))
+            expected = planned(config)
+        assert found.peak == pytest.approx(expected.peak, rel=0.01)
+        assert found.largest.name == expected.largest.name
+
+
+def with_config(folder: Path, copy: Path, **values: Any) -> Path:
+    """A folder with the tokenizer and another config.json, without weights."""
+    copy.mkdir()
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (copy / file.name).write_bytes(file.read_bytes())
+    config = LlamaConfig.from_pretrained(folder)
+    for name, value in values.items():
+        setattr(config, name, value)
+    config.save_pretrained(copy)
+    return copy
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fixed_memory_is_that_of_the_shapes(
+    settings: Make, model_folder: Callable[..., Path], tmp_path: Path, tied: bool
+) -> None:
+    """W weights: D V, once more for a head of its own, and by layer those of attention, feed-forward and two norms."""
+    layers, wide, inner, vocabulary, keys = 28, 3584, 18944, 152064, 512
+    folder = with_config(
+        model_folder(tied=tied),
+        tmp_path / "large",
+        num_hidden_layers=layers,
+        hidden_size=wide,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        head_dim=128,
+    )
+    weights = vocabulary * wide * (1 if tied else 2) + wide
+    weights += layers * (2 * wide * wide + 2 * wide * keys + 3 * wide * inner + 2 * wide)
+    config = settings(model=str(folder), drift_steps=0)
+    planner = MemoryPlanner(config, load_demonstrations(config.data), GPU)
+
+    def of(**values: Any) -> dict[str, float]:
+        return {k: v / weights for k, v in planner.fixed(config.model_copy(update=values)).items() if v}
+
+    close = {"rel": 1e-6}
+    assert of() == pytest.approx({"weights": 4, "moments": 8, "teacher": 4}, **close)
+    assert of(teacher="live") == pytest.approx({"weights": 4, "moments": 8}, **close)
+    assert of(teacher="frozen") == pytest.approx({"weights": 4, "moments": 8, "teacher": 4}, **close)
+    assert of(dtype="bfloat16") == pytest.approx({"weights": 2, "moments": 4, "teacher": 6}, **close)
+    rank, adapter = 16, 0
+    for read, written in ((wide, wide), (wide, keys), (wide, keys), (wide, wide), *[(wide, inner)] * 3):
+        adapter += layers * rank * (read + written)
+    found, share = of(dtype="bfloat16", lora_rank=rank), adapter / weights
+    assert found == pytest.approx({"weights": 2 + 4 * share, "moments": 8 * share, "teacher": 4 * share}, **close)
+
+
+def test_a_model_that_does_not_run_without_data_has_a_plan_without_its_step(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads_a_value(*_: Any, **__: Any) -> Any:
+        raise DataDependentOutputException("aten._local_scalar_dense")
+
+    config = settings(drift_steps=0)
+    monkeypatch.setattr("selfdistill.training.traced_step.chunked_loss", reads_a_value)
+    found = planned(config)
+    assert set(found.largest.bytes) == {"weights", "moments", "teacher"}
+    assert found.line().endswith(
+        "; not counted: what a step adds, because this model does not run without data (DataDependentOutputException)"
+    )
+
+
+def test_anchors_hold_the_weights_of_before_the_run(settings: Make) -> None:
+    plain, anchored = (planned(settings(anchors=anchors)).largest.bytes["teacher"] for anchors in ((), "package"))
+    assert anchored == 2 * plain
+
+
+def test_sharding_divides_what_stays(settings: Make) -> None:
+    config = settings(fsdp=True)
+    rows = load_demonstrations(config.data)
+    one, two = (MemoryPlanner(config, rows, Device("cpu", "no", n)).fixed(config) for n in (1, 2))
+    assert {name: two[name] for name in ("weights", "moments", "teacher")} == {
+        name: one[name] // 2 for name in ("weights", "moments", "teacher")
+    }
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("24GB", 24 * 10**9), ("1.5 TiB", 1.5 * 2**40)])
+def test_sizes(text: str, size: float) -> None:
+    assert size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["80", "80G", "GiB", "1.2.3GB", "-4GiB"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"^option --memory: found .*, expected a size such as 80GiB or 80GB"):
+        size_in_bytes(text)

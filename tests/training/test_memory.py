@@ -1,0 +1,124 @@
+"""The plan of a run's memory against the tensors that are alive in real steps."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import load_demonstrations
+from selfdistill.training.memory import memory_plan
+from selfdistill.training.traced_step import Device
+from selfdistill.training.trainer import Trainer
+
+Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model whose parts all show: 12 million weights."""
+    path = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=257,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = 257
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def make(folder: Path, write_rows: Callable[..., Path], settings: Make) -> Make:
+    rows = [{"prompt": f"{i}: " + "where is it? " * 4, "completion": "ab" * 30} for i in range(8)]
+    data = write_rows(rows, name="rows.jsonl")
+
+    def configure(**values: Any) -> TrainConfig:
+        defaults = {"model": str(folder), "data": str(data), "max_completion_length": 64, "batch_size": 8}
+        return settings(**defaults | {"max_steps": 2} | values)
+
+    return configure
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors alive, each memory once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measured_peak(config: TrainConfig) -> int:
+    """Bytes of the tensors alive at the peak of two steps, as PyTorch's allocator tells."""
+    before = live_bytes()
+    trainer = Trainer(config)
+    trainer.step(0)
+    held = live_bytes() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.step(1)
+    assert profiler.profiler is not None
+    events: Any = profiler.profiler.kineto_results
+    present, peak = 0, 0
+    for event in sorted((e for e in events.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        present += event.nbytes()
+        peak = max(peak, present)
+    return held + peak
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full, float32, EMA": {},
+    "full, float32, frozen": {"teacher": "frozen"},
+    "full, float32, live": {"teacher": "live"},
+    "full, bfloat16 arithmetic": {"mixed_precision": "bf16"},
+    "LoRA, float32": {"lora_rank": 16},
+    "LoRA, bfloat16 base": {"lora_rank": 16, "dtype": "bfloat16"},
+    "LoRA, float32, bfloat16 arithmetic": {"lora_rank": 16, "mixed_precision": "bf16"},
+    "full, checkpointing": {"gradient_checkpointing": True},
+    "full, four micro-batches": {"gradient_accumulation_steps": 4},
+    "long completions": {"max_completion_length": 512},
+    "anchors": {"anchors": "anchors.txt", "anchor_share": 0.5},
+    "SFT": {"method": "sft"},
+    "top-k loss": {"support": "top_k"},
+}
+QUICK = ("full, four micro-batches", "LoRA, bfloat16 base")
+
+
+def cases() -> Iterator[Any]:
+    for name in SETTINGS:
+        yield pytest.param(name, id=name, marks=() if name in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_the_plan_is_what_the_steps_hold(
+    make: Make, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("anchors.txt").write_text("Tell me what a lighthouse is for, and who keeps it.\n", encoding="utf-8")
+    config = make(**SETTINGS[name])
+    rows = load_demonstrations(config.data)
+    plan = memory_plan(config, rows, Device("cpu", config.mixed_precision))
+    assert plan.untraced is None
+    measured = measured_peak(config)
+    print(f"\n| {name} | {plan.peak / 2**20:.0f} | {measured / 2**20:.0f} | {plan.peak / measured - 1:+.1%} |")
+    print(repr(plan))
+    assert plan.peak == pytest.approx(measured, rel=0.03)
