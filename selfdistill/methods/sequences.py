@@ -141,10 +141,15 @@ class DrawnSamples:
             for start in range(0, len(examples), self.batch_size):
                 part = examples[start : start + self.batch_size]
                 seeds = [sample_seed(self.seed, 0, example.demonstration.row, 0) for example in part]
-                rollouts = sample(loaded, [_view(example) for example in part], self.sampling, seeds)
+                rollouts = sample(loaded, [self.prompt(example) for example in part], self.sampling, seeds)
                 drawn += [replace(x, completion_ids=r.ids) for x, r in zip(part, rollouts, strict=True)]
                 reporter.advance(len(drawn))
         return drawn
+
+    @staticmethod
+    def prompt(example: Example) -> list[int]:
+        """What the sampling model sees."""
+        return example.student_ids if example.teacher_ids is None else example.teacher_ids
 
     def learnt(self, drawn: Sequence[Example]) -> list[Example]:
         """Those that are learnt: all but the shortest. Samples as long as the shortest that is kept are kept."""
@@ -154,7 +159,7 @@ class DrawnSamples:
 
     def _key(self, example: Example) -> str:
         """Hash of what an example's sample depends on, apart from the model."""
-        parts = [example.demonstration.row, _view(example), asdict(self.sampling), self.seed]
+        parts = [example.demonstration.row, self.prompt(example), asdict(self.sampling), self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def write(self, folder: Path, examples: Sequence[Example], chat: ChatFormat) -> None:
@@ -165,8 +170,3 @@ class DrawnSamples:
             for x, text in texts
         ]
         write_atomically(folder / SAMPLES_FILE, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-
-
-def _view(example: Example) -> list[int]:
-    """What the sampling model sees."""
-    return example.student_ids if example.teacher_ids is None else example.teacher_ids

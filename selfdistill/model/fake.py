@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -165,6 +165,10 @@ class FilledCache:
         return cache, torch.tensor(filled)
 
 
+def _is_fake_condition(value: Any) -> bool:
+    return isinstance(value, FakeTensor) and value.dtype == torch.bool
+
+
 @dataclass
 class _Entry:
     """A tensor's memory."""
@@ -211,6 +215,8 @@ class LiveTensors(TorchDispatchMode):
             hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and _is_fake_condition(args[0]):
+            return False  # such as whether a solver goes on: a further step needs no more memory
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):

@@ -105,7 +105,7 @@ def quiet_libraries() -> Iterator[None]:
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT's call, not the user's
+        warnings.filterwarnings("ignore", "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated")
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         try:

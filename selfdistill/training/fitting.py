@@ -44,6 +44,8 @@ class Fit(Printable):
     def verdict(self) -> str:
         """Whether it fits, and what would."""
         sizes = f"{size_text(self.plan.peak)} of {size_text(self.limit)}"
+        if self.fits and self.plan.untraced:
+            return f"what stays between steps fits: {sizes}"
         return f"it fits: {sizes}" if self.fits else f"it does not fit: {sizes}; {self.advice()}"
 
     def advice(self) -> str:

@@ -114,10 +114,10 @@ class TracedStep:
 
     def sampling(self, part: PlannedPart, count: int) -> Segments:
         """Sample so many completions, all of the greatest length."""
-        prompts = [x.student_ids for x in part.examples]
-        if part.method.fixed is not None:  # before the first step, by the teacher
-            count = part.method.fixed.batch_size
-            prompts = [x.teacher_ids or [] for x in part.examples]
+        prompts, fixed = [x.student_ids for x in part.examples], part.method.fixed
+        if fixed is not None:  # before the first step
+            count = fixed.batch_size
+            prompts = [fixed.prompt(x) for x in part.examples]
         if part.sampling is None:
             return {}
         prompts = longest(prompts, count)

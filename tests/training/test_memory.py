@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from conftest import byte_tokenizer
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfdistill.config import TrainConfig
+from selfdistill.config import MethodName, TrainConfig
 from selfdistill.data import load_demonstrations
 from selfdistill.training.memory import memory_plan
 from selfdistill.training.traced_step import Device
@@ -47,7 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(folder: Path, write_rows: Callable[..., Path], settings: Make) -> Make:
-    rows = [{"prompt": f"{i}: " + "where is it? " * 4, "completion": "ab" * 30} for i in range(8)]
+    rows = [
+        {"prompt": f"{i}: " + "where is it? " * 4, "completion": "ab" * 30, "document": "It is there."}
+        for i in range(8)
+    ]
     data = write_rows(rows, name="rows.jsonl")
 
     def configure(**values: Any) -> TrainConfig:
@@ -99,6 +102,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "anchors": {"anchors": "anchors.txt", "anchor_share": 0.5},
     "SFT": {"method": "sft"},
     "top-k loss": {"support": "top_k"},
+    "a target solved per token": {"method": "isdft"},
+    "samples drawn before": {"method": "ssd"},
 }
 QUICK = ("full, four micro-batches", "LoRA, bfloat16 base")
 
@@ -122,3 +127,10 @@ def test_the_plan_is_what_the_steps_hold(
     print(f"\n| {name} | {plan.peak / 2**20:.0f} | {measured / 2**20:.0f} | {plan.peak / measured - 1:+.1%} |")
     print(repr(plan))
     assert plan.peak == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+def test_the_plan_of_every_method_is_whole(make: Make, method: MethodName) -> None:
+    scored = {"scorer": "contains"} if method == "grpo" else {}
+    config = make(method=method, **scored)
+    assert memory_plan(config, load_demonstrations(config.data), Device("cpu", "no")).untraced is None
