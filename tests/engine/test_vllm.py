@@ -233,6 +233,16 @@ def test_after_optimizer_steps_they_are_the_students(
     assert gap(loaded) < 1e-3
 
 
+def test_an_adapter_that_is_off_is_off_in_the_engine(load: Loader) -> None:
+    loaded = load()
+    add_lora(loaded, 4, None, seed=0)
+    train(loaded, 3)
+    assert gap(loaded) < 1e-3
+    with loaded.model.disable_adapter():
+        assert gap(loaded) < 1e-3
+    assert gap(loaded) < 1e-3
+
+
 def test_the_packed_head_of_a_tied_model_goes_along(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(tied=True)
     assert gap(loaded) < 1e-3
@@ -337,6 +347,25 @@ def test_an_error_inside_it_is_one_line_and_it_is_not_used_again(load: Loader, m
     with pytest.raises(EngineFailed, match="it failed before"):
         engine.sample(loaded, prompts(3), GREEDY, None)
     assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)  # by another
+    assert running_engine() is not engine
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_engine_that_was_interrupted_is_not_used_again(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    loaded = load()
+    engine = engine_for(loaded)
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def interrupted(self: Any) -> Any:
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLMEngine, "step", interrupted)
+        with pytest.raises(stop):
+            sample(loaded, prompts(3, 4), GREEDY)
+    assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)
     assert running_engine() is not engine
 
 
