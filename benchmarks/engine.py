@@ -1,6 +1,6 @@
 """vLLM, our own loop and transformers' continuous batching, in turn: 16 samples of 256 tokens by the starter model.
 
-    OMP_NUM_THREADS=1 python benchmarks/engine.py [--tokens 256] [--repeats 3] [--steps 5]
+    OMP_NUM_THREADS=1 python benchmarks/engine.py [--tokens 256] [--repeats 3] [--steps 5] [--dtypes bfloat16 float32]
 
 It needs the environment of ``make test-vllm``. No sample ends before its last token. The engine gets the weights anew
 each time, as in training. Per arithmetic it prints seconds and their ratio to our loop's, how far the log-probabilities
@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
     options = parser.parse_args()
     loaded = load_model(MODEL)
     chat = loaded.chat()
@@ -170,8 +171,8 @@ def main() -> None:
     print(
         f"{torch.get_num_threads()} thread(s), prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
     )
-    for dtype in (torch.bfloat16, torch.float32):
-        compare(loaded, prompts, dtype, options.tokens, options.repeats)
+    for dtype in options.dtypes:
+        compare(loaded, prompts, getattr(torch, dtype), options.tokens, options.repeats)
     if options.steps:
         step_parts(options.tokens, options.steps)
 

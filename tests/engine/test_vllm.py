@@ -178,15 +178,17 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(load: Loader) -> None:
     assert [r.ids for r in sample(loaded, batch, FREE, seeds(4, step=1))] != [r.ids for r in together]
 
 
-def test_autocast_around_it_does_not_reach_the_engine_that_has_a_dtype(load: Loader) -> None:
-    loaded = load()
-    with torch.autocast("cpu", torch.bfloat16):
-        engine = engine_for(loaded)
-        assert "bfloat16" in engine.describe()
-        assert gap(loaded) > 1e-3  # rounded to bfloat16, but from the same model
-        assert gap(loaded) < 0.5
-    close_engine()
+def test_under_autocast_an_engine_computes_as_with_weights_of_its_type(load: Loader) -> None:
+    loaded, batch = load(), prompts(5, 40, 480)
     assert gap(loaded) < 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "bfloat16" in engine_for(loaded).describe()
+        under_autocast = sample(loaded, batch, FREE, seeds(3))
+        assert 1e-3 < gap(loaded) < 0.5  # rounded, but the same model
+    close_engine()
+    loaded.model.bfloat16()
+    assert sample(loaded, batch, FREE, seeds(3)) == under_autocast
+    close_engine()
 
 
 def test_without_a_chat_template_a_sample_ends_where_the_next_turn_begins(load: Loader) -> None:
