@@ -13,14 +13,14 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 
-def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function, run in turn ``repeats`` times after one warm-up: noise hits all alike."""
+def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int, warm_ups: int = 1) -> dict[str, float]:
+    """Median seconds of each function, run in turn ``repeats`` times after the warm-ups: noise hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
+    for repeat in range(warm_ups + repeats):
         for name, run in runs.items():
             began = time.perf_counter()
             run()
-            if repeat:
+            if repeat >= warm_ups:
                 seconds[name].append(time.perf_counter() - began)
     return {name: median(values) for name, values in seconds.items()}
 

@@ -14,29 +14,41 @@ from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
 
 _BASE = ".base_layer"
-_ADAPTER = "default"
 _OTHER_KINDS = (_BASE, ".original_module", ".modules_to_save", ".token_adapter")
 """What PEFT adds to the names of weights that other adapters than LoRA wrap."""
 
-WeightsVersion = tuple[int, ...]
-"""One number per weight; see :func:`weights_version`."""
+WeightsVersion = tuple[Any, ...]
+"""One number per weight, and one tuple per LoRA layer; see :func:`weights_version`."""
+_BLOCK = 64
+"""64-bit integers whose sum has one factor in a weight's number."""
 
 
 @torch.no_grad()
 def weights_version(model: nn.Module) -> WeightsVersion:
-    """What identifies the values of all weights on this rank: per weight the sum of its bits, as 64-bit integers.
+    """What identifies the weights that the model computes with on this rank.
+
+    Per weight and saved buffer a sum of its bits in which their places count, and per LoRA layer which adapters are
+    active, and how strongly.
 
     It needs no note of who changed them, which could be forgotten: optimizers, checkpoints and callers may all write to
     the weights, and PyTorch's own counter of changes (``Tensor._version``) does not see fused optimizers.
     """
-    sums = [_sum_of_bits(local_tensor(weight.detach())) for weight in model.parameters()]
-    return tuple(torch.stack(sums).tolist()) if sums else ()
+    weights = [*model.parameters(), *(buffer for _, buffer in _saved_buffers(model))]
+    sums = [_sum_of_bits(local_tensor(weight.detach())) for weight in weights]
+    adapters = [
+        (layer.disable_adapters, layer.merged, *layer.active_adapters, *layer.scaling.values())
+        for layer in _lora_layers(model).values()
+    ]
+    return (*(torch.stack(sums).tolist() if sums else ()), *adapters)
 
 
 def _sum_of_bits(weight: Tensor) -> Tensor:
-    bits = weight.contiguous().view(-1).view(torch.uint8)
-    bits = nn.functional.pad(bits, (0, -len(bits) % 8)) if len(bits) % 8 else bits
-    return bits.view(torch.int64).sum()
+    """Sum over blocks k of (2 k + 1) times the sum of the block's bits, read as 64-bit integers, modulo 2^64."""
+    bits, block_bytes = weight.contiguous().view(-1).view(torch.uint8), 8 * _BLOCK
+    if len(bits) % block_bytes or bits.storage_offset() % 8:
+        bits = nn.functional.pad(bits, (0, -len(bits) % block_bytes))  # a copy
+    blocks = bits.view(torch.int64).view(-1, _BLOCK).sum(1)
+    return (blocks * torch.arange(1, 2 * len(blocks), 2, device=blocks.device)).sum()
 
 
 def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
@@ -44,7 +56,8 @@ def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
 
     Checks the model at once, and computes each tensor when it is asked for.
 
-    Sharded weights are gathered one by one, and all ranks must iterate. LoRA is merged in float32: W + s B A.
+    Sharded weights are gathered one by one, and all ranks must iterate. Active LoRA adapters are merged in float32:
+    W + s B A.
 
     Raises:
         UserError: the adapter does more than LoRA on linear layers.
@@ -63,7 +76,7 @@ def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
 
 def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
     """Each weight and saved buffer of the base by its name there, with the LoRA layer to merge into it, or None."""
-    wrapped = {path: layer for path, layer in causal.named_modules() if hasattr(layer, "lora_A")}
+    wrapped = _lora_layers(causal)
     for path, weight in (*causal.named_parameters(), *_saved_buffers(causal)):
         if ".lora_" in path:
             continue
@@ -76,6 +89,10 @@ def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, An
         yield path.replace(_BASE, ""), (weight.detach(), merge)
 
 
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    return {path: layer for path, layer in model.named_modules() if hasattr(layer, "lora_A")}
+
+
 def _saved_buffers(causal: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers that files hold. ``state_dict`` would tell them, too, but shards what is gathered."""
     for path, module in causal.named_modules():
@@ -85,15 +102,14 @@ def _saved_buffers(causal: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_lora(layer: Any, name: str) -> None:
-    """Refuse what is not W + s B A.
+    """Refuse what is not W + s B A for every adapter.
 
     Raises:
         UserError: names the model.
     """
     from peft.tuners.lora import Linear
 
-    plain = isinstance(layer, Linear) and layer.active_adapters == [_ADAPTER]
-    if not plain or layer.lora_variant or layer.lora_bias.get(_ADAPTER) or layer.merged or layer.disable_adapters:
+    if not isinstance(layer, Linear) or layer.lora_variant or any(layer.lora_bias.values()) or layer.merged:
         raise _unsupported(name)
 
 
@@ -106,10 +122,11 @@ def _unsupported(name: str) -> UserError:
 
 @torch.no_grad()
 def _whole(weight: Tensor, layer: Any) -> Tensor:
-    """The full tensor, with the LoRA layer's update."""
+    """The full tensor, with the updates of the LoRA layer's active adapters."""
     whole = full_tensor(weight)
-    if layer is None:
-        return whole
-    down, up = (full_tensor(part[_ADAPTER].weight.detach()).float() for part in (layer.lora_A, layer.lora_B))
-    update = layer.scaling[_ADAPTER] * (up @ down)
-    return whole.float() + (update.T if layer.fan_in_fan_out else update)
+    active = [] if layer is None or layer.disable_adapters else layer.active_adapters
+    for adapter in (name for name in active if name in layer.lora_A):
+        down, up = (full_tensor(part[adapter].weight.detach()).float() for part in (layer.lora_A, layer.lora_B))
+        update = layer.scaling[adapter] * (up @ down)
+        whole = whole.float() + (update.T if layer.fan_in_fan_out else update)
+    return whole

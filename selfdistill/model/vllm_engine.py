@@ -13,9 +13,10 @@ import importlib.metadata
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from selfdistill.model.unchanged_process import spared_process_group, unchanged_
 from selfdistill.model.vllm_worker import put_weights
 from selfdistill.model.weights import first_line
 from selfdistill.runtime import all_gather, all_reduce_max, rank_slice, world_size
+
+Result = TypeVar("Result")
 
 OLDEST, BELOW = (0, 28), (0, 33)
 """Supported releases: from the first to below the second."""
@@ -106,33 +109,40 @@ class VllmEngine:
             raise EngineFailed(f"engine vllm: it failed before ({self.failed}) and is not used again")
         self._check(prompts, sampling)
         own = rank_slice(len(prompts))
-        rollouts, failure = self._tried(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
-        if failures := list(filter(None, all_gather([failure]))):  # so that no rank waits for another
-            self.failed = self.failed or "that of another process failed"
-            raise EngineFailed(failures[0])
-        return all_gather(rollouts)
 
-    def _tried(
-        self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
-    ) -> tuple[list[Rollout], str | None]:
-        """This rank's rollouts, and why the engine failed, if it did."""
-        try:
-            with self._guarded("failed"):
-                self._wake()
-                self._synchronise(loaded)
-                rollouts = self._generated(loaded, prompts, sampling, seeds)
-        except EngineFailed as error:
-            return [], str(error)
+        def own_rollouts() -> list[Rollout]:
+            self._synchronise(loaded)
+            return self._generated(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
+
+        if self._asleep:
+            self._together(self._wake)
+        rollouts = self._together(own_rollouts)
         if not loaded.tokenizer.chat_template:
             rollouts = [cut_at_next_turn(loaded, rollout) for rollout in rollouts]
-        return rollouts, None
+        return all_gather(rollouts)
 
     def rest(self) -> None:
         """On a GPU, free the memory of weights and cache until the next sample; on a CPU, nothing."""
         if not self._on_cpu and not self._asleep and not self.failed:
-            with self._guarded("failed"):
-                self._llm.sleep(level=2)
+            self._together(lambda: self._llm.sleep(level=2))
             self._asleep, self._holds = True, None
+
+    def _together(self, work: Callable[[], Result]) -> Result:
+        """Do this rank's part of what all ranks do; where one fails all do, so that no rank waits for another.
+
+        Raises:
+            EngineFailed: on all ranks.
+        """
+        result, failed = None, None
+        try:
+            with self._guarded("failed"):
+                result = work()
+        except EngineFailed as error:
+            failed = error
+        if failures := list(filter(None, all_gather([failed and str(failed)]))):
+            self.failed = self.failed or "that of another process failed"
+            raise EngineFailed(failures[0]) from failed
+        return cast(Result, result)
 
     def close(self) -> None:
         """End the engine."""
@@ -207,9 +217,8 @@ class VllmEngine:
     # --- weights ---
 
     def _wake(self) -> None:
-        if self._asleep:
-            torch.cuda.empty_cache()
-            self._llm.wake_up(tags=["weights"])
+        torch.cuda.empty_cache()
+        self._llm.wake_up(tags=["weights"])
 
     def _synchronise(self, loaded: LoadedModel) -> None:
         """Take over the model's weights if they are not those that the engine has, and forget what they computed."""
@@ -217,7 +226,10 @@ class VllmEngine:
         if all_reduce_max(int(version != self._holds), loaded.device):  # ranks gather sharded weights together
             weights = hub_tensors(loaded)
             self._holds = None  # until all have arrived
-            self._llm.collective_rpc(put_weights, args=(weights, self._on_cpu))
+            try:
+                self._llm.collective_rpc(put_weights, args=(weights, self._on_cpu))
+            finally:
+                deque(weights, maxlen=0)  # after an error, too: the other ranks gather together with this one
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is in use and cannot be reset")
             self._holds = version
@@ -323,15 +335,15 @@ class VllmEngine:
                 yield
         except UserError:  # ours, before the engine was touched
             raise
-        except KeyboardInterrupt:
-            self.failed = "it was interrupted"
-            raise
         except Exception as error:  # vLLM's own, and those of all that it uses
             self.failed = first_line(error)
             raise EngineFailed(
                 f"engine vllm {what}: {type(error).__name__}: {self.failed}; leave engine out, or change "
                 "engine_memory_gib or engine_timeout_s if it says so"
             ) from error
+        except BaseException:
+            self.failed = "it was interrupted"
+            raise
 
 
 def _installed_version() -> str:

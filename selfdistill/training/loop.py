@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NoReturn
 
 from selfdistill.config import dump_yaml
 from selfdistill.errors import EngineFailed, RunCollapsed, RunFailed, RunStopped
@@ -112,10 +112,7 @@ class Loop:
         try:
             metrics = self._trainer.step(step - 1)
         except EngineFailed as error:  # before the weights changed
-            self._save()
-            raise EngineFailed(
-                f"{self._output_dir}: stopped after step {step - 1}: {error}; progress is saved, continue with --resume"
-            ) from error
+            self._stop(error)
         position, self.step = self._position, step
         self._position = position = replace(
             position,
@@ -163,9 +160,18 @@ class Loop:
     def _measure(self, step: int, *, last: bool) -> None:
         try:
             self._watch.look(step, last=last)
+        except EngineFailed as error:
+            self._stop(error)
         except Exception as error:  # such as no reply from the judge, or no memory: keep the progress of the training
             self._save(together=isinstance(error, RaisedOnAllRanks))  # else the ranks may be at different points
             raise
+
+    def _stop(self, error: EngineFailed) -> NoReturn:
+        """Save the progress, on all ranks together, and say where the run stopped."""
+        self._save()
+        raise EngineFailed(
+            f"{self._output_dir}: stopped after step {self.step}: {error}; progress is saved, continue with --resume"
+        ) from error
 
     def _save(self, *, together: bool = True) -> None:
         for file in (self._metrics, *self._watch.files):

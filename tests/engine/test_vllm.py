@@ -178,15 +178,17 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(load: Loader) -> None:
     assert [r.ids for r in sample(loaded, batch, FREE, seeds(4, step=1))] != [r.ids for r in together]
 
 
-def test_autocast_around_it_does_not_reach_the_engine_that_has_a_dtype(load: Loader) -> None:
-    loaded = load()
-    with torch.autocast("cpu", torch.bfloat16):
-        engine = engine_for(loaded)
-        assert "bfloat16" in engine.describe()
-        assert gap(loaded) > 1e-3  # rounded to bfloat16, but from the same model
-        assert gap(loaded) < 0.5
-    close_engine()
+def test_under_autocast_an_engine_computes_as_with_weights_of_its_type(load: Loader) -> None:
+    loaded, batch = load(), prompts(5, 40, 480)
     assert gap(loaded) < 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "bfloat16" in engine_for(loaded).describe()
+        under_autocast = sample(loaded, batch, FREE, seeds(3))
+        assert 1e-3 < gap(loaded) < 0.5  # rounded, but the same model
+    close_engine()
+    loaded.model.bfloat16()
+    assert sample(loaded, batch, FREE, seeds(3)) == under_autocast
+    close_engine()
 
 
 def test_without_a_chat_template_a_sample_ends_where_the_next_turn_begins(load: Loader) -> None:
@@ -230,6 +232,16 @@ def test_after_optimizer_steps_they_are_the_students(
         sample(loaded, prompts(3), GREEDY)  # the patched version is taken over once
         train(loaded, 3)
         assert gap(loaded) > 1e-2
+    assert gap(loaded) < 1e-3
+
+
+def test_an_adapter_that_is_off_is_off_in_the_engine(load: Loader) -> None:
+    loaded = load()
+    add_lora(loaded, 4, None, seed=0)
+    train(loaded, 3)
+    assert gap(loaded) < 1e-3
+    with loaded.model.disable_adapter():
+        assert gap(loaded) < 1e-3
     assert gap(loaded) < 1e-3
 
 
@@ -337,6 +349,25 @@ def test_an_error_inside_it_is_one_line_and_it_is_not_used_again(load: Loader, m
     with pytest.raises(EngineFailed, match="it failed before"):
         engine.sample(loaded, prompts(3), GREEDY, None)
     assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)  # by another
+    assert running_engine() is not engine
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_engine_that_was_interrupted_is_not_used_again(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    loaded = load()
+    engine = engine_for(loaded)
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def interrupted(self: Any) -> Any:
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLMEngine, "step", interrupted)
+        with pytest.raises(stop):
+            sample(loaded, prompts(3, 4), GREEDY)
+    assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)
     assert running_engine() is not engine
 
 

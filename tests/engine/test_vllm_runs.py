@@ -36,8 +36,9 @@ from selfdistill.config.files import continued
 from selfdistill.errors import EngineFailed
 from selfdistill.evaluation.check import check
 from selfdistill.evaluation.evaluate import evaluate
-from selfdistill.model import Sampling, close_engine, load_model, sample, use_engine
+from selfdistill.model import Sampling, close_engine, load_model, sample, use_engine, vllm_engine
 from selfdistill.model.vllm_engine import VllmEngine
+from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
 
 pytestmark = NEEDS_VLLM
@@ -278,9 +279,25 @@ def test_when_the_engine_of_one_process_fails_all_stop_with_a_checkpoint(run: Se
         if step == 3 and os.environ["RANK"] == "1":
             LLMEngine.step = lambda self: 1 / 0
 
-    children = started_together(lambda: train(config, on_step=fail_in_the_second), tmp_path / "two")
+    fail_together(config, tmp_path, fail_in_the_second)
+    train_together(config, tmp_path, resume=True)
+    assert len(metrics_of(config)) == 6
+
+
+def fail_together(config: TrainConfig, tmp_path: Path, on_step: Callable[..., None]) -> None:
+    children = started_together(lambda: train(config, on_step=on_step), tmp_path / "two")
     assert [child.wait() for child in children] == [1, 1]
     for child in children:
         assert "stopped after step 3: engine vllm failed: ZeroDivisionError" in child.log.read_text()
-    train_together(config, tmp_path, resume=True)
-    assert len(metrics_of(config)) == 6
+
+
+def test_when_one_engine_fails_among_shards_the_others_do_not_wait_for_it(run: Settings, tmp_path: Path) -> None:
+    close_engine()
+    config = run("two", batch_size=4, save_steps=100, fsdp=True)
+
+    def fail_in_the_second(step: int, _loaded: Any, _metrics: Any) -> None:
+        if step == 3 and os.environ["RANK"] == "1":
+            vllm_engine.put_weights = lambda worker, weights, on_cpu: (next(weights), 1 / 0)
+
+    fail_together(config, tmp_path, fail_in_the_second)
+    assert [path.name for path in list_checkpoints(Path(config.output_dir))] == ["checkpoint-00000003"]

@@ -59,6 +59,38 @@ def test_lora_is_merged_as_peft_merges_it(load: Loader) -> None:
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in found)
 
 
+def test_the_active_adapters_are_merged_and_belong_to_the_version(load: Loader) -> None:
+    loaded = load()
+    base, found = dict(hub_tensors(loaded)), []
+    add_lora(loaded, 4, None, seed=0)
+    loaded.model.add_adapter("other", loaded.model.peft_config["default"])
+    with torch.no_grad():
+        for name, weight in loaded.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+
+    def seen() -> dict[str, torch.Tensor]:
+        found.append(weights_version(loaded.model))
+        return dict(hub_tensors(loaded))
+
+    default = seen()
+    with loaded.model.disable_adapter():
+        assert same(seen(), base)
+    loaded.model.set_adapter("other")
+    other = seen()
+    loaded.model.set_adapter("default")
+    assert same(seen(), default)
+    assert not same(other, default)
+    assert found[-1] == found[0]
+    for layer in loaded.model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.set_scale("default", 0.5)
+    half = seen()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.allclose(half[name] - base[name], (default[name] - base[name]) / 2, atol=1e-5)
+    assert len({*found}) == 4
+
+
 def test_the_version_is_that_of_the_bits(load: Loader) -> None:
     loaded, other = load(), load()
     version = weights_version(loaded.model)
@@ -73,6 +105,23 @@ def test_the_version_is_that_of_the_bits(load: Loader) -> None:
     weights[0].data[0, 0] = torch.nextafter(weights[0].data[0, 0], torch.tensor(9.0))  # one bit, past PyTorch's counter
     assert weights_version(loaded.model) != changed
     assert len(weights_version(torch.nn.Linear(3, 1, bias=False).bfloat16())) == 1  # 6 bytes
+
+
+@torch.no_grad()
+def test_the_version_knows_places_and_buffers() -> None:
+    layer = torch.nn.Linear(256, 8, bias=False)
+    version = weights_version(layer)
+    layer.weight.copy_(layer.weight.flip(0))  # the same rows
+    assert weights_version(layer) != version
+    layer.weight.copy_(layer.weight.flip(0))
+    assert weights_version(layer) == version
+    layer.register_buffer("offset", torch.zeros(3))
+    with_zeros = weights_version(layer)
+    layer.offset.add_(1.0)
+    assert weights_version(layer) != with_zeros
+    inside = torch.nn.Linear(256, 8, bias=False)
+    inside.weight = torch.nn.Parameter(torch.cat([torch.zeros(1), layer.weight.flatten()])[1:].view(8, 256))
+    assert weights_version(inside) == version  # four bytes into its memory
 
 
 def test_the_process_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
