@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from selfdistill.errors import UserError
 from selfdistill.model.fsdp import full_tensor, local_tensor
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
+from selfdistill.runtime import all_gather
 
+_LORA = ".lora_"
+_PEFT = "base_model.model."
 _BASE = ".base_layer"
 _ADAPTER = "default"
 _OTHER_KINDS = (_BASE, ".original_module", ".modules_to_save", ".token_adapter")
@@ -39,12 +43,41 @@ def _sum_of_bits(weight: Tensor) -> Tensor:
     return bits.view(torch.int64).sum()
 
 
-def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+class WeightsDigest(NamedTuple):
+    """What identifies the weights of a model across processes."""
+
+    base: str
+    """Of all but LoRA's weights; the same with LoRA and without."""
+    lora: str
+    """Of LoRA's weights and scales; the same for all models without."""
+
+
+def weights_digest(loaded: LoadedModel) -> WeightsDigest:
+    """Digests of :func:`weights_version` on all ranks, which must call this together."""
+    names = [name.removeprefix(_PEFT).replace(_BASE, "") for name, _ in loaded.model.named_parameters()]
+    of_all = all_gather([list(zip(names, weights_version(loaded.model), strict=True))])
+    base = [[weight for weight in part if _LORA not in weight[0]] for part in of_all]
+    lora = [[weight for weight in part if _LORA in weight[0]] for part in of_all]
+    scales = [layer.scaling for layer in _lora_layers(loaded)]
+    return WeightsDigest(*(hashlib.sha256(repr(values).encode()).hexdigest()[:16] for values in (base, (lora, scales))))
+
+
+def lora_rank(loaded: LoadedModel) -> int:
+    """The largest rank of the model's LoRA layers; 0 without any."""
+    return max((max(layer.r.values()) for layer in _lora_layers(loaded)), default=0)
+
+
+def _lora_layers(loaded: LoadedModel) -> list[Any]:
+    return [layer for layer in loaded.model.modules() if hasattr(layer, "lora_A")]
+
+
+def hub_tensors(loaded: LoadedModel, *, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Name and full tensor of every weight, as the model's files would have them; tied weights once.
 
     Checks the model at once, and computes each tensor when it is asked for.
 
-    Sharded weights are gathered one by one, and all ranks must iterate. LoRA is merged in float32: W + s B A.
+    Sharded weights are gathered one by one, and all ranks must iterate. LoRA is merged in float32: W + s B A. With
+    ``merge=False`` these are the weights of the base, W.
 
     Raises:
         UserError: the adapter does more than LoRA on linear layers.
@@ -55,17 +88,24 @@ def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
     parts = dict(_parts(causal, loaded.name))
     # Converting back, as from experts in one tensor to single ones, needs all tensors at once.
     renamed = revert_weight_conversion(causal, {name: weight.to("meta") for name, (weight, _) in parts.items()})
-    weights = ((name, _whole(weight, layer)) for name, (weight, layer) in parts.items())
+    weights = ((name, _whole(weight, layer if merge else None)) for name, (weight, layer) in parts.items())
     if renamed.keys() == parts.keys():
         return weights
     return iter(revert_weight_conversion(causal, dict(weights)).items())
+
+
+def adapter_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+    """Name and full tensor of LoRA's weights, as PEFT's files have them; all ranks must iterate."""
+    for name, weight in loaded.model.named_parameters():
+        if _LORA in name:
+            yield name.replace(f".{_ADAPTER}.", "."), full_tensor(weight.detach())
 
 
 def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
     """Each weight and saved buffer of the base by its name there, with the LoRA layer to merge into it, or None."""
     wrapped = {path: layer for path, layer in causal.named_modules() if hasattr(layer, "lora_A")}
     for path, weight in (*causal.named_parameters(), *_saved_buffers(causal)):
-        if ".lora_" in path:
+        if _LORA in path:
             continue
         layer = wrapped.get(path.rpartition(".")[0].removesuffix(_BASE)) if _BASE in path else None
         if layer is not None:
