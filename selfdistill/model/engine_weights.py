@@ -57,14 +57,19 @@ def weights_digest(loaded: LoadedModel) -> WeightsDigest:
     names = [name.removeprefix(_PEFT).replace(_BASE, "") for name, _ in loaded.model.named_parameters()]
     of_all = all_gather([list(zip(names, weights_version(loaded.model), strict=True))])
     base = [[weight for weight in part if _LORA not in weight[0]] for part in of_all]
-    lora = [[weight for weight in part if _LORA in weight[0]] for part in of_all]
-    scales = [layer.scaling for layer in _lora_layers(loaded)]
+    lora = [[weight for weight in part if _is_adapters(weight[0])] for part in of_all]
+    scales = [layer.scaling.get(_ADAPTER) for layer in _lora_layers(loaded)]
     return WeightsDigest(*(hashlib.sha256(repr(values).encode()).hexdigest()[:16] for values in (base, (lora, scales))))
 
 
 def lora_rank(loaded: LoadedModel) -> int:
     """The largest rank of the model's LoRA layers; 0 without any."""
-    return max((max(layer.r.values()) for layer in _lora_layers(loaded)), default=0)
+    return max((layer.r.get(_ADAPTER, 0) for layer in _lora_layers(loaded)), default=0)
+
+
+def _is_adapters(name: str) -> bool:
+    """Whether a weight is LoRA's and the student's. A teacher may have an adapter beside it."""
+    return _LORA in name and f".{_ADAPTER}." in name
 
 
 def _lora_layers(loaded: LoadedModel) -> list[Any]:
@@ -95,9 +100,9 @@ def hub_tensors(loaded: LoadedModel, *, merge: bool = True) -> Iterator[tuple[st
 
 
 def adapter_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
-    """Name and full tensor of LoRA's weights, as PEFT's files have them; all ranks must iterate."""
+    """Name and full tensor of the student's LoRA weights, as PEFT's files have them; all ranks must iterate."""
     for name, weight in loaded.model.named_parameters():
-        if _LORA in name:
+        if _is_adapters(name):
             yield name.replace(f".{_ADAPTER}.", "."), full_tensor(weight.detach())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -32,6 +32,8 @@ from selfdistill.runtime import RaisedOnAllRanks, all_gather, is_rank0, rank_sli
 Result = TypeVar("Result")
 _MOST_REQUESTS = 256
 """Requests of this process that are under way at a time; each has a thread that waits for its answer."""
+_GOODBYE_S = 5.0
+"""Time limit for unloading the last adapter."""
 _CHANGING = "selfdistill: weights are being replaced"
 """Label of a server from before its weights are replaced until they are complete."""
 
@@ -113,9 +115,10 @@ class VllmServers:
 
     def close(self) -> None:
         """Leave the servers, which go on, without this run's adapter."""
-        if self._adapter and not self.failed and is_rank0():
+        if self._adapter and is_rank0():
             for client in self._clients:
-                _unload(client, self._adapter.name)
+                with suppress(ServerProblem):  # it may have ended before
+                    _unload(VllmClient(client.url, _GOODBYE_S), self._adapter.name)
         self.failed = self.failed or "it was ended"
         self._files.close()
 
@@ -211,7 +214,7 @@ class VllmServers:
         for client in self._clients:
             if _label(client) != label:
                 raise ServerProblem(
-                    f"{client.url}: got other weights while it sampled, as from a second run that uses it"
+                    f"{client.url}: got other weights while it sampled, as if a second run used it"
                 )
         return []
 

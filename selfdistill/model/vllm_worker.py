@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,13 @@ class Worker:
         return sizes(self.vllm_config.model_config.hf_config)  # type: ignore[attr-defined]
 
     def selfdistill_load(self, folder: str) -> None:
-        """Replace all weights by those of a folder that has just been written."""
+        """Replace all weights by those of a folder that has just been written.
+
+        Raises:
+            FileNotFoundError: it has none, before anything was changed.
+        """
+        if not any(Path(folder).glob("*.safetensors")):
+            raise FileNotFoundError(f"finds no weights in {folder}; give an engine_folder that it sees, too")
         self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
         if self.vllm_config.device_config.device_type == "cpu":  # type: ignore[attr-defined]
             pack_embeddings(self.model_runner.get_model())  # type: ignore[attr-defined]
