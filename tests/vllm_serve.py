@@ -28,8 +28,8 @@ class VllmServe:
         model: the folder that it serves.
         log: what it says.
         options: further ones, as ``--enable-lora``.
-        netns: the network namespace that it runs in.
-        host: its address.
+        netns: the network namespace that it runs in; there it listens on all addresses.
+        host: its address for us.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class VllmServe:
         self._command = [
             *(["ip", "netns", "exec", netns] if netns else []),
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-            *("--host", host, "--port", str(port), "--dtype", "float32", "--enforce-eager"),
+            *("--host", "0.0.0.0" if netns else host, "--port", str(port), "--dtype", "float32", "--enforce-eager"),
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
             *("--worker-extension-cls", "selfdistill.model.vllm_worker.Worker"),
             *("--kv-cache-memory-bytes", "20000000", "--max-num-seqs", "64", *options),
