@@ -53,11 +53,18 @@ class WeightsDigest(NamedTuple):
 
 
 def weights_digest(loaded: LoadedModel) -> WeightsDigest:
-    """Digests of :func:`weights_version` on all ranks, which must call this together."""
-    names = [name.removeprefix(_PEFT).replace(_BASE, "") for name, _ in loaded.model.named_parameters()]
-    of_all = all_gather([list(zip(names, weights_version(loaded.model), strict=True))])
-    base = [[weight for weight in part if _LORA not in weight[0]] for part in of_all]
-    lora = [[weight for weight in part if _is_adapters(weight[0])] for part in of_all]
+    """Digests of the sums of :func:`weights_version`, which all ranks must compute together.
+
+    Those of a sharded weight are added up, so that it has the digest of the full one, up to shards of odd sizes.
+    """
+    parameters = dict(loaded.model.named_parameters())
+    sums = all_gather([weights_version(loaded.model)])
+    weights = []
+    for name, weight, *parts in zip(parameters, parameters.values(), *sums, strict=True):
+        total = sum(parts) % 2**64 if local_tensor(weight) is not weight else parts[0] % 2**64
+        weights.append((name.removeprefix(_PEFT).replace(_BASE, ""), total))
+    base = [weight for weight in weights if _LORA not in weight[0]]
+    lora = [weight for weight in weights if _is_adapters(weight[0])]
     scales = [layer.scaling.get(_ADAPTER) for layer in _lora_layers(loaded)]
     return WeightsDigest(*(hashlib.sha256(repr(values).encode()).hexdigest()[:16] for values in (base, (lora, scales))))
 

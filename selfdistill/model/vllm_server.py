@@ -213,9 +213,7 @@ class VllmServers:
         """
         for client in self._clients:
             if _label(client) != label:
-                raise ServerProblem(
-                    f"{client.url}: got other weights while it sampled, as if a second run used it"
-                )
+                raise ServerProblem(f"{client.url}: got other weights while it sampled, as if a second run used it")
         return []
 
     # --- sampling ---
