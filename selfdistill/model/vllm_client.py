@@ -42,26 +42,28 @@ class VllmClient:
         self._open: set[HTTPConnection] = set()
         self._hung_up = False
 
-    def get(self, path: str) -> Any:
-        """The JSON that a path has.
+    def get(self, path: str, key: str) -> Any:
+        """What the JSON at a path has under a key.
 
         Raises:
             ServerProblem: there is none.
         """
-        return self._ask("GET", path, None, self._timeout_s)
+        return self._under(key, path, self._ask("GET", path, None, self._timeout_s))
 
-    def post(self, path: str, body: dict[str, Any], *, waits: bool = False) -> Any:
-        """Send JSON; the server's answer, or None if that is not JSON.
+    def post(self, path: str, body: dict[str, Any], key: str | None = None, *, waits: bool = False) -> Any:
+        """Send JSON; what the answer has under the key, or nothing without one.
 
         Args:
             path: of the request.
             body: of the request.
+            key: of the answer.
             waits: without a time limit for the answer; :meth:`hang_up` ends the wait.
 
         Raises:
-            ServerProblem: the server does not answer with success.
+            ServerProblem: the server does not answer with success, or not with this key.
         """
-        return self._ask("POST", path, body, None if waits else self._timeout_s)
+        answer = self._ask("POST", path, body, None if waits else self._timeout_s)
+        return None if key is None else self._under(key, path, answer)
 
     def hang_up(self) -> None:
         """Close all connections: whoever waits for an answer gets an error, and the server drops the requests."""
@@ -72,7 +74,14 @@ class VllmClient:
             if connection.sock is not None:
                 _shut(connection.sock)
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> Any:
+    def _under(self, key: str, path: str, answer: str) -> Any:
+        try:
+            return json.loads(answer)[key]
+        except (ValueError, LookupError, TypeError):
+            found = f"found {_shown(answer)}, expected {key!r} of a vLLM server"
+            raise ServerProblem(f"{self.url}: {_name(path)}: {found}", 200) from None
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> str:
         connection = self._kind(self._host, timeout=self._timeout_s)
         with self._lock:
             self._open.add(connection)
@@ -87,7 +96,7 @@ class VllmClient:
             status, text = answer.status, answer.read().decode(errors="replace")
         except TimeoutError:
             raise ServerProblem(
-                f"{self.url}: no answer to {path.partition('?')[0]} in {self._timeout_s:g} s (engine_timeout_s)"
+                f"{self.url}: no answer to {_name(path)} in {self._timeout_s:g} s (engine_timeout_s)"
             ) from None
         except (OSError, HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -97,11 +106,12 @@ class VllmClient:
             with self._lock:
                 self._open.discard(connection)
         if status != 200:
-            raise ServerProblem(f"{self.url}: {path.partition('?')[0]}: status {status}, {_shown(text)}", status)
-        try:
-            return json.loads(text)
-        except ValueError:
-            return None
+            raise ServerProblem(f"{self.url}: {_name(path)}: status {status}, {_shown(text)}", status)
+        return text
+
+
+def _name(path: str) -> str:
+    return path.partition("?")[0]
 
 
 def _shut(sock: socket.socket) -> None:

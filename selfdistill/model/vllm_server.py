@@ -7,6 +7,7 @@ a label, which is read before and after every sampling: one that was restarted, 
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -75,6 +76,7 @@ class VllmServers:
         releases = ", ".join(sorted({facts.release for facts in self._facts}))
         self.name = f"vllm {releases}, {str(dtype).removeprefix('torch.')}, server"
         self._files = self._together(lambda: WeightFiles(settings.engine_folder))
+        atexit.register(self.close)
         try:
             self._check_agreement(loaded)
         except BaseException:
@@ -121,6 +123,7 @@ class VllmServers:
                     _unload(VllmClient(client.url, _GOODBYE_S), self._adapter.name)
         self.failed = self.failed or "it was ended"
         self._files.close()
+        atexit.unregister(self.close)
 
     def _check_agreement(self, loaded: LoadedModel) -> None:
         """Compare log-probabilities of a short sample of each server with the model's own.
@@ -170,7 +173,7 @@ class VllmServers:
         def replace(client: VllmClient) -> None:
             client.post("/update_weight_version", {"new_version": _CHANGING})
             client.post("/collective_rpc", {"method": "selfdistill_load", "kwargs": {"folder": str(folder)}})
-            if not client.post("/reset_prefix_cache", {})["success"]:
+            if not client.post("/reset_prefix_cache", {}, "success"):
                 raise ServerProblem(f"{client.url}: its prefix cache is in use and cannot be reset")
             client.post("/update_weight_version", {"new_version": label})
 
@@ -337,11 +340,11 @@ def _each(clients: Sequence[VllmClient], work: Callable[[VllmClient], object]) -
 
 
 def _label(client: VllmClient) -> str:
-    return str(client.get("/weight_info")["weight_version"])
+    return str(client.get("/weight_info", "weight_version"))
 
 
 def _models(client: VllmClient) -> list[str]:
-    return [model["id"] for model in client.get("/v1/models")["data"]]
+    return [model["id"] for model in client.get("/v1/models", "data")]
 
 
 def _unload(client: VllmClient, name: str) -> None:
@@ -359,12 +362,12 @@ def _completion(client: VllmClient, body: dict[str, Any], greedy: bool) -> Rollo
     Raises:
         ServerProblem: the server fails, or what it returns is no sample.
     """
-    answer = client.post("/v1/completions", body, waits=True)
+    choices = client.post("/v1/completions", body, "choices", waits=True)
     try:
-        (choice,) = answer["choices"]
+        (choice,) = choices
         ids, logps, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
         assert len(ids) == len(logps)
         assert reason in ("stop", "length")
     except (LookupError, TypeError, ValueError, AssertionError):
-        raise ServerProblem(f"{client.url}: returned no sample, but {str(answer)[:200]!r}") from None
+        raise ServerProblem(f"{client.url}: returned no sample, but {str(choices)[:200]!r}") from None
     return Rollout(ids, [0.0] * len(ids) if greedy else logps, reason == "length")

@@ -119,10 +119,10 @@ def asked(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, dict[str, Any]
     found: list[tuple[str, str]] = []
     send = VllmClient.post
 
-    def post(self: VllmClient, path: str, body: dict[str, Any], **options: Any) -> Any:
+    def post(self: VllmClient, path: str, body: dict[str, Any], *key: str, **options: Any) -> Any:
         found.append((self.url, path))
         answer = change(path, body)
-        return send(self, path, body, **options) if answer is None else answer
+        return send(self, path, body, *key, **options) if answer is None else answer
 
     monkeypatch.setattr(VllmClient, "post", post)
     return found
@@ -257,7 +257,7 @@ def test_the_prefix_cache_is_reset_with_the_weights(
     train(loaded, 3)
     assert gap(loaded, lengths=long) < 1e-3
     with monkeypatch.context() as patch:
-        asked(patch, lambda path, body: {"success": True} if path == "/reset_prefix_cache" else None)
+        asked(patch, lambda path, body: True if path == "/reset_prefix_cache" else None)
         train(loaded, 3)
         assert gap(loaded, lengths=long) > 1e-2
     train(loaded, 1)
@@ -286,7 +286,7 @@ def test_a_new_adapter_has_a_new_name(load: Loader, one: VllmServe, monkeypatch:
 
 
 def adapters_of(server: VllmServe) -> list[str]:
-    return [model["id"] for model in VllmClient(server.url, 10).get("/v1/models")["data"] if model["parent"]]
+    return [model["id"] for model in VllmClient(server.url, 10).get("/v1/models", "data") if model["parent"]]
 
 
 def test_a_run_that_ends_leaves_no_adapter_and_no_files(load: Loader, one: VllmServe, tmp_path: Path) -> None:

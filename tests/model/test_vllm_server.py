@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -228,6 +230,21 @@ def test_a_model_computed_otherwise_is_found_at_the_start(load: Loader, fake: Fa
         engine_for(loaded)
 
 
+def test_a_process_that_ends_leaves_no_adapter_and_no_files(fake: FakeVllm, folder: Path, tmp_path: Path) -> None:
+    code = f"""
+from selfdistill.config import EngineSettings
+from selfdistill.model import Sampling, add_lora, load_model, sample, use_engine
+loaded = load_model({str(folder)!r})
+add_lora(loaded, 4, None, seed=0)
+use_engine(loaded, EngineSettings(engine="vllm", engine_url={fake.url!r}, engine_folder={str(tmp_path)!r}))
+sample(loaded, [[1, 2, 3]], Sampling(5), [7])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "/v1/load_lora_adapter" in paths(fake)
+    assert list(fake.models) == ["base"]
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- what is refused at the start ---
 
 
@@ -264,11 +281,11 @@ def test_other_options_are_refused_with_the_right_one(
 @pytest.mark.parametrize(
     ("path", "answer", "message"),
     [
-        ("/version", (404, {}), "it has no /version; give the address of a vLLM server"),
+        ("/version", (404, {}), "it has no /version of vLLM; give the address of a vLLM server"),
         ("/version", (200, {"version": "0.27.1"}), r"vllm 0\.27\.1 is not supported; serve with vllm>=0\.28,<0\.33"),
-        ("/version", (200, b"<html>"), "its /version is not that of vLLM; give the address of a vLLM server"),
-        ("/version", (302, {}), "it has no /version; give the address"),
-        ("/server_info", (404, {}), "it has no /server_info; start it with VLLM_SERVER_DEV_MODE=1"),
+        ("/version", (200, b"<html>"), "it has no /version of vLLM; give the address"),
+        ("/version", (302, {}), "it has no /version of vLLM; give the address"),
+        ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1"),
         (
             "/collective_rpc",
             (200, {"results": [{"hidden_size": 64}]}),
@@ -315,7 +332,7 @@ def test_a_server_that_is_not_there_is_a_line(load: Loader, fake: FakeVllm) -> N
         ((400, {"error": {"message": "too long"}}), "/v1/completions: status 400, 'too long'"),
         ((500, b"x" * 1000), r"status 500, 'x{297}\.\.\.'"),
         ((302, {}), r"/v1/completions: status 302"),
-        ((200, b"<html>"), "returned no sample, but 'None'"),
+        ((200, b"<html>"), "/v1/completions: found '<html>', expected 'choices' of a vLLM server"),
         ((200, {"choices": []}), "returned no sample"),
         (
             (200, {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": []}, "finish_reason": "stop"}]}),
