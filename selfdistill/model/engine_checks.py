@@ -75,11 +75,16 @@ def probe(loaded: LoadedModel, length: int) -> tuple[list[int], Sampling]:
 
 def check_agreement(loaded: LoadedModel, prompt: list[int], rollout: Rollout, dtype: torch.dtype) -> str | None:
     """Compare the log-probabilities of a sample with the model's own; says so if they differ by more than rounding."""
-    own_L = _log_probs(loaded, prompt, rollout.ids, dtype)
-    gap = float((own_L - torch.tensor(rollout.logps)).abs().mean())
+    gap = agreement_gap(loaded, prompt, rollout, dtype)
     if gap <= _LARGEST_GAP.get(dtype, _LARGEST_GAP_OTHERWISE):
         return None
     return f"its log-probabilities are {gap:.2g} nats per token away from the model's"
+
+
+def agreement_gap(loaded: LoadedModel, prompt: list[int], rollout: Rollout, dtype: torch.dtype) -> float:
+    """Mean difference of a sample's log-probabilities from the model's own, in nats per token."""
+    own_L = _log_probs(loaded, prompt, rollout.ids, dtype)
+    return float((own_L - torch.tensor(rollout.logps)).abs().mean())
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from selfdistill.runtime import all_gather
 
 _LORA = ".lora_"
 _PEFT = "base_model.model."
+_OTHER_LORA = 0.02
+"""Standard deviation of what :func:`other_lora` adds."""
 _BASE = ".base_layer"
 _ADAPTER = "default"
 _OTHER_KINDS = (_BASE, ".original_module", ".modules_to_save", ".token_adapter")
@@ -81,6 +84,22 @@ def _is_adapters(name: str) -> bool:
 
 def _lora_layers(loaded: LoadedModel) -> list[Any]:
     return [layer for layer in loaded.model.modules() if hasattr(layer, "lora_A")]
+
+
+@contextmanager
+def other_lora(loaded: LoadedModel) -> Iterator[None]:
+    """Give LoRA other weights meanwhile. A fresh one changes nothing, so an engine that leaves it out would agree."""
+    weights = [local_tensor(weight) for name, weight in loaded.model.named_parameters() if _is_adapters(name)]
+    kept = [weight.detach().clone() for weight in weights]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in weights:
+            weight += _OTHER_LORA * torch.randn(weight.shape, generator=generator).to(weight)
+        try:
+            yield
+        finally:
+            for weight, before in zip(weights, kept, strict=True):
+                weight.copy_(before)
 
 
 def hub_tensors(loaded: LoadedModel, *, merge: bool = True) -> Iterator[tuple[str, Tensor]]:

@@ -21,8 +21,8 @@ import torch
 
 from selfdistill.config import EngineSettings
 from selfdistill.errors import EngineFailed, UserError
-from selfdistill.model.engine_checks import check_agreement, check_limits, probe, vocabulary_size
-from selfdistill.model.engine_weights import hub_tensors, lora_rank, weights_digest
+from selfdistill.model.engine_checks import agreement_gap, check_agreement, check_limits, probe, vocabulary_size
+from selfdistill.model.engine_weights import hub_tensors, lora_rank, other_lora, weights_digest
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Rollout, Sampling, cut_at_next_turn
 from selfdistill.model.vllm_client import ServerProblem, VllmClient
@@ -128,15 +128,22 @@ class VllmServers:
     def _check_agreement(self, loaded: LoadedModel) -> None:
         """Compare log-probabilities of a short sample of each server with the model's own.
 
+        With an adapter, other weights of LoRA are in its place, and the servers must be closer to the model with these
+        than to the model itself.
+
         Raises:
-            EngineFailed: they differ by more than rounding.
+            EngineFailed: they differ by more than rounding, or leave the adapter out.
         """
         prompt, policy = probe(loaded, self.length)
-        self._synchronise(loaded)
-        asked = self._requests(loaded, [prompt] * len(self._clients), policy, [0] * len(self._clients), ends=())
-        rollouts = self._from_rank0(lambda: self._answers(asked, greedy=False))
-        for client, rollout in zip(self._clients, rollouts, strict=True):
-            why = check_agreement(loaded, prompt, rollout, self._dtype)
+        with other_lora(loaded):
+            self._synchronise(loaded)
+            asked = self._requests(loaded, [prompt] * len(self._clients), policy, [0] * len(self._clients), ends=())
+            rollouts = self._from_rank0(lambda: self._answers(asked, greedy=False))
+            wrong = [check_agreement(loaded, prompt, rollout, self._dtype) for rollout in rollouts]
+            gaps = [agreement_gap(loaded, prompt, rollout, self._dtype) for rollout in rollouts]
+        for client, rollout, why, gap in zip(self._clients, rollouts, wrong, gaps, strict=True):
+            if not why and lora_rank(loaded) and agreement_gap(loaded, prompt, rollout, self._dtype) <= gap:
+                why = "it leaves LoRA's weights out"
             if why:
                 self.failed = why
                 raise EngineFailed(

@@ -245,6 +245,21 @@ sample(loaded, [[1, 2, 3]], Sampling(5), [7])
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_server_that_leaves_the_adapter_out_is_found_at_the_start(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    add_lora(loaded, 4, None, seed=0)  # it changes nothing yet
+    before = [weight.clone() for weight in loaded.model.parameters()]
+
+    def leave_out(path: str, body: Any) -> None:
+        if path == "/v1/completions":
+            body["model"] = "base"
+
+    fake.instead = leave_out
+    with pytest.raises(EngineFailed, match=r"nats per token away|it leaves LoRA's weights out"):
+        engine_for(loaded)
+    assert all(torch.equal(weight, kept) for weight, kept in zip(loaded.model.parameters(), before, strict=True))
+
+
 # --- what is refused at the start ---
 
 
