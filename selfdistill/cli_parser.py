@@ -102,7 +102,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         *("chunk_size", "chunk_steps", "remember"),
     ),
     "questions about documents": ("writer_url", "writer_model", "passage_words", "tries", "phrasings"),
-    "engine": ("engine", "engine_memory_gib", "engine_timeout_s"),
+    "engine": ("engine", "engine_url", "engine_folder", "engine_memory_gib", "engine_timeout_s"),
     "devices and memory": (
         *("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile", "fsdp"),
     ),

@@ -63,12 +63,35 @@ class EngineSettings(Settings):
 
     engine: Literal["none", "vllm"] = "none"
     """What samples: ``none``, this package's own loop in PyTorch; ``vllm``, vLLM in the same process (the extra
-    ``vllm``), much faster on GPUs."""
+    ``vllm``), much faster on GPUs, or with ``engine_url`` in servers."""
+    engine_url: str | None = None
+    """Addresses of vLLM servers that you started, e.g. ``http://10.0.0.2:8000``, several separated by commas. They
+    sample in the place of this process, get the model's weights, and prompts are sent there. ``''``: none."""
+    engine_folder: str | None = None
+    """Folder that the servers see under the same path; the weights for them are written there and deleted again.
+    Default: the system's folder for temporary files."""
     engine_memory_gib: float = Field(default=4.0, gt=0)
     """Memory in GiB for the engine's key/value cache, beside its weights. It bounds the number of samples drawn at a
-    time, and the longest of them."""
+    time, and the longest of them. A server has a setting of its own."""
     engine_timeout_s: float = Field(default=600.0, gt=0)
-    """Longest time in seconds in which the engine may complete no sample; a later one ends the command."""
+    """Longest time in seconds in which the engine may complete no sample; a later one ends the command. Of a server
+    also the longest time for any other answer."""
+
+    @field_validator("engine_url")
+    @classmethod
+    def _addresses(cls, value: str | None) -> str | None:
+        if not value:  # '' goes back to this process when a run is resumed
+            return None
+        urls = [url.strip().rstrip("/") for url in value.split(",")]
+        if all(re.fullmatch(r"https?://[^/?#@\s,]+", url) for url in urls) and len({*urls}) == len(urls):
+            return ",".join(urls)
+        raise ValueError("different addresses of servers such as http://10.0.0.2:8000, without a path")
+
+    @model_validator(mode="after")
+    def _servers_are_of_an_engine(self) -> EngineSettings:
+        if self.engine_url and self.engine == "none":
+            raise ValueError("setting 'engine_url': servers are those of an engine: give --engine vllm, too")
+        return self
 
 
 class ModelSettings(EngineSettings):

@@ -30,6 +30,8 @@ MAY_CHANGE = (
     "logging_steps",
     "report_to",
     "engine",
+    "engine_url",
+    "engine_folder",
     "engine_memory_gib",
     "engine_timeout_s",
 )
@@ -100,7 +102,8 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> SettingsOfRu
     saved = kind(**{**load_saved(path, kind), "output_dir": given["output_dir"]})
     # Settings left open (null, auto) were resolved when the run began.
     open_ = {key for key, value in given.items() if value is None or (key, value) == ("context", "auto")}
-    config = kind(**saved.model_dump() | {key: given[key] for key in given.keys() - open_})
+    before = saved.model_dump() | ({"engine_url": None} if given.get("engine") == "none" else {})
+    config = kind(**before | {key: given[key] for key in given.keys() - open_})
     refuse_changes(path, saved, config)
     return config
 

@@ -78,8 +78,10 @@ def engine_for(loaded: LoadedModel) -> Engine:
         return _running[1]
     close_engine()
     from selfdistill.model.vllm_engine import VllmEngine
+    from selfdistill.model.vllm_server import VllmServers
 
-    engine = VllmEngine(loaded, kind.settings, kind.dtype)
+    of_kind = VllmServers if kind.settings.engine_url else VllmEngine
+    engine: Engine = of_kind(loaded, kind.settings, kind.dtype)
     _running = kind, engine
     say_note(f"sampling with {engine.describe()}")
     return engine

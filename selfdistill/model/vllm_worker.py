@@ -1,8 +1,9 @@
-"""What runs in vLLM's worker: put the weights of another model into its own."""
+"""What runs in vLLM's worker, of this process or of a server: put the weights of another model into its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,3 +32,30 @@ def pack_embeddings(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, VocabParallelEmbedding):
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def sizes(config: Any) -> dict[str, int]:
+    """The numbers of a model's configuration that determine the shapes of its weights."""
+    found = config.get_text_config().to_dict()
+    numbers = {key: value for key, value in found.items() if type(value) is int and not key.endswith("_token_id")}
+    return numbers | {"tie_word_embeddings": int(bool(found.get("tie_word_embeddings")))}
+
+
+class Worker:
+    """What the worker of a server has beside vLLM's methods: ``vllm serve --worker-extension-cls``."""
+
+    def selfdistill_model(self) -> dict[str, Any]:
+        """The numbers of the model's configuration that determine its weights."""
+        return sizes(self.vllm_config.model_config.hf_config)  # type: ignore[attr-defined]
+
+    def selfdistill_load(self, folder: str) -> None:
+        """Replace all weights by those of a folder that has just been written.
+
+        Raises:
+            FileNotFoundError: it has none, before anything was changed.
+        """
+        if not any(Path(folder).glob("*.safetensors")):
+            raise FileNotFoundError(f"finds no weights in {folder}; give an engine_folder that it sees, too")
+        self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
+        if self.vllm_config.device_config.device_type == "cpu":  # type: ignore[attr-defined]
+            pack_embeddings(self.model_runner.get_model())  # type: ignore[attr-defined]

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ENDS, NEEDS_VLLM, VLLM, row_log_probs
-from scipy.stats import chisquare
+from conftest import ENDS, NEEDS_VLLM, VLLM
+from sampled import FREE, GREEDY, frequency_pvalue, gap, own, prompts, seeds, train
 
 from selfdistill.config import EngineSettings
 from selfdistill.errors import EngineFailed, UserError
 from selfdistill.model import (
     LoadedModel,
-    Rollout,
     Sampling,
     add_lora,
     close_engine,
@@ -26,19 +22,15 @@ from selfdistill.model import (
     load_model,
     running_engine,
     sample,
-    sample_seed,
     use_engine,
     vllm_engine,
     vllm_worker,
 )
 from selfdistill.model.engine_weights import hub_tensors
-from selfdistill.model.sampling import choose
 
 pytestmark = NEEDS_VLLM
 Loader = Callable[..., LoadedModel]
 ENGINE = EngineSettings(**VLLM)
-GREEDY = Sampling(20, temperature=0)
-FREE = Sampling(12)
 
 
 @pytest.fixture
@@ -51,47 +43,6 @@ def load(model_folder: Callable[..., Path]) -> Loader:
         return loaded
 
     return loader
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    draw = random.Random(7)
-    return [[draw.randrange(256) for _ in range(length)] for length in lengths]
-
-
-def seeds(count: int, step: int = 0) -> list[int]:
-    return [sample_seed(0, step, row, 0) for row in range(count)]
-
-
-def own(
-    loaded: LoadedModel, batch: list[list[int]], policy: Sampling, numbers: list[int] | None = None
-) -> list[Rollout]:
-    """What our loop samples from the same model."""
-    return sample(replace(loaded, engine=None), batch, policy, numbers)
-
-
-def gap(loaded: LoadedModel, policy: Sampling = FREE, step: int = 0) -> float:
-    """Largest difference between a sample's log-probabilities by the engine and by the model's own forward pass."""
-    batch = prompts(5, 40, 200)
-    rollouts = sample(loaded, batch, policy, seeds(3, step))
-    differences = []
-    with torch.no_grad():
-        for prompt, rollout in zip(batch, rollouts, strict=True):
-            logits_TV = row_log_probs(loaded.model, prompt, rollout.ids)
-            logp_TV = (logits_TV / policy.temperature).log_softmax(-1)
-            model_T = logp_TV.gather(-1, torch.tensor(rollout.ids)[:, None])[:, 0]
-            differences.append(float((model_T - torch.tensor(rollout.logps)).abs().max()))
-    return max(differences)
-
-
-def train(loaded: LoadedModel, steps: int) -> None:
-    """Take AdamW steps on random text."""
-    trained = [p for p in loaded.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
-    for _ in range(steps):
-        ids = torch.tensor(prompts(32))
-        loaded.model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
 
 # --- what it samples ---
@@ -129,25 +80,7 @@ def test_a_sample_stops_at_every_end_token_and_keeps_it(load: Loader) -> None:
     ids=str,
 )
 def test_tokens_are_as_frequent_as_the_policy_says(load: Loader, policy: Sampling) -> None:
-    loaded, (prompt,), count = load(ends=(257,)), prompts(20), 4000
-    rollouts = sample(loaded, [prompt] * count, policy, seeds(count))
-    with torch.no_grad():
-        logits_BV = loaded.model(input_ids=torch.tensor([prompt])).logits[:, -1]
-    # The policy's probabilities from our own inverse distribution, read off at a fine grid.
-    grid = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    token_B, _ = choose(logits_BV.expand(len(grid), -1), policy, grid)
-    expected = torch.bincount(token_B, minlength=300).double() / len(grid)
-    found = Counter(r.ids[0] for r in rollouts)
-    assert set(found) <= set(expected.nonzero()[:, 0].tolist())
-    often = [token for token in range(300) if expected[token] * count >= 5]
-    rare = count - sum(found[token] for token in often)
-    wanted = [float(expected[token]) * count for token in often]
-    observed = [found[token] for token in often]
-    if count - sum(wanted) > 1:
-        observed, wanted = [*observed, rare], [*wanted, count - sum(wanted)]
-    wanted = [value * sum(observed) / sum(wanted) for value in wanted]
-    assert chisquare(observed, wanted).pvalue > 0.001
-    assert len(often) > 5
+    assert frequency_pvalue(load(ends=(257,)), policy, 4000) > 0.001
 
 
 @pytest.mark.parametrize("policy", [FREE, Sampling(12, 0.7)], ids=["1", "0.7"])
@@ -275,24 +208,17 @@ def test_equal_weights_are_not_sent_again(load: Loader) -> None:
 
 
 def test_the_prefix_cache_is_reset_with_the_weights(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, (prompt,) = load(), prompts(300)  # longer than a block of the cache
+    loaded = load()
     close_engine()
-
-    def first_gap() -> float:
-        (rollout,) = sample(loaded, [prompt], FREE, seeds(1))
-        with torch.no_grad():
-            own_T = row_log_probs(loaded.model, prompt, rollout.ids).gather(-1, torch.tensor(rollout.ids)[:, None])
-        return float((own_T[:, 0] - torch.tensor(rollout.logps)).abs().max())
-
-    assert first_gap() < 1e-3
+    assert gap(loaded, lengths=(300,)) < 1e-3  # longer than a block of the cache
     train(loaded, 3)
-    assert first_gap() < 1e-3
+    assert gap(loaded, lengths=(300,)) < 1e-3
     from vllm import LLM
 
     with monkeypatch.context() as patch:
         patch.setattr(LLM, "reset_prefix_cache", lambda self: True)
         train(loaded, 3)
-        assert first_gap() > 1e-2
+        assert gap(loaded, lengths=(300,)) > 1e-2
     close_engine()
 
 

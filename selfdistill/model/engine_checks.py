@@ -1,0 +1,99 @@
+"""What is checked of every form of vLLM: its release, what it can sample, and that it computes the model.
+
+Legend: L prompt and completion, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from selfdistill.errors import UserError
+from selfdistill.model.fsdp import unsharded
+from selfdistill.model.head import unwrap
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.sampling import Rollout, Sampling
+
+_OLDEST, _BELOW = (0, 28), (0, 33)
+SUPPORTED = ">={}.{},<{}.{}".format(*_OLDEST, *_BELOW)
+"""Supported releases of vLLM."""
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
+"""vLLM's limits: it raises lower temperatures without an error, and refuses higher ones."""
+_PROBE_TOKENS = 16
+_LARGEST_GAP = {torch.float32: 0.01}
+_LARGEST_GAP_OTHERWISE = 0.5
+"""Mean difference of log-probabilities, in nats, above which the engine computes another model."""
+
+
+def is_supported(release: str) -> bool:
+    """Whether a release of vLLM, such as 0.32.0, is one of those that were tried."""
+    parts = release.split(".")[:2]
+    return all(part.isdecimal() for part in parts) and _OLDEST <= tuple(map(int, parts)) < _BELOW
+
+
+def vocabulary_size(loaded: LoadedModel) -> int:
+    """The number of tokens that the model has logits for."""
+    size: int = unwrap(loaded.model).config.get_text_config().vocab_size
+    return size
+
+
+def check_limits(
+    prompts: Sequence[Sequence[int]], sampling: Sampling, length: int, limited_by: str, remedy: str
+) -> None:
+    """Refuse what vLLM would cut or alter without a word.
+
+    Args:
+        prompts: token ids.
+        sampling: the policy.
+        length: the engine's: most tokens of a prompt and its completion.
+        limited_by: what else than the model's window may limit it.
+        remedy: what lengthens it.
+
+    Raises:
+        UserError: names what, and what to do.
+    """
+    longest = max(map(len, prompts), default=0) + sampling.max_completion_length
+    if longest > length:
+        raise UserError(
+            f"engine vllm: a prompt with its completion has up to {longest} tokens, and the engine's length is "
+            f"{length}: the model's window{limited_by}; lower max_completion_length or max_prompt_length, or {remedy}"
+        )
+    if sampling.temperature and not _LEAST_TEMPERATURE <= sampling.temperature <= _MOST_TEMPERATURE:
+        raise UserError(
+            f"engine vllm: samples at temperatures from {_LEAST_TEMPERATURE} to {_MOST_TEMPERATURE:g}, found "
+            f"{sampling.temperature:g}; change it, or leave engine out"
+        )
+
+
+def probe(loaded: LoadedModel, length: int) -> tuple[list[int], Sampling]:
+    """Prompt and policy of the sample that :func:`check_agreement` compares; no token ends it."""
+    prompt = list(range(min(8, vocabulary_size(loaded))))
+    return prompt, Sampling(min(_PROBE_TOKENS, length - len(prompt)), temperature=1.0)
+
+
+def check_agreement(loaded: LoadedModel, prompt: list[int], rollout: Rollout, dtype: torch.dtype) -> str | None:
+    """Compare the log-probabilities of a sample with the model's own; says so if they differ by more than rounding."""
+    gap = agreement_gap(loaded, prompt, rollout, dtype)
+    if gap <= _LARGEST_GAP.get(dtype, _LARGEST_GAP_OTHERWISE):
+        return None
+    return f"its log-probabilities are {gap:.2g} nats per token away from the model's"
+
+
+def agreement_gap(loaded: LoadedModel, prompt: list[int], rollout: Rollout, dtype: torch.dtype) -> float:
+    """Mean difference of a sample's log-probabilities from the model's own, in nats per token."""
+    own_L = _log_probs(loaded, prompt, rollout.ids, dtype)
+    return float((own_L - torch.tensor(rollout.logps)).abs().mean())
+
+
+@torch.no_grad()
+def _log_probs(loaded: LoadedModel, prompt: list[int], completion: list[int], dtype: torch.dtype) -> Tensor:
+    """The model's own log-probabilities of a completion."""
+    device = loaded.device
+    ids_1L = torch.tensor([prompt + completion], device=device)
+    half = dtype != torch.float32
+    with unsharded(loaded.model), torch.autocast(device.type, dtype if half else None, enabled=half):
+        logits_LV = loaded.model(input_ids=ids_1L, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logp_LV = logits_LV.float().log_softmax(-1)
+    return logp_LV.gather(-1, ids_1L[0, len(prompt) :, None])[:, 0].cpu()

@@ -1,0 +1,127 @@
+"""Requests to a vLLM server. They go to its address and nowhere else: no redirects are followed, no proxies used."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Any
+from urllib.parse import urlsplit
+
+_SHOWN = 300
+"""Characters of a server's answer that messages show."""
+
+
+class ServerProblem(Exception):
+    """A server that cannot be reached, refuses or is late; the message says which one and what it said.
+
+    ``status`` is that of its answer, None without one.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class VllmClient:
+    """The HTTP interface of one ``vllm serve``.
+
+    Args:
+        url: its address, without a path.
+        timeout_s: longest time that it may take to connect or to answer.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url, self._timeout_s = url, timeout_s
+        address = urlsplit(url)
+        self._kind = HTTPSConnection if address.scheme == "https" else HTTPConnection
+        self._host = address.netloc
+        self._lock = threading.Lock()
+        self._open: set[HTTPConnection] = set()
+        self._hung_up = False
+
+    def get(self, path: str, key: str) -> Any:
+        """What the JSON at a path has under a key.
+
+        Raises:
+            ServerProblem: there is none.
+        """
+        return self._under(key, path, self._ask("GET", path, None, self._timeout_s))
+
+    def post(self, path: str, body: dict[str, Any], key: str | None = None, *, waits: bool = False) -> Any:
+        """Send JSON; what the answer has under the key, or nothing without one.
+
+        Args:
+            path: of the request.
+            body: of the request.
+            key: of the answer.
+            waits: without a time limit for the answer; :meth:`hang_up` ends the wait.
+
+        Raises:
+            ServerProblem: the server does not answer with success, or not with this key.
+        """
+        answer = self._ask("POST", path, body, None if waits else self._timeout_s)
+        return None if key is None else self._under(key, path, answer)
+
+    def hang_up(self) -> None:
+        """Close all connections: whoever waits for an answer gets an error, and the server drops the requests."""
+        with self._lock:
+            self._hung_up = True
+            connections = list(self._open)
+        for connection in connections:
+            if connection.sock is not None:
+                _shut(connection.sock)
+
+    def _under(self, key: str, path: str, answer: str) -> Any:
+        try:
+            return json.loads(answer)[key]
+        except (ValueError, LookupError, TypeError):
+            found = f"found {_shown(answer)}, expected {key!r} of a vLLM server"
+            raise ServerProblem(f"{self.url}: {_name(path)}: {found}", 200) from None
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> str:
+        connection = self._kind(self._host, timeout=self._timeout_s)
+        with self._lock:
+            self._open.add(connection)
+        try:
+            connection.connect()
+            connection.sock.settimeout(timeout_s)
+            if self._hung_up:
+                raise ServerProblem(f"{self.url}: the request was dropped")
+            content = None if body is None else json.dumps(body).encode()
+            connection.request(method, path, content, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            status, text = answer.status, answer.read().decode(errors="replace")
+        except TimeoutError:
+            raise ServerProblem(
+                f"{self.url}: no answer to {_name(path)} in {self._timeout_s:g} s (engine_timeout_s)"
+            ) from None
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise ServerProblem(f"{self.url}: cannot be reached or broke off ({reason})") from None
+        finally:
+            connection.close()
+            with self._lock:
+                self._open.discard(connection)
+        if status != 200:
+            raise ServerProblem(f"{self.url}: {_name(path)}: status {status}, {_shown(text)}", status)
+        return text
+
+
+def _name(path: str) -> str:
+    return path.partition("?")[0]
+
+
+def _shut(sock: socket.socket) -> None:
+    with suppress(OSError):  # it has just been closed
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _shown(text: str) -> str:
+    """The server's own message on one line, shortened."""
+    with suppress(ValueError, LookupError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    text = " ".join(str(text).split())
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")

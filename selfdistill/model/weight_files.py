@@ -1,0 +1,103 @@
+"""Weights in folders that an engine's servers read: a new folder for each version, deleted when it was read."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from selfdistill.errors import UserError
+from selfdistill.model.adapters import WEIGHTS
+from selfdistill.model.engine_weights import adapter_tensors
+from selfdistill.model.loading import LoadedModel
+from selfdistill.runtime import is_rank0
+
+_FILE_BYTES = 2**30
+"""Size of a file from which on the next one begins. The memory for one is needed."""
+
+
+class WeightFiles:
+    """Folders of weights. All ranks write together, because sharded weights are gathered; rank 0 has the files.
+
+    Args:
+        parent: where the folders lie; None: in the system's folder for temporary files.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+
+    def __init__(self, parent: str | None) -> None:
+        self._folder: Path | None = None
+        self._versions = 0
+        if is_rank0():
+            try:
+                self._folder = Path(tempfile.mkdtemp(prefix="selfdistill-engine-", dir=parent)).absolute()
+            except OSError as error:
+                raise UserError(
+                    f"setting 'engine_folder': {parent!r} cannot be written ({error.strerror}); give a folder that "
+                    "this machine and the servers see"
+                ) from None
+
+    def write(self, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Path:
+        """Write full weights in this data type; the folder, which other ranks do not have.
+
+        Raises:
+            OSError: on rank 0, after all weights were gathered.
+        """
+        folder = self._next()
+        try:
+            if is_rank0():
+                _save(weights, folder, dtype)
+        finally:
+            deque(weights, maxlen=0)  # the other ranks gather as many
+        return folder
+
+    def write_adapter(self, loaded: LoadedModel) -> Path:
+        """Write LoRA's weights as PEFT does; see :meth:`write`."""
+        folder = self._next()
+        weights = {name: weight.cpu().contiguous() for name, weight in adapter_tensors(loaded)}
+        if is_rank0():
+            folder.mkdir()
+            _save_file(weights, folder / WEIGHTS)
+            loaded.model.peft_config["default"].save_pretrained(str(folder))
+        return folder
+
+    def remove(self, folder: Path | None) -> None:
+        """Delete a version's folder, if there is one."""
+        if folder is not None and is_rank0():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Delete everything."""
+        self.remove(self._folder)
+
+    def _next(self) -> Path:
+        self._versions += 1
+        return (self._folder or Path()) / str(self._versions)
+
+
+def _save(weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
+    folder.mkdir()
+    file: dict[str, Tensor] = {}
+    number = 0
+    for name, weight in weights:
+        file[name] = (weight.to(dtype) if weight.is_floating_point() else weight).cpu().contiguous()
+        if sum(part.nbytes for part in file.values()) >= _FILE_BYTES:
+            _save_file(file, folder / f"model-{number}.safetensors")
+            file, number = {}, number + 1
+    _save_file(file, folder / f"model-{number}.safetensors")
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """``save_file`` whose errors, as of a full disk, are all ``OSError``."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None

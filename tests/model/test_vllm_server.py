@@ -1,0 +1,544 @@
+"""Servers that sample: how they are asked, kept in step and fail. These are fakes; tests/engine has real ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import started_together, train_together
+from conftest import ENDS, final_weights, largest_difference, metrics_of
+from safetensors.torch import load_file
+from sampled import FREE, GREEDY, own, prompts, seeds, train
+from vllm_fake import FakeVllm, fake_vllm
+
+from selfdistill.config import EngineSettings, TrainConfig
+from selfdistill.config.files import continued
+from selfdistill.errors import EngineFailed, UserError
+from selfdistill.model import (
+    LoadedModel,
+    Sampling,
+    add_lora,
+    close_engine,
+    engine_for,
+    load_model,
+    sample,
+    use_engine,
+)
+from selfdistill.model.vllm_client import ServerProblem, VllmClient
+from selfdistill.training.train import train as run_training
+
+Loader = Callable[..., LoadedModel]
+Settings = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def folder(model_folder: Callable[..., Path]) -> Path:
+    return model_folder(ends=ENDS, tied=True)
+
+
+@pytest.fixture
+def fake(folder: Path) -> Iterator[FakeVllm]:
+    """A server that takes adapters of rank 8."""
+    with fake_vllm(folder, adapter_rank=8) as server:
+        yield server
+        close_engine()
+
+
+@pytest.fixture
+def load(folder: Path, tmp_path: Path) -> Loader:
+    """A fresh model that servers sample from."""
+
+    def loader(*servers: FakeVllm, timeout_s: float = 10, **settings: Any) -> LoadedModel:
+        loaded = load_model(str(folder))
+        urls = ",".join(server.url for server in servers)
+        settings = {"engine_folder": str(tmp_path), **settings}
+        use_engine(loaded, EngineSettings(engine="vllm", engine_url=urls, engine_timeout_s=timeout_s, **settings))
+        return loaded
+
+    return loader
+
+
+@pytest.fixture
+def run(settings: Settings, folder: Path) -> Settings:
+    """Settings of a tiny run that samples with servers."""
+
+    def make(out: str, *servers: FakeVllm, **values: Any) -> TrainConfig:
+        engine = {"engine": "vllm", "engine_url": ",".join(s.url for s in servers)} if servers else {}
+        return settings(out, **{"model": str(folder), **engine, **values})
+
+    return make
+
+
+def assert_as_our_loop(loaded: LoadedModel, policy: Sampling = FREE, count: int = 6) -> None:
+    """The fakes sample as our loop does, so that the same tokens come for the same seeds."""
+    batch, numbers = prompts(*range(1, count + 1)), seeds(count)
+    for found, expected in zip(
+        sample(loaded, batch, policy, numbers), own(loaded, batch, policy, numbers), strict=True
+    ):
+        assert (found.ids, found.truncated) == (expected.ids, expected.truncated)
+        assert found.logps == pytest.approx(expected.logps, abs=1e-4)
+
+
+def paths(server: FakeVllm) -> list[str]:
+    return [path for path, _ in server.asked]
+
+
+# --- what is asked ---
+
+
+@pytest.mark.parametrize("policy", [FREE, GREEDY, Sampling(5, 0.7, top_p=0.9, top_k=20)], ids=str)
+def test_samples_are_those_of_the_server(load: Loader, fake: FakeVllm, policy: Sampling) -> None:
+    assert_as_our_loop(load(fake), policy)
+
+
+def test_a_request_names_all_that_a_file_could_change(load: Loader, fake: FakeVllm) -> None:
+    sample(load(fake), prompts(3), FREE, [2**62])
+    path, body = fake.asked[-1]
+    assert path == "/v1/completions"
+    assert body == {
+        "model": "base",
+        "prompt": prompts(3)[0],
+        "seed": 2**62,
+        "max_tokens": 12,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": list(ENDS),
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+
+
+def test_no_proxy_is_used(load: Loader, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert_as_our_loop(load(fake))
+
+
+def test_more_prompts_than_requests_at_a_time(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    rollouts = sample(loaded, prompts(*[3] * 300), Sampling(2), seeds(300))
+    assert rollouts[:3] == sample(loaded, prompts(*[3] * 3), Sampling(2), seeds(3))
+    assert sample(loaded, [], FREE, []) == []
+
+
+def test_several_servers_share_the_samples(load: Loader, fake: FakeVllm, folder: Path) -> None:
+    with fake_vllm(folder) as other:
+        loaded = load(fake, other)
+        train(loaded, 1)
+        assert_as_our_loop(loaded, count=9)
+        # One more for the comparison at the start; the first ones go to the first server.
+        assert [paths(server).count("/v1/completions") - 1 for server in (fake, other)] == [5, 4]
+        close_engine()
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize("rank", [0, 4, 16], ids=["full", "adapter", "merged"])
+def test_the_server_follows_the_student(load: Loader, fake: FakeVllm, tmp_path: Path, rank: int) -> None:
+    loaded = load(fake)
+    if rank:
+        add_lora(loaded, rank, None, seed=0)
+    for _ in range(3):
+        assert_as_our_loop(loaded)
+        train(loaded, 1)
+    fake.asked.clear()
+    assert_as_our_loop(loaded)
+    assert_as_our_loop(loaded)
+    whole = ["/update_weight_version", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]
+    adapter = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+    assert [path for path in paths(fake) if path != "/v1/completions"] == (adapter if rank == 4 else whole)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == (rank == 4)  # weights are deleted when they were read
+    assert len(fake.models) == 1 + (rank == 4)
+    close_engine()
+    assert list(tmp_path.iterdir()) == []
+    assert len(fake.models) == 1
+
+
+def test_the_scale_of_lora_is_a_part_of_its_version(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    add_lora(loaded, 16, None, seed=0)  # merged
+    train(loaded, 2)
+    assert_as_our_loop(loaded)
+    for layer in loaded.model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.scaling["default"] *= 3
+    assert_as_our_loop(loaded)
+
+
+def test_a_server_that_was_started_again_gets_everything(load: Loader, fake: FakeVllm, folder: Path) -> None:
+    loaded = load(fake)
+    add_lora(loaded, 4, None, seed=0)
+    train(loaded, 2)
+    assert_as_our_loop(loaded)
+    again = FakeVllm(folder)
+    again.server_close()
+    fake.models, fake.weights, fake.label = again.models, again.weights, again.label
+    assert_as_our_loop(loaded)
+    (name,) = fake.models.keys() - {"base"}
+    del fake.models[name]  # only the adapter is gone
+    fake.asked.clear()
+    assert_as_our_loop(loaded)
+    assert "/collective_rpc" not in paths(fake)
+
+
+def test_half_replaced_weights_are_never_sampled_from(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    engine = engine_for(loaded)
+    train(loaded, 1)
+    fake.instead = lambda path, body: (500, {"error": {"message": "out of\nmemory"}}) if "rpc" in path else None
+    with pytest.raises(EngineFailed, match=r"/collective_rpc: status 500, 'out of memory'; see the server's log"):
+        sample(loaded, prompts(3), GREEDY)
+    assert fake.label == "selfdistill: weights are being replaced"
+    fake.instead = lambda path, body: None
+    with pytest.raises(EngineFailed, match="it failed before"):
+        engine.sample(loaded, prompts(3), GREEDY, None)
+    assert_as_our_loop(loaded)
+
+
+def test_a_prefix_cache_in_use_is_an_error(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    fake.instead = lambda path, body: (200, {"success": False}) if path == "/reset_prefix_cache" else None
+    with pytest.raises(EngineFailed, match="its prefix cache is in use and cannot be reset"):
+        sample(loaded, prompts(3), GREEDY)
+
+
+def test_a_model_computed_otherwise_is_found_at_the_start(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    fake.instead = lambda path, body: (200, {"results": [None]}) if body and "kwargs" in body else None
+    train(loaded, 3)
+    with pytest.raises(
+        EngineFailed, match=r"nats per token away from the model's, so it computes .*; leave engine out"
+    ):
+        engine_for(loaded)
+
+
+def test_a_process_that_ends_leaves_no_adapter_and_no_files(fake: FakeVllm, folder: Path, tmp_path: Path) -> None:
+    code = f"""
+from selfdistill.config import EngineSettings
+from selfdistill.model import Sampling, add_lora, load_model, sample, use_engine
+loaded = load_model({str(folder)!r})
+add_lora(loaded, 4, None, seed=0)
+use_engine(loaded, EngineSettings(engine="vllm", engine_url={fake.url!r}, engine_folder={str(tmp_path)!r}))
+sample(loaded, [[1, 2, 3]], Sampling(5), [7])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "/v1/load_lora_adapter" in paths(fake)
+    assert list(fake.models) == ["base"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_leaves_the_adapter_out_is_found_at_the_start(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    add_lora(loaded, 4, None, seed=0)  # it changes nothing yet
+    before = [weight.clone() for weight in loaded.model.parameters()]
+
+    def leave_out(path: str, body: Any) -> None:
+        if path == "/v1/completions":
+            body["model"] = "base"
+
+    fake.instead = leave_out
+    with pytest.raises(EngineFailed, match=r"nats per token away|it leaves LoRA's weights out"):
+        engine_for(loaded)
+    assert all(torch.equal(weight, kept) for weight, kept in zip(loaded.model.parameters(), before, strict=True))
+
+
+# --- what is refused at the start ---
+
+
+@pytest.mark.parametrize(
+    ("key", "found", "message"),
+    [
+        ("model_config.dtype", "torch.bfloat16", "its dtype is bfloat16; start it with --dtype float32"),
+        ("model_config.logprobs_mode", "raw_logprobs", "start it with --logprobs-mode processed_logprobs"),
+        (
+            "model_config.generation_config",
+            "auto",
+            "its generation-config is auto; start it with --generation-config vllm",
+        ),
+        ("model_config.quantization", "fp8", "its weights are quantised; serve the model without quantisation"),
+        (
+            "parallel_config.worker_extension_cls",
+            "",
+            "extension-cls is none; start it with --worker-extension-cls selfdistill.model.vllm_worker.Worker",
+        ),
+    ],
+)
+def test_other_options_are_refused_with_the_right_one(
+    load: Loader, fake: FakeVllm, key: str, found: str, message: str
+) -> None:
+    part, name = key.split(".")
+    fake.info["vllm_config"][part][name] = found
+    with pytest.raises(UserError, match=message) as error:
+        engine_for(load(fake))
+    assert str(error.value).startswith(f"engine vllm: {fake.url}: ")
+    assert "\n" not in str(error.value)
+    assert "/update_weight_version" not in paths(fake)
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "message"),
+    [
+        ("/version", (404, {}), "it has no /version of vLLM; give the address of a vLLM server"),
+        ("/version", (200, {"version": "0.27.1"}), r"vllm 0\.27\.1 is not supported; serve with vllm>=0\.28,<0\.33"),
+        ("/version", (200, b"<html>"), "it has no /version of vLLM; give the address"),
+        ("/version", (302, {}), "it has no /version of vLLM; give the address"),
+        ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1"),
+        (
+            "/collective_rpc",
+            (200, {"results": [{"hidden_size": 64}]}),
+            "another model: hidden_size is 64, '.*' has 32;",
+        ),
+        ("/tokenize", (200, {"tokens": [1, 2]}), "it has another tokenizer than '.*'; serve the same model"),
+    ],
+)
+def test_other_servers_and_models_are_refused(
+    load: Loader, fake: FakeVllm, path: str, answer: tuple[int, Any], message: str
+) -> None:
+    fake.instead = lambda asked, body: answer if asked == path else None
+    with pytest.raises(UserError, match=message):
+        engine_for(load(fake))
+
+
+def test_adapters_that_cannot_come_later_are_refused(load: Loader, fake: FakeVllm) -> None:
+    fake.info["vllm_env"] = {}
+    with pytest.raises(UserError, match="start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or without --enable-lora"):
+        engine_for(load(fake))
+
+
+def test_a_folder_that_is_not_there_is_refused(load: Loader, fake: FakeVllm, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'engine_folder': '.*/none' cannot be written \(No such file or directory\)"):
+        engine_for(load(fake, engine_folder=str(tmp_path / "none")))
+
+
+def test_a_server_that_is_not_there_is_a_line(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    assert loaded.engine is not None
+    loaded.engine = loaded.engine.model_copy(update={"engine_url": "http://127.0.0.1:1"})
+    with pytest.raises(
+        EngineFailed, match=r"http://127\.0\.0\.1:1: cannot be reached or broke off \(Connection refused\)"
+    ):
+        engine_for(loaded)
+
+
+# --- how sampling fails ---
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((400, {"error": {"message": "too long"}}), "/v1/completions: status 400, 'too long'"),
+        ((500, b"x" * 1000), r"status 500, 'x{297}\.\.\.'"),
+        ((302, {}), r"/v1/completions: status 302"),
+        ((200, b"<html>"), "/v1/completions: found '<html>', expected 'choices' of a vLLM server"),
+        ((200, {"choices": []}), "returned no sample"),
+        (
+            (200, {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": []}, "finish_reason": "stop"}]}),
+            "returned no sample",
+        ),
+        (
+            (200, {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [0]}, "finish_reason": "abort"}]}),
+            "returned no sample",
+        ),
+    ],
+)
+def test_an_answer_without_a_sample_is_a_line(
+    load: Loader, fake: FakeVllm, answer: tuple[int, Any], message: str
+) -> None:
+    loaded = load(fake)
+    engine_for(loaded)
+    fake.instead = lambda path, body: answer if path == "/v1/completions" else None
+    with pytest.raises(EngineFailed, match=message) as error:
+        sample(loaded, prompts(3, 4, 5), FREE, seeds(3))
+    assert "\n" not in str(error.value)
+
+
+def test_one_late_sample_of_many_ends_the_wait(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake, timeout_s=0.5)
+    engine_for(loaded)
+    hold = threading.Event()
+
+    def late(path: str, body: Any) -> None:
+        if path == "/v1/completions" and body["prompt"] == prompts(5, 6)[1]:
+            hold.wait(10)
+
+    fake.instead = late
+    began = time.monotonic()
+    with pytest.raises(
+        EngineFailed, match=r"no sample was completed in 0\.5 s, 1 of 3 are left; engine_timeout_s is 0\.5"
+    ):
+        sample(loaded, [prompts(5, 6)[number] for number in (0, 1, 0)], FREE, seeds(3))
+    assert time.monotonic() - began < 5
+    hold.set()
+
+
+def test_samples_that_come_one_by_one_are_not_late(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake, timeout_s=0.5)
+    engine_for(loaded)
+    turn = threading.Lock()
+
+    def slow(path: str, body: Any) -> None:
+        if path == "/v1/completions":
+            with turn:
+                time.sleep(0.2)
+
+    fake.instead = slow
+    assert len(sample(loaded, prompts(*[4] * 6), FREE, seeds(6))) == 6
+
+
+def test_a_server_that_does_not_answer_is_late(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake, timeout_s=0.3)
+    engine_for(loaded)
+    hold = threading.Event()
+    fake.instead = lambda path, body: hold.wait(10) and None if path == "/weight_info" else None
+    with pytest.raises(EngineFailed, match=r"no answer to /weight_info in 0\.3 s \(engine_timeout_s\)"):
+        sample(loaded, prompts(3), FREE, seeds(1))
+    hold.set()
+
+
+def test_weights_that_another_run_puts_in_are_noticed(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    sample(loaded, prompts(3), GREEDY)
+
+    def interfere(path: str, body: Any) -> None:
+        if path == "/v1/completions":
+            fake.label = "another run's"
+
+    fake.instead = interfere
+    with pytest.raises(EngineFailed, match="got other weights while it sampled, as if a second run used it"):
+        sample(loaded, prompts(3), GREEDY)
+
+
+# --- runs ---
+
+
+@pytest.mark.parametrize("values", [{}, {"lora_rank": 4}, {"lora_rank": 16}], ids=str)
+def test_a_run_with_a_server_is_that_without(run: Settings, fake: FakeVllm, values: dict[str, Any]) -> None:
+    served, ours = run("served", fake, max_steps=3, **values), run("ours", max_steps=3, **values)
+    run_training(served)
+    run_training(ours)
+    assert largest_difference(final_weights(served), final_weights(ours)) < 1e-4  # of steps of 1e-3
+    for line in metrics_of(served):
+        assert line["engine/gap"] <= line["engine/gap_max"] < 1e-3
+
+
+def test_a_server_that_fails_leaves_a_checkpoint_and_the_run_goes_on(
+    run: Settings, fake: FakeVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, cut = run("whole", fake, save_steps=100), run("cut", fake, save_steps=100)
+    run_training(whole)
+
+    def fail(step: int, _loaded: Any, _metrics: Any) -> None:
+        if step == 3:
+            fake.instead = lambda path, body: (503, {}) if path == "/v1/completions" else None
+
+    with pytest.raises(EngineFailed) as error:
+        run_training(cut, on_step=fail)
+    message = str(error.value)
+    assert message.startswith(f"{cut.output_dir}: stopped after step 3: engine vllm: {fake.url}: /v1/completions: ")
+    assert message.endswith("progress is saved, continue with --resume")
+    fake.instead = lambda path, body: None
+    capsys.readouterr()
+    run_training(cut, resume=True)
+    assert "the run has sampled" not in capsys.readouterr().err
+    assert largest_difference(final_weights(whole), final_weights(cut)) < 1e-4
+    assert [line["loss"] for line in metrics_of(cut)] == pytest.approx(
+        [line["loss"] for line in metrics_of(whole)], abs=1e-4
+    )
+
+
+def test_a_run_goes_on_without_its_servers_and_says_so(
+    run: Settings, fake: FakeVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run("run", fake, max_steps=2, save_steps=2)
+    run_training(first)
+    given = {"output_dir": first.output_dir, "max_steps": 4}
+    without = continued({**given, "engine": "none"}, TrainConfig)
+    assert without.engine_url is None
+    assert continued({**given, "engine_url": ""}, TrainConfig).engine_url is None
+    assert continued(given, TrainConfig).engine_url == fake.url
+    run_training(without, resume=True)
+    said = capsys.readouterr().err
+    assert "note: the run has sampled with vllm 0.32.0, float32, server and goes on with PyTorch" in said
+
+
+@pytest.mark.parametrize("values", [{}, {"fsdp": True}, {"fsdp": True, "lora_rank": 4}], ids=str)
+def test_two_processes_and_two_servers_train_what_one_of_each_does(
+    run: Settings, fake: FakeVllm, folder: Path, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    common: dict[str, Any] = {"batch_size": 4, "max_steps": 3, **values}
+    with fake_vllm(folder, adapter_rank=8) as other:
+        alone, together = run("alone", fake, **common | {"fsdp": False}), run("together", fake, other, **common)
+        train_together(together, tmp_path)
+        assert all("/v1/completions" in paths(server) for server in (fake, other))
+    run_training(alone)
+    assert largest_difference(final_weights(alone), final_weights(together)) < 1e-4
+
+
+def test_what_fails_for_one_process_stops_all(run: Settings, fake: FakeVllm, tmp_path: Path) -> None:
+    config = run("two", fake, batch_size=4, save_steps=100)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ServerProblem("http://there: broken")
+
+    def fail_in_the_second(step: int, _loaded: Any, _metrics: Any) -> None:
+        if step == 3 and os.environ["RANK"] == "1":
+            VllmClient.post = broken
+
+    children = started_together(lambda: run_training(config, on_step=fail_in_the_second), tmp_path / "two")
+    assert [child.wait() for child in children] == [1, 1]
+    for child in children:
+        assert "stopped after step 3: engine vllm: http://there: broken; see" in child.log.read_text()
+    train_together(config, tmp_path, resume=True)
+    assert len(metrics_of(config)) == 6
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    "url", ["10.0.0.2:8000", "http://a:1/v1", "http://u:p@a:1", "http://a:1,", "http://a:1,http://a:1"]
+)
+def test_addresses_are_checked(url: str) -> None:
+    with pytest.raises(
+        UserError, match=r"setting 'engine_url': found .*, expected: different addresses of servers such as"
+    ):
+        EngineSettings(engine="vllm", engine_url=url)
+
+
+def test_addresses_without_an_engine_are_an_error() -> None:
+    with pytest.raises(UserError, match="'engine_url': servers are those of an engine: give --engine vllm, too"):
+        EngineSettings(engine_url="http://a:1")
+    assert EngineSettings(engine="vllm", engine_url="http://a:1/, https://b").engine_url == "http://a:1,https://b"
+
+
+def test_half_precision_is_what_the_files_have(load: Loader, fake: FakeVllm) -> None:
+    loaded = replace(load(fake), model=load(fake).model.to(torch.bfloat16))
+    fake.info["vllm_config"]["model_config"]["dtype"] = "torch.bfloat16"
+    found: list[Any] = []
+
+    def read(path: str, body: Any) -> None:
+        if path == "/collective_rpc" and "kwargs" in body:
+            (file,) = Path(body["kwargs"]["folder"]).iterdir()
+            found.extend(weight.dtype for weight in load_file(file).values())
+
+    fake.instead = read
+    engine_for(loaded)
+    assert {*found} == {torch.bfloat16}
