@@ -205,6 +205,7 @@ def test_an_engine_that_fails_leaves_a_checkpoint_and_the_run_goes_on(
     whole, cut = run("whole", save_steps=100), run("cut", save_steps=100)
     train(whole)
     train_until_it_fails(cut, monkeypatch)
+    assert [path.name for path in list_checkpoints(Path(cut.output_dir))] == ["checkpoint-00000003"]
     train(cut, resume=True)
     assert same(final_weights(whole), final_weights(cut))
     assert metrics_of(whole) == metrics_of(cut)
