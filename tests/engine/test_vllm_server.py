@@ -102,13 +102,14 @@ def load(model_folder: Callable[..., Path]) -> Loader:
 
 
 @pytest.fixture
-def run(settings: Settings, model_folder: Callable[..., Path]) -> Settings:
+def run(settings: Settings, model_folder: Callable[..., Path], tmp_path: Path) -> Settings:
     """Settings of a tiny run that samples with servers."""
 
     def make(out: str, *servers: VllmServe, tied: bool = True, **values: Any) -> TrainConfig:
         model = str(model_folder(head_dim=32, ends=ENDS, tied=tied))
         urls = ",".join(server.url for server in servers)
-        engine = {"engine": "vllm", "engine_url": urls, "engine_timeout_s": TIMEOUT_S}
+        where = {"engine_url": urls, "engine_folder": str(tmp_path)}
+        engine = {"engine": "vllm", "engine_timeout_s": TIMEOUT_S, **where}
         return settings(out, **{"model": model, "learning_rate": 1e-2, **engine, **values})
 
     return make

@@ -68,11 +68,12 @@ def load(folder: Path, tmp_path: Path) -> Loader:
 
 
 @pytest.fixture
-def run(settings: Settings, folder: Path) -> Settings:
+def run(settings: Settings, folder: Path, tmp_path: Path) -> Settings:
     """Settings of a tiny run that samples with servers."""
 
     def make(out: str, *servers: FakeVllm, **values: Any) -> TrainConfig:
-        engine = {"engine": "vllm", "engine_url": ",".join(s.url for s in servers)} if servers else {}
+        where = {"engine_url": ",".join(s.url for s in servers), "engine_folder": str(tmp_path)}
+        engine = {"engine": "vllm", **where} if servers else {}
         return settings(out, **{"model": str(folder), **engine, **values})
 
     return make
