@@ -283,7 +283,9 @@ def _teacher_bytes(
 
 
 def _engine_bytes(config: TrainConfig, device: Device, loaded: LoadedModel) -> int:
-    """The engine's key/value cache, and its copy of the weights in the arithmetic of training."""
+    """The engine's key/value cache, and its copy of the weights in the arithmetic of training; none here in servers."""
+    if config.engine_url:
+        return 0
     size = 2 if device.mixed_precision == "bf16" else unwrap(loaded.model).dtype.itemsize
     count = sum(p.numel() for name, p in loaded.model.named_parameters() if ".lora_" not in name)
     return int(config.engine_memory_gib * GIB) + size * count
