@@ -30,11 +30,11 @@ def test_the_paragraph_is_what_the_measurements_say(name: str) -> None:
 def test_the_tables_of_studies_are_what_their_lines_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS.parent / "studies")
     study_file, summary = import_module("study_file"), import_module("summary")
-    text = (DOCS / "results.md").read_text(encoding="utf-8")
+    text = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("results.md", "engines.md"))
     files = sorted((DOCS / "comparisons" / "studies").glob("*.jsonl"))
     assert files
     for file in files:
-        (study,) = study_file.read_studies([DOCS.parent / "configs" / "study" / "anchors" / f"{file.stem}.yaml"])
+        (study,) = study_file.read_studies(list((DOCS.parent / "configs" / "study").glob(f"*/{file.stem}.yaml")))
         lines = summary.table(study_file.runs_of(study), study_file.results_of(study, file.parent))
         rows = [line for line in lines if line.startswith(("|", "-"))]
         assert len(rows) > 3

@@ -134,13 +134,3 @@ def test_the_plan_of_every_method_is_whole(make: Make, method: MethodName) -> No
     scored = {"scorer": "contains"} if method == "grpo" else {}
     config = make(method=method, **scored)
     assert memory_plan(config, load_demonstrations(config.data), Device("cpu", "no")).untraced is None
-
-
-def test_an_engine_needs_memory_here_and_one_in_servers_does_not(make: Make) -> None:
-    def peak(**values: Any) -> int:
-        config = make(**values)
-        return memory_plan(config, load_demonstrations(config.data), Device("cpu", "no")).peak
-
-    servers = {"engine": "vllm", "engine_url": "http://127.0.0.1:1"}
-    assert peak(engine="vllm", engine_memory_gib=1) - peak(**servers) > 2**30
-    assert peak(**servers, engine_memory_gib=1) == peak(**servers)
