@@ -83,6 +83,7 @@ class MemoryPlanner:
         self._rows = sorted(drawn(demonstrations, config), key=_characters, reverse=True)
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
         self._teachers: dict[str, LoadedModel] = {}
+        self._others(config)
         _stages(config, self._rows, self._model(config), config.max_completion_length)
 
     def plan(self, config: TrainConfig, *, least: bool = False) -> MemoryPlan:
@@ -137,7 +138,7 @@ class MemoryPlanner:
         names = {rule: rule.model for rule in teacher_rules(_methods(config)) if rule.model is not None}
         for name in names.values():
             if name not in self._teachers:
-                self._teachers[name] = fake_model(name, dtype=config.dtype)
+                self._teachers[name] = fake_model(name, dtype=config.dtype, trained=False)
         return {rule: self._teachers[name] for rule, name in names.items()}
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:

@@ -97,6 +97,19 @@ def test_a_context_of_more_rows_than_a_batch_is_planned(settings: Make) -> None:
     assert planned(settings(context="few_shot:k=3", batch_size=2, max_prompt_length=400)).lengths[1] > 0
 
 
+def test_a_teacher_may_be_quantised(settings: Make, model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    teacher = with_config(model_folder(), tmp_path / "quantised", **quantised)
+    assert planned(settings(teacher_model=str(teacher))).untraced is None
+
+
+def test_a_teacher_that_cannot_be_used_is_reported_where_it_is_loaded(settings: Make, tmp_path: Path) -> None:
+    config = settings(teacher_model=str(tmp_path))
+    with pytest.raises(UserError, match="the folder has neither") as error:
+        train(config)
+    assert any(entry.name == "_other_teacher" for entry in error.traceback)
+
+
 def test_servers_have_memory_of_their_own(settings: Make) -> None:
     config = settings()
     servers = {"engine": "vllm", "engine_url": "http://10.0.0.2:8000"}
