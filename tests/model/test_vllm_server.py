@@ -301,6 +301,12 @@ def test_other_options_are_refused_with_the_right_one(
         ("/version", (200, {"version": "0.27.1"}), r"vllm 0\.27\.1 is not supported; serve with vllm>=0\.28,<0\.33"),
         ("/version", (200, b"<html>"), "it has no /version of vLLM; give the address"),
         ("/version", (302, {}), "it has no /version of vLLM; give the address"),
+        (
+            "/server_info",
+            (200, {"vllm_config": {}, "vllm_env": {}}),
+            r"not those of vLLM \(KeyError: 'lora_config'\); ",
+        ),
+        ("/v1/models", (200, {"data": []}), r"its answers are not those of vLLM \(ValueError: .*\); serve with vllm>="),
         ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1"),
         (
             "/collective_rpc",
