@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -31,6 +32,15 @@ def plain_address(value: str | None) -> str | None:
     if value is None or re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", value):
         return value
     raise ValueError("an address such as http://localhost:8000/v1, without user, password or '?'")
+
+
+def _is_server(url: str) -> bool:
+    """Whether this is the address of a server, without user, path or query."""
+    try:
+        parts = urlsplit(url)
+        return bool(re.fullmatch(r"https?://[^/?#@\s,]+", url) and parts.hostname and parts.port != 0)
+    except ValueError:  # of a port that is no number, or of an IPv6 address without its bracket
+        return False
 
 
 class Settings(BaseModel):
@@ -83,7 +93,7 @@ class EngineSettings(Settings):
         if not value:  # '' goes back to this process when a run is resumed
             return None
         urls = [url.strip().rstrip("/") for url in value.split(",")]
-        if all(re.fullmatch(r"https?://[^/?#@\s,]+", url) for url in urls) and len({*urls}) == len(urls):
+        if all(map(_is_server, urls)) and len({*urls}) == len(urls):
             return ",".join(urls)
         raise ValueError("different addresses of servers such as http://10.0.0.2:8000, without a path")
 

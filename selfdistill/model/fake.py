@@ -45,8 +45,9 @@ def fake_model(
     lora_rank: int = 0,
     like: LoadedModel | None = None,
     layers: int | None = None,
+    trained: bool = True,
 ) -> LoadedModel:
-    """A model to train, as fake tensors on the CPU, with its real tokenizer; reads ``config.json`` and no weights.
+    """A model as fake tensors on the CPU, with its real tokenizer; reads ``config.json`` and no weights.
 
     The start-up probes need data, so their usual results are assumed: the head is separate from the body, and a pass
     can continue from a cache unless the model has a recurrent state.
@@ -58,6 +59,7 @@ def fake_model(
         lora_rank: rank of the adapter to train; 0: none.
         like: the model itself, or another fake of it; then no file is read.
         layers: its number of layers, if it is to have fewer.
+        trained: whether it is to be trained; quantised weights, which cannot be, may be those of a teacher.
 
     Raises:
         UserError: ``config.json`` or the tokenizer cannot be used, or the weights are quantised.
@@ -70,10 +72,10 @@ def fake_model(
                 model: Any = type(whole)._from_config(_with_layers(whole.config, layers), dtype=saved)
                 tokenizer = like.tokenizer
             else:
-                model, tokenizer = _from_files(name, dtype, adapter_base)
+                model, tokenizer = _from_files(name, dtype, adapter_base, trained)
         except UserError:
             raise
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever a model's code makes of tensors without data
             raise UserError(f"model {name!r}: its memory cannot be planned: {first_line(error)}") from None
         disable_dropout(model.eval())
         loaded = describe(model, tokenizer, name)
@@ -115,13 +117,13 @@ def alike_layers(loaded: LoadedModel) -> list[nn.Module]:
     return layers if len(layers) == count and len(shapes) == 1 else []
 
 
-def _from_files(name: str, dtype: str, adapter_base: str | None) -> tuple[Any, Any]:
+def _from_files(name: str, dtype: str, adapter_base: str | None, trained: bool) -> tuple[Any, Any]:
     path = base_path = resolve(name)
     if (Path(path) / "adapter_config.json").is_file():
         named = adapter_base or read_config(Path(path), name).base_model_name_or_path
         base_path = resolve(str(named))
     config = causal_config(base_path, name)
-    loading_options(config, local_folder(base_path), name, training=True)
+    loading_options(config, local_folder(base_path), name, training=trained)
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=saved if dtype == "auto" else getattr(torch, dtype))
     return model, load_tokenizer(path, base_path, name)

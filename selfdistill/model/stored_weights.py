@@ -72,7 +72,10 @@ class _StoredAdapter(StoredWeights):
     def __init__(self, name: str, folder: Path) -> None:
         config = read_config(folder, name)
         self.name, self.folder = name, folder
-        self._adapter = _opened(folder / WEIGHTS)
+        try:
+            self._adapter = _opened(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model {name!r}: its weights cannot be read ({error})") from None
         keys = set(self._adapter.keys())
         modules = sorted(key.removesuffix(_FIRST) for key in keys if key.endswith(_FIRST))
         is_lora = getattr(config.peft_type, "value", config.peft_type) == "LORA"
@@ -81,7 +84,7 @@ class _StoredAdapter(StoredWeights):
             raise UserError(f"model {name!r}: the adapter is more than LoRA on linear layers; {_MERGE_FIRST}")
         self._modules = {f"{module.removeprefix(_PREFIX)}.weight": module for module in modules}
         self._scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-        self.base = base = stored_weights(config.base_model_name_or_path)
+        self.base = base = stored_weights(str(config.base_model_name_or_path))
         self.files, self.shapes, self.types = base.files, base.shapes, base.types
         for tensor, module in self._modules.items():
             sizes = (self._adapter.get_slice(module + part).get_shape() for part in (_SECOND, _FIRST))

@@ -98,7 +98,7 @@ class VllmClient:
             raise ServerProblem(
                 f"{self.url}: no answer to {_name(path)} in {self._timeout_s:g} s (engine_timeout_s)"
             ) from None
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, UnicodeError) as error:  # the last one for a name that cannot be one
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ServerProblem(f"{self.url}: cannot be reached or broke off ({reason})") from None
         finally:

@@ -184,7 +184,7 @@ class VllmServers:
             client.post("/update_weight_version", {"new_version": label})
 
         try:
-            self._from_rank0(lambda: _each(clients, replace))
+            self._from_rank0(lambda: self._each(clients, replace))
         finally:
             self._files.remove(folder)
 
@@ -203,7 +203,7 @@ class VllmServers:
         folder = self._together(lambda: self._files.write_adapter(loaded))
         (name,) = self._from_rank0(lambda: [f"{folder.parent.name}-{folder.name}"])
         body = {"lora_name": name, "lora_path": str(folder)}
-        self._from_rank0(lambda: _each(self._clients, lambda client: client.post("/v1/load_lora_adapter", body)))
+        self._from_rank0(lambda: self._each(self._clients, lambda client: client.post("/v1/load_lora_adapter", body)))
         self._forget_adapter()
         self._adapter = _Adapter(name, folder, digest)
 
@@ -211,7 +211,7 @@ class VllmServers:
         if self._adapter is None:
             return
         adapter, self._adapter = self._adapter, None
-        self._from_rank0(lambda: _each(self._clients, lambda client: _unload(client, adapter.name)))
+        self._from_rank0(lambda: self._each(self._clients, lambda client: _unload(client, adapter.name)))
         self._files.remove(adapter.folder)
 
     def _check_labels(self, label: str) -> list[None]:
@@ -292,6 +292,12 @@ class VllmServers:
                 rollouts[numbers[future]] = future.result()
         return [rollouts[number] for number in range(len(requests))]
 
+    def _each(self, clients: Sequence[VllmClient], work: Callable[[VllmClient], object]) -> list[None]:
+        """Do this for these servers at the same time."""
+        with self._pool(len(clients)) as pool:
+            list(pool.map(work, clients))
+        return []
+
     @contextmanager
     def _pool(self, count: int) -> Iterator[ThreadPoolExecutor]:
         """Threads for so many requests; where one fails, the others are dropped."""
@@ -336,13 +342,6 @@ class VllmServers:
     def _from_rank0(self, work: Callable[[], list[Result]]) -> list[Result]:
         """What rank 0 finds, on all ranks."""
         return all_gather(self._together(lambda: work() if is_rank0() else []))
-
-
-def _each(clients: Sequence[VllmClient], work: Callable[[VllmClient], object]) -> list[None]:
-    """Do this for all servers at the same time."""
-    with ThreadPoolExecutor(len(clients)) as pool:
-        list(pool.map(work, clients))
-    return []
 
 
 def _label(client: VllmClient) -> str:

@@ -39,6 +39,16 @@ def checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> Serv
         UserError: it does not fit; names the option to start it with.
         ServerProblem: it does not answer.
     """
+    try:
+        return _checked(client, loaded, dtype)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        found = f"its answers are not those of vLLM ({type(error).__name__}: {error})"
+        raise _mistake(client, found, f"serve with vllm{SUPPORTED}") from None
+
+
+def _checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> ServerFacts:
     release = str(_field(client, "/version", "version"))
     if not is_supported(release):
         raise _mistake(client, f"vllm {release} is not supported", f"serve with vllm{SUPPORTED}")

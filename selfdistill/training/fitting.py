@@ -93,8 +93,9 @@ def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
 def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
     """A run's plan, and lines on it for its start.
 
-    Replies are mostly shorter than ``max_completion_length``. So a run is refused only if it cannot fit even with
-    completions of one token, and warned if it cannot with the longest.
+    The longest rows seldom come together, and samples are mostly shorter than ``max_completion_length``. So a run is
+    refused only if it cannot fit even with the shortest rows and samples of one token, and warned if it cannot with the
+    longest.
 
     Raises:
         UserError: it cannot fit; names the nearest settings that would.
@@ -106,14 +107,15 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
     lines = [f"{found.plan.line()}; {size_text(limit)} free"]
     if found.fits:
         return found.plan, lines
-    least = planner.plan(config, longest=1)
+    least = planner.plan(config, least=True)
     if least.peak > limit:
         raise UserError(
             f"{size_text(limit)} of memory are free, and the run needs at least {size_text(least.peak)}, with "
-            f"the longest completions {size_text(found.plan.peak)}; {found.advice()}"
+            f"the longest rows {size_text(found.plan.peak)}; {found.advice()}"
         )
-    tokens = config.max_completion_length
-    note = f"note: if all completions of a batch are {tokens} tokens long, it does not fit; {found.advice()}"
+    student, teacher = found.plan.lengths
+    note = f"note: it does not fit if all rows of a batch are as long as the longest, {max(student, teacher)} tokens"
+    note += f"; {found.advice()}"
     return found.plan, [*lines, note]
 
 

@@ -80,32 +80,33 @@ class MemoryPlanner:
         self._device, self._loaded = device, loaded
         self.has_model = loaded is not None
         """Whether the model is already loaded."""
-        self._rows = drawn(demonstrations, config)
+        self._rows = sorted(drawn(demonstrations, config), key=_characters, reverse=True)
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
         self._teachers: dict[str, LoadedModel] = {}
-        _longest_rows(config, self._rows, self._model(config), config.max_completion_length)
+        self._others(config)
+        _stages(config, self._rows, self._model(config), config.max_completion_length)
 
-    def plan(self, config: TrainConfig, *, longest: int | None = None) -> MemoryPlan:
+    def plan(self, config: TrainConfig, *, least: bool = False) -> MemoryPlan:
         """Plan a run with these settings.
 
         Args:
             config: the settings.
-            longest: tokens of the longest completion that is sampled; default: ``max_completion_length``.
+            least: for what every step needs, with the shortest rows and samples of one token, in place of the longest.
         """
         device, loaded = self.device(config), self._model(config)
-        stages = _longest_rows(config, self._rows, loaded, longest or config.max_completion_length)
+        rows, longest = (self._rows[::-1], 1) if least else (self._rows, config.max_completion_length)
+        stages = _stages(config, rows, loaded, longest)
         others = self._others(config)
         tasks = {parts[0].method.teacher for parts in stages}
         cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
         cached = [] if config.fsdp or not has_full_attention(loaded.model.config.get_text_config()) else cached
-        steps = [TracedStep(config, device, model, others, cached) for model in self._traced_models(config)]
-        fixed = self.fixed(config)
-        fixed["contexts"] += self._contexts(config, cached, stages)
-        untraced = None
+        fixed, untraced = self.fixed(config), None
         try:
             with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
+                steps = [TracedStep(config, device, model, others, cached) for model in self._traced_models(config)]
                 traced = _phases(config, device, steps, stages, len(alike_layers(loaded)))
-        except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
+                fixed["contexts"] += self._contexts(config, cached, stages)
+        except Exception as error:  # whatever a model's code makes of tensors without data
             untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
             traced = {"step": Bytes()}
         if config.engine != "none" and device.kind == "cuda":
@@ -137,7 +138,7 @@ class MemoryPlanner:
         names = {rule: rule.model for rule in teacher_rules(_methods(config)) if rule.model is not None}
         for name in names.values():
             if name not in self._teachers:
-                self._teachers[name] = fake_model(name, dtype=config.dtype)
+                self._teachers[name] = fake_model(name, dtype=config.dtype, trained=False)
         return {rule: self._teachers[name] for rule, name in names.items()}
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
@@ -177,11 +178,23 @@ def memory_plan(
     return MemoryPlanner(config, demonstrations, device, loaded).plan(config)
 
 
-def _longest_rows(
+def _stages(
     config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, longest: int
 ) -> list[list[PlannedPart]]:
-    """The stages with the longest rows of a batch; with the layout that is longest, if the context is ``auto``."""
-    chosen = sorted(rows, key=_characters, reverse=True)[: config.batch_size]
+    """The stages with a batch of the first rows, or more where these do not do: too long, or too few for a context."""
+    count = config.batch_size
+    while True:
+        try:
+            return _stages_with(config, rows[:count], loaded, longest)
+        except UserError:
+            if count >= len(rows):
+                raise
+        count *= 2
+
+
+def _stages_with(
+    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, longest: int
+) -> list[list[PlannedPart]]:
     chat = loaded.chat(config.chat_template_kwargs, config.template_date)
     contexts = LAYOUTS if config.context == "auto" and uses(config, "context") else (config.context,)
     found: list[list[list[PlannedPart]]] = []
@@ -189,9 +202,7 @@ def _longest_rows(
     for context in contexts:
         own = config.model_copy(update={"context": context, "on_long_prompt": "drop"})
         try:
-            found.append(
-                [[_planned(part, chosen, loaded, chat, longest) for part in parts] for parts in stages_of(own)]
-            )
+            found.append([[_planned(part, rows, loaded, chat, longest) for part in parts] for parts in stages_of(own)])
         except UserError as error:
             problems.append(error)
     if not found:
@@ -283,7 +294,7 @@ def _teacher_bytes(
 
 
 def _engine_bytes(config: TrainConfig, device: Device, loaded: LoadedModel) -> int:
-    """The engine's key/value cache, and its copy of the weights in the arithmetic of training; none here in servers."""
+    """The engine's key/value cache, and its copy of the weights in the arithmetic of training; servers have theirs."""
     if config.engine_url:
         return 0
     size = 2 if device.mixed_precision == "bf16" else unwrap(loaded.model).dtype.itemsize

@@ -14,6 +14,7 @@ from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, full_tensors, merged, tensor_bytes
 from selfdistill.runtime import (
+    all_gather,
     barrier,
     check_disk,
     check_tracker,
@@ -205,10 +206,11 @@ def check_memory(
         planner = MemoryPlanner(config, demonstrations, Device.of(accelerator), loaded)
     except UserError:
         return None, []
-    free = free_memory(accelerator.device)
-    if free is not None and loaded is not None and loaded.device.type == accelerator.device.type:
-        free += tensor_bytes(loaded.model.parameters())
-    return check_fits(planner, config, free)
+    free = [free for free in all_gather([free_memory(accelerator.device)]) if free is not None]
+    limit = min(free, default=None)  # the same on all ranks, so that all are refused or none
+    if limit is not None and loaded is not None and loaded.device.type == accelerator.device.type:
+        limit += tensor_bytes(loaded.model.parameters())
+    return check_fits(planner, config, limit)
 
 
 def _check_disk(trainer: Trainer, output_dir: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -301,6 +302,12 @@ def test_other_options_are_refused_with_the_right_one(
         ("/version", (200, {"version": "0.27.1"}), r"vllm 0\.27\.1 is not supported; serve with vllm>=0\.28,<0\.33"),
         ("/version", (200, b"<html>"), "it has no /version of vLLM; give the address"),
         ("/version", (302, {}), "it has no /version of vLLM; give the address"),
+        (
+            "/server_info",
+            (200, {"vllm_config": {}, "vllm_env": {}}),
+            r"not those of vLLM \(KeyError: 'lora_config'\); ",
+        ),
+        ("/v1/models", (200, {"data": []}), r"its answers are not those of vLLM \(ValueError: .*\); serve with vllm>="),
         ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1"),
         (
             "/collective_rpc",
@@ -414,6 +421,29 @@ def test_a_server_that_does_not_answer_is_late(load: Loader, fake: FakeVllm) -> 
     hold.set()
 
 
+def test_an_interrupt_does_not_wait_for_weights_to_be_read(load: Loader, fake: FakeVllm) -> None:
+    read = threading.Event()
+
+    def slow(path: str, body: Any) -> None:
+        if path == "/collective_rpc" and "kwargs" in body:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            read.wait(8)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    fake.instead = slow
+    before = signal.signal(signal.SIGALRM, interrupt)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine_for(load(fake))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        read.set()
+    assert time.monotonic() - began < 6
+
+
 def test_weights_that_another_run_puts_in_are_noticed(load: Loader, fake: FakeVllm) -> None:
     loaded = load(fake)
     sample(loaded, prompts(3), GREEDY)
@@ -515,7 +545,11 @@ def test_what_fails_for_one_process_stops_all(run: Settings, fake: FakeVllm, tmp
 
 
 @pytest.mark.parametrize(
-    "url", ["10.0.0.2:8000", "http://a:1/v1", "http://u:p@a:1", "http://a:1,", "http://a:1,http://a:1"]
+    "url",
+    [
+        *("10.0.0.2:8000", "http://a:1/v1", "http://u:p@a:1", "http://a:1,", "http://a:1,http://a:1"),
+        *("http://a:port", "http://a:80000", "http://:8000", "http://[::1"),
+    ],
 )
 def test_addresses_are_checked(url: str) -> None:
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from importlib import import_module
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import started_together
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import LlamaConfig
 
@@ -52,6 +54,17 @@ def test_what_cannot_fit_is_refused_before_the_model_is_loaded(
     assert not Path(config.output_dir).exists()
 
 
+def test_where_one_process_has_too_little_all_are_refused(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes = {"0": 2**40, "1": 1000}
+    monkeypatch.setattr(import_module("selfdistill.training.train"), "free_memory", lambda _: sizes[os.environ["RANK"]])
+    config = settings()
+    children = started_together(lambda: train(config), tmp_path / "two")
+    assert [child.wait() for child in children] == [1, 1]
+    assert all("memory are free, and the run needs at least" in child.log.read_text() for child in children)
+
+
 def test_what_fits_unless_completions_are_long_is_said_and_trained(
     settings: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,8 +73,48 @@ def test_what_fits_unless_completions_are_long_is_said_and_trained(
     train(config)
     said = capsys.readouterr().err
     assert "memory by plan: at most" in said
-    assert "note: if all completions of a batch are 200 tokens long, it does not fit; this would, with" in said
+    assert re.search(r"note: it does not fit if all rows of a batch are as long as the longest, \d+ tokens; this", said)
     assert (Path(config.output_dir) / "final").is_dir()
+
+
+def test_long_rows_that_seldom_come_together_are_trained(
+    settings: Make, write_rows: Callable[..., Path], free: Callable[[int], None]
+) -> None:
+    rows = [{"prompt": f"{i} " + "long " * (60 if i < 2 else 1), "completion": "ab"} for i in range(20)]
+    config = settings(data=str(write_rows(rows, name="seldom.jsonl")), method="sft", max_steps=1)
+    free(planned(config).peak - 1)
+    train(config)
+    assert (Path(config.output_dir) / "final").is_dir()
+
+
+def test_rows_that_are_dropped_are_not_planned(settings: Make, write_rows: Callable[..., Path]) -> None:
+    rows = [{"prompt": f"{i} " + "long " * (90 if i < 2 else 1), "completion": "ab"} for i in range(6)]
+    config = settings(data=str(write_rows(rows, name="dropped.jsonl")), max_prompt_length=100, on_long_prompt="drop")
+    assert planned(config).lengths[0] < 100
+
+
+def test_a_context_of_more_rows_than_a_batch_is_planned(settings: Make) -> None:
+    assert planned(settings(context="few_shot:k=3", batch_size=2, max_prompt_length=400)).lengths[1] > 0
+
+
+def test_a_teacher_may_be_quantised(settings: Make, model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    teacher = with_config(model_folder(), tmp_path / "quantised", **quantised)
+    assert planned(settings(teacher_model=str(teacher))).untraced is None
+
+
+def test_a_teacher_that_cannot_be_used_is_reported_where_it_is_loaded(settings: Make, tmp_path: Path) -> None:
+    config = settings(teacher_model=str(tmp_path))
+    with pytest.raises(UserError, match="the folder has neither") as error:
+        train(config)
+    assert any(entry.name == "_other_teacher" for entry in error.traceback)
+
+
+def test_servers_have_memory_of_their_own(settings: Make) -> None:
+    config = settings()
+    servers = {"engine": "vllm", "engine_url": "http://10.0.0.2:8000"}
+    for device in (CPU, GPU):
+        assert planned(config.model_copy(update=servers), device).peak <= planned(config, device).peak
 
 
 def test_the_nearest_settings_change_least(settings: Make) -> None:
@@ -170,6 +223,17 @@ def test_a_model_that_does_not_run_without_data_has_a_plan_without_its_step(
     assert found.line().endswith(
         "; not counted: what a step adds, because this model does not run without data (DataDependentOutputException)"
     )
+
+
+@pytest.mark.parametrize("error", [AssertionError, ImportError, IndexError, KeyError])
+def test_what_fails_without_data_stops_no_run(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error("no data")
+
+    monkeypatch.setattr("selfdistill.training.traced_step.FilledCache", fails)
+    assert planned(settings(teacher="frozen")).untraced is not None
 
 
 def test_anchors_hold_the_weights_of_before_the_run(settings: Make) -> None:

@@ -291,6 +291,13 @@ def test_files_that_cannot_be_read(three: tuple[Path, Path, Path], tmp_path: Pat
     )
 
 
+def test_an_adapter_that_cannot_be_read(three: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    broken = adapter(three[0], tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"x" * 50)
+    with pytest.raises(UserError, match=rf"^model '{broken}': its weights cannot be read \("):
+        run(tmp_path / "out", model=three[0], add=broken)
+
+
 def test_quantised_tensors_are_left_if_equal_and_refused_if_not(three: tuple[Path, Path, Path], tmp_path: Path) -> None:
     folders = []
     for number, source in enumerate(three):
