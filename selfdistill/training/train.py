@@ -43,7 +43,7 @@ from selfdistill.training.export import whole_folder, write_model
 from selfdistill.training.fitting import check_fits
 from selfdistill.training.loop import Loop, OnStep, without_gradient
 from selfdistill.training.memory import MemoryPlanner
-from selfdistill.training.memory_result import MemoryPlan
+from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
 from selfdistill.training.setup import make_accelerator
 from selfdistill.training.traced_step import Device
@@ -108,6 +108,7 @@ def train(
             _lock(output_dir, held)
         checkpoint = newest_whole(output_dir) if resume else None
         demonstrations = demonstrations or load_demonstrations(config.data, split=config.split)
+        _needs_best_context(config)  # or refuses
         _, memory = check_memory(config, demonstrations, loaded)
         config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
         trainer = Trainer(config, demonstrations, evaluator, loaded)
@@ -140,13 +141,24 @@ def with_context(
     Raises:
         UserError: there are several processes; only a single one can compare contexts.
     """
-    if config.context != "auto" or not uses(config, "context"):
+    if not _needs_best_context(config):
         return config
+    return config.model_copy(update={"context": best_context(config, demonstrations, loaded)})
+
+
+def _needs_best_context(config: TrainConfig) -> bool:
+    """Whether contexts have to be compared.
+
+    Raises:
+        UserError: there are several processes; only a single one can compare contexts.
+    """
+    if config.context != "auto" or not uses(config, "context"):
+        return False
     if world_size() > 1:
         raise UserError(
             "setting 'context': 'auto' needs a single process; find the best with selfdistill check and name it"
         )
-    return config.model_copy(update={"context": best_context(config, demonstrations, loaded)})
+    return True
 
 
 def _on_its_day(config: TrainConfig) -> TrainConfig:
@@ -191,12 +203,17 @@ def _settings_of(checkpoint: Path) -> TrainConfig:
     return TrainConfig(**load_saved(checkpoint / "config.yaml", TrainConfig))
 
 
+AMPLE = 1000
+"""Where as many times the memory that stays between steps is free, as with tiny models, a run starts without a plan."""
+
+
 def check_memory(
-    config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel | None
+    config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel | None, *, always: bool = False
 ) -> tuple[MemoryPlan | None, list[str]]:
     """Check before the model is loaded that there is enough memory; returns the plan, and lines that describe it.
 
-    A model or row that cannot be used is not reported here, but where it is used.
+    A model or row that cannot be used is not reported here, but where it is used. There is no plan where far more
+    memory is free than a run can need (:data:`AMPLE`), unless ``always``.
 
     Raises:
         UserError: there is not enough; names the nearest settings for which there is.
@@ -210,6 +227,8 @@ def check_memory(
     limit = min(free, default=None)  # the same on all ranks, so that all are refused or none
     if limit is not None and loaded is not None and loaded.device.type == accelerator.device.type:
         limit += tensor_bytes(loaded.model.parameters())
+    if not always and limit is not None and limit > AMPLE * planner.fixed(config).total():
+        return None, [f"memory: {size_text(limit)} free"]
     return check_fits(planner, config, limit)
 
 
