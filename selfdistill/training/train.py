@@ -228,7 +228,7 @@ def check_memory(
     if limit is not None and loaded is not None and loaded.device.type == accelerator.device.type:
         limit += tensor_bytes(loaded.model.parameters())
     if not always and limit is not None and limit > AMPLE * planner.fixed(config).total():
-        return None, [f"memory: {size_text(limit)} free"]
+        return None, [f"memory free: {size_text(limit)}"]
     return check_fits(planner, config, limit)
 
 
