@@ -21,6 +21,7 @@ from selfdistill.api_inputs import (
     model_of,
     on_best_device,
     rows_of_run,
+    run_to_plan,
     session,
     splits_of,
     train_config,
@@ -147,12 +148,7 @@ def plan(
     those of :func:`train`; without ``output_dir`` the plan is that of a run in ``runs/plan``.
     """
     with session(progress):
-        given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
-        given["model"], loaded = model_of(given.get("model", ""), tokenizer)
-        rows = rows_of_run(data, test, given)
-        config = TrainConfig(**(given | rows.paths))
-        if config.documents:
-            raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
+        config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings)
         with rows.kept():
             return run_plan(config, loaded, given=rows.names)
 
@@ -184,12 +180,7 @@ def memory_plan(
         UserError: settings, data or model are invalid.
     """
     with session(progress):
-        given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
-        given["model"], loaded = model_of(given.get("model", ""), tokenizer)
-        rows = rows_of_run(data, None, given)
-        config = TrainConfig(**(given | rows.paths))
-        if config.documents:
-            raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
+        config, loaded, rows = run_to_plan(model, data, None, output_dir, tokenizer, settings)
         with rows.kept():
             return run_plan_for(config, size_in_bytes(memory), loaded, given=rows.names)
 

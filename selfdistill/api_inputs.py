@@ -184,3 +184,25 @@ def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFol
     if loaded is not None:
         raise UserError("setting 'documents': the model writes the questions first, so give its folder or name")
     return with_questions(config)
+
+
+def run_to_plan(
+    model: Model | TrainConfig,
+    data: Rows | None,
+    test: Rows | None,
+    output_dir: str | os.PathLike[str] | None,
+    tokenizer: Any,
+    settings: dict[str, Any],
+) -> tuple[TrainConfig, LoadedModel | None, RowsInFolder]:
+    """Settings, model and rows of a run that is only planned, by default in ``runs/plan``.
+
+    Raises:
+        UserError: its questions about documents are not made yet, or settings or rows are invalid.
+    """
+    given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
+    given["model"], loaded = model_of(given.get("model", ""), tokenizer)
+    rows = rows_of_run(data, test, given)
+    config = TrainConfig(**(given | rows.paths))
+    if config.documents:
+        raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
+    return config, loaded, rows

@@ -68,14 +68,13 @@ def check_limits(
 
 
 def probe(loaded: LoadedModel, length: int) -> tuple[list[int], Sampling]:
-    """Prompt and policy of the sample that :func:`check_agreement` compares; no token ends it."""
+    """Prompt and policy of the sample that :func:`agreement_gap` compares; no token ends it."""
     prompt = list(range(min(8, vocabulary_size(loaded))))
     return prompt, Sampling(min(_PROBE_TOKENS, length - len(prompt)), temperature=1.0)
 
 
-def check_agreement(loaded: LoadedModel, prompt: list[int], rollout: Rollout, dtype: torch.dtype) -> str | None:
-    """Compare the log-probabilities of a sample with the model's own; says so if they differ by more than rounding."""
-    gap = agreement_gap(loaded, prompt, rollout, dtype)
+def disagreement(gap: float, dtype: torch.dtype) -> str | None:
+    """What is wrong with an engine of this :func:`agreement_gap`; None if rounding explains it."""
     if gap <= _LARGEST_GAP.get(dtype, _LARGEST_GAP_OTHERWISE):
         return None
     return f"its log-probabilities are {gap:.2g} nats per token away from the model's"

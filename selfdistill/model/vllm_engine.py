@@ -22,8 +22,9 @@ from selfdistill.config import EngineSettings
 from selfdistill.errors import EngineFailed, UserError
 from selfdistill.model.engine_checks import (
     SUPPORTED,
-    check_agreement,
+    agreement_gap,
     check_limits,
+    disagreement,
     is_supported,
     probe,
     vocabulary_size,
@@ -200,7 +201,7 @@ class VllmEngine:
         with self._guarded("failed"):
             self._synchronise(loaded)
             (rollout,) = self._generated(loaded, [prompt], policy, [0], ends=())
-        self.failed = check_agreement(loaded, prompt, rollout, self._dtype)
+        self.failed = disagreement(agreement_gap(loaded, prompt, rollout, self._dtype), self._dtype)
         if self.failed:
             raise EngineFailed(
                 f"engine vllm: {self.failed}, so vllm {self._version} computes {loaded.name!r} otherwise than "

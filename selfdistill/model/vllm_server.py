@@ -21,7 +21,7 @@ import torch
 
 from selfdistill.config import EngineSettings
 from selfdistill.errors import EngineFailed, UserError
-from selfdistill.model.engine_checks import agreement_gap, check_agreement, check_limits, probe, vocabulary_size
+from selfdistill.model.engine_checks import agreement_gap, check_limits, disagreement, probe, vocabulary_size
 from selfdistill.model.engine_weights import adapter_rank, hub_tensors, other_lora, weights_digest
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Rollout, Sampling, cut_at_next_turn
@@ -139,9 +139,9 @@ class VllmServers:
             self._synchronise(loaded)
             asked = self._requests(loaded, [prompt] * len(self._clients), policy, [0] * len(self._clients), ends=())
             rollouts = self._from_rank0(lambda: self._answers(asked, greedy=False))
-            wrong = [check_agreement(loaded, prompt, rollout, self._dtype) for rollout in rollouts]
             gaps = [agreement_gap(loaded, prompt, rollout, self._dtype) for rollout in rollouts]
-        for client, rollout, why, gap in zip(self._clients, rollouts, wrong, gaps, strict=True):
+        for client, rollout, gap in zip(self._clients, rollouts, gaps, strict=True):
+            why = disagreement(gap, self._dtype)
             if not why and adapter_rank(loaded) and agreement_gap(loaded, prompt, rollout, self._dtype) <= gap:
                 why = "it leaves LoRA's weights out"
             if why:
