@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from selfdistill.data import NEXT_TURN
 from selfdistill.errors import UserError
+from selfdistill.model.device import any_length
 from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
@@ -129,7 +130,7 @@ def sample(
     if loaded.engine is not None:
         return engine_for(loaded).sample(loaded, prompts, sampling, seeds)
     own = rank_slice(len(prompts))
-    with unsharded(loaded.model), cached_casts(loaded.model):
+    with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
         rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
     return all_gather(rollouts)
 
