@@ -6,8 +6,8 @@ Legend: N tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from selfdistill.loss.chunked import chunk_tokens, chunked_loss
 from selfdistill.loss.divergence import Divergence
-from selfdistill.model import LoadedModel, Sampling, add_lora, prefix_cache, sample, sample_seed, sampling
+from selfdistill.model import LoadedModel, Sampling, add_lora, sample, sample_seed, sampling
+from selfdistill.model.device import PASS_TOKENS, pass_tokens
 from selfdistill.model.head import body_and_head
 
 SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -189,18 +190,7 @@ def check_pass(bench: Bench, found: Found) -> None:
     times = alternate({"long": lambda: body(input_ids=long), "short": lambda: body(input_ids=short)}, 9)
     found.add("a short pass", 1e3 * times["short"], "ms")
     found.add("tokens of a long pass in that time", many * times["short"] / times["long"])
-    found.add("tokens that the package assumes", prefix_cache.PASS_TOKENS)
-
-
-@contextmanager
-def nothing_shared() -> Iterator[None]:
-    """Compute no common beginning once."""
-    before = prefix_cache.PASS_TOKENS
-    prefix_cache.PASS_TOKENS = 10**9
-    try:
-        yield
-    finally:
-        prefix_cache.PASS_TOKENS = before
+    found.add("tokens that the package assumes", pass_tokens(bench.device))
 
 
 def step_seconds(bench: Bench, out: str, **values: Any) -> tuple[Callable[[], Any], list[dict[str, Any]]]:
@@ -227,7 +217,7 @@ def check_sharing(bench: Bench, found: Found) -> None:
     step, metrics = step_seconds(bench, "sharing")
 
     def apart() -> None:
-        with nothing_shared():
+        with patch.dict(PASS_TOKENS, {bench.device: 10**9}):
             step()
 
     alternate({"shared": step, "apart": apart}, 3)

@@ -11,6 +11,14 @@ from contextlib import contextmanager
 
 import torch
 
+PASS_TOKENS = {"cpu": 64, "cuda": 512}
+"""Tokens that take about as long as one extra forward pass: what a shared prefix must save. Other kinds are as CPUs."""
+
+
+def pass_tokens(kind: str) -> int:
+    """What a shared prefix must save on a device of this kind, in tokens."""
+    return PASS_TOKENS.get(kind, PASS_TOKENS["cpu"])
+
 
 @contextmanager
 def any_length(kind: str) -> Iterator[None]:

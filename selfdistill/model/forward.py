@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from selfdistill.loss import Head
 from selfdistill.model.compiled import CompiledLayers
+from selfdistill.model.device import pass_tokens
 from selfdistill.model.head import body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
@@ -54,10 +55,19 @@ class ForwardPass:
         loaded: the model. All models passed to a call must have its architecture.
         compiled: its compiled layers, used in passes with gradients.
         sharded: whether models are sharded. Then each call is one single pass, because all ranks must run the same.
+        kind: the kind of device for which passes are chosen; default: the model's.
     """
 
-    def __init__(self, loaded: LoadedModel, compiled: CompiledLayers | None = None, *, sharded: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        compiled: CompiledLayers | None = None,
+        *,
+        sharded: bool = False,
+        kind: str | None = None,
+    ) -> None:
         self._compiled, self._sharded = compiled, sharded
+        self._kind = kind
         self.fused = broadcast_from_rank0(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
         self._continues = can_continue_cache(loaded)
         self._keeps = self.fused and self._continues and has_full_attention(loaded.model.config.get_text_config())
@@ -105,7 +115,9 @@ class ForwardPass:
         left = sorted(set(range(len(contexts))) - set(held))
         # Train mode means gradient checkpointing (see Trainer).
         whole = self._sharded or (torch.is_grad_enabled() and (model.training or self._compiled is not None))
-        for group, length in [] if whole or not self._continues else shared_prefixes([contexts[row] for row in left]):
+        alike = [contexts[row] for row in left]
+        groups = [] if whole or not self._continues else shared_prefixes(alike, pass_tokens(self._kind or device.type))
+        for group, length in groups:
             rows = [left[row] for row in group]
             cache = DynamicCache(config=config)
             beginning = torch.tensor([contexts[rows[0]][:length]], device=device)

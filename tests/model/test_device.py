@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from selfdistill.model.device import any_length
+from selfdistill.model.device import any_length, pass_tokens
+from selfdistill.model.forward import ForwardPass
+from selfdistill.model.loading import LoadedModel
 
 
 @pytest.fixture
@@ -32,3 +34,27 @@ def test_cudnn_attention_is_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="no memory"), any_length("cuda"):
         raise RuntimeError("no memory")
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("cpu", 2), ("cuda", 1)])
+def test_a_further_pass_must_save_more_on_a_gpu(load: Callable[..., LoadedModel], kind: str, passes: int) -> None:
+    """Two rows share 200 tokens: more than a pass costs on a CPU, less than on a GPU. The result is the same."""
+    loaded = load()
+    contexts = [list(range(200)) + [7] * n for n in (3, 5)]
+    shapes: list[tuple[int, ...]] = []
+
+    def note(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        shapes.append(tuple(inputs[0].shape))
+
+    completions = [[1, 2, 3], [4, 5]]
+    scores = ForwardPass(loaded, kind=kind)
+    hook = loaded.model.get_input_embeddings().register_forward_pre_hook(note)
+    found = scores(loaded.model, contexts, completions)
+    hook.remove()
+    assert len(shapes) == passes
+    plain = loaded.model.model(input_ids=torch.tensor([contexts[0] + completions[0]])).last_hidden_state[0, 202:205]
+    torch.testing.assert_close(found.hidden_ND[:3], plain, atol=1e-5, rtol=0)
+
+
+def test_an_unknown_kind_of_device_counts_as_a_cpu() -> None:
+    assert pass_tokens("mps") == pass_tokens("cpu")
