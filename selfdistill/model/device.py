@@ -20,6 +20,17 @@ def pass_tokens(kind: str) -> int:
     return PASS_TOKENS.get(kind, PASS_TOKENS["cpu"])
 
 
+LENGTH_STEP = {"cuda": 64}
+"""Of what the length of a pass is a multiple, so that few lengths occur for which kernels are chosen and planned."""
+
+
+def padded_length(length: int, most: int | None, kind: str) -> int:
+    """The length to which a pass is padded on a device of this kind; beyond ``most`` nothing is added."""
+    step = LENGTH_STEP.get(kind, 1)
+    rounded = -(-length // step) * step
+    return rounded if most is None else max(length, min(rounded, most))
+
+
 @contextmanager
 def any_length(kind: str) -> Iterator[None]:
     """Use no attention kernel that is slow at first with every new length: for passes of ever other lengths.

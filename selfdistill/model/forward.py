@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from selfdistill.loss import Head
 from selfdistill.model.compiled import CompiledLayers
-from selfdistill.model.device import pass_tokens
+from selfdistill.model.device import padded_length, pass_tokens
 from selfdistill.model.head import body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
@@ -67,7 +67,7 @@ class ForwardPass:
         kind: str | None = None,
     ) -> None:
         self._compiled, self._sharded = compiled, sharded
-        self._kind = kind
+        self._kind, self._window = kind, loaded.window
         self.fused = broadcast_from_rank0(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
         self._continues = can_continue_cache(loaded)
         self._keeps = self.fused and self._continues and has_full_attention(loaded.model.config.get_text_config())
@@ -102,7 +102,7 @@ class ForwardPass:
         device = next(model.parameters()).device
         parts = body_and_head(model) if self.fused else None
         if parts is None:
-            logits_NV = self._hidden(partial(_logits, model), model, contexts, completions)
+            logits_NV = self._hidden(partial(_logits, model), model, contexts, completions, 0)
             return ForwardOutput(logits_NV, torch.nn.Identity(), ())
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
@@ -132,7 +132,7 @@ class ForwardPass:
         for rows, lengths, forward in passes:
             chosen = [completions[row] for row in rows]
             rest = [contexts[row][length:] for row, length in zip(rows, lengths, strict=True)]
-            hidden_ND = self._hidden(forward, model, rest, chosen)
+            hidden_ND = self._hidden(forward, model, rest, chosen, max(lengths))
             if rows == list(range(len(contexts))):
                 return ForwardOutput(hidden_ND, head, trainable)
             by_row |= dict(zip(rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
@@ -144,10 +144,13 @@ class ForwardPass:
         model: Any,
         contexts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
+        read: int,
     ) -> Tensor:
-        """The output of ``forward`` at the positions that predict the completion tokens, concatenated."""
+        """The output of ``forward``, after so many tokens, where it predicts the completion tokens, concatenated."""
         rows = [[*context, *completion] for context, completion in zip(contexts, completions, strict=True)]
-        width, device = max(map(len, rows)), next(model.parameters()).device
+        device = next(model.parameters()).device
+        room = None if self._window is None else self._window - read
+        width = padded_length(max(map(len, rows)), room, self._kind or device.type)
         ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=device)
         index_N = torch.tensor(
             [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from selfdistill.model.device import any_length, pass_tokens
+from selfdistill.model.device import any_length, padded_length, pass_tokens
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
 
@@ -58,3 +58,42 @@ def test_a_further_pass_must_save_more_on_a_gpu(load: Callable[..., LoadedModel]
 
 def test_an_unknown_kind_of_device_counts_as_a_cpu() -> None:
     assert pass_tokens("mps") == pass_tokens("cpu")
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "kind", "padded"),
+    [
+        (1, None, "cuda", 64),
+        (64, None, "cuda", 64),
+        (65, 1024, "cuda", 128),
+        (65, 100, "cuda", 100),
+        (101, 100, "cuda", 101),
+        (65, None, "cpu", 65),
+        (65, None, "mps", 65),
+    ],
+)
+def test_passes_have_few_lengths_on_a_gpu(length: int, most: int | None, kind: str, padded: int) -> None:
+    assert padded_length(length, most, kind) == padded
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["whole", "after kept contexts"])
+@torch.no_grad()
+def test_a_padded_pass_gives_the_same_and_stays_within_the_window(load: Callable[..., LoadedModel], kept: bool) -> None:
+    """The window has 80 tokens: no multiple of 64."""
+    loaded = load(room=80)
+    contexts, completions = [list(range(60)), [9] * 8], [[1] * 15, [4, 5]]
+    widths: list[int] = []
+
+    def note(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        widths.append(inputs[0].shape[1])
+
+    found = []
+    for kind in ("cpu", "cuda"):
+        scores = ForwardPass(loaded, kind=kind)
+        cache = scores.keep(contexts, 2**20) if kept else None
+        scores(loaded.model, contexts, completions, cache)  # reads the contexts
+        hook = loaded.model.get_input_embeddings().register_forward_pre_hook(note)
+        found.append(scores(loaded.model, contexts, completions, cache).hidden_ND)
+        hook.remove()
+    assert widths == ([16, 21] if kept else [75, 80])
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
