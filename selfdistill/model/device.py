@@ -11,6 +11,19 @@ from contextlib import contextmanager
 
 import torch
 
+
+def cpu_asked() -> bool:
+    """Whether accelerate is told to use the CPU, also where there is a GPU (``ACCELERATE_USE_CPU``)."""
+    from accelerate.utils import parse_flag_from_env  # takes a second to import
+
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def has_gpu() -> bool:
+    """Whether there is a CUDA device that is to be used."""
+    return torch.cuda.is_available() and not cpu_asked()
+
+
 PASS_TOKENS = {"cpu": 64, "cuda": 512}
 """Tokens that take about as long as one extra forward pass: what a shared prefix must save. Other kinds are as CPUs."""
 

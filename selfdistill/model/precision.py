@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from selfdistill.errors import UserError
+from selfdistill.model.device import has_gpu
 from selfdistill.model.fsdp import unsharded
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -18,7 +19,7 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 def bfloat16_is_fast() -> bool:
     """Whether the hardware multiplies matrices in bfloat16 fast: most GPUs, and CPUs with AMX or AVX512-BF16."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in torch 2.6
     capabilities = found()

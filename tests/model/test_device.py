@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from selfdistill.model.device import any_length, padded_length, pass_tokens
+from selfdistill.model.device import any_length, cpu_asked, has_gpu, padded_length, pass_tokens
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
+from selfdistill.model.precision import resolved_precision
 
 
 @pytest.fixture
@@ -97,3 +98,18 @@ def test_a_padded_pass_gives_the_same_and_stays_within_the_window(load: Callable
         hook.remove()
     assert widths == ([16, 21] if kept else [75, 80])
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, True), ("false", True), ("true", False), ("1", False)])
+def test_a_gpu_is_left_alone_where_the_cpu_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, used: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+    assert cpu_asked() is not used
+    assert has_gpu() is used
+    assert resolved_precision("auto") == ("bf16" if used else "no")
