@@ -2,6 +2,7 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
+from selfdistill.model.device import fast_products
 from selfdistill.model.engine import Engine, close_engine, engine_for, running_engine, use_engine
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
@@ -63,6 +64,7 @@ __all__ = [
     "distribute_like",
     "engine_for",
     "fake_model",
+    "fast_products",
     "files_that_go_along",
     "full_tensor",
     "full_tensors",

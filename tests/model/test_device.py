@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from selfdistill.model.device import any_length, cpu_asked, has_gpu, padded_length, pass_tokens
+from selfdistill.model.device import any_length, cpu_asked, fast_products, has_gpu, padded_length, pass_tokens
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.precision import resolved_precision
@@ -113,3 +113,10 @@ def test_a_gpu_is_left_alone_where_the_cpu_is_asked_for(
     assert cpu_asked() is not used
     assert has_gpu() is used
     assert resolved_precision("auto") == ("bf16" if used else "no")
+
+
+@pytest.mark.parametrize(("kind", "inside"), [("cuda", "high"), ("cpu", "highest")])
+def test_float32_products_are_fast_on_a_gpu_alone(kind: str, inside: str) -> None:
+    with fast_products(kind):
+        assert torch.get_float32_matmul_precision() == inside
+    assert torch.get_float32_matmul_precision() == "highest"
