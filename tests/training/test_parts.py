@@ -32,8 +32,8 @@ from selfdistill.errors import UserError
 from selfdistill.methods import METHODS, stages_of
 from selfdistill.methods.sequences import Completion
 from selfdistill.model.loading import load_model
-from selfdistill.training.batch_gradient import BatchPart
 from selfdistill.training.schedule import check_shares, positions_of
+from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
