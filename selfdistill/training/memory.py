@@ -98,7 +98,8 @@ class MemoryPlanner:
         rows, longest = (self._rows[::-1], 1) if least else (self._rows, config.max_completion_length)
         stages = _stages(config, rows, loaded, longest)
         others = self._others(config)
-        tasks = {parts[0].method.teacher for parts in stages}
+        # Contexts that are made after sampling are read once.
+        tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
         cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
         cached = [] if config.fsdp or not has_full_attention(loaded.model.config.get_text_config()) else cached
         fixed, untraced = self.fixed(config), None
