@@ -204,8 +204,10 @@ def test_sdpo_is_its_formula(all_of_them: Settings, own: dict[str, Any], micro_b
     rewards = [float(len(said(run, c)) >= 4) for c in samples]
     rewards[:4] = [0.0, 1.0, 0.0, 0.0]  # a group with a single success, which itself has no sibling
 
+    reward_of = {id(c): reward for c, reward in zip(samples, rewards, strict=True)}  # two samples may be equal
+
     def checker(completions: Sequence[Completion], _: Any) -> list[Verdict]:
-        return [Verdict(rewards[samples.index(c)]) for c in completions]
+        return [Verdict(reward_of[id(c)]) for c in completions]
 
     student = copy.deepcopy(run.loaded.model).double()
     distilled, policy = plain_loss(run, student, samples, rewards, own)
