@@ -81,7 +81,7 @@ def _check_options(client: VllmClient, config: dict[str, Any], dtype: torch.dtyp
 
 
 def _check_model(client: VllmClient, loaded: LoadedModel) -> None:
-    (found, *_) = client.post("/collective_rpc", {"method": "selfdistill_model"}, "results")
+    found = call_worker(client, "selfdistill_model")
     own = sizes(unwrap(loaded.model).config)
     for key in sorted(found.keys() & own.keys()):
         if found[key] != own[key]:
@@ -90,6 +90,16 @@ def _check_model(client: VllmClient, loaded: LoadedModel) -> None:
                 f"it has another model: {key} is {found[key]}, {loaded.name!r} has {own[key]}",
                 "serve that model",
             )
+
+
+def call_worker(client: VllmClient, method: str, **options: str) -> Any:
+    """What a method of :class:`~selfdistill.model.vllm_worker.Worker` returns; None if a server's workers disagree.
+
+    Raises:
+        ServerProblem: it fails.
+    """
+    results = client.post("/collective_rpc", {"method": method, "kwargs": options}, "results")
+    return results[0] if all(result == results[0] for result in results) else None
 
 
 def _check_tokenizer(client: VllmClient, loaded: LoadedModel, model: str) -> None:
