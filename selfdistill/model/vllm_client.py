@@ -10,6 +10,8 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
+CONNECT_S = 30.0
+"""Longest time to connect: even a busy server accepts connections at once, and a wrong address may never answer."""
 _SHOWN = 300
 """Characters of a server's answer that messages show."""
 
@@ -30,7 +32,7 @@ class VllmClient:
 
     Args:
         url: its address, without a path.
-        timeout_s: longest time that it may take to connect or to answer.
+        timeout_s: longest time that it may take to answer.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -82,11 +84,13 @@ class VllmClient:
             raise ServerProblem(f"{self.url}: {_name(path)}: {found}", 200) from None
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> str:
-        connection = self._kind(self._host, timeout=self._timeout_s)
+        within_s = min(CONNECT_S, self._timeout_s)
+        connection = self._kind(self._host, timeout=within_s)
         with self._lock:
             self._open.add(connection)
         try:
             connection.connect()
+            within_s = self._timeout_s
             connection.sock.settimeout(timeout_s)
             if self._hung_up:
                 raise ServerProblem(f"{self.url}: the request was dropped")
@@ -95,9 +99,8 @@ class VllmClient:
             answer = connection.getresponse()
             status, text = answer.status, answer.read().decode(errors="replace")
         except TimeoutError:
-            raise ServerProblem(
-                f"{self.url}: no answer to {_name(path)} in {self._timeout_s:g} s (engine_timeout_s)"
-            ) from None
+            setting = " (engine_timeout_s)" if within_s == self._timeout_s else ""
+            raise ServerProblem(f"{self.url}: no answer to {_name(path)} in {within_s:g} s{setting}") from None
         except (OSError, HTTPException, UnicodeError) as error:  # the last one for a name that cannot be one
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ServerProblem(f"{self.url}: cannot be reached or broke off ({reason})") from None

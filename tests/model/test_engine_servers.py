@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from selfdistill.model import (
     load_model,
     sample,
     use_engine,
+    vllm_client,
     weight_files,
 )
 from selfdistill.model.engine_weights import hub_tensors
@@ -422,6 +425,23 @@ def test_a_server_that_is_not_there_is_a_line(load: Loader, fake: FakeVllm) -> N
         EngineFailed, match=r"http://127\.0\.0\.1:1: cannot be reached or broke off \(Connection refused\)"
     ):
         engine_for(loaded)
+
+
+def test_an_address_that_never_answers_is_a_line_before_the_time_limit(
+    load: Loader, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_client, "CONNECT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as others:
+        for _ in range(3):  # beyond its queue, where connecting waits
+            waiting = others.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        loaded = load(fake)
+        assert loaded.engine is not None
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        loaded.engine = loaded.engine.model_copy(update={"engine_url": url})
+        with pytest.raises(EngineFailed, match=rf"{url}: no answer to /version in 0\.3 s; see the server's log"):
+            engine_for(loaded)
 
 
 # --- how sampling fails ---
