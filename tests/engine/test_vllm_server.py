@@ -387,8 +387,8 @@ def test_weights_that_another_run_puts_in_are_noticed(
     save_file(dict(hub_tensors(rival)), tmp_path / "model.safetensors")
     theirs = {"folder": str(tmp_path), "version": "another run's"}
     for when in ("/reset_prefix_cache", "/v1/completions"):
+        sample(loaded, prompts(3), GREEDY)
         train(loaded, 1)
-        engine_for(loaded)
 
         def interfere(path: str, body: dict[str, Any], when: str = when) -> None:
             if path == when:
