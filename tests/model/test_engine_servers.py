@@ -19,6 +19,7 @@ import pytest
 import torch
 from children import started_together, train_together
 from conftest import ENDS, final_weights, largest_difference, metrics_of
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sampled import FREE, GREEDY, own, prompts, seeds, train
@@ -204,6 +205,17 @@ def test_the_scale_of_lora_is_a_part_of_its_version(load: Loader, fake: FakeVllm
         if hasattr(layer, "lora_A"):
             layer.scaling["default"] *= 3
     assert_as_our_loop(loaded)
+
+
+def test_adapters_of_several_ranks_and_scales(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 64}
+    )
+    loaded.model = get_peft_model(loaded.model, config).eval()
+    train(loaded, 3)
+    assert_as_our_loop(loaded)
+    assert "/v1/load_lora_adapter" in paths(fake)
 
 
 def test_a_server_that_was_started_again_gets_everything(load: Loader, fake: FakeVllm, folder: Path) -> None:
