@@ -12,17 +12,18 @@ from urllib.parse import urlsplit
 
 _SHOWN = 300
 """Characters of a server's answer that messages show."""
+_SEE_LOG = "see the server's log, and start it again if it has ended"
 
 
 class ServerProblem(Exception):
     """A server that cannot be reached, refuses or is late; the message says which one and what it said.
 
-    ``status`` is that of its answer, None without one.
+    ``status`` is that of its answer, None without one; ``remedy`` is what to do.
     """
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None, remedy: str = _SEE_LOG) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.remedy = status, remedy
 
 
 class VllmClient:
@@ -85,8 +86,10 @@ class VllmClient:
         connection = self._kind(self._host, timeout=self._timeout_s)
         with self._lock:
             self._open.add(connection)
+        connected = False
         try:
             connection.connect()
+            connected = True
             connection.sock.settimeout(timeout_s)
             if self._hung_up:
                 raise ServerProblem(f"{self.url}: the request was dropped")
@@ -100,7 +103,10 @@ class VllmClient:
             ) from None
         except (OSError, HTTPException, UnicodeError) as error:  # the last one for a name that cannot be one
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise ServerProblem(f"{self.url}: cannot be reached or broke off ({reason})") from None
+            if connected:
+                raise ServerProblem(f"{self.url}: broke off ({reason})") from None
+            remedy = "start the server, or correct engine_url"
+            raise ServerProblem(f"{self.url}: cannot be reached ({reason})", remedy=remedy) from None
         finally:
             connection.close()
             with self._lock:

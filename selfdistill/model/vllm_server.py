@@ -326,8 +326,10 @@ class VllmServers:
             found.append(work())
         except UserError as error:
             mistake = str(error)
-        except (ServerProblem, OSError) as error:
-            failure = str(error)
+        except ServerProblem as problem:
+            failure = f"{problem}; {problem.remedy}"
+        except OSError as error:
+            failure = f"{error}; make room, or give another engine_folder"
         problems = [problem for problem in all_gather([(failure, mistake)]) if any(problem)]
         if not problems:
             return found[0]
@@ -335,9 +337,7 @@ class VllmServers:
         self.failed = failure or mistake
         if mistake:
             raise RaisedOnAllRanks(mistake)
-        raise EngineFailed(
-            f"engine vllm: {failure}; see the server's log, start it again if it has ended, or leave engine out"
-        )
+        raise EngineFailed(f"engine vllm: {failure}, or leave engine out")
 
     def _from_rank0(self, work: Callable[[], list[Result]]) -> list[Result]:
         """What rank 0 finds, on all ranks."""

@@ -295,6 +295,15 @@ def test_other_options_are_refused_with_the_right_one(
     assert "/update_weight_version" not in paths(fake)
 
 
+def test_all_options_that_differ_are_named_at_once(load: Loader, fake: FakeVllm) -> None:
+    fake.info["vllm_config"]["model_config"] |= {"dtype": "torch.bfloat16", "logprobs_mode": "raw_logprobs"}
+    found = "its dtype is bfloat16, its logprobs-mode is raw_logprobs"
+    remedy = "start it with --dtype float32 --logprobs-mode processed_logprobs, or change dtype or mixed_precision here"
+    with pytest.raises(UserError) as error:
+        engine_for(load(fake))
+    assert str(error.value) == f"engine vllm: {fake.url}: {found}; {remedy}"
+
+
 @pytest.mark.parametrize(
     ("path", "answer", "message"),
     [
@@ -308,7 +317,7 @@ def test_other_options_are_refused_with_the_right_one(
             r"not those of vLLM \(KeyError: 'lora_config'\); ",
         ),
         ("/v1/models", (200, {"data": []}), r"its answers are not those of vLLM \(ValueError: .*\); serve with vllm>="),
-        ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1"),
+        ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1, and"),
         (
             "/collective_rpc",
             (200, {"results": [{"hidden_size": 64}]}),
@@ -340,10 +349,10 @@ def test_a_server_that_is_not_there_is_a_line(load: Loader, fake: FakeVllm) -> N
     loaded = load(fake)
     assert loaded.engine is not None
     loaded.engine = loaded.engine.model_copy(update={"engine_url": "http://127.0.0.1:1"})
-    with pytest.raises(
-        EngineFailed, match=r"http://127\.0\.0\.1:1: cannot be reached or broke off \(Connection refused\)"
-    ):
+    line = "cannot be reached (Connection refused); start the server, or correct engine_url, or leave engine out"
+    with pytest.raises(EngineFailed) as error:
         engine_for(loaded)
+    assert str(error.value) == f"engine vllm: http://127.0.0.1:1: {line}"
 
 
 # --- how sampling fails ---
@@ -376,6 +385,20 @@ def test_an_answer_without_a_sample_is_a_line(
     with pytest.raises(EngineFailed, match=message) as error:
         sample(loaded, prompts(3, 4, 5), FREE, seeds(3))
     assert "\n" not in str(error.value)
+
+
+def test_a_connection_that_breaks_off_is_a_line(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    engine_for(loaded)
+
+    def break_off(path: str, _body: Any) -> None:
+        if path == "/v1/completions":
+            raise ConnectionError("the handler ends without an answer")
+
+    fake.instead = break_off
+    remedy = "see the server's log, and start it again if it has ended, or leave engine out"
+    with pytest.raises(EngineFailed, match=rf"{fake.url}: broke off \(.*\); {remedy}"):
+        sample(loaded, prompts(3), FREE, seeds(1))
 
 
 def test_one_late_sample_of_many_ends_the_wait(load: Loader, fake: FakeVllm) -> None:
