@@ -54,7 +54,7 @@ def _checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> Ser
         raise _mistake(client, f"vllm {release} is not supported", f"serve with vllm{SUPPORTED}")
     info, remedy = (
         "/server_info?config_format=json",
-        "start it with VLLM_SERVER_DEV_MODE=1, and as docs/engines.md says",
+        "start it with VLLM_SERVER_DEV_MODE=1, as docs/engines.md says",
     )
     config, environment = (_field(client, info, key, remedy) for key in ("vllm_config", "vllm_env"))
     if config["lora_config"] and not environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
