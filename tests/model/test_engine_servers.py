@@ -582,7 +582,7 @@ def test_addresses_are_checked(url: str) -> None:
 
 
 def test_addresses_without_an_engine_are_an_error() -> None:
-    with pytest.raises(UserError, match="'engine_url': servers are those of an engine: give --engine vllm, too"):
+    with pytest.raises(UserError, match="'engine_url': there is no engine that would use it; give --engine vllm, too"):
         EngineSettings(engine_url="http://a:1")
     assert EngineSettings(engine="vllm", engine_url="http://a:1/, https://b").engine_url == "http://a:1,https://b"
 
