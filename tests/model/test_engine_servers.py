@@ -587,6 +587,16 @@ def test_addresses_without_an_engine_are_an_error() -> None:
     assert EngineSettings(engine="vllm", engine_url="http://a:1/, https://b").engine_url == "http://a:1,https://b"
 
 
+def test_lora_agrees_under_autocast(load: Loader, fake: FakeVllm) -> None:
+    """Autocast keeps casts of weights, and those of other LoRA weights must not be compared with."""
+    fake.info["vllm_config"]["model_config"]["dtype"] = "torch.bfloat16"
+    loaded = load(fake)
+    add_lora(loaded, 4, None, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine_for(loaded)
+    assert "/v1/load_lora_adapter" in paths(fake)
+
+
 def test_half_precision_is_what_the_files_have(load: Loader, fake: FakeVllm) -> None:
     loaded = replace(load(fake), model=load(fake).model.to(torch.bfloat16))
     fake.info["vllm_config"]["model_config"]["dtype"] = "torch.bfloat16"
