@@ -261,10 +261,10 @@ class VllmEngine(VllmSampling):
         except UserError:  # ours, before the engine was touched
             raise
         except Exception as error:  # vLLM's own, and those of all that it uses
-            self.failed = first_line(error)
+            self.failed = first_line(error).rstrip(".")
             raise EngineFailed(
-                f"engine vllm {what}: {type(error).__name__}: {self.failed}; leave engine out, or change "
-                "engine_memory_gib or engine_timeout_s if it says so"
+                f"engine vllm {what}: {type(error).__name__}: {self.failed}; change engine_memory_gib if it lacks "
+                "memory, or leave engine out"
             ) from error
 
 

@@ -307,13 +307,10 @@ class VllmServers(VllmSampling):
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except ServerProblem as error:
+        except (ServerProblem, OSError) as error:
             self.failed = str(error)
-            remedy = "see the server's log, start it again if it has ended, or leave engine out"
-            raise EngineFailed(f"engine vllm: {error}; {remedy}") from error
-        except OSError as error:
-            self.failed = str(error)
-            raise EngineFailed(f"engine vllm: {error}; free some space, or give another engine_folder") from error
+            remedy = error.remedy if isinstance(error, ServerProblem) else "make room, or give another engine_folder"
+            raise EngineFailed(f"engine vllm: {error}; {remedy}, or leave engine out") from error
 
     def _from_rank0(self, work: Callable[[], list[Result]]) -> list[Result]:
         """What rank 0 finds, on all ranks."""
@@ -325,8 +322,8 @@ def _label(client: VllmClient) -> str:
 
 
 def _rival(client: VllmClient) -> ServerProblem:
-    what = "has got other weights, as if a second run used it; each needs servers of its own"
-    return ServerProblem(f"{client.url}: {what}")
+    what = "has got other weights, as if a second run used it"
+    return ServerProblem(f"{client.url}: {what}", remedy="give each run servers of its own")
 
 
 def _models(client: VllmClient) -> list[str]:

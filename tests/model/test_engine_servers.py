@@ -334,6 +334,15 @@ def test_other_options_are_refused_with_the_right_one(
     assert "selfdistill_load" not in paths(fake)
 
 
+def test_all_options_that_differ_are_named_at_once(load: Loader, fake: FakeVllm) -> None:
+    fake.info["vllm_config"]["model_config"] |= {"dtype": "torch.bfloat16", "logprobs_mode": "raw_logprobs"}
+    found = "its dtype is bfloat16, its logprobs-mode is raw_logprobs"
+    remedy = "start it with --dtype float32 --logprobs-mode processed_logprobs, or change dtype or mixed_precision here"
+    with pytest.raises(UserError) as error:
+        engine_for(load(fake))
+    assert str(error.value) == f"engine vllm: {fake.url}: {found}; {remedy}"
+
+
 @pytest.mark.parametrize(
     ("path", "answer", "message"),
     [
@@ -347,7 +356,7 @@ def test_other_options_are_refused_with_the_right_one(
             r"not those of vLLM \(KeyError: 'lora_config'\); ",
         ),
         ("/v1/models", (200, {"data": []}), r"its answers are not those of vLLM \(ValueError: .*\); serve with vllm>="),
-        ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1"),
+        ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1, as docs"),
         (
             "/collective_rpc",
             (200, {"results": [{"hidden_size": 64}]}),
@@ -387,7 +396,7 @@ def test_a_full_disk_is_a_line_and_leaves_its_room_to_the_checkpoint(
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr(weight_files, "save_file", full)
-    with pytest.raises(EngineFailed, match=r"No space left on device; free some space, or give another engine_folder"):
+    with pytest.raises(EngineFailed, match=r"No space left on device; make room, or give another engine_folder"):
         sample(loaded, prompts(3), GREEDY)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -433,10 +442,10 @@ def test_a_server_that_is_not_there_is_a_line(load: Loader, fake: FakeVllm) -> N
     loaded = load(fake)
     assert loaded.engine is not None
     loaded.engine = loaded.engine.model_copy(update={"engine_url": "http://127.0.0.1:1"})
-    with pytest.raises(
-        EngineFailed, match=r"http://127\.0\.0\.1:1: cannot be reached or broke off \(Connection refused\)"
-    ):
+    line = "cannot be reached (Connection refused); start the server, or correct engine_url, or leave engine out"
+    with pytest.raises(EngineFailed) as error:
         engine_for(loaded)
+    assert str(error.value) == f"engine vllm: http://127.0.0.1:1: {line}"
 
 
 def test_an_address_that_never_answers_is_a_line_before_the_time_limit(
@@ -452,7 +461,7 @@ def test_an_address_that_never_answers_is_a_line_before_the_time_limit(
         assert loaded.engine is not None
         url = f"http://127.0.0.1:{full.getsockname()[1]}"
         loaded.engine = loaded.engine.model_copy(update={"engine_url": url})
-        with pytest.raises(EngineFailed, match=rf"{url}: no answer to /version in 0\.3 s; see the server's log"):
+        with pytest.raises(EngineFailed, match=rf"{url}: cannot be reached in 0\.3 s; start the server"):
             engine_for(loaded)
 
 
@@ -486,6 +495,20 @@ def test_an_answer_without_a_sample_is_a_line(
     with pytest.raises(EngineFailed, match=message) as error:
         sample(loaded, prompts(3, 4, 5), FREE, seeds(3))
     assert "\n" not in str(error.value)
+
+
+def test_a_connection_that_breaks_off_is_a_line(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    engine_for(loaded)
+
+    def break_off(path: str, _body: Any) -> None:
+        if path == "/v1/completions":
+            raise ConnectionError("the handler ends without an answer")
+
+    fake.instead = break_off
+    remedy = "see the server's log, and start it again if it has ended, or leave engine out"
+    with pytest.raises(EngineFailed, match=rf"{fake.url}: broke off \(.*\); {remedy}"):
+        sample(loaded, prompts(3), FREE, seeds(1))
 
 
 def test_one_late_sample_of_many_ends_the_wait(load: Loader, fake: FakeVllm) -> None:
@@ -704,9 +727,19 @@ def test_addresses_are_checked(url: str) -> None:
 
 
 def test_addresses_without_an_engine_are_an_error() -> None:
-    with pytest.raises(UserError, match="'engine_url': servers are those of an engine: give --engine vllm, too"):
+    with pytest.raises(UserError, match="'engine_url': there is no engine that would use it; give --engine vllm, too"):
         EngineSettings(engine_url="http://a:1")
     assert EngineSettings(engine="vllm", engine_url="http://a:1/, https://b").engine_url == "http://a:1,https://b"
+
+
+def test_lora_agrees_under_autocast(load: Loader, fake: FakeVllm) -> None:
+    """Autocast keeps casts of weights, and those of other LoRA weights must not be compared with."""
+    fake.info["vllm_config"]["model_config"]["dtype"] = "torch.bfloat16"
+    loaded = load(fake)
+    add_lora(loaded, 4, None, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine_for(loaded)
+    assert "/v1/load_lora_adapter" in paths(fake)
 
 
 def test_half_precision_is_what_the_files_have(load: Loader, fake: FakeVllm) -> None:
