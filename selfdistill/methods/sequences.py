@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from selfdistill.data import ChatFormat, Example
-from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
+from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
 from selfdistill.runtime import ProgressBar, read_lines, write_atomically
 
 
@@ -143,8 +143,9 @@ class DrawnSamples:
             return [replace(x, completion_ids=kept[key]) for x, key in zip(examples, keys, strict=True)]
         drawn: list[Example] = []
         with ProgressBar(self.what, len(examples)) as reporter:
-            for start in range(0, len(examples), self.batch_size):
-                part = examples[start : start + self.batch_size]
+            size = prompts_at_a_time(loaded, self.batch_size)
+            for start in range(0, len(examples), size):
+                part = examples[start : start + size]
                 drawn += [replace(x, completion_ids=y) for x, y in zip(part, self.draw(loaded, part), strict=True)]
                 reporter.advance(len(drawn))
         return drawn
