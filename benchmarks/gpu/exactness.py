@@ -22,7 +22,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods.slots import Completion
 from selfdistill.model import Sampling, load_for_training, sample, sample_seed
 from selfdistill.model.loading import load_model
-from selfdistill.training.batch_gradient import BatchPart
+from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
