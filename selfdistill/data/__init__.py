@@ -20,6 +20,7 @@ from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates
 from selfdistill.data.scorers import (
     FUNCTION,
     JUDGE,
+    Verdict,
     contains,
     default_scorer,
     doubt_about,
@@ -27,6 +28,7 @@ from selfdistill.data.scorers import (
     nothing_to_score,
     reference,
     score,
+    verdict,
 )
 from selfdistill.data.sources import Note
 from selfdistill.data.words import includes, words_of
@@ -46,6 +48,7 @@ __all__ = [
     "NothingFits",
     "RawRow",
     "Rows",
+    "Verdict",
     "anchor_prompts",
     "check_rows",
     "contains",
@@ -74,6 +77,7 @@ __all__ = [
     "score",
     "text_of",
     "thought_and_said",
+    "verdict",
     "words_of",
     "write_demonstrations",
     "wrong",
