@@ -1,8 +1,8 @@
 """Program of the process in which a reply's code meets its tests; :mod:`selfdistill.data.code_tests` starts it.
 
-Only the standard library, and no import of the package: it runs as ``python -I -S -B code_child.py``. The job comes on
-standard input as a JSON object: ``code``, ``tests`` and ``limits``. Lines of JSON go to standard output: ``{"at": ...}``
-before each thing that may never end, then one ``{"passed": ..., "feedback": ...}`` or ``{"unusable": ...}``.
+It runs as ``python -I -S -B code_child.py``, so it imports only the standard library. The job comes on standard input
+as a JSON object: ``code``, ``tests`` and ``limits``. Lines of JSON go to standard output: ``{"at": ...}`` before what
+may never end, then one ``{"passed": ..., "feedback": ...}`` or ``{"unusable": ...}``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nothing, number)
-    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     _isolate()
     _limit(job["limits"])
     sys.addaudithook(_refuse)

@@ -52,9 +52,9 @@ def code_in(reply: str) -> str:
 def run_tests(replies: Sequence[str], tests: Sequence[Sequence[str]]) -> list[CodeResult]:
     """Run each reply's code and then its tests, Python statements that raise where the code is wrong.
 
-    A process ends at the limits of ``LIMITS``, and with this one. It has an empty environment, only the standard library,
-    an empty folder, and no network, processes, threads, signals or files to write: what asks for one gets an error.
-    What the code prints is thrown away. On Linux the kernel, too, gives it no network, where it permits that.
+    A process ends at ``LIMITS``, and with this one. It has an empty environment, only the standard library and an empty
+    folder. An audit hook of Python refuses network, processes, signals and files to write: what asks for one gets an
+    error. On Linux the kernel, too, gives it no network, where it permits that. What the code prints is thrown away.
 
     Args:
         replies: what the model has written, without thoughts.
