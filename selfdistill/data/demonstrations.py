@@ -332,7 +332,8 @@ def _check_others(others: dict[str, Any], problems: list[str]) -> None:
             text_of(others[name], name, "text or null", problems)
     if others["scorer"] == CODE:
         problems.append(
-            f"column 'scorer': {CODE!r} runs what a model writes, so only the setting may name it; leave it out"
+            f"column 'scorer': {CODE!r} runs what a model writes, so only the setting may name it; leave it out and "
+            f"give --scorer {CODE}"
         )
     elif others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
         problems.append(wrong("scorer", others["scorer"], one_of(SCORER_NAMES)))
