@@ -2,7 +2,7 @@
 
 from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, thought_and_said
-from selfdistill.data.contexts import Document, context_spec, parse_context
+from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback
 from selfdistill.data.demonstrations import (
     CODE,
     SCORER_NAMES,
@@ -14,7 +14,7 @@ from selfdistill.data.demonstrations import (
     nothing_to_show,
     write_demonstrations,
 )
-from selfdistill.data.encoding import Example, NothingFits, encode, encode_prompts, notes_on
+from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
 from selfdistill.data.messages import Message, not_object, text_of, wrong
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
@@ -43,6 +43,8 @@ __all__ = [
     "NEXT_TURN",
     "SCORER_NAMES",
     "ChatFormat",
+    "Context",
+    "ContextEncoder",
     "Demonstration",
     "Document",
     "Example",
@@ -84,6 +86,7 @@ __all__ = [
     "thought_and_said",
     "verdict",
     "verdicts",
+    "with_feedback",
     "words_of",
     "write_demonstrations",
     "wrong",

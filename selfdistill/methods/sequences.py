@@ -29,6 +29,8 @@ class Completion:
     """Log-probability of each token under the policy that sampled it; None if it was not sampled."""
     truncated: bool
     """Reached the length limit without an end token."""
+    factor: float = 1.0
+    """Factor on its loss, such as an advantage."""
 
 
 class SequenceSource(Protocol):
