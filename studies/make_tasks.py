@@ -3,7 +3,7 @@
     python studies/make_tasks.py selfdistill/data/bundled
 
 They are for methods that learn from rewards or feedback, so each has a scorer that says what is wrong. ``strings``:
-short Python functions, with unit tests (``--scorer code``). ``sums``: small word problems whose reply ends with a line
+short Python functions, with unit tests (``--scorer code``). ``sums``: small numbers, and a reply with a line
 "Answer: 12"; ``tickets``: which queue of a hotel takes a guest's message, and from which room it comes, as two lines
 (both ``--scorer python:selfdistill.data.bundled.checks.fields``).
 
@@ -24,8 +24,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from task_texts import MESSAGES, NAMES, STORIES, THINGS
+from task_texts import EXAMPLES, MESSAGES, NAMES, STORIES, THINGS
 
+ROLES = ("user", "assistant")
 PARTS = {"train": 160, "validation": 48, "test": 64}
 
 STEPS = (
@@ -86,10 +87,10 @@ ENDS = (
 )
 """What makes something else of a text."""
 ASKING = (
-    "Write a Python function f(s) that returns {what}. s is a string.",
+    "Write a Python function f(s) that returns {what}.",
     "Write a Python function f that takes a string s and returns {what}.",
-    "Give me Python code: a function f(s) that returns {what}.",
     "In Python, define f(s). It returns {what}.",
+    "Python code, please: f(s) returns {what}.",
 )
 INPUTS = (
     *("hello", "hello world", "Python", "banana", "Anna", "a", "Hello, how are you", "level", "one two three"),
@@ -150,9 +151,14 @@ def strings(part: int, count: int, chance: random.Random) -> list[dict[str, Any]
 
 
 def string_row(asking: str, function: Function, chance: random.Random) -> dict[str, Any]:
-    completion = f"```python\ndef f(s):\n    return {function.code}\n```"
     tests = unit_tests(function, chance)
-    return {"prompt": asking.format(what=function.what), "completion": completion, "answer": tests}
+    return row("strings", asking.format(what=function.what), f"def f(s):\n    return {function.code}", tests)
+
+
+def row(task: str, asked: str, completion: str, answer: Any) -> dict[str, Any]:
+    """A row with worked examples as earlier turns, because a small model seldom keeps to a form that is described."""
+    turns = [{"role": role, "content": text} for pair in EXAMPLES[task] for role, text in zip(ROLES, pair, strict=True)]
+    return {"prompt": [*turns, {"role": "user", "content": asked}], "completion": completion, "answer": answer}
 
 
 def unit_tests(function: Function, chance: random.Random) -> list[str]:
@@ -175,18 +181,16 @@ def sums(part: int, count: int, chance: random.Random) -> list[dict[str, Any]]:
         a, b = numbers(sign, chance)
         result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
         text = story.format(a=a, b=b, name=chance.choice(NAMES[part]), things=chance.choice(THINGS[part]))
-        prompt = f'{text} End your reply with a line "Answer: " and the number.'
-        completion = f"{a} {sign} {b} = {result}\nAnswer: {result}"
-        rows[prompt] = {"prompt": prompt, "completion": completion, "answer": {"fields": {"Answer": str(result)}}}
+        rows[text] = row("sums", text, f"Answer: {result}", {"fields": {"Answer": str(result)}})
     return shuffled(rows, chance)
 
 
 def numbers(sign: str, chance: random.Random) -> tuple[int, int]:
     """Two numbers with a small whole result that is not negative."""
     if sign in "*/":
-        a, b = chance.randint(2, 9), chance.randint(2, 5)
+        a, b = chance.randint(2, 5), chance.randint(2, 4)
         return (a * b, b) if sign == "/" else (a, b)
-    a, b = sorted((chance.randint(2, 20), chance.randint(2, 20)), reverse=True)
+    a, b = sorted((chance.randint(2, 9), chance.randint(1, 5)), reverse=True)
     return (a + 1, b) if sign == "-" else (a, b)
 
 
@@ -198,12 +202,9 @@ def tickets(part: int, count: int, chance: random.Random) -> list[dict[str, Any]
     while len(rows) < count:
         queue = names[len(rows) % len(names)]
         room = str(chance.randint(1, 6) * 100 + chance.randint(1, 30))
-        prompt = (
-            f'Guest in room {room}: "{next(messages[queue])}"\n'
-            f"Which queue takes this: {', '.join(names)}? Reply with two lines, Queue: and Room:."
-        )
+        text = f'Guest in room {room}: "{next(messages[queue])}"\nQueue: kitchen, housekeeping, repairs or reception?'
         answer = {"fields": {"Queue": queue, "Room": room}, "allowed": {"Queue": names}}
-        rows[prompt] = {"prompt": prompt, "completion": f"Queue: {queue}\nRoom: {room}", "answer": answer}
+        rows[text] = row("tickets", text, f"Queue: {queue}\nRoom: {room}", answer)
     return shuffled(rows, chance)
 
 

@@ -1,5 +1,42 @@
 """The hand-written texts of ``make_tasks.py``: for training, validation and test, in this order."""
 
+EXAMPLES = {
+    "strings": [
+        (
+            "Write a Python function f(s) that returns s without white space at both ends.",
+            "def f(s):\n    return s.strip()",
+        ),
+        (
+            "Write a Python function f(s) that returns s twice with a comma between.",
+            'def f(s):\n    return s + "," + s',
+        ),
+    ],
+    "sums": [
+        ("6 plus 3?", "Answer: 9"),
+        ("Kim has 8 pens and loses 3. How many are left?", "Answer: 5"),
+        ("2 times 7?", "Answer: 14"),
+    ],
+    "tickets": [
+        (
+            'Guest in room 140: "The door handle is broken."\nQueue: kitchen, housekeeping, repairs or reception?',
+            "Queue: repairs\nRoom: 140",
+        ),
+        (
+            'Guest in room 525: "Can I have a sandwich?"\nQueue: kitchen, housekeeping, repairs or reception?',
+            "Queue: kitchen\nRoom: 525",
+        ),
+        (
+            'Guest in room 309: "Please mop the floor."\nQueue: kitchen, housekeeping, repairs or reception?',
+            "Queue: housekeeping\nRoom: 309",
+        ),
+        (
+            'Guest in room 231: "When is check-out?"\nQueue: kitchen, housekeeping, repairs or reception?',
+            "Queue: reception\nRoom: 231",
+        ),
+    ],
+}
+"""Worked examples, the earlier turns of every prompt."""
+
 STORIES = (
     [
         ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "+"),
@@ -14,6 +51,12 @@ STORIES = (
         ("{name} needs {a} {things} and already has {b}. How many are missing?", "-"),
         ("A ticket costs {a} dollars. {name} pays for {b} tickets. How many dollars is that?", "*"),
         ("{name} reads {a} pages in {b} days, the same number each day. How many pages is that a day?", "/"),
+        ("{a} plus {b}?", "+"),
+        ("{a} minus {b}?", "-"),
+        ("Work out {a} + {b}.", "+"),
+        ("Work out {a} - {b}.", "-"),
+        ("{a} times {b}?", "*"),
+        ("Add {b} to {a}.", "+"),
         ("A tree is {a} meters tall and grows {b} meters. How tall is it now?", "+"),
         ("{name} had {a} dollars and spent {b} on {things}. How many dollars remain?", "-"),
     ],
@@ -23,6 +66,10 @@ STORIES = (
         ("{name} sets {b} tables with {a} {things} each. How many {things} does that take?", "*"),
         ("{a} {things} are split into {b} heaps of one size by {name}. How big is a heap?", "/"),
         ("{name} is {a} years old. How old will {name} be in {b} years?", "+"),
+        ("The sum of {a} and {b}?", "+"),
+        ("Count up from {a} by {b}.", "+"),
+        ("{a} less {b}?", "-"),
+        ("{b} taken from {a}?", "-"),
         ("A bus with {a} people stops and {b} get out. How many people stay in the bus?", "-"),
     ],
     [
@@ -31,6 +78,10 @@ STORIES = (
         ("{name} draws {a} {things} on every page of a book with {b} pages. How many are drawn?", "*"),
         ("{name} puts {a} {things} in {b} rows of the same length. How long is a row?", "/"),
         ("A cook uses {a} eggs for a cake and {b} for a soup. How many eggs does the cook use?", "+"),
+        ("{a} and {b} make what?", "+"),
+        ("{b} more than {a}?", "+"),
+        ("{b} fewer than {a}?", "-"),
+        ("{a} without {b}?", "-"),
         ("A rope of {a} meters is cut, and {b} meters are taken away. How many meters are left?", "-"),
         ("{name} earns {a} dollars an hour and works {b} hours. How many dollars does {name} earn?", "*"),
         ("A bill of {a} dollars is paid by {b} people in equal parts. How much does each pay?", "/"),

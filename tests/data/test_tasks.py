@@ -64,9 +64,9 @@ def test_no_completion_passes_the_check_of_another_answer(task: str) -> None:
 def test_what_is_held_out_of_training() -> None:
     train, *others = ({row.completion for row in part} for part in rows("strings"))
     assert not any(train & other for other in others)
-    train, *others = ({re.sub(r"\d+", "0", chat(row)) for row in part} for part in rows("sums"))
+    train, *others = ({re.sub(r"\d+", "0", row.prompt[-1]["content"]) for row in part} for part in rows("sums"))
     assert not any(train & other for other in others)
-    train, *others = ({chat(row).split('"')[1] for row in part} for part in rows("tickets"))
+    train, *others = ({row.prompt[-1]["content"].split('"')[1] for row in part} for part in rows("tickets"))
     assert not any(train & other for other in others)
 
 
@@ -83,28 +83,25 @@ def test_queues_and_results_are_spread() -> None:
         queues = [row.completion.splitlines()[0] for row in part]
         assert {queues.count(queue) for queue in queues} == {len(part) // 4}
     for part in rows("sums"):
-        assert len({row.completion.splitlines()[1] for row in part}) >= 16
+        assert len({row.completion for row in part}) >= 10
 
 
 @pytest.mark.parametrize(
     ("reply", "feedback"),
     [
         ("Queue: {queue}\nRoom: {room}", ""),
-        ("Let me see.\n\nQueue: {queue} \n Room: {room}\n", ""),
-        ("{queue}, {room}", "missing field 'Queue': expected a line 'Queue: ...' at the end"),
-        ("Queue: {queue}", "missing field 'Room': expected a line 'Room: ...' at the end"),
-        (
-            "Queue: {queue}\nRoom: {room}\nHave a nice day!",
-            "missing field 'Queue': expected a line 'Queue: ...' at the end",
-        ),
+        ("Let me see.\n\nQueue: {queue} \n Room: {room}.\n", ""),
+        ("Room: {room}\nQueue: {queue}\nQueue: garden", ""),
+        ("Queue: {queue}\nRoom: {room}\nHave a nice day!", ""),
+        ("{queue}, {room}", "missing field 'Queue': expected a line 'Queue: ...'"),
+        ("Queue: {queue}", "missing field 'Room': expected a line 'Room: ...'"),
         (
             "Queue: garden\nRoom: {room}",
             "unknown queue 'garden', expected one of kitchen, housekeeping, repairs, reception",
         ),
         ("Queue: {other}\nRoom: {room}", "wrong queue: expected {queue}, found {other}"),
         ("Queue: {queue}\nRoom: 9", "wrong room: expected {room}, found 9"),
-        ("Room: {room}\nQueue: {queue}", "the order is Room, Queue, expected Queue, Room"),
-        ("", "missing field 'Queue': expected a line 'Queue: ...' at the end"),
+        ("", "missing field 'Queue': expected a line 'Queue: ...'"),
     ],
 )
 def test_the_feedback_on_a_ticket(reply: str, feedback: str) -> None:
@@ -120,7 +117,7 @@ def test_the_feedback_on_a_sum() -> None:
     result = row.answer["fields"]["Answer"]
     assert verdict(FIELDS, f"So it is\nAnswer: {result}", row) == Verdict(1.0)
     assert verdict(FIELDS, "Answer: 999", row) == Verdict(0.0, f"wrong answer: expected {result}, found 999")
-    missing = "missing field 'Answer': expected a line 'Answer: ...' at the end"
+    missing = "missing field 'Answer': expected a line 'Answer: ...'"
     assert verdict(FIELDS, f"The answer is {result}.", row) == Verdict(0.0, missing)
 
 
