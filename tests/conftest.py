@@ -213,7 +213,7 @@ def all_of_them(
 
     def make(out: str = "run", **values: Any) -> TrainConfig:
         more: dict[str, Any] = {"data": str(data), "general_prompts": str(general)}
-        if values.get("method") in ("grpo", "sdpo"):
+        if values.get("method") in ("grpo", "sdpo", "pope"):
             more["num_generations"] = 4
         return settings(out, **(more | values))
 

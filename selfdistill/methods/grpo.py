@@ -64,7 +64,7 @@ class ScoredExamples(DemonstrationExamples):
     """The demonstrations' prompts, with what a scorer compares the samples with."""
 
     def lacks(self, demonstration: Demonstration) -> str | None:
-        return nothing_to_score(self.config.scorer)(demonstration)
+        return nothing_to_score(self.config.scorer)(demonstration) or super().lacks(demonstration)
 
 
 @dataclass(frozen=True)

@@ -209,9 +209,10 @@ class BatchGradient:
         completions = [*selected.completions, *([selected.completions[0]] * padding)]
         lengths = [len(c.ids) for c in completions]
         mask_BT = completion_mask(lengths, max(lengths))
+        is_given_BT = completion_mask([c.prefix for c in completions], mask_BT.shape[1])
         is_learnt_B = torch.arange(len(completions)) < len(selected.completions)
         weights_BT = token_weights(
-            mask_BT & is_learnt_B[:, None],
+            mask_BT & ~is_given_BT & is_learnt_B[:, None],
             skip_first_tokens=selected.part.method.skip_first_tokens,
             normalisation=self.config.loss_normalisation,
         )
@@ -296,7 +297,8 @@ class BatchGradient:
         pad = torch.nn.functional.pad
         pairs = list(zip(micro.completions, student, strict=True))
         sampled = [own if c.logps is None else torch.tensor(c.logps) for c, own in pairs]
-        gap = SamplerGap.of([own - torch.tensor(c.logps) for c, own in pairs if c.logps is not None])
+        differences = [(own - torch.tensor(c.logps))[c.prefix :] for c, own in pairs if c.logps is not None]
+        gap = SamplerGap.of(differences)
         student_bT, sampled_bT = (
             torch.stack([pad(logp, (0, width - len(logp))) for logp in logps]) for logps in (student, sampled)
         )

@@ -233,7 +233,7 @@ def _planned(
     longest: int,
 ) -> PlannedPart:
     method = part.method
-    sampling = method.fixed.sampling if method.fixed else method.sequence.sampling
+    sampling = method.sequence.sampling or (method.fixed.sampling if method.fixed else None)
     if sampling is not None:
         sampling = replace(sampling, max_completion_length=longest)
     examples, _ = method.examples(rows, loaded, chat)

@@ -9,7 +9,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Verdict
 from selfdistill.errors import UserError
 from selfdistill.methods import Checker, Completion, Method
-from selfdistill.runtime import all_gather, rank_slice, say_note
+from selfdistill.runtime import RaisedOnAllRanks, all_gather, rank_slice, say_note
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,16 @@ class Selector:
         return Selected(part, learnt, verdicts, len(encode.unfit))
 
     def _verdicts(self, checker: Checker, completions: Sequence[Completion]) -> list[Verdict]:
-        """Each rank checks its share: it takes less time, and a checker that is not exact says the same everywhere."""
+        """Each rank checks its share: it takes less time, and a checker that is not exact says the same everywhere.
+
+        Raises:
+            RaisedOnAllRanks: the checker's mistake on any rank.
+        """
         problem, own = None, []
         try:
             own = checker(completions[rank_slice(len(completions))], self.chat)
         except UserError as error:
             problem = str(error)
         for found in filter(None, all_gather([problem])):
-            raise UserError(found)
+            raise RaisedOnAllRanks(found)
         return all_gather(own)

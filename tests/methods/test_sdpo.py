@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import train_together
+from children import started_together, train_together
 from conftest import (
     Cut,
     assert_same_run,
@@ -204,8 +204,10 @@ def test_sdpo_is_its_formula(all_of_them: Settings, own: dict[str, Any], micro_b
     rewards = [float(len(said(run, c)) >= 4) for c in samples]
     rewards[:4] = [0.0, 1.0, 0.0, 0.0]  # a group with a single success, which itself has no sibling
 
+    reward_of = {id(c): reward for c, reward in zip(samples, rewards, strict=True)}  # two samples may be equal
+
     def checker(completions: Sequence[Completion], _: Any) -> list[Verdict]:
-        return [Verdict(rewards[samples.index(c)]) for c in completions]
+        return [Verdict(reward_of[id(c)]) for c in completions]
 
     student = copy.deepcopy(run.loaded.model).double()
     distilled, policy = plain_loss(run, student, samples, rewards, own)
@@ -323,3 +325,21 @@ def test_two_processes_train_to_the_weights_of_one(
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_a_mistake_of_the_scorer_on_one_rank_ends_both_in_one_line(
+    all_of_them: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Callable[..., Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "import os\n\n\ndef right(reply, row):\n    return 2 if os.environ.get('RANK') == '1' else True\n"
+    (tmp_path / "own_scorer_of_sdpo.py").write_text(text, encoding="utf-8")
+    data = write_rows([{"prompt": f"q{i}"} for i in range(4)], name="plain.jsonl")
+    config = all_of_them("two", **COMMON, data=str(data), scorer="python:own_scorer_of_sdpo.right")
+
+    def work() -> int:
+        with pytest.raises(UserError, match=r"right' returned 2, expected True or False, a reward from 0 to 1"):
+            train(config)
+        return 7
+
+    children = started_together(work, tmp_path / "two")
+    assert [child.wait() for child in children] == [7, 7]

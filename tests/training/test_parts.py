@@ -229,7 +229,7 @@ def test_every_method_can_have_anchors(anchored: Settings, write_rows: Callable[
         {"prompt": f"q{i}", "completion": "ab", "document": "The mill stood by the river.", "answer": "ab"}
         for i in range(4)
     ]
-    more: dict[str, Any] = {"num_generations": 4} if method in ("grpo", "sdpo") else {}
+    more: dict[str, Any] = {"num_generations": 4} if method in ("grpo", "sdpo", "pope") else {}
     config = anchored(method=method, data=str(write_rows(rows, name="rows.jsonl")), max_steps=2, **more)
     assert [[part.name for part in parts] for parts in stages_of(config)] == [
         ["task", "anchors:lines", "anchors:chats"]
