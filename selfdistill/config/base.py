@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from selfdistill.data import FUNCTION, JUDGE, SCORER_NAMES
+from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES
 from selfdistill.errors import UserError
 
 
@@ -133,7 +133,7 @@ class ModelSettings(EngineSettings):
     """Prompts per optimizer step, or per forward batch without training. The paper uses 32."""
     scorer: str | None = None
     """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call``,
-    ``judge``, or your own function as ``python:package.module.function``."""
+    ``code`` (runs what the model writes), ``judge``, or your own function as ``python:package.module.function``."""
     judge_url: str | None = None
     """OpenAI-compatible API of the ``judge``, e.g. ``http://localhost:8000/v1``; data and replies are sent there. The
     key is read from ``SELFDISTILL_JUDGE_KEY`` or, for api.openai.com only, ``OPENAI_API_KEY``."""
@@ -143,7 +143,7 @@ class ModelSettings(EngineSettings):
     @field_validator("scorer")
     @classmethod
     def _known_scorer(cls, value: str | None) -> str | None:
-        known = (*SCORER_NAMES, JUDGE)
+        known = (*SCORER_NAMES, CODE, JUDGE)
         if value is None or value in known or FUNCTION.fullmatch(value):
             return value
         raise ValueError(f"{', '.join(known)} or python:package.module.function{closest(value, known, '')}")
