@@ -4,7 +4,7 @@ Every number is the size of tensors that the run will hold, W bytes of weights, 
 
     weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32
     teacher    full: W for a copy, and 4 bytes a weight for the float32 average of bfloat16 weights; LoRA: the factors
-    moments    2 P, of AdamW
+    moments    of AdamW: 8 bytes a trained weight, or 2 with adamw_8bit
     contexts   kept keys and values of a frozen teacher's contexts, and the logits that the drift is measured from
     gradients  P, from the first micro-batch on, or as far as the backward pass has come
 
@@ -46,6 +46,7 @@ from selfdistill.model import (
     fake_model,
     has_full_attention,
     layers_of,
+    moment_bytes,
     tensor_bytes,
     unwrap,
 )
@@ -266,7 +267,7 @@ def _fixed(
     fixed = Bytes(
         {
             "weights": tensor_bytes((*model.parameters(), *model.buffers())) // shares,
-            "moments": 2 * tensor_bytes(trained) // shares,
+            "moments": moment_bytes(trained, config.optim) // shares,
             "teacher": sum(_teacher_bytes(config, rule, loaded, others) for rule in rules) // shares,
         }
     )
