@@ -32,7 +32,8 @@ HALVES = ["float16", "bfloat16"]
 OPTIMS = ["adamw_torch", "adamw_8bit"]
 REFUSED = (
     "model {!r}: its trainable weights are float16, in which small gradients become zero; load it with --dtype "
-    "bfloat16 or float32, or in Python with dtype=torch.bfloat16 or torch.float32, or train an adapter with --lora_rank 16"
+    "bfloat16 or float32, or in Python with dtype=torch.bfloat16 or torch.float32, or train an adapter with "
+    "--lora_rank 16"
 )
 
 
@@ -100,19 +101,20 @@ def test_float32_is_read_from_files_in_half_precision(
 
 
 @pytest.mark.parametrize("optim", OPTIMS)
-@pytest.mark.parametrize("method", ["sft", "sdft"])
 def test_a_run_in_bfloat16_ends_where_one_in_float32_does(
-    settings: Callable[..., TrainConfig], in_dtype: Callable[[str], str], method: str, optim: str
+    settings: Callable[..., TrainConfig], in_dtype: Callable[[str], str], optim: str
 ) -> None:
+    """On the same rows, that is: samples of runs that differ a little soon differ altogether."""
     needs(optim)
-    values = {"model": in_dtype("bfloat16"), "method": method, "max_steps": 60, "learning_rate": 5e-4, "batch_size": 6}
+    model = in_dtype("bfloat16")
+    values = {"model": model, "method": "sft", "max_steps": 60, "learning_rate": 5e-4, "batch_size": 6}
     whole, half = settings("whole", **values), settings("half", dtype="bfloat16", optim=optim, **values)
     for config in (whole, half):
         train(config)
     assert {weight.dtype for weight in final_weights(half).values()} == {torch.bfloat16}
-    start, (first, second) = logps(in_dtype("bfloat16")), (logps(f"{c.output_dir}/final") for c in (whole, half))
-    apart, moved = kl(first, second), kl(first, start)
-    assert apart < (0.02 if method == "sft" else 0.1) * moved, apart / moved
+    start, first, second = logps(model), logps(f"{whole.output_dir}/final"), logps(f"{half.output_dir}/final")
+    assert kl(first, second) < 0.1 * kl(first, start)
+    assert kl(second, start) == pytest.approx(kl(first, start), rel=0.1)
 
 
 @pytest.mark.parametrize("optim", OPTIMS)
@@ -138,7 +140,7 @@ def test_a_run_in_bfloat16_resumes_bit_by_bit(
     moments = {torch.float32} if optim == "adamw_torch" else {torch.float32, torch.uint8}
     averages = set() if values.get("method") == "sft" else {torch.float32}
     assert dtypes == {"weights": {torch.bfloat16}, "optimizer": moments, "teacher": averages}
-    with pytest.raises(UserError, match="'optim'"):
+    with pytest.raises(UserError, match="optim was"):
         train(part.model_copy(update={"optim": next(other for other in OPTIMS if other != optim)}), resume=True)
 
 
