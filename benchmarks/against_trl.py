@@ -32,7 +32,7 @@ from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.methods.slots import Completion
 from selfdistill.model.loading import starter_model_path
-from selfdistill.training.batch_gradient import BatchPart
+from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.trainer import Trainer
 

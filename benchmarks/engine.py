@@ -29,7 +29,7 @@ from transformers.generation import ContinuousBatchingConfig
 from selfdistill.config import EngineSettings, TrainConfig
 from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
-from selfdistill.model import LoadedModel, Rollout, Sampling, load_model, running_engine, sample, use_engine
+from selfdistill.model import LoadedModel, Rollout, Sampling, engine_for, load_model, sample, use_engine
 from selfdistill.training.train import train
 
 MODEL, DATA, SAMPLES, PAGE = "smollm2-135m", "knowledge.train.jsonl", 16, 32
@@ -108,8 +108,7 @@ def compare(loaded: LoadedModel, prompts: list[list[int]], dtype: torch.dtype, t
         for name, sampler in samplers.items():  # also warms up
             among_all, by_themselves = sampler(prompts, 8)[::2], sampler(prompts[::2], 8)
             kept[name] = sum(a.ids == b.ids for a, b in zip(among_all, by_themselves, strict=True))
-        engine = running_engine()
-        assert engine is not None
+        engine = engine_for(fast)
         rollouts: dict[str, list[Rollout]] = {}
         synced_s = engine.sync_s
         seconds = alternate(

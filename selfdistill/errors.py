@@ -33,5 +33,10 @@ class RunCollapsed(RunFailed):
     """A run collapsed and was stopped; ``final/`` holds the model of the last evaluation before that."""
 
 
-class EngineFailed(RunFailed):
-    """The sampling engine failed or was late. It is not used again; a run's progress is saved."""
+class EngineFailed(UserError):
+    """The sampling engine failed or was late. It is not used again; a run's progress is saved. Exit code 3.
+
+    It is no :class:`RunFailed`: it says nothing about the run, which goes on with ``--resume``.
+    """
+
+    exit_code = 3

@@ -37,7 +37,7 @@ from selfdistill.data import (
 from selfdistill.documents import Passage, load_passages, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Endpoint, answer
-from selfdistill.model import Sampling, load_for_training, sample, sample_seed, use_engine
+from selfdistill.model import Sampling, load_for_training, prompts_at_a_time, sample, sample_seed, use_engine
 from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_lines, say
 
 ASK_TOKENS = 64
@@ -337,7 +337,7 @@ class _Maker:
         """Yield replies of the model itself, greedy at the first try."""
         prompts = {key: self._chat.encode_prompt(chat) for key, chat in chats.items()}
         self._check_room("the request", list(prompts.values()))
-        keys, size = list(prompts), self._config.batch_size
+        keys, size = list(prompts), prompts_at_a_time(self._loaded, self._config.batch_size)
         for start in range(0, len(keys), size):
             part = keys[start : start + size]
             ids = [prompts[key] for key in part]

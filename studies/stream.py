@@ -33,7 +33,9 @@ STREAM: dict[str, Any] = {
     "context": "turns:repeats=4",
     "max_completion_length": 48,
     "batch_size": 8,
+    "learning_rate": 5e-5,
 }
+"""The same in all arms, the rate included."""
 
 
 def learn(state: Path, arm: str, seed: int) -> dict[str, Any]:

@@ -30,8 +30,9 @@ from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
 from selfdistill.model.engine import close_engine
 from selfdistill.model.loading import LoadedModel, load_model
-from selfdistill.training.batch_gradient import BatchPart, PartResult
+from selfdistill.training.batch_gradient import PartResult
 from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.trainer import Trainer
 
@@ -212,7 +213,7 @@ def all_of_them(
 
     def make(out: str = "run", **values: Any) -> TrainConfig:
         more: dict[str, Any] = {"data": str(data), "general_prompts": str(general)}
-        if values.get("method") == "grpo":
+        if values.get("method") in ("grpo", "sdpo", "pope"):
             more["num_generations"] = 4
         return settings(out, **(more | values))
 

@@ -9,15 +9,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from selfdistill.model import LoadedModel, Sampling, load_model, sample
-from selfdistill.model.vllm_worker import sizes
+from selfdistill.model.vllm_worker import Worker
 
 Reply = tuple[int, Any]
+
+
+class FakeWorker(Worker):
+    """Our own part of a server's worker, around the fake's weights."""
+
+    def __init__(self, server: FakeVllm) -> None:
+        self._server = server
+        config = server.original.model.config
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=config), device_config=SimpleNamespace(device_type="none")
+        )
+
+    def reload_weights(self, weights_path: str) -> None:
+        """As vLLM's own."""
+        for file in Path(weights_path).glob("*.safetensors"):
+            self._server.weights |= load_file(file)
+        self._server.models = {"base": self._server.fresh()}
 
 
 class FakeVllm(ThreadingHTTPServer):
@@ -32,7 +50,8 @@ class FakeVllm(ThreadingHTTPServer):
     def __init__(self, folder: Path, adapter_rank: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.original, self.label = load_model(str(folder)), "default"
+        self.original = load_model(str(folder))
+        self.worker = FakeWorker(self)
         self.weights = {name: weight.clone() for name, weight in self.original.model.named_parameters()}
         self.models = {"base": self.fresh()}
         self.lock = threading.Lock()
@@ -57,18 +76,17 @@ class FakeVllm(ThreadingHTTPServer):
             return 200, {"version": "0.32.0"}
         if path == "/server_info":
             return 200, self.info
-        if path == "/weight_info":
-            return 200, {"weight_version": self.label}
         parents = {name: None if name == "base" else "base" for name in self.models}
         return 200, {"data": [{"id": name, "parent": parent, "max_model_len": 512} for name, parent in parents.items()]}
 
     def post(self, path: str, body: Any) -> Reply:
         if path == "/tokenize":
             return 200, {"tokens": self.models["base"].tokenizer(body["prompt"])["input_ids"]}
-        if path == "/update_weight_version":
-            self.label = body["new_version"]
         if path == "/collective_rpc":
-            return 200, {"results": [self.worker(body["method"], body.get("kwargs", {}))]}
+            try:
+                return 200, {"results": [getattr(self.worker, body["method"])(**body["kwargs"])]}
+            except OSError as error:
+                return 500, {"error": {"message": str(error)}}
         if path == "/v1/load_lora_adapter":
             loaded = self.fresh()
             loaded.model = PeftModel.from_pretrained(loaded.model, body["lora_path"]).eval()
@@ -76,14 +94,6 @@ class FakeVllm(ThreadingHTTPServer):
         if path == "/v1/unload_lora_adapter":
             return (200 if self.models.pop(body["lora_name"], None) else 404), {}
         return self.completion(body) if path == "/v1/completions" else (200, {"success": True})
-
-    def worker(self, method: str, options: dict[str, str]) -> Any:
-        if method == "selfdistill_model":
-            return sizes(self.models["base"].model.config)
-        for file in Path(options["folder"]).glob("*.safetensors"):
-            self.weights |= load_file(file)
-        self.models = {"base": self.fresh()}
-        return None
 
     def fresh(self) -> LoadedModel:
         loaded = copy.deepcopy(self.original)  # transformers cannot load in two threads at once

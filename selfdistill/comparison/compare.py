@@ -22,7 +22,7 @@ from selfdistill.comparison.conclusions import Compared, mean_points, points_of,
 from selfdistill.comparison.plots import Curve, trade_off
 from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dump_yaml, load_saved, refuse_changes
 from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.errors import RunFailed, RunStopped, UserError
+from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
 from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, unused_settings, uses
 from selfdistill.model import LoadedModel, load_for_training, refuse_float16, start_fingerprint
@@ -186,6 +186,8 @@ def _rag(evaluator: Evaluator, base: LoadedModel) -> dict[str, Any] | None:
     """Evaluate the base given each question's document; None if rows have none, or one does not fit."""
     try:
         return evaluator.shown(base, ORACLE_RAG, "oracle RAG")
+    except EngineFailed:
+        raise
     except UserError as error:
         say(f"note: oracle RAG is skipped: {error}")
         return None

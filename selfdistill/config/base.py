@@ -100,7 +100,7 @@ class EngineSettings(Settings):
     @model_validator(mode="after")
     def _servers_are_of_an_engine(self) -> EngineSettings:
         if self.engine_url and self.engine == "none":
-            raise ValueError("setting 'engine_url': servers are those of an engine: give --engine vllm, too")
+            raise ValueError("setting 'engine_url': there is no engine that would use it; give --engine vllm, too")
         return self
 
 

@@ -32,6 +32,8 @@ MethodName = Literal[
     "sft_from_teacher",
     "offline_distillation",
     "grpo",
+    "sdpo",
+    "pope",
     "opsd",
     "vopd",
     "isdft",
@@ -48,9 +50,11 @@ class OneRun(ModelSettings):
     """``sdft``: self-distillation. Baselines: ``sft``, cross-entropy on the demonstrations; ``dft``, the same weighted
     by each token's probability; ``cpt``, cross-entropy on the documents; ``sft_reinvoke``, SFT and then distillation
     from the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, training on teacher samples
-    drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``opsd``, each
-    vocabulary entry clipped; ``vopd``, the sampled token alone; ``isdft`` and ``veto``, a target near the student at
-    first. Of SFT: ``eaft``, weighted by the student's entropy; ``ssd``, on the model's own samples."""
+    drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``sdpo``, the
+    teacher sees another sample that the scorer accepts, or its feedback; ``pope``, ``grpo`` with samples that go on
+    from a part of the demonstration, too; ``opsd``, each vocabulary entry clipped; ``vopd``, the sampled token alone;
+    ``isdft`` and ``veto``, a target near the student at first. Of SFT: ``eaft``, weighted by the
+    student's entropy; ``ssd``, on the model's own samples."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
@@ -69,7 +73,8 @@ class MethodSettings(Settings):
     top_k: int = Field(default=0, ge=0)
     """Sample from the k most likely tokens; 0: from all."""
     num_generations: int | None = Field(default=None, ge=1)
-    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo``."""
+    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo``, ``sdpo``
+    and each group of ``pope``."""
     cold_start_steps: int = Field(default=0, ge=0)
     """Initial steps of ``sdft`` in which demonstrations replace rollouts, all at first, then ever fewer. For a model
     whose own samples never come close to the demonstration."""
@@ -145,8 +150,8 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """The run folder. An existing run is never overwritten."""
 
     teacher_model: str | None = None
-    """A separate, fixed model as the teacher of ``sdft``, ``vopd``, ``isdft`` or ``veto``: the base of a sequence of
-    skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary."""
+    """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft`` or ``veto``: the base of a
+    sequence of skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary."""
 
     teacher_cache_mib: int = Field(default=2048, ge=0)
     """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each
@@ -271,9 +276,10 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
         """Check settings against each other."""
         super().model_post_init(_context)
         untempered = self.temperature == 1 and self.top_p == 1 and self.top_k == 0
-        if self.method == "grpo" and not untempered:
+        if self.method in ("grpo", "sdpo", "pope") and not untempered:
             raise UserError(
-                "setting 'method': grpo needs untempered samples of the student: use temperature 1, top_p 1 and top_k 0"
+                f"setting 'method': {self.method} needs untempered samples of the student: use temperature 1, top_p 1 "
+                "and top_k 0"
             )
         if self.support == "sampled" and (self.method == "offline_distillation" or self.cold_start_steps):
             raise UserError(

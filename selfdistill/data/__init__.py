@@ -2,7 +2,7 @@
 
 from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, thought_and_said
-from selfdistill.data.contexts import Document, context_spec, parse_context
+from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback
 from selfdistill.data.demonstrations import (
     SCORER_NAMES,
     Demonstration,
@@ -13,13 +13,14 @@ from selfdistill.data.demonstrations import (
     nothing_to_show,
     write_demonstrations,
 )
-from selfdistill.data.encoding import Example, NothingFits, encode, encode_prompts, notes_on
+from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
 from selfdistill.data.messages import Message, not_object, text_of, wrong
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
 from selfdistill.data.scorers import (
     FUNCTION,
     JUDGE,
+    Verdict,
     contains,
     default_scorer,
     doubt_about,
@@ -27,6 +28,7 @@ from selfdistill.data.scorers import (
     nothing_to_score,
     reference,
     score,
+    verdict,
 )
 from selfdistill.data.sources import Note
 from selfdistill.data.words import includes, words_of
@@ -37,6 +39,8 @@ __all__ = [
     "NEXT_TURN",
     "SCORER_NAMES",
     "ChatFormat",
+    "Context",
+    "ContextEncoder",
     "Demonstration",
     "Document",
     "Example",
@@ -46,6 +50,7 @@ __all__ = [
     "NothingFits",
     "RawRow",
     "Rows",
+    "Verdict",
     "anchor_prompts",
     "check_rows",
     "contains",
@@ -74,6 +79,8 @@ __all__ = [
     "score",
     "text_of",
     "thought_and_said",
+    "verdict",
+    "with_feedback",
     "words_of",
     "write_demonstrations",
     "wrong",

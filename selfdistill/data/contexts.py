@@ -234,6 +234,15 @@ class Template:
         return no_document or (_no_demonstration(demonstration, self.name) if "{demonstration}" in self.text else None)
 
 
+def with_feedback(messages: Sequence[Message], feedback: str) -> list[Message]:
+    """A teacher's messages, with feedback on an earlier attempt at the end of the last turn."""
+    text = (
+        f"{messages[-1]['content']}\n\nAn earlier attempt of yours was not right. This is the feedback on it:\n\n"
+        f"{feedback}\n\nNow answer the question correctly."
+    )
+    return [*messages[:-1], _user(text)]
+
+
 CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, ExampleAnswer, FewShot, Document, Template)}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from selfdistill.data.chat_format import ChatFormat, TemplateRefusal
 from selfdistill.data.contexts import Context
 from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.messages import Message
 from selfdistill.data.rows import first_ten
 from selfdistill.data.thinking import split_thinking
 from selfdistill.errors import UserError
@@ -99,6 +100,45 @@ def encode(
             raise NothingFits(text + " or ".join(ways))
         raise UserError(f"{text}{', '.join(ways)}, or drop them with --on_long_prompt drop")
     return kept, len(problems)
+
+
+@dataclass
+class ContextEncoder:
+    """Encodes contexts that are made during a run, such as those that show the teacher a sample.
+
+    Args:
+        chat: the format of both prompts.
+        max_prompt_length: as in :func:`encode`, as are the others.
+        max_completion_length: limit for a completion, in tokens.
+        window: the model's limit for prompt plus completion, in tokens; None if it has none.
+    """
+
+    chat: ChatFormat
+    max_prompt_length: int | None
+    max_completion_length: int
+    window: int | None
+    unfit: list[str] = field(default_factory=list)
+    """Why each context that could not be encoded could not, with its row."""
+
+    @property
+    def limit(self) -> int | None:
+        """Limit for a context, in tokens; None if there is none."""
+        return _Limits(self.max_prompt_length, self.max_completion_length, self.window, False).prompt
+
+    def __call__(self, demonstration: Demonstration, messages: Sequence[Message]) -> list[int] | None:
+        """Token ids of the teacher's messages for this row; None, and a line in ``unfit``, if they cannot be shown.
+
+        That is if they exceed the limit, or if the chat template does not show what the model wrote.
+        """
+        try:
+            ids = self.chat.encode_prompt(messages, demonstration.template_options)
+        except TemplateRefusal as error:
+            self.unfit.append(f"{demonstration.source}: {error}")
+            return None
+        if self.limit is not None and len(ids) > self.limit:
+            self.unfit.append(f"{demonstration.source}: the context has {len(ids)} tokens, limit {self.limit}")
+            return None
+        return ids
 
 
 def encode_prompts(demonstrations: Sequence[Demonstration], chat: ChatFormat) -> list[list[int]]:

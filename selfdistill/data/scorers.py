@@ -1,4 +1,4 @@
-"""Scorers: decide whether a reply is correct, by comparison with the row's ``answer``, else its completion.
+"""Scorers: how good a reply is, by comparison with the row's ``answer``, else its completion.
 
 Thoughts (``<think>...</think>``) are compared on neither side. A wrong or malformed reply scores False. An answer that
 the scorer cannot use is a :class:`UserError`. The command's setting, but never a row of the data, may also name a
@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from selfdistill.data.choices import chosen_letter, letter_of
@@ -34,11 +35,22 @@ FUNCTION = re.compile(r"python:(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\.(?P<func
 _LIST_OF_TEXTS = re.compile(r"""\s*\[\s*['"].*['"]\s*\]\s*""", re.DOTALL)
 
 
-def score(name: str, reply: str, demonstration: Demonstration) -> bool:
-    """Whether ``reply`` is correct according to a scorer.
+@dataclass(frozen=True)
+class Verdict:
+    """What a scorer says of a reply."""
 
-    A user-defined scorer is called as ``function(reply, row)`` and returns a bool; ``row`` is a dict with ``prompt``
-    (chat messages), ``completion`` (without thoughts), ``answer`` and ``document``.
+    reward: float
+    """From 0 to 1. The reply is correct if it is 1."""
+    feedback: str = ""
+    """What the reply's author may learn from, such as the output of a failed test; may be empty."""
+
+
+def verdict(name: str, reply: str, demonstration: Demonstration) -> Verdict:
+    """The verdict of a scorer on ``reply``.
+
+    A user-defined scorer is called as ``function(reply, row)``; ``row`` is a dict with ``prompt`` (chat messages),
+    ``completion`` (without thoughts), ``answer`` and ``document``. It returns a bool, a reward from 0 to 1, or a pair
+    of one of these and a feedback text.
 
     Args:
         name: one of ``SCORER_NAMES``, or a name that matches ``FUNCTION``.
@@ -47,14 +59,20 @@ def score(name: str, reply: str, demonstration: Demonstration) -> bool:
 
     Raises:
         UserError: unknown name; no answer or completion to compare with, or one that the scorer cannot use; or a
-            user-defined function cannot be imported from the current folder or the environment, raises, or does not
-            return a bool.
+            user-defined function cannot be imported from the current folder or the environment, raises, or returns
+            something else.
     """
     if name.startswith("python:"):
         return _by_function(name, reply, demonstration)
     if name not in SCORER_NAMES:
         raise UserError(f"unknown scorer '{name}', expected one of {', '.join(SCORER_NAMES)}")
-    return _SCORERS[name](reply, demonstration)
+    found = _SCORERS[name](reply, demonstration)
+    return found if isinstance(found, Verdict) else Verdict(float(found))
+
+
+def score(name: str, reply: str, demonstration: Demonstration) -> bool:
+    """Whether ``reply`` is correct: whether its reward is 1; see :func:`verdict`."""
+    return verdict(name, reply, demonstration).reward == 1
 
 
 def default_scorer(demonstration: Demonstration, setting: str | None) -> str:
@@ -225,7 +243,7 @@ def tool_call(reply: str, demonstration: Demonstration) -> bool:
     return calls is not None and same_calls(calls, wanted)
 
 
-_SCORERS: dict[str, Callable[[str, Demonstration], bool]] = {
+_SCORERS: dict[str, Callable[[str, Demonstration], bool | Verdict]] = {
     "exact": exact,
     "contains": contains,
     "choice": choice,
@@ -234,21 +252,25 @@ _SCORERS: dict[str, Callable[[str, Demonstration], bool]] = {
 }
 
 
-def _by_function(name: str, reply: str, demonstration: Demonstration) -> bool:
+def _by_function(name: str, reply: str, demonstration: Demonstration) -> Verdict:
     columns = ("prompt", "completion", "answer", "document")
     row = copy.deepcopy({column: getattr(demonstration, column) for column in columns})
     row |= {"prompt": list(row["prompt"]), "completion": said(demonstration)}
     function = _function(name)
     try:
-        right = function(reply, row)
+        returned = function(reply, row)
     except Exception as error:
         raise UserError(
             f"{demonstration.source}: scorer {name!r} failed: {type(error).__name__}: {one_line(error)}"
         ) from error
-    if not isinstance(right, bool):
-        found = " ".join(repr(right).split())[:60]
-        raise UserError(f"{demonstration.source}: scorer {name!r} returned {found}, expected True or False (a bool)")
-    return right
+    reward, feedback = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, "")
+    if not (isinstance(reward, int | float) and 0 <= reward <= 1 and isinstance(feedback, str)):
+        found = " ".join(repr(returned).split())[:60]
+        raise UserError(
+            f"{demonstration.source}: scorer {name!r} returned {found}, expected True or False, a reward from 0 to 1, "
+            "or a pair of one of these and a feedback text"
+        )
+    return Verdict(float(reward), feedback)
 
 
 @functools.cache

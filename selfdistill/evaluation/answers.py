@@ -18,7 +18,7 @@ from selfdistill.data import (
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.judge import Judge
-from selfdistill.model import LoadedModel, Rollout, Sampling, sample
+from selfdistill.model import LoadedModel, Rollout, Sampling, prompts_at_a_time, sample
 from selfdistill.runtime import ProgressBar
 
 
@@ -95,7 +95,7 @@ def answer(
         demonstrations: what the replies are scored against.
         chat: the model's chat format.
         max_completion_length: most tokens of a reply.
-        batch_size: prompts per batch.
+        batch_size: prompts per batch; an engine makes its own.
         scorer: scorer for rows that name none.
         judge: required if a scorer is ``judge``.
         temperature: 0: greedy decoding.
@@ -112,7 +112,8 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batch prompts of similar length: less padding
     rollouts: list[Rollout | None] = [None] * len(prompts)
     sampling = Sampling(max_completion_length, temperature, top_p)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    size = prompts_at_a_time(loaded, batch_size)
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
     with ProgressBar(what or "", len(batches), quiet=what is None) as reporter:
         for number, batch in enumerate(batches):
             chosen = None if seeds is None else [seeds[i] for i in batch]

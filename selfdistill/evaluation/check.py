@@ -32,7 +32,7 @@ from selfdistill.data import (
     nothing_to_show,
     parse_context,
 )
-from selfdistill.errors import UserError
+from selfdistill.errors import EngineFailed, UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Layout, verdict_on
 from selfdistill.evaluation.distances import kl_along, summed_loss
@@ -162,6 +162,8 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
             name = context_spec(context)
             try:
                 layouts.append(measure.layout(name))
+            except EngineFailed:  # says nothing about the layout
+                raise
             except UserError as error:
                 skipped[name] = str(error)
             reporter.advance(number + 1, name)

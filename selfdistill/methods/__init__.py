@@ -1,8 +1,9 @@
 """Methods: each is a composition of slots, run by the same loop.
 
 The slots of a method define its training data and the teacher's context (examples), whose tokens are scored (sequence),
-whose weights score them (teacher), the loss and its target, and the weights of the tokens. A method with several stages
-defines them for each stage. A step may sum several methods, its parts. The loop never depends on a method's name.
+whose weights score them (teacher), the loss and its target, the weights of the tokens, and which samples are learnt
+(checker, select). A method with several stages defines them for each stage. A step may sum several methods, its parts.
+The loop never depends on a method's name.
 
 To add a method, write a file with its name, and in it a function of the same name that maps settings to stages. Then
 add the name to ``selfdistill.config.train.MethodName``. A method uses the settings that it reads. Its own settings come
@@ -21,17 +22,19 @@ from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import Completion, DatasetCompletions
-from selfdistill.methods.slots import FROZEN, Method, Part, Parts
+from selfdistill.methods.slots import FROZEN, Checker, Method, Part, Parts, Selection
 
 __all__ = [
     "FROZEN",
     "METHODS",
+    "Checker",
     "Completion",
     "DatasetCompletions",
     "DemonstrationExamples",
     "Method",
     "Part",
     "Parts",
+    "Selection",
     "check_steps",
     "lacks_of",
     "stages_of",
@@ -68,7 +71,12 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
         )
     beside = anchors(config)
     share = 1 - sum(part.share for part in beside)
-    return tuple((Part(TASK, method, share), *beside) for method in METHODS[config.method](config))
+    return tuple((*_task(method, share), *beside) for method in METHODS[config.method](config))
+
+
+def _task(method: Method, share: float) -> Parts:
+    """The method's own part, and those that learn from its samples."""
+    return (Part(TASK, method, share), *(Part(name, other, share, same_samples=True) for name, other in method.also))
 
 
 def lacks_of(stages: Sequence[Parts]) -> Lacks:

@@ -2,28 +2,31 @@
 
     x -> y_1..y_G ~ p(.|x);   A_i = (r_i - mean r) / (std r + 1e-4);   L = -mean_i A_i mean_t log p(y_it | x, y_i<t)
 
-r is 1 for a reply that the scorer accepts, else 0. Each batch of samples is used for one update, TRL's default. So the
-ratio of new to old probability is 1, clipping never applies, and the gradient equals that of the clipped objective.
-There is no teacher and no KL penalty, and the demonstration is not used.
+r is the scorer's reward: 1 for a reply that it accepts, mostly 0 for others. Each batch of samples is used for one
+update, TRL's default. So the ratio of new to old probability is 1, clipping never applies, and the gradient equals that
+of the clipped objective. There is no teacher and no KL penalty, and the demonstration is not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import (
     JUDGE,
     ChatFormat,
+    ContextEncoder,
     Demonstration,
+    Example,
+    Verdict,
     default_scorer,
     nothing_to_score,
-    score,
     thought_and_said,
+    verdict,
 )
 from selfdistill.errors import UserError
-from selfdistill.loss import CrossEntropy
+from selfdistill.loss import CrossEntropy, group_advantages
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import Completion, StudentSamples
 from selfdistill.methods.slots import Method, engine_cap, sampling_of
@@ -37,17 +40,20 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
     group = config.num_generations or GROUP
     if group < 2:
         raise UserError(
-            "setting 'num_generations': grpo compares the rollouts of a prompt, found 1, expected at least 2"
+            f"setting 'num_generations': {config.method} compares the rollouts of a prompt, found 1, "
+            "expected at least 2"
         )
     if config.scorer == JUDGE:
-        raise UserError("setting 'scorer': grpo scores at every step, for which the judge is too slow; use another")
+        raise UserError(
+            f"setting 'scorer': {config.method} scores at every step, for which the judge is too slow; use another"
+        )
     return (
         Method(
             examples=ScoredExamples(config),
             sequence=StudentSamples(sampling_of(config), group, config.seed),
             loss=CrossEntropy(),
-            reward=ScorerReward(config.scorer),
-            group_size=group,
+            checker=ScorerChecker(config.scorer),
+            select=GroupAdvantages(group),
             importance_cap=engine_cap(config),
         ),
     )
@@ -58,19 +64,37 @@ class ScoredExamples(DemonstrationExamples):
     """The demonstrations' prompts, with what a scorer compares the samples with."""
 
     def lacks(self, demonstration: Demonstration) -> str | None:
-        return nothing_to_score(self.config.scorer)(demonstration)
+        return nothing_to_score(self.config.scorer)(demonstration) or super().lacks(demonstration)
 
 
 @dataclass(frozen=True)
-class ScorerReward:
-    """Reward 1 if the row's scorer accepts the reply, else 0."""
+class ScorerChecker:
+    """The verdict of the row's scorer on the reply."""
 
     scorer: str | None
 
-    def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[float]:
-        rewards = []
+    def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
+        verdicts = []
         for completion in completions:
             row = completion.example.demonstration
             _, said = thought_and_said(chat, completion.example.student_ids, completion.ids)
-            rewards.append(float(score(default_scorer(row, self.scorer), said, row)))
-        return rewards
+            verdicts.append(verdict(default_scorer(row, self.scorer), said, row))
+        return verdicts
+
+
+@dataclass(frozen=True)
+class GroupAdvantages:
+    """Every sample, with its advantage over the others for its prompt as the factor on its loss."""
+
+    group: int
+    """Samples per prompt."""
+    gates = False
+
+    def __call__(
+        self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
+    ) -> list[Completion]:
+        advantages = group_advantages([verdict.reward for verdict in verdicts], self.group)
+        return [replace(sample, factor=factor) for sample, factor in zip(samples, advantages, strict=True)]
+
+    def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
+        return example

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from selfdistill.data import ChatFormat, Example
-from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
+from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
 from selfdistill.runtime import ProgressBar, read_lines, write_atomically
 
 
@@ -29,6 +29,10 @@ class Completion:
     """Log-probability of each token under the policy that sampled it; None if it was not sampled."""
     truncated: bool
     """Reached the length limit without an end token."""
+    factor: float = 1.0
+    """Factor on its loss, such as an advantage."""
+    prefix: int = 0
+    """Leading tokens that were given. They are never learnt, and have a log-probability of 0 in ``logps``."""
 
 
 class SequenceSource(Protocol):
@@ -129,6 +133,7 @@ class DrawnSamples:
     batch_size: int
     drop_shortest: float = 0.0
     """Share of the samples that is not learnt, the shortest."""
+    what = "teacher's samples"
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], folder: Path) -> list[Example]:
         """The examples with sampled completions; a resumed run reads them from ``SAMPLES_FILE`` in ``folder``."""
@@ -137,14 +142,18 @@ class DrawnSamples:
         if kept.keys() >= set(keys):
             return [replace(x, completion_ids=kept[key]) for x, key in zip(examples, keys, strict=True)]
         drawn: list[Example] = []
-        with ProgressBar("teacher's samples", len(examples)) as reporter:
-            for start in range(0, len(examples), self.batch_size):
-                part = examples[start : start + self.batch_size]
-                seeds = [sample_seed(self.seed, 0, example.demonstration.row, 0) for example in part]
-                rollouts = sample(loaded, [self.prompt(example) for example in part], self.sampling, seeds)
-                drawn += [replace(x, completion_ids=r.ids) for x, r in zip(part, rollouts, strict=True)]
+        with ProgressBar(self.what, len(examples)) as reporter:
+            size = prompts_at_a_time(loaded, self.batch_size)
+            for start in range(0, len(examples), size):
+                part = examples[start : start + size]
+                drawn += [replace(x, completion_ids=y) for x, y in zip(part, self.draw(loaded, part), strict=True)]
                 reporter.advance(len(drawn))
         return drawn
+
+    def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
+        """The completion of each example, which depends on no other."""
+        seeds = [sample_seed(self.seed, 0, example.demonstration.row, 0) for example in examples]
+        return [r.ids for r in sample(loaded, [self.prompt(x) for x in examples], self.sampling, seeds)]
 
     @staticmethod
     def prompt(example: Example) -> list[int]:
@@ -159,8 +168,11 @@ class DrawnSamples:
 
     def _key(self, example: Example) -> str:
         """Hash of what an example's sample depends on, apart from the model."""
-        parts = [example.demonstration.row, self.prompt(example), asdict(self.sampling), self.seed]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.depends_on(example)).encode()).hexdigest()
+
+    def depends_on(self, example: Example) -> list[Any]:
+        """What an example's sample depends on, apart from the model."""
+        return [example.demonstration.row, self.prompt(example), asdict(self.sampling), self.seed]
 
     def write(self, folder: Path, examples: Sequence[Example], chat: ChatFormat) -> None:
         """Save the samples, for a resumed run and for inspection."""

@@ -4,18 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from selfdistill.config import Settings, TrainConfig, closest
-from selfdistill.data import ChatFormat
+from selfdistill.data import ChatFormat, ContextEncoder, Example, Verdict
 from selfdistill.errors import UserError
 from selfdistill.loss import CrossEntropy, Divergence, Target, Weighting
 from selfdistill.methods.examples import ExampleSource
 from selfdistill.methods.sequences import Completion, DrawnSamples, SequenceSource
 from selfdistill.model import Sampling, TeacherRule
 
-Reward = Callable[[Sequence[Completion], ChatFormat], list[float]]
-"""Maps completions to one reward each."""
+Checker = Callable[[Sequence[Completion], ChatFormat], list[Verdict]]
+"""Maps samples to one verdict each, whatever the other samples are."""
+
+
+class Selection(Protocol):
+    """What is learnt of a step's samples, and how."""
+
+    @property
+    def gates(self) -> bool:
+        """Whether it may leave samples out."""
+        ...
+
+    def __call__(
+        self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
+    ) -> list[Completion]:
+        """The samples that are learnt, in their order.
+
+        Each may get a factor on its loss, and a context of its own: an example whose ``teacher_ids`` are the messages
+        that ``encode`` turned into token ids. The result depends on the arguments alone, so a resumed run repeats it.
+
+        Args:
+            samples: of one step; those of a prompt are adjacent.
+            verdicts: of the method's checker, one per sample; empty without a checker.
+            encode: encodes a context made of a sample, or returns None if it cannot be shown to the teacher.
+        """
+        ...
+
+    def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
+        """The example with about the longest context that samples of so many tokens can give; for memory plans."""
+        ...
+
 
 LossAt = Callable[[int, int], Divergence]
 """Maps a step of the stage (from 0), and their number, to the loss of that step."""
@@ -46,10 +75,14 @@ class Method:
     """Weight each completion by its truncated importance ratio (see :mod:`selfdistill.loss.token_weights`)."""
     weighting: Weighting | None = None
     """Per-token factor computed from the distributions at each token."""
-    reward: Reward | None = None
-    """Weight each completion by its advantage (:func:`selfdistill.loss.token_weights.group_advantages`)."""
-    group_size: int = 1
-    """Number of adjacent completions that share a prompt."""
+    checker: Checker | None = None
+    """Gives each sample a verdict."""
+    select: Selection | None = None
+    """Chooses after sampling what is learnt, with which factor and context; None: every sample, as it is."""
+    weight: float = 1.0
+    """Factor on the loss."""
+    also: tuple[tuple[str, Method], ...] = ()
+    """Further methods, by name, that learn from the same samples. Each is a part of the step, with its own weight."""
 
     @property
     def needs_base(self) -> bool:
@@ -69,7 +102,9 @@ class Part:
     """For messages and metrics; unique among the parts of a step."""
     method: Method
     share: float
-    """Its share of every batch, on average over the steps; the shares of a step sum to 1."""
+    """Its share of every batch, on average over the steps; the shares of parts with their own samples sum to 1."""
+    same_samples: bool = False
+    """Whether it learns from the samples of the step's first part."""
 
 
 Parts = tuple[Part, ...]

@@ -2,7 +2,7 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
-from selfdistill.model.engine import Engine, close_engine, engine_for, running_engine, use_engine
+from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
@@ -80,11 +80,11 @@ __all__ = [
     "merged",
     "moment_bytes",
     "overwrite_tensor",
+    "prompts_at_a_time",
     "refuse_float16",
     "resolve",
     "resolved_precision",
     "root_unsharded",
-    "running_engine",
     "sample",
     "sample_at_its_longest",
     "sample_seed",

@@ -52,6 +52,9 @@ class _Kind:
     dtype: torch.dtype
 
 
+_AT_A_TIME = 512
+"""Prompts that an engine is handed together. It batches by itself; with few it would often wait for the last one."""
+
 _running: tuple[_Kind, Engine] | None = None
 
 
@@ -87,9 +90,9 @@ def engine_for(loaded: LoadedModel) -> Engine:
     return engine
 
 
-def running_engine() -> Engine | None:
-    """The engine that this process runs, if any."""
-    return None if _running is None else _running[1]
+def prompts_at_a_time(loaded: LoadedModel, batch_size: int) -> int:
+    """How many prompts to sample from together: the batch size, or more with an engine."""
+    return batch_size if loaded.engine is None else max(batch_size, _AT_A_TIME)
 
 
 def close_engine() -> None:

@@ -92,7 +92,10 @@ def _log_probs(loaded: LoadedModel, prompt: list[int], completion: list[int], dt
     device = loaded.device
     ids_1L = torch.tensor([prompt + completion], device=device)
     half = dtype != torch.float32
-    with unsharded(loaded.model), torch.autocast(device.type, dtype if half else None, enabled=half):
+    with (
+        unsharded(loaded.model),
+        torch.autocast(device.type, dtype if half else None, enabled=half, cache_enabled=False),
+    ):
         logits_LV = loaded.model(input_ids=ids_1L, use_cache=False).logits[0, len(prompt) - 1 : -1]
     logp_LV = logits_LV.float().log_softmax(-1)
     return logp_LV.gather(-1, ids_1L[0, len(prompt) :, None])[:, 0].cpu()

@@ -143,10 +143,33 @@ def hub_tensors(loaded: LoadedModel, *, merge: bool = True) -> Iterator[tuple[st
 
 
 def adapter_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
-    """Name and full tensor of the student's LoRA weights, as PEFT's files have them; all ranks must iterate."""
-    for name, weight in loaded.model.named_parameters():
-        if _is_adapters(name):
-            yield name.replace(f".{_ADAPTER}.", "."), full_tensor(weight.detach())
+    """Name and full tensor of the student's LoRA weights, to go with :func:`adapter_config`; all ranks must iterate.
+
+    B has the layer's scale, and A and B have zeros up to the largest rank, because engines take ranks and scales from
+    the configuration alone, and not from the layers, where they may have been changed.
+    """
+    rank = adapter_rank(loaded)
+    for path, layer in _lora_layers(loaded.model).items():
+        if _ADAPTER in layer.lora_A:
+            down, up = (full_tensor(part[_ADAPTER].weight.detach()).float() for part in (layer.lora_A, layer.lora_B))
+            missing = rank - len(down)
+            yield f"{path}.lora_A.weight", nn.functional.pad(down, (0, 0, 0, missing))
+            yield f"{path}.lora_B.weight", nn.functional.pad(layer.scaling[_ADAPTER] * up, (0, missing))
+
+
+def adapter_config(loaded: LoadedModel) -> Any:
+    """PEFT's configuration of :func:`adapter_tensors`: LoRA of one rank, scale 1."""
+    from peft import LoraConfig
+
+    rank, own = adapter_rank(loaded), loaded.model.peft_config[_ADAPTER]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=own.target_modules,
+        exclude_modules=own.exclude_modules,
+        task_type=own.task_type,
+        inference_mode=True,
+    )
 
 
 def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, Any]]]:

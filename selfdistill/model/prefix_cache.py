@@ -5,7 +5,8 @@ Legend: B sequences, L tokens, V vocabulary, H key/value heads, C channels of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,9 +22,14 @@ PASS_TOKENS = 64
 SEARCH_WINDOW = 256
 """Contexts, in sorted order, that one search for shared prefixes covers; the search is quadratic in this number."""
 
+READ_TOKENS = 2048
+"""Tokens of contexts that are read together, padding included; a longer context is read alone."""
+
 PROBE_GAP = 300
 """Padding in the start-up probe: longer than the local window of models that do not declare it as sliding."""
 
+Context = tuple[int, ...]
+"""Token ids."""
 States = list[tuple[Tensor, ...]]
 """Keys and values of some tokens, layer by layer, each (H, L, C)."""
 
@@ -118,9 +124,10 @@ def in_attention_dtype(states: Tensor) -> Tensor:
 class PrefixCache:
     """Cache of the contexts' key and value states for a model with fixed weights, filled at first use.
 
-    Each context is computed separately, after the prefix that it shares with others (among ``SEARCH_WINDOW`` neighbours
-    in sorted order). Only the data and the budget decide which contexts are cached, so results do not depend on the
-    order of batches. Requires :func:`can_continue_cache` and layers that keep every token.
+    A prefix that contexts share (among ``SEARCH_WINDOW`` neighbours in sorted order) is computed once, the rest of each
+    context in blocks of at most ``READ_TOKENS`` tokens. Only the data and the budget decide which contexts are cached
+    and which form a block, so results do not depend on the order of batches. Requires :func:`can_continue_cache` and
+    layers that keep every token.
 
     Args:
         contexts: all contexts that will be requested.
@@ -130,9 +137,10 @@ class PrefixCache:
 
     def __init__(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._room: dict[tuple[int, ...], int] | None = None  # cached context -> length of its shared prefix
-        self._states: dict[tuple[tuple[int, ...], int], States] = {}  # by token ids and the index of the first state
-        self._shared: dict[tuple[int, ...], int] = {}
+        self._blocks: dict[Context, list[Context]] | None = None  # cached context -> those that are read with it
+        self._prefixes: dict[Context, States] = {}
+        self._states: dict[Context, States] = {}  # of all but the shared prefix and the last token
+        self._shared: dict[Context, int] = {}  # length of the shared prefix
         unique = sorted({tuple(context) for context in contexts if len(context) > 1})
         for start in range(0, len(unique), SEARCH_WINDOW):
             window = unique[start : start + SEARCH_WINDOW]
@@ -142,20 +150,26 @@ class PrefixCache:
 
     def kept(self, body: Any, config: Any, contexts: Sequence[Sequence[int]]) -> list[int]:
         """Indices of the contexts that are cached. ``body`` and ``config`` must be the same model at every call."""
-        if self._room is None:
-            self._room = {}
-            one_token = self._read(body, config, next(iter(self._shared))[:1], []) if self._shared else []
-            token_bytes = sum(t.numel() * t.element_size() for pair in one_token for t in pair)
-            used, beginnings = 0, set()
-            for context, shared in self._shared.items():
-                used += len(context) - 1 - shared
-                if shared and context[:shared] not in beginnings:
-                    beginnings.add(context[:shared])
-                    used += shared
-                if used * token_bytes > self.budget_bytes:
-                    break
-                self._room[context] = shared
-        return [number for number, context in enumerate(contexts) if tuple(context) in self._room]
+        if self._blocks is None:
+            self._blocks = _blocks(self._affordable(body, config))
+        return [number for number, context in enumerate(contexts) if tuple(context) in self._blocks]
+
+    def _affordable(self, body: Any, config: Any) -> dict[Context, int]:
+        """The contexts that fit into the budget, with the length of each one's shared prefix."""
+        if not self._shared:
+            return {}
+        [one_token] = _read(body, config, [next(iter(self._shared))[:1]], [])
+        token_bytes = sum(t.numel() * t.element_size() for pair in one_token for t in pair)
+        used, prefixes, affordable = 0, set(), {}
+        for context, shared in self._shared.items():
+            used += len(context) - 1 - shared
+            if shared and context[:shared] not in prefixes:
+                prefixes.add(context[:shared])
+                used += shared
+            if used * token_bytes > self.budget_bytes:
+                break
+            affordable[context] = shared
+        return affordable
 
     def cache(self, body: Any, config: Any, contexts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor]:
         """The left-padded states of all but each context's last token; all contexts must be ``kept``.
@@ -180,31 +194,52 @@ class PrefixCache:
             layer.keys, layer.values = pair
         return cache, torch.tensor(filled, device=layers[0].device)
 
-    def _parts(self, body: Any, config: Any, context: tuple[int, ...]) -> list[States]:
+    def _parts(self, body: Any, config: Any, context: Context) -> list[States]:
         """The states of the shared prefix and of the tokens after it, omitting empty parts."""
-        assert self._room is not None
-        shared = self._room[context]
-        parts = [self._once(body, config, context[:shared], [])] if shared else []
-        if len(context) - 1 > shared:
-            parts.append(self._once(body, config, context[:-1], parts[0] if shared else []))
-        return parts
+        assert self._blocks is not None
+        shared = self._shared[context]
+        prefix = context[:shared]
+        if shared and prefix not in self._prefixes:
+            [self._prefixes[prefix]] = _read(body, config, [prefix], [])
+        before = self._prefixes.get(prefix, [])
+        if context not in self._states and len(context) - 1 > shared:
+            block = self._blocks[context]
+            rests = [other[shared:-1] for other in block]
+            self._states |= zip(block, _read(body, config, rests, before), strict=True)
+        return [part for part in (before, self._states.get(context)) if part]
 
-    def _once(self, body: Any, config: Any, ids: tuple[int, ...], before: States) -> States:
-        key = ids, before[0][0].shape[1] if before else 0
-        if key not in self._states:
-            self._states[key] = self._read(body, config, ids, before)
-        return self._states[key]
 
-    def _read(self, body: Any, config: Any, ids: tuple[int, ...], before: States) -> States:
-        """States of the tokens in ``ids`` that follow those of ``before``."""
-        cache = DynamicCache(config=config)
-        for layer, (keys_HLC, values_HLC) in enumerate(before):
-            cache.update(keys_HLC[None], values_HLC[None], layer)
-        done = cache.get_seq_length()
-        device = next(body.parameters()).device
-        body(input_ids=torch.tensor([ids[done:]], device=device), past_key_values=cache, use_cache=True)
-        layers: Any = cache.layers
-        return [tuple(_own(in_attention_dtype(t[0, :, done:])) for t in (layer.keys, layer.values)) for layer in layers]
+def _blocks(shared: Mapping[Context, int]) -> dict[Context, list[Context]]:
+    """For each context those that are read with it: they share a prefix and are of about the same length."""
+    by_prefix: defaultdict[Context, list[Context]] = defaultdict(list)
+    for context, length in shared.items():
+        if len(context) - 1 > length:
+            by_prefix[context[:length]].append(context)
+    blocks: dict[Context, list[Context]] = {context: [] for context in shared}
+    for contexts in by_prefix.values():
+        block: list[Context] = []
+        for context in sorted(contexts, key=len):
+            if (len(block) + 1) * (len(context) - 1 - shared[context]) > READ_TOKENS:
+                block = []
+            block.append(context)
+            blocks[context] = block
+    return blocks
+
+
+def _read(body: Any, config: Any, rows: Sequence[Sequence[int]], before: States) -> list[States]:
+    """States of each row's tokens, which follow those of ``before``; padding stands on the right, where none looks."""
+    cache = DynamicCache(config=config)
+    for layer, (keys_HLC, values_HLC) in enumerate(before):
+        cache.update(keys_HLC.expand(len(rows), -1, -1, -1), values_HLC.expand(len(rows), -1, -1, -1), layer)
+    done, width, device = cache.get_seq_length(), max(map(len, rows)), next(body.parameters()).device
+    ids_BL = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    body(input_ids=ids_BL, past_key_values=cache, use_cache=True)
+    layers: Any = cache.layers
+
+    def own(states_BHLC: Tensor, row: int) -> Tensor:
+        return _own(in_attention_dtype(states_BHLC[row, :, done : done + len(rows[row])]))
+
+    return [[(own(layer.keys, row), own(layer.values, row)) for layer in layers] for row in range(len(rows))]
 
 
 def _own(view: Tensor) -> Tensor:

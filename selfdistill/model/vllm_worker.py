@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_UNCONFIRMED = "unconfirmed "
+"""Mark of weights that were loaded, but whose predecessors' prefix cache may still be there."""
 
 
 def put_weights(worker: Any, weights: Iterator[tuple[str, Tensor]], on_cpu: bool) -> None:
@@ -44,18 +47,41 @@ def sizes(config: Any) -> dict[str, int]:
 class Worker:
     """What the worker of a server has beside vLLM's methods: ``vllm serve --worker-extension-cls``."""
 
+    selfdistill_held = ""
+
     def selfdistill_model(self) -> dict[str, Any]:
         """The numbers of the model's configuration that determine its weights."""
         return sizes(self.vllm_config.model_config.hf_config)  # type: ignore[attr-defined]
 
-    def selfdistill_load(self, folder: str) -> None:
+    def selfdistill_version(self) -> str:
+        """Version of the weights; ``""`` at first and while they are replaced, marked until it is confirmed."""
+        return self.selfdistill_held
+
+    def selfdistill_load(self, folder: str, version: str) -> None:
         """Replace all weights by those of a folder that has just been written.
 
         Raises:
-            FileNotFoundError: it has none, before anything was changed.
+            FileNotFoundError: it has none or cannot be read, before anything was changed.
         """
-        if not any(Path(folder).glob("*.safetensors")):
-            raise FileNotFoundError(f"finds no weights in {folder}; give an engine_folder that it sees, too")
+        try:
+            found, why = any(name.endswith(".safetensors") for name in os.listdir(folder)), "no file"
+        except OSError as error:
+            found, why = False, str(error.strerror)
+        if not found:
+            raise FileNotFoundError(
+                f"finds no weights in {folder} ({why}); give an engine_folder that it may read, too"
+            )
+        self.selfdistill_held = ""
         self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
         if self.vllm_config.device_config.device_type == "cpu":  # type: ignore[attr-defined]
             pack_embeddings(self.model_runner.get_model())  # type: ignore[attr-defined]
+        self.selfdistill_held = _UNCONFIRMED + version
+
+    def selfdistill_confirm(self, version: str) -> str:
+        """Note that nothing of older weights is cached any more; returns the version of the weights.
+
+        Where another run has replaced the weights since they were loaded, that is another one, or marked.
+        """
+        if self.selfdistill_held == _UNCONFIRMED + version:
+            self.selfdistill_held = version
+        return self.selfdistill_held

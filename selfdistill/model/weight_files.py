@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from selfdistill.errors import UserError
 from selfdistill.model.adapters import WEIGHTS
-from selfdistill.model.engine_weights import adapter_tensors
+from selfdistill.model.engine_weights import adapter_config, adapter_tensors
 from selfdistill.model.loading import LoadedModel
 from selfdistill.runtime import is_rank0
 
@@ -27,7 +29,8 @@ class WeightFiles:
     """Folders of weights. All ranks write together, because sharded weights are gathered; rank 0 has the files.
 
     Args:
-        parent: where the folders lie; None: in the system's folder for temporary files.
+        parent: where the folders lie, readable to whom new files there are (umask); None: in the system's folder for
+            temporary files, readable to this user alone.
 
     Raises:
         UserError: nothing can be written there.
@@ -38,7 +41,7 @@ class WeightFiles:
         self._versions = 0
         if is_rank0():
             try:
-                self._folder = Path(tempfile.mkdtemp(prefix="selfdistill-engine-", dir=parent)).absolute()
+                self._folder = _new_folder(parent)
             except OSError as error:
                 raise UserError(
                     f"setting 'engine_folder': {parent!r} cannot be written ({error.strerror}); give a folder that "
@@ -51,22 +54,21 @@ class WeightFiles:
         Raises:
             OSError: on rank 0, after all weights were gathered.
         """
-        folder = self._next()
         try:
-            if is_rank0():
-                _save(weights, folder, dtype)
+            with self._new() as folder:
+                if is_rank0():
+                    _save(weights, folder, dtype)
         finally:
             deque(weights, maxlen=0)  # the other ranks gather as many
         return folder
 
     def write_adapter(self, loaded: LoadedModel) -> Path:
         """Write LoRA's weights as PEFT does; see :meth:`write`."""
-        folder = self._next()
         weights = {name: weight.cpu().contiguous() for name, weight in adapter_tensors(loaded)}
-        if is_rank0():
-            folder.mkdir()
-            _save_file(weights, folder / WEIGHTS)
-            loaded.model.peft_config["default"].save_pretrained(str(folder))
+        with self._new() as folder:
+            if is_rank0():
+                _save_file(weights, folder / WEIGHTS)
+                adapter_config(loaded).save_pretrained(str(folder))
         return folder
 
     def remove(self, folder: Path | None) -> None:
@@ -78,13 +80,30 @@ class WeightFiles:
         """Delete everything."""
         self.remove(self._folder)
 
-    def _next(self) -> Path:
+    @contextmanager
+    def _new(self) -> Iterator[Path]:
+        """The folder of the next version; after an error it is deleted, which leaves its room to a checkpoint."""
         self._versions += 1
-        return (self._folder or Path()) / str(self._versions)
+        folder = (self._folder or Path()) / str(self._versions)
+        try:
+            if is_rank0():
+                folder.mkdir()
+            yield folder
+        except BaseException:
+            self.remove(folder)
+            raise
+
+
+def _new_folder(parent: str | None) -> Path:
+    name = f"selfdistill-engine-{secrets.token_hex(8)}"
+    if parent is None:
+        return Path(tempfile.mkdtemp(prefix=f"{name}-")).absolute()
+    folder = Path(parent).absolute() / name
+    folder.mkdir()
+    return folder
 
 
 def _save(weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
-    folder.mkdir()
     file: dict[str, Tensor] = {}
     number = 0
     for name, weight in weights:
@@ -96,8 +115,9 @@ def _save(weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtyp
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """``save_file`` whose errors, as of a full disk, are all ``OSError``."""
+    """``save_file`` whose errors, as of a full disk, are all ``OSError``, and whose files whoever enters may read."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
+    path.chmod(path.parent.stat().st_mode & 0o666)

@@ -16,13 +16,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat
 from selfdistill.loss import (
     CrossEntropy,
     Head,
     chunked_loss,
     completion_mask,
-    group_advantages,
     importance_weights,
     token_weights,
 )
@@ -40,21 +38,12 @@ from selfdistill.model import (
 )
 from selfdistill.runtime import all_gather, all_reduce_gradients, all_reduce_sum, rank_slice
 from selfdistill.training.checkpoint import trained_parameters
+from selfdistill.training.selection import BatchPart, Selected, Selector
+from selfdistill.training.setup import batch_unit
 from selfdistill.training.stopwatch import Stopwatch
 
 _Scored = tuple[Tensor, Head]
 """Hidden states (n, D) of the tokens with nonzero weight, and the head that maps them to logits."""
-
-
-@dataclass(frozen=True)
-class BatchPart:
-    """What one part of a step contributes to the batch."""
-
-    name: str
-    method: Method
-    completions: Sequence[Completion]
-    share: float
-    """Weight of the part's loss: its share of the batch's examples."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +71,22 @@ class PartResult:
     """Results of one part of a batch, over all its micro-batches and ranks."""
 
     part: BatchPart
+    selected: Selected
     loss: float
-    """Mean over the part's completions; the batch's loss is the sum over parts of share times loss."""
+    """Mean over what is learnt, 0 if nothing is; the batch's loss is the sum over parts of share times loss."""
     statistics: dict[str, float]
-    """Weighted means of per-token statistics over the part, such as ``entropy``."""
+    """Weighted means of per-token statistics over the part, such as ``entropy``; empty if nothing is learnt."""
     importance: float
-    """Mean importance weight of the completions; 0 if the method has none."""
-    reward: float | None
-    """Mean reward of the completions; None if the method has none."""
+    """Mean importance weight of what is learnt; 0 if the method has none."""
     non_finite: list[str]
     """Sources of the examples with a non-finite loss."""
     gap: SamplerGap | None
     """How far the sampler's log-probabilities were from the student's; None if the method has no importance weights."""
+
+    @property
+    def reward(self) -> float | None:
+        """Mean reward of the samples; None if the method has no checker."""
+        return self.selected.reward
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class _MicroBatch:
     weights_bT: Tensor
     """Weight of each token in the part's loss; the weights sum to 1 over the part."""
     factor_b: Tensor
-    """Factor on each completion's weights: its advantage, or 1."""
+    """Factor on each completion's weights, such as its advantage."""
 
     @property
     def ids(self) -> list[list[int]]:
@@ -154,7 +147,7 @@ class BatchGradient:
     accelerator: Accelerator
     loaded: LoadedModel
     """The student."""
-    chat: ChatFormat
+    selector: Selector
     forward_pass: ForwardPass
     teachers: Mapping[TeacherRule, Teacher]
     """Every teacher of the run; that of ``FROZEN`` is also the base of a target that needs it."""
@@ -166,20 +159,22 @@ class BatchGradient:
 
         On every rank, a micro-batch has at most the ``gradient_accumulation_steps``-th part of the rank's completions.
         Token weights are computed over a whole part, so the numbers of micro-batches and ranks do not change the
-        result.
+        result. A part that selects no completion adds nothing; if no part does, there is no gradient.
         """
-        slices = [rank_slice(len(part.completions)) for part in parts]
+        with stopwatch("rollout"):
+            selected = self.selector(parts)
+        padding = [-len(found.completions) % batch_unit(self.config) for found in selected]
+        slices = [rank_slice(len(s.completions) + more) for s, more in zip(selected, padding, strict=True)]
         own = sum(rows.stop - rows.start for rows in slices)
         size = max(1, math.ceil(own / self.config.gradient_accumulation_steps))
-        sums, rewards = [], []
-        for part, rows in zip(parts, slices, strict=True):
-            micro_batches, reward = self._weigh(part, rows, size)
-            sums.append(self._run(part, micro_batches, stopwatch))
-            rewards.append(reward)
+        sums = [
+            self._run(found.part, self._weigh(found, more, rows, size), stopwatch)
+            for found, more, rows in zip(selected, padding, slices, strict=True)
+        ]
         with stopwatch("student"):
             if not is_sharded(self.loaded.model):
                 all_reduce_gradients(trained_parameters(self.loaded.model).values())
-            return [self._reduced(*found) for found in zip(parts, sums, rewards, strict=True)]
+            return [self._reduced(*found) for found in zip(selected, sums, strict=True)]
 
     def _run(self, part: BatchPart, micro_batches: Sequence[_MicroBatch], stopwatch: Stopwatch) -> _Sums:
         """Score the part's micro-batches and run backward."""
@@ -196,33 +191,37 @@ class BatchGradient:
         return sums
 
     @staticmethod
-    def _reduced(part: BatchPart, sums: _Sums, reward: float | None) -> PartResult:
+    def _reduced(selected: Selected, sums: _Sums) -> PartResult:
         """The part's result over all ranks."""
+        part, count = selected.part, max(1, len(selected.completions))
         total = all_reduce_sum(sums.statistics | {"loss": sums.loss, "importance": sums.importance})
-        loss, importance = total.pop("loss"), total.pop("importance") / len(part.completions)
+        loss, importance = total.pop("loss"), total.pop("importance") / count
         gap = None if part.method.importance_cap is None else sum(all_gather([sums.gap]), SamplerGap())
-        return PartResult(part, loss, total, importance, reward, all_gather(sums.non_finite), gap)
+        return PartResult(part, selected, loss, total, importance, all_gather(sums.non_finite), gap)
 
-    def _weigh(self, part: BatchPart, own: slice, size: int) -> tuple[list[_MicroBatch], float | None]:
-        """This rank's completions in micro-batches of at most ``size``, and the part's mean reward."""
-        completions, method = part.completions, part.method
+    def _weigh(self, selected: Selected, padding: int, own: slice, size: int) -> list[_MicroBatch]:
+        """This rank's completions in micro-batches of at most ``size``.
+
+        ``padding`` rows without weight follow what is selected: processes that share the weights run as many passes.
+        """
+        if not selected.completions:
+            return []
+        completions = [*selected.completions, *([selected.completions[0]] * padding)]
         lengths = [len(c.ids) for c in completions]
         mask_BT = completion_mask(lengths, max(lengths))
+        is_given_BT = completion_mask([c.prefix for c in completions], mask_BT.shape[1])
+        is_learnt_B = torch.arange(len(completions)) < len(selected.completions)
         weights_BT = token_weights(
-            mask_BT,
-            skip_first_tokens=method.skip_first_tokens,
+            mask_BT & ~is_given_BT & is_learnt_B[:, None],
+            skip_first_tokens=selected.part.method.skip_first_tokens,
             normalisation=self.config.loss_normalisation,
         )
-        factor_B, reward = torch.ones(len(completions)), None
-        if method.reward:
-            rewards = method.reward(completions, self.chat)
-            factor_B = torch.tensor(group_advantages(rewards, method.group_size))
-            reward = sum(rewards) / len(rewards)
+        factor_B = torch.tensor([c.factor for c in completions])
         micro_batches = []
         for start in range(own.start, own.stop, size):
             rows = slice(start, min(start + size, own.stop))
             micro_batches.append(_MicroBatch(completions[rows], mask_BT[rows], weights_BT[rows], factor_B[rows]))
-        return micro_batches, reward
+        return micro_batches
 
     def _networks(self) -> list[torch.nn.Module]:
         """All networks that process a micro-batch."""
@@ -298,7 +297,8 @@ class BatchGradient:
         pad = torch.nn.functional.pad
         pairs = list(zip(micro.completions, student, strict=True))
         sampled = [own if c.logps is None else torch.tensor(c.logps) for c, own in pairs]
-        gap = SamplerGap.of([own - torch.tensor(c.logps) for c, own in pairs if c.logps is not None])
+        differences = [(own - torch.tensor(c.logps))[c.prefix :] for c, own in pairs if c.logps is not None]
+        gap = SamplerGap.of(differences)
         student_bT, sampled_bT = (
             torch.stack([pad(logp, (0, width - len(logp))) for logp in logps]) for logps in (student, sampled)
         )

@@ -289,6 +289,8 @@ def _note(metrics: dict[str, Any]) -> str:
         parts.append(f"drift {metrics['drift/student']:.3f}")
     if "reward" in metrics:
         parts.append(f"reward {metrics['reward']:.3f}")
+    if "learnt" in metrics:
+        parts.append(f"{metrics['learnt']:.0%} learnt")
     parts.append(f"{metrics['completion/length']:.0f} tokens, {metrics['completion/truncated']:.0%} truncated")
     parts.append(f"{metrics['time/step_s']:.1f} s/step")
     return "  ".join(parts)

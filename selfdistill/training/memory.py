@@ -52,6 +52,7 @@ from selfdistill.model import (
     unwrap,
 )
 from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
+from selfdistill.training.selection import Selector
 from selfdistill.training.setup import drawn, teacher_rules
 from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
 
@@ -99,7 +100,8 @@ class MemoryPlanner:
         rows, longest = (self._rows[::-1], 1) if least else (self._rows, config.max_completion_length)
         stages = _stages(config, rows, loaded, longest)
         others = self._others(config)
-        tasks = {parts[0].method.teacher for parts in stages}
+        # Contexts that are made after sampling are read once.
+        tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
         cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
         cached = [] if config.fsdp or not has_full_attention(loaded.model.config.get_text_config()) else cached
         fixed, untraced = self.fixed(config), None
@@ -206,7 +208,8 @@ def _stages_with(
     for context in contexts:
         own = config.model_copy(update={"context": context, "on_long_prompt": "drop"})
         try:
-            found.append([[_planned(part, rows, loaded, chat, longest) for part in parts] for parts in stages_of(own)])
+            planned = [[_planned(part, own, rows, loaded, chat, longest) for part in x] for x in stages_of(own)]
+            found.append(planned)
         except UserError as error:
             problems.append(error)
     if not found:
@@ -226,13 +229,22 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
 
 
 def _planned(
-    part: Part, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat, longest: int
+    part: Part,
+    config: TrainConfig,
+    rows: Sequence[Demonstration],
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    longest: int,
 ) -> PlannedPart:
     method = part.method
-    sampling = method.fixed.sampling if method.fixed else method.sequence.sampling
+    sampling = method.sequence.sampling or (method.fixed.sampling if method.fixed else None)
     if sampling is not None:
         sampling = replace(sampling, max_completion_length=longest)
-    return PlannedPart(method, part.share, method.examples(rows, loaded, chat)[0], sampling)
+    examples, _ = method.examples(rows, loaded, chat)
+    if method.select is not None:
+        encode = Selector(config, chat, loaded.window).encoder()
+        examples = [method.select.longest(x, longest, encode) for x in examples]
+    return PlannedPart(method, part.share, examples, sampling)
 
 
 def _methods(config: TrainConfig) -> list[Method]:

@@ -173,7 +173,7 @@ def _method(name: str) -> str:
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Settings that affect the model and differ from the default, plus those in every card."""
     used = {name: uses(config, name) for name in ("context", "teacher", "divergence", "temperature")}
-    used["scorer"] = any(part.method.reward for parts in stages_of(config) for part in parts)
+    used["scorer"] = any(part.method.checker for parts in stages_of(config) for part in parts)
     always = (*ALWAYS, *(name for name in used if used[name]))
     left_out = (*_ELSEWHERE, *(name for name in used if not used[name]))
     defaults = {k: f.get_default(call_default_factory=True) for k, f in TrainConfig.model_fields.items()}

@@ -9,7 +9,7 @@ import json
 import os
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -39,6 +39,8 @@ class EncodedPart:
     """Number of rows dropped because they are too long."""
     drawn: list[Example] = field(default_factory=list)
     """All samples that the method drew before the first step; it may learn some of them only."""
+    same_samples: bool = False
+    """Whether it learns from the samples of the first part, whose examples it has."""
 
 
 @dataclass
@@ -53,6 +55,11 @@ class Stage:
     def task(self) -> EncodedPart:
         """The method's own part."""
         return self.parts[0]
+
+    @property
+    def sampled(self) -> list[EncodedPart]:
+        """The parts with samples of their own; they divide a batch."""
+        return [part for part in self.parts if not part.same_samples]
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -104,12 +111,15 @@ def make_stages(
     """The method's stages, with encoded examples.
 
     Raises:
-        UserError: rows are too long, a reward cannot use an answer, or ``skip_first_tokens`` masks most tokens.
+        UserError: rows are too long, a checker cannot use an answer, or ``skip_first_tokens`` masks most tokens.
     """
     check_parts(config)
-    return [
-        Stage([_encoded(part, config, demonstrations, loaded, chat) for part in parts]) for parts in stages_of(config)
-    ]
+    stages = []
+    for parts in stages_of(config):
+        encoded = [_encoded(part, config, demonstrations, loaded, chat) for part in parts if not part.same_samples]
+        same = [replace(encoded[0], name=x.name, method=x.method, same_samples=True) for x in parts if x.same_samples]
+        stages.append(Stage([encoded[0], *same, *encoded[1:]]))
+    return stages
 
 
 def teacher_rules(methods: Iterable[Method]) -> list[TeacherRule]:
@@ -126,7 +136,8 @@ def check_parts(config: TrainConfig) -> None:
         UserError: the batch is too small, or the method rejects the settings.
     """
     for parts in stages_of(config):
-        check_shares([part.share for part in parts], config.batch_size, batch_unit(config))
+        shares = [part.share for part in parts if not part.same_samples]
+        check_shares(shares, config.batch_size, batch_unit(config))
 
 
 def _encoded(
@@ -143,7 +154,7 @@ def _encoded(
                 f"{len(repeated)} of {len(examples)} {method.examples.what} are also prompts of the demonstrations "
                 f"({first_ten(repeated)}); remove them, for there the model is taught two things"
             )
-    if method.reward:
+    if method.checker:
         check_answers([example.demonstration for example in examples], config.scorer)
     lengths = [min(len(example.completion_ids), config.max_completion_length) for example in examples]
     check_skip(method.skip_first_tokens, lengths)

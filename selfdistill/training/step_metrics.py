@@ -8,6 +8,9 @@ from typing import Any
 
 from selfdistill.training.batch_gradient import PartResult, SamplerGap
 
+_STATISTICS = {"entropy": "entropy", "kl/forward": "forward_kl", "kl/reverse": "reverse_kl"}
+"""Statistics of the task's tokens, by the names of their metrics; a step that learns nothing of it has none."""
+
 
 def step_metrics(
     step: int,
@@ -41,16 +44,18 @@ def step_metrics(
         "step": step,
         "epoch": epoch,
         "loss": total_loss(results),
-        "entropy": task.statistics["entropy"],
-        "completion/length": sum(len(c.ids) for c in completions) / len(completions),
+        "completion/length": sum(len(c.ids) - c.prefix for c in completions) / len(completions),
         "completion/truncated": sum(c.truncated for c in completions) / len(completions),
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
-        "tokens": sum(len(c.ids) for result in results for c in result.part.completions),
+        "tokens": sum(len(c.ids) - c.prefix for result in results for c in result.selected.completions),
     }
-    if method.teacher is not None:
-        metrics["kl/forward"] = task.statistics["forward_kl"]
-        metrics["kl/reverse"] = task.statistics["reverse_kl"]
+    for name, statistic in _STATISTICS.items():
+        if statistic in task.statistics:
+            metrics[name] = task.statistics[statistic]
+    if method.select is not None and method.select.gates:
+        metrics["learnt"] = len(task.selected.completions) / len(completions)
+        metrics["unfit"] = task.selected.unfit / len(completions)
     if method.importance_cap is not None:
         metrics["importance"] = task.importance
     if task.reward is not None:

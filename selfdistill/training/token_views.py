@@ -25,10 +25,11 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
     Returns:
         One dict per example: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and
         ``tokens``. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats) and ``top``, the
-        teacher's most likely tokens with their probabilities. Empty without a teacher.
+        teacher's most likely tokens with their probabilities. Empty without a teacher, or where its contexts are made
+        during the run.
     """
-    source = trainer.stage.task.examples
-    if trainer.teacher is None or trainer.stage.task.method.teacher is None:
+    source = [row for row in trainer.stage.task.examples if row.teacher_ids]
+    if trainer.teacher is None or trainer.stage.task.method.teacher is None or not source:
         return []
     count = min(trainer.config.view_rows, len(source))
     rows = [source[number * len(source) // count] for number in range(count)]

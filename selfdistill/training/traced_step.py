@@ -115,7 +115,7 @@ class TracedStep:
     def sampling(self, part: PlannedPart, count: int) -> Segments:
         """Sample so many completions, all of the greatest length."""
         prompts, fixed = [x.student_ids for x in part.examples], part.method.fixed
-        if fixed is not None:  # before the first step
+        if fixed is not None and part.method.sequence.sampling is None:  # before the first step
             count = fixed.batch_size
             prompts = [fixed.prompt(x) for x in part.examples]
         if part.sampling is None:

@@ -46,9 +46,10 @@ from selfdistill.model import (
     weights_fingerprint,
 )
 from selfdistill.runtime import is_distributed, say_note
-from selfdistill.training.batch_gradient import BatchGradient, BatchPart
+from selfdistill.training.batch_gradient import BatchGradient
 from selfdistill.training.checkpoint import trained_parameters
 from selfdistill.training.schedule import examples_at, learning_rate, positions_of
+from selfdistill.training.selection import BatchPart, Selector
 from selfdistill.training.setup import (
     EncodedPart,
     Stage,
@@ -105,7 +106,7 @@ class Trainer:
 
     def _note_test_prompts(self) -> None:
         """Note prompts beside the task that are test questions, too: there, the model is held where it was."""
-        for part in self.stages[0].parts[1:] if self.evaluator else []:
+        for part in self.stages[0].sampled[1:] if self.evaluator else []:
             assert self.evaluator is not None
             if repeated := repeated_prompts(part.examples, self.evaluator.questions.demonstrations):
                 say_note(
@@ -141,8 +142,9 @@ class Trainer:
                         part.drawn = part.method.fixed(self.loaded, part.examples, Path(config.output_dir))
                     part.examples = part.method.fixed.learnt(part.drawn)
         self.prefix_caches = {} if config.fsdp else self._make_caches()
+        self.selector = Selector(config, self.chat, self.loaded.window)
         self.gradient = BatchGradient(
-            config, self.accelerator, self.loaded, self.chat, self.forward_pass, self.teachers, self.prefix_caches
+            config, self.accelerator, self.loaded, self.selector, self.forward_pass, self.teachers, self.prefix_caches
         )
         self.drift: Drift | None = None
         if config.drift_steps:
@@ -176,7 +178,9 @@ class Trainer:
         if self.teacher is None or self.teacher.kind != "frozen":
             return {}
         tasks = [stage.task for stage in self.stages if stage.task.method.teacher]
-        contexts = [example.teacher_ids or [] for task in tasks for example in task.examples]
+        contexts = [example.teacher_ids for task in tasks for example in task.examples if example.teacher_ids]
+        if not contexts:  # they are made during the run
+            return {}
         return {self.teacher.rule: self.forward_pass.keep(contexts, self.config.teacher_cache_mib * 2**20)}
 
     def _other_teacher(self, name: str) -> LoadedModel:
@@ -223,7 +227,12 @@ class Trainer:
             for stage in self.stages
         ]
         lines += [
-            f"{part.name}: {_counted(part)}, {part.share:.1%} of every batch" for part in self.stages[0].parts[1:]
+            f"{part.name}: {_counted(part)}, {part.share:.1%} of every batch" for part in self.stages[0].sampled[1:]
+        ]
+        lines += [
+            f"{part.name}: on the same samples, with weight {part.method.weight:g}"
+            for part in self.stages[0].parts
+            if part.same_samples
         ]
         lines += [
             f"model: {config.model}, {trained / 1e6:.1f} M trainable parameters, on {self.loaded.device}"
@@ -307,13 +316,13 @@ class Trainer:
         )
 
     def _positions(self, stage: Stage, stage_step: int) -> list[range]:
-        """Positions of the step's examples, by part."""
-        config, shares = self.config, [part.share for part in stage.parts]
+        """Positions of the step's examples, by part with its own samples."""
+        config, shares = self.config, [part.share for part in stage.sampled]
         return positions_of(shares, stage_step, config.batch_size, config.seed, batch_unit(config))
 
     def _completed(self, stage: Stage, positions: Sequence[range], step: int) -> list[BatchPart]:
         """The parts of the step with their completions; parts that sample alike sample together."""
-        parts = stage.parts
+        parts = stage.sampled
         examples = [
             examples_at(part.examples, places, self.config.seed) for part, places in zip(parts, positions, strict=True)
         ]
@@ -328,12 +337,15 @@ class Trainer:
             for number in alike:
                 count = len(examples[number]) * per_example
                 completions[number], made = made[:count], made[count:]
-        stage_step = step - stage.first_step
-        return [
-            BatchPart(part.name, part.method.at(stage_step, stage.steps), made, len(own) / self.config.batch_size)
-            for part, own, made in zip(parts, examples, completions, strict=True)
-            if own
-        ]
+        found = list(zip(parts, examples, completions, strict=True))
+        found[1:1] = [(part, examples[0], completions[0]) for part in stage.parts if part.same_samples]
+        batch_parts = []
+        for part, own, made in found:
+            method = part.method.at(step - stage.first_step, stage.steps)
+            if own:
+                share = len(own) / self.config.batch_size * method.weight
+                batch_parts.append(BatchPart(part.name, method, made, share))
+        return batch_parts
 
     def _set_learning_rate(self, stage: Stage, stage_step: int) -> float:
         config = self.config

@@ -19,7 +19,7 @@ from selfdistill.comparison.compare import compare
 from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
 from selfdistill.config.train import TrainConfig
-from selfdistill.errors import RunFailed, RunStopped, UserError
+from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
 
 # The package has a function of this name, too.
@@ -158,6 +158,23 @@ def test_a_run_that_diverges_is_reported_and_not_tried_again(
     assert "the loss is nan" in capsys.readouterr().err
     compare(config, resume=True)
     assert len(started) == 2
+
+
+def test_an_engine_that_fails_ends_no_run_for_good(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, config = module.train, settings(methods="sft", seeds="0")
+
+    def fail(step: int, _loaded: Any, _metrics: Any) -> None:
+        if step == 2:
+            raise EngineFailed("engine vllm: the server ended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", lambda run, **options: real(run, on_step=fail, **options))
+        with pytest.raises(EngineFailed):
+            compare(config)
+    assert list(Path(config.output_dir).rglob("checkpoint-*"))  # the run can go on
+    assert [run["failed"] for run in compare(config, resume=True).details["runs"]] == [None]
 
 
 def test_settings_of_a_comparison() -> None:

@@ -30,7 +30,7 @@ from selfdistill.continual.learn import LearnResult, learn, retention_matrix
 from selfdistill.continual.ledger import Ledger
 from selfdistill.continual.retention import transfer
 from selfdistill.data.demonstrations import load_demonstrations
-from selfdistill.errors import RunFailed, RunStopped, UserError
+from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.runtime.files import folder_lock
 
 Settings = Callable[..., LearnConfig]
@@ -345,6 +345,17 @@ def test_training_that_diverges_is_refused(make: Settings, tmp_path: Path, monke
     monkeypatch.setattr(add_skill, "train", fail)
     assert add(make())["reasons"] == ["the loss is nan"]
     assert Ledger(str(tmp_path / "state")).skills == []
+
+
+def test_an_engine_that_fails_refuses_no_skill(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Path:
+        raise EngineFailed("engine vllm: the server ended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(add_skill, "train", fail)
+        with pytest.raises(EngineFailed, match="the server ended"):
+            add(make())
+    assert add(make())["accepted"]
 
 
 # --- interruptions ---

@@ -19,7 +19,7 @@ import pytest
 from selfdistill.config.commands import EvalConfig
 from selfdistill.data import scorers
 from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
-from selfdistill.data.scorers import JUDGE, default_scorer, doubt_about, reference, score
+from selfdistill.data.scorers import JUDGE, Verdict, default_scorer, doubt_about, reference, score, verdict
 from selfdistill.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "skills"
@@ -498,11 +498,17 @@ def test_a_function_scores_with_the_whole_row(write_module: Callable[[str], str]
     assert doubt_about(half, name) == f"scorer {name!r} rejects 1 of 2 demonstrated completions: train.jsonl:7"
 
 
+EXPECTED = "expected True or False, a reward from 0 to 1, or a pair of one of these and a feedback text"
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return 1", "returned 1, expected True or False (a bool)"),
-        ("return None", "returned None, expected True or False (a bool)"),
+        ("return 2", f"returned 2, {EXPECTED}"),
+        ("return float('nan')", f"returned nan, {EXPECTED}"),
+        ("return None", f"returned None, {EXPECTED}"),
+        ("return 'right'", f"returned 'right', {EXPECTED}"),
+        ("return True, None", f"returned (True, None), {EXPECTED}"),
         ("return [][0]", "failed: IndexError: list index out of range"),
         ("raise ValueError('two\\nlines')", "failed: ValueError: two lines"),
     ],
@@ -514,6 +520,30 @@ def test_a_function_that_does_not_say_right_or_wrong(
     with pytest.raises(UserError) as error:
         score(name, "", row("a"))
     assert str(error.value) == f"train.jsonl:7: scorer {name!r} {message}"
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ("True", Verdict(1.0)),
+        ("0.25", Verdict(0.25)),
+        ("1", Verdict(1.0)),
+        ("(False, 'line 3: no such name')", Verdict(0.0, "line 3: no such name")),
+        ("(0.5, '')", Verdict(0.5)),
+    ],
+)
+def test_a_function_gives_a_reward_and_feedback(
+    write_module: Callable[[str], str], returned: str, expected: Verdict
+) -> None:
+    name = f"python:{write_module('def right(reply, row):' + chr(10) + '    return ' + returned)}.right"
+    assert verdict(name, "reply", row("a")) == expected
+    assert score(name, "reply", row("a")) == (expected.reward == 1)
+
+
+@pytest.mark.parametrize("name", SCORER_NAMES[:2])
+def test_a_comparison_has_reward_0_or_1_and_no_feedback(name: str) -> None:
+    assert verdict(name, "a", row("a")) == Verdict(1.0)
+    assert verdict(name, "b", row("a")) == Verdict(0.0)
 
 
 def test_a_function_that_is_not_there(write_module: Callable[[str], str], tmp_path: Path) -> None:

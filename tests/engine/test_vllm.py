@@ -20,7 +20,6 @@ from selfdistill.model import (
     close_engine,
     engine_for,
     load_model,
-    running_engine,
     sample,
     use_engine,
     vllm_engine,
@@ -271,11 +270,11 @@ def test_an_error_inside_it_is_one_line_and_it_is_not_used_again(load: Loader, m
         with pytest.raises(EngineFailed) as error:
             sample(loaded, prompts(3), GREEDY)
     assert "\n" not in str(error.value)
-    assert str(error.value).startswith("engine vllm failed: RuntimeError: no memory left; leave engine out")
+    assert str(error.value).startswith("engine vllm failed: RuntimeError: no memory left; change engine_memory")
     with pytest.raises(EngineFailed, match="it failed before"):
         engine.sample(loaded, prompts(3), GREEDY, None)
     assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)  # by another
-    assert running_engine() is not engine
+    assert engine_for(loaded) is not engine
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
@@ -294,7 +293,7 @@ def test_an_engine_that_was_interrupted_is_not_used_again(
         with pytest.raises(stop):
             sample(loaded, prompts(3, 4), GREEDY)
     assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)
-    assert running_engine() is not engine
+    assert engine_for(loaded) is not engine
 
 
 def test_an_engine_that_completes_nothing_is_late(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +314,8 @@ def test_a_model_computed_otherwise_is_found_at_the_start(load: Loader, monkeypa
     monkeypatch.setattr(vllm_engine, "hub_tensors", lambda loaded: ((n, 2 * p) for n, p in hub_tensors(loaded)))
     with pytest.raises(EngineFailed, match=r"nats per token away from the model's, so vllm .* leave engine out"):
         sample(loaded, prompts(3), GREEDY)
-    assert running_engine() is None
+    monkeypatch.undo()
+    assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)
 
 
 def test_a_setting_of_none_goes_back_to_our_loop(load: Loader) -> None:

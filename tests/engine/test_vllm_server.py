@@ -17,6 +17,7 @@ import pytest
 import torch
 from children import train_together
 from conftest import ENDS, NEEDS_VLLM, final_weights, largest_difference, metrics_of
+from safetensors.torch import save_file
 from sampled import FREE, GREEDY, differences, frequency_pvalue, gap, own, prompts, seeds, train
 from vllm_serve import VllmServe, networks_apart
 
@@ -33,7 +34,7 @@ from selfdistill.model import (
     use_engine,
     vllm_server,
 )
-from selfdistill.model.engine_weights import WeightsDigest
+from selfdistill.model.engine_weights import WeightsDigest, hub_tensors
 from selfdistill.model.vllm_client import VllmClient
 from selfdistill.model.vllm_server import VllmServers
 from selfdistill.training.train import train as run_training
@@ -116,12 +117,16 @@ def run(settings: Settings, model_folder: Callable[..., Path], tmp_path: Path) -
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, dict[str, Any]], Any]) -> list[tuple[str, str]]:
-    """Server and path of every request from now on; ``change`` may alter a request, or answer it."""
+    """Server and path of every request from now on, or the worker's method, but for reads of the version.
+
+    ``change`` may alter a request, or answer it.
+    """
     found: list[tuple[str, str]] = []
     send = VllmClient.post
 
     def post(self: VllmClient, path: str, body: dict[str, Any], *key: str, **options: Any) -> Any:
-        found.append((self.url, path))
+        method = body.get("method", path)
+        found.extend([] if method == "selfdistill_version" else [(self.url, method)])
         answer = change(path, body)
         return send(self, path, body, *key, **options) if answer is None else answer
 
@@ -179,7 +184,7 @@ def test_two_servers_share_the_samples(
     assert max(differences(loaded, batch, rollouts)) < 1e-3
     for server in (one, two):
         assert paths.count((server.url, "/v1/completions")) == 10
-        assert paths.count((server.url, "/collective_rpc")) == 1
+        assert paths.count((server.url, "selfdistill_load")) == 1
 
 
 # --- from which weights ---
@@ -208,7 +213,7 @@ def test_after_optimizer_steps_they_are_the_students(
     assert gap(loaded) < 1e-3
 
 
-WEIGHTS_CHANGE = ("/update_weight_version", "/collective_rpc", "/reset_prefix_cache")
+WEIGHTS_CHANGE = ("selfdistill_load", "/reset_prefix_cache", "selfdistill_confirm")
 
 
 @pytest.mark.parametrize("lora", [0, 4], ids=["full", "merged"])
@@ -229,7 +234,7 @@ def test_student_and_base_in_turn_are_told_apart(load: Loader, one: VllmServe, m
     paths = asked(monkeypatch, lambda path, body: None)
     assert gap(base) < 1e-3
     assert gap(student) < 1e-3
-    assert "/collective_rpc" not in {path for _, path in paths}  # the base's weights stay
+    assert "selfdistill_load" not in {path for _, path in paths}  # the base's weights stay
 
 
 def test_the_packed_head_of_a_tied_model_goes_along(
@@ -238,9 +243,14 @@ def test_the_packed_head_of_a_tied_model_goes_along(
     loaded = load(one)
     assert gap(loaded) < 1e-3
 
-    def as_vllm_does(path: str, body: dict[str, Any]) -> None:
-        if path == "/collective_rpc":
+    version: list[str] = []
+
+    def as_vllm_does(path: str, body: dict[str, Any]) -> list[str] | None:
+        if body.get("method") == "selfdistill_load":
+            version[:] = [body["kwargs"]["version"]]
             body |= {"method": "reload_weights", "kwargs": {"weights_path": body["kwargs"]["folder"]}}
+            return None
+        return version if version and path == "/collective_rpc" else None
 
     with monkeypatch.context() as patch:
         asked(patch, as_vllm_does)
@@ -331,7 +341,7 @@ def test_an_engine_core_that_dies_leaves_a_checkpoint_and_the_run_goes_on(
     assert "\n" not in message
     assert "see the server's log" in message
     two.kill()
-    with pytest.raises(EngineFailed, match=r"cannot be reached or broke off \(Connection refused\)"):
+    with pytest.raises(EngineFailed, match=r"cannot be reached \(Connection refused\)"):
         run_training(cut, resume=True)
     two.start()
     two.wait()
@@ -351,7 +361,7 @@ def test_a_server_that_stands_still_is_late(load: Loader, one: VllmServe) -> Non
     sample(loaded, prompts(3), GREEDY)
     one.send(signal.SIGSTOP)
     try:
-        with pytest.raises(EngineFailed, match=rf"{one.url}: no answer to /weight_info in 2 s \(engine_timeout_s\)"):
+        with pytest.raises(EngineFailed, match=rf"{one.url}: no answer to /collective_rpc in 2 s \(engine_timeout_s\)"):
             sample(loaded, prompts(3), GREEDY)
         with pytest.raises(EngineFailed, match=r"no answer to /version in 2 s"):
             sample(loaded, prompts(3), GREEDY)
@@ -370,20 +380,25 @@ def test_a_server_that_stands_still_is_late(load: Loader, one: VllmServe) -> Non
 
 
 def test_weights_that_another_run_puts_in_are_noticed(
-    load: Loader, one: VllmServe, monkeypatch: pytest.MonkeyPatch
+    load: Loader, one: VllmServe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    loaded = load(one)
-    sample(loaded, prompts(3), GREEDY)
-    rival = VllmClient(one.url, 10)
-
-    def interfere(path: str, body: dict[str, Any]) -> None:
-        if path == "/v1/completions":
-            monkeypatch.undo()
-            rival.post("/update_weight_version", {"new_version": "another run's"})
-
-    asked(monkeypatch, interfere)
-    with pytest.raises(EngineFailed, match="got other weights while it sampled, as if a second run used it"):
+    loaded, rival = load(one), load(one)
+    train(rival, 3)
+    save_file(dict(hub_tensors(rival)), tmp_path / "model.safetensors")
+    theirs = {"folder": str(tmp_path), "version": "another run's"}
+    for when in ("/reset_prefix_cache", "/v1/completions"):
         sample(loaded, prompts(3), GREEDY)
+        train(loaded, 1)
+
+        def interfere(path: str, body: dict[str, Any], when: str = when) -> None:
+            if path == when:
+                patch.undo()
+                VllmClient(one.url, 10).post("/collective_rpc", {"method": "selfdistill_load", "kwargs": theirs})
+
+        with monkeypatch.context() as patch:
+            asked(patch, interfere)
+            with pytest.raises(EngineFailed, match="has got other weights, as if a second run used it"):
+                sample(loaded, prompts(3), GREEDY)
     assert gap(loaded) < 1e-3
 
 
@@ -416,13 +431,13 @@ def test_a_folder_that_a_server_does_not_see_is_named(
     engine_for(loaded)
 
     def elsewhere(path: str, body: dict[str, Any]) -> None:
-        if path == "/collective_rpc":
+        if body.get("method") == "selfdistill_load":
             body["kwargs"]["folder"] = "/elsewhere/1"
 
     with monkeypatch.context() as patch:
         asked(patch, elsewhere)
         train(loaded, 1)
-        with pytest.raises(EngineFailed, match=r"finds no weights in /elsewhere/1; give an engine_folder that it sees"):
+        with pytest.raises(EngineFailed, match=r"finds no weights in /elsewhere/1 \(No such file"):
             sample(loaded, prompts(3), GREEDY)
     assert gap(loaded) < 1e-3
 

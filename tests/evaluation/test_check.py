@@ -16,7 +16,7 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import parse_context
 from selfdistill.data.demonstrations import Demonstration, load_demonstrations
-from selfdistill.errors import UserError
+from selfdistill.errors import EngineFailed, UserError
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.check_result import UNLIKELY, Layout, verdict_on
@@ -272,6 +272,22 @@ def test_layouts_that_do_not_fit_are_named_and_left_out(
     assert result.skipped["document:repeats=1,show=both"].startswith("context 'document' needs a document")
     with pytest.raises(UserError, match="no context layout could be evaluated: few_shot:k=3"):
         check(config_of(model_folder(), data, contexts=["few_shot:k=3"]))
+
+
+def test_an_engine_that_fails_leaves_no_layout_out(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def failing(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:  # after the student
+            raise EngineFailed("engine vllm: the server ended")
+        return answer(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "answer", failing)
+    with pytest.raises(EngineFailed, match="the server ended"):
+        check(config_of(model_folder(), write_rows(count=3), contexts=["turns:repeats=1", "turns"]))
 
 
 def test_verdicts() -> None:

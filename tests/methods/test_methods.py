@@ -273,23 +273,28 @@ def test_parts_of_a_batch_change_nothing(all_of_them: Settings, method: Any) -> 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any) -> None:
-    values: dict[str, Any] = {"teacher": "frozen"} if method in TAUGHT else {}
+    values: dict[str, Any] = {"teacher": "frozen"} if method in (*TAUGHT, "sdpo") else {}
     if method == "vopd":  # one token a place is a noisy estimate
         values["num_generations"] = 8
     run = Trainer(all_of_them(method=method, batch_size=6, max_steps=24, learning_rate=3e-3, **values))
     base, student = copy.deepcopy(run.loaded.model), run.loaded.model
     first = run.stages[0].task
     completions = first.method.sequence(run.loaded, first.examples * 8, 1000)  # of the untrained model, where sampled
+    if method == "sdpo":
+        assert first.method.checker is not None
+        assert first.method.select is not None
+        verdicts = first.method.checker(completions, run.chat)
+        completions = first.method.select(completions, verdicts, run.selector.encoder())
 
     def lacks(model: Any) -> float:
         """What is still to be learnt."""
-        if method == "grpo":
+        if method in ("grpo", "pope"):
             again = first.method.sequence(run.loaded, first.examples * 8, 1000)
             return statistics.mean(len(run.chat.decode(c.ids)) < 4 for c in again)
         values = []
         for c in completions:
             log_p_TV = row_log_probs(model, c.example.student_ids, c.ids)
-            if method in (*TAUGHT, "opsd", "offline_distillation"):
+            if method in (*TAUGHT, "sdpo", "opsd", "offline_distillation"):
                 values.append(kl(row_log_probs(base, c.example.teacher_ids or [], c.ids), log_p_TV))
             else:
                 values.append(-chosen(log_p_TV, c.ids))
@@ -407,6 +412,8 @@ USED = {
     | DIVERGENCE
     | {"target_teacher", "target_student", "target_base"},
     "grpo": {"num_generations", "temperature", "top_p", "top_k"},
+    "sdpo": {"num_generations", "temperature", "top_p", "top_k", "teacher", "jsd_weight", "skip_first_tokens"},
+    "pope": {"num_generations", "temperature", "top_p", "top_k"},
 }
 OTHERS: dict[str, Any] = {
     "context": "example",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,17 @@ import pytest
 import torch
 from children import started_together, train_together
 from conftest import ENDS, final_weights, largest_difference, metrics_of
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from sampled import FREE, GREEDY, own, prompts, seeds, train
 from vllm_fake import FakeVllm, fake_vllm
 
 from selfdistill.config import EngineSettings, TrainConfig
 from selfdistill.config.files import continued
+from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import EngineFailed, UserError
+from selfdistill.evaluation import answer
 from selfdistill.model import (
     LoadedModel,
     Sampling,
@@ -33,7 +39,10 @@ from selfdistill.model import (
     load_model,
     sample,
     use_engine,
+    vllm_client,
+    weight_files,
 )
+from selfdistill.model.engine_weights import hub_tensors
 from selfdistill.model.vllm_client import ServerProblem, VllmClient
 from selfdistill.training.train import train as run_training
 
@@ -91,7 +100,9 @@ def assert_as_our_loop(loaded: LoadedModel, policy: Sampling = FREE, count: int 
 
 
 def paths(server: FakeVllm) -> list[str]:
-    return [path for path, _ in server.asked]
+    """What was asked, without the reads of versions; of the worker its methods."""
+    asked = [body["method"] if path == "/collective_rpc" else path for path, body in server.asked]
+    return [path for path in asked if path != "selfdistill_version"]
 
 
 # --- what is asked ---
@@ -104,8 +115,7 @@ def test_samples_are_those_of_the_server(load: Loader, fake: FakeVllm, policy: S
 
 def test_a_request_names_all_that_a_file_could_change(load: Loader, fake: FakeVllm) -> None:
     sample(load(fake), prompts(3), FREE, [2**62])
-    path, body = fake.asked[-1]
-    assert path == "/v1/completions"
+    body = next(body for path, body in reversed(fake.asked) if path == "/v1/completions")
     assert body == {
         "model": "base",
         "prompt": prompts(3)[0],
@@ -140,6 +150,17 @@ def test_more_prompts_than_requests_at_a_time(load: Loader, fake: FakeVllm) -> N
     assert sample(loaded, [], FREE, []) == []
 
 
+def test_an_engine_makes_its_own_batches(load: Loader, fake: FakeVllm, write_rows: Callable[..., Path]) -> None:
+    loaded, rows = load(fake), load_demonstrations(write_rows(count=20))
+    engine_for(loaded)
+    fake.asked.clear()
+    chat = loaded.chat()
+    batch = [chat.encode_prompt(row.prompt) for row in rows]
+    answer(loaded, batch, rows, chat, max_completion_length=3, batch_size=2, scored=False)
+    reads = [path for path, _ in fake.asked if path == "/collective_rpc"]
+    assert len(reads) == 2  # of the version, before and after all samples together
+
+
 def test_several_servers_share_the_samples(load: Loader, fake: FakeVllm, folder: Path) -> None:
     with fake_vllm(folder) as other:
         loaded = load(fake, other)
@@ -164,7 +185,7 @@ def test_the_server_follows_the_student(load: Loader, fake: FakeVllm, tmp_path: 
     fake.asked.clear()
     assert_as_our_loop(loaded)
     assert_as_our_loop(loaded)
-    whole = ["/update_weight_version", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]
+    whole = ["selfdistill_load", "/reset_prefix_cache", "selfdistill_confirm"]
     adapter = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
     assert [path for path in paths(fake) if path != "/v1/completions"] == (adapter if rank == 4 else whole)
     assert len(list(tmp_path.rglob("*.safetensors"))) == (rank == 4)  # weights are deleted when they were read
@@ -174,15 +195,27 @@ def test_the_server_follows_the_student(load: Loader, fake: FakeVllm, tmp_path: 
     assert len(fake.models) == 1
 
 
-def test_the_scale_of_lora_is_a_part_of_its_version(load: Loader, fake: FakeVllm) -> None:
+@pytest.mark.parametrize("rank", [4, 16], ids=["adapter", "merged"])
+def test_the_scale_of_lora_is_a_part_of_its_version(load: Loader, fake: FakeVllm, rank: int) -> None:
     loaded = load(fake)
-    add_lora(loaded, 16, None, seed=0)  # merged
+    add_lora(loaded, rank, None, seed=0)
     train(loaded, 2)
     assert_as_our_loop(loaded)
     for layer in loaded.model.modules():
         if hasattr(layer, "lora_A"):
             layer.scaling["default"] *= 3
     assert_as_our_loop(loaded)
+
+
+def test_adapters_of_several_ranks_and_scales(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 64}
+    )
+    loaded.model = get_peft_model(loaded.model, config).eval()
+    train(loaded, 3)
+    assert_as_our_loop(loaded)
+    assert "/v1/load_lora_adapter" in paths(fake)
 
 
 def test_a_server_that_was_started_again_gets_everything(load: Loader, fake: FakeVllm, folder: Path) -> None:
@@ -192,24 +225,30 @@ def test_a_server_that_was_started_again_gets_everything(load: Loader, fake: Fak
     assert_as_our_loop(loaded)
     again = FakeVllm(folder)
     again.server_close()
-    fake.models, fake.weights, fake.label = again.models, again.weights, again.label
+    fake.models, fake.weights, fake.worker.selfdistill_held = again.models, again.weights, ""
     assert_as_our_loop(loaded)
     (name,) = fake.models.keys() - {"base"}
     del fake.models[name]  # only the adapter is gone
     fake.asked.clear()
     assert_as_our_loop(loaded)
-    assert "/collective_rpc" not in paths(fake)
+    assert "selfdistill_load" not in paths(fake)
 
 
-def test_half_replaced_weights_are_never_sampled_from(load: Loader, fake: FakeVllm) -> None:
+def test_half_replaced_weights_are_never_sampled_from(
+    load: Loader, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = load(fake)
     engine = engine_for(loaded)
     train(loaded, 1)
-    fake.instead = lambda path, body: (500, {"error": {"message": "out of\nmemory"}}) if "rpc" in path else None
-    with pytest.raises(EngineFailed, match=r"/collective_rpc: status 500, 'out of memory'; see the server's log"):
-        sample(loaded, prompts(3), GREEDY)
-    assert fake.label == "selfdistill: weights are being replaced"
-    fake.instead = lambda path, body: None
+
+    def run_out(weights_path: str) -> None:
+        raise OSError("out of\nmemory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake.worker, "reload_weights", run_out)
+        with pytest.raises(EngineFailed, match=r"/collective_rpc: status 500, 'out of memory'; see the server's log"):
+            sample(loaded, prompts(3), GREEDY)
+    assert fake.worker.selfdistill_version() == ""
     with pytest.raises(EngineFailed, match="it failed before"):
         engine.sample(loaded, prompts(3), GREEDY, None)
     assert_as_our_loop(loaded)
@@ -224,7 +263,7 @@ def test_a_prefix_cache_in_use_is_an_error(load: Loader, fake: FakeVllm) -> None
 
 def test_a_model_computed_otherwise_is_found_at_the_start(load: Loader, fake: FakeVllm) -> None:
     loaded = load(fake)
-    fake.instead = lambda path, body: (200, {"results": [None]}) if body and "kwargs" in body else None
+    fake.worker.reload_weights = lambda weights_path: None  # type: ignore[method-assign]
     train(loaded, 3)
     with pytest.raises(
         EngineFailed, match=r"nats per token away from the model's, so it computes .*; leave engine out"
@@ -292,7 +331,16 @@ def test_other_options_are_refused_with_the_right_one(
         engine_for(load(fake))
     assert str(error.value).startswith(f"engine vllm: {fake.url}: ")
     assert "\n" not in str(error.value)
-    assert "/update_weight_version" not in paths(fake)
+    assert "selfdistill_load" not in paths(fake)
+
+
+def test_all_options_that_differ_are_named_at_once(load: Loader, fake: FakeVllm) -> None:
+    fake.info["vllm_config"]["model_config"] |= {"dtype": "torch.bfloat16", "logprobs_mode": "raw_logprobs"}
+    found = "its dtype is bfloat16, its logprobs-mode is raw_logprobs"
+    remedy = "start it with --dtype float32 --logprobs-mode processed_logprobs, or change dtype or mixed_precision here"
+    with pytest.raises(UserError) as error:
+        engine_for(load(fake))
+    assert str(error.value) == f"engine vllm: {fake.url}: {found}; {remedy}"
 
 
 @pytest.mark.parametrize(
@@ -308,7 +356,7 @@ def test_other_options_are_refused_with_the_right_one(
             r"not those of vLLM \(KeyError: 'lora_config'\); ",
         ),
         ("/v1/models", (200, {"data": []}), r"its answers are not those of vLLM \(ValueError: .*\); serve with vllm>="),
-        ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1"),
+        ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1, as docs"),
         (
             "/collective_rpc",
             (200, {"results": [{"hidden_size": 64}]}),
@@ -336,14 +384,85 @@ def test_a_folder_that_is_not_there_is_refused(load: Loader, fake: FakeVllm, tmp
         engine_for(load(fake, engine_folder=str(tmp_path / "none")))
 
 
+def test_a_full_disk_is_a_line_and_leaves_its_room_to_the_checkpoint(
+    load: Loader, fake: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(fake)
+    sample(loaded, prompts(3), GREEDY)
+    train(loaded, 1)
+
+    def full(weights: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"0" * 100)
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(weight_files, "save_file", full)
+    with pytest.raises(EngineFailed, match=r"No space left on device; make room, or give another engine_folder"):
+        sample(loaded, prompts(3), GREEDY)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_servers_of_other_users_may_read_what_a_new_file_lets_them(
+    load: Loader, fake: FakeVllm, tmp_path: Path
+) -> None:
+    loaded, modes = load(fake), []
+
+    def look(path: str, body: Any) -> None:
+        if path == "/collective_rpc" and body["method"] == "selfdistill_load":
+            folder = Path(body["kwargs"]["folder"])
+            modes.extend(oct(path.stat().st_mode & 0o777) for path in (folder.parent, folder, *folder.iterdir()))
+
+    fake.instead = look
+    assert loaded.engine is not None
+    before = os.umask(0o027)
+    try:
+        sample(loaded, prompts(3), GREEDY)
+        train(loaded, 1)
+        loaded.engine = loaded.engine.model_copy(update={"engine_folder": None})
+        sample(loaded, prompts(3), GREEDY)
+    finally:
+        os.umask(before)
+    assert modes == ["0o750", "0o750", "0o640", "0o700", "0o750", "0o640"]
+
+
+def test_a_folder_that_the_server_may_not_read_is_a_line(load: Loader, fake: FakeVllm, tmp_path: Path) -> None:
+    loaded = load(fake)
+
+    def elsewhere(path: str, body: Any) -> None:
+        if path == "/collective_rpc" and body["method"] == "selfdistill_load":
+            body["kwargs"]["folder"] = str(tmp_path / "none")
+
+    fake.instead = elsewhere
+    with pytest.raises(
+        EngineFailed, match=r"finds no weights in .*/none \(No such file or directory\); give an engine_f"
+    ):
+        sample(loaded, prompts(3), GREEDY)
+
+
 def test_a_server_that_is_not_there_is_a_line(load: Loader, fake: FakeVllm) -> None:
     loaded = load(fake)
     assert loaded.engine is not None
     loaded.engine = loaded.engine.model_copy(update={"engine_url": "http://127.0.0.1:1"})
-    with pytest.raises(
-        EngineFailed, match=r"http://127\.0\.0\.1:1: cannot be reached or broke off \(Connection refused\)"
-    ):
+    line = "cannot be reached (Connection refused); start the server, or correct engine_url, or leave engine out"
+    with pytest.raises(EngineFailed) as error:
         engine_for(loaded)
+    assert str(error.value) == f"engine vllm: http://127.0.0.1:1: {line}"
+
+
+def test_an_address_that_never_answers_is_a_line_before_the_time_limit(
+    load: Loader, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_client, "CONNECT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as others:
+        for _ in range(3):  # beyond its queue, where connecting waits
+            waiting = others.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        loaded = load(fake)
+        assert loaded.engine is not None
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        loaded.engine = loaded.engine.model_copy(update={"engine_url": url})
+        with pytest.raises(EngineFailed, match=rf"{url}: cannot be reached in 0\.3 s; start the server"):
+            engine_for(loaded)
 
 
 # --- how sampling fails ---
@@ -376,6 +495,20 @@ def test_an_answer_without_a_sample_is_a_line(
     with pytest.raises(EngineFailed, match=message) as error:
         sample(loaded, prompts(3, 4, 5), FREE, seeds(3))
     assert "\n" not in str(error.value)
+
+
+def test_a_connection_that_breaks_off_is_a_line(load: Loader, fake: FakeVllm) -> None:
+    loaded = load(fake)
+    engine_for(loaded)
+
+    def break_off(path: str, _body: Any) -> None:
+        if path == "/v1/completions":
+            raise ConnectionError("the handler ends without an answer")
+
+    fake.instead = break_off
+    remedy = "see the server's log, and start it again if it has ended, or leave engine out"
+    with pytest.raises(EngineFailed, match=rf"{fake.url}: broke off \(.*\); {remedy}"):
+        sample(loaded, prompts(3), FREE, seeds(1))
 
 
 def test_one_late_sample_of_many_ends_the_wait(load: Loader, fake: FakeVllm) -> None:
@@ -415,8 +548,8 @@ def test_a_server_that_does_not_answer_is_late(load: Loader, fake: FakeVllm) -> 
     loaded = load(fake, timeout_s=0.3)
     engine_for(loaded)
     hold = threading.Event()
-    fake.instead = lambda path, body: hold.wait(10) and None if path == "/weight_info" else None
-    with pytest.raises(EngineFailed, match=r"no answer to /weight_info in 0\.3 s \(engine_timeout_s\)"):
+    fake.instead = lambda path, body: hold.wait(10) and None if path == "/collective_rpc" else None
+    with pytest.raises(EngineFailed, match=r"no answer to /collective_rpc in 0\.3 s \(engine_timeout_s\)"):
         sample(loaded, prompts(3), FREE, seeds(1))
     hold.set()
 
@@ -425,7 +558,7 @@ def test_an_interrupt_does_not_wait_for_weights_to_be_read(load: Loader, fake: F
     read = threading.Event()
 
     def slow(path: str, body: Any) -> None:
-        if path == "/collective_rpc" and "kwargs" in body:
+        if path == "/collective_rpc" and body["method"] == "selfdistill_load":
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             read.wait(8)
 
@@ -444,17 +577,52 @@ def test_an_interrupt_does_not_wait_for_weights_to_be_read(load: Loader, fake: F
     assert time.monotonic() - began < 6
 
 
-def test_weights_that_another_run_puts_in_are_noticed(load: Loader, fake: FakeVllm) -> None:
-    loaded = load(fake)
+@pytest.mark.parametrize("when", ["/v1/completions", "/reset_prefix_cache"])
+def test_weights_that_another_run_puts_in_are_noticed(load: Loader, fake: FakeVllm, tmp_path: Path, when: str) -> None:
+    loaded, rival = load(fake), load(fake)
+    train(rival, 1)
     sample(loaded, prompts(3), GREEDY)
+    (tmp_path / "rival").mkdir()
+    save_file(dict(hub_tensors(rival)), tmp_path / "rival" / "model.safetensors")
 
     def interfere(path: str, body: Any) -> None:
-        if path == "/v1/completions":
-            fake.label = "another run's"
+        if path == when:  # and the other run has not got to know yet that its weights are there
+            fake.worker.selfdistill_load(str(tmp_path / "rival"), "another run's")
 
     fake.instead = interfere
-    with pytest.raises(EngineFailed, match="got other weights while it sampled, as if a second run used it"):
+    train(loaded, 2)
+    with pytest.raises(EngineFailed, match="has got other weights, as if a second run used it"):
         sample(loaded, prompts(3), GREEDY)
+
+
+def test_a_server_that_fails_leaves_no_adapter_on_the_others(load: Loader, fake: FakeVllm, folder: Path) -> None:
+    with fake_vllm(folder, adapter_rank=8) as other:
+        loaded = load(fake, other)
+        add_lora(loaded, 4, None, seed=0)
+        sample(loaded, prompts(3), FREE, seeds(1))
+        train(loaded, 1)
+        there, refused = threading.Event(), (400, {"error": {"message": "no room"}})
+        watch(fake, there)
+        other.instead = lambda path, body: (refused if there.wait(5) else None) if "load_lora" in path else None
+        with pytest.raises(EngineFailed, match="/v1/load_lora_adapter: status 400, 'no room'"):
+            sample(loaded, prompts(3), FREE, seeds(1))
+        assert len(fake.models) == 3  # the old and the new one
+        other.instead = lambda path, body: None
+        close_engine()
+        assert list(fake.models) == list(other.models) == ["base"]
+
+
+def watch(fake: FakeVllm, there: threading.Event) -> None:
+    """Say when the server has loaded an adapter."""
+    post = fake.post
+
+    def posted(path: str, body: Any) -> Any:
+        found = post(path, body)
+        if path == "/v1/load_lora_adapter":
+            there.set()
+        return found
+
+    fake.post = posted  # type: ignore[method-assign]
 
 
 # --- runs ---
@@ -559,9 +727,19 @@ def test_addresses_are_checked(url: str) -> None:
 
 
 def test_addresses_without_an_engine_are_an_error() -> None:
-    with pytest.raises(UserError, match="'engine_url': servers are those of an engine: give --engine vllm, too"):
+    with pytest.raises(UserError, match="'engine_url': there is no engine that would use it; give --engine vllm, too"):
         EngineSettings(engine_url="http://a:1")
     assert EngineSettings(engine="vllm", engine_url="http://a:1/, https://b").engine_url == "http://a:1,https://b"
+
+
+def test_lora_agrees_under_autocast(load: Loader, fake: FakeVllm) -> None:
+    """Autocast keeps casts of weights, and those of other LoRA weights must not be compared with."""
+    fake.info["vllm_config"]["model_config"]["dtype"] = "torch.bfloat16"
+    loaded = load(fake)
+    add_lora(loaded, 4, None, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine_for(loaded)
+    assert "/v1/load_lora_adapter" in paths(fake)
 
 
 def test_half_precision_is_what_the_files_have(load: Loader, fake: FakeVllm) -> None:
@@ -570,7 +748,7 @@ def test_half_precision_is_what_the_files_have(load: Loader, fake: FakeVllm) -> 
     found: list[Any] = []
 
     def read(path: str, body: Any) -> None:
-        if path == "/collective_rpc" and "kwargs" in body:
+        if path == "/collective_rpc" and body["method"] == "selfdistill_load":
             (file,) = Path(body["kwargs"]["folder"]).iterdir()
             found.extend(weight.dtype for weight in load_file(file).values())
 

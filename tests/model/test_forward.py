@@ -31,7 +31,13 @@ from selfdistill.loss.divergence import CrossEntropy
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.head import body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel, add_lora, disable_dropout
-from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
+from selfdistill.model.prefix_cache import (
+    READ_TOKENS,
+    PrefixCache,
+    can_continue_cache,
+    has_full_attention,
+    shared_prefixes,
+)
 
 Loader = Callable[..., LoadedModel]
 
@@ -428,6 +434,33 @@ def test_kept_states_take_no_more_memory_than_the_budget(load: Loader) -> None:
         assert len(held) == number
         taken = bytes_of_tensors() - before
         assert 200 * token_bytes < taken <= min(budget, (200 + 20 * 10) * token_bytes)
+
+
+def test_contexts_are_read_in_blocks_whatever_the_order_of_batches(load: Loader) -> None:
+    loaded = load()
+    contexts = [*shared_contexts(), *texts(*range(300, 324), seed=9)]
+    completions = texts(*[4] * len(contexts), seed=8)
+    body, _ = body_and_head(loaded.model) or pytest.fail("not separable")
+    sizes: list[tuple[int, int]] = []
+    scorer = ForwardPass(loaded)
+    ascending, descending = scorer.keep(contexts, 10**9), scorer.keep(contexts, 10**9)
+    assert ascending is not None
+    assert descending is not None
+    hook = body.register_forward_pre_hook(lambda _m, _a, kw: sizes.append(kw["input_ids"].shape), with_kwargs=True)
+    with torch.no_grad():
+        all_at_once = logits(scorer(loaded.model, contexts, completions, ascending))
+        hook.remove()
+        one_by_one = [
+            logits(scorer(loaded.model, [contexts[row]], [completions[row]], descending))
+            for row in reversed(range(len(contexts)))
+        ]
+        again = logits(scorer(loaded.model, contexts, completions, descending))
+    read = sizes[:-1]  # the last pass scores the completions
+    assert len(read) < len(contexts) / 2
+    assert max(rows for rows, _ in read) > 4
+    assert all(rows * width <= READ_TOKENS for rows, width in read)
+    assert torch.equal(all_at_once, again)
+    torch.testing.assert_close(torch.cat(one_by_one[::-1]), again, rtol=1e-4, atol=1e-4)
 
 
 def test_kept_states_serve_attention_in_bfloat16_as_it_would_have_cast_them(load: Loader) -> None:

@@ -32,8 +32,8 @@ from selfdistill.errors import UserError
 from selfdistill.methods import METHODS, stages_of
 from selfdistill.methods.sequences import Completion
 from selfdistill.model.loading import load_model
-from selfdistill.training.batch_gradient import BatchPart
 from selfdistill.training.schedule import check_shares, positions_of
+from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
@@ -229,7 +229,7 @@ def test_every_method_can_have_anchors(anchored: Settings, write_rows: Callable[
         {"prompt": f"q{i}", "completion": "ab", "document": "The mill stood by the river.", "answer": "ab"}
         for i in range(4)
     ]
-    more: dict[str, Any] = {"num_generations": 4} if method == "grpo" else {}
+    more: dict[str, Any] = {"num_generations": 4} if method in ("grpo", "sdpo", "pope") else {}
     config = anchored(method=method, data=str(write_rows(rows, name="rows.jsonl")), max_steps=2, **more)
     assert [[part.name for part in parts] for parts in stages_of(config)] == [
         ["task", "anchors:lines", "anchors:chats"]

@@ -49,6 +49,7 @@ def model(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest
         ("grpo", GRPO, {"num_generations": 2}),
         ("grpo", [row | {"scorer": "contains"} for row in GRPO], {"num_generations": 2}),
         ("grpo", BARE, {"num_generations": 2, "scorer": "python:rewards.length"}),
+        ("sdpo", BARE, {"num_generations": 2, "scorer": "python:rewards.length"}),
         ("cpt", READING, {}),
     ],
 )

@@ -1,0 +1,87 @@
+"""Contexts made from samples: what the teacher sees once the samples of a prompt have their verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from selfdistill.data import Context, ContextEncoder, Example, Verdict, parse_context, thought_and_said, with_feedback
+from selfdistill.errors import UserError
+from selfdistill.methods.sequences import Completion
+
+Shown = Literal["sibling", "feedback", "either", "both"]
+"""A successful sibling, feedback on the sample itself, the sibling or else feedback, or each that there is."""
+
+
+@dataclass(frozen=True)
+class AttemptContexts:
+    """Samples whose teacher sees a sibling that succeeded or feedback; others are left out.
+
+    The sibling is the first other sample for the prompt whose reward is 1, without its thoughts. Feedback is shown on
+    samples with a reward below 1.
+
+    Raises:
+        UserError: the context shows something else than one demonstration.
+    """
+
+    group: int
+    """Samples per prompt, which are adjacent."""
+    show: Shown
+    context: str
+    """How the teacher sees the sibling: a context, with the sibling in place of the demonstration."""
+    gates = True
+
+    def __post_init__(self) -> None:
+        if self._layout.name not in ("turns", "example", "template"):
+            raise UserError(
+                f"context {self.context!r}: found {self._layout.name!r}, which shows more than another attempt; use "
+                "example, turns or template"
+            )
+
+    @cached_property
+    def _layout(self) -> Context:
+        return parse_context(self.context)
+
+    def __call__(
+        self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
+    ) -> list[Completion]:
+        learnt = []
+        for number, sample in enumerate(samples):
+            first = number - number % self.group
+            others = (other for other in range(first, first + self.group) if other != number)
+            succeeded = next((other for other in others if verdicts[other].reward == 1), None)
+            sibling = None if succeeded is None else _said(samples[succeeded], encode)
+            feedback = verdicts[number].feedback if verdicts[number].reward < 1 else ""
+            ids = self._encoded(sample.example, sibling, feedback, encode)
+            if ids is not None:
+                learnt.append(replace(sample, example=replace(sample.example, teacher_ids=ids)))
+        return learnt
+
+    def _encoded(
+        self, example: Example, sibling: str | None, feedback: str, encode: ContextEncoder
+    ) -> list[int] | None:
+        """The teacher's view; None if there is nothing to show, or it cannot be shown."""
+        if self.show == "feedback":
+            sibling = None
+        if self.show == "sibling" or (self.show == "either" and sibling is not None):
+            feedback = ""
+        if sibling is None and not feedback:
+            return None
+        row = example.demonstration
+        messages = list(row.prompt)
+        if sibling is not None:
+            messages = self._layout.messages(replace(row, privileged_context=sibling), ())
+        return encode(row, with_feedback(messages, feedback) if feedback else messages)
+
+    def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
+        """With a sibling, and feedback, of about so many tokens; as long as is allowed if that is longer."""
+        text = " a" * tokens
+        ids = self._encoded(example, text, text, replace(encode, max_prompt_length=None, window=None))
+        return replace(example, teacher_ids=(ids or [])[: encode.limit])
+
+
+def _said(sample: Completion, encode: ContextEncoder) -> str:
+    """A sample's reply without its thoughts."""
+    return thought_and_said(encode.chat, sample.example.student_ids, sample.ids)[1]

@@ -1,0 +1,55 @@
+"""POPE: privileged on-policy exploration, from prefixes of a demonstration (arXiv 2601.18779).
+
+    x -> y_1..y_G ~ p(.|x);   x -> z_1..z_G ~ p(.|x, h);   L = GRPO on {y_i} and on {h z_i}, whose targets are z_i alone
+
+h is the shortest prefix of the demonstration after which a sample of the model before training is right, at most a
+quarter of it. It is looked for once, before the first step. Both groups have advantages of their own, so a prompt that
+is never solved alone is learnt from where its prefix leads to.
+
+Differences: the authors put h into the prompt, with the request to build on it. Here it begins the reply, so the loss
+sees the prompt alone, and models need not follow that request. They train on hard prompts only, which no sample of many
+solves. Here all rows are learnt, and the prefix of an easy one is empty; choose hard rows in the data. Which lengths
+they tried was not found: four here, and the greatest where no sample is right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pydantic import Field
+
+from selfdistill.config import Settings, TrainConfig
+from selfdistill.methods.grpo import ScoredExamples, grpo
+from selfdistill.methods.prefixes import GuidedSamples, ShortestPrefixes
+from selfdistill.methods.sequences import StudentSamples
+from selfdistill.methods.slots import Method, own_settings
+
+
+class PopeSettings(Settings):
+    """What only POPE knows."""
+
+    longest: float = Field(default=0.25, gt=0, le=1)
+    """Length of the longest prefix, as a share of the demonstration."""
+    lengths: int = Field(default=4, ge=1)
+    """Number of lengths that are tried, in equal steps, after the empty prefix."""
+    tries: int = Field(default=8, ge=1)
+    """Samples after each prefix in the search before the first step."""
+
+
+def pope(config: TrainConfig) -> tuple[Method, ...]:
+    """GRPO on two groups per prompt: samples of the prompt alone, and samples that go on from a prefix."""
+    own, (rewarded,) = own_settings(config, PopeSettings), grpo(config)
+    assert isinstance(rewarded.sequence, StudentSamples)
+    group, sampling = rewarded.sequence.num_generations, rewarded.sequence.sampling
+    # Prefix and sample together have at most max_completion_length tokens.
+    room = max(1, sampling.max_completion_length - int(own.longest * sampling.max_completion_length))
+    sampling = replace(sampling, max_completion_length=room)
+    search = ShortestPrefixes(sampling, config.seed, config.batch_size, **own.model_dump(), config=config)
+    return (
+        replace(
+            rewarded,
+            examples=ScoredExamples(config, completion_must_fit=True),
+            sequence=GuidedSamples(sampling, group, config.seed),
+            fixed=search,
+        ),
+    )

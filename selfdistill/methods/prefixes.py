@@ -1,0 +1,100 @@
+"""Sequences that begin with a part of the demonstration: the prefix is given, and the student goes on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import Example
+from selfdistill.methods.grpo import ScorerChecker
+from selfdistill.methods.sequences import Completion, DrawnSamples
+from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
+from selfdistill.runtime import broadcast_from_rank0
+
+
+def continued(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    prefixes: Sequence[list[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+) -> list[Completion]:
+    """The student's continuations of replies that begin with the given tokens; the loss sees the prompt alone."""
+    prompts = [[*example.student_ids, *prefix] for example, prefix in zip(examples, prefixes, strict=True)]
+    rollouts = sample(loaded, prompts, sampling, seeds)
+    return [
+        Completion(x, [*prefix, *r.ids], [*([0.0] * len(prefix)), *r.logps], r.truncated, prefix=len(prefix))
+        for x, prefix, r in zip(examples, prefixes, rollouts, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class GuidedSamples:
+    """For each example a group of samples of the prompt alone, then one whose replies begin with its completion."""
+
+    sampling: Sampling
+    group: int
+    seed: int
+
+    @property
+    def per_example(self) -> int:
+        return 2 * self.group
+
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
+        expanded: list[Example] = []
+        prefixes: list[list[int]] = []
+        seeds: list[int] = []
+        seen: Counter[int] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
+        for example in examples:
+            row = example.demonstration.row
+            expanded += [example] * self.per_example
+            prefixes += [[]] * self.group + [example.completion_ids] * self.group
+            seeds += [sample_seed(self.seed, step, row, seen[row] + number) for number in range(self.per_example)]
+            seen[row] += self.per_example
+        return continued(loaded, expanded, prefixes, self.sampling, seeds)
+
+
+@dataclass(frozen=True)
+class ShortestPrefixes(DrawnSamples):
+    """Replaces each completion, before the first step, by its shortest prefix after which a sample is right.
+
+    The lengths that are tried are ``lengths`` steps up to ``longest`` of the completion, from 0. If no sample is right,
+    the prefix has the greatest length.
+    """
+
+    longest: float = 0.25
+    """Share of the completion."""
+    lengths: int = 4
+    """Number of lengths above 0 that are tried."""
+    tries: int = 8
+    """Samples after each prefix."""
+    config: TrainConfig = field(kw_only=True, compare=False)
+    what = "shortest prefixes"
+
+    def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
+        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        check, found = ScorerChecker(self.config.scorer), dict.fromkeys(range(len(examples)), -1)
+        for number in range(self.lengths + 1):
+            open_ = [i for i in found if found[i] < 0 for _ in range(self.tries)]
+            prefixes = [self._prefix(examples[i], number) for i in open_]
+            rows = [examples[i].demonstration.row for i in open_]
+            seeds = [sample_seed(self.seed, -1 - number, row, n % self.tries) for n, row in enumerate(rows)]
+            made = continued(loaded, [examples[i] for i in open_], prefixes, self.sampling, seeds)
+            verdicts = broadcast_from_rank0(partial(check, made, chat))  # a checker need not be exact
+            for i, verdict in zip(open_, verdicts, strict=True):
+                if verdict.reward == 1:
+                    found[i] = number
+        return [self._prefix(x, self.lengths if found[i] < 0 else found[i]) for i, x in enumerate(examples)]
+
+    def _prefix(self, example: Example, number: int) -> list[int]:
+        """The prefix of this length, without the end token."""
+        ids = example.completion_ids[:-1]
+        return ids[: int(len(ids) * self.longest * number / self.lengths)]
+
+    def depends_on(self, example: Example) -> list[Any]:
+        own = [example.demonstration.completion, self.longest, self.lengths, self.tries, self.config.scorer]
+        return [*super().depends_on(example), *own]

@@ -1,0 +1,62 @@
+"""SDPO: self-distillation policy optimisation, from a sample that succeeded or feedback (arXiv 2601.20802).
+
+    x -> y_1..y_G ~ p(.|x);   L = (1-g) mean_{i with c_i} mean_t D( p(.|x, y_i<t), q(.|x, c_i, y_i<t) ) + g L_GRPO
+
+c_i is another sample for the prompt, with reward 1, or the scorer's feedback on y_i itself. Samples with neither are
+left out. D is JSD on the student's 100 likeliest tokens and one entry with the exact rest. The teacher q follows the
+student at a rate of 0.05.
+
+Differences: the authors choose among several right samples by position, as here: the first. It is shown without its
+thoughts, and the words around it are those of ``context``. Feedback is shown only on samples with a reward below 1;
+``either``, the authors' default, shows it where no other sample is right. Their teacher may also be a mixture of frozen
+and live logits, which is left out here. They use reverse KL for code. With an engine, a sample has one truncated
+importance weight in place of one per token. GRPO's loss counts all samples, D's mean only those with c_i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field
+
+from selfdistill.config import Settings, TrainConfig
+from selfdistill.loss import Divergence
+from selfdistill.methods.attempts import AttemptContexts, Shown
+from selfdistill.methods.grpo import grpo
+from selfdistill.methods.sequences import StudentSamples
+from selfdistill.methods.slots import Method, own_settings, teacher_of
+from selfdistill.model import TeacherRule
+
+
+class SdpoSettings(Settings):
+    """What only SDPO knows. The loss and the teacher's rate are among it, because the defaults of others differ."""
+
+    show: Shown = "either"
+    """What the teacher sees: ``sibling``, ``feedback``, ``either`` or ``both``, where there are both."""
+    context: str = "example:reasoning=false"
+    """How it sees a sibling, as a context of demonstrations: ``example``, ``turns`` or ``template``, with options."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
+    """D; JSD has the weight ``jsd_weight``."""
+    top_k: int = Field(default=100, ge=1)
+    """Tokens that D compares one by one: the student's likeliest, or for forward KL the teacher's."""
+    ema_rate: float = Field(default=0.05, gt=0, le=1)
+    """Share of the student in the average per step, with teacher ``ema``."""
+    grpo: float = Field(default=0.0, ge=0, lt=1)
+    """g, the weight of GRPO's loss on the same samples; 0: none."""
+
+
+def sdpo(config: TrainConfig) -> tuple[Method, ...]:
+    """GRPO's samples and verdicts, and a teacher that sees what is known after sampling."""
+    own, (rewarded,) = own_settings(config, SdpoSettings), grpo(config)
+    assert isinstance(rewarded.sequence, StudentSamples)
+    averaged = config.teacher == "ema" and config.teacher_model is None
+    method = replace(
+        rewarded,
+        loss=Divergence(own.divergence, "top_k", weight=config.jsd_weight, top_k=own.top_k),
+        teacher=TeacherRule("ema", ema_rate=own.ema_rate) if averaged else teacher_of(config),
+        select=AttemptContexts(rewarded.sequence.num_generations, own.show, own.context),
+        skip_first_tokens=config.skip_first_tokens,
+        weight=1 - own.grpo,
+    )
+    return (replace(method, also=(("grpo", replace(rewarded, weight=own.grpo)),)) if own.grpo else method,)

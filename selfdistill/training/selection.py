@@ -1,0 +1,104 @@
+"""What is learnt of a step's samples: each gets a verdict, and the method chooses, weighs and gives contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import ChatFormat, ContextEncoder, Verdict
+from selfdistill.errors import UserError
+from selfdistill.methods import Checker, Completion, Method
+from selfdistill.runtime import RaisedOnAllRanks, all_gather, rank_slice, say_note
+
+
+@dataclass(frozen=True)
+class BatchPart:
+    """What one part of a step contributes to the batch."""
+
+    name: str
+    method: Method
+    completions: Sequence[Completion]
+    """Samples, or what the method learns from in place of samples. Parts with the same samples share this object."""
+    share: float
+    """Weight of the part's loss: its share of the batch's examples, times the method's weight."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What a part learns."""
+
+    part: BatchPart
+    completions: Sequence[Completion]
+    """With their factors and contexts; may be none."""
+    verdicts: Sequence[Verdict]
+    """One per sample; empty if the method has no checker."""
+    unfit: int
+    """Contexts that could not be shown to the teacher."""
+
+    @property
+    def reward(self) -> float | None:
+        """Mean reward of the samples; None without verdicts."""
+        return sum(verdict.reward for verdict in self.verdicts) / len(self.verdicts) if self.verdicts else None
+
+
+@dataclass
+class Selector:
+    """Selects what the parts of a step learn.
+
+    Args:
+        config: settings of the run.
+        chat: the format of both prompts.
+        window: the model's limit for prompt plus completion, in tokens; None if it has none.
+    """
+
+    config: TrainConfig
+    chat: ChatFormat
+    window: int | None
+    _noted: bool = field(default=False, init=False)
+
+    def __call__(self, parts: Sequence[BatchPart]) -> list[Selected]:
+        """The same on every rank. A checker is asked once about samples that several parts learn from."""
+        found: dict[tuple[int, Checker], list[Verdict]] = {}
+        selected = []
+        for part in parts:
+            checker = part.method.checker
+            verdicts: list[Verdict] = []
+            if checker is not None:
+                key = (id(part.completions), checker)
+                verdicts = found[key] = found.get(key) or self._verdicts(checker, part.completions)
+            selected.append(self._selected(part, verdicts))
+        return selected
+
+    def encoder(self) -> ContextEncoder:
+        """Encodes contexts within the limits of the run."""
+        config = self.config
+        return ContextEncoder(self.chat, config.max_prompt_length, config.max_completion_length, self.window)
+
+    def _selected(self, part: BatchPart, verdicts: Sequence[Verdict]) -> Selected:
+        if part.method.select is None:
+            return Selected(part, part.completions, verdicts, unfit=0)
+        encode = self.encoder()
+        learnt = part.method.select(part.completions, verdicts, encode)
+        if encode.unfit and not self._noted:
+            self._noted = True
+            say_note(
+                f"{encode.unfit[0]}; such samples are left out, and metrics.jsonl counts them (unfit). A larger "
+                "--max_prompt_length may have room for them"
+            )
+        return Selected(part, learnt, verdicts, len(encode.unfit))
+
+    def _verdicts(self, checker: Checker, completions: Sequence[Completion]) -> list[Verdict]:
+        """Each rank checks its share: it takes less time, and a checker that is not exact says the same everywhere.
+
+        Raises:
+            RaisedOnAllRanks: the checker's mistake on any rank.
+        """
+        problem, own = None, []
+        try:
+            own = checker(completions[rank_slice(len(completions))], self.chat)
+        except UserError as error:
+            problem = str(error)
+        for found in filter(None, all_gather([problem])):
+            raise RaisedOnAllRanks(found)
+        return all_gather(own)

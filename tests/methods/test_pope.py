@@ -1,0 +1,142 @@
+"""POPE: the prefixes that are found, what is sampled after them, and the loss against plain float64 code.
+
+Dimensions in names: T completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import train_together
+from conftest import (
+    Cut,
+    add_gradient,
+    assert_same_run,
+    crash_at,
+    final_weights,
+    gradients,
+    largest_difference,
+    metrics_of,
+)
+from formulas import mean_over_rows, moved
+
+from selfdistill.config.train import TrainConfig
+from selfdistill.data import Verdict
+from selfdistill.errors import UserError
+from selfdistill.training.train import train
+from selfdistill.training.trainer import Trainer
+
+Settings = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def guided(settings: Settings, write_rows: Callable[..., Path]) -> Settings:
+    """Replies are right if they begin as the demonstration: with its first 3, 3, 7 or none of its letters."""
+    beginnings = ["abc", "xyz", "qrstuvw", ""]
+    rows = [
+        {"prompt": f"q{i}", "completion": f"{text}-------------"[:12], "scorer": "regex", "answer": f"^{text}"}
+        for i, text in enumerate(beginnings)
+    ]
+    data = write_rows(rows, name="guided.jsonl")
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        own = {"longest": 0.5, "lengths": 6, "tries": 2} | values.pop("method_settings", {})
+        fixed: dict[str, Any] = {"method": "pope", "data": str(data), "num_generations": 3, "max_completion_length": 16}
+        return settings(out, **(fixed | values), method_settings=own)
+
+    return make
+
+
+def test_the_shortest_prefix_after_which_a_sample_is_right(guided: Settings) -> None:
+    run = Trainer(guided())
+    found = [run.chat.decode(x.completion_ids) for x in run.stage.task.examples]
+    assert found == ["abc", "xyz", "qrstuv", ""]  # seven letters exceed the longest, which is taken
+
+
+def test_half_of_the_samples_go_on_from_the_prefix(guided: Settings) -> None:
+    run = Trainer(guided())
+    samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:2], 1)
+    assert [c.prefix for c in samples] == [0, 0, 0, 3, 3, 3] * 2
+    for c in samples:
+        assert c.ids[: c.prefix] == c.example.completion_ids[: c.prefix]
+        assert c.prefix < len(c.ids) <= 16
+        assert c.logps is not None
+        assert len(c.logps) == len(c.ids)
+    assert len({tuple(c.ids) for c in samples}) > 6
+
+
+@pytest.mark.parametrize("normalisation", ["sequence", "token"])
+@pytest.mark.parametrize("values", [{}, {"gradient_accumulation_steps": 2}], ids=["one", "two"])
+def test_pope_is_grpo_on_each_group_without_the_prefix(
+    guided: Settings, values: dict[str, Any], normalisation: Any
+) -> None:
+    run = moved(guided(batch_size=2, learning_rate=1e-2, loss_normalisation=normalisation, **values))
+    task = run.stage.task
+    samples = task.method.sequence(run.loaded, task.examples[:2], 3)
+    rewards = [float(len(run.chat.decode(c.ids)) >= 9) for c in samples]
+    rewards[:6] = [0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    reward_of = {id(c): reward for c, reward in zip(samples, rewards, strict=True)}  # two samples may be equal
+    method = replace(task.method, checker=lambda made, _: [Verdict(reward_of[id(c)]) for c in made])
+    student = copy.deepcopy(run.loaded.model).double()
+    losses: list[Any] = []
+    for number, c in enumerate(samples):
+        group = rewards[number // 3 * 3 : number // 3 * 3 + 3]
+        advantage = (rewards[number] - statistics.mean(group)) / (statistics.stdev(group) + 1e-4)
+        logits_LV = student(input_ids=torch.tensor([c.example.student_ids + c.ids])).logits[0]
+        log_p_TV = logits_LV[len(c.example.student_ids) - 1 : -1].log_softmax(-1)
+        targets = range(c.prefix, len(c.ids))
+        losses.append(-advantage * torch.stack([log_p_TV[t, c.ids[t]] for t in targets]))
+    loss = torch.cat(losses).mean() if normalisation == "token" else mean_over_rows(losses)
+    loss.backward()
+    run.optimizer.zero_grad()
+    result = add_gradient(run, samples, method)
+    assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    expected = gradients(student)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
+
+
+def test_metrics_count_what_is_sampled(guided: Settings) -> None:
+    run = Trainer(guided(max_completion_length=16))
+    line = run.step(0)
+    assert line["tokens"] == pytest.approx(12 * line["completion/length"])
+    assert line["completion/length"] <= 8
+
+
+def test_a_killed_run_reads_its_prefixes(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut = (guided(name, max_steps=4, save_steps=2) for name in ("whole", "cut"))
+    train(whole)
+    with pytest.raises(Cut):
+        train(cut, on_step=crash_at(3))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("looked for again")
+
+    monkeypatch.setattr("selfdistill.methods.prefixes.ShortestPrefixes.draw", refuse)
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+    lines = (Path(cut.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["abc", "xyz", "qrstuv", ""]
+
+
+def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path) -> None:
+    one, two = (guided(name, max_steps=3, batch_size=3) for name in ("one", "two"))
+    train(one)
+    train_together(two, tmp_path)
+    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_a_row_needs_a_demonstration_to_take_prefixes_from(guided: Settings, write_rows: Callable[..., Path]) -> None:
+    data = write_rows([{"prompt": "q", "answer": "a"}], name="bare.jsonl")
+    with pytest.raises(UserError, match="column 'completion': missing, which method 'pope' learns from"):
+        train(guided(data=str(data)))

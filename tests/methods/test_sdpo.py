@@ -1,0 +1,345 @@
+"""SDPO: which sample the teacher sees, which samples are learnt, and loss and mixture against plain float64 code.
+
+Dimensions in names: T completion tokens, V vocabulary, K entries that are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import started_together, train_together
+from conftest import (
+    Cut,
+    assert_same_run,
+    crash_at,
+    final_weights,
+    gradients,
+    largest_difference,
+    metrics_of,
+)
+from formulas import chosen, mean_over_rows, moved
+from torch import Tensor
+
+from selfdistill.config.train import TrainConfig
+from selfdistill.data import ContextEncoder, Verdict
+from selfdistill.errors import UserError
+from selfdistill.methods import stages_of
+from selfdistill.methods.attempts import AttemptContexts
+from selfdistill.methods.sequences import Completion
+from selfdistill.model.loading import load_model
+from selfdistill.training.selection import BatchPart
+from selfdistill.training.stopwatch import Stopwatch
+from selfdistill.training.train import train
+from selfdistill.training.trainer import Trainer
+
+Settings = Callable[..., TrainConfig]
+
+WRONG, RIGHT = Verdict(0.0), Verdict(1.0)
+
+
+def said(run: Trainer, c: Completion) -> str:
+    return run.chat.decode(c.ids)
+
+
+def shown(
+    run: Trainer, show: Any, verdicts: Sequence[Verdict], *, context: str = "turns", limit: int | None = None
+) -> tuple[list[Completion], list[Completion], ContextEncoder]:
+    """Samples of one prompt in groups of four, those that are learnt, and the encoder."""
+    samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[: len(verdicts) // 4], 1)
+    encode = ContextEncoder(run.chat, limit, run.config.max_completion_length, run.loaded.window)
+    return samples, AttemptContexts(4, show, context)(samples, verdicts, encode), encode
+
+
+# --- contexts and the gate ---
+
+
+def test_a_sibling_is_the_first_other_sample_that_is_right(all_of_them: Settings) -> None:
+    run = Trainer(all_of_them(method="sdpo"))
+    verdicts = [WRONG, RIGHT, WRONG, RIGHT, WRONG, WRONG, RIGHT, WRONG]
+    samples, learnt, _ = shown(run, "sibling", verdicts)
+    siblings = {0: 1, 1: 3, 2: 1, 3: 1, 4: 6, 5: 6, 7: 6}  # 6 has none but itself
+    assert [c.ids for c in learnt] == [samples[i].ids for i in siblings]
+    for c, other in zip(learnt, siblings.values(), strict=True):
+        turn = c.example.demonstration.prompt[0]["content"]
+        messages = [
+            {"role": "user", "content": turn},
+            {"role": "assistant", "content": said(run, samples[other])},
+            {"role": "user", "content": turn},
+        ]
+        assert run.loaded.tokenizer.decode(c.example.teacher_ids) == run.chat.render(messages)
+        assert c.example.student_ids == run.chat.encode_prompt(messages[:1])
+
+
+@pytest.mark.parametrize(
+    ("show", "seen"),
+    [
+        ("sibling", ["s", "", "s", "s"]),
+        ("feedback", ["f", "", "f", ""]),
+        ("either", ["s", "", "s", "s"]),
+        ("both", ["sf", "", "sf", "s"]),
+    ],
+)
+def test_what_the_teacher_sees(all_of_them: Settings, show: str, seen: list[str]) -> None:
+    run = Trainer(all_of_them(method="sdpo"))
+    half = Verdict(0.5, "close")
+    verdicts = [Verdict(0.0, "line 3: no such name"), Verdict(1.0, "fine"), half, WRONG]
+    samples, learnt, _ = shown(run, show, verdicts, context="example:reasoning=false")
+    expected = [i for i, text in enumerate(seen) if text]
+    assert [c.ids for c in learnt] == [samples[i].ids for i in expected]
+    for c, i in zip(learnt, expected, strict=True):
+        text = run.loaded.tokenizer.decode(c.example.teacher_ids)
+        assert ("looks like:" in text) == ("s" in seen[i])
+        assert ("This is the feedback on it" in text) == ("f" in seen[i])
+        assert not ("f" in seen[i] and verdicts[i].feedback not in text)
+        assert "fine" not in text
+
+
+def test_feedback_where_no_sibling_is_right(all_of_them: Settings) -> None:
+    run = Trainer(all_of_them(method="sdpo"))
+    verdicts = [Verdict(0.0, "too short"), WRONG, Verdict(0.0, "too long"), WRONG]
+    samples, learnt, _ = shown(run, "either", verdicts)
+    assert [c.ids for c in learnt] == [samples[0].ids, samples[2].ids]
+    turn = learnt[0].example.demonstration.prompt[0]["content"]
+    assert f"{turn}\n\nAn earlier attempt of yours was not right. This is the feedback on it:\n\ntoo short" in (
+        run.loaded.tokenizer.decode(learnt[0].example.teacher_ids)
+    )
+
+
+def test_a_context_that_does_not_fit_is_left_out_and_counted(all_of_them: Settings) -> None:
+    run = Trainer(all_of_them(method="sdpo"))
+    room = len(run.stage.task.examples[0].student_ids) + 150
+    verdicts = [Verdict(0.0, "x" * 300), WRONG, Verdict(0.0, "short"), WRONG]
+    samples, learnt, encode = shown(run, "feedback", verdicts, limit=room + 60)
+    assert [c.ids for c in learnt] == [samples[2].ids]
+    (line,) = encode.unfit
+    assert f"tokens, limit {room + 60}" in line
+
+
+def test_names_of_control_tokens_in_a_sample_stay_text(all_of_them: Settings) -> None:
+    run = Trainer(all_of_them(method="sdpo"))
+    verdicts = [Verdict(0.0, "<|im_end|>\n<|im_start|>system"), WRONG, WRONG, WRONG]
+    _, (learnt,), _ = shown(run, "feedback", verdicts)
+    ends = run.loaded.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    ids = learnt.example.teacher_ids or []
+    assert [ids.count(end) for end in ends] == [learnt.example.student_ids.count(end) for end in ends]
+
+
+@pytest.mark.parametrize("context", ["few_shot", "document"])
+def test_contexts_that_show_more_than_a_sibling_are_refused(all_of_them: Settings, context: str) -> None:
+    config = all_of_them(method="sdpo", method_settings={"context": context})
+    with pytest.raises(UserError, match=f"context '{context}': found '{context}', which shows more than another"):
+        stages_of(config)
+
+
+# --- the loss, against float64 ---
+
+
+def plain_divergence(kind: str, log_p_TV: Tensor, log_q_TV: Tensor, k: int) -> Tensor:
+    """D on the k likeliest tokens and one entry with the rest, entry by entry."""
+    leader_TV = log_q_TV if kind == "forward_kl" else log_p_TV.detach()
+    rows = []
+    for log_p_V, log_q_V, leader_V in zip(log_p_TV, log_q_TV, leader_TV, strict=True):
+        chosen_K = leader_V.argsort(descending=True)[:k]
+        p_K, q_K = log_p_V.exp()[chosen_K], log_q_V.exp()[chosen_K]
+        p_K, q_K = torch.cat([p_K, 1 - p_K.sum()[None]]), torch.cat([q_K, 1 - q_K.sum()[None]])
+        m_K = (p_K + q_K) / 2
+        if kind == "jsd":
+            rows.append((q_K * (q_K / m_K).log() + p_K * (p_K / m_K).log()).sum() / 2)
+        else:
+            a_K, b_K = (q_K, p_K) if kind == "forward_kl" else (p_K, q_K)
+            rows.append((a_K * (a_K / b_K).log()).sum())
+    return torch.stack(rows)
+
+
+def log_probs(model: Any, context: list[int], completion: list[int]) -> Tensor:
+    logits_LV = model(input_ids=torch.tensor([context + completion])).logits[0]
+    return logits_LV[len(context) - 1 : -1].log_softmax(-1)
+
+
+def plain_loss(
+    run: Trainer, student: Any, samples: list[Completion], rewards: list[float], own: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The losses of SDPO and of GRPO."""
+    teacher = copy.deepcopy(student)
+    with torch.no_grad(), run.teacher.model() as network:  # type: ignore[union-attr]
+        teacher.load_state_dict(network.state_dict())
+    distilled, advantages, policy = [], [], []
+    for number, c in enumerate(samples):
+        log_p_TV = log_probs(student, c.example.student_ids, c.ids)
+        group = range(number // 4 * 4, number // 4 * 4 + 4)
+        own_rewards = [rewards[i] for i in group]
+        advantages.append((rewards[number] - statistics.mean(own_rewards)) / (statistics.stdev(own_rewards) + 1e-4))
+        policy.append(-advantages[-1] * chosen(log_p_TV, c.ids))
+        right = [i for i in group if i != number and rewards[i] == 1]
+        if right:
+            turn = c.example.demonstration.prompt[0]
+            reply = {"role": "assistant", "content": said(run, samples[right[0]])}
+            with torch.no_grad():
+                log_q_TV = log_probs(teacher, run.chat.encode_prompt([turn, reply, turn]), c.ids)
+            distilled.append(plain_divergence(own.get("divergence", "jsd"), log_p_TV, log_q_TV, own["top_k"]))
+    assert 0 < len(distilled) < len(samples)
+    return mean_over_rows(distilled), mean_over_rows(policy)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    "own", [{}, {"grpo": 0.25}, {"divergence": "forward_kl"}, {"divergence": "reverse_kl", "grpo": 0.5}], ids=str
+)
+def test_sdpo_is_its_formula(all_of_them: Settings, own: dict[str, Any], micro_batches: int) -> None:
+    own = {"context": "turns", "show": "sibling", "top_k": 20, "ema_rate": 0.3} | own
+    config = all_of_them(
+        method="sdpo", method_settings=own, batch_size=3, gradient_accumulation_steps=micro_batches, learning_rate=1e-2
+    )
+    run = moved(config)
+    run.step(1)
+    task = run.stage.task
+    samples = task.method.sequence(run.loaded, task.examples[:3], 2)
+    rewards = [float(len(said(run, c)) >= 4) for c in samples]
+    rewards[:4] = [0.0, 1.0, 0.0, 0.0]  # a group with a single success, which itself has no sibling
+
+    reward_of = {id(c): reward for c, reward in zip(samples, rewards, strict=True)}  # two samples may be equal
+
+    def checker(completions: Sequence[Completion], _: Any) -> list[Verdict]:
+        return [Verdict(reward_of[id(c)]) for c in completions]
+
+    student = copy.deepcopy(run.loaded.model).double()
+    distilled, policy = plain_loss(run, student, samples, rewards, own)
+    mixed = own.get("grpo", 0.0)
+    ((1 - mixed) * distilled + mixed * policy).backward()
+    parts = [
+        BatchPart(part.name, replace(part.method, checker=checker), samples, part.method.weight)
+        for part in run.stage.parts
+    ]
+    assert [part.name for part in parts] == (["task", "grpo"] if mixed else ["task"])
+    run.optimizer.zero_grad()
+    results = run.gradient.add(parts, Stopwatch(run.loaded.device))
+    for result, loss in zip(results, (distilled, policy), strict=False):
+        assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+        assert result.reward == pytest.approx(sum(rewards) / len(rewards))
+    expected = gradients(student)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
+
+
+def test_a_checker_is_asked_once_about_the_same_samples(all_of_them: Settings) -> None:
+    run = Trainer(all_of_them(method="sdpo", method_settings={"grpo": 0.5}))
+    samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:1], 2)
+    asked = []
+
+    def checker(completions: Sequence[Completion], _: Any) -> list[Verdict]:
+        asked.append(len(completions))
+        return [RIGHT] * len(completions)
+
+    parts = [BatchPart(x.name, replace(x.method, checker=checker), samples, 0.5) for x in run.stage.parts]
+    run.gradient.add(parts, Stopwatch(run.loaded.device))
+    assert asked == [4]
+
+
+# --- steps and runs ---
+
+
+def test_a_step_without_anything_to_learn_changes_nothing_and_says_so(
+    all_of_them: Settings, write_rows: Callable[..., Path]
+) -> None:
+    rows = write_rows([{"prompt": f"q{i}", "answer": "no such reply"} for i in range(4)], name="hard.jsonl")
+    config = all_of_them(method="sdpo", data=str(rows), max_steps=3, weight_decay=0.1)
+    train(config)
+    for line in metrics_of(config):
+        assert (line["loss"], line["learnt"], line["reward"], line["grad_norm"], line["tokens"]) == (0, 0, 0, 0, 0)
+        assert line["completion/length"] > 0
+        assert "entropy" not in line
+        assert "skipped" not in line
+    before = load_model(config.model).model.state_dict()
+    assert largest_difference(final_weights(config), {name: before[name] for name in final_weights(config)}) == 0
+
+
+def test_anchors_are_learnt_where_the_task_has_nothing(
+    all_of_them: Settings, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = write_rows([{"prompt": f"q{i}", "answer": "no such reply"} for i in range(4)], name="hard.jsonl")
+    values: dict[str, Any] = {"anchors": str(tmp_path / "general.txt"), "anchor_share": 0.5}
+    config = all_of_them(method="sdpo", data=str(rows), max_steps=2, **values)
+    train(config)
+    last = metrics_of(config)[-1]
+    assert (last["learnt"], last["loss/task"]) == (0, 0)
+    assert last["tokens"] > 0
+
+
+COMMON: dict[str, Any] = {"method": "sdpo", "batch_size": 3, "max_steps": 4, "save_steps": 2, "drift_steps": 2}
+OWN: dict[str, Any] = {"context": "turns", "ema_rate": 0.3}
+MIXED: dict[str, Any] = {"method_settings": OWN | {"grpo": 0.3}}
+
+
+def test_metrics_of_a_mixture(all_of_them: Settings) -> None:
+    config = all_of_them(**COMMON | MIXED)
+    train(config)
+    for line in metrics_of(config):
+        assert (line["share/task"], line["share/grpo"]) == (0.7, 0.3)
+        assert line["loss"] == pytest.approx(0.7 * line["loss/task"] + 0.3 * line["loss/grpo"], abs=1e-7)
+        assert line["unfit"] == 0
+    assert {0 < line["learnt"] <= 1 for line in metrics_of(config)} == {True}
+    assert min(line["learnt"] for line in metrics_of(config)) < 1
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings) -> None:
+    whole, cut = (all_of_them(name, **COMMON | MIXED) for name in ("whole", "cut"))
+    train(whole)
+    with pytest.raises(Cut):
+        train(cut, on_step=crash_at(3))
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+
+
+def test_micro_batches_do_not_change_the_weights(all_of_them: Settings) -> None:
+    one, three = (
+        all_of_them("one", **COMMON | MIXED),
+        all_of_them("three", **COMMON | MIXED, gradient_accumulation_steps=3),
+    )
+    train(one)
+    train(three)
+    assert largest_difference(final_weights(one), final_weights(three)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(MIXED, id="copies"),
+        pytest.param({"fsdp": True, "batch_size": 2, "learning_rate": 3e-5, "method_settings": OWN}, id="sharded"),
+    ],
+)
+def test_two_processes_train_to_the_weights_of_one(
+    all_of_them: Settings, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    one = all_of_them("one", **COMMON | values | {"fsdp": False})
+    two = all_of_them("two", **COMMON | values)
+    train(one)
+    train_together(two, tmp_path)
+    assert min(line["learnt"] for line in metrics_of(one)) < 1
+    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_a_mistake_of_the_scorer_on_one_rank_ends_both_in_one_line(
+    all_of_them: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Callable[..., Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "import os\n\n\ndef right(reply, row):\n    return 2 if os.environ.get('RANK') == '1' else True\n"
+    (tmp_path / "own_scorer_of_sdpo.py").write_text(text, encoding="utf-8")
+    data = write_rows([{"prompt": f"q{i}"} for i in range(4)], name="plain.jsonl")
+    config = all_of_them("two", **COMMON, data=str(data), scorer="python:own_scorer_of_sdpo.right")
+
+    def work() -> int:
+        with pytest.raises(UserError, match=r"right' returned 2, expected True or False, a reward from 0 to 1"):
+            train(config)
+        return 7
+
+    children = started_together(work, tmp_path / "two")
+    assert [child.wait() for child in children] == [7, 7]
