@@ -110,8 +110,8 @@ class ModelSettings(EngineSettings):
     model: str
     """Folder, hub id or ``smollm2-135m`` (the starter model, downloaded once from the package index)."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Data type of the weights. Full fine-tuning needs float32, and gets its speed from ``mixed_precision``; bfloat16
-    is for the frozen weights below a LoRA adapter, and for evaluation."""
+    """Data type of the weights. Where memory allows, fine-tune all weights in float32, which get their speed from
+    ``mixed_precision``; bfloat16 halves them, and those below a LoRA adapter."""
     adapter_base: str | None = None
     """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)

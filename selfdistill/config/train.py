@@ -167,6 +167,9 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """After the warm-up: half a cosine down to zero, or constant."""
     warmup_steps: int = Field(default=10, ge=0)
     """Steps of linear warm-up, capped at a tenth of all steps; the authors advise 10."""
+    optim: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
+    """AdamW with moments in float32, or in 8 bits by bitsandbytes (the extra ``bitsandbytes``). Names as in
+    transformers. Weights in bfloat16 are rounded stochastically."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -287,6 +290,8 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
             raise UserError(
                 f"setting 'teacher_model' is a fixed teacher, found teacher {self.teacher!r}: leave that out"
             )
+        if self.fsdp and self.optim == "adamw_8bit":
+            raise UserError("setting 'optim': adamw_8bit does not work with fsdp: leave one of them out")
         if self.fsdp and self.torch_compile:
             raise UserError("setting 'fsdp' does not work with torch_compile: leave one of them out")
         if bool(self.data) == bool(self.documents):

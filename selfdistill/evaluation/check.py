@@ -47,7 +47,7 @@ from selfdistill.model import (
     Sampling,
     load_for_training,
     load_matching,
-    refuse_half_precision,
+    refuse_float16,
     resolved_precision,
     sample,
     sample_seed,
@@ -104,7 +104,7 @@ def check_run(
     if loaded is None:
         loaded = load_for_training(own["model"], dtype=config.dtype, adapter_base=settings["adapter_base"])
     if not config.lora_rank and not config.teacher_model:  # before it is measured for minutes
-        refuse_half_precision(loaded.model, own["model"])
+        refuse_float16(loaded.model, own["model"])
     rows = load_demonstrations(config.data if demonstrations is None else demonstrations, split=config.split)
     return _checked(CheckConfig(**settings, contexts=contexts), rows, loaded, cost=False)
 

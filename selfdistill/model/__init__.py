@@ -31,7 +31,8 @@ from selfdistill.model.loading import (
     to_best_device,
     weights_fingerprint,
 )
-from selfdistill.model.precision import cached_casts, refuse_half_precision, resolved_precision, training_precision
+from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
+from selfdistill.model.precision import cached_casts, refuse_float16, resolved_precision, training_precision
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
@@ -48,6 +49,7 @@ __all__ = [
     "ForwardPass",
     "LiveTensors",
     "LoadedModel",
+    "Optim",
     "PrefixCache",
     "Rollout",
     "Sampling",
@@ -75,11 +77,13 @@ __all__ = [
     "load_matching",
     "load_model",
     "local_tensor",
+    "make_optimizer",
     "matched",
     "merged",
+    "moment_bytes",
     "overwrite_tensor",
     "prompts_at_a_time",
-    "refuse_half_precision",
+    "refuse_float16",
     "resolve",
     "resolved_precision",
     "root_unsharded",

@@ -22,6 +22,8 @@ LORA_RANK = 16
 """Rank of the adapter that is proposed."""
 MOST_CHANGES = 4
 """Of settings, in a proposal."""
+WITHOUT_ADAPTER = ("teacher", "optim")
+"""Settings of which a change saves memory only without an adapter."""
 
 Changes = dict[str, Any]
 
@@ -125,7 +127,9 @@ def _nearest(planner: MemoryPlanner, config: TrainConfig, limit: int) -> tuple[C
     more = range(config.gradient_accumulation_steps + 1, config.batch_size + 1)
     unit = planner.device(config).processes if config.fsdp else 1  # with fsdp, all parts are equal
     in_parts: list[Changes] = [{"gradient_accumulation_steps": n} for n in more if config.batch_size % (n * unit) == 0]
-    least = {name: value for changes in moves for name, value in changes.items() if name != "teacher"}
+    least = {name: value for changes in moves for name, value in changes.items()}
+    if "lora_rank" in least:  # needs least of all, and goes with neither
+        least = {name: value for name, value in least.items() if name not in WITHOUT_ADAPTER}
     if not _smallest(planner, config, limit, least, in_parts[-1:] or [{}]):
         return None
     for count in range(1, MOST_CHANGES + 1):
@@ -150,6 +154,8 @@ def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
         yield {"lora_rank": LORA_RANK}
     if config.dtype == "float32":
         yield {"dtype": "bfloat16"}
+    if config.optim == "adamw_torch" and not config.lora_rank and not config.fsdp:
+        yield {"optim": "adamw_8bit"}
 
 
 def _smallest(
@@ -157,7 +163,7 @@ def _smallest(
 ) -> tuple[Changes, MemoryPlan] | None:
     """The first of the steps, which need ever less memory, that fits together with the changes ``base``."""
     adapter = base.get("lora_rank", config.lora_rank)
-    if ("dtype" in base and not adapter) or ("teacher" in base and adapter):
+    if adapter and any(name in base for name in WITHOUT_ADAPTER):
         return None
     changed = config.model_copy(update=base)
     if not steps or planner.fixed(changed).total() > limit:

@@ -244,7 +244,7 @@ def _check_disk(trainer: Trainer, output_dir: Path) -> list[str]:
     kept = max(AT_LEAST, config.save_total_limit) + 1 if config.save_steps else 0
     if config.stop_on_collapse:
         kept += COLLAPSE_WINDOW // config.eval_steps + 2
-    one = checkpoint_bytes(model, trainer.teacher)
+    one = checkpoint_bytes(model, config.optim, trainer.teacher)
     check_disk(output_dir, size + kept * one)
     if not kept:
         return []
