@@ -75,6 +75,8 @@ class Method:
     """Weight each completion by its truncated importance ratio (see :mod:`selfdistill.loss.token_weights`)."""
     weighting: Weighting | None = None
     """Per-token factor computed from the distributions at each token."""
+    relative_weights: bool = False
+    """Divide each token's factor by its mean over the completion, which takes a second pass through the heads."""
     checker: Checker | None = None
     """Gives each sample a verdict."""
     select: Selection | None = None
