@@ -34,6 +34,7 @@ MethodName = Literal[
     "grpo",
     "sdpo",
     "pope",
+    "sort",
     "opsd",
     "vopd",
     "isdft",
@@ -42,6 +43,10 @@ MethodName = Literal[
     "msd",
     "ssd",
 ]
+
+
+SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort")
+"""Methods that learn from a scorer's verdicts on groups of untempered samples."""
 
 
 class OneRun(ModelSettings):
@@ -53,7 +58,7 @@ class OneRun(ModelSettings):
     from the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, training on teacher samples
     drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``sdpo``, the
     teacher sees another sample that the scorer accepts, or its feedback; ``pope``, ``grpo`` with samples that go on
-    from a part of the demonstration, too; ``opsd``, each vocabulary entry clipped; ``vopd``, the sampled token alone;
+    from a part of the demonstration, too; ``sort``, ``grpo`` and the demonstration where no sample is right; ``opsd``, each vocabulary entry clipped; ``vopd``, the sampled token alone;
     ``isdft`` and ``veto``, a target near the student at first; ``msd``, tokens weighted by what the teacher is sure of
     and the student is not. Of SFT: ``eaft``, weighted by the
     student's entropy; ``ssd``, on the model's own samples."""
@@ -75,8 +80,8 @@ class MethodSettings(Settings):
     top_k: int = Field(default=0, ge=0)
     """Sample from the k most likely tokens; 0: from all."""
     num_generations: int | None = Field(default=None, ge=1)
-    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo``, ``sdpo``
-    and each group of ``pope``."""
+    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo`` and its
+    relatives, for each group of ``pope``."""
     cold_start_steps: int = Field(default=0, ge=0)
     """Initial steps of ``sdft`` in which demonstrations replace rollouts, all at first, then ever fewer. For a model
     whose own samples never come close to the demonstration."""
@@ -275,7 +280,7 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
         """Check settings against each other."""
         super().model_post_init(_context)
         untempered = self.temperature == 1 and self.top_p == 1 and self.top_k == 0
-        if self.method in ("grpo", "sdpo", "pope") and not untempered:
+        if self.method in SCORED_METHODS and not untempered:
             raise UserError(
                 f"setting 'method': {self.method} needs untempered samples of the student: use temperature 1, top_p 1 "
                 "and top_k 0"

@@ -260,6 +260,12 @@ def with_feedback(messages: Sequence[Message], feedback: str) -> list[Message]:
     return [*messages[:-1], _user(text)]
 
 
+def with_guide(messages: Sequence[Message], guide: str) -> list[Message]:
+    """Messages with a guide, such as a plan or the first steps of an answer, at the end of the last turn."""
+    text = f"{messages[-1]['content']}\n\nLet this guide your answer:\n\n{guide}\n\nNow answer the question."
+    return [*messages[:-1], _user(text)]
+
+
 CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, ExampleAnswer, FewShot, Document, Template, Rewritten)}
 
 

@@ -25,7 +25,7 @@ from formulas import assert_gradient, chosen, kl, mean_over_rows, moved
 from safetensors.torch import load_file
 from torch import Tensor
 
-from selfdistill.config.train import MethodName, TrainConfig
+from selfdistill.config.train import SCORED_METHODS, MethodName, TrainConfig
 from selfdistill.data.demonstrations import load_prompts
 from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss
@@ -288,7 +288,7 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
 
     def lacks(model: Any) -> float:
         """What is still to be learnt."""
-        if method in ("grpo", "pope"):
+        if method in SCORED_METHODS and method != "sdpo":
             again = first.method.sequence(run.loaded, first.examples * 8, 1000)
             return statistics.mean(len(run.chat.decode(c.ids)) < 4 for c in again)
         values = []
@@ -415,6 +415,7 @@ USED = {
     "grpo": {"num_generations", "temperature", "top_p", "top_k"},
     "sdpo": {"num_generations", "temperature", "top_p", "top_k", "teacher", "jsd_weight", "skip_first_tokens"},
     "pope": {"num_generations", "temperature", "top_p", "top_k"},
+    "sort": {"num_generations", "temperature", "top_p", "top_k"},
 }
 OTHERS: dict[str, Any] = {
     "context": "example",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from children import train_together
 from conftest import (
+    needs,
     ENDS,
     Cut,
     assert_same_run,
@@ -229,7 +230,7 @@ def test_every_method_can_have_anchors(anchored: Settings, write_rows: Callable[
         {"prompt": f"q{i}", "completion": "ab", "document": "The mill stood by the river.", "answer": "ab"}
         for i in range(4)
     ]
-    more: dict[str, Any] = {"num_generations": 4} if method in ("grpo", "sdpo", "pope") else {}
+    more: dict[str, Any] = needs(method, anchored().model)
     config = anchored(method=method, data=str(write_rows(rows, name="rows.jsonl")), max_steps=2, **more)
     assert [[part.name for part in parts] for parts in stages_of(config)] == [
         ["task", "anchors:lines", "anchors:chats"]
