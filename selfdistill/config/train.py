@@ -35,6 +35,8 @@ MethodName = Literal[
     "sdpo",
     "pope",
     "sort",
+    "trapo",
+    "actguide",
     "opsd",
     "vopd",
     "isdft",
@@ -45,7 +47,7 @@ MethodName = Literal[
 ]
 
 
-SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort")
+SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort", "trapo", "actguide")
 """Methods that learn from a scorer's verdicts on groups of untempered samples."""
 
 
@@ -57,11 +59,13 @@ class OneRun(ModelSettings):
     by each token's probability; ``cpt``, cross-entropy on the documents; ``sft_reinvoke``, SFT and then distillation
     from the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, training on teacher samples
     drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``sdpo``, the
-    teacher sees another sample that the scorer accepts, or its feedback; ``pope``, ``grpo`` with samples that go on
-    from a part of the demonstration, too; ``sort``, ``grpo`` and the demonstration where no sample is right; ``opsd``, each vocabulary entry clipped; ``vopd``, the sampled token alone;
-    ``isdft`` and ``veto``, a target near the student at first; ``msd``, tokens weighted by what the teacher is sure of
-    and the student is not. Of SFT: ``eaft``, weighted by the
-    student's entropy; ``ssd``, on the model's own samples."""
+    teacher sees another sample that the scorer accepts, or its feedback; ``opsd``, each vocabulary entry clipped;
+    ``vopd``, the sampled token alone; ``isdft`` and ``veto``, a target near the student at first; ``msd``, tokens
+    weighted by what the teacher is sure of and the student is not. Relatives of ``grpo`` for prompts that are seldom
+    solved: ``pope``, samples that go on from a part of the demonstration, too; ``trapo``, the same after failures, with
+    that part learnt; ``sort``, the demonstration where no sample is right; ``actguide``, there samples that saw its
+    first lines. Of SFT: ``eaft``, weighted by the student's
+    entropy; ``ssd``, on the model's own samples."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
@@ -130,6 +134,12 @@ class MethodSettings(Settings):
     """On anchors, between the model before the run and the student; forward_kl = KL(before||student)."""
     method_settings: dict[str, Any] = Field(default_factory=dict)
     """Settings that only the chosen method knows, e.g. ``{"margin": 0.5}``."""
+
+    @field_validator("method_settings")
+    @classmethod
+    def _as_written(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Tuples as lists, as files hold them."""
+        return {name: list(own) if isinstance(own, tuple) else own for name, own in value.items()}
 
     @field_validator("anchors", mode="before")
     @classmethod

@@ -416,6 +416,8 @@ USED = {
     "sdpo": {"num_generations", "temperature", "top_p", "top_k", "teacher", "jsd_weight", "skip_first_tokens"},
     "pope": {"num_generations", "temperature", "top_p", "top_k"},
     "sort": {"num_generations", "temperature", "top_p", "top_k"},
+    "actguide": {"num_generations", "temperature", "top_p", "top_k", "importance_cap"},
+    "trapo": {"num_generations", "temperature", "top_p", "top_k"},
 }
 OTHERS: dict[str, Any] = {
     "context": "example",
