@@ -37,6 +37,7 @@ MethodName = Literal[
     "sort",
     "trapo",
     "actguide",
+    "npo",
     "opsd",
     "vopd",
     "isdft",
@@ -47,7 +48,7 @@ MethodName = Literal[
 ]
 
 
-SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort", "trapo", "actguide")
+SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort", "trapo", "actguide", "npo")
 """Methods that learn from a scorer's verdicts on groups of untempered samples."""
 
 
@@ -64,7 +65,7 @@ class OneRun(ModelSettings):
     weighted by what the teacher is sure of and the student is not. Relatives of ``grpo`` for prompts that are seldom
     solved: ``pope``, samples that go on from a part of the demonstration, too; ``trapo``, the same after failures, with
     that part learnt; ``sort``, the demonstration where no sample is right; ``actguide``, there samples that saw its
-    first lines. Of SFT: ``eaft``, weighted by the student's
+    first lines; ``npo``, there a right sample of ``teacher_model``. Of SFT: ``eaft``, weighted by the student's
     entropy; ``ssd``, on the model's own samples."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
@@ -168,7 +169,8 @@ class TrainingSettings(MethodSettings, ModelSettings):
 
     teacher_model: str | None = None
     """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft``, ``veto`` or ``msd``: the base
-    of a sequence of skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary."""
+    of a sequence of skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary. For
+    ``npo`` a model that has learnt more, such as a later checkpoint, which only needs the same vocabulary."""
 
     teacher_cache_mib: int = Field(default=2048, ge=0)
     """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each

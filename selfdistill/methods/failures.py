@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
+from selfdistill.config import TrainConfig
 from selfdistill.data import ContextEncoder, Demonstration, Example, Verdict, with_guide
-from selfdistill.methods.grpo import ScoredExamples
-from selfdistill.methods.sequences import Completion
+from selfdistill.methods.grpo import GroupAdvantages, ScoredExamples, ScorerChecker
+from selfdistill.methods.sequences import Completion, DrawnSamples
+from selfdistill.model import LoadedModel, load_matching, sample, sample_seed
+from selfdistill.runtime import broadcast_from_rank0
 
 
 def failed_groups(verdicts: Sequence[Verdict], group: int) -> list[int]:
@@ -64,3 +69,60 @@ class References:
             return example
         ids = self._shown(example, replace(encode, max_prompt_length=None, window=None))
         return replace(example, teacher_ids=(ids or [])[: encode.limit])
+
+
+@dataclass(frozen=True)
+class OthersSuccesses(DrawnSamples):
+    """Replaces each completion, before the first step, by a right sample of another model, which ends by itself.
+
+    It is empty if none of ``tries`` samples is right.
+    """
+
+    model: str = field(kw_only=True)
+    """Name or folder of the other model."""
+    tries: int = field(kw_only=True)
+    config: TrainConfig = field(kw_only=True, compare=False)
+    what = "other model's samples"
+
+    def sampler(self, loaded: LoadedModel) -> LoadedModel:
+        return load_matching(self.model, loaded, dtype=self.config.dtype)
+
+    def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
+        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        check = ScorerChecker(self.config.scorer)
+        found: list[list[int]] = [[] for _ in examples]
+        for number in range(self.tries):
+            left = {place: examples[place] for place, ids in enumerate(found) if not ids}
+            if not left:
+                break
+            seeds = [sample_seed(self.seed, 0, x.demonstration.row, number) for x in left.values()]
+            rollouts = sample(loaded, [x.student_ids for x in left.values()], self.sampling, seeds)
+            made = [Completion(x, r.ids, r.logps, r.truncated) for x, r in zip(left.values(), rollouts, strict=True)]
+            verdicts = broadcast_from_rank0(partial(check, made, chat))  # a checker need not be exact
+            for place, one, verdict in zip(left, made, verdicts, strict=True):
+                if verdict.reward == 1 and not one.truncated:
+                    found[place] = one.ids
+        return found
+
+    def depends_on(self, example: Example) -> list[Any]:
+        row = example.demonstration
+        own = [self.model, self.tries, self.config.scorer, row.scorer, row.answer, row.completion]
+        return [*super().depends_on(example), *own]
+
+
+@dataclass(frozen=True)
+class RescuedAdvantages(GroupAdvantages):
+    """Group advantages, where the last sample of a group without a right one is the example's completion, if any.
+
+    It has a reward of 1.
+    """
+
+    def __call__(
+        self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
+    ) -> list[Completion]:
+        learnt, judged = list(samples), list(verdicts)
+        for last in (first + self.group - 1 for first in failed_groups(verdicts, self.group)):
+            example = samples[last].example
+            if example.completion_ids:
+                learnt[last], judged[last] = Completion(example, example.completion_ids, None, False), Verdict(1.0)
+        return super().__call__(learnt, judged, encode)

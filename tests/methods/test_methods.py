@@ -417,6 +417,7 @@ USED = {
     "pope": {"num_generations", "temperature", "top_p", "top_k"},
     "sort": {"num_generations", "temperature", "top_p", "top_k"},
     "actguide": {"num_generations", "temperature", "top_p", "top_k", "importance_cap"},
+    "npo": {"num_generations", "temperature", "top_p", "top_k"},
     "trapo": {"num_generations", "temperature", "top_p", "top_k"},
 }
 OTHERS: dict[str, Any] = {
