@@ -4,6 +4,7 @@ from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, thought_and_said
 from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback, with_guide
 from selfdistill.data.demonstrations import (
+    CODE,
     SCORER_NAMES,
     Demonstration,
     Lacks,
@@ -21,6 +22,7 @@ from selfdistill.data.scorers import (
     FUNCTION,
     JUDGE,
     Verdict,
+    by_tests,
     contains,
     default_scorer,
     doubt_about,
@@ -29,11 +31,13 @@ from selfdistill.data.scorers import (
     reference,
     score,
     verdict,
+    verdicts,
 )
 from selfdistill.data.sources import Note
 from selfdistill.data.words import includes, words_of
 
 __all__ = [
+    "CODE",
     "FUNCTION",
     "JUDGE",
     "NEXT_TURN",
@@ -52,6 +56,7 @@ __all__ = [
     "Rows",
     "Verdict",
     "anchor_prompts",
+    "by_tests",
     "check_rows",
     "contains",
     "context_spec",
@@ -80,6 +85,7 @@ __all__ = [
     "text_of",
     "thought_and_said",
     "verdict",
+    "verdicts",
     "with_feedback",
     "with_guide",
     "words_of",
