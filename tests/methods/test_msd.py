@@ -119,8 +119,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings) -> None:
     assert_same_run(whole, cut)
 
 
-def test_two_processes_train_to_the_weights_of_one(all_of_them: Settings, tmp_path: Path) -> None:
-    one, two = (all_of_them(name, **COMMON, batch_size=3, max_steps=3) for name in ("one", "two"))
+@pytest.mark.parametrize(
+    "values", [{}, {"fsdp": True, "batch_size": 2, "learning_rate": 3e-5}], ids=["copies", "sharded"]
+)
+def test_two_processes_train_to_the_weights_of_one(
+    all_of_them: Settings, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    common = COMMON | {"batch_size": 3, "max_steps": 3} | values
+    one, two = all_of_them("one", **common | {"fsdp": False}), all_of_them("two", **common)
     train(one)
     train_together(two, tmp_path)
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-5

@@ -142,9 +142,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(planned: Settings) -> None:
     assert min(line["loss/references"] for line in metrics_of(whole)) >= 0 < metrics_of(whole)[-1]["loss/references"]
 
 
-def test_two_processes_train_to_the_weights_of_one(planned: Settings, tmp_path: Path) -> None:
-    common: dict[str, Any] = {"batch_size": 3, "max_steps": 3, "num_generations": 2}
-    one, two = (planned(name, **common) for name in ("one", "two"))
+@pytest.mark.parametrize(
+    "values", [{}, {"fsdp": True, "batch_size": 2, "learning_rate": 3e-5}], ids=["copies", "sharded"]
+)
+def test_two_processes_train_to_the_weights_of_one(planned: Settings, tmp_path: Path, values: dict[str, Any]) -> None:
+    common: dict[str, Any] = {"batch_size": 3, "max_steps": 3, "num_generations": 2} | values
+    one, two = planned("one", **common | {"fsdp": False}), planned("two", **common)
     train(one)
     train_together(two, tmp_path)
     assert max(line["loss/references"] for line in metrics_of(one)) > 0
