@@ -9,7 +9,7 @@ loss is under the prompt without the guide, so the model learns to do without. W
 Differences: the authors' actions are an agent's; here they are the lines of a text, or its sentences. Their number of
 guided samples in a group was not found: half is the default, beside failed samples of the prompt alone, so that those
 that are right have an advantage even if all with the guide are. A try has as many samples. The ratio of the
-probabilities without and with the guide is not corrected for, unless ``importance_cap`` is set; with an engine it is.
+probabilities without and with the guide is not corrected for, unless ``importance_cap`` is set.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ class ActguideSettings(Settings):
 def actguide(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO on groups, some samples of which saw a guide."""
     own, (rewarded,) = own_settings(config, ActguideSettings), grpo(config)
-    group = rewarded.sequence.per_example
-    replaced = max(1, round(own.share * group))
-    return (
-        replace(
-            rewarded,
-            examples=GuidedExamples(config),
-            sequence=GuidedAfterFailure(sampling_of(config), group, config.seed, replaced, own.actions, config=config),
-            importance_cap=config.importance_cap or rewarded.importance_cap,
-        ),
+    group, cap = rewarded.sequence.per_example, config.importance_cap
+    groups = GuidedAfterFailure(
+        sampling_of(config),
+        group,
+        config.seed,
+        replaced=max(1, round(own.share * group)),
+        unit=own.actions,
+        weighed=cap is not None,
+        config=config,
     )
+    examples = GuidedExamples(config)
+    return (replace(rewarded, examples=examples, sequence=groups, importance_cap=cap or rewarded.importance_cap),)

@@ -55,6 +55,8 @@ class GuidedAfterFailure:
     seed: int
     replaced: int
     unit: Unit
+    weighed: bool
+    """Whether samples with a guide keep their log-probabilities with it, for importance weights."""
     config: TrainConfig = field(kw_only=True, compare=False)
 
     @property
@@ -105,7 +107,10 @@ class GuidedAfterFailure:
             seeds += [sample_seed(self.seed, -1 - step, row.row, first + each) for each in range(sizes[-1])]
         rollouts = iter(sample(loaded, prompts, self.sampling, seeds) if prompts else [])
         return [
-            [Completion(search.example, r.ids, r.logps, r.truncated) for r in islice(rollouts, size)]
+            [
+                Completion(search.example, r.ids, r.logps if self.weighed else None, r.truncated)
+                for r in islice(rollouts, size)
+            ]
             for search, size in zip(tried, sizes, strict=True)
         ]
 

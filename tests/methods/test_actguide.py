@@ -119,13 +119,15 @@ def test_actguide_is_grpo_under_the_prompt_alone(
     run = moved(guided(learning_rate=1e-2, **values))
     solved_with(monkeypatch, run, {"q0": 3, "q1": 7, "q2": 9})
     samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples, 1)
+    assert [c.logps is None for c in samples[:4]] == [False, False, *[not values] * 2]
     rewards = [float("ZZ" in run.chat.decode(c.ids)) for c in samples]
     student = copy.deepcopy(run.loaded.model).double()
     losses = []
     for c, advantage in zip(samples, advantages(rewards, 4), strict=True):
         logp_T = chosen(row_log_probs(student, c.example.student_ids, c.ids), c.ids)
-        ratio_T = (logp_T.detach() - torch.tensor(c.logps)).exp()
-        ratio = ratio_T.clamp(max=2).mean() if "importance_cap" in values else 1
+        ratio: Any = 1
+        if "importance_cap" in values:
+            ratio = (logp_T.detach() - torch.tensor(c.logps)).exp().clamp(max=2).mean()
         losses.append(-advantage * ratio * logp_T)
     loss = mean_over_rows(losses)
     loss.backward()
