@@ -34,13 +34,22 @@ MethodName = Literal[
     "grpo",
     "sdpo",
     "pope",
+    "sort",
+    "trapo",
+    "actguide",
+    "npo",
     "opsd",
     "vopd",
     "isdft",
     "veto",
     "eaft",
+    "msd",
     "ssd",
 ]
+
+
+SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort", "trapo", "actguide", "npo")
+"""Methods that learn from a scorer's verdicts on groups of untempered samples."""
 
 
 class OneRun(ModelSettings):
@@ -51,10 +60,13 @@ class OneRun(ModelSettings):
     by each token's probability; ``cpt``, cross-entropy on the documents; ``sft_reinvoke``, SFT and then distillation
     from the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, training on teacher samples
     drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``sdpo``, the
-    teacher sees another sample that the scorer accepts, or its feedback; ``pope``, ``grpo`` with samples that go on
-    from a part of the demonstration, too; ``opsd``, each vocabulary entry clipped; ``vopd``, the sampled token alone;
-    ``isdft`` and ``veto``, a target near the student at first. Of SFT: ``eaft``, weighted by the
-    student's entropy; ``ssd``, on the model's own samples."""
+    teacher sees another sample that the scorer accepts, or its feedback; ``opsd``, each vocabulary entry clipped;
+    ``vopd``, the sampled token alone; ``isdft`` and ``veto``, a target near the student at first; ``msd``, tokens
+    weighted by what the teacher is sure of and the student is not. Relatives of ``grpo`` for prompts that are seldom
+    solved: ``pope``, samples that go on from a part of the demonstration, too; ``trapo``, the same after failures, with
+    that part learnt; ``sort``, the demonstration where no sample is right; ``actguide``, there samples that saw its
+    first lines; ``npo``, there a right sample of ``teacher_model``. Of SFT: ``eaft``, weighted by the student's
+    entropy; ``ssd``, on the model's own samples."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
@@ -73,8 +85,8 @@ class MethodSettings(Settings):
     top_k: int = Field(default=0, ge=0)
     """Sample from the k most likely tokens; 0: from all."""
     num_generations: int | None = Field(default=None, ge=1)
-    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo``, ``sdpo``
-    and each group of ``pope``."""
+    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo`` and its
+    relatives, for each group of ``pope``."""
     cold_start_steps: int = Field(default=0, ge=0)
     """Initial steps of ``sdft`` in which demonstrations replace rollouts, all at first, then ever fewer. For a model
     whose own samples never come close to the demonstration."""
@@ -124,6 +136,12 @@ class MethodSettings(Settings):
     method_settings: dict[str, Any] = Field(default_factory=dict)
     """Settings that only the chosen method knows, e.g. ``{"margin": 0.5}``."""
 
+    @field_validator("method_settings")
+    @classmethod
+    def _as_written(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Tuples as lists, as files hold them."""
+        return {name: list(own) if isinstance(own, tuple) else own for name, own in value.items()}
+
     @field_validator("anchors", mode="before")
     @classmethod
     def _sources(cls, value: Any) -> Any:
@@ -150,8 +168,9 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """The run folder. An existing run is never overwritten."""
 
     teacher_model: str | None = None
-    """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft`` or ``veto``: the base of a
-    sequence of skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary."""
+    """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft``, ``veto`` or ``msd``: the base
+    of a sequence of skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary. For
+    ``npo`` a model that has learnt more, such as a later checkpoint, which only needs the same vocabulary."""
 
     teacher_cache_mib: int = Field(default=2048, ge=0)
     """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each
@@ -283,7 +302,7 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
         """Check settings against each other."""
         super().model_post_init(_context)
         untempered = self.temperature == 1 and self.top_p == 1 and self.top_k == 0
-        if self.method in ("grpo", "sdpo", "pope") and not untempered:
+        if self.method in SCORED_METHODS and not untempered:
             raise UserError(
                 f"setting 'method': {self.method} needs untempered samples of the student: use temperature 1, top_p 1 "
                 "and top_k 0"

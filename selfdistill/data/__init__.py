@@ -2,7 +2,7 @@
 
 from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, thought_and_said
-from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback
+from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback, with_guide
 from selfdistill.data.demonstrations import (
     CODE,
     SCORER_NAMES,
@@ -87,6 +87,7 @@ __all__ = [
     "verdict",
     "verdicts",
     "with_feedback",
+    "with_guide",
     "words_of",
     "write_demonstrations",
     "wrong",

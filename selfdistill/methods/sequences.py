@@ -143,12 +143,16 @@ class DrawnSamples:
             return [replace(x, completion_ids=kept[key]) for x, key in zip(examples, keys, strict=True)]
         drawn: list[Example] = []
         with ProgressBar(self.what, len(examples)) as reporter:
-            size = prompts_at_a_time(loaded, self.batch_size)
+            size, sampler = prompts_at_a_time(loaded, self.batch_size), self.sampler(loaded)
             for start in range(0, len(examples), size):
                 part = examples[start : start + size]
-                drawn += [replace(x, completion_ids=y) for x, y in zip(part, self.draw(loaded, part), strict=True)]
+                drawn += [replace(x, completion_ids=y) for x, y in zip(part, self.draw(sampler, part), strict=True)]
                 reporter.advance(len(drawn))
         return drawn
+
+    def sampler(self, loaded: LoadedModel) -> LoadedModel:
+        """The model that samples: by default the one to be trained."""
+        return loaded
 
     def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
         """The completion of each example, which depends on no other."""

@@ -29,7 +29,7 @@ class Selection(Protocol):
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
     ) -> list[Completion]:
-        """The samples that are learnt, in their order.
+        """The samples that are learnt, in their order; another completion of its example may stand in a sample's place.
 
         Each may get a factor on its loss, and a context of its own: an example whose ``teacher_ids`` are the messages
         that ``encode`` turned into token ids. The result depends on the arguments alone, so a resumed run repeats it.
@@ -75,6 +75,8 @@ class Method:
     """Weight each completion by its truncated importance ratio (see :mod:`selfdistill.loss.token_weights`)."""
     weighting: Weighting | None = None
     """Per-token factor computed from the distributions at each token."""
+    relative_weights: bool = False
+    """Divide each token's factor by its mean over the completion, which takes a second pass through the heads."""
     checker: Checker | None = None
     """Gives each sample a verdict."""
     select: Selection | None = None
