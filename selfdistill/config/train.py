@@ -20,6 +20,8 @@ Precision = Literal["auto", "no", "bf16"]
 
 PACKAGE = "package"
 """The value of ``anchors`` that stands for the prompts of the package."""
+SHORTEST = "shortest"
+"""The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
 """Defaults of ``learning_rate``, with full fine-tuning and with LoRA."""
 
@@ -66,6 +68,10 @@ class MethodSettings(Settings):
 
     context: str = "auto"
     """How the teacher sees the demonstration, e.g. ``turns:repeats=2``. ``auto``: measure several and use the best."""
+    hint: str = "1"
+    """How much of the demonstration the teacher sees, in words: a share such as ``0.5``; two, such as ``0.2:1``, which
+    the run goes through from the first step to the last; or ``shortest``, the shortest beginning of each, in tenths,
+    after which the model's greedy reply is right."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of rollouts. The divergence always compares the untempered distributions."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -123,6 +129,18 @@ class MethodSettings(Settings):
     """On anchors, between the model before the run and the student; forward_kl = KL(before||student)."""
     method_settings: dict[str, Any] = Field(default_factory=dict)
     """Settings that only the chosen method knows, e.g. ``{"margin": 0.5}``."""
+
+    @field_validator("hint", mode="before")
+    @classmethod
+    def _hint(cls, value: Any) -> Any:
+        """Accept a share as a number, too."""
+        text = str(value) if isinstance(value, int | float) else value
+        if not isinstance(text, str) or text == SHORTEST:
+            return text
+        shares = text.split(":")
+        if len(shares) > 2 or not all(re.fullmatch(r"0?\.\d+|1\.0*|[01]|0\.0*", share) for share in shares):
+            raise ValueError("a share from 0 to 1, two of them as in 0.2:1, or shortest")
+        return text
 
     @field_validator("anchors", mode="before")
     @classmethod
