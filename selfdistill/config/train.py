@@ -40,6 +40,7 @@ MethodName = Literal[
     "vopd",
     "isdft",
     "veto",
+    "atesd",
     "eaft",
     "ssd",
 ]
@@ -55,8 +56,8 @@ class OneRun(ModelSettings):
     drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``sdpo``, the
     teacher sees another sample that the scorer accepts, or its feedback; ``pope``, ``grpo`` with samples that go on
     from a part of the demonstration, too; ``opsd``, each vocabulary entry clipped; ``vopd``, the sampled token alone;
-    ``isdft`` and ``veto``, a target near the student at first. Of SFT: ``eaft``, weighted by the
-    student's entropy; ``ssd``, on the model's own samples."""
+    ``isdft`` and ``veto``, a target near the student at first; ``atesd``, a part of the
+    reasoning. Of SFT: ``eaft``, weighted by the student's entropy; ``ssd``, on the model's own samples."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)

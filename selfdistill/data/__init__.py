@@ -14,7 +14,7 @@ from selfdistill.data.demonstrations import (
     write_demonstrations,
 )
 from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
-from selfdistill.data.hints import Hint, context_of, first_steps_and_answer, first_words, hintable
+from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
 from selfdistill.data.messages import Message, not_object, text_of, wrong
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
@@ -46,6 +46,7 @@ __all__ = [
     "Document",
     "Example",
     "Hint",
+    "HintPart",
     "Lacks",
     "Message",
     "Note",

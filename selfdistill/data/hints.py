@@ -20,7 +20,7 @@ HINTED = ("turns", "example", "template")
 """Contexts that show one demonstration, and so can show a part of it."""
 _WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^\s{UNSPACED}]+")
 
-Part = Callable[[str, float], str]
+HintPart = Callable[[str, float], str]
 """Maps a demonstration and a share, 0 to 1, to what the teacher sees of it; all of it at 1."""
 
 
@@ -69,7 +69,7 @@ class Hint:
     name: ClassVar[str] = "hint"
     context: Context
     share: float
-    part: Part = first_words
+    part: HintPart = first_words
 
     def __post_init__(self) -> None:
         if self.context.name not in HINTED:

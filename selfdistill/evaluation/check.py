@@ -41,6 +41,7 @@ from selfdistill.evaluation.distances import kl_along, summed_loss
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.spill import Spill, TrialSettings, measure_spill, task_loss
 from selfdistill.loss import CrossEntropy, Divergence
+from selfdistill.methods import shows_parts, stages_of
 from selfdistill.model import (
     ForwardPass,
     LoadedModel,
@@ -103,7 +104,7 @@ def check_run(
     if config.teacher_model:
         own = {"model": config.teacher_model, "adapter_base": None}
     contexts = [] if config.context == "auto" else [config.context]
-    if not contexts and config.hint != "1":
+    if not contexts and any(shows_parts(part.method) for parts in stages_of(config) for part in parts):
         contexts = hintable(LAYOUTS)
     settings = {name: getattr(config, name) for name in shared} | own
     loaded = None if config.teacher_model else loaded

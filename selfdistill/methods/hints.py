@@ -14,7 +14,9 @@ from selfdistill.data import (
     Demonstration,
     Example,
     Hint,
+    HintPart,
     Verdict,
+    first_words,
     nothing_to_score,
     parse_context,
 )
@@ -50,14 +52,17 @@ class HintContexts:
         return example
 
 
-def with_hint(method: Method, value: float) -> Method:
-    """The method whose teacher sees this share of the demonstration, at this step."""
-    assert isinstance(method.select, HintContexts)
-    return replace(method, select=HintContexts(replace(method.select.hint, share=value)))
+class HintController:
+    """A controller's number as the share of the demonstration that the teacher sees."""
+
+    def applied(self, method: Method, value: float) -> Method:
+        """See :class:`selfdistill.methods.slots.Controller`."""
+        assert isinstance(method.select, HintContexts)
+        return replace(method, select=HintContexts(replace(method.select.hint, share=value)))
 
 
 @dataclass(frozen=True)
-class HintSchedule:
+class HintSchedule(HintController):
     """The share goes linearly from ``first`` at the first step to ``last`` at the last, and remembers nothing."""
 
     first: float
@@ -72,9 +77,6 @@ class HintSchedule:
 
     def update(self, state: State, metrics: dict[str, Any], step: int, steps: int) -> State:
         return state
-
-    def applied(self, method: Method, value: float) -> Method:
-        return with_hint(method, value)
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,11 @@ class ShortestHints(DrawnSamples):
         config = self.config
         chat = loaded.chat(config.chat_template_kwargs, config.template_date)
         encode = ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
-        check, context = ScorerChecker(config.scorer), parse_context(config.context)
+        check = ScorerChecker(config.scorer)
         found = [self.prompt(example) for example in examples]
         open_ = list(range(len(examples)))
         for tenths in range(10):
-            hint = Hint(context, tenths / 10)
+            hint = hint_of(config, tenths / 10)
             rows = {i: examples[i].demonstration for i in open_}
             seen = {i: ids for i, row in rows.items() if (ids := encode(row, hint.messages(row, ()))) is not None}
             replies = sample(loaded, list(seen.values()), self.sampling) if seen else []
@@ -123,6 +125,15 @@ class ShortestHints(DrawnSamples):
         return [*own, self.config.scorer, self.sampling.max_completion_length]
 
 
+def hint_of(config: TrainConfig, share: float, part: HintPart = first_words) -> Hint:
+    """A part of the demonstration in the context of the settings; in ``turns`` until ``auto`` is resolved.
+
+    Raises:
+        UserError: the context shows something else than one demonstration.
+    """
+    return Hint(parse_context("turns" if config.context == "auto" else config.context), share, part)
+
+
 def hinted(method: Method, config: TrainConfig) -> Method:
     """The method with the setting ``hint``, whose teacher sees as much of the demonstration as it says.
 
@@ -134,13 +145,13 @@ def hinted(method: Method, config: TrainConfig) -> Method:
     if config.hint == SHORTEST:
         return _shortest(method, config)
     shares = [float(share) for share in config.hint.split(":")]
-    method = replace(method, examples=replace(examples, hint=max(shares)))
-    if min(shares) == 1 or config.context == "auto":  # which is resolved before the first step
+    if min(shares) == 1:
         return method
-    select = HintContexts(Hint(parse_context(config.context), max(shares)))
+    hint = hint_of(config, max(shares))
+    method = replace(method, examples=replace(examples, hint=hint.share))
     if len(set(shares)) == 1:
         return method
-    return replace(method, select=select, controller=HintSchedule(*shares))
+    return replace(method, select=HintContexts(hint), controller=HintSchedule(*shares))
 
 
 def _shortest(method: Method, config: TrainConfig) -> Method:
@@ -150,7 +161,12 @@ def _shortest(method: Method, config: TrainConfig) -> Method:
         raise UserError(
             "setting 'hint': shortest asks the model that learns, not teacher_model: give a share, or leave one out"
         )
-    if config.context != "auto":
-        Hint(parse_context(config.context), 0)  # refuses a context that shows more
+    hint_of(config, 0)  # refuses a context that shows more
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
     return replace(method, examples=ScoredHints(config, config.context), fixed=search)
+
+
+def shows_parts(method: Method) -> bool:
+    """Whether the teacher may see a part of a demonstration, which not every context can show."""
+    few = isinstance(method.examples, DemonstrationExamples) and method.examples.hint < 1
+    return few or isinstance(method.select, HintContexts) or isinstance(method.fixed, ShortestHints)
