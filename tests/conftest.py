@@ -194,7 +194,10 @@ def settings(
 
 @pytest.fixture
 def all_of_them(
-    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], tmp_path: Path
+    settings: Callable[..., TrainConfig],
+    model_folder: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
 ) -> Callable[..., TrainConfig]:
     """Settings with which every method runs: documents, general prompts, an answer that half of all replies have."""
     rows = [
@@ -215,6 +218,8 @@ def all_of_them(
         more: dict[str, Any] = {"data": str(data), "general_prompts": str(general)}
         if values.get("method") in ("grpo", "sdpo", "pope"):
             more["num_generations"] = 4
+        if values.get("method") == "t3s":
+            more["teacher_model"] = str(model_folder(ends=ENDS, seed=1))
         return settings(out, **(more | values))
 
     return make

@@ -42,6 +42,7 @@ MethodName = Literal[
     "veto",
     "atesd",
     "eaft",
+    "t3s",
     "ssd",
 ]
 
@@ -57,7 +58,8 @@ class OneRun(ModelSettings):
     teacher sees another sample that the scorer accepts, or its feedback; ``pope``, ``grpo`` with samples that go on
     from a part of the demonstration, too; ``opsd``, each vocabulary entry clipped; ``vopd``, the sampled token alone;
     ``isdft`` and ``veto``, a target near the student at first; ``atesd``, a part of the
-    reasoning. Of SFT: ``eaft``, weighted by the student's entropy; ``ssd``, on the model's own samples."""
+    reasoning. Of SFT: ``eaft``, weighted by the student's entropy; ``t3s``, without the tokens that a worse model has
+    learnt; ``ssd``, on the model's own samples."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
@@ -169,8 +171,9 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """The run folder. An existing run is never overwritten."""
 
     teacher_model: str | None = None
-    """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft`` or ``veto``: the base of a
-    sequence of skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary."""
+    """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft``, ``veto`` or ``atesd``: the
+    base of a sequence of skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary.
+    For ``t3s``: the worse model."""
 
     teacher_cache_mib: int = Field(default=2048, ge=0)
     """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each

@@ -105,6 +105,8 @@ class Method:
     """Weight each completion by its truncated importance ratio (see :mod:`selfdistill.loss.token_weights`)."""
     weighting: Weighting | None = None
     """Per-token factor computed from the distributions at each token."""
+    weighs_base: bool = False
+    """Whether the factor depends on the model before the first step."""
     checker: Checker | None = None
     """Gives each sample a verdict."""
     select: Selection | None = None
@@ -117,7 +119,7 @@ class Method:
     @property
     def needs_base(self) -> bool:
         """Whether the model before the first step scores the tokens, too."""
-        return isinstance(self.loss, Divergence) and self.loss.needs_base
+        return self.weighs_base or (isinstance(self.loss, Divergence) and self.loss.needs_base)
 
     def at(self, step: int, steps: int, control: float | None = None) -> Method:
         """The method at step ``step`` (from 0) of a stage of so many steps, with the number of its controller."""

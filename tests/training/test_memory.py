@@ -130,7 +130,8 @@ def test_the_plan_is_what_the_steps_hold(
 
 
 @pytest.mark.parametrize("method", get_args(MethodName))
-def test_the_plan_of_every_method_is_whole(make: Make, method: MethodName) -> None:
+def test_the_plan_of_every_method_is_whole(make: Make, folder: Path, method: MethodName) -> None:
     scored = {"scorer": "contains"} if method in ("grpo", "sdpo", "pope") else {}
-    config = make(method=method, **scored)
+    compared = {"teacher_model": str(folder)} if method == "t3s" else {}
+    config = make(method=method, **scored, **compared)
     assert memory_plan(config, load_demonstrations(config.data), Device("cpu", "no")).untraced is None

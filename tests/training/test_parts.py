@@ -224,12 +224,15 @@ def test_anchors_are_prompts_of_text_and_chat_without_their_answers(anchored: Se
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_can_have_anchors(anchored: Settings, write_rows: Callable[..., Path], method: Any) -> None:
+def test_every_method_can_have_anchors(
+    anchored: Settings, model_folder: Callable[..., Path], write_rows: Callable[..., Path], method: Any
+) -> None:
     rows = [
         {"prompt": f"q{i}", "completion": "ab", "document": "The mill stood by the river.", "answer": "ab"}
         for i in range(4)
     ]
     more: dict[str, Any] = {"num_generations": 4} if method in ("grpo", "sdpo", "pope") else {}
+    more |= {"teacher_model": str(model_folder(ends=ENDS, seed=1))} if method == "t3s" else {}
     config = anchored(method=method, data=str(write_rows(rows, name="rows.jsonl")), max_steps=2, **more)
     assert [[part.name for part in parts] for parts in stages_of(config)] == [
         ["task", "anchors:lines", "anchors:chats"]
