@@ -35,6 +35,8 @@ from selfdistill.methods.hints import HintSchedule
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import Rollout
 from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.plan import plan
+from selfdistill.training.run import Run
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -262,6 +264,24 @@ def test_two_processes_see_the_hints_of_one(worded: Settings, tmp_path: Path, hi
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a == pytest.approx(b, abs=1e-3)
         assert a.get("control") == b.get("control")
+
+
+@pytest.mark.parametrize(
+    "values", [{"hint": "0.5"}, {"hint": "0:1"}, {"hint": "shortest"}, {"method": "atesd"}], ids=str
+)
+def test_only_layouts_that_can_show_a_part_are_compared(worded: Settings, values: dict[str, Any]) -> None:
+    config = worded(context="auto", max_steps=1, **values)
+    train(config)
+    assert Run(config.output_dir).config.context.startswith(("turns", "example"))
+
+
+@pytest.mark.parametrize("hint", ["0.5", "0:1", "shortest"])
+def test_a_dry_run_with_a_hint(worded: Settings, hint: str) -> None:
+    found = plan(worded(hint=hint))
+    assert found.memory is not None
+    assert found.memory.untraced is None
+    assert found.teacher_prompt is not None
+    assert len(found.teacher_prompt) > len(found.student_prompt)
 
 
 # --- mistakes ---

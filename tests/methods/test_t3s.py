@@ -96,3 +96,11 @@ def test_it_needs_the_worse_model(settings: Settings) -> None:
 def test_the_worse_model_is_not_the_students_teacher(all_of_them: Settings, model_folder: Callable[..., Path]) -> None:
     run = Trainer(all_of_them(method="t3s"))
     assert {rule.model for rule in run.teachers} == {None, str(model_folder(ends=ENDS, seed=1))}
+
+
+def test_the_files_are_short_and_say_where_they_come_from() -> None:
+    for name in ("atesd", "t3s"):
+        text = (Path(__file__).parents[2] / "selfdistill" / "methods" / f"{name}.py").read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 80
+        assert "arXiv" in text.splitlines()[0]
+        assert "Differences:" in text
