@@ -5,6 +5,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 MINUTES ?=
 ONLY ?=
+FOLDER ?=
 
 BIN := .venv/bin
 PACKAGE := .venv/.package
@@ -22,7 +23,7 @@ INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python $(if $(INDEX),--in
 	$(BIN)/python -m pip install --disable-pip-version-check) $(INDEX) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-vllm stress audit bench study docs lint format clean
+.PHONY: help install demo test test-slow test-vllm stress audit bench gpu gpu-pack study docs lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +89,15 @@ bench: $(STAMP) $(TRL_STAMP) ## Measure speed and memory, also against TRL (abou
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32 --bf16
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32 --lora --bf16
 	$(BIN)/python benchmarks/growth.py docs/growth.svg
+
+# FOLDER=F, which `make gpu-pack FOLDER=F` filled: with what is there of this machine's own, and nothing is installed.
+# MINUTES=M and ONLY='NAME ...' as below.
+gpu: $(if $(FOLDER),,$(STAMP)) ## Measure on a GPU what only a GPU shows (under ten minutes)
+	$(if $(FOLDER),$(PYTHON),$(BIN)/python) benchmarks/gpu $(addprefix --pack ,$(FOLDER)) $(addprefix --only ,$(ONLY)) \
+		$(addprefix --minutes ,$(MINUTES))
+
+gpu-pack: ## Prepare FOLDER (.gpu) with what make gpu needs on a machine without a package index
+	$(PYTHON) benchmarks/gpu/pack.py $(or $(FOLDER),.gpu)
 
 # MINUTES=M starts no run that would end later; ONLY='NAME ...' are names of studies and of arms.
 study: $(STAMP) ## Run the studies in configs/study/anchors that have no results yet, and print their tables

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from datasets import Dataset
+from measure import now
 from peft import LoraConfig
 from step import first_epoch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -31,7 +31,7 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.methods.slots import Completion
-from selfdistill.model.loading import starter_model_path
+from selfdistill.model.starter import starter_model_path
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.trainer import Trainer
@@ -52,20 +52,20 @@ class Alternate(TrainerCallback):
         self.losses: tuple[float, float] | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = now()
 
     def on_self_distillation_batch_prepared(self, **batch: Any) -> None:
         if self.batch is None:  # the first: both students and teachers are still the base
             self.batch = batch
-            began = time.perf_counter()
+            began = now()
             self.own_loss = self._score(batch)
-            self.began += time.perf_counter() - began
+            self.began += now() - began
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trl_s.append(time.perf_counter() - self.began)
-        began = time.perf_counter()
+        self.trl_s.append(now() - self.began)
+        began = now()
         self.parts.append(self.run.step(state.global_step - 1))
-        self.own_s.append(time.perf_counter() - began)
+        self.own_s.append(now() - began)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.losses is None and "loss" in (logs or {}):
@@ -93,15 +93,27 @@ class Alternate(TrainerCallback):
         return result.loss
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--bf16", action="store_true")
-    options = parser.parse_args()
-    model = str(starter_model_path("smollm2-135m"))
-    data = packaged("knowledge.train.jsonl")
+@dataclass(frozen=True)
+class Result:
+    """Median seconds of a step, and the loss of the first rollouts before any update, by this package and by TRL."""
+
+    own_s: float
+    trl_s: float
+    own_loss: float
+    trl_loss: float
+    parts: dict[str, float]
+    """Median seconds of the parts of this package's step."""
+
+
+def compare(options: argparse.Namespace, model: str, data: str, *, use_cpu: bool) -> Result:
+    """Train with both in turn.
+
+    Args:
+        options: ``tokens``, ``steps``, ``lora`` and ``bf16``, as on the command line.
+        model: folder of the model.
+        data: file of the rows.
+        use_cpu: whether TRL is to compute on the CPU; this package does where accelerate finds no GPU.
+    """
     rows = load_demonstrations(data)
     with tempfile.TemporaryDirectory() as folder:
         template = Path(folder) / "template.txt"
@@ -144,7 +156,7 @@ def main() -> None:
                 max_completion_length=options.tokens,
                 generation_kwargs={"eos_token_id": NO_TOKEN, "min_new_tokens": options.tokens},
                 bf16=options.bf16,
-                use_cpu=True,
+                use_cpu=use_cpu,
                 gradient_checkpointing=False,
                 logging_steps=1,
                 save_strategy="no",
@@ -161,18 +173,32 @@ def main() -> None:
         alternate = Alternate(run)
         trainer.add_callback(alternate)
         trainer.train()
-    own, trl = median(alternate.own_s[1:]), median(alternate.trl_s[1:])
     assert alternate.losses is not None
-    parts = ", ".join(
-        f"{key.removeprefix('time/').removesuffix('_s')} {median(m[key] for m in alternate.parts[1:]):.2f} s"
-        for key in alternate.parts[0]
-        if key.startswith("time/")
+    times = [key for key in alternate.parts[0] if key.startswith("time/")]
+    return Result(
+        median(alternate.own_s[1:]),
+        median(alternate.trl_s[1:]),
+        alternate.losses[1],
+        alternate.losses[0],
+        {key.removeprefix("time/").removesuffix("_s"): median(m[key] for m in alternate.parts[1:]) for key in times},
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    options = parser.parse_args()
+    model, data = str(starter_model_path("smollm2-135m")), packaged("knowledge.train.jsonl")
+    result = compare(options, model, data, use_cpu=True)
+    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result.parts.items())
     print(
         f"{options.tokens} tokens, {'LoRA, frozen' if options.lora else 'full, EMA'}, "
-        f"{'bfloat16' if options.bf16 else 'float32'}: {own / trl:.2f} of TRL's step "
-        f"({own:.2f} s, {trl:.2f} s, median of {options.steps - 1}); loss on the same rollouts: TRL "
-        f"{alternate.losses[0]:.6f}, here {alternate.losses[1]:.6f}; parts here: {parts}"
+        f"{'bfloat16' if options.bf16 else 'float32'}: {result.own_s / result.trl_s:.2f} of TRL's step "
+        f"({result.own_s:.2f} s, {result.trl_s:.2f} s, median of {options.steps - 1}); loss on the same rollouts: TRL "
+        f"{result.trl_loss:.6f}, here {result.own_loss:.6f}; parts here: {parts}"
     )
 
 

@@ -55,6 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "defaults: full, EMA": {},
     "full, EMA, 32 parts, checkpointing": SMALL,
     "full, live, 32 parts, checkpointing": SMALL | {"teacher": "live"},
+    "full on bfloat16, 8-bit moments, EMA, 32 parts, checkpointing": SMALL
+    | {"dtype": "bfloat16", "optim": "adamw_8bit"},
     "LoRA 16, 32 parts, checkpointing": SMALL | {"lora_rank": 16},
     "LoRA 16 on bfloat16": {"lora_rank": 16, "dtype": "bfloat16"},
     "LoRA 16 on bfloat16, 8 parts, checkpointing": {
@@ -91,8 +93,9 @@ def alphabet() -> list[str]:
 
 
 def cell(plan: MemoryPlan) -> str:
-    """The peak in GB and its phase."""
-    return f"{plan.peak / GB:.0f} ({plan.largest.name})"
+    """The peak in GB, what of the machine's memory there is beside it, and the phase."""
+    beside = f" + {plan.host / GB:.0f}" if plan.host else ""
+    return f"{plan.peak / GB:.0f}{beside} ({plan.largest.name})"
 
 
 def rows(folder: Path, settings: dict[str, dict[str, Any]], processes: int) -> Iterator[tuple[str, list[MemoryPlan]]]:

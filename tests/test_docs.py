@@ -204,7 +204,7 @@ def test_tables_name_what_there_is() -> None:
     columns = re.findall(r"`(\w+)`", " ".join(first_cells("docs/data.md", "## Columns")))
     assert columns == list(COLUMNS)
     scorers = [cell.strip("`") for cell in first_cells("docs/data.md", "## Scorers")]
-    assert scorers == [*SCORER_NAMES, "judge", "python:module.function"]
+    assert scorers == [*SCORER_NAMES, "code", "judge", "python:module.function"]
     methods = [cell.strip("`") for cell in first_cells("docs/methods.md", "# Methods")]
     assert sorted(methods) == sorted(METHODS)
     settings = re.findall(r"`([\w]+)`", " ".join(first_cells("docs/methods.md", "## Settings of the loss")))

@@ -25,7 +25,7 @@ from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
 from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, unused_settings, uses
-from selfdistill.model import LoadedModel, load_for_training, refuse_half_precision, start_fingerprint
+from selfdistill.model import LoadedModel, load_for_training, refuse_float16, start_fingerprint
 from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, check_parts, list_checkpoints, steps_of, train
 
@@ -62,7 +62,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
     config = _settled(config, folder, resume, given)
     base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
     if not all({"lora_rank": config.lora_rank, **values}["lora_rank"] for _, values in _kinds(config)):
-        refuse_half_precision(base.model, config.model)
+        refuse_float16(base.model, config.model)
     config = config.model_copy(update={"template_date": base.chat(date=config.template_date).date})
     demonstrations = _common_rows(config, base)
     evaluator = Evaluator(config, base)

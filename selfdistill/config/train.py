@@ -189,6 +189,9 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """After the warm-up: half a cosine down to zero, or constant."""
     warmup_steps: int = Field(default=10, ge=0)
     """Steps of linear warm-up, capped at a tenth of all steps; the authors advise 10."""
+    optim: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
+    """AdamW with moments in float32, or in 8 bits by bitsandbytes (the extra ``bitsandbytes``). Names as in
+    transformers. Weights in bfloat16 are rounded stochastically."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -197,10 +200,12 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """Optimizer steps; default: from ``num_train_epochs``."""
     num_train_epochs: float = Field(default=2.0, gt=0)
     """Passes over the data if ``max_steps`` is not given. The paper uses 2 for skills, 4 for knowledge."""
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Number of micro-batches per optimizer step. It does not change the loss."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    """Most micro-batches per optimizer step. It does not change the loss. Default: as many as the plan of memory
+    needs."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more time. Default: where the plan
+    of memory needs it."""
     stop_on_collapse: bool = False
     """Stop a run that collapses and keep the model of the last evaluation before that; needs ``test`` and
     ``eval_steps``. Without it the run only warns. docs/reliability.md lists the signs."""
@@ -238,11 +243,16 @@ class TrainingSettings(MethodSettings, ModelSettings):
     report_to: Literal["none", "trackio", "tensorboard", "wandb"] = "none"
     """Tracker for the metrics and the scores on ``test``; its package must be installed. wandb uploads them."""
 
+    @property
+    def micro_batches(self) -> int:
+        """Most micro-batches per optimizer step."""
+        return self.gradient_accumulation_steps or 1
+
     def model_post_init(self, _context: Any) -> None:
         """Check settings against each other."""
-        if self.batch_size % self.gradient_accumulation_steps:
+        if self.batch_size % self.micro_batches:
             raise UserError(
-                f"setting 'gradient_accumulation_steps': {self.gradient_accumulation_steps} does not divide "
+                f"setting 'gradient_accumulation_steps': {self.micro_batches} does not divide "
                 f"batch_size {self.batch_size}"
             )
         measured = self.test is not None or getattr(self, "documents", None)
@@ -309,6 +319,8 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
             raise UserError(
                 f"setting 'teacher_model' is a fixed teacher, found teacher {self.teacher!r}: leave that out"
             )
+        if self.fsdp and self.optim == "adamw_8bit":
+            raise UserError("setting 'optim': adamw_8bit does not work with fsdp: leave one of them out")
         if self.fsdp and self.torch_compile:
             raise UserError("setting 'fsdp' does not work with torch_compile: leave one of them out")
         if bool(self.data) == bool(self.documents):

@@ -40,7 +40,7 @@ from selfdistill.methods import check_steps, lacks_of, stages_of, uses
 from selfdistill.model import (
     LoadedModel,
     load_for_training,
-    refuse_half_precision,
+    refuse_float16,
     start_fingerprint,
     training_precision,
     use_engine,
@@ -146,7 +146,7 @@ def _opened(config: LearnConfig) -> Ledger:
         prior = str(folder / "prior") if config.prior else None
         base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
         if not config.lora_rank:
-            refuse_half_precision(base.model, config.model)
+            refuse_float16(base.model, config.model)
         write_json(folder / "base.json", measure_model(base, [], prior, config))
         state = {"model": _absolute(config.model), "weights": start_fingerprint(base)}
         state |= {key: getattr(config, key) for key in MEASURED_WITH}
@@ -239,7 +239,7 @@ class _NewSkill:
         config = self._config
         loaded = load_for_training(model, dtype=config.dtype, adapter_base=config.adapter_base)
         if not config.lora_rank:
-            refuse_half_precision(loaded.model, model)
+            refuse_float16(loaded.model, model)
         found: dict[str, Any] = measure_model(loaded, folders, self._ledger.prior if prior else None, config)
         return found
 

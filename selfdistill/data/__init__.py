@@ -4,6 +4,7 @@ from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, thought_and_said
 from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback
 from selfdistill.data.demonstrations import (
+    CODE,
     SCORER_NAMES,
     Demonstration,
     Lacks,
@@ -22,6 +23,7 @@ from selfdistill.data.scorers import (
     FUNCTION,
     JUDGE,
     Verdict,
+    by_tests,
     contains,
     default_scorer,
     doubt_about,
@@ -30,11 +32,13 @@ from selfdistill.data.scorers import (
     reference,
     score,
     verdict,
+    verdicts,
 )
 from selfdistill.data.sources import Note
 from selfdistill.data.words import includes, words_of
 
 __all__ = [
+    "CODE",
     "FUNCTION",
     "JUDGE",
     "NEXT_TURN",
@@ -55,6 +59,7 @@ __all__ = [
     "Rows",
     "Verdict",
     "anchor_prompts",
+    "by_tests",
     "check_rows",
     "contains",
     "context_of",
@@ -87,6 +92,7 @@ __all__ = [
     "text_of",
     "thought_and_said",
     "verdict",
+    "verdicts",
     "with_feedback",
     "words_of",
     "write_demonstrations",

@@ -91,6 +91,9 @@ class Demonstration:
 SCORER_NAMES = ("exact", "contains", "choice", "regex", "tool_call")
 """Valid values of the column ``scorer``; :mod:`selfdistill.data.scorers` has one function for each."""
 
+CODE = "code"
+"""The setting with which replies are run against the tests in ``answer``; not a valid value of the column."""
+
 _RESERVED = (
     *("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding"),
     *("return_assistant_tokens_mask", "truncation", "max_length", "tokenizer_kwargs", "chat_template", "conversation"),
@@ -327,7 +330,12 @@ def _check_others(others: dict[str, Any], problems: list[str]) -> None:
     for name in ("document", "privileged_context"):
         if others[name] is not None:
             text_of(others[name], name, "text or null", problems)
-    if others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
+    if others["scorer"] == CODE:
+        problems.append(
+            f"column 'scorer': {CODE!r} runs what a model writes, so only the setting may name it; leave it out and "
+            f"give --scorer {CODE}"
+        )
+    elif others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
         problems.append(wrong("scorer", others["scorer"], one_of(SCORER_NAMES)))
 
 

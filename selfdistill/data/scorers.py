@@ -2,7 +2,7 @@
 
 Thoughts (``<think>...</think>``) are compared on neither side. A wrong or malformed reply scores False. An answer that
 the scorer cannot use is a :class:`UserError`. The command's setting, but never a row of the data, may also name a
-user-defined function or the judge of :mod:`selfdistill.evaluation.judge`.
+user-defined function, ``code``, which runs what the model writes, or the judge of :mod:`selfdistill.evaluation.judge`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfdistill.data.choices import chosen_letter, letter_of
-from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, Lacks
+from selfdistill.data.code_tests import run_tests
+from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.rows import from_text, one_line
 from selfdistill.data.thinking import split_thinking
 from selfdistill.data.tool_calls import Calls, calls_in, calls_of, same_calls
@@ -53,7 +54,7 @@ def verdict(name: str, reply: str, demonstration: Demonstration) -> Verdict:
     of one of these and a feedback text.
 
     Args:
-        name: one of ``SCORER_NAMES``, or a name that matches ``FUNCTION``.
+        name: one of ``SCORER_NAMES``, ``CODE``, or a name that matches ``FUNCTION``.
         reply: the reply to score, without thoughts.
         demonstration: what to compare it with.
 
@@ -62,12 +63,50 @@ def verdict(name: str, reply: str, demonstration: Demonstration) -> Verdict:
             user-defined function cannot be imported from the current folder or the environment, raises, or returns
             something else.
     """
+    if name == CODE:
+        return verdicts([(name, reply, demonstration)])[0]
     if name.startswith("python:"):
         return _by_function(name, reply, demonstration)
     if name not in SCORER_NAMES:
         raise UserError(f"unknown scorer '{name}', expected one of {', '.join(SCORER_NAMES)}")
     found = _SCORERS[name](reply, demonstration)
     return found if isinstance(found, Verdict) else Verdict(float(found))
+
+
+def verdicts(given: Sequence[tuple[str, str, Demonstration]]) -> list[Verdict]:
+    """The verdict for each scorer, reply and demonstration, as by :func:`verdict`; runs code in several processes."""
+    coded = iter(by_tests([(reply, row) for name, reply, row in given if name == CODE]))
+    found = [next(coded) if name == CODE else verdict(name, reply, row) for name, reply, row in given]
+    for one in found:
+        if isinstance(one, UserError):
+            raise one
+    return [one for one in found if isinstance(one, Verdict)]
+
+
+def by_tests(given: Sequence[tuple[str, Demonstration]]) -> list[Verdict | UserError]:
+    """The scorer ``code``: a reply is correct if its code passes all tests of the answer (:mod:`.code_tests`).
+
+    Passing some tests earns nothing, for a function that always returns one value passes some. The answer is a list of
+    tests, or one: Python statements that assert, or an expression that must be true. Where the tests cannot be run, an
+    error takes the verdict's place.
+    """
+    tests = [_tests_of(row) for _, row in given]
+    found: list[Verdict | UserError] = [one if isinstance(one, UserError) else Verdict(0.0) for one in tests]
+    runnable = [(place, one) for place, one in enumerate(tests) if isinstance(one, list)]
+    results = run_tests([given[place][0] for place, _ in runnable], [one for _, one in runnable])
+    for (place, _), result in zip(runnable, results, strict=True):
+        verdict = Verdict(float(result.passed), result.feedback)
+        found[place] = _unusable(CODE, given[place][1], result.unusable) if result.unusable else verdict
+    return found
+
+
+def _tests_of(row: Demonstration) -> list[str] | UserError:
+    if row.answer is None:
+        return UserError(f"{row.source}: scorer '{CODE}' needs tests; add the column 'answer'")
+    try:
+        return [_text(test, CODE, row) for test in _answers(reference(CODE, row), CODE, row)]
+    except UserError as error:
+        return error
 
 
 def score(name: str, reply: str, demonstration: Demonstration) -> bool:
@@ -134,7 +173,8 @@ def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) ->
 
 
 def _doubt(name: str, rows: Sequence[Demonstration]) -> str | None:
-    rejected = [row.source for row in rows if not score(name, said(row), row)]
+    found = verdicts([(name, said(row), row) for row in rows])
+    rejected = [row.source for row, one in zip(rows, found, strict=True) if one.reward != 1]
     if not rejected:
         return None
     # Any answer is a pattern, too, so that regex fits would say little.
@@ -166,7 +206,7 @@ def contains(reply: str, demonstration: Demonstration) -> bool:
     every character is a word. A sign of the answer (``#``, ``$``, ``/``) must be in the reply; one that only the reply
     has does not matter unless it makes another word: ``50%``, ``-5``, ``1/2`` and ``C++`` do not contain 50, 5, 1 or C.
     """
-    expected = _answers(reference("contains", demonstration), demonstration)
+    expected = _answers(reference("contains", demonstration), "contains", demonstration)
     words = words_of(reply)
     found = False
     for answer in expected:
@@ -177,7 +217,7 @@ def contains(reply: str, demonstration: Demonstration) -> bool:
     return found
 
 
-def _answers(expected: Any, demonstration: Demonstration) -> list[Any]:
+def _answers(expected: Any, scorer: str, demonstration: Demonstration) -> list[Any]:
     """The answers of a list, or of its JSON text, as tables keep it; else the one answer."""
     if isinstance(expected, list):
         return expected
@@ -185,7 +225,7 @@ def _answers(expected: Any, demonstration: Demonstration) -> list[Any]:
         return [expected]
     answers = from_text(expected)
     if not isinstance(answers, list):
-        raise _unusable("contains", demonstration, "it is a list as Python writes it, expected a list or its JSON text")
+        raise _unusable(scorer, demonstration, "it is a list as Python writes it, expected a list or its JSON text")
     return answers
 
 

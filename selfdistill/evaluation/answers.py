@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfdistill.data import (
+    CODE,
     JUDGE,
     SCORER_NAMES,
     ChatFormat,
     Demonstration,
+    by_tests,
     default_scorer,
     first_ten,
     reference,
     score,
     thought_and_said,
+    verdicts,
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.judge import Judge
@@ -57,7 +60,8 @@ def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -
     Raises:
         UserError: names the first ten such rows and the total.
     """
-    bad: list[str] = []
+    coded = [row for row in demonstrations if default_scorer(row, scorer) == CODE]
+    bad = [str(error) for error in by_tests([("", row) for row in coded]) if isinstance(error, UserError)]
     for row in demonstrations:
         name = default_scorer(row, scorer)
         try:
@@ -133,13 +137,14 @@ def _grade(
 ) -> tuple[list[bool], list[bool] | None]:
     """Whether each reply is correct and, if any is judged, correct by the lenient standard."""
     names = [default_scorer(row, scorer) for row in demonstrations]
-    pairs = list(zip(names, replies, demonstrations, strict=True))
-    judged = [(row, reply) for name, reply, row in pairs if name == JUDGE]
+    given = list(zip(names, replies, demonstrations, strict=True))
+    compared = iter(verdicts([one for one in given if one[0] != JUDGE]))
+    judged = [(row, reply) for name, reply, row in given if name == JUDGE]
     if not judged:
-        return [score(name, reply, row) for name, reply, row in pairs], None
+        return [found.reward == 1 for found in compared], None
     assert judge is not None, "the settings reject a judge without an address"
-    verdicts = iter(judge.verdicts([row for row, _ in judged], [reply for _, reply in judged]))
-    found = [next(verdicts) if name == JUDGE else score(name, reply, row) for name, reply, row in pairs]
+    judgements = iter(judge.grades([row for row, _ in judged], [reply for _, reply in judged]))
+    found = [next(judgements) if name == JUDGE else next(compared).reward == 1 for name in names]
     return [verdict in (True, "strict") for verdict in found], [
         verdict in (True, "strict", "lenient") for verdict in found
     ]

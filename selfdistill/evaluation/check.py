@@ -50,13 +50,13 @@ from selfdistill.model import (
     Sampling,
     load_for_training,
     load_matching,
-    refuse_half_precision,
+    refuse_float16,
     resolved_precision,
     sample,
     sample_seed,
     use_engine,
 )
-from selfdistill.runtime import ProgressBar, peak_memory, say, say_note
+from selfdistill.runtime import ProgressBar, clock, peak_memory, say, say_note
 
 LAYOUTS = (
     "turns:repeats=1",
@@ -111,7 +111,7 @@ def check_run(
     if loaded is None:
         loaded = load_for_training(own["model"], dtype=config.dtype, adapter_base=settings["adapter_base"])
     if not config.lora_rank and not config.teacher_model:  # before it is measured for minutes
-        refuse_half_precision(loaded.model, own["model"])
+        refuse_float16(loaded.model, own["model"])
     rows = load_demonstrations(config.data if demonstrations is None else demonstrations, split=config.split)
     return _checked(CheckConfig(**settings, contexts=contexts), rows, loaded, cost=False)
 
@@ -235,9 +235,9 @@ class _Measure:
         self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
         self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.kept)
-        began = time.monotonic()
+        began = clock(loaded.device)
         rollouts = self._rollouts()
-        self.rollout_s = (time.monotonic() - began) / len(self.rows)
+        self.rollout_s = (clock(loaded.device) - began) / len(self.rows)
         self.teacher_ids: dict[str, list[list[int]]] = {}  # the teacher's replies by layout
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
@@ -374,15 +374,15 @@ class _Measure:
         """Expected seconds per step, peak memory in GiB and its batch size, from one forward and backward pass."""
         rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
-        began = time.monotonic()
-        model = self.loaded.model
+        model, device = self.loaded.model, self.loaded.device
+        began = clock(device)
         task_loss(model, model, self.forward_pass, Divergence(), rows, ids, self._arithmetic).backward()
-        scoring_s = time.monotonic() - began
+        scoring_s = clock(device) - began
         model.zero_grad(set_to_none=True)
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
         weights = sum(p.numel() for p in model.parameters()) * 4
         # Plus AdamW's two moments and the teacher's average.
-        return seconds, (peak_memory(self.loaded.device) + 3 * weights) / 2**30, len(rows)
+        return seconds, (peak_memory(device) + 3 * weights) / 2**30, len(rows)
 
     def spill(self, context: str) -> Spill:
         """How far a few steps of SFT, and of SDFT with this context, move the model on general prompts."""

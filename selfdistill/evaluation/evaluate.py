@@ -35,6 +35,7 @@ from selfdistill.model import (
     ForwardPass,
     LoadedModel,
     Sampling,
+    fast_products,
     load_matching,
     load_model,
     matched,
@@ -260,18 +261,21 @@ def evaluate(
         # Rows too long for either model are dropped for both, so that both answer the same items.
         for_base = EvaluationSet(base, questions.demonstrations, priors, config)
         questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context)
-    result, answers = _measured(loaded, questions, config, judge)
-    result["settings"] = {name: getattr(config, name) for name in ASKED}
-    result["scorers"] = sorted({default_scorer(row, config.scorer) for row in questions.demonstrations})
-    result["dropped"] = len(demonstrations) - len(questions.rows)
-    if base is not None:
-        result["base"], of_base = _measured(base, for_base, config, judge)
-        result["paired"] = _paired(result["base"], result)
-        result["distance"] = {
-            "general": asdict(_general_distance(base, loaded, config)),
-            "new_task": asdict(between(base, loaded, for_base.prompts, questions.prompts, of_base.ids, answers.ids)),
-        }
-        result["kl_base"] = result["distance"]["general"]["kl_base"]
+    with fast_products(loaded.device.type):
+        result, answers = _measured(loaded, questions, config, judge)
+        result["settings"] = {name: getattr(config, name) for name in ASKED}
+        result["scorers"] = sorted({default_scorer(row, config.scorer) for row in questions.demonstrations})
+        result["dropped"] = len(demonstrations) - len(questions.rows)
+        if base is not None:
+            result["base"], of_base = _measured(base, for_base, config, judge)
+            result["paired"] = _paired(result["base"], result)
+            result["distance"] = {
+                "general": asdict(_general_distance(base, loaded, config)),
+                "new_task": asdict(
+                    between(base, loaded, for_base.prompts, questions.prompts, of_base.ids, answers.ids)
+                ),
+            }
+            result["kl_base"] = result["distance"]["general"]["kl_base"]
     if config.replies:
         _write_replies(Path(config.replies), questions.demonstrations, answers)
     return result

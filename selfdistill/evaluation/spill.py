@@ -26,7 +26,15 @@ from selfdistill.data import ChatFormat, Demonstration, Example, anchor_prompts,
 from selfdistill.errors import UserError
 from selfdistill.evaluation.distances import Distance, mean_loss, summed_loss
 from selfdistill.loss import CrossEntropy, Divergence
-from selfdistill.model import ForwardPass, LoadedModel, Sampling, refuse_half_precision, sample, sample_seed
+from selfdistill.model import (
+    ForwardPass,
+    LoadedModel,
+    Sampling,
+    make_optimizer,
+    refuse_float16,
+    sample,
+    sample_seed,
+)
 
 STEPS = 8
 """Steps of each method."""
@@ -100,7 +108,7 @@ def measure_spill(
     if not rows:
         return Spill(untried="no row has a completion, on which the gain is measured")
     try:
-        refuse_half_precision(loaded.model, loaded.name)
+        refuse_float16(loaded.model, loaded.name)
     except UserError as error:
         return Spill(untried=str(error))
     prompts, demos = [row.student_ids for row in rows], [row.completion_ids for row in rows]
@@ -132,7 +140,8 @@ def _train(
     settings: TrialSettings,
 ) -> None:
     """Take the steps, each on all rows; a divergence is along the student's own samples, from the teacher."""
-    optimizer = torch.optim.AdamW(student.model.parameters(), settings.learning_rate, weight_decay=0)
+    optimizer = make_optimizer(student.model.parameters(), "adamw_torch", seed=settings.seed, weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = settings.learning_rate
     completions = [row.completion_ids for row in rows]
     taught_by = teacher.model if isinstance(loss, Divergence) else None
     for step in range(STEPS):

@@ -23,7 +23,7 @@ from selfdistill.data import (
     default_scorer,
     nothing_to_score,
     thought_and_said,
-    verdict,
+    verdicts,
 )
 from selfdistill.errors import UserError
 from selfdistill.loss import CrossEntropy, group_advantages
@@ -74,12 +74,12 @@ class ScorerChecker:
     scorer: str | None
 
     def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
-        verdicts = []
+        given = []
         for completion in completions:
             row = completion.example.demonstration
             _, said = thought_and_said(chat, completion.example.student_ids, completion.ids)
-            verdicts.append(verdict(default_scorer(row, self.scorer), said, row))
-        return verdicts
+            given.append((default_scorer(row, self.scorer), said, row))
+        return verdicts(given)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
+from selfdistill.model.device import fast_products
 from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
@@ -30,7 +31,8 @@ from selfdistill.model.loading import (
     to_best_device,
     weights_fingerprint,
 )
-from selfdistill.model.precision import cached_casts, refuse_half_precision, resolved_precision, training_precision
+from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
+from selfdistill.model.precision import cached_casts, refuse_float16, resolved_precision, training_precision
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
@@ -47,6 +49,7 @@ __all__ = [
     "ForwardPass",
     "LiveTensors",
     "LoadedModel",
+    "Optim",
     "PrefixCache",
     "Rollout",
     "Sampling",
@@ -63,6 +66,7 @@ __all__ = [
     "distribute_like",
     "engine_for",
     "fake_model",
+    "fast_products",
     "files_that_go_along",
     "full_tensor",
     "full_tensors",
@@ -73,11 +77,13 @@ __all__ = [
     "load_matching",
     "load_model",
     "local_tensor",
+    "make_optimizer",
     "matched",
     "merged",
+    "moment_bytes",
     "overwrite_tensor",
     "prompts_at_a_time",
-    "refuse_half_precision",
+    "refuse_float16",
     "resolve",
     "resolved_precision",
     "root_unsharded",

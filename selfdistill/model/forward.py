@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from selfdistill.loss import Head
 from selfdistill.model.compiled import CompiledLayers
+from selfdistill.model.device import padded_length, pass_tokens
 from selfdistill.model.head import body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
@@ -54,10 +55,19 @@ class ForwardPass:
         loaded: the model. All models passed to a call must have its architecture.
         compiled: its compiled layers, used in passes with gradients.
         sharded: whether models are sharded. Then each call is one single pass, because all ranks must run the same.
+        kind: the kind of device for which passes are chosen; default: the model's.
     """
 
-    def __init__(self, loaded: LoadedModel, compiled: CompiledLayers | None = None, *, sharded: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        compiled: CompiledLayers | None = None,
+        *,
+        sharded: bool = False,
+        kind: str | None = None,
+    ) -> None:
         self._compiled, self._sharded = compiled, sharded
+        self._kind, self._window = kind, loaded.window
         self.fused = broadcast_from_rank0(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
         self._continues = can_continue_cache(loaded)
         self._keeps = self.fused and self._continues and has_full_attention(loaded.model.config.get_text_config())
@@ -92,7 +102,7 @@ class ForwardPass:
         device = next(model.parameters()).device
         parts = body_and_head(model) if self.fused else None
         if parts is None:
-            logits_NV = self._hidden(partial(_logits, model), model, contexts, completions)
+            logits_NV = self._hidden(partial(_logits, model), model, contexts, completions, 0)
             return ForwardOutput(logits_NV, torch.nn.Identity(), ())
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
@@ -105,7 +115,9 @@ class ForwardPass:
         left = sorted(set(range(len(contexts))) - set(held))
         # Train mode means gradient checkpointing (see Trainer).
         whole = self._sharded or (torch.is_grad_enabled() and (model.training or self._compiled is not None))
-        for group, length in [] if whole or not self._continues else shared_prefixes([contexts[row] for row in left]):
+        alike = [contexts[row] for row in left]
+        groups = [] if whole or not self._continues else shared_prefixes(alike, pass_tokens(self._kind or device.type))
+        for group, length in groups:
             rows = [left[row] for row in group]
             cache = DynamicCache(config=config)
             beginning = torch.tensor([contexts[rows[0]][:length]], device=device)
@@ -120,7 +132,7 @@ class ForwardPass:
         for rows, lengths, forward in passes:
             chosen = [completions[row] for row in rows]
             rest = [contexts[row][length:] for row, length in zip(rows, lengths, strict=True)]
-            hidden_ND = self._hidden(forward, model, rest, chosen)
+            hidden_ND = self._hidden(forward, model, rest, chosen, max(lengths))
             if rows == list(range(len(contexts))):
                 return ForwardOutput(hidden_ND, head, trainable)
             by_row |= dict(zip(rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
@@ -132,10 +144,13 @@ class ForwardPass:
         model: Any,
         contexts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
+        read: int,
     ) -> Tensor:
-        """The output of ``forward`` at the positions that predict the completion tokens, concatenated."""
+        """The output of ``forward``, after so many tokens, where it predicts the completion tokens, concatenated."""
         rows = [[*context, *completion] for context, completion in zip(contexts, completions, strict=True)]
-        width, device = max(map(len, rows)), next(model.parameters()).device
+        device = next(model.parameters()).device
+        room = None if self._window is None else self._window - read
+        width = padded_length(max(map(len, rows)), room, self._kind or device.type)
         ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=device)
         index_N = torch.tensor(
             [

@@ -20,6 +20,7 @@ from selfdistill.config import EngineSettings
 from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.model.adapters import attach, merged, read_config
+from selfdistill.model.device import cpu_asked, has_gpu
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
 from selfdistill.runtime import library_warnings
@@ -195,7 +196,7 @@ def _keep_freed_memory() -> None:
     to half a million page faults per optimizer step, a third of its time. The setting is process-wide, and resident
     memory then stays at its peak.
     """
-    if sys.platform != "linux" or torch.cuda.is_available():
+    if sys.platform != "linux" or has_gpu():
         return
     trim_threshold, mmap_threshold = -1, -3  # the parameters' numbers in malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -275,7 +276,7 @@ def to_best_device(loaded: LoadedModel) -> LoadedModel:
     """Move the model to the device that accelerate chooses: a GPU if there is one."""
     from accelerate import PartialState
 
-    loaded.model.to(PartialState().device)
+    loaded.model.to(PartialState(cpu=cpu_asked()).device)
     return loaded
 
 

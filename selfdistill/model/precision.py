@@ -11,14 +11,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from selfdistill.errors import UserError
+from selfdistill.model.device import has_gpu
 from selfdistill.model.fsdp import unsharded
-
-HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def bfloat16_is_fast() -> bool:
     """Whether the hardware multiplies matrices in bfloat16 fast: most GPUs, and CPUs with AMX or AVX512-BF16."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # not in torch 2.6
     capabilities = found()
@@ -30,21 +29,17 @@ def resolved_precision(setting: str) -> str:
     return setting if setting != "auto" else "bf16" if bfloat16_is_fast() else "no"
 
 
-def refuse_half_precision(model: nn.Module, name: str) -> None:
-    """Refuse to train weights in float16 or bfloat16.
-
-    AdamW's steps are around the learning rate, 1e-5, where neighbouring bfloat16 numbers near 0.01 are 6e-5 apart: most
-    steps would round to nothing. In float16 its second moments and its epsilon of 1e-8 round to zero as well.
+def refuse_float16(model: nn.Module, name: str) -> None:
+    """Refuse to train weights in float16, whose gradients become zero below 6e-8 and infinite above 65,504.
 
     Raises:
-        UserError: names the data type, and what to do.
+        UserError: says what to do.
     """
-    found = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALF_PRECISION), None)
-    if found is not None:
+    if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
         raise UserError(
-            f"model {name!r}: its trainable weights are {str(found).removeprefix('torch.')}, in which the optimizer's "
-            "steps round to nothing; load it with --dtype float32, or in Python with dtype=torch.float32 "
-            "(--mixed_precision bf16 keeps the speed), or train an adapter with --lora_rank 16"
+            f"model {name!r}: its trainable weights are float16, in which small gradients become zero; load it with "
+            "--dtype bfloat16 or float32, or in Python with dtype=torch.bfloat16 or torch.float32, or train an adapter "
+            "with --lora_rank 16"
         )
 
 

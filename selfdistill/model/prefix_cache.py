@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from selfdistill.model.device import PASS_TOKENS
 from selfdistill.model.loading import LoadedModel
 
-PASS_TOKENS = 64
-"""Tokens that take about as long as one extra forward pass: what a shared prefix must save."""
 SEARCH_WINDOW = 256
 """Contexts, in sorted order, that one search for shared prefixes covers; the search is quadratic in this number."""
 
@@ -34,11 +33,13 @@ States = list[tuple[Tensor, ...]]
 """Keys and values of some tokens, layer by layer, each (H, L, C)."""
 
 
-def shared_prefixes(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
+def shared_prefixes(
+    contexts: Sequence[Sequence[int]], pass_tokens: int = PASS_TOKENS["cpu"]
+) -> list[tuple[list[int], int]]:
     """Groups of contexts whose shared prefix is worth computing once: their indices and the prefix length.
 
     In sorted order, contexts with a shared prefix are adjacent. Of all partitions of that order into groups, this is
-    the one that saves the most tokens, at a cost of ``PASS_TOKENS`` per group. Contexts that share too little are in no
+    the one that saves the most tokens, at a cost of ``pass_tokens`` per group. Contexts that share too little are in no
     group.
     """
     order = sorted(range(len(contexts)), key=lambda row: list(contexts[row]))
@@ -52,7 +53,7 @@ def shared_prefixes(contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], 
             length = min(length, common[start])
             if length == 0:
                 break
-            gain = saved[start] + (end - start - 1) * length - PASS_TOKENS
+            gain = saved[start] + (end - start - 1) * length - pass_tokens
             if gain > saved[end]:
                 saved[end], cut[end] = gain, start
     groups, end = [], len(order)

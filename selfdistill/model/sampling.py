@@ -17,11 +17,12 @@ from transformers.cache_utils import DynamicLayer
 
 from selfdistill.data import NEXT_TURN
 from selfdistill.errors import UserError
+from selfdistill.model.device import any_length, pass_tokens
 from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.precision import cached_casts
-from selfdistill.model.prefix_cache import PASS_TOKENS, can_continue_cache, common_prefix_length, in_attention_dtype
+from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length, in_attention_dtype
 from selfdistill.runtime import all_gather, rank_slice
 
 PREALLOCATED_TOKENS = 64
@@ -129,7 +130,7 @@ def sample(
     if loaded.engine is not None:
         return engine_for(loaded).sample(loaded, prompts, sampling, seeds)
     own = rank_slice(len(prompts))
-    with unsharded(loaded.model), cached_casts(loaded.model):
+    with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
         rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
     return all_gather(rollouts)
 
@@ -257,7 +258,8 @@ def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Dynami
     cache = DynamicCache(config=model.config.get_text_config())
     common = min(common_prefix_length(min(rows), row) for row in rows) if len(rows) > 1 else 0
     # The padding then follows the prefix. A sliding window counts cache positions, so it must not span a gap.
-    if common * (len(rows) - 1) <= PASS_TOKENS or any(cache.is_sliding) or not can_continue_cache(loaded):
+    worth_it = common * (len(rows) - 1) > pass_tokens(device.type)
+    if not worth_it or any(cache.is_sliding) or not can_continue_cache(loaded):
         common = 0
     if common:
         beginning = torch.tensor([min(rows)[:common]], device=device)

@@ -5,7 +5,8 @@ teacher)``. ``ema`` has a constant rate, ``snapshot`` a rate of 1 every few step
 0, and ``live`` is the student itself.
 
 Full fine-tuning: the teacher is a second copy of the weights. The average is kept in float32. If the model's data type
-is smaller, the scoring copy is refreshed from it (at a rate of 0.01 a bfloat16 average would hardly move).
+is smaller, the scoring copy is refreshed from it (at a rate of 0.01 a bfloat16 average would hardly move). Then the
+average of a model on a GPU lies in the CPU's memory, and a thread updates it while the next step samples.
 
 LoRA: the frozen teacher is the base with the adapter disabled, which costs nothing. A moving teacher is a second
 adapter, initially equal to the student's. The factors A and B are averaged separately: the teacher's weight change is
@@ -17,12 +18,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from selfdistill.model.fsdp import distribute_like, local_tensor
 from selfdistill.model.loading import LoadedModel
@@ -66,6 +69,9 @@ class Teacher:
         self._other = None if other is None else other.name
         self._lora = hasattr(loaded.model, "peft_config") and other is None
         self._copy: nn.Module | None = None
+        self._thread = ThreadPoolExecutor(1, "teacher")
+        self._moving: Future[None] | None = None
+        """The last update, if it may not be done yet."""
         if other is not None:
             assert kind == "frozen", "another model does not follow the student"
             self._copy = other.model.requires_grad_(False).eval()
@@ -93,10 +99,11 @@ class Teacher:
         self._average: dict[str, Tensor] = {}  # the float32 average; the scoring weights themselves if float32
         if self.kind in ("ema", "snapshot"):
             self._followed = {name: students[_students_name(name)] for name in self._scoring}
-            self._average = {name: t.detach().float() for name, t in self._scoring.items()}
+            self._average = {name: _averaged(t.detach()) for name, t in self._scoring.items()}
 
     def release(self) -> None:
         """Drop references to the weights before sharding, until :meth:`bind`."""
+        self.wait()
         self._scoring, self._followed, self._average = {}, {}, {}
 
     @property
@@ -114,24 +121,60 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the student after optimizer step ``step`` (from 1)."""
+        """Move towards the student after optimizer step ``step`` (from 1).
+
+        An average beside the scoring weights moves in a thread. What reads the teacher waits for it; before the student
+        changes, call :meth:`wait`.
+        """
+        self.wait()
         rate = self.rate(step)
         if not self._average or rate == 0:
+            return
+        if self._is_apart:
+            device = next(self._student.parameters()).device
+            stream = None
+            if device.type == "cuda":  # beside the kernels of sampling, but after the optimizer's
+                stream = torch.cuda.Stream(device)
+                stream.wait_stream(torch.cuda.current_stream(device))
+            self._moving = self._thread.submit(self._move, rate, stream)
             return
         averages = [local_tensor(average) for average in self._average.values()]
         followed = [local_tensor(self._followed[name].data) for name in self._average]
         torch._foreach_lerp_(averages, [f.to(a.dtype) for a, f in zip(averages, followed, strict=True)], rate)
-        self._refresh()
+
+    @torch.no_grad()
+    def _move(self, rate: float, stream: torch.cuda.Stream | None) -> None:
+        """Move the average and refresh the scoring weights, one tensor at a time."""
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            for name, own in self._average.items():
+                average, student = local_tensor(own), local_tensor(self._followed[name].data)
+                average.lerp_(student.to(average.device).to(average.dtype), rate)
+            self._refresh()
+        if stream is not None:
+            stream.synchronize()
 
     def _refresh(self) -> None:
-        for name, average in self._average.items():
-            scoring = local_tensor(self._scoring[name].data)
-            if local_tensor(average).data_ptr() != scoring.data_ptr():
-                scoring.copy_(local_tensor(average))
+        """Round the average into the scoring weights, if these are others."""
+        if self._is_apart:
+            for name, average in self._average.items():
+                scoring = local_tensor(self._scoring[name].data)
+                scoring.copy_(local_tensor(average).to(scoring.dtype))
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the average is beside the scoring weights, not these themselves."""
+        return any(self._scoring[name].dtype != average.dtype for name, average in self._average.items())
+
+    def wait(self) -> None:
+        """Wait until the last update is done."""
+        moving, self._moving = self._moving, None
+        if moving is not None:
+            moving.result()
 
     @contextmanager
     def model(self) -> Iterator[Any]:
         """The scoring network, under ``no_grad``; reactivates the student's adapter afterwards."""
+        self.wait()
         with torch.no_grad():
             if not self._lora:
                 yield self._student if self._copy is None else self._copy
@@ -152,11 +195,13 @@ class Teacher:
 
         Empty for ``frozen`` and ``live``.
         """
+        self.wait()
         return dict(self._average)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load a saved average."""
+        self.wait()
         if state.keys() != self._average.keys():
             raise ValueError(f"teacher state has {len(state)} tensors, expected {len(self._average)}")
         for name, average in self._average.items():
@@ -165,8 +210,9 @@ class Teacher:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory in bytes beyond the student's own."""
-        held = [local_tensor(t) for t in (*self._scoring.values(), *self._average.values())]
+        """Memory in bytes beyond the student's own, on its device."""
+        device = next(self._student.parameters()).device
+        held = [local_tensor(t) for t in (*self._scoring.values(), *self._average.values()) if t.device == device]
         own = {t.data_ptr(): t.numel() * t.element_size() for t in held}
         return sum(own.values())
 
@@ -179,6 +225,13 @@ class Teacher:
             "live": "the student itself",
         }[self.kind]
         return f"teacher: {self.kind} ({follows}), {self.memory_bytes / 2**20:.0f} MiB beyond the student"
+
+
+def _averaged(weight: Tensor) -> Tensor:
+    """The weight in float32: itself, or a copy, of a whole weight on the CPU."""
+    if weight.dtype != torch.float32 and not isinstance(weight, DTensor):
+        weight = weight.cpu()
+    return weight.float()
 
 
 def _students_name(name: str) -> str:

@@ -37,7 +37,7 @@ from selfdistill.runtime.files import (
     write_json,
     write_manifest,
 )
-from selfdistill.runtime.resources import check_disk, free_memory, peak_memory, size_in_bytes
+from selfdistill.runtime.resources import check_disk, clock, free_memory, peak_memory, size_in_bytes
 from selfdistill.runtime.signals import StopRequests
 from selfdistill.runtime.tracking import (
     METRICS,
@@ -68,6 +68,7 @@ __all__ = [
     "broadcast_from_rank0",
     "check_disk",
     "check_tracker",
+    "clock",
     "corruption",
     "drop_partial_line",
     "folder_lock",

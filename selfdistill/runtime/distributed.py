@@ -32,6 +32,11 @@ TIMEOUT = timedelta(hours=6)
 """How long a process waits for another that works alone. A process that exits is noticed at once."""
 
 
+BUCKET_BYTES = 2**26
+"""Of gradients that are summed over the processes together: a message for each of a model's tensors would wait for the
+network hundreds of times."""
+
+
 def is_distributed() -> bool:
     """Whether this run has more than one process and the process group is initialised."""
     if world_size() == 1:
@@ -83,7 +88,10 @@ def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
 
 
 def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
-    """All-reduce (sum) every gradient in place; a gradient missing on some ranks counts as 0 there."""
+    """All-reduce (sum) every gradient in place; a gradient missing on some ranks counts as 0 there.
+
+    Small gradients travel together, up to ``BUCKET_BYTES`` at a time.
+    """
     if not is_distributed():
         return
     import torch
@@ -92,11 +100,34 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
     chosen = list(parameters)
     there = torch.tensor([p.grad is not None for p in chosen], dtype=torch.uint8, device=chosen[0].device)
     distributed.all_reduce(there, op=distributed.ReduceOp.MAX)
+    gradients = []
     for parameter, anywhere in zip(chosen, there.tolist(), strict=True):
         if anywhere:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            distributed.all_reduce(parameter.grad)
+            gradients.append(parameter.grad)
+    for bucket in buckets(gradients, BUCKET_BYTES):
+        if len(bucket) == 1:
+            distributed.all_reduce(bucket[0])
+            continue
+        together = torch.cat([gradient.flatten() for gradient in bucket])
+        distributed.all_reduce(together)
+        for gradient, summed in zip(bucket, together.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+
+def buckets(tensors: Iterable[Tensor], most: int) -> list[list[Tensor]]:
+    """Neighbours of one data type and device in groups of at most so many bytes; a larger tensor is alone."""
+    groups: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        size, kind = tensor.numel() * tensor.element_size(), (tensor.dtype, tensor.device)
+        if not groups or size > room or (groups[-1][0].dtype, groups[-1][0].device) != kind:
+            groups.append([])
+            room = most
+        groups[-1].append(tensor)
+        room -= size
+    return groups
 
 
 def all_reduce_max(value: int, device: torch.device) -> int:

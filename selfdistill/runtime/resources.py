@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,15 @@ def free_memory(device: torch.device) -> int | None:
         files = int(held["inactive_file"]) + int(held["active_file"])  # page cache, reclaimed when needed
         free = min(free, int(most) - int((group / "memory.current").read_text()) + files)
     return free
+
+
+def clock(device: torch.device) -> float:
+    """Seconds on a clock that never goes back, once the device has done all that it was given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -139,6 +139,39 @@ class _Sums:
             self.statistics[name] += float((values_n * weights_n).sum())
 
 
+def cut(lengths: Sequence[int], size: int, *, equal: bool) -> list[list[int]]:
+    """Divide sequences into micro-batches of similar lengths, the shortest first, so that little is padding.
+
+    With its padding, none has more tokens than ``size`` of the longest sequences. One that holds all keeps their order.
+
+    Args:
+        lengths: tokens of each sequence.
+        size: sequences of a micro-batch, if all were as long as the longest.
+        equal: exactly ``size`` in each, except in the last: for processes that must run the same passes.
+
+    Returns:
+        The indices of each micro-batch.
+    """
+    if len(lengths) <= size:
+        return [list(range(len(lengths)))] if lengths else []
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    if equal:
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    most, batches = size * lengths[order[-1]], [[order[0]]]
+    for number in order[1:]:
+        if (len(batches[-1]) + 1) * lengths[number] <= most:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def _tokens(completion: Completion) -> int:
+    """Tokens of a completion after the longer of its two prompts."""
+    prompts = completion.example.student_ids, completion.example.teacher_ids or []
+    return max(map(len, prompts)) + len(completion.ids)
+
+
 @dataclass(frozen=True)
 class BatchGradient:
     """Computes the gradients of one run's batches."""
@@ -157,16 +190,17 @@ class BatchGradient:
     def add(self, parts: Sequence[BatchPart], stopwatch: Stopwatch) -> list[PartResult]:
         """Accumulate the gradient of the batch's loss, the sum over its parts of share times loss.
 
-        On every rank, a micro-batch has at most the ``gradient_accumulation_steps``-th part of the rank's completions.
-        Token weights are computed over a whole part, so the numbers of micro-batches and ranks do not change the
-        result. A part that selects no completion adds nothing; if no part does, there is no gradient.
+        On every rank, a micro-batch takes no more memory than the ``gradient_accumulation_steps``-th part of the rank's
+        completions, if all were as long as the longest. Token weights are computed over a whole part, so the numbers of
+        micro-batches and ranks do not change the result. A part that selects no completion adds nothing; if no part
+        does, there is no gradient.
         """
         with stopwatch("rollout"):
             selected = self.selector(parts)
         padding = [-len(found.completions) % batch_unit(self.config) for found in selected]
         slices = [rank_slice(len(s.completions) + more) for s, more in zip(selected, padding, strict=True)]
         own = sum(rows.stop - rows.start for rows in slices)
-        size = max(1, math.ceil(own / self.config.gradient_accumulation_steps))
+        size = max(1, math.ceil(own / self.config.micro_batches))
         sums = [
             self._run(found.part, self._weigh(found, more, rows, size), stopwatch)
             for found, more, rows in zip(selected, padding, slices, strict=True)
@@ -200,7 +234,7 @@ class BatchGradient:
         return PartResult(part, selected, loss, total, importance, all_gather(sums.non_finite), gap)
 
     def _weigh(self, selected: Selected, padding: int, own: slice, size: int) -> list[_MicroBatch]:
-        """This rank's completions in micro-batches of at most ``size``.
+        """This rank's completions in micro-batches that take no more memory than ``size`` of the longest.
 
         ``padding`` rows without weight follow what is selected: processes that share the weights run as many passes.
         """
@@ -217,10 +251,12 @@ class BatchGradient:
             normalisation=self.config.loss_normalisation,
         )
         factor_B = torch.tensor([c.factor for c in completions])
+        lengths = [_tokens(c) for c in completions[own]]
         micro_batches = []
-        for start in range(own.start, own.stop, size):
-            rows = slice(start, min(start + size, own.stop))
-            micro_batches.append(_MicroBatch(completions[rows], mask_BT[rows], weights_BT[rows], factor_B[rows]))
+        for chosen in cut(lengths, size, equal=is_sharded(self.loaded.model)):
+            rows = [own.start + number for number in chosen]
+            some = [completions[row] for row in rows]
+            micro_batches.append(_MicroBatch(some, mask_BT[rows], weights_BT[rows], factor_B[rows]))
         return micro_batches
 
     def _networks(self) -> list[torch.nn.Module]:
@@ -251,7 +287,7 @@ class BatchGradient:
         device, factor_b, importance_b, gap = self.loaded.device, micro.factor_b, None, SamplerGap()
         has_weight_N = micro.has_weight_N(device)
         # Train mode only enables gradient checkpointing: dropout is disabled.
-        self.loaded.model.train(self.config.gradient_checkpointing)
+        self.loaded.model.train(bool(self.config.gradient_checkpointing))
         with self.accelerator.autocast():
             output = self.forward_pass(self.loaded.model, micro.prompts, micro.ids)
             tokens_N = torch.tensor([token for ids in micro.ids for token in ids], device=device)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from selfdistill.errors import UserError
-from selfdistill.model import Teacher, distribute_like, full_tensors
+from selfdistill.model import Optim, Teacher, distribute_like, full_tensors, moment_bytes
 from selfdistill.runtime import corruption, fsync, is_rank0, remove_folder, say, unlisted_files, write_manifest
 
 PREFIX = "checkpoint-"
@@ -57,11 +57,12 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def checkpoint_bytes(model: nn.Module, teacher: Teacher | None) -> int:
-    """Size of a checkpoint in bytes: trained weights, two AdamW moments of the same size, and the teacher's average."""
-    weights = sum(p.numel() * p.element_size() for p in trained_parameters(model).values())
+def checkpoint_bytes(model: nn.Module, optim: Optim, teacher: Teacher | None) -> int:
+    """Size of a checkpoint in bytes: trained weights, AdamW's moments of them, and the teacher's average."""
+    parameters = list(trained_parameters(model).values())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
     average = sum(t.numel() * t.element_size() for t in teacher.state_dict().values()) if teacher else 0
-    return 3 * weights + average
+    return weights + moment_bytes(parameters, optim) + average
 
 
 def save_checkpoint(

@@ -3,8 +3,9 @@
 Every number is the size of tensors that the run will hold, W bytes of weights, P trained ones among them:
 
     weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32
-    teacher    full: W for a copy, and 4 bytes a weight for the float32 average of bfloat16 weights; LoRA: the factors
-    moments    2 P, of AdamW
+    teacher    full: W for a copy, and 4 bytes a weight for the float32 average of bfloat16 weights, which on a GPU lies
+               in the machine's memory; LoRA: the factors
+    moments    of AdamW: 8 bytes a trained weight, or 2 with adamw_8bit
     contexts   kept keys and values of a frozen teacher's contexts, and the logits that the drift is measured from
     gradients  P, from the first micro-batch on, or as far as the backward pass has come
 
@@ -46,6 +47,7 @@ from selfdistill.model import (
     fake_model,
     has_full_attention,
     layers_of,
+    moment_bytes,
     tensor_bytes,
     unwrap,
 )
@@ -116,7 +118,9 @@ class MemoryPlanner:
         if config.fsdp:
             traced = {name: _sharded(size, device, loaded, others) for name, size in traced.items()}
         phases = tuple(Phase(name, fixed + size) for name, size in traced.items())
-        return MemoryPlan(config, device, phases, _lengths(stages), untraced)
+        averages = [_average_bytes(config, rule, loaded) for rule in teacher_rules(_methods(config))]
+        host = sum(averages) if _is_on_host(config, device) else 0
+        return MemoryPlan(config, device, phases, _lengths(stages), untraced, host)
 
     def _traced_models(self, config: TrainConfig) -> list[LoadedModel]:
         """The models whose steps are traced: with a few layers where all are alike, which takes less time."""
@@ -144,7 +148,7 @@ class MemoryPlanner:
         return {rule: self._teachers[name] for rule, name in names.items()}
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
-        key = (config.dtype, config.lora_rank, config.gradient_checkpointing, layers)
+        key = (config.dtype, config.lora_rank, bool(config.gradient_checkpointing), layers)
         if key not in self._models:
             like = next(iter(self._models.values()), self._loaded)
             loaded = fake_model(
@@ -278,8 +282,8 @@ def _fixed(
     fixed = Bytes(
         {
             "weights": tensor_bytes((*model.parameters(), *model.buffers())) // shares,
-            "moments": 2 * tensor_bytes(trained) // shares,
-            "teacher": sum(_teacher_bytes(config, rule, loaded, others) for rule in rules) // shares,
+            "moments": moment_bytes(trained, config.optim) // shares,
+            "teacher": sum(_teacher_bytes(config, device, rule, loaded, others) for rule in rules) // shares,
         }
     )
     if config.drift_steps:
@@ -290,19 +294,37 @@ def _fixed(
 
 
 def _teacher_bytes(
-    config: TrainConfig, rule: TeacherRule, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]
+    config: TrainConfig,
+    device: Device,
+    rule: TeacherRule,
+    loaded: LoadedModel,
+    others: dict[TeacherRule, LoadedModel],
 ) -> int:
-    """Memory of a teacher beyond the student's; see :class:`selfdistill.model.Teacher`."""
+    """Memory of a teacher on the device, beyond the student's; see :class:`selfdistill.model.Teacher`."""
     if rule in others:
         return tensor_bytes(others[rule].model.parameters())
-    moves = rule.kind in ("ema", "snapshot")
     if config.lora_rank:
-        return tensor_bytes(p for p in loaded.model.parameters() if p.requires_grad) if moves else 0
+        return tensor_bytes(p for p in loaded.model.parameters() if p.requires_grad) if _moves(rule) else 0
     if rule.kind == "live":
         return 0
-    weights = list(loaded.model.parameters())
-    average = sum(4 * p.numel() for p in weights if p.dtype != torch.float32) if moves else 0
-    return tensor_bytes((*weights, *loaded.model.buffers())) + average
+    average = 0 if _is_on_host(config, device) else _average_bytes(config, rule, loaded)
+    return tensor_bytes((*loaded.model.parameters(), *loaded.model.buffers())) + average
+
+
+def _moves(rule: TeacherRule) -> bool:
+    return rule.kind in ("ema", "snapshot")
+
+
+def _average_bytes(config: TrainConfig, rule: TeacherRule, loaded: LoadedModel) -> int:
+    """Memory of a teacher's float32 average beside the weights that score."""
+    if config.lora_rank or not _moves(rule):
+        return 0
+    return sum(4 * p.numel() for p in loaded.model.parameters() if p.dtype != torch.float32)
+
+
+def _is_on_host(config: TrainConfig, device: Device) -> bool:
+    """Whether such an average lies in the machine's memory, beside the device's."""
+    return device.kind == "cuda" and not config.fsdp
 
 
 def _engine_bytes(config: TrainConfig, device: Device, loaded: LoadedModel) -> int:
@@ -325,7 +347,7 @@ def _phases(
     found: dict[str, Bytes] = {}
     for parts in stages:
         sizes = [part.rows(config, device) for part in parts]
-        size = max(1, math.ceil(sum(sizes) / config.gradient_accumulation_steps))
+        size = max(1, math.ceil(sum(sizes) / config.micro_batches))
         for number, (part, own) in enumerate(zip(parts, sizes, strict=True)):
             peaks = [step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps]
             if config.engine == "none":

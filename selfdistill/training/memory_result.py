@@ -45,6 +45,8 @@ class MemoryPlan(Printable):
     """Tokens of the longest row: of the student's prompt with the completion, and of the teacher's."""
     untraced: str | None
     """Why what a step adds is not counted; None if it is."""
+    host: int = 0
+    """Bytes of the machine's memory beside a GPU's, for the teacher's average."""
 
     @property
     def largest(self) -> Phase:
@@ -60,17 +62,22 @@ class MemoryPlan(Printable):
         """One line with the components of the peak."""
         _, size = _unit(self.peak)
         parts = ", ".join(f"{name} {self.largest.bytes[name] / size:.1f}" for name in _shown([self.largest]))
-        beside = f"; not counted: {self.untraced}" if self.untraced else ""
+        beside = f"; {self._host()}" if self.host else ""
+        beside += f"; not counted: {self.untraced}" if self.untraced else ""
         return f"memory by plan: at most {size_text(self.peak)} ({parts}){beside}"
+
+    def _host(self) -> str:
+        return f"{size_text(self.host)} of the machine's memory beside it, for the teacher's average"
 
     def print(self, console: Console) -> None:
         """Print a table of components by phase."""
         config = self.config
         kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "full fine-tuning"
         arithmetic = "bfloat16" if self.device.mixed_precision == "bf16" else "float32"
+        batch = f"batch {config.batch_size} in {config.micro_batches}"
         lines = [
-            f"{config.model}: {kind}, {config.dtype} weights, {arithmetic} arithmetic, batch {config.batch_size} in "
-            f"{config.gradient_accumulation_steps}; longest rows {self.lengths[0]} tokens, teacher's {self.lengths[1]}"
+            f"{config.model}: {kind}, {config.dtype} weights, {config.optim}, {arithmetic} arithmetic, {batch}; "
+            f"longest rows {self.lengths[0]} tokens, teacher's {self.lengths[1]}"
         ]
         if self.untraced:
             lines.append(f"not counted: {self.untraced}")
@@ -86,6 +93,8 @@ class MemoryPlan(Printable):
         table.add_section()
         table.add_row("sum", *(f"{phase.total / size:.1f}" for phase in self.phases))
         console.print(table)
+        if self.host:
+            console.print(self._host(), markup=False, highlight=False, soft_wrap=True)
 
 
 def size_text(size: int) -> str:

@@ -103,7 +103,7 @@ class TracedStep:
         cached: Sequence[TeacherRule],
     ) -> None:
         self._config, self._device, self.loaded, self._others = config, device, loaded, others
-        self._forward_pass = ForwardPass(loaded, sharded=config.fsdp)
+        self._forward_pass = ForwardPass(loaded, sharded=config.fsdp, kind=device.kind)
         self._networks = [loaded.model, *(other.model for other in others.values())]
         with self._autocast():
             self.caches = {rule: FilledCache(others.get(rule, loaded)) for rule in cached}
@@ -197,7 +197,7 @@ class TracedStep:
     ) -> None:
         contexts, completions = self._rows(part, size, lambda x: x.student_ids)
         model, method = self.loaded.model, part.method
-        model.train(self._config.gradient_checkpointing)
+        model.train(bool(self._config.gradient_checkpointing))
         live.begin(("student", "forward"))
         with self._autocast():
             output = self._forward_pass(model, contexts, completions)

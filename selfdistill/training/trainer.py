@@ -37,7 +37,8 @@ from selfdistill.model import (
     layers_of,
     load_matching,
     load_model,
-    refuse_half_precision,
+    make_optimizer,
+    refuse_float16,
     shard,
     start_fingerprint,
     unsharded,
@@ -127,7 +128,7 @@ class Trainer:
         if config.lora_rank:
             add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
             model = self.loaded.model
-        refuse_half_precision(model, config.model)
+        refuse_float16(model, config.model)
         self._make_teachers()
         if config.gradient_checkpointing:
             checkpoint_activations(model)
@@ -153,8 +154,8 @@ class Trainer:
             with unsharded(model), self.accelerator.autocast():
                 self.drift = Drift(self.loaded, self.forward_pass, self.chat)
         self.parameters = list(trained_parameters(model).values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
+        self.optimizer = make_optimizer(
+            self.parameters, config.optim, seed=config.seed, weight_decay=config.weight_decay
         )
 
     def _make_teachers(self) -> None:
@@ -305,6 +306,8 @@ class Trainer:
         with stopwatch("update"):
             rate = self._set_learning_rate(stage, stage_step)
             norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
+            if self.teacher is not None:
+                self.teacher.wait()
             if is_sound(results, norm):
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

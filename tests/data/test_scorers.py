@@ -18,8 +18,8 @@ import pytest
 
 from selfdistill.config.commands import EvalConfig
 from selfdistill.data import scorers
-from selfdistill.data.demonstrations import SCORER_NAMES, Demonstration, load_demonstrations
-from selfdistill.data.scorers import JUDGE, Verdict, default_scorer, doubt_about, reference, score, verdict
+from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, load_demonstrations
+from selfdistill.data.scorers import JUDGE, Verdict, default_scorer, doubt_about, reference, score, verdict, verdicts
 from selfdistill.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "skills"
@@ -149,7 +149,7 @@ def test_names_of_scorers_are_the_same_everywhere() -> None:
         if inspect.isfunction(function) and list(inspect.signature(function).parameters) == ["reply", "demonstration"]
     }
     assert compare == set(SCORER_NAMES)
-    everything = [*SCORER_NAMES, JUDGE]
+    everything = [*SCORER_NAMES, CODE, JUDGE]
     help_text = EvalConfig.model_fields["scorer"].description
     assert help_text is not None
     assert re.findall(r"``(\w+)``", help_text) == everything
@@ -192,7 +192,7 @@ def test_the_documentation_says_what_is_right(scorer: str, column: dict[str, Any
 
 def test_the_documentation_shows_enough() -> None:
     assert len({json.dumps(pair) for pair in PAIRS}) >= 150
-    for name in SCORER_NAMES:
+    for name in (*SCORER_NAMES, CODE):
         assert {right for scorer, _, _, right in PAIRS if scorer == name} == {True, False}
     for script in ("LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "CJK", "HIRAGANA", "HANGUL", "THAI", "DEVANAGARI"):
         written = [
@@ -567,9 +567,9 @@ def test_a_function_that_is_not_there(write_module: Callable[[str], str], tmp_pa
 
 
 def test_names_in_the_settings() -> None:
-    for name in (*SCORER_NAMES, "python:a.b", "python:a.b_2.c"):
+    for name in (*SCORER_NAMES, CODE, "python:a.b", "python:a.b_2.c"):
         assert EvalConfig(model="m", data="d", scorer=name).scorer == name
-    known = "exact, contains, choice, regex, tool_call, judge or python:package.module.function"
+    known = "exact, contains, choice, regex, tool_call, code, judge or python:package.module.function"
     guesses = {"exakt": "exact", "judgement": "judge", "tool-call": "tool_call"}
     for name in ("python:a", "python:a.b()", "python:..b", "python: a.b", "x", *guesses):
         with pytest.raises(UserError) as error:
@@ -584,6 +584,71 @@ def test_rows_may_not_run_code_or_send_data_out(tmp_path: Path, name: str) -> No
     path.write_text(json.dumps({"prompt": "q", "completion": "c", "scorer": name}) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=f"column 'scorer': found '{name}', expected exact, contains, choice, regex or"):
         load_demonstrations(str(path))
+
+
+def test_a_row_may_not_ask_to_run_what_the_model_writes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "answer": ["f()"], "scorer": "code"}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_demonstrations(str(path))
+    assert str(error.value) == (
+        f"{path}: 1 bad row: line 1, column 'scorer': 'code' runs what a model writes, so only the setting "
+        "may name it; leave it out and give --scorer code"
+    )
+
+
+TESTED = ["assert f(2) == 4", "assert f(3) == 9"]
+
+
+def test_code_has_feedback() -> None:
+    assert verdict("code", "def f(x): return x * x", row(TESTED)) == Verdict(1.0)
+    wrong = "```\ndef f(x): return x + x\n```"
+    assert verdict("code", wrong, row(TESTED)) == Verdict(0.0, "f(3): expected 9, found 6")
+    assert verdict("code", "f = abs", row("assert f(-1) == 1")) == Verdict(1.0)
+    assert (
+        verdict("code", "f = abs", row(json.dumps(["f(-1) == 1", "f(0) == 1"]))).feedback == "f(0): expected 1, found 0"
+    )
+
+
+def test_many_verdicts_keep_their_order() -> None:
+    given = [
+        ("exact", "a", row("a")),
+        ("code", "f = abs", row("f(-1) == 1")),
+        ("contains", "a", row("b")),
+        ("code", "f = abs", row("f(-1) == 2")),
+    ]
+    found = verdicts(given)
+    assert found == [Verdict(1.0), Verdict(1.0), Verdict(0.0), Verdict(0.0, "f(-1): expected 2, found 1")]
+    assert found == [verdict(*one) for one in given]
+    assert verdicts([]) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "scorer 'code' needs tests; add the column 'answer'"),
+        ([], "scorer 'code' needs an answer or a completion"),
+        ({"tests": 1}, "scorer 'code' cannot use answer {\"tests\": 1}: it is not text or a number"),
+        (["f(1", "f(2)"], 'cannot use answer ["f(1", "f(2)"]: test 1: SyntaxError: \'(\' was never closed (line 1)'),
+        ("x = f(1)", "scorer 'code' cannot use answer \"x = f(1)\": test 1: ValueError: it asserts nothing"),
+        ("['f(1)']", "scorer 'code' cannot use answer \"['f(1)']\": it is a list as Python writes it"),
+    ],
+)
+def test_tests_that_cannot_be_used(answer: Any, message: str) -> None:
+    for given in (
+        [("code", "f = abs", row(answer))],
+        [("code", "f = abs", row("f(1) == 1")), ("code", "", row(answer))],
+    ):
+        with pytest.raises(UserError) as error:
+            verdicts(given)
+        assert str(error.value).startswith("train.jsonl:7: ")
+        assert message in str(error.value)
+
+
+def test_code_is_doubted_where_demonstrations_fail() -> None:
+    rows = [row(TESTED, "def f(x): return x * x"), row(TESTED, "def f(x): return x")]
+    assert doubt_about(rows[:1], "code") is None
+    assert doubt_about(rows, "code") == "scorer 'code' rejects 1 of 2 demonstrated completions: train.jsonl:7"
 
 
 def test_the_judge_is_not_asked_about_the_demonstrations() -> None:

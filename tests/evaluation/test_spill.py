@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.config.commands import CheckConfig
 from selfdistill.config.train import TrainConfig
@@ -140,13 +141,17 @@ def test_it_is_left_out_where_it_makes_no_sense(
     model_folder: Callable[..., Path],
     write_rows: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     folder = model_folder()
-    result = check(config_of(folder, write_rows(count=4), dtype="bfloat16"))
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(half)
+    result = check(config_of(half, write_rows(count=4), dtype="auto"))
     assert result.spill is not None
     assert result.spill.sft is None
     assert "Spill: not measured: model " in repr(result)
-    assert "its trainable weights are bfloat16" in " ".join(repr(result).split())
+    assert "its trainable weights are float16" in " ".join(repr(result).split())
     answers = write_rows([{"prompt": f"q{n}", "answer": "ab", "privileged_context": "hint"} for n in range(4)])
     result = check(config_of(folder, answers))
     assert "Spill: not measured: no row has a completion" in " ".join(repr(result).split())

@@ -28,7 +28,7 @@ from selfdistill.config.files import dump_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Evaluator
-from selfdistill.runtime.distributed import all_reduce_gradients, broadcast_from_rank0
+from selfdistill.runtime.distributed import all_reduce_gradients, broadcast_from_rank0, buckets
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
 
@@ -310,6 +310,32 @@ def test_a_gradient_that_no_process_has_stays_none(tmp_path: Path) -> None:
         return 10 if one.grad.tolist() == [3.0, 3.0] and other.grad is None else 11
 
     assert [child.wait() for child in started_together(work, tmp_path / "log")] == [10, 10]
+
+
+def test_gradients_of_all_shapes_and_types_are_summed_together(tmp_path: Path) -> None:
+    def work() -> int:
+        Accelerator()
+        rank = float(os.environ["RANK"])
+        shapes = [((3, 2), torch.float32), ((4,), torch.bfloat16), ((2, 2), torch.bfloat16), ((), torch.float32)]
+        parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in shapes]
+        for number, parameter in enumerate(parameters):
+            places = torch.arange(parameter.numel(), dtype=parameter.dtype).reshape(parameter.shape)
+            parameter.grad = places + 10 * number + 100 * rank
+        all_reduce_gradients(parameters)
+        for number, parameter in enumerate(parameters):
+            places = torch.arange(parameter.numel(), dtype=parameter.dtype).reshape(parameter.shape)
+            if not torch.equal(parameter.grad, 2 * (places + 10 * number) + 100):
+                return 11 + number
+        return 10
+
+    assert [child.wait() for child in started_together(work, tmp_path / "log")] == [10, 10]
+
+
+def test_a_bucket_has_neighbours_of_one_type_and_is_not_too_large() -> None:
+    tensors = [torch.zeros(n, dtype=dtype) for n, dtype in [(2, torch.float32), (1, torch.float32), (9, torch.float32)]]
+    tensors += [torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16)]
+    assert [[t.numel() for t in bucket] for bucket in buckets(tensors, 12)] == [[2, 1], [9], [2], [2, 2]]
+    assert buckets([], 12) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""What differs between kinds of device: all that the model's passes decide by it.
+
+A kind is what PyTorch calls a device's type, such as ``cuda`` or ``cpu``. The numbers for GPUs are estimates: none was
+measured on one (``make gpu`` will).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def cpu_asked() -> bool:
+    """Whether accelerate is told to use the CPU, also where there is a GPU (``ACCELERATE_USE_CPU``)."""
+    from accelerate.utils import parse_flag_from_env  # takes a second to import
+
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def has_gpu() -> bool:
+    """Whether there is a CUDA device that is to be used."""
+    return torch.cuda.is_available() and not cpu_asked()
+
+
+PASS_TOKENS = {"cpu": 64, "cuda": 512}
+"""Tokens that take about as long as one extra forward pass: what a shared prefix must save. Other kinds are as CPUs."""
+
+
+def pass_tokens(kind: str) -> int:
+    """What a shared prefix must save on a device of this kind, in tokens."""
+    return PASS_TOKENS.get(kind, PASS_TOKENS["cpu"])
+
+
+LENGTH_STEP = {"cuda": 64}
+"""Of what the length of a pass is a multiple, so that few lengths occur for which kernels are chosen and planned."""
+
+
+def padded_length(length: int, most: int | None, kind: str) -> int:
+    """The length to which a pass is padded on a device of this kind; beyond ``most`` nothing is added."""
+    step = LENGTH_STEP.get(kind, 1)
+    rounded = -(-length // step) * step
+    return rounded if most is None else max(length, min(rounded, most))
+
+
+@contextmanager
+def any_length(kind: str) -> Iterator[None]:
+    """Use no attention kernel that is slow at first with every new length: for passes of ever other lengths.
+
+    cuDNN plans its kernels anew for each batch size and length, in about 25 ms, and decoding has a new length at every
+    token. CPUs have no cuDNN.
+    """
+    if kind != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def fast_products(kind: str) -> Iterator[None]:
+    """Let float32 matrix products on a GPU round their factors to 10 bits (TF32), which takes a fraction of the time.
+
+    Sums and results stay float32. CPUs have no TF32, so nothing changes there.
+    """
+    if kind != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,169 @@
+"""The script for a GPU, on a CPU: its checks run, what fails fails the whole, and what was packed is verified."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+CHECKS = """
+import time
+from bench import Check, NotRun
+
+def right(bench, found):
+    found.add("speed", 2.5, "m/s", at_least=2)
+    found.add("word", "yes")
+
+def wrong(bench, found):
+    found.add("error", float("nan"), at_most=1e-5)
+
+def absent(bench, found):
+    raise NotRun("there is none")
+
+def hangs(bench, found):
+    found.add("begun", 1)
+    time.sleep(600)
+
+def breaks(bench, found):
+    raise ValueError("first line\\nlast line")
+
+CHECKS = [Check(f.__name__, "", 60, f) for f in (right, wrong, absent, hangs, breaks)]
+"""
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script with checks that need no model, and two seconds for each."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "checks.py").write_text(CHECKS, encoding="utf-8")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT / "__main__.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.insert(0, str(tmp_path / "own"))
+    monkeypatch.setattr(module, "CPU_SECONDS", 2.0)
+    monkeypatch.setattr(module, "LEAST_SECONDS", 0.0)
+    return module
+
+
+@pytest.fixture
+def pack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT)
+    return import_module("pack")
+
+
+@pytest.fixture
+def packed(pack: ModuleType, tmp_path: Path) -> Path:
+    """A folder as ``pack`` makes it: a wheel and half of a starter model, and its other half."""
+    for number, data in ((1, b"first "), (2, b"second")):
+        folder = tmp_path / "packed" / str(number)
+        folder.mkdir(parents=True)
+        (folder / f"starter.whl{pack.PART}{number}").write_bytes(data)
+        if number == 1:
+            with zipfile.ZipFile(folder / "thing.whl", "w") as wheel:
+                wheel.writestr("thing.py", "VALUE = 1")
+        sums = {file.name: pack.sha256(file) for file in folder.iterdir()}
+        (folder / pack.MANIFEST).write_text(json.dumps(sums), encoding="utf-8")
+    return tmp_path / "packed"
+
+
+def started(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", *arguments])
+    code: int = script.main()
+    return code
+
+
+def test_two_checks_pass_on_a_cpu(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--only",
+        "agree",
+        "--only",
+        "greedy",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert kept["device"] == "cpu"
+    assert kept["torch"]
+    assert [(check["name"], check["outcome"]) for check in kept["checks"]] == [
+        ("agree", "passed"),
+        ("greedy", "passed"),
+    ]
+    assert "| greedy | tokens that are those of generate | 1 (at least 1) |" in done.stdout
+
+
+def test_what_fails_fails_the_run_and_stops_nothing(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert started(script, monkeypatch, "--out", str(tmp_path)) == 1
+    checks: dict[str, Any] = {
+        check["name"]: check for check in json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["checks"]
+    }
+    assert {name: check["outcome"] for name, check in checks.items()} == {
+        "right": "passed",
+        "wrong": "failed",
+        "absent": "not run",
+        "hangs": "failed",
+        "breaks": "failed",
+    }
+    assert checks["wrong"]["why"] == "error is nan (at most 1e-05)"
+    assert checks["absent"]["why"] == "there is none"
+    assert checks["hangs"]["why"] == "stopped after 2 s"
+    assert checks["breaks"]["why"] == "ValueError: last line"
+    assert [number["value"] for number in checks["right"]["numbers"]] == [2.5, "yes"]
+    assert [number["name"] for number in checks["hangs"]["numbers"]] == ["begun"]
+    assert "| wrong | error | **fails** nan (at most 1e-05) |" in capsys.readouterr().out
+
+
+def test_a_check_that_is_none_is_refused(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert started(script, monkeypatch, "--out", str(tmp_path), "--only", "rigth") == 2
+    found = capsys.readouterr().err
+    assert found == "error: --only 'rigth': expected one of right, wrong, absent, hangs, breaks\n"
+
+
+def test_what_was_packed_is_joined_and_can_be_imported(pack: ModuleType, packed: Path, tmp_path: Path) -> None:
+    site = pack.unpack(packed, tmp_path / "work")
+    assert (site / "thing.py").read_text(encoding="utf-8") == "VALUE = 1"
+    assert (tmp_path / "work" / "wheels" / "starter.whl").read_bytes() == b"first second"
+
+
+def change(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"x")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda packed: change(packed / "2" / "starter.whl.part2"), "does not have its SHA-256"),
+        (lambda packed: (packed / "1" / "thing.whl").unlink(), "is missing"),
+        (lambda packed: (packed / "1").rename(packed / "3"), r"found \['2', '3'\]"),
+        (lambda packed: (packed / "2" / "sha256.json").unlink(), "was not carried whole"),
+    ],
+    ids=["changed", "missing", "a folder missing", "no manifest"],
+)
+def test_what_was_not_carried_whole_is_refused(
+    pack: ModuleType, packed: Path, tmp_path: Path, harm: Callable[[Path], object], message: str
+) -> None:
+    harm(packed)
+    with pytest.raises(pack.PackError, match=message):
+        pack.unpack(packed, tmp_path / "work")

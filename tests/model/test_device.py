@@ -1,0 +1,122 @@
+"""What the passes decide by the kind of device, on a CPU that is taken for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from selfdistill.model.device import any_length, cpu_asked, fast_products, has_gpu, padded_length, pass_tokens
+from selfdistill.model.forward import ForwardPass
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.precision import resolved_precision
+
+
+@pytest.fixture
+def cudnn_attention() -> Iterator[None]:
+    """As it is on a GPU."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.usefixtures("cudnn_attention")
+@pytest.mark.parametrize(("kind", "inside"), [("cuda", False), ("cpu", True)])
+def test_cudnn_plans_no_attention_where_lengths_change(kind: str, inside: bool) -> None:
+    with any_length(kind):
+        assert torch.backends.cuda.cudnn_sdp_enabled() is inside
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.usefixtures("cudnn_attention")
+def test_cudnn_attention_is_back_after_an_error() -> None:
+    with pytest.raises(RuntimeError, match="no memory"), any_length("cuda"):
+        raise RuntimeError("no memory")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("cpu", 2), ("cuda", 1)])
+def test_a_further_pass_must_save_more_on_a_gpu(load: Callable[..., LoadedModel], kind: str, passes: int) -> None:
+    """Two rows share 200 tokens: more than a pass costs on a CPU, less than on a GPU. The result is the same."""
+    loaded = load()
+    contexts = [list(range(200)) + [7] * n for n in (3, 5)]
+    shapes: list[tuple[int, ...]] = []
+
+    def note(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        shapes.append(tuple(inputs[0].shape))
+
+    completions = [[1, 2, 3], [4, 5]]
+    scores = ForwardPass(loaded, kind=kind)
+    hook = loaded.model.get_input_embeddings().register_forward_pre_hook(note)
+    found = scores(loaded.model, contexts, completions)
+    hook.remove()
+    assert len(shapes) == passes
+    plain = loaded.model.model(input_ids=torch.tensor([contexts[0] + completions[0]])).last_hidden_state[0, 202:205]
+    torch.testing.assert_close(found.hidden_ND[:3], plain, atol=1e-5, rtol=0)
+
+
+def test_an_unknown_kind_of_device_counts_as_a_cpu() -> None:
+    assert pass_tokens("mps") == pass_tokens("cpu")
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "kind", "padded"),
+    [
+        (1, None, "cuda", 64),
+        (64, None, "cuda", 64),
+        (65, 1024, "cuda", 128),
+        (65, 100, "cuda", 100),
+        (101, 100, "cuda", 101),
+        (65, None, "cpu", 65),
+        (65, None, "mps", 65),
+    ],
+)
+def test_passes_have_few_lengths_on_a_gpu(length: int, most: int | None, kind: str, padded: int) -> None:
+    assert padded_length(length, most, kind) == padded
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["whole", "after kept contexts"])
+@torch.no_grad()
+def test_a_padded_pass_gives_the_same_and_stays_within_the_window(load: Callable[..., LoadedModel], kept: bool) -> None:
+    """The window has 80 tokens: no multiple of 64."""
+    loaded = load(room=80)
+    contexts, completions = [list(range(60)), [9] * 8], [[1] * 15, [4, 5]]
+    widths: list[int] = []
+
+    def note(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        widths.append(inputs[0].shape[1])
+
+    found = []
+    for kind in ("cpu", "cuda"):
+        scores = ForwardPass(loaded, kind=kind)
+        cache = scores.keep(contexts, 2**20) if kept else None
+        scores(loaded.model, contexts, completions, cache)  # reads the contexts
+        hook = loaded.model.get_input_embeddings().register_forward_pre_hook(note)
+        found.append(scores(loaded.model, contexts, completions, cache).hidden_ND)
+        hook.remove()
+    assert widths == ([16, 21] if kept else [75, 80])
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, True), ("false", True), ("true", False), ("1", False)])
+def test_a_gpu_is_left_alone_where_the_cpu_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, used: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+    assert cpu_asked() is not used
+    assert has_gpu() is used
+    assert resolved_precision("auto") == ("bf16" if used else "no")
+
+
+@pytest.mark.parametrize(("kind", "inside"), [("cuda", "high"), ("cpu", "highest")])
+def test_float32_products_are_fast_on_a_gpu_alone(kind: str, inside: str) -> None:
+    with fast_products(kind):
+        assert torch.get_float32_matmul_precision() == inside
+    assert torch.get_float32_matmul_precision() == "highest"
