@@ -199,7 +199,7 @@ def needs(method: Any, other_model: str) -> dict[str, Any]:
         values["num_generations"] = 4
     if method == "sort":
         values["method_settings"] = {"plan": 0}
-    if method == "npo":
+    if method in ("npo", "t3s"):
         values["teacher_model"] = other_model
     if method == "trapo":
         values["method_settings"] = {"sizes": (1, 1, 1, 1)}

@@ -20,6 +20,8 @@ Precision = Literal["auto", "no", "bf16"]
 
 PACKAGE = "package"
 """The value of ``anchors`` that stands for the prompts of the package."""
+SHORTEST = "shortest"
+"""The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
 """Defaults of ``learning_rate``, with full fine-tuning and with LoRA."""
 
@@ -42,8 +44,10 @@ MethodName = Literal[
     "vopd",
     "isdft",
     "veto",
+    "atesd",
     "eaft",
     "msd",
+    "t3s",
     "ssd",
 ]
 
@@ -61,12 +65,13 @@ class OneRun(ModelSettings):
     from the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, training on teacher samples
     drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``sdpo``, the
     teacher sees another sample that the scorer accepts, or its feedback; ``opsd``, each vocabulary entry clipped;
-    ``vopd``, the sampled token alone; ``isdft`` and ``veto``, a target near the student at first; ``msd``, tokens
-    weighted by what the teacher is sure of and the student is not. Relatives of ``grpo`` for prompts that are seldom
-    solved: ``pope``, samples that go on from a part of the demonstration, too; ``trapo``, the same after failures, with
-    that part learnt; ``sort``, the demonstration where no sample is right; ``actguide``, there samples that saw its
-    first lines; ``npo``, there a right sample of ``teacher_model``. Of SFT: ``eaft``, weighted by the student's
-    entropy; ``ssd``, on the model's own samples."""
+    ``vopd``, the sampled token alone; ``isdft`` and ``veto``, a target near the student at first; ``atesd``, a part of
+    the reasoning; ``msd``, tokens weighted by what the teacher is sure of and the student is not. Relatives of ``grpo``
+    for prompts that are seldom solved: ``pope``, samples that go on from a part of the demonstration, too; ``trapo``,
+    the same after failures, with that part learnt; ``sort``, the demonstration where no sample is right; ``actguide``,
+    there samples that saw its first lines; ``npo``, there a right sample of ``teacher_model``. Of SFT: ``eaft``,
+    weighted by the student's entropy; ``t3s``, without the tokens that a worse model has learnt; ``ssd``, on the
+    model's own samples."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
@@ -78,6 +83,10 @@ class MethodSettings(Settings):
 
     context: str = "auto"
     """How the teacher sees the demonstration, e.g. ``turns:repeats=2``. ``auto``: measure several and use the best."""
+    hint: str = "1"
+    """How much of the demonstration the teacher sees, in words: a share such as ``0.5``; two, such as ``0.2:1``, which
+    the run goes through from the first step to the last; or ``shortest``, the shortest beginning of each, in tenths,
+    after which the model's greedy reply is right."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of rollouts. The divergence always compares the untempered distributions."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -142,6 +151,18 @@ class MethodSettings(Settings):
         """Tuples as lists, as files hold them."""
         return {name: list(own) if isinstance(own, tuple) else own for name, own in value.items()}
 
+    @field_validator("hint", mode="before")
+    @classmethod
+    def _hint(cls, value: Any) -> Any:
+        """Accept a share as a number, too."""
+        text = str(value) if isinstance(value, int | float) else value
+        if not isinstance(text, str) or text == SHORTEST:
+            return text
+        shares = text.split(":")
+        if len(shares) > 2 or not all(re.fullmatch(r"0?\.\d+|1\.0*|[01]|0\.0*", share) for share in shares):
+            raise ValueError("a share from 0 to 1, two of them as in 0.2:1, or shortest")
+        return text
+
     @field_validator("anchors", mode="before")
     @classmethod
     def _sources(cls, value: Any) -> Any:
@@ -168,9 +189,10 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """The run folder. An existing run is never overwritten."""
 
     teacher_model: str | None = None
-    """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft``, ``veto`` or ``msd``: the base
-    of a sequence of skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary. For
-    ``npo`` a model that has learnt more, such as a later checkpoint, which only needs the same vocabulary."""
+    """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft``, ``veto``, ``atesd`` or
+    ``msd``: the base of a sequence of skills, an earlier checkpoint, or a larger model with the same architecture and
+    vocabulary. For ``npo`` a model that has learnt more, such as a later checkpoint, which only needs the same
+    vocabulary. For ``t3s`` the worse model."""
 
     teacher_cache_mib: int = Field(default=2048, ge=0)
     """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each
