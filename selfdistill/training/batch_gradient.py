@@ -77,7 +77,7 @@ class PartResult:
     statistics: dict[str, float]
     """Weighted means of per-token statistics over the part, such as ``entropy``; empty if nothing is learnt."""
     importance: float
-    """Mean importance weight of what is learnt; 0 if the method has none."""
+    """Mean importance weight of the completions with tokens to learn; 0 if there are none, or the method has none."""
     non_finite: list[str]
     """Sources of the examples with a non-finite loss."""
     gap: SamplerGap | None
@@ -108,6 +108,11 @@ class _MicroBatch:
     def prompts(self) -> list[list[int]]:
         return [c.example.student_ids for c in self.completions]
 
+    @property
+    def has_weight_b(self) -> Tensor:
+        """Mask of the completions with tokens of nonzero weight; padding has none."""
+        return (self.weights_bT > 0).any(dim=1)
+
     def has_weight_N(self, device: torch.device) -> Tensor:
         """Mask of the tokens with nonzero weight."""
         return self.weights_bT[self.mask_bT].to(device) > 0
@@ -119,6 +124,8 @@ class _Sums:
 
     loss: float = 0.0
     importance: float = 0.0
+    weighed: int = 0
+    """Completions whose importance weights are summed."""
     gap: SamplerGap = SamplerGap()
     statistics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     non_finite: list[str] = field(default_factory=list)
@@ -127,7 +134,8 @@ class _Sums:
         """Add a micro-batch: its loss, its per-token statistics (n,) and its completions' importance weights (b,)."""
         self.loss += loss
         if importance_b is not None:
-            self.importance += float(importance_b.sum())
+            self.importance += float(importance_b[micro.has_weight_b].sum())
+            self.weighed += int(micro.has_weight_b.sum())
         has_weight_bT = micro.weights_bT > 0
         if not math.isfinite(self.loss):
             losses = per_token["loss"].split(has_weight_bT.sum(dim=1).tolist())
@@ -227,9 +235,10 @@ class BatchGradient:
     @staticmethod
     def _reduced(selected: Selected, sums: _Sums) -> PartResult:
         """The part's result over all ranks."""
-        part, count = selected.part, max(1, len(selected.completions))
-        total = all_reduce_sum(sums.statistics | {"loss": sums.loss, "importance": sums.importance})
-        loss, importance = total.pop("loss"), total.pop("importance") / count
+        part = selected.part
+        own = {"loss": sums.loss, "importance": sums.importance, "weighed": sums.weighed}
+        total = all_reduce_sum(sums.statistics | own)
+        loss, importance = total.pop("loss"), total.pop("importance") / max(1, total.pop("weighed"))
         gap = None if part.method.importance_cap is None else sum(all_gather([sums.gap]), SamplerGap())
         return PartResult(part, selected, loss, total, importance, all_gather(sums.non_finite), gap)
 
@@ -350,9 +359,11 @@ class BatchGradient:
         student = statistics["student_logp"].cpu().split([len(ids) for ids in micro.ids])
         width = micro.mask_bT.shape[1]
         pad = torch.nn.functional.pad
-        pairs = list(zip(micro.completions, student, strict=True))
-        sampled = [own if c.logps is None else torch.tensor(c.logps) for c, own in pairs]
-        differences = [(own - torch.tensor(c.logps))[c.prefix :] for c, own in pairs if c.logps is not None]
+        pairs = list(zip(micro.completions, student, micro.has_weight_b.tolist(), strict=True))
+        sampled = [own if c.logps is None else torch.tensor(c.logps) for c, own, _ in pairs]
+        differences = [
+            (own - torch.tensor(c.logps))[c.prefix :] for c, own, is_learnt in pairs if is_learnt and c.logps
+        ]
         gap = SamplerGap.of(differences)
         student_bT, sampled_bT = (
             torch.stack([pad(logp, (0, width - len(logp))) for logp in logps]) for logps in (student, sampled)

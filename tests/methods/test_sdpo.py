@@ -315,13 +315,15 @@ def test_micro_batches_do_not_change_the_weights(all_of_them: Settings) -> None:
     ],
 )
 def test_two_processes_train_to_the_weights_of_one(
-    all_of_them: Settings, tmp_path: Path, values: dict[str, Any]
+    all_of_them: Settings, tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("selfdistill.methods.grpo.engine_cap", lambda _: 2.0)  # so that importance is measured, too
     one = all_of_them("one", **COMMON | values | {"fsdp": False})
     two = all_of_them("two", **COMMON | values)
     train(one)
     train_together(two, tmp_path)
     assert min(line["learnt"] for line in metrics_of(one)) < 1
+    assert any(line["importance"] for line in metrics_of(one))
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
