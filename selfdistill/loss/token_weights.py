@@ -77,7 +77,8 @@ def top_k_entropy(log_p_NV: Tensor, k: int) -> Tensor:
     """
     k = min(k, log_p_NV.shape[-1])
     log_top_NK = log_p_NV.topk(k, dim=-1).values.log_softmax(-1)
-    return -(log_top_NK.exp() * log_top_NK).sum(-1) / math.log(k)
+    entropy_N = -(log_top_NK.exp() * log_top_NK).sum(-1) / math.log(k)
+    return entropy_N.clamp(max=1)  # rounding may exceed it, and 1 minus it is a weight
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:

@@ -157,5 +157,6 @@ def test_entropy_of_the_top_k():
         expected = -(top * top.log()).sum(-1) / torch.tensor(float(min(k, V))).log()
         assert torch.allclose(top_k_entropy(log_p, k), expected, atol=1e-7)
     assert torch.allclose(top_k_entropy(torch.zeros(3, V).log_softmax(-1), 20), torch.ones(3), atol=1e-6)
+    assert all(top_k_entropy(torch.zeros(1, k).log_softmax(-1), k).item() <= 1 for k in range(2, 30))
     sure = torch.tensor([[0.0, -torch.inf, -torch.inf]]).clamp(min=-1e30)
     assert top_k_entropy(sure, 2).item() == 0
