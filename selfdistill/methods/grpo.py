@@ -61,7 +61,7 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
 
 @dataclass(frozen=True)
 class ScoredExamples(DemonstrationExamples):
-    """The demonstrations' prompts, with what a scorer compares the samples with."""
+    """Demonstrations with what a scorer compares the samples with."""
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return nothing_to_score(self.config.scorer)(demonstration) or super().lacks(demonstration)

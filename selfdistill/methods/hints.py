@@ -11,18 +11,16 @@ from selfdistill.config import SHORTEST, TrainConfig
 from selfdistill.data import (
     JUDGE,
     ContextEncoder,
-    Demonstration,
     Example,
     Hint,
     HintPart,
     Verdict,
     first_words,
-    nothing_to_score,
     parse_context,
 )
 from selfdistill.errors import UserError
 from selfdistill.methods.examples import DemonstrationExamples
-from selfdistill.methods.grpo import ScorerChecker
+from selfdistill.methods.grpo import ScoredExamples, ScorerChecker
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.methods.slots import Method, State
 from selfdistill.model import LoadedModel, Sampling, sample
@@ -77,14 +75,6 @@ class HintSchedule(HintController):
 
     def update(self, state: State, metrics: dict[str, Any], step: int, steps: int) -> State:
         return state
-
-
-@dataclass(frozen=True)
-class ScoredHints(DemonstrationExamples):
-    """Demonstrations with what a scorer compares a reply with."""
-
-    def lacks(self, demonstration: Demonstration) -> str | None:
-        return super().lacks(demonstration) or nothing_to_score(self.config.scorer)(demonstration)
 
 
 @dataclass(frozen=True)
@@ -163,7 +153,7 @@ def _shortest(method: Method, config: TrainConfig) -> Method:
         )
     hint_of(config, 0)  # refuses a context that shows more
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
-    return replace(method, examples=ScoredHints(config, config.context), fixed=search)
+    return replace(method, examples=ScoredExamples(config, config.context), fixed=search)
 
 
 def shows_parts(method: Method) -> bool:
