@@ -140,5 +140,5 @@ def test_the_plan_is_what_the_steps_hold(
 @pytest.mark.parametrize("method", get_args(MethodName))
 def test_the_plan_of_every_method_is_whole(make: Make, method: MethodName) -> None:
     scored = {"scorer": "contains"} if method in SCORED_METHODS else {}
-    config = make(method=method, **scored, **needs(method, make().model))
+    config = make(method=method, batch_size=2, **scored, **needs(method, make().model))
     assert memory_plan(config, load_demonstrations(config.data), Device("cpu", "no")).untraced is None
