@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -112,7 +112,7 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
 
     The longest rows seldom come together, and samples are mostly shorter than ``max_completion_length``. So a run is
     refused only if it cannot fit even with the shortest rows and samples of one token, and warned if it cannot with the
-    longest.
+    longest. In both cases the settings that were left open save as much as they can.
 
     Raises:
         UserError: it cannot fit; names the nearest settings that would.
@@ -121,10 +121,12 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
         plan = planner.plan(config)
         return plan, [plan.line()]
     found = fitted(planner, config, limit)
+    if not found.fits and (saving := _saving(planner, config)):
+        found = replace(found, plan=planner.plan(config.model_copy(update=saving)), chosen=saving)
     lines = [f"{found.plan.line()}; {size_text(limit)} free{found.choice()}"]
     if found.fits:
         return found.plan, lines
-    least = planner.plan(config, least=True)
+    least = planner.plan(found.plan.config, least=True)
     if least.peak > limit:
         raise UserError(
             f"{size_text(limit)} of memory are free, and the run needs at least {size_text(least.peak)}, with "
@@ -147,13 +149,7 @@ def _nearest(
 
     ``only_open``: change nothing but settings of ``OPEN`` that are not given.
     """
-    is_open = {name: getattr(config, name) is None for name in OPEN}
-    moves = [moved for moved in _moves(config, planner) if not only_open or all(is_open.get(name) for name in moved)]
-    more = range(config.micro_batches + 1, config.batch_size + 1)
-    unit = planner.device(config).processes if config.fsdp else 1  # with fsdp, all parts are equal
-    in_parts: list[Changes] = [{"gradient_accumulation_steps": n} for n in more if config.batch_size % (n * unit) == 0]
-    if only_open and not is_open["gradient_accumulation_steps"]:
-        in_parts = []
+    moves, in_parts = _changes(planner, config, only_open=only_open)
     least = {name: value for changes in moves for name, value in changes.items()}
     if "lora_rank" in least:  # needs least of all, and goes with neither
         least = {name: value for name, value in least.items() if name not in WITHOUT_ADAPTER}
@@ -166,6 +162,23 @@ def _nearest(
                 if found := _smallest(planner, config, limit, base, steps):
                     return found
     return None
+
+
+def _saving(planner: MemoryPlanner, config: TrainConfig) -> Changes:
+    """The settings that were left open, as they save most."""
+    moves, in_parts = _changes(planner, config, only_open=True)
+    return {name: value for changes in (*moves, *in_parts[-1:]) for name, value in changes.items()}
+
+
+def _changes(planner: MemoryPlanner, config: TrainConfig, *, only_open: bool) -> tuple[list[Changes], list[Changes]]:
+    """Single changes of settings, and greater numbers of micro-batches."""
+    is_open = {name: getattr(config, name) is None for name in OPEN}
+    moves = [moved for moved in _moves(config, planner) if not only_open or all(is_open.get(name) for name in moved)]
+    if only_open and not is_open["gradient_accumulation_steps"]:
+        return moves, []
+    more = range(config.micro_batches + 1, config.batch_size + 1)
+    unit = planner.device(config).processes if config.fsdp else 1  # with fsdp, all parts are equal
+    return moves, [{"gradient_accumulation_steps": n} for n in more if config.batch_size % (n * unit) == 0]
 
 
 def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:

@@ -81,6 +81,22 @@ def test_what_fits_unless_completions_are_long_is_said_and_trained(
     assert (Path(config.output_dir) / "final").is_dir()
 
 
+def test_where_no_choice_fits_the_open_settings_save_most(
+    settings: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(max_completion_length=200, max_steps=1, batch_size=4)
+    saving = config.model_copy(update={"gradient_accumulation_steps": 4, "gradient_checkpointing": True})
+    planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
+    least = planner.plan(saving, least=True).peak
+    assert least < planner.plan(config, least=True).peak
+    free(least)
+    train(config)
+    assert "note: it does not fit if all rows" in capsys.readouterr().err
+    resolved = yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())
+    assert resolved["gradient_accumulation_steps"] == 4
+    assert resolved["gradient_checkpointing"] is True
+
+
 def test_long_rows_that_seldom_come_together_are_trained(
     settings: Make, write_rows: Callable[..., Path], free: Callable[[int], None]
 ) -> None:
