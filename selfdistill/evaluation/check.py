@@ -109,6 +109,13 @@ def check_run(
     return _checked(CheckConfig(**settings, contexts=contexts), rows, loaded, cost=False)
 
 
+def run_settings(config: CheckConfig) -> dict[str, Any]:
+    """The settings of a training run that are those of a check, by name."""
+    shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
+    context = config.contexts[0] if len(config.contexts) == 1 else "auto"
+    return {name: getattr(config, name) for name in shared} | {"context": context}
+
+
 def check(
     config: CheckConfig,
     demonstrations: Rows | None = None,
