@@ -101,6 +101,8 @@ def _of_the_machine(error: Exception) -> tuple[str, int] | None:
     text = str(error)
     if world_size() > 1 and re.search("connection (was )?(closed|reset)|remote process exited|broken pipe", text, re.I):
         return f"another process of this run has ended; its checkpoints are intact, continue with --resume ({text})", 3
+    if unrepeatable := re.match(r".* does not have a deterministic implementation", text):
+        return f"setting 'deterministic': {unrepeatable[0]}; leave it out", 2
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
         advice = "raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length"
         return f"out of memory: {advice}; checkpoints are intact", 2

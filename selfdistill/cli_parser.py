@@ -106,6 +106,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "engine": ("engine", "engine_url", "engine_folder", "engine_memory_gib", "engine_timeout_s"),
     "devices and memory": (
         *("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile", "fsdp"),
+        "deterministic",
     ),
     "output": (*("output_dir", "save_steps", "save_total_limit", "logging_steps", "view_rows", "report_to"),),
 }

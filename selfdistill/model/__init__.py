@@ -2,7 +2,7 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
-from selfdistill.model.device import fast_products
+from selfdistill.model.device import deterministic, fast_products, has_gpu
 from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
@@ -63,6 +63,7 @@ __all__ = [
     "cached_casts",
     "checkpoint_activations",
     "close_engine",
+    "deterministic",
     "distribute_like",
     "engine_for",
     "fake_model",
@@ -71,6 +72,7 @@ __all__ = [
     "full_tensor",
     "full_tensors",
     "has_full_attention",
+    "has_gpu",
     "is_sharded",
     "layers_of",
     "load_for_training",

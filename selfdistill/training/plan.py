@@ -21,7 +21,7 @@ from selfdistill.training.fitting import Fit, fit
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.rates import Rates, measured_rates, named_rates
 from selfdistill.training.schedule import steps_of
-from selfdistill.training.setup import check_parts, make_accelerator
+from selfdistill.training.setup import check_parts, make_accelerator, repeating
 from selfdistill.training.step_time import duration_text
 from selfdistill.training.traced_step import Device
 from selfdistill.training.train import check_memory, check_output_dir, with_context
@@ -99,10 +99,11 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     resolved = trainer.config.model_copy(update=asked)
     notes = [*trainer.describe(), *lines]
     example = trainer.stages[0].task.examples[0]
-    trainer.step(0)
-    began = time.monotonic()
-    trainer.step(min(1, (resolved.max_steps or 1) - 1))
-    seconds = time.monotonic() - began
+    with repeating(config):
+        trainer.step(0)
+        began = time.monotonic()
+        trainer.step(min(1, (resolved.max_steps or 1) - 1))
+        seconds = time.monotonic() - began
     decode = trainer.loaded.tokenizer.decode
     return Plan(
         config=resolved,
