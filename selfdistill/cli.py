@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
-from selfdistill.config import CheckConfig, DemoConfig
+from selfdistill.config import CheckConfig, DemoConfig, run_settings
 from selfdistill.errors import RunFailed, UserError
 from selfdistill.runtime import (
     Printable,
@@ -173,7 +173,6 @@ def _plan_of_check(given: dict[str, Any], planned_for: dict[str, Any]) -> dict[s
     A plan that cannot be made keeps nobody from checking.
     """
     from selfdistill import api
-    from selfdistill.evaluation import run_settings
 
     try:
         found = api.memory_plan(**run_settings(CheckConfig(**given)), **planned_for)

@@ -12,12 +12,14 @@ from selfdistill.config.commands import (
     MergeConfig,
     QuestionsConfig,
     ReportConfig,
+    run_settings,
 )
 from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_saved, load_yaml, refuse_changes
 from selfdistill.config.train import (
     LEARNING_RATE,
     LORA_LEARNING_RATE,
     PACKAGE,
+    SHORTEST,
     MethodName,
     MethodSettings,
     TrainConfig,
@@ -29,6 +31,7 @@ __all__ = [
     "LORA_LEARNING_RATE",
     "MAY_CHANGE",
     "PACKAGE",
+    "SHORTEST",
     "AskConfig",
     "CheckConfig",
     "CompareConfig",
@@ -53,4 +56,5 @@ __all__ = [
     "load_saved",
     "load_yaml",
     "refuse_changes",
+    "run_settings",
 ]

@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from selfdistill.config.base import EngineSettings, ModelSettings, QuestionSettings, Settings, closest
-from selfdistill.config.train import MethodName, OneRun, Precision, TrainingSettings
+from selfdistill.config.train import MethodName, OneRun, Precision, TrainConfig, TrainingSettings
 from selfdistill.errors import UserError
 
 
@@ -81,6 +81,8 @@ class CheckConfig(ModelSettings):
     """Prompts per optimizer step of the training run to estimate."""
     mixed_precision: Precision = "auto"
     """Precision of that training run, used for all measurements."""
+    hints: bool = False
+    """Also measure the teacher with shares of the demonstration, 0 to 1, in the best layout."""
     spill: bool = False
     """Also measure how far a few steps of SFT, and of SDFT, move the model on general prompts."""
     learning_rate: float | None = Field(default=None, gt=0)
@@ -88,6 +90,13 @@ class CheckConfig(ModelSettings):
     fine_tuned: str | None = None
     """A model fine-tuned on the same demonstrations, for example with ``--method sft``. Its distance from the base is
     compared with the teacher's."""
+
+
+def run_settings(config: CheckConfig) -> dict[str, Any]:
+    """The settings of a training run that are those of a check, by name."""
+    shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
+    context = config.contexts[0] if len(config.contexts) == 1 else "auto"
+    return {name: getattr(config, name) for name in shared} | {"context": context}
 
 
 class EvalConfig(ModelSettings):

@@ -1,7 +1,7 @@
 """Evaluate models; nothing here trains."""
 
 from selfdistill.evaluation.answers import Answers, answer, check_answers
-from selfdistill.evaluation.check import LAYOUTS, best_context, check, check_run, run_settings
+from selfdistill.evaluation.check import LAYOUTS, best_context, check, check_run
 from selfdistill.evaluation.check_result import CheckResult
 from selfdistill.evaluation.distances import DRIFT_PROMPTS, DRIFT_TOKENS, Distance, Drift, mean_loss
 from selfdistill.evaluation.endpoint import Endpoint
@@ -42,7 +42,6 @@ __all__ = [
     "mean_loss",
     "prior_scores",
     "rows_fingerprint",
-    "run_settings",
     "seeds_interval",
     "sign_test",
     "summary",

@@ -84,6 +84,7 @@ class Fit(Printable):
             "memory": self.limit,
             "peak": self.plan.peak,
             "fits": self.fits,
+            "chosen": self.chosen,
             "phases": {phase.name: dict(phase.bytes) for phase in self.plan.phases},
             "machine_memory": self.plan.host,
             "not_counted": self.plan.untraced,

@@ -128,9 +128,7 @@ def test_no_answer_in_time_and_no_server(server: Server, tmp_path: Path, monkeyp
     slept = threading.Event()
     server.reply = lambda _: (200, "strict") if len(server.asked) > 1 else (slept.wait(1.5), (200, "wrong"))[1]
     assert Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["x"]) == ["strict"]
-    with pytest.raises(
-        UserError, match=r"judge http://127\.0\.0\.1:1/chat/completions: .*refused; grades are cached"
-    ):
+    with pytest.raises(UserError, match=r"judge http://127\.0\.0\.1:1/chat/completions: .*refused; grades are cached"):
         Judge("http://127.0.0.1:1", "j", tmp_path / "judge.jsonl").grades(rows(1), ["y"])
 
 
