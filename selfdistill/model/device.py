@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,12 +108,12 @@ def deterministic(kind: str) -> Iterator[None]:
             torch.are_deterministic_algorithms_enabled(),
             warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
-        filled = torch.utils.deterministic.fill_uninitialized_memory
-        restored.callback(setattr, torch.utils.deterministic, "fill_uninitialized_memory", filled)
+        memory: Any = torch.utils.deterministic
+        restored.callback(setattr, memory, "fill_uninitialized_memory", memory.fill_uninitialized_memory)
         restored.callback(torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.flash_sdp_enabled())
         restored.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+        memory.fill_uninitialized_memory = False  # nothing reads it
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         yield
