@@ -144,7 +144,7 @@ def test_the_library_fetches_no_code(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text("raise SystemExit('fetched')\n", encoding="utf-8")
     code = (
         "import sys\n"
-        "from selfdistill.model.optimizer import import_bitsandbytes\n"
+        "from selfdistill.model.quantisation import import_bitsandbytes\n"
         f"sys.path.append({str(tmp_path)!r})\n"
         "import_bitsandbytes('it').optim.AdamW8bit\n"
         "assert 'kernels' not in sys.modules\n"
