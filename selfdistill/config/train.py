@@ -178,10 +178,12 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """Optimizer steps; default: from ``num_train_epochs``."""
     num_train_epochs: float = Field(default=2.0, gt=0)
     """Passes over the data if ``max_steps`` is not given. The paper uses 2 for skills, 4 for knowledge."""
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Number of micro-batches per optimizer step. It does not change the loss."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    """Most micro-batches per optimizer step. It does not change the loss. Default: as many as the plan of memory
+    needs."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more time. Default: where the plan
+    of memory needs it."""
     stop_on_collapse: bool = False
     """Stop a run that collapses and keep the model of the last evaluation before that; needs ``test`` and
     ``eval_steps``. Without it the run only warns. docs/reliability.md lists the signs."""
@@ -219,11 +221,16 @@ class TrainingSettings(MethodSettings, ModelSettings):
     report_to: Literal["none", "trackio", "tensorboard", "wandb"] = "none"
     """Tracker for the metrics and the scores on ``test``; its package must be installed. wandb uploads them."""
 
+    @property
+    def micro_batches(self) -> int:
+        """Most micro-batches per optimizer step."""
+        return self.gradient_accumulation_steps or 1
+
     def model_post_init(self, _context: Any) -> None:
         """Check settings against each other."""
-        if self.batch_size % self.gradient_accumulation_steps:
+        if self.batch_size % self.micro_batches:
             raise UserError(
-                f"setting 'gradient_accumulation_steps': {self.gradient_accumulation_steps} does not divide "
+                f"setting 'gradient_accumulation_steps': {self.micro_batches} does not divide "
                 f"batch_size {self.batch_size}"
             )
         measured = self.test is not None or getattr(self, "documents", None)

@@ -143,7 +143,7 @@ def _grade(
     if not judged:
         return [found.reward == 1 for found in compared], None
     assert judge is not None, "the settings reject a judge without an address"
-    judgements = iter(judge.verdicts([row for row, _ in judged], [reply for _, reply in judged]))
+    judgements = iter(judge.grades([row for row, _ in judged], [reply for _, reply in judged]))
     found = [next(judgements) if name == JUDGE else next(compared).reward == 1 for name in names]
     return [verdict in (True, "strict") for verdict in found], [
         verdict in (True, "strict", "lenient") for verdict in found

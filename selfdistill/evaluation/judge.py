@@ -1,6 +1,6 @@
 """The judge: another model, behind an OpenAI-compatible chat endpoint, grades replies.
 
-Questions, reference answers and replies are sent to that address and nowhere else. Verdicts are cached in a file and
+Questions, reference answers and replies are sent to that address and nowhere else. Grades are cached in a file and
 reused.
 """
 
@@ -23,7 +23,7 @@ from selfdistill.evaluation.endpoint import Endpoint, shown
 from selfdistill.model import cache_dir
 from selfdistill.runtime import ProgressBar, broadcast_from_rank0, drop_partial_line
 
-Verdict = Literal["strict", "lenient", "wrong"]
+Grade = Literal["strict", "lenient", "wrong"]
 """``strict``: right and complete. ``lenient``: essentially right, but imprecise or incomplete. ``wrong``: neither."""
 
 _THREADS = 8
@@ -43,12 +43,12 @@ _AGAIN = "That is none of the three. Answer with one word and nothing else: stri
 
 
 class Judge:
-    """Requests verdicts and caches them.
+    """Requests grades and caches them.
 
     Args:
         url: base URL of the API, for example ``http://localhost:8000/v1``; ``/chat/completions`` is appended.
         model: the judge's name at that API.
-        cache: JSON Lines file of verdicts, created if missing. A line has the verdict and the SHA-256 of URL, model and
+        cache: JSON Lines file of grades, created if missing. A line has the grade and the SHA-256 of URL, model and
             prompt.
 
     Raises:
@@ -57,22 +57,22 @@ class Judge:
 
     def __init__(self, url: str, model: str, cache: Path) -> None:
         self._cache = cache
-        note = f"verdicts are cached in {cache}"
+        note = f"grades are cached in {cache}"
         self._endpoint = Endpoint(url, model, "judge", note)
         self._kept = _read(cache)
 
-    def verdicts(self, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[Verdict]:
-        """One verdict per reply, from the cache or by concurrent requests, each cached as soon as it arrives.
+    def grades(self, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[Grade]:
+        """One grade per reply, from the cache or by concurrent requests, each cached as soon as it arrives.
 
         Retries for about a minute if the endpoint is overloaded (429, 5xx, timeout).
 
         Raises:
-            UserError: the endpoint is unreachable, refuses or stays overloaded; or twice answers without a verdict.
-                Verdicts received so far remain cached.
+            UserError: the endpoint is unreachable, refuses or stays overloaded; or twice answers without a grade.
+                Grades received so far remain cached.
         """
         return broadcast_from_rank0(lambda: self._ask(rows, replies))
 
-    def _ask(self, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[Verdict]:
+    def _ask(self, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[Grade]:
         prompts = [_prompt(row, reply) for row, reply in zip(rows, replies, strict=True)]
         keys = [self._key(prompt) for prompt in prompts]
         open_ = {k: (row, p) for k, row, p in zip(keys, rows, prompts, strict=True) if k not in self._kept}
@@ -82,10 +82,10 @@ class Judge:
         with self._cache.open("a", encoding="utf-8") as file:
 
             def judge(key: str, row: Demonstration, prompt: str) -> None:
-                verdict = self._verdict(row, prompt, stop)
+                grade = self._grade(row, prompt, stop)
                 with lock:
-                    self._kept[key] = verdict
-                    file.write(json.dumps({"key": key, "verdict": verdict}) + "\n")
+                    self._kept[key] = grade
+                    file.write(json.dumps({"key": key, "verdict": grade}) + "\n")
                     file.flush()
 
             with (
@@ -106,14 +106,14 @@ class Judge:
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(json.dumps([self._endpoint.url, self._endpoint.model, prompt]).encode()).hexdigest()
 
-    def _verdict(self, row: Demonstration, prompt: str, stop: threading.Event) -> Verdict:
+    def _grade(self, row: Demonstration, prompt: str, stop: threading.Event) -> Grade:
         messages = [{"role": "user", "content": prompt}]
         for _ in range(2):
             content = self._endpoint.ask(messages, stop, max_tokens=_MAX_TOKENS)
             word = content.strip(string.whitespace + string.punctuation).lower()
-            for verdict in get_args(Verdict):
-                if word == verdict:
-                    return verdict
+            for grade in get_args(Grade):
+                if word == grade:
+                    return grade
             messages += [{"role": "assistant", "content": content}, {"role": "user", "content": _AGAIN}]
         raise UserError(
             f"{row.source}: judge {self._endpoint.model!r} answered {shown(content)}, expected strict, lenient or "
@@ -122,7 +122,7 @@ class Judge:
 
 
 def judge_of(config: ModelSettings) -> Judge | None:
-    """The judge of the settings, with verdicts in the cache folder; None for any other scorer."""
+    """The judge of the settings, with grades in the cache folder; None for any other scorer."""
     if config.scorer != JUDGE:
         return None
     assert config.judge_url, "the settings reject a judge without an address"
@@ -139,16 +139,16 @@ def _prompt(row: Demonstration, reply: str) -> str:
     return _INSTRUCTION + text + _REQUEST
 
 
-def _read(cache: Path) -> dict[str, Verdict]:
-    """Read the cached verdicts, dropping an incomplete last line left by a crash."""
+def _read(cache: Path) -> dict[str, Grade]:
+    """Read the cached grades, dropping an incomplete last line left by a crash."""
     try:
         drop_partial_line(cache)
         text = cache.read_text(encoding="utf-8") if cache.exists() else ""
         lines = [json.loads(line) for line in text.splitlines()]
-        kept: dict[str, Verdict] = {line["key"]: line["verdict"] for line in lines}
-        if not set(kept.values()) <= set(get_args(Verdict)):
-            raise ValueError("unknown verdict")
+        kept: dict[str, Grade] = {line["key"]: line["verdict"] for line in lines}
+        if not set(kept.values()) <= set(get_args(Grade)):
+            raise ValueError("unknown grade")
     except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a file of verdicts"
-        raise UserError(f"{cache}: the judge's verdicts cannot be read: {reason}; move the file away") from None
+        reason = error.strerror if isinstance(error, OSError) else "not a file of grades"
+        raise UserError(f"{cache}: the judge's grades cannot be read: {reason}; move the file away") from None
     return kept

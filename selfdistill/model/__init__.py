@@ -6,8 +6,8 @@ from selfdistill.model.device import fast_products
 from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
-from selfdistill.model.four_bits import dequantised, is_in_4bit, set_compute_dtype, weight_tensors
 from selfdistill.model.forward import ForwardOutput, ForwardPass
+from selfdistill.model.four_bits import dequantised, is_in_4bit, set_compute_dtype, weight_tensors
 from selfdistill.model.fsdp import (
     distribute_like,
     full_tensor,

@@ -1,8 +1,8 @@
 """Weights of 4 bits under an adapter (QLoRA, arXiv 2305.14314): NF4 with quantised scales, by bitsandbytes.
 
 A weight is one of the 16 numbers of NF4 times the scale of its block of 64. A scale is a number of 8 bits times that of
-its block of 256, which is in float32. So a weight takes 0.516 bytes. Linear layers are quantised, without the head; what
-else a model has, such as embeddings, norms and biases, stays in its data type.
+its block of 256, which is in float32. So a weight takes 0.516 bytes. Linear layers are quantised, without the head;
+what else a model has, such as embeddings, norms and biases, stays in its data type.
 
 Each pass turns a layer's weights into the data type it computes in, uses them and forgets them. Weights are quantised
 while they are read, one tensor at a time on the device, which never holds all of them in floating point.
@@ -102,7 +102,7 @@ def pack_weights(model: nn.Module) -> None:
 
 
 def add_scales(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give packed weights, of a model of this data type, scales without data: fake tensors, in a mode that makes them."""
+    """Give packed weights, of a model of this data type, scales: fake tensors, in a mode that makes them."""
     state: Any = import_bitsandbytes(_ASKED).functional.QuantState
     for layer in _layers(model):
         shape = torch.Size((layer.out_features, layer.in_features))

@@ -233,8 +233,7 @@ class VllmEngine(VllmSampling):
                 progress = now
             elif now - progress > limit_s:
                 raise TimeoutError(
-                    f"no sample was completed in {now - progress:.0f} s, {count - len(outputs)} of {count} are left; "
-                    f"engine_timeout_s is {limit_s:g}"
+                    f"no sample was completed in {now - progress:.0f} s, {count - len(outputs)} of {count} are left"
                 )
         assert len(outputs) == count, (len(outputs), count)
         return sorted(outputs, key=lambda output: int(output.request_id))
@@ -262,9 +261,10 @@ class VllmEngine(VllmSampling):
             raise
         except Exception as error:  # vLLM's own, and those of all that it uses
             self.failed = first_line(error).rstrip(".")
+            is_late = isinstance(error, TimeoutError)
+            advice = "raise engine_timeout_s" if is_late else "change engine_memory_gib if it lacks memory"
             raise EngineFailed(
-                f"engine vllm {what}: {type(error).__name__}: {self.failed}; change engine_memory_gib if it lacks "
-                "memory, or leave engine out"
+                f"engine vllm {what}: {type(error).__name__}: {self.failed}; {advice}, or leave engine out"
             ) from error
 
 

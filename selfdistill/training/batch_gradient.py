@@ -200,7 +200,7 @@ class BatchGradient:
         padding = [-len(found.completions) % batch_unit(self.config) for found in selected]
         slices = [rank_slice(len(s.completions) + more) for s, more in zip(selected, padding, strict=True)]
         own = sum(rows.stop - rows.start for rows in slices)
-        size = max(1, math.ceil(own / self.config.gradient_accumulation_steps))
+        size = max(1, math.ceil(own / self.config.micro_batches))
         sums = [
             self._run(found.part, self._weigh(found, more, rows, size), stopwatch)
             for found, more, rows in zip(selected, padding, slices, strict=True)
@@ -287,7 +287,7 @@ class BatchGradient:
         device, factor_b, importance_b, gap = self.loaded.device, micro.factor_b, None, SamplerGap()
         has_weight_N = micro.has_weight_N(device)
         # Train mode only enables gradient checkpointing: dropout is disabled.
-        self.loaded.model.train(self.config.gradient_checkpointing)
+        self.loaded.model.train(bool(self.config.gradient_checkpointing))
         with self.accelerator.autocast():
             output = self.forward_pass(self.loaded.model, micro.prompts, micro.ids)
             tokens_N = torch.tensor([token for ids in micro.ids for token in ids], device=device)

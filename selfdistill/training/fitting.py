@@ -25,6 +25,9 @@ MOST_CHANGES = 4
 WITHOUT_ADAPTER = ("teacher", "optim")
 """Settings of which a change saves memory only without an adapter."""
 
+OPEN = ("gradient_accumulation_steps", "gradient_checkpointing")
+"""Settings that are chosen where they are not given; they change nothing in the result."""
+
 Changes = dict[str, Any]
 
 
@@ -33,8 +36,11 @@ class Fit(Printable):
     """A run's plan beside the memory of a device."""
 
     plan: MemoryPlan
+    """Of the settings, with those chosen that were left open."""
     limit: int
     """Bytes that the device has."""
+    chosen: Changes
+    """Settings that were left open and were chosen so that the plan fits; empty if it fits without, or not at all."""
     nearest: tuple[Changes, MemoryPlan] | None
     """With the fewest changes of settings that fit, if the plan does not; None if there are none."""
 
@@ -46,17 +52,21 @@ class Fit(Printable):
     def verdict(self) -> str:
         """Whether it fits, and what would."""
         sizes = f"{size_text(self.plan.peak)} of {size_text(self.limit)}"
-        if self.fits and self.plan.untraced:
-            return f"what stays between steps fits: {sizes}"
-        return f"it fits: {sizes}" if self.fits else f"it does not fit: {sizes}; {self.advice()}"
+        if not self.fits:
+            return f"it does not fit: {sizes}; {self.advice()}"
+        fits = "what stays between steps fits" if self.plan.untraced else "it fits"
+        return f"{fits}: {sizes}{self.choice()}"
+
+    def choice(self) -> str:
+        """What was chosen, as the end of a line; nothing if nothing was."""
+        return f"; chosen for that: {_options(self.chosen)}" if self.chosen else ""
 
     def advice(self) -> str:
         """Settings that would fit, as options of the command line."""
         if self.nearest is None:
             return "no change of settings makes it fit; use a smaller model, or shorter prompts and completions"
         changes, plan = self.nearest
-        options = " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
-        return f"this would, with {size_text(plan.peak)}: {options}"
+        return f"this would, with {size_text(plan.peak)}: {_options(changes)}"
 
     def print(self, console: Console) -> None:
         """Print the table of the plan and the verdict."""
@@ -89,11 +99,16 @@ def fit(
 def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
     """The same with a planner."""
     plan = planner.plan(config)
-    return Fit(plan, limit, None if plan.peak <= limit else _nearest(planner, config, limit))
+    if plan.peak <= limit:
+        return Fit(plan, limit, {}, None)
+    if found := _nearest(planner, config, limit, only_open=True):
+        chosen, plan = found
+        return Fit(plan, limit, chosen, None)
+    return Fit(plan, limit, {}, _nearest(planner, config, limit))
 
 
 def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
-    """A run's plan, and lines on it for its start.
+    """A run's plan, with the settings that were left open, and lines on it for its start.
 
     The longest rows seldom come together, and samples are mostly shorter than ``max_completion_length``. So a run is
     refused only if it cannot fit even with the shortest rows and samples of one token, and warned if it cannot with the
@@ -106,7 +121,7 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
         plan = planner.plan(config)
         return plan, [plan.line()]
     found = fitted(planner, config, limit)
-    lines = [f"{found.plan.line()}; {size_text(limit)} free"]
+    lines = [f"{found.plan.line()}; {size_text(limit)} free{found.choice()}"]
     if found.fits:
         return found.plan, lines
     least = planner.plan(config, least=True)
@@ -121,12 +136,24 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
     return found.plan, [*lines, note]
 
 
-def _nearest(planner: MemoryPlanner, config: TrainConfig, limit: int) -> tuple[Changes, MemoryPlan] | None:
-    """The fewest changes that fit; of as many, those that change the result least come first."""
-    moves = list(_moves(config, planner))
-    more = range(config.gradient_accumulation_steps + 1, config.batch_size + 1)
+def _options(changes: Changes) -> str:
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
+
+
+def _nearest(
+    planner: MemoryPlanner, config: TrainConfig, limit: int, *, only_open: bool = False
+) -> tuple[Changes, MemoryPlan] | None:
+    """The fewest changes that fit; of as many, those that change the result least come first.
+
+    ``only_open``: change nothing but settings of ``OPEN`` that are not given.
+    """
+    is_open = {name: getattr(config, name) is None for name in OPEN}
+    moves = [moved for moved in _moves(config, planner) if not only_open or all(is_open.get(name) for name in moved)]
+    more = range(config.micro_batches + 1, config.batch_size + 1)
     unit = planner.device(config).processes if config.fsdp else 1  # with fsdp, all parts are equal
     in_parts: list[Changes] = [{"gradient_accumulation_steps": n} for n in more if config.batch_size % (n * unit) == 0]
+    if only_open and not is_open["gradient_accumulation_steps"]:
+        in_parts = []
     least = {name: value for changes in moves for name, value in changes.items()}
     if "lora_rank" in least:  # needs least of all, and goes with neither
         least = {name: value for name, value in least.items() if name not in WITHOUT_ADAPTER}

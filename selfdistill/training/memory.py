@@ -151,7 +151,7 @@ class MemoryPlanner:
         return {rule: self._teachers[name] for rule, name in names.items()}
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
-        key = (config.dtype, config.lora_rank, config.load_in_4bit, config.gradient_checkpointing, layers)
+        key = (config.dtype, config.lora_rank, config.load_in_4bit, bool(config.gradient_checkpointing), layers)
         if key not in self._models:
             like = next(iter(self._models.values()), self._loaded)
             loaded = fake_model(
@@ -353,7 +353,7 @@ def _phases(
     found: dict[str, Bytes] = {}
     for parts in stages:
         sizes = [part.rows(config, device) for part in parts]
-        size = max(1, math.ceil(sum(sizes) / config.gradient_accumulation_steps))
+        size = max(1, math.ceil(sum(sizes) / config.micro_batches))
         for number, (part, own) in enumerate(zip(parts, sizes, strict=True)):
             peaks = [step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps]
             if config.engine == "none":

@@ -74,7 +74,7 @@ class MemoryPlan(Printable):
         config = self.config
         kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "full fine-tuning"
         arithmetic = "bfloat16" if self.device.mixed_precision == "bf16" else "float32"
-        batch = f"batch {config.batch_size} in {config.gradient_accumulation_steps}"
+        batch = f"batch {config.batch_size} in {config.micro_batches}"
         lines = [
             f"{config.model}: {kind}, {config.dtype} weights, {config.optim}, {arithmetic} arithmetic, {batch}; "
             f"longest rows {self.lengths[0]} tokens, teacher's {self.lengths[1]}"

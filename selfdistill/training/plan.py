@@ -85,6 +85,7 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     rows = _checked_rows(config, given)
     loaded = copy.deepcopy(loaded)
     memory, lines = check_memory(config, rows, loaded, always=True)
+    config = memory.config if memory else config
     config = with_context(config, rows, loaded)
     unmeasured: dict[str, Any] = {"drift_steps": 0, "test": None}
     if any(part.method.fixed for parts in stages for part in parts):  # one batch of samples is enough to see

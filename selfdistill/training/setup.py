@@ -88,10 +88,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(
             "setting 'fsdp' shards a model across processes, found only one; start several, or give --fsdp false"
         )
-    if config.fsdp and config.batch_size % (processes * config.gradient_accumulation_steps):
+    if config.fsdp and config.batch_size % (processes * config.micro_batches):
         raise UserError(
             f"setting 'fsdp' needs parts of equal size: batch_size {config.batch_size} is not a multiple of "
-            f"{processes} processes times gradient_accumulation_steps {config.gradient_accumulation_steps}"
+            f"{processes} processes times gradient_accumulation_steps {config.micro_batches}"
         )
     return accelerator
 
@@ -169,7 +169,7 @@ def repeated_prompts(examples: Sequence[Example], rows: Sequence[Demonstration])
 
 def batch_unit(config: TrainConfig) -> int:
     """How many examples a part's share of a batch is a multiple of: with ``fsdp``, all processes need equal parts."""
-    return world_size() * config.gradient_accumulation_steps if config.fsdp else 1
+    return world_size() * config.micro_batches if config.fsdp else 1
 
 
 def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str, date: str | None) -> TrainConfig:

@@ -197,7 +197,7 @@ class TracedStep:
     ) -> None:
         contexts, completions = self._rows(part, size, lambda x: x.student_ids)
         model, method = self.loaded.model, part.method
-        model.train(self._config.gradient_checkpointing)
+        model.train(bool(self._config.gradient_checkpointing))
         live.begin(("student", "forward"))
         with self._autocast():
             output = self._forward_pass(model, contexts, completions)

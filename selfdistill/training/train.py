@@ -109,7 +109,8 @@ def train(
         checkpoint = newest_whole(output_dir) if resume else None
         demonstrations = demonstrations or load_demonstrations(config.data, split=config.split)
         _needs_best_context(config)  # or refuses
-        _, memory = check_memory(config, demonstrations, loaded)
+        plan, memory = check_memory(config, demonstrations, loaded)
+        config = plan.config if plan else config
         config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
         trainer = Trainer(config, demonstrations, evaluator, loaded)
         if checkpoint:
@@ -212,8 +213,9 @@ def check_memory(
 ) -> tuple[MemoryPlan | None, list[str]]:
     """Check before the model is loaded that there is enough memory; returns the plan, and lines that describe it.
 
-    A model or row that cannot be used is not reported here, but where it is used. There is no plan where far more
-    memory is free than a run can need (:data:`AMPLE`), unless ``always``.
+    The plan's settings are the given ones, with those chosen that were left open. A model or row that cannot be used is
+    not reported here, but where it is used. There is no plan where far more memory is free than a run can need
+    (:data:`AMPLE`), unless ``always``.
 
     Raises:
         UserError: there is not enough; names the nearest settings for which there is.

@@ -1,4 +1,4 @@
-"""The judge against a local server: verdicts, what is kept, what is asked again, and what never leaves."""
+"""The judge against a local server: grades, what is kept, what is asked again, and what never leaves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from selfdistill.data.demonstrations import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import endpoint
 from selfdistill.evaluation.answers import check_answers
-from selfdistill.evaluation.judge import Judge, Verdict
+from selfdistill.evaluation.judge import Grade, Judge
 
 KEY = "sk-very-secret"
 
@@ -45,18 +45,18 @@ def by_reply(body: dict[str, Any]) -> tuple[int, str]:
     return 200, "**lenient**" if data["reply"] and data["reply"] in data["reference"] else "wrong"
 
 
-def test_verdicts_in_order_and_a_second_time_from_the_file(server: Server, tmp_path: Path) -> None:
+def test_grades_in_order_and_a_second_time_from_the_file(server: Server, tmp_path: Path) -> None:
     server.reply = by_reply
     replies = [f"answer {i}" if i % 3 == 0 else "answer" if i % 3 == 1 else "no" for i in range(30)]
-    expected: list[Verdict] = [("strict", "lenient", "wrong")[i % 3] for i in range(30)]  # type: ignore[misc]
+    expected: list[Grade] = [("strict", "lenient", "wrong")[i % 3] for i in range(30)]  # type: ignore[misc]
     cache = tmp_path / "new" / "judge.jsonl"
     judge = Judge(server.url, "j", cache)
-    assert judge.verdicts(rows(30), replies) == expected
+    assert judge.grades(rows(30), replies) == expected
     assert len(server.asked) == 30
-    assert judge.verdicts(rows(30), replies) == expected
-    assert Judge(server.url + "/", "j", cache).verdicts(rows(30)[::-1], replies[::-1]) == expected[::-1]
+    assert judge.grades(rows(30), replies) == expected
+    assert Judge(server.url + "/", "j", cache).grades(rows(30)[::-1], replies[::-1]) == expected[::-1]
     assert len(server.asked) == 30
-    assert Judge(server.url, "another", cache).verdicts(rows(1), ["no"]) == ["wrong"]
+    assert Judge(server.url, "another", cache).grades(rows(1), ["no"]) == ["wrong"]
     assert len(server.asked) == 31
     assert set(server.paths) == {"/v1/chat/completions"}
     assert {(body["model"], body["temperature"]) for body in server.asked} == {("j", 0), ("another", 0)}
@@ -71,8 +71,8 @@ def test_verdicts_in_order_and_a_second_time_from_the_file(server: Server, tmp_p
 def test_equal_prompts_are_asked_once_and_an_answer_is_the_reference(server: Server, tmp_path: Path) -> None:
     (row,) = rows(1)
     called = Demonstration(row.prompt, "text", answer=[["tool", {"x": 1}]], row=1, source="test.jsonl:2")
-    verdicts = Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts([row, called, row], ["a", "a", "a"])
-    assert verdicts == ["strict"] * 3
+    grades = Judge(server.url, "j", tmp_path / "judge.jsonl").grades([row, called, row], ["a", "a", "a"])
+    assert grades == ["strict"] * 3
     assert sorted(str(data_of(body)["reference"]) for body in server.asked) == ["[['tool', {'x': 1}]]", "answer 0"]
 
 
@@ -80,7 +80,7 @@ def test_the_reference_is_what_a_demonstration_says_not_what_it_thinks(server: S
     (row,) = rows(1)
     thinking = Demonstration(row.prompt, "<think>\n7 or 8?\n</think>\n\nanswer 0", row=1, source="test.jsonl:2")
     server.reply = by_reply
-    assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts([thinking], ["answer 0"]) == ["strict"]
+    assert Judge(server.url, "j", tmp_path / "judge.jsonl").grades([thinking], ["answer 0"]) == ["strict"]
     assert data_of(server.asked[0])["reference"] == "answer 0"
     thoughts = Demonstration(row.prompt, "<think>\n7 or 8?\n</think>", row=2, source="test.jsonl:3")
     with pytest.raises(UserError) as error:
@@ -95,11 +95,11 @@ def test_after_a_failure_in_the_middle_the_rest_is_asked_for(server: Server, tmp
     cache = tmp_path / "judge.jsonl"
     server.reply = lambda _: (200, "strict") if len(server.asked) <= 12 else (400, {"error": "no more"})
     with pytest.raises(UserError) as error:
-        Judge(server.url, "j", cache).verdicts(rows(40), ["x"] * 40)
+        Judge(server.url, "j", cache).grades(rows(40), ["x"] * 40)
     kept = len(cache.read_text().splitlines())
     assert kept == 12
     assert re.fullmatch(
-        rf"judge {server.url}/chat/completions: status 400, '{{\"error\": \"no more\"}}'; verdicts are cached "
+        rf"judge {server.url}/chat/completions: status 400, '{{\"error\": \"no more\"}}'; grades are cached "
         rf"in {cache}; rerun the same command to resume",
         str(error.value),
     )
@@ -107,19 +107,19 @@ def test_after_a_failure_in_the_middle_the_rest_is_asked_for(server: Server, tmp
         file.write('{"key": "cut off by a power fail')
     server.asked.clear()
     server.reply = lambda _: (200, "wrong")
-    verdicts = Judge(server.url, "j", cache).verdicts(rows(40), ["x"] * 40)
-    assert (verdicts.count("strict"), verdicts.count("wrong"), len(server.asked)) == (12, 28, 28)
+    grades = Judge(server.url, "j", cache).grades(rows(40), ["x"] * 40)
+    assert (grades.count("strict"), grades.count("wrong"), len(server.asked)) == (12, 28, 28)
     assert len(cache.read_text().splitlines()) == 40
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_endpoint_is_asked_again(server: Server, tmp_path: Path, status: int) -> None:
     server.reply = lambda _: (200, "lenient") if len(server.asked) == 3 else (status, {"error": "busy"})
-    assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["x"]) == ["lenient"]
+    assert Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["x"]) == ["lenient"]
     assert len(server.asked) == 3
     server.reply = lambda _: (status, {"error": "busy"})
-    with pytest.raises(UserError, match=f"status {status}, .*busy.*; verdicts are cached in"):
-        Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(2), ["x", "x"])
+    with pytest.raises(UserError, match=f"status {status}, .*busy.*; grades are cached in"):
+        Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(2), ["x", "x"])
     assert len(server.asked) == 6
 
 
@@ -127,22 +127,20 @@ def test_no_answer_in_time_and_no_server(server: Server, tmp_path: Path, monkeyp
     monkeypatch.setattr(endpoint, "TIMEOUT_S", 1.0)
     slept = threading.Event()
     server.reply = lambda _: (200, "strict") if len(server.asked) > 1 else (slept.wait(1.5), (200, "wrong"))[1]
-    assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["x"]) == ["strict"]
-    with pytest.raises(
-        UserError, match=r"judge http://127\.0\.0\.1:1/chat/completions: .*refused; verdicts are cached"
-    ):
-        Judge("http://127.0.0.1:1", "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["y"])
+    assert Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["x"]) == ["strict"]
+    with pytest.raises(UserError, match=r"judge http://127\.0\.0\.1:1/chat/completions: .*refused; grades are cached"):
+        Judge("http://127.0.0.1:1", "j", tmp_path / "judge.jsonl").grades(rows(1), ["y"])
 
 
-def test_what_is_no_verdict_is_asked_again_once(server: Server, tmp_path: Path) -> None:
+def test_what_is_no_grade_is_asked_again_once(server: Server, tmp_path: Path) -> None:
     server.reply = lambda body: (200, "I would say strict" if len(body["messages"]) == 1 else "strict")
-    assert Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["x"]) == ["strict"]
+    assert Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["x"]) == ["strict"]
     assert [len(body["messages"]) for body in server.asked] == [1, 3]
     server.reply = lambda _: (200, "perhaps\nright")
     with pytest.raises(UserError) as error:
-        Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["y"])
+        Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["y"])
     assert str(error.value) == (
-        f"test.jsonl:1: judge 'j' answered 'perhaps right', expected strict, lenient or wrong; verdicts are cached in "
+        f"test.jsonl:1: judge 'j' answered 'perhaps right', expected strict, lenient or wrong; grades are cached in "
         f"{tmp_path / 'judge.jsonl'}; use a judge that follows instructions"
     )
     assert len(server.asked) == 4
@@ -150,7 +148,7 @@ def test_what_is_no_verdict_is_asked_again_once(server: Server, tmp_path: Path) 
     with pytest.raises(
         UserError, match=r"""found '\{"object": "page"\}', expected a chat completion; check judge_url"""
     ):
-        Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["z"])
+        Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["z"])
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_what_is_no_verdict_is_asked_again_once(server: Server, tmp_path: Path) 
 def test_a_reply_stays_inside_its_string(server: Server, tmp_path: Path, reply: str) -> None:
     server.reply = by_reply
     judge = Judge(server.url, "j", tmp_path / "judge.jsonl")
-    assert judge.verdicts(rows(1) * 2, ["no", reply]) == ["wrong"] * 2
+    assert judge.grades(rows(1) * 2, ["no", reply]) == ["wrong"] * 2
     harmless, prompt = sorted(
         (body["messages"][0]["content"] for body in server.asked), key=lambda text: '"reply": "no"' not in text
     )
@@ -203,28 +201,28 @@ def test_the_key_is_sent_and_nothing_else_sees_it(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "judge.jsonl"
-    Judge(server.url, "j", cache).verdicts(rows(1), ["a"])
+    Judge(server.url, "j", cache).grades(rows(1), ["a"])
     monkeypatch.setenv("OPENAI_API_KEY", "for OpenAI only")
-    Judge(server.url, "j", cache).verdicts(rows(1), ["b"])
+    Judge(server.url, "j", cache).grades(rows(1), ["b"])
     monkeypatch.setenv("SELFDISTILL_JUDGE_KEY", KEY + "\n")
     judge = Judge(server.url, "j", cache)
-    judge.verdicts(rows(1), ["c"])
+    judge.grades(rows(1), ["c"])
     assert server.keys == [None, None, f"Bearer {KEY}"]
     server.reply = lambda _: (401, {"error": f"bad key {KEY}"})
     with pytest.raises(UserError, match=r"status 401, .*bad key \*\*\*") as error:
-        judge.verdicts(rows(1), ["d"])
+        judge.grades(rows(1), ["d"])
     assert len(server.asked) == 4
     out, err = capfd.readouterr()
     assert KEY not in cache.read_text() + str(error.value) + out + err + repr(vars(judge))
     with pytest.raises(UserError, match=r"SELFDISTILL_JUDGE_KEY is not sent over http, where others can read it"):
-        Judge("http://judge.example/v1", "j", cache).verdicts(rows(1), ["d"])
+        Judge("http://judge.example/v1", "j", cache).grades(rows(1), ["d"])
     assert key_sent_to("https://api.openai.com/v1", monkeypatch) == f"Bearer {KEY}"
     monkeypatch.delenv("SELFDISTILL_JUDGE_KEY")
     assert key_sent_to("https://api.openai.com/v1", monkeypatch) == "Bearer for OpenAI only"
     assert key_sent_to("https://judge.example/v1", monkeypatch) is None
     monkeypatch.setenv("SELFDISTILL_JUDGE_KEY", "a\nb")
     with pytest.raises(UserError, match=r"^environment variable SELFDISTILL_JUDGE_KEY: contains invalid characters"):
-        judge.verdicts(rows(1), ["d"])
+        judge.grades(rows(1), ["d"])
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
@@ -235,7 +233,7 @@ def test_a_redirect_is_not_followed(
     server.location = server.url + "/elsewhere"
     server.reply = lambda _: (status, "strict")
     with pytest.raises(UserError, match=f"status {status}, a redirect to '{server.location}', which is not followed"):
-        Judge(server.url, "j", tmp_path / "judge.jsonl").verdicts(rows(1), ["x"])
+        Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["x"])
     assert server.paths == ["/v1/chat/completions"]
 
 
@@ -243,7 +241,7 @@ def test_a_redirect_is_not_followed(
 def test_a_file_of_something_else_is_not_written_to(tmp_path: Path, text: str) -> None:
     cache = tmp_path / "judge.jsonl"
     cache.write_text(text)
-    with pytest.raises(UserError, match="cannot be read: not a file of verdicts; move the file away"):
+    with pytest.raises(UserError, match="cannot be read: not a file of grades; move the file away"):
         Judge("http://127.0.0.1:1", "j", cache)
     assert cache.read_text() == text
 

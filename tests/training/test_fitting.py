@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from children import started_together
+from conftest import final_weights, same
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import LlamaConfig
 
@@ -27,6 +29,7 @@ from selfdistill.training.traced_step import Device
 Make = Callable[..., TrainConfig]
 CPU, GPU = Device("cpu", "no"), Device("cuda", "bf16")
 BFLOAT16 = {"dtype": "bfloat16"}
+IN_ONE = {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
 
 
 def planned(config: TrainConfig, device: Device = CPU) -> MemoryPlan:
@@ -69,7 +72,7 @@ def test_where_one_process_has_too_little_all_are_refused(
 def test_what_fits_unless_completions_are_long_is_said_and_trained(
     settings: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = settings(max_completion_length=200, max_steps=1, batch_size=4)
+    config = settings(max_completion_length=200, max_steps=1, batch_size=4, **IN_ONE)
     free(planned(config).peak - 1)
     train(config)
     said = capsys.readouterr().err
@@ -82,7 +85,7 @@ def test_long_rows_that_seldom_come_together_are_trained(
     settings: Make, write_rows: Callable[..., Path], free: Callable[[int], None]
 ) -> None:
     rows = [{"prompt": f"{i} " + "long " * (60 if i < 2 else 1), "completion": "ab"} for i in range(20)]
-    config = settings(data=str(write_rows(rows, name="seldom.jsonl")), method="sft", max_steps=1)
+    config = settings(data=str(write_rows(rows, name="seldom.jsonl")), method="sft", max_steps=1, **IN_ONE)
     free(planned(config).peak - 1)
     train(config)
     assert (Path(config.output_dir) / "final").is_dir()
@@ -119,7 +122,7 @@ def test_servers_have_memory_of_their_own(settings: Make) -> None:
 
 
 def test_the_nearest_settings_change_least(settings: Make) -> None:
-    config = settings(batch_size=4, max_completion_length=100)
+    config = settings(batch_size=4, max_completion_length=100, **IN_ONE)
     rows = load_demonstrations(config.data)
     peaks = {n: planned(config.model_copy(update={"gradient_accumulation_steps": n})).peak for n in (1, 2, 4)}
     assert peaks[1] > peaks[2] > peaks[4]
@@ -132,6 +135,40 @@ def test_the_nearest_settings_change_least(settings: Make) -> None:
         assert changes == {"gradient_accumulation_steps": parts}
         assert plan.peak <= limit
         assert f" MiB: --gradient_accumulation_steps {parts}" in found.verdict()
+
+
+def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(settings: Make) -> None:
+    config = settings(batch_size=4, max_completion_length=100)
+    rows = load_demonstrations(config.data)
+
+    def peak(**values: Any) -> int:
+        return planned(config.model_copy(update=values)).peak
+
+    assert fit(config, rows, CPU, peak()).chosen == {}
+    found = fit(config, rows, CPU, peak() - 1)
+    assert found.fits
+    assert found.nearest is None
+    assert found.chosen == {"gradient_accumulation_steps": 2}
+    assert found.plan.config == config.model_copy(update=found.chosen)
+    assert found.verdict().endswith(" MiB; chosen for that: --gradient_accumulation_steps 2")
+    least = {"gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    assert fit(config, rows, CPU, peak(**least)).chosen == least
+    in_one = config.model_copy(update={"gradient_accumulation_steps": 1})
+    assert not fit(in_one, rows, CPU, peak(**least)).fits, "what is given is not changed"
+
+
+def test_a_run_in_chosen_micro_batches_is_that_in_given_ones(
+    settings: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    common: dict[str, Any] = {"batch_size": 4, "max_completion_length": 100, "max_steps": 1}
+    config, given = settings("chosen", **common), settings("given", gradient_accumulation_steps=2, **common)
+    free(planned(config).peak - 1)
+    train(config)
+    assert "free; chosen for that: --gradient_accumulation_steps 2\n" in capsys.readouterr().err
+    train(given)
+    chosen, expected = (yaml.safe_load((Path(x.output_dir) / "config.yaml").read_text()) for x in (config, given))
+    assert chosen == expected | {"output_dir": config.output_dir}
+    assert same(final_weights(config), final_weights(given))
 
 
 def test_where_the_weights_do_not_fit_an_adapter_is_proposed(

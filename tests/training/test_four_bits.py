@@ -93,7 +93,8 @@ def test_a_step_is_that_of_lora_on_the_rounded_weights(
     wanted = {name: weight.grad for name, weight in plain.loaded.model.named_parameters() if weight.requires_grad}
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
-        assert gradient is not None and gradient.dtype == torch.float32
+        assert gradient is not None
+        assert gradient.dtype == torch.float32
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5)
 
 
@@ -101,7 +102,8 @@ def test_a_frozen_teacher_is_the_quantised_base(settings: Callable[..., TrainCon
     trainer = Trainer(settings(model=folders["whole"], teacher="frozen", **QLORA))
     for step in range(3):
         trainer.step(step)
-    assert trainer.teacher is not None and trainer.teacher.memory_bytes == 0
+    assert trainer.teacher is not None
+    assert trainer.teacher.memory_bytes == 0
     base = AutoModelForCausalLM.from_pretrained(folders["rounded"], dtype=torch.float32)
     with trainer.teacher.model() as network:
         torch.testing.assert_close(logps(network), logps(base), rtol=0, atol=1e-5)
