@@ -23,6 +23,7 @@ from selfdistill.model.adapters import attach, merged, read_config
 from selfdistill.model.device import best_device, has_gpu
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.four_bits import plain, scales
+from selfdistill.model.quantisation import import_before_peft
 from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
 from selfdistill.runtime import library_warnings
 
@@ -305,6 +306,7 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
 
     The adapter's weights are float32 whatever the model's data type (PEFT's ``autocast_adapter_dtype``).
     """
+    import_before_peft()
     from peft import LoraConfig, get_peft_model
 
     scale: Any = alpha or 2 * rank  # PEFT's annotation says int, but it only divides by the rank

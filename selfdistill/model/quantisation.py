@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,11 @@ def import_bitsandbytes(asked: str) -> Any:
         if present is not None:
             sys.modules["kernels"] = present
     return bitsandbytes
+
+
+def import_before_peft() -> None:
+    """Import bitsandbytes, if it is there, before PEFT does so unasked, and without what :func:`import_bitsandbytes`
+    prevents.
+    """
+    with suppress(UserError):
+        import_bitsandbytes("an adapter")

@@ -150,10 +150,9 @@ def test_a_run_ends_where_lora_on_the_rounded_weights_does(
         assert metrics_of(config)[-1]["loss"] < 0.6 * metrics_of(config)[0]["loss"]
     start, saved = (logps(load_model(name).model) for name in (folders["whole"], runs["four"].output_dir))
     learnt = kl(ends["whole"], start)
-    found = {name: kl(ends["whole"], end) for name, end in {**ends, "saved": saved}.items()}
-    print(f"\nlearnt {learnt:.4f}, {found}, rounded {kl(ends['rounded'], ends['four']):.2e}")
     assert kl(ends["rounded"], ends["four"]) < 1e-3 * learnt
-    assert max(found.values()) < learnt
+    assert kl(ends["whole"], ends["four"]) < 0.7 * learnt
+    assert kl(ends["whole"], saved) < 0.5 * learnt
 
 
 def test_evaluation_anchors_and_drift_see_the_quantised_base(
@@ -189,20 +188,22 @@ def test_weights_are_quantised_while_they_are_read(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = LlamaConfig.from_pretrained(folders["whole"])
-    config.update({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6})
+    config.update({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3})
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     functional = import_bitsandbytes("the test").functional
-    quantize, held = functional.quantize_4bit, []
+    quantize, calls, held = functional.quantize_4bit, [], []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        held.append(live_bytes())
+        calls.append(None)
+        if len(calls) in (7, 21):  # counting takes long
+            held.append(live_bytes())
         return quantize(*args, **kwargs)
 
     monkeypatch.setattr(functional, "quantize_4bit", watched)
     before = live_bytes()
     loaded = load_model(str(tmp_path), load_in_4bit=True)
-    assert len(held) == 6 * 7
+    assert len(calls) == 3 * 7
     one = 4 * 256 * 512
     assert max(held) - before <= tensor_bytes(weight_tensors(loaded.model)) + one + 10_000
 
