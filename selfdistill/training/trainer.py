@@ -249,6 +249,7 @@ class Trainer:
         ]
         lines += [
             f"model: {config.model}, {trained / 1e6:.1f} M trainable parameters, on {self.loaded.device}"
+            + (" in 4 bits" if config.load_in_4bit else "")
             + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
         ]
         if self.teacher:
