@@ -67,7 +67,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "method": ("method", "methods", "seed", "seeds", "vary", "cold_start_steps", "method_settings"),
     "anchors": ("anchors", "anchor_share", "anchor_divergence"),
     "teacher and context": (
-        *("context", "contexts", "teacher", "ema_rate", "snapshot_steps", "teacher_model", "teacher_cache_mib"),
+        *("context", "contexts", "hint", "teacher", "ema_rate", "snapshot_steps", "teacher_model", "teacher_cache_mib"),
         "fine_tuned",
     ),
     "sampling": ("temperature", "top_p", "top_k", "num_generations", "num_samples"),
@@ -90,6 +90,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
             "sample",
             "eval_steps",
             "drift_steps",
+            "hints",
             "spill",
             "scorer",
             "judge_url",

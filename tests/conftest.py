@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfdistill.config.train import TrainConfig
+from selfdistill.config.train import SCORED_METHODS, TrainConfig
 from selfdistill.evaluation import endpoint
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
@@ -192,9 +192,26 @@ def settings(
     return make
 
 
+def needs(method: Any, other_model: str) -> dict[str, Any]:
+    """Settings that a method needs, or that keep its steps short: groups of four; another model if it must have one."""
+    values: dict[str, Any] = {}
+    if method in SCORED_METHODS:
+        values["num_generations"] = 4
+    if method == "sort":
+        values["method_settings"] = {"plan": 0}
+    if method in ("npo", "t3s"):
+        values["teacher_model"] = other_model
+    if method == "trapo":
+        values["method_settings"] = {"sizes": (1, 1, 1, 1)}
+    return values
+
+
 @pytest.fixture
 def all_of_them(
-    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], tmp_path: Path
+    settings: Callable[..., TrainConfig],
+    write_rows: Callable[..., Path],
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
 ) -> Callable[..., TrainConfig]:
     """Settings with which every method runs: documents, general prompts, an answer that half of all replies have."""
     rows = [
@@ -213,8 +230,7 @@ def all_of_them(
 
     def make(out: str = "run", **values: Any) -> TrainConfig:
         more: dict[str, Any] = {"data": str(data), "general_prompts": str(general)}
-        if values.get("method") in ("grpo", "sdpo", "pope"):
-            more["num_generations"] = 4
+        more |= needs(values.get("method"), str(model_folder(ends=ENDS, seed=1)))
         return settings(out, **(more | values))
 
     return make

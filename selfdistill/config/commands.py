@@ -81,6 +81,8 @@ class CheckConfig(ModelSettings):
     """Prompts per optimizer step of the training run to estimate."""
     mixed_precision: Precision = "auto"
     """Precision of that training run, used for all measurements."""
+    hints: bool = False
+    """Also measure the teacher with shares of the demonstration, 0 to 1, in the best layout."""
     spill: bool = False
     """Also measure how far a few steps of SFT, and of SDFT, move the model on general prompts."""
     learning_rate: float | None = Field(default=None, gt=0)

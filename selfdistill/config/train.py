@@ -20,6 +20,8 @@ Precision = Literal["auto", "no", "bf16"]
 
 PACKAGE = "package"
 """The value of ``anchors`` that stands for the prompts of the package."""
+SHORTEST = "shortest"
+"""The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
 """Defaults of ``learning_rate``, with full fine-tuning and with LoRA."""
 
@@ -34,13 +36,24 @@ MethodName = Literal[
     "grpo",
     "sdpo",
     "pope",
+    "sort",
+    "trapo",
+    "actguide",
+    "npo",
     "opsd",
     "vopd",
     "isdft",
     "veto",
+    "atesd",
     "eaft",
+    "msd",
+    "t3s",
     "ssd",
 ]
+
+
+SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort", "trapo", "actguide", "npo")
+"""Methods that learn from a scorer's verdicts on groups of untempered samples."""
 
 
 class OneRun(ModelSettings):
@@ -51,10 +64,14 @@ class OneRun(ModelSettings):
     by each token's probability; ``cpt``, cross-entropy on the documents; ``sft_reinvoke``, SFT and then distillation
     from the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, training on teacher samples
     drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``sdpo``, the
-    teacher sees another sample that the scorer accepts, or its feedback; ``pope``, ``grpo`` with samples that go on
-    from a part of the demonstration, too; ``opsd``, each vocabulary entry clipped; ``vopd``, the sampled token alone;
-    ``isdft`` and ``veto``, a target near the student at first. Of SFT: ``eaft``, weighted by the
-    student's entropy; ``ssd``, on the model's own samples."""
+    teacher sees another sample that the scorer accepts, or its feedback; ``opsd``, each vocabulary entry clipped;
+    ``vopd``, the sampled token alone; ``isdft`` and ``veto``, a target near the student at first; ``atesd``, a part of
+    the reasoning; ``msd``, tokens weighted by what the teacher is sure of and the student is not. Relatives of ``grpo``
+    for prompts that are seldom solved: ``pope``, samples that go on from a part of the demonstration, too; ``trapo``,
+    the same after failures, with that part learnt; ``sort``, the demonstration where no sample is right; ``actguide``,
+    there samples that saw its first lines; ``npo``, there a right sample of ``teacher_model``. Of SFT: ``eaft``,
+    weighted by the student's entropy; ``t3s``, without the tokens that a worse model has learnt; ``ssd``, on the
+    model's own samples."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
@@ -66,6 +83,10 @@ class MethodSettings(Settings):
 
     context: str = "auto"
     """How the teacher sees the demonstration, e.g. ``turns:repeats=2``. ``auto``: measure several and use the best."""
+    hint: str = "1"
+    """How much of the demonstration the teacher sees, in words: a share such as ``0.5``; two, such as ``0.2:1``, which
+    the run goes through from the first step to the last; or ``shortest``, the shortest beginning of each, in tenths,
+    after which the model's greedy reply is right."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of rollouts. The divergence always compares the untempered distributions."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -73,8 +94,8 @@ class MethodSettings(Settings):
     top_k: int = Field(default=0, ge=0)
     """Sample from the k most likely tokens; 0: from all."""
     num_generations: int | None = Field(default=None, ge=1)
-    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo``, ``sdpo``
-    and each group of ``pope``."""
+    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo`` and its
+    relatives, for each group of ``pope``."""
     cold_start_steps: int = Field(default=0, ge=0)
     """Initial steps of ``sdft`` in which demonstrations replace rollouts, all at first, then ever fewer. For a model
     whose own samples never come close to the demonstration."""
@@ -124,6 +145,24 @@ class MethodSettings(Settings):
     method_settings: dict[str, Any] = Field(default_factory=dict)
     """Settings that only the chosen method knows, e.g. ``{"margin": 0.5}``."""
 
+    @field_validator("method_settings")
+    @classmethod
+    def _as_written(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Tuples as lists, as files hold them."""
+        return {name: list(own) if isinstance(own, tuple) else own for name, own in value.items()}
+
+    @field_validator("hint", mode="before")
+    @classmethod
+    def _hint(cls, value: Any) -> Any:
+        """Accept a share as a number, too."""
+        text = str(value) if isinstance(value, int | float) else value
+        if not isinstance(text, str) or text == SHORTEST:
+            return text
+        shares = text.split(":")
+        if len(shares) > 2 or not all(re.fullmatch(r"0?\.\d+|1\.0*|[01]|0\.0*", share) for share in shares):
+            raise ValueError("a share from 0 to 1, two of them as in 0.2:1, or shortest")
+        return text
+
     @field_validator("anchors", mode="before")
     @classmethod
     def _sources(cls, value: Any) -> Any:
@@ -150,8 +189,10 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """The run folder. An existing run is never overwritten."""
 
     teacher_model: str | None = None
-    """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft`` or ``veto``: the base of a
-    sequence of skills, an earlier checkpoint, or a larger model with the same architecture and vocabulary."""
+    """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft``, ``veto``, ``atesd`` or
+    ``msd``: the base of a sequence of skills, an earlier checkpoint, or a larger model with the same architecture and
+    vocabulary. For ``npo`` a model that has learnt more, such as a later checkpoint, which only needs the same
+    vocabulary. For ``t3s`` the worse model."""
 
     teacher_cache_mib: int = Field(default=2048, ge=0)
     """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each
@@ -286,7 +327,7 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
         """Check settings against each other."""
         super().model_post_init(_context)
         untempered = self.temperature == 1 and self.top_p == 1 and self.top_k == 0
-        if self.method in ("grpo", "sdpo", "pope") and not untempered:
+        if self.method in SCORED_METHODS and not untempered:
             raise UserError(
                 f"setting 'method': {self.method} needs untempered samples of the student: use temperature 1, top_p 1 "
                 "and top_k 0"

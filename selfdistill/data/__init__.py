@@ -2,7 +2,7 @@
 
 from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, thought_and_said
-from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback
+from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback, with_guide
 from selfdistill.data.demonstrations import (
     CODE,
     SCORER_NAMES,
@@ -15,6 +15,7 @@ from selfdistill.data.demonstrations import (
     write_demonstrations,
 )
 from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
+from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
 from selfdistill.data.messages import Message, not_object, text_of, wrong
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
@@ -48,6 +49,8 @@ __all__ = [
     "Demonstration",
     "Document",
     "Example",
+    "Hint",
+    "HintPart",
     "Lacks",
     "Message",
     "Note",
@@ -59,13 +62,17 @@ __all__ = [
     "by_tests",
     "check_rows",
     "contains",
+    "context_of",
     "context_spec",
     "default_scorer",
     "doubt_about",
     "encode",
     "encode_prompts",
+    "first_steps_and_answer",
     "first_ten",
+    "first_words",
     "general_prompts",
+    "hintable",
     "includes",
     "is_scorable",
     "join_surrogates",
@@ -87,6 +94,7 @@ __all__ = [
     "verdict",
     "verdicts",
     "with_feedback",
+    "with_guide",
     "words_of",
     "write_demonstrations",
     "wrong",

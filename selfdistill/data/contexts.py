@@ -234,6 +234,23 @@ class Template:
         return no_document or (_no_demonstration(demonstration, self.name) if "{demonstration}" in self.text else None)
 
 
+@dataclass(frozen=True)
+class Rewritten:
+    """``privileged_context`` in place of the last user turn: the question in other words, or in another language."""
+
+    name: ClassVar[str] = "rewritten"
+
+    def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
+        if problem := self.lacks(demonstration):
+            raise UserError(f"{demonstration.source}, {problem}")
+        return [*demonstration.prompt[:-1], _user(demonstration.privileged_context or "")]
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        if demonstration.privileged_context is not None:
+            return None
+        return "column 'privileged_context': missing, which context 'rewritten' shows the teacher as the question"
+
+
 def with_feedback(messages: Sequence[Message], feedback: str) -> list[Message]:
     """A teacher's messages, with feedback on an earlier attempt at the end of the last turn."""
     text = (
@@ -243,7 +260,13 @@ def with_feedback(messages: Sequence[Message], feedback: str) -> list[Message]:
     return [*messages[:-1], _user(text)]
 
 
-CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, ExampleAnswer, FewShot, Document, Template)}
+def with_guide(messages: Sequence[Message], guide: str) -> list[Message]:
+    """Messages with a guide, such as a plan or the first steps of an answer, at the end of the last turn."""
+    text = f"{messages[-1]['content']}\n\nLet this guide your answer:\n\n{guide}\n\nNow answer the question."
+    return [*messages[:-1], _user(text)]
+
+
+CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, ExampleAnswer, FewShot, Document, Template, Rewritten)}
 
 
 def parse_context(spec: str) -> Context:
@@ -289,4 +312,4 @@ def context_spec(context: Context) -> str:
     """The inverse of :func:`parse_context`."""
     values = {f.name: getattr(context, f.name) for f in fields(context) if f.init}  # type: ignore[arg-type]
     options = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
-    return f"{context.name}:{','.join(options)}"
+    return ":".join(filter(None, [context.name, ",".join(options)]))

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import regex
 
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{Line_Break=SA}"
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{Line_Break=SA}"
 """Scripts that write no spaces around words, or, in Korean, only around words with their particles. SA, complex
 context, is Unicode's name for Thai, Lao, Khmer, Burmese and the like."""
-_IN_WORD = rf"[[\p{{L}}\p{{N}}\p{{M}}]--[{_UNSPACED}]]"
-_LETTER = rf"[[\p{{L}}\p{{M}}]--[{_UNSPACED}]]"
+_IN_WORD = rf"[[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED}]]"
+_LETTER = rf"[[\p{{L}}\p{{M}}]--[{UNSPACED}]]"
 
 # Format characters (soft hyphens, zero-width spaces, marks of direction), variation selectors, the Arabic tatweel.
 _INVISIBLE = regex.compile(r"[\p{Cf}\uFE00-\uFE0F\u0640]+")
@@ -63,7 +63,7 @@ _TOKEN = regex.compile(
     | (?=[-.\d]) (?<!{_IN_WORD}) (?P<number>(?>{_MINUS}(?:\d+(?:\.\d+)*|(?<![.)\]])\.\d+){_POWER_OF_TEN}))
       (?: (?={_COMPOUND})
         | (?P<unit>{_LETTER}(?!{_IN_WORD})) | \s?(?P<percent>[%\u2030]) | (?!{_IN_WORD}) | (?={_LETTER}{{2,}}(?!\d)) )
-    | [[{_UNSPACED}]--\p{{M}}][\p{{M}}\u30fc]*
+    | [[{UNSPACED}]--\p{{M}}][\p{{M}}\u30fc]*
     | (?:(?<![.)\]]|{_IN_WORD})\.(?=\p{{L}}))? {_IN_WORD}+ (?:\+\+|\#|\+(?!{_IN_WORD}|[+(\\]))?
     | [[\p{{S}}\#%&@/]--[\^`~|]]
     | (?<=[\p{{L}}\p{{N}}])[*_^~|\\](?=[\p{{L}}\p{{N}}-])

@@ -23,9 +23,11 @@ from selfdistill.data import (
     Example,
     Lacks,
     Rows,
+    context_of,
     context_spec,
     doubt_about,
     encode,
+    hintable,
     is_scorable,
     load_demonstrations,
     notes_on,
@@ -39,6 +41,7 @@ from selfdistill.evaluation.distances import kl_along, summed_loss
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.spill import Spill, TrialSettings, measure_spill, task_loss
 from selfdistill.loss import CrossEntropy, Divergence
+from selfdistill.methods import shows_parts, stages_of
 from selfdistill.model import (
     ForwardPass,
     LoadedModel,
@@ -67,6 +70,8 @@ LAYOUTS = (
 DOCUMENT_LAYOUTS = ("document:repeats=1", "document:repeats=2", "document:show=document")
 UNMEASURED = "example:reasoning=true"
 """The layout that comes first where nothing tells layouts apart: much like the one that TRL's SDFT has."""
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the demonstration that ``hints`` measures."""
 KEPT_BYTES = 2**28
 """Memory in bytes for the prefix cache of the student's prompts, and as much for one layout's."""
 POSITIONS = 8
@@ -99,6 +104,8 @@ def check_run(
     if config.teacher_model:
         own = {"model": config.teacher_model, "adapter_base": None}
     contexts = [] if config.context == "auto" else [config.context]
+    if not contexts and any(shows_parts(part.method) for parts in stages_of(config) for part in parts):
+        contexts = hintable(LAYOUTS)
     settings = {name: getattr(config, name) for name in shared} | own
     loaded = None if config.teacher_model else loaded
     if loaded is None:
@@ -154,6 +161,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     began = time.monotonic()
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
     contexts = [parse_context(spec) for spec in specs]
+    can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints else set()
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
     use_engine(loaded, config)
@@ -179,6 +187,8 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
     spill = measure.spill(layouts[0].context) if config.spill else None
+    best = next((layout.context for layout in layouts if layout.context in can_hint), None)
+    hints = [measure.layout(best, share) for share in SHARES] if best else None
     verdict, exit_code = verdict_on(*measure.student_on(layouts[0].context), layouts[0])
     return CheckResult(
         model=config.model,
@@ -198,6 +208,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
         memory_gib=memory,
         memory_rows=memory_rows,
         spill=spill,
+        hints=hints,
         verdict=verdict,
         exit_code=exit_code,
         seconds=time.monotonic() - began,
@@ -235,12 +246,12 @@ class _Measure:
         self.teacher_ids: dict[str, list[list[int]]] = {}  # the teacher's replies by layout
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
-    def _encode(self, rows: Sequence[Demonstration], context: str | None) -> list[Example]:
+    def _encode(self, rows: Sequence[Demonstration], context: str | None, hint: float = 1) -> list[Example]:
         """Encode the rows that fit the window, with ``max_completion_length`` and with the demonstration."""
         config, window = self.config, self.loaded.window
         encoded, _ = encode(
             rows,
-            None if context is None else parse_context(context),
+            None if context is None else context_of(context, hint),
             self.chat,
             max_prompt_length=config.max_prompt_length,
             max_completion_length=config.max_completion_length,
@@ -316,17 +327,18 @@ class _Measure:
         return total / count if count else None
 
     @torch.no_grad()
-    def layout(self, context: str) -> Layout:
-        """Evaluate the teacher with one layout.
+    def layout(self, context: str, hint: float = 1) -> Layout:
+        """Evaluate the teacher with one layout, and this share of the demonstration.
 
         Raises:
             UserError: the layout does not fit the data or the window.
         """
-        rows = self._encode([row.demonstration for row in self.rows], context)
+        rows = self._encode([row.demonstration for row in self.rows], context, hint)
         prompts = [row.teacher_ids or [] for row in rows]
         kept = self.forward_pass.keep(prompts, KEPT_BYTES)
         answers = self._answer(prompts, rows)
-        self.teacher_ids[context] = answers.ids
+        if hint == 1:
+            self.teacher_ids[context] = answers.ids
         kl_N, place_N = [], []
         for start in range(0, len(rows), 8):
             part = slice(start, start + 8)
@@ -348,6 +360,7 @@ class _Measure:
             length=sum(answers.lengths) / len(rows),
             truncated=answers.truncated / len(rows),
             prompt_length=sum(map(len, prompts)) / len(rows),
+            hint=hint,
         )
 
     def closeness(self, context: str, tuned: LoadedModel | None) -> tuple[float, float | None, float | None]:

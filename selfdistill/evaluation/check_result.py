@@ -38,6 +38,8 @@ class Layout:
     """Share of the teacher's replies truncated at the length limit."""
     prompt_length: float
     """Mean length of the teacher's prompts, in tokens."""
+    hint: float = 1.0
+    """Share of the demonstration that the teacher sees."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,6 +74,8 @@ class CheckResult(Printable):
     """``batch_size``, or the number of rows of the best layout if smaller; None as above."""
     spill: Spill | None
     """What a small step on the task does to prompts that have nothing to do with it; None if not asked for."""
+    hints: list[Layout] | None
+    """A layout with shares of the demonstration, least first; None if not asked for."""
     verdict: str
     exit_code: int
     """0: worth trying; 4: unlikely to help."""
@@ -160,6 +164,8 @@ def _print(result: CheckResult, console: Console) -> None:
             f"{layout.prompt_length:.0f}",
         )
     console.print(table)
+    if result.hints:
+        console.print(_hints_table(result.hints))
     for name, reason in result.skipped.items():
         console.print(f"not evaluated: {name}: {reason}", markup=False, highlight=False)
     if result.dropped:
@@ -182,6 +188,16 @@ def _print(result: CheckResult, console: Console) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
+
+
+def _hints_table(hints: list[Layout]) -> Table:
+    table = Table(title=escape(f"the teacher with a part of the demonstration, {hints[0].context}"))
+    for column in ("hint", "right", "log p(demo)", "KL", "prompt"):
+        table.add_column(column, justify="right")
+    for layout in hints:
+        numbers = (_number(layout.accuracy), _number(layout.logp), f"{layout.kl:.2f}", f"{layout.prompt_length:.0f}")
+        table.add_row(f"{layout.hint:g}", *numbers)
+    return table
 
 
 def _number(value: float | None) -> str:

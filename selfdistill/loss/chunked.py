@@ -64,8 +64,8 @@ def chunked_loss(
         weighting: an extra per-token factor on loss and gradient; receives no gradient.
 
     Returns:
-        The scalar loss, and detached per-token statistics of shape (N,): ``loss`` and those of
-        :func:`token_statistics`.
+        The scalar loss, and detached per-token statistics of shape (N,): ``loss``, those of :func:`token_statistics`,
+        and ``factor`` with a ``weighting``.
 
     Raises:
         UserError: ``chunk_size`` is below 1.
@@ -161,6 +161,7 @@ class _Chunks:
             factor_n = None if weighting is None else weighting(pair, tokens_n)  # before the loss overwrites the pair
             statistics["loss"], slope_nV = loss.value_and_slope(pair, statistics, tokens_n)
             if factor_n is not None:
+                statistics["factor"] = factor_n
                 statistics["loss"], scale_n = statistics["loss"] * factor_n, scale_n * factor_n
             if not self.differentiate:
                 return statistics

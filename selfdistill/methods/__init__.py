@@ -21,22 +21,26 @@ from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
-from selfdistill.methods.slots import FROZEN, Checker, Method, Part, Parts, Selection
+from selfdistill.methods.slots import FROZEN, Checker, Controller, Method, Part, Parts, Selection, State
 
 __all__ = [
     "FROZEN",
     "METHODS",
     "Checker",
     "Completion",
+    "Controller",
     "DatasetCompletions",
     "DemonstrationExamples",
     "Method",
     "Part",
     "Parts",
     "Selection",
+    "State",
     "check_steps",
     "lacks_of",
+    "shows_parts",
     "stages_of",
     "unused_settings",
     "uses",

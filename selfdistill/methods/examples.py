@@ -15,6 +15,7 @@ from selfdistill.data import (
     Example,
     Lacks,
     anchor_prompts,
+    context_of,
     encode,
     first_ten,
     load_prompts,
@@ -55,6 +56,8 @@ class DemonstrationExamples:
     config: TrainConfig = field(compare=False)
     context: str | None = None
     """How the teacher sees them; None without a teacher."""
+    hint: float = 1.0
+    """Share of the demonstration that the teacher sees."""
     completion_must_fit: bool = False
     """Whether the demonstrated completion itself is learnt: every row needs one, within the length limit."""
     what = "demonstrations"
@@ -66,7 +69,7 @@ class DemonstrationExamples:
             raise UserError(f"{len(bad)} of {len(demonstrations)} rows cannot be used: {first_ten(bad)}")
         return encode(
             demonstrations,
-            None if self.context is None else parse_context(self.context),
+            None if self.context is None else context_of(self.context, self.hint),
             chat,
             max_prompt_length=self.config.max_prompt_length,
             max_completion_length=self.config.max_completion_length,

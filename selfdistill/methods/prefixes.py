@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import Example
+from selfdistill.data import ContextEncoder, Example, Verdict
 from selfdistill.methods.grpo import ScorerChecker
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
@@ -56,6 +57,93 @@ class GuidedSamples:
             seeds += [sample_seed(self.seed, step, row, seen[row] + number) for number in range(self.per_example)]
             seen[row] += self.per_example
         return continued(loaded, expanded, prefixes, self.sampling, seeds)
+
+
+@dataclass(frozen=True)
+class MicroGroups:
+    """Samples in micro-groups, of which the later begin with a part of the completion if the earlier were seldom right.
+
+    Micro-group i follows a prefix of ``ratios[i]`` of the completion if the mean reward of the example's samples so far
+    is below ``thresholds[i]``, else the prompt alone. With ratio 1 its samples are the completion itself.
+    """
+
+    sampling: Sampling
+    """Prefix and sample together have at most its number of tokens."""
+    seed: int
+    sizes: tuple[int, ...]
+    ratios: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    config: TrainConfig = field(kw_only=True, compare=False)
+
+    @property
+    def per_example(self) -> int:
+        return sum(self.sizes)
+
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
+        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        check = ScorerChecker(self.config.scorer)
+        made: list[list[Completion]] = [[] for _ in examples]
+        rewards: list[list[float]] = [[] for _ in examples]
+        for size, ratio, threshold in zip(self.sizes, self.ratios, self.thresholds, strict=True):
+            guided = [number for number, own in enumerate(rewards) if fmean(own or [0]) < threshold]
+            alone = [number for number in range(len(examples)) if number not in guided]
+            seeds = self._seeds(examples, step, range(len(made[0]), len(made[0]) + size))
+            for chosen, share in ((alone, 0.0), (guided, ratio)):
+                expanded = [examples[number] for number in chosen for _ in range(size)]
+                samples = self._after(loaded, expanded, share, [seed for number in chosen for seed in seeds[number]])
+                verdicts = broadcast_from_rank0(partial(check, samples, chat))  # a checker need not be exact
+                for place, (one, verdict) in enumerate(zip(samples, verdicts, strict=True)):
+                    made[chosen[place // size]].append(one)
+                    rewards[chosen[place // size]].append(verdict.reward)
+        return [completion for own in made for completion in own]
+
+    def _seeds(self, examples: Sequence[Example], step: int, numbers: range) -> list[list[int]]:
+        """The seeds of each example's samples with these numbers: those of :class:`StudentSamples`."""
+        seen: Counter[int] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
+        found = []
+        for example in examples:
+            row = example.demonstration.row
+            found.append([sample_seed(self.seed, step, row, seen[row] + number) for number in numbers])
+            seen[row] += self.per_example
+        return found
+
+    def _after(
+        self, loaded: LoadedModel, examples: Sequence[Example], share: float, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """A sample of each example after this share of its completion."""
+        if share == 1:
+            given = [example.completion_ids for example in examples]
+            return [
+                Completion(x, ids, [0.0] * len(ids), False, prefix=len(ids))
+                for x, ids in zip(examples, given, strict=True)
+            ]
+        if not examples:
+            return []
+        ends = [example.completion_ids[:-1] for example in examples]
+        prefixes = [ids[: int(len(ids) * share)] for ids in ends]
+        limit = self.sampling.max_completion_length
+        sampling = replace(self.sampling, max_completion_length=max(1, limit - int(limit * share)))
+        return continued(loaded, examples, prefixes, sampling, seeds)
+
+
+@dataclass(frozen=True)
+class GivenPrefixes:
+    """The given tokens of the samples, as completions to learn, with the share of samples that have any as factor.
+
+    So the mean of their losses is one over all samples.
+    """
+
+    gates = True
+
+    def __call__(
+        self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
+    ) -> list[Completion]:
+        given = [one for one in samples if one.prefix]
+        factor = len(given) / len(samples)
+        return [Completion(x.example, x.ids[: x.prefix], None, False, factor) for x in given]
+
+    def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
+        return example
 
 
 @dataclass(frozen=True)

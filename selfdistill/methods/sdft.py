@@ -23,5 +23,6 @@ def sdft(config: TrainConfig) -> tuple[Method, ...]:
     if not config.cold_start_steps:
         return (method,)
     assert isinstance(method.sequence, StudentSamples)
-    examples = DemonstrationExamples(config, config.context, completion_must_fit=True)
+    assert isinstance(method.examples, DemonstrationExamples)
+    examples = replace(method.examples, completion_must_fit=True)
     return (replace(method, examples=examples, sequence=ColdStart(method.sequence, config.cold_start_steps)),)

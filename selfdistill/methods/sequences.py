@@ -125,7 +125,8 @@ SAMPLES_FILE = "teacher_samples.jsonl"
 class DrawnSamples:
     """A fixed data set: one sample per example from the model before training.
 
-    The model sees what the teacher sees; without a teacher's view, the prompt alone.
+    The model sees what the teacher sees; without a teacher's view, the prompt alone. The samples replace the examples'
+    ``replaces``.
     """
 
     sampling: Sampling
@@ -134,24 +135,33 @@ class DrawnSamples:
     drop_shortest: float = 0.0
     """Share of the samples that is not learnt, the shortest."""
     what = "teacher's samples"
+    replaces = "completion_ids"
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], folder: Path) -> list[Example]:
         """The examples with sampled completions; a resumed run reads them from ``SAMPLES_FILE`` in ``folder``."""
         kept = {line["key"]: line["ids"] for line in read_lines(folder / SAMPLES_FILE)}
         keys = [self._key(example) for example in examples]
         if kept.keys() >= set(keys):
-            return [replace(x, completion_ids=kept[key]) for x, key in zip(examples, keys, strict=True)]
+            return [self._with(x, kept[key]) for x, key in zip(examples, keys, strict=True)]
         drawn: list[Example] = []
         with ProgressBar(self.what, len(examples)) as reporter:
-            size = prompts_at_a_time(loaded, self.batch_size)
+            size, sampler = prompts_at_a_time(loaded, self.batch_size), self.sampler(loaded)
             for start in range(0, len(examples), size):
                 part = examples[start : start + size]
-                drawn += [replace(x, completion_ids=y) for x, y in zip(part, self.draw(loaded, part), strict=True)]
+                drawn += [self._with(x, ids) for x, ids in zip(part, self.draw(sampler, part), strict=True)]
                 reporter.advance(len(drawn))
         return drawn
 
+    def sampler(self, loaded: LoadedModel) -> LoadedModel:
+        """The model that samples: by default the one to be trained."""
+        return loaded
+
+    def _with(self, example: Example, ids: list[int]) -> Example:
+        changed: dict[str, Any] = {self.replaces: ids}
+        return replace(example, **changed)
+
     def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
-        """The completion of each example, which depends on no other."""
+        """What replaces a part of each example, which depends on no other."""
         seeds = [sample_seed(self.seed, 0, example.demonstration.row, 0) for example in examples]
         return [r.ids for r in sample(loaded, [self.prompt(x) for x in examples], self.sampling, seeds)]
 
@@ -176,9 +186,9 @@ class DrawnSamples:
 
     def write(self, folder: Path, examples: Sequence[Example], chat: ChatFormat) -> None:
         """Save the samples, for a resumed run and for inspection."""
-        texts = ((x, chat.decode(x.completion_ids)) for x in examples)
+        pairs = [(x, getattr(x, self.replaces)) for x in examples]
         lines = [
-            {"source": x.demonstration.source, "text": text, "ids": x.completion_ids, "key": self._key(x)}
-            for x, text in texts
+            {"source": x.demonstration.source, "text": chat.decode(ids), "ids": ids, "key": self._key(x)}
+            for x, ids in pairs
         ]
         write_atomically(folder / SAMPLES_FILE, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))

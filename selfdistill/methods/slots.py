@@ -29,7 +29,7 @@ class Selection(Protocol):
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
     ) -> list[Completion]:
-        """The samples that are learnt, in their order.
+        """The samples that are learnt, in their order; another completion of its example may stand in a sample's place.
 
         Each may get a factor on its loss, and a context of its own: an example whose ``teacher_ids`` are the messages
         that ``encode`` turned into token ids. The result depends on the arguments alone, so a resumed run repeats it.
@@ -49,6 +49,34 @@ class Selection(Protocol):
 LossAt = Callable[[int, int], Divergence]
 """Maps a step of the stage (from 0), and their number, to the loss of that step."""
 
+State = dict[str, Any]
+"""What a controller remembers. It is JSON, for checkpoints, and is never changed in place."""
+
+
+class Controller(Protocol):
+    """Sets one number of a method at each step, and may learn from the steps before.
+
+    The same state gives the same number, so a resumed run goes on as it was.
+    """
+
+    @property
+    def start(self) -> State:
+        """The state before the first step of a stage."""
+        ...
+
+    def value(self, state: State, step: int, steps: int) -> float:
+        """The number at step ``step`` (from 0) of a stage of so many steps."""
+        ...
+
+    def update(self, state: State, metrics: dict[str, Any], step: int, steps: int) -> State:
+        """The state after the step with these metrics; a skipped step may have no loss."""
+        ...
+
+    def applied(self, method: Method, value: float) -> Method:
+        """The method with this number."""
+        ...
+
+
 OwnSettings = TypeVar("OwnSettings", bound=Settings)
 
 
@@ -65,6 +93,8 @@ class Method:
     loss_at: LossAt | None = None
     """The loss of each step, where it changes from step to step. It depends on the step alone, so a resumed run has
     nothing to restore."""
+    controller: Controller | None = None
+    """Changes the method by what it sees of the steps; only that of the step's first part."""
     teacher: TeacherRule | None = None
     """Whose weights score the tokens; None: no teacher."""
     fixed: DrawnSamples | None = None
@@ -75,6 +105,10 @@ class Method:
     """Weight each completion by its truncated importance ratio (see :mod:`selfdistill.loss.token_weights`)."""
     weighting: Weighting | None = None
     """Per-token factor computed from the distributions at each token."""
+    relative_weights: bool = False
+    """Divide each token's factor by its mean over the completion, which takes a second pass through the heads."""
+    weighs_base: bool = False
+    """Whether the factor depends on the model before the first step."""
     checker: Checker | None = None
     """Gives each sample a verdict."""
     select: Selection | None = None
@@ -87,11 +121,14 @@ class Method:
     @property
     def needs_base(self) -> bool:
         """Whether the model before the first step scores the tokens, too."""
-        return isinstance(self.loss, Divergence) and self.loss.needs_base
+        return self.weighs_base or (isinstance(self.loss, Divergence) and self.loss.needs_base)
 
-    def at(self, step: int, steps: int) -> Method:
-        """The method at step ``step`` (from 0) of a stage of so many steps."""
-        return self if self.loss_at is None else replace(self, loss=self.loss_at(step, steps))
+    def at(self, step: int, steps: int, control: float | None = None) -> Method:
+        """The method at step ``step`` (from 0) of a stage of so many steps, with the number of its controller."""
+        method = self if self.loss_at is None else replace(self, loss=self.loss_at(step, steps))
+        if self.controller is None or control is None:
+            return method
+        return self.controller.applied(method, control)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ METRICS = {
     "reward": "mean reward of the samples; only for methods that have them checked, such as ``grpo``",
     "learnt": "share of the samples that are learnt; only for methods that may leave some out, such as ``sdpo``",
     "unfit": "share of the samples whose context is too long, or not shown by the chat template",
+    "control": "number of the method's controller, such as the share of the demonstration that the teacher sees",
     "importance": "mean importance weight of the completions",
     "engine/gap": "mean difference between a token's log-probability by engine and by student, nats; with an engine",
     "engine/gap_max": "the largest of these differences",

@@ -295,18 +295,37 @@ class BatchGradient:
                 importance_b, gap = self._importance(output, tokens_N, micro, method.importance_cap)
                 factor_b = factor_b * importance_b
             weights_N = (micro.weights_bT * factor_b[:, None])[micro.mask_bT].float().to(device)
+            hidden_nD, tokens_n, weights_n = (x[has_weight_N] for x in (output.hidden_ND, tokens_N, weights_N))
+            if method.relative_weights:
+                weights_n = weights_n / self._mean_factor(method, (hidden_nD, output.head), tokens_n, taught, micro)
             loss, per_token = chunked_loss(
                 method.loss,
-                output.hidden_ND[has_weight_N],
+                hidden_nD,
                 output.head,
                 output.head_parameters,
-                tokens_N[has_weight_N],
-                weights_N[has_weight_N],
+                tokens_n,
+                weights_n,
                 *(taught or (None, None)),
                 base=base,
                 weighting=method.weighting,
             )
         return loss, per_token, importance_b, gap
+
+    @staticmethod
+    @torch.no_grad()
+    def _mean_factor(
+        method: Method, student: _Scored, tokens_n: Tensor, taught: _Scored | None, micro: _MicroBatch
+    ) -> Tensor:
+        """For each token (n,) the mean of the method's weighting over its completion; above 0."""
+        hidden_nD, head = student
+        ones_n = torch.ones(len(tokens_n), device=tokens_n.device)
+        _, statistics = chunked_loss(
+            CrossEntropy(), hidden_nD, head, (), tokens_n, ones_n, *(taught or (None, None)), weighting=method.weighting
+        )
+        factor_n = statistics["factor"]
+        count_b = (micro.weights_bT > 0).sum(dim=1).to(factor_n.device)
+        mean_b = torch.stack([own_n.mean() for own_n in factor_n.split(count_b.tolist())])
+        return mean_b.repeat_interleave(count_b).clamp(min=torch.finfo(mean_b.dtype).tiny)
 
     def _backward(self, loss: Tensor) -> None:
         # FSDP averages gradients over the ranks, but the loss is a sum over them.

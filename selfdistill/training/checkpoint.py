@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to resume and reach the same weights, written atomically.
 
 ``checkpoint-00000100/`` holds ``weights.safetensors`` (trained weights), ``optimizer.safetensors``,
-``teacher.safetensors`` (the float32 average), ``state.json`` (position), ``config.yaml`` (the run's settings) and
-``manifest.json`` (sizes and SHA-256 of the others, written last). Data order and sampling follow from the seed and the
-step, so only the position needs to be saved for them.
+``teacher.safetensors`` (the float32 average), ``state.json`` (position, and what a controller remembers),
+``config.yaml`` (the run's settings) and ``manifest.json`` (sizes and SHA-256 of the others, written last). Data order
+and sampling follow from the seed and the step, so only the position needs to be saved for them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Position:
     """Fingerprint of the evaluation data; see ``EvaluationSet.fingerprint``."""
     engine: str = ""
     """Name of the engine that samples; empty without one."""
+    control: dict[str, Any] = field(default_factory=dict)
+    """State of the method's controller; empty without one."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -119,6 +119,7 @@ class Loop:
             step=step,
             tokens=position.tokens + int(metrics["tokens"]),
             skipped=position.skipped + 1 if "skipped" in metrics else 0,
+            control=self._trainer.control,
         )
         metrics["tokens"] = position.tokens
         self._metrics.write(metrics)

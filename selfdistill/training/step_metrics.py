@@ -22,6 +22,7 @@ def step_metrics(
     drift: dict[str, float],
     seconds: dict[str, float],
     by_part: bool = False,
+    control: float | None = None,
 ) -> dict[str, Any]:
     """Metrics of a finished step, under the names of :data:`selfdistill.runtime.tracking.METRICS`.
 
@@ -34,6 +35,7 @@ def step_metrics(
         drift: distances from the base, if measured.
         seconds: duration of each part of the step; with ``sync`` if an engine samples.
         by_part: whether to tell how the loss divides between the parts.
+        control: the number of the method's controller, if it has one.
 
     Returns:
         The metrics. For a skipped step: only finite ones, plus ``skipped``.
@@ -60,6 +62,8 @@ def step_metrics(
         metrics["importance"] = task.importance
     if task.reward is not None:
         metrics["reward"] = task.reward
+    if control is not None:
+        metrics["control"] = control
     if by_part:
         for result in results:
             metrics[f"loss/{result.part.name}"] = result.loss

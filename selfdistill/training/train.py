@@ -287,6 +287,7 @@ def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
         return position
     saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
     _check_unchanged(trainer, checkpoint, _settings_of(checkpoint), saved, position)
+    trainer.control = saved.control
     if saved.engine != name:
         before, now = saved.engine or "PyTorch", name or "PyTorch"
         say_note(f"the run has sampled with {before} and goes on with {now}, which draws other samples")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, first_ten, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Drift, Evaluator
-from selfdistill.methods import Completion, unused_settings, uses
+from selfdistill.methods import Completion, State, unused_settings, uses
 from selfdistill.model import (
     CompiledLayers,
     Engine,
@@ -47,7 +48,7 @@ from selfdistill.model import (
     use_engine,
     weights_fingerprint,
 )
-from selfdistill.runtime import is_distributed, say_note
+from selfdistill.runtime import broadcast_from_rank0, is_distributed, say_note
 from selfdistill.training.batch_gradient import BatchGradient
 from selfdistill.training.checkpoint import trained_parameters
 from selfdistill.training.schedule import examples_at, learning_rate, positions_of
@@ -109,6 +110,8 @@ class Trainer:
         self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
         self.stage = self.stages[0]
         """Stage of the current step."""
+        self.control: State = {}
+        """What the task's controller remembers."""
         self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision, self.chat.date)
         share_steps(self.config, self.stages)
         self._prepare()
@@ -190,7 +193,7 @@ class Trainer:
         """A cache for the contexts of the task's teacher, if it is frozen; prompts beside it rarely come twice."""
         if self.teacher is None or self.teacher.kind != "frozen":
             return {}
-        tasks = [stage.task for stage in self.stages if stage.task.method.teacher]
+        tasks = [stage.task for stage in self.stages if stage.task.method.teacher and not stage.task.method.select]
         contexts = [example.teacher_ids for task in tasks for example in task.examples if example.teacher_ids]
         if not contexts:  # they are made during the run
             return {}
@@ -253,7 +256,7 @@ class Trainer:
             + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
         ]
         if self.teacher:
-            lines += [self.teacher.describe(), *([f"context: {config.context}"] if uses(config, "context") else [])]
+            lines += [self.teacher.describe(), *self._describe_context()]
             if self.prefix_caches.get(self.teacher.rule):
                 lines.append(f"its contexts are cached for later epochs, up to {config.teacher_cache_mib} MiB")
         others = [teacher for teacher in self.teachers.values() if teacher is not self.teacher]
@@ -266,6 +269,12 @@ class Trainer:
         if not self.forward_pass.fused:
             lines.append("the LM head cannot be fused into the loss: full logits need more memory")
         return lines
+
+    def _describe_context(self) -> list[str]:
+        if not uses(self.config, "context"):
+            return []
+        hint = f", hint: {self.config.hint}" if self.config.hint != "1" and uses(self.config, "hint") else ""
+        return [f"context: {self.config.context}{hint}"]
 
     def _drift_of(self, network: Any) -> float:
         assert self.drift is not None
@@ -296,8 +305,12 @@ class Trainer:
 
         engine = self.engine()
         synced_s = engine.sync_s if engine else 0.0
+        controller = stage.task.method.controller
+        if controller and stage_step == 0:
+            self.control = controller.start
+        control = controller.value(self.control, stage_step, stage.steps) if controller else None
         with stopwatch("rollout"), self.accelerator.autocast():
-            parts = self._completed(stage, positions, step)
+            parts = self._completed(stage, positions, step, control)
             if engine:
                 engine.rest()
         sync = {"sync": engine.sync_s - synced_s} if engine else {}
@@ -318,7 +331,7 @@ class Trainer:
         with stopwatch("drift"):
             drift = self._measured_drift(step + 1)
 
-        return step_metrics(
+        metrics = step_metrics(
             step + 1,
             positions[0].stop / len(stage.task.examples),
             results,
@@ -327,14 +340,19 @@ class Trainer:
             drift=drift,
             seconds={"teacher": 0.0, **sync, **stopwatch.seconds()},
             by_part=len(stage.parts) > 1,
+            control=control,
         )
+        if controller:
+            state = partial(controller.update, self.control, metrics, stage_step, stage.steps)
+            self.control = broadcast_from_rank0(state)  # the sums of two ranks may differ slightly
+        return metrics
 
     def _positions(self, stage: Stage, stage_step: int) -> list[range]:
         """Positions of the step's examples, by part with its own samples."""
         config, shares = self.config, [part.share for part in stage.sampled]
         return positions_of(shares, stage_step, config.batch_size, config.seed, batch_unit(config))
 
-    def _completed(self, stage: Stage, positions: Sequence[range], step: int) -> list[BatchPart]:
+    def _completed(self, stage: Stage, positions: Sequence[range], step: int, control: float | None) -> list[BatchPart]:
         """The parts of the step with their completions; parts that sample alike sample together."""
         parts = stage.sampled
         examples = [
@@ -355,7 +373,7 @@ class Trainer:
         found[1:1] = [(part, examples[0], completions[0]) for part in stage.parts if part.same_samples]
         batch_parts = []
         for part, own, made in found:
-            method = part.method.at(step - stage.first_step, stage.steps)
+            method = part.method.at(step - stage.first_step, stage.steps, control if part is stage.task else None)
             if own:
                 share = len(own) / self.config.batch_size * method.weight
                 batch_parts.append(BatchPart(part.name, method, made, share))

@@ -17,6 +17,7 @@ from selfdistill.data.contexts import (
     Document,
     ExampleAnswer,
     FewShot,
+    Rewritten,
     Template,
     Turns,
     context_spec,
@@ -51,6 +52,15 @@ LONG_CHAT = row(prompt=(SYSTEM, user("Hi"), assistant("Hello"), user("Why?")))
 
 def test_turns_shows_the_chat_and_its_reply_before_the_question() -> None:
     assert Turns().messages(row(), []) == [user("Why?"), assistant("So."), user("Why?")]
+
+
+def test_rewritten_shows_other_words_in_place_of_the_question() -> None:
+    assert Rewritten().messages(row(privileged_context="Pourquoi?"), []) == [user("Pourquoi?")]
+    long = row(prompt=LONG_CHAT.prompt, privileged_context="Pourquoi?")
+    assert Rewritten().messages(long, []) == [SYSTEM, user("Hi"), assistant("Hello"), user("Pourquoi?")]
+    with pytest.raises(UserError, match=r"d.jsonl:1, column 'privileged_context': missing, which context 'rewritten'"):
+        Rewritten().messages(row(), [])
+    assert context_spec(parse_context("rewritten")) == "rewritten"
 
 
 def test_turns_repeats_everything_but_the_system_prompt() -> None:
@@ -293,13 +303,13 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
         (
             "turn:repeats=2",
             "context 'turn:repeats=2': unknown context 'turn', expected one of turns, example, few_shot, "
-            "document, template",
+            "document, template, rewritten",
         ),
-        ("", "context '': unknown context '', expected one of turns, example, few_shot, document, template"),
+        ("", "context '': unknown context '', expected one of turns, example, few_shot, document, template, rewritten"),
         (
             "turns,repeats=2",
             "context 'turns,repeats=2': unknown context 'turns,repeats=2', expected one of turns, example, few_shot, "
-            "document, template; options follow a colon, as in turns:repeats=2",
+            "document, template, rewritten; options follow a colon, as in turns:repeats=2",
         ),
         ("turns:repeat=2", "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats"),
         ("turns:name=x", "context 'turns:name=x': turns has no option 'name'; its options are repeats"),

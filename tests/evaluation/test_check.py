@@ -22,6 +22,7 @@ from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.check_result import UNLIKELY, Layout, verdict_on
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Sampling, sample, sample_seed
+from selfdistill.runtime import result_console
 
 # The package has a function of this name, too.
 module = importlib.import_module("selfdistill.evaluation.check")
@@ -313,3 +314,46 @@ def test_verdicts() -> None:
         "right but unfinished: raise --max_completion_length."
     )
     assert "lower temperature" in verdict_on(0.0, -9.0, layout(1.0, kl=5.0))[0]
+
+
+# --- hints ---
+
+
+def test_hints_are_measured_in_the_best_layout(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows([{"prompt": f"q{i}", "completion": f"ab cd ef g{i}"} for i in range(4)])
+    config = config_of(model_folder(), data, contexts=["few_shot:k=2", "turns:repeats=2", "example"], hints=True)
+    result = check(config, cost=False)
+    assert result.hints is not None
+    assert [found.hint for found in result.hints] == [0, 0.25, 0.5, 0.75, 1]
+    best = next(layout for layout in result.layouts if not layout.context.startswith("few_shot"))
+    assert result.hints[-1] == best
+    nothing = result.hints[0]
+    assert nothing.kl == pytest.approx(0, abs=1e-6)
+    assert nothing.logp == pytest.approx(result.student_logp, abs=1e-5)
+    assert (nothing.accuracy, nothing.length) == (result.student_accuracy, result.student_length)
+    lengths = [found.prompt_length for found in result.hints]
+    assert lengths == sorted(set(lengths))
+    cut = write_rows(
+        [{"prompt": f"q{i}", "privileged_context": "ab cd", "completion": f"ab cd ef g{i}"} for i in range(4)],
+        name="cut.jsonl",
+    )
+    by_hand = check(config_of(model_folder(), cut, contexts=[best.context]), cost=False).layouts[0]
+    assert replace(by_hand, hint=0.5) == result.hints[2]
+    result.print(result_console())
+    printed = capsys.readouterr().out
+    assert "the teacher with a part of the demonstration" in printed
+    assert "0.75" in printed
+    assert [found["hint"] for found in result.to_dict()["hints"]] == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_hints_need_a_layout_that_can_show_a_part(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    config = config_of(model_folder(), write_rows(), contexts=["few_shot:k=2"], hints=True)
+    with pytest.raises(
+        UserError, match=r"^hints need a context that shows one demonstration: turns, example, template"
+    ):
+        check(config, cost=False)
+    assert check(config.model_copy(update={"hints": False}), cost=False).hints is None

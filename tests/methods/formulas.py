@@ -6,7 +6,9 @@ Dimensions in names: T completion tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +17,12 @@ from conftest import add_gradient, gradients, largest_difference
 from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
+from selfdistill.data import Verdict
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
+from selfdistill.training.batch_gradient import PartResult
+from selfdistill.training.selection import BatchPart
+from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.trainer import Trainer
 
 
@@ -58,3 +64,24 @@ def assert_gradient(
     expected = gradients(student)
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
     assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
+
+
+def judged(run: Trainer, samples: list[Completion], rewards: list[float]) -> list[PartResult]:
+    """The results of a step with these samples and rewards, all parts of it; its gradient is left in the model."""
+    reward_of = {id(c): reward for c, reward in zip(samples, rewards, strict=True)}  # two samples may be equal
+
+    def checker(made: Sequence[Completion], _: Any) -> list[Verdict]:
+        return [Verdict(reward_of[id(c)]) for c in made]
+
+    parts = [BatchPart(x.name, replace(x.method, checker=checker), samples, x.method.weight) for x in run.stage.parts]
+    run.optimizer.zero_grad()
+    return run.gradient.add(parts, Stopwatch(run.loaded.device))
+
+
+def advantages(rewards: list[float], group: int) -> list[float]:
+    """Of each sample over the others for its prompt."""
+    found = []
+    for number, reward in enumerate(rewards):
+        own = rewards[number // group * group : number // group * group + group]
+        found.append((reward - statistics.mean(own)) / (statistics.stdev(own) + 1e-4))
+    return found

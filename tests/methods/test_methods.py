@@ -25,7 +25,7 @@ from formulas import assert_gradient, chosen, kl, mean_over_rows, moved
 from safetensors.torch import load_file
 from torch import Tensor
 
-from selfdistill.config.train import MethodName, TrainConfig
+from selfdistill.config.train import SCORED_METHODS, MethodName, TrainConfig
 from selfdistill.data.demonstrations import load_prompts
 from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss
@@ -41,7 +41,7 @@ from selfdistill.training.trainer import Trainer
 
 Settings = Callable[..., TrainConfig]
 NAMES = get_args(MethodName)
-TAUGHT = ("sdft", "vopd", "isdft", "veto")
+TAUGHT = ("sdft", "vopd", "isdft", "veto", "msd")
 """Methods whose teacher is a choice."""
 
 
@@ -288,7 +288,7 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
 
     def lacks(model: Any) -> float:
         """What is still to be learnt."""
-        if method in ("grpo", "pope"):
+        if method in SCORED_METHODS and method != "sdpo":
             again = first.method.sequence(run.loaded, first.examples * 8, 1000)
             return statistics.mean(len(run.chat.decode(c.ids)) < 4 for c in again)
         values = []
@@ -402,6 +402,7 @@ USED = {
     "isdft": ON_POLICY | DIVERGENCE | {"teacher", "ema_rate"},
     "veto": ON_POLICY | DIVERGENCE | {"teacher", "ema_rate"},
     "eaft": set(),
+    "msd": ON_POLICY | {"teacher", "ema_rate"},
     "ssd": set(),
     "sft": set(),
     "dft": set(),
@@ -414,6 +415,10 @@ USED = {
     "grpo": {"num_generations", "temperature", "top_p", "top_k"},
     "sdpo": {"num_generations", "temperature", "top_p", "top_k", "teacher", "jsd_weight", "skip_first_tokens"},
     "pope": {"num_generations", "temperature", "top_p", "top_k"},
+    "sort": {"num_generations", "temperature", "top_p", "top_k"},
+    "actguide": {"num_generations", "temperature", "top_p", "top_k", "importance_cap"},
+    "npo": {"num_generations", "temperature", "top_p", "top_k"},
+    "trapo": {"num_generations", "temperature", "top_p", "top_k"},
 }
 OTHERS: dict[str, Any] = {
     "context": "example",
@@ -451,7 +456,7 @@ def test_a_setting_that_a_method_does_not_use_changes_nothing(all_of_them: Setti
     else:
         assert used == USED[name]
     unused = {setting: value for setting, value in OTHERS.items() if setting not in used}
-    if name in TAUGHT and name != "vopd":  # other values of these would make others matter
+    if name in TAUGHT and name not in ("vopd", "msd"):  # other values of these would make others matter
         assert not {"teacher", "divergence", "support"} & unused.keys()
     other = plain.model_copy(update=unused | {"output_dir": f"{plain.output_dir}-other"})
     assert set(unused_settings(other)) == set(unused)

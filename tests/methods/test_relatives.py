@@ -441,7 +441,7 @@ def test_what_a_method_cannot_use_is_refused_in_one_line(
 
 def test_each_method_is_short_and_says_where_it_comes_from() -> None:
     folder = Path(__file__).parents[2] / "selfdistill" / "methods"
-    for name in ("opsd", "vopd", "isdft", "veto", "eaft", "ssd"):
+    for name in ("opsd", "vopd", "isdft", "veto", "eaft", "ssd", "msd", "sort", "trapo", "actguide", "npo"):
         text = (folder / f"{name}.py").read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 80
         assert "arXiv" in text.splitlines()[0]

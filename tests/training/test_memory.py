@@ -9,11 +9,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, needs
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config import MethodName, TrainConfig
+from selfdistill.config.train import SCORED_METHODS
 from selfdistill.data import load_demonstrations
 from selfdistill.training.memory import memory_plan
 from selfdistill.training.traced_step import Device
@@ -148,6 +149,6 @@ def test_the_plan_is_what_the_steps_hold(
 
 @pytest.mark.parametrize("method", get_args(MethodName))
 def test_the_plan_of_every_method_is_whole(make: Make, method: MethodName) -> None:
-    scored = {"scorer": "contains"} if method in ("grpo", "sdpo", "pope") else {}
-    config = make(method=method, **scored)
+    scored = {"scorer": "contains"} if method in SCORED_METHODS else {}
+    config = make(method=method, **scored, **needs(method, make().model))
     assert memory_plan(config, load_demonstrations(config.data), Device("cpu", "no")).untraced is None

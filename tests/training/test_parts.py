@@ -20,6 +20,7 @@ from conftest import (
     gradients,
     largest_difference,
     metrics_of,
+    needs,
     row_log_probs,
 )
 from hypothesis import given
@@ -229,9 +230,9 @@ def test_every_method_can_have_anchors(anchored: Settings, write_rows: Callable[
         {"prompt": f"q{i}", "completion": "ab", "document": "The mill stood by the river.", "answer": "ab"}
         for i in range(4)
     ]
-    more: dict[str, Any] = {"num_generations": 4} if method in ("grpo", "sdpo", "pope") else {}
+    more: dict[str, Any] = needs(method, anchored().model)
     config = anchored(method=method, data=str(write_rows(rows, name="rows.jsonl")), max_steps=2, **more)
-    assert [[part.name for part in parts] for parts in stages_of(config)] == [
+    assert [[part.name for part in parts if not part.same_samples] for parts in stages_of(config)] == [
         ["task", "anchors:lines", "anchors:chats"]
     ] * len(stages_of(config))
     train(config)

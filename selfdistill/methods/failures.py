@@ -1,0 +1,128 @@
+"""What is learnt of prompts without a right sample, where group advantages are all 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import ContextEncoder, Demonstration, Example, Verdict, with_guide
+from selfdistill.methods.grpo import GroupAdvantages, ScoredExamples, ScorerChecker
+from selfdistill.methods.sequences import Completion, DrawnSamples
+from selfdistill.model import LoadedModel, load_matching, sample, sample_seed
+from selfdistill.runtime import broadcast_from_rank0
+
+
+def failed_groups(verdicts: Sequence[Verdict], group: int) -> list[int]:
+    """The first sample of each group of which none has a reward of 1."""
+    starts = range(0, len(verdicts), group)
+    return [first for first in starts if all(found.reward < 1 for found in verdicts[first : first + group])]
+
+
+@dataclass(frozen=True)
+class PlannedExamples(ScoredExamples):
+    """Prompts with a completion to learn, and, unless ``planned`` is False, a plan for it."""
+
+    planned: bool = True
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        if self.planned and demonstration.privileged_context is None:
+            return (
+                f"column 'privileged_context': missing, the plan that method {self.config.method!r} shows; add it, or "
+                "give method_settings with plan 0"
+            )
+        return super().lacks(demonstration)
+
+
+@dataclass(frozen=True)
+class References:
+    """In place of each group without a right sample its prompt's completion, with the share of such groups as factor.
+
+    So the mean of their losses is one over all groups, in which those with a right sample count as 0.
+    """
+
+    group: int
+    """Samples per prompt, which are adjacent."""
+    planned: bool
+    """Whether a teacher sees the prompt with ``privileged_context`` as a guide."""
+    gates = True
+
+    def __call__(
+        self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
+    ) -> list[Completion]:
+        failed = [samples[first].example for first in failed_groups(verdicts, self.group)]
+        if self.planned:
+            shown = [replace(x, teacher_ids=self._shown(x, encode)) for x in failed]
+            failed = [x for x in shown if x.teacher_ids is not None]
+        factor = len(failed) * self.group / len(samples)
+        return [Completion(x, x.completion_ids, None, False, factor) for x in failed]
+
+    @staticmethod
+    def _shown(example: Example, encode: ContextEncoder) -> list[int] | None:
+        row = example.demonstration
+        return encode(row, with_guide(row.prompt, row.privileged_context or ""))
+
+    def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
+        if not self.planned:
+            return example
+        ids = self._shown(example, replace(encode, max_prompt_length=None, window=None))
+        return replace(example, teacher_ids=(ids or [])[: encode.limit])
+
+
+@dataclass(frozen=True)
+class OthersSuccesses(DrawnSamples):
+    """Replaces each completion, before the first step, by a right sample of another model, which ends by itself.
+
+    It is empty if none of ``tries`` samples is right.
+    """
+
+    model: str = field(kw_only=True)
+    """Name or folder of the other model."""
+    tries: int = field(kw_only=True)
+    config: TrainConfig = field(kw_only=True, compare=False)
+    what = "other model's samples"
+
+    def sampler(self, loaded: LoadedModel) -> LoadedModel:
+        return load_matching(self.model, loaded, dtype=self.config.dtype)
+
+    def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
+        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        check = ScorerChecker(self.config.scorer)
+        found: list[list[int]] = [[] for _ in examples]
+        for number in range(self.tries):
+            left = {place: examples[place] for place, ids in enumerate(found) if not ids}
+            if not left:
+                break
+            seeds = [sample_seed(self.seed, 0, x.demonstration.row, number) for x in left.values()]
+            rollouts = sample(loaded, [x.student_ids for x in left.values()], self.sampling, seeds)
+            made = [Completion(x, r.ids, r.logps, r.truncated) for x, r in zip(left.values(), rollouts, strict=True)]
+            verdicts = broadcast_from_rank0(partial(check, made, chat))  # a checker need not be exact
+            for place, one, verdict in zip(left, made, verdicts, strict=True):
+                if verdict.reward == 1 and not one.truncated:
+                    found[place] = one.ids
+        return found
+
+    def depends_on(self, example: Example) -> list[Any]:
+        row = example.demonstration
+        own = [self.model, self.tries, self.config.scorer, row.scorer, row.answer, row.completion]
+        return [*super().depends_on(example), *own]
+
+
+@dataclass(frozen=True)
+class RescuedAdvantages(GroupAdvantages):
+    """Group advantages, where the last sample of a group without a right one is the example's completion, if any.
+
+    It has a reward of 1.
+    """
+
+    def __call__(
+        self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
+    ) -> list[Completion]:
+        learnt, judged = list(samples), list(verdicts)
+        for last in (first + self.group - 1 for first in failed_groups(verdicts, self.group)):
+            example = samples[last].example
+            if example.completion_ids:
+                learnt[last], judged[last] = Completion(example, example.completion_ids, None, False), Verdict(1.0)
+        return super().__call__(learnt, judged, encode)

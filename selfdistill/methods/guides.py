@@ -1,0 +1,147 @@
+"""Samples that saw the first actions of the demonstration in their prompt, where the prompt alone gave no right one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, islice
+from typing import Literal
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import ContextEncoder, Demonstration, Example, with_guide
+from selfdistill.methods.failures import failed_groups
+from selfdistill.methods.grpo import ScoredExamples, ScorerChecker
+from selfdistill.methods.sequences import Completion, StudentSamples
+from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
+from selfdistill.runtime import broadcast_from_rank0
+
+Unit = Literal["lines", "sentences"]
+_ENDS: dict[Unit, str] = {"lines": r"\s*\n\s*", "sentences": r"(?<=[.!?])\s+|\s*\n\s*"}
+_MOST_ROUNDS = 64
+"""Of a search; more than the digits of any number of actions."""
+
+
+def beginnings(text: str, unit: Unit) -> list[str]:
+    """The text up to the end of each of its actions, which are its lines, or its sentences."""
+    text = text.strip()
+    return [text[: end.start()] for end in re.finditer(_ENDS[unit], text)] + [text]
+
+
+@dataclass(frozen=True)
+class GuidedExamples(ScoredExamples):
+    """Prompts with a demonstration to guide by: ``privileged_context`` if given, else the completion."""
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        if not demonstration.has_demonstration:
+            return (
+                f"column 'completion': missing, and no 'privileged_context' for method {self.config.method!r} to guide "
+                "by; --method grpo does without"
+            )
+        return super().lacks(demonstration)
+
+
+@dataclass(frozen=True)
+class GuidedAfterFailure:
+    """Groups of student samples. Where none is right, the last ``replaced`` give way to samples with a guide.
+
+    The guide is the fewest first actions of the demonstration, at the end of the prompt, with which a sample is right;
+    they are found by binary search, with ``replaced`` samples a try. If none is right with any, the group stays.
+    """
+
+    sampling: Sampling
+    group: int
+    seed: int
+    replaced: int
+    unit: Unit
+    weighed: bool
+    """Whether samples with a guide keep their log-probabilities with it, for importance weights."""
+    config: TrainConfig = field(kw_only=True, compare=False)
+
+    @property
+    def per_example(self) -> int:
+        return self.group
+
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
+        made = StudentSamples(self.sampling, self.group, self.seed)(loaded, examples, step)
+        config, chat = self.config, loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        check = partial(ScorerChecker(config.scorer), chat=chat)
+        encode = ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
+        verdicts = broadcast_from_rank0(partial(check, made))  # a checker need not be exact
+        searches = {first: self._search(examples, first // self.group) for first in failed_groups(verdicts, self.group)}
+        for number in count():
+            tried = [search for search in searches.values() if search.low <= search.high]
+            if not tried:
+                break
+            drawn = self._drawn(loaded, tried, encode, (step, number))
+            verdicts = broadcast_from_rank0(partial(check, [one for samples in drawn for one in samples]))
+            rewards = iter([verdict.reward for verdict in verdicts])
+            for search, samples in zip(tried, drawn, strict=True):
+                search.go_on(samples, 1 in list(islice(rewards, len(samples))))
+        for first, search in searches.items():
+            if search.found:
+                made[first + self.group - self.replaced : first + self.group] = search.found
+        return made
+
+    def _search(self, examples: Sequence[Example], place: int) -> _Search:
+        """A search for the example at a place of the batch, which may come earlier in the batch, too."""
+        example = examples[place]
+        row = example.demonstration
+        earlier = sum(other.demonstration.row == row.row for other in examples[:place])
+        return _Search(example, beginnings(row.shown, self.unit), earlier)
+
+    def _drawn(
+        self, loaded: LoadedModel, tried: Sequence[_Search], encode: ContextEncoder, at: tuple[int, int]
+    ) -> list[list[Completion]]:
+        """Samples with the guide that each search tries, as if of the prompt alone; none where it does not fit."""
+        prompts: list[list[int]] = []
+        seeds: list[int] = []
+        sizes: list[int] = []
+        for search in tried:
+            row, (step, number) = search.example.demonstration, at
+            ids = encode(row, with_guide(row.prompt, search.guides[search.middle - 1]))
+            sizes.append(0 if ids is None else self.replaced)
+            prompts += [ids or []] * sizes[-1]
+            first = (search.earlier * _MOST_ROUNDS + number) * self.replaced
+            seeds += [sample_seed(self.seed, -1 - step, row.row, first + each) for each in range(sizes[-1])]
+        rollouts = iter(sample(loaded, prompts, self.sampling, seeds) if prompts else [])
+        return [
+            [
+                Completion(search.example, r.ids, r.logps if self.weighed else None, r.truncated)
+                for r in islice(rollouts, size)
+            ]
+            for search, size in zip(tried, sizes, strict=True)
+        ]
+
+
+@dataclass
+class _Search:
+    """A binary search for the fewest actions with which a sample is right."""
+
+    example: Example
+    guides: list[str]
+    """The first action, the first two, ..., all of them."""
+    earlier: int
+    """How often the example came earlier in the batch."""
+    found: list[Completion] = field(default_factory=list)
+    """Samples with the fewest so far."""
+    low: int = 1
+    high: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.high = len(self.guides)
+
+    @property
+    def middle(self) -> int:
+        """Number of actions to try."""
+        return (self.low + self.high) // 2
+
+    def go_on(self, samples: list[Completion], right: bool) -> None:
+        """Take the outcome of the number that was tried."""
+        if right:
+            self.found = samples
+        if right or not samples:  # what does not fit is longer than what would
+            self.high = self.middle - 1
+        else:
+            self.low = self.middle + 1

@@ -1,0 +1,172 @@
+"""Hints: how much of the demonstration the teacher sees, and what changes it during a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from selfdistill.config import SHORTEST, TrainConfig
+from selfdistill.data import (
+    JUDGE,
+    ContextEncoder,
+    Demonstration,
+    Example,
+    Hint,
+    HintPart,
+    Verdict,
+    first_words,
+    nothing_to_score,
+    parse_context,
+)
+from selfdistill.errors import UserError
+from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.grpo import ScorerChecker
+from selfdistill.methods.sequences import Completion, DrawnSamples
+from selfdistill.methods.slots import Method, State
+from selfdistill.model import LoadedModel, Sampling, sample
+from selfdistill.runtime import broadcast_from_rank0
+
+
+@dataclass(frozen=True)
+class HintContexts:
+    """Every sample, with a teacher that sees a part of the demonstration; without those whose context does not fit."""
+
+    hint: Hint
+    gates = True
+
+    def __call__(
+        self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
+    ) -> list[Completion]:
+        rows = [sample.example.demonstration for sample in samples]
+        seen = [encode(row, self.hint.messages(row, ())) for row in rows]
+        return [
+            replace(sample, example=replace(sample.example, teacher_ids=ids))
+            for sample, ids in zip(samples, seen, strict=True)
+            if ids is not None
+        ]
+
+    def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
+        """As it is: with the longest hint of the run."""
+        return example
+
+
+class HintController:
+    """A controller's number as the share of the demonstration that the teacher sees."""
+
+    def applied(self, method: Method, value: float) -> Method:
+        """See :class:`selfdistill.methods.slots.Controller`."""
+        assert isinstance(method.select, HintContexts)
+        return replace(method, select=HintContexts(replace(method.select.hint, share=value)))
+
+
+@dataclass(frozen=True)
+class HintSchedule(HintController):
+    """The share goes linearly from ``first`` at the first step to ``last`` at the last, and remembers nothing."""
+
+    first: float
+    last: float
+
+    @property
+    def start(self) -> State:
+        return {}
+
+    def value(self, state: State, step: int, steps: int) -> float:
+        return self.first + (self.last - self.first) * min(1.0, step / max(1, steps - 1))
+
+    def update(self, state: State, metrics: dict[str, Any], step: int, steps: int) -> State:
+        return state
+
+
+@dataclass(frozen=True)
+class ScoredHints(DemonstrationExamples):
+    """Demonstrations with what a scorer compares a reply with."""
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return super().lacks(demonstration) or nothing_to_score(self.config.scorer)(demonstration)
+
+
+@dataclass(frozen=True)
+class ShortestHints(DrawnSamples):
+    """Replaces what the teacher sees, before the first step, by the shortest hint with which its reply is right.
+
+    The shares are tenths, from 0. The reply is greedy, of the model before training, and the scorer must accept it. If
+    it is right with none, the teacher sees the whole demonstration.
+    """
+
+    config: TrainConfig = field(kw_only=True, compare=False)
+    what = "shortest hints"
+    replaces = "teacher_ids"
+
+    def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
+        config = self.config
+        chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+        encode = ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
+        check = ScorerChecker(config.scorer)
+        found = [self.prompt(example) for example in examples]
+        open_ = list(range(len(examples)))
+        for tenths in range(10):
+            hint = hint_of(config, tenths / 10)
+            rows = {i: examples[i].demonstration for i in open_}
+            seen = {i: ids for i, row in rows.items() if (ids := encode(row, hint.messages(row, ()))) is not None}
+            replies = sample(loaded, list(seen.values()), self.sampling) if seen else []
+            made = [Completion(examples[i], r.ids, None, r.truncated) for i, r in zip(seen, replies, strict=True)]
+            verdicts = broadcast_from_rank0(partial(check, made, chat))  # a checker need not be exact
+            right = [i for i, verdict in zip(seen, verdicts, strict=True) if verdict.reward == 1]
+            for i in right:
+                found[i] = seen[i]
+            open_ = [i for i in open_ if i not in right]
+        return found
+
+    def depends_on(self, example: Example) -> list[Any]:
+        row = example.demonstration
+        own = [row.row, example.student_ids, row.shown, row.answer, row.completion, self.config.context]
+        return [*own, self.config.scorer, self.sampling.max_completion_length]
+
+
+def hint_of(config: TrainConfig, share: float, part: HintPart = first_words) -> Hint:
+    """A part of the demonstration in the context of the settings; in ``turns`` until ``auto`` is resolved.
+
+    Raises:
+        UserError: the context shows something else than one demonstration.
+    """
+    return Hint(parse_context("turns" if config.context == "auto" else config.context), share, part)
+
+
+def hinted(method: Method, config: TrainConfig) -> Method:
+    """The method with the setting ``hint``, whose teacher sees as much of the demonstration as it says.
+
+    Raises:
+        UserError: the context, the scorer or the teacher do not go with it.
+    """
+    examples = method.examples
+    assert isinstance(examples, DemonstrationExamples)
+    if config.hint == SHORTEST:
+        return _shortest(method, config)
+    shares = [float(share) for share in config.hint.split(":")]
+    if min(shares) == 1:
+        return method
+    hint = hint_of(config, max(shares))
+    method = replace(method, examples=replace(examples, hint=hint.share))
+    if len(set(shares)) == 1:
+        return method
+    return replace(method, select=HintContexts(hint), controller=HintSchedule(*shares))
+
+
+def _shortest(method: Method, config: TrainConfig) -> Method:
+    if config.scorer == JUDGE:
+        raise UserError("setting 'scorer': hint shortest asks it very often, for which the judge is too slow")
+    if config.teacher_model is not None:
+        raise UserError(
+            "setting 'hint': shortest asks the model that learns, not teacher_model: give a share, or leave one out"
+        )
+    hint_of(config, 0)  # refuses a context that shows more
+    search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
+    return replace(method, examples=ScoredHints(config, config.context), fixed=search)
+
+
+def shows_parts(method: Method) -> bool:
+    """Whether the teacher may see a part of a demonstration, which not every context can show."""
+    few = isinstance(method.examples, DemonstrationExamples) and method.examples.hint < 1
+    return few or isinstance(method.select, HintContexts) or isinstance(method.fixed, ShortestHints)

@@ -1,0 +1,59 @@
+"""T3S: SFT on the tokens that a worse checkpoint has not learnt (arXiv 2601.10348).
+
+    L = -mean_t 1[ log p_b(d_t) <= log p_0(d_t) ] log p(d_t | x, d_<t)
+
+p_0 is the model before training. p_b is ``teacher_model``: an SFT run on the same data, ended where it was least often
+right. What SFT learns there first is taken to be in the way, and is left out. Training starts again from p_0.
+
+Differences: read from notes, not from the authors' code. They find p_b among the checkpoints of the SFT run. Here you
+name it, because a run's stages go on from one another and keep no other weights. With ``max_steps``, ``warmup_steps`` 0
+and a constant rate, a short SFT run is a checkpoint of a longer one. The mean is over all tokens of a demonstration,
+with 0 for those left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import ChatFormat, Demonstration, Example
+from selfdistill.errors import UserError
+from selfdistill.loss import Pair, pick
+from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.sft import sft
+from selfdistill.methods.slots import Method, teacher_of
+from selfdistill.model import LoadedModel
+
+
+@dataclass(frozen=True)
+class SeenAlike(DemonstrationExamples):
+    """Demonstrations whose teacher sees the prompt alone, as the student does."""
+
+    def __call__(
+        self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> tuple[list[Example], int]:
+        examples, dropped = super().__call__(demonstrations, loaded, chat)
+        return [replace(example, teacher_ids=example.student_ids) for example in examples], dropped
+
+
+def t3s(config: TrainConfig) -> tuple[Method, ...]:
+    """SFT's slots plus a token mask, from a worse model and the base."""
+    if config.teacher_model is None:
+        raise UserError(
+            "setting 'teacher_model': t3s compares with a model of SFT on the same data, ended where it was least "
+            "often right; give its run folder"
+        )
+
+    def unlearnt(pair: Pair, tokens_N: Tensor) -> Tensor:
+        assert pair.log_q_NV is not None
+        assert pair.log_base_NV is not None
+        return (pick(pair.log_q_NV, tokens_N) <= pick(pair.log_base_NV, tokens_N)).to(pair.log_p_NV.dtype)
+
+    examples = SeenAlike(config, completion_must_fit=True)
+    return tuple(
+        replace(stage, examples=examples, teacher=teacher_of(config), weighting=unlearnt, weighs_base=True)
+        for stage in sft(config)
+    )

@@ -1,0 +1,74 @@
+"""Parts of demonstrations: where they are cut, and what a context shows of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from selfdistill.data import (
+    Demonstration,
+    Hint,
+    context_of,
+    first_steps_and_answer,
+    first_words,
+    hintable,
+    parse_context,
+)
+from selfdistill.errors import UserError
+
+TEXT = "Ticket 17:  shelf B,\n box 4.\n"
+
+
+@pytest.mark.parametrize("tenths", range(11))
+def test_whole_words_and_never_more_than_the_share(tenths: int) -> None:
+    words = [f"w{number}" for number in range(20)]
+    assert first_words(" ".join(words), tenths / 10).split() == words[: 2 * tenths]
+
+
+def test_the_white_space_between_words_stays() -> None:
+    assert first_words(TEXT, 0.7) == "Ticket 17:  shelf B,"
+    assert first_words(TEXT, 1) == TEXT
+    assert first_words(TEXT, 0.1) == ""
+    assert first_words("", 0.5) == ""
+
+
+def test_a_character_of_a_script_without_spaces_is_a_word() -> None:
+    assert first_words("日本語です ok", 0.5) == "日本語"
+    assert first_words("日本語です ok", 0.9) == "日本語です"
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("One is a. Two is b! So 4.", ["So 4.", "One is a. So 4.", "One is a. Two is b! So 4."]),
+        ("x = 1\n\ny = 2. Yes.\nSo 4.", ["So 4.", "x = 1\n\nSo 4.", "x = 1\n\ny = 2. Yes.\nSo 4."]),
+        (
+            "<think>\na\nb\n</think>\n\nSo 4.",
+            ["So 4.", "<think>\na\n</think>\n\nSo 4.", "<think>\na\nb\n</think>\n\nSo 4."],
+        ),
+        ("So 4.", ["So 4."] * 3),
+    ],
+)
+def test_steps_are_lines_or_sentences_and_the_answer_stays(text: str, seen: list[str]) -> None:
+    assert [first_steps_and_answer(text, share) for share in (0.4, 0.6, 1)] == seen
+
+
+@pytest.mark.parametrize("spec", ["turns:repeats=2", "example"])
+def test_a_hint_is_the_context_of_a_shorter_demonstration(spec: str) -> None:
+    row = Demonstration("q", "one two three four", answer="four")
+    context = parse_context(spec)
+    short = Demonstration("q", "one two")
+    assert context_of(spec, 0.5).messages(row, ()) == context.messages(short, ())
+    assert context_of(spec, 1).messages(row, ()) == context.messages(row, ())
+    assert context_of(spec, 0).messages(row, ()) == [{"role": "user", "content": "q"}]
+    assert Hint(context, 0.1, lambda text, share: f"{text} {share}").messages(row, ()) == context.messages(
+        Demonstration("q", "one two three four 0.1"), ()
+    )
+    assert context_of(spec, 0.5).lacks(Demonstration("q", source="s")) is not None
+
+
+def test_a_context_that_shows_more_has_no_part() -> None:
+    with pytest.raises(UserError, match=r"^context 'few_shot:.*': a hint is a part of one demonstration"):
+        context_of("few_shot", 0.5)
+    assert hintable(["few_shot", "example", "turns"]) == ["example", "turns"]
+    with pytest.raises(UserError, match=r"^hints need a context that shows one demonstration: turns, example"):
+        hintable(["few_shot", "document"])

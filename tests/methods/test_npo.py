@@ -1,0 +1,139 @@
+"""NPO: which samples of the later model are found, whom they replace, the loss against float64 code, limits, resuming.
+
+Dimensions in names: T completion tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import train_together
+from conftest import (
+    ENDS,
+    Cut,
+    assert_same_run,
+    crash_at,
+    final_weights,
+    gradients,
+    largest_difference,
+    metrics_of,
+    row_log_probs,
+    same,
+)
+from formulas import advantages, chosen, judged, mean_over_rows, moved
+
+from selfdistill.config.train import TrainConfig
+from selfdistill.errors import UserError
+from selfdistill.model import Sampling, load_model, sample, sample_seed
+from selfdistill.training.train import train
+from selfdistill.training.trainer import Trainer
+
+Settings = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def later(all_of_them: Settings, write_rows: Callable[..., Path]) -> Settings:
+    """A reply is right if it has one of a few letters; to the last prompt none is."""
+    rows = [{"prompt": f"q{i}", "scorer": "regex", "answer": "[a-h]"} for i in range(5)]
+    rows.append({"prompt": "q5", "scorer": "regex", "answer": "never said"})
+    data = write_rows(rows, name="letters.jsonl")
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        fixed: dict[str, Any] = {"method": "npo", "data": str(data), "batch_size": 3, "num_generations": 3}
+        return all_of_them(out, **(fixed | values))
+
+    return make
+
+
+def test_the_first_right_sample_of_the_later_model(later: Settings) -> None:
+    config = later(method_settings={"tries": 20})
+    run, model = Trainer(config), load_model(str(config.teacher_model))
+    assert config.teacher_model != config.model
+    found = {x.demonstration.row: x.completion_ids for x in run.stage.task.examples}
+    for x in run.stage.task.examples:
+        tries = [
+            sample(model, [x.student_ids], Sampling(10), [sample_seed(0, 0, x.demonstration.row, number)])[0]
+            for number in range(20)
+        ]
+        right = [r.ids for r in tries if set("abcdefgh") & set(run.chat.decode(r.ids)) and not r.truncated]
+        assert found[x.demonstration.row] == ([] if x.demonstration.row == 5 else (right or [[]])[0])
+    assert sum(map(bool, found.values())) >= 3
+    assert not run.teachers  # it is not held
+
+
+@pytest.mark.parametrize("values", [{}, {"gradient_accumulation_steps": 3}], ids=str)
+def test_npo_is_grpo_with_a_success_in_place_of_a_failure(later: Settings, values: dict[str, Any]) -> None:
+    run = moved(later(learning_rate=1e-2, **values))
+    ids = [run.loaded.tokenizer("abba")["input_ids"] + [ENDS[0]], [], [1, 2, ENDS[0]]]
+    examples = [replace(x, completion_ids=y) for x, y in zip(run.stage.task.examples, ids, strict=False)]
+    samples = run.stage.task.method.sequence(run.loaded, examples, 1)
+    rewards = [0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]  # of the first prompt no sample is right, nor of the second
+    student = copy.deepcopy(run.loaded.model).double()
+    losses = []
+    for number, advantage in enumerate(advantages([0.0, 0.5, 1.0, *rewards[3:]], 3)):
+        learnt = ids[0] if number == 2 else samples[number].ids
+        losses.append(-advantage * chosen(row_log_probs(student, samples[number].example.student_ids, learnt), learnt))
+    loss = mean_over_rows(losses)
+    loss.backward()
+    (result,) = judged(run, samples, rewards)
+    assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert result.reward == pytest.approx(1.5 / 9)  # of the student's own samples
+    assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
+
+
+def test_where_the_later_model_has_no_right_sample_npo_is_grpo(
+    later: Settings, write_rows: Callable[..., Path]
+) -> None:
+    rows = [{"prompt": f"q{i}", "scorer": "regex", "answer": "never said"} for i in range(4)]
+    data = str(write_rows(rows, name="hard.jsonl"))
+    grpo = later("grpo", method="grpo", data=data, max_steps=2)
+    npo = later("npo", data=data, max_steps=2, method_settings={"tries": 1})
+    for config in (npo, grpo):
+        train(config)
+    assert same(final_weights(npo), final_weights(grpo))
+
+
+def test_a_later_model_is_needed_and_has_the_same_vocabulary(
+    later: Settings, tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    with pytest.raises(UserError, match="setting 'teacher_model': npo needs a later checkpoint"):
+        Trainer(later(teacher_model=None))
+    other = tmp_path / "wide"
+    model = load_model(str(model_folder(ends=ENDS)))
+    model.model.resize_token_embeddings(310)
+    model.model.save_pretrained(other)
+    model.tokenizer.save_pretrained(other)
+    with pytest.raises(UserError, match="has a vocabulary of 310 tokens"):
+        Trainer(later(teacher_model=str(other)))
+
+
+def test_a_killed_run_reads_its_samples(later: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut = (later(name, max_steps=4, save_steps=2) for name in ("whole", "cut"))
+    train(whole)
+    with pytest.raises(Cut):
+        train(cut, on_step=crash_at(3))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr("selfdistill.methods.failures.load_matching", refuse)
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+    lines = (Path(cut.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 6
+    assert any(json.loads(line)["ids"] for line in lines)
+
+
+def test_two_processes_train_to_the_weights_of_one(later: Settings, tmp_path: Path) -> None:
+    one, two = (later(name, max_steps=3, learning_rate=1e-4) for name in ("one", "two"))
+    train(one)
+    train_together(two, tmp_path)
+    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
