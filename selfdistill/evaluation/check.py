@@ -109,7 +109,12 @@ def check_run(
     settings = {name: getattr(config, name) for name in shared} | own
     loaded = None if config.teacher_model else loaded
     if loaded is None:
-        loaded = load_for_training(own["model"], dtype=config.dtype, adapter_base=settings["adapter_base"])
+        loaded = load_for_training(
+            own["model"],
+            dtype=config.dtype,
+            adapter_base=settings["adapter_base"],
+            load_in_4bit=config.load_in_4bit and not config.teacher_model,
+        )
     if not config.lora_rank and not config.teacher_model:  # before it is measured for minutes
         refuse_float16(loaded.model, own["model"])
     rows = load_demonstrations(config.data if demonstrations is None else demonstrations, split=config.split)

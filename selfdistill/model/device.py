@@ -29,6 +29,14 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and not cpu_asked()
 
 
+def best_device() -> torch.device:
+    """The device that accelerate chooses: a GPU if there is one."""
+    from accelerate import PartialState
+
+    device: torch.device = PartialState(cpu=cpu_asked()).device
+    return device
+
+
 PASS_TOKENS = {"cpu": 64, "cuda": 512}
 """Tokens that take about as long as one extra forward pass: what a shared prefix must save. Other kinds are as CPUs."""
 

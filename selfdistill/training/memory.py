@@ -2,7 +2,8 @@
 
 Every number is the size of tensors that the run will hold, W bytes of weights, P trained ones among them:
 
-    weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32
+    weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32; with
+               load_in_4bit 0.516 bytes a weight of its linear layers
     teacher    full: W for a copy, and 4 bytes a weight for the float32 average of bfloat16 weights, which on a GPU lies
                in the machine's memory; LoRA: the factors
     moments    of AdamW: 8 bytes a trained weight, or 2 with adamw_8bit
@@ -45,8 +46,10 @@ from selfdistill.model import (
     has_full_attention,
     layers_of,
     moment_bytes,
+    set_compute_dtype,
     tensor_bytes,
     unwrap,
+    weight_tensors,
 )
 from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
 from selfdistill.training.planned_parts import characters, longest_lengths, planned_methods, planned_stages
@@ -156,7 +159,7 @@ class MemoryPlanner:
         return {rule: self._teachers[name] for rule, name in names.items()}
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
-        key = (config.dtype, config.lora_rank, bool(config.gradient_checkpointing), layers)
+        key = (config.dtype, config.lora_rank, config.load_in_4bit, bool(config.gradient_checkpointing), layers)
         if key not in self._models:
             like = next(iter(self._models.values()), self._loaded)
             loaded = fake_model(
@@ -166,7 +169,10 @@ class MemoryPlanner:
                 lora_rank=config.lora_rank,
                 like=like,
                 layers=layers,
+                load_in_4bit=config.load_in_4bit,
             )
+            if config.load_in_4bit and self.device(config).mixed_precision == "bf16":
+                set_compute_dtype(loaded.model, torch.bfloat16)
             if config.gradient_checkpointing:
                 checkpoint_activations(loaded.model)
             self._models[key] = loaded
@@ -216,7 +222,7 @@ def _fixed(
     vocabulary = model.config.get_text_config().vocab_size
     fixed = Bytes(
         {
-            "weights": tensor_bytes((*model.parameters(), *model.buffers())) // shares,
+            "weights": tensor_bytes(weight_tensors(model)) // shares,
             "moments": moment_bytes(trained, config.optim) // shares,
             "teacher": sum(_teacher_bytes(config, device, rule, loaded, others) for rule in rules) // shares,
         }

@@ -34,11 +34,13 @@ from selfdistill.model import (
     checkpoint_activations,
     engine_for,
     full_tensor,
+    is_in_4bit,
     layers_of,
     load_matching,
     load_model,
     make_optimizer,
     refuse_float16,
+    set_compute_dtype,
     shard,
     start_fingerprint,
     unsharded,
@@ -88,8 +90,17 @@ class Trainer:
         if demonstrations is None:
             demonstrations = load_demonstrations(config.data, split=config.split)
         self.loaded = loaded or load_model(
-            config.model, dtype=config.dtype, merge_adapter=True, adapter_base=config.adapter_base
+            config.model,
+            dtype=config.dtype,
+            merge_adapter=True,
+            adapter_base=config.adapter_base,
+            load_in_4bit=config.load_in_4bit,
         )
+        if config.load_in_4bit and not is_in_4bit(self.loaded.model):
+            raise UserError(
+                "setting 'load_in_4bit' quantises a model while it is read from its files, found one that is already "
+                "loaded: give its folder or name, or leave the setting out"
+            )
         use_engine(self.loaded, config)
         self.began_as = start_fingerprint(self.loaded)
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
@@ -125,6 +136,8 @@ class Trainer:
             raise UserError(
                 "setting 'fsdp' with lora_rank: the model already has an adapter; export it with --merge first"
             )
+        if config.load_in_4bit and self.accelerator.mixed_precision == "bf16":
+            set_compute_dtype(model, torch.bfloat16)
         if config.lora_rank:
             add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
             model = self.loaded.model
@@ -239,6 +252,7 @@ class Trainer:
         ]
         lines += [
             f"model: {config.model}, {trained / 1e6:.1f} M trainable parameters, on {self.loaded.device}"
+            + (" in 4 bits" if config.load_in_4bit else "")
             + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
         ]
         if self.teacher:
