@@ -125,7 +125,7 @@ _SWITCH_HELP = {
     "dry_run": "Print settings, one example as student and teacher see it, time and memory; train nothing.",
     "memory": "Plan the training on a GPU with SIZE of memory, such as 80GiB, from config.json alone. With train, only "
     "together with --dry_run.",
-    "device": f"The same with the memory of a device, and a rough time: {', '.join(GPUS)}, or {THIS} one.",
+    "device": f"The same with the memory of a device, and a rough time: {', '.join(GPUS)}, or {THIS}, the device here.",
 }
 _VALUES = {"memory": "SIZE", "device": "NAME"}
 """Metavars of those that have a value."""
