@@ -16,6 +16,7 @@ SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
 
 MAY_CHANGE = (
     "max_steps",
+    "deterministic",
     "torch_compile",
     "fsdp",
     "gradient_accumulation_steps",

@@ -232,6 +232,9 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops."""
     mixed_precision: Precision = "auto"
     """auto: bfloat16 arithmetic where it is fast (most GPUs, CPUs with AMX or AVX512-BF16), float32 otherwise."""
+    deterministic: bool = False
+    """On a GPU, use only operations that give the same bits in every run with one seed, which takes more time. On CPUs
+    all do."""
     torch_compile: bool = False
     """Compile the student's layers; shared prefixes are then recomputed for every example. On the CPU this pays off
     with bfloat16, little sharing and more than about 60 steps, and needs a C++ compiler."""

@@ -2,7 +2,7 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
-from selfdistill.model.device import fast_products
+from selfdistill.model.device import deterministic, fast_products, has_gpu
 from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
@@ -65,6 +65,7 @@ __all__ = [
     "checkpoint_activations",
     "close_engine",
     "dequantised",
+    "deterministic",
     "distribute_like",
     "engine_for",
     "fake_model",
@@ -73,6 +74,7 @@ __all__ = [
     "full_tensor",
     "full_tensors",
     "has_full_attention",
+    "has_gpu",
     "is_in_4bit",
     "is_sharded",
     "layers_of",

@@ -45,7 +45,7 @@ from selfdistill.training.loop import Loop, OnStep, without_gradient
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
-from selfdistill.training.setup import make_accelerator
+from selfdistill.training.setup import make_accelerator, repeating
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
@@ -104,6 +104,7 @@ def train(
     check_tracker(config.report_to)
     begun = resume and output_dir.exists()
     with ExitStack() as held:
+        held.enter_context(repeating(config))
         if begun:
             _lock(output_dir, held)
         checkpoint = newest_whole(output_dir) if resume else None
