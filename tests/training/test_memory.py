@@ -119,7 +119,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a target solved per token": {"method": "isdft"},
     "samples drawn before": {"method": "ssd"},
 }
-QUICK = ("full, four micro-batches", "full, bfloat16 weights, 8-bit moments, EMA", "LoRA, bfloat16 base")
+QUICK = (
+    "full, four micro-batches",
+    "full, bfloat16 weights, 8-bit moments, EMA",
+    "LoRA, bfloat16 base",
+    "QLoRA, bfloat16 base, checkpointing",
+)
 
 
 def cases() -> Iterator[Any]:
