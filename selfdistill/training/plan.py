@@ -17,6 +17,7 @@ from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import GPUS, THIS, Printable, check_tracker, free_memory, peak_memory, world_size
+from selfdistill.training.first_lines import first_lines
 from selfdistill.training.fitting import Fit, fit
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.rates import Rates, measured_rates, named_rates
@@ -98,7 +99,7 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     trainer = Trainer(config.model_copy(update=unmeasured), rows, loaded=loaded)
     asked = {name: getattr(config, name) for name in ("drift_steps", "test", "num_demonstrations")}
     resolved = trainer.config.model_copy(update=asked)
-    notes = [*trainer.describe(), *lines]
+    notes = [*first_lines(trainer), *lines]
     example = trainer.stages[0].task.examples[0]
     with repeating(config):
         trainer.step(0)

@@ -43,6 +43,12 @@ class EncodedPart:
     same_samples: bool = False
     """Whether it learns from the samples of the first part, whose examples it has."""
 
+    @property
+    def counted(self) -> str:
+        """What it learns from, and how much of it."""
+        dropped = f" ({self.dropped} too long, dropped)" if self.dropped else ""
+        return f"{len(self.examples)} {self.method.examples.what}{dropped}"
+
 
 @dataclass
 class Stage:

@@ -40,6 +40,7 @@ from selfdistill.training.checkpoint import (
 )
 from selfdistill.training.collapse import COLLAPSE_WINDOW
 from selfdistill.training.export import whole_folder, write_model
+from selfdistill.training.first_lines import first_lines
 from selfdistill.training.fitting import check_fits
 from selfdistill.training.loop import Loop, OnStep, without_gradient
 from selfdistill.training.memory import MemoryPlanner
@@ -121,7 +122,7 @@ def train(
             _lock(output_dir, held)
         position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing
         _write_start(trainer, output_dir)
-        for line in (*trainer.describe(), *sizes):
+        for line in (*first_lines(trainer), *sizes):
             say(line)
         if resume:
             say(_where(output_dir, checkpoint, position, trainer.config))
