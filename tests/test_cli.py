@@ -181,7 +181,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context turn",
-        "context 'turn': unknown context 'turn', expected one of turns, example, few_shot, document, template",
+        "context 'turn': unknown context 'turn', expected one of turns, example, few_shot, document, template, "
+        "rewritten",
     ),
     (
         "train.jsonl",
@@ -331,7 +332,7 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         f"{SDFT} --scorer exakt",
-        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, judge or "
+        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, code, judge or "
         "python:package.module.function; did you mean exact?",
     ),
     (
@@ -362,13 +363,14 @@ CONFIG: list[tuple[str, str]] = [
     (f"check {BASE} --contexts", "--contexts: expected at least one argument"),
     (
         f"check {BASE} --contexts turns nonsense",
-        "context 'nonsense': unknown context 'nonsense', expected one of turns, example, few_shot, document, template",
+        "context 'nonsense': unknown context 'nonsense', expected one of turns, example, few_shot, document, template, "
+        "rewritten",
     ),
     (f"check {BASE} --sample 1", "setting 'sample': found 1, expected: greater than or equal to 2"),
     (f"check {BASE} --output_dir run", "unknown option --output_dir; see --help for the names"),
     (
         f"eval {BASE} --scorer exakt",
-        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, judge or "
+        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, code, judge or "
         "python:package.module.function; did you mean exact?",
     ),
     (f"eval {BASE} --prior none", "prior 'none': no such .jsonl file, or a folder without any; check the path"),
