@@ -65,6 +65,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 8,
         "gradient_checkpointing": True,
     },
+    "QLoRA 16 on bfloat16, 8 parts, checkpointing": {
+        "lora_rank": 16,
+        "load_in_4bit": True,
+        "dtype": "bfloat16",
+        "gradient_accumulation_steps": 8,
+        "gradient_checkpointing": True,
+    },
+    "QLoRA 16 on float32, 8 parts, checkpointing": {
+        "lora_rank": 16,
+        "load_in_4bit": True,
+        "gradient_accumulation_steps": 8,
+        "gradient_checkpointing": True,
+    },
 }
 SHARDED: dict[str, dict[str, Any]] = {
     "full, EMA": {"fsdp": True},

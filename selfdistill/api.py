@@ -52,7 +52,7 @@ from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
-from selfdistill.runtime import say_note, size_in_bytes
+from selfdistill.runtime import check_device, say_note, size_in_bytes
 from selfdistill.training import Fit, OnStep, Plan, Run
 from selfdistill.training import export as run_export
 from selfdistill.training import merge as run_merge
@@ -157,32 +157,38 @@ def memory_plan(
     model: Model | TrainConfig,
     data: Rows | None = None,
     *,
-    memory: str,
+    memory: str | None = None,
+    device: str | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
     progress: bool = True,
     **settings: Any,
 ) -> Fit:
-    """The memory that :func:`train` would need on a GPU, by component, and the nearest settings that fit into it.
+    """The memory and a rough time that :func:`train` would need on a GPU, and the nearest settings that fit into it.
 
-    Reads ``config.json``, the tokenizer and the data, but no weights, and computes nothing.
+    Reads ``config.json``, the tokenizer and the data, but no weights.
 
     Args:
         model: as for :func:`train`.
         data: as for :func:`train`.
-        memory: of the GPU, such as ``80GiB`` or ``24GB``.
+        memory: of the GPU, such as ``80GiB`` or ``24GB``; default: that of ``device``.
+        device: a GPU such as ``h100``, or ``this`` for the device here, which is measured for a second. Without it, no
+            time is planned.
         output_dir: as for :func:`train`; need not be given.
         tokenizer: of a loaded model.
         progress: show notes.
         settings: fields of :class:`TrainConfig`.
 
     Raises:
-        UserError: settings, data or model are invalid.
+        UserError: settings, data or model are invalid, or neither ``memory`` nor ``device`` is given.
     """
+    size = None if memory is None else size_in_bytes(memory)
+    if device is not None:
+        check_device(device)
     with session(progress):
         config, loaded, rows = run_to_plan(model, data, None, output_dir, tokenizer, settings)
         with rows.kept():
-            return run_plan_for(config, size_in_bytes(memory), loaded, given=rows.names)
+            return run_plan_for(config, size, device, loaded, given=rows.names)
 
 
 def evaluate(

@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
-from selfdistill.config import DemoConfig
+from selfdistill.config import CheckConfig, DemoConfig, run_settings
 from selfdistill.errors import RunFailed, UserError
-from selfdistill.runtime import Printable, is_rank0, result_console, world_size
+from selfdistill.runtime import (
+    Printable,
+    check_device,
+    is_rank0,
+    result_console,
+    say_note,
+    size_in_bytes,
+    world_size,
+)
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -72,8 +80,13 @@ def _check_processes(command: str, given: dict[str, Any]) -> None:
 
 def _check_settings(command: str, given: dict[str, Any]) -> None:
     """Find wrong and missing settings before anything heavy is imported."""
-    if "memory" in given and not given.get("dry_run"):
-        raise UserError("option --memory plans for a GPU of that size and trains nothing: add --dry_run")
+    for option in ("memory", "device"):
+        if option in given and command == "train" and not given.get("dry_run"):
+            raise UserError(f"option --{option} plans for such a GPU and trains nothing: add --dry_run")
+    if "memory" in given:
+        size_in_bytes(given["memory"])
+    if "device" in given:
+        check_device(given["device"])
     if given.get("resume"):  # the folder has the other settings
         if given.get("dry_run"):
             raise UserError("option --dry_run: a dry run does not resume; leave --resume out")
@@ -88,6 +101,8 @@ def _of_the_machine(error: Exception) -> tuple[str, int] | None:
     text = str(error)
     if world_size() > 1 and re.search("connection (was )?(closed|reset)|remote process exited|broken pipe", text, re.I):
         return f"another process of this run has ended; its checkpoints are intact, continue with --resume ({text})", 3
+    if unrepeatable := re.match(r".* does not have a deterministic implementation", text):
+        return f"setting 'deterministic': {unrepeatable[0]}; leave it out", 2
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
         advice = "raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length"
         return f"out of memory: {advice}; checkpoints are intact", 2
@@ -100,11 +115,11 @@ def _of_the_machine(error: Exception) -> tuple[str, int] | None:
 def _train(given: dict[str, Any]) -> int:
     from selfdistill import api
 
-    memory = given.pop("memory", None)
+    planned_for = _planned_for(given)
     if given.pop("dry_run", False):
         given.pop("resume", None)
-        if memory is not None:
-            found = api.memory_plan(**given, memory=memory)
+        if planned_for:
+            found = api.memory_plan(**given, **planned_for)
             found.print(result_console())
             return 0 if found.fits else 2
         api.plan(**given).print(result_console())
@@ -113,6 +128,11 @@ def _train(given: dict[str, Any]) -> int:
     if is_rank0():
         print(f"final model: {run.final}")
     return 0
+
+
+def _planned_for(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options out that name a device to plan for."""
+    return {name: given.pop(name) for name in ("memory", "device") if name in given}
 
 
 def _compare(given: dict[str, Any]) -> int:
@@ -139,10 +159,28 @@ def _eval(given: dict[str, Any]) -> int:
 def _check(given: dict[str, Any]) -> int:
     from selfdistill import api
 
+    planned_for = _planned_for(given)
     with _printed(given) as show:
+        plan = _plan_of_check(given, planned_for) if planned_for else {}
         result = api.check(**given)
-        show(result, result.to_dict())
+        show(result, result.to_dict() | plan)
     return result.exit_code
+
+
+def _plan_of_check(given: dict[str, Any], planned_for: dict[str, Any]) -> dict[str, Any]:
+    """Print the plan of a training with the settings of a check, before the model is loaded; its JSON.
+
+    A plan that cannot be made keeps nobody from checking.
+    """
+    from selfdistill import api
+
+    try:
+        found = api.memory_plan(**run_settings(CheckConfig(**given)), **planned_for)
+    except UserError as error:
+        say_note(f"no plan of memory: {error}")
+        return {"plan": None}
+    found.print(result_console())
+    return {"plan": found.to_dict()}
 
 
 def _ask(given: dict[str, Any]) -> int:

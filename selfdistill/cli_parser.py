@@ -30,6 +30,7 @@ from selfdistill.config import (
     load_yaml,
 )
 from selfdistill.errors import UserError
+from selfdistill.runtime import GPUS, THIS
 
 COMMANDS: dict[str, tuple[type[Settings], str]] = {
     "demo": (DemoConfig, "Teach the starter model a skill by SFT and SDFT, with and without anchors, and compare."),
@@ -79,7 +80,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "optimisation": (
         *("max_steps", "num_train_epochs", "batch_size", "learning_rate", "learning_rates", "lr_scheduler_type"),
         *("warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_skipped_steps", "stop_on_collapse"),
-        *("lora_rank", "lora_alpha"),
+        *("lora_rank", "lora_alpha", "load_in_4bit"),
     ),
     "evaluation": (
         *(
@@ -106,6 +107,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "engine": ("engine", "engine_url", "engine_folder", "engine_memory_gib", "engine_timeout_s"),
     "devices and memory": (
         *("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile", "fsdp"),
+        "deterministic",
     ),
     "output": (*("output_dir", "save_steps", "save_total_limit", "logging_steps", "view_rows", "report_to"),),
 }
@@ -114,14 +116,19 @@ TOPICS: dict[str, tuple[str, ...]] = {
 SWITCHES = {
     "resume": ("train", "compare"),
     "dry_run": ("train",),
-    "memory": ("train",),
+    "memory": ("train", "check"),
+    "device": ("train", "check"),
 }
 """Options that are not settings, and their commands."""
 _SWITCH_HELP = {
     "resume": "Resume the run in --output_dir.",
     "dry_run": "Print settings, one example as student and teacher see it, time and memory; train nothing.",
-    "memory": "With --dry_run: only plan the memory for a GPU with SIZE, such as 80GiB. Loads nothing.",
+    "memory": "Plan the training on a GPU with SIZE of memory, such as 80GiB, from config.json alone. With train, only "
+    "together with --dry_run.",
+    "device": f"The same with the memory of a device, and a rough time: {', '.join(GPUS)}, or {THIS}, the device here.",
 }
+_VALUES = {"memory": "SIZE", "device": "NAME"}
+"""Metavars of those that have a value."""
 _FLAGS = {"output": ("-o", "--output")}
 """Option names of settings that also have a short one."""
 MOST_LISTED = 8
@@ -191,8 +198,8 @@ def parser() -> ArgumentParser:
         for switch, wanted in SWITCHES.items():
             if name in wanted:
                 options: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "metavar": "true"}
-                if switch == "memory":
-                    options = {"type": str, "metavar": "SIZE"}
+                if switch in _VALUES:
+                    options = {"type": str, "metavar": _VALUES[switch]}
                 group.add_argument(f"--{switch}", **options, help=_SWITCH_HELP[switch])
         if name != "train":
             group.add_argument("--json", type=str, metavar="FILE", help="Write the result as JSON; -: standard output.")

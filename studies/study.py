@@ -163,7 +163,11 @@ def run(asked: Asked, config: TrainConfig, start: Start, demonstrations: list[De
         RunStopped: a signal stopped the run.
         UserError: the settings or the data cannot be used.
     """
-    loaded = replace(start.base, model=copy.deepcopy(start.base.model), notes=[])
+    if config.load_in_4bit:  # a base is quantised while it is read
+        names = {"dtype": config.dtype, "adapter_base": config.adapter_base}
+        loaded = load_for_training(config.model, load_in_4bit=True, **names)
+    else:
+        loaded = replace(start.base, model=copy.deepcopy(start.base.model), notes=[])
     with tempfile.TemporaryDirectory(prefix="study-") as folder:
         config = config.model_copy(update={"output_dir": str(Path(folder) / "run")})
         try:

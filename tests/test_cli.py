@@ -25,6 +25,7 @@ from selfdistill.cli import main
 from selfdistill.cli_parser import COMMANDS, MAIN, TOPICS
 from selfdistill.config.commands import CheckConfig, CompareConfig, EvalConfig
 from selfdistill.config.train import TrainConfig
+from selfdistill.errors import UserError
 from selfdistill.runtime import resources
 from selfdistill.training import checkpoint
 
@@ -180,7 +181,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context turn",
-        "context 'turn': unknown context 'turn', expected one of turns, example, few_shot, document, template",
+        "context 'turn': unknown context 'turn', expected one of turns, example, few_shot, document, template, "
+        "rewritten",
     ),
     (
         "train.jsonl",
@@ -330,7 +332,7 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         f"{SDFT} --scorer exakt",
-        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, judge or "
+        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, code, judge or "
         "python:package.module.function; did you mean exact?",
     ),
     (
@@ -361,13 +363,14 @@ CONFIG: list[tuple[str, str]] = [
     (f"check {BASE} --contexts", "--contexts: expected at least one argument"),
     (
         f"check {BASE} --contexts turns nonsense",
-        "context 'nonsense': unknown context 'nonsense', expected one of turns, example, few_shot, document, template",
+        "context 'nonsense': unknown context 'nonsense', expected one of turns, example, few_shot, document, template, "
+        "rewritten",
     ),
     (f"check {BASE} --sample 1", "setting 'sample': found 1, expected: greater than or equal to 2"),
     (f"check {BASE} --output_dir run", "unknown option --output_dir; see --help for the names"),
     (
         f"eval {BASE} --scorer exakt",
-        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, judge or "
+        "setting 'scorer': found 'exakt', expected: exact, contains, choice, regex, tool_call, code, judge or "
         "python:package.module.function; did you mean exact?",
     ),
     (f"eval {BASE} --prior none", "prior 'none': no such .jsonl file, or a folder without any; check the path"),
@@ -654,6 +657,16 @@ def no_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
 
 
+def cannot_repeat(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(
+            "put_ does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms'. "
+            "You can turn it off."
+        )
+
+    monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
+
+
 def no_host_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError
@@ -691,6 +704,11 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         "",
         "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
         "checkpoints are intact",
+    ),
+    (
+        cannot_repeat,
+        "--deterministic true",
+        "setting 'deterministic': put_ does not have a deterministic implementation; leave it out",
     ),
     (
         no_host_memory,
@@ -1062,9 +1080,53 @@ def test_memory_is_planned_for_another_device_and_nothing_is_loaded(
     assert re.search(
         r"it does not fit: .* MiB of 0\.0 MiB; no change of settings makes it fit", capsys.readouterr().out
     )
-    refused = "option --memory plans for a GPU of that size and trains nothing: add --dry_run"
-    fails(capsys, f"{SDFT} --memory 80GiB", refused)
+    for option in ("memory 80GiB", "device h100"):
+        refused = f"option --{option.split()[0]} plans for such a GPU and trains nothing: add --dry_run"
+        fails(capsys, f"{SDFT} --{option}", refused)
     fails(capsys, f"{SDFT} --dry_run --memory 80", "option --memory: found '80', expected a size such as 80GiB or 80GB")
+
+
+def test_a_named_device_has_memory_and_speed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(f"{SDFT} --max_steps 40 --mixed_precision bf16 --dry_run --device h100")
+    out = capsys.readouterr().out
+    assert re.search(
+        r"rough time, on h100 at 40% of 989 TFLOP/s and 70% of 3350 GB/s: \S+ s per step \(sampling \S+, teacher \S+, "
+        r"student \S+, update \S+\), \S+ s for 40 steps, if all samples are as long as they may be\n"
+        r"it fits: .* MiB of 74\.5 GiB\n$",
+        out,
+    )
+    trained(f"{SDFT} --dry_run --device h100 --memory 40GiB")
+    assert "MiB of 40.0 GiB" in capsys.readouterr().out
+    known = "this, h200, h100, h100-pcie, a100-80, a100-40, l40s, l4, a10, rtx4090, rtx3090"
+    fails(capsys, f"{SDFT} --dry_run --device cuda", f"option --device: found 'cuda', expected {known}")
+
+
+def test_a_check_also_plans(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checked = f"check {BASE} --sample 2 --contexts turns:repeats=2 --mixed_precision no"
+    assert main(shlex.split(f"{checked} --memory 0.01MB --device l4 --json result.json")) in (0, 4)
+    out = capsys.readouterr().out
+    assert "batch 2 in " in out
+    assert out.index("rough time, on l4") < out.index("it does not fit: ") < out.index("Best: --context turns")
+    result = json.loads(Path("result.json").read_text())
+    assert result["best"] == "turns:repeats=2"
+    plan = result["plan"]
+    assert plan["peak"] == max(sum(phase.values()) for phase in plan["phases"].values())
+    assert (plan["memory"], plan["fits"], plan["nearest"]) == (10_000, False, None)
+    assert plan["time"]["seconds_per_step"]["total"] * plan["time"]["steps"] == pytest.approx(plan["time"]["seconds"])
+    fails(capsys, f"{checked} --memory 80", "option --memory: found '80', expected a size such as 80GiB or 80GB")
+
+
+def test_a_check_goes_on_without_a_plan(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfdistill.api.memory_plan", raising_user_error)
+    assert main(shlex.split(f"check {BASE} --sample 2 --contexts turns --memory 80GiB --json result.json")) in (0, 4)
+    assert "note: no plan of memory: not that model" in capsys.readouterr().err
+    assert json.loads(Path("result.json").read_text())["plan"] is None
+
+
+def raising_user_error(**_: Any) -> None:
+    raise UserError("not that model")
 
 
 def test_ask_prints_both_replies(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

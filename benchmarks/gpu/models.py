@@ -96,6 +96,16 @@ def shape_model(bench: Bench, layers: int, dtype: torch.dtype) -> LoadedModel:
     return adopt(model, AutoTokenizer.from_pretrained(folder), folder)
 
 
+def shape_files(bench: Bench, layers: int, dtype: torch.dtype) -> str:
+    """Folder with the files of such a model."""
+    folder = Path(f"{shape_folder(bench, layers)}-{str(dtype).removeprefix('torch.')}")
+    if not folder.exists():
+        loaded = shape_model(bench, layers, dtype)
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def endless(loaded: LoadedModel) -> LoadedModel:
     """The model without end tokens, so that no sample ends before its last token."""
     return replace(loaded, end_token_ids=(NO_TOKEN,))

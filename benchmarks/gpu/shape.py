@@ -6,12 +6,13 @@ All else is as in the real model: width, heads, vocabulary. Layers are alike, so
 from __future__ import annotations
 
 import gc
+import importlib.util
 from statistics import median
 from typing import Any
 
 import torch
 from bench import Bench, Check, Found, NotRun
-from models import WHOLE, make_trainer, rows, settings, shape_folder, shape_model
+from models import WHOLE, make_trainer, rows, settings, shape_files, shape_folder, shape_model
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import load_demonstrations
@@ -47,8 +48,12 @@ def shape_settings(bench: Bench, depth: int, values: dict[str, Any]) -> TrainCon
 
 def measured(bench: Bench, config: TrainConfig, depth: int) -> tuple[dict[str, float], int]:
     """Median seconds of a step's parts after the first, and the bytes allocated at its peak; 0 on a CPU."""
+    dtype = getattr(torch, config.dtype)
+    if config.load_in_4bit:
+        config = config.model_copy(update={"model": shape_files(bench, depth, dtype)})
+        gc.collect()
     before = torch.cuda.memory_allocated() if bench.cuda else 0
-    run = make_trainer(config, shape_model(bench, depth, getattr(torch, config.dtype)))
+    run = make_trainer(config, None if config.load_in_4bit else shape_model(bench, depth, dtype))
     found = []
     for step in range(STEPS):
         if step == 1 and bench.cuda:
@@ -87,8 +92,10 @@ def whole(by_depth: dict[int, Any]) -> float:
 
 
 def check_qlora(bench: Bench, found: Found) -> None:
-    """An adapter on weights of 4 bits."""
-    raise NotRun("quantised weights cannot be trained yet")
+    """An adapter on weights of 4 bits, which are quantised while they are read from files."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise NotRun("bitsandbytes is not installed")
+    check_setup(bench, found, CHECKPOINTED | {"lora_rank": 16, "dtype": "bfloat16", "load_in_4bit": True})
 
 
 def _of(values: dict[str, Any]) -> Any:

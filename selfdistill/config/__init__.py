@@ -12,6 +12,7 @@ from selfdistill.config.commands import (
     MergeConfig,
     QuestionsConfig,
     ReportConfig,
+    run_settings,
 )
 from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_saved, load_yaml, refuse_changes
 from selfdistill.config.train import (
@@ -55,4 +56,5 @@ __all__ = [
     "load_saved",
     "load_yaml",
     "refuse_changes",
+    "run_settings",
 ]

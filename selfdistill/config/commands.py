@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from selfdistill.config.base import EngineSettings, ModelSettings, QuestionSettings, Settings, closest
-from selfdistill.config.train import MethodName, OneRun, Precision, TrainingSettings
+from selfdistill.config.train import MethodName, OneRun, Precision, TrainConfig, TrainingSettings
 from selfdistill.errors import UserError
 
 
@@ -90,6 +90,13 @@ class CheckConfig(ModelSettings):
     fine_tuned: str | None = None
     """A model fine-tuned on the same demonstrations, for example with ``--method sft``. Its distance from the base is
     compared with the teacher's."""
+
+
+def run_settings(config: CheckConfig) -> dict[str, Any]:
+    """The settings of a training run that are those of a check, by name."""
+    shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
+    context = config.contexts[0] if len(config.contexts) == 1 else "auto"
+    return {name: getattr(config, name) for name in shared} | {"context": context}
 
 
 class EvalConfig(ModelSettings):

@@ -16,6 +16,7 @@ SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
 
 MAY_CHANGE = (
     "max_steps",
+    "deterministic",
     "torch_compile",
     "fsdp",
     "gradient_accumulation_steps",
@@ -38,7 +39,10 @@ MAY_CHANGE = (
 """Settings that may change when a run is resumed. With ``test_split``, the rows must stay those it began with."""
 MAY_MOVE = ("model", "teacher_model", "data", "test", "prior", "anchors")
 """Paths that may change on resume: the contents are compared with those the run began with."""
-COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "vary", "logging_steps", "report_to")
+COMPARE_MAY_CHANGE = (
+    *("methods", "seeds", "learning_rates", "vary", "logging_steps", "report_to"),
+    *("gradient_accumulation_steps", "gradient_checkpointing"),
+)
 """Settings that may change when a comparison is resumed: it may get more runs, but all must match."""
 
 

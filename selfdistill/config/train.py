@@ -232,6 +232,9 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops."""
     mixed_precision: Precision = "auto"
     """auto: bfloat16 arithmetic where it is fast (most GPUs, CPUs with AMX or AVX512-BF16), float32 otherwise."""
+    deterministic: bool = False
+    """On a GPU, use only operations that give the same bits in every run with one seed, which takes more time. On CPUs
+    all do."""
     torch_compile: bool = False
     """Compile the student's layers; shared prefixes are then recomputed for every example. On the CPU this pays off
     with bfloat16, little sharing and more than about 60 steps, and needs a C++ compiler."""
@@ -317,6 +320,9 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     documents: str | None = None
     """Documents, in place of ``data``. Questions about them are generated first, as in ``selfdistill questions``, and
     saved in the folder ``<output_dir>-questions``."""
+    load_in_4bit: bool = False
+    """Keep the weights of linear layers in 4 bits (NF4 with quantised scales) under an adapter: QLoRA, arXiv
+    2305.14314. Needs ``lora_rank`` and the extra ``bitsandbytes``. ``teacher_model`` is not quantised."""
     fsdp: bool = False
     """Shard weights, gradients, optimizer and teacher across processes (FSDP2). Sampling unshards the weights."""
 
@@ -340,8 +346,23 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
             )
         if self.fsdp and self.optim == "adamw_8bit":
             raise UserError("setting 'optim': adamw_8bit does not work with fsdp: leave one of them out")
+        if self.load_in_4bit:
+            self._check_4bit()
         if self.fsdp and self.torch_compile:
             raise UserError("setting 'fsdp' does not work with torch_compile: leave one of them out")
         if bool(self.data) == bool(self.documents):
             found = "both" if self.data else "neither"
             raise UserError(f"settings 'data' and 'documents': found {found}, expected one of them")
+
+    def _check_4bit(self) -> None:
+        if not self.lora_rank:
+            raise UserError(
+                "setting 'load_in_4bit' needs an adapter, for its weights stay fixed: give --lora_rank, too"
+            )
+        for name, other in (("fsdp", self.fsdp), ("torch_compile", self.torch_compile)):
+            if other:
+                raise UserError(f"setting 'load_in_4bit' does not work with {name}: leave one of them out")
+        if self.engine != "none":
+            raise UserError(
+                f"setting 'load_in_4bit' does not work with an engine, found {self.engine!r}: leave one out"
+            )

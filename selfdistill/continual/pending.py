@@ -18,7 +18,10 @@ from selfdistill.errors import UserError
 from selfdistill.runtime import say, write_json
 from selfdistill.training import whole_folder
 
-_FREE = ("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to")
+_FREE = (
+    *("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to"),
+    *("gradient_accumulation_steps", "gradient_checkpointing"),
+)
 """Settings that may differ when an addition is resumed."""
 
 
@@ -32,7 +35,7 @@ def _with_newer_settings(settings: dict[str, Any], here: dict[str, Any]) -> dict
 
     It goes on as it began, so where ``here`` has the default, or what the older release did, it is the same.
     """
-    found = dict(settings)
+    found = {name: value for name, value in settings.items() if name not in _FREE}
     for name in here.keys() - settings.keys():
         default = LearnConfig.model_fields[name].get_default(call_default_factory=True)
         default = list(default) if isinstance(default, tuple) else default

@@ -72,10 +72,9 @@ UNMEASURED = "example:reasoning=true"
 """The layout that comes first where nothing tells layouts apart: much like the one that TRL's SDFT has."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the demonstration that ``hints`` measures."""
-KEPT_BYTES = 2**28
-"""Memory in bytes for the prefix cache of the student's prompts, and as much for one layout's."""
-POSITIONS = 8
-"""Number of leading completion tokens whose KL is listed individually."""
+KEPT_BYTES, POSITIONS = 2**28, 8
+"""Bytes for the prefix cache of the student's prompts, and as many for one layout's; leading completion tokens whose KL
+is listed individually."""
 
 
 def best_context(config: TrainConfig, demonstrations: Rows | None = None, loaded: LoadedModel | None = None) -> str:
@@ -109,7 +108,12 @@ def check_run(
     settings = {name: getattr(config, name) for name in shared} | own
     loaded = None if config.teacher_model else loaded
     if loaded is None:
-        loaded = load_for_training(own["model"], dtype=config.dtype, adapter_base=settings["adapter_base"])
+        loaded = load_for_training(
+            own["model"],
+            dtype=config.dtype,
+            adapter_base=settings["adapter_base"],
+            load_in_4bit=config.load_in_4bit and not config.teacher_model,
+        )
     if not config.lora_rank and not config.teacher_model:  # before it is measured for minutes
         refuse_float16(loaded.model, own["model"])
     rows = load_demonstrations(config.data if demonstrations is None else demonstrations, split=config.split)

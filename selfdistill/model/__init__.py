@@ -2,11 +2,12 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
-from selfdistill.model.device import fast_products
+from selfdistill.model.device import deterministic, fast_products, has_gpu
 from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
+from selfdistill.model.four_bits import dequantised, is_in_4bit, set_compute_dtype, weight_tensors
 from selfdistill.model.fsdp import (
     distribute_like,
     full_tensor,
@@ -63,6 +64,8 @@ __all__ = [
     "cached_casts",
     "checkpoint_activations",
     "close_engine",
+    "dequantised",
+    "deterministic",
     "distribute_like",
     "engine_for",
     "fake_model",
@@ -71,6 +74,8 @@ __all__ = [
     "full_tensor",
     "full_tensors",
     "has_full_attention",
+    "has_gpu",
+    "is_in_4bit",
     "is_sharded",
     "layers_of",
     "load_for_training",
@@ -90,6 +95,7 @@ __all__ = [
     "sample",
     "sample_at_its_longest",
     "sample_seed",
+    "set_compute_dtype",
     "shard",
     "start_fingerprint",
     "stored_weights",
@@ -99,5 +105,6 @@ __all__ = [
     "unsharded",
     "unwrap",
     "use_engine",
+    "weight_tensors",
     "weights_fingerprint",
 ]

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from selfdistill.errors import UserError
+from selfdistill.model.quantisation import import_before_peft
 from selfdistill.model.weights import first_line
 
 WEIGHTS = "adapter_model.safetensors"
@@ -36,6 +37,7 @@ def read_config(folder: Path, name: str) -> Any:
     Raises:
         UserError: they cannot be read, the weights are pickled, or the adapter does more than change its base's layers.
     """
+    import_before_peft()
     from peft import PeftConfig
 
     try:

@@ -2,14 +2,19 @@
 
 A kind is what PyTorch calls a device's type, such as ``cuda`` or ``cpu``. The numbers for GPUs are estimates: none was
 measured on one (``make gpu`` will).
+
+Legend: B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def cpu_asked() -> bool:
@@ -22,6 +27,14 @@ def cpu_asked() -> bool:
 def has_gpu() -> bool:
     """Whether there is a CUDA device that is to be used."""
     return torch.cuda.is_available() and not cpu_asked()
+
+
+def best_device() -> torch.device:
+    """The device that accelerate chooses: a GPU if there is one."""
+    from accelerate import PartialState
+
+    device: torch.device = PartialState(cpu=cpu_asked()).device
+    return device
 
 
 PASS_TOKENS = {"cpu": 64, "cuda": 512}
@@ -77,3 +90,68 @@ def fast_products(kind: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""The variable from which cuBLAS reads its workspace."""
+REPEATING_WORKSPACES = (":4096:8", ":16:8")
+"""Its values with which cuBLAS repeats its results."""
+
+
+@contextmanager
+def deterministic(kind: str) -> Iterator[None]:
+    """Use only operations that give the same bits whenever they are repeated; for GPUs, where not all do.
+
+    Sets what https://docs.pytorch.org/docs/stable/notes/randomness.html asks for. Attention takes PyTorch's own or the
+    memory-efficient kernels, not those of FlashAttention and cuDNN, which may sum gradients in any order. An operation
+    that cannot repeat raises a ``RuntimeError``. CPUs repeat without it, so nothing changes there.
+    """
+    if kind != "cuda":
+        yield
+        return
+    with ExitStack() as restored:
+        _set_variable(restored)
+        restored.callback(
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        memory: Any = torch.utils.deterministic
+        restored.callback(setattr, memory, "fill_uninitialized_memory", memory.fill_uninitialized_memory)
+        restored.callback(torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.flash_sdp_enabled())
+        restored.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+        torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False  # nothing reads it
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        yield
+
+
+def _set_variable(restored: ExitStack) -> None:
+    before = os.environ.get(WORKSPACE)
+    if before in REPEATING_WORKSPACES:
+        return
+    os.environ[WORKSPACE] = REPEATING_WORKSPACES[0]
+    if before is None:
+        restored.callback(os.environ.pop, WORKSPACE, None)
+    else:
+        restored.callback(os.environ.__setitem__, WORKSPACE, before)
+
+
+def running_sum(values_BV: Tensor) -> Tensor:
+    """Sums of the values up to each place, as ``cumsum(-1)``, which on a GPU may add in another order each time.
+
+    Where deterministic operations are asked for, each place adds the sum of ever more places before it.
+    """
+    if values_BV.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return values_BV.cumsum(-1)
+    return doubled_sum(values_BV)
+
+
+def doubled_sum(values_BV: Tensor) -> Tensor:
+    """:func:`running_sum` in log2(V) steps, each of which doubles the number of places that are summed."""
+    reach = 1
+    while reach < values_BV.shape[-1]:
+        values_BV = torch.cat([values_BV[:, :reach], values_BV[:, reach:] + values_BV[:, :-reach]], -1)
+        reach *= 2
+    return values_BV

@@ -30,6 +30,7 @@ from selfdistill.errors import UserError
 from selfdistill.model.adapters import read_config
 from selfdistill.model.compiled import layers_of
 from selfdistill.model.files import local_folder, resolve
+from selfdistill.model.four_bits import add_scales, pack_weights, replace_layers, weight_tensors
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel, add_lora, describe, disable_dropout, load_tokenizer
 from selfdistill.model.prefix_cache import in_attention_dtype
@@ -46,6 +47,7 @@ def fake_model(
     like: LoadedModel | None = None,
     layers: int | None = None,
     trained: bool = True,
+    load_in_4bit: bool = False,
 ) -> LoadedModel:
     """A model as fake tensors on the CPU, with its real tokenizer; reads ``config.json`` and no weights.
 
@@ -60,6 +62,7 @@ def fake_model(
         like: the model itself, or another fake of it; then no file is read.
         layers: its number of layers, if it is to have fewer.
         trained: whether it is to be trained; quantised weights, which cannot be, may be those of a teacher.
+        load_in_4bit: with weights of 4 bits; needs ``lora_rank``.
 
     Raises:
         UserError: ``config.json`` or the tokenizer cannot be used, or the weights are quantised.
@@ -78,14 +81,20 @@ def fake_model(
         except Exception as error:  # whatever a model's code makes of tensors without data
             raise UserError(f"model {name!r}: its memory cannot be planned: {first_line(error)}") from None
         disable_dropout(model.eval())
+        if load_in_4bit:
+            replace_layers(model)
         loaded = describe(model, tokenizer, name)
         loaded.separate_head = True
         layers_of_cache = DynamicCache(config=model.config.get_text_config()).layers
         loaded.continues_cache = all(isinstance(layer, DynamicLayer) for layer in layers_of_cache)
         if lora_rank:
             add_lora(loaded, lora_rank, None, 0)
+        if load_in_4bit:
+            pack_weights(loaded.model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         loaded.model.to_empty(device="cpu")
+        if load_in_4bit:
+            add_scales(loaded.model, unwrap(loaded.model).dtype)
     unwrap(loaded.model).tie_weights()
     return loaded
 
@@ -171,6 +180,15 @@ def _is_fake_condition(value: Any) -> bool:
     return isinstance(value, FakeTensor) and value.dtype == torch.bool
 
 
+def _working_memory(func: Any, args: Any) -> Tensor | None:
+    """What an operator holds while it works, and does not show: bitsandbytes' product its weights, dequantised."""
+    if func.name() != "bitsandbytes::gemm_4bit":
+        return None
+    x, _, shape = args[:3]
+    weights: Tensor = x.new_empty(shape)
+    return weights
+
+
 @dataclass
 class _Entry:
     """A tensor's memory."""
@@ -201,7 +219,7 @@ class LiveTensors(TorchDispatchMode):
         self._hooks: list[Any] = []
         self._weights: Any = WeakIdKeyDictionary()
         for model in models:
-            for weight in (*model.parameters(), *model.buffers()):
+            for weight in weight_tensors(model):
                 self._weights[weight.untyped_storage()] = True
                 if weight.requires_grad:
                     self._hooks.append(weight.register_post_accumulate_grad_hook(self._is_gradient))
@@ -219,6 +237,9 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake_condition(args[0]):
             return False  # such as whether a solver goes on: a further step needs no more memory
+        inside = _working_memory(func, args)
+        if inside is not None:
+            self._add(inside, func, args)
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):

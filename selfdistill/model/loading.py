@@ -20,8 +20,10 @@ from selfdistill.config import EngineSettings
 from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.model.adapters import attach, merged, read_config
-from selfdistill.model.device import cpu_asked, has_gpu
+from selfdistill.model.device import best_device, has_gpu
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
+from selfdistill.model.four_bits import plain, scales
+from selfdistill.model.quantisation import import_before_peft
 from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
 from selfdistill.runtime import library_warnings
 
@@ -63,7 +65,12 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, dtype: str = "float32", merge_adapter: bool = False, adapter_base: str | None = None
+    name: str,
+    *,
+    dtype: str = "float32",
+    merge_adapter: bool = False,
+    adapter_base: str | None = None,
+    load_in_4bit: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer from a starter name, a folder, a run folder or a hub id.
 
@@ -75,6 +82,7 @@ def load_model(
         dtype: ``float32``, ``bfloat16`` or ``auto`` (as saved).
         merge_adapter: for training: merge an adapter into its base, so that a new one can be trained.
         adapter_base: the base of an adapter, if it is not where ``adapter_config.json`` says.
+        load_in_4bit: quantise linear layers on the best device, see :mod:`selfdistill.model.four_bits`.
 
     Raises:
         UserError: the model does not exist, is not a causal LM, has no end token, or its files do not hold exactly the
@@ -83,6 +91,11 @@ def load_model(
     path = resolve(name)
     _keep_freed_memory()
     adapter = (Path(path) / "adapter_config.json").is_file()
+    if adapter and load_in_4bit:
+        raise UserError(
+            f"model {name!r}: an adapter, which cannot be merged into weights of 4 bits; merge it first with "
+            "selfdistill export --merge true, and give the result"
+        )
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     base_path = path
     with library_warnings() as heard:
@@ -94,7 +107,8 @@ def load_model(
                 if merge_adapter:
                     model = merged(model, name)
             else:
-                model, notes = load_causal(path, name, torch_dtype, training=merge_adapter)
+                training, four = merge_adapter, load_in_4bit
+                model, notes = load_causal(path, name, torch_dtype, training=training, load_in_4bit=four)
         except UserError:
             raise
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
@@ -274,15 +288,17 @@ def _zero_dropout(holder: Any) -> None:
 
 def to_best_device(loaded: LoadedModel) -> LoadedModel:
     """Move the model to the device that accelerate chooses: a GPU if there is one."""
-    from accelerate import PartialState
-
-    loaded.model.to(PartialState(cpu=cpu_asked()).device)
+    loaded.model.to(best_device())
     return loaded
 
 
-def load_for_training(name: str, *, dtype: str = "float32", adapter_base: str | None = None) -> LoadedModel:
+def load_for_training(
+    name: str, *, dtype: str = "float32", adapter_base: str | None = None, load_in_4bit: bool = False
+) -> LoadedModel:
     """Load a model to train, with any adapter merged, on the best device; see :func:`load_model`."""
-    return to_best_device(load_model(name, dtype=dtype, merge_adapter=True, adapter_base=adapter_base))
+    return to_best_device(
+        load_model(name, dtype=dtype, merge_adapter=True, adapter_base=adapter_base, load_in_4bit=load_in_4bit)
+    )
 
 
 def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:
@@ -290,6 +306,7 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
 
     The adapter's weights are float32 whatever the model's data type (PEFT's ``autocast_adapter_dtype``).
     """
+    import_before_peft()
     from peft import LoraConfig, get_peft_model
 
     scale: Any = alpha or 2 * rank  # PEFT's annotation says int, but it only divides by the rank
@@ -307,11 +324,11 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names, shapes, data types and bits of all weights."""
+    """SHA-256 of names, shapes, data types and bits of all weights, and of the scales of quantised ones."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in (*model.named_parameters(), *scales(model).items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(plain(weight).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -16,18 +16,15 @@ Moments in 8 bits are bitsandbytes': blocks of 256 numbers, each with its larges
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import math
-import sys
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from selfdistill.errors import UserError
 from selfdistill.model.fsdp import local_tensor
+from selfdistill.model.quantisation import import_bitsandbytes
 from selfdistill.model.sampling import sample_seed
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -142,32 +139,6 @@ def round_stochastically_(x: Tensor, generator: torch.Generator) -> Tensor:
     bits += torch.randint(2**16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
     bits &= -(2**16)
     return x
-
-
-def import_bitsandbytes(asked: str) -> Any:
-    """The package bitsandbytes. On some CPUs it would fetch code from the model hub, which is prevented.
-
-    Args:
-        asked: what needs it, for the message.
-
-    Raises:
-        UserError: it is not installed, or cannot be loaded.
-    """
-    if sys.modules.get("bitsandbytes") is None:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(f"{asked} needs bitsandbytes; install it with pip install 'selfdistill[bitsandbytes]'")
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of what is prevented
-    present = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # so that importing it fails
-    try:
-        import bitsandbytes
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"{asked} needs bitsandbytes, which cannot be loaded here: {error}") from None
-    finally:
-        del sys.modules["kernels"]
-        if present is not None:
-            sys.modules["kernels"] = present
-    return bitsandbytes
 
 
 def _is_quantised(count: int, optim: Optim) -> bool:

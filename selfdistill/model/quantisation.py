@@ -1,9 +1,16 @@
-"""Quantised checkpoints: recognised by what their files say, dequantised where transformers can, else refused."""
+"""Quantised checkpoints: recognised by what their files say, dequantised where transformers can, else refused.
+
+Also the safe import of bitsandbytes, which quantises weights and moments.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +86,37 @@ def refuse_scales(names: list[str], name: str) -> None:
             f"model {name!r}: its files hold scales of quantised weights that config.json does not tell of, so its "
             f"weights would be wrong: {scales[0]}{more}; {_INSTEAD}"
         )
+
+
+def import_bitsandbytes(asked: str) -> Any:
+    """The package bitsandbytes. On some CPUs it would fetch code from the model hub, which is prevented.
+
+    Args:
+        asked: what needs it, for the message.
+
+    Raises:
+        UserError: it is not installed, or cannot be loaded.
+    """
+    if sys.modules.get("bitsandbytes") is None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"{asked} needs bitsandbytes; install it with pip install 'selfdistill[bitsandbytes]'")
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of what is prevented
+    present = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # so that importing it fails
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(f"{asked} needs bitsandbytes, which cannot be loaded here: {error}") from None
+    finally:
+        del sys.modules["kernels"]
+        if present is not None:
+            sys.modules["kernels"] = present
+    return bitsandbytes
+
+
+def import_before_peft() -> None:
+    """Import bitsandbytes, if it is there, before PEFT does so unasked, and without what :func:`import_bitsandbytes`
+    prevents.
+    """
+    with suppress(UserError):
+        import_bitsandbytes("an adapter")

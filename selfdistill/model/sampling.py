@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from selfdistill.data import NEXT_TURN
 from selfdistill.errors import UserError
-from selfdistill.model.device import any_length, pass_tokens
+from selfdistill.model.device import any_length, pass_tokens, running_sum
 from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
@@ -313,9 +313,9 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> t
             sorted_BV[:, sampling.top_k :] = 0
         sorted_BV /= sorted_BV.sum(-1, keepdim=True)
         # Keep a token if the mass before it is below top_p: the smallest set that reaches top_p, never empty.
-        sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p] = 0
+        sorted_BV[running_sum(sorted_BV) - sorted_BV >= sampling.top_p] = 0
         probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV)
-    cumulative_BV = probs_BV.cumsum(-1)
+    cumulative_BV = running_sum(probs_BV)
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=probs_BV.shape[-1] - 1)
     logp_B = (probs_BV.gather(-1, token_B[:, None]) / cumulative_BV[:, -1:]).log()[:, 0]

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from selfdistill.errors import UserError
 from selfdistill.model.files import local_folder
+from selfdistill.model.four_bits import four_bit_options, set_compute_dtype
 from selfdistill.model.quantisation import loading_options, refuse_scales
 from selfdistill.model.starter import STARTER_MODELS
 
@@ -24,7 +25,9 @@ _COMPUTED = re.compile(r"(inv_freq|cos_cached|sin_cached|position_ids|masked_bia
 _SHOWN = 3
 
 
-def load_causal(path: str, name: str, dtype: torch.dtype | str, *, training: bool) -> tuple[Any, list[str]]:
+def load_causal(
+    path: str, name: str, dtype: torch.dtype | str, *, training: bool, load_in_4bit: bool = False
+) -> tuple[Any, list[str]]:
     """Load a causal language model from a folder or hub id; returns it with notes for the user.
 
     Args:
@@ -32,6 +35,7 @@ def load_causal(path: str, name: str, dtype: torch.dtype | str, *, training: boo
         name: the name given by the user, for messages.
         dtype: of the weights, or ``auto``.
         training: whether the weights are to be trained.
+        load_in_4bit: quantise the weights of linear layers, see :mod:`selfdistill.model.four_bits`.
 
     Raises:
         UserError: it is not a causal language model, or its files do not hold the weights that it computes with.
@@ -43,6 +47,8 @@ def load_causal(path: str, name: str, dtype: torch.dtype | str, *, training: boo
             f"model {name!r}: its weights are pickled (.bin), which can run code; convert them to safetensors"
         )
     options = loading_options(config, folder, name, training=training)
+    if load_in_4bit:
+        options |= four_bit_options()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
@@ -57,6 +63,8 @@ def load_causal(path: str, name: str, dtype: torch.dtype | str, *, training: boo
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
         raise UserError(f"model {name!r}: weights missing or not of the shape in config.json: {_listed(wrong, 1)}")
+    if load_in_4bit:
+        set_compute_dtype(model, model.dtype)
     return model, _check_unexpected(model, sorted(info["unexpected_keys"]), name)
 
 

@@ -37,6 +37,7 @@ from selfdistill.runtime.files import (
     write_json,
     write_manifest,
 )
+from selfdistill.runtime.gpus import GPUS, THIS, Gpu, check_device
 from selfdistill.runtime.resources import check_disk, clock, free_memory, peak_memory, size_in_bytes
 from selfdistill.runtime.signals import StopRequests
 from selfdistill.runtime.tracking import (
@@ -51,8 +52,11 @@ from selfdistill.runtime.tracking import (
 )
 
 __all__ = [
+    "GPUS",
     "METRICS",
+    "THIS",
     "TIMEOUT",
+    "Gpu",
     "MetricsFile",
     "Printable",
     "ProgressBar",
@@ -66,6 +70,7 @@ __all__ = [
     "all_reduce_sum",
     "barrier",
     "broadcast_from_rank0",
+    "check_device",
     "check_disk",
     "check_tracker",
     "clock",

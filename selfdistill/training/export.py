@@ -16,7 +16,7 @@ from selfdistill.config import ExportConfig
 from selfdistill.errors import UserError
 from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, resolve
 from selfdistill.runtime import fsync, say
-from selfdistill.training.model_card import merged_card
+from selfdistill.training.model_card import learnt_in_4bit, merged_card
 
 MODEL_FILES = (
     *("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.md"),
@@ -105,7 +105,13 @@ def export(config: ExportConfig) -> Path:
     if not (source / "adapter_config.json").is_file():
         raise UserError(f"run {config.run!r}: a full model without an adapter to merge; leave --merge out")
     readme = source / "README.md"
-    card = merged_card(readme.read_text(encoding="utf-8") if readme.is_file() else "")
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    card = merged_card(text)
+    if learnt_in_4bit(text):
+        say(
+            "note: the adapter learnt on a base in 4 bits and is merged into the base as it is, which computes "
+            "something a little different; measure the result with selfdistill eval"
+        )
     loaded = load_model(str(source), dtype="auto", merge_adapter=True, adapter_base=config.adapter_base)
     with whole_folder(output_dir, advice) as folder:
         write_model(folder, loaded.model, loaded, card)

@@ -16,6 +16,8 @@ from selfdistill.model import LoadedModel
 from selfdistill.runtime import Printable
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
+from selfdistill.training.rates import Rates
+from selfdistill.training.step_time import TimePlan
 from selfdistill.training.traced_step import Device
 
 LORA_RANK = 16
@@ -43,6 +45,8 @@ class Fit(Printable):
     """Settings that were left open and were chosen so that the plan fits; empty if it fits without, or not at all."""
     nearest: tuple[Changes, MemoryPlan] | None
     """With the fewest changes of settings that fit, if the plan does not; None if there are none."""
+    time: TimePlan | None = None
+    """Roughly how long it takes; None if the device's rates are not known."""
 
     @property
     def fits(self) -> bool:
@@ -69,9 +73,24 @@ class Fit(Printable):
         return f"this would, with {size_text(plan.peak)}: {_options(changes)}"
 
     def print(self, console: Console) -> None:
-        """Print the table of the plan and the verdict."""
+        """Print the table of the plan, the rough time and the verdict."""
         self.plan.print(console)
-        console.print(self.verdict(), markup=False, highlight=False, soft_wrap=True)
+        for line in ([self.time.line()] if self.time else []) + [self.verdict()]:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``; sizes in bytes."""
+        return {
+            "memory": self.limit,
+            "peak": self.plan.peak,
+            "fits": self.fits,
+            "chosen": self.chosen,
+            "phases": {phase.name: dict(phase.bytes) for phase in self.plan.phases},
+            "machine_memory": self.plan.host,
+            "not_counted": self.plan.untraced,
+            "nearest": self.nearest and self.nearest[0],
+            "time": self.time and self.time.to_dict(),
+        }
 
 
 def fit(
@@ -80,6 +99,7 @@ def fit(
     device: Device,
     limit: int,
     loaded: LoadedModel | None = None,
+    rates: Rates | None = None,
 ) -> Fit:
     """Plan a run and compare it with a device.
 
@@ -89,11 +109,14 @@ def fit(
         device: what it is planned for.
         limit: bytes that the device has.
         loaded: the model, if already loaded.
+        rates: of the device, to plan the time, too.
 
     Raises:
         UserError: the model's files cannot be used, or no row fits.
     """
-    return fitted(MemoryPlanner(config, demonstrations, device, loaded), config, limit)
+    planner = MemoryPlanner(config, demonstrations, device, loaded)
+    found = fitted(planner, config, limit)
+    return found if rates is None else replace(found, time=planner.time(config, rates))
 
 
 def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:

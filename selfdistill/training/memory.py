@@ -2,7 +2,8 @@
 
 Every number is the size of tensors that the run will hold, W bytes of weights, P trained ones among them:
 
-    weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32
+    weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32; with
+               load_in_4bit 0.516 bytes a weight of its linear layers
     teacher    full: W for a copy, and 4 bytes a weight for the float32 average of bfloat16 weights, which on a GPU lies
                in the machine's memory; LoRA: the factors
     moments    of AdamW: 8 bytes a trained weight, or 2 with adamw_8bit
@@ -23,7 +24,6 @@ Not counted: evaluations on ``test``, what a caching allocator loses to fragment
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -34,10 +34,8 @@ from typing import Any
 import torch
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration
-from selfdistill.errors import UserError
-from selfdistill.evaluation import DRIFT_PROMPTS, DRIFT_TOKENS, LAYOUTS
-from selfdistill.methods import Method, Part, stages_of, uses
+from selfdistill.data import Demonstration
+from selfdistill.evaluation import DRIFT_PROMPTS, DRIFT_TOKENS
 from selfdistill.model import (
     FilledCache,
     LoadedModel,
@@ -48,14 +46,20 @@ from selfdistill.model import (
     has_full_attention,
     layers_of,
     moment_bytes,
+    set_compute_dtype,
     tensor_bytes,
     unwrap,
+    weight_tensors,
 )
 from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
-from selfdistill.training.selection import Selector
+from selfdistill.training.planned_parts import characters, longest_lengths, planned_methods, planned_stages
+from selfdistill.training.rates import Rates
 from selfdistill.training.setup import drawn, teacher_rules
+from selfdistill.training.step_time import TimePlan, time_plan
 from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
 
+TIMED_ROWS = 64
+"""Rows, of all lengths, whose average the time of a step follows from."""
 FEW_LAYERS = (2, 3)
 """Numbers of layers of which a step is traced where all layers are alike; with more, a peak grows in proportion."""
 
@@ -83,11 +87,11 @@ class MemoryPlanner:
         self._device, self._loaded = device, loaded
         self.has_model = loaded is not None
         """Whether the model is already loaded."""
-        self._rows = sorted(drawn(demonstrations, config), key=_characters, reverse=True)
+        self._rows = sorted(drawn(demonstrations, config), key=characters, reverse=True)
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
         self._teachers: dict[str, LoadedModel] = {}
         self._others(config)
-        _stages(config, self._rows, self._model(config), config.max_completion_length)
+        planned_stages(config, self._rows, self._model(config), config.max_completion_length, config.batch_size)
 
     def plan(self, config: TrainConfig, *, least: bool = False) -> MemoryPlan:
         """Plan a run with these settings.
@@ -98,7 +102,7 @@ class MemoryPlanner:
         """
         device, loaded = self.device(config), self._model(config)
         rows, longest = (self._rows[::-1], 1) if least else (self._rows, config.max_completion_length)
-        stages = _stages(config, rows, loaded, longest)
+        stages = planned_stages(config, rows, loaded, longest, config.batch_size)
         others = self._others(config)
         # Contexts that are made after sampling are read once.
         tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
@@ -118,9 +122,16 @@ class MemoryPlanner:
         if config.fsdp:
             traced = {name: _sharded(size, device, loaded, others) for name, size in traced.items()}
         phases = tuple(Phase(name, fixed + size) for name, size in traced.items())
-        averages = [_average_bytes(config, rule, loaded) for rule in teacher_rules(_methods(config))]
+        averages = [_average_bytes(config, rule, loaded) for rule in teacher_rules(planned_methods(config))]
         host = sum(averages) if _is_on_host(config, device) else 0
-        return MemoryPlan(config, device, phases, _lengths(stages), untraced, host)
+        return MemoryPlan(config, device, phases, longest_lengths(stages), untraced, host)
+
+    def time(self, config: TrainConfig, rates: Rates) -> TimePlan:
+        """Roughly how long a run with these settings takes on a device of these rates."""
+        loaded, others = self._model(config), self._others(config)
+        spread = self._rows[:: max(1, len(self._rows) // TIMED_ROWS)]
+        stages = planned_stages(config, spread, loaded, config.max_completion_length, TIMED_ROWS)
+        return time_plan(config, self.device(config), loaded, others, stages, rates, len(self._rows))
 
     def _traced_models(self, config: TrainConfig) -> list[LoadedModel]:
         """The models whose steps are traced: with a few layers where all are alike, which takes less time."""
@@ -141,14 +152,14 @@ class MemoryPlanner:
 
     def _others(self, config: TrainConfig) -> dict[TeacherRule, LoadedModel]:
         """Separate teachers, by their rules."""
-        names = {rule: rule.model for rule in teacher_rules(_methods(config)) if rule.model is not None}
+        names = {rule: rule.model for rule in teacher_rules(planned_methods(config)) if rule.model is not None}
         for name in names.values():
             if name not in self._teachers:
                 self._teachers[name] = fake_model(name, dtype=config.dtype, trained=False)
         return {rule: self._teachers[name] for rule, name in names.items()}
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
-        key = (config.dtype, config.lora_rank, bool(config.gradient_checkpointing), layers)
+        key = (config.dtype, config.lora_rank, config.load_in_4bit, bool(config.gradient_checkpointing), layers)
         if key not in self._models:
             like = next(iter(self._models.values()), self._loaded)
             loaded = fake_model(
@@ -158,7 +169,10 @@ class MemoryPlanner:
                 lora_rank=config.lora_rank,
                 like=like,
                 layers=layers,
+                load_in_4bit=config.load_in_4bit,
             )
+            if config.load_in_4bit and self.device(config).mixed_precision == "bf16":
+                set_compute_dtype(loaded.model, torch.bfloat16)
             if config.gradient_checkpointing:
                 checkpoint_activations(loaded.model)
             self._models[key] = loaded
@@ -184,39 +198,6 @@ def memory_plan(
     return MemoryPlanner(config, demonstrations, device, loaded).plan(config)
 
 
-def _stages(
-    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, longest: int
-) -> list[list[PlannedPart]]:
-    """The stages with a batch of the first rows, or more where these do not do: too long, or too few for a context."""
-    count = config.batch_size
-    while True:
-        try:
-            return _stages_with(config, rows[:count], loaded, longest)
-        except UserError:
-            if count >= len(rows):
-                raise
-        count *= 2
-
-
-def _stages_with(
-    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, longest: int
-) -> list[list[PlannedPart]]:
-    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
-    contexts = LAYOUTS if config.context == "auto" and uses(config, "context") else (config.context,)
-    found: list[list[list[PlannedPart]]] = []
-    problems: list[UserError] = []
-    for context in contexts:
-        own = config.model_copy(update={"context": context, "on_long_prompt": "drop"})
-        try:
-            planned = [[_planned(part, own, rows, loaded, chat, longest) for part in x] for x in stages_of(own)]
-            found.append(planned)
-        except UserError as error:
-            problems.append(error)
-    if not found:
-        raise problems[0]
-    return max(found, key=lambda stages: _lengths(stages)[1])
-
-
 @contextmanager
 def _silent(logger: logging.Logger) -> Iterator[None]:
     """Log nothing; what fails is said in the plan."""
@@ -228,46 +209,6 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _planned(
-    part: Part,
-    config: TrainConfig,
-    rows: Sequence[Demonstration],
-    loaded: LoadedModel,
-    chat: ChatFormat,
-    longest: int,
-) -> PlannedPart:
-    method = part.method
-    sampling = method.sequence.sampling or (method.fixed.sampling if method.fixed else None)
-    if sampling is not None:
-        sampling = replace(sampling, max_completion_length=longest)
-    examples, _ = method.examples(rows, loaded, chat)
-    if method.select is not None:
-        encode = Selector(config, chat, loaded.window).encoder()
-        examples = [method.select.longest(x, longest, encode) for x in examples]
-    return PlannedPart(method, part.share, examples, sampling)
-
-
-def _methods(config: TrainConfig) -> list[Method]:
-    named = config.model_copy(update={"context": LAYOUTS[0]}) if config.context == "auto" else config
-    return [part.method for parts in stages_of(named) for part in parts]
-
-
-def _characters(row: Demonstration) -> int:
-    return len(json.dumps(row.prompt)) + len(row.completion)
-
-
-def _lengths(stages: list[list[PlannedPart]]) -> tuple[int, int]:
-    """Tokens of the longest rows of student and teacher."""
-    students, teachers = [0], [0]
-    for part in (part for parts in stages for part in parts):
-        for x in part.examples:
-            length = len(part.completion(x))
-            students.append(len(x.student_ids) + length)
-            if part.method.teacher:
-                teachers.append(len(x.teacher_ids or []) + length)
-    return max(students), max(teachers)
-
-
 def _fixed(
     config: TrainConfig,
     device: Device,
@@ -277,11 +218,11 @@ def _fixed(
     """What stays from step to step, without the contexts of a frozen teacher."""
     model, shares = loaded.model, device.processes if config.fsdp else 1
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    rules = teacher_rules(_methods(config))
+    rules = teacher_rules(planned_methods(config))
     vocabulary = model.config.get_text_config().vocab_size
     fixed = Bytes(
         {
-            "weights": tensor_bytes((*model.parameters(), *model.buffers())) // shares,
+            "weights": tensor_bytes(weight_tensors(model)) // shares,
             "moments": moment_bytes(trained, config.optim) // shares,
             "teacher": sum(_teacher_bytes(config, device, rule, loaded, others) for rule in rules) // shares,
         }

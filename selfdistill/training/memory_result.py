@@ -75,8 +75,9 @@ class MemoryPlan(Printable):
         kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "full fine-tuning"
         arithmetic = "bfloat16" if self.device.mixed_precision == "bf16" else "float32"
         batch = f"batch {config.batch_size} in {config.micro_batches}"
+        held = "4-bit" if config.load_in_4bit else config.dtype
         lines = [
-            f"{config.model}: {kind}, {config.dtype} weights, {config.optim}, {arithmetic} arithmetic, {batch}; "
+            f"{config.model}: {kind}, {held} weights, {config.optim}, {arithmetic} arithmetic, {batch}; "
             f"longest rows {self.lengths[0]} tokens, teacher's {self.lengths[1]}"
         ]
         if self.untraced:

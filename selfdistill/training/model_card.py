@@ -122,6 +122,11 @@ def model_card(
     return "\n\n".join(parts)
 
 
+def learnt_in_4bit(text: str) -> bool:
+    """Whether a card's settings say that the model's base was in 4 bits."""
+    return "| `load_in_4bit` | `True` |" in text
+
+
 def merged_card(text: str) -> str:
     """Convert the card ``text`` of an adapter for the merged model.
 

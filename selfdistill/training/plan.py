@@ -12,14 +12,18 @@ from rich.console import Console
 
 from selfdistill.config import TrainConfig, dump_yaml
 from selfdistill.data import Demonstration, load_demonstrations
+from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel
-from selfdistill.runtime import Printable, check_tracker, peak_memory, world_size
+from selfdistill.runtime import GPUS, THIS, Printable, check_tracker, free_memory, peak_memory, world_size
+from selfdistill.training.first_lines import first_lines
 from selfdistill.training.fitting import Fit, fit
 from selfdistill.training.memory_result import MemoryPlan
+from selfdistill.training.rates import Rates, measured_rates, named_rates
 from selfdistill.training.schedule import steps_of
-from selfdistill.training.setup import check_parts
+from selfdistill.training.setup import check_parts, make_accelerator, repeating
+from selfdistill.training.step_time import duration_text
 from selfdistill.training.traced_step import Device
 from selfdistill.training.train import check_memory, check_output_dir, with_context
 from selfdistill.training.trainer import Trainer
@@ -59,8 +63,8 @@ class Plan(Printable):
             dump_yaml(self.config).rstrip(),
             "\n# the run",
             *self.notes,
-            f"{self.step_seconds:.1f} s per step, {_duration(self.total_seconds)} for {self.config.max_steps} steps, "
-            f"peak memory {self.peak_gib:.1f} GiB; nothing was written",
+            f"{self.step_seconds:.1f} s per step, {duration_text(self.total_seconds)} for {self.config.max_steps} "
+            f"steps, peak memory {self.peak_gib:.1f} GiB; nothing was written",
         ]
         for part in parts:
             console.print(part, markup=False, highlight=False, soft_wrap=True)
@@ -95,12 +99,13 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     trainer = Trainer(config.model_copy(update=unmeasured), rows, loaded=loaded)
     asked = {name: getattr(config, name) for name in ("drift_steps", "test", "num_demonstrations")}
     resolved = trainer.config.model_copy(update=asked)
-    notes = [*trainer.describe(), *lines]
+    notes = [*first_lines(trainer), *lines]
     example = trainer.stages[0].task.examples[0]
-    trainer.step(0)
-    began = time.monotonic()
-    trainer.step(min(1, (resolved.max_steps or 1) - 1))
-    seconds = time.monotonic() - began
+    with repeating(config):
+        trainer.step(0)
+        began = time.monotonic()
+        trainer.step(min(1, (resolved.max_steps or 1) - 1))
+        seconds = time.monotonic() - began
     decode = trainer.loaded.tokenizer.decode
     return Plan(
         config=resolved,
@@ -115,30 +120,45 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     )
 
 
-def plan_for(config: TrainConfig, memory: int, loaded: LoadedModel | None = None, *, given: Sequence[str] = ()) -> Fit:
-    """Plan a run's memory on a GPU with so many bytes; no weights are read, and nothing is computed.
+def plan_for(
+    config: TrainConfig,
+    memory: int | None,
+    device: str | None,
+    loaded: LoadedModel | None = None,
+    *,
+    given: Sequence[str] = (),
+) -> Fit:
+    """Plan a run's memory and time on a device; no weights are read, and nothing of the run is computed.
 
     Args:
-        config: settings of the run. Where ``mixed_precision`` is ``auto``, it is bf16.
-        memory: bytes that the GPU has.
+        config: settings of the run. Where ``mixed_precision`` is ``auto``, it is bf16 on a GPU.
+        memory: bytes that the device has; None: what ``device`` has.
+        device: a GPU of ``GPUS``, or ``this``; None: a GPU of unknown speed, whose time is not planned.
         loaded: the model, if already loaded.
         given: names of files that may be in the run folder.
 
     Raises:
-        UserError: settings, data, ``config.json`` or tokenizer are invalid.
+        UserError: settings, data, ``config.json`` or tokenizer are invalid, or neither device nor memory is known.
     """
     rows = _checked_rows(config, given)
-    return fit(config, rows, Device("cuda", "bf16", world_size()), memory, loaded)
+    rates: Rates | None = None
+    if device == THIS:
+        accelerator = make_accelerator(config)
+        own = Device.of(accelerator)
+        has: float | None = free_memory(accelerator.device)
+        rates = measured_rates(accelerator.device, own.mixed_precision)
+    else:
+        own, has = Device("cuda", "bf16", world_size()), None
+        if device is not None:
+            has = GPUS[device].memory_gb * 1e9
+            rates = named_rates(device, "no" if config.mixed_precision == "no" else "bf16")
+    limit = has if memory is None else memory
+    if limit is None:
+        raise UserError("option --memory: the memory of the device is not known; give it, such as 80GiB")
+    return fit(config, rows, own, int(limit), loaded, rates)
 
 
 def _checked_rows(config: TrainConfig, given: Sequence[str]) -> list[Demonstration]:
     check_inputs(config, given, lacks_of(stages_of(config)))
     check_parts(config)
     return load_demonstrations(config.data, split=config.split)
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -9,6 +9,7 @@ import json
 import os
 import random
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
 from selfdistill.methods import FROZEN, DemonstrationExamples, Method, Part, check_steps, stages_of
-from selfdistill.model import LoadedModel, TeacherRule, resolved_precision
+from selfdistill.model import LoadedModel, TeacherRule, deterministic, has_gpu, resolved_precision
 from selfdistill.runtime import TIMEOUT, barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
 
@@ -41,6 +42,12 @@ class EncodedPart:
     """All samples that the method drew before the first step; it may learn some of them only."""
     same_samples: bool = False
     """Whether it learns from the samples of the first part, whose examples it has."""
+
+    @property
+    def counted(self) -> str:
+        """What it learns from, and how much of it."""
+        dropped = f" ({self.dropped} too long, dropped)" if self.dropped else ""
+        return f"{len(self.examples)} {self.method.examples.what}{dropped}"
 
 
 @dataclass
@@ -94,6 +101,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"{processes} processes times gradient_accumulation_steps {config.micro_batches}"
         )
     return accelerator
+
+
+def repeating(config: TrainConfig) -> AbstractContextManager[None]:
+    """Deterministic operations while it is open, if the settings ask for them."""
+    return deterministic("cuda" if has_gpu() else "cpu") if config.deterministic else nullcontext()
 
 
 def drawn(demonstrations: Sequence[Demonstration], config: TrainConfig) -> Sequence[Demonstration]:

@@ -72,6 +72,8 @@ class PlannedPart:
     examples: list[Example]
     sampling: Sampling | None
     """How the completions are sampled; None if they are those of the examples."""
+    same_samples: bool = False
+    """Whether they are the samples of the stage's first part."""
 
     def rows(self, config: TrainConfig, device: Device) -> int:
         """Completions of a step on one process."""

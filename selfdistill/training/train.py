@@ -40,12 +40,13 @@ from selfdistill.training.checkpoint import (
 )
 from selfdistill.training.collapse import COLLAPSE_WINDOW
 from selfdistill.training.export import whole_folder, write_model
+from selfdistill.training.first_lines import first_lines
 from selfdistill.training.fitting import check_fits
 from selfdistill.training.loop import Loop, OnStep, without_gradient
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
-from selfdistill.training.setup import make_accelerator
+from selfdistill.training.setup import make_accelerator, repeating
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
@@ -104,6 +105,7 @@ def train(
     check_tracker(config.report_to)
     begun = resume and output_dir.exists()
     with ExitStack() as held:
+        held.enter_context(repeating(config))
         if begun:
             _lock(output_dir, held)
         checkpoint = newest_whole(output_dir) if resume else None
@@ -120,7 +122,7 @@ def train(
             _lock(output_dir, held)
         position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing
         _write_start(trainer, output_dir)
-        for line in (*trainer.describe(), *sizes):
+        for line in (*first_lines(trainer), *sizes):
             say(line)
         if resume:
             say(_where(output_dir, checkpoint, position, trainer.config))

@@ -20,7 +20,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, first_ten, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Drift, Evaluator
-from selfdistill.methods import Completion, State, unused_settings, uses
+from selfdistill.methods import Completion, State
 from selfdistill.model import (
     CompiledLayers,
     Engine,
@@ -34,11 +34,13 @@ from selfdistill.model import (
     checkpoint_activations,
     engine_for,
     full_tensor,
+    is_in_4bit,
     layers_of,
     load_matching,
     load_model,
     make_optimizer,
     refuse_float16,
+    set_compute_dtype,
     shard,
     start_fingerprint,
     unsharded,
@@ -46,13 +48,12 @@ from selfdistill.model import (
     use_engine,
     weights_fingerprint,
 )
-from selfdistill.runtime import broadcast_from_rank0, is_distributed, say_note
+from selfdistill.runtime import broadcast_from_rank0, say_note
 from selfdistill.training.batch_gradient import BatchGradient
 from selfdistill.training.checkpoint import trained_parameters
 from selfdistill.training.schedule import examples_at, learning_rate, positions_of
 from selfdistill.training.selection import BatchPart, Selector
 from selfdistill.training.setup import (
-    EncodedPart,
     Stage,
     batch_unit,
     drawn,
@@ -88,8 +89,17 @@ class Trainer:
         if demonstrations is None:
             demonstrations = load_demonstrations(config.data, split=config.split)
         self.loaded = loaded or load_model(
-            config.model, dtype=config.dtype, merge_adapter=True, adapter_base=config.adapter_base
+            config.model,
+            dtype=config.dtype,
+            merge_adapter=True,
+            adapter_base=config.adapter_base,
+            load_in_4bit=config.load_in_4bit,
         )
+        if config.load_in_4bit and not is_in_4bit(self.loaded.model):
+            raise UserError(
+                "setting 'load_in_4bit' quantises a model while it is read from its files, found one that is already "
+                "loaded: give its folder or name, or leave the setting out"
+            )
         use_engine(self.loaded, config)
         self.began_as = start_fingerprint(self.loaded)
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
@@ -113,7 +123,7 @@ class Trainer:
             assert self.evaluator is not None
             if repeated := repeated_prompts(part.examples, self.evaluator.questions.demonstrations):
                 say_note(
-                    f"{len(repeated)} of {_counted(part)} are also test questions ({first_ten(repeated)}); on these "
+                    f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these "
                     "the model is held at the replies of before the run"
                 )
 
@@ -125,6 +135,8 @@ class Trainer:
             raise UserError(
                 "setting 'fsdp' with lora_rank: the model already has an adapter; export it with --merge first"
             )
+        if config.load_in_4bit and self.accelerator.mixed_precision == "bf16":
+            set_compute_dtype(model, torch.bfloat16)
         if config.lora_rank:
             add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
             model = self.loaded.model
@@ -220,47 +232,6 @@ class Trainer:
         # A row without a completion counts as with an empty one, as it did for older folders.
         ids = [[x.student_ids, x.teacher_ids, x.completion_ids or [self.chat.end_token_id]] for x in examples]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-
-    def describe(self) -> list[str]:
-        """Lines that describe the run, printed at its start."""
-        config, trained = self.config, sum(p.numel() for p in self.parameters)
-        lines = [
-            f"{config.method} on {_counted(stage.task)}, {stage.steps} steps of {config.batch_size}, learning rate "
-            f"{config.learning_rate:g}"
-            for stage in self.stages
-        ]
-        lines += [
-            f"{part.name}: {_counted(part)}, {part.share:.1%} of every batch" for part in self.stages[0].sampled[1:]
-        ]
-        lines += [
-            f"{part.name}: on the same samples, with weight {part.method.weight:g}"
-            for part in self.stages[0].parts
-            if part.same_samples
-        ]
-        lines += [
-            f"model: {config.model}, {trained / 1e6:.1f} M trainable parameters, on {self.loaded.device}"
-            + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
-        ]
-        if self.teacher:
-            lines += [self.teacher.describe(), *self._describe_context()]
-            if self.prefix_caches.get(self.teacher.rule):
-                lines.append(f"its contexts are cached for later epochs, up to {config.teacher_cache_mib} MiB")
-        others = [teacher for teacher in self.teachers.values() if teacher is not self.teacher]
-        lines += [f"also scoring: {teacher.describe().removeprefix('teacher: ')}" for teacher in others]
-        if is_distributed():
-            shares = " and the weights" if config.fsdp else ""
-            lines.append(f"{self.accelerator.num_processes} processes, which share every batch{shares}")
-        if unused := unused_settings(config):
-            lines.append(f"note: {config.method} ignores these settings: {', '.join(unused)}")
-        if not self.forward_pass.fused:
-            lines.append("the LM head cannot be fused into the loss: full logits need more memory")
-        return lines
-
-    def _describe_context(self) -> list[str]:
-        if not uses(self.config, "context"):
-            return []
-        hint = f", hint: {self.config.hint}" if self.config.hint != "1" and uses(self.config, "hint") else ""
-        return [f"context: {self.config.context}{hint}"]
 
     def _drift_of(self, network: Any) -> float:
         assert self.drift is not None
@@ -388,9 +359,3 @@ class Trainer:
         if self.teacher is not None:
             drift["drift/teacher"] = self._teacher_drift(drift["drift/student"])
         return drift
-
-
-def _counted(part: EncodedPart) -> str:
-    """What a part learns from, and how much of it."""
-    dropped = f" ({part.dropped} too long, dropped)" if part.dropped else ""
-    return f"{len(part.examples)} {part.method.examples.what}{dropped}"

@@ -41,7 +41,7 @@ from selfdistill.training.trainer import Trainer
 
 Settings = Callable[..., TrainConfig]
 NAMES = get_args(MethodName)
-TAUGHT = ("sdft", "vopd", "isdft", "veto", "msd")
+TAUGHT = ("sdft", "vopd", "isdft", "veto", "atesd", "msd")
 """Methods whose teacher is a choice."""
 
 
@@ -276,6 +276,8 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
     values: dict[str, Any] = {"teacher": "frozen"} if method in (*TAUGHT, "sdpo") else {}
     if method == "vopd":  # one token a place is a noisy estimate
         values["num_generations"] = 8
+    if method == "t3s":  # nothing is left out where the worse model is the base
+        values |= {"teacher_model": all_of_them().model, "teacher_cache_mib": 0}
     run = Trainer(all_of_them(method=method, batch_size=6, max_steps=24, learning_rate=3e-3, **values))
     base, student = copy.deepcopy(run.loaded.model), run.loaded.model
     first = run.stages[0].task
@@ -394,15 +396,26 @@ def test_which_methods_show_a_context(all_of_them: Settings) -> None:
     assert list(METHODS) == list(NAMES)
 
 
-ON_POLICY = {"context", "temperature", "top_p", "top_k", "num_generations", "skip_first_tokens", "importance_cap"}
+ON_POLICY = {
+    "context",
+    "hint",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_generations",
+    "skip_first_tokens",
+    "importance_cap",
+}
 DIVERGENCE = {"divergence", "support", "entry_clip"}
 USED = {
     "opsd": ON_POLICY | DIVERGENCE,
     "vopd": ON_POLICY | {"teacher", "ema_rate"},
     "isdft": ON_POLICY | DIVERGENCE | {"teacher", "ema_rate"},
     "veto": ON_POLICY | DIVERGENCE | {"teacher", "ema_rate"},
+    "atesd": ON_POLICY | DIVERGENCE | {"teacher", "ema_rate"},
     "eaft": set(),
     "msd": ON_POLICY | {"teacher", "ema_rate"},
+    "t3s": set(),
     "ssd": set(),
     "sft": set(),
     "dft": set(),
@@ -422,6 +435,7 @@ USED = {
 }
 OTHERS: dict[str, Any] = {
     "context": "example",
+    "hint": "0.5",
     "temperature": 0.7,
     "top_p": 0.9,
     "top_k": 9,

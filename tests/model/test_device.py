@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from selfdistill.model.device import any_length, cpu_asked, fast_products, has_gpu, padded_length, pass_tokens
+from selfdistill.model.device import (
+    any_length,
+    cpu_asked,
+    deterministic,
+    doubled_sum,
+    fast_products,
+    has_gpu,
+    padded_length,
+    pass_tokens,
+    running_sum,
+)
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.precision import resolved_precision
@@ -120,3 +131,49 @@ def test_float32_products_are_fast_on_a_gpu_alone(kind: str, inside: str) -> Non
     with fast_products(kind):
         assert torch.get_float32_matmul_precision() == inside
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def flags() -> tuple[object, ...]:
+    """What decides whether operations repeat."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "inside"), [(None, ":4096:8"), (":0:0", ":4096:8"), (":16:8", ":16:8"), (":4096:8", ":4096:8")]
+)
+def test_operations_of_a_gpu_repeat_while_asked_to(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, inside: str
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", variable)
+    before = flags()
+    with deterministic("cuda"):
+        assert flags() == (True, False, False, False, False, True, True, inside)
+    assert flags() == before
+    with pytest.raises(RuntimeError, match="no kernel"), deterministic("cuda"):
+        raise RuntimeError("no kernel")
+    assert flags() == before
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+def test_elsewhere_nothing_changes(kind: str) -> None:
+    before = flags()
+    with deterministic(kind):
+        assert flags() == before
+
+
+@pytest.mark.parametrize("places", [1, 2, 7, 64, 1000])
+def test_sums_that_repeat_are_running_sums(places: int) -> None:
+    values_BV = torch.rand(3, places, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(doubled_sum(values_BV), values_BV.cumsum(-1), rtol=1e-14, atol=0)
+    assert torch.equal(running_sum(values_BV), values_BV.cumsum(-1))

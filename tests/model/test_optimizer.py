@@ -138,16 +138,20 @@ def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         make_optimizer(weights(), "adamw_8bit", seed=0, weight_decay=0.0)
 
 
-def test_the_library_fetches_no_code(tmp_path: Path) -> None:
-    """On some CPUs it asks the package kernels for code from the model hub while it is imported."""
+@pytest.mark.parametrize("use", ["import_bitsandbytes('it').optim.AdamW8bit", "add_lora(load_model({!r}), 2, None, 0)"])
+def test_the_library_fetches_no_code(use: str, model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """On some CPUs it asks the package kernels for code from the model hub while it is imported, also by PEFT."""
     pytest.importorskip("bitsandbytes")
     (tmp_path / "kernels.py").write_text("raise SystemExit('fetched')\n", encoding="utf-8")
     code = (
         "import sys\n"
-        "from selfdistill.model.optimizer import import_bitsandbytes\n"
+        "from selfdistill.model.quantisation import import_bitsandbytes\n"
+        "from selfdistill.model.loading import add_lora, load_model\n"
         f"sys.path.append({str(tmp_path)!r})\n"
-        "import_bitsandbytes('it').optim.AdamW8bit\n"
+        f"{use.format(str(model_folder()))}\n"
+        "assert 'bitsandbytes' in sys.modules\n"
         "assert 'kernels' not in sys.modules\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stderr) == (0, "")
+    assert found.returncode == 0, found.stderr
+    assert "kernels" not in found.stderr

@@ -100,6 +100,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA, float32": {"lora_rank": 16},
     "LoRA, bfloat16 base": {"lora_rank": 16, "dtype": "bfloat16"},
     "LoRA, float32, bfloat16 arithmetic": {"lora_rank": 16, "mixed_precision": "bf16"},
+    "QLoRA, float32": {"lora_rank": 16, "load_in_4bit": True},
+    "QLoRA, bfloat16 base": {"lora_rank": 16, "load_in_4bit": True, "dtype": "bfloat16"},
+    "QLoRA, bfloat16 base, checkpointing": {
+        "lora_rank": 16,
+        "load_in_4bit": True,
+        "dtype": "bfloat16",
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 8,
+    },
+    "QLoRA, float32, bfloat16 arithmetic": {"lora_rank": 16, "load_in_4bit": True, "mixed_precision": "bf16"},
     "full, checkpointing": {"gradient_checkpointing": True},
     "full, four micro-batches": {"gradient_accumulation_steps": 4},
     "long completions": {"max_completion_length": 512},
@@ -109,7 +119,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a target solved per token": {"method": "isdft"},
     "samples drawn before": {"method": "ssd"},
 }
-QUICK = ("full, four micro-batches", "full, bfloat16 weights, 8-bit moments, EMA", "LoRA, bfloat16 base")
+QUICK = (
+    "full, four micro-batches",
+    "full, bfloat16 weights, 8-bit moments, EMA",
+    "LoRA, bfloat16 base",
+    "QLoRA, bfloat16 base, checkpointing",
+)
 
 
 def cases() -> Iterator[Any]:
@@ -124,7 +139,7 @@ def test_the_plan_is_what_the_steps_hold(
     monkeypatch.chdir(tmp_path)
     Path("anchors.txt").write_text("Tell me what a lighthouse is for, and who keeps it.\n", encoding="utf-8")
     config = make(**SETTINGS[name])
-    if config.optim == "adamw_8bit":
+    if config.optim == "adamw_8bit" or config.load_in_4bit:
         pytest.importorskip("bitsandbytes")
     rows = load_demonstrations(config.data)
     plan = memory_plan(config, rows, Device("cpu", config.mixed_precision))

@@ -51,6 +51,7 @@ from selfdistill.runtime.tracking import METRICS
 from selfdistill.training import checkpoint as checkpoint_module
 from selfdistill.training.batch_gradient import BatchGradient
 from selfdistill.training.checkpoint import list_checkpoints, newest_whole
+from selfdistill.training.first_lines import first_lines
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -394,8 +395,8 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(
 def test_what_a_run_decides_and_does_not_use_is_said(settings: Callable[..., TrainConfig]) -> None:
     run = Trainer(settings(method="sft", context="turns", teacher="frozen", lora_rank=4))
     assert run.config.lora_alpha == 8
-    assert "note: sft ignores these settings: context, teacher" in run.describe()
-    assert not any("ignores these settings" in line for line in Trainer(settings(teacher="frozen")).describe())
+    assert "note: sft ignores these settings: context, teacher" in first_lines(run)
+    assert not any("ignores these settings" in line for line in first_lines(Trainer(settings(teacher="frozen"))))
 
 
 def test_resuming_a_finished_run_writes_the_same_final_model_again(settings: Callable[..., TrainConfig]) -> None:
@@ -819,7 +820,7 @@ def test_only_what_a_frozen_teacher_reads_is_kept(
 ) -> None:
     run = Trainer(settings(**options))
     assert any(run.prefix_caches.values()) == kept
-    assert any("cached for later epochs" in line for line in run.describe()) == kept
+    assert any("cached for later epochs" in line for line in first_lines(run)) == kept
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "live", "ema"])

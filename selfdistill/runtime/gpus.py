@@ -1,0 +1,52 @@
+"""GPUs by their vendor's data sheets, for plans of runs on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from selfdistill.config import closest
+from selfdistill.errors import UserError
+
+THIS = "this"
+"""In place of a GPU's name: the device of this machine."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a data sheet says."""
+
+    memory_gb: float
+    """10^9 bytes."""
+    bfloat16_tflops: float
+    """10^12 operations per second of dense matrix products, summed in float32."""
+    float32_tflops: float
+    """The same in float32, without TF32."""
+    bandwidth_gbs: float
+    """Of its memory, 10^9 bytes per second."""
+
+
+GPUS = {
+    "h200": Gpu(141, 989, 67, 4800),
+    "h100": Gpu(80, 989, 67, 3350),
+    "h100-pcie": Gpu(80, 756, 51, 2000),
+    "a100-80": Gpu(80, 312, 19.5, 2039),
+    "a100-40": Gpu(40, 312, 19.5, 1555),
+    "l40s": Gpu(48, 362, 91.6, 864),
+    "l4": Gpu(24, 121, 30.3, 300),
+    "a10": Gpu(24, 125, 31.2, 600),
+    "rtx4090": Gpu(24, 165, 82.6, 1008),
+    "rtx3090": Gpu(24, 71, 35.6, 936),
+}
+"""NVIDIA's data sheets and, for GeForce, the white papers of the architectures Ada and GA102. Rates that are
+given with sparsity alone are halved. ``h100``, ``h200`` and ``a100`` are the SXM modules."""
+
+
+def check_device(name: str) -> None:
+    """Check that plans can be made for a device of this name.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    known = [THIS, *GPUS]
+    if name not in known:
+        raise UserError(f"option --device: found {name!r}, expected {', '.join(known)}{closest(name, known, '')}")

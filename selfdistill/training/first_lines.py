@@ -1,0 +1,49 @@
+"""The lines with which a run begins."""
+
+from __future__ import annotations
+
+from selfdistill.methods import unused_settings, uses
+from selfdistill.runtime import is_distributed
+from selfdistill.training.trainer import Trainer
+
+
+def first_lines(trainer: Trainer) -> list[str]:
+    """Lines that describe the run, printed at its start."""
+    config, trained = trainer.config, sum(p.numel() for p in trainer.parameters)
+    lines = [
+        f"{config.method} on {stage.task.counted}, {stage.steps} steps of {config.batch_size}, learning rate "
+        f"{config.learning_rate:g}"
+        for stage in trainer.stages
+    ]
+    lines += [f"{part.name}: {part.counted}, {part.share:.1%} of every batch" for part in trainer.stages[0].sampled[1:]]
+    lines += [
+        f"{part.name}: on the same samples, with weight {part.method.weight:g}"
+        for part in trainer.stages[0].parts
+        if part.same_samples
+    ]
+    lines += [
+        f"model: {config.model}, {trained / 1e6:.1f} M trainable parameters, on {trainer.loaded.device}"
+        + (" in 4 bits" if config.load_in_4bit else "")
+        + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
+    ]
+    if trainer.teacher:
+        lines += [trainer.teacher.describe(), *_context(trainer)]
+        if trainer.prefix_caches.get(trainer.teacher.rule):
+            lines.append(f"its contexts are cached for later epochs, up to {config.teacher_cache_mib} MiB")
+    others = [teacher for teacher in trainer.teachers.values() if teacher is not trainer.teacher]
+    lines += [f"also scoring: {teacher.describe().removeprefix('teacher: ')}" for teacher in others]
+    if is_distributed():
+        shares = " and the weights" if config.fsdp else ""
+        lines.append(f"{trainer.accelerator.num_processes} processes, which share every batch{shares}")
+    if unused := unused_settings(config):
+        lines.append(f"note: {config.method} ignores these settings: {', '.join(unused)}")
+    if not trainer.forward_pass.fused:
+        lines.append("the LM head cannot be fused into the loss: full logits need more memory")
+    return lines
+
+
+def _context(trainer: Trainer) -> list[str]:
+    if not uses(trainer.config, "context"):
+        return []
+    hint = f", hint: {trainer.config.hint}" if trainer.config.hint != "1" and uses(trainer.config, "hint") else ""
+    return [f"context: {trainer.config.context}{hint}"]

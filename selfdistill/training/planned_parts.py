@@ -1,0 +1,101 @@
+"""The stages of a run that is planned: their parts, with examples of a fake model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import ChatFormat, Demonstration
+from selfdistill.errors import UserError
+from selfdistill.evaluation import LAYOUTS
+from selfdistill.methods import Method, Part, stages_of, uses
+from selfdistill.model import LoadedModel
+from selfdistill.training.selection import Selector
+from selfdistill.training.traced_step import PlannedPart
+
+
+def planned_stages(
+    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, longest: int, count: int
+) -> list[list[PlannedPart]]:
+    """The stages with the first rows, or more where these do not do: too long, or too few for a context.
+
+    Args:
+        config: settings of the run. With the context ``auto``, it is the one that is longest.
+        rows: its rows.
+        loaded: the model, of fake tensors.
+        longest: tokens of a sample.
+        count: rows to begin with.
+
+    Raises:
+        UserError: no rows do.
+    """
+    while True:
+        try:
+            return _stages_with(config, rows[:count], loaded, longest)
+        except UserError:
+            if count >= len(rows):
+                raise
+        count *= 2
+
+
+def _stages_with(
+    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, longest: int
+) -> list[list[PlannedPart]]:
+    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+    contexts = LAYOUTS if config.context == "auto" and uses(config, "context") else (config.context,)
+    found: list[list[list[PlannedPart]]] = []
+    problems: list[UserError] = []
+    for context in contexts:
+        own = config.model_copy(update={"context": context, "on_long_prompt": "drop"})
+        try:
+            planned = [[_planned(part, own, rows, loaded, chat, longest) for part in x] for x in stages_of(own)]
+            found.append(planned)
+        except UserError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    return max(found, key=lambda stages: longest_lengths(stages)[1])
+
+
+def _planned(
+    part: Part,
+    config: TrainConfig,
+    rows: Sequence[Demonstration],
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    longest: int,
+) -> PlannedPart:
+    method = part.method
+    sampling = method.sequence.sampling or (method.fixed.sampling if method.fixed else None)
+    if sampling is not None:
+        sampling = replace(sampling, max_completion_length=longest)
+    examples, _ = method.examples(rows, loaded, chat)
+    if method.select is not None:
+        encode = Selector(config, chat, loaded.window).encoder()
+        examples = [method.select.longest(x, longest, encode) for x in examples]
+    return PlannedPart(method, part.share, examples, sampling, part.same_samples)
+
+
+def planned_methods(config: TrainConfig) -> list[Method]:
+    """The methods of all parts of all stages."""
+    named = config.model_copy(update={"context": LAYOUTS[0]}) if config.context == "auto" else config
+    return [part.method for parts in stages_of(named) for part in parts]
+
+
+def characters(row: Demonstration) -> int:
+    """About how long a row is."""
+    return len(json.dumps(row.prompt)) + len(row.completion)
+
+
+def longest_lengths(stages: list[list[PlannedPart]]) -> tuple[int, int]:
+    """Tokens of the longest rows of student and teacher."""
+    students, teachers = [0], [0]
+    for part in (part for parts in stages for part in parts):
+        for x in part.examples:
+            length = len(part.completion(x))
+            students.append(len(x.student_ids) + length)
+            if part.method.teacher:
+                teachers.append(len(x.teacher_ids or []) + length)
+    return max(students), max(teachers)
