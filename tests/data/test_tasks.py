@@ -29,6 +29,10 @@ def first(task: str) -> Demonstration:
     return rows(task)[0][0]
 
 
+CHECKED = [pytest.param(task, marks=pytest.mark.slow if task == "strings" else ()) for task in SCORERS]
+"""The tasks; hundreds of processes run those of code."""
+
+
 @pytest.mark.parametrize("task", SCORERS)
 def test_a_task_has_three_parts_that_share_no_prompt_and_no_prior_question(task: str) -> None:
     parts = rows(task)
@@ -43,14 +47,14 @@ def test_a_task_has_three_parts_that_share_no_prompt_and_no_prior_question(task:
         assert not [question for question in asked if question in without_numbers or without_numbers in question]
 
 
-@pytest.mark.parametrize("task", SCORERS)
+@pytest.mark.parametrize("task", CHECKED)
 def test_every_completion_passes_its_check(task: str) -> None:
     every = [row for part in rows(task) for row in part]
     found = verdicts([(SCORERS[task], said(row), row) for row in every])
     assert [row.source for row, one in zip(every, found, strict=True) if one != Verdict(1.0)] == []
 
 
-@pytest.mark.parametrize("task", SCORERS)
+@pytest.mark.parametrize("task", CHECKED)
 def test_no_completion_passes_the_check_of_another_answer(task: str) -> None:
     for part in rows(task):
         pairs = [(one, other) for one, other in itertools.pairwise(part) if one.completion != other.completion]
