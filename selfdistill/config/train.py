@@ -161,7 +161,7 @@ class MethodSettings(Settings):
         shares = text.split(":")
         if len(shares) > 2 or not all(re.fullmatch(r"0?\.\d+|1\.0*|[01]|0\.0*", share) for share in shares):
             raise ValueError("a share from 0 to 1, two of them as in 0.2:1, or shortest")
-        return text
+        return ":".join(f"{float(share):g}" for share in shares)
 
     @field_validator("anchors", mode="before")
     @classmethod

@@ -306,7 +306,9 @@ class BatchGradient:
             weights_N = (micro.weights_bT * factor_b[:, None])[micro.mask_bT].float().to(device)
             hidden_nD, tokens_n, weights_n = (x[has_weight_N] for x in (output.hidden_ND, tokens_N, weights_N))
             if method.relative_weights:
-                weights_n = weights_n / self._mean_factor(method, (hidden_nD, output.head), tokens_n, taught, micro)
+                weights_n = weights_n / self._mean_factor(
+                    method, (hidden_nD, output.head), tokens_n, taught, base, micro
+                )
             loss, per_token = chunked_loss(
                 method.loss,
                 hidden_nD,
@@ -323,13 +325,26 @@ class BatchGradient:
     @staticmethod
     @torch.no_grad()
     def _mean_factor(
-        method: Method, student: _Scored, tokens_n: Tensor, taught: _Scored | None, micro: _MicroBatch
+        method: Method,
+        student: _Scored,
+        tokens_n: Tensor,
+        taught: _Scored | None,
+        base: _Scored | None,
+        micro: _MicroBatch,
     ) -> Tensor:
         """For each token (n,) the mean of the method's weighting over its completion; above 0."""
         hidden_nD, head = student
         ones_n = torch.ones(len(tokens_n), device=tokens_n.device)
         _, statistics = chunked_loss(
-            CrossEntropy(), hidden_nD, head, (), tokens_n, ones_n, *(taught or (None, None)), weighting=method.weighting
+            CrossEntropy(),
+            hidden_nD,
+            head,
+            (),
+            tokens_n,
+            ones_n,
+            *(taught or (None, None)),
+            base=base,
+            weighting=method.weighting,
         )
         factor_n = statistics["factor"]
         count_b = (micro.weights_bT > 0).sum(dim=1).to(factor_n.device)
