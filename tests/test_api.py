@@ -292,10 +292,10 @@ def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str, mo
         sd.check(ours, ROWS, tokenizer="gpt2")
     with pytest.raises(sd.UserError, match="an adapter names its base"):
         sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", lora_rank=2, **RUN)
-    for half in (ours.half(), ours.bfloat16()):
-        sd.evaluate(half, ROWS, tokenizer=tokenizer, max_completion_length=4)
-        with pytest.raises(sd.UserError, match=r"its trainable weights are b?float16, in which the optimizer's steps"):
-            sd.train(half, ROWS, tokenizer=tokenizer, output_dir="run", context="turns", **RUN)
+    ours.half()
+    sd.evaluate(ours, ROWS, tokenizer=tokenizer, max_completion_length=4)
+    with pytest.raises(sd.UserError, match="its trainable weights are float16, in which small gradients become zero"):
+        sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", context="turns", **RUN)
     ours.float()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "is_quantized", True, raising=False)
