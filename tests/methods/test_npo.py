@@ -130,6 +130,7 @@ def test_a_killed_run_reads_its_samples(later: Settings, monkeypatch: pytest.Mon
     assert any(json.loads(line)["ids"] for line in lines)
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(later: Settings, tmp_path: Path) -> None:
     one, two = (later(name, max_steps=3, learning_rate=1e-4) for name in ("one", "two"))
     train(one)

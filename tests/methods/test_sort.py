@@ -143,7 +143,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(planned: Settings) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"fsdp": True, "batch_size": 2, "learning_rate": 3e-5}], ids=["copies", "sharded"]
+    "values",
+    [
+        pytest.param({}, id="copies"),
+        pytest.param({"fsdp": True, "batch_size": 2, "learning_rate": 3e-5}, id="sharded", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_to_the_weights_of_one(planned: Settings, tmp_path: Path, values: dict[str, Any]) -> None:
     common: dict[str, Any] = {"batch_size": 3, "max_steps": 3, "num_generations": 2} | values

@@ -153,6 +153,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(guided: Settings) -> None:
     assert_same_run(whole, cut)
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path) -> None:
     one, two = (guided(name, max_steps=3) for name in ("one", "two"))
     train(one)
