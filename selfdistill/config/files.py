@@ -9,7 +9,7 @@ import yaml
 
 from selfdistill.config.base import Settings, closest
 from selfdistill.config.commands import CompareConfig
-from selfdistill.config.train import TrainConfig
+from selfdistill.config.train import OPEN, TrainConfig
 from selfdistill.errors import UserError
 
 SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
@@ -19,8 +19,7 @@ MAY_CHANGE = (
     "deterministic",
     "torch_compile",
     "fsdp",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
+    *OPEN,
     "eval_steps",
     "test_split",
     "drift_steps",
@@ -39,10 +38,7 @@ MAY_CHANGE = (
 """Settings that may change when a run is resumed. With ``test_split``, the rows must stay those it began with."""
 MAY_MOVE = ("model", "teacher_model", "data", "test", "prior", "anchors")
 """Paths that may change on resume: the contents are compared with those the run began with."""
-COMPARE_MAY_CHANGE = (
-    *("methods", "seeds", "learning_rates", "vary", "logging_steps", "report_to"),
-    *("gradient_accumulation_steps", "gradient_checkpointing"),
-)
+COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "vary", "logging_steps", "report_to", *OPEN)
 """Settings that may change when a comparison is resumed: it may get more runs, but all must match."""
 
 

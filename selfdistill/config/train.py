@@ -20,6 +20,8 @@ Precision = Literal["auto", "no", "bf16"]
 
 PACKAGE = "package"
 """The value of ``anchors`` that stands for the prompts of the package."""
+OPEN = ("gradient_accumulation_steps", "gradient_checkpointing")
+"""Settings that the plan of memory chooses where they are not given; they change nothing in the result."""
 SHORTEST = "shortest"
 """The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4

@@ -10,7 +10,7 @@ import json
 import shlex
 from typing import Any
 
-from selfdistill.config import LearnConfig, changes, dump_yaml
+from selfdistill.config import OPEN, LearnConfig, changes, dump_yaml
 from selfdistill.continual.ledger import BEFORE, Ledger
 from selfdistill.continual.rehearsal import MEMORY, PROMPTS, check_room, rehearsed, run_config, to_remember
 from selfdistill.data import Demonstration, write_demonstrations
@@ -20,7 +20,7 @@ from selfdistill.training import whole_folder
 
 _FREE = (
     *("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to"),
-    *("gradient_accumulation_steps", "gradient_checkpointing"),
+    *OPEN,
 )
 """Settings that may differ when an addition is resumed."""
 

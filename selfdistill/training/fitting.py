@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from selfdistill.config import TrainConfig
+from selfdistill.config import OPEN, TrainConfig
 from selfdistill.data import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel
@@ -26,9 +26,6 @@ MOST_CHANGES = 4
 """Of settings, in a proposal."""
 WITHOUT_ADAPTER = ("teacher", "optim")
 """Settings of which a change saves memory only without an adapter."""
-
-OPEN = ("gradient_accumulation_steps", "gradient_checkpointing")
-"""Settings that are chosen where they are not given; they change nothing in the result."""
 
 Changes = dict[str, Any]
 
