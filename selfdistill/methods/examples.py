@@ -19,6 +19,7 @@ from selfdistill.data import (
     encode,
     first_ten,
     load_prompts,
+    notes_on,
     nothing_to_show,
     parse_context,
 )
@@ -77,6 +78,10 @@ class DemonstrationExamples:
             on_long_prompt=self.config.on_long_prompt,
             completion_must_fit=self.completion_must_fit,
         )
+
+    def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
+        """What the user should know of the encoded examples before the run."""
+        return notes_on(examples, chat)
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         problem = None

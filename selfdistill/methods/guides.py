@@ -10,7 +10,7 @@ from itertools import count, islice
 from typing import Literal
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ContextEncoder, Demonstration, Example, with_guide
+from selfdistill.data import ChatFormat, ContextEncoder, Demonstration, Example, first_ten, with_guide
 from selfdistill.methods.failures import failed_groups
 from selfdistill.methods.grpo import ScoredExamples, ScorerChecker
 from selfdistill.methods.sequences import Completion, StudentSamples
@@ -29,9 +29,37 @@ def beginnings(text: str, unit: Unit) -> list[str]:
     return [text[: end.start()] for end in re.finditer(_ENDS[unit], text)] + [text]
 
 
+def _encoder(config: TrainConfig, loaded: LoadedModel, chat: ChatFormat) -> ContextEncoder:
+    return ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
+
+
+def _guided(row: Demonstration, guide: str, encode: ContextEncoder) -> list[int] | None:
+    """The prompt with the guide; None if it does not fit."""
+    return encode(row, with_guide(row.prompt, guide))
+
+
 @dataclass(frozen=True)
 class GuidedExamples(ScoredExamples):
     """Prompts with a demonstration to guide by: ``privileged_context`` if given, else the completion."""
+
+    unit: Unit = "lines"
+
+    def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
+        """Those of other demonstrations, and whose guides are never tried whole, as they do not fit."""
+        encode, whole, none = _encoder(self.config, loaded, chat), [], 0
+        for row in (example.demonstration for example in examples):
+            guides = beginnings(row.shown, self.unit)
+            if _guided(row, guides[-1], encode) is None:
+                whole.append(row.source)
+                none += _guided(row, guides[0], encode) is None
+        notes = super().notes(examples, loaded, chat)
+        if whole:
+            notes.append(
+                f"the guides of {len(whole)} of {len(examples)} rows do not fit into the prompt as a whole "
+                f"({first_ten(whole)}): no more of their first {self.unit} are tried than fit, which is none in {none} "
+                "of these rows; a larger --max_prompt_length may have room for them"
+            )
+        return notes
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         if not demonstration.has_demonstration:
@@ -67,7 +95,7 @@ class GuidedAfterFailure:
         made = StudentSamples(self.sampling, self.group, self.seed)(loaded, examples, step)
         config, chat = self.config, loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
         check = partial(ScorerChecker(config.scorer), chat=chat)
-        encode = ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
+        encode = _encoder(config, loaded, chat)
         verdicts = broadcast_from_rank0(partial(check, made))  # a checker need not be exact
         searches = {first: self._search(examples, first // self.group) for first in failed_groups(verdicts, self.group)}
         for number in count():
@@ -100,7 +128,7 @@ class GuidedAfterFailure:
         sizes: list[int] = []
         for search in tried:
             row, (step, number) = search.example.demonstration, at
-            ids = encode(row, with_guide(row.prompt, search.guides[search.middle - 1]))
+            ids = _guided(row, search.guides[search.middle - 1], encode)
             sizes.append(0 if ids is None else self.replaced)
             prompts += [ids or []] * sizes[-1]
             first = (search.earlier * _MOST_ROUNDS + number) * self.replaced

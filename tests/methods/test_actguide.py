@@ -102,14 +102,23 @@ def test_the_fewest_lines_with_which_a_sample_is_right(
     assert len({tuple(c.ids) for c in samples[8:]}) == 4
 
 
-def test_guides_that_do_not_fit_are_not_tried(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guides_that_do_not_fit_are_not_tried_and_said(
+    guided: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Trainer(guided())
+    assert "guides" not in capsys.readouterr().err
     limit = len(run.stage.task.examples[0].student_ids) + len("\n\nLet this guide your answer:\n\n")
     limit += len("one\ntwo\nthree") + len("\n\nNow answer the question.")
     run = Trainer(guided(max_prompt_length=limit))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "note: the guides of 3 of 3 rows do not fit into the prompt as a whole (" in said
+    assert "steps.jsonl" in said
+    assert "no more of their first lines are tried than fit, which is none in 0 of these rows; a larger" in said
     tries, task = solved_with(monkeypatch, run, {"q": 5}), run.stage.task
     task.method.sequence(run.loaded, task.examples, 1)
     assert [set(shown) for shown in tries] == [{2}, {3}]
+    Trainer(guided(max_prompt_length=limit - len("one\ntwo\nthree")))
+    assert "which is none in 3 of these rows" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("values", [{}, {"importance_cap": 2.0, "gradient_accumulation_steps": 3}], ids=str)
