@@ -20,6 +20,7 @@ from selfdistill.config import MethodName, MethodSettings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
+from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
@@ -44,6 +45,7 @@ __all__ = [
     "stages_of",
     "unused_settings",
     "uses",
+    "verdicts_on",
 ]
 
 METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {

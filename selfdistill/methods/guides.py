@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Literal
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Demonstration, Example, first_ten, with_guide
+from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.failures import failed_groups
 from selfdistill.methods.grpo import ScoredExamples, ScorerChecker
 from selfdistill.methods.sequences import Completion, StudentSamples
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
-from selfdistill.runtime import broadcast_from_rank0
 
 Unit = Literal["lines", "sentences"]
 _ENDS: dict[Unit, str] = {"lines": r"\s*\n\s*", "sentences": r"(?<=[.!?])\s+|\s*\n\s*"}
@@ -94,19 +93,19 @@ class GuidedAfterFailure:
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
         made = StudentSamples(self.sampling, self.group, self.seed)(loaded, examples, step)
         config, chat = self.config, loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
-        check = partial(ScorerChecker(config.scorer), chat=chat)
+        check = ScorerChecker(config.scorer)
         encode = _encoder(config, loaded, chat)
-        verdicts = broadcast_from_rank0(partial(check, made))  # a checker need not be exact
+        verdicts = verdicts_on(check, made, chat)
+        made = [replace(one, verdict=verdict) for one, verdict in zip(made, verdicts, strict=True)]
         searches = {first: self._search(examples, first // self.group) for first in failed_groups(verdicts, self.group)}
         for number in count():
             tried = [search for search in searches.values() if search.low <= search.high]
             if not tried:
                 break
             drawn = self._drawn(loaded, tried, encode, (step, number))
-            verdicts = broadcast_from_rank0(partial(check, [one for samples in drawn for one in samples]))
-            rewards = iter([verdict.reward for verdict in verdicts])
+            found = iter(verdicts_on(check, [one for samples in drawn for one in samples], chat))
             for search, samples in zip(tried, drawn, strict=True):
-                search.go_on(samples, 1 in list(islice(rewards, len(samples))))
+                search.go_on([replace(one, verdict=next(found)) for one in samples])
         for first, search in searches.items():
             if search.found:
                 made[first + self.group - self.replaced : first + self.group] = search.found
@@ -165,8 +164,9 @@ class _Search:
         """Number of actions to try."""
         return (self.low + self.high) // 2
 
-    def go_on(self, samples: list[Completion], right: bool) -> None:
-        """Take the outcome of the number that was tried."""
+    def go_on(self, samples: list[Completion]) -> None:
+        """Take the checked samples with the number that was tried."""
+        right = any(one.verdict and one.verdict.reward == 1 for one in samples)
         if right:
             self.found = samples
         if right or not samples:  # what does not fit is longer than what would

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ContextEncoder, Example, Verdict
+from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.grpo import ScorerChecker
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
-from selfdistill.runtime import broadcast_from_rank0
 
 
 def continued(
@@ -91,9 +90,9 @@ class MicroGroups:
             for chosen, share in ((alone, 0.0), (guided, ratio)):
                 expanded = [examples[number] for number in chosen for _ in range(size)]
                 samples = self._after(loaded, expanded, share, [seed for number in chosen for seed in seeds[number]])
-                verdicts = broadcast_from_rank0(partial(check, samples, chat))  # a checker need not be exact
+                verdicts = verdicts_on(check, samples, chat)
                 for place, (one, verdict) in enumerate(zip(samples, verdicts, strict=True)):
-                    made[chosen[place // size]].append(one)
+                    made[chosen[place // size]].append(replace(one, verdict=verdict))
                     rewards[chosen[place // size]].append(verdict.reward)
         return [completion for own in made for completion in own]
 
@@ -172,7 +171,7 @@ class ShortestPrefixes(DrawnSamples):
             rows = [examples[i].demonstration.row for i in open_]
             seeds = [sample_seed(self.seed, -1 - number, row, n % self.tries) for n, row in enumerate(rows)]
             made = continued(loaded, [examples[i] for i in open_], prefixes, self.sampling, seeds)
-            verdicts = broadcast_from_rank0(partial(check, made, chat))  # a checker need not be exact
+            verdicts = verdicts_on(check, made, chat)
             for i, verdict in zip(open_, verdicts, strict=True):
                 if verdict.reward == 1:
                     found[i] = number

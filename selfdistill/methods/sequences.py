@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfdistill.data import ChatFormat, Example
+from selfdistill.data import ChatFormat, Example, Verdict
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
 from selfdistill.runtime import ProgressBar, read_lines, write_atomically
 
@@ -33,6 +33,8 @@ class Completion:
     """Factor on its loss, such as an advantage."""
     prefix: int = 0
     """Leading tokens that were given. They are never learnt, and have a log-probability of 0 in ``logps``."""
+    verdict: Verdict | None = None
+    """Of the method's checker, if what sampled it needed it; None: not yet checked."""
 
 
 class SequenceSource(Protocol):

@@ -17,7 +17,7 @@ from conftest import add_gradient, gradients, largest_difference
 from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import Verdict
+from selfdistill.data import Verdict, verdicts
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
 from selfdistill.training.batch_gradient import PartResult
@@ -68,6 +68,7 @@ def assert_gradient(
 
 def judged(run: Trainer, samples: list[Completion], rewards: list[float]) -> list[PartResult]:
     """The results of a step with these samples and rewards, all parts of it; its gradient is left in the model."""
+    samples = [replace(c, verdict=None) for c in samples]
     reward_of = {id(c): reward for c, reward in zip(samples, rewards, strict=True)}  # two samples may be equal
 
     def checker(made: Sequence[Completion], _: Any) -> list[Verdict]:
@@ -76,6 +77,18 @@ def judged(run: Trainer, samples: list[Completion], rewards: list[float]) -> lis
     parts = [BatchPart(x.name, replace(x.method, checker=checker), samples, x.method.weight) for x in run.stage.parts]
     run.optimizer.zero_grad()
     return run.gradient.add(parts, Stopwatch(run.loaded.device))
+
+
+def checks_counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of samples whenever a scorer is asked about some."""
+    counts: list[int] = []
+
+    def counted(given: Sequence[Any]) -> list[Verdict]:
+        counts.append(len(given))
+        return verdicts(given)
+
+    monkeypatch.setattr("selfdistill.methods.grpo.verdicts", counted)
+    return counts
 
 
 def advantages(rewards: list[float], group: int) -> list[float]:

@@ -24,7 +24,7 @@ from conftest import (
     row_log_probs,
     same,
 )
-from formulas import advantages, chosen, judged, mean_over_rows, moved
+from formulas import advantages, checks_counted, chosen, judged, mean_over_rows, moved
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
@@ -119,6 +119,14 @@ def test_guides_that_do_not_fit_are_not_tried_and_said(
     assert [set(shown) for shown in tries] == [{2}, {3}]
     Trainer(guided(max_prompt_length=limit - len("one\ntwo\nthree")))
     assert "which is none in 3 of these rows" in " ".join(capsys.readouterr().err.split())
+
+
+def test_each_sample_is_checked_once(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, counts = Trainer(guided()), checks_counted(monkeypatch)
+    tries = solved_with(monkeypatch, run, {"q0": 3, "q1": 7, "q2": 9})
+    metrics = run.step(0)
+    assert sum(counts) == 3 * 4 + sum(map(len, tries))
+    assert metrics["reward"] == pytest.approx(4 / 12)  # of the two prompts that are solved with a guide
 
 
 @pytest.mark.parametrize("values", [{}, {"importance_cap": 2.0, "gradient_accumulation_steps": 3}], ids=str)

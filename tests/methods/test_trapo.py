@@ -23,7 +23,7 @@ from conftest import (
     metrics_of,
     row_log_probs,
 )
-from formulas import advantages, chosen, judged, mean_over_rows, moved
+from formulas import advantages, checks_counted, chosen, judged, mean_over_rows, moved
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
@@ -71,6 +71,13 @@ def test_later_samples_get_more_of_the_demonstration_as_long_as_the_earlier_fail
         assert c.prefix < len(c.ids) <= 14 or c.ids == c.example.completion_ids
         assert not any((c.logps or [])[: c.prefix])
         assert len(c.logps or []) == len(c.ids)
+
+
+def test_each_sample_is_checked_once(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, counts = Trainer(guided()), checks_counted(monkeypatch)
+    metrics = run.step(0)
+    assert sum(counts) == 3 * 6
+    assert 0 < metrics["reward"] < 1
 
 
 def test_a_prompt_that_is_solved_again_gets_no_further_help(guided: Settings) -> None:
