@@ -253,7 +253,8 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """Run optimizer step ``step`` (from 0); returns its metrics.
 
-        If loss or gradient are non-finite, weights and optimizer stay unchanged, and the metrics have ``skipped``.
+        If loss or gradient are non-finite, weights and optimizer stay unchanged, and the metrics have ``skipped``. They
+        stay so, too, if nothing is learnt. Then an average of the student stays as well.
         """
         stopwatch = Stopwatch(self.loaded.device)
         self.stage = stage = self.stage_of(step)[1]
@@ -279,11 +280,12 @@ class Trainer:
             norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
             if self.teacher is not None:
                 self.teacher.wait()
-            if is_sound(results, norm):
+            moves = is_sound(results, norm) and any(p.grad is not None for p in self.parameters)
+            if moves:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.teacher is not None:
-                self.teacher.update(step + 1)
+                self.teacher.update(step + 1, student_moved=moves)
 
         with stopwatch("drift"):
             drift = self._measured_drift(step + 1)

@@ -260,6 +260,20 @@ def test_a_step_without_anything_to_learn_changes_nothing_and_says_so(
     assert largest_difference(final_weights(config), {name: before[name] for name in final_weights(config)}) == 0
 
 
+def test_a_step_without_anything_to_learn_leaves_the_average_where_it_is(
+    all_of_them: Settings, write_rows: Callable[..., Path]
+) -> None:
+    rows = write_rows([{"prompt": f"q{i}", "answer": "no such reply"} for i in range(4)], name="hard.jsonl")
+    run = Trainer(all_of_them(method="sdpo", data=str(rows)))
+    assert run.teacher is not None
+    with torch.no_grad():
+        for weight in run.parameters:  # as earlier steps would
+            weight.add_(0.01)
+    before = copy.deepcopy(run.teacher.state_dict())
+    assert run.step(0)["learnt"] == 0
+    assert largest_difference(before, run.teacher.state_dict()) == 0
+
+
 def test_anchors_are_learnt_where_the_task_has_nothing(
     all_of_them: Settings, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
