@@ -22,6 +22,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
 from selfdistill.methods.slots import FROZEN, Checker, Controller, Method, Part, Parts, Selection, State
@@ -34,6 +35,7 @@ __all__ = [
     "Controller",
     "DatasetCompletions",
     "DemonstrationExamples",
+    "GuidedAfterFailure",
     "Method",
     "Part",
     "Parts",

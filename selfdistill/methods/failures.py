@@ -83,6 +83,10 @@ class OthersSuccesses(DrawnSamples):
     config: TrainConfig = field(kw_only=True, compare=False)
     what = "other model's samples"
 
+    @property
+    def other(self) -> str:
+        return self.model
+
     def sampler(self, loaded: LoadedModel) -> LoadedModel:
         return load_matching(self.model, loaded, dtype=self.config.dtype)
 

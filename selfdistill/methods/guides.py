@@ -111,6 +111,12 @@ class GuidedAfterFailure:
                 made[first + self.group - self.replaced : first + self.group] = search.found
         return made
 
+    def longest_prompt(self, example: Example, encode: ContextEncoder) -> list[int]:
+        """The prompt with the longest guide that is tried, or about; for memory plans."""
+        row = example.demonstration
+        ids = _guided(row, beginnings(row.shown, self.unit)[-1], replace(encode, max_prompt_length=None, window=None))
+        return (ids or [])[: encode.limit]
+
     def _search(self, examples: Sequence[Example], place: int) -> _Search:
         """A search for the example at a place of the batch, which may come earlier in the batch, too."""
         example = examples[place]

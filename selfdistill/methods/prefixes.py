@@ -162,6 +162,14 @@ class ShortestPrefixes(DrawnSamples):
     config: TrainConfig = field(kw_only=True, compare=False)
     what = "shortest prefixes"
 
+    @property
+    def at_once(self) -> int:
+        return self.tries
+
+    @staticmethod
+    def prompt(example: Example) -> list[int]:
+        return example.student_ids
+
     def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
         chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
         check, found = ScorerChecker(self.config.scorer), dict.fromkeys(range(len(examples)), -1)

@@ -154,6 +154,16 @@ class DrawnSamples:
                 reporter.advance(len(drawn))
         return drawn
 
+    @property
+    def at_once(self) -> int:
+        """Most samples of an example that are drawn together."""
+        return 1
+
+    @property
+    def other(self) -> str | None:
+        """The model that samples, if it is another than the one to be trained."""
+        return None
+
     def sampler(self, loaded: LoadedModel) -> LoadedModel:
         """The model that samples: by default the one to be trained."""
         return loaded
