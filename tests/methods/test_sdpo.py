@@ -36,6 +36,7 @@ from selfdistill.methods.sequences import Completion
 from selfdistill.model.loading import load_model
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
+from selfdistill.training.token_views import token_views
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -258,6 +259,25 @@ def test_a_step_without_anything_to_learn_changes_nothing_and_says_so(
         assert "skipped" not in line
     before = load_model(config.model).model.state_dict()
     assert largest_difference(final_weights(config), {name: before[name] for name in final_weights(config)}) == 0
+
+
+def test_the_teachers_view_is_of_samples_that_are_learnt(all_of_them: Settings) -> None:
+    config = all_of_them(method="sdpo", view_rows=3)
+    run = Trainer(config)
+    views, asked = token_views(run), []
+    rows = [run.stage.task.examples[number * len(run.stage.task.examples) // 3] for number in range(3)]
+    samples = run.stage.task.method.sequence(run.loaded, rows, 0)
+    (selected,) = run.selector([BatchPart("task", run.stage.task.method, samples, 1.0)])
+    for row in rows:
+        asked += [c for c in selected.completions if c.example.demonstration.row == row.demonstration.row][:1]
+    assert [view["row"] for view in views] == [c.example.demonstration.source for c in asked]
+    assert views
+    for view, c in zip(views, asked, strict=True):
+        assert "".join(token["text"] for token in view["tokens"]) == "".join(map(run.loaded.tokenizer.decode, c.ids))
+        assert c.example.teacher_ids is not None
+        log_q_TV = log_probs(run.loaded.model, c.example.teacher_ids, c.ids)  # an EMA that has not moved
+        expected = chosen(log_q_TV, c.ids).tolist()
+        assert [token["logq"] for token in view["tokens"]] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_step_without_anything_to_learn_leaves_the_average_where_it_is(
