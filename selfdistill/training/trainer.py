@@ -151,11 +151,7 @@ class Trainer:
             self._shard(*self.teachers.values())
         self.engine()  # before any long work
         for stage in self.stages:
-            for part in stage.parts:
-                if part.method.fixed:
-                    with self.accelerator.autocast():
-                        part.drawn = part.method.fixed(self.loaded, part.examples, Path(config.output_dir))
-                    part.examples = part.method.fixed.learnt(part.drawn)
+            self._draw(stage)
         self.prefix_caches = {} if config.fsdp else self._make_caches()
         self.selector = Selector(config, self.chat, self.loaded.window)
         self.gradient = BatchGradient(
@@ -169,6 +165,17 @@ class Trainer:
         self.optimizer = make_optimizer(
             self.parameters, config.optim, seed=config.seed, weight_decay=config.weight_decay
         )
+
+    def _draw(self, stage: Stage) -> None:
+        """Draw what the methods of a stage draw before the first step; parts with the same samples share it."""
+        for part in stage.sampled:
+            if part.method.fixed:
+                with self.accelerator.autocast():
+                    part.drawn = part.method.fixed(self.loaded, part.examples, Path(self.config.output_dir))
+                part.examples = part.method.fixed.learnt(part.drawn)
+        for part in stage.parts:
+            if part.same_samples:
+                part.examples = stage.task.examples
 
     def _make_teachers(self) -> None:
         """Create every teacher of the run."""
