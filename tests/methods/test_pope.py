@@ -104,11 +104,19 @@ def test_pope_is_grpo_on_each_group_without_the_prefix(
     assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
 
 
+def test_samples_of_the_prompt_alone_may_be_as_long_as_a_reply(guided: Settings) -> None:
+    run = Trainer(guided(num_generations=8))
+    samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples, 1)
+    alone, after = (max(len(c.ids) - c.prefix for c in samples if bool(c.prefix) == given) for given in (False, True))
+    assert (alone, after) == (16, 8)
+    assert {len(c.ids) == 16 or not c.truncated for c in samples if not c.prefix} == {True}
+
+
 def test_metrics_count_what_is_sampled(guided: Settings) -> None:
     run = Trainer(guided(max_completion_length=16))
     line = run.step(0)
     assert line["tokens"] == pytest.approx(12 * line["completion/length"])
-    assert line["completion/length"] <= 8
+    assert line["completion/length"] <= 12
 
 
 def test_a_killed_run_reads_its_prefixes(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

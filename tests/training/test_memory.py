@@ -167,6 +167,7 @@ def phase_of(config: TrainConfig, name: str) -> int:
 
 DRAWN: dict[str, dict[str, Any]] = {
     "another model's": {"method": "npo", "scorer": "exact", "method_settings": {"tries": 1}},
+    "after prefixes": {"method": "pope", "scorer": "exact", "num_generations": 2},
     "with hints": {"hint": "shortest", "scorer": "exact", "teacher": "frozen"},
     "from the prompt": {"method": "ssd"},
 }
