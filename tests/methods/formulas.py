@@ -9,11 +9,13 @@ import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import add_gradient, gradients, largest_difference
+from children import train_together
+from conftest import add_gradient, final_weights, gradients, largest_difference, metrics_of
 from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
@@ -23,6 +25,7 @@ from selfdistill.methods.slots import Method
 from selfdistill.training.batch_gradient import PartResult
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
+from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
 
@@ -77,6 +80,19 @@ def judged(run: Trainer, samples: list[Completion], rewards: list[float]) -> lis
     parts = [BatchPart(x.name, replace(x.method, checker=checker), samples, x.method.weight) for x in run.stage.parts]
     run.optimizer.zero_grad()
     return run.gradient.add(parts, Stopwatch(run.loaded.device))
+
+
+def trained_in_one_and_two(
+    make: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Train in one process and in two: weights and metrics must be the same. Returns the metrics."""
+    one, two = make("one", **values | {"fsdp": False}), make("two", **values)
+    train(one)
+    train_together(two, tmp_path)
+    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    return metrics_of(one)
 
 
 def checks_counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:

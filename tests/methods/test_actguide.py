@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from children import train_together
 from conftest import (
     Cut,
     assert_same_run,
@@ -20,11 +19,10 @@ from conftest import (
     final_weights,
     gradients,
     largest_difference,
-    metrics_of,
     row_log_probs,
     same,
 )
-from formulas import advantages, checks_counted, chosen, judged, mean_over_rows, moved
+from formulas import advantages, checks_counted, chosen, judged, mean_over_rows, moved, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
@@ -183,10 +181,5 @@ def test_a_killed_run_goes_on_to_the_same_bits(guided: Settings) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path) -> None:
-    one, two = (guided(name, SELDOM, max_steps=3) for name in ("one", "two"))
-    train(one)
-    train_together(two, tmp_path)
-    assert max(line["reward"] for line in metrics_of(one)) > 0
-    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    lines = trained_in_one_and_two(guided, tmp_path, {"answer": SELDOM, "max_steps": 3})
+    assert max(line["reward"] for line in lines) > 0

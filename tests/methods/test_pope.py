@@ -15,18 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from children import train_together
 from conftest import (
     Cut,
     add_gradient,
     assert_same_run,
     crash_at,
-    final_weights,
     gradients,
     largest_difference,
-    metrics_of,
 )
-from formulas import mean_over_rows, moved
+from formulas import mean_over_rows, moved, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict
@@ -136,12 +133,7 @@ def test_a_killed_run_reads_its_prefixes(guided: Settings, monkeypatch: pytest.M
 
 
 def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path) -> None:
-    one, two = (guided(name, max_steps=3, batch_size=3) for name in ("one", "two"))
-    train(one)
-    train_together(two, tmp_path)
-    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    trained_in_one_and_two(guided, tmp_path, {"max_steps": 3, "batch_size": 3})
 
 
 def test_a_row_needs_a_demonstration_to_take_prefixes_from(guided: Settings, write_rows: Callable[..., Path]) -> None:

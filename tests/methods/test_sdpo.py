@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import started_together, train_together
+from children import started_together
 from conftest import (
     Cut,
     assert_same_run,
@@ -24,7 +24,7 @@ from conftest import (
     largest_difference,
     metrics_of,
 )
-from formulas import chosen, mean_over_rows, moved
+from formulas import chosen, mean_over_rows, moved, trained_in_one_and_two
 from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
@@ -352,15 +352,9 @@ def test_two_processes_train_to_the_weights_of_one(
     all_of_them: Settings, tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("selfdistill.methods.grpo.engine_cap", lambda _: 2.0)  # so that importance is measured, too
-    one = all_of_them("one", **COMMON | values | {"fsdp": False})
-    two = all_of_them("two", **COMMON | values)
-    train(one)
-    train_together(two, tmp_path)
-    assert min(line["learnt"] for line in metrics_of(one)) < 1
-    assert any(line["importance"] for line in metrics_of(one))
-    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    lines = trained_in_one_and_two(all_of_them, tmp_path, COMMON | values)
+    assert min(line["learnt"] for line in lines) < 1
+    assert any(line["importance"] for line in lines)
 
 
 def test_a_mistake_of_the_scorer_on_one_rank_ends_both_in_one_line(

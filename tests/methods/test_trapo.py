@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from children import train_together
 from conftest import (
     Cut,
     assert_same_run,
@@ -23,7 +22,7 @@ from conftest import (
     metrics_of,
     row_log_probs,
 )
-from formulas import advantages, checks_counted, chosen, judged, mean_over_rows, moved
+from formulas import advantages, checks_counted, chosen, judged, mean_over_rows, moved, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
@@ -162,10 +161,5 @@ def test_a_killed_run_goes_on_to_the_same_bits(guided: Settings) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path) -> None:
-    one, two = (guided(name, max_steps=3) for name in ("one", "two"))
-    train(one)
-    train_together(two, tmp_path)
-    assert min(line["loss/prefixes"] for line in metrics_of(one)) > 0
-    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    lines = trained_in_one_and_two(guided, tmp_path, {"max_steps": 3})
+    assert min(line["loss/prefixes"] for line in lines) > 0
