@@ -41,8 +41,13 @@ def continued(
         for number, r in zip(chosen, rollouts, strict=True):
             x, prefix = examples[number], prefixes[number]
             logps = [*([0.0] * len(prefix)), *r.logps]
-            found[number] = Completion(x, [*prefix, *r.ids], logps, r.truncated, prefix=len(prefix))
+            found[number] = Completion(x, [*prefix, *r.ids], logps, r.truncated, given=_beginning(prefix))
     return [found[number] for number in range(len(prefixes))]
+
+
+def _beginning(prefix: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The span of a prefix, if there is any."""
+    return ((0, len(prefix)),) if prefix else ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class MicroGroups:
         if share == 1:
             given = [example.completion_ids for example in examples]
             return [
-                Completion(x, ids, [0.0] * len(ids), False, prefix=len(ids))
+                Completion(x, ids, [0.0] * len(ids), False, given=_beginning(ids))
                 for x, ids in zip(examples, given, strict=True)
             ]
         ends = [example.completion_ids[:-1] for example in examples]
@@ -149,9 +154,9 @@ class GivenPrefixes:
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
     ) -> list[Completion]:
-        given = [one for one in samples if one.prefix]
+        given = [one for one in samples if one.given]
         factor = len(given) / len(samples)
-        return [Completion(x.example, x.ids[: x.prefix], None, False, factor) for x in given]
+        return [Completion(x.example, x.ids[: x.given[0][1]], None, False, factor) for x in given]
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
         return example

@@ -31,10 +31,19 @@ class Completion:
     """Reached the length limit without an end token."""
     factor: float = 1.0
     """Factor on its loss, such as an advantage."""
-    prefix: int = 0
-    """Leading tokens that were given. They are never learnt, and have a log-probability of 0 in ``logps``."""
+    given: tuple[tuple[int, int], ...] = ()
+    """Half-open spans of ``ids`` that are not the model's own, in order. They are never learnt, and have a
+    log-probability of 0 in ``logps``."""
     verdict: Verdict | None = None
     """Of the method's checker, if what sampled it needed it; None: not yet checked."""
+
+    @property
+    def is_own(self) -> list[bool]:
+        """Whether each token is the model's own."""
+        own = [True] * len(self.ids)
+        for start, end in self.given:
+            own[start:end] = [False] * (end - start)
+        return own
 
 
 class SequenceSource(Protocol):

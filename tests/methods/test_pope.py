@@ -23,7 +23,7 @@ from conftest import (
     gradients,
     largest_difference,
 )
-from formulas import mean_over_rows, moved, trained_in_one_and_two
+from formulas import mean_over_rows, moved, prefix_of, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict
@@ -61,10 +61,10 @@ def test_the_shortest_prefix_after_which_a_sample_is_right(guided: Settings) -> 
 def test_half_of_the_samples_go_on_from_the_prefix(guided: Settings) -> None:
     run = Trainer(guided())
     samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:2], 1)
-    assert [c.prefix for c in samples] == [0, 0, 0, 3, 3, 3] * 2
+    assert [prefix_of(c) for c in samples] == [0, 0, 0, 3, 3, 3] * 2
     for c in samples:
-        assert c.ids[: c.prefix] == c.example.completion_ids[: c.prefix]
-        assert c.prefix < len(c.ids) <= 16
+        assert c.ids[: prefix_of(c)] == c.example.completion_ids[: prefix_of(c)]
+        assert prefix_of(c) < len(c.ids) <= 16
         assert c.logps is not None
         assert len(c.logps) == len(c.ids)
     assert len({tuple(c.ids) for c in samples}) > 6
@@ -89,7 +89,7 @@ def test_pope_is_grpo_on_each_group_without_the_prefix(
         advantage = (rewards[number] - statistics.mean(group)) / (statistics.stdev(group) + 1e-4)
         logits_LV = student(input_ids=torch.tensor([c.example.student_ids + c.ids])).logits[0]
         log_p_TV = logits_LV[len(c.example.student_ids) - 1 : -1].log_softmax(-1)
-        targets = range(c.prefix, len(c.ids))
+        targets = range(prefix_of(c), len(c.ids))
         losses.append(-advantage * torch.stack([log_p_TV[t, c.ids[t]] for t in targets]))
     loss = torch.cat(losses).mean() if normalisation == "token" else mean_over_rows(losses)
     loss.backward()
@@ -104,9 +104,9 @@ def test_pope_is_grpo_on_each_group_without_the_prefix(
 def test_samples_of_the_prompt_alone_may_be_as_long_as_a_reply(guided: Settings) -> None:
     run = Trainer(guided(num_generations=8))
     samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples, 1)
-    alone, after = (max(len(c.ids) - c.prefix for c in samples if bool(c.prefix) == given) for given in (False, True))
+    alone, after = (max(sum(c.is_own) for c in samples if bool(c.given) == prefixed) for prefixed in (False, True))
     assert (alone, after) == (16, 8)
-    assert {len(c.ids) == 16 or not c.truncated for c in samples if not c.prefix} == {True}
+    assert {len(c.ids) == 16 or not c.truncated for c in samples if not c.given} == {True}
 
 
 def test_metrics_count_what_is_sampled(guided: Settings) -> None:
