@@ -42,6 +42,7 @@ class GuidedExamples(ScoredExamples):
     """Prompts with a demonstration to guide by: ``privileged_context`` if given, else the completion."""
 
     unit: Unit = "lines"
+    """What counts as an action."""
 
     def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
         """Those of other demonstrations, and whose guides are never tried whole, as they do not fit."""
