@@ -19,10 +19,11 @@ from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_a
 from selfdistill.data.messages import Message, not_object, text_of, wrong
 from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.readers import read_jsonl
-from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
+from selfdistill.data.rows import RawRow, check_rows, first_ten, from_text, join_surrogates, one_line, repeated_key
 from selfdistill.data.scorers import (
     JUDGE,
     Verdict,
+    as_verdict,
     by_tests,
     contains,
     default_scorer,
@@ -59,6 +60,7 @@ __all__ = [
     "Rows",
     "Verdict",
     "anchor_prompts",
+    "as_verdict",
     "by_tests",
     "check_rows",
     "contains",
@@ -71,6 +73,7 @@ __all__ = [
     "first_steps_and_answer",
     "first_ten",
     "first_words",
+    "from_text",
     "general_prompts",
     "hintable",
     "includes",
