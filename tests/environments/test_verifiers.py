@@ -140,7 +140,7 @@ def test_calls_go_to_the_object_and_its_rubric_judges(factory: EnvironmentFactor
     assert isinstance(environment, Environment)
     assert environment.tools[0]["function"]["name"] == "add"
     assert environment.reset(ROW) == []
-    first = {"role": "tool", "name": "add", "tool_call_id": "call_0", "content": "sum 2"}
+    first = {"role": "tool", "name": "add", "content": "sum 2"}
     assert environment.step(add(2)) == Step((first,))
     second = {"role": "tool", "name": "add", "tool_call_id": "x", "content": "sum 5"}
     assert environment.step(add(3, id="x")) == Step((second,))
