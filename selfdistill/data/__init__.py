@@ -16,13 +16,14 @@ from selfdistill.data.demonstrations import (
 )
 from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
-from selfdistill.data.messages import Message, not_object, text_of, wrong
+from selfdistill.data.messages import Message, Turns, not_object, text_of, wrong
 from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.readers import read_jsonl
-from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
+from selfdistill.data.rows import RawRow, check_rows, first_ten, from_text, join_surrogates, one_line, repeated_key
 from selfdistill.data.scorers import (
     JUDGE,
     Verdict,
+    as_verdict,
     by_tests,
     contains,
     default_scorer,
@@ -57,8 +58,10 @@ __all__ = [
     "NothingFits",
     "RawRow",
     "Rows",
+    "Turns",
     "Verdict",
     "anchor_prompts",
+    "as_verdict",
     "by_tests",
     "check_rows",
     "contains",
@@ -71,6 +74,7 @@ __all__ = [
     "first_steps_and_answer",
     "first_ten",
     "first_words",
+    "from_text",
     "general_prompts",
     "hintable",
     "includes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from selfdistill.data.contexts import Verbatim
 from selfdistill.data.messages import Message
 from selfdistill.data.template_clock import pinned
+from selfdistill.data.text_ids import HIDDEN, NAME, TextIds, mapped
 from selfdistill.data.thinking import (
     EMPTY_THOUGHT,
     open_thought,
@@ -23,20 +24,13 @@ from selfdistill.data.thinking import (
 )
 from selfdistill.errors import UserError
 
-_HIDDEN = "\U0010fffd"
-"""Delimits the number of a hidden text. A private-use character, unlikely to occur next to a number in any text."""
-_NAME = re.compile(f"{_HIDDEN}([0-9]+){_HIDDEN}")
-_VERBATIM = re.compile(f"{_NAME.pattern}|(?P<thought>{EMPTY_THOUGHT})?{_HIDDEN}V(?P<number>[0-9]+){_HIDDEN}")
+_VERBATIM = re.compile(f"{NAME.pattern}|(?P<thought>{EMPTY_THOUGHT})?{HIDDEN}V(?P<number>[0-9]+){HIDDEN}")
 """A whole hidden turn, after the thought that a template puts in front of it; or a hidden name, to pass over it."""
 _PLAIN_USER, _PLAIN_REPLY = "User:", "Assistant:"
 NEXT_TURN = f"\n\n{_PLAIN_USER}"
 """Where the plain-text layout's next turn begins, a reply has ended, too: so a base model ends it."""
 _REPLY = "selfdistill"
 """A word that no template writes."""
-_OF_REPLIES = re.compile("think|thought|tool|python_tag|function_call", re.IGNORECASE)
-"""Control tokens that a model writes within its reply, so that a demonstration may contain them."""
-_ANCHOR = 32
-"""Characters of the preceding text with which a text is tokenised."""
 
 
 class TemplateRefusal(UserError):
@@ -53,12 +47,6 @@ class _Turn:
     """Between the prompt and the text of a reply, such as a space or an empty thought."""
     after: str
     """From the end of the text on."""
-
-
-def _any_of(names: Sequence[str], *patterns: str) -> re.Pattern[str]:
-    """Matches any of the names, longest first, the character that hides them, or a pattern."""
-    longest_first = sorted([*names, _HIDDEN], key=len, reverse=True)
-    return re.compile("|".join([*map(re.escape, longest_first), *patterns]))
 
 
 class ChatFormat:
@@ -90,36 +78,22 @@ class ChatFormat:
         self.date = (date or datetime.date.today().isoformat()) if "strftime_now" in template else None
         """The day that the template sees; None if it does not read the clock."""
         self._ends = list(end_token_ids)
-        added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
-        self._added = _any_of(list(added))
-        self._swallowing = {name for name, token in added.items() if token.rstrip}
-        special = {name for name, token in added.items() if token.special}
-        self.end_names = [name for name in tokenizer.convert_ids_to_tokens(self._ends) if name in special]
-        of_replies = {name for name in added if _OF_REPLIES.search(name)}.difference(self.end_names)
-        of_reply_ids = tokenizer.convert_tokens_to_ids(sorted(of_replies))
-        special_ids = tokenizer.convert_tokens_to_ids(sorted(special))
-        self._skipped = {*special_ids, *tokenizer.all_special_ids}.difference(of_reply_ids)
-        # A template may also write tokens that are not special, such as <|User|>.
-        control = special | of_replies | {name for name in added if name.strip() and name in template}
-        # Next to a token that swallows white space, that of a text is encoded on its own.
-        edges = [r"\A\s+", r"\s+\Z"] if self._swallowing else []
-        self._in_texts = _any_of(list(control))
-        self._in_replies = _any_of(list(control - of_replies), *edges)
+        self._texts = TextIds(tokenizer, end_token_ids, template)
+        self.end_names = self._texts.end_names
         switches = re.findall(r"['\"](/\w+)['\"]", template)
         self._switches = re.compile("|".join(map(re.escape, switches)) or r"(?!)")  # matches nothing
         self._turns: dict[str, _Turn] = {}
-        self._begin = self._tokenizers_own_start()
 
     @cached_property
     def end_token_id(self) -> int:
         """The end token that the template writes after an assistant turn, else the first end token."""
-        after = self._ids(self._turn({}).after) if self.tokenizer.chat_template else []
+        after = self._texts.ids(self._turn({}).after) if self.tokenizer.chat_template else []
         return next((token for token in after if token in self._ends), self._ends[0])
 
     @cached_property
     def turn_end_id(self) -> int | None:
         """The control token that the template writes after an assistant turn, an end token or not; None if none."""
-        found = self._added.match(self._turn({}).after.lstrip())
+        found = self._texts.added.match(self._turn({}).after.lstrip())
         return None if found is None else int(self.tokenizer.convert_tokens_to_ids(found[0]))
 
     def unshown(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str | None:
@@ -142,13 +116,13 @@ class ChatFormat:
             TemplateRefusal: the template rejects the messages, or leaves one out.
         """
         text, hidden = self._rendered(messages, options or {})
-        return _NAME.sub(lambda found: hidden[int(found[1])], text)
+        return NAME.sub(lambda found: hidden[int(found[1])], text)
 
     def encode_prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of the prompt; see :meth:`render`."""
         text, hidden = self._rendered(messages, options or {})
         # A template writes its own special tokens. Plain text gets the tokenizer's, such as a leading BOS.
-        return [*([] if self.tokenizer.chat_template else self._begin), *self._mixed("", text, hidden)]
+        return [*([] if self.tokenizer.chat_template else self._texts.begin), *self._texts.mixed("", text, hidden)]
 
     def encode_completion(self, text: str, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a demonstrated reply as it stands after the prompt, plus the end-of-turn token.
@@ -163,10 +137,10 @@ class ChatFormat:
         elif thinks(text):
             lead = without_thought(lead)
         hidden: list[str] = []
-        shown = self._hide(said, self._in_replies, hidden)
+        shown = self._texts.hide(said, self._texts.in_replies, hidden)
         space = turn.after[: len(turn.after) - len(turn.after.lstrip())]
         tail = "" if self.turn_end_id is None else space
-        return [*self._mixed(turn.prompt, lead + shown + tail, hidden), self.end_token_id]
+        return [*self._texts.mixed(turn.prompt, lead + shown + tail, hidden), self.end_token_id]
 
     def closes_thought(self, options: Mapping[str, Any] | None = None) -> bool:
         """Whether the prompt ends with a thought that is closed already."""
@@ -174,18 +148,16 @@ class ChatFormat:
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a plain text, without control tokens."""
-        hidden: list[str] = []
-        return self._mixed("", self._hide(text, self._in_texts, hidden), hidden)
+        return self._texts.encode(text)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of a plain text and of its continuation, which are those of the joint text after the context's."""
-        head, whole = self._ids(context, split=True), self._ids(context + continuation, split=True)
-        return self._begin + whole[: len(head)], whole[len(head) :]
+        head, whole = self._texts.ids(context, split=True), self._texts.ids(context + continuation, split=True)
+        return self._texts.begin + whole[: len(head)], whole[len(head) :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode a reply, skipping special tokens except thinking and tool tags."""
-        kept = [token for token in ids if token not in self._skipped]
-        text = str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+        text = self._texts.decode(ids)
         return (text if self.tokenizer.chat_template else text.partition(NEXT_TURN)[0]).strip()
 
     def _rendered(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -195,10 +167,12 @@ class ChatFormat:
         shown: list[Message] = []
         for message in messages:
             content = message["content"]
-            text = self._hide(content, self._in_replies if message["role"] == "assistant" else self._in_texts, hidden)
+            text = self._texts.hide(
+                content, self._texts.in_replies if message["role"] == "assistant" else self._texts.in_texts, hidden
+            )
             if isinstance(content, Verbatim):
                 verbatim.append(text)
-                text = f"{_HIDDEN}V{len(verbatim) - 1}{_HIDDEN}"
+                text = f"{HIDDEN}V{len(verbatim) - 1}{HIDDEN}"
             shown.append({"role": message["role"], "content": text})
 
         def put_in(found: re.Match[str]) -> str:
@@ -208,7 +182,7 @@ class ChatFormat:
             return text if thinks(text) else (found["thought"] or "") + text  # in place of an empty one
 
         # The texts of tools and other arguments come from the data, too.
-        options = _mapped(options, lambda value: self._hide(value, self._in_texts, hidden))
+        options = mapped(options, lambda value: self._texts.hide(value, self._texts.in_texts, hidden))
         text = self._by_template(shown, options) if self.tokenizer.chat_template else self._plain(shown)
         self._refuse_left_out(messages, shown, text)
         return _VERBATIM.sub(put_in, text), hidden
@@ -280,78 +254,16 @@ class ChatFormat:
         lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
         if not reply:
             return _Turn(prompt, "", "")
-        if not self._added.match(after.lstrip()):  # some end only those replies that are not the last
+        if not self._texts.added.match(after.lstrip()):  # some end only those replies that are not the last
             more = self._by_template([*answered, asked[-1]], options, add_generation_prompt=False).partition(_REPLY)[2]
             end = str(self.tokenizer.eos_token)
             after = more[: more.find(end) + len(end)] if more.lstrip().startswith(end) else after
         return _Turn(prompt, lead, after)
 
-    def _hide(self, text: str, names: re.Pattern[str], hidden: list[str]) -> str:
-        """The text with every match replaced by a marker; appends the matches to ``hidden``."""
-
-        def marker(found: re.Match[str]) -> str:
-            hidden.append(found[0])
-            return f"{_HIDDEN}{len(hidden) - 1}{_HIDDEN}"
-
-        return names.sub(marker, text)
-
-    def _mixed(self, before: str, text: str, hidden: Sequence[str]) -> list[int]:
-        """Token ids of a text with hidden names, as it stands after ``before``; names become plain characters.
-
-        A name is split in two, so that it never becomes the control token.
-        """
-        first, *others = _NAME.split(text)
-        ids, before = self._after(before, first), first or before
-        for number, rest in zip(others[::2], others[1::2], strict=True):
-            name = hidden[int(number)]
-            for piece in (name[:1], name[1:]):
-                alone = self._added.fullmatch(piece)  # a control token of one letter
-                ids += self._ids(piece, split=True) if alone else self._after(before, piece)
-                before = piece or before
-            ids += self._after(before, rest)
-            before = rest or before
-        return ids
-
-    def _after(self, before: str, text: str) -> list[int]:
-        """Token ids of ``text`` as it stands after ``before``, which some tokenizers encode unlike a text's start.
-
-        Where the two would share a token, as in ids that are already fixed, they are those after a line break.
-        """
-        if not text or not before:
-            return self._ids(text)
-        anchor = before[-_ANCHOR:]
-        for found in self._added.finditer(before):
-            swallowed = found[0] in self._swallowing and text[:1].isspace()
-            anchor = before[found.end() if swallowed else found.start() :]
-        for lead in (anchor, "\n", "a"):
-            head, whole = self._ids(lead), self._ids(lead + text)
-            if head and whole[: len(head)] == head:
-                return whole[len(head) :]
-        return self._ids(text)
-
-    def _ids(self, text: str, *, split: bool = False) -> list[int]:
-        options = {"add_special_tokens": False, "split_special_tokens": split}
-        return list(self.tokenizer(text, **options)["input_ids"]) if text else []
-
-    def _tokenizers_own_start(self) -> list[int]:
-        """The special tokens that the tokenizer puts in front of a text; those that it appends are left out."""
-        bare, whole = self._ids("a"), list(self.tokenizer("a")["input_ids"])
-        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-        return whole[:at]
-
 
 def _said(message: Message) -> str:
     content = message["content"]
     return (split_thinking(content)[1] if message["role"] == "assistant" else content).strip()
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with every text in it changed, at any depth; keys, too."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {_mapped(key, change): _mapped(part, change) for key, part in value.items()}
-    return [_mapped(part, change) for part in value] if isinstance(value, list) else value
 
 
 def thought_and_said(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> tuple[str, str]:

@@ -299,11 +299,20 @@ def _by_function(name: str, reply: str, demonstration: Demonstration) -> Verdict
         raise UserError(
             f"{demonstration.source}: scorer {name!r} failed: {type(error).__name__}: {one_line(error)}"
         ) from error
+    return as_verdict(returned, f"{demonstration.source}: scorer {name!r}")
+
+
+def as_verdict(returned: Any, who: str) -> Verdict:
+    """The verdict that a user's function returned: a bool, a reward from 0 to 1, or a pair of it and a feedback text.
+
+    Raises:
+        UserError: it is something else; names ``who`` returned it.
+    """
     reward, feedback = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, "")
     if not (isinstance(reward, int | float) and 0 <= reward <= 1 and isinstance(feedback, str)):
         found = " ".join(repr(returned).split())[:60]
         raise UserError(
-            f"{demonstration.source}: scorer {name!r} returned {found}, expected True or False, a reward from 0 to 1, "
+            f"{who} returned {found}, expected True or False, a reward from 0 to 1, "
             "or a pair of one of these and a feedback text"
         )
     return Verdict(float(reward), feedback)

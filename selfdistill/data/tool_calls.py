@@ -35,6 +35,12 @@ def calls_in(reply: str) -> Calls | None:
     return calls if len(calls) == len(re.findall(r"^[ \t]*Action:", reply, re.MULTILINE)) else None
 
 
+def written(calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Calls as text that :func:`calls_in` reads."""
+    lines = [f"Action: {name}\nAction Input: {json.dumps(given, ensure_ascii=False)}" for name, given in calls]
+    return "\n".join(lines)
+
+
 def calls_of(answer: Any) -> Calls:
     """The calls of an answer: a list of [name, arguments], or its JSON text.
 
