@@ -17,12 +17,13 @@ from selfdistill.data.demonstrations import (
 from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
 from selfdistill.data.messages import Message, Turns, not_object, text_of, wrong
+from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.readers import read_jsonl
-from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
+from selfdistill.data.rows import RawRow, check_rows, first_ten, from_text, join_surrogates, one_line, repeated_key
 from selfdistill.data.scorers import (
-    FUNCTION,
     JUDGE,
     Verdict,
+    as_verdict,
     by_tests,
     contains,
     default_scorer,
@@ -60,6 +61,7 @@ __all__ = [
     "Turns",
     "Verdict",
     "anchor_prompts",
+    "as_verdict",
     "by_tests",
     "check_rows",
     "contains",
@@ -72,6 +74,7 @@ __all__ = [
     "first_steps_and_answer",
     "first_ten",
     "first_words",
+    "from_text",
     "general_prompts",
     "hintable",
     "includes",
@@ -79,6 +82,7 @@ __all__ = [
     "join_surrogates",
     "load_demonstrations",
     "load_prompts",
+    "named",
     "not_object",
     "notes_on",
     "nothing_to_score",
