@@ -4,8 +4,8 @@ from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.device import deterministic, fast_products, has_gpu
 from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
-from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.episode_sampling import TurnSampler
+from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.four_bits import dequantised, is_in_4bit, set_compute_dtype, weight_tensors
