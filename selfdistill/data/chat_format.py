@@ -6,13 +6,18 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from selfdistill.data.call_format import (
+    InvalidCall,
+    in_text,
+    read_text,
+    with_tools,
+)
 from selfdistill.data.contexts import Verbatim
-from selfdistill.data.messages import Message
-from selfdistill.data.template_clock import pinned
+from selfdistill.data.messages import Message, uses_tools
+from selfdistill.data.template import PLAIN_REPLY, PLAIN_USER, REPLY, AssistantTurn, Template, TemplateRefusal
 from selfdistill.data.text_ids import HIDDEN, NAME, TextIds, mapped
 from selfdistill.data.thinking import (
     EMPTY_THOUGHT,
@@ -22,31 +27,16 @@ from selfdistill.data.thinking import (
     within_open_thought,
     without_thought,
 )
-from selfdistill.errors import UserError
+from selfdistill.data.tool_calls import written
 
 _VERBATIM = re.compile(f"{NAME.pattern}|(?P<thought>{EMPTY_THOUGHT})?{HIDDEN}V(?P<number>[0-9]+){HIDDEN}")
 """A whole hidden turn, after the thought that a template puts in front of it; or a hidden name, to pass over it."""
-_PLAIN_USER, _PLAIN_REPLY = "User:", "Assistant:"
-NEXT_TURN = f"\n\n{_PLAIN_USER}"
+NEXT_TURN = f"\n\n{PLAIN_USER}"
 """Where the plain-text layout's next turn begins, a reply has ended, too: so a base model ends it."""
-_REPLY = "selfdistill"
-"""A word that no template writes."""
-
-
-class TemplateRefusal(UserError):
-    """The chat template rejects a conversation, or leaves out a part of it."""
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """How the template writes an assistant turn."""
-
-    prompt: str
-    """The prompt up to the reply."""
-    lead: str
-    """Between the prompt and the text of a reply, such as a space or an empty thought."""
-    after: str
-    """From the end of the text on."""
+_MARK = f"{HIDDEN}O{HIDDEN}"
+"""In place of an observation, to find where it begins."""
+_KEYS = ("tool_calls", "name", "tool_call_id")
+"""What a message may have beside its role and content."""
 
 
 class ChatFormat:
@@ -80,30 +70,29 @@ class ChatFormat:
         self._ends = list(end_token_ids)
         self._texts = TextIds(tokenizer, end_token_ids, template)
         self.end_names = self._texts.end_names
+        self._template = Template(tokenizer, self.kwargs, self.date, self._texts)
         switches = re.findall(r"['\"](/\w+)['\"]", template)
         self._switches = re.compile("|".join(map(re.escape, switches)) or r"(?!)")  # matches nothing
-        self._turns: dict[str, _Turn] = {}
 
     @cached_property
     def end_token_id(self) -> int:
         """The end token that the template writes after an assistant turn, else the first end token."""
-        after = self._texts.ids(self._turn({}).after) if self.tokenizer.chat_template else []
+        after = self._texts.ids(self._template.turn({}).after) if self.tokenizer.chat_template else []
         return next((token for token in after if token in self._ends), self._ends[0])
 
     @cached_property
     def turn_end_id(self) -> int | None:
         """The control token that the template writes after an assistant turn, an end token or not; None if none."""
-        found = self._texts.added.match(self._turn({}).after.lstrip())
+        found = self._texts.added.match(self._template.turn({}).after.lstrip())
         return None if found is None else int(self.tokenizer.convert_tokens_to_ids(found[0]))
 
     def unshown(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str | None:
         """The first of a row's own ``options`` that the template does not show, as it would be lost; else None."""
         template = str(self.tokenizer.chat_template or "")
-        if "tools" in options:
-            others = {name: value for name, value in options.items() if name != "tools"}
-            if not template or self.render(messages, options) == self.render(messages, others):
-                return "tools"
-        return next((name for name in options if not re.search(rf"\b{re.escape(name)}\b", template)), None)
+        others = {name: value for name, value in options.items() if name != "tools"}
+        if len(others) < len(options) and self.render(messages, options) == self.render(messages, others):
+            return "tools"
+        return next((name for name in others if not re.search(rf"\b{re.escape(name)}\b", template)), None)
 
     def render(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
         """The prompt as text, up to the start of the reply.
@@ -115,12 +104,12 @@ class ChatFormat:
         Raises:
             TemplateRefusal: the template rejects the messages, or leaves one out.
         """
-        text, hidden = self._rendered(messages, options or {})
+        text, hidden = self._rendered(*self._prepared(messages, options or {}))
         return NAME.sub(lambda found: hidden[int(found[1])], text)
 
     def encode_prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of the prompt; see :meth:`render`."""
-        text, hidden = self._rendered(messages, options or {})
+        text, hidden = self._rendered(*self._prepared(messages, options or {}))
         # A template writes its own special tokens. Plain text gets the tokenizer's, such as a leading BOS.
         return [*([] if self.tokenizer.chat_template else self._texts.begin), *self._texts.mixed("", text, hidden)]
 
@@ -130,21 +119,96 @@ class ChatFormat:
         They are those that the template gives when it writes the whole turn, with ``text`` itself kept verbatim. A
         thought that the prompt has opened is continued, or closed.
         """
-        turn, said = self._turn(options or {}), text
+        return self.encode_reply({"role": "assistant", "content": text}, options)
+
+    def encode_reply(self, message: Message, options: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of an assistant turn as it stands after the prompt, with its calls and the end-of-turn token.
+
+        The content is kept verbatim, as in :meth:`encode_completion`, and calls are as the template writes them.
+
+        Raises:
+            TemplateRefusal: the template cannot write these calls, such as several where it has place for one.
+        """
+        turn, said = self._template.turn(options or {}), message["content"]
         lead = turn.lead
         if tags := open_thought(turn.prompt):
-            said = within_open_thought(text, turn.prompt, tags)
-        elif thinks(text):
+            lead, said = "", within_open_thought(said, turn.prompt, tags)
+        elif thinks(said):
             lead = without_thought(lead)
+        elif not said and without_thought(lead) == lead:
+            lead = ""  # such as a space in front of a text
         hidden: list[str] = []
         shown = self._texts.hide(said, self._texts.in_replies, hidden)
+        if "tool_calls" in message:
+            shown += self._calls_text(message, turn, options or {}, hidden)
         space = turn.after[: len(turn.after) - len(turn.after.lstrip())]
         tail = "" if self.turn_end_id is None else space
         return [*self._texts.mixed(turn.prompt, lead + shown + tail, hidden), self.end_token_id]
 
+    def encode_between(
+        self, before: Sequence[Message], observations: Sequence[Message], options: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids from the end token of a reply to the next reply: the observations and the start of that turn.
+
+        Earlier turns are not rendered anew: what the template writes otherwise there, such as without thoughts, stays
+        as it was sampled.
+
+        Args:
+            before: the chat, which ends with the reply.
+            observations: what follows it: tool messages or user turns.
+            options: as in :meth:`render`.
+
+        Raises:
+            TemplateRefusal: the template rejects the chat, or does not tell where the reply ends.
+        """
+        end = str(self.tokenizer.convert_ids_to_tokens(self.end_token_id))
+        if not self.tokenizer.chat_template:
+            text, hidden = self._rendered(observations, {})
+            return self._texts.mixed(end, f"\n\n{text}", hidden)
+        chat, given = self._prepared([*before, *observations], options or {})
+        text, hidden = self._rendered(chat, given)
+        head = self._rendered(chat, given, mark=len(chat) - len(observations))[0].partition(_MARK)[0]
+        if self.turn_end_id is not None and end not in head:
+            end = str(self.tokenizer.convert_ids_to_tokens(self.turn_end_id))
+        if end not in head or not text.startswith(head):
+            raise TemplateRefusal("the chat template does not end an assistant turn before what follows it")
+        return self._texts.mixed(end, text[head.rindex(end) + len(end) :], hidden)
+
+    def message_of(self, ids: Sequence[int], prompt: Sequence[int] = ()) -> Message:
+        """A reply as a message, the inverse of :meth:`encode_reply` except for white space around its content.
+
+        Args:
+            ids: of the reply.
+            prompt: ids of its prompt, which may have opened a thought.
+
+        Returns:
+            The assistant's message. If a call cannot be read it has no ``tool_calls``, the whole text as its content,
+            and under ``invalid`` the reason, in words that a model can use.
+
+        Raises:
+            TemplateRefusal: the template writes calls in a form that is not read.
+        """
+        form = self._template.calls
+        if form is not None and not form.is_read:
+            raise TemplateRefusal("the chat template writes tool calls in a form that is not read")
+        text = self._decoded(ids, form.written if form else "")
+        opened = open_thought(str(self.tokenizer.decode(list(prompt[-8:]))))
+        thought, said = split_thinking(text, begun=opened is not None)
+        head = text[: len(text) - len(said)]
+        if not thought.strip() and (said or opened):
+            head = ""
+        elif opened:
+            head = f"{opened[0]}\n{head}"
+        try:
+            content, calls = form.read(said) if form else read_text(said)
+        except InvalidCall as error:
+            return {"role": "assistant", "content": head + said, "invalid": str(error)}
+        made: Message = {"role": "assistant", "content": (head + content).strip()}
+        return {**made, "tool_calls": calls} if calls else made
+
     def closes_thought(self, options: Mapping[str, Any] | None = None) -> bool:
         """Whether the prompt ends with a thought that is closed already."""
-        return bool(re.search(rf"({EMPTY_THOUGHT})\Z", self._turn(options or {}).prompt))
+        return bool(re.search(rf"({EMPTY_THOUGHT})\Z", self._template.turn(options or {}).prompt))
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a plain text, without control tokens."""
@@ -157,23 +221,64 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode a reply, skipping special tokens except thinking and tool tags."""
-        text = self._texts.decode(ids)
+        return self._decoded(ids)
+
+    def _decoded(self, ids: Sequence[int], also: str = "") -> str:
+        """As :meth:`decode`, with the control tokens that ``also`` names."""
+        text = self._texts.decode(ids, also)
         return (text if self.tokenizer.chat_template else text.partition(NEXT_TURN)[0]).strip()
 
-    def _rendered(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[str, list[str]]:
-        """The prompt with names of control tokens in its texts hidden, and the hidden names by number."""
+    def _prepared(
+        self, messages: Sequence[Message], options: Mapping[str, Any]
+    ) -> tuple[list[Message], Mapping[str, Any]]:
+        """The messages, with the tools in them if the template does not show tools, and the template's options."""
+        if options.get("tools") and not self._template.shows_tools:
+            messages = with_tools(messages, options["tools"], how=self._template.calls is None)
+            options = {name: value for name, value in options.items() if name != "tools"}
+        return list(messages), options
+
+    def _calls_text(self, message: Message, turn: AssistantTurn, options: Mapping[str, Any], hidden: list[str]) -> str:
+        """The calls of a message as they stand after its content, with names of control tokens hidden."""
+        if self._template.calls is None:
+            text = written([(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]])
+            return "\n" * bool(message["content"]) + self._texts.hide(text, self._texts.in_texts, hidden)
+        calls = mapped(message["tool_calls"], lambda value: self._texts.hide(value, self._texts.in_texts, hidden))
+        (shown,) = self._template.calls.shown([{**message, "tool_calls": calls}])
+        if message["content"]:
+            _, _, text = self._template.last_turn([*turn.asked, {**shown, "content": REPLY}], turn, options).partition(
+                REPLY
+            )
+            if calls[0]["function"]["name"] in text:
+                return text
+        text = self._template.last_turn([*turn.asked, {**shown, "content": ""}], turn, options)
+        return "\n" * bool(message["content"]) + text
+
+    def _rendered(
+        self, messages: Sequence[Message], options: Mapping[str, Any], mark: int | None = None
+    ) -> tuple[str, list[str]]:
+        """The prompt with names of control tokens in its texts hidden, and the hidden names by number.
+
+        With ``mark``, the message of that number has :data:`_MARK` as its content.
+        """
         hidden: list[str] = []
         verbatim: list[str] = []
         shown: list[Message] = []
-        for message in messages:
+
+        def hide(text: str) -> str:
+            return self._texts.hide(text, self._texts.in_texts, hidden)
+
+        for number, message in enumerate(messages):
             content = message["content"]
-            text = self._texts.hide(
-                content, self._texts.in_replies if message["role"] == "assistant" else self._texts.in_texts, hidden
-            )
+            by_model = message["role"] == "assistant"
+            text = self._texts.hide(content, self._texts.in_replies, hidden) if by_model else hide(content)
             if isinstance(content, Verbatim):
                 verbatim.append(text)
-                text = f"{HIDDEN}V{len(verbatim) - 1}{HIDDEN}"
-            shown.append({"role": message["role"], "content": text})
+                text = f"{HIDDEN}V{len(verbatim) - 1}{HIDDEN}" if text else ""
+            others = {key: mapped(message[key], hide) for key in _KEYS if key in message}
+            shown.append({"role": message["role"], "content": _MARK if number == mark else text, **others})
+        if uses_tools(messages):
+            form = self._template.calls
+            messages, shown = (in_text(messages), in_text(shown)) if form is None else (messages, form.shown(shown))
 
         def put_in(found: re.Match[str]) -> str:
             if found["number"] is None:
@@ -182,9 +287,10 @@ class ChatFormat:
             return text if thinks(text) else (found["thought"] or "") + text  # in place of an empty one
 
         # The texts of tools and other arguments come from the data, too.
-        options = mapped(options, lambda value: self._texts.hide(value, self._texts.in_texts, hidden))
-        text = self._by_template(shown, options) if self.tokenizer.chat_template else self._plain(shown)
-        self._refuse_left_out(messages, shown, text)
+        options = mapped(options, hide)
+        text = self._template.write(shown, options) if self.tokenizer.chat_template else self._plain(shown)
+        if mark is None:
+            self._refuse_left_out(messages, shown, text)
         return _VERBATIM.sub(put_in, text), hidden
 
     def _refuse_left_out(self, messages: Sequence[Message], shown: Sequence[Message], text: str) -> None:
@@ -201,64 +307,27 @@ class ChatFormat:
         texts = [_said(message) for message in shown]
         for message, content in zip(messages, texts, strict=True):
             parts = [part.strip() for part in self._switches.split(content)]
-            if all(text.count(part) >= sum(other.count(part) for other in texts) for part in filter(None, parts)):
+            counts = [(text.count(part), sum(other.count(part) for other in texts)) for part in parts if part]
+            if all(found >= wanted for found, wanted in counts):
+                continue
+            if message["role"] == "tool" and _as_json(content) in text:  # as some templates write it
                 continue
             if isinstance(message["content"], Verbatim):
                 raise TemplateRefusal("the chat template leaves out the demonstration, an earlier assistant turn")
             found = message["content"] if len(message["content"]) <= 40 else message["content"][:37] + "..."
             raise TemplateRefusal(f"the chat template leaves out or rewrites the {message['role']} turn {found!r}")
+        for message in shown:
+            for call in message.get("tool_calls", ()):
+                if call["function"]["name"] not in text:
+                    raise TemplateRefusal(f"the chat template leaves out the call of {call['function']['name']!r}")
 
     def _plain(self, messages: Sequence[Message]) -> str:
-        labels = {"system": "", "user": f"{_PLAIN_USER} ", "assistant": f"{_PLAIN_REPLY} "}
-        return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + _PLAIN_REPLY
+        labels = {"system": "", "user": f"{PLAIN_USER} ", "assistant": f"{PLAIN_REPLY} "}
+        return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + PLAIN_REPLY
 
-    def _by_template(
-        self, messages: Sequence[Message], options: Mapping[str, Any], *, add_generation_prompt: bool = True
-    ) -> str:
-        fixed: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        given = self.kwargs | dict(options)
-        if taken := sorted(fixed.keys() & given.keys()):
-            raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
-        try:
-            if self.date is not None:
-                template = self.tokenizer.get_chat_template(None, tools=given.get("tools"))
-                fixed["chat_template"] = pinned(template, datetime.date.fromisoformat(self.date))
-            return str(self.tokenizer.apply_chat_template(list(messages), **fixed, **given))
-        except Exception as error:  # templates are programs and may raise anything
-            roles = ", ".join(m["role"] for m in messages)
-            reason = " ".join(str(error).split())
-            raise TemplateRefusal(f"the chat template rejects the roles {roles}: {reason}") from None
 
-    def _turn(self, options: Mapping[str, Any]) -> _Turn:
-        """How the template writes an assistant turn with these options."""
-        key = json.dumps(options, sort_keys=True, default=str)
-        if key not in self._turns:
-            self._turns[key] = self._probe(options)
-        return self._turns[key]
-
-    def _probe(self, options: Mapping[str, Any]) -> _Turn:
-        if not self.tokenizer.chat_template:
-            return _Turn(_PLAIN_REPLY, " ", "")
-        user = {"role": "user", "content": "a"}
-        for asked in ([user], [{"role": "system", "content": "a"}, user]):
-            try:
-                return self._probe_with(asked, options)
-            except TemplateRefusal:
-                continue
-        return _Turn("", "", "")  # a template for other conversations; the rows will tell
-
-    def _probe_with(self, asked: list[Message], options: Mapping[str, Any]) -> _Turn:
-        prompt = self._by_template(asked, options)
-        answered = [*asked, {"role": "assistant", "content": _REPLY}]
-        before, reply, after = self._by_template(answered, options, add_generation_prompt=False).rpartition(_REPLY)
-        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        if not reply:
-            return _Turn(prompt, "", "")
-        if not self._texts.added.match(after.lstrip()):  # some end only those replies that are not the last
-            more = self._by_template([*answered, asked[-1]], options, add_generation_prompt=False).partition(_REPLY)[2]
-            end = str(self.tokenizer.eos_token)
-            after = more[: more.find(end) + len(end)] if more.lstrip().startswith(end) else after
-        return _Turn(prompt, lead, after)
+def _as_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _said(message: Message) -> str:

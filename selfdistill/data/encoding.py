@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from selfdistill.data.chat_format import ChatFormat, TemplateRefusal
+from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import Context
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.messages import Message
 from selfdistill.data.rows import first_ten
+from selfdistill.data.template import TemplateRefusal
 from selfdistill.data.thinking import split_thinking
 from selfdistill.errors import UserError
 
@@ -285,7 +286,7 @@ def refuse_unshown(demonstrations: Sequence[Demonstration], chat: ChatFormat) ->
         name = next(filter(None, names))
         held, why = f"chat_template_kwargs {name!r}", "which the chat template does not use"
         if name == "tools":
-            held, why = "tools", "but the chat template shows no tools"
+            held, why = "tools", "but the chat template does not show them"
         if not chat.tokenizer.chat_template:
             why = "but the tokenizer has no chat template"
         raise UserError(

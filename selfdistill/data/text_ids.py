@@ -53,9 +53,10 @@ class TextIds:
         self.begin = self._tokenizers_own_start()
         """The special tokens that the tokenizer puts in front of a text; those that it appends are left out."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode a reply, skipping special tokens except thinking and tool tags."""
-        kept = [token for token in ids if token not in self._skipped]
+    def decode(self, ids: Sequence[int], also: str = "") -> str:
+        """Decode a reply, skipping special tokens except thinking and tool tags and those named in ``also``."""
+        named = self.tokenizer.convert_tokens_to_ids([found[0] for found in self.added.finditer(also)]) if also else []
+        kept = [token for token in ids if token not in self._skipped or token in named]
         return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
     def encode(self, text: str) -> list[int]:

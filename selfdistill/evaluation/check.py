@@ -116,9 +116,8 @@ def check_run(
         )
     if not config.lora_rank and not config.teacher_model:  # before it is measured for minutes
         refuse_float16(loaded.model, own["model"])
-    rows = load_demonstrations(
-        config.data if demonstrations is None else demonstrations, split=config.split, turns=config.turns
-    )
+    data = config.data if demonstrations is None else demonstrations
+    rows = load_demonstrations(data, split=config.split, turns=config.turns)
     return _checked(CheckConfig(**settings, contexts=contexts), rows, loaded, cost=False)
 
 
@@ -141,9 +140,8 @@ def check(
         UserError: settings, data or model are invalid, or no layout fits.
     """
     data = config.data if demonstrations is None else demonstrations
-    rows = load_demonstrations(
-        data, split=config.split, turns=config.turns, note=say_note, lacks=_lacks_of(config.contexts)
-    )
+    lacks = _lacks_of(config.contexts)
+    rows = load_demonstrations(data, split=config.split, turns=config.turns, note=say_note, lacks=lacks)
     return _checked(config, rows, loaded, cost)
 
 
