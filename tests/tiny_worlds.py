@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from selfdistill.data import Message
 from selfdistill.environments import Step
@@ -22,7 +22,7 @@ LOOK_UP: dict[str, Any] = {
 class Talk:
     """Goes on for as many turns as the row's answer says. Long last replies are right."""
 
-    tools: list[dict[str, Any]] = []
+    tools: ClassVar[list[dict[str, Any]]] = []
     open = 0
     """Of this class, how many are not closed."""
 
@@ -51,7 +51,7 @@ class Talk:
 class Asks(Talk):
     """Has a tool, and says something first."""
 
-    tools = [LOOK_UP]
+    tools: ClassVar[list[dict[str, Any]]] = [LOOK_UP]
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
         super().reset(row)

@@ -47,6 +47,7 @@ def encode(
     on_long_prompt: str = "error",
     completion_must_fit: bool = False,
     pool: Sequence[Demonstration] | None = None,
+    length_setting: str = "max_completion_length",
 ) -> tuple[list[Example], int]:
     """Encode demonstrations, and count those dropped because they are too long.
 
@@ -59,6 +60,7 @@ def encode(
         on_long_prompt: ``error`` or ``drop``.
         completion_must_fit: apply ``max_completion_length`` to the demonstrated completion, which is trained on.
         pool: demonstrations that contexts may draw from; default ``demonstrations``.
+        length_setting: the setting that limits a completion, for messages.
 
     Returns:
         The examples, and the number of demonstrations dropped.
@@ -68,7 +70,7 @@ def encode(
         UserError: rows are too long, all reported together; completions end with the name of an end token; or the
             template does not show a row's tools or other arguments.
     """
-    limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit)
+    limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit, length_setting)
     limits.check()
     _refuse_end_names(demonstrations, chat)
     refuse_unshown(demonstrations, chat)
@@ -229,6 +231,8 @@ class _Limits:
     max_completion_length: int
     window: int | None
     completion_must_fit: bool
+    setting: str = "max_completion_length"
+    """Which limits a completion."""
 
     @property
     def prompt(self) -> int | None:
@@ -240,7 +244,7 @@ class _Limits:
         """Refuse settings that leave no room for a prompt."""
         if self.prompt is not None and self.prompt < 1:
             raise UserError(
-                f"setting 'max_completion_length': {self.max_completion_length} leaves no room for a prompt in the "
+                f"setting {self.setting!r}: {self.max_completion_length} leaves no room for a prompt in the "
                 f"model's window of {self.window} tokens"
             )
 
@@ -252,15 +256,15 @@ class _Limits:
                 return f"{source}: {who} has {len(ids)} tokens, limit {limit}", self._more_room
         length = len(example.completion_ids)
         if self.completion_must_fit and length > self.max_completion_length:
-            found = f"completion has {length} tokens, limit {self.max_completion_length} (max_completion_length)"
-            return f"{source}: {found}", "raise --max_completion_length"
+            found = f"completion has {length} tokens, limit {self.max_completion_length} ({self.setting})"
+            return f"{source}: {found}", f"raise --{self.setting}"
         return None
 
     @property
     def _more_room(self) -> str:
         if self.prompt == self.max_prompt_length:
             return "raise --max_prompt_length"
-        return f"lower --max_completion_length (the window is {self.window} tokens)"
+        return f"lower --{self.setting} (the window is {self.window} tokens)"
 
 
 def _refuse_end_names(demonstrations: Sequence[Demonstration], chat: ChatFormat) -> None:

@@ -68,7 +68,8 @@ class DemonstrationExamples:
     ) -> tuple[list[Example], int]:
         if bad := [f"{row.source}, {problem}" for row in demonstrations if (problem := self.lacks(row))]:
             raise UserError(f"{len(bad)} of {len(demonstrations)} rows cannot be used: {first_ten(bad)}")
-        if self.config.environment != "none":
+        plays = self.config.environment != "none"
+        if plays:
             demonstrations = begun(self.config.environment, demonstrations)
         return encode(
             demonstrations,
@@ -79,6 +80,7 @@ class DemonstrationExamples:
             window=loaded.window,
             on_long_prompt=self.config.on_long_prompt,
             completion_must_fit=self.completion_must_fit,
+            length_setting="max_episode_length" if plays else "max_completion_length",
         )
 
     def lacks(self, demonstration: Demonstration) -> str | None:

@@ -180,7 +180,9 @@ def test_tools_say_what_is_wrong_with_a_call_and_change_nothing() -> None:
     }
     for text, message in wrong.items():
         assert environment.step(message).observations[0]["content"] == text
-    assert environment.step(call("stock", id=10**30)).observations[0]["content"].startswith("Error: stock: OverflowError")
+    assert (
+        environment.step(call("stock", id=10**30)).observations[0]["content"].startswith("Error: stock: OverflowError")
+    )
     assert environment.step(call("find", name=" Copper  KETTLES ")).observations[0]["content"].startswith("id 101, ")
     assert environment.step(call("stock", id=101)).observations[0]["content"] == left
     assert environment.step(reply("Fine.")).reward == 1

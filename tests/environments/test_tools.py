@@ -97,7 +97,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     ("weigh", {"item": "a", "count": 3.5}, "weigh: argument 'count' is 3.5, expected integer"),
     ("weigh", {"item": "a", "count": True}, "weigh: argument 'count' is true, expected integer"),
     ("weigh", {"item": "a", "exact": 1}, "weigh: argument 'exact' is 1, expected boolean"),
-    ("weigh", {"item": "a", "unit": "lb"}, "weigh: argument 'unit' is \"lb\", expected one of [\"g\", \"kg\"]"),
+    ("weigh", {"item": "a", "unit": "lb"}, 'weigh: argument \'unit\' is "lb", expected one of ["g", "kg"]'),
     ("weigh", {"item": "a", "parts": [1, "b"]}, "weigh: argument 'parts[1]' is \"b\", expected integer"),
     ("weigh", {"item": "a", "label": []}, "weigh: argument 'label' is [], expected integer or string"),
     ("weigh", {"item": "a", "size": 1}, 'weigh: unknown argument "size", expected item, count, share, exact, unit, '),
