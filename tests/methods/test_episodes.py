@@ -16,6 +16,7 @@ import tiny_worlds
 import torch
 from children import train_together
 from conftest import (
+    CHATML,
     ENDS,
     Cut,
     add_gradient,
@@ -28,13 +29,16 @@ from conftest import (
     row_log_probs,
 )
 from formulas import advantages, assert_gradient, chosen, kl, mean_over_rows, moved
+from tool_templates import HERMES
 from torch import Tensor
 
+from selfdistill.config import EngineSettings
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import load_demonstrations
+from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, packaged
 from selfdistill.errors import UserError
 from selfdistill.methods import stages_of, unused_settings
 from selfdistill.methods.sequences import Completion
+from selfdistill.model import LoadedModel, Rollout
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
@@ -353,3 +357,43 @@ def test_a_method_that_needs_rewards_says_that_there_are_none(talks: Settings) -
     with pytest.raises(UserError, match=r"talks.jsonl:\d: environment .*Silent' ended the episode without a reward"):
         train(talks(environment="python:tiny_worlds.Silent", method="grpo", num_generations=2))
     train(talks("learns", environment="python:tiny_worlds.Silent"))
+
+
+# --- tools ---
+
+
+class Expert:
+    """An engine that says what a demonstration says."""
+
+    def __init__(self, chat: ChatFormat, row: Demonstration) -> None:
+        replies = [message for message in row.episode if message["role"] == "assistant"]
+        self._left = [chat.encode_reply(message, row.template_options) for message in replies]
+        self.asked: list[list[int]] = []
+
+    def sample(self, loaded: LoadedModel, prompts: list[list[int]], *_: Any) -> list[Rollout]:
+        self.asked += prompts
+        ids = self._left.pop(0)
+        return [Rollout(ids, [-0.5] * len(ids), truncated=False) for _ in prompts]
+
+
+@pytest.mark.parametrize("template", [CHATML, HERMES], ids=["calls as text", "the template's calls"])
+def test_an_expert_with_an_engine_calls_tools_and_succeeds(
+    talks: Settings, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    model = str(model_folder(template=template, room=8192))
+    own = {"data": str(packaged("shop.train.jsonl")), "environment": "bundled:shop", "max_turns": 12}
+    run = Trainer(talks(model=model, max_completion_length=200, max_episode_length=3000, **own))
+    run.loaded.engine = EngineSettings(engine="vllm")
+    for example in run.stage.task.examples[:12]:
+        row = example.demonstration
+        expert = Expert(run.chat, row)
+        monkeypatch.setattr("selfdistill.model.episode_sampling.engine_for", lambda _, expert=expert: expert)
+        (completion,) = run.stage.task.method.sequence(run.loaded, [example], 0)
+        assert completion.verdict is not None
+        assert completion.verdict.reward == 1, completion
+        assert not completion.truncated
+        assert completion.invalid_calls == 0
+        told = [(m["role"], m["content"], m.get("tool_calls")) for m in completion.messages]
+        assert told == [(m["role"], m["content"], m.get("tool_calls")) for m in row.episode]
+        assert expert.asked[-1] == example.student_ids + completion.ids[: completion.given[-1][1]]
+        assert set(completion.logps or []) == {-0.5, 0.0}
