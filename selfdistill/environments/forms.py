@@ -70,7 +70,7 @@ class ToolClass:
         if observations:
             return Step(observations, invalid_calls=invalid)
         found = self._verdict(message["content"])
-        return Step((), True, found and found.reward, found.feedback if found else "")
+        return Step((), True, found.reward, found.feedback) if found else Step(done=True)
 
     def close(self) -> None:
         """Close the object and its thread."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from selfdistill.data import Message, from_text
 from selfdistill.environments.texts import as_text, cleaned
-from selfdistill.environments.tools import BadArguments, tool_of
+from selfdistill.environments.tools import BadArguments, Tool, tool_of
 from selfdistill.environments.worker import Failed, Late, Worker
+from selfdistill.errors import UserError
 
 TIME_LIMIT = 10.0
 """Seconds that one call may take."""
@@ -32,7 +33,11 @@ class ToolRunner:
     def __init__(
         self, functions: Sequence[Callable[..., Any]], time_limit: float = TIME_LIMIT, worker: Worker | None = None
     ) -> None:
-        self._tools = {tool.name: tool for tool in map(tool_of, functions)}
+        self._tools: dict[str, Tool] = {}
+        for tool in map(tool_of, functions):
+            if tool.name in self._tools:
+                raise UserError(f"two tools are named '{tool.name}', expected a name for each")
+            self._tools[tool.name] = tool
         self._time_limit = time_limit
         self._worker = worker or Worker()
 

@@ -52,6 +52,7 @@ class Shop:
         self._database = sqlite3.connect(":memory:")
         self._answer: dict[str, Any] = {}
         self._asked: set[str] = set()
+        self._looked = False
 
     def reset(self, prompt: Any = "", answer: Any = None) -> None:
         """Fill the database.
@@ -64,6 +65,7 @@ class Shop:
         text = prompt if isinstance(prompt, str) else " ".join(str(turn.get("content")) for turn in prompt)
         self._asked = set(_NUMBER.findall(text))
         self._answer = answer if isinstance(answer, dict) else {}
+        self._looked = False
         self._database.executescript(
             """
             DROP TABLE IF EXISTS products; DROP TABLE IF EXISTS orders;
@@ -80,6 +82,7 @@ class Shop:
         Args:
             name: the product's name
         """
+        self._looked = True
         wanted = " ".join(name.lower().split())
         found = self._database.execute(
             "SELECT id, price FROM products WHERE ? IN (name, name || 's', name || 'es')", (wanted,)
@@ -139,18 +142,21 @@ class Shop:
         return f"expected {_listed(wanted)}, found {_listed(rows)}"
 
     def _problem_of_reply(self, reply: str) -> str:
-        """What is wrong with the final reply. A list of guesses is no answer, so other numbers are not allowed."""
+        """What is wrong with the final reply. Guesses earn nothing: no list of numbers, no refusal without a look."""
         if not reply.strip():
             return "the reply is empty"
-        said = set(_NUMBER.findall(reply))
         number = self._answer.get("number")
-        if number is not None and str(number) not in said:
-            return f"the reply does not say {number}"
-        if others := sorted(said - self._asked - {str(number)}):
-            return f"the reply says {others[0]}, which is not the answer"
+        if number is not None:
+            said = set(_NUMBER.findall(reply))
+            if str(number) not in said:
+                return f"the reply does not say {number}"
+            if others := sorted(said - self._asked - {str(number)}):
+                return f"the reply says {others[0]}, expected {number} alone"
         refuses = bool(_REFUSAL.search(reply))
         if self._answer.get("refused") and not refuses:
             return "the reply does not say that it is not possible"
+        if self._answer.get("refused") and not self._looked:
+            return "the reply says that it is not possible, and no product was looked for"
         if self._answer.get("orders") and refuses:
             return "the reply says that it was not possible"
         return ""

@@ -148,6 +148,6 @@ def _said(message: Message) -> dict[str, Any]:
 def _observation(answer: Any, names: Mapping[str, str]) -> Message:
     """A message of the library as one of ours."""
     role = answer.role if answer.role in ("user", "tool") else "user"
-    call = getattr(answer, "tool_call_id", None) if role == "tool" else None
+    call = str(getattr(answer, "tool_call_id", None) or "") if role == "tool" else ""
     name = {"name": names[call]} if call in names else {}
     return {"role": role, **name, **({"tool_call_id": call} if call else {}), "content": as_text(answer.content)}

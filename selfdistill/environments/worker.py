@@ -57,7 +57,7 @@ class Worker:
         if self.is_late:
             raise Late("an earlier call is still running")
         self._late = None
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=_work, args=(self._jobs,), name="environment", daemon=True)
             self._thread.start()
         job = _Job(function, seconds, queue.SimpleQueue())

@@ -20,10 +20,12 @@ from selfdistill.config import MethodName, MethodSettings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
+from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, play, plays_episodes, with_environment
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
 from selfdistill.methods.slots import FROZEN, Checker, Controller, Method, Part, Parts, Selection, State
+from selfdistill.methods.worlds import begun
 
 __all__ = [
     "FROZEN",
@@ -33,13 +35,18 @@ __all__ = [
     "Controller",
     "DatasetCompletions",
     "DemonstrationExamples",
+    "EpisodeRules",
+    "EpisodeSamples",
     "Method",
     "Part",
     "Parts",
     "Selection",
     "State",
+    "begun",
     "check_steps",
     "lacks_of",
+    "play",
+    "plays_episodes",
     "shows_parts",
     "stages_of",
     "unused_settings",
@@ -75,7 +82,8 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
         )
     beside = anchors(config)
     share = 1 - sum(part.share for part in beside)
-    return tuple((*_task(method, share), *beside) for method in METHODS[config.method](config))
+    stages = with_environment(config, METHODS[config.method](config))
+    return tuple((*_task(method, share), *beside) for method in stages)
 
 
 def _task(method: Method, share: float) -> Parts:
@@ -113,6 +121,9 @@ class _Read:
         self.names: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
+        member = getattr(type(self._config), name, None)
+        if isinstance(member, property) and member.fget is not None:  # it reads the settings that it is made of
+            return member.fget(self)
         self.names.add(name)
         return getattr(self._config, name)
 
@@ -124,7 +135,7 @@ def _settings_read(config: TrainConfig) -> set[str]:
         UserError: the method rejects the settings.
     """
     read: Any = _Read(config)
-    METHODS[config.method](read)
+    with_environment(read, METHODS[config.method](read))
     anchors(read)
     return set(read.names)
 

@@ -24,6 +24,7 @@ from selfdistill.data import (
     parse_context,
 )
 from selfdistill.errors import UserError
+from selfdistill.methods.worlds import begun
 from selfdistill.model import LoadedModel
 
 
@@ -70,16 +71,20 @@ class DemonstrationExamples:
     ) -> tuple[list[Example], int]:
         if bad := [f"{row.source}, {problem}" for row in demonstrations if (problem := self.lacks(row))]:
             raise UserError(f"{len(bad)} of {len(demonstrations)} rows cannot be used: {first_ten(bad)}")
+        plays = self.config.environment != "none"
+        if plays:
+            demonstrations = begun(self.config.environment, demonstrations)
         return encode(
             demonstrations,
             None if self.context is None else context_of(self.context, self.hint),
             chat,
             max_prompt_length=self.config.max_prompt_length,
-            max_completion_length=self.config.max_completion_length,
+            max_completion_length=self.config.longest_completion,
             window=loaded.window,
             on_long_prompt=self.config.on_long_prompt,
             completion_must_fit=self.completion_must_fit,
-            replies=self.replies,
+            replies="episode" if plays else self.replies,
+            length_setting="max_episode_length" if plays else "max_completion_length",
         )
 
     def lacks(self, demonstration: Demonstration) -> str | None:

@@ -67,7 +67,8 @@ class ScoredExamples(DemonstrationExamples):
     replies: Replies = "last"
 
     def lacks(self, demonstration: Demonstration) -> str | None:
-        return nothing_to_score(self.config.scorer)(demonstration) or super().lacks(demonstration)
+        unscored = nothing_to_score(self.config.scorer) if self.config.environment == "none" else None
+        return (unscored and unscored(demonstration)) or super().lacks(demonstration)
 
 
 @dataclass(frozen=True)

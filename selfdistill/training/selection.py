@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Verdict
-from selfdistill.errors import UserError
 from selfdistill.methods import Checker, Completion, Method
-from selfdistill.runtime import RaisedOnAllRanks, all_gather, rank_slice, say_note
+from selfdistill.runtime import gathered, rank_slice, say_note
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Selector:
     def encoder(self) -> ContextEncoder:
         """Encodes contexts within the limits of the run."""
         config = self.config
-        return ContextEncoder(self.chat, config.max_prompt_length, config.max_completion_length, self.window)
+        return ContextEncoder(self.chat, config.max_prompt_length, config.longest_completion, self.window)
 
     def _selected(self, part: BatchPart, verdicts: Sequence[Verdict]) -> Selected:
         if part.method.select is None:
@@ -94,11 +93,4 @@ class Selector:
         Raises:
             RaisedOnAllRanks: the checker's mistake on any rank.
         """
-        problem, own = None, []
-        try:
-            own = checker(completions[rank_slice(len(completions))], self.chat)
-        except UserError as error:
-            problem = str(error)
-        for found in filter(None, all_gather([problem])):
-            raise RaisedOnAllRanks(found)
-        return all_gather(own)
+        return gathered(lambda: checker(completions[rank_slice(len(completions))], self.chat))
