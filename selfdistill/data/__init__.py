@@ -16,6 +16,7 @@ from selfdistill.data.demonstrations import (
     write_demonstrations,
 )
 from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
+from selfdistill.data.episodes import Replies
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
 from selfdistill.data.messages import Message, Turns, not_object, text_of, wrong
 from selfdistill.data.named import FUNCTION, named
@@ -58,6 +59,7 @@ __all__ = [
     "Note",
     "NothingFits",
     "RawRow",
+    "Replies",
     "Rows",
     "TemplateRefusal",
     "Turns",

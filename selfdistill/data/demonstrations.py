@@ -62,6 +62,8 @@ class Demonstration:
     episode: tuple[Message, ...] = ()
     """The messages after the prompt, where there are several replies to learn or the one calls tools; the first and the
     last are the assistant's. Empty for a reply of text alone."""
+    turn_of: Demonstration | None = None
+    """The row of which this is one turn; see :func:`selfdistill.data.encode`."""
 
     def __post_init__(self) -> None:
         prompt: Any = self.prompt
@@ -73,7 +75,8 @@ class Demonstration:
 
         Fields that older folders did not know are left out where they are not set.
         """
-        values = {**asdict(self), "source": ""}
+        values = {**asdict(replace(self, turn_of=None)), "source": ""}
+        del values["turn_of"]
         newer = {name: values.pop(name) for name in ("tools", "chat_template_kwargs", "episode")}
         first = {"row": values.pop("row"), "source": values.pop("source")}
         return {**first, **values, **{name: value for name, value in newer.items() if value not in (None, ())}}

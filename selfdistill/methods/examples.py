@@ -14,6 +14,7 @@ from selfdistill.data import (
     Demonstration,
     Example,
     Lacks,
+    Replies,
     anchor_prompts,
     context_of,
     encode,
@@ -61,6 +62,8 @@ class DemonstrationExamples:
     """Share of the demonstration that the teacher sees."""
     completion_must_fit: bool = False
     """Whether the demonstrated completion itself is learnt: every row needs one, within the length limit."""
+    replies: Replies = "each"
+    """Which replies of an episode are examples."""
     what = "demonstrations"
 
     def __call__(
@@ -81,6 +84,7 @@ class DemonstrationExamples:
             on_long_prompt=self.config.on_long_prompt,
             completion_must_fit=self.completion_must_fit,
             length_setting="max_episode_length" if plays else "max_completion_length",
+            replies="episode" if plays else self.replies,
         )
 
     def lacks(self, demonstration: Demonstration) -> str | None:

@@ -117,7 +117,7 @@ class DatasetCompletions:
 
 def _held(loaded: LoadedModel, example: Example) -> Completion:
     ids = example.completion_ids
-    return Completion(example, ids, None, ids[-1] not in loaded.end_token_ids)
+    return Completion(example, ids, None, ids[-1] not in loaded.end_token_ids, given=example.given)
 
 
 @dataclass(frozen=True)

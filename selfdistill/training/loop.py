@@ -217,7 +217,7 @@ _ADVICE = "Lower --learning_rate, use a frozen or slower teacher, or see metrics
 
 
 def _demonstrated(stage: Stage) -> float | None:
-    lengths = [len(example.completion_ids) for example in stage.task.examples if example.demonstration.completion]
+    lengths = [example.learnt_tokens for example in stage.task.examples if example.demonstration.completion]
     return mean(lengths) if lengths else None
 
 
