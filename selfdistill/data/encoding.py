@@ -35,6 +35,11 @@ class Example:
     """Half-open spans of ``completion_ids``, in order, that are not the model's: what tools or users said. They are
     read and never a target."""
 
+    @property
+    def learnt_tokens(self) -> int:
+        """Tokens of the completion that are not given."""
+        return len(self.completion_ids) - sum(end - start for start, end in self.given)
+
 
 class NothingFits(UserError):
     """Every row is too long, and ``on_long_prompt`` is ``drop``."""

@@ -11,7 +11,7 @@ from selfdistill.environments.forms import ToolClass, form_of
 from selfdistill.environments.hosted import Hosted
 from selfdistill.environments.protocol import Environment, EnvironmentFactory
 from selfdistill.environments.shop import Shop
-from selfdistill.environments.verifiers_form import VerifiersEpisode, is_of_verifiers
+from selfdistill.environments.verifiers_form import VerifiersEpisode, loaded
 from selfdistill.errors import UserError
 
 _BUNDLED: dict[str, type] = {"bundled:shop": Shop}
@@ -38,11 +38,11 @@ def make_environment(name: str) -> EnvironmentFactory:
         known = ", ".join(_BUNDLED)
         raise UserError(f"unknown environment {name!r}, expected {known} or python:package.module.Class")
     make = named(name, "environment", "class")
+    shared = loaded(name, make)
+    if shared is not None:
+        VerifiersEpisode(Hosted(name, lambda: shared)).close()
+        return lambda: VerifiersEpisode(Hosted(name, lambda: shared))
     first = Hosted(name, make)
-    if is_of_verifiers(first.object):
-        made = first.object
-        VerifiersEpisode(first).close()
-        return lambda: VerifiersEpisode(Hosted(name, lambda: made))
     form = form_of(first.object)
     if form is None:
         raise first.mistake(

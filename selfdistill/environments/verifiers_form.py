@@ -1,15 +1,18 @@
-"""Environments of the library ``verifiers``: its classic ``MultiTurnEnv``, as of release 0.4, and what has its methods.
+"""Environments of the library ``verifiers``: its classic ``MultiTurnEnv``, which releases 0.1 to 0.3 have.
 
-These are ``env_response(messages, state)``, ``is_completed(state)``, ``setup_state(state)`` and ``cleanup(state)``, all
+Used are ``env_response(messages, state)``, ``is_completed(state)``, ``setup_state(state)`` and ``cleanup(state)``, all
 async; ``rubric.score_rollout(state)``, which sets ``state["reward"]``; and ``tool_defs``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import json
+import signal
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from selfdistill.data import Message, as_verdict, one_line
@@ -17,13 +20,38 @@ from selfdistill.environments.hosted import Hosted, copied
 from selfdistill.environments.protocol import Step
 from selfdistill.environments.runner import ToolRunner
 from selfdistill.environments.texts import as_text
+from selfdistill.errors import UserError
 
 _METHODS = ("env_response", "is_completed", "rubric")
 
 
-def is_of_verifiers(made: Any) -> bool:
-    """Whether an object has what a multi-turn environment of ``verifiers`` has."""
-    return all(hasattr(made, name) for name in _METHODS)
+def loaded(name: str, make: Callable[[], Any]) -> Any:
+    """The environment of ``verifiers`` that ``make`` makes; None if it makes something else.
+
+    It is made in this thread, because the library sets handlers of signals, which only the main thread may do. They are
+    set back: Ctrl-C is the run's. A class without ``env_response`` is not called.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if inspect.isclass(make) and not hasattr(make, _METHODS[0]):
+        return None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        made = make()
+    except Exception as error:
+        problem = f"making it failed: {type(error).__name__}: {one_line(error)}"
+        raise UserError(f"environment {name!r}: {problem}") from error
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+    if all(hasattr(made, method) for method in _METHODS):
+        return made
+    if callable(close := getattr(made, "close", None)):
+        with contextlib.suppress(Exception):
+            close()
+    return None
 
 
 class VerifiersEpisode:
@@ -77,7 +105,8 @@ class VerifiersEpisode:
         answers = self._library()[1](returned)
         self._messages += answers
         names = {call.id: call.name for call in getattr(said[0], "tool_calls", None) or ()}
-        return Step(tuple(_observation(one, names) for one in answers))
+        own = {call.get("id") for call in _calls(message)}
+        return Step(tuple(_observation(one, names, own) for one in answers))
 
     def close(self) -> None:
         """Let the thread end; the object is shared and stays open."""
@@ -113,7 +142,9 @@ class VerifiersEpisode:
             messages = importlib.import_module("verifiers.utils.message_utils")
             return types, messages.normalize_messages
         except (ImportError, AttributeError) as error:
-            raise self._host.mistake(f"verifiers cannot be used: {one_line(error)}; install verifiers>=0.4") from error
+            raise self._host.mistake(
+                f"verifiers cannot be used: {one_line(error)}; install 'verifiers[all]<0.4'"
+            ) from error
 
 
 def _schema(tool: Any) -> dict[str, Any]:
@@ -145,9 +176,9 @@ def _said(message: Message) -> dict[str, Any]:
     return {"role": "assistant", "content": message["content"]}
 
 
-def _observation(answer: Any, names: Mapping[str, str]) -> Message:
-    """A message of the library as one of ours."""
+def _observation(answer: Any, names: Mapping[str, str], own: Container[Any]) -> Message:
+    """A message of the library as one of ours, with the call's id only if the model gave one."""
     role = answer.role if answer.role in ("user", "tool") else "user"
     call = str(getattr(answer, "tool_call_id", None) or "") if role == "tool" else ""
     name = {"name": names[call]} if call in names else {}
-    return {"role": role, **name, **({"tool_call_id": call} if call else {}), "content": as_text(answer.content)}
+    return {"role": role, **name, **({"tool_call_id": call} if call in own else {}), "content": as_text(answer.content)}

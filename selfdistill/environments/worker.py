@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GRACE_SECONDS = 0.2
-"""How long a late call has to end after the exception was raised in it."""
+"""How long a late call has to end by itself, and again after the exception was raised in it."""
 
 
 class Late(Exception):
@@ -81,14 +81,26 @@ class Worker:
         self._jobs.put(None)
 
     def _stop(self, job: _Job) -> None:
-        """Raise an exception in the thread, and remember the job if that does not end it."""
+        """Wait for the end of what waits in the event loop, else raise an exception in the thread.
+
+        If that does not end the job, remember it.
+        """
         assert self._thread is not None
+        if _ends(job):
+            return
         thread = ctypes.c_ulong(self._thread.ident or 0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Stopped))
-        try:
-            job.answer.get(timeout=GRACE_SECONDS)
-        except queue.Empty:
+        if not _ends(job):
             self._late = job
+
+
+def _ends(job: _Job) -> bool:
+    """Whether the job ends soon."""
+    try:
+        job.answer.get(timeout=GRACE_SECONDS)
+    except queue.Empty:
+        return False
+    return True
 
 
 def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
@@ -99,7 +111,8 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
             returned = job.function()
             if inspect.iscoroutine(returned):
                 loop = loop or asyncio.new_event_loop()
-                returned = loop.run_until_complete(asyncio.wait_for(returned, job.seconds))
+                limit = job.seconds + GRACE_SECONDS / 2  # the caller has given up by then
+                returned = loop.run_until_complete(asyncio.wait_for(returned, limit))
             job.answer.put((returned, None))
         except BaseException as error:  # SystemExit and KeyboardInterrupt, too: Ctrl-C comes to the main thread only
             job.answer.put((None, error))

@@ -20,7 +20,7 @@ from selfdistill.config import MethodName, MethodSettings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
-from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, play, plays_episodes, with_environment
+from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
@@ -46,7 +46,7 @@ __all__ = [
     "check_steps",
     "lacks_of",
     "play",
-    "plays_episodes",
+    "rules_of",
     "shows_parts",
     "stages_of",
     "unused_settings",

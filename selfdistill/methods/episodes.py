@@ -249,10 +249,10 @@ def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[M
     return tuple(_in_environment(config, method, rules) for method in stages)
 
 
-def plays_episodes(method: Method) -> bool:
-    """Whether the method samples in an environment."""
+def rules_of(method: Method) -> EpisodeRules | None:
+    """The rules of the episodes that the method samples; None if it samples none."""
     sequence = method.sequence.samples if isinstance(method.sequence, ColdStart) else method.sequence
-    return isinstance(sequence, EpisodeSamples)
+    return sequence.rules if isinstance(sequence, EpisodeSamples) else None
 
 
 def _in_environment(config: TrainConfig, method: Method, rules: EpisodeRules) -> Method:

@@ -83,8 +83,8 @@ class DemonstrationExamples:
             window=loaded.window,
             on_long_prompt=self.config.on_long_prompt,
             completion_must_fit=self.completion_must_fit,
-            replies="episode" if plays else self.replies,
             length_setting="max_episode_length" if plays else "max_completion_length",
+            replies="episode" if plays else self.replies,
         )
 
     def lacks(self, demonstration: Demonstration) -> str | None:

@@ -10,7 +10,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import LAYOUTS
-from selfdistill.methods import Method, Part, plays_episodes, stages_of, uses
+from selfdistill.methods import Method, Part, rules_of, stages_of, uses
 from selfdistill.model import LoadedModel
 from selfdistill.training.selection import Selector
 from selfdistill.training.traced_step import PlannedPart
@@ -68,8 +68,8 @@ def _planned(
     least: bool,
 ) -> PlannedPart:
     method = part.method
-    longest = config.longest_completion if plays_episodes(method) else config.max_completion_length
-    longest = 1 if least else longest
+    rules = rules_of(method)
+    longest = 1 if least else (rules.max_length if rules else config.max_completion_length)
     sampling = method.sequence.sampling or (method.fixed.sampling if method.fixed else None)
     if sampling is not None:
         sampling = replace(sampling, max_completion_length=longest)

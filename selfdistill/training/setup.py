@@ -168,7 +168,7 @@ def _encoded(
             )
     if method.checker and config.environment == "none":
         check_answers([example.demonstration for example in examples], config.scorer)
-    lengths = [min(len(example.completion_ids), config.longest_completion) for example in examples]
+    lengths = [min(example.learnt_tokens, config.longest_completion) for example in examples]
     check_skip(method.skip_first_tokens, lengths)
     return EncodedPart(part.name, method, part.share, examples, dropped)
 

@@ -5,12 +5,15 @@ Legend: N tokens of a completion, n tokens in one chunk, D hidden size, V vocabu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from selfdistill.data import Example
 from selfdistill.loss import CHUNK_TOKENS, forward_kl
+from selfdistill.methods import Completion, play, rules_of
 from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, unsharded
 from selfdistill.training.trainer import Trainer
 
@@ -20,13 +23,13 @@ PREFERRED = 5
 
 @torch.no_grad()
 def token_views(trainer: Trainer) -> list[dict[str, Any]]:
-    """Greedy rollouts of ``view_rows`` examples, spread over the data, scored by student p and teacher q.
+    """Greedy rollouts of ``view_rows`` examples, or episodes, spread over the data, scored by student p and teacher q.
 
     Returns:
         One dict per example: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and
-        ``tokens``. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats) and ``top``, the
-        teacher's most likely tokens with their probabilities. Empty without a teacher, or where its contexts are made
-        during the run.
+        ``tokens``, the student's own. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats)
+        and ``top``, the teacher's most likely tokens with their probabilities. Empty without a teacher, or where its
+        contexts are made during the run.
     """
     source = [row for row in trainer.stage.task.examples if row.teacher_ids]
     if trainer.teacher is None or trainer.stage.task.method.teacher is None or not source:
@@ -34,9 +37,8 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
     count = min(trainer.config.view_rows, len(source))
     rows = [source[number * len(source) // count] for number in range(count)]
     model, tokenizer, views = trainer.loaded.model, trainer.loaded.tokenizer, []
-    greedy = Sampling(trainer.config.max_completion_length, temperature=0)
     with unsharded(model), cached_casts(model), trainer.accelerator.autocast():
-        rollouts = sample(trainer.loaded, [row.student_ids for row in rows], greedy) if rows else []
+        rollouts = _greedy(trainer, rows)
         students = [trainer.forward_pass(model, [r.student_ids], [x.ids]) for r, x in zip(rows, rollouts, strict=True)]
     with trainer.teacher.model() as network, unsharded(network), cached_casts(network), trainer.accelerator.autocast():
         teachers = [
@@ -53,6 +55,7 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
             ):
                 logits_nV = student.head(mine_nD), teacher.head(theirs_nD)
                 tokens += _chunk(tokenizer, ids.tolist(), *(part_nV.float().log_softmax(-1) for part_nV in logits_nV))
+            tokens = [token for token, is_own in zip(tokens, rollout.is_own, strict=True) if is_own]
             views.append(
                 {
                     "row": row.demonstration.source,
@@ -63,6 +66,15 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
                 }
             )
     return views
+
+
+def _greedy(trainer: Trainer, rows: Sequence[Example]) -> list[Completion]:
+    """Greedy rollouts, or episodes where the method learns from them."""
+    policy = Sampling(trainer.config.max_completion_length, temperature=0)
+    if rules := rules_of(trainer.stage.task.method):
+        return play(trainer.loaded, trainer.chat, rows, policy, rules, [0] * len(rows))
+    rollouts = sample(trainer.loaded, [row.student_ids for row in rows], policy)
+    return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(rows, rollouts, strict=True)]
 
 
 def _chunk(tokenizer: Any, ids: list[int], logp_nV: Tensor, logq_nV: Tensor) -> list[dict[str, Any]]:

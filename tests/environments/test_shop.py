@@ -1,4 +1,4 @@
-"""The bundled job ``shop``: its files are what the script writes, the expert is right, and what is wrong earns nothing."""
+"""The bundled job ``shop``: its files are what the script writes, the expert is right, and wrong ends earn nothing."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_demonstrations_are_episodes_whose_observations_are_true() -> None:
         environment = make_environment("bundled:shop")()
         assert row["tools"] == environment.tools
         environment.reset({"prompt": asked(row), "answer": row["answer"]})
-        for message, following in zip(row["messages"], row["messages"][1:] + [None], strict=True):
+        for message, following in zip(row["messages"], [*row["messages"][1:], None], strict=True):
             if message["role"] == "assistant":
                 step = environment.step(message)
                 assert step == (Step(done=True, reward=1.0) if following is None else Step((following,)))
@@ -159,7 +159,7 @@ def test_a_reply_may_repeat_what_was_asked_and_word_it_in_other_ways() -> None:
     by_kind = {tuple(sorted(row["answer"])): row for row in rows("train")}
     row = by_kind[("number", "orders")]
     *calls, _ = said(row)
-    name, product, count = row["answer"]["orders"][0]
+    name, _, count = row["answer"]["orders"][0]
     assert end(row, *calls, reply(f"{name} has {count} of it; {row['answer']['number']} remain.")).reward == 1
     row = by_kind[("refused",)]
     *calls, _ = said(row)

@@ -6,6 +6,7 @@ Dimensions in names: T tokens of an episode, V vocabulary.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -244,7 +245,7 @@ def test_grpo_learns_from_the_environments_rewards(talks: Settings) -> None:
     assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["sdft", "grpo", "sdpo", "sort", "opsd", "vopd", "isdft", "veto", "msd"])
+@pytest.mark.parametrize("method", ["sdft", "grpo", "sdpo", "sort", "opsd", "vopd", "isdft", "veto", "msd", "atesd"])
 def test_methods_that_sample_run_in_an_environment(talks: Settings, method: Any) -> None:
     own: dict[str, Any] = {"num_generations": 2} if method in ("grpo", "sdpo", "sort") else {}
     own |= {"method_settings": {"plan": 0}} if method == "sort" else {}
@@ -255,6 +256,36 @@ def test_methods_that_sample_run_in_an_environment(talks: Settings, method: Any)
         assert 0 <= line["episode/success"] <= line["episode/reward"] <= 1
         assert line["episode/invalid_calls"] >= 0
         assert line["tokens"] > 0
+
+
+def test_sdpos_teacher_sees_an_episode_that_succeeded(talks: Settings) -> None:
+    run = Trainer(talks(method="sdpo", num_generations=3))
+    task, completions = run.stage.task, episodes_of(run)
+    (selected,) = run.selector([BatchPart(task.name, task.method, completions, 1.0)])
+    assert selected.completions
+    shown = 0
+    for c in selected.completions:
+        number = next(n for n, other in enumerate(completions) if other.ids is c.ids)
+        group = completions[number - number % 3 : number - number % 3 + 3]
+        right = [other for other in group if other.ids is not c.ids and other.verdict and other.verdict.reward == 1]
+        if right:
+            row = c.example.demonstration
+            shown += len(right[0].messages) > 1
+            messages = [*row.prompt, *right[0].messages, *row.prompt]
+            assert c.example.teacher_ids == run.chat.encode_prompt(messages, row.template_options)
+    assert shown
+    with pytest.raises(UserError, match="found 'example', and only turns shows episodes"):
+        stages_of(talks(method="sdpo", method_settings={"context": "example"}))
+
+
+def test_views_of_tokens_are_of_episodes(talks: Settings) -> None:
+    config = talks(max_steps=1, view_rows=6)
+    train(config)
+    lines = (Path(config.output_dir) / "token_views.jsonl").read_text(encoding="utf-8").splitlines()
+    views = [json.loads(line) for line in lines]
+    assert len(views) == 12
+    assert any(len(view["tokens"]) > config.max_completion_length for view in views)
+    assert not any("<|im_start|>" in token["text"] for view in views for token in view["tokens"])
 
 
 def test_metrics_are_those_of_the_episodes(talks: Settings) -> None:
@@ -285,9 +316,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(talks: Settings) -> None:
     assert tiny_worlds.Talk.open == 0
 
 
-@pytest.mark.parametrize("values", [{}, {"method": "grpo", "num_generations": 2}], ids=["sdft", "grpo"])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"method": "grpo", "num_generations": 2}, {"fsdp": True, "batch_size": 4}],
+    ids=["sdft", "grpo", "sharded"],
+)
 def test_two_processes_train_to_the_weights_of_one(talks: Settings, tmp_path: Path, values: dict[str, Any]) -> None:
-    one, two = talks("one", **values), talks("two", **values)
+    one, two = talks("one", **values | {"fsdp": False}), talks("two", **values)
     train(one)
     train_together(two, tmp_path)
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
