@@ -75,6 +75,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         ),
         *("max_prompt_length", "max_completion_length", "on_long_prompt", "num_demonstrations", "general_prompts"),
     ),
+    "episodes": ("environment", "max_turns", "max_episode_length"),
     "method": ("method", "methods", "seed", "seeds", "vary", "arms", "cold_start_steps", "method_settings"),
     "anchors": ("anchors", "anchor_share", "anchor_divergence"),
     "teacher and context": (

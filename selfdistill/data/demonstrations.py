@@ -167,7 +167,7 @@ def load_demonstrations(
             name = os.fspath(data)
             rows = read_rows(name, split, said)
         else:
-            rows = rows_in_memory(data, split, said, _as_row)
+            rows = rows_in_memory(data, split, said, as_row)
     except OSError as error:
         raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
     if not rows:
@@ -232,11 +232,11 @@ def _few(found: Sequence[str]) -> str:
 
 def write_demonstrations(path: Path, rows: Sequence[Demonstration]) -> None:
     """Write a JSON Lines file that :func:`load_demonstrations` reads back equal except for ``row`` and ``source``."""
-    text = "".join(json.dumps(_as_row(row), ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
 
 
-def _as_row(row: Any) -> Any:
+def as_row(row: Any) -> Any:
     """A demonstration as a row that holds its columns; anything else as it is."""
     if not isinstance(row, Demonstration):
         return row

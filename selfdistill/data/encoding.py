@@ -35,6 +35,11 @@ class Example:
     """Half-open spans of ``completion_ids``, in order, that are not the model's: what tools or users said. They are
     read and never a target."""
 
+    @property
+    def learnt_tokens(self) -> int:
+        """Tokens of the completion that are not given."""
+        return len(self.completion_ids) - sum(end - start for start, end in self.given)
+
 
 class NothingFits(UserError):
     """Every row is too long, and ``on_long_prompt`` is ``drop``."""
@@ -52,6 +57,7 @@ def encode(
     completion_must_fit: bool = False,
     pool: Sequence[Demonstration] | None = None,
     replies: Replies = "last",
+    length_setting: str = "max_completion_length",
 ) -> tuple[list[Example], int]:
     """Encode demonstrations, and count the examples dropped because they are too long.
 
@@ -66,6 +72,7 @@ def encode(
         pool: demonstrations that contexts may draw from; default ``demonstrations``.
         replies: which replies of an episode are examples: ``episode``, all in one; ``each``, after the conversation so
             far as the demonstration has it; ``last``.
+        length_setting: the setting that limits a completion, for messages.
 
     Returns:
         The examples, and the number of examples dropped.
@@ -75,7 +82,7 @@ def encode(
         UserError: rows are too long, all reported together; completions end with the name of an end token; or the
             template does not show a row's tools or other arguments.
     """
-    limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit)
+    limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit, length_setting)
     limits.check()
     others = pool or demonstrations
     demonstrations = [turn for row in demonstrations for turn in turns_of(row, replies)]
@@ -242,6 +249,8 @@ class _Limits:
     max_completion_length: int
     window: int | None
     completion_must_fit: bool
+    setting: str = "max_completion_length"
+    """Which limits a completion."""
 
     @property
     def prompt(self) -> int | None:
@@ -253,7 +262,7 @@ class _Limits:
         """Refuse settings that leave no room for a prompt."""
         if self.prompt is not None and self.prompt < 1:
             raise UserError(
-                f"setting 'max_completion_length': {self.max_completion_length} leaves no room for a prompt in the "
+                f"setting {self.setting!r}: {self.max_completion_length} leaves no room for a prompt in the "
                 f"model's window of {self.window} tokens"
             )
 
@@ -265,10 +274,10 @@ class _Limits:
                 return f"{source}: {who} has {len(ids)} tokens, limit {limit}", self._more_room
         length = _longest_reply(example)
         if self.completion_must_fit and length > self.max_completion_length:
-            found = f"completion has {length} tokens, limit {self.max_completion_length} (max_completion_length)"
-            return f"{source}: {found}", "raise --max_completion_length"
+            found = f"completion has {length} tokens, limit {self.max_completion_length} ({self.setting})"
+            return f"{source}: {found}", f"raise --{self.setting}"
         whole = len(example.student_ids) + len(example.completion_ids)
-        if example.given and self.window is not None and whole > self.window:
+        if self.completion_must_fit and example.given and self.window is not None and whole > self.window:
             return f"{source}: prompt and episode have {whole} tokens, limit {self.window} (the window)", "shorten them"
         return None
 
@@ -276,7 +285,7 @@ class _Limits:
     def _more_room(self) -> str:
         if self.prompt == self.max_prompt_length:
             return "raise --max_prompt_length"
-        return f"lower --max_completion_length (the window is {self.window} tokens)"
+        return f"lower --{self.setting} (the window is {self.window} tokens)"
 
 
 def _longest_reply(example: Example) -> int:

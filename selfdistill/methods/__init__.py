@@ -21,11 +21,13 @@ from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import verdicts_on
+from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
 from selfdistill.methods.slots import FROZEN, Checker, Controller, Method, Part, Parts, Selection, State
+from selfdistill.methods.worlds import begun
 
 __all__ = [
     "FROZEN",
@@ -35,14 +37,19 @@ __all__ = [
     "Controller",
     "DatasetCompletions",
     "DemonstrationExamples",
+    "EpisodeRules",
+    "EpisodeSamples",
     "GuidedAfterFailure",
     "Method",
     "Part",
     "Parts",
     "Selection",
     "State",
+    "begun",
     "check_steps",
     "lacks_of",
+    "play",
+    "rules_of",
     "shows_parts",
     "stages_of",
     "unused_settings",
@@ -79,7 +86,8 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
         )
     beside = anchors(config)
     share = 1 - sum(part.share for part in beside)
-    return tuple((*_task(method, share), *beside) for method in METHODS[config.method](config))
+    stages = with_environment(config, METHODS[config.method](config))
+    return tuple((*_task(method, share), *beside) for method in stages)
 
 
 def _task(method: Method, share: float) -> Parts:
@@ -117,6 +125,9 @@ class _Read:
         self.names: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
+        member = getattr(type(self._config), name, None)
+        if isinstance(member, property) and member.fget is not None:  # it reads the settings that it is made of
+            return member.fget(self)
         self.names.add(name)
         return getattr(self._config, name)
 
@@ -128,7 +139,7 @@ def _settings_read(config: TrainConfig) -> set[str]:
         UserError: the method rejects the settings.
     """
     read: Any = _Read(config)
-    METHODS[config.method](read)
+    with_environment(read, METHODS[config.method](read))
     anchors(read)
     return set(read.names)
 

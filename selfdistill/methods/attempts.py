@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from selfdistill.data import Context, ContextEncoder, Example, Verdict, parse_context, thought_and_said, with_feedback
+from selfdistill.data import (
+    Context,
+    ContextEncoder,
+    Demonstration,
+    Example,
+    Verdict,
+    parse_context,
+    thought_and_said,
+    with_feedback,
+)
 from selfdistill.errors import UserError
 from selfdistill.methods.sequences import Completion
 
@@ -31,9 +40,13 @@ class AttemptContexts:
     show: Shown
     context: str
     """How the teacher sees the sibling: a context, with the sibling in place of the demonstration."""
+    episodes: bool = False
+    """Whether samples are episodes."""
     gates = True
 
     def __post_init__(self) -> None:
+        if self.episodes and self._layout.name != "turns":
+            raise UserError(f"context {self.context!r}: found {self._layout.name!r}, and only turns shows episodes")
         if self._layout.name not in ("turns", "example", "template"):
             raise UserError(
                 f"context {self.context!r}: found {self._layout.name!r}, which shows more than another attempt; use "
@@ -52,7 +65,7 @@ class AttemptContexts:
             first = number - number % self.group
             others = (other for other in range(first, first + self.group) if other != number)
             succeeded = next((other for other in others if verdicts[other].reward == 1), None)
-            sibling = None if succeeded is None else _said(samples[succeeded], encode)
+            sibling = None if succeeded is None else _demonstrated(samples[succeeded], encode)
             feedback = verdicts[number].feedback if verdicts[number].reward < 1 else ""
             ids = self._encoded(sample.example, sibling, feedback, encode)
             if ids is not None:
@@ -60,7 +73,7 @@ class AttemptContexts:
         return learnt
 
     def _encoded(
-        self, example: Example, sibling: str | None, feedback: str, encode: ContextEncoder
+        self, example: Example, sibling: Demonstration | None, feedback: str, encode: ContextEncoder
     ) -> list[int] | None:
         """The teacher's view; None if there is nothing to show, or it cannot be shown."""
         if self.show == "feedback":
@@ -72,16 +85,21 @@ class AttemptContexts:
         row = example.demonstration
         messages = list(row.prompt)
         if sibling is not None:
-            messages = self._layout.messages(replace(row, privileged_context=sibling), ())
+            messages = self._layout.messages(sibling, ())
         return encode(row, with_feedback(messages, feedback) if feedback else messages)
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
         """With a sibling, and feedback, of about so many tokens; as long as is allowed if that is longer."""
         text = " a" * tokens
-        ids = self._encoded(example, text, text, replace(encode, max_prompt_length=None, window=None))
+        sibling = replace(example.demonstration, privileged_context=text)
+        ids = self._encoded(example, sibling, text, replace(encode, max_prompt_length=None, window=None))
         return replace(example, teacher_ids=(ids or [])[: encode.limit])
 
 
-def _said(sample: Completion, encode: ContextEncoder) -> str:
-    """A sample's reply without its thoughts."""
-    return thought_and_said(encode.chat, sample.example.student_ids, sample.ids)[1]
+def _demonstrated(sample: Completion, encode: ContextEncoder) -> Demonstration:
+    """The sample's row with the sample as its demonstration: a reply without its thoughts, or an episode."""
+    row = sample.example.demonstration
+    if sample.messages:
+        return replace(row, episode=sample.messages, privileged_context=None)
+    said = thought_and_said(encode.chat, sample.example.student_ids, sample.ids)[1]
+    return replace(row, privileged_context=said)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from selfdistill.data import ChatFormat, Verdict
-from selfdistill.errors import UserError
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Checker
-from selfdistill.runtime import RaisedOnAllRanks, all_gather, rank_slice
+from selfdistill.runtime import gathered, rank_slice
 
 
 def verdicts_on(checker: Checker, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
@@ -20,12 +19,5 @@ def verdicts_on(checker: Checker, completions: Sequence[Completion], chat: ChatF
         RaisedOnAllRanks: the checker's mistake on any rank.
     """
     unchecked = [one for one in completions if one.verdict is None]
-    problem, own = None, []
-    try:
-        own = checker(unchecked[rank_slice(len(unchecked))], chat)
-    except UserError as error:
-        problem = str(error)
-    for found in filter(None, all_gather([problem])):
-        raise RaisedOnAllRanks(found)
-    new = iter(all_gather(own))
+    new = iter(gathered(lambda: checker(unchecked[rank_slice(len(unchecked))], chat)))
     return [one.verdict or next(new) for one in completions]

@@ -25,6 +25,7 @@ from selfdistill.data import (
     parse_context,
 )
 from selfdistill.errors import UserError
+from selfdistill.methods.worlds import begun
 from selfdistill.model import LoadedModel
 
 
@@ -71,16 +72,20 @@ class DemonstrationExamples:
     ) -> tuple[list[Example], int]:
         if bad := [f"{row.source}, {problem}" for row in demonstrations if (problem := self.lacks(row))]:
             raise UserError(f"{len(bad)} of {len(demonstrations)} rows cannot be used: {first_ten(bad)}")
+        plays = self.config.environment != "none"
+        if plays:
+            demonstrations = begun(self.config.environment, demonstrations)
         return encode(
             demonstrations,
             None if self.context is None else context_of(self.context, self.hint),
             chat,
             max_prompt_length=self.config.max_prompt_length,
-            max_completion_length=self.config.max_completion_length,
+            max_completion_length=self.config.longest_completion,
             window=loaded.window,
             on_long_prompt=self.config.on_long_prompt,
             completion_must_fit=self.completion_must_fit,
-            replies=self.replies,
+            length_setting="max_episode_length" if plays else "max_completion_length",
+            replies="episode" if plays else self.replies,
         )
 
     def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:

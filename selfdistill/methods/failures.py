@@ -56,7 +56,7 @@ class References:
             shown = [replace(x, teacher_ids=self._shown(x, encode)) for x in failed]
             failed = [x for x in shown if x.teacher_ids is not None]
         factor = len(failed) * self.group / len(samples)
-        return [Completion(x, x.completion_ids, None, False, factor) for x in failed]
+        return [Completion(x, x.completion_ids, None, False, factor, x.given) for x in failed]
 
     @staticmethod
     def _shown(example: Example, encode: ContextEncoder) -> list[int] | None:

@@ -23,7 +23,7 @@ from selfdistill.data import (
     Verdict,
     default_scorer,
     nothing_to_score,
-    thought_and_said,
+    scored_text,
     verdicts,
 )
 from selfdistill.errors import UserError
@@ -67,7 +67,8 @@ class ScoredExamples(DemonstrationExamples):
     replies: Replies = "last"
 
     def lacks(self, demonstration: Demonstration) -> str | None:
-        return nothing_to_score(self.config.scorer)(demonstration) or super().lacks(demonstration)
+        unscored = nothing_to_score(self.config.scorer) if self.config.environment == "none" else None
+        return (unscored and unscored(demonstration)) or super().lacks(demonstration)
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class ScorerChecker:
         given = []
         for completion in completions:
             row = completion.example.demonstration
-            _, said = thought_and_said(chat, completion.example.student_ids, completion.ids)
-            given.append((default_scorer(row, self.scorer), said, row))
+            name = default_scorer(row, self.scorer)
+            given.append((name, scored_text(chat, completion.example.student_ids, completion.ids, name), row))
         return verdicts(given)
 
 

@@ -34,8 +34,9 @@ class SdpoSettings(Settings):
 
     show: Shown = "either"
     """What the teacher sees: ``sibling``, ``feedback``, ``either`` or ``both``, where there are both."""
-    context: str = "example:reasoning=false"
-    """How it sees a sibling, as a context of demonstrations: ``example``, ``turns`` or ``template``, with options."""
+    context: str | None = None
+    """How it sees a sibling, as a context of demonstrations: ``example``, ``turns`` or ``template``, with options.
+    Default: ``example:reasoning=false``, or with an environment ``turns``, which alone shows episodes."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
     """D; JSD has the weight ``jsd_weight``."""
     top_k: int = Field(default=100, ge=1)
@@ -50,12 +51,14 @@ def sdpo(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO's samples and verdicts, and a teacher that sees what is known after sampling."""
     own, (rewarded,) = own_settings(config, SdpoSettings), grpo(config)
     assert isinstance(rewarded.sequence, StudentSamples)
+    plays = config.environment != "none"
+    context = own.context or ("turns" if plays else "example:reasoning=false")
     averaged = config.teacher == "ema" and config.teacher_model is None
     method = replace(
         rewarded,
         loss=Divergence(own.divergence, "top_k", weight=config.jsd_weight, top_k=own.top_k),
         teacher=TeacherRule("ema", ema_rate=own.ema_rate) if averaged else teacher_of(config),
-        select=AttemptContexts(rewarded.sequence.num_generations, own.show, own.context),
+        select=AttemptContexts(rewarded.sequence.num_generations, own.show, context, plays),
         skip_first_tokens=config.skip_first_tokens,
         weight=1 - own.grpo,
     )

@@ -11,10 +11,11 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfdistill.data import ChatFormat, Example, Verdict
+from selfdistill.data import ChatFormat, Example, Message, Verdict
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
 from selfdistill.runtime import ProgressBar, read_lines, write_atomically
 
@@ -34,8 +35,14 @@ class Completion:
     given: tuple[tuple[int, int], ...] = ()
     """Half-open spans of ``ids`` that are not the model's own, in order. They are never learnt, and have a
     log-probability of 0 in ``logps``."""
+    turns: int = 1
+    """Replies of the episode."""
+    invalid_calls: int = 0
+    """Calls of tools that could not be run as they were written."""
     verdict: Verdict | None = None
-    """Of the method's checker, if what sampled it needed it; None: not yet checked."""
+    """The environment's, or the checker's if what sampled it needed it; None: not yet judged."""
+    messages: tuple[Message, ...] = ()
+    """All messages after the prompt; empty without an environment."""
 
     @property
     def is_own(self) -> list[bool]:
@@ -44,6 +51,12 @@ class Completion:
         for start, end in self.given:
             own[start:end] = [False] * (end - start)
         return own
+
+    @property
+    def turn_of(self) -> list[int]:
+        """The number of the reply that each token belongs to, from 1; a given token counts to the one before."""
+        starts = {end for _, end in self.given}
+        return list(accumulate((at in starts for at in range(len(self.ids))), initial=1))[1:]
 
 
 class SequenceSource(Protocol):
@@ -75,6 +88,12 @@ class StudentSamples:
         return self.num_generations
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
+        expanded, seeds = self.expanded(examples, step)
+        rollouts = sample(loaded, [example.student_ids for example in expanded], self.sampling, seeds)
+        return [Completion(x, r.ids, r.logps, r.truncated) for x, r in zip(expanded, rollouts, strict=True)]
+
+    def expanded(self, examples: Sequence[Example], step: int) -> tuple[list[Example], list[int]]:
+        """Each example as often as it is sampled, and the seeds of the samples."""
         expanded = [example for example in examples for _ in range(self.num_generations)]
         seen: Counter[int] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
         seeds = []
@@ -82,8 +101,7 @@ class StudentSamples:
             number = example.demonstration.row
             seeds.append(sample_seed(self.seed, step, number, seen[number]))
             seen[number] += 1
-        rollouts = sample(loaded, [example.student_ids for example in expanded], self.sampling, seeds)
-        return [Completion(x, r.ids, r.logps, r.truncated) for x, r in zip(expanded, rollouts, strict=True)]
+        return expanded, seeds
 
 
 @dataclass(frozen=True)

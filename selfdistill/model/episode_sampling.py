@@ -17,7 +17,7 @@ from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.precision import cached_casts
-from selfdistill.model.prefix_cache import States, can_continue_cache, fill, has_full_attention, in_attention_dtype
+from selfdistill.model.prefix_cache import States, can_continue_cache, fill, has_full_attention
 from selfdistill.model.sampling import ReadRows, Rollout, Sampling, decode, read, sample
 from selfdistill.runtime import all_gather, rank_slice
 
@@ -136,12 +136,14 @@ class TurnSampler:
 
 
 def _taken(rows: ReadRows, places: Sequence[int]) -> list[States]:
-    """Copies of the states of some rows, without padding."""
+    """Copies of the states of some rows, without padding; where these are all, a layer at a time is held twice."""
     layers: Any = rows.cache.layers
     kept = [rows.mask_BL[place].bool() for place in places]
     taken: list[States] = [[] for _ in places]
     for layer in layers:
         for states, place, kept_L in zip(taken, places, kept, strict=True):
             pair = (layer.keys[place][:, kept_L], layer.values[place][:, kept_L])
-            states.append(tuple(in_attention_dtype(part_HLC) for part_HLC in pair))
+            states.append(pair)
+        if len(places) == len(rows.mask_BL):
+            layer.release()
     return taken

@@ -87,6 +87,10 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = keys, values = self._room[0][:, :, : new.stop], self._room[1][:, :, : new.stop]
         return keys, values
 
+    def release(self) -> None:
+        """Give the memory back; nothing is read or written any more."""
+        self.keys, self.values, self._room = None, None, ()
+
     def skip(self, count: int) -> None:
         """Append so many tokens with states of zeros."""
         assert self.keys is not None

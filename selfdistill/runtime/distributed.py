@@ -78,6 +78,20 @@ def all_gather(own: Sequence[Item]) -> list[Item]:
     return [item for part in parts for item in part]
 
 
+def gathered(make: Callable[[], Sequence[Item]]) -> list[Item]:
+    """Concatenate what each rank makes, in rank order; a :class:`UserError` of any is raised on all."""
+    if not is_distributed():
+        return list(make())
+    problem, own = None, []
+    try:
+        own = list(make())
+    except UserError as error:
+        problem = str(error)
+    for found in filter(None, all_gather([problem])):
+        raise RaisedOnAllRanks(found)
+    return all_gather(own)
+
+
 def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
     """Sum each value over all ranks, in float64; a key missing on a rank counts as 0."""
     if not is_distributed():

@@ -30,7 +30,12 @@ METRICS = {
     "drift/student": "KL(base||student) on a few fixed prompts, nats per token; every ``drift_steps``",
     "drift/teacher": "KL(base||teacher) on the same prompts, without the demonstration, nats per token",
     "completion/length": "mean tokens per completion",
-    "completion/truncated": "share of completions truncated at the length limit",
+    "completion/truncated": "share of completions truncated at the length limit, or of episodes that were cut",
+    "episode/turns": "mean replies per episode; with an environment, as are the next four",
+    "episode/invalid_calls": "mean calls per episode that could not be run as they were written",
+    "episode/reward": "mean reward of the episodes; only if the environment judges",
+    "episode/success": "share of the episodes with reward 1",
+    "turn_loss/NUMBER": "training loss over the retained tokens of the episodes' replies of this number, from 1",
     "entropy": "student entropy over the retained tokens, nats per token",
     "reward": "mean reward of the samples; only for methods that have them checked, such as ``grpo``",
     "learnt": "share of the samples that are learnt; only for methods that may leave some out, such as ``sdpo``",
@@ -109,7 +114,8 @@ class MetricsFile(StepsFile):
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one step."""
-        unknown = {re.sub("^(loss|share)/.+", r"\1/PART", key) for key in values} - METRICS.keys()
+        named = {re.sub("^(loss|share)/.+", r"\1/PART", key) for key in values}
+        unknown = {re.sub(r"^turn_loss/\d+", "turn_loss/NUMBER", key) for key in named} - METRICS.keys()
         assert not unknown, f"metrics missing from the table: {sorted(unknown)}"
         super().write(values)
 

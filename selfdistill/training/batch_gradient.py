@@ -88,6 +88,12 @@ class PartResult:
         """Mean reward of the samples; None if the method has no checker."""
         return self.selected.reward
 
+    @property
+    def turn_losses(self) -> dict[str, float]:
+        """Mean loss by the number of the reply that tokens belong to, as names of metrics; empty without episodes."""
+        losses = {name: total for name, total in self.statistics.items() if name.startswith("turn_loss/")}
+        return {name: total / self.statistics[name.replace("loss", "weight")] for name, total in losses.items()}
+
 
 @dataclass(frozen=True)
 class _MicroBatch:
@@ -142,9 +148,16 @@ class _Sums:
             for completion, loss_n in zip(micro.completions, losses, strict=True):
                 if not bool(loss_n.isfinite().all()):
                     self.non_finite.append(completion.example.demonstration.source)
+        weights_n = micro.weights_bT[has_weight_bT].to(per_token["loss"].device)
         for name, values_n in per_token.items():
-            weights_n = micro.weights_bT[has_weight_bT].to(values_n.device)
             self.statistics[name] += float((values_n * weights_n).sum())
+        if any(c.messages for c in micro.completions):
+            turn_N = torch.tensor([turn for c in micro.completions for turn in c.turn_of], device=weights_n.device)
+            turn_n = turn_N[has_weight_bT[micro.mask_bT].to(weights_n.device)]
+            for turn in turn_n.unique().tolist():
+                chosen_n = weights_n * (turn_n == turn)
+                self.statistics[f"turn_weight/{turn}"] += float(chosen_n.sum())
+                self.statistics[f"turn_loss/{turn}"] += float((per_token["loss"] * chosen_n).sum())
 
 
 def cut(lengths: Sequence[int], size: int, *, equal: bool) -> list[list[int]]:

@@ -93,7 +93,7 @@ class MemoryPlanner:
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
         self._teachers: dict[str, LoadedModel] = {}
         self._others(config)
-        planned_stages(config, self._rows, self._model(config), config.max_completion_length, config.batch_size)
+        planned_stages(config, self._rows, self._model(config), config.batch_size)
 
     def plan(self, config: TrainConfig, *, least: bool = False) -> MemoryPlan:
         """Plan a run with these settings.
@@ -103,8 +103,8 @@ class MemoryPlanner:
             least: for what every step needs, with the shortest rows and samples of one token, in place of the longest.
         """
         device, loaded = self.device(config), self._model(config)
-        rows, longest = (self._rows[::-1], 1) if least else (self._rows, config.max_completion_length)
-        stages = planned_stages(config, rows, loaded, longest, config.batch_size)
+        rows = self._rows[::-1] if least else self._rows
+        stages = planned_stages(config, rows, loaded, config.batch_size, least=least)
         others = self._others(config)
         # Contexts that are made after sampling are read once.
         tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
@@ -133,7 +133,7 @@ class MemoryPlanner:
         """Roughly how long a run with these settings takes on a device of these rates."""
         loaded, others = self._model(config), self._others(config)
         spread = self._rows[:: max(1, len(self._rows) // TIMED_ROWS)]
-        stages = planned_stages(config, spread, loaded, config.max_completion_length, TIMED_ROWS)
+        stages = planned_stages(config, spread, loaded, TIMED_ROWS)
         return time_plan(config, self.device(config), loaded, others, stages, rates, len(self._rows))
 
     def _traced_models(self, config: TrainConfig) -> list[LoadedModel]:

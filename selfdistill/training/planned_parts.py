@@ -10,14 +10,14 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import LAYOUTS
-from selfdistill.methods import GuidedAfterFailure, Method, Part, stages_of, uses
+from selfdistill.methods import GuidedAfterFailure, Method, Part, rules_of, stages_of, uses
 from selfdistill.model import LoadedModel
 from selfdistill.training.selection import Selector
 from selfdistill.training.traced_step import PlannedPart
 
 
 def planned_stages(
-    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, longest: int, count: int
+    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, count: int, *, least: bool = False
 ) -> list[list[PlannedPart]]:
     """The stages with the first rows, or more where these do not do: too long, or too few for a context.
 
@@ -25,15 +25,15 @@ def planned_stages(
         config: settings of the run. With the context ``auto``, it is the one that is longest.
         rows: its rows.
         loaded: the model, of fake tensors.
-        longest: tokens of a sample.
         count: rows to begin with.
+        least: with samples of one token, in place of the longest.
 
     Raises:
         UserError: no rows do.
     """
     while True:
         try:
-            return _stages_with(config, rows[:count], loaded, longest)
+            return _stages_with(config, rows[:count], loaded, least)
         except UserError:
             if count >= len(rows):
                 raise
@@ -41,7 +41,7 @@ def planned_stages(
 
 
 def _stages_with(
-    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, longest: int
+    config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, least: bool
 ) -> list[list[PlannedPart]]:
     chat = loaded.chat(config.chat_template_kwargs, config.template_date)
     contexts = LAYOUTS if config.context == "auto" and uses(config, "context") else (config.context,)
@@ -50,7 +50,7 @@ def _stages_with(
     for context in contexts:
         own = config.model_copy(update={"context": context, "on_long_prompt": "drop"})
         try:
-            planned = [[_planned(part, own, rows, loaded, chat, longest) for part in x] for x in stages_of(own)]
+            planned = [[_planned(part, own, rows, loaded, chat, least) for part in x] for x in stages_of(own)]
             found.append(planned)
         except UserError as error:
             problems.append(error)
@@ -65,9 +65,11 @@ def _planned(
     rows: Sequence[Demonstration],
     loaded: LoadedModel,
     chat: ChatFormat,
-    longest: int,
+    least: bool,
 ) -> PlannedPart:
     method = part.method
+    rules = rules_of(method)
+    longest = 1 if least else (rules.max_length if rules else config.max_completion_length)
     sampling = method.sequence.sampling or (method.fixed.sampling if method.fixed else None)
     if sampling is not None:
         sampling = replace(sampling, max_completion_length=longest)
@@ -89,7 +91,7 @@ def planned_methods(config: TrainConfig) -> list[Method]:
 
 def characters(row: Demonstration) -> int:
     """About how long a row is."""
-    return len(json.dumps(row.prompt)) + len(row.completion)
+    return len(json.dumps([*row.prompt, *row.episode])) + len(row.completion)
 
 
 def longest_lengths(stages: list[list[PlannedPart]]) -> tuple[int, int]:

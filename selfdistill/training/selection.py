@@ -72,7 +72,7 @@ class Selector:
     def encoder(self) -> ContextEncoder:
         """Encodes contexts within the limits of the run."""
         config = self.config
-        return ContextEncoder(self.chat, config.max_prompt_length, config.max_completion_length, self.window)
+        return ContextEncoder(self.chat, config.max_prompt_length, config.longest_completion, self.window)
 
     def _selected(self, part: BatchPart, verdicts: Sequence[Verdict]) -> Selected:
         if part.method.select is None:

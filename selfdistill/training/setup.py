@@ -166,9 +166,9 @@ def _encoded(
                 f"{len(repeated)} of {len(examples)} {method.examples.what} are also prompts of the demonstrations "
                 f"({first_ten(repeated)}); remove them, for there the model is taught two things"
             )
-    if method.checker:
+    if method.checker and config.environment == "none":
         check_answers([example.demonstration for example in examples], config.scorer)
-    lengths = [min(len(example.completion_ids), config.max_completion_length) for example in examples]
+    lengths = [min(example.learnt_tokens, config.longest_completion) for example in examples]
     check_skip(method.skip_first_tokens, lengths)
     return EncodedPart(part.name, method, part.share, examples, dropped)
 

@@ -55,6 +55,7 @@ def step_metrics(
     for name, statistic in _STATISTICS.items():
         if statistic in task.statistics:
             metrics[name] = task.statistics[statistic]
+    metrics |= _of_episodes(task)
     if method.select is not None and method.select.gates:
         metrics["learnt"] = len(task.selected.completions) / len(completions)
         metrics["unfit"] = task.selected.unfit / len(completions)
@@ -78,6 +79,22 @@ def step_metrics(
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
         return finite | {"skipped": _why(results, grad_norm)}
     return metrics
+
+
+def _of_episodes(task: PartResult) -> dict[str, float]:
+    """What only episodes have; empty without an environment."""
+    episodes = [c for c in task.part.completions if c.messages]
+    if not episodes:
+        return {}
+    verdicts = [c.verdict for c in episodes if c.verdict is not None]
+    found = {
+        "episode/turns": sum(c.turns for c in episodes) / len(episodes),
+        "episode/invalid_calls": sum(c.invalid_calls for c in episodes) / len(episodes),
+    }
+    if verdicts:
+        found["episode/reward"] = sum(verdict.reward for verdict in verdicts) / len(verdicts)
+        found["episode/success"] = sum(verdict.reward == 1 for verdict in verdicts) / len(verdicts)
+    return found | task.turn_losses
 
 
 def _engine_gap(results: Sequence[PartResult]) -> dict[str, float]:

@@ -8,13 +8,15 @@ Legend: N tokens of a completion, n tokens in one chunk, D hidden size, V vocabu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from selfdistill.data import Example
 from selfdistill.loss import CHUNK_TOKENS, forward_kl
-from selfdistill.methods import Completion
+from selfdistill.methods import Completion, play, rules_of
 from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, unsharded
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.trainer import Trainer
@@ -25,13 +27,13 @@ PREFERRED = 5
 
 @torch.no_grad()
 def token_views(trainer: Trainer) -> list[dict[str, Any]]:
-    """Rollouts of ``view_rows`` examples, spread over the data, scored by student p and teacher q.
+    """Rollouts of ``view_rows`` examples, or episodes, spread over the data, scored by student p and teacher q.
 
     Returns:
         One dict per example: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and
-        ``tokens``. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats) and ``top``, the
-        teacher's most likely tokens with their probabilities. Empty without a teacher. Where its contexts are made of
-        samples, rows of which none is learnt are left out.
+        ``tokens``, the student's own. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats)
+        and ``top``, the teacher's most likely tokens with their probabilities. Empty without a teacher. Where its
+        contexts are made of samples, rows of which none is learnt are left out.
     """
     if trainer.teacher is None or trainer.stage.task.method.teacher is None:
         return []
@@ -53,6 +55,7 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
             ):
                 logits_nV = student.head(mine_nD), teacher.head(theirs_nD)
                 tokens += _chunk(tokenizer, ids.tolist(), *(part_nV.float().log_softmax(-1) for part_nV in logits_nV))
+            tokens = [token for token, is_own in zip(tokens, rollout.is_own, strict=True) if is_own]
             views.append(
                 {
                     "row": row.demonstration.source,
@@ -73,13 +76,20 @@ def _rollouts(trainer: Trainer) -> list[Completion]:
     count = min(config.view_rows, len(source))
     rows = [source[number * len(source) // count] for number in range(count)]
     if with_context:
-        greedy = Sampling(config.max_completion_length, temperature=0)
-        rollouts = sample(trainer.loaded, [row.student_ids for row in rows], greedy)
-        return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(rows, rollouts, strict=True)]
+        return _greedy(trainer, rows)
     samples = task.method.sequence(trainer.loaded, rows, 0)
     (selected,) = trainer.selector([BatchPart(task.name, task.method, samples, task.share)])
     first = {one.example.demonstration.row: one for one in reversed(selected.completions) if one.example.teacher_ids}
     return [first[row.demonstration.row] for row in rows if row.demonstration.row in first]
+
+
+def _greedy(trainer: Trainer, rows: Sequence[Example]) -> list[Completion]:
+    """Greedy rollouts, or episodes where the method learns from them."""
+    policy = Sampling(trainer.config.max_completion_length, temperature=0)
+    if rules := rules_of(trainer.stage.task.method):
+        return play(trainer.loaded, trainer.chat, rows, policy, rules, [0] * len(rows))
+    rollouts = sample(trainer.loaded, [row.student_ids for row in rows], policy)
+    return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(rows, rollouts, strict=True)]
 
 
 def _chunk(tokenizer: Any, ids: list[int], logp_nV: Tensor, logq_nV: Tensor) -> list[dict[str, Any]]:

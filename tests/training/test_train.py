@@ -940,7 +940,8 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     with_teacher = {"kl/forward", "kl/reverse", "drift/teacher", "importance"}
     of_others = {"reward", "learnt", "unfit", "control", "skipped", "loss/PART", "share/PART"}
-    of_others |= {"engine/gap", "engine/gap_max", "time/sync_s"}
+    of_others |= {"engine/gap", "engine/gap_max", "time/sync_s", "turn_loss/NUMBER"}
+    of_others |= {f"episode/{name}" for name in ("turns", "invalid_calls", "reward", "success")}
     expected = set(METRICS) - of_others - (with_teacher if method == "sft" else set())
     values = [json.loads(line) for line in lines]
     assert [v["step"] for v in values] == [1, 2, 3, 4, 5, 6]

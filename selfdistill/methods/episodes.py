@@ -1,0 +1,271 @@
+"""Episodes: the student and an environment in turns; the student's tokens are learnt, the environment's are given.
+
+    x -> y_1 ~ p(.|x);  o_1 = env(y_1);  y_2 ~ p(.|x, y_1, o_1);  ...   L = the method's loss over the tokens of all y_k
+
+The tokens of an episode are scored as they were sampled, in one pass of each network. The teacher sees them after its
+own context. The environment's tokens are read and never a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import ChatFormat, Example, Message, TemplateRefusal, Verdict
+from selfdistill.environments import Step
+from selfdistill.errors import UserError
+from selfdistill.methods.sequences import ColdStart, Completion, StudentSamples
+from selfdistill.methods.slots import Method
+from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of
+from selfdistill.model import LoadedModel, Rollout, Sampling, TurnSampler, sample_seed
+from selfdistill.runtime import gathered, rank_slice
+
+
+@dataclass(frozen=True)
+class EpisodeRules:
+    """Who answers, and how long an episode may be."""
+
+    environment: str
+    max_turns: int
+    """Replies of the student."""
+    max_length: int
+    """Tokens of replies and observations together."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What follows a reply."""
+
+    message: Message
+    """The reply."""
+    step: Step | None = None
+    """The environment's; None if it was not asked, for the reply was cut."""
+    ids: tuple[int, ...] | None = None
+    """Of the observations up to the next reply; None if there is no next."""
+    cut: str = ""
+    """Why the episode ends here without being done."""
+
+
+@dataclass
+class _Episode:
+    """An episode as far as it has come."""
+
+    example: Example
+    seed: int
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    given: list[tuple[int, int]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    turns: int = 0
+    invalid_calls: int = 0
+    truncated: bool = False
+    verdict: Verdict | None = None
+    ended: bool = False
+
+    @property
+    def prompt(self) -> list[int]:
+        """All tokens before the next reply."""
+        return [*self.example.student_ids, *self.ids]
+
+    @property
+    def turn_seed(self) -> int:
+        """The seed of the next reply; of the first it is that of a sample without an environment."""
+        return sample_seed(self.seed, self.turns, 0, 0) if self.turns else self.seed
+
+    def take(self, rollout: Rollout, answer: _Answer) -> None:
+        """Add a reply and what follows it."""
+        self.turns += 1
+        self.ids += rollout.ids
+        self.logps += rollout.logps
+        self.messages.append(answer.message)
+        step = answer.step
+        if step is not None:
+            self.invalid_calls += step.invalid_calls
+            if step.done and step.reward is not None:
+                self.verdict = Verdict(step.reward, step.feedback)
+        if answer.cut:
+            self.truncated, self.verdict = True, Verdict(0.0, answer.cut)
+        if step is None or answer.ids is None:
+            self.ended = True
+            return
+        self.messages += step.observations
+        self.given.append((len(self.ids), len(self.ids) + len(answer.ids)))
+        self.ids += answer.ids
+        self.logps += [0.0] * len(answer.ids)
+
+    def completion(self) -> Completion:
+        """The episode as what is scored."""
+        return Completion(
+            self.example,
+            self.ids,
+            self.logps,
+            self.truncated,
+            given=tuple(self.given),
+            turns=self.turns,
+            invalid_calls=self.invalid_calls,
+            verdict=self.verdict,
+            messages=tuple(self.messages),
+        )
+
+
+def play(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    sampling: Sampling,
+    rules: EpisodeRules,
+    seeds: Sequence[int],
+) -> list[Completion]:
+    """Play an episode of each example, all together, turn by turn.
+
+    An episode ends when its environment says so, or it is cut: a reply without an end token, too many turns, no room
+    for a further reply, or a reply that the chat template cannot show. A cut episode has the verdict 0. Every episode
+    depends only on its own seed and its environment, not on the others.
+
+    Args:
+        loaded: the student.
+        chat: its format.
+        examples: those of rows that have begun: see :func:`selfdistill.methods.worlds.begun`.
+        sampling: the policy of one reply.
+        rules: who answers, and how long an episode may be.
+        seeds: one per example, from :func:`selfdistill.model.sample_seed`.
+
+    Returns:
+        One completion per example, the same on every rank.
+
+    Raises:
+        UserError: an environment fails, on all ranks.
+    """
+    episodes = [_Episode(example, seed) for example, seed in zip(examples, seeds, strict=True)]
+    own, sampler = rank_slice(len(episodes)), TurnSampler(loaded, len(episodes))
+    rows = [_row_of(example) for example in examples[own]]
+    with Worlds(rules.environment, rows) as worlds:
+        gathered(worlds.reset)
+        table = _Table(worlds, chat, rules, sampling, own.start)
+        for turn in range(1, rules.max_turns + 1):
+            going = [number for number, episode in enumerate(episodes) if not episode.ended]
+            if not going:
+                break
+            prompts = [episodes[number].prompt for number in going]
+            turn_seeds = [episodes[number].turn_seed for number in going]
+            rollouts = dict(zip(going, sampler(going, prompts, sampling, turn_seeds), strict=True))
+            mine = {number: rollouts[number] for number in going if own.start <= number < own.stop}
+            answers = gathered(partial(table.answers, episodes, mine, turn))
+            for number, answer in zip(going, answers, strict=True):
+                episodes[number].take(rollouts[number], answer)
+    return [episode.completion() for episode in episodes]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where this process's episodes are played."""
+
+    worlds: Worlds
+    chat: ChatFormat
+    rules: EpisodeRules
+    sampling: Sampling
+    first: int
+    """Number of the first of its episodes."""
+
+    def answers(self, episodes: Sequence[_Episode], rollouts: dict[int, Rollout], turn: int) -> list[_Answer]:
+        """What follows each reply, at turn ``turn`` (from 1); the keys are the numbers of the episodes."""
+        whole = [number for number, rollout in rollouts.items() if not rollout.truncated]
+        messages = {n: self.chat.message_of(r.ids, episodes[n].prompt) for n, r in rollouts.items()}
+        asked = [messages[number] for number in whole]
+        steps = dict(zip(whole, self.worlds.step([n - self.first for n in whole], asked, turn), strict=True))
+        return [
+            self._answer(episodes[number], rollout, messages[number], steps.get(number), turn)
+            for number, rollout in rollouts.items()
+        ]
+
+    def _answer(self, episode: _Episode, rollout: Rollout, message: Message, step: Step | None, turn: int) -> _Answer:
+        limit = self.sampling.max_completion_length
+        if step is None:
+            return _Answer(message, cut=f"the reply was cut after {limit} tokens")
+        if step.done:
+            return _Answer(message, step)
+        if turn == self.rules.max_turns:
+            return _Answer(message, step, cut=f"the episode was cut after {turn} turns")
+        row = episode.example.demonstration
+        before = [*row.prompt, *episode.messages, message]
+        try:
+            ids = tuple(self.chat.encode_between(before, step.observations, row.template_options))
+        except TemplateRefusal as error:
+            return _Answer(message, step, cut=f"the episode was cut, for {error}")
+        if len(episode.ids) + len(rollout.ids) + len(ids) + limit > self.rules.max_length:
+            return _Answer(message, step, cut=f"the episode was cut near {self.rules.max_length} tokens")
+        return _Answer(message, step, ids)
+
+
+def _row_of(example: Example) -> EpisodeRow:
+    row = example.demonstration
+    assert isinstance(row, EpisodeRow), "its examples have begun"
+    return row
+
+
+@dataclass(frozen=True)
+class EpisodeSamples(StudentSamples):
+    """On-policy: the student's own episodes, in an environment."""
+
+    rules: EpisodeRules
+    config: TrainConfig = field(kw_only=True, compare=False)
+
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
+        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        expanded, seeds = self.expanded(examples, step)
+        return play(loaded, chat, expanded, self.sampling, self.rules, seeds)
+
+
+@dataclass(frozen=True)
+class EnvironmentVerdicts:
+    """The verdict of the episode's environment."""
+
+    environment: str
+
+    def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
+        found = []
+        for completion in completions:
+            if completion.verdict is None:
+                raise UserError(
+                    f"{completion.example.demonstration.source}: environment {self.environment!r} ended the episode "
+                    "without a reward, which the method learns from; give it one"
+                )
+            found.append(completion.verdict)
+        return found
+
+
+def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[Method, ...]:
+    """The stages of a method in the environment of the settings, if they name one.
+
+    Raises:
+        UserError: the method samples no whole replies of its own, or there is no such environment.
+    """
+    if config.environment == "none":
+        return stages
+    environment_of(config.environment)
+    rules = EpisodeRules(config.environment, config.max_turns, config.longest_completion)
+    return tuple(_in_environment(config, method, rules) for method in stages)
+
+
+def rules_of(method: Method) -> EpisodeRules | None:
+    """The rules of the episodes that the method samples; None if it samples none."""
+    sequence = method.sequence.samples if isinstance(method.sequence, ColdStart) else method.sequence
+    return sequence.rules if isinstance(sequence, EpisodeSamples) else None
+
+
+def _in_environment(config: TrainConfig, method: Method, rules: EpisodeRules) -> Method:
+    samples = method.sequence.samples if isinstance(method.sequence, ColdStart) else method.sequence
+    if type(samples) is not StudentSamples or method.fixed is not None:
+        raise UserError(
+            f"setting 'environment': {config.method} does not learn from whole episodes of the student alone, found "
+            f"{rules.environment!r}; use a method that does, such as sdft or grpo, or leave it out"
+        )
+    played = EpisodeSamples(samples.sampling, samples.num_generations, samples.seed, rules, config=config)
+    return replace(
+        method,
+        sequence=replace(method.sequence, samples=played) if isinstance(method.sequence, ColdStart) else played,
+        checker=method.checker and EnvironmentVerdicts(rules.environment),
+        also=tuple((name, _in_environment(config, other, rules)) for name, other in method.also),
+    )

@@ -1,0 +1,158 @@
+"""The environments of some episodes: what they say first, how they answer, and what happens where one fails."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, TypeVar
+
+from selfdistill.data import Demonstration, Message, as_row, one_line
+from selfdistill.environments import Environment, EnvironmentFactory, Step, make_environment
+from selfdistill.errors import UserError
+
+Result = TypeVar("Result")
+
+THREADS = 32
+"""Environments that answer at the same time."""
+
+environment_of: Callable[[str], EnvironmentFactory] = functools.cache(make_environment)
+"""What makes the environments of a name, which is looked for once."""
+
+
+@dataclass(frozen=True)
+class EpisodeRow(Demonstration):
+    """A row whose prompt ends with what its environment says first, and which shows the environment's tools."""
+
+    first: tuple[Message, ...] = ()
+    """The messages of the environment at the end of the prompt."""
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """The row as its environment is given it: without what that says first, and without its tools."""
+        prompt = self.prompt[: len(self.prompt) - len(self.first)]
+        own = {name: value for name, value in as_row(replace(self, prompt=prompt)).items() if name != "tools"}
+        return own
+
+
+def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
+    """The rows with the environment's tools and what it says first.
+
+    An environment says the same first in every episode of a row, so rows are begun once.
+
+    Raises:
+        UserError: an environment fails.
+    """
+    known = _firsts(name)
+    blank = [_episode_row(row, [], ()) for row in rows]
+    keys = [json.dumps(row.columns, default=str) for row in blank]
+    new = {key: row for key, row in zip(keys, blank, strict=True) if key not in known}
+    for start in range(0, len(new), THREADS):
+        part = list(new.items())[start : start + THREADS]
+        with Worlds(name, [row for _, row in part]) as worlds:
+            said = worlds.reset(check=False)
+            known |= {key: (first, worlds.tools) for (key, _), first in zip(part, said, strict=True)}
+    return [_episode_row(row, known[key][1], known[key][0]) for row, key in zip(rows, keys, strict=True)]
+
+
+@functools.cache
+def _firsts(name: str) -> dict[str, tuple[tuple[Message, ...], list[dict[str, Any]]]]:
+    """What the environment says first, and its tools, by the row's columns."""
+    return {}
+
+
+def _episode_row(row: Demonstration, tools: list[dict[str, Any]], first: tuple[Message, ...]) -> EpisodeRow:
+    values = {name: getattr(row, name) for name in Demonstration.__dataclass_fields__}
+    values |= {"prompt": (*row.prompt, *first), "tools": tools or None}
+    return EpisodeRow(**values, first=first)
+
+
+class Worlds:
+    """The environments of some episodes, which answer in threads; each is used by one thread at a time.
+
+    They are closed when the block is left.
+
+    Args:
+        name: of the environment.
+        rows: one per episode.
+
+    Raises:
+        UserError: an environment fails, in any method.
+    """
+
+    def __init__(self, name: str, rows: Sequence[EpisodeRow]) -> None:
+        self._name, self._rows = name, rows
+        self._environments: list[Environment] = []
+        self._pool = ThreadPoolExecutor(max(1, min(THREADS, len(rows))))
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """The tools, the same for all; empty without rows."""
+        return self._environments[0].tools if self._environments else []
+
+    def __enter__(self) -> Worlds:
+        try:
+            for row in self._rows:
+                self._environments.append(self._guarded(environment_of(self._name), row, "at its start"))
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        problems = self._close()
+        if problems and kind is None:
+            raise problems[0]
+
+    def _close(self) -> list[UserError]:
+        """Close all environments, whatever happens; returns what went wrong."""
+
+        def close(world: Environment, row: EpisodeRow) -> UserError | None:
+            try:
+                self._guarded(world.close, row, "at its end")
+            except UserError as problem:
+                return problem
+            return None
+
+        found = list(self._pool.map(close, self._environments, self._rows[: len(self._environments)]))
+        self._pool.shutdown()
+        return [problem for problem in found if problem is not None]
+
+    def reset(self, *, check: bool = True) -> list[tuple[Message, ...]]:
+        """What the environments say first; with ``check`` it must be what the rows say that it is."""
+
+        def reset(world: Environment, row: EpisodeRow) -> tuple[Message, ...]:
+            first = tuple(self._guarded(lambda: world.reset(row.columns), row, "at its start"))
+            if check and first != row.first:
+                raise UserError(
+                    f"{row.source}: environment {self._name!r} began with other messages than before; what reset "
+                    "returns must depend on the row alone, so seed what is random from it"
+                )
+            return first
+
+        return list(self._pool.map(reset, self._environments, self._rows))
+
+    def step(self, numbers: Sequence[int], messages: Sequence[Message], turn: int) -> list[Step]:
+        """The answers to messages in some of the episodes, at turn ``turn`` (from 1)."""
+
+        def step(number: int, message: Message) -> Step:
+            world = self._environments[number]
+            return self._guarded(lambda: world.step(message), self._rows[number], f"at turn {turn}")
+
+        return list(self._pool.map(step, numbers, messages))
+
+    def _guarded(self, work: Callable[[], Result], row: EpisodeRow, when: str) -> Result:
+        """What ``work`` returns; its failure as one line with row and turn."""
+        try:
+            return work()
+        except UserError as error:
+            raise UserError(f"{row.source}, {when}: {error}") from error
+        except Exception as error:
+            raise UserError(
+                f"{row.source}, {when}: environment {self._name!r} failed: {type(error).__name__}: {one_line(error)}"
+            ) from error

@@ -1,0 +1,434 @@
+"""Episodes: what is sampled and what is scored, the loss over several turns, and how an environment may fail.
+
+Dimensions in names: T tokens of an episode, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_worlds
+import torch
+from children import train_together
+from conftest import (
+    CHATML,
+    ENDS,
+    Cut,
+    add_gradient,
+    assert_same_run,
+    crash_at,
+    final_weights,
+    gradients,
+    largest_difference,
+    metrics_of,
+    row_log_probs,
+)
+from formulas import advantages, assert_gradient, chosen, kl, mean_over_rows, moved
+from tool_templates import HERMES
+from torch import Tensor
+
+from selfdistill.config import EngineSettings
+from selfdistill.config.train import TrainConfig
+from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, packaged
+from selfdistill.errors import UserError
+from selfdistill.methods import stages_of, unused_settings
+from selfdistill.methods.sequences import Completion
+from selfdistill.model import LoadedModel, Rollout
+from selfdistill.training.memory import MemoryPlanner
+from selfdistill.training.selection import BatchPart
+from selfdistill.training.stopwatch import Stopwatch
+from selfdistill.training.traced_step import Device
+from selfdistill.training.train import train
+from selfdistill.training.trainer import Trainer
+
+Settings = Callable[..., TrainConfig]
+TALK = "python:tiny_worlds.Talk"
+
+
+@pytest.fixture
+def talks(settings: Settings, write_rows: Callable[..., Path]) -> Settings:
+    """Runs of episodes of one to four turns."""
+    rows = [{"prompt": f"q{i}" * (1 + i % 3), "completion": "ab" * (1 + i % 4), "answer": 1 + i % 4} for i in range(6)]
+    data = write_rows(rows, name="talks.jsonl")
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        own: dict[str, Any] = {"data": str(data), "environment": TALK, "max_completion_length": 16}
+        own |= {"max_episode_length": 200, "batch_size": 3, "max_steps": 3}
+        return settings(out, **(own | values))
+
+    return make
+
+
+def episodes_of(run: Trainer, count: int = 6) -> list[Completion]:
+    with run.accelerator.autocast():
+        return list(run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:count], 1))
+
+
+def own_of(values_T: Tensor, completion: Completion) -> Tensor:
+    """The values at the student's own tokens."""
+    is_own = [not any(start <= t < end for start, end in completion.given) for t in range(len(completion.ids))]
+    return values_T[torch.tensor(is_own)]
+
+
+# --- what is sampled ---
+
+
+def test_an_episode_is_its_turns_one_after_another(talks: Settings) -> None:
+    run = Trainer(talks())
+    chat, found = run.chat, episodes_of(run)
+    assert {c.turns for c in found} >= {1, 2, 3}
+    for c in found:
+        row, messages = c.example.demonstration, list(c.messages)
+        assert [m["role"] for m in messages] == ["assistant", "user"] * (c.turns - 1) + ["assistant"]
+        ids: list[int] = []
+        given = []
+        ends = [start for start, _ in c.given] + [len(c.ids)]
+        starts = [0] + [end for _, end in c.given]
+        for turn, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            reply = c.ids[start:end]
+            assert messages[2 * turn] == chat.message_of(reply, c.example.student_ids + ids)
+            ids += reply
+            if turn < c.turns - 1:
+                assert reply[-1] in run.loaded.end_token_ids
+                before = [*row.prompt, *messages[: 2 * turn + 1]]
+                between = chat.encode_between(before, [messages[2 * turn + 1]], row.template_options)
+                given.append((len(ids), len(ids) + len(between)))
+                ids += between
+        assert (c.ids, list(c.given)) == (ids, given)
+        assert c.logps is not None
+        assert len(c.logps) == len(c.ids)
+        assert not any(c.logps[t] for start, end in c.given for t in range(start, end))
+
+
+def test_log_probabilities_are_those_of_one_pass_over_the_episode(talks: Settings) -> None:
+    run = Trainer(talks())
+    for c in episodes_of(run):
+        with torch.no_grad():
+            logp_T = chosen(row_log_probs(run.loaded.model, c.example.student_ids, c.ids), c.ids)
+        assert own_of(torch.tensor(c.logps), c).tolist() == pytest.approx(own_of(logp_T, c).tolist(), abs=1e-5)
+
+
+def test_the_first_reply_is_that_of_a_sample_without_an_environment(talks: Settings) -> None:
+    episodes, run = episodes_of(Trainer(talks())), Trainer(talks(environment="none"))
+    for c, reply in zip(episodes, episodes_of(run), strict=True):
+        first = c.given[0][0] if c.given else len(c.ids)
+        assert c.ids[:first] == reply.ids
+
+
+def test_an_episode_does_not_depend_on_the_others(talks: Settings) -> None:
+    run = Trainer(talks(num_generations=2))
+    together = episodes_of(run)
+    assert len({tuple(c.ids) for c in together}) > 8
+    for number, example in enumerate(run.stage.task.examples[:6]):
+        alone = run.stage.task.method.sequence(run.loaded, [example], 1)
+        for one, other in zip(alone, together[2 * number : 2 * number + 2], strict=True):
+            assert (one.ids, one.given, one.verdict, one.messages) == (
+                other.ids,
+                other.given,
+                other.verdict,
+                other.messages,
+            )
+            assert one.logps == pytest.approx(other.logps, abs=1e-5)
+
+
+def test_verdicts_and_counts_are_the_environments(talks: Settings) -> None:
+    for c in episodes_of(Trainer(talks())):
+        assert c.verdict is not None
+        size = len(c.messages[-1]["content"])
+        if not c.truncated:
+            assert c.turns == c.example.demonstration.answer
+            assert (c.verdict.reward, c.verdict.feedback) == (1.0 if size > 4 else size / 8, f"{size} letters")
+            assert c.invalid_calls == sum(turn % 2 for turn in range(1, c.turns))
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"max_turns": 2}, "the episode was cut after 2 turns"),
+        ({"max_episode_length": 50}, "the episode was cut near 50 tokens"),
+        ({"max_completion_length": 3}, "the reply was cut after 3 tokens"),
+    ],
+)
+def test_an_episode_that_is_cut_has_failed(talks: Settings, values: dict[str, Any], why: str) -> None:
+    config = talks(**values)
+    found = episodes_of(Trainer(config))
+    cut = [c for c in found if c.truncated]
+    assert why in {c.verdict.feedback for c in cut if c.verdict}
+    assert all(c.verdict is not None and c.verdict.reward == 0 for c in cut)
+    assert all(c.turns <= config.max_turns for c in found)
+    assert all(len(c.ids) <= config.longest_completion for c in found)
+    assert all(not c.given or c.given[-1][1] < len(c.ids) for c in found)  # none ends with an observation
+
+
+def test_tools_and_what_the_environment_says_first_are_shown_to_both(
+    talks: Settings, model_folder: Callable[..., Path]
+) -> None:
+    model = str(model_folder(ends=ENDS, room=1024))
+    run = Trainer(talks(environment="python:tiny_worlds.Asks", model=model))
+    for example in run.stage.task.examples:
+        for ids in (example.student_ids, example.teacher_ids):
+            assert f"Go on, {example.demonstration.answer} times." in run.chat.tokenizer.decode(ids)
+            assert "look_up" in run.chat.tokenizer.decode(ids)
+    assert all(c.turns >= 1 for c in episodes_of(run))
+
+
+def test_without_kept_states_episodes_are_the_same(talks: Settings) -> None:
+    run, other = Trainer(talks()), Trainer(talks())
+    other.loaded.continues_cache = False
+    for a, b in zip(episodes_of(run), episodes_of(other), strict=True):
+        assert (a.ids, a.given) == (b.ids, b.given)
+
+
+# --- what is learnt ---
+
+
+@pytest.mark.parametrize("normalisation", ["sequence", "token"])
+@pytest.mark.parametrize("values", [{}, {"gradient_accumulation_steps": 3}, {"skip_first_tokens": 2}])
+def test_the_gradient_is_that_of_the_divergence_over_the_students_tokens(
+    talks: Settings, values: dict[str, Any], normalisation: Any
+) -> None:
+    run = moved(talks(loss_normalisation=normalisation, **values))
+    completions = episodes_of(run)
+    assert any(len(c.given) > 1 for c in completions)
+    student = copy.deepcopy(run.loaded.model)
+    losses = []
+    for c in completions:
+        log_p_TV = row_log_probs(student, c.example.student_ids, c.ids)
+        assert run.teacher is not None
+        with run.teacher.model() as network:
+            log_q_TV = row_log_probs(network, c.example.teacher_ids or [], c.ids).detach()
+        losses.append(own_of(kl(log_q_TV, log_p_TV), c)[run.config.skip_first_tokens :])
+    losses = [loss_T for loss_T in losses if len(loss_T)]
+    loss = torch.cat(losses).mean() if normalisation == "token" else mean_over_rows(losses)
+    loss.backward()
+    run.optimizer.zero_grad()
+    assert add_gradient(run, completions).loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
+
+
+def test_importance_weights_are_of_the_students_tokens_alone(talks: Settings) -> None:
+    run = moved(talks(importance_cap=1.5))
+    completions = [replace(c, logps=[0.9 * logp for logp in c.logps or []]) for c in episodes_of(run)]
+
+    def values(student: Any, c: Completion) -> Tensor:
+        log_p_TV = row_log_probs(student, c.example.student_ids, c.ids)
+        with run.teacher.model() as network:  # type: ignore[union-attr]
+            log_q_TV = row_log_probs(network, c.example.teacher_ids or [], c.ids).detach()
+        ratio_T = (chosen(log_p_TV, c.ids).detach() - torch.tensor(c.logps)).exp().clamp(max=1.5)
+        return own_of(kl(log_q_TV, log_p_TV), c) * own_of(ratio_T, c).mean()
+
+    assert_gradient(run, completions, values)
+
+
+def test_grpo_learns_from_the_environments_rewards(talks: Settings) -> None:
+    run = Trainer(talks(method="grpo", num_generations=4))
+    completions = episodes_of(run, 3)
+    rewards = [c.verdict.reward for c in completions if c.verdict]
+    student = copy.deepcopy(run.loaded.model)
+    losses = [
+        own_of(-advantage * chosen(row_log_probs(student, c.example.student_ids, c.ids), c.ids), c)
+        for c, advantage in zip(completions, advantages(rewards, 4), strict=True)
+    ]
+    loss = mean_over_rows(losses)
+    loss.backward()
+    task = run.stage.task
+    (result,) = run.gradient.add([BatchPart(task.name, task.method, completions, 1.0)], Stopwatch(run.loaded.device))
+    assert result.reward == pytest.approx(sum(rewards) / len(rewards))
+    assert 0 < result.reward < 1
+    assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["sdft", "grpo", "sdpo", "sort", "opsd", "vopd", "isdft", "veto", "msd", "atesd"])
+def test_methods_that_sample_run_in_an_environment(talks: Settings, method: Any) -> None:
+    own: dict[str, Any] = {"num_generations": 2} if method in ("grpo", "sdpo", "sort") else {}
+    own |= {"method_settings": {"plan": 0}} if method == "sort" else {}
+    config = talks(method=method, anchors="package", max_steps=2, batch_size=4, **own)
+    train(config)
+    for line in metrics_of(config):
+        assert 1 <= line["episode/turns"] <= 4
+        assert 0 <= line["episode/success"] <= line["episode/reward"] <= 1
+        assert line["episode/invalid_calls"] >= 0
+        assert line["tokens"] > 0
+
+
+def test_sdpos_teacher_sees_an_episode_that_succeeded(talks: Settings) -> None:
+    run = Trainer(talks(method="sdpo", num_generations=3))
+    task, completions = run.stage.task, episodes_of(run)
+    (selected,) = run.selector([BatchPart(task.name, task.method, completions, 1.0)])
+    assert selected.completions
+    shown = 0
+    for c in selected.completions:
+        number = next(n for n, other in enumerate(completions) if other.ids is c.ids)
+        group = completions[number - number % 3 : number - number % 3 + 3]
+        right = [other for other in group if other.ids is not c.ids and other.verdict and other.verdict.reward == 1]
+        if right:
+            row = c.example.demonstration
+            shown += len(right[0].messages) > 1
+            messages = [*row.prompt, *right[0].messages, *row.prompt]
+            assert c.example.teacher_ids == run.chat.encode_prompt(messages, row.template_options)
+    assert shown
+    with pytest.raises(UserError, match="found 'example', and only turns shows episodes"):
+        stages_of(talks(method="sdpo", method_settings={"context": "example"}))
+
+
+def test_views_of_tokens_are_of_episodes(talks: Settings) -> None:
+    config = talks(max_steps=1, view_rows=6)
+    train(config)
+    lines = (Path(config.output_dir) / "token_views.jsonl").read_text(encoding="utf-8").splitlines()
+    views = [json.loads(line) for line in lines]
+    assert len(views) == 12
+    assert any(len(view["tokens"]) > config.max_completion_length for view in views)
+    assert not any("<|im_start|>" in token["text"] for view in views for token in view["tokens"])
+
+
+def test_metrics_are_those_of_the_episodes(talks: Settings) -> None:
+    run, before = (Trainer(talks(loss_normalisation="token", batch_size=6)) for _ in range(2))
+    metrics = run.step(0)
+    found = before.stage.task.method.sequence(before.loaded, before.stage.task.examples, 0)
+    assert metrics["episode/turns"] == pytest.approx(sum(c.turns for c in found) / 6)
+    own = [sum(c.is_own) for c in found]
+    assert metrics["completion/length"] == pytest.approx(sum(own) / 6)
+    assert metrics["tokens"] == sum(own)
+    assert metrics["completion/truncated"] == pytest.approx(sum(c.truncated for c in found) / 6)
+    numbers = [turn for c in found for turn, is_own in zip(c.turn_of, c.is_own, strict=True) if is_own]
+    losses = [metrics[f"turn_loss/{turn}"] for turn in numbers]
+    assert sum(losses) / sum(own) == pytest.approx(metrics["loss"], abs=1e-5)
+    assert {f"turn_loss/{turn}" for turn in numbers} == {name for name in metrics if name.startswith("turn_loss/")}
+
+
+# --- runs ---
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(talks: Settings) -> None:
+    whole, cut = talks("whole", save_steps=1, max_steps=4), talks("cut", save_steps=1, max_steps=4)
+    train(whole)
+    with pytest.raises(Cut):
+        train(cut, on_step=crash_at(2))
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+    assert tiny_worlds.Talk.open == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"method": "grpo", "num_generations": 2}, {"fsdp": True, "batch_size": 4}],
+    ids=["sdft", "grpo", "sharded"],
+)
+def test_two_processes_train_to_the_weights_of_one(talks: Settings, tmp_path: Path, values: dict[str, Any]) -> None:
+    one, two = talks("one", **values | {"fsdp": False}), talks("two", **values)
+    train(one)
+    train_together(two, tmp_path)
+    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_a_plan_of_memory_counts_whole_episodes(talks: Settings) -> None:
+    def length(**values: Any) -> tuple[int, int]:
+        config = talks(**values)
+        return MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no")).plan(config).lengths
+
+    short, long = length(max_episode_length=16), length(max_episode_length=216)
+    assert [b - a for a, b in zip(short, long, strict=True)] == [200, 200]
+    assert short == length(environment="none")
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "sft"}, "setting 'environment': sft does not learn from whole episodes"),
+        ({"method": "pope"}, "setting 'environment': pope does not learn from whole episodes"),
+        ({"environment": "bundled:no"}, "unknown environment 'bundled:no'"),
+        ({"hint": "shortest", "environment": TALK}, "setting 'environment': sdft does not learn from whole episodes"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(talks: Settings, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        stages_of(talks(**values))
+
+
+def test_limits_are_checked(talks: Settings) -> None:
+    with pytest.raises(UserError, match="'max_episode_length': found 10, expected at least max_completion_length, 16"):
+        talks(max_episode_length=10)
+    with pytest.raises(UserError, match="setting 'max_episode_length': 600 leaves no room for a prompt"):
+        Trainer(talks(max_episode_length=600))
+    with pytest.raises(UserError, match=r"6 of 6 rows do not fit.*lower --max_episode_length"):
+        Trainer(talks(max_episode_length=500))
+    with pytest.raises(UserError, match="'auto' compares contexts by single replies"):
+        train(talks(context="auto"))
+
+
+def test_settings_of_episodes_are_noted_without_an_environment(talks: Settings) -> None:
+    assert unused_settings(talks(environment="none", max_turns=3)) == ["max_turns", "max_episode_length"]
+    assert unused_settings(talks(max_turns=3)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("BreaksAtStart", r"talks.jsonl:1, at its start: .*ZeroDivisionError"),
+        ("Lies", r"talks.jsonl:\d, at turn 2: .*expected a Step"),
+        ("Restless", r"talks.jsonl:\d: environment .* began with other messages than before"),
+    ],
+)
+def test_an_environment_that_fails_is_named_with_its_row(talks: Settings, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        train(talks(environment=f"python:tiny_worlds.{name}"))
+    assert "\n" not in str(caught.value)
+    assert getattr(tiny_worlds, name).open == 0
+
+
+def test_a_method_that_needs_rewards_says_that_there_are_none(talks: Settings) -> None:
+    with pytest.raises(UserError, match=r"talks.jsonl:\d: environment .*Silent' ended the episode without a reward"):
+        train(talks(environment="python:tiny_worlds.Silent", method="grpo", num_generations=2))
+    train(talks("learns", environment="python:tiny_worlds.Silent"))
+
+
+# --- tools ---
+
+
+class Expert:
+    """An engine that says what a demonstration says."""
+
+    def __init__(self, chat: ChatFormat, row: Demonstration) -> None:
+        replies = [message for message in row.episode if message["role"] == "assistant"]
+        self._left = [chat.encode_reply(message, row.template_options) for message in replies]
+        self.asked: list[list[int]] = []
+
+    def sample(self, loaded: LoadedModel, prompts: list[list[int]], *_: Any) -> list[Rollout]:
+        self.asked += prompts
+        ids = self._left.pop(0)
+        return [Rollout(ids, [-0.5] * len(ids), truncated=False) for _ in prompts]
+
+
+@pytest.mark.parametrize("template", [CHATML, HERMES], ids=["calls as text", "the template's calls"])
+def test_an_expert_with_an_engine_calls_tools_and_succeeds(
+    talks: Settings, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    model = str(model_folder(template=template, room=8192))
+    own = {"data": str(packaged("shop.train.jsonl")), "environment": "bundled:shop", "max_turns": 12}
+    run = Trainer(talks(model=model, max_completion_length=200, max_episode_length=3000, **own))
+    run.loaded.engine = EngineSettings(engine="vllm")
+    for example in run.stage.task.examples[:12]:
+        row = example.demonstration
+        expert = Expert(run.chat, row)
+        monkeypatch.setattr("selfdistill.model.episode_sampling.engine_for", lambda _, expert=expert: expert)
+        (completion,) = run.stage.task.method.sequence(run.loaded, [example], 0)
+        assert completion.verdict is not None
+        assert completion.verdict.reward == 1, completion
+        assert not completion.truncated
+        assert completion.invalid_calls == 0
+        told = [(m["role"], m["content"], m.get("tool_calls")) for m in completion.messages]
+        assert told == [(m["role"], m["content"], m.get("tool_calls")) for m in row.episode]
+        assert expert.asked[-1] == example.student_ids + completion.ids[: completion.given[-1][1]]
+        assert set(completion.logps or []) == {-0.5, 0.0}

@@ -1,0 +1,90 @@
+"""Environments of the tests, which answer whatever a tiny random model says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from selfdistill.data import Message
+from selfdistill.environments import Step
+
+LOOK_UP: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look something up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
+
+
+class Talk:
+    """Goes on for as many turns as the row's answer says. Long last replies are right."""
+
+    tools: ClassVar[list[dict[str, Any]]] = []
+    open = 0
+    """Of this class, how many are not closed."""
+
+    def __init__(self) -> None:
+        self.turn, self.turns = 0, 1
+        type(self).open += 1
+        self._closed = False
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        self.turn, self.turns = 0, int(row["answer"])
+        return []
+
+    def step(self, message: Message) -> Step:
+        self.turn += 1
+        size = len(message["content"])
+        if self.turn >= self.turns:
+            return Step(done=True, reward=1.0 if size > 4 else size / 8, feedback=f"{size} letters")
+        return Step(({"role": "user", "content": f"{size}?" * self.turn},), invalid_calls=self.turn % 2)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            type(self).open -= 1
+
+
+class Asks(Talk):
+    """Has a tool, and says something first."""
+
+    tools: ClassVar[list[dict[str, Any]]] = [LOOK_UP]
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        super().reset(row)
+        return [{"role": "user", "content": f"Go on, {row['answer']} times."}]
+
+
+class Restless(Talk):
+    """Says something else first in every episode."""
+
+    count = itertools.count()
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        super().reset(row)
+        return [{"role": "user", "content": f"number {next(self.count)}"}]
+
+
+class Silent(Talk):
+    """Gives no rewards."""
+
+    def step(self, message: Message) -> Step:
+        step = super().step(message)
+        return Step(step.observations, step.done)
+
+
+class BreaksAtStart(Talk):
+    """Cannot begin."""
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        raise ZeroDivisionError("no\nworld")
+
+
+class Lies(Talk):
+    """Returns what no environment may return, in the second turn."""
+
+    def step(self, message: Message) -> Step:
+        return super().step(message) if self.turn < 1 else "done"  # type: ignore[return-value]
