@@ -378,6 +378,7 @@ def test_settings_of_episodes_are_noted_without_an_environment(talks: Settings) 
     [
         ("BreaksAtStart", r"talks.jsonl:1, at its start: .*ZeroDivisionError"),
         ("Lies", r"talks.jsonl:\d, at turn 2: .*expected a Step"),
+        ("Mute", r"talks.jsonl:\d, at turn 1: environment .* said nothing and is not done"),
         ("Restless", r"talks.jsonl:\d: environment .* began with other messages than before"),
     ],
 )
@@ -386,6 +387,14 @@ def test_an_environment_that_fails_is_named_with_its_row(talks: Settings, name: 
         train(talks(environment=f"python:tiny_worlds.{name}"))
     assert "\n" not in str(caught.value)
     assert getattr(tiny_worlds, name).open == 0
+
+
+def test_an_environment_that_cannot_be_closed_changes_nothing(talks: Settings) -> None:
+    config, other = talks(), talks("other", environment="python:tiny_worlds.BreaksAtEnd")
+    train(config)
+    train(other)
+    assert metrics_of(config) == metrics_of(other)
+    assert tiny_worlds.BreaksAtEnd.open == 0
 
 
 def test_a_method_that_needs_rewards_says_that_there_are_none(talks: Settings) -> None:
