@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from tool_templates import CALL_TAGS, TOOL_TEMPLATES, ToolTemplate
 
-from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.chat_format import ChatFormat, scored_text
+from selfdistill.data.contexts import Verbatim
+from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.scorers import score
 from selfdistill.data.template import TemplateRefusal
 
 TOOL = {
@@ -101,6 +104,17 @@ def test_ids_of_calls_are_kept_where_the_template_writes_them(template: ToolTemp
     assert found.get("id") == ("abcdefghi" if template.name == "mistral" else None)
 
 
+@each
+def test_the_scorer_of_tool_calls_reads_the_calls_of_the_template(template: ToolTemplate) -> None:
+    chat, row = chat_of(template), Demonstration("Weather?", answer=[["weather", CITY]], scorer="tool_call")
+    prompt = chat.encode_prompt(row.prompt, OPTIONS)
+    for reply, right in ((calls(CITY), True), (calls({"city": "Rome"}), False), (says("Rain."), False)):
+        text = scored_text(chat, prompt, chat.encode_reply(reply, OPTIONS), "tool_call")
+        assert score("tool_call", text, row) == right
+    ids = chat.encode_reply(says("Rain."), OPTIONS)
+    assert scored_text(chat, prompt, ids, "exact") == scored_text(chat, prompt, ids, "tool_call") == "Rain."
+
+
 # --- a whole episode ---
 
 
@@ -169,6 +183,19 @@ def test_thoughts_of_earlier_turns_stay_as_they_were_sampled(template: ToolTempl
     found = chat.tokenizer.decode(joined(chat, [user("Weather?")], turns))
     assert found.count("<think>\nhm\n</think>\n\nSo.") == 1
     assert re.search(r"rain[^a-z].*Rain\..*And\?.*r", found, re.DOTALL)
+
+
+@each
+def test_a_text_beside_calls_is_learnt_also_where_the_template_leaves_it_out_later(template: ToolTemplate) -> None:
+    chat, turns = chat_of(template), [calls(CITY, content="I look that up."), result("rain"), says("Rain.")]
+    found = chat.tokenizer.decode(joined(chat, [user("Weather?")], turns))
+    assert found.count("I look that up.") == found.count("Oslo") == 1
+    later = chat.render([user("Weather?"), *turns, user("And?")], OPTIONS)
+    assert later.count("I look that up.") == template.beside
+    shown = [{**m, "content": Verbatim(m["content"])} if m["role"] == "assistant" else m for m in turns]
+    if not template.beside:
+        with pytest.raises(TemplateRefusal, match="leaves out the demonstration"):
+            chat.render([user("Weather?"), *shown, user("And?")], OPTIONS)
 
 
 @pytest.mark.parametrize("template", [t for t in TOOL_TEMPLATES if not t.own_calls], ids=lambda t: t.name)
