@@ -378,6 +378,7 @@ def test_settings_of_episodes_are_noted_without_an_environment(talks: Settings) 
     [
         ("BreaksAtStart", r"talks.jsonl:1, at its start: .*ZeroDivisionError"),
         ("Lies", r"talks.jsonl:\d, at turn 2: .*expected a Step"),
+        ("Mute", r"talks.jsonl:\d, at turn 1: environment .* said nothing and is not done"),
         ("Restless", r"talks.jsonl:\d: environment .* began with other messages than before"),
     ],
 )
@@ -386,6 +387,14 @@ def test_an_environment_that_fails_is_named_with_its_row(talks: Settings, name: 
         train(talks(environment=f"python:tiny_worlds.{name}"))
     assert "\n" not in str(caught.value)
     assert getattr(tiny_worlds, name).open == 0
+
+
+def test_an_environment_that_cannot_be_closed_changes_nothing(talks: Settings) -> None:
+    config, other = talks(), talks("other", environment="python:tiny_worlds.BreaksAtEnd")
+    train(config)
+    train(other)
+    assert metrics_of(config) == metrics_of(other)
+    assert tiny_worlds.BreaksAtEnd.open == 0
 
 
 def test_a_method_that_needs_rewards_says_that_there_are_none(talks: Settings) -> None:
@@ -432,3 +441,4 @@ def test_an_expert_with_an_engine_calls_tools_and_succeeds(
         assert told == [(m["role"], m["content"], m.get("tool_calls")) for m in row.episode]
         assert expert.asked[-1] == example.student_ids + completion.ids[: completion.given[-1][1]]
         assert set(completion.logps or []) == {-0.5, 0.0}
+        assert (completion.ids, completion.given) == (example.completion_ids, example.given)  # as SFT learns it
