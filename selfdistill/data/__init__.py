@@ -16,6 +16,7 @@ from selfdistill.data.demonstrations import (
 )
 from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
+from selfdistill.data.images import MOST_PIXELS, PICTURE_FOLDER, Picture, PictureTokens, PromptIds, pictures_in
 from selfdistill.data.messages import Message, not_object, text_of, wrong
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
@@ -41,7 +42,9 @@ __all__ = [
     "CODE",
     "FUNCTION",
     "JUDGE",
+    "MOST_PIXELS",
     "NEXT_TURN",
+    "PICTURE_FOLDER",
     "SCORER_NAMES",
     "ChatFormat",
     "Context",
@@ -55,6 +58,9 @@ __all__ = [
     "Message",
     "Note",
     "NothingFits",
+    "Picture",
+    "PictureTokens",
+    "PromptIds",
     "RawRow",
     "Rows",
     "Verdict",
@@ -85,6 +91,7 @@ __all__ = [
     "one_line",
     "packaged",
     "parse_context",
+    "pictures_in",
     "read_jsonl",
     "reference",
     "repeated_key",

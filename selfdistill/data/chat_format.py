@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from selfdistill.data.contexts import Verbatim
+from selfdistill.data.images import Picture, PictureTokens, PromptIds, as_parts, split_at_pictures
 from selfdistill.data.messages import Message
 from selfdistill.data.template_clock import pinned
 from selfdistill.data.thinking import (
@@ -26,6 +27,8 @@ from selfdistill.errors import UserError
 _HIDDEN = "\U0010fffd"
 """Delimits the number of a hidden text. A private-use character, unlikely to occur next to a number in any text."""
 _NAME = re.compile(f"{_HIDDEN}([0-9]+){_HIDDEN}")
+_PLACE = f"{_HIDDEN}P{_HIDDEN}"
+"""Where a picture stands in a message."""
 _VERBATIM = re.compile(f"{_NAME.pattern}|(?P<thought>{EMPTY_THOUGHT})?{_HIDDEN}V(?P<number>[0-9]+){_HIDDEN}")
 """A whole hidden turn, after the thought that a template puts in front of it; or a hidden name, to pass over it."""
 _PLAIN_USER, _PLAIN_REPLY = "User:", "Assistant:"
@@ -75,6 +78,7 @@ class ChatFormat:
         end_token_ids: the tokens that end a reply.
         chat_template_kwargs: further arguments of the chat template.
         date: the day (YYYY-MM-DD) that a template which reads the clock sees; default: today.
+        pictures: how pictures are written; None if the model reads none.
     """
 
     def __init__(
@@ -83,8 +87,9 @@ class ChatFormat:
         end_token_ids: Sequence[int],
         chat_template_kwargs: Mapping[str, Any],
         date: str | None = None,
+        pictures: PictureTokens | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.pictures = tokenizer, pictures
         self.kwargs = dict(chat_template_kwargs)
         template = str(tokenizer.chat_template or "")
         self.date = (date or datetime.date.today().isoformat()) if "strftime_now" in template else None
@@ -106,7 +111,7 @@ class ChatFormat:
         self._in_texts = _any_of(list(control))
         self._in_replies = _any_of(list(control - of_replies), *edges)
         switches = re.findall(r"['\"](/\w+)['\"]", template)
-        self._switches = re.compile("|".join(map(re.escape, switches)) or r"(?!)")  # matches nothing
+        self._breaks = re.compile("|".join(map(re.escape, [_PLACE, *switches])))
         self._turns: dict[str, _Turn] = {}
         self._begin = self._tokenizers_own_start()
 
@@ -141,14 +146,23 @@ class ChatFormat:
         Raises:
             TemplateRefusal: the template rejects the messages, or leaves one out.
         """
-        text, hidden = self._rendered(messages, options or {})
+        text, hidden, _ = self._rendered(messages, options or {})
         return _NAME.sub(lambda found: hidden[int(found[1])], text)
 
-    def encode_prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of the prompt; see :meth:`render`."""
-        text, hidden = self._rendered(messages, options or {})
+    def encode_prompt(
+        self,
+        messages: Sequence[Message],
+        options: Mapping[str, Any] | None = None,
+        pictures: Mapping[str, Picture] | None = None,
+    ) -> list[int]:
+        """Token ids of the prompt, see :meth:`render`; a :class:`PromptIds` if it has pictures.
+
+        ``pictures`` are those whose marks in the messages count, by their hashes.
+        """
+        text, hidden, seen = self._rendered(messages, options or {}, pictures)
         # A template writes its own special tokens. Plain text gets the tokenizer's, such as a leading BOS.
-        return [*([] if self.tokenizer.chat_template else self._begin), *self._mixed("", text, hidden)]
+        ids = [*([] if self.tokenizer.chat_template else self._begin), *self._mixed("", text, hidden)]
+        return PromptIds(ids, seen) if seen else ids
 
     def encode_completion(self, text: str, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a demonstrated reply as it stands after the prompt, plus the end-of-turn token.
@@ -188,14 +202,23 @@ class ChatFormat:
         text = str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
         return (text if self.tokenizer.chat_template else text.partition(NEXT_TURN)[0]).strip()
 
-    def _rendered(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[str, list[str]]:
-        """The prompt with names of control tokens in its texts hidden, and the hidden names by number."""
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        options: Mapping[str, Any],
+        pictures: Mapping[str, Picture] | None = None,
+    ) -> tuple[str, list[str], list[Picture]]:
+        """The prompt with names of control tokens in its texts hidden, the hidden names by number, and its pictures."""
         hidden: list[str] = []
+        seen: list[Picture] = []
         verbatim: list[str] = []
         shown: list[Message] = []
         for message in messages:
             content = message["content"]
-            text = self._hide(content, self._in_replies if message["role"] == "assistant" else self._in_texts, hidden)
+            names = self._in_replies if message["role"] == "assistant" else self._in_texts
+            pieces = split_at_pictures(content, pictures or {})
+            seen += [piece for piece in pieces if isinstance(piece, Picture)]
+            text = "".join(_PLACE if isinstance(x, Picture) else self._hide(x, names, hidden) for x in pieces)
             if isinstance(content, Verbatim):
                 verbatim.append(text)
                 text = f"{_HIDDEN}V{len(verbatim) - 1}{_HIDDEN}"
@@ -211,7 +234,16 @@ class ChatFormat:
         options = _mapped(options, lambda value: self._hide(value, self._in_texts, hidden))
         text = self._by_template(shown, options) if self.tokenizer.chat_template else self._plain(shown)
         self._refuse_left_out(messages, shown, text)
-        return _VERBATIM.sub(put_in, text), hidden
+        return _VERBATIM.sub(put_in, self._with_pictures(text, seen)), hidden, seen
+
+    def _with_pictures(self, text: str, seen: Sequence[Picture]) -> str:
+        """The text as the template wrote it, with what the processor writes in place of each picture's token."""
+        if self.pictures is None or not seen:
+            return text
+        first, *others = text.split(self.pictures.token)  # in texts of the rows its name is hidden
+        if len(others) != len(seen):
+            raise TemplateRefusal(f"the chat template shows {len(others)} pictures of {len(seen)}")
+        return first + "".join(map("".join, zip(self.pictures.expanded(seen), others, strict=True)))
 
     def _refuse_left_out(self, messages: Sequence[Message], shown: Sequence[Message], text: str) -> None:
         """Refuse a rendering that lacks the text of a message.
@@ -226,7 +258,7 @@ class ChatFormat:
         """
         texts = [_said(message) for message in shown]
         for message, content in zip(messages, texts, strict=True):
-            parts = [part.strip() for part in self._switches.split(content)]
+            parts = [part.strip() for part in self._breaks.split(content)]
             if all(text.count(part) >= sum(other.count(part) for other in texts) for part in filter(None, parts)):
                 continue
             if isinstance(message["content"], Verbatim):
@@ -245,11 +277,14 @@ class ChatFormat:
         given = self.kwargs | dict(options)
         if taken := sorted(fixed.keys() & given.keys()):
             raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
+        shown: list[Any] = list(messages)
+        if self.pictures is not None:  # image-text models' templates read parts
+            shown = [{**message, "content": as_parts(message["content"].split(_PLACE))} for message in messages]
         try:
             if self.date is not None:
                 template = self.tokenizer.get_chat_template(None, tools=given.get("tools"))
                 fixed["chat_template"] = pinned(template, datetime.date.fromisoformat(self.date))
-            return str(self.tokenizer.apply_chat_template(list(messages), **fixed, **given))
+            return str(self.tokenizer.apply_chat_template(shown, **fixed, **given))
         except Exception as error:  # templates are programs and may raise anything
             roles = ", ".join(m["role"] for m in messages)
             reason = " ".join(str(error).split())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.data.columns import COLUMNS, misnamed, missing, note_about, refused, unread
+from selfdistill.data.images import Picture, in_parts, marked, pictures_of, saved, undecoded
 from selfdistill.data.messages import Message, chat_of, messages_of, not_object, text_of, wrong
 from selfdistill.data.readers import is_data_file
 from selfdistill.data.rows import RawRow, check_rows, from_text, one_of, repeated_key
@@ -45,6 +46,8 @@ class Demonstration:
     """JSON schemas of the tools that the chat template shows."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further arguments of the chat template for this row, over the setting's."""
+    images: tuple[Picture, ...] = ()
+    """The prompt's pictures; in its texts a mark stands for each."""
 
     def __post_init__(self) -> None:
         prompt: Any = self.prompt
@@ -56,8 +59,9 @@ class Demonstration:
 
         Fields that older folders did not know are left out where they are not set.
         """
-        values = {**asdict(self), "source": ""}
-        newer = {name: values.pop(name) for name in ("tools", "chat_template_kwargs")}
+        values = {**asdict(replace(self, images=())), "source": ""}
+        values["images"] = [picture.digest for picture in self.images] or None
+        newer = {name: values.pop(name) for name in ("tools", "chat_template_kwargs", "images")}
         first = {"row": values.pop("row"), "source": values.pop("source")}
         return {**first, **values, **{name: value for name, value in newer.items() if value is not None}}
 
@@ -150,14 +154,16 @@ def load_demonstrations(
             name = os.fspath(data)
             rows = read_rows(name, split, said)
         else:
-            rows = rows_in_memory(data, split, said, _as_row)
+            rows = rows_in_memory(undecoded(data), split, said, _as_row)
     except OSError as error:
         raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
     if not rows:
         raise UserError(f"{name}: no rows, expected at least one")
 
+    folder = name if os.path.isdir(name) else os.path.dirname(name)
+
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
-        made = _demonstration(raw, number, form, completion_required, problems)
+        made = _demonstration(raw, number, form, completion_required, folder, problems)
         if lacks and not problems:
             problems += filter(None, [lacks(made)])
         return made
@@ -212,9 +218,15 @@ def _few(found: Sequence[str]) -> str:
     return ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
 
 
-def write_demonstrations(path: Path, rows: Sequence[Demonstration]) -> None:
-    """Write a JSON Lines file that :func:`load_demonstrations` reads back equal except for ``row`` and ``source``."""
-    text = "".join(json.dumps(_as_row(row), ensure_ascii=False) + "\n" for row in rows)
+def write_demonstrations(path: Path, demonstrations: Sequence[Demonstration]) -> None:
+    """Write a JSON Lines file that :func:`load_demonstrations` reads back equal except for ``row`` and ``source``.
+
+    Pictures that are no files are written beside it.
+    """
+    rows = [
+        {**_as_row(row), **({"images": saved(row.images, path.parent)} if row.images else {})} for row in demonstrations
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
 
 
@@ -222,8 +234,9 @@ def _as_row(row: Any) -> Any:
     """A demonstration as a row that holds its columns; anything else as it is."""
     if not isinstance(row, Demonstration):
         return row
-    values = {name: getattr(row, name) for name in COLUMNS if name != "messages"}
-    return {name: list(v) if name == "prompt" else v for name, v in values.items() if v not in (None, "")}
+    values = {name: getattr(row, name) for name in COLUMNS if name not in ("messages", "image")}
+    values["prompt"] = [{**turn, "content": in_parts(turn["content"], row.images)} for turn in row.prompt]
+    return {name: value for name, value in values.items() if value not in (None, "", ())}
 
 
 def load_prompts(path: str) -> list[Demonstration]:
@@ -282,12 +295,13 @@ def _form(row: Any, problems: list[str]) -> str | None:
 
 
 def _demonstration(
-    raw: RawRow, number: int, form: str, completion_required: bool, problems: list[str]
+    raw: RawRow, number: int, form: str, completion_required: bool, folder: str, problems: list[str]
 ) -> Demonstration:
     """The row as a demonstration; invalid if there are problems."""
     row: dict[str, Any] = raw.value
     others = {name: row.get(name) for name in ("document", "privileged_context", "answer", "scorer")}
-    chat = chat_of(row[form], form, problems)
+    pictures = pictures_of(row, folder, problems)
+    chat = marked(chat_of(row[form], form, problems), form, pictures, problems)
     if isinstance(row.get("prompt"), str) and isinstance(chat, list):  # then the completion may be such a text, too
         row = {**row, "completion": chat_of(row.get("completion"), "completion", problems)}
     completion = _completion(row, completion_required, problems) if form == "prompt" else ""
@@ -317,6 +331,7 @@ def _demonstration(
         source=raw.source,
         tools=_tools(row.get("tools"), problems),
         chat_template_kwargs=_template_kwargs(row.get("chat_template_kwargs"), problems),
+        images=pictures,
     )
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from selfdistill.data import NEXT_TURN
+from selfdistill.data import NEXT_TURN, pictures_in
 from selfdistill.errors import UserError
 from selfdistill.model.device import any_length, pass_tokens, running_sum
 from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
+from selfdistill.model.pictures import has_own_positions, position_shift
 from selfdistill.model.precision import cached_casts
 from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length, in_attention_dtype
 from selfdistill.runtime import all_gather, rank_slice
@@ -153,7 +154,7 @@ def sample_at_its_longest(
     between = max(0, sampling.max_completion_length - 2)
     with cached_casts(loaded.model):
         at("prompts")
-        cache, logits_BV, mask_BL = _read(loaded, prompts)
+        cache, logits_BV, mask_BL, _ = _read(loaded, prompts)
         at("states")
         cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         for layer in cache.layers:
@@ -197,9 +198,9 @@ def _sample(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
     ends = torch.tensor(loaded.end_token_ids, device=device)
-    cache, logits_BV, mask_BL = _read(loaded, prompts)
+    cache, logits_BV, mask_BL, shift_B = _read(loaded, prompts)
     cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    position_B = mask_BL.sum(1)
+    position_B = mask_BL.sum(1) + shift_B
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
@@ -207,7 +208,8 @@ def _sample(
     alive = torch.arange(count, device=device)  # which sample each row of the batch is
     for t in range(limit):
         uniform_B = None if uniforms is None else uniforms[alive.cpu(), t]
-        token_B, logp_B = choose(logits_BV.float(), sampling, uniform_B)
+        logits_BV = logits_BV.float() if loaded.pictures is None else loaded.pictures.allowed(logits_BV.float())
+        token_B, logp_B = choose(logits_BV, sampling, uniform_B)
         tokens[alive, t], logps[alive, t] = token_B, logp_B
         done_B = torch.isin(token_B, ends) | _at_next_turn(loaded, tokens[alive, : t + 1])
         lengths[alive[done_B]], ended[alive[done_B]] = t + 1, True
@@ -248,13 +250,16 @@ def _keep_rows(cache: DynamicCache, index_B: Tensor) -> None:
         layer.reorder_cache(index_B)
 
 
-def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
-    """Prefill: key/value cache, next-token logits and attention mask after the prompts, one row per prompt.
+def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
+    """Prefill: key/value cache, next-token logits, attention mask and shift after the prompts, one row per prompt.
 
-    Equal prompts are computed once, as is a prefix that all share. The rest is left-padded.
+    Equal prompts are computed once, as is a prefix that all share. The rest is left-padded. The shift is how far the
+    positions of the tokens that follow are from the numbers of tokens before them; see :func:`position_shift`.
     """
     model, device = loaded.model, loaded.device
-    rows = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    keys = [(tuple(prompt), pictures_in(prompt)) for prompt in prompts]
+    unique = dict(zip(keys, prompts, strict=True))
+    rows = [ids for ids, _ in unique]
     cache = DynamicCache(config=model.config.get_text_config())
     common = min(common_prefix_length(min(rows), row) for row in rows) if len(rows) > 1 else 0
     # The padding then follows the prefix. A sliding window counts cache positions, so it must not span a gap.
@@ -271,22 +276,22 @@ def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Dynami
         [[loaded.pad_token_id] * pad + list(row[common:]) for pad, row in zip(pads, rows, strict=True)], device=device
     )
     mask_BL = torch.tensor([[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads], device=device)
+    seen = {} if loaded.pictures is None else loaded.pictures.inputs(list(unique.values()), ids_BL, pads)
+    if not (seen and has_own_positions(model)):
+        seen["position_ids"] = (mask_BL.cumsum(1)[:, common:] - 1).clamp(min=0)
     logits_BV = model(
-        input_ids=ids_BL,
-        attention_mask=mask_BL,
-        position_ids=(mask_BL.cumsum(1)[:, common:] - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+        input_ids=ids_BL, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1, **seen
     ).logits[:, -1]
+    shift_B = torch.zeros_like(mask_BL[:, 0]) if "position_ids" in seen else position_shift(model)
     if not any(getattr(layer, "is_initialized", True) for layer in cache.layers):
         raise UserError(
             f"model {loaded.name!r}: does not support a key/value cache, which sampling needs; use another model"
         )
-    index_B = torch.tensor([rows[tuple(prompt)] for prompt in prompts], device=device)
+    places = {key: number for number, key in enumerate(unique)}
+    index_B = torch.tensor([places[key] for key in keys], device=device)
     if len(rows) < len(prompts):
         _keep_rows(cache, index_B)
-    return cache, logits_BV[index_B], mask_BL[index_B]
+    return cache, logits_BV[index_B], mask_BL[index_B], shift_B[index_B]
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:

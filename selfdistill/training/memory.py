@@ -43,6 +43,7 @@ from selfdistill.model import (
     alike_layers,
     checkpoint_activations,
     fake_model,
+    freeze_vision,
     has_full_attention,
     layers_of,
     moment_bytes,
@@ -159,7 +160,8 @@ class MemoryPlanner:
         return {rule: self._teachers[name] for rule, name in names.items()}
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
-        key = (config.dtype, config.lora_rank, config.load_in_4bit, bool(config.gradient_checkpointing), layers)
+        arithmetic = (config.dtype, config.load_in_4bit, bool(config.gradient_checkpointing))
+        key = (*arithmetic, config.lora_rank, config.train_vision_tower, layers)
         if key not in self._models:
             like = next(iter(self._models.values()), self._loaded)
             loaded = fake_model(
@@ -173,6 +175,8 @@ class MemoryPlanner:
             )
             if config.load_in_4bit and self.device(config).mixed_precision == "bf16":
                 set_compute_dtype(loaded.model, torch.bfloat16)
+            if loaded.pictures is not None and not config.train_vision_tower:
+                freeze_vision(loaded.model)
             if config.gradient_checkpointing:
                 checkpoint_activations(loaded.model)
             self._models[key] = loaded

@@ -103,6 +103,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def refuse_with_pictures(config: TrainConfig, loaded: LoadedModel) -> None:
+    """Refuse settings that do not work with image-text models, or with no other.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if loaded.pictures is None:
+        if config.train_vision_tower:
+            raise UserError(f"setting 'train_vision_tower': model {loaded.name!r} reads no pictures; leave it out")
+        return
+    for name in ("fsdp", "torch_compile", "load_in_4bit"):
+        if getattr(config, name):
+            raise UserError(f"setting {name!r} does not work with an image-text model; leave it out")
+
+
 def repeating(config: TrainConfig) -> AbstractContextManager[None]:
     """Deterministic operations while it is open, if the settings ask for them."""
     return deterministic("cuda" if has_gpu() else "cpu") if config.deterministic else nullcontext()
