@@ -253,7 +253,8 @@ def _teacher_bytes(
     if rule.kind == "live":
         return 0
     average = 0 if _is_on_host(config, device) else _average_bytes(config, rule, loaded)
-    return tensor_bytes((*loaded.model.parameters(), *loaded.model.buffers())) + average
+    moving = (p for p in loaded.model.parameters() if p.requires_grad)  # it shares the frozen ones
+    return tensor_bytes((*moving, *loaded.model.buffers())) + average
 
 
 def _moves(rule: TeacherRule) -> bool:
@@ -264,7 +265,7 @@ def _average_bytes(config: TrainConfig, rule: TeacherRule, loaded: LoadedModel) 
     """Memory of a teacher's float32 average beside the weights that score."""
     if config.lora_rank or not _moves(rule):
         return 0
-    return sum(4 * p.numel() for p in loaded.model.parameters() if p.dtype != torch.float32)
+    return sum(4 * p.numel() for p in loaded.model.parameters() if p.requires_grad and p.dtype != torch.float32)
 
 
 def _is_on_host(config: TrainConfig, device: Device) -> bool:
