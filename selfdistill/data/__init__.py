@@ -16,7 +16,15 @@ from selfdistill.data.demonstrations import (
 )
 from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
-from selfdistill.data.images import MOST_PIXELS, PICTURE_FOLDER, Picture, PictureTokens, PromptIds, pictures_in
+from selfdistill.data.images import (
+    MOST_PIXELS,
+    PICTURE_FOLDER,
+    Picture,
+    PictureTokens,
+    PromptIds,
+    pictures_in,
+    shown_text,
+)
 from selfdistill.data.messages import Message, not_object, text_of, wrong
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
@@ -96,6 +104,7 @@ __all__ = [
     "reference",
     "repeated_key",
     "score",
+    "shown_text",
     "text_of",
     "thought_and_said",
     "verdict",

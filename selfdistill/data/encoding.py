@@ -73,7 +73,7 @@ def encode(
     _refuse_end_names(demonstrations, chat)
     refuse_unshown(demonstrations, chat)
     _refuse_pictures(demonstrations, chat)
-    pictures = by_digest(pool or demonstrations)
+    pictures = by_digest([*demonstrations, *(pool or ())])
 
     def example_of(demonstration: Demonstration) -> Example:
         options = demonstration.template_options

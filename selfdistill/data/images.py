@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import re
 import warnings
@@ -269,8 +270,7 @@ def marked(value: Any, column: str, pictures: Sequence[Picture], problems: list[
         return _before_first_turn(value, column, pictures, problems)
     if places != len(pictures):
         problems.append(f"column '{column}': {places} parts of type 'image' for {len(pictures)} pictures; give as many")
-        return value
-    left = iter(pictures)
+    left = itertools.cycle(pictures)
     return [
         {**message, "content": [_mark(next(left)) if _is_place(part) else part for part in _parts(message)]}
         if _parts(message)
@@ -306,6 +306,16 @@ def _is_place(part: Any) -> bool:
 
 def _mark(picture: Picture) -> dict[str, str]:
     return {"type": "text", "text": picture.mark}
+
+
+def marks_in(text: str) -> str:
+    """The marks of a text, one after the other."""
+    return "".join(found[0] for found in _MARK.finditer(text))
+
+
+def shown_text(text: str) -> str:
+    """A text as a person or a judge reads it, with a word in place of each picture."""
+    return _MARK.sub("[picture]", text)
 
 
 def split_at_pictures(text: str, known: Mapping[str, Picture]) -> list[str | Picture]:
