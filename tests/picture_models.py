@@ -1,4 +1,4 @@
-"""Tiny random image-text models of three families, with their real processors and templates by the families' rules."""
+"""Tiny random image-text models of some families, with their real processors and templates by the families' rules."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from conftest import ENDS, VOCABULARY, byte_tokenizer
 from PIL import Image, ImageDraw
 from transformers import (
@@ -31,6 +34,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -150,6 +158,33 @@ def _gemma3_model(processor: Any) -> Any:
     )
 
 
+def _qwen(processor: str) -> Callable[[Any, str], Any]:
+    """Of a class that is not there without torchvision, for its video processor needs that."""
+
+    def make(tokenizer: Any, template: str) -> Any:
+        from transformers import Qwen2VLVideoProcessor
+
+        patches = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+        images = Qwen2VLImageProcessorPil(size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64}, **patches)
+        kind = getattr(transformers, processor)
+        return kind(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+
+    return make
+
+
+def _qwen_model(kind: Any, config: Any, **vision: Any) -> Callable[[Any], Any]:
+    def make(processor: Any) -> Any:
+        names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+        names |= {f"vision_{side}_token_id": f"<|vision_{side}|>" for side in ("start", "end")}
+        tokens = {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+        sections = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+        text = {**TEXT, "pad_token_id": 258, "rope_parameters": {**sections, "rope_theta": 10000.0}}
+        shared = {"depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+        return kind(config(text_config=text, vision_config={**shared, **vision}, **tokens))
+
+    return make
+
+
 _TURN = "{% for part in m.content %}{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}"
 """A message's parts, in the order in which they stand."""
 
@@ -189,6 +224,52 @@ FAMILIES = (
     ),
 )
 
+_QWEN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    + _TURN.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+WITH_TORCHVISION = (
+    PictureFamily(
+        "qwen2_5_vl",
+        _QWEN_TOKENS,
+        _QWEN,
+        _qwen("Qwen2_5_VLProcessor"),
+        _qwen_model(
+            Qwen2_5_VLForConditionalGeneration,
+            Qwen2_5_VLConfig,
+            hidden_size=24,
+            intermediate_size=32,
+            out_hidden_size=32,
+            window_size=32,
+            fullatt_block_indexes=[1],
+        ),
+    ),
+    PictureFamily(
+        "qwen3_vl",
+        _QWEN_TOKENS,
+        _QWEN,
+        _qwen("Qwen3VLProcessor"),
+        _qwen_model(
+            Qwen3VLForConditionalGeneration,
+            Qwen3VLConfig,
+            hidden_size=24,
+            intermediate_size=32,
+            out_hidden_size=32,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0],
+        ),
+    ),
+)
+"""Families whose processors need torchvision, also for pictures."""
+
+_NO_TORCHVISION = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="NOT TESTED: torchvision is not installed"
+)
+ALL = [*FAMILIES, *(pytest.param(family, marks=_NO_TORCHVISION) for family in WITH_TORCHVISION)]
+"""All families, for ``pytest.mark.parametrize``."""
+
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square")
 
@@ -200,3 +281,8 @@ def drawn(colour: str, shape: str, size: tuple[int, int] = (32, 32)) -> Image.Im
     box = (4, 4, size[0] - 5, size[1] - 5)
     (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
     return image
+
+
+def is_vision(name: str) -> bool:
+    """Whether a weight belongs to what stands before the language model."""
+    return any(part in name for part in ("vision", "visual", "projector", "connector"))

@@ -5,6 +5,7 @@ Legend: B sequences, L padded length, P pictures.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from collections import OrderedDict
@@ -50,7 +51,7 @@ def load_processor(path: str, tokenizer: Any, name: str) -> Any:
         processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a missing package, a file of another form
         reason = " ".join(str(error).split())
-        advice = "; install torchvision" if "orchvision" in reason else ""
+        advice = "" if importlib.util.find_spec("torchvision") else "; it may need torchvision, which is not installed"
         raise UserError(f"model {name!r}: its processor cannot be loaded ({reason[:200]}){advice}") from None
     if processor.chat_template:
         tokenizer.chat_template = processor.chat_template

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import gradients, largest_difference
-from picture_models import COLOURS, FAMILIES, PictureFamily, drawn
+from picture_models import ALL, COLOURS, FAMILIES, PictureFamily, drawn, is_vision
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -20,7 +22,7 @@ from selfdistill.model import ForwardPass, LoadedModel, Sampling, add_lora, free
 
 Folder = Callable[[PictureFamily], Path]
 SIZES = ((40, 60), (100, 50), (32, 32))
-family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+family = pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +154,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(family: PictureFamily, 
         (-logp_TV.gather(1, torch.tensor(example.completion_ids)[:, None]).sum()).backward()
     found, expected = gradients(loaded.model), gradients(plain)
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
-    assert any("vision" in name for name in found)
+    assert any(map(is_vision, found))
     assert largest_difference(found, expected) < 1e-4 * scale
 
 
@@ -203,7 +205,7 @@ def test_an_adapter_and_full_training_leave_the_vision_tower_alone(family: Pictu
     for model in (adapted.model, full.model):
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert names
-        assert not [name for name in names if "vision" in name or "projector" in name or "connector" in name]
+        assert not any(map(is_vision, names))
     assert any(name.endswith("lm_head.weight") or "embed_tokens" in name for name in names)
 
 
@@ -220,6 +222,20 @@ def test_a_model_without_a_processor_refuses_pictures(load: Callable[..., Loaded
             max_completion_length=16,
             window=None,
         )
+
+
+@pytest.mark.parametrize("cause", ["damaged", "torchvision"])
+def test_a_processor_that_cannot_be_loaded_is_one_line(folder_of: Folder, tmp_path: Path, cause: str) -> None:
+    folder = shutil.copytree(folder_of(FAMILIES[0]), tmp_path / "model")
+    file = folder / "processor_config.json"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text[:40] if cause == "damaged" else text.replace("LlavaProcessor", "Qwen2VLProcessor"))
+    with pytest.raises(UserError) as error:
+        load_model(str(folder))
+    assert str(error.value).startswith(f"model {str(folder)!r}: its processor cannot be loaded (")
+    assert "\n" not in str(error.value)
+    if importlib.util.find_spec("torchvision") is None:
+        assert str(error.value).endswith("; it may need torchvision, which is not installed")
 
 
 def test_a_prompt_that_lost_its_pictures_is_refused(folder_of: Folder) -> None:

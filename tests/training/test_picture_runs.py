@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cut, add_gradient, assert_same_run, crash_at, gradients, largest_difference
-from picture_models import COLOURS, FAMILIES, SHAPES, PictureFamily, drawn
+from picture_models import ALL, COLOURS, FAMILIES, SHAPES, PictureFamily, drawn, is_vision
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -25,7 +25,7 @@ from selfdistill.training.memory import memory_plan
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
-family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+family = pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)
 BY_NAME = {family.name: family for family in FAMILIES}
 Make = Callable[..., TrainConfig]
 
@@ -145,10 +145,6 @@ def test_recomputed_activations_change_nothing(make: Make, family: PictureFamily
     assert largest_difference(*found) < 1e-5 * scale
 
 
-def is_vision(name: str) -> bool:
-    return any(part in name for part in ("vision", "projector", "connector"))
-
-
 @family
 def test_the_vision_tower_stays_and_the_teacher_shares_it(make: Make, family: PictureFamily) -> None:
     run = Trainer(make(family))
@@ -238,8 +234,17 @@ def test_the_python_interface_takes_pictures_in_memory_and_loaded_models(make: M
 # --- what is planned, and what is refused ---
 
 
-@family
-@pytest.mark.parametrize("values", [{}, {"lora_rank": 2}, {"method": "sft"}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        *((family, {}) for family in FAMILIES),
+        *(
+            (BY_NAME["llava"], values)
+            for values in ({"lora_rank": 2}, {"method": "sft", "gradient_checkpointing": True})
+        ),
+    ],
+    ids=lambda value: value.name if isinstance(value, PictureFamily) else str(value),
+)
 def test_the_plan_of_memory_counts_tower_and_picture_tokens(
     make: Make, tmp_path: Path, family: PictureFamily, values: dict[str, Any]
 ) -> None:
