@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from selfdistill.config import EngineSettings
-from selfdistill.errors import UserError
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
 from selfdistill.runtime import say_note
@@ -60,13 +59,7 @@ _running: tuple[_Kind, Engine] | None = None
 
 
 def use_engine(loaded: LoadedModel, settings: EngineSettings) -> None:
-    """Sample from the model with the engine of the settings from now on; the engine starts when it is first needed.
-
-    Raises:
-        UserError: the model is an image-text model, whose pictures no engine is given.
-    """
-    if loaded.pictures is not None and settings.engine != "none":
-        raise UserError("setting 'engine': image-text models are sampled by PyTorch alone; leave it out")
+    """Sample from the model with the engine of the settings from now on; the engine starts when it is first needed."""
     own = {name: getattr(settings, name) for name in EngineSettings.model_fields}
     loaded.engine = None if settings.engine == "none" else EngineSettings(**own)
 

@@ -88,7 +88,7 @@ def fake_model(
         loaded.separate_head = True
         layers_of_cache = DynamicCache(config=model.config.get_text_config()).layers
         kept = all(isinstance(layer, DynamicLayer) for layer in layers_of_cache)
-        loaded.continues_cache = kept and pictures is None
+        loaded.continues_cache = kept and loaded.continues_cache is not False
         if lora_rank:
             add_lora(loaded, lora_rank, None, 0)
         if load_in_4bit:

@@ -23,7 +23,7 @@ from selfdistill.model.adapters import attach, merged, read_config
 from selfdistill.model.device import best_device, has_gpu
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.four_bits import plain, scales
-from selfdistill.model.pictures import PictureInputs, beside_language, divided, pictures_for
+from selfdistill.model.pictures import PictureInputs, beside_language, divided, has_own_positions, pictures_for
 from selfdistill.model.quantisation import import_before_peft
 from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
 from selfdistill.runtime import library_warnings
@@ -267,8 +267,8 @@ def describe(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | No
             "where the next turn begins"
         )
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # With pictures, positions and masks depend on more than the tokens, so passes are never continued.
-    never = None if pictures is None else False
+    # A pass would be continued at positions that the model remembers of another prompt's pictures.
+    never = False if pictures is not None and has_own_positions(model) else None
     return LoadedModel(
         model, tokenizer, name, tuple(ends), pad, window, notes, pictures=pictures, continues_cache=never
     )

@@ -118,13 +118,16 @@ class PictureInputs:
                 self._process(picture)
         return [self._texts[picture.digest] for picture in pictures]
 
-    def inputs(self, prompts: Sequence[Sequence[int]], ids_BL: Tensor, starts: Sequence[int]) -> dict[str, Tensor]:
+    def inputs(
+        self, prompts: Sequence[Sequence[int]], ids_BL: Tensor, starts: Sequence[int], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """The model's further inputs for a batch of prompts; none if no prompt has pictures.
 
         Args:
             prompts: the prompts, of which some may have pictures.
             ids_BL: token ids of the padded sequences.
             starts: where each prompt begins in its sequence.
+            dtype: of the model, in which it takes pixels.
 
         Raises:
             UserError: a prompt has the tokens of pictures, but has lost the pictures on the way.
@@ -136,6 +139,7 @@ class PictureInputs:
             return {}
         parts = [self._pixels(picture) for picture in pictures]
         inputs = {key: _joined([part[key] for part in parts]).to(ids_BL.device) for key in parts[0]}
+        inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
         if self._types:
             in_prompt_BL = torch.zeros_like(ids_BL)
             for row, (start, prompt) in enumerate(zip(starts, prompts, strict=True)):

@@ -20,6 +20,7 @@ from selfdistill.errors import UserError
 from selfdistill.model.device import any_length, pass_tokens, running_sum
 from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
+from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.pictures import has_own_positions, position_shift
 from selfdistill.model.precision import cached_casts
@@ -127,8 +128,13 @@ def sample(
 
     Returns:
         One rollout per prompt, on every rank.
+
+    Raises:
+        UserError: an engine is to sample from prompts with pictures.
     """
     if loaded.engine is not None:
+        if any(map(pictures_in, prompts)):
+            raise UserError("setting 'engine': prompts with pictures are sampled by PyTorch alone; leave it out")
         return engine_for(loaded).sample(loaded, prompts, sampling, seeds)
     own = rank_slice(len(prompts))
     with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
@@ -264,7 +270,8 @@ def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Dynami
     common = min(common_prefix_length(min(rows), row) for row in rows) if len(rows) > 1 else 0
     # The padding then follows the prefix. A sliding window counts cache positions, so it must not span a gap.
     worth_it = common * (len(rows) - 1) > pass_tokens(device.type)
-    if not worth_it or any(cache.is_sliding) or not can_continue_cache(loaded):
+    pictured = any(pictures for _, pictures in unique)
+    if not worth_it or pictured or any(cache.is_sliding) or not can_continue_cache(loaded):
         common = 0
     if common:
         beginning = torch.tensor([min(rows)[:common]], device=device)
@@ -276,7 +283,9 @@ def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Dynami
         [[loaded.pad_token_id] * pad + list(row[common:]) for pad, row in zip(pads, rows, strict=True)], device=device
     )
     mask_BL = torch.tensor([[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads], device=device)
-    seen = {} if loaded.pictures is None else loaded.pictures.inputs(list(unique.values()), ids_BL, pads)
+    seen: dict[str, Tensor] = {}
+    if loaded.pictures is not None:
+        seen = loaded.pictures.inputs(list(unique.values()), ids_BL, pads, unwrap(model).dtype)
     if not (seen and has_own_positions(model)):
         seen["position_ids"] = (mask_BL.cumsum(1)[:, common:] - 1).clamp(min=0)
     logits_BV = model(

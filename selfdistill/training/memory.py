@@ -108,7 +108,9 @@ class MemoryPlanner:
         # Contexts that are made after sampling are read once.
         tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
         cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
-        cached = [] if config.fsdp or not has_full_attention(loaded.model.config.get_text_config()) else cached
+        if any(row.images for row in self._rows) or not has_full_attention(loaded.model.config.get_text_config()):
+            cached = []
+        cached = [] if config.fsdp else cached
         fixed, untraced = self.fixed(config), None
         try:
             with _silent(logging.getLogger("torch._subclasses.fake_tensor")):

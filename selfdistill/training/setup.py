@@ -103,19 +103,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def refuse_with_pictures(config: TrainConfig, loaded: LoadedModel) -> None:
-    """Refuse settings that do not work with image-text models, or with no other.
+def refuse_with_pictures(config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel) -> None:
+    """Refuse settings that do not work with pictures, or only with models that read them.
 
     Raises:
         UserError: names the setting.
     """
-    if loaded.pictures is None:
-        if config.train_vision_tower:
-            raise UserError(f"setting 'train_vision_tower': model {loaded.name!r} reads no pictures; leave it out")
-        return
-    for name in ("fsdp", "torch_compile", "load_in_4bit"):
-        if getattr(config, name):
-            raise UserError(f"setting {name!r} does not work with an image-text model; leave it out")
+    if config.train_vision_tower and loaded.pictures is None:
+        raise UserError(f"setting 'train_vision_tower': model {loaded.name!r} reads no pictures; leave it out")
+    if any(row.images for row in demonstrations):
+        for name in ("fsdp", "torch_compile", "load_in_4bit", "engine"):
+            if getattr(config, name) not in (False, "none"):
+                raise UserError(f"setting {name!r} does not work with rows with pictures; leave it out")
 
 
 def repeating(config: TrainConfig) -> AbstractContextManager[None]:

@@ -103,11 +103,11 @@ class Trainer:
                 "loaded: give its folder or name, or leave the setting out"
             )
         use_engine(self.loaded, config)
-        refuse_with_pictures(config, self.loaded)
         self.began_as = start_fingerprint(self.loaded)
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
         for note in self.loaded.notes:
             say_note(note)
+        refuse_with_pictures(config, demonstrations, self.loaded)
         self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
         self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
         self.stage = self.stages[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cut, add_gradient, assert_same_run, crash_at, gradients, largest_difference
+from conftest import Cut, add_gradient, assert_same_run, crash_at, gradients, largest_difference, metrics_of
 from picture_models import ALL, COLOURS, FAMILIES, SHAPES, PictureFamily, drawn, is_vision
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -132,6 +133,25 @@ def test_one_batch_and_many_single_rows_give_the_same_gradient(make: Make, famil
         found.append(gradients(run.loaded.model))
     scale = max(float(gradient.abs().max()) for gradient in found[0].values())
     assert largest_difference(*found) < 1e-5 * scale
+
+
+@family
+def test_weights_and_arithmetic_in_bfloat16(make: Make, family: PictureFamily) -> None:
+    for number, values in enumerate(({"dtype": "bfloat16"}, {"mixed_precision": "bf16", "lora_rank": 2})):
+        config = make(family, out=str(number), max_steps=2, **values)
+        train(config)
+        assert all(math.isfinite(step["loss"]) for step in metrics_of(config))
+
+
+def test_a_frozen_teachers_kept_contexts_change_nothing(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    bare = [{"prompt": f"What is {i}?", "completion": "a"} for i in range(4)]
+    data = write_rows([*rows_of(tmp_path, "k", 4), *bare], name="k.jsonl")
+    settings = {"data": data, "teacher": "frozen", "batch_size": 3, "max_steps": 6}
+    kept, not_kept = (make(out=str(mib), teacher_cache_mib=mib, **settings) for mib in (64, 0))
+    one, other = (weights(train(config)) for config in (kept, not_kept))
+    assert largest_difference(one, other) < 1e-5
 
 
 @family
@@ -264,8 +284,8 @@ def test_the_plan_of_memory_counts_tower_and_picture_tokens(
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"engine": "vllm"}, "setting 'engine': image-text models are sampled by PyTorch alone; leave it out"),
-        ({"torch_compile": True}, "setting 'torch_compile' does not work with an image-text model; leave it out"),
+        ({"engine": "vllm"}, "setting 'engine' does not work with rows with pictures; leave it out"),
+        ({"torch_compile": True}, "setting 'torch_compile' does not work with rows with pictures; leave it out"),
         ({"method": "pope", "num_generations": 2}, "rows with pictures do not work with this method"),
     ],
 )
@@ -275,3 +295,9 @@ def test_what_does_not_work_with_pictures_is_refused_in_one_line(
     with pytest.raises(UserError, match=problem) as error:
         train(make(**values))
     assert "\n" not in str(error.value)
+
+
+def test_an_engine_is_not_asked_to_sample_from_pictures(make: Make) -> None:
+    config = make()
+    with pytest.raises(UserError, match="'engine': prompts with pictures are sampled by PyTorch alone; leave it out"):
+        selfdistill.evaluate(config.model, config.data, max_completion_length=2, engine="vllm", progress=False)
