@@ -20,10 +20,10 @@ from selfdistill.api_inputs import (
     given_settings,
     model_of,
     on_best_device,
+    reading_of,
     rows_of_run,
     run_to_plan,
     session,
-    splits_of,
     train_config,
 )
 from selfdistill.comparison import CompareResult
@@ -251,7 +251,7 @@ def compare(
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
             raise UserError("model: every run loads it anew; save it and give its folder")
-        rows = RowsInFolder({"data": data, "test": test}, os.fspath(output_dir), splits_of(given))
+        rows = RowsInFolder({"data": data, "test": test}, os.fspath(output_dir), reading_of(given))
         given |= rows.paths
         config = continued(given, CompareConfig) if resume else CompareConfig(**given)
         with rows.kept():
@@ -293,7 +293,7 @@ def learn(
                 given[name] = str(Path(folder) / f"{name}.jsonl")
                 write_demonstrations(
                     Path(given[name]),
-                    load_demonstrations(in_memory, split=splits_of(given)[name], note=say_note),
+                    load_demonstrations(in_memory, note=say_note, **reading_of(given)[name]),
                 )
         return run_action(LearnConfig(**given))
 

@@ -60,9 +60,14 @@ def on_best_device(loaded: LoadedModel | None) -> LoadedModel | None:
     return None if loaded is None else to_best_device(loaded)
 
 
-def splits_of(given: dict[str, Any]) -> dict[str, str | None]:
-    """The splits to read, by the setting of the data."""
-    return {"data": given.get("split", "train"), "test": given.get("test_split"), "anchors": "train"}
+def reading_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """How to read the rows, as arguments of ``load_demonstrations``, by the setting of the data."""
+    turns = given.get("turns", "auto")
+    return {
+        "data": {"split": given.get("split", "train"), "turns": turns},
+        "test": {"split": given.get("test_split"), "turns": turns},
+        "anchors": {"split": "train", "turns": "last"},
+    }
 
 
 def data_of(data: Rows) -> tuple[str, Rows | None]:
@@ -76,13 +81,15 @@ class RowsInFolder:
     Args:
         given: data by setting, ``data``, ``test`` and ``anchors``; None: not given.
         output_dir: the run folder.
-        splits: of a ``DatasetDict``, by setting.
+        reading: how the rows are read; see :func:`reading_of`.
 
     Raises:
         UserError: rows are invalid; or several processes would have to share them.
     """
 
-    def __init__(self, given: dict[str, Rows | None], output_dir: str | None, splits: dict[str, str | None]) -> None:
+    def __init__(
+        self, given: dict[str, Rows | None], output_dir: str | None, reading: dict[str, dict[str, Any]]
+    ) -> None:
         self.paths: dict[str, str] = {}
         """By setting."""
         self._rows: dict[Path, list[Demonstration]] = {}
@@ -97,7 +104,7 @@ class RowsInFolder:
             if world_size() > 1:
                 raise UserError(f"setting {name!r}: {world_size()} processes read the rows, so give a file")
             file = Path(output_dir) / f"{name}.jsonl"
-            self._rows[file] = load_demonstrations(rows, split=splits[name], note=say_note)
+            self._rows[file] = load_demonstrations(rows, note=say_note, **reading[name])
             self.paths[name] = str(file)
 
     @property
@@ -151,7 +158,7 @@ class RowsInFolder:
 def rows_of_run(data: Rows | None, test: Rows | None, given: dict[str, Any]) -> RowsInFolder:
     """The rows of a run: its data and test, and the anchors among its settings where they are rows in memory."""
     rows = {"data": data, "test": test, "anchors": _anchors_in_memory(given)}
-    return RowsInFolder(rows, given.get("output_dir"), splits_of(given))
+    return RowsInFolder(rows, given.get("output_dir"), reading_of(given))
 
 
 def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:

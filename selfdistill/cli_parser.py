@@ -62,7 +62,17 @@ MAIN = {
 
 TOPICS: dict[str, tuple[str, ...]] = {
     "model and data": (
-        *("model", "adapter_base", "data", "documents", "split", "dtype", "chat_template_kwargs", "template_date"),
+        *(
+            "model",
+            "adapter_base",
+            "data",
+            "documents",
+            "split",
+            "turns",
+            "dtype",
+            "chat_template_kwargs",
+            "template_date",
+        ),
         *("max_prompt_length", "max_completion_length", "on_long_prompt", "num_demonstrations", "general_prompts"),
     ),
     "method": ("method", "methods", "seed", "seeds", "vary", "cold_start_steps", "method_settings"),

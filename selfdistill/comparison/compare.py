@@ -255,7 +255,7 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     Raises:
         UserError: rows are too long, or lack what a method learns from.
     """
-    rows = load_demonstrations(config.data, split=config.split)
+    rows = load_demonstrations(config.data, split=config.split, turns=config.turns)
     count, chat = len(rows), base.chat(config.chat_template_kwargs, config.template_date)
     for name, values in _kinds(config):
         stages = stages_of(_run_config(config, name, None, config.seeds[0], values))

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES
+from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES, Turns
 from selfdistill.errors import UserError
 
 
@@ -123,6 +123,9 @@ class ModelSettings(EngineSettings):
     hub name."""
     split: str = "train"
     """Split of ``data`` to read, from a folder or data set with several."""
+    turns: Turns = "auto"
+    """Which assistant turns of a chat are learnt: ``last``; ``all`` after the prompt; ``auto``: all of rows with tool
+    calls or tool turns, else the last."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Maximum prompt length in tokens, for student and teacher. Default: the model's window minus the completion."""
     max_completion_length: int = Field(default=256, ge=1)

@@ -28,7 +28,7 @@ def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstratio
     def lacks_either(row: Demonstration) -> str | None:
         return lacks(row) or (scored(row) if any_is_asked else None)
 
-    rows = load_demonstrations(config.data, split=config.split, note=say_note, lacks=lacks_either)
+    rows = load_demonstrations(config.data, split=config.split, turns=config.turns, note=say_note, lacks=lacks_either)
     held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
     count = max(len(held), round(len(rows) * config.test_share)) if held else 0
     if held and count >= len(rows):
@@ -38,5 +38,7 @@ def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstratio
     split_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
     splits = {split: [row for row in rows if split_of.get(row.row, "train") == split] for split in ("train", *held)}
     if config.test:
-        splits["test"] = load_demonstrations(config.test, split=config.test_split, note=say_note, lacks=scored)
+        splits["test"] = load_demonstrations(
+            config.test, split=config.test_split, turns=config.turns, note=say_note, lacks=scored
+        )
     return splits

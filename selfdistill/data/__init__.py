@@ -15,6 +15,7 @@ from selfdistill.data.demonstrations import (
     write_demonstrations,
 )
 from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
+from selfdistill.data.episodes import Replies
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
 from selfdistill.data.images import (
     MOST_PIXELS,
@@ -25,13 +26,14 @@ from selfdistill.data.images import (
     pictures_in,
     shown_text,
 )
-from selfdistill.data.messages import Message, not_object, text_of, wrong
+from selfdistill.data.messages import Message, Turns, not_object, text_of, wrong
+from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.readers import read_jsonl
-from selfdistill.data.rows import RawRow, check_rows, first_ten, join_surrogates, one_line, repeated_key
+from selfdistill.data.rows import RawRow, check_rows, first_ten, from_text, join_surrogates, one_line, repeated_key
 from selfdistill.data.scorers import (
-    FUNCTION,
     JUDGE,
     Verdict,
+    as_verdict,
     by_tests,
     contains,
     default_scorer,
@@ -70,9 +72,12 @@ __all__ = [
     "PictureTokens",
     "PromptIds",
     "RawRow",
+    "Replies",
     "Rows",
+    "Turns",
     "Verdict",
     "anchor_prompts",
+    "as_verdict",
     "by_tests",
     "check_rows",
     "contains",
@@ -85,6 +90,7 @@ __all__ = [
     "first_steps_and_answer",
     "first_ten",
     "first_words",
+    "from_text",
     "general_prompts",
     "hintable",
     "includes",
@@ -92,6 +98,7 @@ __all__ = [
     "join_surrogates",
     "load_demonstrations",
     "load_prompts",
+    "named",
     "not_object",
     "notes_on",
     "nothing_to_score",

@@ -5,15 +5,21 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from selfdistill.data.call_format import (
+    InvalidCall,
+    in_text,
+    read_text,
+    with_tools,
+)
 from selfdistill.data.contexts import Verbatim
-from selfdistill.data.images import Picture, PictureTokens, PromptIds, as_parts, split_at_pictures
-from selfdistill.data.messages import Message
-from selfdistill.data.template_clock import pinned
+from selfdistill.data.images import Picture, PictureTokens, PromptIds, split_at_pictures
+from selfdistill.data.messages import Message, uses_tools
+from selfdistill.data.template import PLACE, PLAIN_REPLY, PLAIN_USER, REPLY, AssistantTurn, Template, TemplateRefusal
+from selfdistill.data.text_ids import HIDDEN, NAME, TextIds, mapped
 from selfdistill.data.thinking import (
     EMPTY_THOUGHT,
     open_thought,
@@ -22,46 +28,16 @@ from selfdistill.data.thinking import (
     within_open_thought,
     without_thought,
 )
-from selfdistill.errors import UserError
+from selfdistill.data.tool_calls import written
 
-_HIDDEN = "\U0010fffd"
-"""Delimits the number of a hidden text. A private-use character, unlikely to occur next to a number in any text."""
-_NAME = re.compile(f"{_HIDDEN}([0-9]+){_HIDDEN}")
-_PLACE = f"{_HIDDEN}P{_HIDDEN}"
-"""Where a picture stands in a message."""
-_VERBATIM = re.compile(f"{_NAME.pattern}|(?P<thought>{EMPTY_THOUGHT})?{_HIDDEN}V(?P<number>[0-9]+){_HIDDEN}")
+_VERBATIM = re.compile(f"{NAME.pattern}|(?P<thought>{EMPTY_THOUGHT})?{HIDDEN}V(?P<number>[0-9]+){HIDDEN}")
 """A whole hidden turn, after the thought that a template puts in front of it; or a hidden name, to pass over it."""
-_PLAIN_USER, _PLAIN_REPLY = "User:", "Assistant:"
-NEXT_TURN = f"\n\n{_PLAIN_USER}"
+NEXT_TURN = f"\n\n{PLAIN_USER}"
 """Where the plain-text layout's next turn begins, a reply has ended, too: so a base model ends it."""
-_REPLY = "selfdistill"
-"""A word that no template writes."""
-_OF_REPLIES = re.compile("think|thought|tool|python_tag|function_call", re.IGNORECASE)
-"""Control tokens that a model writes within its reply, so that a demonstration may contain them."""
-_ANCHOR = 32
-"""Characters of the preceding text with which a text is tokenised."""
-
-
-class TemplateRefusal(UserError):
-    """The chat template rejects a conversation, or leaves out a part of it."""
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """How the template writes an assistant turn."""
-
-    prompt: str
-    """The prompt up to the reply."""
-    lead: str
-    """Between the prompt and the text of a reply, such as a space or an empty thought."""
-    after: str
-    """From the end of the text on."""
-
-
-def _any_of(names: Sequence[str], *patterns: str) -> re.Pattern[str]:
-    """Matches any of the names, longest first, the character that hides them, or a pattern."""
-    longest_first = sorted([*names, _HIDDEN], key=len, reverse=True)
-    return re.compile("|".join([*map(re.escape, longest_first), *patterns]))
+_MARK = f"{HIDDEN}O{HIDDEN}"
+"""In place of an observation, to find where it begins."""
+_KEYS = ("tool_calls", "name", "tool_call_id")
+"""What a message may have beside its role and content."""
 
 
 class ChatFormat:
@@ -95,46 +71,31 @@ class ChatFormat:
         self.date = (date or datetime.date.today().isoformat()) if "strftime_now" in template else None
         """The day that the template sees; None if it does not read the clock."""
         self._ends = list(end_token_ids)
-        added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
-        self._added = _any_of(list(added))
-        self._swallowing = {name for name, token in added.items() if token.rstrip}
-        special = {name for name, token in added.items() if token.special}
-        self.end_names = [name for name in tokenizer.convert_ids_to_tokens(self._ends) if name in special]
-        of_replies = {name for name in added if _OF_REPLIES.search(name)}.difference(self.end_names)
-        of_reply_ids = tokenizer.convert_tokens_to_ids(sorted(of_replies))
-        special_ids = tokenizer.convert_tokens_to_ids(sorted(special))
-        self._skipped = {*special_ids, *tokenizer.all_special_ids}.difference(of_reply_ids)
-        # A template may also write tokens that are not special, such as <|User|>.
-        control = special | of_replies | {name for name in added if name.strip() and name in template}
-        # Next to a token that swallows white space, that of a text is encoded on its own.
-        edges = [r"\A\s+", r"\s+\Z"] if self._swallowing else []
-        self._in_texts = _any_of(list(control))
-        self._in_replies = _any_of(list(control - of_replies), *edges)
+        self._texts = TextIds(tokenizer, end_token_ids, template)
+        self.end_names = self._texts.end_names
+        self._template = Template(tokenizer, self.kwargs, self.date, self._texts, parts=pictures is not None)
         switches = re.findall(r"['\"](/\w+)['\"]", template)
-        self._breaks = re.compile("|".join(map(re.escape, [_PLACE, *switches])))
-        self._turns: dict[str, _Turn] = {}
-        self._begin = self._tokenizers_own_start()
+        self._breaks = re.compile("|".join(map(re.escape, [PLACE, *switches])))
 
     @cached_property
     def end_token_id(self) -> int:
         """The end token that the template writes after an assistant turn, else the first end token."""
-        after = self._ids(self._turn({}).after) if self.tokenizer.chat_template else []
+        after = self._texts.ids(self._template.turn({}).after) if self.tokenizer.chat_template else []
         return next((token for token in after if token in self._ends), self._ends[0])
 
     @cached_property
     def turn_end_id(self) -> int | None:
         """The control token that the template writes after an assistant turn, an end token or not; None if none."""
-        found = self._added.match(self._turn({}).after.lstrip())
+        found = self._texts.added.match(self._template.turn({}).after.lstrip())
         return None if found is None else int(self.tokenizer.convert_tokens_to_ids(found[0]))
 
     def unshown(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str | None:
         """The first of a row's own ``options`` that the template does not show, as it would be lost; else None."""
         template = str(self.tokenizer.chat_template or "")
-        if "tools" in options:
-            others = {name: value for name, value in options.items() if name != "tools"}
-            if not template or self.render(messages, options) == self.render(messages, others):
-                return "tools"
-        return next((name for name in options if not re.search(rf"\b{re.escape(name)}\b", template)), None)
+        others = {name: value for name, value in options.items() if name != "tools"}
+        if len(others) < len(options) and self.render(messages, options) == self.render(messages, others):
+            return "tools"
+        return next((name for name in others if not re.search(rf"\b{re.escape(name)}\b", template)), None)
 
     def render(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
         """The prompt as text, up to the start of the reply.
@@ -146,8 +107,8 @@ class ChatFormat:
         Raises:
             TemplateRefusal: the template rejects the messages, or leaves one out.
         """
-        text, hidden, _ = self._rendered(messages, options or {})
-        return _NAME.sub(lambda found: hidden[int(found[1])], text)
+        text, hidden, _ = self._rendered(*self._prepared(messages, options or {}))
+        return NAME.sub(lambda found: hidden[int(found[1])], text)
 
     def encode_prompt(
         self,
@@ -159,9 +120,9 @@ class ChatFormat:
 
         ``pictures`` are those whose marks in the messages count, by their hashes.
         """
-        text, hidden, seen = self._rendered(messages, options or {}, pictures)
+        text, hidden, seen = self._rendered(*self._prepared(messages, options or {}), pictures=pictures)
         # A template writes its own special tokens. Plain text gets the tokenizer's, such as a leading BOS.
-        ids = [*([] if self.tokenizer.chat_template else self._begin), *self._mixed("", text, hidden)]
+        ids = [*([] if self.tokenizer.chat_template else self._texts.begin), *self._texts.mixed("", text, hidden)]
         return PromptIds(ids, seen) if seen else ids
 
     def encode_completion(self, text: str, options: Mapping[str, Any] | None = None) -> list[int]:
@@ -170,59 +131,173 @@ class ChatFormat:
         They are those that the template gives when it writes the whole turn, with ``text`` itself kept verbatim. A
         thought that the prompt has opened is continued, or closed.
         """
-        turn, said = self._turn(options or {}), text
+        return self.encode_reply({"role": "assistant", "content": text}, options)
+
+    def encode_reply(self, message: Message, options: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of an assistant turn as it stands after the prompt, with its calls and the end-of-turn token.
+
+        The content is kept verbatim, as in :meth:`encode_completion`, and calls are as the template writes them.
+
+        Raises:
+            TemplateRefusal: the template cannot write these calls, such as several where it has place for one.
+        """
+        turn, said = self._template.turn(options or {}), message["content"]
         lead = turn.lead
         if tags := open_thought(turn.prompt):
-            said = within_open_thought(text, turn.prompt, tags)
-        elif thinks(text):
+            lead, said = "", within_open_thought(said, turn.prompt, tags)
+        elif thinks(said):
             lead = without_thought(lead)
+        elif not said and without_thought(lead) == lead:
+            lead = ""  # such as a space in front of a text
         hidden: list[str] = []
-        shown = self._hide(said, self._in_replies, hidden)
+        shown = self._texts.hide(said, self._texts.in_replies, hidden)
+        if "tool_calls" in message:
+            shown += self._calls_text(message, turn, options or {}, hidden)
         space = turn.after[: len(turn.after) - len(turn.after.lstrip())]
         tail = "" if self.turn_end_id is None else space
-        return [*self._mixed(turn.prompt, lead + shown + tail, hidden), self.end_token_id]
+        return [*self._texts.mixed(turn.prompt, lead + shown + tail, hidden), self.end_token_id]
+
+    def encode_between(
+        self, before: Sequence[Message], observations: Sequence[Message], options: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids from the end token of a reply to the next reply: the observations and the start of that turn.
+
+        Earlier turns are not rendered anew: what the template writes otherwise there, such as without thoughts, stays
+        as it was sampled.
+
+        Args:
+            before: the chat, which ends with the reply.
+            observations: what follows it: tool messages or user turns.
+            options: as in :meth:`render`.
+
+        Raises:
+            TemplateRefusal: the template rejects the chat, or does not tell where the reply ends.
+        """
+        end = str(self.tokenizer.convert_ids_to_tokens(self.end_token_id))
+        if not self.tokenizer.chat_template:
+            text, hidden, _ = self._rendered(observations, {})
+            return self._texts.mixed(end, f"\n\n{text}", hidden)
+        chat, given = self._prepared([*before, *observations], options or {})
+        text, hidden, _ = self._rendered(chat, given)
+        head = self._rendered(chat, given, mark=len(chat) - len(observations))[0].partition(_MARK)[0]
+        if self.turn_end_id is not None and end not in head:
+            end = str(self.tokenizer.convert_ids_to_tokens(self.turn_end_id))
+        if end not in head or not text.startswith(head):
+            raise TemplateRefusal("the chat template does not end an assistant turn before what follows it")
+        return self._texts.mixed(end, text[head.rindex(end) + len(end) :], hidden)
+
+    def message_of(self, ids: Sequence[int], prompt: Sequence[int] = ()) -> Message:
+        """A reply as a message, the inverse of :meth:`encode_reply` except for white space around its content.
+
+        Args:
+            ids: of the reply.
+            prompt: ids of its prompt, which may have opened a thought.
+
+        Returns:
+            The assistant's message. If a call cannot be read it has no ``tool_calls``, the whole text as its content,
+            and under ``invalid`` the reason, in words that a model can use.
+
+        Raises:
+            TemplateRefusal: the template writes calls in a form that is not read.
+        """
+        form = self._template.calls
+        if form is not None and not form.is_read:
+            raise TemplateRefusal("the chat template writes tool calls in a form that is not read")
+        text = self._decoded(ids, form.written if form else "")
+        opened = open_thought(str(self.tokenizer.decode(list(prompt[-8:]))))
+        thought, said = split_thinking(text, begun=opened is not None)
+        head = text[: len(text) - len(said)]
+        if not thought.strip() and (said or opened):
+            head = ""
+        elif opened:
+            head = f"{opened[0]}\n{head}"
+        try:
+            content, calls = form.read(said) if form else read_text(said)
+        except InvalidCall as error:
+            return {"role": "assistant", "content": head + said, "invalid": str(error)}
+        made: Message = {"role": "assistant", "content": (head + content).strip()}
+        return {**made, "tool_calls": calls} if calls else made
 
     def closes_thought(self, options: Mapping[str, Any] | None = None) -> bool:
         """Whether the prompt ends with a thought that is closed already."""
-        return bool(re.search(rf"({EMPTY_THOUGHT})\Z", self._turn(options or {}).prompt))
+        return bool(re.search(rf"({EMPTY_THOUGHT})\Z", self._template.turn(options or {}).prompt))
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a plain text, without control tokens."""
-        hidden: list[str] = []
-        return self._mixed("", self._hide(text, self._in_texts, hidden), hidden)
+        return self._texts.encode(text)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of a plain text and of its continuation, which are those of the joint text after the context's."""
-        head, whole = self._ids(context, split=True), self._ids(context + continuation, split=True)
-        return self._begin + whole[: len(head)], whole[len(head) :]
+        head, whole = self._texts.ids(context, split=True), self._texts.ids(context + continuation, split=True)
+        return self._texts.begin + whole[: len(head)], whole[len(head) :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode a reply, skipping special tokens except thinking and tool tags."""
-        kept = [token for token in ids if token not in self._skipped]
-        text = str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+        return self._decoded(ids)
+
+    def _decoded(self, ids: Sequence[int], also: str = "") -> str:
+        """As :meth:`decode`, with the control tokens that ``also`` names."""
+        text = self._texts.decode(ids, also)
         return (text if self.tokenizer.chat_template else text.partition(NEXT_TURN)[0]).strip()
+
+    def _prepared(
+        self, messages: Sequence[Message], options: Mapping[str, Any]
+    ) -> tuple[list[Message], Mapping[str, Any]]:
+        """The messages, with the tools in them if the template does not show tools, and the template's options."""
+        if options.get("tools") and not self._template.shows_tools:
+            messages = with_tools(messages, options["tools"], how=self._template.calls is None)
+            options = {name: value for name, value in options.items() if name != "tools"}
+        return list(messages), options
+
+    def _calls_text(self, message: Message, turn: AssistantTurn, options: Mapping[str, Any], hidden: list[str]) -> str:
+        """The calls of a message as they stand after its content, with names of control tokens hidden."""
+        if self._template.calls is None:
+            text = written([(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]])
+            return "\n" * bool(message["content"]) + self._texts.hide(text, self._texts.in_texts, hidden)
+        calls = mapped(message["tool_calls"], lambda value: self._texts.hide(value, self._texts.in_texts, hidden))
+        (shown,) = self._template.calls.shown([{**message, "tool_calls": calls}])
+        if message["content"]:
+            _, _, text = self._template.last_turn([*turn.asked, {**shown, "content": REPLY}], turn, options).partition(
+                REPLY
+            )
+            if calls[0]["function"]["name"] in text:
+                return text
+        text = self._template.last_turn([*turn.asked, {**shown, "content": ""}], turn, options)
+        return "\n" * bool(message["content"]) + text
 
     def _rendered(
         self,
         messages: Sequence[Message],
         options: Mapping[str, Any],
+        mark: int | None = None,
         pictures: Mapping[str, Picture] | None = None,
     ) -> tuple[str, list[str], list[Picture]]:
-        """The prompt with names of control tokens in its texts hidden, the hidden names by number, and its pictures."""
+        """The prompt with names of control tokens in its texts hidden, the hidden names by number, and its pictures.
+
+        With ``mark``, the message of that number has :data:`_MARK` as its content.
+        """
         hidden: list[str] = []
         seen: list[Picture] = []
         verbatim: list[str] = []
         shown: list[Message] = []
-        for message in messages:
+
+        def hide(text: str) -> str:
+            return self._texts.hide(text, self._texts.in_texts, hidden)
+
+        for number, message in enumerate(messages):
             content = message["content"]
-            names = self._in_replies if message["role"] == "assistant" else self._in_texts
+            names = self._texts.in_replies if message["role"] == "assistant" else self._texts.in_texts
             pieces = split_at_pictures(content, pictures or {})
             seen += [piece for piece in pieces if isinstance(piece, Picture)]
-            text = "".join(_PLACE if isinstance(x, Picture) else self._hide(x, names, hidden) for x in pieces)
+            text = "".join(PLACE if isinstance(x, Picture) else self._texts.hide(x, names, hidden) for x in pieces)
             if isinstance(content, Verbatim):
                 verbatim.append(text)
-                text = f"{_HIDDEN}V{len(verbatim) - 1}{_HIDDEN}"
-            shown.append({"role": message["role"], "content": text})
+                text = f"{HIDDEN}V{len(verbatim) - 1}{HIDDEN}" if text else ""
+            others = {key: mapped(message[key], hide) for key in _KEYS if key in message}
+            shown.append({"role": message["role"], "content": _MARK if number == mark else text, **others})
+        if uses_tools(messages):
+            form = self._template.calls
+            messages, shown = (in_text(messages), in_text(shown)) if form is None else (messages, form.shown(shown))
 
         def put_in(found: re.Match[str]) -> str:
             if found["number"] is None:
@@ -231,9 +306,10 @@ class ChatFormat:
             return text if thinks(text) else (found["thought"] or "") + text  # in place of an empty one
 
         # The texts of tools and other arguments come from the data, too.
-        options = _mapped(options, lambda value: self._hide(value, self._in_texts, hidden))
-        text = self._by_template(shown, options) if self.tokenizer.chat_template else self._plain(shown)
-        self._refuse_left_out(messages, shown, text)
+        options = mapped(options, hide)
+        text = self._template.write(shown, options) if self.tokenizer.chat_template else self._plain(shown)
+        if mark is None:
+            self._refuse_left_out(messages, shown, text)
         return _VERBATIM.sub(put_in, self._with_pictures(text, seen)), hidden, seen
 
     def _with_pictures(self, text: str, seen: Sequence[Picture]) -> str:
@@ -259,134 +335,32 @@ class ChatFormat:
         texts = [_said(message) for message in shown]
         for message, content in zip(messages, texts, strict=True):
             parts = [part.strip() for part in self._breaks.split(content)]
-            if all(text.count(part) >= sum(other.count(part) for other in texts) for part in filter(None, parts)):
+            counts = [(text.count(part), sum(other.count(part) for other in texts)) for part in parts if part]
+            if all(found >= wanted for found, wanted in counts):
+                continue
+            if message["role"] == "tool" and _as_json(content) in text:  # as some templates write it
                 continue
             if isinstance(message["content"], Verbatim):
                 raise TemplateRefusal("the chat template leaves out the demonstration, an earlier assistant turn")
             found = message["content"] if len(message["content"]) <= 40 else message["content"][:37] + "..."
             raise TemplateRefusal(f"the chat template leaves out or rewrites the {message['role']} turn {found!r}")
+        for message in shown:
+            for call in message.get("tool_calls", ()):
+                if call["function"]["name"] not in text:
+                    raise TemplateRefusal(f"the chat template leaves out the call of {call['function']['name']!r}")
 
     def _plain(self, messages: Sequence[Message]) -> str:
-        labels = {"system": "", "user": f"{_PLAIN_USER} ", "assistant": f"{_PLAIN_REPLY} "}
-        return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + _PLAIN_REPLY
+        labels = {"system": "", "user": f"{PLAIN_USER} ", "assistant": f"{PLAIN_REPLY} "}
+        return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + PLAIN_REPLY
 
-    def _by_template(
-        self, messages: Sequence[Message], options: Mapping[str, Any], *, add_generation_prompt: bool = True
-    ) -> str:
-        fixed: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        given = self.kwargs | dict(options)
-        if taken := sorted(fixed.keys() & given.keys()):
-            raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
-        shown: list[Any] = list(messages)
-        if self.pictures is not None:  # image-text models' templates read parts
-            shown = [{**message, "content": as_parts(message["content"].split(_PLACE))} for message in messages]
-        try:
-            if self.date is not None:
-                template = self.tokenizer.get_chat_template(None, tools=given.get("tools"))
-                fixed["chat_template"] = pinned(template, datetime.date.fromisoformat(self.date))
-            return str(self.tokenizer.apply_chat_template(shown, **fixed, **given))
-        except Exception as error:  # templates are programs and may raise anything
-            roles = ", ".join(m["role"] for m in messages)
-            reason = " ".join(str(error).split())
-            raise TemplateRefusal(f"the chat template rejects the roles {roles}: {reason}") from None
 
-    def _turn(self, options: Mapping[str, Any]) -> _Turn:
-        """How the template writes an assistant turn with these options."""
-        key = json.dumps(options, sort_keys=True, default=str)
-        if key not in self._turns:
-            self._turns[key] = self._probe(options)
-        return self._turns[key]
-
-    def _probe(self, options: Mapping[str, Any]) -> _Turn:
-        if not self.tokenizer.chat_template:
-            return _Turn(_PLAIN_REPLY, " ", "")
-        user = {"role": "user", "content": "a"}
-        for asked in ([user], [{"role": "system", "content": "a"}, user]):
-            try:
-                return self._probe_with(asked, options)
-            except TemplateRefusal:
-                continue
-        return _Turn("", "", "")  # a template for other conversations; the rows will tell
-
-    def _probe_with(self, asked: list[Message], options: Mapping[str, Any]) -> _Turn:
-        prompt = self._by_template(asked, options)
-        answered = [*asked, {"role": "assistant", "content": _REPLY}]
-        before, reply, after = self._by_template(answered, options, add_generation_prompt=False).rpartition(_REPLY)
-        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        if not reply:
-            return _Turn(prompt, "", "")
-        if not self._added.match(after.lstrip()):  # some end only those replies that are not the last
-            more = self._by_template([*answered, asked[-1]], options, add_generation_prompt=False).partition(_REPLY)[2]
-            end = str(self.tokenizer.eos_token)
-            after = more[: more.find(end) + len(end)] if more.lstrip().startswith(end) else after
-        return _Turn(prompt, lead, after)
-
-    def _hide(self, text: str, names: re.Pattern[str], hidden: list[str]) -> str:
-        """The text with every match replaced by a marker; appends the matches to ``hidden``."""
-
-        def marker(found: re.Match[str]) -> str:
-            hidden.append(found[0])
-            return f"{_HIDDEN}{len(hidden) - 1}{_HIDDEN}"
-
-        return names.sub(marker, text)
-
-    def _mixed(self, before: str, text: str, hidden: Sequence[str]) -> list[int]:
-        """Token ids of a text with hidden names, as it stands after ``before``; names become plain characters.
-
-        A name is split in two, so that it never becomes the control token.
-        """
-        first, *others = _NAME.split(text)
-        ids, before = self._after(before, first), first or before
-        for number, rest in zip(others[::2], others[1::2], strict=True):
-            name = hidden[int(number)]
-            for piece in (name[:1], name[1:]):
-                alone = self._added.fullmatch(piece)  # a control token of one letter
-                ids += self._ids(piece, split=True) if alone else self._after(before, piece)
-                before = piece or before
-            ids += self._after(before, rest)
-            before = rest or before
-        return ids
-
-    def _after(self, before: str, text: str) -> list[int]:
-        """Token ids of ``text`` as it stands after ``before``, which some tokenizers encode unlike a text's start.
-
-        Where the two would share a token, as in ids that are already fixed, they are those after a line break.
-        """
-        if not text or not before:
-            return self._ids(text)
-        anchor = before[-_ANCHOR:]
-        for found in self._added.finditer(before):
-            swallowed = found[0] in self._swallowing and text[:1].isspace()
-            anchor = before[found.end() if swallowed else found.start() :]
-        for lead in (anchor, "\n", "a"):
-            head, whole = self._ids(lead), self._ids(lead + text)
-            if head and whole[: len(head)] == head:
-                return whole[len(head) :]
-        return self._ids(text)
-
-    def _ids(self, text: str, *, split: bool = False) -> list[int]:
-        options = {"add_special_tokens": False, "split_special_tokens": split}
-        return list(self.tokenizer(text, **options)["input_ids"]) if text else []
-
-    def _tokenizers_own_start(self) -> list[int]:
-        """The special tokens that the tokenizer puts in front of a text; those that it appends are left out."""
-        bare, whole = self._ids("a"), list(self.tokenizer("a")["input_ids"])
-        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-        return whole[:at]
+def _as_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _said(message: Message) -> str:
     content = message["content"]
     return (split_thinking(content)[1] if message["role"] == "assistant" else content).strip()
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with every text in it changed, at any depth; keys, too."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {_mapped(key, change): _mapped(part, change) for key, part in value.items()}
-    return [_mapped(part, change) for part in value] if isinstance(value, list) else value
 
 
 def thought_and_said(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> tuple[str, str]:

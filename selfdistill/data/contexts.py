@@ -22,6 +22,9 @@ from selfdistill.data.images import marks_in
 from selfdistill.data.messages import Message
 from selfdistill.errors import UserError
 
+Show = Literal["episode", "turn"]
+"""What a context shows of an episode: all of it, or the one reply that is asked for."""
+
 
 class Verbatim(str):
     """A demonstration as a turn: rendered as it is, even by a template that strips thoughts from earlier turns."""
@@ -35,6 +38,23 @@ def _user(text: str) -> Message:
 
 def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": Verbatim(text)}
+
+
+def _turns_shown(demonstration: Demonstration, show: Show) -> list[Message]:
+    """The demonstration as a chat without its system turn: prompt and reply, of a whole episode or of the one turn."""
+    row = demonstration
+    if show == "episode" and row.turn_of is not None and row.privileged_context is None:
+        row = row.turn_of
+    _, turns = _split_system(row.prompt)
+    if not row.episode or row.privileged_context is not None:
+        return [*turns, _assistant(row.shown)]
+    said = [{**m, "content": Verbatim(m["content"])} if m["role"] == "assistant" else m for m in row.episode]
+    return [*turns, *said]
+
+
+def _row_of(demonstration: Demonstration) -> Demonstration:
+    """The row that a demonstration is, or is one turn of."""
+    return demonstration.turn_of or demonstration
 
 
 def _split_system(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
@@ -75,16 +95,23 @@ def _no_document(demonstration: Demonstration, context: str) -> str | None:
     return f"column 'document': missing, which context '{context}' shows the teacher; add it or use another context"
 
 
+def _no_episode(demonstration: Demonstration, context: str) -> str | None:
+    if not _row_of(demonstration).episode:
+        return None
+    return f"context '{context}' cannot show an episode; use turns, few_shot or document, or learn --turns last"
+
+
 @dataclass(frozen=True)
 class Turns:
     """The demonstration as earlier turns of the chat, ``repeats`` times: user x, assistant d, ..., user x."""
 
     name: ClassVar[str] = "turns"
     repeats: int = 1
+    show: Show = "episode"
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         system, turns = _split_system(demonstration.prompt)
-        return [*system, *((*turns, _assistant(demonstration.shown)) * self.repeats), *turns]
+        return [*system, *(_turns_shown(demonstration, self.show) * self.repeats), *turns]
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return _no_demonstration(demonstration, self.name)
@@ -99,6 +126,8 @@ class ExampleAnswer:
     """Ask for the reasoning, too."""
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
+        if problem := _no_episode(demonstration, self.name):
+            raise UserError(f"{demonstration.source}: {problem}")
         request = (
             "Work out your own answer to the question, showing your reasoning."
             if self.reasoning
@@ -111,7 +140,7 @@ class ExampleAnswer:
         return [*demonstration.prompt[:-1], _user(text)]
 
     def lacks(self, demonstration: Demonstration) -> str | None:
-        return _no_demonstration(demonstration, self.name)
+        return _no_demonstration(demonstration, self.name) or _no_episode(demonstration, self.name)
 
 
 @dataclass(frozen=True)
@@ -126,20 +155,21 @@ class FewShot:
     seed: int = 0
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
-        others = [other for other in pool if other.prompt != demonstration.prompt]
+        row = _row_of(demonstration)
+        others = [other for other in pool if other.prompt != row.prompt]
         if len(others) < self.k:
             raise UserError(
                 f"context 'few_shot' needs {self.k} other demonstrations, found {len(others)}; lower k or add rows"
             )
         if self.pick == "seed":
-            shown = random.Random(f"{self.seed}-{demonstration.row}").sample(others, self.k)
+            shown = random.Random(f"{self.seed}-{row.row}").sample(others, self.k)
         else:
-            words = _words(demonstration.prompt[-1]["content"])
+            words = _words(row.prompt[-1]["content"])
             shown = sorted(others, key=lambda other: _jaccard(words, _words(other.prompt[-1]["content"])))[-self.k :]
         system, turns = _split_system(demonstration.prompt)
-        earlier = [m for other in shown for m in (*_split_system(other.prompt)[1], _assistant(other.shown))]
         if self.this:
-            earlier += [*turns, _assistant(demonstration.shown)]
+            shown = [*shown, demonstration]
+        earlier = [message for other in shown for message in _turns_shown(other, "episode")]
         return [*system, *earlier, *turns]
 
     def lacks(self, demonstration: Demonstration) -> str | None:
@@ -177,7 +207,7 @@ class Document:
             reading = [_user(text), _assistant("I have read it. What would you like to know?")]
         answered: list[Message] = []
         if self.show != "document":
-            answered = [*turns, _assistant(demonstration.shown)] * self.repeats
+            answered = _turns_shown(demonstration, "episode") * self.repeats
         return [*system, *reading, *answered, *turns]
 
     def lacks(self, demonstration: Demonstration) -> str | None:
@@ -219,6 +249,8 @@ class Template:
         object.__setattr__(self, "text", text)
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
+        if problem := _no_episode(demonstration, self.name):
+            raise UserError(f"{demonstration.source}: {problem}")
         if "{document}" in self.text and demonstration.document is None:
             raise UserError(f"context 'template' uses {{document}}, and {demonstration.source} has none")
         values = {
@@ -232,7 +264,9 @@ class Template:
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         no_document = _no_document(demonstration, self.name) if "{document}" in self.text else None
-        return no_document or (_no_demonstration(demonstration, self.name) if "{demonstration}" in self.text else None)
+        if problem := no_document or _no_episode(demonstration, self.name):
+            return problem
+        return _no_demonstration(demonstration, self.name) if "{demonstration}" in self.text else None
 
 
 @dataclass(frozen=True)
@@ -252,23 +286,29 @@ class Rewritten:
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         if demonstration.privileged_context is not None:
-            return None
+            return _no_episode(demonstration, self.name)
         return "column 'privileged_context': missing, which context 'rewritten' shows the teacher as the question"
 
 
 def with_feedback(messages: Sequence[Message], feedback: str) -> list[Message]:
     """A teacher's messages, with feedback on an earlier attempt at the end of the last turn."""
-    text = (
-        f"{messages[-1]['content']}\n\nAn earlier attempt of yours was not right. This is the feedback on it:\n\n"
-        f"{feedback}\n\nNow answer the question correctly."
+    return _with_text(
+        messages,
+        f"An earlier attempt of yours was not right. This is the feedback on it:\n\n{feedback}\n\n"
+        "Now answer the question correctly.",
     )
-    return [*messages[:-1], _user(text)]
 
 
 def with_guide(messages: Sequence[Message], guide: str) -> list[Message]:
     """Messages with a guide, such as a plan or the first steps of an answer, at the end of the last turn."""
-    text = f"{messages[-1]['content']}\n\nLet this guide your answer:\n\n{guide}\n\nNow answer the question."
-    return [*messages[:-1], _user(text)]
+    return _with_text(messages, f"Let this guide your answer:\n\n{guide}\n\nNow answer the question.")
+
+
+def _with_text(messages: Sequence[Message], text: str) -> list[Message]:
+    """Messages with a text at the end of the user's last turn, or as one after what a tool returned."""
+    if messages[-1]["role"] == "tool":
+        return [*messages, _user(text)]
+    return [*messages[:-1], _user(f"{messages[-1]['content']}\n\n{text}")]
 
 
 CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, ExampleAnswer, FewShot, Document, Template, Rewritten)}
@@ -316,5 +356,7 @@ def _convert(spec: str, key: str, value: str, hint: Any) -> Any:
 def context_spec(context: Context) -> str:
     """The inverse of :func:`parse_context`."""
     values = {f.name: getattr(context, f.name) for f in fields(context) if f.init}  # type: ignore[arg-type]
+    if isinstance(context, Turns) and context.show == "episode":
+        del values["show"]  # so that specs of earlier runs stay the same
     options = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
     return ":".join(filter(None, [context.name, ",".join(options)]))

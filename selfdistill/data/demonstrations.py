@@ -14,11 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.data.columns import COLUMNS, misnamed, missing, note_about, refused, unread
-from selfdistill.data.images import Picture, in_parts, marked, pictures_of, saved, undecoded
-from selfdistill.data.messages import Message, chat_of, messages_of, not_object, text_of, wrong
+from selfdistill.data.images import Picture, in_parts, marked, pictures_of, refuse_late, saved, undecoded
+from selfdistill.data.messages import (
+    Message,
+    Turns,
+    as_written,
+    chat_of,
+    check_order,
+    first_learnt,
+    messages_of,
+    not_object,
+    replies_of,
+    text_of,
+    text_of_reply,
+    uses_tools,
+    wrong,
+)
 from selfdistill.data.readers import is_data_file
-from selfdistill.data.rows import RawRow, check_rows, from_text, one_of, repeated_key
+from selfdistill.data.rows import RawRow, check_rows, one_of, repeated_key
 from selfdistill.data.sources import Note, read_rows, rows_in_memory
+from selfdistill.data.template_columns import template_kwargs_of, tools_of
 from selfdistill.errors import UserError
 
 
@@ -29,7 +44,7 @@ class Demonstration:
     prompt: tuple[Message, ...]
     """Chat messages up to and including the last user turn. A string becomes one user turn."""
     completion: str = ""
-    """The demonstrated reply; empty if there is none."""
+    """The demonstrated reply, of an episode the last one, with its calls as text; empty if there is none."""
     document: str | None = None
     """Text that the teacher reads first."""
     privileged_context: str | None = None
@@ -46,8 +61,13 @@ class Demonstration:
     """JSON schemas of the tools that the chat template shows."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further arguments of the chat template for this row, over the setting's."""
+    episode: tuple[Message, ...] = ()
+    """The messages after the prompt, where there are several replies to learn or the one calls tools; the first and the
+    last are the assistant's. Empty for a reply of text alone."""
     images: tuple[Picture, ...] = ()
     """The prompt's pictures; in its texts a mark stands for each."""
+    turn_of: Demonstration | None = None
+    """The row of which this is one turn; see :func:`selfdistill.data.encode`."""
 
     def __post_init__(self) -> None:
         prompt: Any = self.prompt
@@ -59,11 +79,12 @@ class Demonstration:
 
         Fields that older folders did not know are left out where they are not set.
         """
-        values = {**asdict(replace(self, images=())), "source": ""}
+        values = {**asdict(replace(self, turn_of=None, images=())), "source": ""}
+        del values["turn_of"]
         values["images"] = [picture.digest for picture in self.images] or None
-        newer = {name: values.pop(name) for name in ("tools", "chat_template_kwargs", "images")}
+        newer = {name: values.pop(name) for name in ("tools", "chat_template_kwargs", "episode", "images")}
         first = {"row": values.pop("row"), "source": values.pop("source")}
-        return {**first, **values, **{name: value for name, value in newer.items() if value is not None}}
+        return {**first, **values, **{name: value for name, value in newer.items() if value not in (None, ())}}
 
     @property
     def template_options(self) -> dict[str, Any]:
@@ -98,16 +119,8 @@ SCORER_NAMES = ("exact", "contains", "choice", "regex", "tool_call")
 CODE = "code"
 """The setting with which replies are run against the tests in ``answer``; not a valid value of the column."""
 
-_RESERVED = (
-    *("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding"),
-    *("return_assistant_tokens_mask", "truncation", "max_length", "tokenizer_kwargs", "chat_template", "conversation"),
-    *("tools", "messages"),
-)
-"""Arguments of ``apply_chat_template`` that a row may not give; one is a template, and so a program."""
-
 _TAUGHT = ("completion", "answer", "privileged_context")
 _WANT_CHAT = "text or a list of messages"
-_WANT_COMPLETION = "text or one assistant message"
 
 
 Rows = str | Path | Sequence[Mapping[str, Any]] | Sequence[Demonstration] | Any
@@ -125,6 +138,7 @@ def load_demonstrations(
     split: str | None = "train",
     note: Note | None = None,
     lacks: Lacks | None = None,
+    turns: Turns = "auto",
 ) -> list[Demonstration]:
     """Read and validate every row of ``data``, in order.
 
@@ -140,10 +154,12 @@ def load_demonstrations(
         note: takes what the user should know, a line each: columns that are not used, equal prompts with unlike
             answers, other splits.
         lacks: what else a row must have; see :data:`Lacks`.
+        turns: which assistant turns are learnt: ``last``; ``all`` after the prompt, which of ``messages`` is what comes
+            before the first; ``auto``: all of a row with tool calls or tool turns or with several in its completion.
 
-    A row has ``prompt`` and ``completion`` (each text or chat messages, the completion exactly one assistant message),
-    or ``messages``, whose last turn is the assistant's demonstration. Messages may be their JSON text. Null counts as
-    absent. All rows have the same form.
+    A row has ``prompt`` and ``completion`` (each text or chat messages, the completion one assistant message or an
+    episode that begins and ends with one), or ``messages``, whose last turn is the assistant's demonstration. Messages
+    may be their JSON text. Null counts as absent. All rows have the same form.
 
     Raises:
         UserError: the data cannot be read or has no rows; or rows are invalid: names the first ten and the total.
@@ -163,7 +179,8 @@ def load_demonstrations(
     folder = name if os.path.isdir(name) else os.path.dirname(name)
 
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
-        made = _demonstration(raw, number, form, completion_required, folder, problems)
+        pictures = pictures_of(raw.value, folder, problems)
+        made = _demonstration(raw, number, form, completion_required, turns, pictures, problems)
         if lacks and not problems:
             problems += filter(None, [lacks(made)])
         return made
@@ -194,7 +211,8 @@ def _repeated(demonstrations: Sequence[Demonstration]) -> list[str]:
     seen: dict[str, dict[str, str]] = {}  # the source of each first row, by its prompt and by all of it
     for demonstration in demonstrations:
         asked = json.dumps([demonstration.prompt, demonstration.document, demonstration.template_options])
-        told = json.dumps([demonstration.completion, demonstration.privileged_context, demonstration.answer])
+        reply = demonstration.episode or demonstration.completion
+        told = json.dumps([reply, demonstration.privileged_context, demonstration.answer])
         before = seen.setdefault(asked, {})
         if told in before:
             same.append(f"{before[told]} and {demonstration.source}")
@@ -235,7 +253,9 @@ def _as_row(row: Any) -> Any:
     if not isinstance(row, Demonstration):
         return row
     values = {name: getattr(row, name) for name in COLUMNS if name not in ("messages", "image")}
-    values["prompt"] = [{**turn, "content": in_parts(turn["content"], row.images)} for turn in row.prompt]
+    values["prompt"] = [as_written({**turn, "content": in_parts(turn["content"], row.images)}) for turn in row.prompt]
+    if row.episode:
+        values["completion"] = [as_written(turn) for turn in row.episode]
     return {name: value for name, value in values.items() if value not in (None, "", ())}
 
 
@@ -251,7 +271,8 @@ def load_prompts(path: str) -> list[Demonstration]:
     """
     is_text = Path(path).suffix == ".txt" or (os.path.isfile(path) and not is_data_file(path))
     if not is_text:
-        return [replace(row, completion="", privileged_context=None, answer=None) for row in load_demonstrations(path)]
+        rows = load_demonstrations(path, turns="last")
+        return [replace(row, completion="", privileged_context=None, answer=None, episode=()) for row in rows]
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
@@ -295,43 +316,55 @@ def _form(row: Any, problems: list[str]) -> str | None:
 
 
 def _demonstration(
-    raw: RawRow, number: int, form: str, completion_required: bool, folder: str, problems: list[str]
+    raw: RawRow,
+    number: int,
+    form: str,
+    completion_required: bool,
+    learnt: Turns,
+    pictures: Sequence[Picture],
+    problems: list[str],
 ) -> Demonstration:
     """The row as a demonstration; invalid if there are problems."""
     row: dict[str, Any] = raw.value
     others = {name: row.get(name) for name in ("document", "privileged_context", "answer", "scorer")}
-    pictures = pictures_of(row, folder, problems)
     chat = marked(chat_of(row[form], form, problems), form, pictures, problems)
     if isinstance(row.get("prompt"), str) and isinstance(chat, list):  # then the completion may be such a text, too
         row = {**row, "completion": chat_of(row.get("completion"), "completion", problems)}
-    completion = _completion(row, completion_required, problems) if form == "prompt" else ""
+    replies = replies_of(row, completion_required, problems) if form == "prompt" else []
     if form == "prompt" and not isinstance(chat, list):
         turns = [{"role": "user", "content": text_of(chat, "prompt", _WANT_CHAT, problems)}]
     elif isinstance(chat, list) or not problems:
         turns = messages_of(chat, form, problems)
     else:
         turns = []
-    if turns and form == "messages" and turns[-1]["role"] == "assistant":
-        completion = turns.pop()["content"]
+    if form == "messages" and turns and turns[-1]["role"] == "assistant":
+        first = first_learnt(turns, learnt)
+        turns, replies = turns[:first], turns[first:]
     elif turns and form == "messages" and completion_required:
         problems.append(f"column 'messages': ends with the {turns[-1]['role']}, expected an assistant turn")
-    if not problems and (not turns or turns[-1]["role"] != "user"):
+    elif learnt == "last":
+        turns, replies = [*turns, *replies[:-1]], replies[-1:]
+    if not problems and (not turns or turns[-1]["role"] not in ("user", "tool")):
         found = f"ends with the {turns[-1]['role']}" if turns else "is empty"
         problems.append(f"column '{form}': the prompt {found}, expected it to end with a user turn")
+    check_order(replies, form, problems)
+    refuse_late(replies, form, problems)
     problems += refused(row)
-    if not problems and not completion and not any(value is not None for value in others.values()):
+    if not problems and not replies and not any(value is not None for value in others.values()):
         # A prompt alone may be meant, but hardly where another column has a familiar name.
         problems += filter(None, [misnamed(row, *_TAUGHT)])
     _check_others(others, problems)
+    is_text = len(replies) < 2 and not uses_tools(replies)
     return Demonstration(
         tuple(turns),
-        completion,
+        text_of_reply(replies[-1]) if replies and not problems else "",
         **others,
         row=number,
         source=raw.source,
-        tools=_tools(row.get("tools"), problems),
-        chat_template_kwargs=_template_kwargs(row.get("chat_template_kwargs"), problems),
-        images=pictures,
+        tools=tools_of(row.get("tools"), problems),
+        chat_template_kwargs=template_kwargs_of(row.get("chat_template_kwargs"), problems),
+        episode=() if is_text else tuple(replies),
+        images=tuple(pictures),
     )
 
 
@@ -352,48 +385,3 @@ def _check_others(others: dict[str, Any], problems: list[str]) -> None:
         )
     elif others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
         problems.append(wrong("scorer", others["scorer"], one_of(SCORER_NAMES)))
-
-
-def _tools(value: Any, problems: list[str]) -> list[dict[str, Any]] | None:
-    """The schemas, of a list or its JSON text. Null within them counts as absent, for Arrow writes it for all keys."""
-    tools = from_text(value)
-    if tools in (None, [], ""):
-        return None
-    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
-        return [_without_null(tool) for tool in tools]
-    problems.append(wrong("tools", value, "a list of JSON schemas, or its JSON text"))
-    return None
-
-
-def _template_kwargs(value: Any, problems: list[str]) -> dict[str, Any] | None:
-    options = from_text(value)
-    if options in (None, ""):
-        return None
-    if not isinstance(options, dict):
-        problems.append(wrong("chat_template_kwargs", value, "an object or null"))
-        return None
-    options = {name: option for name, option in options.items() if option is not None}
-    if taken := sorted(options.keys() & set(_RESERVED)):
-        problems.append(f"column 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
-    return options or None
-
-
-def _without_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_null(part) for key, part in value.items() if part is not None}
-    return [_without_null(part) for part in value] if isinstance(value, list) else value
-
-
-def _completion(row: dict[str, Any], required: bool, problems: list[str]) -> str:
-    value = row.get("completion")
-    if value is None and not (required and "completion" in row):
-        if required:
-            problems.append(missing(row, "completion", want=f"expected {_WANT_COMPLETION}"))
-        return ""
-    if not isinstance(value, list) or not value:
-        return text_of(value, "completion", _WANT_COMPLETION, problems)
-    turns = messages_of(value, "completion", problems)
-    roles = [turn["role"] for turn in turns]
-    if turns and roles != ["assistant"]:
-        problems.append(f"column 'completion': found messages of {', '.join(roles)}, expected one assistant message")
-    return turns[0]["content"] if turns else ""

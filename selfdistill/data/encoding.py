@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from selfdistill.data.chat_format import ChatFormat, TemplateRefusal
+from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import Context
 from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.episodes import Replies, encode_replies, turns_of
 from selfdistill.data.images import by_digest
-from selfdistill.data.messages import Message
+from selfdistill.data.messages import Message, uses_tools
 from selfdistill.data.rows import first_ten
+from selfdistill.data.template import TemplateRefusal
 from selfdistill.data.thinking import split_thinking
 from selfdistill.errors import UserError
 
@@ -30,6 +32,9 @@ class Example:
     """The prompt with the context, as the teacher sees it; None without a context."""
     completion_ids: list[int]
     """The completion with its end token; empty without a completion, which is not an empty reply."""
+    given: tuple[tuple[int, int], ...] = ()
+    """Half-open spans of ``completion_ids``, in order, that are not the model's: what tools or users said. They are
+    read and never a target."""
 
 
 class NothingFits(UserError):
@@ -47,21 +52,24 @@ def encode(
     on_long_prompt: str = "error",
     completion_must_fit: bool = False,
     pool: Sequence[Demonstration] | None = None,
+    replies: Replies = "last",
 ) -> tuple[list[Example], int]:
-    """Encode demonstrations, and count those dropped because they are too long.
+    """Encode demonstrations, and count the examples dropped because they are too long.
 
     Args:
         demonstrations: what to encode.
         context: the teacher's context, or None.
         max_prompt_length: limit for either prompt, in tokens; None: the window minus ``max_completion_length``.
-        max_completion_length: limit for a completion, in tokens.
+        max_completion_length: limit for a completion, in tokens; of an episode, for each reply.
         window: the model's limit for prompt plus completion, in tokens; None if it has none.
         on_long_prompt: ``error`` or ``drop``.
         completion_must_fit: apply ``max_completion_length`` to the demonstrated completion, which is trained on.
         pool: demonstrations that contexts may draw from; default ``demonstrations``.
+        replies: which replies of an episode are examples: ``episode``, all in one; ``each``, after the conversation so
+            far as the demonstration has it; ``last``.
 
     Returns:
-        The examples, and the number of demonstrations dropped.
+        The examples, and the number of examples dropped.
 
     Raises:
         NothingFits: with ``drop``, no row is left.
@@ -70,19 +78,23 @@ def encode(
     """
     limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit)
     limits.check()
+    others = pool or demonstrations
+    demonstrations = [turn for row in demonstrations for turn in turns_of(row, replies)]
     _refuse_end_names(demonstrations, chat)
     refuse_unshown(demonstrations, chat)
     _refuse_pictures(demonstrations, chat)
-    pictures = by_digest([*demonstrations, *(pool or ())])
+    pictures = by_digest([*demonstrations, *others])
 
     def example_of(demonstration: Demonstration) -> Example:
         options = demonstration.template_options
-        teacher = context.messages(demonstration, pool or demonstrations) if context else None
+        teacher = context.messages(demonstration, others) if context else None
+        completion_ids, given = encode_replies(demonstration, chat)
         return Example(
             demonstration,
             chat.encode_prompt(demonstration.prompt, options, by_digest([demonstration])),
             chat.encode_prompt(teacher, options, pictures) if teacher else None,
-            chat.encode_completion(demonstration.completion, options) if demonstration.completion else [],
+            completion_ids,
+            given,
         )
 
     kept, problems = [], []
@@ -208,6 +220,8 @@ def notes_on(examples: Sequence[Example], chat: ChatFormat) -> list[str]:
 def _text_changes(examples: Sequence[Example], chat: ChatFormat) -> str | None:
     changed = []
     for example in examples:
+        if uses_tools(example.demonstration.episode[-1:]):  # the text of its calls is not what is learnt
+            continue
         found = unicodedata.normalize("NFC", chat.decode(example.completion_ids))
         meant = unicodedata.normalize("NFC", example.demonstration.completion).strip()
         thought, said = split_thinking(meant)
@@ -258,10 +272,13 @@ class _Limits:
         for who, ids in (("prompt", example.student_ids), ("teacher's prompt", example.teacher_ids or [])):
             if limit is not None and len(ids) > limit:
                 return f"{source}: {who} has {len(ids)} tokens, limit {limit}", self._more_room
-        length = len(example.completion_ids)
+        length = _longest_reply(example)
         if self.completion_must_fit and length > self.max_completion_length:
             found = f"completion has {length} tokens, limit {self.max_completion_length} (max_completion_length)"
             return f"{source}: {found}", "raise --max_completion_length"
+        whole = len(example.student_ids) + len(example.completion_ids)
+        if example.given and self.window is not None and whole > self.window:
+            return f"{source}: prompt and episode have {whole} tokens, limit {self.window} (the window)", "shorten them"
         return None
 
     @property
@@ -271,9 +288,18 @@ class _Limits:
         return f"lower --max_completion_length (the window is {self.window} tokens)"
 
 
+def _longest_reply(example: Example) -> int:
+    """Tokens of the longest reply of a completion."""
+    starts = [0, *(end for _, end in example.given)]
+    ends = [*(start for start, _ in example.given), len(example.completion_ids)]
+    return max(end - start for start, end in zip(starts, ends, strict=True))
+
+
 def _refuse_end_names(demonstrations: Sequence[Demonstration], chat: ChatFormat) -> None:
     """Refuse completions that end with the name of an end token, which would be encoded as plain text."""
-    ended = [d.source for d in demonstrations if d.completion.rstrip().endswith(tuple(chat.end_names))]
+    replies = [(row.source, m["content"]) for row in demonstrations for m in row.episode if m["role"] == "assistant"]
+    replies += [(row.source, row.completion) for row in demonstrations if not row.episode]
+    ended = [source for source, reply in replies if reply.rstrip().endswith(tuple(chat.end_names))]
     if ended:
         raise UserError(
             f"{len(ended)} of {len(demonstrations)} completions end with {' or '.join(chat.end_names)}, which the chat "
@@ -304,7 +330,7 @@ def refuse_unshown(demonstrations: Sequence[Demonstration], chat: ChatFormat) ->
         name = next(filter(None, names))
         held, why = f"chat_template_kwargs {name!r}", "which the chat template does not use"
         if name == "tools":
-            held, why = "tools", "but the chat template shows no tools"
+            held, why = "tools", "but the chat template does not show them"
         if not chat.tokenizer.chat_template:
             why = "but the tokenizer has no chat template"
         raise UserError(

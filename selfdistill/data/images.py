@@ -313,6 +313,12 @@ def marks_in(text: str) -> str:
     return "".join(found[0] for found in _MARK.finditer(text))
 
 
+def refuse_late(replies: Sequence[Mapping[str, Any]], column: str, problems: list[str]) -> None:
+    """A problem if pictures stand after the first reply that is learnt."""
+    if any(_MARK.search(message["content"]) for message in replies):
+        problems.append(f"column '{column}': pictures after the first reply that is learnt, expected them before it")
+
+
 def shown_text(text: str) -> str:
     """A text as a person or a judge reads it, with a word in place of each picture."""
     return _MARK.sub("[picture]", text)

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
 
-from selfdistill.data.columns import FROM_SHAREGPT, is_empty
+from selfdistill.data.columns import FROM_SHAREGPT, is_empty, missing
 from selfdistill.data.rows import LONE_SURROGATE, describe_value, from_text, one_of, quoted
+from selfdistill.data.tool_calls import written
 
-Message = dict[str, str]
-"""One chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
+Message = dict[str, Any]
+"""One chat message: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``.
 
-_ROLES = ("system", "user", "assistant")
+An assistant message may have ``tool_calls``, a list of ``{"type": "function", "function": {"name": text, "arguments":
+object}}``, each with an ``id`` if one was given; its content may then be "". A tool message may have ``name`` and
+``tool_call_id``.
+"""
+
+Turns = Literal["auto", "last", "all"]
+"""Which assistant turns of a chat are learnt; ``auto``: all if it has tool calls or tool turns, else the last."""
+
+_WANT_COMPLETION = "text or one assistant message"
+_WANT_EPISODE = "one assistant message, or turns from an assistant's to an assistant's"
+_ROLES = ("system", "user", "assistant", "tool")
+_OWN_KEYS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}
 _INTO_CONTENT = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into content as <think>...</think>"),
-    **dict.fromkeys(
-        ("tool_calls", "function_call"),
-        "write the call as text in content, as the model writes it (see docs/data.md)",
-    ),
+    "tool_calls": "only the assistant calls tools",
+    "function_call": "write it as tool_calls (see docs/data.md)",
 }
 """Keys of other tools' messages, and where their text belongs."""
 
@@ -39,7 +52,7 @@ def chat_of(value: Any, column: str, problems: list[str]) -> Any:
 
 
 def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:
-    """The list's messages, with role and content only; empty if any is invalid."""
+    """The list's messages, each with the keys of :data:`Message` only; empty if any is invalid."""
     if not isinstance(value, list) or not value:
         problems.append(wrong(column, value, "a list of messages"))
         return []
@@ -49,25 +62,60 @@ def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:
         at = f"{column}[{number}]"
         if not isinstance(message, dict):
             problems.append(wrong(at, message, "an object with role and content"))
-            continue
-        if "from" in message and "role" not in message:
+        elif "from" in message and "role" not in message:
             problems.append(f"column '{at}': found from and value, expected {FROM_SHAREGPT}")
-            continue
-        role = message.get("role")
-        if role == "tool":
-            problems.append(f"column '{at}.role': found 'tool', which is not supported, expected {one_of(_ROLES)}")
-        elif role not in _ROLES:
-            problems.append(wrong(f"{at}.role", role, one_of(_ROLES)))
-        elif role == "system" and number:
-            problems.append(f"column '{at}.role': found 'system', expected only in the first message")
-        text = _content(message.get("content"), f"{at}.content", problems)
-        # Arrow writes null for a key that only other messages have. What holds something would be lost silently.
-        others = [key for key in message if key not in ("role", "content") and not is_empty(message[key])]
-        if others:
-            advice = f"; {_INTO_CONTENT[others[0]]}" if others[0] in _INTO_CONTENT else ""
-            problems.append(f"column '{at}': found key {quoted(others[0])}, expected only role and content{advice}")
-        turns.append({"role": str(role), "content": text})
+        else:
+            turns.append(_message(message, at, problems))
+            if turns[-1]["role"] == "system" and number:
+                problems.append(f"column '{at}.role': found 'system', expected only in the first message")
+    if len(problems) == before:
+        _check_results(turns, column, problems)
     return turns if len(problems) == before else []
+
+
+def _message(message: dict[str, Any], at: str, problems: list[str]) -> Message:
+    role = message.get("role")
+    if role not in _ROLES:
+        problems.append(wrong(f"{at}.role", role, one_of(_ROLES)))
+    # Arrow writes null for a key that only other messages have. What holds something would be lost silently.
+    held = [key for key in message if key not in ("role", "content") and not is_empty(message[key])]
+    own = _OWN_KEYS.get(str(role), ())
+    if others := [key for key in held if key not in own]:
+        advice = f"; {_INTO_CONTENT[others[0]]}" if others[0] in _INTO_CONTENT else ""
+        *first, last = ["role", "content", *own]
+        expected = f"expected only {', '.join(first)} and {last}"
+        problems.append(f"column '{at}': found key {quoted(others[0])}, {expected}{advice}")
+    content, empty = message.get("content"), role == "tool" or "tool_calls" in held
+    may_be_empty = empty and (content in (None, "", []) or (isinstance(content, str) and not content.strip()))
+    made: Message = {"role": str(role), "content": ""}
+    if not may_be_empty:
+        made["content"] = _content(content, f"{at}.content", problems)
+    if role == "assistant" and "tool_calls" in held:
+        made["tool_calls"] = tool_calls_of(message["tool_calls"], f"{at}.tool_calls", problems)
+    if role == "tool":
+        keys = [key for key in own if key in held]
+        made |= {key: text_of(message[key], f"{at}.{key}", "text", problems) for key in keys}
+    return made
+
+
+def _check_results(turns: Sequence[Message], column: str, problems: list[str]) -> None:
+    """Each tool message follows the calls that it answers, and names one of them if they are named."""
+    open_calls: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns):
+        at = f"{column}[{number}]"
+        if turn["role"] != "tool":
+            open_calls = list(turn.get("tool_calls", ()))
+            continue
+        name, wanted = turn.get("tool_call_id"), [call["id"] for call in open_calls if "id" in call]
+        if not open_calls:
+            problems.append(f"column '{at}': found a tool message without a call, expected one after tool_calls")
+        elif name is not None and wanted and name not in wanted:
+            problems.append(
+                f"column '{at}.tool_call_id': found {quoted(name)}, expected {one_of(list(map(repr, wanted)))}"
+            )
+        else:
+            done = next((call for call in open_calls if name is not None and call.get("id") == name), open_calls[0])
+            open_calls.remove(done)
 
 
 def _content(value: Any, column: str, problems: list[str]) -> str:
@@ -87,12 +135,121 @@ def _content(value: Any, column: str, problems: list[str]) -> str:
     return text_of("".join(texts), column, "text", problems) if len(texts) == len(value) else ""
 
 
+def tool_calls_of(value: Any, column: str, problems: list[str]) -> list[dict[str, Any]]:
+    """Calls in the form of OpenAI, or flat with name and arguments, as those of :data:`Message`."""
+    if not isinstance(value, list):
+        problems.append(wrong(column, value, "a list of calls"))
+        return []
+    return [_call(call, f"{column}[{number}]", problems) for number, call in enumerate(value)]
+
+
+def _call(value: Any, at: str, problems: list[str]) -> dict[str, Any]:
+    call = {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else {}
+    flat = "function" not in call
+    function = call if flat else {key: part for key, part in _as_object(call["function"]).items() if part is not None}
+    if not isinstance(function.get("name"), str) or not function["name"].strip():
+        problems.append(f"column '{at}': found {_named(value)}, expected a call with name and arguments")
+        return {}
+    known = [("id", "type", "name", "arguments")] if flat else [("id", "type", "function"), ("name", "arguments")]
+    for held, keys in zip([call] if flat else [call, function], known, strict=True):
+        if unknown := [key for key in held if key not in keys]:
+            problems.append(f"column '{at}': found key {quoted(unknown[0])}, expected only {', '.join(keys)}")
+    if call.get("type", "function") != "function":
+        problems.append(wrong(f"{at}.type", call["type"], "'function'"))
+    made = {"type": "function", "function": {"name": function["name"], "arguments": _arguments(function, at, problems)}}
+    return {"id": text_of(call["id"], f"{at}.id", "text", problems), **made} if "id" in call else made
+
+
+def _as_object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _named(value: Any) -> str:
+    return "a call without a name" if isinstance(value, dict) else describe_value(value)
+
+
+def _arguments(function: dict[str, Any], at: str, problems: list[str]) -> dict[str, Any]:
+    """The arguments: an object, in which null counts as absent as Arrow writes it for all keys, or its JSON text."""
+    given = function.get("arguments", {})
+    found = from_text(given) if isinstance(given, str) and given.strip() else given or {}
+    if not isinstance(found, dict):
+        problems.append(wrong(f"{at}.arguments", given, "an object, or its JSON text"))
+        return {}
+    try:
+        text = json.dumps(found, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError):
+        problems.append(f"column '{at}.arguments': found a value that is not JSON, expected JSON values")
+        return {}
+    if LONE_SURROGATE.search(text):
+        problems.append(f"column '{at}.arguments': found a lone surrogate, expected text")
+    return found if isinstance(given, str) else without_null(found)
+
+
+def without_null(value: Any) -> Any:
+    """The value without keys whose value is null, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_null(part) for key, part in value.items() if part is not None}
+    return [without_null(part) for part in value] if isinstance(value, list) else value
+
+
+def uses_tools(turns: Sequence[Message]) -> bool:
+    """Whether a chat has tool calls or tool turns."""
+    return any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns)
+
+
+def first_learnt(turns: Sequence[Message], learnt: Turns) -> int:
+    """Where a chat that ends with the assistant is divided into prompt and replies."""
+    if learnt == "last" or (learnt == "auto" and not uses_tools(turns)):
+        return len(turns) - 1
+    return next(number for number, turn in enumerate(turns) if turn["role"] == "assistant")
+
+
+def text_of_reply(message: Message) -> str:
+    """A reply as one text, its calls as lines that the scorer ``tool_call`` reads."""
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+    return "\n".join(filter(None, [message["content"], written(calls)]))
+
+
+def as_written(message: Message) -> Message:
+    """The message as a file holds it: arguments as JSON text, in which null is kept."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
 def text_of(value: Any, column: str, want: str, problems: list[str]) -> str:
     """The value if it is non-blank text; else "", with a problem."""
     if isinstance(value, str) and value.strip() and not LONE_SURROGATE.search(value):
         return value
     problems.append(wrong(column, value, want))
     return ""
+
+
+def check_order(replies: Sequence[Message], form: str, problems: list[str]) -> None:
+    """A problem if two replies follow each other: between them somebody else says something."""
+    if not problems and any(one["role"] == other["role"] == "assistant" for one, other in pairwise(replies)):
+        column = "messages" if form == "messages" else "completion"
+        problems.append(f"column '{column}': found two assistant turns in a row, expected a tool or user turn between")
+
+
+def replies_of(row: dict[str, Any], required: bool, problems: list[str]) -> list[Message]:
+    """The completion's messages; none without a completion."""
+    value = row.get("completion")
+    if value is None and not (required and "completion" in row):
+        if required:
+            problems.append(missing(row, "completion", want=f"expected {_WANT_COMPLETION}"))
+        return []
+    if not isinstance(value, list) or not value:
+        return [{"role": "assistant", "content": text_of(value, "completion", _WANT_COMPLETION, problems)}]
+    turns = messages_of(value, "completion", problems)
+    roles = [turn["role"] for turn in turns]
+    if turns and not roles[0] == roles[-1] == "assistant":
+        problems.append(f"column 'completion': found messages of {', '.join(roles)}, expected {_WANT_EPISODE}")
+    return turns
 
 
 # --- wording ---

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ from typing import Any
 from selfdistill.data.choices import chosen_letter, letter_of
 from selfdistill.data.code_tests import run_tests
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
+from selfdistill.data.named import named
 from selfdistill.data.rows import from_text, one_line
 from selfdistill.data.thinking import split_thinking
 from selfdistill.data.tool_calls import Calls, calls_in, calls_of, same_calls
@@ -29,9 +28,6 @@ from selfdistill.errors import UserError
 
 JUDGE = "judge"
 """The setting with which another model grades replies; not a scorer that :func:`score` accepts."""
-
-FUNCTION = re.compile(r"python:(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\.(?P<function>[^\W\d]\w*)")
-"""Name of a user-defined scorer: ``python:package.module.function``."""
 
 _LIST_OF_TEXTS = re.compile(r"""\s*\[\s*['"].*['"]\s*\]\s*""", re.DOTALL)
 
@@ -303,11 +299,20 @@ def _by_function(name: str, reply: str, demonstration: Demonstration) -> Verdict
         raise UserError(
             f"{demonstration.source}: scorer {name!r} failed: {type(error).__name__}: {one_line(error)}"
         ) from error
+    return as_verdict(returned, f"{demonstration.source}: scorer {name!r}")
+
+
+def as_verdict(returned: Any, who: str) -> Verdict:
+    """The verdict that a user's function returned: a bool, a reward from 0 to 1, or a pair of it and a feedback text.
+
+    Raises:
+        UserError: it is something else; names ``who`` returned it.
+    """
     reward, feedback = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, "")
     if not (isinstance(reward, int | float) and 0 <= reward <= 1 and isinstance(feedback, str)):
         found = " ".join(repr(returned).split())[:60]
         raise UserError(
-            f"{demonstration.source}: scorer {name!r} returned {found}, expected True or False, a reward from 0 to 1, "
+            f"{who} returned {found}, expected True or False, a reward from 0 to 1, "
             "or a pair of one of these and a feedback text"
         )
     return Verdict(float(reward), feedback)
@@ -315,25 +320,7 @@ def _by_function(name: str, reply: str, demonstration: Demonstration) -> Verdict
 
 @functools.cache
 def _function(name: str) -> Callable[[str, dict[str, Any]], Any]:
-    match = FUNCTION.fullmatch(name)
-    if match is None:
-        raise UserError(f"scorer {name!r}: expected python:package.module.function")
-    if match["module"].partition(".")[0] in sys.stdlib_module_names:  # such as builtins.exec
-        raise UserError(f"scorer {name!r}: {match['module']!r} is in the standard library; name your own module")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(match["module"])
-    except Exception as error:
-        raise UserError(
-            f"scorer {name!r}: module {match['module']!r} cannot be imported from {here} or the environment: "
-            f"{type(error).__name__}: {one_line(error)}"
-        ) from error
-    finally:
-        sys.path.remove(here)
-    function = getattr(module, match["function"], None)
-    if not callable(function):
-        raise UserError(f"scorer {name!r}: {module.__file__} has no function {match['function']!r}")
+    function: Callable[[str, dict[str, Any]], Any] = named(name, "scorer", "function")
     return function
 
 

@@ -25,14 +25,29 @@ class _Number:
 
 def calls_in(reply: str) -> Calls | None:
     """The reply's calls; None if an ``Action:`` line has no valid arguments."""
-    calls: Calls = []
+    found = actions_in(reply)
+    try:
+        return None if found is None else [(name, _arguments(value)) for name, value, _, _ in found]
+    except (TypeError, RecursionError):
+        return None
+
+
+def actions_in(reply: str) -> list[tuple[str, Any, int, int]] | None:
+    """(name, JSON value, start, end) of each ``Action:``; None if one has no JSON value."""
+    found: list[tuple[str, Any, int, int]] = []
     for match in re.finditer(r"^[ \t]*Action:(.*)\n\s*Action Input:\s*", reply, re.MULTILINE):
         try:
-            value, _ = json.JSONDecoder().raw_decode(reply, match.end())
-            calls.append((match[1].strip(), _arguments(value)))
-        except (ValueError, TypeError, RecursionError):
+            value, end = json.JSONDecoder().raw_decode(reply, match.end())
+        except (ValueError, RecursionError):
             return None
-    return calls if len(calls) == len(re.findall(r"^[ \t]*Action:", reply, re.MULTILINE)) else None
+        found.append((match[1].strip(), value, match.start(), end))
+    return found if len(found) == len(re.findall(r"^[ \t]*Action:", reply, re.MULTILINE)) else None
+
+
+def written(calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Calls as text that :func:`calls_in` reads."""
+    lines = [f"Action: {name}\nAction Input: {json.dumps(given, ensure_ascii=False)}" for name, given in calls]
+    return "\n".join(lines)
 
 
 def calls_of(answer: Any) -> Calls:

@@ -116,16 +116,13 @@ def check_run(
         )
     if not config.lora_rank and not config.teacher_model:  # before it is measured for minutes
         refuse_float16(loaded.model, own["model"])
-    rows = load_demonstrations(config.data if demonstrations is None else demonstrations, split=config.split)
+    data = config.data if demonstrations is None else demonstrations
+    rows = load_demonstrations(data, split=config.split, turns=config.turns)
     return _checked(CheckConfig(**settings, contexts=contexts), rows, loaded, cost=False)
 
 
 def check(
-    config: CheckConfig,
-    demonstrations: Rows | None = None,
-    loaded: LoadedModel | None = None,
-    *,
-    cost: bool = True,
+    config: CheckConfig, demonstrations: Rows | None = None, loaded: LoadedModel | None = None, *, cost: bool = True
 ) -> CheckResult:
     """Evaluate the student, and the teacher with each context layout.
 
@@ -139,11 +136,13 @@ def check(
         UserError: settings, data or model are invalid, or no layout fits.
     """
     data = config.data if demonstrations is None else demonstrations
-    rows = load_demonstrations(data, split=config.split, note=say_note, lacks=_lacks_of(config.contexts))
+    rows = load_demonstrations(
+        data, split=config.split, turns=config.turns, note=say_note, lacks=_lacks(config.contexts)
+    )
     return _checked(config, rows, loaded, cost)
 
 
-def _lacks_of(specs: Sequence[str]) -> Lacks:
+def _lacks(specs: Sequence[str]) -> Lacks:
     """What a row must have for any of the contexts, or for any at all if none is given."""
     if not specs:
         return nothing_to_show

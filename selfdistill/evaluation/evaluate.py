@@ -245,7 +245,7 @@ def evaluate(
     def lacks(row: Demonstration) -> str | None:
         return scored(row) or (shown(row) if shown else None)
 
-    demonstrations = load_demonstrations(data, split=config.split, note=say_note, lacks=lacks)
+    demonstrations = load_demonstrations(data, split=config.split, turns=config.turns, note=say_note, lacks=lacks)
     priors = load_prior(config.prior) if config.prior else {}
     judge = judge_of(config)
     if loaded is None:

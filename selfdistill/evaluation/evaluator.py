@@ -45,10 +45,12 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
         return None if Path(path).name in given else say_note
 
     if config.data:
-        load_demonstrations(config.data, split=config.split, note=noted(config.data), lacks=lacks)
+        load_demonstrations(config.data, split=config.split, turns=config.turns, note=noted(config.data), lacks=lacks)
     if config.test is not None:
         scored = nothing_to_score(config.scorer)
-        rows = load_demonstrations(config.test, split=config.test_split, note=noted(config.test), lacks=scored)
+        rows = load_demonstrations(
+            config.test, split=config.test_split, turns=config.turns, note=noted(config.test), lacks=scored
+        )
         check_answers(rows, config.scorer)
     if config.prior is not None:
         load_prior(config.prior)
@@ -72,14 +74,14 @@ class Evaluator:
 
     def __init__(self, config: TrainingSettings, base: LoadedModel) -> None:
         assert config.test is not None
-        rows = load_demonstrations(config.test, split=config.test_split)
+        rows = load_demonstrations(config.test, split=config.test_split, turns=config.turns)
         priors = load_prior(config.prior) if config.prior else {}
         self._mixed_precision = config.mixed_precision
         use_engine(base, config)
         self.questions = EvaluationSet(base, rows, priors, config)
         if self.questions.dropped:
             say(f"dropped {self.questions.dropped} of {len(rows)} rows of {config.test}: too long")
-        self._data = load_demonstrations(config.data, split=config.split)
+        self._data = load_demonstrations(config.data, split=config.split, turns=config.turns)
         learnt = [row.prompt for row in self._data]
         if known := sum(row.prompt in learnt for row in self.questions.demonstrations):
             say(f"note: {known} of {len(self.questions.demonstrations)} test questions are also in the training data")

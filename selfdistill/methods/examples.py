@@ -14,6 +14,7 @@ from selfdistill.data import (
     Demonstration,
     Example,
     Lacks,
+    Replies,
     anchor_prompts,
     context_of,
     encode,
@@ -60,6 +61,8 @@ class DemonstrationExamples:
     """Share of the demonstration that the teacher sees."""
     completion_must_fit: bool = False
     """Whether the demonstrated completion itself is learnt: every row needs one, within the length limit."""
+    replies: Replies = "each"
+    """Which replies of an episode are examples."""
     what = "demonstrations"
 
     def __call__(
@@ -76,6 +79,7 @@ class DemonstrationExamples:
             window=loaded.window,
             on_long_prompt=self.config.on_long_prompt,
             completion_must_fit=self.completion_must_fit,
+            replies=self.replies,
         )
 
     def lacks(self, demonstration: Demonstration) -> str | None:

@@ -19,6 +19,7 @@ from selfdistill.data import (
     ContextEncoder,
     Demonstration,
     Example,
+    Replies,
     Verdict,
     default_scorer,
     nothing_to_score,
@@ -61,7 +62,9 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
 
 @dataclass(frozen=True)
 class ScoredExamples(DemonstrationExamples):
-    """Demonstrations with what a scorer compares the samples with."""
+    """Demonstrations with what a scorer compares the samples with, which is an answer to the last turn."""
+
+    replies: Replies = "last"
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return nothing_to_score(self.config.scorer)(demonstration) or super().lacks(demonstration)

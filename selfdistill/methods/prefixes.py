@@ -28,9 +28,14 @@ def continued(
     prompts = [[*example.student_ids, *prefix] for example, prefix in zip(examples, prefixes, strict=True)]
     rollouts = sample(loaded, prompts, sampling, seeds)
     return [
-        Completion(x, [*prefix, *r.ids], [*([0.0] * len(prefix)), *r.logps], r.truncated, prefix=len(prefix))
+        Completion(x, [*prefix, *r.ids], [*([0.0] * len(prefix)), *r.logps], r.truncated, given=_beginning(prefix))
         for x, prefix, r in zip(examples, prefixes, rollouts, strict=True)
     ]
+
+
+def _beginning(prefix: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The span of a prefix, if there is any."""
+    return ((0, len(prefix)),) if prefix else ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class MicroGroups:
         if share == 1:
             given = [example.completion_ids for example in examples]
             return [
-                Completion(x, ids, [0.0] * len(ids), False, prefix=len(ids))
+                Completion(x, ids, [0.0] * len(ids), False, given=_beginning(ids))
                 for x, ids in zip(examples, given, strict=True)
             ]
         if not examples:
@@ -138,9 +143,9 @@ class GivenPrefixes:
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
     ) -> list[Completion]:
-        given = [one for one in samples if one.prefix]
+        given = [one for one in samples if one.given]
         factor = len(given) / len(samples)
-        return [Completion(x.example, x.ids[: x.prefix], None, False, factor) for x in given]
+        return [Completion(x.example, x.ids[: x.given[0][1]], None, False, factor) for x in given]
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
         return example

@@ -31,8 +31,17 @@ class Completion:
     """Reached the length limit without an end token."""
     factor: float = 1.0
     """Factor on its loss, such as an advantage."""
-    prefix: int = 0
-    """Leading tokens that were given. They are never learnt, and have a log-probability of 0 in ``logps``."""
+    given: tuple[tuple[int, int], ...] = ()
+    """Half-open spans of ``ids`` that are not the model's own, in order. They are never learnt, and have a
+    log-probability of 0 in ``logps``."""
+
+    @property
+    def is_own(self) -> list[bool]:
+        """Whether each token is the model's own."""
+        own = [True] * len(self.ids)
+        for start, end in self.given:
+            own[start:end] = [False] * (end - start)
+        return own
 
 
 class SequenceSource(Protocol):
@@ -88,7 +97,7 @@ class DatasetCompletions:
 
 def _held(loaded: LoadedModel, example: Example) -> Completion:
     ids = example.completion_ids
-    return Completion(example, ids, None, ids[-1] not in loaded.end_token_ids)
+    return Completion(example, ids, None, ids[-1] not in loaded.end_token_ids, given=example.given)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def sft(config: TrainConfig) -> tuple[Method, ...]:
     """Demonstrations and cross-entropy."""
     return (
         Method(
-            examples=DemonstrationExamples(config, completion_must_fit=True),
+            examples=DemonstrationExamples(config, completion_must_fit=True, replies="episode"),
             sequence=DatasetCompletions(),
             loss=CrossEntropy(),
         ),

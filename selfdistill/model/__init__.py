@@ -4,6 +4,7 @@ from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.device import deterministic, fast_products, has_gpu
 from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
+from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
@@ -59,6 +60,7 @@ __all__ = [
     "StoredWeights",
     "Teacher",
     "TeacherRule",
+    "TurnSampler",
     "add_lora",
     "adopt",
     "alike_layers",

@@ -179,21 +179,11 @@ class PrefixCache:
             The cache, and ``filled_B``, the number of valid positions per sequence.
         """
         rows = [self._parts(body, config, tuple(context)) for context in contexts]
-        filled = [len(context) - 1 for context in contexts]
-        width = max(filled)
         cache = DynamicCache(config=config)
         layers: Any = cache.layers
         for number, layer in enumerate(layers):
-            pair = []
-            for which in (0, 1):
-                first_HLC = rows[0][0][number][which]
-                states_BHLC = first_HLC.new_zeros(len(rows), len(first_HLC), width, first_HLC.shape[-1])
-                for row_HLC, parts, length in zip(states_BHLC, rows, filled, strict=True):
-                    torch.cat([part[number][which] for part in parts], dim=1, out=row_HLC[:, width - length :])
-                pair.append(states_BHLC)
-            layer.lazy_initialization(*pair)
-            layer.keys, layer.values = pair
-        return cache, torch.tensor(filled, device=layers[0].device)
+            fill(layer, [[part[number] for part in parts] for parts in rows])
+        return cache, torch.tensor([len(context) - 1 for context in contexts], device=layers[0].device)
 
     def _parts(self, body: Any, config: Any, context: Context) -> list[States]:
         """The states of the shared prefix and of the tokens after it, omitting empty parts."""
@@ -208,6 +198,21 @@ class PrefixCache:
             rests = [other[shared:-1] for other in block]
             self._states |= zip(block, _read(body, config, rests, before), strict=True)
         return [part for part in (before, self._states.get(context)) if part]
+
+
+def fill(layer: Any, rows: Sequence[Sequence[tuple[Tensor, ...]]]) -> None:
+    """Fill an empty layer with the keys and values of each row, whose parts are joined, left-padded with zeros."""
+    pair = []
+    for which in (0, 1):
+        parts_of = [[part[which] for part in parts] for parts in rows]
+        lengths = [sum(part.shape[1] for part in parts) for parts in parts_of]
+        first_HLC, width = parts_of[0][0], max(lengths)
+        states_BHLC = first_HLC.new_zeros(len(rows), len(first_HLC), width, first_HLC.shape[-1])
+        for row_HLC, parts, length in zip(states_BHLC, parts_of, lengths, strict=True):
+            torch.cat(parts, dim=1, out=row_HLC[:, width - length :])
+        pair.append(states_BHLC)
+    layer.lazy_initialization(*pair)
+    layer.keys, layer.values = pair
 
 
 def _blocks(shared: Mapping[Context, int]) -> dict[Context, list[Context]]:

@@ -160,7 +160,8 @@ def sample_at_its_longest(
     between = max(0, sampling.max_completion_length - 2)
     with cached_casts(loaded.model):
         at("prompts")
-        cache, logits_BV, mask_BL, _ = _read(loaded, prompts)
+        rows = read(loaded, prompts)
+        cache, logits_BV, mask_BL = rows.cache, rows.logits_BV, rows.mask_BL
         at("states")
         cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         for layer in cache.layers:
@@ -194,19 +195,51 @@ def _sample(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
 ) -> list[Rollout]:
     """:func:`sample` in one process."""
-    if not prompts:
-        return []
+    return decode(loaded, read(loaded, prompts), sampling, seeds) if prompts else []
+
+
+@dataclass
+class ReadRows:
+    """Token sequences that the model has read, one per row of a cache."""
+
+    cache: DynamicCache
+    logits_BV: Tensor
+    """Of the token after each."""
+    mask_BL: Tensor
+    """Which positions of the cache are a row's own."""
+    shift_B: Tensor
+    """How far the positions of the tokens that follow are from the numbers of tokens before them: 0, except where a
+    model counts pictures in two dimensions."""
+
+
+def decode(
+    loaded: LoadedModel,
+    rows: ReadRows,
+    sampling: Sampling,
+    seeds: Sequence[int] | None,
+    leave: Callable[[ReadRows, list[int], list[int]], object] | None = None,
+) -> list[Rollout]:
+    """Sample after what was read, as :func:`sample` does.
+
+    Args:
+        loaded: the model.
+        rows: what was read; used up.
+        sampling: the policy.
+        seeds: one per row.
+        leave: called when samples end, before their rows leave the batch: with what was read, those rows, and the
+            numbers of their samples. The last token of a sample is not read.
+    """
     model, device = loaded.model, loaded.device
-    count, limit = len(prompts), sampling.max_completion_length
+    cache, logits_BV, mask_BL = rows.cache, rows.logits_BV, rows.mask_BL
+    count, limit = len(logits_BV), sampling.max_completion_length
     uniforms = None
     if sampling.temperature > 0:
         assert seeds is not None, "sampling needs a seed per prompt"
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
     ends = torch.tensor(loaded.end_token_ids, device=device)
-    cache, logits_BV, mask_BL, shift_B = _read(loaded, prompts)
     cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    position_B = mask_BL.sum(1) + shift_B
+    position_B = mask_BL.sum(1) + rows.shift_B
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
@@ -219,7 +252,11 @@ def _sample(
         tokens[alive, t], logps[alive, t] = token_B, logp_B
         done_B = torch.isin(token_B, ends) | _at_next_turn(loaded, tokens[alive, : t + 1])
         lengths[alive[done_B]], ended[alive[done_B]] = t + 1, True
-        if done_B.all() or t == limit - 1:
+        leaving_B = done_B if t < limit - 1 else torch.ones_like(done_B)
+        if leave is not None and leaving_B.any():
+            left = leaving_B.nonzero()[:, 0]
+            leave(ReadRows(cache, logits_BV, mask_BL, position_B - mask_BL.sum(1)), left.tolist(), alive[left].tolist())
+        if leaving_B.all():
             break
         if done_B.any():  # finished rows leave the batch
             keep = (~done_B).nonzero()[:, 0]
@@ -256,11 +293,10 @@ def _keep_rows(cache: DynamicCache, index_B: Tensor) -> None:
         layer.reorder_cache(index_B)
 
 
-def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
-    """Prefill: key/value cache, next-token logits, attention mask and shift after the prompts, one row per prompt.
+def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
+    """Prefill: read the prompts.
 
-    Equal prompts are computed once, as is a prefix that all share. The rest is left-padded. The shift is how far the
-    positions of the tokens that follow are from the numbers of tokens before them; see :func:`position_shift`.
+    Equal prompts are computed once, as is a prefix that all share. The rest is left-padded.
     """
     model, device = loaded.model, loaded.device
     keys = [(tuple(prompt), pictures_in(prompt)) for prompt in prompts]
@@ -300,7 +336,7 @@ def _read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Dynami
     index_B = torch.tensor([places[key] for key in keys], device=device)
     if len(rows) < len(prompts):
         _keep_rows(cache, index_B)
-    return cache, logits_BV[index_B], mask_BL[index_B], shift_B[index_B]
+    return ReadRows(cache, logits_BV[index_B], mask_BL[index_B], shift_B[index_B])
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -252,10 +252,11 @@ class BatchGradient:
         completions = [*selected.completions, *([selected.completions[0]] * padding)]
         lengths = [len(c.ids) for c in completions]
         mask_BT = completion_mask(lengths, max(lengths))
-        is_given_BT = completion_mask([c.prefix for c in completions], mask_BT.shape[1])
+        is_own_BT = torch.zeros_like(mask_BT)
+        is_own_BT[mask_BT] = torch.tensor([own for c in completions for own in c.is_own])
         is_learnt_B = torch.arange(len(completions)) < len(selected.completions)
         weights_BT = token_weights(
-            mask_BT & ~is_given_BT & is_learnt_B[:, None],
+            is_own_BT & is_learnt_B[:, None],
             skip_first_tokens=selected.part.method.skip_first_tokens,
             normalisation=self.config.loss_normalisation,
         )
@@ -376,9 +377,7 @@ class BatchGradient:
         pad = torch.nn.functional.pad
         pairs = list(zip(micro.completions, student, micro.has_weight_b.tolist(), strict=True))
         sampled = [own if c.logps is None else torch.tensor(c.logps) for c, own, _ in pairs]
-        differences = [
-            (own - torch.tensor(c.logps))[c.prefix :] for c, own, is_learnt in pairs if is_learnt and c.logps
-        ]
+        differences = [(own - torch.tensor(c.logps))[c.is_own] for c, own, is_learnt in pairs if is_learnt and c.logps]
         gap = SamplerGap.of(differences)
         student_bT, sampled_bT = (
             torch.stack([pad(logp, (0, width - len(logp))) for logp in logps]) for logps in (student, sampled)

@@ -161,4 +161,4 @@ def plan_for(
 def _checked_rows(config: TrainConfig, given: Sequence[str]) -> list[Demonstration]:
     check_inputs(config, given, lacks_of(stages_of(config)))
     check_parts(config)
-    return load_demonstrations(config.data, split=config.split)
+    return load_demonstrations(config.data, split=config.split, turns=config.turns)

@@ -46,11 +46,11 @@ def step_metrics(
         "step": step,
         "epoch": epoch,
         "loss": total_loss(results),
-        "completion/length": sum(len(c.ids) - c.prefix for c in completions) / len(completions),
+        "completion/length": sum(sum(c.is_own) for c in completions) / len(completions),
         "completion/truncated": sum(c.truncated for c in completions) / len(completions),
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
-        "tokens": sum(len(c.ids) - c.prefix for result in results for c in result.selected.completions),
+        "tokens": sum(sum(c.is_own) for result in results for c in result.selected.completions),
     }
     for name, statistic in _STATISTICS.items():
         if statistic in task.statistics:

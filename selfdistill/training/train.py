@@ -109,7 +109,7 @@ def train(
         if begun:
             _lock(output_dir, held)
         checkpoint = newest_whole(output_dir) if resume else None
-        demonstrations = demonstrations or load_demonstrations(config.data, split=config.split)
+        demonstrations = demonstrations or load_demonstrations(config.data, split=config.split, turns=config.turns)
         _needs_best_context(config)  # or refuses
         plan, memory = check_memory(config, demonstrations, loaded)
         config = plan.config if plan else config

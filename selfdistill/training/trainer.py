@@ -89,7 +89,7 @@ class Trainer:
     ) -> None:
         self.accelerator = make_accelerator(config)
         if demonstrations is None:
-            demonstrations = load_demonstrations(config.data, split=config.split)
+            demonstrations = load_demonstrations(config.data, split=config.split, turns=config.turns)
         self.loaded = loaded or load_model(
             config.model,
             dtype=config.dtype,

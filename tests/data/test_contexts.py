@@ -311,8 +311,8 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
             "context 'turns,repeats=2': unknown context 'turns,repeats=2', expected one of turns, example, few_shot, "
             "document, template, rewritten; options follow a colon, as in turns:repeats=2",
         ),
-        ("turns:repeat=2", "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats"),
-        ("turns:name=x", "context 'turns:name=x': turns has no option 'name'; its options are repeats"),
+        ("turns:repeat=2", "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats, show"),
+        ("turns:name=x", "context 'turns:name=x': turns has no option 'name'; its options are repeats, show"),
         ("few_shot:n=2", "context 'few_shot:n=2': few_shot has no option 'n'; its options are k, pick, this, seed"),
         ("template:text=x", "context 'template:text=x': template has no option 'text'; its options are file"),
         ("turns:repeats=0", "context 'turns:repeats=0': option 'repeats': found '0', expected an integer of 1 or more"),

@@ -233,7 +233,7 @@ def test_missing_path_is_not_looked_for_on_the_hub(path: str, tmp_path: Path, mo
 
 # --- bad rows: each alone in line 2, after a good one ---
 
-CHAT_ROLES = "system, user or assistant"
+CHAT_ROLES = "system, user, assistant or tool"
 BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": "q", "completion": None}, "column 'completion': found null, expected text or one assistant message"),
     ({"prompt": "q"}, "column 'completion': missing, expected text or one assistant message"),
@@ -262,11 +262,12 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": "q", "completion": [ASSISTANT, ASSISTANT]},
-        "column 'completion': found messages of assistant, assistant, expected one assistant message",
+        "column 'completion': found two assistant turns in a row, expected a tool or user turn between",
     ),
     (
         {"prompt": "q", "completion": [USER]},
-        "column 'completion': found messages of user, expected one assistant message",
+        "column 'completion': found messages of user, expected one assistant message, or turns from an "
+        "assistant's to an assistant's",
     ),
     (
         {"prompt": "q", "completion": [{"role": "assistant", "content": None}]},
@@ -300,7 +301,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [USER, {"role": "tool", "content": "3"}], "completion": "r"},
-        f"column 'prompt[1].role': found 'tool', which is not supported, expected {CHAT_ROLES}",
+        "column 'prompt[1]': found a tool message without a call, expected one after tool_calls",
     ),
     (
         {"prompt": [USER, {"role": "system", "content": "s"}], "completion": "r"},
@@ -312,18 +313,17 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [USER | {"tool_calls": [1]}], "completion": "r"},
-        "column 'prompt[0]': found key 'tool_calls', expected only role and content; write the call as text in "
-        "content, as the model writes it (see docs/data.md)",
+        "column 'prompt[0]': found key 'tool_calls', expected only role and content; only the assistant calls tools",
     ),
     (
         {"prompt": "q", "completion": [ASSISTANT | {"function_call": {"name": "f"}}]},
-        "column 'completion[0]': found key 'function_call', expected only role and content; write the call as text in "
-        "content, as the model writes it (see docs/data.md)",
+        "column 'completion[0]': found key 'function_call', expected only role, content and tool_calls; write it as "
+        "tool_calls (see docs/data.md)",
     ),
     (
         {"prompt": "q", "completion": [ASSISTANT | {"reasoning_content": "so"}]},
-        "column 'completion[0]': found key 'reasoning_content', expected only role and content; put it into content as "
-        "<think>...</think>",
+        "column 'completion[0]': found key 'reasoning_content', expected only role, content and tool_calls; put "
+        "it into content as <think>...</think>",
     ),
     (
         {"prompt": [USER | {"weight": 0}], "completion": "r"},
@@ -711,5 +711,7 @@ def test_real_data(name: str, rows: int, turns: int) -> None:
             "scorer": None,
             "tools": None,
             "chat_template_kwargs": None,
+            "episode": (),
+            "turn_of": None,
         }
         assert len(demonstration.prompt) == turns

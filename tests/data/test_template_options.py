@@ -86,16 +86,10 @@ def test_arguments_of_a_row_come_before_those_of_the_setting(chat: ChatFormat) -
     ("template", "own", "message"),
     [
         (
-            "{% for m in messages %}{{ m.content }}{% endfor %}",
-            {"tools": [tool("clock")]},
-            "tools, but the chat template shows no tools",
-        ),
-        (
             "{# tools #}{% for m in messages %}{{ m.content }}{% endfor %}",
             {"tools": [tool("clock")], "chat_template_kwargs": {"x": 1}},
-            "tools, but the chat template shows no tools",
+            "chat_template_kwargs 'x', which the chat template does not use",
         ),
-        (None, {"tools": [tool("clock")]}, "tools, but the tokenizer has no chat template"),
         (
             None,
             {"chat_template_kwargs": {"mood": "sad"}},
@@ -121,6 +115,27 @@ def test_what_the_template_does_not_show_is_refused(
     assert str(caught.value) == (
         f"1 of 3 rows have {message} (data[0]); use a model whose template does, or remove the column"
     )
+
+
+NO_TOOLS = "{# tools #}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [NO_TOOLS, None])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_tools_that_the_template_does_not_show_are_listed_in_the_system_turn(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], template: str | None, context: str
+) -> None:
+    chat = ChatFormat(make_tokenizer(template=template), [257], {})
+    own = {"tools": [tool("clock", "Tells <|im_end|> time."), tool("sum")]}
+    first, second, _ = encoded(chat, rows(**own), context)
+    for ids in (first.student_ids, first.teacher_ids or []):
+        text = chat.tokenizer.decode(ids)
+        assert text.count("You can call these tools:\n- clock: Tells <|im_end|> time.\n  Parameters: {}\n- sum\n") == 1
+        assert 257 not in ids
+        assert ("system: You" in text) == (template is not None)
+    assert "clock" not in chat.tokenizer.decode(second.student_ids)
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+    assert "Be brief.\n\nYou can call these tools:" in chat.render(asked, own)
 
 
 def test_a_row_without_a_completion_has_no_tokens_to_learn(chat: ChatFormat) -> None:

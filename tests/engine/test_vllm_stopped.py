@@ -146,7 +146,8 @@ def test_a_signal_from_outside(run: Run, whole: TrainConfig, tmp_path: Path, num
     code, last = again.ended()
     assert code == 0, last
     assert_lost_nothing(whole, cut)
-    assert not list(again.scratch.iterdir())
+    # vLLM 0.28 leaves an empty file of its process group behind.
+    assert not [path for path in again.scratch.iterdir() if not path.name.startswith("vllm_dist_")]
 
 
 def interrupt() -> None:
@@ -185,7 +186,7 @@ def test_in_the_middle_of_sampling(
     says: str,
     saved: list[int],
 ) -> None:
-    """At the third token of a step (from 0)."""
+    """At the first token of a step (from 0): each step samples one at least."""
     cut, log = run(tmp_path / "cut"), tmp_path / "log"
     arguments = arguments_of(cut, tmp_path)
 
@@ -195,7 +196,7 @@ def test_in_the_middle_of_sampling(
         train_step, engine_step, tokens = Trainer.step, LLMEngine.step, [0]
 
         def noted(trainer: Trainer, number: int) -> dict[str, Any]:
-            tokens[0] = 3 if number == step else 0
+            tokens[0] = 1 if number == step else 0
             return train_step(trainer, number)
 
         def sampling(engine: Any) -> Any:

@@ -33,6 +33,12 @@ def moved(config: TrainConfig) -> Trainer:
     return run
 
 
+def prefix_of(completion: Completion) -> int:
+    """Number of leading tokens that were given; a test's samples have no others."""
+    assert len(completion.given) <= 1
+    return completion.given[0][1] if completion.given else 0
+
+
 def mean_over_rows(values: list[Tensor]) -> Tensor:
     return torch.stack([row_T.mean() for row_T in values]).mean()
 

@@ -26,7 +26,7 @@ from conftest import (
     largest_difference,
     metrics_of,
 )
-from formulas import mean_over_rows, moved
+from formulas import mean_over_rows, moved, prefix_of
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict
@@ -64,10 +64,10 @@ def test_the_shortest_prefix_after_which_a_sample_is_right(guided: Settings) -> 
 def test_half_of_the_samples_go_on_from_the_prefix(guided: Settings) -> None:
     run = Trainer(guided())
     samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:2], 1)
-    assert [c.prefix for c in samples] == [0, 0, 0, 3, 3, 3] * 2
+    assert [prefix_of(c) for c in samples] == [0, 0, 0, 3, 3, 3] * 2
     for c in samples:
-        assert c.ids[: c.prefix] == c.example.completion_ids[: c.prefix]
-        assert c.prefix < len(c.ids) <= 16
+        assert c.ids[: prefix_of(c)] == c.example.completion_ids[: prefix_of(c)]
+        assert prefix_of(c) < len(c.ids) <= 16
         assert c.logps is not None
         assert len(c.logps) == len(c.ids)
     assert len({tuple(c.ids) for c in samples}) > 6
@@ -92,7 +92,7 @@ def test_pope_is_grpo_on_each_group_without_the_prefix(
         advantage = (rewards[number] - statistics.mean(group)) / (statistics.stdev(group) + 1e-4)
         logits_LV = student(input_ids=torch.tensor([c.example.student_ids + c.ids])).logits[0]
         log_p_TV = logits_LV[len(c.example.student_ids) - 1 : -1].log_softmax(-1)
-        targets = range(c.prefix, len(c.ids))
+        targets = range(prefix_of(c), len(c.ids))
         losses.append(-advantage * torch.stack([log_p_TV[t, c.ids[t]] for t in targets]))
     loss = torch.cat(losses).mean() if normalisation == "token" else mean_over_rows(losses)
     loss.backward()

@@ -23,7 +23,7 @@ from conftest import (
     metrics_of,
     row_log_probs,
 )
-from formulas import advantages, chosen, judged, mean_over_rows, moved
+from formulas import advantages, chosen, judged, mean_over_rows, moved, prefix_of
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
@@ -60,16 +60,16 @@ def samples_of(run: Trainer) -> list[Completion]:
 def test_later_samples_get_more_of_the_demonstration_as_long_as_the_earlier_fail(guided: Settings) -> None:
     run = Trainer(guided())
     samples = samples_of(run)
-    prefixes = [[c.prefix for c in samples[first : first + 6]] for first in (0, 6, 12)]
+    prefixes = [[prefix_of(c) for c in samples[first : first + 6]] for first in (0, 6, 12)]
     assert prefixes == [
         [0, 0, 0, 0, 0, 0],  # right without help
         [0, 0, 2, 5, 5, 11],  # right with a prefix: means of 0, 1/3 and 3/5
         [0, 0, 2, 5, 5, 11],  # right with all of it
     ]
     for c in samples:
-        assert c.ids[: c.prefix] == c.example.completion_ids[: c.prefix]
-        assert c.prefix < len(c.ids) <= 14 or c.ids == c.example.completion_ids
-        assert not any((c.logps or [])[: c.prefix])
+        assert c.ids[: prefix_of(c)] == c.example.completion_ids[: prefix_of(c)]
+        assert prefix_of(c) < len(c.ids) <= 14 or c.ids == c.example.completion_ids
+        assert not any((c.logps or [])[: prefix_of(c)])
         assert len(c.logps or []) == len(c.ids)
 
 
@@ -77,7 +77,7 @@ def test_a_prompt_that_is_solved_again_gets_no_further_help(guided: Settings) ->
     own = {"sizes": (1, 3, 3, 1), "thresholds": (-1, 0.5, 0.7, 0.8)}
     samples = samples_of(Trainer(guided(method_settings=own)))
     # Right after a first failure: means of 0, 3/4 and, where the third group had no help, 3/7 at least.
-    assert [c.prefix for c in samples[8:15]] == [0, 2, 2, 2, 0, 0, 0]
+    assert [prefix_of(c) for c in samples[8:15]] == [0, 2, 2, 2, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_trapo_is_its_formula(guided: Settings, own: dict[str, Any], values: dic
     policy, given, cut = [], [], 0
     for c, advantage in zip(samples, advantages(rewards, 6), strict=True):
         logp_T = chosen(row_log_probs(student, c.example.student_ids, c.ids), c.ids)
-        if c.prefix < len(c.ids):
-            policy.append(-advantage * logp_T[c.prefix :])
-        p_T = logp_T[: c.prefix].detach().exp()
+        if prefix_of(c) < len(c.ids):
+            policy.append(-advantage * logp_T[prefix_of(c) :])
+        p_T = logp_T[: prefix_of(c)].detach().exp()
         cut += int((p_T > trust).sum())
         weight_T = torch.where(p_T > trust, 1.0, p_T / trust)
-        given.append(-weight_T * logp_T[: c.prefix] if c.prefix else torch.zeros(1).double())
+        given.append(-weight_T * logp_T[: prefix_of(c)] if prefix_of(c) else torch.zeros(1).double())
     losses = mean_over_rows(policy), mean_over_rows(given)
     (losses[0] + own.get("weight", 1) * losses[1]).backward()
     for result, loss in zip(judged(run, samples, rewards), losses, strict=True):

@@ -1,0 +1,330 @@
+"""How a model writes tool calls: as its chat template does, found by rendering a known call, or as lines of text.
+
+The text layout is for models whose template writes no calls, and for models without a template. A call is the lines
+``Action: name`` and ``Action Input: {json}``, an observation is a user turn ``Observation: ...``, and the tools are
+listed in the system turn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from selfdistill.data.messages import Message, text_of_reply, uses_tools
+from selfdistill.data.rows import one_line
+from selfdistill.data.tool_calls import actions_in
+
+Render = Callable[[list[Message]], str | None]
+"""The template's text of a chat whose last turn is the assistant's, from that turn on; None if it rejects the chat."""
+
+_NAME, _KEY, _VALUE = "probe_name", "probe_key", "probe_value"
+_ARGUMENTS = {_KEY: _VALUE}
+_ID = re.compile(r"call\d{5}")
+"""An id that stands for none, in nine characters as Mistral's templates want."""
+OBSERVED = "probe_result"
+"""The content of the observation with which templates are probed."""
+PROBE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "A probe."}}},
+    },
+}
+
+
+class InvalidCall(Exception):
+    """A sampled call cannot be read; the message says why in words that a model can use."""
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How a template writes calls. Between the parts may be any white space."""
+
+    begin: str = ""
+    """In front of the first call's JSON object, or of its name."""
+    between: str = ""
+    """From the end of a call to the next; empty if the template writes one call only."""
+    end: str = ""
+    """After the last call."""
+    name: tuple[str, ...] = ()
+    """Keys under which a call's object holds the name; none if the name is written before the arguments."""
+    arguments: tuple[str, ...] = ()
+    """Keys under which it holds the arguments."""
+    in_list: bool = False
+    """Whether the objects are in a list."""
+    middle: str = ""
+    """Between a name and its arguments, where there is no object of both."""
+    arguments_as_text: bool = False
+    """Whether the template wants the arguments as their JSON text."""
+    with_ids: bool = False
+    """Whether it wants calls to have ids."""
+
+    @property
+    def written(self) -> str:
+        """What it writes around calls."""
+        return "".join((self.begin, self.middle, self.between, self.end))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether calls in this format can be read."""
+        return bool(self.name or self.begin.strip())
+
+    def shown(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as the template wants them."""
+        made: list[Message] = []
+        waiting: list[str] = []
+        number = 0
+        for message in messages:
+            if "tool_calls" in message:
+                calls, waiting = [], []
+                for call in message["tool_calls"]:
+                    function = call["function"]
+                    if self.arguments_as_text:
+                        text = json.dumps(function["arguments"], ensure_ascii=False)
+                        call = {**call, "function": {**function, "arguments": text}}
+                    if self.with_ids:
+                        call = {"id": f"call{number:05d}", **call}
+                        waiting.append(call["id"])
+                    calls.append(call)
+                    number += 1
+                message = {**message, "tool_calls": calls}
+            elif message["role"] == "tool" and waiting:
+                message = {"tool_call_id": waiting[0], **message}
+                waiting = [each for each in waiting if each != message["tool_call_id"]]
+            made.append(message)
+        return made
+
+    def read(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """The content and the calls of a reply.
+
+        Raises:
+            InvalidCall: a call cannot be read.
+        """
+        start = self._first(text)
+        if start is None:
+            return text, []
+        content, calls, at = text[:start].rstrip(), [], start
+        while True:
+            found, at = self._one(text, at)
+            calls += found
+            rest = text[at:].lstrip()
+            at = len(text) - len(rest)
+            if self.between.strip() and rest.startswith(self.between.strip()):
+                at += len(self.between.strip())
+            elif self.begin.strip() and (again := text.find(self.begin.strip(), at)) >= 0:
+                at = again + len(self.begin.strip())
+            elif not (self.between and not self.between.strip() and rest.startswith("{")):
+                break
+        rest = rest.removeprefix(self.end.strip()).strip()
+        return "\n".join(filter(None, [content, rest])), calls
+
+    def _first(self, text: str) -> int | None:
+        """Where the first call begins; None if there is none."""
+        if begin := self.begin.strip():
+            start = text.find(begin)
+            return None if start < 0 else start
+        if not self.name:
+            return None
+        found = re.search(rf'(?m)^[ \t]*(?=\[?\s*\{{\s*"({re.escape(self.name[0])}|id|type)"\s*:)', text)
+        return None if found is None else found.end()
+
+    def _one(self, text: str, at: int) -> tuple[list[dict[str, Any]], int]:
+        """The calls that begin at a place, several if they are a list, and where they end."""
+        begin = self.begin.strip()
+        at = _skip(text, at + len(begin) if begin and text.startswith(begin, at) else at)
+        if self.name:
+            value, at = _decoded(text, at)
+            values = value if isinstance(value, list) else [value]
+            return [_call(_at(each, self.name), _at(each, self.arguments), each) for each in values], at
+        middle = self.middle.strip()
+        cut = text.find(middle, at) if middle else text.find("{", at)
+        if cut < 0:
+            raise InvalidCall(f"the call has no {middle or 'arguments'} after its name")
+        value, end = _decoded(text, _skip(text, cut + len(middle)))
+        return [_call(text[at:cut].strip(), value, {})], end
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _decoded(text: str, at: int) -> tuple[Any, int]:
+    try:
+        value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, at)
+    except (ValueError, RecursionError) as error:
+        raise InvalidCall(f"the call is not valid JSON: {one_line(error)}") from None
+    return value, int(end)
+
+
+def _at(value: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _call(name: Any, arguments: Any, whole: Any) -> dict[str, Any]:
+    if not isinstance(name, str) or not name.strip():
+        raise InvalidCall("the call has no name")
+    if isinstance(arguments, str):
+        arguments, _ = _decoded(arguments, 0)
+    if not isinstance(arguments, dict):
+        raise InvalidCall(f"the arguments of {name} are not a JSON object")
+    made = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    given = whole.get("id") if isinstance(whole, dict) else None
+    return {"id": given, **made} if isinstance(given, str) and given and not _ID.fullmatch(given) else made
+
+
+# --- probing ---
+
+
+def probe_messages(calls: int, *, arguments_as_text: bool = False, with_ids: bool = False) -> list[Message]:
+    """A chat that ends with an assistant turn of known calls."""
+    form = CallFormat(arguments_as_text=arguments_as_text, with_ids=with_ids)
+    call = {"type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
+    asks = {"role": "assistant", "content": "", "tool_calls": [call] * calls}
+    return form.shown([{"role": "user", "content": "a"}, asks])
+
+
+def probe(render: Render, after: Callable[[list[Message]], str | None]) -> CallFormat | None:
+    """How a template writes calls; None if it does not, or if it does not show what a tool returned.
+
+    Args:
+        render: the assistant's turn at the end of a chat, without its end token.
+        after: the whole chat with a generation prompt.
+    """
+    forms: tuple[dict[str, Any], ...] = ({}, {"with_ids": True}, {"arguments_as_text": True})
+    for options in (*forms, {"arguments_as_text": True, "with_ids": True}):
+        chat = probe_messages(1, **options)
+        text = render(chat)
+        if text is None or _NAME not in text or _VALUE not in text:
+            continue
+        observed = CallFormat(**options).shown([*chat, {"role": "tool", "name": _NAME, "content": OBSERVED}])
+        if OBSERVED in (after(observed) or ""):
+            return _format(text, render(probe_messages(2, **options)), options)
+    return None
+
+
+def _format(one: str, two: str | None, options: Mapping[str, Any]) -> CallFormat | None:
+    """The format of a turn with one known call, and of one with two, if the template writes those.
+
+    A format that has neither an object nor a place for the arguments can be written, but not read.
+    """
+    place = one.index(_NAME)
+    for start in (found.start() for found in reversed(list(re.finditer("{", one[:place])))):
+        value, end = _tried(one, start)
+        name, arguments = _path(value, _NAME), _path(value, _ARGUMENTS)
+        if not name or not arguments:
+            continue
+        begin, in_list = one[:start], one[:start].rstrip().endswith("[")
+        if in_list and isinstance(_tried(one, begin.rindex("["))[0], list):
+            begin, end = begin[: begin.rindex("[")], _tried(one, begin.rindex("["))[1]
+        else:
+            in_list = False
+        between = ""
+        if two is not None and not in_list and two.startswith(one[:start]):
+            first_end = _tried(two, start)[1]
+            second = two.find(_NAME, first_end)
+            begins = [f.start() for f in re.finditer("{", two[:second]) if f.start() >= first_end]
+            fits = [at for at in begins if _path(_tried(two, at)[0], _NAME)]
+            between = two[first_end : fits[0]] if fits else ""
+        return CallFormat(begin, between, one[end:], name, arguments, in_list, **options)
+    return _named_format(one, two, options)
+
+
+def _named_format(one: str, two: str | None, options: Mapping[str, Any]) -> CallFormat:
+    place = one.index(_NAME)
+    name_end = place + len(_NAME)
+    for found in re.finditer("{", one[name_end:]):
+        start = name_end + found.start()
+        value, end = _tried(one, start)
+        if value != _ARGUMENTS:
+            continue
+        between = ""
+        if two is not None and two.startswith(one[:end]) and (second := two.find(_NAME, end)) >= 0:
+            between = two[end:second]
+        return CallFormat(one[:place], between, one[end:], middle=one[name_end:start], **options)
+    return CallFormat(**options)
+
+
+def _tried(text: str, at: int) -> tuple[Any, int]:
+    try:
+        return _decoded(text, at)
+    except InvalidCall:
+        return None, at
+
+
+def _path(value: Any, wanted: Any) -> tuple[str, ...]:
+    """The keys that lead to a wanted value, at most two; none if it is not there."""
+    if not isinstance(value, dict):
+        return ()
+    for key, part in value.items():
+        if part == wanted or (isinstance(part, str) and wanted == _ARGUMENTS and _tried(part, 0)[0] == wanted):
+            return (key,)
+    return next(((key, *path) for key, part in value.items() if len(path := _path(part, wanted)) == 1), ())
+
+
+# --- the text layout ---
+
+
+def in_text(messages: Sequence[Message]) -> list[Message]:
+    """Messages in which calls and observations are text; consecutive observations are one user turn."""
+    if not uses_tools(messages):
+        return list(messages)
+    made: list[Message] = []
+    for number, message in enumerate(messages):
+        if "tool_calls" in message:
+            text = text_of_reply(message)
+            same = type(message["content"])  # a demonstration stays verbatim
+            made.append({"role": "assistant", "content": same(text)})
+        elif message["role"] == "tool":
+            text = f"Observation: {message['content']}"
+            if number and messages[number - 1]["role"] == "tool":
+                made[-1] = {"role": "user", "content": f"{made[-1]['content']}\n{text}"}
+            else:
+                made.append({"role": "user", "content": text})
+        else:
+            made.append(message)
+    return made
+
+
+def with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], how: bool) -> list[Message]:
+    """The messages with the tools listed in their system turn, and ``how`` to call them."""
+    lines = ["You can call these tools:"]
+    for tool in tools:
+        function = tool.get("function", tool)
+        parameters = json.dumps(function.get("parameters", {}).get("properties", {}), ensure_ascii=False)
+        about = f": {function['description']}" if function.get("description") else ""
+        lines.append(f"- {function.get('name', '')}{about}\n  Parameters: {parameters}")
+    if how:
+        lines += ["To call one, write its name and its arguments as a JSON object:", "Action: the name"]
+        lines += ["Action Input: the arguments", "The next turn then begins with Observation: and has the result."]
+    text = "\n".join(lines)
+    if messages and messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def read_text(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """The content and the calls of a reply in the text layout.
+
+    Raises:
+        InvalidCall: an ``Action:`` line has no valid arguments.
+    """
+    found = actions_in(text)
+    if found is None:
+        raise InvalidCall("after a line 'Action: name' must come 'Action Input:' and a JSON object")
+    if not found:
+        return text, []
+    calls = [_call(name, value, {}) for name, value, _, _ in found]
+    first, last = found[0][2], found[-1][3]
+    return "\n".join(filter(None, [text[:first].strip(), text[last:].strip()])), calls

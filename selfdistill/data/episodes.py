@@ -1,0 +1,78 @@
+"""Episodes: rows in which several replies are learnt, with what tools or users say between them.
+
+On-policy methods learn each reply after the conversation so far, as the demonstration has it. SFT learns all replies of
+an episode in one sequence, in which what others said is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.messages import Message, text_of_reply
+
+Replies = Literal["episode", "each", "last"]
+"""What becomes an example: all replies of an episode in one sequence, each reply, or the last one."""
+_NEXT_TURN = 1 << 32
+"""Difference between the row numbers of two turns: more than any set has rows."""
+
+
+def turns_of(demonstration: Demonstration, replies: Replies) -> list[Demonstration]:
+    """The demonstrations that become examples: the row itself, or its turns.
+
+    A turn has the conversation before it as its prompt, the row as ``turn_of``, and, unless it is the last, no answer,
+    for the answer is the last one's. Each turn has a row number of its own, with which its samples are seeded; the
+    first has that of the row, as has a last turn on its own.
+    """
+    episode = demonstration.episode
+    if replies == "episode" or not episode or demonstration.turn_of is not None:
+        return [demonstration]
+    places = [place for place, message in enumerate(episode) if message["role"] == "assistant"]
+    turns = [_turn(demonstration, place, number) for number, place in enumerate(places)]
+    if replies == "last":
+        return [replace(turns[-1], row=demonstration.row, source=demonstration.source)]
+    return turns
+
+
+def _turn(row: Demonstration, place: int, number: int) -> Demonstration:
+    reply, is_last = row.episode[place], place == len(row.episode) - 1
+    return replace(
+        row,
+        prompt=(*row.prompt, *row.episode[:place]),
+        completion=text_of_reply(reply),
+        episode=(reply,) if "tool_calls" in reply else (),
+        answer=row.answer if is_last else None,
+        scorer=row.scorer if is_last else None,
+        row=row.row + number * _NEXT_TURN,
+        source=f"{row.source} reply {number + 1}" if len(row.episode) > 1 else row.source,
+        turn_of=row,
+    )
+
+
+def encode_replies(demonstration: Demonstration, chat: ChatFormat) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+    """Token ids after the prompt, and the half-open spans of those that are not the model's.
+
+    Raises:
+        TemplateRefusal: the chat template cannot write the episode.
+    """
+    options = demonstration.template_options
+    if not demonstration.episode:
+        text = demonstration.completion
+        return (chat.encode_completion(text, options) if text else []), ()
+    ids: list[int] = []
+    given: list[tuple[int, int]] = []
+    before: list[Message] = list(demonstration.prompt)
+    observed: list[Message] = []
+    for message in demonstration.episode:
+        if message["role"] != "assistant":
+            observed.append(message)
+            continue
+        if observed:
+            between = chat.encode_between(before, observed, options)
+            given.append((len(ids), len(ids) + len(between)))
+            ids += between
+        ids += chat.encode_reply(message, options)
+        before, observed = [*before, *observed, message], []
+    return ids, tuple(given)

@@ -1,0 +1,162 @@
+"""The chat template as a program: what it writes, and what probing tells of how it writes turns, tools and calls."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from selfdistill.data.call_format import PROBE_TOOL, CallFormat, probe
+from selfdistill.data.images import as_parts
+from selfdistill.data.messages import Message
+from selfdistill.data.template_clock import pinned
+from selfdistill.data.text_ids import HIDDEN, TextIds
+from selfdistill.data.thinking import EMPTY_THOUGHT, open_thought
+from selfdistill.errors import UserError
+
+PLAIN_USER, PLAIN_REPLY = "User:", "Assistant:"
+"""How turns begin in the plain-text layout, which stands in for a template."""
+REPLY = "selfdistill"
+"""A word that no template writes."""
+PLACE = f"{HIDDEN}P{HIDDEN}"
+"""Where a picture stands in a message."""
+
+
+class TemplateRefusal(UserError):
+    """The chat template rejects a conversation, or leaves out a part of it."""
+
+
+@dataclass(frozen=True)
+class AssistantTurn:
+    """How the template writes an assistant turn."""
+
+    prompt: str
+    """The prompt up to the reply."""
+    lead: str
+    """Between the prompt and the text of a reply, such as a space or an empty thought."""
+    after: str
+    """From the end of the text on."""
+    asked: tuple[Message, ...] = ()
+    """The chat of that prompt."""
+
+
+class Template:
+    """A tokenizer's chat template with the run's arguments; see :class:`selfdistill.data.ChatFormat`.
+
+    With ``parts``, it is an image-text model's and is given each message's content as a list of parts.
+    """
+
+    def __init__(
+        self, tokenizer: Any, kwargs: Mapping[str, Any], date: str | None, texts: TextIds, *, parts: bool = False
+    ) -> None:
+        self._tokenizer, self._parts = tokenizer, parts
+        self._kwargs = kwargs
+        self._date = date
+        self._added = texts.added
+        self._end_names = texts.end_names
+        self._turns: dict[str, AssistantTurn] = {}
+
+    def write(
+        self, messages: Sequence[Message], options: Mapping[str, Any], *, add_generation_prompt: bool = True
+    ) -> str:
+        """A chat as the template writes it.
+
+        Raises:
+            TemplateRefusal: it rejects the chat.
+        """
+        fixed: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        given = {**self._kwargs, **options}
+        if taken := sorted(fixed.keys() & given.keys()):
+            raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
+        shown: list[Any] = list(messages)
+        if self._parts:
+            shown = [{**message, "content": as_parts(message["content"].split(PLACE))} for message in messages]
+        try:
+            if self._date is not None:
+                template = self._tokenizer.get_chat_template(None, tools=given.get("tools"))
+                fixed["chat_template"] = pinned(template, datetime.date.fromisoformat(self._date))
+            return str(self._tokenizer.apply_chat_template(shown, **fixed, **given))
+        except Exception as error:  # templates are programs and may raise anything
+            roles = ", ".join(m["role"] for m in messages)
+            reason = " ".join(str(error).split())
+            raise TemplateRefusal(f"the chat template rejects the roles {roles}: {reason}") from None
+
+    def turn(self, options: Mapping[str, Any]) -> AssistantTurn:
+        """How the template writes an assistant turn with these options."""
+        key = json.dumps(options, sort_keys=True, default=str)
+        if key not in self._turns:
+            self._turns[key] = self._probe(options)
+        return self._turns[key]
+
+    def _probe(self, options: Mapping[str, Any]) -> AssistantTurn:
+        if not self._tokenizer.chat_template:
+            return AssistantTurn(PLAIN_REPLY, " ", "")
+        user = {"role": "user", "content": "a"}
+        for asked in ([user], [{"role": "system", "content": "a"}, user]):
+            try:
+                return self._probe_with(asked, options)
+            except TemplateRefusal:
+                continue
+        return AssistantTurn("", "", "")  # a template for other conversations; the rows will tell
+
+    def _probe_with(self, asked: list[Message], options: Mapping[str, Any]) -> AssistantTurn:
+        prompt = self.write(asked, options)
+        answered = [*asked, {"role": "assistant", "content": REPLY}]
+        before, reply, after = self.write(answered, options, add_generation_prompt=False).rpartition(REPLY)
+        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        if not reply:
+            return AssistantTurn(prompt, "", "", tuple(asked))
+        if not self._added.match(after.lstrip()):  # some end only those replies that are not the last
+            more = self.write([*answered, asked[-1]], options, add_generation_prompt=False).partition(REPLY)[2]
+            end = str(self._tokenizer.eos_token)
+            after = more[: more.find(end) + len(end)] if more.lstrip().startswith(end) else after
+        return AssistantTurn(prompt, lead, after, tuple(asked))
+
+    @cached_property
+    def calls(self) -> CallFormat | None:
+        """How the template writes calls; None if it has none, and they are text."""
+        if not self._tokenizer.chat_template:
+            return None
+        tools = {"tools": [PROBE_TOOL]}
+        turn = self.turn(tools)
+
+        def last_turn(chat: Sequence[Message]) -> str | None:
+            try:
+                return self.last_turn([*turn.asked, chat[-1]], turn, tools)
+            except TemplateRefusal:
+                return None
+
+        def whole(chat: Sequence[Message]) -> str | None:
+            try:
+                return self.write([*turn.asked, *chat[1:]], tools)
+            except TemplateRefusal:
+                return None
+
+        return probe(last_turn, whole)
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        turn = self.turn({})
+        return bool(turn.asked) and self.write(turn.asked, {"tools": [PROBE_TOOL]}) != turn.prompt
+
+    def last_turn(self, chat: Sequence[Message], turn: AssistantTurn, options: Mapping[str, Any]) -> str:
+        """What the template writes for the reply that ends a chat, without an empty thought and the end of the turn."""
+        whole = self.write(chat, options, add_generation_prompt=False)
+        text = whole[_common(whole, turn.prompt) :]
+        thought = EMPTY_THOUGHT
+        if tags := open_thought(turn.prompt):  # the reply begins within it
+            thought += rf"|{re.escape(tags[1])}\s*"
+        text = re.sub(rf"\A\s*({thought})", "", text)
+        if turn.after and text.endswith(turn.after):
+            return text[: -len(turn.after)]
+        ends = [found.start() for found in self._added.finditer(text) if found[0] in self._end_names]
+        return text[: ends[-1]] if ends else text
+
+
+def _common(one: str, other: str) -> int:
+    """Characters with which both texts begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,0 +1,58 @@
+"""The columns whose values go to the chat template: tools, and further arguments; each appends to problems."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from selfdistill.data.messages import without_null, wrong
+from selfdistill.data.rows import from_text, one_line
+
+_RESERVED = (
+    *("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding"),
+    *("return_assistant_tokens_mask", "truncation", "max_length", "tokenizer_kwargs", "chat_template", "conversation"),
+    *("tools", "messages"),
+)
+"""Arguments of ``apply_chat_template`` that a row may not give; one is a template, and so a program."""
+
+
+def tools_of(value: Any, problems: list[str]) -> list[dict[str, Any]] | None:
+    """The schemas, of a list or its JSON text; a list in memory may hold functions, whose schemas are made.
+
+    Null within schemas counts as absent, for Arrow writes it for all keys.
+    """
+    tools = from_text(value)
+    if tools in (None, [], ""):
+        return None
+    if isinstance(tools, list) and all(isinstance(tool, dict) or inspect.isroutine(tool) for tool in tools):
+        schemas = [_schema(tool, problems) if inspect.isroutine(tool) else tool for tool in tools]
+        return [without_null(schema) for schema in schemas]
+    problems.append(wrong("tools", value, "a list of JSON schemas, or its JSON text"))
+    return None
+
+
+def _schema(function: Callable[..., Any], problems: list[str]) -> dict[str, Any]:
+    """The function's schema as transformers' chat templates make it, from its type hints and docstring."""
+    from transformers.utils import get_json_schema
+
+    try:
+        return dict(get_json_schema(function))
+    except Exception as error:  # of its own kinds, which differ between versions
+        name = getattr(function, "__name__", "a function")
+        problems.append(f"column 'tools': function {name!r} has no schema: {one_line(error)}")
+        return {}
+
+
+def template_kwargs_of(value: Any, problems: list[str]) -> dict[str, Any] | None:
+    """The arguments, of an object or its JSON text, without null."""
+    options = from_text(value)
+    if options in (None, ""):
+        return None
+    if not isinstance(options, dict):
+        problems.append(wrong("chat_template_kwargs", value, "an object or null"))
+        return None
+    options = {name: option for name, option in options.items() if option is not None}
+    if taken := sorted(options.keys() & set(_RESERVED)):
+        problems.append(f"column 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
+    return options or None

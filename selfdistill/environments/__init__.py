@@ -1,0 +1,17 @@
+"""What answers the model in an episode: tools, games and checkers."""
+
+from selfdistill.environments.factory import make_environment
+from selfdistill.environments.protocol import Environment, EnvironmentFactory, Step
+from selfdistill.environments.runner import ToolRunner
+from selfdistill.environments.shop import PRODUCTS, price_of, stock_of
+
+__all__ = [
+    "PRODUCTS",
+    "Environment",
+    "EnvironmentFactory",
+    "Step",
+    "ToolRunner",
+    "make_environment",
+    "price_of",
+    "stock_of",
+]

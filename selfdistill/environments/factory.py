@@ -1,0 +1,58 @@
+"""Environments by their names: those of the package and the user's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from selfdistill.data import named
+from selfdistill.environments.forms import ToolClass, form_of
+from selfdistill.environments.hosted import Hosted
+from selfdistill.environments.protocol import Environment, EnvironmentFactory
+from selfdistill.environments.shop import Shop
+from selfdistill.environments.verifiers_form import VerifiersEpisode, loaded
+from selfdistill.errors import UserError
+
+_BUNDLED: dict[str, type] = {"bundled:shop": Shop}
+"""Environments that ship with the package."""
+
+
+def make_environment(name: str) -> EnvironmentFactory:
+    """What makes the environment of each episode.
+
+    A first one is made here and closed again, so that a class that cannot be used is known before a model is loaded.
+
+    Args:
+        name: ``bundled:shop``, or ``python:package.module.Class`` of the current folder or the environment. The class,
+            or a function that returns an object, takes no arguments. Its object has the protocol of
+            :class:`Environment`, or is of a form of :mod:`selfdistill.environments.forms`, or of ``verifiers``.
+
+    Raises:
+        UserError: there is no such environment, it cannot be made, it is of no form that is known, or a tool has no
+            schema.
+    """
+    if name in _BUNDLED:
+        return functools.partial(_made, name, _BUNDLED[name], ToolClass)
+    if not name.startswith("python:"):
+        known = ", ".join(_BUNDLED)
+        raise UserError(f"unknown environment {name!r}, expected {known} or python:package.module.Class")
+    make = named(name, "environment", "class")
+    shared = loaded(name, make)
+    if shared is not None:
+        VerifiersEpisode(Hosted(name, lambda: shared)).close()
+        return lambda: VerifiersEpisode(Hosted(name, lambda: shared))
+    first = Hosted(name, make)
+    form = form_of(first.object)
+    if form is None:
+        first.close()
+        raise first.mistake(
+            "found no reset with other public methods, expected methods that are tools, or step, or env_response, "
+            "is_completed and rubric"
+        )
+    form(first).close()
+    return functools.partial(_made, name, make, form)
+
+
+def _made(name: str, make: Callable[[], Any], form: Callable[[Hosted], Environment]) -> Environment:
+    return form(Hosted(name, make))

@@ -1,0 +1,186 @@
+"""Users' classes of three forms: the protocol's, TRL's classes of tools, and Gymnasium's ``step(text)``."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from selfdistill.data import Message, Verdict, as_verdict
+from selfdistill.environments.hosted import NOTHING, Hosted, as_messages, copied
+from selfdistill.environments.protocol import Environment, Step
+from selfdistill.environments.runner import ToolRunner
+
+_NO_TOOLS = ("reset", "reward", "close")
+
+
+class OwnClass:
+    """A class that has the protocol itself, kept within limits of time."""
+
+    def __init__(self, host: Hosted) -> None:
+        self._host = host
+        self.tools = host.object.tools
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        """The messages that the class returns."""
+        returned = self._host.must("reset", lambda: self._host.object.reset(copied(row)))
+        if not isinstance(returned, list) or not all(isinstance(one, dict) for one in returned):
+            raise self._host.mistake(f"reset returned {returned!r:.60}, expected a list of messages")
+        return as_messages(returned)
+
+    def step(self, message: Message) -> Step:
+        """The class's step; one that fails ends the episode with reward 0."""
+        step = self._host.attempt("step", lambda: self._host.object.step(copied(message)))
+        if not isinstance(step, Step):
+            raise self._host.mistake(f"step returned {step!r:.60}, expected a Step")
+        if step.reward is not None:
+            as_verdict(step.reward, f"environment {self._host.name!r}: step")
+        observations = () if step.done else tuple(as_messages(list(step.observations)))
+        if not step.done and not observations:
+            raise self._host.mistake("step returned no observations and not the end, expected one of them")
+        return replace(step, observations=observations)
+
+    def close(self) -> None:
+        """Close the object and its thread."""
+        self._host.close()
+
+
+class ToolClass:
+    """A class in the form of TRL's ``environment_factory``: its public methods are the tools.
+
+    ``reset`` takes the row's columns as keywords, or a parameter ``row``, and may return a text, which follows the
+    prompt as a user's turn. The episode is done when the model replies without a call. Then ``reward`` is asked: an
+    attribute, or a method, which may have a parameter for the text of that reply. It is a bool, a reward from 0 to 1,
+    or a pair of one of these and a feedback text.
+    """
+
+    def __init__(self, host: Hosted) -> None:
+        self._host = host
+        methods = [getattr(host.object, name) for name in tool_names(type(host.object))]
+        self._runner = ToolRunner(methods, host.time_limit, host.worker)
+        self.tools = self._runner.schemas
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        """What the object's ``reset`` returns, as a user's turn."""
+        arguments = _wanted(self._host.object.reset, copied(row), row=copied(row))
+        return as_messages(self._host.must("reset", lambda: self._host.object.reset(**arguments)))
+
+    def step(self, message: Message) -> Step:
+        """Run the message's calls; without any, the episode is done."""
+        observations, invalid = self._runner.answer(message)
+        if observations:
+            return Step(observations, invalid_calls=invalid)
+        found = self._verdict(message["content"])
+        return Step((), True, found.reward, found.feedback) if found else Step(done=True)
+
+    def close(self) -> None:
+        """Close the object and its thread."""
+        self._host.close()
+
+    def _verdict(self, reply: str) -> Verdict | None:
+        if not hasattr(self._host.object, "reward"):
+            return None
+        reward = self._host.object.reward
+        if callable(reward):
+            if self._host.worker.is_late:
+                return Verdict(0.0, "a tool is still running, so the episode cannot be judged")
+            given = (reply,) if inspect.signature(reward).parameters else ()
+            asked = reward
+            reward = self._host.must("reward", lambda: asked(*given))
+        return as_verdict(reward, f"environment {self._host.name!r}: reward")
+
+
+class StepClass:
+    """A class in the form of Gymnasium or OpenEnv: ``step`` takes the model's reply as text.
+
+    ``reset`` may take ``seed`` (the same for every episode of a row) and ``options`` (the row). It returns the first
+    observation, alone, with a dict of information, or as an object's ``observation``. ``step`` returns (observation,
+    reward, terminated, truncated, info), (observation, reward, done, info), or an object with observation, reward and
+    done. The episode's reward is the sum of its steps', from 0 to 1.
+    """
+
+    tools: list[dict[str, Any]]
+
+    def __init__(self, host: Hosted) -> None:
+        self._host = host
+        self.tools = []
+        self._sum = 0.0
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        """The first observation, as a user's turn."""
+        self._sum = 0.0
+        arguments = _wanted(self._host.object.reset, {}, row=copied(row), options=copied(row), seed=seed_of(row))
+        returned = self._host.must("reset", lambda: self._host.object.reset(**arguments))
+        if isinstance(returned, tuple) and len(returned) == 2:
+            returned = returned[0]
+        return as_messages(getattr(returned, "observation", returned))
+
+    def step(self, message: Message) -> Step:
+        """The object's step; one that fails ends the episode with reward 0."""
+        returned = self._host.attempt("step", lambda: self._host.object.step(message["content"]))
+        if isinstance(returned, Step):
+            return returned
+        observation, reward, done = self._parts(returned)
+        self._sum += reward or 0.0
+        observations = tuple(as_messages(observation))
+        if not done:
+            return Step(observations or (NOTHING,))
+        who = f"environment {self._host.name!r}: the sum of the episode's rewards, which step"
+        return Step((), True, as_verdict(self._sum, who).reward, "\n".join(one["content"] for one in observations))
+
+    def close(self) -> None:
+        """Close the object and its thread."""
+        self._host.close()
+
+    def _parts(self, returned: Any) -> tuple[Any, float, bool]:
+        """Observation, reward and whether the episode is done."""
+        if isinstance(returned, tuple) and len(returned) in (4, 5):
+            observation, reward, *ends = returned[:-1]
+            done = any(ends)
+        elif hasattr(returned, "reward") and hasattr(returned, "done"):
+            observation = getattr(returned, "observation", None)
+            reward, done = returned.reward, bool(returned.done)
+        else:
+            want = "expected (observation, reward, terminated, truncated, info) or an object with reward and done"
+            raise self._host.mistake(f"step returned {returned!r:.60}, {want}")
+        try:
+            return observation, float(reward or 0.0), done
+        except (TypeError, ValueError):
+            raise self._host.mistake(f"step returned the reward {reward!r:.60}, expected a number") from None
+
+
+def tool_names(kind: type) -> list[str]:
+    """Names of the methods that are tools, those of base classes first, each class's in the order of its text."""
+    names = dict.fromkeys(name for base in reversed(kind.__mro__) for name in vars(base))
+    return [
+        name
+        for name in names
+        if not name.startswith("_") and name not in _NO_TOOLS and inspect.isroutine(getattr(kind, name, None))
+    ]
+
+
+def form_of(made: Any) -> Callable[[Hosted], Environment] | None:
+    """What makes an environment of a user's object, by the methods that it has; None if it has no known form."""
+    if not callable(getattr(made, "reset", None)):
+        return None
+    if callable(getattr(made, "step", None)):
+        has_protocol = isinstance(getattr(made, "tools", None), list) and callable(getattr(made, "close", None))
+        return OwnClass if has_protocol else StepClass
+    return ToolClass if tool_names(type(made)) else None
+
+
+def seed_of(row: Mapping[str, Any]) -> int:
+    """A seed from the row's content, below 2**31."""
+    text = json.dumps(dict(row), sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:4], "big") >> 1
+
+
+def _wanted(function: Callable[..., Any], columns: Mapping[str, Any], **others: Any) -> dict[str, Any]:
+    """Of the columns and the others what the function has parameters for; all columns if it takes any keyword."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    named = {name: value for name, value in {**others, **columns}.items() if name in parameters}
+    return {**columns, **named} if takes_all else named

@@ -1,0 +1,107 @@
+"""A user's object, all of whose calls run in one thread and within limits of time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from selfdistill.data import Message
+from selfdistill.environments.protocol import Step
+from selfdistill.environments.runner import TIME_LIMIT, what_failed
+from selfdistill.environments.texts import MOST_CHARACTERS, as_text, cleaned
+from selfdistill.environments.worker import Failed, Late, Worker
+from selfdistill.errors import UserError
+
+SETUP_LIMIT = 300.0
+"""Seconds that making, resetting or judging an episode's world may take."""
+
+NOTHING: Message = {"role": "user", "content": "(nothing)"}
+"""The observation where there is none and the episode goes on."""
+
+
+class Hosted:
+    """A user's object in a thread of its own.
+
+    Its attribute ``time_limit`` says how many seconds a step or a tool may take, if not 10.
+
+    Args:
+        name: the environment's name, for messages.
+        make: makes the object, in the thread.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.name = name
+        self.worker = Worker()
+        self._closed = False
+        try:
+            self.object = self.must("making it", make)
+        except UserError:
+            self.worker.close()
+            raise
+        self.time_limit = float(getattr(self.object, "time_limit", TIME_LIMIT))
+
+    def must(self, what: str, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns, of which a failure is a mistake in the user's class.
+
+        Raises:
+            UserError: it raised, or took too long.
+        """
+        try:
+            return self.worker.call(function, SETUP_LIMIT)
+        except Failed as failed:
+            if isinstance(failed.__cause__, UserError):
+                raise failed.__cause__ from None
+            raise self.mistake(f"{what} failed: {cleaned(what_failed(failed), 300)}") from failed.__cause__
+        except Late as late:
+            raise self.mistake(f"{what} failed: {late}") from None
+
+    def attempt(self, what: str, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns; or, where it raised or is late, a :class:`Step` that ends the episode.
+
+        A model can bring an environment to fail, so that is worth a reward of 0 and does not end the run.
+        """
+        try:
+            return self.worker.call(function, self.time_limit)
+        except Failed as failed:
+            return Step(done=True, reward=0.0, feedback=cleaned(f"{what} failed: {what_failed(failed)}", 300))
+        except Late as late:
+            return Step(done=True, reward=0.0, feedback=f"{what} failed: {late}")
+
+    def mistake(self, problem: str) -> UserError:
+        """The error that names the environment."""
+        return UserError(f"environment {self.name!r}: {' '.join(problem.split())}")
+
+    def close(self) -> None:
+        """Close the object, if it can be closed, and let the thread end. What goes wrong does not matter any more."""
+        if self._closed:
+            return
+        self._closed = True
+        close = getattr(self.object, "close", None)
+        if callable(close):
+            self.attempt("close", close)
+        self.worker.close()
+
+
+def copied(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row that the user's code may change."""
+    return copy.deepcopy(dict(row))
+
+
+def as_messages(returned: Any, role: str = "user") -> list[Message]:
+    """What a user's code returned as messages: none for None or empty text, a list of messages as it is, else one."""
+    if returned is None or returned == "" or returned == []:
+        return []
+    if isinstance(returned, list) and all(isinstance(one, dict) and "role" in one for one in returned):
+        return [_message(one) for one in returned]
+    return [{"role": role, "content": as_text(returned)}]
+
+
+def _message(given: Mapping[str, Any]) -> Message:
+    """A message as models read it: its text cleaned and cut."""
+    content = given.get("content")
+    kept = {key: str(given[key]) for key in ("name", "tool_call_id") if given.get(key)}
+    return {"role": str(given["role"]), **kept, "content": as_text("" if content is None else content, MOST_CHARACTERS)}

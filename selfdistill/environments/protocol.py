@@ -1,0 +1,52 @@
+"""What an environment is: the world of one episode, which answers the model's messages until the episode ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from selfdistill.data import Message
+
+
+@dataclass(frozen=True)
+class Step:
+    """An environment's answer to one message of the model."""
+
+    observations: tuple[Message, ...] = ()
+    """What the model reads next: tool or user messages. Empty if the episode is done."""
+    done: bool = False
+    """Whether the episode has ended."""
+    reward: float | None = None
+    """The episode's reward, from 0 to 1; only with ``done``. None: the environment does not judge."""
+    feedback: str = ""
+    """What the model may learn from a reward below 1; may be empty."""
+    invalid_calls: int = 0
+    """How many of the message's calls could not be run as they were written."""
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One episode's world. It is made anew for every episode and used by one thread at a time.
+
+    The order of calls is ``reset``, any number of ``step``, ``close``. ``close`` may also come earlier.
+    """
+
+    tools: list[dict[str, Any]]
+    """JSON schemas of the tools that the chat template shows, the same in every episode; may be empty."""
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        """Begin the episode of a raw row, and return the messages that follow the row's prompt, often none."""
+        ...
+
+    def step(self, message: Message) -> Step:
+        """Answer the model's message. Its ``tool_calls`` are run; where its key ``invalid`` is set, that is told."""
+        ...
+
+    def close(self) -> None:
+        """Release what the episode holds. A second call does nothing."""
+        ...
+
+
+EnvironmentFactory = Callable[[], Environment]
+"""Makes the environment of one episode."""

@@ -1,0 +1,39 @@
+"""What a tool or a game returned, as the text that the model reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from selfdistill.data import join_surrogates
+
+MOST_CHARACTERS = 2000
+"""Most characters of an observation; what is longer is cut, and says so."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters but tab and newline: colours of a terminal, bells, null."""
+
+
+def as_text(value: Any, most: int = MOST_CHARACTERS) -> str:
+    """Text as it is, anything else as JSON, and what JSON cannot hold as ``str`` writes it; see :func:`cleaned`."""
+    if isinstance(value, str):
+        return cleaned(value, most)
+    parts, length = [], 0
+    try:
+        for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+            parts.append(part)
+            length += len(part)
+            if length > most:  # of a value without end, too, only this much is written
+                break
+    except (TypeError, ValueError, RecursionError):
+        return cleaned(str(value), most)
+    return cleaned("".join(parts), most)
+
+
+def cleaned(text: str, most: int = MOST_CHARACTERS) -> str:
+    """At most ``most`` characters, without control characters and halves of surrogate pairs; never blank."""
+    cut = " ... (cut)" if len(text) > most else ""
+    text = join_surrogates(text[:most]).replace("\r\n", "\n").replace("\r", "\n")
+    text = _CONTROL.sub("", text)
+    return text + cut if text.strip() else "(nothing)"

@@ -1,0 +1,129 @@
+"""Tools: Python functions that a model may call, with schemas from their signatures and docstrings."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from selfdistill.data import one_line
+from selfdistill.errors import UserError
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
+}
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class BadArguments(ValueError):
+    """A call's arguments are not those that the tool takes; the message tells the model why."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function with the JSON schema that the model is shown."""
+
+    function: Callable[..., Any]
+    schema: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name by which the model calls it."""
+        return str(self.schema["function"]["name"])
+
+    def arguments(self, given: Any) -> dict[str, Any]:
+        """A copy of the arguments that a call gave, checked against the schema.
+
+        A whole number may be written 3.0. Nothing else is converted: a model that writes "3" is told to write 3.
+
+        Raises:
+            BadArguments: they are no object, one is missing, is not known, or is of another type.
+        """
+        if not isinstance(given, dict):
+            raise BadArguments(f"the arguments are {_shown(given)}, expected a JSON object")
+        parameters = self.schema["function"]["parameters"]
+        known: dict[str, Any] = parameters["properties"]
+        for name in given:
+            if name not in known:
+                raise BadArguments(f"unknown argument {_shown(name)}, expected {', '.join(known) or 'none'}")
+        for name in parameters.get("required", ()):
+            if name not in given:
+                raise BadArguments(f"missing argument '{name}'")
+        return {name: _fitted(value, known[name], name) for name, value in copy.deepcopy(given).items()}
+
+
+def tool_of(function: Callable[..., Any]) -> Tool:
+    """The tool that a function is. Its name, type hints and docstring (Google's style) make the schema.
+
+    Raises:
+        UserError: no type hints or docstring, one without a line for each argument, or arguments that have no name.
+    """
+    name = getattr(function, "__qualname__", repr(function))
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in _BY_NAME:
+            raise UserError(f"tool {name}: argument {str(parameter)!r} cannot be given by name; name each argument")
+    from transformers.utils import get_json_schema
+
+    try:
+        schema = get_json_schema(function)
+    except Exception as error:  # of transformers' own kinds, or a NameError of a hint
+        raise UserError(
+            f"tool {name}: no schema: {one_line(error)}; give each argument a type hint and a line under 'Args:'"
+        ) from error
+    schema["function"].pop("return", None)  # says nothing that a model needs
+    return Tool(function, schema)
+
+
+def _fitted(value: Any, schema: Mapping[str, Any], name: str) -> Any:
+    """The value, a whole number as int where one is expected.
+
+    Raises:
+        BadArguments: it does not fit the schema.
+    """
+    if value is None and schema.get("nullable"):
+        return None
+    if "anyOf" in schema:
+        return _first_fitting(value, schema["anyOf"], name)
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if isinstance(value, float) and "integer" in kinds and "number" not in kinds and value.is_integer():
+        value = int(value)
+    known = all(kind in _TYPES for kind in kinds)
+    if kinds and known and not any(_is(value, kind) for kind in kinds):
+        raise BadArguments(f"argument '{name}' is {_shown(value)}, expected {' or '.join(kinds)}")
+    if "enum" in schema and value not in schema["enum"]:
+        raise BadArguments(f"argument '{name}' is {_shown(value)}, expected one of {_shown(schema['enum'])}")
+    if isinstance(value, list) and "items" in schema:
+        return [_fitted(item, schema["items"], f"{name}[{at}]") for at, item in enumerate(value)]
+    return value
+
+
+def _first_fitting(value: Any, schemas: list[Mapping[str, Any]], name: str) -> Any:
+    for schema in schemas:
+        try:
+            return _fitted(value, schema, name)
+        except BadArguments:
+            continue
+    raise BadArguments(f"argument '{name}' is {_shown(value)}, which fits none of its types")
+
+
+def _is(value: Any, kind: str) -> bool:
+    """Whether a value is of a JSON type; in Python, but not in JSON, true is an integer."""
+    return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes
+        shown = f"a {type(value).__name__}"
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,0 +1,128 @@
+"""A thread that runs what others have written, one call after another, and never for longer than it may.
+
+Python cannot stop a thread. A call that is late gets an exception raised in it, which ends loops of Python code; one
+that waits in C code, such as a sleep or a socket, goes on. Then the thread takes no other call until that one has
+ended. It is a daemon: the process may exit while it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import inspect
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+GRACE_SECONDS = 0.2
+"""How long a late call has to end by itself, and again after the exception was raised in it."""
+
+
+class Late(Exception):
+    """A call took too long; or an earlier one still does, so that this one did not begin."""
+
+
+class Failed(Exception):
+    """A call raised ``__cause__``, of whatever kind: also an exit, or an interrupt that is not Ctrl-C."""
+
+
+class _Stopped(BaseException):
+    """Raised in a late call."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    function: Callable[[], Any]
+    seconds: float
+    answer: queue.SimpleQueue[tuple[Any, BaseException | None]]
+
+
+class Worker:
+    """One thread for all calls of one environment, for what they hold may belong to a thread, as a database does."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._late: _Job | None = None
+
+    def call(self, function: Callable[[], Any], seconds: float) -> Any:
+        """What ``function`` returns; a coroutine is run to its end.
+
+        Raises:
+            Late: it took longer than ``seconds``, or an earlier call still runs.
+            Failed: it raised something.
+        """
+        if self.is_late:
+            raise Late("an earlier call is still running")
+        self._late = None
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=_work, args=(self._jobs,), name="environment", daemon=True)
+            self._thread.start()
+        job = _Job(function, seconds, queue.SimpleQueue())
+        self._jobs.put(job)
+        try:
+            returned, error = job.answer.get(timeout=seconds)
+        except queue.Empty:
+            self._stop(job)
+            raise Late(f"it took longer than {seconds:g} s") from None
+        if error is not None:
+            raise Failed from error
+        return returned
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a late call is still running."""
+        return self._late is not None and self._late.answer.empty()
+
+    def close(self) -> None:
+        """Let the thread end after what it runs."""
+        self._jobs.put(None)
+
+    def _stop(self, job: _Job) -> None:
+        """Wait for the end of what waits in the event loop, else raise an exception in the thread.
+
+        If that does not end the job, remember it.
+        """
+        assert self._thread is not None
+        if _ends(job):
+            return
+        thread = ctypes.c_ulong(self._thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Stopped))
+        if not _ends(job):
+            self._late = job
+
+
+def _ends(job: _Job) -> bool:
+    """Whether the job ends soon."""
+    try:
+        job.answer.get(timeout=GRACE_SECONDS)
+    except queue.Empty:
+        return False
+    return True
+
+
+def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
+    """Run the jobs until there is a None among them."""
+    loop: asyncio.AbstractEventLoop | None = None
+    while (job := _next(jobs)) is not None:
+        try:
+            returned = job.function()
+            if inspect.iscoroutine(returned):
+                loop = loop or asyncio.new_event_loop()
+                limit = job.seconds + GRACE_SECONDS / 2  # the caller has given up by then
+                returned = loop.run_until_complete(asyncio.wait_for(returned, limit))
+            job.answer.put((returned, None))
+        except BaseException as error:  # SystemExit and KeyboardInterrupt, too: Ctrl-C comes to the main thread only
+            job.answer.put((None, error))
+    if loop is not None:
+        loop.close()
+
+
+def _next(jobs: queue.SimpleQueue[_Job | None]) -> _Job | None:
+    while True:
+        try:
+            return jobs.get()
+        except _Stopped:  # it came just after the late call had ended
+            continue

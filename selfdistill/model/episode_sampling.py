@@ -1,0 +1,147 @@
+"""Several replies of each episode: the model goes on from what it has read and said, in place of reading it again.
+
+Legend: B episodes, L positions of the cache, W new tokens, H key/value heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from selfdistill.model.device import any_length
+from selfdistill.model.engine import engine_for
+from selfdistill.model.fsdp import unsharded
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.precision import cached_casts
+from selfdistill.model.prefix_cache import States, can_continue_cache, fill, has_full_attention, in_attention_dtype
+from selfdistill.model.sampling import ReadRows, Rollout, Sampling, decode, read, sample
+from selfdistill.runtime import all_gather, rank_slice
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the model has read of an episode between two turns."""
+
+    ids: list[int]
+    states: States
+
+
+class TurnSampler:
+    """Samples the replies of episodes turn by turn, many episodes at a time.
+
+    Keys and values of what an episode has read and said are kept until its next turn, so only the tokens after that are
+    read. Every reply is as :func:`selfdistill.model.sampling.sample` draws it from the same tokens, up to rounding.
+    That function is used where a model cannot go on from kept states, and with an engine, which keeps its own.
+
+    Args:
+        loaded: the model. Its weights must not change.
+        count: number of episodes, which are divided among the ranks once.
+    """
+
+    def __init__(self, loaded: LoadedModel, count: int) -> None:
+        self._loaded, self._own = loaded, rank_slice(count)
+        self._config = loaded.model.config.get_text_config()
+        self._known: dict[int, _Known] = {}
+        self._goes_on = loaded.engine is None and self._can_go_on()
+
+    def _can_go_on(self) -> bool:
+        with unsharded(self._loaded.model):
+            return has_full_attention(self._config) and can_continue_cache(self._loaded)
+
+    def __call__(
+        self,
+        episodes: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Rollout]:
+        """The next reply of some episodes; those that are left out are never asked for again.
+
+        Args:
+            episodes: their numbers, ascending.
+            prompts: all tokens of each so far. They begin with those of its last turn.
+            sampling: the policy of one reply.
+            seeds: one per episode, from :func:`selfdistill.model.sampling.sample_seed`; not needed for greedy decoding.
+
+        Returns:
+            One rollout per episode, on every rank.
+        """
+        loaded = self._loaded
+        if loaded.engine is not None:
+            return engine_for(loaded).sample(loaded, prompts, sampling, seeds)
+        if not self._goes_on:
+            return sample(loaded, prompts, sampling, seeds)
+        own = [place for place, number in enumerate(episodes) if self._own.start <= number < self._own.stop]
+        mine = [prompts[place] for place in own]
+        with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
+            rollouts = self._turn(
+                [episodes[place] for place in own],
+                mine,
+                sampling,
+                None if seeds is None else [seeds[place] for place in own],
+            )
+        return all_gather(rollouts)
+
+    def _turn(
+        self, episodes: list[int], prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int] | None
+    ) -> list[Rollout]:
+        """The turn of this rank's episodes."""
+        known, self._known = self._known, {}
+        if not episodes:
+            return []
+        before = [known.get(number) for number in episodes]
+        known.clear()
+        goes_on = [x for x, ids in zip(before, prompts, strict=True) if x is not None and x.ids == ids[: len(x.ids)]]
+        rows = self._read_on(goes_on, prompts) if len(goes_on) == len(prompts) else read(self._loaded, prompts)
+        states: dict[int, States] = {}
+
+        def leave(rows: ReadRows, places: list[int], samples: list[int]) -> None:
+            states.update(zip(samples, _taken(rows, places), strict=True))
+
+        rollouts = decode(self._loaded, rows, sampling, seeds, leave)
+        for place, (number, rollout) in enumerate(zip(episodes, rollouts, strict=True)):
+            self._known[number] = _Known([*prompts[place], *rollout.ids[:-1]], states[place])
+        return rollouts
+
+    def _read_on(self, known: list[_Known], prompts: Sequence[Sequence[int]]) -> ReadRows:
+        """Read the tokens after those that are known, whose states are used up."""
+        device = self._loaded.device
+        filled_B = torch.tensor([len(x.ids) for x in known], device=device)
+        new = [list(ids[len(x.ids) :]) for x, ids in zip(known, prompts, strict=True)]
+        cache = DynamicCache(config=self._config)
+        layers: Any = cache.layers
+        for layer in reversed(layers):  # a layer at a time is held twice
+            fill(layer, [[x.states.pop()] for x in known])
+        done, width = cache.get_seq_length(), max(map(len, new))
+        pads = [width - len(ids) for ids in new]
+        ids_BW = torch.tensor(
+            [[self._loaded.pad_token_id] * pad + ids for pad, ids in zip(pads, new, strict=True)], device=device
+        )
+        known_BL = torch.arange(done, device=device) >= done - filled_B[:, None]
+        new_BW = torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None]
+        mask_BL = torch.cat([known_BL, new_BW], dim=1).long()
+        logits_BV = self._loaded.model(
+            input_ids=ids_BW,
+            attention_mask=mask_BL,
+            position_ids=(mask_BL.cumsum(1)[:, done:] - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return ReadRows(cache, logits_BV, mask_BL, torch.zeros_like(filled_B))
+
+
+def _taken(rows: ReadRows, places: Sequence[int]) -> list[States]:
+    """Copies of the states of some rows, without padding."""
+    layers: Any = rows.cache.layers
+    kept = [rows.mask_BL[place].bool() for place in places]
+    taken: list[States] = [[] for _ in places]
+    for layer in layers:
+        for states, place, kept_L in zip(taken, places, kept, strict=True):
+            pair = (layer.keys[place][:, kept_L], layer.values[place][:, kept_L])
+            states.append(tuple(in_attention_dtype(part_HLC) for part_HLC in pair))
+    return taken

@@ -1,0 +1,268 @@
+"""Assistant turns with calls, and what lies between them, as token ids, under templates of many forms."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from tool_templates import CALL_TAGS, TOOL_TEMPLATES, ToolTemplate
+
+from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.template import TemplateRefusal
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}},
+    },
+}
+OPTIONS = {"tools": [TOOL]}
+each = pytest.mark.parametrize("template", TOOL_TEMPLATES, ids=lambda template: template.name)
+
+
+def chat_of(template: ToolTemplate) -> ChatFormat:
+    tokenizer = template.tokenizer()
+    return ChatFormat(tokenizer, [tokenizer.eos_token_id], {})
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def says(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def calls(*arguments: dict[str, Any], content: str = "", name: str = "weather") -> dict[str, Any]:
+    made = [{"type": "function", "function": {"name": name, "arguments": each}} for each in arguments]
+    return {"role": "assistant", "content": content, "tool_calls": made}
+
+
+def result(text: str) -> dict[str, Any]:
+    return {"role": "tool", "content": text}
+
+
+CITY = {"city": "Oslo"}
+ODD = {"city": 'a "b" \\ {c}\n[d] é ✓', "n": [1, 2.5, None, True, {"x": {}}], "empty": "", "": 0}
+REPLIES = {
+    "text": says("It rains in Oslo."),
+    "text with JSON": says('The config is {"name": "weather", "size": 2}.'),
+    "call": calls(CITY),
+    "no arguments": calls({}),
+    "odd arguments": calls(ODD),
+    "content": calls(CITY, content="I look that up."),
+    "several": calls(CITY, ODD),
+    "content and several": calls(CITY, {}, CITY, content="Three.\n\nAt once."),
+}
+OBSERVED = (result("rain"), result('{"t": [1, "two"], "s": "a \\"b\\""}'), result("line\nline ✓"))
+
+
+def episode(template: ToolTemplate) -> list[dict[str, Any]]:
+    some = [calls(CITY), OBSERVED[0], calls(ODD, CITY) if template.several else calls(ODD), OBSERVED[1]]
+    some += [OBSERVED[2]] if template.several else []
+    if template.beside:
+        some += [calls(CITY, content="Once more."), OBSERVED[2]]
+    return [*some, says("It rains."), user("And now?"), says("Still.")]
+
+
+# --- a reply and back ---
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+@each
+def test_a_reply_is_read_back_equal(template: ToolTemplate, reply: str) -> None:
+    chat, message = chat_of(template), REPLIES[reply]
+    prompt = chat.encode_prompt([user("Weather?")], OPTIONS)
+    if not template.several and len(message.get("tool_calls", ())) > 1:
+        with pytest.raises(TemplateRefusal, match="only supports single tool-calls"):
+            chat.encode_reply(message, OPTIONS)
+        return
+    ids = chat.encode_reply(message, OPTIONS)
+    assert ids[-1] == chat.end_token_id
+    assert ids.count(chat.end_token_id) == 1
+    assert chat.message_of(ids, prompt) == message
+
+
+@each
+def test_a_reply_without_calls_is_a_completion(template: ToolTemplate) -> None:
+    chat = chat_of(template)
+    assert chat.encode_reply(says("It rains."), OPTIONS) == chat.encode_completion("It rains.", OPTIONS)
+
+
+@each
+def test_ids_of_calls_are_kept_where_the_template_writes_them(template: ToolTemplate) -> None:
+    chat, message = chat_of(template), calls(CITY)
+    message["tool_calls"][0]["id"] = "abcdefghi"
+    found = chat.message_of(chat.encode_reply(message, OPTIONS))["tool_calls"][0]
+    assert found.get("id") == ("abcdefghi" if template.name == "mistral" else None)
+
+
+# --- a whole episode ---
+
+
+def as_template_wants(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The messages with ids for Mistral, and with arguments as text for DeepSeek."""
+    made, waiting, number = [], [], 0
+    for message in messages:
+        if "tool_calls" in message:
+            written = []
+            for call in message["tool_calls"]:
+                function = dict(call["function"])
+                if name == "deepseek":
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+                written.append({"id": f"call{number:05d}", "type": "function", "function": function})
+                number += 1
+            waiting = [call["id"] for call in written]
+            made.append({**message, "tool_calls": written})
+        else:
+            made.append({**message, "tool_call_id": waiting.pop(0)} if message["role"] == "tool" else message)
+    return made
+
+
+def joined(chat: ChatFormat, prompt: list[dict[str, Any]], turns: list[dict[str, Any]]) -> list[int]:
+    """Prompt, reply, what lies between, reply, ..."""
+    ids, seen = chat.encode_prompt(prompt, OPTIONS), list(prompt)
+    place = 0
+    while place < len(turns):
+        reply, after = turns[place], place + 1
+        ids += chat.encode_reply(reply, OPTIONS)
+        while after < len(turns) and turns[after]["role"] != "assistant":
+            after += 1
+        if after < len(turns):
+            ids += chat.encode_between([*seen, reply], turns[place + 1 : after], OPTIONS)
+        seen += turns[place:after]
+        place = after
+    return ids
+
+
+@each
+def test_an_episode_is_what_the_template_writes(template: ToolTemplate) -> None:
+    if not template.own_calls:
+        pytest.skip("its calls are text, as another test says")
+    chat, prompt, turns = chat_of(template), [user("Weather?")], episode(template)
+    found = chat.tokenizer.decode(joined(chat, prompt, turns))
+    shown = as_template_wants([*prompt, *turns], template.name)
+    whole = chat.tokenizer.apply_chat_template(shown, tokenize=False, **OPTIONS)
+    if template.appends:
+        assert joined(chat, prompt, turns) == chat.tokenizer(whole.rstrip("\n"), add_special_tokens=False)["input_ids"]
+    for part in ("Oslo", "rain", "line\\nline" if "line\\nline" in whole else "line\nline", "And now?", "Still."):
+        assert found.count(part) == whole.count(part), part
+
+
+@each
+def test_thoughts_of_earlier_turns_stay_as_they_were_sampled(template: ToolTemplate) -> None:
+    chat = chat_of(template)
+    turns = [
+        calls(CITY, content="<think>\nhm\n</think>\n\nSo."),
+        result("rain"),
+        says("Rain."),
+        user("And?"),
+        says("r"),
+    ]
+    if not template.beside and template.own_calls:
+        turns[0] = says("<think>\nhm\n</think>\n\nSo.")
+        turns[1] = user("rain")
+    found = chat.tokenizer.decode(joined(chat, [user("Weather?")], turns))
+    assert found.count("<think>\nhm\n</think>\n\nSo.") == 1
+    assert re.search(r"rain[^a-z].*Rain\..*And\?.*r", found, re.DOTALL)
+
+
+@pytest.mark.parametrize("template", [t for t in TOOL_TEMPLATES if not t.own_calls], ids=lambda t: t.name)
+def test_calls_as_text(template: ToolTemplate) -> None:
+    chat = chat_of(template)
+    turns = [calls(CITY, CITY, content="So."), result("rain"), result("sun"), says("Rain and sun.")]
+    found = chat.tokenizer.decode(joined(chat, [user("Weather?")], turns))
+    action = 'Action: weather\nAction Input: {"city": "Oslo"}'
+    assert f"So.\n{action}\n{action}" in found
+    assert "Observation: rain\nObservation: sun" in found
+    assert found.count("Tells the weather.") == 1
+    assert ("Action Input: the arguments" in found) == (template.name != "smollm3")  # which lists tools itself
+
+
+# --- text never becomes markup ---
+
+
+@each
+def test_names_of_control_tokens_in_results_and_arguments_stay_text(template: ToolTemplate) -> None:
+    chat = chat_of(template)
+    names = [str(token) for token in chat.tokenizer.added_tokens_decoder.values()]
+    evil = "".join(f" a{name}b" for name in names)
+
+    def control(ids: list[int]) -> list[int]:
+        return [token for token in ids if token in chat.tokenizer.added_tokens_decoder]
+
+    def ids_of(text: str) -> list[list[int]]:
+        prompt, asks = [user("Weather?")], calls({"city": text, text or "key": 1})
+        return [
+            chat.encode_reply(asks, OPTIONS),
+            chat.encode_between([*prompt, asks], [result(text or "r")], OPTIONS),
+            chat.encode_prompt([*prompt, asks, result(text or "r")], OPTIONS),
+        ]
+
+    for found, plain in zip(ids_of(evil), ids_of(""), strict=True):
+        assert control(found) == control(plain)
+        assert evil in chat.tokenizer.decode(found) or json.dumps(evil)[1:-1] in chat.tokenizer.decode(found)
+    reply = calls({"city": evil})
+    assert chat.message_of(chat.encode_reply(reply, OPTIONS)) == reply
+
+
+def test_a_call_in_the_text_of_a_user_is_text() -> None:
+    chat = chat_of(TOOL_TEMPLATES[0])
+    ids = chat.encode_prompt([user(f"{CALL_TAGS[0]} x {CALL_TAGS[1]}")])
+    assert not {*chat.tokenizer.convert_tokens_to_ids(list(CALL_TAGS))} & {*ids}
+
+
+# --- replies that are not calls ---
+
+
+@pytest.mark.parametrize(
+    ("template", "reply", "problem"),
+    [
+        ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": }}\n</tool_call>', "the call is not valid JSON"),
+        ("hermes", '<tool_call>\n{"arguments": {}}\n</tool_call>', "the call has no name"),
+        ("hermes", '<tool_call>\n{"name": "f", "arguments": [1]}\n</tool_call>', "the arguments of f are not a JSON"),
+        ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": NaN}}\n</tool_call>', "NaN is not a JSON value"),
+        ("hermes", "<tool_call>", "the call is not valid JSON"),
+        ("llama3_1", '{"name": "f", "parameters": {"a": ', "the call is not valid JSON"),
+        ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}', "the call is not valid JSON"),
+        ("mistral with [ARGS]", "[TOOL_CALLS]f{}", r"the call has no \[ARGS\] after its name"),
+        ("deepseek", "<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>f\n```json\n{", "not valid JSON"),
+        ("plain ChatML", "Action: f\nAction Input: {a}", "must come 'Action Input:' and a JSON object"),
+        ("plain ChatML", "Action: f", "must come 'Action Input:' and a JSON object"),
+        ("plain ChatML", "Action: f\nAction Input: [1]", "the arguments of f are not a JSON object"),
+    ],
+)
+def test_a_call_that_cannot_be_read_says_why(template: str, reply: str, problem: str) -> None:
+    chat = chat_of(next(each for each in TOOL_TEMPLATES if each.name == template))
+    message = chat.message_of(chat.encode_completion(reply))
+    assert re.search(problem, message.pop("invalid"))
+    assert message == says(reply.strip())
+    assert chat.encode_between([user("q"), message], [user("Again.")])  # the episode goes on
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>',
+        '<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "weather"}',
+        '<tool_call>\n{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}\n</tool_call>\n',
+    ],
+)
+def test_other_spellings_of_a_call_are_read(reply: str) -> None:
+    chat = chat_of(TOOL_TEMPLATES[0])
+    assert chat.message_of(chat.encode_completion(reply)) == calls(CITY)
+
+
+def test_a_thought_that_the_prompt_opened_is_part_of_the_message() -> None:
+    template = TOOL_TEMPLATES[2]
+    opened = template.text.replace("assistant\n' }}{%- endif %}\n", "assistant\n<think>\n' }}{%- endif %}\n")
+    assert opened != template.text
+    chat = chat_of(ToolTemplate("opens", opened, added=template.added))
+    prompt = chat.encode_prompt([user("Weather?")])
+    for content in ("<think>\nhm\n</think>\n\nSo.", "So."):
+        message = calls(CITY, content=content)
+        assert chat.message_of(chat.encode_reply(message), prompt) == message

@@ -1,0 +1,366 @@
+"""Users' environments of every form, by name: what each is asked, what its answers become, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfdistill.environments import Environment, EnvironmentFactory, Step, make_environment
+from selfdistill.errors import UserError
+
+NUMBERS = itertools.count()
+Make = Callable[..., EnvironmentFactory]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes the environment that a module of the current folder defines."""
+    monkeypatch.chdir(tmp_path)
+
+    def from_text(text: str, name: str = "World") -> EnvironmentFactory:
+        module = f"own_world_{next(NUMBERS)}"
+        (tmp_path / f"{module}.py").write_text(textwrap.dedent(text), encoding="utf-8")
+        return make_environment(f"python:{module}.{name}")
+
+    return from_text
+
+
+def said(text: str, *calls: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    made = [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in calls]
+    return {"role": "assistant", "content": text, **({"tool_calls": made} if made else {})}
+
+
+ROW = {"prompt": "Count to 3.", "answer": 3, "document": None}
+
+# --- names ---
+
+
+@pytest.mark.parametrize("name", ["", "shop", "bundled:", "bundled:bank", "hub:shop", "none"])
+def test_an_unknown_name_names_what_there_is(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_environment(name)
+    expected = f"unknown environment {name!r}, expected bundled:shop or python:package.module.Class"
+    assert str(caught.value) == expected
+
+
+def test_what_cannot_be_imported_or_made_is_one_line(make: Make) -> None:
+    wrong = {
+        "python:here": "expected python:package.module.class",
+        "python:os.path": "'os' is in the standard library; name your own module",
+        "python:no_such_module_x.World": "module 'no_such_module_x' cannot be imported from",
+    }
+    for name, problem in wrong.items():
+        with pytest.raises(UserError, match=r"^environment ") as caught:
+            make_environment(name)
+        assert problem in str(caught.value)
+    bodies = {
+        "Earth = 1": "has no class 'World'",
+        "World = 3": "has no class 'World'",
+        "class World:\n    def __init__(self, size): pass": "making it failed: TypeError:",
+        "class World:\n    pass": "found no reset with other public methods",
+        "class World:\n    def reset(self): pass": "found no reset with other public methods",
+        "class World:\n    def reset(self): pass\n    def go(self, a): pass": "tool World.go: no schema:",
+        "def World():\n    raise ValueError('a\\nb')": "making it failed: ValueError: a b",
+        "def World():\n    return None": "found no reset with other public methods",
+    }
+    for body, problem in bodies.items():
+        with pytest.raises(UserError) as caught:
+            make(body)
+        assert problem in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+# --- the protocol itself ---
+
+OWN = """
+    import time
+    from selfdistill.environments import Step
+
+    class World:
+        time_limit = 0.3
+        closed = []
+
+        def __init__(self):
+            self.tools = [{"type": "function", "function": {"name": "go", "description": "", "parameters": {}}}]
+
+        def reset(self, row):
+            self.answer = row.pop("answer")
+            return [{"role": "user", "content": "Go.\\x00"}]
+
+        def step(self, message):
+            if message["content"] == "fail":
+                raise KeyError("x")
+            if message["content"] == "sleep":
+                time.sleep(1)
+            if message["content"] == "odd":
+                return ("text", 1.0)
+            if message["content"] == "mute":
+                return Step()
+            if message["content"] == "long":
+                return Step(({"role": "user", "content": "\\x1b" + "x" * 3000},))
+            if message["content"] == "much":
+                return Step(done=True, reward=3.0)
+            if message["content"] == str(self.answer):
+                return Step(done=True, reward=1.0, feedback="good")
+            return Step(({"role": "user", "content": "No."},))
+
+        def close(self):
+            self.closed.append(1)
+"""
+
+
+def test_a_class_of_the_protocol_is_used_as_it_is(make: Make) -> None:
+    environment = make(OWN)()
+    assert isinstance(environment, Environment)
+    assert environment.tools[0]["function"]["name"] == "go"
+    row = dict(ROW)
+    assert environment.reset(row) == [{"role": "user", "content": "Go."}]
+    assert row == ROW
+    assert environment.step(said("2")) == Step(({"role": "user", "content": "No."},))
+    assert environment.step(said("3")) == Step(done=True, reward=1.0, feedback="good")
+    assert environment.step(said("long")).observations[0]["content"] == "x" * 1999 + " ... (cut)"
+    begun = time.monotonic()
+    environment.close()
+    environment.close()
+    assert time.monotonic() - begun < 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "feedback"), [("fail", "step failed: KeyError: 'x'"), ("sleep", "step failed: it took longer than 0.3 s")]
+)
+def test_a_step_that_fails_ends_the_episode_with_nothing(make: Make, text: str, feedback: str) -> None:
+    environment = make(OWN)()
+    environment.reset(ROW)
+    assert environment.step(said(text)) == Step(done=True, reward=0.0, feedback=feedback)
+    begun = time.monotonic()
+    environment.close()
+    assert time.monotonic() - begun < 1
+
+
+def test_what_a_class_may_not_return_is_the_users_mistake(make: Make) -> None:
+    environment = make(OWN)()
+    environment.reset(ROW)
+    with pytest.raises(UserError, match=r"environment 'python:own_world_\d+.World': step returned .*expected a Step"):
+        environment.step(said("odd"))
+    with pytest.raises(UserError, match=r"step returned 3\.0, expected True or False, a reward from 0 to 1"):
+        environment.step(said("much"))
+    with pytest.raises(UserError, match="step returned no observations and not the end"):
+        environment.step(said("mute"))
+    environment = make(OWN.replace("return [{", "return 'Go.' or [{"))()
+    with pytest.raises(UserError, match=r"reset returned 'Go\.', expected a list of messages"):
+        environment.reset(ROW)
+    with pytest.raises(UserError, match="reset failed: KeyError: 'answer'"):
+        environment.reset({"prompt": "a"})
+
+
+# --- TRL's classes of tools ---
+
+TOOLS = """
+    import sqlite3
+
+    class Base:
+        def first(self) -> str:
+            '''Say who is first.'''
+            return "base"
+
+    class World(Base):
+        def __init__(self):
+            self.database = sqlite3.connect(":memory:")  # belongs to the thread that made it
+
+        def reset(self, **columns) -> str | None:
+            self.columns, self.number = columns, 0
+            return "Begin." if columns["document"] else None
+
+        def increment(self, by: int) -> int:
+            '''Increment the counter.
+
+            Args:
+                by: how much
+            '''
+            self.database.execute("SELECT 1")
+            self.number += by
+            return self.number
+
+        def _secret(self): pass
+
+        @property
+        def now(self): raise RuntimeError
+
+        def close(self): self.database.close()
+"""
+METHOD = """
+        def reward(self, reply: str):
+            return (self.number == self.columns["answer"] and "3" in reply), "not three"
+"""
+
+
+def test_public_methods_are_tools_and_the_episode_ends_without_a_call(make: Make) -> None:
+    environment = make(TOOLS + METHOD)()
+    assert isinstance(environment, Environment)
+    assert [one["function"]["name"] for one in environment.tools] == ["first", "increment"]
+    assert environment.reset(ROW) == []
+    step = environment.step(said("Well:", ("increment", {"by": 1}), ("first", {}), ("increment", {"by": "1"})))
+    assert [one["content"] for one in step.observations][:2] == ["1", "base"]
+    assert (step.done, step.reward, step.invalid_calls) == (False, None, 1)
+    assert environment.step(said("3")) == Step(done=True, reward=0.0, feedback="not three")
+    environment.step(said("", ("increment", {"by": 2})))
+    assert environment.step(said("It is 3.")).reward == 1
+    assert environment.reset({**ROW, "document": "a"}) == [{"role": "user", "content": "Begin."}]
+    environment.close()
+
+
+def test_an_invalid_message_does_not_end_the_episode(make: Make) -> None:
+    environment = make(TOOLS + METHOD)()
+    environment.reset(ROW)
+    step = environment.step({**said("<tool_call>"), "invalid": "no JSON"})
+    assert step == Step(({"role": "user", "content": "Error: no JSON"},), invalid_calls=1)
+
+
+@pytest.mark.parametrize(
+    ("reward", "found"),
+    [
+        ("", Step(done=True)),
+        ("        reward = 0.25", Step(done=True, reward=0.25)),
+        ("        reward = True", Step(done=True, reward=1.0)),
+        ("        def reward(self): return 0.5", Step(done=True, reward=0.5)),
+    ],
+)
+def test_a_reward_is_an_attribute_or_a_method_or_nobodys(make: Make, reward: str, found: Step) -> None:
+    environment = make(TOOLS + reward)()
+    environment.reset(ROW)
+    assert environment.step(said("Done.")) == found
+
+
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        ("        reward = 2", "reward returned 2, expected True or False, a reward from 0 to 1"),
+        ("        def reward(self): return None", "reward returned None, expected True or False"),
+        ("        def reward(self): return self.nothing", "reward failed: AttributeError:"),
+    ],
+)
+def test_a_reward_that_is_none_is_the_users_mistake(make: Make, reward: str, problem: str) -> None:
+    environment = make(TOOLS + reward)()
+    environment.reset(ROW)
+    with pytest.raises(UserError, match=f"environment 'python:own_world_.*': {problem}"):
+        environment.step(said("Done."))
+
+
+@pytest.mark.parametrize("parameters", ["row", "answer", "answer, prompt", "answer, **others", "*, answer, size=2"])
+def test_reset_takes_the_row_or_its_columns(make: Make, parameters: str) -> None:
+    text = f"""
+    class World:
+        def reset(self, {parameters}):
+            self.seen = row["answer"] if "row" in vars() else answer
+        def see(self) -> int:
+            '''See.'''
+            return self.seen
+    """
+    environment = make(text)()
+    environment.reset(ROW)
+    assert environment.step(said("", ("see", {}))).observations[0]["content"] == "3"
+
+
+HANGS = """
+        time_limit = 0.2
+
+        def hang(self) -> str:
+            '''Hang.'''
+            import time
+            time.sleep(1)
+"""
+
+
+def test_a_tool_that_hangs_leaves_an_episode_that_cannot_be_judged(make: Make) -> None:
+    environment = make(TOOLS + METHOD + HANGS)()
+    environment.reset(ROW)
+    assert environment.step(said("", ("hang", {}))).observations[0]["content"].endswith("longer than 0.2 s")
+    found = environment.step(said("3"))
+    assert (found.reward, found.feedback) == (0.0, "a tool is still running, so the episode cannot be judged")
+    environment.close()
+
+
+# --- Gymnasium and OpenEnv ---
+
+GYM = """
+    class World:
+        def reset(self, *, seed=None, options=None):
+            self.at, self.goal = 0, options["answer"]
+            return f"seed {seed}", {}
+
+        def step(self, action):
+            self.at += 1
+            right = action == str(self.goal)
+            return f"heard {action}", 1.0 if right else 0.0, right, self.at > 2, {}
+"""
+
+
+def test_a_gymnasium_class_reads_replies_as_text(make: Make) -> None:
+    factory = make(GYM)
+    environment = factory()
+    assert isinstance(environment, Environment)
+    assert environment.tools == []
+    first = environment.reset(ROW)
+    assert first == factory().reset(ROW) != factory().reset({**ROW, "answer": 4})
+    assert 0 <= int(first[0]["content"].removeprefix("seed ")) < 2**31
+    assert environment.step(said("1")) == Step(({"role": "user", "content": "heard 1"},))
+    assert environment.step(said("3")) == Step(done=True, reward=1.0, feedback="heard 3")
+    environment.reset(ROW)
+    assert [environment.step(said("1")).done for _ in range(3)] == [False, False, True]
+    environment.close()
+
+
+OPENENV = """
+    from dataclasses import dataclass
+
+    @dataclass
+    class Result:
+        observation: object
+        reward: object
+        done: bool
+
+    class World:
+        def reset(self):
+            return Result({"board": [0, 1]}, None, False)
+
+        def step(self, text):
+            reward = {"half": 0.5, "text": "x"}.get(text)
+            return Result(None if text == "quiet" else {"board": text}, reward, text != "quiet")
+"""
+
+
+def test_an_openenv_class_returns_objects(make: Make) -> None:
+    environment = make(OPENENV)()
+    assert environment.reset(ROW) == [{"role": "user", "content": '{"board": [0, 1]}'}]
+    assert environment.step(said("quiet")) == Step(({"role": "user", "content": "(nothing)"},))
+    assert environment.step(said("half")) == Step(done=True, reward=0.5, feedback='{"board": "half"}')
+    environment.reset(ROW)
+    with pytest.raises(UserError, match="step returned the reward 'x', expected a number"):
+        environment.step(said("text"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        ("'text'", r"step returned 'text', expected \(observation, reward, terminated, truncated, info\) or"),
+        ("('a', 3.0, True, False, {})", "the sum of the episode's rewards, which step returned 3.0, expected"),
+        ("('a', float('nan'), True, {})", "the sum of the episode's rewards, which step returned nan, expected"),
+    ],
+)
+def test_what_step_may_not_return_is_the_users_mistake(make: Make, returned: str, problem: str) -> None:
+    environment = make(f"class World:\n    def reset(self): return ''\n    def step(self, a): return {returned}")()
+    assert environment.reset(ROW) == []
+    with pytest.raises(UserError, match=problem):
+        environment.step(said("go"))
+
+
+def test_a_gymnasium_step_that_fails_ends_the_episode(make: Make) -> None:
+    environment = make("class World:\n    def reset(self): return 'a'\n    def step(self, a): return 1 / int(a)")()
+    environment.reset(ROW)
+    assert environment.step(said("x")).feedback.startswith("step failed: ValueError: invalid literal")

@@ -1,0 +1,198 @@
+"""The adapter of ``verifiers``, with a package that has the parts of its classic API that the adapter uses."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfdistill.environments import Environment, EnvironmentFactory, Step, make_environment
+from selfdistill.errors import UserError
+
+TYPES = """
+    import time
+    from dataclasses import dataclass, field
+
+    @dataclass
+    class Span:
+        end: float = 0.0
+
+    @dataclass
+    class RolloutTiming:
+        generation: Span = field(default_factory=Span)
+
+    class State(dict):
+        '''Keys of the input are read through it, as the library's state does.'''
+        def __getitem__(self, key):
+            if key in ("prompt", "answer", "info", "example_id") and key in self.get("input", {}):
+                return dict.__getitem__(self, "input")[key]
+            return dict.__getitem__(self, key)
+
+        def get(self, key, default=None):
+            return dict.get(self, key, default) if key == "input" or key not in self else self[key]
+
+    @dataclass
+    class Tool:
+        name: str
+        description: str
+        parameters: dict
+
+    @dataclass
+    class ToolCall:
+        id: str
+        name: str
+        arguments: str
+
+    @dataclass
+    class Message:
+        role: str
+        content: str
+        tool_calls: list | None = None
+        tool_call_id: str | None = None
+"""
+MESSAGES = """
+    from verifiers.types import Message, ToolCall
+
+    def normalize_messages(value):
+        made = []
+        for one in value:
+            if isinstance(one, dict):
+                calls = [ToolCall(**call) for call in one.get("tool_calls") or ()] or None
+                one = Message(one["role"], one["content"], calls, one.get("tool_call_id"))
+            made.append(one)
+        return made
+"""
+WORLD = """
+    import asyncio, json
+    from verifiers.types import Message, Tool
+
+    class Rubric:
+        async def score_rollout(self, state):
+            last = state["completion"][-1]
+            state["reward"] = float(last.content == state["answer"]) * state.get("scale", 1)
+
+    class World:
+        '''A ToolEnv: stops when a reply has no call, after three turns, or where the environment says so.'''
+        loaded = []
+        tool_defs = [Tool("add", "Add.", {"type": "object", "properties": {"a": {"type": "integer"}}})]
+        rubric = Rubric()
+
+        def __init__(self):
+            self.loaded.append(1)
+
+        async def setup_state(self, state):
+            state["sum"] = 0
+
+        async def is_completed(self, state):
+            last = state["trajectory"][-1]["completion"][-1]
+            return len(state["trajectory"]) > 2 or not last.tool_calls
+
+        async def env_response(self, messages, state):
+            made = []
+            for call in messages[-1].tool_calls:
+                added = json.loads(call.arguments)["a"]
+                if added < 0:
+                    await asyncio.sleep(60)
+                state["sum"] += added
+                made.append({"role": "tool", "content": f"sum {state['sum']}", "tool_call_id": call.id})
+            if state["sum"] > 9:
+                state["final_env_response"] = made
+            return made
+
+        async def cleanup(self, state):
+            last = state["trajectory"][-1]
+            state["completion"] = (last["prompt"] + last["completion"])[len(state["prompt"]):]
+            assert state["timing"].generation.end == 0
+
+    World.time_limit = 0.3
+"""
+ROW = {"prompt": [{"role": "user", "content": "Add 2 and 3."}], "answer": "5", "scorer": None}
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EnvironmentFactory:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {"verifiers/__init__.py": "", "verifiers/types.py": TYPES, "verifiers/utils/__init__.py": ""}
+    files |= {"verifiers/utils/message_utils.py": MESSAGES, "verified_world.py": WORLD}
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("verifiers", "verified_world")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text), encoding="utf-8")
+    return make_environment("python:verified_world.World")
+
+
+def add(number: int, **more: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": number}}, **more}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def reply(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def test_calls_go_to_the_object_and_its_rubric_judges(factory: EnvironmentFactory) -> None:
+    environment = factory()
+    assert isinstance(environment, Environment)
+    assert environment.tools[0]["function"]["name"] == "add"
+    assert environment.reset(ROW) == []
+    first = {"role": "tool", "name": "add", "content": "sum 2"}
+    assert environment.step(add(2)) == Step((first,))
+    second = {"role": "tool", "name": "add", "tool_call_id": "x", "content": "sum 5"}
+    assert environment.step(add(3, id="x")) == Step((second,))
+    assert environment.step(reply("5")) == Step(done=True, reward=1.0)
+    environment.close()
+
+
+def test_episodes_share_the_object_and_not_the_state(factory: EnvironmentFactory) -> None:
+    one, other = factory(), factory()
+    for environment in (one, other):
+        environment.reset(ROW)
+    assert one.step(add(2)).observations[0]["content"] == "sum 2"
+    assert other.step(add(3)).observations[0]["content"] == "sum 3"
+    assert one.step(reply("4")) == Step(done=True, reward=0.0)
+    assert len(sys.modules["verified_world"].World.loaded) == 1
+
+
+def test_its_stop_conditions_and_final_response_end_the_episode(factory: EnvironmentFactory) -> None:
+    environment = factory()
+    environment.reset(ROW)
+    assert [environment.step(add(1)).done for _ in range(3)] == [False, False, True]
+    environment.reset(ROW)
+    assert environment.step(add(10)).done
+
+
+def test_an_invalid_message_a_failure_and_a_hang_do_not_stop_the_run(factory: EnvironmentFactory) -> None:
+    environment = factory()
+    environment.reset(ROW)
+    step = environment.step({**reply("<tool_call>"), "invalid": "no JSON"})
+    assert step == Step(({"role": "user", "content": "Error: no JSON"},), invalid_calls=1)
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    step = environment.step({**reply(""), "tool_calls": [call]})
+    assert step == Step(done=True, reward=0.0, feedback="env_response failed: KeyError: 'a'")
+    environment.reset(ROW)
+    step = environment.step(add(-1))
+    assert (step.done, step.reward) == (True, 0.0)
+    assert step.feedback == "env_response failed: it took longer than 0.3 s"
+
+
+def test_a_reward_above_one_is_the_users_mistake(factory: EnvironmentFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = factory()
+    environment.reset(ROW)
+    monkeypatch.setattr(sys.modules["verified_world"].Rubric, "score_rollout", score_two)
+    with pytest.raises(UserError, match=r"environment 'python:verified_world\.World': its rubric returned 2\.0, exp"):
+        environment.step(reply("5"))
+
+
+async def score_two(_self: Any, state: Any) -> None:
+    state["reward"] = 2.0
+
+
+def test_without_the_library_its_form_is_refused(factory: EnvironmentFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "verifiers.types", None)
+    with pytest.raises(UserError, match=r"verifiers cannot be used: .*; install"):
+        factory().reset(ROW)
