@@ -180,6 +180,20 @@ def test_as_many_pictures_as_places() -> None:
     assert found.startswith("column 'completion[0].content[0]': found a part of type 'image'")
 
 
+def test_pictures_after_a_learnt_reply_are_refused() -> None:
+    place, text = {"type": "image"}, {"type": "text", "text": "Look"}
+    turns = [
+        {"role": "user", "content": [place, text]},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": [place]},
+        {"role": "assistant", "content": "b"},
+    ]
+    rows = [{"messages": turns, "images": [RED, RED]}]
+    assert len(load_demonstrations(rows, turns="last")[0].prompt) == 3
+    with pytest.raises(UserError, match="column 'messages': pictures after the first reply that is learnt, expected"):
+        load_demonstrations(rows, turns="all")
+
+
 # --- where they stand ---
 
 
