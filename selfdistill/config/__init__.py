@@ -15,17 +15,8 @@ from selfdistill.config.commands import (
     run_settings,
 )
 from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_saved, load_yaml, refuse_changes
-from selfdistill.config.train import (
-    LEARNING_RATE,
-    LORA_LEARNING_RATE,
-    OPEN,
-    PACKAGE,
-    SHORTEST,
-    MethodName,
-    MethodSettings,
-    TrainConfig,
-    TrainingSettings,
-)
+from selfdistill.config.method import PACKAGE, SHORTEST, MethodName, MethodSettings
+from selfdistill.config.train import LEARNING_RATE, LORA_LEARNING_RATE, OPEN, TrainConfig, TrainingSettings
 
 __all__ = [
     "LEARNING_RATE",

@@ -14,7 +14,8 @@ from pydantic import (
 )
 
 from selfdistill.config.base import EngineSettings, ModelSettings, QuestionSettings, Settings, closest, read_mapping
-from selfdistill.config.train import MethodName, OneRun, Precision, TrainConfig, TrainingSettings
+from selfdistill.config.method import MethodName
+from selfdistill.config.train import OneRun, Precision, TrainConfig, TrainingSettings
 from selfdistill.errors import UserError
 
 

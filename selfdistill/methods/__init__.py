@@ -6,8 +6,8 @@ whose weights score them (teacher), the loss and its target, the weights of the 
 The loop never depends on a method's name.
 
 To add a method, write a file with its name, and in it a function of the same name that maps settings to stages. Then
-add the name to ``selfdistill.config.train.MethodName``. A method uses the settings that it reads. Its own settings come
-in ``method_settings``.
+add the name to ``selfdistill.config.method.MethodName``. A method uses the settings that it reads. Its own settings
+come in ``method_settings``.
 """
 
 from __future__ import annotations
