@@ -219,21 +219,18 @@ class EpisodeSamples(StudentSamples):
 
 
 @dataclass(frozen=True)
-class EnvironmentVerdicts:
-    """The verdict of the episode's environment."""
+class NoVerdicts:
+    """The checker of episodes: the environment alone judges them, so one without its verdict is an error."""
 
     environment: str
 
     def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
-        found = []
-        for completion in completions:
-            if completion.verdict is None:
-                raise UserError(
-                    f"{completion.example.demonstration.source}: environment {self.environment!r} ended the episode "
-                    "without a reward, which the method learns from; give it one"
-                )
-            found.append(completion.verdict)
-        return found
+        if completions:
+            raise UserError(
+                f"{completions[0].example.demonstration.source}: environment {self.environment!r} ended the episode "
+                "without a reward, which the method learns from; give it one"
+            )
+        return []
 
 
 def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[Method, ...]:
@@ -266,6 +263,6 @@ def _in_environment(config: TrainConfig, method: Method, rules: EpisodeRules) ->
     return replace(
         method,
         sequence=replace(method.sequence, samples=played) if isinstance(method.sequence, ColdStart) else played,
-        checker=method.checker and EnvironmentVerdicts(rules.environment),
+        checker=method.checker and NoVerdicts(rules.environment),
         also=tuple((name, _in_environment(config, other, rules)) for name, other in method.also),
     )
