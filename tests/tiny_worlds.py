@@ -76,6 +76,13 @@ class Silent(Talk):
         return Step(step.observations, step.done)
 
 
+class Breaks(Talk):
+    """Fails in every step."""
+
+    def step(self, message: Message) -> Step:
+        raise KeyError(f"no {message['role']}")
+
+
 class BreaksAtStart(Talk):
     """Cannot begin."""
 
