@@ -91,6 +91,13 @@ class BreaksAtEnd(Talk):
         raise OSError("still in use")
 
 
+class Breaks(Talk):
+    """Fails in every step."""
+
+    def step(self, message: Message) -> Step:
+        raise KeyError(f"no {message['role']}")
+
+
 class BreaksAtStart(Talk):
     """Cannot begin."""
 

@@ -47,6 +47,7 @@ from selfdistill.data.scorers import (
     verdicts,
 )
 from selfdistill.data.sources import Note
+from selfdistill.data.template_columns import schema_of
 from selfdistill.data.words import includes, words_of
 
 __all__ = [
@@ -113,6 +114,7 @@ __all__ = [
     "read_jsonl",
     "reference",
     "repeated_key",
+    "schema_of",
     "score",
     "scored_text",
     "shown_text",

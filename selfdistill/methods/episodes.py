@@ -20,7 +20,7 @@ from selfdistill.methods.sequences import ColdStart, Completion, StudentSamples
 from selfdistill.methods.slots import Method
 from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of
 from selfdistill.model import LoadedModel, Rollout, Sampling, TurnSampler, sample_seed
-from selfdistill.runtime import gathered, rank_slice
+from selfdistill.runtime import gathered, rank_slice, say_note
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class EpisodeRules:
     """Replies of the student."""
     max_length: int
     """Tokens of replies and observations together."""
+    told: list[str] = field(default_factory=list, compare=False)
+    """What was said of failed steps: the first alone, for a run may have thousands."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,18 @@ def play(
             answers = gathered(partial(table.answers, episodes, mine, turn))
             for number, answer in zip(going, answers, strict=True):
                 episodes[number].take(rollouts[number], answer)
+                _tell_failure(rules, examples[number], answer, turn)
     return [episode.completion() for episode in episodes]
+
+
+def _tell_failure(rules: EpisodeRules, example: Example, answer: _Answer, turn: int) -> None:
+    """Say that a step has failed, once: only the rewards would show it."""
+    step = answer.step
+    if step is None or not step.failed or rules.told:
+        return
+    where = f"{example.demonstration.source}, at turn {turn}"
+    rules.told.append(f"{where}: environment {rules.environment!r}: {step.feedback}; the episode has reward 0")
+    say_note(rules.told[0])
 
 
 @dataclass(frozen=True)
@@ -219,21 +232,18 @@ class EpisodeSamples(StudentSamples):
 
 
 @dataclass(frozen=True)
-class EnvironmentVerdicts:
-    """The verdict of the episode's environment."""
+class NoVerdicts:
+    """The checker of episodes: the environment alone judges them, so one without its verdict is an error."""
 
     environment: str
 
     def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
-        found = []
-        for completion in completions:
-            if completion.verdict is None:
-                raise UserError(
-                    f"{completion.example.demonstration.source}: environment {self.environment!r} ended the episode "
-                    "without a reward, which the method learns from; give it one"
-                )
-            found.append(completion.verdict)
-        return found
+        if completions:
+            raise UserError(
+                f"{completions[0].example.demonstration.source}: environment {self.environment!r} ended the episode "
+                "without a reward, which the method learns from; give it one"
+            )
+        return []
 
 
 def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[Method, ...]:
@@ -266,6 +276,6 @@ def _in_environment(config: TrainConfig, method: Method, rules: EpisodeRules) ->
     return replace(
         method,
         sequence=replace(method.sequence, samples=played) if isinstance(method.sequence, ColdStart) else played,
-        checker=method.checker and EnvironmentVerdicts(rules.environment),
+        checker=method.checker and NoVerdicts(rules.environment),
         also=tuple((name, _in_environment(config, other, rules)) for name, other in method.also),
     )

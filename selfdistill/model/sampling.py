@@ -6,6 +6,7 @@ Legend: B unfinished samples, L length so far, V vocabulary, H key/value heads, 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,58 +56,71 @@ class Rollout:
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A cache layer with memory for the next ``PREALLOCATED_TOKENS`` tokens.
+    """A cache layer with memory for the next ``PREALLOCATED_TOKENS`` tokens, but for no more than will come.
 
     New tokens are written in place. Earlier ones are copied only when the memory is used up or rows leave the batch.
 
     Args:
         layer: a cache layer that holds the prompts.
+        most: tokens that may come.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, most: int) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
-        self._hold(in_attention_dtype(layer.keys), in_attention_dtype(layer.values))
+        self._hold((in_attention_dtype(layer.keys), in_attention_dtype(layer.values)), layer.keys.shape[2])
+        self._most = self._length + most
+        self._grow(self._length + 1)
 
-    def _hold(self, keys_BHLC: Tensor, values_BHLC: Tensor) -> None:
-        """Store these states, with free memory after them."""
-        self._length = keys_BHLC.shape[2]
-        self._room = tuple(
-            torch.nn.functional.pad(states, (0, 0, 0, PREALLOCATED_TOKENS)) for states in (keys_BHLC, values_BHLC)
-        )
-        self.keys, self.values = keys_BHLC, values_BHLC
+    def _hold(self, room: tuple[Tensor, Tensor], length: int) -> None:
+        """Use this memory, whose first ``length`` tokens are filled. Nothing else is held: a copy would double it."""
+        self._room, self._length = room, length
+        self.keys, self.values = (states[:, :, :length] for states in room)
+
+    def _grow(self, length: int) -> None:
+        """Add memory, for at least so many tokens in all."""
+        size = self._room[0].shape[2]
+        steps = math.ceil((length - size) / PREALLOCATED_TOKENS)
+        more = max(length, min(size + steps * PREALLOCATED_TOKENS, self._most)) - size
+        keys_BHLC, values_BHLC = (torch.nn.functional.pad(states, (0, 0, 0, more)) for states in self._room)
+        self._hold((keys_BHLC, values_BHLC), self._length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append the new tokens, and return all."""
         new = slice(self._length, self._length + key_states.shape[2])
-        assert self.keys is not None
-        assert self.values is not None
         if new.stop > self._room[0].shape[2]:
-            self._hold(self.keys, self.values)
+            self._grow(new.stop)
         for room, states in zip(self._room, (key_states, value_states), strict=True):
             room[:, :, new] = states
-        self._length = new.stop
-        self.keys, self.values = keys, values = self._room[0][:, :, : new.stop], self._room[1][:, :, : new.stop]
-        return keys, values
+        self._hold(self._room, new.stop)
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
     def release(self) -> None:
         """Give the memory back; nothing is read or written any more."""
-        self.keys, self.values, self._room = None, None, ()
+        del self._room
+        self.keys, self.values = None, None
 
     def skip(self, count: int) -> None:
         """Append so many tokens with states of zeros."""
-        assert self.keys is not None
-        assert self.values is not None
-        self._length += count
-        size = self._length + PREALLOCATED_TOKENS
-        self._room = tuple(t.new_zeros(*t.shape[:2], size, t.shape[3]) for t in (self.keys, self.values))
-        self.keys, self.values = (room[:, :, : self._length] for room in self._room)
+        length = self._length + count
+        if length > self._room[0].shape[2]:
+            self._grow(length)
+        self._hold(self._room, length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select these rows of the batch."""
-        assert self.keys is not None
-        assert self.values is not None
-        self._hold(self.keys[beam_idx], self.values[beam_idx])
+        keys_BHLC, values_BHLC = (states[beam_idx] for states in self._room)
+        self._hold((keys_BHLC, values_BHLC), self._length)
+
+
+def _preallocate(cache: DynamicCache, most: int) -> None:
+    """Give the layers memory for up to ``most`` new tokens, one after another: only one is held twice at a time."""
+    layers: list[Any] = cache.layers
+    for number, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:
+            layers[number] = PreallocatedLayer(layer, most)
 
 
 def sample_seed(seed: int, step: int, row: int, generation: int) -> int:
@@ -151,9 +165,10 @@ def sample(
 def sample_at_its_longest(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, at: Callable[[str], object]
 ) -> None:
-    """Sample the first token and the last, as if no sample ended early: what sampling needs at most.
+    """Sample the first token and the last, as if samples ended just before that: what sampling needs at most.
 
-    The tokens between have states of zeros. Made for fake tensors, on which :func:`sample` cannot look for an end.
+    The tokens between have states of zeros. Where samples end, the states of the others are copied, a layer at a time.
+    Made for fake tensors, on which :func:`sample` cannot look for an end.
 
     Args:
         loaded: the model.
@@ -169,12 +184,15 @@ def sample_at_its_longest(
         rows = read(loaded, prompts)
         cache, logits_BV, mask_BL = rows.cache, rows.logits_BV, rows.mask_BL
         at("states")
-        cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        _preallocate(cache, between + 1)
         for layer in cache.layers:
             if isinstance(layer, PreallocatedLayer):
                 layer.skip(between)
         at("choice")
         token_B, _ = choose(logits_BV.float(), sampling, uniform_B)
+        if len(prompts) > 1:
+            at("rows that stay")
+            _keep_rows(cache, torch.arange(len(prompts)))
         at("last token")
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), between + 1)], dim=1)
         logits_BV = loaded.model(
@@ -244,7 +262,7 @@ def decode(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
     ends = torch.tensor(loaded.end_token_ids, device=device)
-    cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    _preallocate(cache, limit - 1)
     position_B = mask_BL.sum(1) + rows.shift_B
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -395,6 +396,15 @@ def test_an_environment_that_cannot_be_closed_changes_nothing(talks: Settings) -
     train(other)
     assert metrics_of(config) == metrics_of(other)
     assert tiny_worlds.BreaksAtEnd.open == 0
+
+
+def test_the_first_step_that_fails_is_noted_with_its_row(talks: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in ("once", "again"):
+        train(talks(out, environment="python:tiny_worlds.Breaks"))
+        notes = re.findall(r"note: (.* failed: .*)", capsys.readouterr().err)
+        assert len(notes) == 1
+        failed = r"environment 'python:tiny_worlds.Breaks': step failed: KeyError: 'no assistant'"
+        assert re.fullmatch(rf".*talks.jsonl:\d, at turn 1: {failed}; the episode has reward 0", notes[0])
 
 
 def test_a_method_that_needs_rewards_says_that_there_are_none(talks: Settings) -> None:
