@@ -22,6 +22,7 @@ from selfdistill.model.fsdp import (
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import (
     LoadedModel,
+    Sampled,
     add_lora,
     adopt,
     checkpoint_activations,
@@ -54,6 +55,7 @@ __all__ = [
     "Optim",
     "PrefixCache",
     "Rollout",
+    "Sampled",
     "Sampling",
     "StoredWeights",
     "Teacher",
