@@ -18,6 +18,15 @@ from selfdistill.data.demonstrations import (
 from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
 from selfdistill.data.episodes import Replies
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
+from selfdistill.data.images import (
+    MOST_PIXELS,
+    PICTURE_FOLDER,
+    Picture,
+    PictureTokens,
+    PromptIds,
+    pictures_in,
+    shown_text,
+)
 from selfdistill.data.messages import Message, Turns, not_object, text_of, wrong
 from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.readers import read_jsonl
@@ -44,7 +53,9 @@ __all__ = [
     "CODE",
     "FUNCTION",
     "JUDGE",
+    "MOST_PIXELS",
     "NEXT_TURN",
+    "PICTURE_FOLDER",
     "SCORER_NAMES",
     "ChatFormat",
     "Context",
@@ -58,6 +69,9 @@ __all__ = [
     "Message",
     "Note",
     "NothingFits",
+    "Picture",
+    "PictureTokens",
+    "PromptIds",
     "RawRow",
     "Replies",
     "Rows",
@@ -95,11 +109,13 @@ __all__ = [
     "one_line",
     "packaged",
     "parse_context",
+    "pictures_in",
     "read_jsonl",
     "reference",
     "repeated_key",
     "score",
     "scored_text",
+    "shown_text",
     "text_of",
     "thought_and_said",
     "verdict",

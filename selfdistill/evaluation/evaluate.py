@@ -23,6 +23,7 @@ from selfdistill.data import (
     load_demonstrations,
     nothing_to_score,
     parse_context,
+    shown_text,
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
@@ -327,7 +328,7 @@ def _write_replies(path: Path, rows: Sequence[Demonstration], answers: Answers) 
     lines = [
         {
             "source": row.source,
-            "prompt": list(row.prompt),
+            "prompt": [{**turn, "content": shown_text(turn["content"])} for turn in row.prompt],
             "answer": row.completion if row.answer is None else row.answer,
             "reply": reply,
             "correct": right,

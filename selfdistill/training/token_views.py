@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdistill.data import Example
+from selfdistill.data import Example, shown_text
 from selfdistill.loss import CHUNK_TOKENS, forward_kl
 from selfdistill.methods import Completion, play, rules_of
 from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, unsharded
@@ -59,7 +59,7 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
             views.append(
                 {
                     "row": row.demonstration.source,
-                    "prompt": row.demonstration.prompt[-1]["content"],
+                    "prompt": shown_text(row.demonstration.prompt[-1]["content"]),
                     "demonstration": row.demonstration.privileged_context or row.demonstration.completion,
                     "tokens": tokens,
                     "truncated": rollout.truncated,
