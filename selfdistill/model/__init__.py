@@ -22,6 +22,7 @@ from selfdistill.model.fsdp import (
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import (
     LoadedModel,
+    Sampled,
     add_lora,
     adopt,
     checkpoint_activations,
@@ -56,6 +57,7 @@ __all__ = [
     "PictureInputs",
     "PrefixCache",
     "Rollout",
+    "Sampled",
     "Sampling",
     "StoredWeights",
     "Teacher",

@@ -29,6 +29,22 @@ from selfdistill.model.weights import check_vocabulary, embedding_rows, first_li
 from selfdistill.runtime import library_warnings
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What was sampled from a model so far, or between two times."""
+
+    tokens: int = 0
+    """On all ranks, with end tokens."""
+    seconds: float = 0.0
+    """On this rank; with an engine also those in which it takes over the weights."""
+
+    def __add__(self, other: Sampled) -> Sampled:
+        return Sampled(self.tokens + other.tokens, self.seconds + other.seconds)
+
+    def __sub__(self, earlier: Sampled) -> Sampled:
+        return Sampled(self.tokens - earlier.tokens, self.seconds - earlier.seconds)
+
+
 @dataclass
 class LoadedModel:
     """A causal language model with its tokenizer and special tokens."""
@@ -51,6 +67,8 @@ class LoadedModel:
     """Whether an adapter was merged; a new adapter would then not fit the base that ``name`` refers to."""
     engine: EngineSettings | None = None
     """The engine that samples from the model; None: PyTorch. See :func:`selfdistill.model.engine.use_engine`."""
+    sampled: Sampled = Sampled()
+    """What was sampled from it so far, by PyTorch or the engine."""
     continues_cache: bool | None = None
     """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""
     pictures: PictureInputs | None = None

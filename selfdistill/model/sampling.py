@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,11 @@ from selfdistill.model.device import any_length, pass_tokens, running_sum
 from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.head import unwrap
-from selfdistill.model.loading import LoadedModel
+from selfdistill.model.loading import LoadedModel, Sampled
 from selfdistill.model.pictures import has_own_positions, position_shift
 from selfdistill.model.precision import cached_casts
 from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length, in_attention_dtype
-from selfdistill.runtime import all_gather, rank_slice
+from selfdistill.runtime import all_gather, clock, rank_slice
 
 PREALLOCATED_TOKENS = 64
 """Tokens for which memory is preallocated at a time."""
@@ -139,6 +140,7 @@ def sample(
     Token t of a sample is the inverse of the policy's cumulative distribution at the t-th uniform number of the
     sample's own generator. So a sample depends only on its seed and prompt: not on its batch, padding or earlier
     samples. If ``loaded`` has an engine, that samples in the place of PyTorch: from the same policy, by other numbers.
+    ``loaded.sampled`` counts the tokens and the time.
 
     Args:
         loaded: the model to sample from.
@@ -152,14 +154,26 @@ def sample(
     Raises:
         UserError: an engine is to sample from prompts with pictures.
     """
-    if loaded.engine is not None:
-        if any(map(pictures_in, prompts)):
-            raise UserError("setting 'engine': prompts with pictures are sampled by PyTorch alone; leave it out")
-        return engine_for(loaded).sample(loaded, prompts, sampling, seeds)
-    own = rank_slice(len(prompts))
-    with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
-        rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
-    return all_gather(rollouts)
+    if loaded.engine is not None and any(map(pictures_in, prompts)):
+        raise UserError("setting 'engine': prompts with pictures are sampled by PyTorch alone; leave it out")
+    with counted(loaded) as rollouts:
+        if loaded.engine is not None:
+            rollouts += engine_for(loaded).sample(loaded, prompts, sampling, seeds)
+        else:
+            own = rank_slice(len(prompts))
+            with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
+                drawn = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
+            rollouts += all_gather(drawn)
+    return rollouts
+
+
+@contextmanager
+def counted(loaded: LoadedModel) -> Iterator[list[Rollout]]:
+    """Count in ``loaded.sampled`` the rollouts that are put into this list, and the time until the block's end."""
+    began = clock(loaded.device)
+    rollouts: list[Rollout] = []
+    yield rollouts
+    loaded.sampled += Sampled(sum(len(rollout.ids) for rollout in rollouts), clock(loaded.device) - began)
 
 
 def sample_at_its_longest(

@@ -276,6 +276,7 @@ class Trainer:
 
         engine = self.engine()
         synced_s = engine.sync_s if engine else 0.0
+        sampled_before = self.loaded.sampled
         controller = stage.task.method.controller
         if controller and stage_step == 0:
             self.control = controller.start
@@ -311,6 +312,7 @@ class Trainer:
             grad_norm=norm,
             drift=drift,
             seconds={"teacher": 0.0, **sync, **stopwatch.seconds()},
+            sampled=self.loaded.sampled - sampled_before,
             by_part=len(stage.parts) > 1,
             control=control,
         )
