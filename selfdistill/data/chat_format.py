@@ -166,8 +166,9 @@ class ChatFormat:
             text, hidden = self._rendered(observations, {})
             return self._texts.mixed(end, f"\n\n{text}", hidden)
         chat, given = self._prepared([*before, *observations], options or {})
-        text, hidden = self._rendered(chat, given)
-        head = self._rendered(chat, given, mark=len(chat) - len(observations))[0].partition(_MARK)[0]
+        first = len(chat) - len(observations)
+        text, hidden = self._rendered(chat, given, checked=first)
+        head = self._rendered(chat, given, mark=first)[0].partition(_MARK)[0]
         if self.turn_end_id is not None and end not in head:
             end = str(self.tokenizer.convert_ids_to_tokens(self.turn_end_id))
         if end not in head or not text.startswith(head):
@@ -254,11 +255,12 @@ class ChatFormat:
         return "\n" * bool(message["content"]) + text
 
     def _rendered(
-        self, messages: Sequence[Message], options: Mapping[str, Any], mark: int | None = None
+        self, messages: Sequence[Message], options: Mapping[str, Any], mark: int | None = None, checked: int = 0
     ) -> tuple[str, list[str]]:
         """The prompt with names of control tokens in its texts hidden, and the hidden names by number.
 
-        With ``mark``, the message of that number has :data:`_MARK` as its content.
+        With ``mark``, the message of that number has :data:`_MARK` as its content. No message may be left out from
+        number ``checked`` on.
         """
         hidden: list[str] = []
         verbatim: list[str] = []
@@ -278,6 +280,8 @@ class ChatFormat:
             shown.append({"role": message["role"], "content": _MARK if number == mark else text, **others})
         if uses_tools(messages):
             form = self._template.calls
+            if form is None:
+                checked = len(in_text(messages[:checked]))
             messages, shown = (in_text(messages), in_text(shown)) if form is None else (messages, form.shown(shown))
 
         def put_in(found: re.Match[str]) -> str:
@@ -290,14 +294,14 @@ class ChatFormat:
         options = mapped(options, hide)
         text = self._template.write(shown, options) if self.tokenizer.chat_template else self._plain(shown)
         if mark is None:
-            self._refuse_left_out(messages, shown, text)
+            self._refuse_left_out(messages[checked:], shown[checked:], text)
         return _VERBATIM.sub(put_in, text), hidden
 
     def _refuse_left_out(self, messages: Sequence[Message], shown: Sequence[Message], text: str) -> None:
         """Refuse a rendering that lacks the text of a message.
 
-        Missing may be what a template strips off its ends, a switch such as ``/no_think`` that it reads, and a thought
-        in an earlier assistant turn of a prompt: that is how the model sees such turns.
+        Missing may be what a template strips off its ends, a switch such as ``/no_think`` that it reads, and in an
+        earlier assistant turn of a prompt a thought, or a text beside calls: that is how the model sees such turns.
 
         Args:
             messages: as given.
@@ -311,6 +315,8 @@ class ChatFormat:
             if all(found >= wanted for found, wanted in counts):
                 continue
             if message["role"] == "tool" and _as_json(content) in text:  # as some templates write it
+                continue
+            if "tool_calls" in message and not isinstance(message["content"], Verbatim):
                 continue
             if isinstance(message["content"], Verbatim):
                 raise TemplateRefusal("the chat template leaves out the demonstration, an earlier assistant turn")

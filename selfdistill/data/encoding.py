@@ -277,7 +277,7 @@ class _Limits:
             found = f"completion has {length} tokens, limit {self.max_completion_length} ({self.setting})"
             return f"{source}: {found}", f"raise --{self.setting}"
         whole = len(example.student_ids) + len(example.completion_ids)
-        if example.given and self.window is not None and whole > self.window:
+        if self.completion_must_fit and example.given and self.window is not None and whole > self.window:
             return f"{source}: prompt and episode have {whole} tokens, limit {self.window} (the window)", "shorten them"
         return None
 

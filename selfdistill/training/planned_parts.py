@@ -88,7 +88,7 @@ def planned_methods(config: TrainConfig) -> list[Method]:
 
 def characters(row: Demonstration) -> int:
     """About how long a row is."""
-    return len(json.dumps(row.prompt)) + len(row.completion)
+    return len(json.dumps([*row.prompt, *row.episode])) + len(row.completion)
 
 
 def longest_lengths(stages: list[list[PlannedPart]]) -> tuple[int, int]:

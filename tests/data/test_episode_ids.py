@@ -10,6 +10,7 @@ import pytest
 from tool_templates import CALL_TAGS, TOOL_TEMPLATES, ToolTemplate
 
 from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.contexts import Verbatim
 from selfdistill.data.template import TemplateRefusal
 
 TOOL = {
@@ -169,6 +170,19 @@ def test_thoughts_of_earlier_turns_stay_as_they_were_sampled(template: ToolTempl
     found = chat.tokenizer.decode(joined(chat, [user("Weather?")], turns))
     assert found.count("<think>\nhm\n</think>\n\nSo.") == 1
     assert re.search(r"rain[^a-z].*Rain\..*And\?.*r", found, re.DOTALL)
+
+
+@each
+def test_a_text_beside_calls_is_learnt_also_where_the_template_leaves_it_out_later(template: ToolTemplate) -> None:
+    chat, turns = chat_of(template), [calls(CITY, content="I look that up."), result("rain"), says("Rain.")]
+    found = chat.tokenizer.decode(joined(chat, [user("Weather?")], turns))
+    assert found.count("I look that up.") == found.count("Oslo") == 1
+    later = chat.render([user("Weather?"), *turns, user("And?")], OPTIONS)
+    assert later.count("I look that up.") == template.beside
+    shown = [{**m, "content": Verbatim(m["content"])} if m["role"] == "assistant" else m for m in turns]
+    if not template.beside:
+        with pytest.raises(TemplateRefusal, match="leaves out the demonstration"):
+            chat.render([user("Weather?"), *shown, user("And?")], OPTIONS)
 
 
 @pytest.mark.parametrize("template", [t for t in TOOL_TEMPLATES if not t.own_calls], ids=lambda t: t.name)
