@@ -45,6 +45,7 @@ def make_environment(name: str) -> EnvironmentFactory:
     first = Hosted(name, make)
     form = form_of(first.object)
     if form is None:
+        first.close()
         raise first.mistake(
             "found no reset with other public methods, expected methods that are tools, or step, or env_response, "
             "is_completed and rubric"

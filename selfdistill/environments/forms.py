@@ -6,10 +6,11 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from selfdistill.data import Message, Verdict, as_verdict
-from selfdistill.environments.hosted import Hosted, as_messages, copied
+from selfdistill.environments.hosted import NOTHING, Hosted, as_messages, copied
 from selfdistill.environments.protocol import Environment, Step
 from selfdistill.environments.runner import ToolRunner
 
@@ -37,7 +38,10 @@ class OwnClass:
             raise self._host.mistake(f"step returned {step!r:.60}, expected a Step")
         if step.reward is not None:
             as_verdict(step.reward, f"environment {self._host.name!r}: step")
-        return step
+        observations = () if step.done else tuple(as_messages(list(step.observations)))
+        if not step.done and not observations:
+            raise self._host.mistake("step returned no observations and not the end, expected one of them")
+        return replace(step, observations=observations)
 
     def close(self) -> None:
         """Close the object and its thread."""
@@ -123,7 +127,7 @@ class StepClass:
         self._sum += reward or 0.0
         observations = tuple(as_messages(observation))
         if not done:
-            return Step(observations or ({"role": "user", "content": "(nothing)"},))
+            return Step(observations or (NOTHING,))
         who = f"environment {self._host.name!r}: the sum of the episode's rewards, which step"
         return Step((), True, as_verdict(self._sum, who).reward, "\n".join(one["content"] for one in observations))
 

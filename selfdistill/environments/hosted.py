@@ -16,6 +16,9 @@ from selfdistill.errors import UserError
 SETUP_LIMIT = 300.0
 """Seconds that making, resetting or judging an episode's world may take."""
 
+NOTHING: Message = {"role": "user", "content": "(nothing)"}
+"""The observation where there is none and the episode goes on."""
+
 
 class Hosted:
     """A user's object in a thread of its own.
@@ -33,7 +36,12 @@ class Hosted:
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
         self.name = name
         self.worker = Worker()
-        self.object = self.must("making it", make)
+        self._closed = False
+        try:
+            self.object = self.must("making it", make)
+        except UserError:
+            self.worker.close()
+            raise
         self.time_limit = float(getattr(self.object, "time_limit", TIME_LIMIT))
 
     def must(self, what: str, function: Callable[[], Any]) -> Any:
@@ -69,6 +77,9 @@ class Hosted:
 
     def close(self) -> None:
         """Close the object, if it can be closed, and let the thread end. What goes wrong does not matter any more."""
+        if self._closed:
+            return
+        self._closed = True
         close = getattr(self.object, "close", None)
         if callable(close):
             self.attempt("close", close)

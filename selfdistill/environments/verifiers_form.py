@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from selfdistill.data import Message, as_verdict, one_line
-from selfdistill.environments.hosted import Hosted, copied
+from selfdistill.environments.hosted import NOTHING, Hosted, copied
 from selfdistill.environments.protocol import Step
 from selfdistill.environments.runner import ToolRunner
 from selfdistill.environments.texts import as_text
@@ -106,7 +106,7 @@ class VerifiersEpisode:
         self._messages += answers
         names = {call.id: call.name for call in getattr(said[0], "tool_calls", None) or ()}
         own = {call.get("id") for call in _calls(message)}
-        return Step(tuple(_observation(one, names, own) for one in answers))
+        return Step(tuple(_observation(one, names, own) for one in answers) or (NOTHING,))
 
     def close(self) -> None:
         """Let the thread end; the object is shared and stays open."""

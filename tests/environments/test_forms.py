@@ -100,6 +100,10 @@ OWN = """
                 time.sleep(1)
             if message["content"] == "odd":
                 return ("text", 1.0)
+            if message["content"] == "mute":
+                return Step()
+            if message["content"] == "long":
+                return Step(({"role": "user", "content": "\\x1b" + "x" * 3000},))
             if message["content"] == "much":
                 return Step(done=True, reward=3.0)
             if message["content"] == str(self.answer):
@@ -120,8 +124,11 @@ def test_a_class_of_the_protocol_is_used_as_it_is(make: Make) -> None:
     assert row == ROW
     assert environment.step(said("2")) == Step(({"role": "user", "content": "No."},))
     assert environment.step(said("3")) == Step(done=True, reward=1.0, feedback="good")
+    assert environment.step(said("long")).observations[0]["content"] == "x" * 1999 + " ... (cut)"
+    begun = time.monotonic()
     environment.close()
     environment.close()
+    assert time.monotonic() - begun < 0.2
 
 
 @pytest.mark.parametrize(
@@ -143,6 +150,8 @@ def test_what_a_class_may_not_return_is_the_users_mistake(make: Make) -> None:
         environment.step(said("odd"))
     with pytest.raises(UserError, match=r"step returned 3\.0, expected True or False, a reward from 0 to 1"):
         environment.step(said("much"))
+    with pytest.raises(UserError, match="step returned no observations and not the end"):
+        environment.step(said("mute"))
     environment = make(OWN.replace("return [{", "return 'Go.' or [{"))()
     with pytest.raises(UserError, match=r"reset returned 'Go\.', expected a list of messages"):
         environment.reset(ROW)
