@@ -1,6 +1,6 @@
 """All settings, with their defaults, units and sources."""
 
-from selfdistill.config.base import EngineSettings, ModelSettings, Settings, closest
+from selfdistill.config.base import EngineSettings, EpisodeSettings, ModelSettings, Settings, TaskSettings, closest
 from selfdistill.config.commands import (
     AskConfig,
     CheckConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "CompareConfig",
     "DemoConfig",
     "EngineSettings",
+    "EpisodeSettings",
     "EvalConfig",
     "ExportConfig",
     "LearnConfig",
@@ -49,6 +50,7 @@ __all__ = [
     "QuestionsConfig",
     "ReportConfig",
     "Settings",
+    "TaskSettings",
     "TrainConfig",
     "TrainingSettings",
     "changes",

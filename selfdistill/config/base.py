@@ -173,6 +173,50 @@ class ModelSettings(EngineSettings):
         return self
 
 
+EPISODE_REPLIES = 4
+"""Replies of the greatest length that an episode has room for by default."""
+
+
+class EpisodeSettings(Settings):
+    """What answers the model, and how long an episode may be."""
+
+    environment: str = "none"
+    """What answers the model's replies until the episode ends, e.g. ``bundled:shop`` or
+    ``python:package.module.Class``. Its tools are shown. Methods that learn from the student's own samples learn the
+    whole episode, and evaluations play one per row (docs/agents.md)."""
+    max_turns: int = Field(default=8, ge=1)
+    """Replies of an episode; then it is cut."""
+    max_episode_length: int | None = Field(default=None, ge=1)
+    """Tokens of an episode after its prompt, replies and observations together. It is cut where a further reply of
+    ``max_completion_length`` might not fit. Default: four times that, as most turns are short calls."""
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _environment(cls, value: Any) -> Any:
+        """None is ``none``."""
+        return "none" if value is None else value
+
+
+class TaskSettings(EpisodeSettings, ModelSettings):
+    """The model and its task: the data, and what answers the model."""
+
+    @property
+    def longest_completion(self) -> int:
+        """Most tokens after a prompt: of a reply, or with an environment of an episode."""
+        if self.environment == "none":
+            return self.max_completion_length
+        return self.max_episode_length or EPISODE_REPLIES * self.max_completion_length
+
+    @model_validator(mode="after")
+    def _an_episode_has_room_for_a_reply(self) -> TaskSettings:
+        if self.longest_completion < self.max_completion_length:
+            raise ValueError(
+                f"setting 'max_episode_length': found {self.longest_completion}, expected at least "
+                f"max_completion_length, {self.max_completion_length}, the tokens of one reply"
+            )
+        return self
+
+
 class QuestionSettings(Settings):
     """How questions about documents are generated."""
 

@@ -11,7 +11,7 @@ from pydantic import (
     field_validator,
 )
 
-from selfdistill.config.base import EngineSettings, ModelSettings, QuestionSettings, Settings, closest
+from selfdistill.config.base import EngineSettings, ModelSettings, QuestionSettings, Settings, TaskSettings, closest
 from selfdistill.config.train import MethodName, OneRun, Precision, TrainConfig, TrainingSettings
 from selfdistill.errors import UserError
 
@@ -65,7 +65,7 @@ class CompareConfig(TrainingSettings):
                 raise UserError("setting 'vary': expected one setting with at least one value")
 
 
-class CheckConfig(ModelSettings):
+class CheckConfig(TaskSettings):
     """Settings of ``selfdistill check``."""
 
     seed: int = Field(default=0, ge=0)
@@ -99,7 +99,7 @@ def run_settings(config: CheckConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in shared} | {"context": context}
 
 
-class EvalConfig(ModelSettings):
+class EvalConfig(TaskSettings):
     """Settings of ``selfdistill eval``."""
 
     prior: str | None = None
@@ -110,7 +110,7 @@ class EvalConfig(ModelSettings):
     """What the model, but not the base, sees with each new question, as a teacher does in training.
     ``document:show=document`` is oracle RAG: the right document in the prompt."""
     num_samples: int = Field(default=0, ge=0)
-    """Sampled replies per row, for pass@k with k up to this number; 0: greedy replies only."""
+    """Sampled replies, or episodes, per row, for pass@k with k up to this number; 0: greedy replies only."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of these replies."""
     top_p: float = Field(default=1.0, gt=0, le=1)

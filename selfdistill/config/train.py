@@ -12,7 +12,7 @@ from pydantic import (
     field_validator,
 )
 
-from selfdistill.config.base import ModelSettings, QuestionSettings, Settings
+from selfdistill.config.base import EpisodeSettings, ModelSettings, QuestionSettings, TaskSettings
 from selfdistill.errors import UserError
 
 Precision = Literal["auto", "no", "bf16"]
@@ -22,8 +22,6 @@ PACKAGE = "package"
 """The value of ``anchors`` that stands for the prompts of the package."""
 OPEN = ("gradient_accumulation_steps", "gradient_checkpointing")
 """Settings that the plan of memory chooses where they are not given; they change nothing in the result."""
-EPISODE_REPLIES = 4
-"""Replies of the greatest length that an episode has room for by default."""
 SHORTEST = "shortest"
 """The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
@@ -82,7 +80,7 @@ class OneRun(ModelSettings):
     """Random seed for data order, contexts and sampling."""
 
 
-class MethodSettings(Settings):
+class MethodSettings(EpisodeSettings):
     """What methods read to fill their slots. A method uses the settings that it reads, and no others."""
 
     context: str = "auto"
@@ -100,15 +98,6 @@ class MethodSettings(Settings):
     num_generations: int | None = Field(default=None, ge=1)
     """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo`` and its
     relatives, for each group of ``pope``."""
-    environment: str = "none"
-    """What answers the student's replies until the episode ends, e.g. ``bundled:shop`` or
-    ``python:package.module.Class``. Its tools are shown, and the whole episode is learnt. For methods that learn from
-    the student's own samples (docs/agents.md)."""
-    max_turns: int = Field(default=8, ge=1)
-    """Replies of an episode; then it is cut."""
-    max_episode_length: int | None = Field(default=None, ge=1)
-    """Tokens of an episode after its prompt, replies and observations together. It is cut where a further reply of
-    ``max_completion_length`` might not fit. Default: four times that, as most turns are short calls."""
     cold_start_steps: int = Field(default=0, ge=0)
     """Initial steps of ``sdft`` in which demonstrations replace rollouts, all at first, then ever fewer. For a model
     whose own samples never come close to the demonstration."""
@@ -164,12 +153,6 @@ class MethodSettings(Settings):
         """Tuples as lists, as files hold them."""
         return {name: list(own) if isinstance(own, tuple) else own for name, own in value.items()}
 
-    @field_validator("environment", mode="before")
-    @classmethod
-    def _environment(cls, value: Any) -> Any:
-        """None is ``none``."""
-        return "none" if value is None else value
-
     @field_validator("hint", mode="before")
     @classmethod
     def _hint(cls, value: Any) -> Any:
@@ -201,7 +184,7 @@ class MethodSettings(Settings):
         return [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
 
 
-class TrainingSettings(MethodSettings, ModelSettings):
+class TrainingSettings(MethodSettings, TaskSettings):
     """Settings shared by ``train`` and ``compare``."""
 
     output_dir: str
@@ -285,13 +268,6 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """Tracker for the metrics and the scores on ``test``; its package must be installed. wandb uploads them."""
 
     @property
-    def longest_completion(self) -> int:
-        """Most tokens after a prompt that are learnt: of a reply, or with an environment of an episode."""
-        if self.environment == "none":
-            return self.max_completion_length
-        return self.max_episode_length or EPISODE_REPLIES * self.max_completion_length
-
-    @property
     def micro_batches(self) -> int:
         """Most micro-batches per optimizer step."""
         return self.gradient_accumulation_steps or 1
@@ -302,11 +278,6 @@ class TrainingSettings(MethodSettings, ModelSettings):
             raise UserError(
                 f"setting 'gradient_accumulation_steps': {self.micro_batches} does not divide "
                 f"batch_size {self.batch_size}"
-            )
-        if self.longest_completion < self.max_completion_length:
-            raise UserError(
-                f"setting 'max_episode_length': found {self.longest_completion}, expected at least "
-                f"max_completion_length, {self.max_completion_length}, the tokens of one reply"
             )
         measured = self.test is not None or getattr(self, "documents", None)
         if not measured and (self.prior is not None or self.eval_steps):

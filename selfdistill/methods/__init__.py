@@ -20,7 +20,7 @@ from selfdistill.config import MethodName, MethodSettings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
-from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, play, rules_of, with_environment
+from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
@@ -44,6 +44,7 @@ __all__ = [
     "State",
     "begun",
     "check_steps",
+    "episode_rules",
     "lacks_of",
     "play",
     "rules_of",

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfdistill.data import ChatFormat, Example, Message, Verdict
+from selfdistill.data import ChatFormat, Example, Message, Verdict, own_tokens
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
 from selfdistill.runtime import ProgressBar, read_lines, write_atomically
 
@@ -47,10 +47,7 @@ class Completion:
     @property
     def is_own(self) -> list[bool]:
         """Whether each token is the model's own."""
-        own = [True] * len(self.ids)
-        for start, end in self.given:
-            own[start:end] = [False] * (end - start)
-        return own
+        return own_tokens(len(self.ids), self.given)
 
     @property
     def turn_of(self) -> list[int]:
