@@ -92,6 +92,21 @@ class Silent(Talk):
         return Step(step.observations, step.done)
 
 
+class Mute(Talk):
+    """Says nothing where it should."""
+
+    def step(self, message: Message) -> Step:
+        return Step()
+
+
+class BreaksAtEnd(Talk):
+    """Cannot be closed."""
+
+    def close(self) -> None:
+        super().close()
+        raise OSError("still in use")
+
+
 class BreaksAtStart(Talk):
     """Cannot begin."""
 

@@ -1,7 +1,7 @@
 """From files to token ids; no model weights needed."""
 
 from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
-from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
+from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, scored_text, thought_and_said
 from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback, with_guide
 from selfdistill.data.demonstrations import (
     CODE,
@@ -109,6 +109,7 @@ __all__ = [
     "reference",
     "repeated_key",
     "score",
+    "scored_text",
     "speaker_of",
     "text_of",
     "thought_and_said",

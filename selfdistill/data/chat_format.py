@@ -16,7 +16,7 @@ from selfdistill.data.call_format import (
     with_tools,
 )
 from selfdistill.data.contexts import Verbatim
-from selfdistill.data.messages import Message, uses_tools
+from selfdistill.data.messages import Message, text_of_reply, uses_tools
 from selfdistill.data.template import PLAIN_REPLY, PLAIN_USER, REPLY, AssistantTurn, Template, TemplateRefusal
 from selfdistill.data.text_ids import HIDDEN, NAME, TextIds, mapped
 from selfdistill.data.thinking import (
@@ -174,6 +174,11 @@ class ChatFormat:
         if end not in head or not text.startswith(head):
             raise TemplateRefusal("the chat template does not end an assistant turn before what follows it")
         return self._texts.mixed(end, text[head.rindex(end) + len(end) :], hidden)
+
+    @property
+    def writes_calls(self) -> bool:
+        """Whether the template writes calls in a form that is read; else they are lines of text."""
+        return self._template.calls is not None and self._template.calls.is_read
 
     def message_of(self, ids: Sequence[int], prompt: Sequence[int] = ()) -> Message:
         """A reply as a message, the inverse of :meth:`encode_reply` except for white space around its content.
@@ -345,3 +350,12 @@ def thought_and_said(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]
     """Split a reply into its thought and its final text, given the token ids of prompt and reply."""
     begun = open_thought(str(chat.tokenizer.decode(list(prompt[-8:])))) is not None
     return split_thinking(chat.decode(ids), begun=begun)
+
+
+def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], scorer: str) -> str:
+    """The final text of a reply as its scorer compares it: for ``tool_call`` with the template's calls as lines."""
+    _, said = thought_and_said(chat, prompt, ids)
+    if scorer != "tool_call" or not chat.writes_calls:
+        return said
+    message = chat.message_of(ids, prompt)
+    return text_of_reply({**message, "content": split_thinking(message["content"])[1]})

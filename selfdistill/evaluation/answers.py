@@ -16,6 +16,7 @@ from selfdistill.data import (
     first_ten,
     reference,
     score,
+    scored_text,
     thought_and_said,
     verdicts,
 )
@@ -135,16 +136,17 @@ def answer(
     done = [rollout for rollout in rollouts if rollout is not None]
     replies = [chat.decode(rollout.ids) for rollout in done]
     parts = [thought_and_said(chat, prompt, rollout.ids) for prompt, rollout in zip(prompts, done, strict=True)]
-    correct, lenient = _grade(demonstrations, [said for _, said in parts], scorer, judge) if scored else ([], None)
+    names = [default_scorer(row, scorer) for row in demonstrations]
+    given = [scored_text(chat, *pair) for pair in zip(prompts, [rollout.ids for rollout in done], names, strict=True)]
+    correct, lenient = _grade(demonstrations, given, names, judge) if scored else ([], None)
     thinking = [len(chat.encode_text(thought)) for thought, _ in parts]
     return Answers(replies, correct, lenient, [r.ids for r in done], thinking, sum(r.truncated for r in done))
 
 
 def _grade(
-    demonstrations: Sequence[Demonstration], replies: Sequence[str], scorer: str | None, judge: Judge | None
+    demonstrations: Sequence[Demonstration], replies: Sequence[str], names: Sequence[str], judge: Judge | None
 ) -> tuple[list[bool], list[bool] | None]:
     """Whether each reply is correct and, if any is judged, correct by the lenient standard."""
-    names = [default_scorer(row, scorer) for row in demonstrations]
     given = list(zip(names, replies, demonstrations, strict=True))
     compared = iter(verdicts([one for one in given if one[0] != JUDGE]))
     judged = [(row, reply) for name, reply, row in given if name == JUDGE]

@@ -23,7 +23,7 @@ from selfdistill.data import (
     Verdict,
     default_scorer,
     nothing_to_score,
-    thought_and_said,
+    scored_text,
     verdicts,
 )
 from selfdistill.errors import UserError
@@ -81,8 +81,8 @@ class ScorerChecker:
         given = []
         for completion in completions:
             row = completion.example.demonstration
-            _, said = thought_and_said(chat, completion.example.student_ids, completion.ids)
-            given.append((default_scorer(row, self.scorer), said, row))
+            name = default_scorer(row, self.scorer)
+            given.append((name, scored_text(chat, completion.example.student_ids, completion.ids, name), row))
         return verdicts(given)
 
 

@@ -30,7 +30,7 @@ METRICS = {
     "drift/student": "KL(base||student) on a few fixed prompts, nats per token; every ``drift_steps``",
     "drift/teacher": "KL(base||teacher) on the same prompts, without the demonstration, nats per token",
     "completion/length": "mean tokens per completion",
-    "completion/truncated": "share of completions truncated at the length limit",
+    "completion/truncated": "share of completions truncated at the length limit, or of episodes that were cut",
     "episode/turns": "mean replies per episode; with an environment, as are the next four",
     "episode/invalid_calls": "mean calls per episode that could not be run as they were written",
     "episode/reward": "mean reward of the episodes; only if the environment judges",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selfdistill.methods import unused_settings, uses
+from selfdistill.methods import rules_of, unused_settings, uses
 from selfdistill.runtime import is_distributed
 from selfdistill.training.trainer import Trainer
 
@@ -26,6 +26,9 @@ def first_lines(trainer: Trainer) -> list[str]:
         + (" in 4 bits" if config.load_in_4bit else "")
         + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
     ]
+    if rules := rules_of(trainer.stage.task.method):
+        limits = f"up to {rules.max_turns} turns and {rules.max_length} tokens"
+        lines.append(f"environment: {rules.environment}, episodes of {limits}")
     if trainer.teacher:
         lines += [trainer.teacher.describe(), *_context(trainer)]
         if trainer.prefix_caches.get(trainer.teacher.rule):

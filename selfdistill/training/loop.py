@@ -292,6 +292,10 @@ def _note(metrics: dict[str, Any]) -> str:
         parts.append(f"reward {metrics['reward']:.3f}")
     if "learnt" in metrics:
         parts.append(f"{metrics['learnt']:.0%} learnt")
+    if "episode/turns" in metrics:
+        parts.append(f"{metrics['episode/turns']:.1f} turns")
+    if "episode/success" in metrics:
+        parts.append(f"{metrics['episode/success']:.0%} succeed")
     parts.append(f"{metrics['completion/length']:.0f} tokens, {metrics['completion/truncated']:.0%} truncated")
     parts.append(f"{metrics['time/step_s']:.1f} s/step")
     return "  ".join(parts)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from tool_templates import CALL_TAGS, TOOL_TEMPLATES, ToolTemplate
 
-from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.chat_format import ChatFormat, scored_text
 from selfdistill.data.contexts import Verbatim
+from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.scorers import score
 from selfdistill.data.template import TemplateRefusal
 
 TOOL = {
@@ -100,6 +102,17 @@ def test_ids_of_calls_are_kept_where_the_template_writes_them(template: ToolTemp
     message["tool_calls"][0]["id"] = "abcdefghi"
     found = chat.message_of(chat.encode_reply(message, OPTIONS))["tool_calls"][0]
     assert found.get("id") == ("abcdefghi" if template.name == "mistral" else None)
+
+
+@each
+def test_the_scorer_of_tool_calls_reads_the_calls_of_the_template(template: ToolTemplate) -> None:
+    chat, row = chat_of(template), Demonstration("Weather?", answer=[["weather", CITY]], scorer="tool_call")
+    prompt = chat.encode_prompt(row.prompt, OPTIONS)
+    for reply, right in ((calls(CITY), True), (calls({"city": "Rome"}), False), (says("Rain."), False)):
+        text = scored_text(chat, prompt, chat.encode_reply(reply, OPTIONS), "tool_call")
+        assert score("tool_call", text, row) == right
+    ids = chat.encode_reply(says("Rain."), OPTIONS)
+    assert scored_text(chat, prompt, ids, "exact") == scored_text(chat, prompt, ids, "tool_call") == "Rain."
 
 
 # --- a whole episode ---

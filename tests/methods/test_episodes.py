@@ -245,7 +245,7 @@ def test_grpo_learns_from_the_environments_rewards(talks: Settings) -> None:
     assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["sdft", "grpo", "sdpo", "sort", "opsd", "vopd", "isdft", "veto", "msd"])
+@pytest.mark.parametrize("method", ["sdft", "grpo", "sdpo", "sort", "opsd", "vopd", "isdft", "veto", "msd", "atesd"])
 def test_methods_that_sample_run_in_an_environment(talks: Settings, method: Any) -> None:
     own: dict[str, Any] = {"num_generations": 2} if method in ("grpo", "sdpo", "sort") else {}
     own |= {"method_settings": {"plan": 0}} if method == "sort" else {}
@@ -316,9 +316,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(talks: Settings) -> None:
     assert tiny_worlds.Talk.open == 0
 
 
-@pytest.mark.parametrize("values", [{}, {"method": "grpo", "num_generations": 2}], ids=["sdft", "grpo"])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"method": "grpo", "num_generations": 2}, {"fsdp": True, "batch_size": 4}],
+    ids=["sdft", "grpo", "sharded"],
+)
 def test_two_processes_train_to_the_weights_of_one(talks: Settings, tmp_path: Path, values: dict[str, Any]) -> None:
-    one, two = talks("one", **values), talks("two", **values)
+    one, two = talks("one", **values | {"fsdp": False}), talks("two", **values)
     train(one)
     train_together(two, tmp_path)
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
@@ -374,6 +378,7 @@ def test_settings_of_episodes_are_noted_without_an_environment(talks: Settings) 
     [
         ("BreaksAtStart", r"talks.jsonl:1, at its start: .*ZeroDivisionError"),
         ("Lies", r"talks.jsonl:\d, at turn 2: .*expected a Step"),
+        ("Mute", r"talks.jsonl:\d, at turn 1: environment .* said nothing and is not done"),
         ("Restless", r"talks.jsonl:\d: environment .* began with other messages than before"),
     ],
 )
@@ -382,6 +387,14 @@ def test_an_environment_that_fails_is_named_with_its_row(talks: Settings, name: 
         train(talks(environment=f"python:tiny_worlds.{name}"))
     assert "\n" not in str(caught.value)
     assert getattr(tiny_worlds, name).open == 0
+
+
+def test_an_environment_that_cannot_be_closed_changes_nothing(talks: Settings) -> None:
+    config, other = talks(), talks("other", environment="python:tiny_worlds.BreaksAtEnd")
+    train(config)
+    train(other)
+    assert metrics_of(config) == metrics_of(other)
+    assert tiny_worlds.BreaksAtEnd.open == 0
 
 
 def test_a_method_that_needs_rewards_says_that_there_are_none(talks: Settings) -> None:
