@@ -119,8 +119,8 @@ class ModelSettings(EngineSettings):
     template_date: str | None = None
     """Day (YYYY-MM-DD) that a chat template with the date in it sees. Default: today; a run keeps the day it began."""
     data: str
-    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set or a
-    hub name."""
+    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set,
+    a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     split: str = "train"
     """Split of ``data`` to read, from a folder or data set with several."""
     turns: Turns = "auto"

@@ -317,8 +317,8 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     """Settings of ``selfdistill train``. The resolved settings are saved as ``config.yaml`` in ``output_dir``."""
 
     data: str = ""
-    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set or a
-    hub name."""
+    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set,
+    a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     documents: str | None = None
     """Documents, in place of ``data``. Questions about them are generated first, as in ``selfdistill questions``, and
     saved in the folder ``<output_dir>-questions``."""

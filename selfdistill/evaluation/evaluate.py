@@ -229,6 +229,8 @@ def _add_priors(result: Evaluation, found: dict[str, dict[str, Any]]) -> None:
 def summary(evaluation: Evaluation) -> str:
     """The main numbers of an evaluation in one line."""
     parts = [f"new {evaluation['accuracy']:.3f} of {evaluation['items']}"]
+    if "episode/reward" in evaluation:
+        parts.append(f"reward {evaluation['episode/reward']:.3f}, {evaluation['episode/turns']:.1f} turns")
     if "prior_accuracy" in evaluation:
         parts.append(f"prior {evaluation['prior_accuracy']:.3f}")
     if "kl_base" in evaluation:

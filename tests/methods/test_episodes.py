@@ -33,7 +33,7 @@ from formulas import advantages, assert_gradient, chosen, kl, mean_over_rows, mo
 from tool_templates import HERMES
 from torch import Tensor
 
-from selfdistill.config import EngineSettings
+from selfdistill.config import EngineSettings, load_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, packaged
 from selfdistill.errors import UserError
@@ -285,6 +285,13 @@ def test_views_of_tokens_are_of_episodes(talks: Settings) -> None:
     views = [json.loads(line) for line in lines]
     assert len(views) == 12
     assert any(len(view["tokens"]) > config.max_completion_length for view in views)
+    assert any(len(view["turns"]) > 1 for view in views)
+    for view in views:
+        assert sum(turn["tokens"] for turn in view["turns"]) == len(view["tokens"])
+        assert [len(turn["observations"]) for turn in view["turns"]] == [1] * (len(view["turns"]) - 1) + [0]
+        assert all(o["speaker"] == "user" and "?" in o["text"] for turn in view["turns"] for o in turn["observations"])
+        assert view["feedback"]
+        assert 0 <= view["reward"] <= 1
     assert not any("<|im_start|>" in token["text"] for view in views for token in view["tokens"])
 
 
@@ -346,7 +353,7 @@ def test_a_plan_of_memory_counts_whole_episodes(talks: Settings) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "sft"}, "setting 'environment': sft does not learn from whole episodes"),
+        ({"method": "ssd"}, "setting 'environment': ssd does not learn from whole episodes"),
         ({"method": "pope"}, "setting 'environment': pope does not learn from whole episodes"),
         ({"environment": "bundled:no"}, "unknown environment 'bundled:no'"),
         ({"hint": "shortest", "environment": TALK}, "setting 'environment': sdft does not learn from whole episodes"),
@@ -364,8 +371,20 @@ def test_limits_are_checked(talks: Settings) -> None:
         Trainer(talks(max_episode_length=600))
     with pytest.raises(UserError, match=r"6 of 6 rows do not fit.*lower --max_episode_length"):
         Trainer(talks(max_episode_length=500))
-    with pytest.raises(UserError, match="'auto' compares contexts by single replies"):
-        train(talks(context="auto"))
+
+
+@pytest.mark.parametrize("method", ["sft", "dft", "eaft", "cpt", "sft_reinvoke"])
+def test_methods_that_learn_the_data_as_they_are_stay_as_they_are(talks: Settings, method: Any) -> None:
+    alone = stages_of(talks(method=method, environment="none"))
+    assert stages_of(talks(method=method)) == alone
+    assert unused_settings(talks(method=method)) == []
+
+
+def test_auto_finds_a_context_by_episodes(talks: Settings) -> None:
+    config = talks(context="auto", max_steps=1)
+    train(config)
+    written = load_yaml(Path(config.output_dir) / "config.yaml", TrainConfig)
+    assert str(written["context"]).split(":")[0] in ("turns", "example", "few_shot")
 
 
 def test_settings_of_episodes_are_noted_without_an_environment(talks: Settings) -> None:
