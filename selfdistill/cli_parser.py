@@ -76,7 +76,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         *("max_prompt_length", "max_completion_length", "on_long_prompt", "num_demonstrations", "general_prompts"),
     ),
     "episodes": ("environment", "max_turns", "max_episode_length"),
-    "method": ("method", "methods", "seed", "seeds", "vary", "cold_start_steps", "method_settings"),
+    "method": ("method", "methods", "seed", "seeds", "vary", "arms", "cold_start_steps", "method_settings"),
     "anchors": ("anchors", "anchor_share", "anchor_divergence"),
     "teacher and context": (
         *("context", "contexts", "hint", "teacher", "ema_rate", "snapshot_steps", "teacher_model", "teacher_cache_mib"),
@@ -246,6 +246,8 @@ def _add_setting(group: Any, command: str, kind: type[Settings], key: str) -> No
     options: dict[str, Any] = {"type": str, "nargs": "+"} if hint == list[str] else {"type": hint}
     if get_origin(hint) is tuple:  # separated by commas, which the settings split
         options = {"type": str, "metavar": "A,B"}
+    if hint == dict[str, dict[str, Any]]:  # a file, which the settings read
+        options = {"type": str, "metavar": "FILE"}
     if not field.is_required():
         options["default"] = field.get_default(call_default_factory=True)
     if "metavar" not in options and (metavar := _metavar(hint)):

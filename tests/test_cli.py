@@ -188,7 +188,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context turns:repeat=2",
-        "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats",
+        "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats, show",
     ),
     (
         "train.jsonl",

@@ -10,7 +10,8 @@ import pytest
 
 from selfdistill.comparison.compare import compare, runs_of
 from selfdistill.config.commands import CompareConfig, EvalConfig
-from selfdistill.config.files import load_yaml
+from selfdistill.config.files import continued, load_yaml
+from selfdistill.config.train import TrainConfig
 from selfdistill.data.contexts import parse_context
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
@@ -129,6 +130,58 @@ def test_the_number_of_demonstrations_is_varied(settings: Callable[..., CompareC
     cards = [file.read_text() for file in sorted((tmp_path / "comparison").glob("*/final/README.md"))]
     assert ["2 demonstrations" in card for card in cards] == [True, False]
     assert ["4 demonstrations" in card for card in cards] == [False, True]
+
+
+def test_arms_have_settings_of_their_own(settings: Callable[..., CompareConfig], tmp_path: Path) -> None:
+    file = tmp_path / "arms.yaml"
+    file.write_text(
+        "sdft: {method: sdft}\n"
+        "gentle, half: {method: isdft, method_settings: {share: 0.5}}\n"
+        "sft: {method: sft, learning_rate: 0.01}\n"
+    )
+    config = settings(methods=("sft", "sdft"), arms=str(file))
+    assert config == settings(methods=("sft", "sdft"), arms=config.arms)
+    result = compare(config).details
+    assert [run["method"] for run in result["runs"]] == ["sdft", "gentle, half", "sft"]
+    folders = ["sdft-0.001-seed0", "gentle, half-0.001-seed0", "sft-seed0"]
+    assert [run["folder"] for run in result["runs"]] == folders
+    assert [run["learning_rate"] for run in result["runs"]] == [1e-3, 1e-3, 1e-2]
+    assert "sdft ends at" in result["sentence"]
+    saved = load_yaml(tmp_path / "comparison" / folders[1] / "config.yaml", TrainConfig)
+    assert (saved["method"], saved["method_settings"]) == ("isdft", {"share": 0.5})
+    file.write_text("sdft: {method: sdft}\nfull: {method: isdft}\n")
+    more = continued({"output_dir": config.output_dir, "arms": str(file)}, CompareConfig)
+    assert [run["method"] for run in compare(more, resume=True).details["runs"]] == ["sdft", "full"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"arms": {"a": {"model": "m"}}}, "setting 'arms', 'a': 'model' cannot differ"),
+        ({"arms": {"a": {"methd": "sft"}}}, "setting 'arms', 'a': 'methd' cannot differ; did you mean method?"),
+        ({"arms": {" ": {}}}, "setting 'arms': found an arm without a name"),
+        (
+            {"arms": {"a": {}}, "vary": {"teacher": ["ema"]}},
+            "setting 'arms' names the runs: leave 'methods' and 'vary'",
+        ),
+        ({"arms": {"a": {}}, "methods": ["sft"]}, "setting 'arms' names the runs: leave 'methods' and 'vary' out"),
+        ({"arms": "none.yaml"}, "none.yaml: cannot read the settings: No such file or directory"),
+        ({"arms": {"a": 3}}, "setting 'arms.a': found 3, expected: a valid dictionary"),
+        (
+            {"arms": {"a": {"method": "sft", "teacher": "live"}}},
+            "arm 'a': setting 'teacher': method 'sft' does not use",
+        ),
+        (
+            {"arms": {"a": {"method_settings": {"pull": 1}}}},
+            "arm 'a': setting 'method_settings': method 'sdft' does not use it",
+        ),
+        ({"arms": {"a": {"teacher": "best"}}}, "arm 'a': setting 'teacher': found 'best'"),
+    ],
+)
+def test_arms_that_cannot_be_run(settings: Callable[..., CompareConfig], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        compare(settings(**{"methods": ("sft", "sdft")} | values))
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """``selfdistill compare``: train on the same demonstrations by several methods, on equal terms.
 
 All runs share the base, rows, number of steps and settings, and are evaluated on the same items at the same steps.
-Only method, learning rate, seed and the varied setting differ. Each run has its own folder, so that a comparison can
-be resumed.
+Only method, learning rate, seed and the varied setting differ, or what the arms name. Each run has its own folder, so
+that a comparison can be resumed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -61,7 +61,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
     folder = check_output_dir(config.output_dir, resume=resume, given=given)
     config = _settled(config, folder, resume, given)
     base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
-    if not all({"lora_rank": config.lora_rank, **values}["lora_rank"] for _, values in _kinds(config)):
+    if not all({"lora_rank": config.lora_rank, **kind.values}["lora_rank"] for kind in _kinds(config)):
         refuse_float16(base.model, config.model)
     config = config.model_copy(update={"template_date": base.chat(date=config.template_date).date})
     demonstrations = _common_rows(config, base)
@@ -93,9 +93,10 @@ def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[
         if config.template_date is None:
             config = config.model_copy(update={"template_date": saved.template_date})
         refuse_changes(written, saved, config)
-    if "auto" in config.vary.get("context", ()):
-        raise UserError("setting 'vary': context 'auto' stands for the best one; name the contexts to compare")
-    first = [_run_config(config, method, None, config.seeds[0], values) for method, values in _kinds(config)]
+    given_by = "arms" if config.arms else "vary"
+    if "auto" in [kind.values.get("context") for kind in _kinds(config)]:
+        raise UserError(f"setting {given_by!r}: context 'auto' stands for the best one; name the contexts to compare")
+    first = [_first_run(config, kind) for kind in _kinds(config)]
     check_inputs(config, given, lacks_of([stage for run in first for stage in stages_of(run)]))
     for run in first:
         check_parts(run)
@@ -215,15 +216,47 @@ def _moved(config: CompareConfig, evaluator: Evaluator, done: list[Compared]) ->
     }
 
 
-def _kinds(config: CompareConfig) -> list[tuple[str, dict[str, Any]]]:
-    """Each method with each value of the varied setting."""
+@dataclass(frozen=True)
+class _Kind:
+    """Runs that differ from each other in learning rate and seed only."""
+
+    values: dict[str, Any]
+    """The settings in which they differ from those of other kinds, ``method`` among them."""
+    arm: str | None = None
+    """Its name; None: it is named after its settings."""
+
+    def names(self, run: TrainConfig) -> tuple[str, str]:
+        """What the tables call them, and the beginning of their folders' names."""
+        if self.arm is not None:
+            return self.arm, quote(self.arm, safe=_SAFE)
+        used = {name: value for name, value in self.values.items() if name != "method" and uses(run, name)}
+        label = [run.method, *(f"{name}={value}" for name, value in used.items())]
+        beginning = [run.method, *(f"{name}_{quote(str(value), safe=_SAFE)}" for name, value in used.items())]
+        return " ".join(label), "-".join(beginning)
+
+
+def _kinds(config: CompareConfig) -> list[_Kind]:
+    """The arms, or each method with each value of the varied setting."""
+    if config.arms:
+        return [_Kind(values, name) for name, values in config.arms.items()]
     varied = [{name: value} for name, values in config.vary.items() for value in values] or [{}]
-    return [(method, values) for method in config.methods for values in varied]
+    return [_Kind({"method": method, **values}) for method in config.methods for values in varied]
 
 
-def _used(run: TrainConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """The varied setting, if the run's method uses it."""
-    return {name: value for name, value in values.items() if uses(run, name)}
+def _first_run(config: CompareConfig, kind: _Kind) -> TrainConfig:
+    """The first run of a kind.
+
+    Raises:
+        UserError: an arm's settings cannot be used, or its method does not use one of them.
+    """
+    try:
+        _, run = _run_config(config, kind, None, config.seeds[0])
+        if kind.arm is not None and (unused := [name for name in kind.values if not uses(run, name)]):
+            raise UserError(f"setting {unused[0]!r}: method {run.method!r} does not use it; remove it")
+        stages_of(run)
+    except UserError as error:
+        raise error if kind.arm is None else UserError(f"arm {kind.arm!r}: {error}") from None
+    return run
 
 
 def runs_of(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
@@ -231,22 +264,20 @@ def runs_of(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
     runs: dict[str, tuple[str, TrainConfig]] = {}
     for seed in config.seeds:
         for rate in config.learning_rates or (None,):
-            for method, values in _kinds(config):
-                run = _run_config(config, method, rate, seed, values)
-                label = " ".join([method, *(f"{name}={value}" for name, value in _used(run, values).items())])
+            for kind in _kinds(config):
+                label, run = _run_config(config, kind, None if "learning_rate" in kind.values else rate, seed)
                 runs.setdefault(run.output_dir, (label, run))
     return list(runs.values())
 
 
-def _run_config(
-    config: CompareConfig, method: str, rate: float | None, seed: int, values: dict[str, Any]
-) -> TrainConfig:
-    shared = {name: getattr(config, name) for name in TrainingSettings.model_fields} | values
-    run = TrainConfig(**shared | {"method": method, "learning_rate": rate, "seed": seed, "output_dir": "run"})
+def _run_config(config: CompareConfig, kind: _Kind, rate: float | None, seed: int) -> tuple[str, TrainConfig]:
+    """The label and the settings of a run; its rate is that of ``train``, or its kind's own, if it is None."""
+    shared = {name: getattr(config, name) for name in TrainingSettings.model_fields}
+    run = TrainConfig(**shared | {"learning_rate": rate, "seed": seed, "output_dir": "run"} | kind.values)
     run = run.model_copy(update={name: TrainConfig.model_fields[name].default for name in unused_settings(run)})
-    parts = [method, *(f"{name}_{quote(str(value), safe=_SAFE)}" for name, value in _used(run, values).items())]
-    parts += [] if rate is None else [f"{rate:g}"]
-    return run.model_copy(update={"output_dir": str(Path(config.output_dir) / "-".join([*parts, f"seed{seed}"]))})
+    label, beginning = kind.names(run)
+    parts = [beginning, *([] if rate is None else [f"{rate:g}"]), f"seed{seed}"]
+    return label, run.model_copy(update={"output_dir": str(Path(config.output_dir) / "-".join(parts))})
 
 
 def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration]:
@@ -257,8 +288,8 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     """
     rows = load_demonstrations(config.data, split=config.split, turns=config.turns)
     count, chat = len(rows), base.chat(config.chat_template_kwargs, config.template_date)
-    for name, values in _kinds(config):
-        stages = stages_of(_run_config(config, name, None, config.seeds[0], values))
+    for kind in _kinds(config):
+        stages = stages_of(_first_run(config, kind))
         for source in (part.method.examples for parts in stages for part in parts):
             fitting, _ = source(rows, base, chat)  # all sources, so that errors come before any run
             if isinstance(source, DemonstrationExamples):
@@ -296,7 +327,8 @@ def _summary(
     budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations"
     if any(run.anchors and run.anchor_share for _, run in runs_of(config)):
         budget += ", anchors included"
-    budget += "".join(f", except for {name}, which is varied" for name in config.vary if name in _BUDGET) + "."
+    varied = {name for kind in _kinds(config) for name in kind.values}
+    budget += "".join(f", except for {name}, which is varied" for name in _BUDGET if name in varied) + "."
     return {
         "model": config.model,
         "data": config.data,

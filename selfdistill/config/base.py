@@ -11,9 +11,11 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -66,6 +68,28 @@ def _one_line(detail: Any) -> str:
         return str(detail["msg"]).removeprefix("Value error, ")
     want = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return f"setting '{name}': found {detail['input']!r}, expected: {want}"
+
+
+def read_mapping(path: Path, of: str) -> dict[str, Any]:
+    """Read a YAML file with a mapping of names to values.
+
+    Args:
+        path: the file.
+        of: what it maps, for messages, such as "setting names to values".
+
+    Raises:
+        UserError: the file cannot be read, is not YAML or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the settings: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a valid YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path}: found {found}, expected a mapping of {of}")
+    return values
 
 
 class EngineSettings(Settings):

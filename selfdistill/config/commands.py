@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
@@ -11,7 +13,15 @@ from pydantic import (
     field_validator,
 )
 
-from selfdistill.config.base import EngineSettings, ModelSettings, QuestionSettings, Settings, TaskSettings, closest
+from selfdistill.config.base import (
+    EngineSettings,
+    ModelSettings,
+    QuestionSettings,
+    Settings,
+    TaskSettings,
+    closest,
+    read_mapping,
+)
 from selfdistill.config.train import MethodName, OneRun, Precision, TrainConfig, TrainingSettings
 from selfdistill.errors import UserError
 
@@ -29,9 +39,17 @@ class CompareConfig(TrainingSettings):
     """Peak learning rates, separated by commas. Every method runs with each. Default: that of ``train``."""
     vary: dict[str, list[Any]] = Field(default_factory=dict)
     """One more setting and its values, e.g. ``{"teacher": ["ema", "frozen", "live"]}``. Every method runs with each."""
+    arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """YAML file of runs by name, with the settings in which each differs, such as ``gentle: {method: isdft,
+    method_settings: {pull: 0.01}}``. In place of ``methods`` and ``vary``."""
 
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; 0: five per run."""
+
+    def __init__(self, **values: Any) -> None:
+        if isinstance(arms := values.get("arms"), str | os.PathLike):
+            values["arms"] = read_mapping(Path(arms), "names to settings")
+        super().__init__(**values)
 
     @field_validator("methods", "seeds", "learning_rates", mode="before")
     @classmethod
@@ -63,6 +81,14 @@ class CompareConfig(TrainingSettings):
                 raise UserError(f"setting 'vary': {name!r} cannot be varied{closest(name, may_vary)}")
             if len(self.vary) > 1 or not values:
                 raise UserError("setting 'vary': expected one setting with at least one value")
+        if self.arms and (self.vary or self.methods != CompareConfig.model_fields["methods"].default):
+            raise UserError("setting 'arms' names the runs: leave 'methods' and 'vary' out")
+        own = [*may_vary, "method", "learning_rate"]
+        if any(not arm.strip() for arm in self.arms):
+            raise UserError("setting 'arms': found an arm without a name")
+        for arm, values in self.arms.items():
+            if unknown := [name for name in values if name not in own]:
+                raise UserError(f"setting 'arms', {arm!r}: {unknown[0]!r} cannot differ{closest(unknown[0], own)}")
 
 
 class CheckConfig(TaskSettings):

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from selfdistill.config.base import Settings, closest
+from selfdistill.config.base import Settings, closest, read_mapping
 from selfdistill.config.commands import CompareConfig
 from selfdistill.config.train import OPEN, TrainConfig
 from selfdistill.errors import UserError
@@ -38,7 +38,7 @@ MAY_CHANGE = (
 """Settings that may change when a run is resumed. With ``test_split``, the rows must stay those it began with."""
 MAY_MOVE = ("model", "teacher_model", "data", "test", "prior", "anchors")
 """Paths that may change on resume: the contents are compared with those the run began with."""
-COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "vary", "logging_steps", "report_to", *OPEN)
+COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "vary", "arms", "logging_steps", "report_to", *OPEN)
 """Settings that may change when a comparison is resumed: it may get more runs, but all must match."""
 
 
@@ -48,15 +48,7 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not YAML or not a mapping, or has a key unknown to ``kind``.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the settings: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a valid YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise UserError(f"{path}: found {found}, expected a mapping of setting names to values")
+    values = read_mapping(path, "setting names to values")
     for key in values:
         if key not in kind.model_fields:
             raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields)}")

@@ -20,8 +20,10 @@ from selfdistill.config import MethodName, MethodSettings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
+from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
 from selfdistill.methods.slots import FROZEN, Checker, Controller, Method, Part, Parts, Selection, State
@@ -37,6 +39,7 @@ __all__ = [
     "DemonstrationExamples",
     "EpisodeRules",
     "EpisodeSamples",
+    "GuidedAfterFailure",
     "Method",
     "Part",
     "Parts",
@@ -52,6 +55,7 @@ __all__ = [
     "stages_of",
     "unused_settings",
     "uses",
+    "verdicts_on",
 ]
 
 METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {

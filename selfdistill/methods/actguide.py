@@ -46,5 +46,5 @@ def actguide(config: TrainConfig) -> tuple[Method, ...]:
         weighed=cap is not None,
         config=config,
     )
-    examples = GuidedExamples(config)
+    examples = GuidedExamples(config, unit=own.actions)
     return (replace(rewarded, examples=examples, sequence=groups, importance_cap=cap or rewarded.importance_cap),)

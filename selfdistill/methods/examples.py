@@ -20,6 +20,7 @@ from selfdistill.data import (
     encode,
     first_ten,
     load_prompts,
+    notes_on,
     nothing_to_show,
     parse_context,
 )
@@ -86,6 +87,10 @@ class DemonstrationExamples:
             length_setting="max_episode_length" if plays else "max_completion_length",
             replies="episode" if plays else self.replies,
         )
+
+    def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
+        """What the user should know of the encoded examples before the run."""
+        return notes_on(examples, chat)
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         problem = None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ContextEncoder, Demonstration, Example, Verdict, with_guide
+from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.grpo import GroupAdvantages, ScoredExamples, ScorerChecker
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model import LoadedModel, load_matching, sample, sample_seed
-from selfdistill.runtime import broadcast_from_rank0
 
 
 def failed_groups(verdicts: Sequence[Verdict], group: int) -> list[int]:
@@ -84,6 +83,10 @@ class OthersSuccesses(DrawnSamples):
     config: TrainConfig = field(kw_only=True, compare=False)
     what = "other model's samples"
 
+    @property
+    def other(self) -> str:
+        return self.model
+
     def sampler(self, loaded: LoadedModel) -> LoadedModel:
         return load_matching(self.model, loaded, dtype=self.config.dtype)
 
@@ -98,7 +101,7 @@ class OthersSuccesses(DrawnSamples):
             seeds = [sample_seed(self.seed, 0, x.demonstration.row, number) for x in left.values()]
             rollouts = sample(loaded, [x.student_ids for x in left.values()], self.sampling, seeds)
             made = [Completion(x, r.ids, r.logps, r.truncated) for x, r in zip(left.values(), rollouts, strict=True)]
-            verdicts = broadcast_from_rank0(partial(check, made, chat))  # a checker need not be exact
+            verdicts = verdicts_on(check, made, chat)
             for place, one, verdict in zip(left, made, verdicts, strict=True):
                 if verdict.reward == 1 and not one.truncated:
                     found[place] = one.ids

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Literal
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ContextEncoder, Demonstration, Example, with_guide
+from selfdistill.data import ChatFormat, ContextEncoder, Demonstration, Example, first_ten, with_guide
+from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.failures import failed_groups
 from selfdistill.methods.grpo import ScoredExamples, ScorerChecker
 from selfdistill.methods.sequences import Completion, StudentSamples
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
-from selfdistill.runtime import broadcast_from_rank0
 
 Unit = Literal["lines", "sentences"]
 _ENDS: dict[Unit, str] = {"lines": r"\s*\n\s*", "sentences": r"(?<=[.!?])\s+|\s*\n\s*"}
@@ -29,9 +28,38 @@ def beginnings(text: str, unit: Unit) -> list[str]:
     return [text[: end.start()] for end in re.finditer(_ENDS[unit], text)] + [text]
 
 
+def _encoder(config: TrainConfig, loaded: LoadedModel, chat: ChatFormat) -> ContextEncoder:
+    return ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
+
+
+def _guided(row: Demonstration, guide: str, encode: ContextEncoder) -> list[int] | None:
+    """The prompt with the guide; None if it does not fit."""
+    return encode(row, with_guide(row.prompt, guide))
+
+
 @dataclass(frozen=True)
 class GuidedExamples(ScoredExamples):
     """Prompts with a demonstration to guide by: ``privileged_context`` if given, else the completion."""
+
+    unit: Unit = "lines"
+    """What counts as an action."""
+
+    def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
+        """Those of other demonstrations, and whose guides are never tried whole, as they do not fit."""
+        encode, whole, none = _encoder(self.config, loaded, chat), [], 0
+        for row in (example.demonstration for example in examples):
+            guides = beginnings(row.shown, self.unit)
+            if _guided(row, guides[-1], encode) is None:
+                whole.append(row.source)
+                none += _guided(row, guides[0], encode) is None
+        notes = super().notes(examples, loaded, chat)
+        if whole:
+            notes.append(
+                f"the guides of {len(whole)} of {len(examples)} rows do not fit into the prompt as a whole "
+                f"({first_ten(whole)}): no more of their first {self.unit} are tried than fit, which is none in {none} "
+                "of these rows; a larger --max_prompt_length may have room for them"
+            )
+        return notes
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         if not demonstration.has_demonstration:
@@ -66,23 +94,29 @@ class GuidedAfterFailure:
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
         made = StudentSamples(self.sampling, self.group, self.seed)(loaded, examples, step)
         config, chat = self.config, loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
-        check = partial(ScorerChecker(config.scorer), chat=chat)
-        encode = ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
-        verdicts = broadcast_from_rank0(partial(check, made))  # a checker need not be exact
+        check = ScorerChecker(config.scorer)
+        encode = _encoder(config, loaded, chat)
+        verdicts = verdicts_on(check, made, chat)
+        made = [replace(one, verdict=verdict) for one, verdict in zip(made, verdicts, strict=True)]
         searches = {first: self._search(examples, first // self.group) for first in failed_groups(verdicts, self.group)}
         for number in count():
             tried = [search for search in searches.values() if search.low <= search.high]
             if not tried:
                 break
             drawn = self._drawn(loaded, tried, encode, (step, number))
-            verdicts = broadcast_from_rank0(partial(check, [one for samples in drawn for one in samples]))
-            rewards = iter([verdict.reward for verdict in verdicts])
+            found = iter(verdicts_on(check, [one for samples in drawn for one in samples], chat))
             for search, samples in zip(tried, drawn, strict=True):
-                search.go_on(samples, 1 in list(islice(rewards, len(samples))))
+                search.go_on([replace(one, verdict=next(found)) for one in samples])
         for first, search in searches.items():
             if search.found:
                 made[first + self.group - self.replaced : first + self.group] = search.found
         return made
+
+    def longest_prompt(self, example: Example, encode: ContextEncoder) -> list[int]:
+        """The prompt with the longest guide that is tried, or about; for memory plans."""
+        row = example.demonstration
+        ids = _guided(row, beginnings(row.shown, self.unit)[-1], replace(encode, max_prompt_length=None, window=None))
+        return (ids or [])[: encode.limit]
 
     def _search(self, examples: Sequence[Example], place: int) -> _Search:
         """A search for the example at a place of the batch, which may come earlier in the batch, too."""
@@ -100,7 +134,7 @@ class GuidedAfterFailure:
         sizes: list[int] = []
         for search in tried:
             row, (step, number) = search.example.demonstration, at
-            ids = encode(row, with_guide(row.prompt, search.guides[search.middle - 1]))
+            ids = _guided(row, search.guides[search.middle - 1], encode)
             sizes.append(0 if ids is None else self.replaced)
             prompts += [ids or []] * sizes[-1]
             first = (search.earlier * _MOST_ROUNDS + number) * self.replaced
@@ -137,8 +171,9 @@ class _Search:
         """Number of actions to try."""
         return (self.low + self.high) // 2
 
-    def go_on(self, samples: list[Completion], right: bool) -> None:
-        """Take the outcome of the number that was tried."""
+    def go_on(self, samples: list[Completion]) -> None:
+        """Take the checked samples with the number that was tried."""
+        right = any(one.verdict and one.verdict.reward == 1 for one in samples)
         if right:
             self.found = samples
         if right or not samples:  # what does not fit is longer than what would

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from selfdistill.config import SHORTEST, TrainConfig
@@ -19,12 +18,12 @@ from selfdistill.data import (
     parse_context,
 )
 from selfdistill.errors import UserError
+from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.grpo import ScoredExamples, ScorerChecker
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.methods.slots import Method, State
 from selfdistill.model import LoadedModel, Sampling, sample
-from selfdistill.runtime import broadcast_from_rank0
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class ShortestHints(DrawnSamples):
             seen = {i: ids for i, row in rows.items() if (ids := encode(row, hint.messages(row, ()))) is not None}
             replies = sample(loaded, list(seen.values()), self.sampling) if seen else []
             made = [Completion(examples[i], r.ids, None, r.truncated) for i, r in zip(seen, replies, strict=True)]
-            verdicts = broadcast_from_rank0(partial(check, made, chat))  # a checker need not be exact
+            verdicts = verdicts_on(check, made, chat)
             right = [i for i, verdict in zip(seen, verdicts, strict=True) if verdict.reward == 1]
             for i in right:
                 found[i] = seen[i]

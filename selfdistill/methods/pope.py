@@ -4,7 +4,8 @@
 
 h is the shortest prefix of the demonstration after which a sample of the model before training is right, at most a
 quarter of it. It is looked for once, before the first step. Both groups have advantages of their own, so a prompt that
-is never solved alone is learnt from where its prefix leads to.
+is never solved alone is learnt from where its prefix leads to. A reply has at most max_completion_length tokens, with
+its prefix: a sample after one has at most 3/4 of them, a sample of the prompt alone has all.
 
 Differences: the authors put h into the prompt, with the request to build on it. Here it begins the reply, so the loss
 sees the prompt alone, and models need not follow that request. They train on hard prompts only, which no sample of many
@@ -41,15 +42,12 @@ def pope(config: TrainConfig) -> tuple[Method, ...]:
     own, (rewarded,) = own_settings(config, PopeSettings), grpo(config)
     assert isinstance(rewarded.sequence, StudentSamples)
     group, sampling = rewarded.sequence.num_generations, rewarded.sequence.sampling
-    # Prefix and sample together have at most max_completion_length tokens.
-    room = max(1, sampling.max_completion_length - int(own.longest * sampling.max_completion_length))
-    sampling = replace(sampling, max_completion_length=room)
     search = ShortestPrefixes(sampling, config.seed, config.batch_size, **own.model_dump(), config=config)
     return (
         replace(
             rewarded,
             examples=ScoredExamples(config, completion_must_fit=True),
-            sequence=GuidedSamples(sampling, group, config.seed),
+            sequence=GuidedSamples(sampling, group, config.seed, own.longest),
             fixed=search,
         ),
     )

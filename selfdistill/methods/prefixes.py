@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ContextEncoder, Example, Verdict
+from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.grpo import ScorerChecker
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
-from selfdistill.runtime import broadcast_from_rank0
 
 
 def continued(
@@ -22,15 +21,28 @@ def continued(
     examples: Sequence[Example],
     prefixes: Sequence[list[int]],
     sampling: Sampling,
+    longest: float,
     seeds: Sequence[int],
 ) -> list[Completion]:
-    """The student's continuations of replies that begin with the given tokens; the loss sees the prompt alone."""
-    prompts = [[*example.student_ids, *prefix] for example, prefix in zip(examples, prefixes, strict=True)]
-    rollouts = sample(loaded, prompts, sampling, seeds)
-    return [
-        Completion(x, [*prefix, *r.ids], [*([0.0] * len(prefix)), *r.logps], r.truncated, given=_beginning(prefix))
-        for x, prefix, r in zip(examples, prefixes, rollouts, strict=True)
-    ]
+    """The student's continuations of replies that begin with the given tokens; the loss sees the prompt alone.
+
+    ``longest`` is the share of the greatest length that a prefix may have. A sample after one has at most the rest,
+    whatever the prefix, so that it depends on no other. A sample after none has the greatest length.
+    """
+    limit = sampling.max_completion_length
+    after_prefix = replace(sampling, max_completion_length=max(1, limit - int(longest * limit)))
+    found: dict[int, Completion] = {}
+    for policy, has_prefix in ((sampling, False), (after_prefix, True)):
+        chosen = [number for number, prefix in enumerate(prefixes) if bool(prefix) == has_prefix]
+        if not chosen:
+            continue
+        prompts = [[*examples[number].student_ids, *prefixes[number]] for number in chosen]
+        rollouts = sample(loaded, prompts, policy, [seeds[number] for number in chosen])
+        for number, r in zip(chosen, rollouts, strict=True):
+            x, prefix = examples[number], prefixes[number]
+            logps = [*([0.0] * len(prefix)), *r.logps]
+            found[number] = Completion(x, [*prefix, *r.ids], logps, r.truncated, given=_beginning(prefix))
+    return [found[number] for number in range(len(prefixes))]
 
 
 def _beginning(prefix: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -43,8 +55,11 @@ class GuidedSamples:
     """For each example a group of samples of the prompt alone, then one whose replies begin with its completion."""
 
     sampling: Sampling
+    """Prefix and sample together have at most its number of tokens."""
     group: int
     seed: int
+    longest: float
+    """Share of the completion that a prefix may have."""
 
     @property
     def per_example(self) -> int:
@@ -61,7 +76,7 @@ class GuidedSamples:
             prefixes += [[]] * self.group + [example.completion_ids] * self.group
             seeds += [sample_seed(self.seed, step, row, seen[row] + number) for number in range(self.per_example)]
             seen[row] += self.per_example
-        return continued(loaded, expanded, prefixes, self.sampling, seeds)
+        return continued(loaded, expanded, prefixes, self.sampling, self.longest, seeds)
 
 
 @dataclass(frozen=True)
@@ -96,9 +111,9 @@ class MicroGroups:
             for chosen, share in ((alone, 0.0), (guided, ratio)):
                 expanded = [examples[number] for number in chosen for _ in range(size)]
                 samples = self._after(loaded, expanded, share, [seed for number in chosen for seed in seeds[number]])
-                verdicts = broadcast_from_rank0(partial(check, samples, chat))  # a checker need not be exact
+                verdicts = verdicts_on(check, samples, chat)
                 for place, (one, verdict) in enumerate(zip(samples, verdicts, strict=True)):
-                    made[chosen[place // size]].append(one)
+                    made[chosen[place // size]].append(replace(one, verdict=verdict))
                     rewards[chosen[place // size]].append(verdict.reward)
         return [completion for own in made for completion in own]
 
@@ -122,13 +137,9 @@ class MicroGroups:
                 Completion(x, ids, [0.0] * len(ids), False, given=_beginning(ids))
                 for x, ids in zip(examples, given, strict=True)
             ]
-        if not examples:
-            return []
         ends = [example.completion_ids[:-1] for example in examples]
         prefixes = [ids[: int(len(ids) * share)] for ids in ends]
-        limit = self.sampling.max_completion_length
-        sampling = replace(self.sampling, max_completion_length=max(1, limit - int(limit * share)))
-        return continued(loaded, examples, prefixes, sampling, seeds)
+        return continued(loaded, examples, prefixes, self.sampling, share, seeds)
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,14 @@ class ShortestPrefixes(DrawnSamples):
     config: TrainConfig = field(kw_only=True, compare=False)
     what = "shortest prefixes"
 
+    @property
+    def at_once(self) -> int:
+        return self.tries
+
+    @staticmethod
+    def prompt(example: Example) -> list[int]:
+        return example.student_ids
+
     def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
         chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
         check, found = ScorerChecker(self.config.scorer), dict.fromkeys(range(len(examples)), -1)
@@ -176,8 +195,8 @@ class ShortestPrefixes(DrawnSamples):
             prefixes = [self._prefix(examples[i], number) for i in open_]
             rows = [examples[i].demonstration.row for i in open_]
             seeds = [sample_seed(self.seed, -1 - number, row, n % self.tries) for n, row in enumerate(rows)]
-            made = continued(loaded, [examples[i] for i in open_], prefixes, self.sampling, seeds)
-            verdicts = broadcast_from_rank0(partial(check, made, chat))  # a checker need not be exact
+            made = continued(loaded, [examples[i] for i in open_], prefixes, self.sampling, self.longest, seeds)
+            verdicts = verdicts_on(check, made, chat)
             for i, verdict in zip(open_, verdicts, strict=True):
                 if verdict.reward == 1:
                     found[i] = number

@@ -40,7 +40,7 @@ class Completion:
     invalid_calls: int = 0
     """Calls of tools that could not be run as they were written."""
     verdict: Verdict | None = None
-    """The environment's; None without one, or if it does not judge."""
+    """The environment's, or the checker's if what sampled it needed it; None: not yet judged."""
     messages: tuple[Message, ...] = ()
     """All messages after the prompt; empty without an environment."""
 
@@ -177,6 +177,16 @@ class DrawnSamples:
                 drawn += [self._with(x, ids) for x, ids in zip(part, self.draw(sampler, part), strict=True)]
                 reporter.advance(len(drawn))
         return drawn
+
+    @property
+    def at_once(self) -> int:
+        """Most samples of an example that are drawn together."""
+        return 1
+
+    @property
+    def other(self) -> str | None:
+        """The model that samples, if it is another than the one to be trained."""
+        return None
 
     def sampler(self, loaded: LoadedModel) -> LoadedModel:
         """The model that samples: by default the one to be trained."""

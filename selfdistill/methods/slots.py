@@ -116,7 +116,8 @@ class Method:
     weight: float = 1.0
     """Factor on the loss."""
     also: tuple[tuple[str, Method], ...] = ()
-    """Further methods, by name, that learn from the same samples. Each is a part of the step, with its own weight."""
+    """Further methods, by name, that learn from the same samples. Each is a part of the step, with its own weight.
+    Their ``fixed``, ``sequence`` and ``examples`` are not used."""
 
     @property
     def needs_base(self) -> bool:

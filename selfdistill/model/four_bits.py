@@ -11,6 +11,7 @@ while they are read, one tensor at a time on the device, which never holds all o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from selfdistill.errors import UserError
 from selfdistill.model.device import best_device
+from selfdistill.model.files import resolve
 from selfdistill.model.quantisation import import_bitsandbytes
 
 BLOCK, BLOCK_OF_SCALES = 64, 256
@@ -33,6 +36,19 @@ def four_bit_options() -> dict[str, Any]:
     """
     import_bitsandbytes(_ASKED)
     return {"quantization_config": _config(), "device_map": {"": best_device()}}
+
+
+def can_be_in_4bit(name: str) -> bool:
+    """Whether a model can be read in 4 bits here: bitsandbytes can be loaded, and the model is no adapter.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        import_bitsandbytes(_ASKED)
+    except UserError:
+        return False
+    return not (Path(resolve(name)) / "adapter_config.json").is_file()
 
 
 def is_in_4bit(model: nn.Module) -> bool:

@@ -95,8 +95,10 @@ class PreallocatedLayer(DynamicLayer):
         """Append so many tokens with states of zeros."""
         assert self.keys is not None
         assert self.values is not None
-        longer = [t.new_zeros(*t.shape[:2], t.shape[2] + count, t.shape[3]) for t in (self.keys, self.values)]
-        self._hold(*longer)
+        self._length += count
+        size = self._length + PREALLOCATED_TOKENS
+        self._room = tuple(t.new_zeros(*t.shape[:2], size, t.shape[3]) for t in (self.keys, self.values))
+        self.keys, self.values = (room[:, :, : self._length] for room in self._room)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select these rows of the batch."""

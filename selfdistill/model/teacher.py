@@ -1,8 +1,8 @@
 """The teacher: the weights that score the rollouts, and how they follow the student.
 
 One rule covers all kinds: after optimizer step n every teacher weight becomes ``teacher + rate(n) * (student -
-teacher)``. ``ema`` has a constant rate, ``snapshot`` a rate of 1 every few steps and 0 in between, ``frozen`` a rate of
-0, and ``live`` is the student itself.
+teacher)``. ``ema`` has a constant rate, and 0 after a step that left the student as it was. ``snapshot`` has a rate of
+1 every few steps and 0 in between, ``frozen`` a rate of 0, and ``live`` is the student itself.
 
 Full fine-tuning: the teacher is a second copy of the weights. The average is kept in float32. If the model's data type
 is smaller, the scoring copy is refreshed from it (at a rate of 0.01 a bfloat16 average would hardly move). Then the
@@ -111,23 +111,26 @@ class Teacher:
         """Networks of the teacher other than the student."""
         return [] if self._copy is None else [self._copy]
 
-    def rate(self, step: int) -> float:
-        """Share of the student in the teacher's update after optimizer step ``step`` (from 1)."""
+    def rate(self, step: int, *, student_moved: bool = True) -> float:
+        """Share of the student in the teacher's update after step ``step`` (from 1)."""
         if self.kind == "ema":
-            return self.rule.ema_rate
+            return self.rule.ema_rate if student_moved else 0.0
         if self.kind == "snapshot":
             return 1.0 if step % self.rule.snapshot_steps == 0 else 0.0
         return 0.0
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the student after optimizer step ``step`` (from 1).
+    def update(self, step: int, *, student_moved: bool = True) -> None:
+        """Move towards the student after step ``step`` (from 1).
+
+        An average counts the student's own moves: it stays where it is after a step that left the student as it was. A
+        snapshot is due after so many steps of the run, whether or not the last of them moved the student.
 
         An average beside the scoring weights moves in a thread. What reads the teacher waits for it; before the student
         changes, call :meth:`wait`.
         """
         self.wait()
-        rate = self.rate(step)
+        rate = self.rate(step, student_moved=student_moved)
         if not self._average or rate == 0:
             return
         if self._is_apart:

@@ -12,7 +12,7 @@ from rich.console import Console
 from selfdistill.config import OPEN, TrainConfig
 from selfdistill.data import Demonstration
 from selfdistill.errors import UserError
-from selfdistill.model import LoadedModel
+from selfdistill.model import LoadedModel, can_be_in_4bit
 from selfdistill.runtime import Printable
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
@@ -28,6 +28,8 @@ WITHOUT_ADAPTER = ("teacher", "optim")
 """Settings of which a change saves memory only without an adapter."""
 
 Changes = dict[str, Any]
+IN_4BIT: Changes = {"load_in_4bit": True}
+"""Proposed last, for an adapter."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,9 +169,27 @@ def _nearest(
 ) -> tuple[Changes, MemoryPlan] | None:
     """The fewest changes that fit; of as many, those that change the result least come first.
 
-    ``only_open``: change nothing but settings of ``OPEN`` that are not given.
+    Weights of 4 bits are among them only if nothing fits without. ``only_open``: change nothing but settings of
+    ``OPEN`` that are not given.
     """
     moves, in_parts = _changes(planner, config, only_open=only_open)
+    if found := _fewest(planner, config, limit, moves, in_parts):
+        return found
+    if only_open or not _may_be_in_4bit(planner, config):
+        return None
+    return _fewest(planner, config, limit, [*moves, IN_4BIT], in_parts)
+
+
+def _may_be_in_4bit(planner: MemoryPlanner, config: TrainConfig) -> bool:
+    """Whether a run with these settings, and an adapter, may have weights of 4 bits here."""
+    refused = config.load_in_4bit or config.fsdp or config.torch_compile or config.engine != "none"
+    return not refused and not planner.has_model and can_be_in_4bit(config.model)
+
+
+def _fewest(
+    planner: MemoryPlanner, config: TrainConfig, limit: int, moves: list[Changes], in_parts: list[Changes]
+) -> tuple[Changes, MemoryPlan] | None:
+    """The fewest of these changes that fit."""
     least = {name: value for changes in moves for name, value in changes.items()}
     if "lora_rank" in least:  # needs least of all, and goes with neither
         least = {name: value for name, value in least.items() if name not in WITHOUT_ADAPTER}
@@ -223,7 +243,7 @@ def _smallest(
 ) -> tuple[Changes, MemoryPlan] | None:
     """The first of the steps, which need ever less memory, that fits together with the changes ``base``."""
     adapter = base.get("lora_rank", config.lora_rank)
-    if adapter and any(name in base for name in WITHOUT_ADAPTER):
+    if any(name in base for name in (WITHOUT_ADAPTER if adapter else IN_4BIT)):
         return None
     changed = config.model_copy(update=base)
     if not steps or planner.fixed(changed).total() > limit:

@@ -12,10 +12,12 @@ Every number is the size of tensors that the run will hold, W bytes of weights, 
 
     engine     its key/value cache and a copy of the weights; on a GPU only while it samples
 
-What a step adds is counted by :mod:`selfdistill.training.traced_step`, in three phases that do not overlap. So the peak
-is that of the largest:
+What a step adds is counted by :mod:`selfdistill.training.traced_step`, in three phases that do not overlap, as is what
+a method draws before the first step. So the peak is that of the largest:
 
-    sampling   casts of the weights, keys and values, workspace
+    drawing    as sampling, and the other model that samples, if it is one; without moments and contexts
+
+    sampling   casts of the weights, keys and values, workspace; also after prompts with a guide
     teacher    casts, activations without gradient
     student    casts, activations, loss (logits of a chunk and the head's gradient), gradients
 
@@ -112,7 +114,7 @@ class MemoryPlanner:
         try:
             with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
                 steps = [TracedStep(config, device, model, others, cached) for model in self._traced_models(config)]
-                traced = _phases(config, device, steps, stages, len(alike_layers(loaded)))
+                traced = _phases(config, device, steps, stages, self._samplers(config), len(alike_layers(loaded)))
                 fixed["contexts"] += self._contexts(config, cached, stages)
         except Exception as error:  # whatever a model's code makes of tensors without data
             untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
@@ -121,7 +123,8 @@ class MemoryPlanner:
             traced["sampling"] = Bytes({"engine": _engine_bytes(config, device, loaded)})
         if config.fsdp:
             traced = {name: _sharded(size, device, loaded, others) for name, size in traced.items()}
-        phases = tuple(Phase(name, fixed + size) for name, size in traced.items())
+        before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts")})
+        phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
         averages = [_average_bytes(config, rule, loaded) for rule in teacher_rules(planned_methods(config))]
         host = sum(averages) if _is_on_host(config, device) else 0
         return MemoryPlan(config, device, phases, longest_lengths(stages), untraced, host)
@@ -153,10 +156,17 @@ class MemoryPlanner:
     def _others(self, config: TrainConfig) -> dict[TeacherRule, LoadedModel]:
         """Separate teachers, by their rules."""
         names = {rule: rule.model for rule in teacher_rules(planned_methods(config)) if rule.model is not None}
-        for name in names.values():
-            if name not in self._teachers:
-                self._teachers[name] = fake_model(name, dtype=config.dtype, trained=False)
-        return {rule: self._teachers[name] for rule, name in names.items()}
+        return {rule: self._other(name, config) for rule, name in names.items()}
+
+    def _samplers(self, config: TrainConfig) -> dict[str, LoadedModel]:
+        """Models other than the student that sample before the first step, by name."""
+        drawn = [method.fixed for method in planned_methods(config) if method.fixed]
+        return {fixed.other: self._other(fixed.other, config) for fixed in drawn if fixed.other is not None}
+
+    def _other(self, name: str, config: TrainConfig) -> LoadedModel:
+        if name not in self._teachers:
+            self._teachers[name] = fake_model(name, dtype=config.dtype, trained=False)
+        return self._teachers[name]
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
         key = (config.dtype, config.lora_rank, config.load_in_4bit, bool(config.gradient_checkpointing), layers)
@@ -282,6 +292,7 @@ def _phases(
     device: Device,
     steps: Sequence[TracedStep],
     stages: list[list[PlannedPart]],
+    samplers: dict[str, LoadedModel],
     layers: int,
 ) -> dict[str, Bytes]:
     """What each phase of a step adds at its peak, in the part of the stage and the segment where it is largest."""
@@ -293,6 +304,8 @@ def _phases(
             peaks = [step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps]
             if config.engine == "none":
                 peaks = [step.sampling(part, own) | peak for step, peak in zip(steps, peaks, strict=True)]
+            if part.method.fixed and (config.engine == "none" or part.method.fixed.other):
+                peaks = [step.drawing(part, samplers) | peak for step, peak in zip(steps, peaks, strict=True)]
             for (phase, _), added in _extrapolated(peaks, layers).items():
                 found[phase] = max(found.get(phase, Bytes()), added, key=lambda added: added.total())
     return found

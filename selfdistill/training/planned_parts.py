@@ -10,7 +10,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import LAYOUTS
-from selfdistill.methods import Method, Part, rules_of, stages_of, uses
+from selfdistill.methods import GuidedAfterFailure, Method, Part, rules_of, stages_of, uses
 from selfdistill.model import LoadedModel
 from selfdistill.training.selection import Selector
 from selfdistill.training.traced_step import PlannedPart
@@ -74,10 +74,13 @@ def _planned(
     if sampling is not None:
         sampling = replace(sampling, max_completion_length=longest)
     examples, _ = method.examples(rows, loaded, chat)
+    encode = Selector(config, chat, loaded.window).encoder()
     if method.select is not None:
-        encode = Selector(config, chat, loaded.window).encoder()
         examples = [method.select.longest(x, longest, encode) for x in examples]
-    return PlannedPart(method, part.share, examples, sampling, part.same_samples)
+    guided: list[list[int]] = []
+    if isinstance(method.sequence, GuidedAfterFailure):
+        guided = [method.sequence.longest_prompt(x, encode) for x in examples]
+    return PlannedPart(method, part.share, examples, sampling, part.same_samples, guided)
 
 
 def planned_methods(config: TrainConfig) -> list[Method]:

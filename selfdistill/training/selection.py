@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Verdict
-from selfdistill.methods import Checker, Completion, Method
-from selfdistill.runtime import gathered, rank_slice, say_note
+from selfdistill.methods import Checker, Completion, Method, verdicts_on
+from selfdistill.runtime import say_note
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Selector:
     _noted: bool = field(default=False, init=False)
 
     def __call__(self, parts: Sequence[BatchPart]) -> list[Selected]:
-        """The same on every rank. A checker is asked once about samples that several parts learn from."""
+        """The same on every rank. A checker is asked once about each sample."""
         found: dict[tuple[int, Checker], list[Verdict]] = {}
         selected = []
         for part in parts:
@@ -65,7 +65,7 @@ class Selector:
             verdicts: list[Verdict] = []
             if checker is not None:
                 key = (id(part.completions), checker)
-                verdicts = found[key] = found.get(key) or self._verdicts(checker, part.completions)
+                verdicts = found[key] = found.get(key) or verdicts_on(checker, part.completions, self.chat)
             selected.append(self._selected(part, verdicts))
         return selected
 
@@ -86,11 +86,3 @@ class Selector:
                 "--max_prompt_length may have room for them"
             )
         return Selected(part, learnt, verdicts, len(encode.unfit))
-
-    def _verdicts(self, checker: Checker, completions: Sequence[Completion]) -> list[Verdict]:
-        """Each rank checks its share: it takes less time, and a checker that is not exact says the same everywhere.
-
-        Raises:
-            RaisedOnAllRanks: the checker's mistake on any rank.
-        """
-        return gathered(lambda: checker(completions[rank_slice(len(completions))], self.chat))

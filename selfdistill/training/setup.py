@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, Example, first_ten, notes_on
+from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
@@ -158,7 +158,7 @@ def _encoded(
     method = part.method
     examples, dropped = method.examples(demonstrations, loaded, chat)
     if isinstance(method.examples, DemonstrationExamples):
-        for note in notes_on(examples, chat):
+        for note in method.examples.notes(examples, loaded, chat):
             say_note(note)
     else:
         if repeated := repeated_prompts(examples, demonstrations):

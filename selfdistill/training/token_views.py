@@ -1,5 +1,8 @@
 """The teacher's view of each token in a few rollouts, shown by ``report`` before and after training.
 
+The rollouts are greedy. Where the teacher's contexts are made of a step's samples, they are samples, with the seeds of
+the first step.
+
 Legend: N tokens of a completion, n tokens in one chunk, D hidden size, V vocabulary.
 """
 
@@ -15,6 +18,7 @@ from selfdistill.data import Demonstration, Example, as_transcript, speaker_of
 from selfdistill.loss import CHUNK_TOKENS, forward_kl
 from selfdistill.methods import Completion, play, rules_of
 from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, unsharded
+from selfdistill.training.selection import BatchPart
 from selfdistill.training.trainer import Trainer
 
 PREFERRED = 5
@@ -23,7 +27,7 @@ PREFERRED = 5
 
 @torch.no_grad()
 def token_views(trainer: Trainer) -> list[dict[str, Any]]:
-    """Greedy rollouts of ``view_rows`` examples, or episodes, spread over the data, scored by student p and teacher q.
+    """Rollouts of ``view_rows`` examples, or episodes, spread over the data, scored by student p and teacher q.
 
     Returns:
         One dict per example: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and
@@ -31,23 +35,19 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
         and ``top``, the teacher's most likely tokens with their probabilities. An episode also has ``reward`` (None if
         it was not judged), ``feedback`` and ``turns``, each with the number of its ``tokens``, the names of its
         ``calls``, why it is ``invalid``, and ``observations``, each with ``speaker`` and ``text``. Empty without a
-        teacher, or where its contexts are made during the run.
+        teacher. Where its contexts are made of samples, rows of which none is learnt are left out.
     """
-    source = [row for row in trainer.stage.task.examples if row.teacher_ids]
-    if trainer.teacher is None or trainer.stage.task.method.teacher is None or not source:
+    if trainer.teacher is None or trainer.stage.task.method.teacher is None:
         return []
-    count = min(trainer.config.view_rows, len(source))
-    rows = [source[number * len(source) // count] for number in range(count)]
     model, tokenizer, views = trainer.loaded.model, trainer.loaded.tokenizer, []
     with unsharded(model), cached_casts(model), trainer.accelerator.autocast():
-        rollouts = _greedy(trainer, rows)
-        students = [trainer.forward_pass(model, [r.student_ids], [x.ids]) for r, x in zip(rows, rollouts, strict=True)]
+        shown = _rollouts(trainer)
+        students = [trainer.forward_pass(model, [x.example.student_ids], [x.ids]) for x in shown]
     with trainer.teacher.model() as network, unsharded(network), cached_casts(network), trainer.accelerator.autocast():
-        teachers = [
-            trainer.forward_pass(network, [r.teacher_ids or []], [x.ids]) for r, x in zip(rows, rollouts, strict=True)
-        ]
+        teachers = [trainer.forward_pass(network, [x.example.teacher_ids or []], [x.ids]) for x in shown]
     with root_unsharded([model, *trainer.teacher.networks]), trainer.accelerator.autocast():
-        for row, rollout, student, teacher in zip(rows, rollouts, students, teachers, strict=True):
+        for rollout, student, teacher in zip(shown, students, teachers, strict=True):
+            row = rollout.example
             tokens: list[dict[str, Any]] = []
             for ids, mine_nD, theirs_nD in zip(
                 torch.tensor(rollout.ids).split(CHUNK_TOKENS),
@@ -69,6 +69,21 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
                 }
             )
     return views
+
+
+def _rollouts(trainer: Trainer) -> list[Completion]:
+    """Greedy rollouts of examples with a context, or the first sample of each example that the method learns."""
+    task, config = trainer.stage.task, trainer.config
+    with_context = [example for example in task.examples if example.teacher_ids]
+    source = with_context or task.examples
+    count = min(config.view_rows, len(source))
+    rows = [source[number * len(source) // count] for number in range(count)]
+    if with_context:
+        return _greedy(trainer, rows)
+    samples = task.method.sequence(trainer.loaded, rows, 0)
+    (selected,) = trainer.selector([BatchPart(task.name, task.method, samples, task.share)])
+    first = {one.example.demonstration.row: one for one in reversed(selected.completions) if one.example.teacher_ids}
+    return [first[row.demonstration.row] for row in rows if row.demonstration.row in first]
 
 
 def _greedy(trainer: Trainer, rows: Sequence[Example]) -> list[Completion]:

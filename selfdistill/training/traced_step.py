@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from selfdistill.config import TrainConfig
 from selfdistill.data import Example
 from selfdistill.loss import CrossEntropy, Head, chunk_tokens, chunked_loss
-from selfdistill.methods import FROZEN, Method
+from selfdistill.methods import FROZEN, GuidedAfterFailure, Method
 from selfdistill.model import (
     FilledCache,
     ForwardOutput,
@@ -33,6 +33,8 @@ from selfdistill.model import (
     alike_layers,
     cached_casts,
     sample_at_its_longest,
+    tensor_bytes,
+    weight_tensors,
 )
 
 Ids = list[int]
@@ -74,6 +76,8 @@ class PlannedPart:
     """How the completions are sampled; None if they are those of the examples."""
     same_samples: bool = False
     """Whether they are the samples of the stage's first part."""
+    guided: list[Ids] = field(default_factory=list)
+    """The examples' prompts with a guide; empty for a method without guides."""
 
     def rows(self, config: TrainConfig, device: Device) -> int:
         """Completions of a step on one process."""
@@ -116,19 +120,43 @@ class TracedStep:
 
     def sampling(self, part: PlannedPart, count: int) -> Segments:
         """Sample so many completions, all of the greatest length."""
-        prompts, fixed = [x.student_ids for x in part.examples], part.method.fixed
-        if fixed is not None and part.method.sequence.sampling is None:  # before the first step
-            count = fixed.batch_size
-            prompts = [fixed.prompt(x) for x in part.examples]
-        if part.sampling is None:
+        if part.sampling is None or part.method.sequence.sampling is None:
             return {}
-        prompts = longest(prompts, count)
-        live = LiveTensors(self.loaded.model)
+        prompts = longest([x.student_ids for x in part.examples], count)
+        found = self._sampled(self.loaded, prompts, part.sampling, "sampling")
+        sequence = part.method.sequence
+        if isinstance(sequence, GuidedAfterFailure):
+            prompts = longest(part.guided, math.ceil(count * sequence.replaced / sequence.group))
+            found |= self._sampled(self.loaded, prompts, part.sampling, "sampling", "guided ")
+        return found
+
+    def drawing(self, part: PlannedPart, others: dict[str, LoadedModel]) -> Segments:
+        """Draw the samples of a batch before the first step, all of the greatest length.
+
+        Args:
+            part: whose samples.
+            others: models other than the student, by name.
+        """
+        fixed = part.method.fixed
+        if fixed is None or part.sampling is None:
+            return {}
+        sampler = self.loaded if fixed.other is None else others[fixed.other]
+        count = math.ceil(fixed.batch_size * fixed.at_once / self._device.processes)
+        prompts = longest([fixed.prompt(x) for x in part.examples], count)
+        length = part.sampling.max_completion_length
+        peaks = self._sampled(sampler, prompts, replace(fixed.sampling, max_completion_length=length), "drawing")
+        held = 0 if fixed.other is None else tensor_bytes(weight_tensors(sampler.model))
+        return {segment: peak + Bytes({"other model": held}) for segment, peak in peaks.items()}
+
+    def _sampled(
+        self, loaded: LoadedModel, prompts: Sequence[Ids], sampling: Sampling, phase: str, kind: str = ""
+    ) -> Segments:
+        live = LiveTensors(loaded.model)
         live.component = "workspace"
         with live, self._autocast():
-            sample_at_its_longest(self.loaded, prompts, part.sampling, lambda name: live.begin(("sampling", name)))
-            states = FilledCache(self.loaded).token_bytes * count
-        states *= len(prompts[0]) + part.sampling.max_completion_length
+            sample_at_its_longest(loaded, prompts, sampling, lambda name: live.begin((phase, kind + name)))
+            states = FilledCache(loaded).token_bytes * len(prompts)
+        states *= len(prompts[0]) + sampling.max_completion_length
         for peak in live.peaks.values():
             peak["keys and values"] = min(states, peak["workspace"])
             peak["workspace"] -= peak["keys and values"]

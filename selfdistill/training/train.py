@@ -268,7 +268,7 @@ def _write_start(trainer: Trainer, output_dir: Path) -> None:
         remove_unfinished(output_dir)
         write_atomically(output_dir / "config.yaml", dump_yaml(trainer.config))
         for stage in trainer.stages:
-            for part in stage.parts:
+            for part in stage.sampled:
                 if part.method.fixed:
                     part.method.fixed.write(output_dir, part.drawn, trainer.chat)
     except OSError as error:

@@ -151,11 +151,7 @@ class Trainer:
             self._shard(*self.teachers.values())
         self.engine()  # before any long work
         for stage in self.stages:
-            for part in stage.parts:
-                if part.method.fixed:
-                    with self.accelerator.autocast():
-                        part.drawn = part.method.fixed(self.loaded, part.examples, Path(config.output_dir))
-                    part.examples = part.method.fixed.learnt(part.drawn)
+            self._draw(stage)
         self.prefix_caches = {} if config.fsdp else self._make_caches()
         self.selector = Selector(config, self.chat, self.loaded.window)
         self.gradient = BatchGradient(
@@ -169,6 +165,17 @@ class Trainer:
         self.optimizer = make_optimizer(
             self.parameters, config.optim, seed=config.seed, weight_decay=config.weight_decay
         )
+
+    def _draw(self, stage: Stage) -> None:
+        """Draw what the methods of a stage draw before the first step; parts with the same samples share it."""
+        for part in stage.sampled:
+            if part.method.fixed:
+                with self.accelerator.autocast():
+                    part.drawn = part.method.fixed(self.loaded, part.examples, Path(self.config.output_dir))
+                part.examples = part.method.fixed.learnt(part.drawn)
+        for part in stage.parts:
+            if part.same_samples:
+                part.examples = stage.task.examples
 
     def _make_teachers(self) -> None:
         """Create every teacher of the run."""
@@ -253,7 +260,8 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """Run optimizer step ``step`` (from 0); returns its metrics.
 
-        If loss or gradient are non-finite, weights and optimizer stay unchanged, and the metrics have ``skipped``.
+        If loss or gradient are non-finite, weights and optimizer stay unchanged, and the metrics have ``skipped``. They
+        stay so, too, if nothing is learnt. Then an average of the student stays as well.
         """
         stopwatch = Stopwatch(self.loaded.device)
         self.stage = stage = self.stage_of(step)[1]
@@ -279,11 +287,12 @@ class Trainer:
             norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
             if self.teacher is not None:
                 self.teacher.wait()
-            if is_sound(results, norm):
+            moves = is_sound(results, norm) and any(p.grad is not None for p in self.parameters)
+            if moves:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.teacher is not None:
-                self.teacher.update(step + 1)
+                self.teacher.update(step + 1, student_moved=moves)
 
         with stopwatch("drift"):
             drift = self._measured_drift(step + 1)

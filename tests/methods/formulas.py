@@ -9,20 +9,23 @@ import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import add_gradient, gradients, largest_difference
+from children import train_together
+from conftest import add_gradient, final_weights, gradients, largest_difference, metrics_of
 from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import Verdict
+from selfdistill.data import Verdict, verdicts
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
 from selfdistill.training.batch_gradient import PartResult
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
+from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
 
@@ -74,6 +77,7 @@ def assert_gradient(
 
 def judged(run: Trainer, samples: list[Completion], rewards: list[float]) -> list[PartResult]:
     """The results of a step with these samples and rewards, all parts of it; its gradient is left in the model."""
+    samples = [replace(c, verdict=None) for c in samples]
     reward_of = {id(c): reward for c, reward in zip(samples, rewards, strict=True)}  # two samples may be equal
 
     def checker(made: Sequence[Completion], _: Any) -> list[Verdict]:
@@ -82,6 +86,31 @@ def judged(run: Trainer, samples: list[Completion], rewards: list[float]) -> lis
     parts = [BatchPart(x.name, replace(x.method, checker=checker), samples, x.method.weight) for x in run.stage.parts]
     run.optimizer.zero_grad()
     return run.gradient.add(parts, Stopwatch(run.loaded.device))
+
+
+def trained_in_one_and_two(
+    make: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Train in one process and in two: weights and metrics must be the same. Returns the metrics."""
+    one, two = make("one", **values | {"fsdp": False}), make("two", **values)
+    train(one)
+    train_together(two, tmp_path)
+    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    return metrics_of(one)
+
+
+def checks_counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of samples whenever a scorer is asked about some."""
+    counts: list[int] = []
+
+    def counted(given: Sequence[Any]) -> list[Verdict]:
+        counts.append(len(given))
+        return verdicts(given)
+
+    monkeypatch.setattr("selfdistill.methods.grpo.verdicts", counted)
+    return counts
 
 
 def advantages(rewards: list[float], group: int) -> list[float]:

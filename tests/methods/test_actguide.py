@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from children import train_together
 from conftest import (
     Cut,
     assert_same_run,
@@ -20,11 +19,10 @@ from conftest import (
     final_weights,
     gradients,
     largest_difference,
-    metrics_of,
     row_log_probs,
     same,
 )
-from formulas import advantages, chosen, judged, mean_over_rows, moved
+from formulas import advantages, checks_counted, chosen, judged, mean_over_rows, moved, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
@@ -102,14 +100,31 @@ def test_the_fewest_lines_with_which_a_sample_is_right(
     assert len({tuple(c.ids) for c in samples[8:]}) == 4
 
 
-def test_guides_that_do_not_fit_are_not_tried(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guides_that_do_not_fit_are_not_tried_and_said(
+    guided: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Trainer(guided())
+    assert "guides" not in capsys.readouterr().err
     limit = len(run.stage.task.examples[0].student_ids) + len("\n\nLet this guide your answer:\n\n")
     limit += len("one\ntwo\nthree") + len("\n\nNow answer the question.")
     run = Trainer(guided(max_prompt_length=limit))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "note: the guides of 3 of 3 rows do not fit into the prompt as a whole (" in said
+    assert "steps.jsonl" in said
+    assert "no more of their first lines are tried than fit, which is none in 0 of these rows; a larger" in said
     tries, task = solved_with(monkeypatch, run, {"q": 5}), run.stage.task
     task.method.sequence(run.loaded, task.examples, 1)
     assert [set(shown) for shown in tries] == [{2}, {3}]
+    Trainer(guided(max_prompt_length=limit - len("one\ntwo\nthree")))
+    assert "which is none in 3 of these rows" in " ".join(capsys.readouterr().err.split())
+
+
+def test_each_sample_is_checked_once(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, counts = Trainer(guided()), checks_counted(monkeypatch)
+    tries = solved_with(monkeypatch, run, {"q0": 3, "q1": 7, "q2": 9})
+    metrics = run.step(0)
+    assert sum(counts) == 3 * 4 + sum(map(len, tries))
+    assert metrics["reward"] == pytest.approx(4 / 12)  # of the two prompts that are solved with a guide
 
 
 @pytest.mark.parametrize("values", [{}, {"importance_cap": 2.0, "gradient_accumulation_steps": 3}], ids=str)
@@ -166,10 +181,5 @@ def test_a_killed_run_goes_on_to_the_same_bits(guided: Settings) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path) -> None:
-    one, two = (guided(name, SELDOM, max_steps=3) for name in ("one", "two"))
-    train(one)
-    train_together(two, tmp_path)
-    assert max(line["reward"] for line in metrics_of(one)) > 0
-    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    lines = trained_in_one_and_two(guided, tmp_path, {"answer": SELDOM, "max_steps": 3})
+    assert max(line["reward"] for line in lines) > 0

@@ -11,17 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from children import train_together
 from conftest import (
     Cut,
     assert_same_run,
     crash_at,
     final_weights,
     largest_difference,
-    metrics_of,
     row_log_probs,
 )
-from formulas import assert_gradient, kl, moved
+from formulas import assert_gradient, kl, moved, trained_in_one_and_two
 from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
@@ -125,10 +123,4 @@ def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings) -> None:
 def test_two_processes_train_to_the_weights_of_one(
     all_of_them: Settings, tmp_path: Path, values: dict[str, Any]
 ) -> None:
-    common = COMMON | {"batch_size": 3, "max_steps": 3} | values
-    one, two = all_of_them("one", **common | {"fsdp": False}), all_of_them("two", **common)
-    train(one)
-    train_together(two, tmp_path)
-    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    trained_in_one_and_two(all_of_them, tmp_path, COMMON | {"batch_size": 3, "max_steps": 3} | values)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import train_together
 from conftest import (
     ENDS,
     Cut,
@@ -22,11 +21,10 @@ from conftest import (
     final_weights,
     gradients,
     largest_difference,
-    metrics_of,
     row_log_probs,
     same,
 )
-from formulas import advantages, chosen, judged, mean_over_rows, moved
+from formulas import advantages, chosen, judged, mean_over_rows, moved, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
@@ -132,9 +130,4 @@ def test_a_killed_run_reads_its_samples(later: Settings, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(later: Settings, tmp_path: Path) -> None:
-    one, two = (later(name, max_steps=3, learning_rate=1e-4) for name in ("one", "two"))
-    train(one)
-    train_together(two, tmp_path)
-    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    trained_in_one_and_two(later, tmp_path, {"max_steps": 3, "learning_rate": 1e-4})

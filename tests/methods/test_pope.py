@@ -15,18 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from children import train_together
 from conftest import (
     Cut,
     add_gradient,
     assert_same_run,
     crash_at,
-    final_weights,
     gradients,
     largest_difference,
-    metrics_of,
 )
-from formulas import mean_over_rows, moved, prefix_of
+from formulas import mean_over_rows, moved, prefix_of, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict
@@ -104,11 +101,19 @@ def test_pope_is_grpo_on_each_group_without_the_prefix(
     assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
 
 
+def test_samples_of_the_prompt_alone_may_be_as_long_as_a_reply(guided: Settings) -> None:
+    run = Trainer(guided(num_generations=8))
+    samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples, 1)
+    alone, after = (max(sum(c.is_own) for c in samples if bool(c.given) == prefixed) for prefixed in (False, True))
+    assert (alone, after) == (16, 8)
+    assert {len(c.ids) == 16 or not c.truncated for c in samples if not c.given} == {True}
+
+
 def test_metrics_count_what_is_sampled(guided: Settings) -> None:
     run = Trainer(guided(max_completion_length=16))
     line = run.step(0)
     assert line["tokens"] == pytest.approx(12 * line["completion/length"])
-    assert line["completion/length"] <= 8
+    assert line["completion/length"] <= 12
 
 
 def test_a_killed_run_reads_its_prefixes(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,12 +133,7 @@ def test_a_killed_run_reads_its_prefixes(guided: Settings, monkeypatch: pytest.M
 
 
 def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path) -> None:
-    one, two = (guided(name, max_steps=3, batch_size=3) for name in ("one", "two"))
-    train(one)
-    train_together(two, tmp_path)
-    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    trained_in_one_and_two(guided, tmp_path, {"max_steps": 3, "batch_size": 3})
 
 
 def test_a_row_needs_a_demonstration_to_take_prefixes_from(guided: Settings, write_rows: Callable[..., Path]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import started_together, train_together
+from children import started_together
 from conftest import (
     Cut,
     assert_same_run,
@@ -24,7 +24,7 @@ from conftest import (
     largest_difference,
     metrics_of,
 )
-from formulas import chosen, mean_over_rows, moved
+from formulas import chosen, mean_over_rows, moved, trained_in_one_and_two
 from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
@@ -36,6 +36,7 @@ from selfdistill.methods.sequences import Completion
 from selfdistill.model.loading import load_model
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
+from selfdistill.training.token_views import token_views
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -260,6 +261,39 @@ def test_a_step_without_anything_to_learn_changes_nothing_and_says_so(
     assert largest_difference(final_weights(config), {name: before[name] for name in final_weights(config)}) == 0
 
 
+def test_the_teachers_view_is_of_samples_that_are_learnt(all_of_them: Settings) -> None:
+    config = all_of_them(method="sdpo", view_rows=3)
+    run = Trainer(config)
+    views, asked = token_views(run), []
+    rows = [run.stage.task.examples[number * len(run.stage.task.examples) // 3] for number in range(3)]
+    samples = run.stage.task.method.sequence(run.loaded, rows, 0)
+    (selected,) = run.selector([BatchPart("task", run.stage.task.method, samples, 1.0)])
+    for row in rows:
+        asked += [c for c in selected.completions if c.example.demonstration.row == row.demonstration.row][:1]
+    assert [view["row"] for view in views] == [c.example.demonstration.source for c in asked]
+    assert views
+    for view, c in zip(views, asked, strict=True):
+        assert "".join(token["text"] for token in view["tokens"]) == "".join(map(run.loaded.tokenizer.decode, c.ids))
+        assert c.example.teacher_ids is not None
+        log_q_TV = log_probs(run.loaded.model, c.example.teacher_ids, c.ids)  # an EMA that has not moved
+        expected = chosen(log_q_TV, c.ids).tolist()
+        assert [token["logq"] for token in view["tokens"]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_step_without_anything_to_learn_leaves_the_average_where_it_is(
+    all_of_them: Settings, write_rows: Callable[..., Path]
+) -> None:
+    rows = write_rows([{"prompt": f"q{i}", "answer": "no such reply"} for i in range(4)], name="hard.jsonl")
+    run = Trainer(all_of_them(method="sdpo", data=str(rows)))
+    assert run.teacher is not None
+    with torch.no_grad():
+        for weight in run.parameters:  # as earlier steps would
+            weight.add_(0.01)
+    before = copy.deepcopy(run.teacher.state_dict())
+    assert run.step(0)["learnt"] == 0
+    assert largest_difference(before, run.teacher.state_dict()) == 0
+
+
 def test_anchors_are_learnt_where_the_task_has_nothing(
     all_of_them: Settings, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -318,15 +352,9 @@ def test_two_processes_train_to_the_weights_of_one(
     all_of_them: Settings, tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("selfdistill.methods.grpo.engine_cap", lambda _: 2.0)  # so that importance is measured, too
-    one = all_of_them("one", **COMMON | values | {"fsdp": False})
-    two = all_of_them("two", **COMMON | values)
-    train(one)
-    train_together(two, tmp_path)
-    assert min(line["learnt"] for line in metrics_of(one)) < 1
-    assert any(line["importance"] for line in metrics_of(one))
-    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    lines = trained_in_one_and_two(all_of_them, tmp_path, COMMON | values)
+    assert min(line["learnt"] for line in lines) < 1
+    assert any(line["importance"] for line in lines)
 
 
 def test_a_mistake_of_the_scorer_on_one_rank_ends_both_in_one_line(

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from children import train_together
 from conftest import (
     Cut,
     assert_same_run,
@@ -23,7 +22,16 @@ from conftest import (
     metrics_of,
     row_log_probs,
 )
-from formulas import advantages, chosen, judged, mean_over_rows, moved, prefix_of
+from formulas import (
+    advantages,
+    checks_counted,
+    chosen,
+    judged,
+    mean_over_rows,
+    moved,
+    prefix_of,
+    trained_in_one_and_two,
+)
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
@@ -71,6 +79,13 @@ def test_later_samples_get_more_of_the_demonstration_as_long_as_the_earlier_fail
         assert prefix_of(c) < len(c.ids) <= 14 or c.ids == c.example.completion_ids
         assert not any((c.logps or [])[: prefix_of(c)])
         assert len(c.logps or []) == len(c.ids)
+
+
+def test_each_sample_is_checked_once(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, counts = Trainer(guided()), checks_counted(monkeypatch)
+    metrics = run.step(0)
+    assert sum(counts) == 3 * 6
+    assert 0 < metrics["reward"] < 1
 
 
 def test_a_prompt_that_is_solved_again_gets_no_further_help(guided: Settings) -> None:
@@ -155,10 +170,5 @@ def test_a_killed_run_goes_on_to_the_same_bits(guided: Settings) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path) -> None:
-    one, two = (guided(name, max_steps=3) for name in ("one", "two"))
-    train(one)
-    train_together(two, tmp_path)
-    assert min(line["loss/prefixes"] for line in metrics_of(one)) > 0
-    assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    lines = trained_in_one_and_two(guided, tmp_path, {"max_steps": 3})
+    assert min(line["loss/prefixes"] for line in lines) > 0

@@ -80,6 +80,16 @@ def test_an_ema_is_the_weighted_sum_of_all_students_so_far(load: Loader, lora: b
         assert not torch.equal(average, students[-1][name])
 
 
+def test_only_an_average_waits_for_the_student_to_move(load: Loader) -> None:
+    for kind, stays in (("ema", True), ("snapshot", False)):
+        loaded, teacher = student_and_teacher(load, False, kind, snapshot_steps=2)
+        before = of_teacher(teacher)
+        move(loaded.model, 1)
+        teacher.update(2, student_moved=False)
+        after = of_teacher(teacher)
+        assert all(torch.equal(before[name], after[name]) for name in before) == stays
+
+
 def test_the_average_of_a_bfloat16_model_is_float32_and_moves_where_a_bfloat16_one_would_not(load: Loader) -> None:
     loaded, teacher = student_and_teacher(load, False, "ema", dtype="bfloat16", ema_rate=0.01)
     start = trained(loaded.model)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from children import started_together
 from conftest import final_weights, same
+from peft import LoraConfig
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import LlamaConfig
 
@@ -198,6 +199,45 @@ def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
     assert found.nearest is not None
     assert found.nearest[0] == {"lora_rank": 16}
     assert re.search(r"it does not fit: [\d.]+ MiB of [\d.]+ MiB; this would, .* MiB: --lora_rank 16$", found.verdict())
+
+
+def test_where_an_adapter_does_not_fit_weights_of_4_bits_are_proposed(
+    settings: Make, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = with_config(model_folder(), tmp_path / "wide", hidden_size=512, intermediate_size=1024, head_dim=128)
+    config = settings(model=str(folder), batch_size=1, max_completion_length=4, lora_rank=16)
+    rows = load_demonstrations(config.data)
+    least = planned(config.model_copy(update={"gradient_checkpointing": True, "dtype": "bfloat16"})).peak
+    found = fit(config, rows, CPU, least)
+    assert found.nearest is not None
+    assert "load_in_4bit" not in found.nearest[0]
+    limit = least * 2 // 3
+    found = fit(config, rows, CPU, limit)
+    assert found.nearest is not None
+    changes, plan = found.nearest
+    assert changes["load_in_4bit"] is True
+    assert plan.peak <= limit
+    assert found.verdict().endswith(" --load_in_4bit true")
+    adapter = tmp_path / "adapter"
+    LoraConfig(base_model_name_or_path=str(folder), task_type="CAUSAL_LM").save_pretrained(adapter)
+    (adapter / "adapter_model.safetensors").touch()
+    refused: dict[str, Any]
+    for refused in ({"engine": "vllm"}, {"model": str(adapter)}):
+        assert fit(config.model_copy(update=refused), rows, CPU, limit).nearest is None
+
+
+@pytest.mark.slow
+def test_weights_of_4_bits_are_proposed_with_an_adapter(
+    settings: Make, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = with_config(model_folder(), tmp_path / "wide", hidden_size=512, intermediate_size=1024, head_dim=128)
+    config = settings(model=str(folder), batch_size=1, max_completion_length=4, dtype="bfloat16")
+    limit = planned(config.model_copy(update={"lora_rank": 16, "gradient_checkpointing": True})).peak * 2 // 3
+    found = fit(config, load_demonstrations(config.data), CPU, limit)
+    assert found.nearest is not None
+    assert found.nearest[0].items() >= {"lora_rank": 16, "load_in_4bit": True}.items()
 
 
 def test_layers_that_are_all_alike_are_counted_from_a_few(

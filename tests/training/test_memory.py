@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from selfdistill.config import MethodName, TrainConfig
 from selfdistill.config.train import SCORED_METHODS
 from selfdistill.data import load_demonstrations
+from selfdistill.methods import stages_of
 from selfdistill.training.memory import memory_plan
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
@@ -78,15 +79,20 @@ def measured_peak(config: TrainConfig) -> int:
     trainer = Trainer(config)
     trainer.step(0)
     held = live_bytes() - before
+    return held + added_peak(lambda: trainer.step(1))
+
+
+def added_peak(work: Callable[[], object]) -> int:
+    """Bytes by which the tensors alive grow at the peak of some work, as PyTorch's allocator tells."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.step(1)
+        work()
     assert profiler.profiler is not None
     events: Any = profiler.profiler.kineto_results
     present, peak = 0, 0
     for event in sorted((e for e in events.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         present += event.nbytes()
         peak = max(peak, present)
-    return held + peak
+    return peak
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -151,6 +157,58 @@ def test_the_plan_is_what_the_steps_hold(
     # On the CPU, PyTorch adds the head's bfloat16 gradient to its float32 sum through a copy that no operator shows.
     copy = 4 * 8192 * 384 if config.dtype == "bfloat16" and not config.lora_rank else 0
     assert plan.peak + copy == pytest.approx(measured, rel=0.03)
+
+
+def phase_of(config: TrainConfig, name: str) -> int:
+    plan = memory_plan(config, load_demonstrations(config.data), Device("cpu", "no"))
+    assert plan.untraced is None
+    return next(phase.total for phase in plan.phases if phase.name == name)
+
+
+DRAWN: dict[str, dict[str, Any]] = {
+    "another model's": {"method": "npo", "scorer": "exact", "method_settings": {"tries": 1}},
+    "after prefixes": {"method": "pope", "scorer": "exact", "num_generations": 2},
+    "with hints": {"hint": "shortest", "scorer": "exact", "teacher": "frozen"},
+    "from the prompt": {"method": "ssd"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [x if x == "another model's" else pytest.param(x, marks=pytest.mark.slow) for x in DRAWN]
+)
+def test_the_plan_counts_what_is_drawn_before_the_first_step(
+    make: Make, name: str, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{i}: " + "where is it? " * 4, "completion": "ab " * 20 + "c"} for i in range(8)]
+    config = make(**DRAWN[name], data=str(write_rows(rows, name="words.jsonl")))
+    if config.method == "npo":
+        config = config.model_copy(update={"teacher_model": config.model})
+    before, peaks = live_bytes(), []
+    kind = type(stages_of(config)[0][0].method.fixed)
+    draw = kind.draw
+
+    def measured(fixed: Any, *arguments: Any) -> Any:
+        held, found = live_bytes() - before, []
+        peaks.append(held + added_peak(lambda: found.append(draw(fixed, *arguments))))
+        return found[0]
+
+    monkeypatch.setattr(kind, "draw", measured)
+    Trainer(config)
+    assert phase_of(config, "drawing") == pytest.approx(max(peaks), rel=0.03)
+
+
+def test_the_plan_counts_the_guides_that_samples_see(make: Make, write_rows: Callable[..., Path]) -> None:
+    guide = "\n".join(["look there " * 15] * 2)
+    rows = [{"prompt": f"{i}", "completion": "ab" * 30, "privileged_context": guide} for i in range(4)]
+    data = str(write_rows(rows, name="guides.jsonl"))
+    values: dict[str, Any] = {"batch_size": 4, "max_completion_length": 16, "num_generations": 4}
+    config = make(method="actguide", data=data, scorer="exact", **values)
+    before = live_bytes()
+    run = Trainer(config)
+    run.step(0)
+    held, task = live_bytes() - before, run.stage.task
+    measured = held + added_peak(lambda: task.method.sequence(run.loaded, task.examples[:4], 1))
+    assert phase_of(config, "sampling") == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from torch import Tensor
 import selfdistill as sd
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.methods import METHODS, stages_of
-from selfdistill.methods.sequences import Completion
+from selfdistill.methods import METHODS, Method, stages_of
+from selfdistill.methods.sequences import SAMPLES_FILE, Completion, DrawnSamples
 from selfdistill.model.loading import load_model
 from selfdistill.training.schedule import check_shares, positions_of
 from selfdistill.training.selection import BatchPart
@@ -402,3 +403,31 @@ def test_two_processes_give_what_one_gives(anchored: Settings, tied: str, tmp_pa
     for mine, theirs in zip(metrics_of(one), metrics_of(two), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert mine["share/anchors:chats"] == theirs["share/anchors:chats"] == 0.25
+
+
+# --- parts on the same samples ---
+
+
+def test_what_is_drawn_before_the_first_step_is_drawn_once_for_all_parts(
+    all_of_them: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, draw, make = all_of_them(method="ssd", max_steps=2), DrawnSamples.draw, METHODS["ssd"]
+    drawn: list[int] = []
+
+    def counted(fixed: DrawnSamples, loaded: Any, examples: Any) -> list[list[int]]:
+        drawn.extend(x.demonstration.row for x in examples)
+        return draw(fixed, loaded, examples)
+
+    def twice(config: TrainConfig) -> tuple[Method, ...]:
+        (method,) = make(config)
+        return (replace(method, also=(("again", replace(method, weight=0.5)),)),)
+
+    monkeypatch.setattr(DrawnSamples, "draw", counted)
+    monkeypatch.setitem(METHODS, "ssd", twice)
+    run = Trainer(config)
+    task, again = run.stage.parts
+    assert again.examples == task.examples
+    assert len(drawn) == len(set(drawn)) == len(task.drawn)
+    train(config)
+    assert (Path(config.output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").count("\n") == len(task.drawn)
+    assert [line["loss/again"] for line in metrics_of(config)] == [line["loss/task"] for line in metrics_of(config)]

@@ -574,14 +574,15 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_row(settings: C
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(settings: Callable[..., TrainConfig]) -> None:
-    run = Trainer(settings())
+    run = moved_run(settings())
     run.loaded.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
-    before = weights(run.loaded.model)
-    metrics = run.step(0)
+    before, average = weights(run.loaded.model), copy.deepcopy(run.teacher.state_dict())  # type: ignore[union-attr]
+    metrics = run.step(1)
     assert metrics["skipped"]["why"] in ("the gradient's norm is inf", "the gradient's norm is nan")
     assert len(metrics["skipped"]["rows"]) == 2
     assert math.isfinite(metrics["loss"])
     assert same(before, weights(run.loaded.model))
+    assert same(average, run.teacher.state_dict())  # type: ignore[union-attr]
 
 
 class _Spoilt:

@@ -1,0 +1,23 @@
+"""Verdicts on samples: each sample is checked once, by one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from selfdistill.data import ChatFormat, Verdict
+from selfdistill.methods.sequences import Completion
+from selfdistill.methods.slots import Checker
+from selfdistill.runtime import gathered, rank_slice
+
+
+def verdicts_on(checker: Checker, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
+    """The verdict of each completion, the same on every rank; those that have one keep it.
+
+    Each rank checks its share: it takes less time, and a checker that is not exact says the same everywhere.
+
+    Raises:
+        RaisedOnAllRanks: the checker's mistake on any rank.
+    """
+    unchecked = [one for one in completions if one.verdict is None]
+    new = iter(gathered(lambda: checker(unchecked[rank_slice(len(unchecked))], chat)))
+    return [one.verdict or next(new) for one in completions]
