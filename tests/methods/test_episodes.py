@@ -460,3 +460,4 @@ def test_an_expert_with_an_engine_calls_tools_and_succeeds(
         assert told == [(m["role"], m["content"], m.get("tool_calls")) for m in row.episode]
         assert expert.asked[-1] == example.student_ids + completion.ids[: completion.given[-1][1]]
         assert set(completion.logps or []) == {-0.5, 0.0}
+        assert (completion.ids, completion.given) == (example.completion_ids, example.given)  # as SFT learns it
