@@ -133,10 +133,10 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     began = time.monotonic()
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
     contexts = [parse_context(spec) for spec in specs]
-    if config.hints and config.environment != "none":
-        say("note: hints are not measured, for a share of an episode cannot be shown")
-    hints = config.hints and config.environment == "none"
-    can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if hints else set()
+    plays = config.environment != "none"
+    if config.hints and plays:
+        say_note("hints are not measured, for a share of an episode cannot be shown")
+    can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and not plays else set()
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
     use_engine(loaded, config)

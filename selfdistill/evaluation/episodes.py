@@ -131,10 +131,8 @@ class EpisodePlayer:
 
     def _thinking(self, episode: Completion) -> int:
         """Number of thinking tokens in the replies."""
-        starts = [0, *(end for _, end in episode.given)]
-        ends = [*(start for start, _ in episode.given), len(episode.ids)]
         count = 0
-        for start, end in zip(starts, ends, strict=True):
+        for start, end in episode.reply_spans:
             before = [*episode.example.student_ids, *episode.ids[:start]]
             thought, _ = thought_and_said(self.chat, before, episode.ids[start:end])
             count += len(self.chat.encode_text(thought))

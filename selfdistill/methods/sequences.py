@@ -50,6 +50,12 @@ class Completion:
         return own_tokens(len(self.ids), self.given)
 
     @property
+    def reply_spans(self) -> list[tuple[int, int]]:
+        """Half-open spans of ``ids`` between those that are given: the replies of an episode."""
+        starts, ends = zip(*self.given, strict=True) if self.given else ((), ())
+        return list(zip((0, *ends), (*starts, len(self.ids)), strict=True))
+
+    @property
     def turn_of(self) -> list[int]:
         """The number of the reply that each token belongs to, from 1; a given token counts to the one before."""
         starts = {end for _, end in self.given}

@@ -104,9 +104,7 @@ def _transcript(episode: Completion) -> dict[str, Any]:
     """The turns of an episode and the environment's verdict; empty for a single reply."""
     if not episode.messages:
         return {}
-    starts = [0, *(end for _, end in episode.given)]
-    ends = [*(start for start, _ in episode.given), len(episode.ids)]
-    lengths = iter([end - start for start, end in zip(starts, ends, strict=True)])
+    lengths = iter([end - start for start, end in episode.reply_spans])
     turns: list[dict[str, Any]] = []
     for message in episode.messages:
         if message["role"] != "assistant":
