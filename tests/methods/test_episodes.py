@@ -399,7 +399,7 @@ def test_settings_of_episodes_are_noted_without_an_environment(talks: Settings) 
     [
         ("BreaksAtStart", r"talks.jsonl:1, at its start: .*ZeroDivisionError"),
         ("Lies", r"talks.jsonl:\d, at turn 2: .*expected a Step"),
-        ("Mute", r"talks.jsonl:\d, at turn 1: environment .* said nothing and is not done"),
+        ("Mute", r"talks.jsonl:\d, at turn 1: environment .* returned no observations and not the end"),
         ("Restless", r"talks.jsonl:\d: environment .* began with other messages than before"),
     ],
 )
