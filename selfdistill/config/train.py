@@ -244,6 +244,8 @@ class TrainingSettings(MethodSettings, TaskSettings):
     """Rank of a LoRA adapter on all linear layers; 0: full fine-tuning."""
     lora_alpha: float | None = Field(default=None, gt=0)
     """LoRA's scaling factor alpha; default: twice the rank."""
+    train_vision_tower: bool = False
+    """Of an image-text model, train the vision tower and what connects it with the language model, too."""
 
     test: str | None = None
     """Held-out rows on which the model is evaluated before, during and after training, as in ``eval`` but in the
@@ -288,6 +290,8 @@ class TrainingSettings(MethodSettings, TaskSettings):
             raise UserError("setting 'stop_on_collapse' returns to the last evaluation: give test and eval_steps, too")
         if self.lora_alpha is not None and not self.lora_rank:
             raise UserError("setting 'lora_alpha' needs an adapter: give --lora_rank, too, or leave it out")
+        if self.train_vision_tower and self.lora_rank:
+            raise UserError("setting 'train_vision_tower': an adapter is on the language model alone: leave one out")
         if self.torch_compile and self.gradient_checkpointing:
             raise UserError("setting 'torch_compile' does not work with gradient_checkpointing: leave one of them out")
         if self.importance_cap is not None and (self.top_p < 1 or self.top_k > 0):

@@ -26,6 +26,15 @@ from selfdistill.data.encoding import (
 )
 from selfdistill.data.episodes import Replies
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
+from selfdistill.data.images import (
+    MOST_PIXELS,
+    PICTURE_FOLDER,
+    Picture,
+    PictureTokens,
+    PromptIds,
+    pictures_in,
+    shown_text,
+)
 from selfdistill.data.messages import Message, Turns, as_transcript, not_object, speaker_of, text_of, wrong
 from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.readers import read_jsonl
@@ -52,7 +61,9 @@ __all__ = [
     "CODE",
     "FUNCTION",
     "JUDGE",
+    "MOST_PIXELS",
     "NEXT_TURN",
+    "PICTURE_FOLDER",
     "SCORER_NAMES",
     "ChatFormat",
     "Context",
@@ -66,6 +77,9 @@ __all__ = [
     "Message",
     "Note",
     "NothingFits",
+    "Picture",
+    "PictureTokens",
+    "PromptIds",
     "RawRow",
     "Replies",
     "Rows",
@@ -105,11 +119,13 @@ __all__ = [
     "own_tokens",
     "packaged",
     "parse_context",
+    "pictures_in",
     "read_jsonl",
     "reference",
     "repeated_key",
     "score",
     "scored_text",
+    "shown_text",
     "speaker_of",
     "text_of",
     "thought_and_said",

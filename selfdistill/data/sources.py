@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib import resources
 from typing import Any, TypeVar
 
+from selfdistill.data.images import undecoded
 from selfdistill.data.readers import expected_types, is_data_file, is_readable, kind_of, read_file
 from selfdistill.data.rows import RawRow, describe_value, first_ten, numbered, one_line, one_of
 from selfdistill.errors import UserError
@@ -214,4 +215,4 @@ def _read_set(path: str, split: str | None, note: Note, *, saved: bool) -> list[
             f"{path}: datasets has read it from CSV, so 007 has become 7, and NA null; to keep cells as they are, give "
             "the file itself"
         )
-    return numbered(path, rows)
+    return numbered(path, undecoded(rows))

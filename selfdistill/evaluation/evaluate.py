@@ -21,6 +21,7 @@ from selfdistill.data import (
     general_prompts,
     load_demonstrations,
     parse_context,
+    shown_text,
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
@@ -362,7 +363,7 @@ def _write_replies(path: Path, rows: Sequence[Demonstration], answers: Answers) 
     lines: list[dict[str, Any]] = [
         {
             "source": row.source,
-            "prompt": list(row.prompt),
+            "prompt": [{**turn, "content": shown_text(turn["content"])} for turn in row.prompt],
             "answer": row.completion if row.answer is None else row.answer,
             "reply": reply,
             "correct": right,

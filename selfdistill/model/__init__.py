@@ -34,6 +34,7 @@ from selfdistill.model.loading import (
     weights_fingerprint,
 )
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
+from selfdistill.model.pictures import PictureInputs, freeze_vision
 from selfdistill.model.precision import cached_casts, refuse_float16, resolved_precision, training_precision
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
@@ -52,6 +53,7 @@ __all__ = [
     "LiveTensors",
     "LoadedModel",
     "Optim",
+    "PictureInputs",
     "PrefixCache",
     "Rollout",
     "Sampling",
@@ -74,6 +76,7 @@ __all__ = [
     "fake_model",
     "fast_products",
     "files_that_go_along",
+    "freeze_vision",
     "full_tensor",
     "full_tensors",
     "has_full_attention",

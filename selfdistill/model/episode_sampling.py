@@ -132,7 +132,7 @@ class TurnSampler:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        return ReadRows(cache, logits_BV, mask_BL)
+        return ReadRows(cache, logits_BV, mask_BL, torch.zeros_like(filled_B))
 
 
 def _taken(rows: ReadRows, places: Sequence[int]) -> list[States]:

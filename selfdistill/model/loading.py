@@ -23,6 +23,7 @@ from selfdistill.model.adapters import attach, merged, read_config
 from selfdistill.model.device import best_device, has_gpu
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.four_bits import plain, scales
+from selfdistill.model.pictures import PictureInputs, beside_language, divided, has_own_positions, pictures_for
 from selfdistill.model.quantisation import import_before_peft
 from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
 from selfdistill.runtime import library_warnings
@@ -52,6 +53,8 @@ class LoadedModel:
     """The engine that samples from the model; None: PyTorch. See :func:`selfdistill.model.engine.use_engine`."""
     continues_cache: bool | None = None
     """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""
+    pictures: PictureInputs | None = None
+    """How an image-text model takes pictures; None for a model that reads none."""
     separate_head: bool | None = None
     """Result of :func:`selfdistill.model.head.head_agrees`; None before its first call."""
 
@@ -61,7 +64,7 @@ class LoadedModel:
 
     def chat(self, kwargs: Mapping[str, Any] | None = None, date: str | None = None) -> ChatFormat:
         """How the model's tokenizer encodes messages; see :class:`ChatFormat`."""
-        return ChatFormat(self.tokenizer, self.end_token_ids, kwargs or {}, date)
+        return ChatFormat(self.tokenizer, self.end_token_ids, kwargs or {}, date, self.pictures)
 
 
 def load_model(
@@ -114,10 +117,11 @@ def load_model(
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"model {name!r}: cannot be loaded: {first_line(error)}") from None
         tokenizer = load_tokenizer(path, base_path, name)
+        pictures = pictures_for(model, base_path, tokenizer, name)
     notes = [*notes, *check_vocabulary(model, tokenizer, name), *heard]
     model.eval()
     disable_dropout(model)
-    loaded = describe(model, tokenizer, name)
+    loaded = describe(model, tokenizer, name, pictures)
     loaded.files = local_folder(base_path)
     loaded.notes += notes
     if adapter and merge_adapter:
@@ -176,6 +180,8 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     """A model that the caller has loaded, with its tokenizer; dropout is disabled, and training changes its weights.
 
     Args:
+        model: a causal language model or an image-text model.
+        tokenizer: its tokenizer; of an image-text model its processor, or it reads no pictures.
         name: for messages and saved settings; default: where transformers loaded it from.
 
     Raises:
@@ -186,6 +192,7 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
         if hasattr(model, "peft_config"):
             raise UserError("model: it has an adapter; merge it first (model.merge_and_unload()), or give its folder")
         raise UserError(f"model: found {found}, expected a folder, a name or a transformers PreTrainedModel")
+    tokenizer, processor = divided(tokenizer)
     if not hasattr(tokenizer, "apply_chat_template"):
         found = "none" if tokenizer is None else type(tokenizer).__name__
         raise UserError(f"tokenizer: found {found}; a loaded model needs its tokenizer: give tokenizer=...")
@@ -197,7 +204,7 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     disable_dropout(model)
     name = name or model.name_or_path or "loaded-model"
     notes = check_vocabulary(model, tokenizer, name)
-    loaded = describe(model, tokenizer, name)
+    loaded = describe(model, tokenizer, name, None if processor is None else PictureInputs(processor, model, name))
     loaded.files = local_folder(model.name_or_path) if model.name_or_path else None
     loaded.notes += notes
     return loaded
@@ -220,7 +227,7 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, -1)  # never
 
 
-def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+def describe(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None = None) -> LoadedModel:
     """The model with its end and pad tokens, its window, and notes on what was decided.
 
     Raises:
@@ -231,7 +238,7 @@ def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
     notes = []
-    written = ChatFormat(tokenizer, (), {}).turn_end_id
+    written = ChatFormat(tokenizer, (), {}, pictures=pictures).turn_end_id
     if tokenizer.chat_template and written is None and ends:
         names = " or ".join(map(repr, tokenizer.convert_ids_to_tokens(ends)))
         notes.append(f"the chat template writes no control token after a reply; replies end with {names}")
@@ -260,7 +267,11 @@ def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
             "where the next turn begins"
         )
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return LoadedModel(model, tokenizer, name, tuple(ends), pad, window, notes)
+    # A pass would be continued at positions that the model remembers of another prompt's pictures.
+    never = False if pictures is not None and has_own_positions(model) else None
+    return LoadedModel(
+        model, tokenizer, name, tuple(ends), pad, window, notes, pictures=pictures, continues_cache=never
+    )
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -304,13 +315,23 @@ def load_for_training(
 def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:
     """Add a LoRA adapter named ``default`` to all linear layers except the head, and freeze the base weights.
 
+    Of an image-text model, to those of the language model.
+
     The adapter's weights are float32 whatever the model's data type (PEFT's ``autocast_adapter_dtype``).
     """
     import_before_peft()
     from peft import LoraConfig, get_peft_model
 
     scale: Any = alpha or 2 * rank  # PEFT's annotation says int, but it only divides by the rank
-    config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    others = None if loaded.pictures is None else beside_language(loaded.model)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        exclude_modules=others,
+        task_type="CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded.model = get_peft_model(loaded.model, config)

@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from selfdistill.data import NEXT_TURN
+from selfdistill.data import NEXT_TURN, pictures_in
 from selfdistill.errors import UserError
 from selfdistill.model.device import any_length, pass_tokens, running_sum
 from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
+from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
+from selfdistill.model.pictures import has_own_positions, position_shift
 from selfdistill.model.precision import cached_casts
 from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length, in_attention_dtype
 from selfdistill.runtime import all_gather, rank_slice
@@ -132,8 +134,13 @@ def sample(
 
     Returns:
         One rollout per prompt, on every rank.
+
+    Raises:
+        UserError: an engine is to sample from prompts with pictures.
     """
     if loaded.engine is not None:
+        if any(map(pictures_in, prompts)):
+            raise UserError("setting 'engine': prompts with pictures are sampled by PyTorch alone; leave it out")
         return engine_for(loaded).sample(loaded, prompts, sampling, seeds)
     own = rank_slice(len(prompts))
     with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
@@ -206,6 +213,9 @@ class ReadRows:
     """Of the token after each."""
     mask_BL: Tensor
     """Which positions of the cache are a row's own."""
+    shift_B: Tensor
+    """How far the positions of the tokens that follow are from the numbers of tokens before them: 0, except where a
+    model counts pictures in two dimensions."""
 
 
 def decode(
@@ -235,7 +245,7 @@ def decode(
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
     ends = torch.tensor(loaded.end_token_ids, device=device)
     cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    position_B = mask_BL.sum(1)
+    position_B = mask_BL.sum(1) + rows.shift_B
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
@@ -243,14 +253,15 @@ def decode(
     alive = torch.arange(count, device=device)  # which sample each row of the batch is
     for t in range(limit):
         uniform_B = None if uniforms is None else uniforms[alive.cpu(), t]
-        token_B, logp_B = choose(logits_BV.float(), sampling, uniform_B)
+        logits_BV = logits_BV.float() if loaded.pictures is None else loaded.pictures.allowed(logits_BV.float())
+        token_B, logp_B = choose(logits_BV, sampling, uniform_B)
         tokens[alive, t], logps[alive, t] = token_B, logp_B
         done_B = torch.isin(token_B, ends) | _at_next_turn(loaded, tokens[alive, : t + 1])
         lengths[alive[done_B]], ended[alive[done_B]] = t + 1, True
         leaving_B = done_B if t < limit - 1 else torch.ones_like(done_B)
         if leave is not None and leaving_B.any():
             left = leaving_B.nonzero()[:, 0]
-            leave(ReadRows(cache, logits_BV, mask_BL), left.tolist(), alive[left].tolist())
+            leave(ReadRows(cache, logits_BV, mask_BL, position_B - mask_BL.sum(1)), left.tolist(), alive[left].tolist())
         if leaving_B.all():
             break
         if done_B.any():  # finished rows leave the batch
@@ -294,12 +305,15 @@ def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
     Equal prompts are computed once, as is a prefix that all share. The rest is left-padded.
     """
     model, device = loaded.model, loaded.device
-    rows = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    keys = [(tuple(prompt), pictures_in(prompt)) for prompt in prompts]
+    unique = dict(zip(keys, prompts, strict=True))
+    rows = [ids for ids, _ in unique]
     cache = DynamicCache(config=model.config.get_text_config())
     common = min(common_prefix_length(min(rows), row) for row in rows) if len(rows) > 1 else 0
     # The padding then follows the prefix. A sliding window counts cache positions, so it must not span a gap.
     worth_it = common * (len(rows) - 1) > pass_tokens(device.type)
-    if not worth_it or any(cache.is_sliding) or not can_continue_cache(loaded):
+    pictured = any(pictures for _, pictures in unique)
+    if not worth_it or pictured or any(cache.is_sliding) or not can_continue_cache(loaded):
         common = 0
     if common:
         beginning = torch.tensor([min(rows)[:common]], device=device)
@@ -311,22 +325,24 @@ def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
         [[loaded.pad_token_id] * pad + list(row[common:]) for pad, row in zip(pads, rows, strict=True)], device=device
     )
     mask_BL = torch.tensor([[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads], device=device)
+    seen: dict[str, Tensor] = {}
+    if loaded.pictures is not None:
+        seen = loaded.pictures.inputs(list(unique.values()), ids_BL, pads, unwrap(model).dtype)
+    if not (seen and has_own_positions(model)):
+        seen["position_ids"] = (mask_BL.cumsum(1)[:, common:] - 1).clamp(min=0)
     logits_BV = model(
-        input_ids=ids_BL,
-        attention_mask=mask_BL,
-        position_ids=(mask_BL.cumsum(1)[:, common:] - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+        input_ids=ids_BL, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1, **seen
     ).logits[:, -1]
+    shift_B = torch.zeros_like(mask_BL[:, 0]) if "position_ids" in seen else position_shift(model)
     if not any(getattr(layer, "is_initialized", True) for layer in cache.layers):
         raise UserError(
             f"model {loaded.name!r}: does not support a key/value cache, which sampling needs; use another model"
         )
-    index_B = torch.tensor([rows[tuple(prompt)] for prompt in prompts], device=device)
+    places = {key: number for number, key in enumerate(unique)}
+    index_B = torch.tensor([places[key] for key in keys], device=device)
     if len(rows) < len(prompts):
         _keep_rows(cache, index_B)
-    return ReadRows(cache, logits_BV[index_B], mask_BL[index_B])
+    return ReadRows(cache, logits_BV[index_B], mask_BL[index_B], shift_B[index_B])
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:

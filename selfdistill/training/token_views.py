@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdistill.data import Demonstration, Example, as_transcript, speaker_of
+from selfdistill.data import Demonstration, Example, as_transcript, shown_text, speaker_of
 from selfdistill.loss import CHUNK_TOKENS, forward_kl
 from selfdistill.methods import Completion, play, rules_of
 from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, unsharded
@@ -61,7 +61,7 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
             views.append(
                 {
                     "row": row.demonstration.source,
-                    "prompt": row.demonstration.prompt[-1]["content"],
+                    "prompt": shown_text(row.demonstration.prompt[-1]["content"]),
                     "demonstration": _demonstration(row.demonstration),
                     "tokens": tokens,
                     "truncated": rollout.truncated,
@@ -97,7 +97,7 @@ def _greedy(trainer: Trainer, rows: Sequence[Example]) -> list[Completion]:
 
 def _demonstration(row: Demonstration) -> str:
     """What the teacher sees, as text."""
-    return row.privileged_context or (as_transcript(row.episode) if row.episode else row.completion)
+    return shown_text(row.privileged_context or (as_transcript(row.episode) if row.episode else row.completion))
 
 
 def _transcript(episode: Completion) -> dict[str, Any]:

@@ -373,6 +373,7 @@ def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str])
         demonstrations=len(trainer.stages[0].task.examples),
         fingerprint=trainer.fingerprint(),
         adapter=hasattr(model, "peft_config"),
+        pictures=trainer.loaded.pictures is not None,
         signs=signs,
     )
     advice = "free disk space, then continue with --resume, which needs a checkpoint (--save_steps)"
