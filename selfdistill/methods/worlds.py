@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from selfdistill.data import Demonstration, Message, as_row, one_line
+from selfdistill.data import Demonstration, Message, as_row, first_ten, one_line
 from selfdistill.environments import Environment, EnvironmentFactory, Step, make_environment
 from selfdistill.errors import UserError
 
@@ -48,8 +48,13 @@ def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
     anew.
 
     Raises:
-        UserError: an environment fails.
+        UserError: an environment fails, or rows have pictures, which are not read from turn to turn.
     """
+    if seen := [row.source for row in rows if row.images]:
+        raise UserError(
+            f"setting 'environment': {len(seen)} of {len(rows)} rows have pictures, and episodes are text alone "
+            f"({first_ten(seen)}); leave out the pictures or the environment"
+        )
     known = _firsts(name)
     rows = [row.unbegun if isinstance(row, EpisodeRow) else row for row in rows]
     blank = [_episode_row(row, [], ()) for row in rows]

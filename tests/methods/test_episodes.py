@@ -35,9 +35,9 @@ from torch import Tensor
 
 from selfdistill.config import EngineSettings, load_yaml
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, packaged
+from selfdistill.data import ChatFormat, Demonstration, Picture, load_demonstrations, packaged
 from selfdistill.errors import UserError
-from selfdistill.methods import stages_of, unused_settings
+from selfdistill.methods import begun, stages_of, unused_settings
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import LoadedModel, Rollout
 from selfdistill.training.memory import MemoryPlanner
@@ -416,6 +416,12 @@ def test_an_environment_that_cannot_be_closed_changes_nothing(talks: Settings) -
     train(other)
     assert metrics_of(config) == metrics_of(other)
     assert tiny_worlds.BreaksAtEnd.open == 0
+
+
+def test_rows_with_pictures_are_refused() -> None:
+    rows = [Demonstration("Look.", "a kettle", source="a:1", images=(Picture("0" * 64),)), Demonstration("Say.", "so")]
+    with pytest.raises(UserError, match=r"1 of 2 rows have pictures, and episodes are text alone \(a:1\)"):
+        begun(TALK, rows)
 
 
 def test_a_method_that_needs_rewards_says_that_there_are_none(talks: Settings) -> None:
