@@ -70,6 +70,13 @@ def episodes_of(run: Trainer, count: int = 6) -> list[Completion]:
         return list(run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:count], 1))
 
 
+def evaluations_of(config: TrainConfig) -> list[dict[str, float]]:
+    """The means of each evaluation of a run."""
+    lines = (Path(config.output_dir) / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+    means = ("accuracy", "episode/reward", "episode/turns", "episode/invalid_calls", "completion/length", "kl_base")
+    return [{key: json.loads(line)[key] for key in means} for line in lines]
+
+
 def own_of(values_T: Tensor, completion: Completion) -> Tensor:
     """The values at the student's own tokens."""
     is_own = [not any(start <= t < end for start, end in completion.given) for t in range(len(completion.ids))]
@@ -329,9 +336,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(talks: Settings) -> None:
     ids=["sdft", "grpo", "sharded"],
 )
 def test_two_processes_train_to_the_weights_of_one(talks: Settings, tmp_path: Path, values: dict[str, Any]) -> None:
+    values = values | {"test": talks().data}
     one, two = talks("one", **values | {"fsdp": False}), talks("two", **values)
     train(one)
     train_together(two, tmp_path)
+    for a, b in zip(evaluations_of(one), evaluations_of(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
