@@ -1,6 +1,6 @@
 """All settings, with their defaults, units and sources."""
 
-from selfdistill.config.base import EngineSettings, ModelSettings, Settings, closest
+from selfdistill.config.base import EngineSettings, EpisodeSettings, ModelSettings, Settings, TaskSettings, closest
 from selfdistill.config.commands import (
     AskConfig,
     CheckConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "CompareConfig",
     "DemoConfig",
     "EngineSettings",
+    "EpisodeSettings",
     "EvalConfig",
     "ExportConfig",
     "LearnConfig",
@@ -40,6 +41,7 @@ __all__ = [
     "QuestionsConfig",
     "ReportConfig",
     "Settings",
+    "TaskSettings",
     "TrainConfig",
     "TrainingSettings",
     "changes",

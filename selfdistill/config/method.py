@@ -12,7 +12,7 @@ from pydantic import (
     field_validator,
 )
 
-from selfdistill.config.base import Settings
+from selfdistill.config.base import EpisodeSettings
 
 MethodName = Literal[
     "sdft",
@@ -50,7 +50,7 @@ SHORTEST = "shortest"
 """The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 
 
-class MethodSettings(Settings):
+class MethodSettings(EpisodeSettings):
     """What methods read to fill their slots. A method uses the settings that it reads, and no others."""
 
     context: str = "auto"
@@ -68,15 +68,6 @@ class MethodSettings(Settings):
     num_generations: int | None = Field(default=None, ge=1)
     """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo`` and its
     relatives, for each group of ``pope``."""
-    environment: str = "none"
-    """What answers the student's replies until the episode ends, e.g. ``bundled:shop`` or
-    ``python:package.module.Class``. Its tools are shown, and the whole episode is learnt. For methods that learn from
-    the student's own samples (docs/agents.md)."""
-    max_turns: int = Field(default=8, ge=1)
-    """Replies of an episode; then it is cut."""
-    max_episode_length: int | None = Field(default=None, ge=1)
-    """Tokens of an episode after its prompt, replies and observations together. It is cut where a further reply of
-    ``max_completion_length`` might not fit. Default: four times that, as most turns are short calls."""
     cold_start_steps: int = Field(default=0, ge=0)
     """Initial steps of ``sdft`` in which demonstrations replace rollouts, all at first, then ever fewer. For a model
     whose own samples never come close to the demonstration."""
@@ -131,12 +122,6 @@ class MethodSettings(Settings):
     def _as_written(cls, value: dict[str, Any]) -> dict[str, Any]:
         """Tuples as lists, as files hold them."""
         return {name: list(own) if isinstance(own, tuple) else own for name, own in value.items()}
-
-    @field_validator("environment", mode="before")
-    @classmethod
-    def _environment(cls, value: Any) -> Any:
-        """None is ``none``."""
-        return "none" if value is None else value
 
     @field_validator("hint", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from pydantic import (
     Field,
 )
 
-from selfdistill.config.base import ModelSettings, QuestionSettings
+from selfdistill.config.base import ModelSettings, QuestionSettings, TaskSettings
 from selfdistill.config.method import SCORED_METHODS, MethodName, MethodSettings
 from selfdistill.errors import UserError
 
@@ -17,8 +17,6 @@ Precision = Literal["auto", "no", "bf16"]
 
 OPEN = ("gradient_accumulation_steps", "gradient_checkpointing")
 """Settings that the plan of memory chooses where they are not given; they change nothing in the result."""
-EPISODE_REPLIES = 4
-"""Replies of the greatest length that an episode has room for by default."""
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
 """Defaults of ``learning_rate``, with full fine-tuning and with LoRA."""
 
@@ -45,7 +43,7 @@ class OneRun(ModelSettings):
     """Random seed for data order, contexts and sampling."""
 
 
-class TrainingSettings(MethodSettings, ModelSettings):
+class TrainingSettings(MethodSettings, TaskSettings):
     """Settings shared by ``train`` and ``compare``."""
 
     output_dir: str
@@ -131,13 +129,6 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """Tracker for the metrics and the scores on ``test``; its package must be installed. wandb uploads them."""
 
     @property
-    def longest_completion(self) -> int:
-        """Most tokens after a prompt that are learnt: of a reply, or with an environment of an episode."""
-        if self.environment == "none":
-            return self.max_completion_length
-        return self.max_episode_length or EPISODE_REPLIES * self.max_completion_length
-
-    @property
     def micro_batches(self) -> int:
         """Most micro-batches per optimizer step."""
         return self.gradient_accumulation_steps or 1
@@ -148,11 +139,6 @@ class TrainingSettings(MethodSettings, ModelSettings):
             raise UserError(
                 f"setting 'gradient_accumulation_steps': {self.micro_batches} does not divide "
                 f"batch_size {self.batch_size}"
-            )
-        if self.longest_completion < self.max_completion_length:
-            raise UserError(
-                f"setting 'max_episode_length': found {self.longest_completion}, expected at least "
-                f"max_completion_length, {self.max_completion_length}, the tokens of one reply"
             )
         measured = self.test is not None or getattr(self, "documents", None)
         if not measured and (self.prior is not None or self.eval_steps):
@@ -194,8 +180,8 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     """Settings of ``selfdistill train``. The resolved settings are saved as ``config.yaml`` in ``output_dir``."""
 
     data: str = ""
-    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set or a
-    hub name."""
+    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set,
+    a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     documents: str | None = None
     """Documents, in place of ``data``. Questions about them are generated first, as in ``selfdistill questions``, and
     saved in the folder ``<output_dir>-questions``."""

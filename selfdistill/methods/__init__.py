@@ -21,7 +21,7 @@ from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import verdicts_on
-from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, play, rules_of, with_environment
+from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
@@ -47,6 +47,7 @@ __all__ = [
     "State",
     "begun",
     "check_steps",
+    "episode_rules",
     "lacks_of",
     "play",
     "rules_of",
