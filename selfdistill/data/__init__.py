@@ -35,7 +35,16 @@ from selfdistill.data.images import (
     pictures_in,
     shown_text,
 )
-from selfdistill.data.messages import Message, Turns, as_transcript, not_object, speaker_of, text_of, wrong
+from selfdistill.data.messages import (
+    Message,
+    Turns,
+    as_transcript,
+    not_object,
+    speaker_of,
+    text_of,
+    text_of_reply,
+    wrong,
+)
 from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, from_text, join_surrogates, one_line, repeated_key
@@ -130,6 +139,7 @@ __all__ = [
     "shown_text",
     "speaker_of",
     "text_of",
+    "text_of_reply",
     "thought_and_said",
     "verdict",
     "verdicts",

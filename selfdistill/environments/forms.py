@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from selfdistill.data import Message, Verdict, as_verdict
+from selfdistill.data import Message, Verdict, as_verdict, text_of_reply
 from selfdistill.environments.hosted import NOTHING, Hosted, as_messages, copied
 from selfdistill.environments.protocol import Environment, Step
 from selfdistill.environments.runner import ToolRunner
@@ -36,6 +36,8 @@ class OwnClass:
         step = self._host.attempt("step", lambda: self._host.object.step(copied(message)))
         if not isinstance(step, Step):
             raise self._host.mistake(f"step returned {step!r:.60}, expected a Step")
+        if step.reward is not None and not step.done:
+            raise self._host.mistake("step returned a reward and not the end, expected it with the end alone")
         if step.reward is not None:
             as_verdict(step.reward, f"environment {self._host.name!r}: step")
         observations = () if step.done else tuple(as_messages(list(step.observations)))
@@ -94,7 +96,7 @@ class ToolClass:
 
 
 class StepClass:
-    """A class in the form of Gymnasium or OpenEnv: ``step`` takes the model's reply as text.
+    """A class in the form of Gymnasium or OpenEnv: ``step`` takes the model's reply as text, calls in it as lines.
 
     ``reset`` may take ``seed`` (the same for every episode of a row) and ``options`` (the row). It returns the first
     observation, alone, with a dict of information, or as an object's ``observation``. ``step`` returns (observation,
@@ -120,8 +122,8 @@ class StepClass:
 
     def step(self, message: Message) -> Step:
         """The object's step; one that fails ends the episode with reward 0."""
-        returned = self._host.attempt("step", lambda: self._host.object.step(message["content"]))
-        if isinstance(returned, Step):
+        returned = self._host.attempt("step", lambda: self._host.object.step(text_of_reply(message)))
+        if isinstance(returned, Step) and returned.failed:
             return returned
         observation, reward, done = self._parts(returned)
         self._sum += reward or 0.0
@@ -129,7 +131,8 @@ class StepClass:
         if not done:
             return Step(observations or (NOTHING,))
         who = f"environment {self._host.name!r}: the sum of the episode's rewards, which step"
-        return Step((), True, as_verdict(self._sum, who).reward, "\n".join(one["content"] for one in observations))
+        total = round(self._sum, 9)  # ten steps of 0.1 are 1
+        return Step((), True, as_verdict(total, who).reward, "\n".join(one["content"] for one in observations))
 
     def close(self) -> None:
         """Close the object and its thread."""
@@ -140,6 +143,8 @@ class StepClass:
         if isinstance(returned, tuple) and len(returned) in (4, 5):
             observation, reward, *ends = returned[:-1]
             done = any(ends)
+        elif isinstance(returned, Step):
+            raise self._host.mistake("step returned a Step, which takes a class with tools and close, too; add them")
         elif hasattr(returned, "reward") and hasattr(returned, "done"):
             observation = getattr(returned, "observation", None)
             reward, done = returned.reward, bool(returned.done)

@@ -104,6 +104,8 @@ OWN = """
                 return Step()
             if message["content"] == "long":
                 return Step(({"role": "user", "content": "\\x1b" + "x" * 3000},))
+            if message["content"] == "early":
+                return Step(({"role": "user", "content": "Well."},), reward=1.0)
             if message["content"] == "much":
                 return Step(done=True, reward=3.0)
             if message["content"] == str(self.answer):
@@ -152,6 +154,8 @@ def test_what_a_class_may_not_return_is_the_users_mistake(make: Make) -> None:
         environment.step(said("much"))
     with pytest.raises(UserError, match="step returned no observations and not the end"):
         environment.step(said("mute"))
+    with pytest.raises(UserError, match="step returned a reward and not the end"):
+        environment.step(said("early"))
     environment = make(OWN.replace("return [{", "return 'Go.' or [{"))()
     with pytest.raises(UserError, match=r"reset returned 'Go\.', expected a list of messages"):
         environment.reset(ROW)
@@ -350,14 +354,37 @@ def test_an_openenv_class_returns_objects(make: Make) -> None:
     [
         ("'text'", r"step returned 'text', expected \(observation, reward, terminated, truncated, info\) or"),
         ("('a', 3.0, True, False, {})", "the sum of the episode's rewards, which step returned 3.0, expected"),
+        (
+            "Step(done=True, reward=3.0)",
+            "step returned a Step, which takes a class with tools and close, too; add them",
+        ),
         ("('a', float('nan'), True, {})", "the sum of the episode's rewards, which step returned nan, expected"),
     ],
 )
 def test_what_step_may_not_return_is_the_users_mistake(make: Make, returned: str, problem: str) -> None:
-    environment = make(f"class World:\n    def reset(self): return ''\n    def step(self, a): return {returned}")()
+    imported = "from selfdistill.environments import Step\n"
+    body = f"class World:\n    def reset(self): return ''\n    def step(self, a): return {returned}"
+    environment = make(imported + body)()
     assert environment.reset(ROW) == []
     with pytest.raises(UserError, match=problem):
         environment.step(said("go"))
+
+
+@pytest.mark.parametrize("steps", [3, 6, 9, 10])
+def test_rewards_of_equal_steps_add_up_to_one(make: Make, steps: int) -> None:
+    body = f"    def step(self, a): return 'b', 1 / {steps}, a == 'end', False, {{}}"
+    environment = make("class World:\n    def reset(self): return 'a'\n" + body)()
+    environment.reset(ROW)
+    for _ in range(steps - 1):
+        environment.step(said("go"))
+    assert environment.step(said("end")).reward == 1
+
+
+def test_a_gymnasium_class_reads_calls_in_a_reply_as_lines(make: Make) -> None:
+    environment = make("class World:\n    def reset(self): return 'a'\n    def step(self, a): return a, 0, False, {}")()
+    environment.reset(ROW)
+    (heard,) = environment.step(said("North.", ("go", {"far": 2}))).observations
+    assert heard["content"] == 'North.\nAction: go\nAction Input: {"far": 2}'
 
 
 def test_a_gymnasium_step_that_fails_ends_the_episode(make: Make) -> None:
