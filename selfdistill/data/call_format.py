@@ -107,7 +107,7 @@ class CallFormat:
         start = self._first(text)
         if start is None:
             return text, []
-        content, calls, at = text[:start].rstrip(), [], start
+        said, calls, at = [text[:start].rstrip()], [], start
         while True:
             found, at = self._one(text, at)
             calls += found
@@ -116,11 +116,12 @@ class CallFormat:
             if self.between.strip() and rest.startswith(self.between.strip()):
                 at += len(self.between.strip())
             elif self.begin.strip() and (again := text.find(self.begin.strip(), at)) >= 0:
+                said.append(text[at:again].removeprefix(self.end.strip()).strip())
                 at = again + len(self.begin.strip())
             elif not (self.between and not self.between.strip() and rest.startswith("{")):
                 break
-        rest = rest.removeprefix(self.end.strip()).strip()
-        return "\n".join(filter(None, [content, rest])), calls
+        said.append(rest.removeprefix(self.end.strip()).strip())
+        return "\n".join(filter(None, said)), calls
 
     def _first(self, text: str) -> int | None:
         """Where the first call begins; None if there is none."""
@@ -326,5 +327,6 @@ def read_text(text: str) -> tuple[str, list[dict[str, Any]]]:
     if not found:
         return text, []
     calls = [_call(name, value, {}) for name, value, _, _ in found]
-    first, last = found[0][2], found[-1][3]
-    return "\n".join(filter(None, [text[:first].strip(), text[last:].strip()])), calls
+    starts, ends = [start for *_, start, _ in found], [end for *_, end in found]
+    said = [text[end:start].strip() for end, start in zip([0, *ends], [*starts, len(text)], strict=True)]
+    return "\n".join(filter(None, said)), calls

@@ -284,6 +284,18 @@ def test_other_spellings_of_a_call_are_read(reply: str) -> None:
     assert chat.message_of(chat.encode_completion(reply)) == calls(CITY)
 
 
+@each
+def test_what_is_said_between_calls_is_content(template: ToolTemplate) -> None:
+    chat = chat_of(template)
+    written = chat.tokenizer.decode(chat.encode_reply(calls(CITY), OPTIONS)[:-1])
+    call = written.rpartition("</think>")[2].strip()  # Qwen 3 writes an empty thought first
+    found = chat.message_of(chat.encode_completion(f"First.\n{call}\nThen.\n{call}\nLast."))
+    if template.name == "llama3_1":  # which has one call, at the end of a reply
+        assert found["content"].startswith("First.\nThen.\n")
+    else:
+        assert found == calls(CITY, CITY, content="First.\nThen.\nLast.")
+
+
 def test_a_thought_that_the_prompt_opened_is_part_of_the_message() -> None:
     template = TOOL_TEMPLATES[2]
     opened = template.text.replace("assistant\n' }}{%- endif %}\n", "assistant\n<think>\n' }}{%- endif %}\n")
