@@ -158,7 +158,11 @@ class ChatFormat:
         return [*self._texts.mixed(turn.prompt, lead + shown + tail, hidden), self.end_token_id]
 
     def encode_between(
-        self, before: Sequence[Message], observations: Sequence[Message], options: Mapping[str, Any] | None = None
+        self,
+        before: Sequence[Message],
+        observations: Sequence[Message],
+        options: Mapping[str, Any] | None = None,
+        sampled: Sequence[int] = (),
     ) -> list[int]:
         """Token ids from the end token of a reply to the next reply: the observations and the start of that turn.
 
@@ -169,6 +173,8 @@ class ChatFormat:
             before: the chat, which ends with the reply.
             observations: what follows it: tool messages or user turns.
             options: as in :meth:`render`.
+            sampled: the reply's ids, if they were sampled. In the plain-text layout they may end with the beginning of
+                the next turn in place of an end token; it is then not written twice.
 
         Raises:
             TemplateRefusal: the template rejects the chat, or does not tell where the reply ends.
@@ -176,7 +182,10 @@ class ChatFormat:
         end = str(self.tokenizer.convert_ids_to_tokens(self.end_token_id))
         if not self.tokenizer.chat_template:
             text, hidden, _ = self._rendered(observations, {})
-            return self._texts.mixed(end, f"\n\n{text}", hidden)
+            text = f"\n\n{text}"
+            if sampled and sampled[-1] not in self._ends:
+                return self._texts.mixed(NEXT_TURN, text.removeprefix(NEXT_TURN), hidden)
+            return self._texts.mixed(end, text, hidden)
         chat, given = self._prepared([*before, *observations], options or {})
         first = len(chat) - len(observations)
         text, hidden, _ = self._rendered(chat, given, checked=first)

@@ -205,7 +205,7 @@ class _Table:
         row = episode.example.demonstration
         before = [*row.prompt, *episode.messages, message]
         try:
-            ids = tuple(self.chat.encode_between(before, step.observations, row.template_options))
+            ids = tuple(self.chat.encode_between(before, step.observations, row.template_options, rollout.ids))
         except TemplateRefusal as error:
             return _Answer(message, step, cut=f"the episode was cut, for {error}")
         if len(episode.ids) + len(rollout.ids) + len(ids) + limit > self.rules.max_length:

@@ -478,7 +478,7 @@ def test_an_expert_with_an_engine_calls_tools_and_succeeds(
     for example in run.stage.task.examples[:12]:
         row = example.demonstration
         expert = Expert(run.chat, row)
-        monkeypatch.setattr("selfdistill.model.episode_sampling.engine_for", lambda _, expert=expert: expert)
+        monkeypatch.setattr("selfdistill.model.sampling.engine_for", lambda _, expert=expert: expert)
         (completion,) = run.stage.task.method.sequence(run.loaded, [example], 0)
         assert completion.verdict is not None
         assert completion.verdict.reward == 1, completion
@@ -489,3 +489,21 @@ def test_an_expert_with_an_engine_calls_tools_and_succeeds(
         assert expert.asked[-1] == example.student_ids + completion.ids[: completion.given[-1][1]]
         assert set(completion.logps or []) == {-0.5, 0.0}
         assert (completion.ids, completion.given) == (example.completion_ids, example.given)  # as SFT learns it
+
+
+def test_a_base_models_reply_that_begins_the_next_turn_is_followed_by_the_rest_of_it(
+    talks: Settings, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Trainer(talks(model=str(model_folder(template=None, room=1024))))
+    run.loaded.engine = EngineSettings(engine="vllm")
+    ids = run.chat.encode_text(" Hello.\n\nUser:")
+    engine = Expert(run.chat, run.stage.task.examples[0].demonstration)
+    monkeypatch.setattr(
+        engine, "sample", lambda _, prompts, *__: [Rollout(ids, [-0.5] * len(ids), False)] * len(prompts)
+    )
+    monkeypatch.setattr("selfdistill.model.sampling.engine_for", lambda _: engine)
+    for c in episodes_of(run):
+        turns = [" Hello.\n\nUser:"] * c.turns
+        between = [f" {m['content']}\n\nAssistant:" for m in c.messages if m["role"] == "user"]
+        assert run.chat.tokenizer.decode(c.ids) == "".join(map("".join, zip(turns, [*between, ""], strict=True)))
+        assert {m["content"] for m in c.messages if m["role"] == "assistant"} == {"Hello."}
