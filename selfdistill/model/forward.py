@@ -1,8 +1,8 @@
 """The forward pass: from context and completion ids to the hidden states that predict the completion tokens.
 
 Sampled ids are scored as they are, without retokenisation. Sequences are right-padded, where causal attention never
-looks, so no attention mask is needed but for cached contexts of different lengths. Up to rounding, a sequence's results
-do not depend on the batch.
+looks, so no attention mask or position ids are needed; only cached contexts of different lengths need them. Up to
+rounding, a sequence's results do not depend on the batch.
 
 Legend: B sequences, L padded length of context plus completion, T completion tokens, N completion tokens of all
 sequences without padding, D hidden size, V vocabulary.
@@ -195,15 +195,12 @@ def _last_hidden(
         seen: inputs for the pictures.
     """
     places: dict[str, Tensor] = {}
-    if cache is not None:  # left to itself, a model that has seen pictures shifts what follows a cache
-        done, new = cache.get_seq_length(), ids_BL.shape[1]
-        position_1L = torch.arange(done, done + new, device=ids_BL.device)[None]
-        places["position_ids"] = position_1L.expand(len(ids_BL), -1)
-        if filled_B is not None:
-            places["position_ids"] = position_1L - done + filled_B[:, None]
-            mask_BL = torch.arange(done, device=filled_B.device) >= done - filled_B[:, None]
-            own_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-            places["attention_mask"] = torch.cat([mask_BL, own_BL], dim=1).long()
+    if cache is not None and filled_B is not None:
+        width = cache.get_seq_length()
+        mask_BL = torch.arange(width, device=filled_B.device) >= width - filled_B[:, None]
+        own_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+        position_BL = filled_B[:, None] + torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        places = {"attention_mask": torch.cat([mask_BL, own_BL], dim=1).long(), "position_ids": position_BL}
     return body(
         input_ids=ids_BL, past_key_values=cache, use_cache=cache is not None, **places, **seen
     ).last_hidden_state

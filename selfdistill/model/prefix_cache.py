@@ -239,8 +239,7 @@ def _read(body: Any, config: Any, rows: Sequence[Sequence[int]], before: States)
         cache.update(keys_HLC.expand(len(rows), -1, -1, -1), values_HLC.expand(len(rows), -1, -1, -1), layer)
     done, width, device = cache.get_seq_length(), max(map(len, rows)), next(body.parameters()).device
     ids_BL = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    position_BL = torch.arange(done, done + width, device=device).expand(len(rows), -1)
-    body(input_ids=ids_BL, position_ids=position_BL, past_key_values=cache, use_cache=True)
+    body(input_ids=ids_BL, past_key_values=cache, use_cache=True)
     layers: Any = cache.layers
 
     def own(states_BHLC: Tensor, row: int) -> Tensor:

@@ -6,13 +6,12 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import gradients, largest_difference
-from picture_models import ALL, COLOURS, FAMILIES, WITH_TORCHVISION, PictureFamily, byte_tokenizer, drawn, is_vision
+from picture_models import ALL, COLOURS, FAMILIES, PictureFamily, drawn, is_vision
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -254,31 +253,3 @@ def test_a_picture_is_decoded_again_from_its_file(folder_of: Folder, tmp_path: P
     Image.new("RGB", (8, 8)).save(path)
     with pytest.raises(UserError, match=r"a\.png: cannot be read again \(its bytes have changed\); restore it"):
         loaded.chat().encode_prompt(made[0].prompt, None, {made[0].images[0].digest: made[0].images[0]})
-
-
-@pytest.mark.parametrize("family", WITH_TORCHVISION, ids=lambda family: family.name)
-def test_texts_are_scored_as_before_the_model_saw_a_picture(family: PictureFamily) -> None:
-    """Models with positions in two dimensions remember those of their last picture."""
-    tokenizer = byte_tokenizer(template=None)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(family.special)})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = family.model(SimpleNamespace(tokenizer=tokenizer)).eval()
-        pixels = torch.randn(16, 384)
-    loaded = LoadedModel(model, tokenizer, family.name, (257,), 258, window=None)
-    contexts = [[*range(40), *range(200), last] for last in (1, 2, 3)]  # their beginning is read once
-    token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    ids_BL = torch.tensor([[1, *[token] * 4, 2]])
-    picture = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
-
-    def scored() -> Tensor:
-        forward_pass = ForwardPass(loaded)
-        kept = forward_pass.keep(contexts, 2**28)
-        assert kept is not None
-        both = [forward_pass(model, contexts, [[7, 8]] * 3, cache).hidden_ND for cache in (None, kept)]
-        return torch.cat(both)
-
-    with torch.no_grad():
-        before = scored()
-        model(input_ids=ids_BL, mm_token_type_ids=(ids_BL == token).long(), **picture)
-        assert torch.equal(scored(), before)
