@@ -126,3 +126,10 @@ class Lies(Talk):
 
     def step(self, message: Message) -> Step:
         return super().step(message) if self.turn < 1 else "done"  # type: ignore[return-value]
+
+
+class Narrates(Talk):
+    """Speaks in a role that chat templates do not know."""
+
+    def step(self, message: Message) -> Step:
+        return Step(({"role": "narrator", "content": "Meanwhile."},))

@@ -34,7 +34,7 @@ class EpisodeRules:
     max_length: int
     """Tokens of replies and observations together."""
     told: list[str] = field(default_factory=list, compare=False)
-    """What was said of failed steps: the first alone, for a run may have thousands."""
+    """What was said of such failures: the first alone, for a run may have thousands."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class _Answer:
     """Of the observations up to the next reply; None if there is no next."""
     cut: str = ""
     """Why the episode ends here without being done."""
+    failure: str = ""
+    """What failed that is not the task: the environment's step, or the chat template."""
 
 
 @dataclass
@@ -163,12 +165,10 @@ def play(
 
 
 def _tell_failure(rules: EpisodeRules, example: Example, answer: _Answer, turn: int) -> None:
-    """Say that a step has failed, once: only the rewards would show it."""
-    step = answer.step
-    if step is None or not step.failed or rules.told:
+    """Say, once, that an episode ended for what is not the task: only the rewards would show it."""
+    if not answer.failure or rules.told:
         return
-    where = f"{example.demonstration.source}, at turn {turn}"
-    rules.told.append(f"{where}: environment {rules.environment!r}: {step.feedback}; the episode has reward 0")
+    rules.told.append(f"{example.demonstration.source}, at turn {turn}: {answer.failure}; the episode has reward 0")
     say_note(rules.told[0])
 
 
@@ -199,7 +199,8 @@ class _Table:
         if step is None:
             return _Answer(message, cut=f"the reply was cut after {limit} tokens")
         if step.done:
-            return _Answer(message, step)
+            failure = f"environment {self.rules.environment!r}: {step.feedback}" if step.failed else ""
+            return _Answer(message, step, failure=failure)
         if turn == self.rules.max_turns:
             return _Answer(message, step, cut=f"the episode was cut after {turn} turns")
         row = episode.example.demonstration
@@ -207,7 +208,7 @@ class _Table:
         try:
             ids = tuple(self.chat.encode_between(before, step.observations, row.template_options, rollout.ids))
         except TemplateRefusal as error:
-            return _Answer(message, step, cut=f"the episode was cut, for {error}")
+            return _Answer(message, step, cut=f"the episode was cut, for {error}", failure=str(error))
         if len(episode.ids) + len(rollout.ids) + len(ids) + limit > self.rules.max_length:
             return _Answer(message, step, cut=f"the episode was cut near {self.rules.max_length} tokens")
         return _Answer(message, step, ids)

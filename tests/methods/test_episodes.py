@@ -438,6 +438,19 @@ def test_the_first_step_that_fails_is_noted_with_its_row(talks: Settings, capsys
         assert re.fullmatch(rf".*talks.jsonl:\d, at turn 1: {failed}; the episode has reward 0", notes[0])
 
 
+def test_the_first_episode_that_a_template_refuses_is_noted_with_its_row(
+    talks: Settings, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    strict = "{% for m in messages if m.role == 'narrator' %}{{ raise_exception('no narrators') }}{% endfor %}" + CHATML
+    model = str(model_folder(template=strict, ends=ENDS))
+    config = talks(model=model, environment="python:tiny_worlds.Narrates")
+    train(config)
+    notes = re.findall(r"note: (.* has reward 0)", capsys.readouterr().err)
+    assert len(notes) == 1
+    assert re.match(r".*talks.jsonl:\d, at turn 1: the chat template rejects the roles .*: no narrators;", notes[0])
+    assert all(line["completion/truncated"] == 1 for line in metrics_of(config))
+
+
 def test_rows_with_pictures_are_refused() -> None:
     rows = [Demonstration("Look.", "a kettle", source="a:1", images=(Picture("0" * 64),)), Demonstration("Say.", "so")]
     with pytest.raises(UserError, match=r"1 of 2 rows have pictures, and episodes are text alone \(a:1\)"):
