@@ -19,6 +19,9 @@ SETUP_LIMIT = 300.0
 NOTHING: Message = {"role": "user", "content": "(nothing)"}
 """The observation where there is none and the episode goes on."""
 
+_KEYS = ("role", "content", "name", "tool_call_id")
+"""What a message of an environment may have."""
+
 
 class Hosted:
     """A user's object in a thread of its own.
@@ -102,7 +105,13 @@ def as_messages(returned: Any, role: str = "user") -> list[Message]:
 
 
 def _message(given: Mapping[str, Any]) -> Message:
-    """A message as models read it: its text cleaned and cut."""
+    """A message as models read it: its text cleaned and cut.
+
+    Raises:
+        UserError: it holds something else, which would be lost.
+    """
+    if others := [key for key, value in given.items() if value and key not in _KEYS]:
+        raise UserError(f"a message has the key {others[0]!r}, expected only {', '.join(_KEYS)}")
     content = given.get("content")
     kept = {key: str(given[key]) for key in ("name", "tool_call_id") if given.get(key)}
     return {"role": str(given["role"]), **kept, "content": as_text("" if content is None else content, MOST_CHARACTERS)}

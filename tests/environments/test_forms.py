@@ -159,6 +159,9 @@ def test_what_a_class_may_not_return_is_the_users_mistake(make: Make) -> None:
     environment = make(OWN.replace("return [{", "return 'Go.' or [{"))()
     with pytest.raises(UserError, match=r"reset returned 'Go\.', expected a list of messages"):
         environment.reset(ROW)
+    environment = make(OWN.replace('"content": "Go.', '"tool_calls": [1], "content": "Go.'))()
+    with pytest.raises(UserError, match="a message has the key 'tool_calls', expected only role, content, name"):
+        environment.reset(dict(ROW))
     with pytest.raises(UserError, match="reset failed: KeyError: 'answer'"):
         environment.reset({"prompt": "a"})
 

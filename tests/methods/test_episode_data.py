@@ -154,8 +154,6 @@ def test_sdft_learns_each_reply_after_the_conversation_so_far(
 def test_methods_train_on_episodes(
     of_episodes: Callable[..., TrainConfig], method: str, options: dict[str, Any]
 ) -> None:
-    if options.get("context") == "document":
-        options = options | {"context": "document:show=answer"}
     config = of_episodes(method=method, max_steps=2, **options)
     train(config)
     assert len(metrics_of(config)) == 2
