@@ -138,13 +138,7 @@ class Worlds:
 
         def step(number: int, message: Message) -> Step:
             world, row = self._environments[number], self._rows[number]
-            found = self._guarded(lambda: world.step(message), row, f"at turn {turn}")
-            if not found.done and not found.observations:
-                raise UserError(
-                    f"{row.source}, at turn {turn}: environment {self._name!r} said nothing and is not done; return an "
-                    "observation or the end"
-                )
-            return found
+            return self._guarded(lambda: world.step(message), row, f"at turn {turn}")
 
         return list(self._pool.map(step, numbers, messages))
 
