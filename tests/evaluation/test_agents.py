@@ -235,7 +235,7 @@ def copies(
     data = str(write_rows([json.loads(line) for line in lines], name="shop.jsonl"))
     loaded = load(template=CHATML, room=8192)
     engine = Copies(loaded, examples_of(loaded, data, "bundled:shop"))
-    monkeypatch.setattr("selfdistill.model.episode_sampling.engine_for", lambda _: engine)
+    monkeypatch.setattr("selfdistill.model.sampling.engine_for", lambda _: engine)
     values = {"model": str(model_folder(template=CHATML, room=8192)), "data": data, "environment": "bundled:shop"}
     return values | {"engine": "vllm", "max_completion_length": 200, "max_episode_length": 2000}
 

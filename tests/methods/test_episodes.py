@@ -478,7 +478,7 @@ def test_an_expert_with_an_engine_calls_tools_and_succeeds(
     for example in run.stage.task.examples[:12]:
         row = example.demonstration
         expert = Expert(run.chat, row)
-        monkeypatch.setattr("selfdistill.model.episode_sampling.engine_for", lambda _, expert=expert: expert)
+        monkeypatch.setattr("selfdistill.model.sampling.engine_for", lambda _, expert=expert: expert)
         (completion,) = run.stage.task.method.sequence(run.loaded, [example], 0)
         assert completion.verdict is not None
         assert completion.verdict.reward == 1, completion
