@@ -48,6 +48,22 @@ class Talk:
             type(self).open -= 1
 
 
+class Scripted(Talk):
+    """Ends as the row's answer says, whatever it is told: turns, reward, invalid calls of each turn."""
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        self.turn, self.script = 0, row["answer"]
+        return []
+
+    def step(self, message: Message) -> Step:
+        self.turn += 1
+        invalid = self.script["invalid"]
+        if self.turn < self.script["turns"]:
+            return Step(({"role": "user", "content": f"turn {self.turn}"},), invalid_calls=invalid)
+        reward = self.script["reward"]
+        return Step(done=True, reward=reward, feedback=f"worth {reward}", invalid_calls=invalid)
+
+
 class Asks(Talk):
     """Has a tool, and says something first."""
 
@@ -89,6 +105,13 @@ class BreaksAtEnd(Talk):
     def close(self) -> None:
         super().close()
         raise OSError("still in use")
+
+
+class Breaks(Talk):
+    """Fails in every step."""
+
+    def step(self, message: Message) -> Step:
+        raise KeyError(f"no {message['role']}")
 
 
 class BreaksAtStart(Talk):

@@ -15,7 +15,15 @@ from selfdistill.data.demonstrations import (
     nothing_to_show,
     write_demonstrations,
 )
-from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
+from selfdistill.data.encoding import (
+    ContextEncoder,
+    Example,
+    NothingFits,
+    encode,
+    encode_prompts,
+    notes_on,
+    own_tokens,
+)
 from selfdistill.data.episodes import Replies
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
 from selfdistill.data.images import (
@@ -27,7 +35,7 @@ from selfdistill.data.images import (
     pictures_in,
     shown_text,
 )
-from selfdistill.data.messages import Message, Turns, not_object, text_of, wrong
+from selfdistill.data.messages import Message, Turns, as_transcript, not_object, speaker_of, text_of, wrong
 from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, from_text, join_surrogates, one_line, repeated_key
@@ -47,6 +55,7 @@ from selfdistill.data.scorers import (
     verdicts,
 )
 from selfdistill.data.sources import Note
+from selfdistill.data.template_columns import schema_of
 from selfdistill.data.words import includes, words_of
 
 __all__ = [
@@ -80,6 +89,7 @@ __all__ = [
     "Verdict",
     "anchor_prompts",
     "as_row",
+    "as_transcript",
     "as_verdict",
     "by_tests",
     "check_rows",
@@ -107,15 +117,18 @@ __all__ = [
     "nothing_to_score",
     "nothing_to_show",
     "one_line",
+    "own_tokens",
     "packaged",
     "parse_context",
     "pictures_in",
     "read_jsonl",
     "reference",
     "repeated_key",
+    "schema_of",
     "score",
     "scored_text",
     "shown_text",
+    "speaker_of",
     "text_of",
     "thought_and_said",
     "verdict",

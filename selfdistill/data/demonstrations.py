@@ -145,8 +145,8 @@ def load_demonstrations(
     Args:
         data: a ``.jsonl``, ``.json`` (a list of rows), ``.csv``, ``.tsv`` or ``.parquet`` file, the text also packed as
             ``.gz`` or ``.zst``; a folder of such files, read in name order; a folder written by ``datasets``
-            ``save_to_disk``; if there is no such path, the name of a hub data set; or in-memory rows: dicts,
-            demonstrations, a ``datasets.Dataset``.
+            ``save_to_disk``; if there is no such path, the name of a hub data set, or of a file of the package as in
+            ``bundled:shop.test.jsonl``; or in-memory rows: dicts, demonstrations, a ``datasets.Dataset``.
         completion_required: every row must have a completion. Otherwise it may be "".
         split: split of a folder or data set with several; None: ``test``, or the only one. Files and a single
             ``Dataset`` are read in full. A folder has splits where the names of its files, or of folders in it, tell

@@ -37,9 +37,22 @@ class Example:
     read and never a target."""
 
     @property
+    def is_own(self) -> list[bool]:
+        """Whether each token of the completion is the model's own."""
+        return own_tokens(len(self.completion_ids), self.given)
+
+    @property
     def learnt_tokens(self) -> int:
         """Tokens of the completion that are not given."""
-        return len(self.completion_ids) - sum(end - start for start, end in self.given)
+        return sum(self.is_own)
+
+
+def own_tokens(length: int, given: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each of so many tokens is outside of the given half-open spans."""
+    own = [True] * length
+    for start, end in given:
+        own[start:end] = [False] * (end - start)
+    return own
 
 
 class NothingFits(UserError):

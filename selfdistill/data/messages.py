@@ -210,6 +210,16 @@ def text_of_reply(message: Message) -> str:
     return "\n".join(filter(None, [message["content"], written(calls)]))
 
 
+def speaker_of(message: Message) -> str:
+    """Who says a message: its role, with a tool's name."""
+    return f"{message['role']} {message.get('name', '')}".strip()
+
+
+def as_transcript(messages: Sequence[Message]) -> str:
+    """Messages as one text, each after its speaker."""
+    return "\n".join(f"{speaker_of(message)}: {text_of_reply(message)}" for message in messages)
+
+
 def as_written(message: Message) -> Message:
     """The message as a file holds it: arguments as JSON text, in which null is kept."""
     if "tool_calls" not in message:

@@ -8,6 +8,7 @@ from typing import Any
 
 from selfdistill.data.messages import without_null, wrong
 from selfdistill.data.rows import from_text, one_line
+from selfdistill.errors import UserError
 
 _RESERVED = (
     *("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding"),
@@ -32,15 +33,27 @@ def tools_of(value: Any, problems: list[str]) -> list[dict[str, Any]] | None:
     return None
 
 
-def _schema(function: Callable[..., Any], problems: list[str]) -> dict[str, Any]:
-    """The function's schema as transformers' chat templates make it, from its type hints and docstring."""
+def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The function's JSON schema as transformers' chat templates make it, from its type hints and docstring.
+
+    Raises:
+        UserError: it has none; says why.
+    """
     from transformers.utils import get_json_schema
 
     try:
         return dict(get_json_schema(function))
-    except Exception as error:  # of its own kinds, which differ between versions
-        name = getattr(function, "__name__", "a function")
-        problems.append(f"column 'tools': function {name!r} has no schema: {one_line(error)}")
+    except Exception as error:  # of transformers' own kinds, which differ between versions, or a NameError of a hint
+        raise UserError(
+            f"no schema: {one_line(error)}; give each argument a type hint and a line under 'Args:'"
+        ) from error
+
+
+def _schema(function: Callable[..., Any], problems: list[str]) -> dict[str, Any]:
+    try:
+        return schema_of(function)
+    except UserError as error:
+        problems.append(f"column 'tools': function {getattr(function, '__name__', repr(function))!r}: {error}")
         return {}
 
 

@@ -67,9 +67,10 @@ class Hosted:
         try:
             return self.worker.call(function, self.time_limit)
         except Failed as failed:
-            return Step(done=True, reward=0.0, feedback=cleaned(f"{what} failed: {what_failed(failed)}", 300))
+            said = what_failed(failed)
         except Late as late:
-            return Step(done=True, reward=0.0, feedback=f"{what} failed: {late}")
+            said = str(late)
+        return Step(done=True, reward=0.0, feedback=cleaned(f"{what} failed: {said}", 300), failed=True)
 
     def mistake(self, problem: str) -> UserError:
         """The error that names the environment."""

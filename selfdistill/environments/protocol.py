@@ -23,6 +23,8 @@ class Step:
     """What the model may learn from a reward below 1; may be empty."""
     invalid_calls: int = 0
     """How many of the message's calls could not be run as they were written."""
+    failed: bool = False
+    """Whether the episode has ended because the environment failed; ``feedback`` says how."""
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from selfdistill.data import one_line
+from selfdistill.data import schema_of
 from selfdistill.errors import UserError
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -71,14 +71,10 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in _BY_NAME:
             raise UserError(f"tool {name}: argument {str(parameter)!r} cannot be given by name; name each argument")
-    from transformers.utils import get_json_schema
-
     try:
-        schema = get_json_schema(function)
-    except Exception as error:  # of transformers' own kinds, or a NameError of a hint
-        raise UserError(
-            f"tool {name}: no schema: {one_line(error)}; give each argument a type hint and a line under 'Args:'"
-        ) from error
+        schema = schema_of(function)
+    except UserError as error:
+        raise UserError(f"tool {name}: {error}") from error
     schema["function"].pop("return", None)  # says nothing that a model needs
     return Tool(function, schema)
 

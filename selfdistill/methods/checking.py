@@ -11,7 +11,7 @@ from selfdistill.runtime import gathered, rank_slice
 
 
 def verdicts_on(checker: Checker, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
-    """The verdict of each completion, the same on every rank; those that have one keep it.
+    """The verdict of each completion, the same on every rank. The checker sees only those that have none yet.
 
     Each rank checks its share: it takes less time, and a checker that is not exact says the same everywhere.
 
@@ -20,4 +20,4 @@ def verdicts_on(checker: Checker, completions: Sequence[Completion], chat: ChatF
     """
     unchecked = [one for one in completions if one.verdict is None]
     new = iter(gathered(lambda: checker(unchecked[rank_slice(len(unchecked))], chat)))
-    return [one.verdict or next(new) for one in completions]
+    return [next(new) if one.verdict is None else one.verdict for one in completions]

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from selfdistill.config import TrainConfig
+from selfdistill.config import TaskSettings, TrainConfig
 from selfdistill.data import ChatFormat, Example, Message, TemplateRefusal, Verdict
 from selfdistill.environments import Step
 from selfdistill.errors import UserError
-from selfdistill.methods.sequences import ColdStart, Completion, StudentSamples
+from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.sequences import ColdStart, Completion, DatasetCompletions, StudentSamples
 from selfdistill.methods.slots import Method
 from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of
 from selfdistill.model import LoadedModel, Rollout, Sampling, TurnSampler, sample_seed
-from selfdistill.runtime import gathered, rank_slice
+from selfdistill.runtime import gathered, rank_slice, say_note
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class EpisodeRules:
     """Replies of the student."""
     max_length: int
     """Tokens of replies and observations together."""
+    told: list[str] = field(default_factory=list, compare=False)
+    """What was said of failed steps: the first alone, for a run may have thousands."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,18 @@ def play(
             answers = gathered(partial(table.answers, episodes, mine, turn))
             for number, answer in zip(going, answers, strict=True):
                 episodes[number].take(rollouts[number], answer)
+                _tell_failure(rules, examples[number], answer, turn)
     return [episode.completion() for episode in episodes]
+
+
+def _tell_failure(rules: EpisodeRules, example: Example, answer: _Answer, turn: int) -> None:
+    """Say that a step has failed, once: only the rewards would show it."""
+    step = answer.step
+    if step is None or not step.failed or rules.told:
+        return
+    where = f"{example.demonstration.source}, at turn {turn}"
+    rules.told.append(f"{where}: environment {rules.environment!r}: {step.feedback}; the episode has reward 0")
+    say_note(rules.told[0])
 
 
 @dataclass(frozen=True)
@@ -219,34 +233,51 @@ class EpisodeSamples(StudentSamples):
 
 
 @dataclass(frozen=True)
-class EnvironmentVerdicts:
-    """The verdict of the episode's environment."""
+class NoVerdicts:
+    """The checker of episodes: the environment alone judges them, so one without its verdict is an error."""
 
     environment: str
 
     def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
-        found = []
-        for completion in completions:
-            if completion.verdict is None:
-                raise UserError(
-                    f"{completion.example.demonstration.source}: environment {self.environment!r} ended the episode "
-                    "without a reward, which the method learns from; give it one"
-                )
-            found.append(completion.verdict)
-        return found
+        if completions:
+            raise UserError(
+                f"{completions[0].example.demonstration.source}: environment {self.environment!r} ended the episode "
+                "without a reward, which the method learns from; give it one"
+            )
+        return []
+
+
+def episode_rules(config: TaskSettings) -> EpisodeRules | None:
+    """The rules of episodes that the settings define; None without an environment.
+
+    Raises:
+        UserError: there is no such environment.
+    """
+    if config.environment == "none":
+        return None
+    environment_of(config.environment)
+    return EpisodeRules(config.environment, config.max_turns, config.longest_completion)
 
 
 def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[Method, ...]:
     """The stages of a method in the environment of the settings, if they name one.
 
+    A stage that learns the demonstrations as they are, or general prompts, stays as it is: its model meets the
+    environment in evaluations.
+
     Raises:
-        UserError: the method samples no whole replies of its own, or there is no such environment.
+        UserError: the method samples, but no whole replies of its own; or there is no such environment.
     """
-    if config.environment == "none":
+    rules = episode_rules(config)
+    if rules is None:
         return stages
-    environment_of(config.environment)
-    rules = EpisodeRules(config.environment, config.max_turns, config.longest_completion)
-    return tuple(_in_environment(config, method, rules) for method in stages)
+    return tuple(_in_environment(config, method, rules) if _samples_task(method) else method for method in stages)
+
+
+def _samples_task(method: Method) -> bool:
+    """Whether it samples replies to the demonstrations' prompts."""
+    is_as_given = isinstance(method.sequence, DatasetCompletions) and method.fixed is None
+    return isinstance(method.examples, DemonstrationExamples) and not is_as_given
 
 
 def rules_of(method: Method) -> EpisodeRules | None:
@@ -266,6 +297,6 @@ def _in_environment(config: TrainConfig, method: Method, rules: EpisodeRules) ->
     return replace(
         method,
         sequence=replace(method.sequence, samples=played) if isinstance(method.sequence, ColdStart) else played,
-        checker=method.checker and EnvironmentVerdicts(rules.environment),
+        checker=method.checker and NoVerdicts(rules.environment),
         also=tuple((name, _in_environment(config, other, rules)) for name, other in method.also),
     )

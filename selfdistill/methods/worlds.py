@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from selfdistill.data import Demonstration, Message, as_row, one_line
+from selfdistill.data import Demonstration, Message, as_row, first_ten, one_line
 from selfdistill.environments import Environment, EnvironmentFactory, Step, make_environment
 from selfdistill.errors import UserError
 
@@ -31,22 +31,32 @@ class EpisodeRow(Demonstration):
     """The messages of the environment at the end of the prompt."""
 
     @property
+    def unbegun(self) -> EpisodeRow:
+        """The row without what its environment says first."""
+        return replace(self, prompt=self.prompt[: len(self.prompt) - len(self.first)], first=())
+
+    @property
     def columns(self) -> Mapping[str, Any]:
         """The row as its environment is given it: without what that says first, and without its tools."""
-        prompt = self.prompt[: len(self.prompt) - len(self.first)]
-        own = {name: value for name, value in as_row(replace(self, prompt=prompt)).items() if name != "tools"}
-        return own
+        return {name: value for name, value in as_row(self.unbegun).items() if name != "tools"}
 
 
 def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
     """The rows with the environment's tools and what it says first.
 
-    An environment says the same first in every episode of a row, so rows are begun once.
+    An environment says the same first in every episode of a row, so rows are begun once. Rows that have begun begin
+    anew.
 
     Raises:
-        UserError: an environment fails.
+        UserError: an environment fails, or rows have pictures, which are not read from turn to turn.
     """
+    if seen := [row.source for row in rows if row.images]:
+        raise UserError(
+            f"setting 'environment': {len(seen)} of {len(rows)} rows have pictures, and episodes are text alone "
+            f"({first_ten(seen)}); leave out the pictures or the environment"
+        )
     known = _firsts(name)
+    rows = [row.unbegun if isinstance(row, EpisodeRow) else row for row in rows]
     blank = [_episode_row(row, [], ()) for row in rows]
     keys = [json.dumps(row.columns, default=str) for row in blank]
     new = {key: row for key, row in zip(keys, blank, strict=True) if key not in known}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import hashlib
 import sys
@@ -14,13 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from selfdistill.config import EngineSettings
 from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.model.adapters import attach, merged, read_config
 from selfdistill.model.device import best_device, has_gpu
+from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.four_bits import plain, scales
 from selfdistill.model.pictures import PictureInputs, beside_language, divided, has_own_positions, pictures_for
@@ -275,29 +275,6 @@ def describe(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | No
     return LoadedModel(
         model, tokenizer, name, tuple(ends), pad, window, notes, pictures=pictures, continues_cache=never
     )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to zero, so that train mode (gradient checkpointing) changes no result."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        _zero_dropout(module)
-        # Falcon's layers read it from the configuration. Give them a copy, because the model's own is saved with it.
-        config = vars(module).get("config")
-        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
-            if id(config) not in configs:
-                configs[id(config)] = copy.deepcopy(config)
-                _zero_dropout(configs[id(config)])
-            module.config = configs[id(config)]
-
-
-def _zero_dropout(holder: Any) -> None:
-    """Attributes are named attention_dropout, hidden_dropout, resid_pdrop, layerdrop and so on."""
-    for name, value in list(vars(holder).items()):
-        if isinstance(value, float) and "drop" in name:
-            setattr(holder, name, 0.0)
 
 
 def to_best_device(loaded: LoadedModel) -> LoadedModel:

@@ -1,6 +1,6 @@
 """Rollouts: batched sampling with a separate random generator per sample.
 
-Legend: B unfinished samples, L length so far, V vocabulary, H key/value heads, C channels of a head.
+Legend: B unfinished samples, L length so far, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from selfdistill.data import NEXT_TURN, pictures_in
 from selfdistill.errors import UserError
@@ -23,13 +22,11 @@ from selfdistill.model.fsdp import unsharded
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.pictures import has_own_positions, position_shift
+from selfdistill.model.preallocated import PreallocatedLayer, preallocate
 from selfdistill.model.precision import cached_casts
-from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length, in_attention_dtype
+from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length
 from selfdistill.model.sampled import counted
 from selfdistill.runtime import all_gather, rank_slice
-
-PREALLOCATED_TOKENS = 64
-"""Tokens for which memory is preallocated at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,61 +50,6 @@ class Rollout:
     """Log-probability of each token under the sampling policy (0 for greedy)."""
     truncated: bool
     """Reached the length limit without an end token."""
-
-
-class PreallocatedLayer(DynamicLayer):
-    """A cache layer with memory for the next ``PREALLOCATED_TOKENS`` tokens.
-
-    New tokens are written in place. Earlier ones are copied only when the memory is used up or rows leave the batch.
-
-    Args:
-        layer: a cache layer that holds the prompts.
-    """
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
-        self._hold(in_attention_dtype(layer.keys), in_attention_dtype(layer.values))
-
-    def _hold(self, keys_BHLC: Tensor, values_BHLC: Tensor) -> None:
-        """Store these states, with free memory after them."""
-        self._length = keys_BHLC.shape[2]
-        self._room = tuple(
-            torch.nn.functional.pad(states, (0, 0, 0, PREALLOCATED_TOKENS)) for states in (keys_BHLC, values_BHLC)
-        )
-        self.keys, self.values = keys_BHLC, values_BHLC
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append the new tokens, and return all."""
-        new = slice(self._length, self._length + key_states.shape[2])
-        assert self.keys is not None
-        assert self.values is not None
-        if new.stop > self._room[0].shape[2]:
-            self._hold(self.keys, self.values)
-        for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, new] = states
-        self._length = new.stop
-        self.keys, self.values = keys, values = self._room[0][:, :, : new.stop], self._room[1][:, :, : new.stop]
-        return keys, values
-
-    def release(self) -> None:
-        """Give the memory back; nothing is read or written any more."""
-        self.keys, self.values, self._room = None, None, ()
-
-    def skip(self, count: int) -> None:
-        """Append so many tokens with states of zeros."""
-        assert self.keys is not None
-        assert self.values is not None
-        self._length += count
-        size = self._length + PREALLOCATED_TOKENS
-        self._room = tuple(t.new_zeros(*t.shape[:2], size, t.shape[3]) for t in (self.keys, self.values))
-        self.keys, self.values = (room[:, :, : self._length] for room in self._room)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select these rows of the batch."""
-        assert self.keys is not None
-        assert self.values is not None
-        self._hold(self.keys[beam_idx], self.values[beam_idx])
 
 
 def sample_seed(seed: int, step: int, row: int, generation: int) -> int:
@@ -156,9 +98,10 @@ def sample(
 def sample_at_its_longest(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, at: Callable[[str], object]
 ) -> None:
-    """Sample the first token and the last, as if no sample ended early: what sampling needs at most.
+    """Sample the first token and the last, as if samples ended just before that: what sampling needs at most.
 
-    The tokens between have states of zeros. Made for fake tensors, on which :func:`sample` cannot look for an end.
+    The tokens between have states of zeros. Where samples end, the states of the others are copied, a layer at a time.
+    Made for fake tensors, on which :func:`sample` cannot look for an end.
 
     Args:
         loaded: the model.
@@ -174,12 +117,15 @@ def sample_at_its_longest(
         rows = read(loaded, prompts)
         cache, logits_BV, mask_BL = rows.cache, rows.logits_BV, rows.mask_BL
         at("states")
-        cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        preallocate(cache, between + 1)
         for layer in cache.layers:
             if isinstance(layer, PreallocatedLayer):
                 layer.skip(between)
         at("choice")
         token_B, _ = choose(logits_BV.float(), sampling, uniform_B)
+        if len(prompts) > 1:
+            at("rows that stay")
+            _keep_rows(cache, torch.arange(len(prompts)))
         at("last token")
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), between + 1)], dim=1)
         logits_BV = loaded.model(
@@ -249,7 +195,7 @@ def decode(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
     ends = torch.tensor(loaded.end_token_ids, device=device)
-    cache.layers = [PreallocatedLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    preallocate(cache, limit - 1)
     position_B = mask_BL.sum(1) + rows.shift_B
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)

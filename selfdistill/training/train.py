@@ -157,11 +157,6 @@ def _needs_best_context(config: TrainConfig) -> bool:
     """
     if config.context != "auto" or not uses(config, "context"):
         return False
-    if config.environment != "none":
-        raise UserError(
-            "setting 'context': 'auto' compares contexts by single replies; with an environment name one, such as "
-            "example"
-        )
     if world_size() > 1:
         raise UserError(
             "setting 'context': 'auto' needs a single process; find the best with selfdistill check and name it"

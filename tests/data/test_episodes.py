@@ -162,7 +162,8 @@ def test_tools_in_memory_may_be_functions() -> None:
         return city
 
     problem = refusal({"prompt": "q", "completion": "r", "tools": [bare]})
-    assert problem.startswith("column 'tools': function 'bare' has no schema: ")
+    assert problem.startswith("column 'tools': function 'bare': no schema: ")
+    assert problem.endswith("; give each argument a type hint and a line under 'Args:'")
 
 
 # --- what is refused ---

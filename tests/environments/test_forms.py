@@ -137,7 +137,7 @@ def test_a_class_of_the_protocol_is_used_as_it_is(make: Make) -> None:
 def test_a_step_that_fails_ends_the_episode_with_nothing(make: Make, text: str, feedback: str) -> None:
     environment = make(OWN)()
     environment.reset(ROW)
-    assert environment.step(said(text)) == Step(done=True, reward=0.0, feedback=feedback)
+    assert environment.step(said(text)) == Step(done=True, reward=0.0, feedback=feedback, failed=True)
     begun = time.monotonic()
     environment.close()
     assert time.monotonic() - begun < 1

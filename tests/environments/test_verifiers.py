@@ -173,7 +173,7 @@ def test_an_invalid_message_a_failure_and_a_hang_do_not_stop_the_run(factory: En
     assert step == Step(({"role": "user", "content": "Error: no JSON"},), invalid_calls=1)
     call = {"type": "function", "function": {"name": "add", "arguments": {}}}
     step = environment.step({**reply(""), "tool_calls": [call]})
-    assert step == Step(done=True, reward=0.0, feedback="env_response failed: KeyError: 'a'")
+    assert step == Step(done=True, reward=0.0, feedback="env_response failed: KeyError: 'a'", failed=True)
     environment.reset(ROW)
     step = environment.step(add(-1))
     assert (step.done, step.reward) == (True, 0.0)

@@ -15,9 +15,11 @@ from odd_models import NAMES, odd_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from selfdistill.errors import UserError
-from selfdistill.model.loading import LoadedModel, disable_dropout
+from selfdistill.model.dropout import disable_dropout
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.preallocated import PREALLOCATED_TOKENS
 from selfdistill.model.prefix_cache import can_continue_cache
-from selfdistill.model.sampling import PREALLOCATED_TOKENS, Rollout, Sampling, choose, sample, sample_seed
+from selfdistill.model.sampling import Rollout, Sampling, choose, sample, sample_seed
 
 Loader = Callable[..., LoadedModel]
 GREEDY = Sampling(20, temperature=0)
