@@ -16,7 +16,7 @@ from selfdistill.data.demonstrations import (
     write_demonstrations,
 )
 from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
-from selfdistill.data.episodes import Replies
+from selfdistill.data.episodes import Replies, notes_on_episodes
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
 from selfdistill.data.messages import Message, Turns, not_object, text_of, wrong
 from selfdistill.data.named import FUNCTION, named
@@ -91,6 +91,7 @@ __all__ = [
     "named",
     "not_object",
     "notes_on",
+    "notes_on_episodes",
     "nothing_to_score",
     "nothing_to_show",
     "one_line",

@@ -31,6 +31,7 @@ from selfdistill.data import (
     is_scorable,
     load_demonstrations,
     notes_on,
+    notes_on_episodes,
     nothing_to_show,
     parse_context,
 )
@@ -163,7 +164,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
     use_engine(loaded, config)
-    for note in loaded.notes:
+    for note in [*notes_on_episodes(rows), *loaded.notes]:
         say_note(note)
     tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
     measure = _Measure(config, rows, loaded)

@@ -21,6 +21,7 @@ from selfdistill.data import (
     encode_prompts,
     general_prompts,
     load_demonstrations,
+    notes_on_episodes,
     nothing_to_score,
     parse_context,
 )
@@ -250,7 +251,7 @@ def evaluate(
     if loaded is None:
         loaded = to_best_device(load_model(config.model, dtype=config.dtype, adapter_base=config.adapter_base))
     use_engine(loaded, config)
-    for note in loaded.notes:
+    for note in [*notes_on_episodes(demonstrations), *loaded.notes]:
         say_note(note)
     if base is not None:
         base = matched(base, loaded)
