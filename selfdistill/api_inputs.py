@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from selfdistill.config import TrainConfig, continued
-from selfdistill.data import Demonstration, Rows, load_demonstrations, write_demonstrations
+from selfdistill.data import PICTURE_FOLDER, Demonstration, Rows, load_demonstrations, write_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, stages_of
@@ -108,8 +109,8 @@ class RowsInFolder:
 
     @property
     def names(self) -> list[str]:
-        """Of the files that the folder keeps."""
-        return [file.name for file in self._rows]
+        """Of the files that the folder keeps, and of the folder of their pictures."""
+        return [*(file.name for file in self._rows), *([PICTURE_FOLDER] if self._rows else [])]
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -121,6 +122,7 @@ class RowsInFolder:
         missing = [file for file in self._rows if not self._is_there(file)]
         folders = {file.parent for file in missing}
         created = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
+        pictures = [path for path in (folder / PICTURE_FOLDER for folder in folders) if not path.exists()]
         try:
             for file in missing:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +137,9 @@ class RowsInFolder:
             for file in missing:
                 if not (file.parent / "config.yaml").exists():
                     file.unlink(missing_ok=True)
+            for folder in pictures:
+                if not (folder.parent / "config.yaml").exists():
+                    shutil.rmtree(folder, ignore_errors=True)
             for folder in created:  # the innermost first
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()

@@ -91,7 +91,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "optimisation": (
         *("max_steps", "num_train_epochs", "batch_size", "learning_rate", "learning_rates", "lr_scheduler_type"),
         *("warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_skipped_steps", "stop_on_collapse"),
-        *("lora_rank", "lora_alpha", "load_in_4bit"),
+        *("lora_rank", "lora_alpha", "train_vision_tower", "load_in_4bit"),
     ),
     "evaluation": (
         *(

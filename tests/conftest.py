@@ -267,10 +267,15 @@ def final_weights(config: TrainConfig) -> dict[str, Tensor]:
     return load_file(file)
 
 
+def timeless(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without what the clock says."""
+    return {k: v for k, v in line.items() if not k.startswith("time/") and k != "rollout/tokens_per_second"}
+
+
 def metrics_of(config: TrainConfig) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what the clock says."""
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+    return [timeless(json.loads(line)) for line in lines]
 
 
 class Cut(Exception):

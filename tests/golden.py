@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from children import train_together
-from conftest import ENDS, write_model
+from conftest import ENDS, timeless, write_model
 from safetensors.torch import load_file
 
 from selfdistill.config.train import TrainConfig
@@ -80,8 +80,8 @@ def run(name: str, folder: Path) -> TrainConfig:
 def numbers(config: TrainConfig) -> dict[str, list[float | None]]:
     """Every metric but the times, by step; None where a step has none."""
     text = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    names = sorted({name for line in lines for name in line if not name.startswith("time/")})
+    lines = [timeless(json.loads(line)) for line in text.splitlines()]
+    names = sorted({name for line in lines for name in line})
     return {name: [line.get(name) for line in lines] for name in names}
 
 

@@ -48,6 +48,22 @@ class Talk:
             type(self).open -= 1
 
 
+class Scripted(Talk):
+    """Ends as the row's answer says, whatever it is told: turns, reward, invalid calls of each turn."""
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        self.turn, self.script = 0, row["answer"]
+        return []
+
+    def step(self, message: Message) -> Step:
+        self.turn += 1
+        invalid = self.script["invalid"]
+        if self.turn < self.script["turns"]:
+            return Step(({"role": "user", "content": f"turn {self.turn}"},), invalid_calls=invalid)
+        reward = self.script["reward"]
+        return Step(done=True, reward=reward, feedback=f"worth {reward}", invalid_calls=invalid)
+
+
 class Asks(Talk):
     """Has a tool, and says something first."""
 
@@ -74,6 +90,21 @@ class Silent(Talk):
     def step(self, message: Message) -> Step:
         step = super().step(message)
         return Step(step.observations, step.done)
+
+
+class Mute(Talk):
+    """Says nothing where it should."""
+
+    def step(self, message: Message) -> Step:
+        return Step()
+
+
+class BreaksAtEnd(Talk):
+    """Cannot be closed."""
+
+    def close(self) -> None:
+        super().close()
+        raise OSError("still in use")
 
 
 class Breaks(Talk):

@@ -10,6 +10,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 
@@ -26,6 +27,12 @@ from selfdistill.errors import UserError
 
 FULL_COLOUR = 3
 """Implicit reward, positive or negative, in nats, at which a token is fully coloured."""
+EPISODES = {
+    "episode/reward": "mean reward",
+    "episode/turns": "turns",
+    "episode/invalid_calls": "invalid calls",
+}
+"""Means over the episodes of an evaluation, by key."""
 PROFILE = 24
 """Number of completion positions in the first-token profile."""
 
@@ -164,6 +171,7 @@ def _results(part: Part) -> list[Table]:
     if part.comparison:
         evaluated.insert(0, ("base", part.comparison["base"]))
     if evaluated:
+        means = {name: key for key, name in EPISODES.items() if any(key in line for _, line in evaluated)}
         priors = list(dict.fromkeys(name for _, line in evaluated for name in line.get("prior") or {}))
         head = [
             "run",
@@ -172,6 +180,7 @@ def _results(part: Part) -> list[Table]:
             "questions",
             "tokens",
             "truncated",
+            *means,
             *priors,
             SCORES["kl_base"],
             "minutes",
@@ -184,6 +193,7 @@ def _results(part: Part) -> list[Table]:
                 str(line["items"]),
                 number(line.get("completion/length")),
                 number(line.get("completion/truncated")),
+                *(number(line.get(key)) for key in means.values()),
                 *(_prior((line.get("prior") or {}).get(prior)) for prior in priors),
                 number(line.get("kl_base")),
                 number(line["seconds"] / 60 if "seconds" in line else None),
@@ -252,10 +262,7 @@ def _view(run: RunFolder) -> Json:
     for step in steps:
         for view in (view for view in run.views if view["step"] == step):
             row = rows.setdefault(view["row"], {key: view[key] for key in ("row", "prompt", "demonstration")})
-            shown = [_token(token) for token in view["tokens"]]
-            row.setdefault("replies", []).append(
-                {"step": step, "tokens": shown, "truncated": view.get("truncated", False)}
-            )
+            row.setdefault("replies", []).append({"heading": _heading(view), "turns": _turns(view)})
     curves = [Curve(f"step {step}", _profile(run.views, step)) for step in steps]
     positions = range(1, 1 + max(len(curve.points) for curve in curves))
     values = [dict(curve.points) for curve in curves]
@@ -267,6 +274,36 @@ def _view(run: RunFolder) -> Json:
         "profile": Markup(over(curves, "completion token", label)),
         "profile_table": Table(f"First-token profile of {run.name}", ["token", *(c.name for c in curves)], table),
     }
+
+
+def _heading(view: Json) -> str:
+    """The step of a rollout and how it ended."""
+    if "turns" not in view:
+        return f"Step {view['step']}" + (", truncated at the length limit" if view.get("truncated") else "")
+    judged = "not judged" if view["reward"] is None else f"reward {view['reward']:.2f}"
+    turns = "1 turn" if len(view["turns"]) == 1 else f"{len(view['turns'])} turns"
+    return f"Step {view['step']}, {turns}, {judged}" + (f": {view['feedback']}" if view["feedback"] else "")
+
+
+def _turns(view: Json) -> list[Json]:
+    """The turns of an episode, each with its tokens and the observations after it; of a reply the only one."""
+    tokens = iter([_token(token) for token in view["tokens"]])
+    if "turns" not in view:
+        return [{"speaker": "", "tokens": list(tokens), "observations": []}]
+    return [
+        {
+            "speaker": _speaker(turn),
+            "tokens": list(islice(tokens, turn["tokens"])),
+            "observations": turn["observations"],
+        }
+        for turn in view["turns"]
+    ]
+
+
+def _speaker(turn: Json) -> str:
+    """The heading of the model's turn."""
+    calls = f" calls {', '.join(turn['calls'])}" if turn["calls"] else ""
+    return f"assistant{calls}" + (f", invalid: {turn['invalid']}" if turn["invalid"] else "")
 
 
 def _profile(views: list[Json], step: int) -> list[Point]:

@@ -1,6 +1,6 @@
 """All settings, with their defaults, units and sources."""
 
-from selfdistill.config.base import EngineSettings, ModelSettings, Settings, closest
+from selfdistill.config.base import EngineSettings, EpisodeSettings, ModelSettings, Settings, TaskSettings, closest
 from selfdistill.config.commands import (
     AskConfig,
     CheckConfig,
@@ -15,17 +15,8 @@ from selfdistill.config.commands import (
     run_settings,
 )
 from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_saved, load_yaml, refuse_changes
-from selfdistill.config.train import (
-    LEARNING_RATE,
-    LORA_LEARNING_RATE,
-    OPEN,
-    PACKAGE,
-    SHORTEST,
-    MethodName,
-    MethodSettings,
-    TrainConfig,
-    TrainingSettings,
-)
+from selfdistill.config.method import PACKAGE, SHORTEST, MethodName, MethodSettings
+from selfdistill.config.train import LEARNING_RATE, LORA_LEARNING_RATE, OPEN, TrainConfig, TrainingSettings
 
 __all__ = [
     "LEARNING_RATE",
@@ -39,6 +30,7 @@ __all__ = [
     "CompareConfig",
     "DemoConfig",
     "EngineSettings",
+    "EpisodeSettings",
     "EvalConfig",
     "ExportConfig",
     "LearnConfig",
@@ -49,6 +41,7 @@ __all__ = [
     "QuestionsConfig",
     "ReportConfig",
     "Settings",
+    "TaskSettings",
     "TrainConfig",
     "TrainingSettings",
     "changes",

@@ -143,8 +143,8 @@ class ModelSettings(EngineSettings):
     template_date: str | None = None
     """Day (YYYY-MM-DD) that a chat template with the date in it sees. Default: today; a run keeps the day it began."""
     data: str
-    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set or a
-    hub name."""
+    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set,
+    a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     split: str = "train"
     """Split of ``data`` to read, from a folder or data set with several."""
     turns: Turns = "auto"
@@ -194,6 +194,50 @@ class ModelSettings(EngineSettings):
     def _judge_has_an_address(self) -> ModelSettings:
         if self.scorer == JUDGE and not (self.judge_url and self.judge_model):
             raise ValueError("setting 'scorer': 'judge' needs an endpoint: give --judge_url and --judge_model")
+        return self
+
+
+EPISODE_REPLIES = 4
+"""Replies of the greatest length that an episode has room for by default."""
+
+
+class EpisodeSettings(Settings):
+    """What answers the model, and how long an episode may be."""
+
+    environment: str = "none"
+    """What answers the model's replies until the episode ends, e.g. ``bundled:shop`` or
+    ``python:package.module.Class``. Its tools are shown. Methods that learn from the student's own samples learn the
+    whole episode, and evaluations play one per row (docs/agents.md)."""
+    max_turns: int = Field(default=8, ge=1)
+    """Replies of an episode; then it is cut."""
+    max_episode_length: int | None = Field(default=None, ge=1)
+    """Tokens of an episode after its prompt, replies and observations together. It is cut where a further reply of
+    ``max_completion_length`` might not fit. Default: four times that, as most turns are short calls."""
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _environment(cls, value: Any) -> Any:
+        """None is ``none``."""
+        return "none" if value is None else value
+
+
+class TaskSettings(EpisodeSettings, ModelSettings):
+    """The model and its task: the data, and what answers the model."""
+
+    @property
+    def longest_completion(self) -> int:
+        """Most tokens after a prompt: of a reply, or with an environment of an episode."""
+        if self.environment == "none":
+            return self.max_completion_length
+        return self.max_episode_length or EPISODE_REPLIES * self.max_completion_length
+
+    @model_validator(mode="after")
+    def _an_episode_has_room_for_a_reply(self) -> TaskSettings:
+        if self.longest_completion < self.max_completion_length:
+            raise ValueError(
+                f"setting 'max_episode_length': found {self.longest_completion}, expected at least "
+                f"max_completion_length, {self.max_completion_length}, the tokens of one reply"
+            )
         return self
 
 

@@ -13,8 +13,17 @@ from pydantic import (
     field_validator,
 )
 
-from selfdistill.config.base import EngineSettings, ModelSettings, QuestionSettings, Settings, closest, read_mapping
-from selfdistill.config.train import MethodName, OneRun, Precision, TrainConfig, TrainingSettings
+from selfdistill.config.base import (
+    EngineSettings,
+    ModelSettings,
+    QuestionSettings,
+    Settings,
+    TaskSettings,
+    closest,
+    read_mapping,
+)
+from selfdistill.config.method import MethodName
+from selfdistill.config.train import OneRun, Precision, TrainConfig, TrainingSettings
 from selfdistill.errors import UserError
 
 
@@ -83,7 +92,7 @@ class CompareConfig(TrainingSettings):
                 raise UserError(f"setting 'arms', {arm!r}: {unknown[0]!r} cannot differ{closest(unknown[0], own)}")
 
 
-class CheckConfig(ModelSettings):
+class CheckConfig(TaskSettings):
     """Settings of ``selfdistill check``."""
 
     seed: int = Field(default=0, ge=0)
@@ -117,7 +126,7 @@ def run_settings(config: CheckConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in shared} | {"context": context}
 
 
-class EvalConfig(ModelSettings):
+class EvalConfig(TaskSettings):
     """Settings of ``selfdistill eval``."""
 
     prior: str | None = None
@@ -128,7 +137,7 @@ class EvalConfig(ModelSettings):
     """What the model, but not the base, sees with each new question, as a teacher does in training.
     ``document:show=document`` is oracle RAG: the right document in the prompt."""
     num_samples: int = Field(default=0, ge=0)
-    """Sampled replies per row, for pass@k with k up to this number; 0: greedy replies only."""
+    """Sampled replies, or episodes, per row, for pass@k with k up to this number; 0: greedy replies only."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of these replies."""
     top_p: float = Field(default=1.0, gt=0, le=1)

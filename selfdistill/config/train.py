@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-import re
 from typing import Any, Literal
 
 from pydantic import (
     Field,
-    field_validator,
 )
 
-from selfdistill.config.base import ModelSettings, QuestionSettings, Settings
+from selfdistill.config.base import ModelSettings, QuestionSettings, TaskSettings
+from selfdistill.config.method import SCORED_METHODS, MethodName, MethodSettings
 from selfdistill.errors import UserError
 
 Precision = Literal["auto", "no", "bf16"]
 
 
-PACKAGE = "package"
-"""The value of ``anchors`` that stands for the prompts of the package."""
 OPEN = ("gradient_accumulation_steps", "gradient_checkpointing")
 """Settings that the plan of memory chooses where they are not given; they change nothing in the result."""
-EPISODE_REPLIES = 4
-"""Replies of the greatest length that an episode has room for by default."""
-SHORTEST = "shortest"
-"""The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
 """Defaults of ``learning_rate``, with full fine-tuning and with LoRA."""
-
-MethodName = Literal[
-    "sdft",
-    "sft",
-    "dft",
-    "cpt",
-    "sft_reinvoke",
-    "sft_from_teacher",
-    "offline_distillation",
-    "grpo",
-    "sdpo",
-    "pope",
-    "sort",
-    "trapo",
-    "actguide",
-    "npo",
-    "opsd",
-    "vopd",
-    "isdft",
-    "veto",
-    "atesd",
-    "eaft",
-    "msd",
-    "t3s",
-    "ssd",
-]
-
-
-SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort", "trapo", "actguide", "npo")
-"""Methods that learn from a scorer's verdicts on groups of untempered samples."""
 
 
 class OneRun(ModelSettings):
@@ -82,126 +43,7 @@ class OneRun(ModelSettings):
     """Random seed for data order, contexts and sampling."""
 
 
-class MethodSettings(Settings):
-    """What methods read to fill their slots. A method uses the settings that it reads, and no others."""
-
-    context: str = "auto"
-    """How the teacher sees the demonstration, e.g. ``turns:repeats=2``. ``auto``: measure several and use the best."""
-    hint: str = "1"
-    """How much of the demonstration the teacher sees, in words: a share such as ``0.5``; two, such as ``0.2:1``, which
-    the run goes through from the first step to the last; or ``shortest``, the shortest beginning of each, in tenths,
-    after which the model's greedy reply is right."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of rollouts. The divergence always compares the untempered distributions."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling: sample from the smallest set of tokens with at least this mass."""
-    top_k: int = Field(default=0, ge=0)
-    """Sample from the k most likely tokens; 0: from all."""
-    num_generations: int | None = Field(default=None, ge=1)
-    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo`` and its
-    relatives, for each group of ``pope``."""
-    environment: str = "none"
-    """What answers the student's replies until the episode ends, e.g. ``bundled:shop`` or
-    ``python:package.module.Class``. Its tools are shown, and the whole episode is learnt. For methods that learn from
-    the student's own samples (docs/agents.md)."""
-    max_turns: int = Field(default=8, ge=1)
-    """Replies of an episode; then it is cut."""
-    max_episode_length: int | None = Field(default=None, ge=1)
-    """Tokens of an episode after its prompt, replies and observations together. It is cut where a further reply of
-    ``max_completion_length`` might not fit. Default: four times that, as most turns are short calls."""
-    cold_start_steps: int = Field(default=0, ge=0)
-    """Initial steps of ``sdft`` in which demonstrations replace rollouts, all at first, then ever fewer. For a model
-    whose own samples never come close to the demonstration."""
-    teacher: Literal["ema", "frozen", "live", "snapshot"] = "ema"
-    """The teacher's weights: a float32 moving average of the student, the initial weights, the student itself, or a
-    copy every ``snapshot_steps`` steps."""
-    ema_rate: float = Field(default=0.01, gt=0, le=1)
-    """Share of the student in the average per step. Official code: 0.01; the paper tried 0.01, 0.02, 0.05."""
-    snapshot_steps: int = Field(default=50, ge=1)
-    """Steps between copies of the student into a ``snapshot`` teacher."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """forward_kl = KL(teacher||student), which the published results use."""
-    jsd_weight: float = Field(default=0.5, gt=0, lt=1)
-    """b in the mixture M = (1-b) student + b teacher; loss b KL(teacher||M) + (1-b) KL(student||M)."""
-    support: Literal["full", "top_k", "sampled"] = "full"
-    """Vocabulary entries over which the divergence is summed."""
-    support_top_k: int = Field(default=100, ge=1)
-    """Number of tokens in the ``top_k`` support."""
-    support_tail: Literal["bucket", "renormalise"] = "bucket"
-    """Beyond the top k: one bucket with the exact remaining mass, or both distributions renormalised."""
-    entry_clip: float | None = Field(default=None, gt=0)
-    """Each vocabulary entry adds at most this many nats to a token's divergence. Default: no limit, or 0.05 for
-    ``opsd`` (arXiv 2601.18734). Not with the ``sampled`` support."""
-    sampled_baseline: bool = True
-    """Use the closed-form baseline of the ``sampled`` support (vOPD, arXiv 2605.07865)."""
-    target_teacher: float = Field(default=1.0, ge=0)
-    """a in the target softmax(a log teacher + b log student + d log base) that replaces the teacher."""
-    target_student: float = Field(default=0.0, ge=0)
-    """b: above 0, the target stays nearer to the student, with no gradient through it (Veto, arXiv 2601.07155)."""
-    target_base: float = Field(default=0.0, ge=0)
-    """d: above 0, the target stays nearer to the model before training, which sees only the prompt."""
-    skip_first_tokens: int = Field(default=0, ge=0)
-    """Leading completion tokens excluded from the loss; 3 in the official code. Refused if it would exclude most."""
-    importance_cap: float | None = Field(default=None, gt=0)
-    """Weight each rollout by its mean of min(p_now/p_sampled, cap), for rollouts that are not exactly on-policy.
-    Default: none, or 2 with an engine."""
-    general_prompts: str | None = None
-    """Prompts for the second stage of ``sft_reinvoke``, as in ``anchors``; default: those of the package."""
-    anchors: tuple[str, ...] = ()
-    """Prompts on which the model is to stay as it was before the run: ``package`` (general prompts of many kinds), or
-    a text file with one prompt per line, or rows with ``prompt`` or ``messages``, such as your own traffic. Several
-    sources, separated by commas, get equal shares. ``none``: no anchors. They need no answers."""
-    anchor_share: float = Field(default=0.25, ge=0, lt=1)
-    """Share of every batch that is anchors, on average over the steps."""
-    anchor_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """On anchors, between the model before the run and the student; forward_kl = KL(before||student)."""
-    method_settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings that only the chosen method knows, e.g. ``{"margin": 0.5}``."""
-
-    @field_validator("method_settings")
-    @classmethod
-    def _as_written(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Tuples as lists, as files hold them."""
-        return {name: list(own) if isinstance(own, tuple) else own for name, own in value.items()}
-
-    @field_validator("environment", mode="before")
-    @classmethod
-    def _environment(cls, value: Any) -> Any:
-        """None is ``none``."""
-        return "none" if value is None else value
-
-    @field_validator("hint", mode="before")
-    @classmethod
-    def _hint(cls, value: Any) -> Any:
-        """Accept a share as a number, too."""
-        text = str(value) if isinstance(value, int | float) else value
-        if not isinstance(text, str) or text == SHORTEST:
-            return text
-        shares = text.split(":")
-        if len(shares) > 2 or not all(re.fullmatch(r"0?\.\d+|1\.0*|[01]|0\.0*", share) for share in shares):
-            raise ValueError("a share from 0 to 1, two of them as in 0.2:1, or shortest")
-        return ":".join(f"{float(share):g}" for share in shares)
-
-    @field_validator("anchors", mode="before")
-    @classmethod
-    def _sources(cls, value: Any) -> Any:
-        """Accept one source, several separated by commas, ``none`` or None."""
-        if isinstance(value, str):
-            value = [source.strip() for source in value.split(",") if source.strip()]
-        if value is None or value in (["none"], ("none",)):
-            return ()
-        if not isinstance(value, list | tuple):
-            return value  # of a wrong type, as pydantic says
-        for source in value:
-            is_word = isinstance(source, str) and re.fullmatch(r"\w+", source) and not os.path.exists(source)
-            if is_word and source != PACKAGE and difflib.get_close_matches(source, [PACKAGE]):
-                raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
-        if "none" in value:
-            raise ValueError("'none' stands alone; leave it out beside other sources")
-        return [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
-
-
-class TrainingSettings(MethodSettings, ModelSettings):
+class TrainingSettings(MethodSettings, TaskSettings):
     """Settings shared by ``train`` and ``compare``."""
 
     output_dir: str
@@ -261,6 +103,8 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """Rank of a LoRA adapter on all linear layers; 0: full fine-tuning."""
     lora_alpha: float | None = Field(default=None, gt=0)
     """LoRA's scaling factor alpha; default: twice the rank."""
+    train_vision_tower: bool = False
+    """Of an image-text model, train the vision tower and what connects it with the language model, too."""
 
     test: str | None = None
     """Held-out rows on which the model is evaluated before, during and after training, as in ``eval`` but in the
@@ -285,13 +129,6 @@ class TrainingSettings(MethodSettings, ModelSettings):
     """Tracker for the metrics and the scores on ``test``; its package must be installed. wandb uploads them."""
 
     @property
-    def longest_completion(self) -> int:
-        """Most tokens after a prompt that are learnt: of a reply, or with an environment of an episode."""
-        if self.environment == "none":
-            return self.max_completion_length
-        return self.max_episode_length or EPISODE_REPLIES * self.max_completion_length
-
-    @property
     def micro_batches(self) -> int:
         """Most micro-batches per optimizer step."""
         return self.gradient_accumulation_steps or 1
@@ -303,11 +140,6 @@ class TrainingSettings(MethodSettings, ModelSettings):
                 f"setting 'gradient_accumulation_steps': {self.micro_batches} does not divide "
                 f"batch_size {self.batch_size}"
             )
-        if self.longest_completion < self.max_completion_length:
-            raise UserError(
-                f"setting 'max_episode_length': found {self.longest_completion}, expected at least "
-                f"max_completion_length, {self.max_completion_length}, the tokens of one reply"
-            )
         measured = self.test is not None or getattr(self, "documents", None)
         if not measured and (self.prior is not None or self.eval_steps):
             raise UserError("setting 'test' is missing: prior and eval_steps need it")
@@ -317,6 +149,8 @@ class TrainingSettings(MethodSettings, ModelSettings):
             raise UserError("setting 'stop_on_collapse' returns to the last evaluation: give test and eval_steps, too")
         if self.lora_alpha is not None and not self.lora_rank:
             raise UserError("setting 'lora_alpha' needs an adapter: give --lora_rank, too, or leave it out")
+        if self.train_vision_tower and self.lora_rank:
+            raise UserError("setting 'train_vision_tower': an adapter is on the language model alone: leave one out")
         if self.torch_compile and self.gradient_checkpointing:
             raise UserError("setting 'torch_compile' does not work with gradient_checkpointing: leave one of them out")
         if self.importance_cap is not None and (self.top_p < 1 or self.top_k > 0):
@@ -346,8 +180,8 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     """Settings of ``selfdistill train``. The resolved settings are saved as ``config.yaml`` in ``output_dir``."""
 
     data: str = ""
-    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set or a
-    hub name."""
+    """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set,
+    a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     documents: str | None = None
     """Documents, in place of ``data``. Questions about them are generated first, as in ``selfdistill questions``, and
     saved in the folder ``<output_dir>-questions``."""

@@ -26,7 +26,10 @@ PROMPTS, MEMORY = "prompts.jsonl", "memory.jsonl"
 
 def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demonstration]:
     """The prompts of ``rows`` that stay in the state, each once: all, none, or some that are drawn with the seed."""
-    prompts = [Demonstration(x.prompt, tools=x.tools, chat_template_kwargs=x.chat_template_kwargs) for x in rows]
+    prompts = [
+        Demonstration(x.prompt, tools=x.tools, chat_template_kwargs=x.chat_template_kwargs, images=x.images)
+        for x in rows
+    ]
     found = list({_key(prompt): prompt for prompt in prompts}.values())
     count = {"all": len(found), "none": 0}.get(str(config.remember), config.remember)
     assert isinstance(count, int)

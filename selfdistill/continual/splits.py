@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 
 from selfdistill.config import LearnConfig
-from selfdistill.data import Demonstration, Lacks, load_demonstrations, nothing_to_score
+from selfdistill.data import Demonstration, Lacks, load_demonstrations
 from selfdistill.errors import UserError
+from selfdistill.evaluation import unscored
 from selfdistill.runtime import say_note
 
 
@@ -22,7 +23,7 @@ def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstratio
     Raises:
         UserError: rows are invalid, lack what they are used for, or are too few to hold some out.
     """
-    scored = nothing_to_score(config.scorer)
+    scored = unscored(config)
     any_is_asked = config.action == "stream" or not config.test
 
     def lacks_either(row: Demonstration) -> str | None:

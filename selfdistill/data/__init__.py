@@ -15,10 +15,27 @@ from selfdistill.data.demonstrations import (
     nothing_to_show,
     write_demonstrations,
 )
-from selfdistill.data.encoding import ContextEncoder, Example, NothingFits, encode, encode_prompts, notes_on
+from selfdistill.data.encoding import (
+    ContextEncoder,
+    Example,
+    NothingFits,
+    encode,
+    encode_prompts,
+    notes_on,
+    own_tokens,
+)
 from selfdistill.data.episodes import Replies, notes_on_episodes
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
-from selfdistill.data.messages import Message, Turns, not_object, text_of, wrong
+from selfdistill.data.images import (
+    MOST_PIXELS,
+    PICTURE_FOLDER,
+    Picture,
+    PictureTokens,
+    PromptIds,
+    pictures_in,
+    shown_text,
+)
+from selfdistill.data.messages import Message, Turns, as_transcript, not_object, speaker_of, text_of, wrong
 from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import RawRow, check_rows, first_ten, from_text, join_surrogates, one_line, repeated_key
@@ -45,7 +62,9 @@ __all__ = [
     "CODE",
     "FUNCTION",
     "JUDGE",
+    "MOST_PIXELS",
     "NEXT_TURN",
+    "PICTURE_FOLDER",
     "SCORER_NAMES",
     "ChatFormat",
     "Context",
@@ -59,6 +78,9 @@ __all__ = [
     "Message",
     "Note",
     "NothingFits",
+    "Picture",
+    "PictureTokens",
+    "PromptIds",
     "RawRow",
     "Replies",
     "Rows",
@@ -67,6 +89,7 @@ __all__ = [
     "Verdict",
     "anchor_prompts",
     "as_row",
+    "as_transcript",
     "as_verdict",
     "by_tests",
     "check_rows",
@@ -95,14 +118,18 @@ __all__ = [
     "nothing_to_score",
     "nothing_to_show",
     "one_line",
+    "own_tokens",
     "packaged",
     "parse_context",
+    "pictures_in",
     "read_jsonl",
     "reference",
     "repeated_key",
     "schema_of",
     "score",
     "scored_text",
+    "shown_text",
+    "speaker_of",
     "text_of",
     "thought_and_said",
     "verdict",

@@ -16,8 +16,9 @@ from selfdistill.data.call_format import (
     with_tools,
 )
 from selfdistill.data.contexts import Verbatim
+from selfdistill.data.images import Picture, PictureTokens, PromptIds, split_at_pictures
 from selfdistill.data.messages import Message, text_of_reply, uses_tools
-from selfdistill.data.template import PLAIN_REPLY, PLAIN_USER, REPLY, AssistantTurn, Template, TemplateRefusal
+from selfdistill.data.template import PLACE, PLAIN_REPLY, PLAIN_USER, REPLY, AssistantTurn, Template, TemplateRefusal
 from selfdistill.data.text_ids import HIDDEN, NAME, TextIds, mapped
 from selfdistill.data.thinking import (
     EMPTY_THOUGHT,
@@ -53,6 +54,7 @@ class ChatFormat:
         end_token_ids: the tokens that end a reply.
         chat_template_kwargs: further arguments of the chat template.
         date: the day (YYYY-MM-DD) that a template which reads the clock sees; default: today.
+        pictures: how pictures are written; None if the model reads none.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class ChatFormat:
         end_token_ids: Sequence[int],
         chat_template_kwargs: Mapping[str, Any],
         date: str | None = None,
+        pictures: PictureTokens | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.pictures = tokenizer, pictures
         self.kwargs = dict(chat_template_kwargs)
         template = str(tokenizer.chat_template or "")
         self.date = (date or datetime.date.today().isoformat()) if "strftime_now" in template else None
@@ -70,9 +73,9 @@ class ChatFormat:
         self._ends = list(end_token_ids)
         self._texts = TextIds(tokenizer, end_token_ids, template)
         self.end_names = self._texts.end_names
-        self._template = Template(tokenizer, self.kwargs, self.date, self._texts)
+        self._template = Template(tokenizer, self.kwargs, self.date, self._texts, parts=pictures is not None)
         switches = re.findall(r"['\"](/\w+)['\"]", template)
-        self._switches = re.compile("|".join(map(re.escape, switches)) or r"(?!)")  # matches nothing
+        self._breaks = re.compile("|".join(map(re.escape, [PLACE, *switches])))
 
     @cached_property
     def end_token_id(self) -> int:
@@ -104,14 +107,23 @@ class ChatFormat:
         Raises:
             TemplateRefusal: the template rejects the messages, or leaves one out.
         """
-        text, hidden = self._rendered(*self._prepared(messages, options or {}))
+        text, hidden, _ = self._rendered(*self._prepared(messages, options or {}))
         return NAME.sub(lambda found: hidden[int(found[1])], text)
 
-    def encode_prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of the prompt; see :meth:`render`."""
-        text, hidden = self._rendered(*self._prepared(messages, options or {}))
+    def encode_prompt(
+        self,
+        messages: Sequence[Message],
+        options: Mapping[str, Any] | None = None,
+        pictures: Mapping[str, Picture] | None = None,
+    ) -> list[int]:
+        """Token ids of the prompt, see :meth:`render`; a :class:`PromptIds` if it has pictures.
+
+        ``pictures`` are those whose marks in the messages count, by their hashes.
+        """
+        text, hidden, seen = self._rendered(*self._prepared(messages, options or {}), pictures=pictures)
         # A template writes its own special tokens. Plain text gets the tokenizer's, such as a leading BOS.
-        return [*([] if self.tokenizer.chat_template else self._texts.begin), *self._texts.mixed("", text, hidden)]
+        ids = [*([] if self.tokenizer.chat_template else self._texts.begin), *self._texts.mixed("", text, hidden)]
+        return PromptIds(ids, seen) if seen else ids
 
     def encode_completion(self, text: str, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a demonstrated reply as it stands after the prompt, plus the end-of-turn token.
@@ -163,11 +175,11 @@ class ChatFormat:
         """
         end = str(self.tokenizer.convert_ids_to_tokens(self.end_token_id))
         if not self.tokenizer.chat_template:
-            text, hidden = self._rendered(observations, {})
+            text, hidden, _ = self._rendered(observations, {})
             return self._texts.mixed(end, f"\n\n{text}", hidden)
         chat, given = self._prepared([*before, *observations], options or {})
         first = len(chat) - len(observations)
-        text, hidden = self._rendered(chat, given, checked=first)
+        text, hidden, _ = self._rendered(chat, given, checked=first)
         head = self._rendered(chat, given, mark=first)[0].partition(_MARK)[0]
         if self.turn_end_id is not None and end not in head:
             end = str(self.tokenizer.convert_ids_to_tokens(self.turn_end_id))
@@ -260,14 +272,20 @@ class ChatFormat:
         return "\n" * bool(message["content"]) + text
 
     def _rendered(
-        self, messages: Sequence[Message], options: Mapping[str, Any], mark: int | None = None, checked: int = 0
-    ) -> tuple[str, list[str]]:
-        """The prompt with names of control tokens in its texts hidden, and the hidden names by number.
+        self,
+        messages: Sequence[Message],
+        options: Mapping[str, Any],
+        mark: int | None = None,
+        checked: int = 0,
+        pictures: Mapping[str, Picture] | None = None,
+    ) -> tuple[str, list[str], list[Picture]]:
+        """The prompt with names of control tokens in its texts hidden, the hidden names by number, and its pictures.
 
         With ``mark``, the message of that number has :data:`_MARK` as its content. No message may be left out from
         number ``checked`` on.
         """
         hidden: list[str] = []
+        seen: list[Picture] = []
         verbatim: list[str] = []
         shown: list[Message] = []
 
@@ -276,8 +294,10 @@ class ChatFormat:
 
         for number, message in enumerate(messages):
             content = message["content"]
-            by_model = message["role"] == "assistant"
-            text = self._texts.hide(content, self._texts.in_replies, hidden) if by_model else hide(content)
+            names = self._texts.in_replies if message["role"] == "assistant" else self._texts.in_texts
+            pieces = split_at_pictures(content, pictures or {})
+            seen += [piece for piece in pieces if isinstance(piece, Picture)]
+            text = "".join(PLACE if isinstance(x, Picture) else self._texts.hide(x, names, hidden) for x in pieces)
             if isinstance(content, Verbatim):
                 verbatim.append(text)
                 text = f"{HIDDEN}V{len(verbatim) - 1}{HIDDEN}" if text else ""
@@ -300,7 +320,16 @@ class ChatFormat:
         text = self._template.write(shown, options) if self.tokenizer.chat_template else self._plain(shown)
         if mark is None:
             self._refuse_left_out(messages[checked:], shown[checked:], text)
-        return _VERBATIM.sub(put_in, text), hidden
+        return _VERBATIM.sub(put_in, self._with_pictures(text, seen)), hidden, seen
+
+    def _with_pictures(self, text: str, seen: Sequence[Picture]) -> str:
+        """The text as the template wrote it, with what the processor writes in place of each picture's token."""
+        if self.pictures is None or not seen:
+            return text
+        first, *others = text.split(self.pictures.token)  # in texts of the rows its name is hidden
+        if len(others) != len(seen):
+            raise TemplateRefusal(f"the chat template shows {len(others)} pictures of {len(seen)}")
+        return first + "".join(map("".join, zip(self.pictures.expanded(seen), others, strict=True)))
 
     def _refuse_left_out(self, messages: Sequence[Message], shown: Sequence[Message], text: str) -> None:
         """Refuse a rendering that lacks the text of a message.
@@ -315,7 +344,7 @@ class ChatFormat:
         """
         texts = [_said(message) for message in shown]
         for message, content in zip(messages, texts, strict=True):
-            parts = [part.strip() for part in self._switches.split(content)]
+            parts = [part.strip() for part in self._breaks.split(content)]
             counts = [(text.count(part), sum(other.count(part) for other in texts)) for part in parts if part]
             if all(found >= wanted for found, wanted in counts):
                 continue

@@ -10,9 +10,12 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+PICTURE_COLUMNS = ("images", "image")
+"""Columns with pictures: a list, or a single one."""
 COLUMNS = (
     *("prompt", "completion", "messages", "document", "privileged_context", "answer", "scorer"),
     *("tools", "chat_template_kwargs"),
+    *PICTURE_COLUMNS,
 )
 """Columns that are read."""
 
@@ -27,9 +30,9 @@ OTHER_NAMES = {
 _IN_PROMPT = ("system", "instruction", "input", "context", "history", "question", "query")
 """Parts of a prompt that other tools keep in columns of their own."""
 
-_MEDIA = "only text is supported; leave it out"
+_MEDIA = "only text and pictures are supported; leave it out"
 _REFUSED = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("video", "videos", "audio", "audios"), _MEDIA),
     **dict.fromkeys(("instruction", "input"), "put its text into the prompt"),
     "context": "put its text into the prompt, or name it 'document' if only the teacher should read it",
     "system": "write it as the system message that begins the prompt",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_type_hints
 
 from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.images import marks_in
 from selfdistill.data.messages import Message
 from selfdistill.errors import UserError
 
@@ -270,14 +271,18 @@ class Template:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """``privileged_context`` in place of the last user turn: the question in other words, or in another language."""
+    """``privileged_context`` in place of the last user turn: the question in other words, or in another language.
+
+    The turn's pictures stay, before it.
+    """
 
     name: ClassVar[str] = "rewritten"
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         if problem := self.lacks(demonstration):
             raise UserError(f"{demonstration.source}, {problem}")
-        return [*demonstration.prompt[:-1], _user(demonstration.privileged_context or "")]
+        pictures = marks_in(demonstration.prompt[-1]["content"])
+        return [*demonstration.prompt[:-1], _user(f"{pictures}{demonstration.privileged_context or ''}")]
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         if demonstration.privileged_context is not None:

@@ -10,19 +10,21 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from selfdistill.data.columns import COLUMNS, misnamed, missing, note_about, refused, unread
+from selfdistill.data.images import Picture, in_parts, marked, pictures_of, refuse_late, saved, undecoded
 from selfdistill.data.messages import (
     Message,
     Turns,
     as_written,
     chat_of,
+    check_order,
     first_learnt,
     messages_of,
     not_object,
+    replies_of,
     text_of,
     text_of_reply,
     uses_tools,
@@ -62,6 +64,8 @@ class Demonstration:
     episode: tuple[Message, ...] = ()
     """The messages after the prompt, where there are several replies to learn or the one calls tools; the first and the
     last are the assistant's. Empty for a reply of text alone."""
+    images: tuple[Picture, ...] = ()
+    """The prompt's pictures; in its texts a mark stands for each."""
     turn_of: Demonstration | None = None
     """The row of which this is one turn; see :func:`selfdistill.data.encode`."""
 
@@ -75,9 +79,10 @@ class Demonstration:
 
         Fields that older folders did not know are left out where they are not set.
         """
-        values = {**asdict(replace(self, turn_of=None)), "source": ""}
+        values = {**asdict(replace(self, turn_of=None, images=())), "source": ""}
         del values["turn_of"]
-        newer = {name: values.pop(name) for name in ("tools", "chat_template_kwargs", "episode")}
+        values["images"] = [picture.digest for picture in self.images] or None
+        newer = {name: values.pop(name) for name in ("tools", "chat_template_kwargs", "episode", "images")}
         first = {"row": values.pop("row"), "source": values.pop("source")}
         return {**first, **values, **{name: value for name, value in newer.items() if value not in (None, ())}}
 
@@ -116,8 +121,6 @@ CODE = "code"
 
 _TAUGHT = ("completion", "answer", "privileged_context")
 _WANT_CHAT = "text or a list of messages"
-_WANT_COMPLETION = "text or one assistant message"
-_WANT_EPISODE = "one assistant message, or turns from an assistant's to an assistant's"
 
 
 Rows = str | Path | Sequence[Mapping[str, Any]] | Sequence[Demonstration] | Any
@@ -142,8 +145,8 @@ def load_demonstrations(
     Args:
         data: a ``.jsonl``, ``.json`` (a list of rows), ``.csv``, ``.tsv`` or ``.parquet`` file, the text also packed as
             ``.gz`` or ``.zst``; a folder of such files, read in name order; a folder written by ``datasets``
-            ``save_to_disk``; if there is no such path, the name of a hub data set; or in-memory rows: dicts,
-            demonstrations, a ``datasets.Dataset``.
+            ``save_to_disk``; if there is no such path, the name of a hub data set, or of a file of the package as in
+            ``bundled:shop.test.jsonl``; or in-memory rows: dicts, demonstrations, a ``datasets.Dataset``.
         completion_required: every row must have a completion. Otherwise it may be "".
         split: split of a folder or data set with several; None: ``test``, or the only one. Files and a single
             ``Dataset`` are read in full. A folder has splits where the names of its files, or of folders in it, tell
@@ -167,14 +170,17 @@ def load_demonstrations(
             name = os.fspath(data)
             rows = read_rows(name, split, said)
         else:
-            rows = rows_in_memory(data, split, said, as_row)
+            rows = rows_in_memory(undecoded(data), split, said, as_row)
     except OSError as error:
         raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
     if not rows:
         raise UserError(f"{name}: no rows, expected at least one")
 
+    folder = name if os.path.isdir(name) else os.path.dirname(name)
+
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
-        made = _demonstration(raw, number, form, completion_required, turns, problems)
+        pictures = pictures_of(raw.value, folder, problems)
+        made = _demonstration(raw, number, form, completion_required, turns, pictures, problems)
         if lacks and not problems:
             problems += filter(None, [lacks(made)])
         return made
@@ -230,9 +236,15 @@ def _few(found: Sequence[str]) -> str:
     return ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
 
 
-def write_demonstrations(path: Path, rows: Sequence[Demonstration]) -> None:
-    """Write a JSON Lines file that :func:`load_demonstrations` reads back equal except for ``row`` and ``source``."""
-    text = "".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows)
+def write_demonstrations(path: Path, demonstrations: Sequence[Demonstration]) -> None:
+    """Write a JSON Lines file that :func:`load_demonstrations` reads back equal except for ``row`` and ``source``.
+
+    Pictures that are no files are written beside it.
+    """
+    rows = [
+        {**as_row(row), **({"images": saved(row.images, path.parent)} if row.images else {})} for row in demonstrations
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
 
 
@@ -240,11 +252,11 @@ def as_row(row: Any) -> Any:
     """A demonstration as a row that holds its columns; anything else as it is."""
     if not isinstance(row, Demonstration):
         return row
-    values = {name: getattr(row, name) for name in COLUMNS if name != "messages"}
-    values["prompt"] = [as_written(turn) for turn in row.prompt]
+    values = {name: getattr(row, name) for name in COLUMNS if name not in ("messages", "image")}
+    values["prompt"] = [as_written({**turn, "content": in_parts(turn["content"], row.images)}) for turn in row.prompt]
     if row.episode:
         values["completion"] = [as_written(turn) for turn in row.episode]
-    return {name: value for name, value in values.items() if value not in (None, "")}
+    return {name: value for name, value in values.items() if value not in (None, "", ())}
 
 
 def load_prompts(path: str) -> list[Demonstration]:
@@ -304,15 +316,21 @@ def _form(row: Any, problems: list[str]) -> str | None:
 
 
 def _demonstration(
-    raw: RawRow, number: int, form: str, completion_required: bool, learnt: Turns, problems: list[str]
+    raw: RawRow,
+    number: int,
+    form: str,
+    completion_required: bool,
+    learnt: Turns,
+    pictures: Sequence[Picture],
+    problems: list[str],
 ) -> Demonstration:
     """The row as a demonstration; invalid if there are problems."""
     row: dict[str, Any] = raw.value
     others = {name: row.get(name) for name in ("document", "privileged_context", "answer", "scorer")}
-    chat = chat_of(row[form], form, problems)
+    chat = marked(chat_of(row[form], form, problems), form, pictures, problems)
     if isinstance(row.get("prompt"), str) and isinstance(chat, list):  # then the completion may be such a text, too
         row = {**row, "completion": chat_of(row.get("completion"), "completion", problems)}
-    replies = _replies(row, completion_required, problems) if form == "prompt" else []
+    replies = replies_of(row, completion_required, problems) if form == "prompt" else []
     if form == "prompt" and not isinstance(chat, list):
         turns = [{"role": "user", "content": text_of(chat, "prompt", _WANT_CHAT, problems)}]
     elif isinstance(chat, list) or not problems:
@@ -329,7 +347,8 @@ def _demonstration(
     if not problems and (not turns or turns[-1]["role"] not in ("user", "tool")):
         found = f"ends with the {turns[-1]['role']}" if turns else "is empty"
         problems.append(f"column '{form}': the prompt {found}, expected it to end with a user turn")
-    _check_order(replies, form, problems)
+    check_order(replies, form, problems)
+    refuse_late(replies, form, problems)
     problems += refused(row)
     if not problems and not replies and not any(value is not None for value in others.values()):
         # A prompt alone may be meant, but hardly where another column has a familiar name.
@@ -345,14 +364,8 @@ def _demonstration(
         tools=tools_of(row.get("tools"), problems),
         chat_template_kwargs=template_kwargs_of(row.get("chat_template_kwargs"), problems),
         episode=() if is_text else tuple(replies),
+        images=tuple(pictures),
     )
-
-
-def _check_order(replies: Sequence[Message], form: str, problems: list[str]) -> None:
-    """Between two replies somebody else says something."""
-    if not problems and any(one["role"] == other["role"] == "assistant" for one, other in pairwise(replies)):
-        column = "messages" if form == "messages" else "completion"
-        problems.append(f"column '{column}': found two assistant turns in a row, expected a tool or user turn between")
 
 
 def _check_others(others: dict[str, Any], problems: list[str]) -> None:
@@ -372,19 +385,3 @@ def _check_others(others: dict[str, Any], problems: list[str]) -> None:
         )
     elif others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
         problems.append(wrong("scorer", others["scorer"], one_of(SCORER_NAMES)))
-
-
-def _replies(row: dict[str, Any], required: bool, problems: list[str]) -> list[Message]:
-    """The completion's messages; none without a completion."""
-    value = row.get("completion")
-    if value is None and not (required and "completion" in row):
-        if required:
-            problems.append(missing(row, "completion", want=f"expected {_WANT_COMPLETION}"))
-        return []
-    if not isinstance(value, list) or not value:
-        return [{"role": "assistant", "content": text_of(value, "completion", _WANT_COMPLETION, problems)}]
-    turns = messages_of(value, "completion", problems)
-    roles = [turn["role"] for turn in turns]
-    if turns and not roles[0] == roles[-1] == "assistant":
-        problems.append(f"column 'completion': found messages of {', '.join(roles)}, expected {_WANT_EPISODE}")
-    return turns

@@ -11,6 +11,7 @@ from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import Context
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.episodes import Replies, encode_replies, turns_of
+from selfdistill.data.images import by_digest
 from selfdistill.data.messages import Message, uses_tools
 from selfdistill.data.rows import first_ten
 from selfdistill.data.template import TemplateRefusal
@@ -36,9 +37,22 @@ class Example:
     read and never a target."""
 
     @property
+    def is_own(self) -> list[bool]:
+        """Whether each token of the completion is the model's own."""
+        return own_tokens(len(self.completion_ids), self.given)
+
+    @property
     def learnt_tokens(self) -> int:
         """Tokens of the completion that are not given."""
-        return len(self.completion_ids) - sum(end - start for start, end in self.given)
+        return sum(self.is_own)
+
+
+def own_tokens(length: int, given: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each of so many tokens is outside of the given half-open spans."""
+    own = [True] * length
+    for start, end in given:
+        own[start:end] = [False] * (end - start)
+    return own
 
 
 class NothingFits(UserError):
@@ -88,6 +102,8 @@ def encode(
     demonstrations = [turn for row in demonstrations for turn in turns_of(row, replies)]
     _refuse_end_names(demonstrations, chat)
     refuse_unshown(demonstrations, chat)
+    _refuse_pictures(demonstrations, chat)
+    pictures = by_digest([*demonstrations, *others])
 
     def example_of(demonstration: Demonstration) -> Example:
         options = demonstration.template_options
@@ -95,8 +111,8 @@ def encode(
         completion_ids, given = encode_replies(demonstration, chat)
         return Example(
             demonstration,
-            chat.encode_prompt(demonstration.prompt, options),
-            chat.encode_prompt(teacher, options) if teacher else None,
+            chat.encode_prompt(demonstration.prompt, options, by_digest([demonstration])),
+            chat.encode_prompt(teacher, options, pictures) if teacher else None,
             completion_ids,
             given,
         )
@@ -150,7 +166,8 @@ class ContextEncoder:
         That is if they exceed the limit, or if the chat template does not show what the model wrote.
         """
         try:
-            ids = self.chat.encode_prompt(messages, demonstration.template_options)
+            pictures = by_digest([demonstration])
+            ids = self.chat.encode_prompt(messages, demonstration.template_options, pictures)
         except TemplateRefusal as error:
             self.unfit.append(f"{demonstration.source}: {error}")
             return None
@@ -167,7 +184,12 @@ def encode_prompts(demonstrations: Sequence[Demonstration], chat: ChatFormat) ->
         UserError: the chat template rejects rows, or does not show their tools or other arguments; names them.
     """
     refuse_unshown(demonstrations, chat)
-    return _by_row(demonstrations, lambda row: chat.encode_prompt(row.prompt, row.template_options))
+    _refuse_pictures(demonstrations, chat)
+
+    def ids_of(row: Demonstration) -> list[int]:
+        return chat.encode_prompt(row.prompt, row.template_options, by_digest([row]))
+
+    return _by_row(demonstrations, ids_of)
 
 
 def _by_row(demonstrations: Sequence[Demonstration], make: Callable[[Demonstration], Made]) -> list[Made]:
@@ -304,6 +326,16 @@ def _refuse_end_names(demonstrations: Sequence[Demonstration], chat: ChatFormat)
         raise UserError(
             f"{len(ended)} of {len(demonstrations)} completions end with {' or '.join(chat.end_names)}, which the chat "
             f"format adds itself ({', '.join(ended[:10])}); remove it"
+        )
+
+
+def _refuse_pictures(demonstrations: Sequence[Demonstration], chat: ChatFormat) -> None:
+    """Refuse rows with pictures where the model reads none."""
+    sources = [row.source for row in demonstrations if row.images]
+    if sources and chat.pictures is None:
+        raise UserError(
+            f"{len(sources)} of {len(demonstrations)} rows have pictures, which the model does not read "
+            f"({', '.join(sources[:10])}); use an image-text model with its processor's files, or remove the column"
         )
 
 

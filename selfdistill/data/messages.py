@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
-from selfdistill.data.columns import FROM_SHAREGPT, is_empty
+from selfdistill.data.columns import FROM_SHAREGPT, is_empty, missing
 from selfdistill.data.rows import LONE_SURROGATE, describe_value, from_text, one_of, quoted
 from selfdistill.data.tool_calls import written
 
@@ -22,6 +23,8 @@ object}}``, each with an ``id`` if one was given; its content may then be "". A 
 Turns = Literal["auto", "last", "all"]
 """Which assistant turns of a chat are learnt; ``auto``: all if it has tool calls or tool turns, else the last."""
 
+_WANT_COMPLETION = "text or one assistant message"
+_WANT_EPISODE = "one assistant message, or turns from an assistant's to an assistant's"
 _ROLES = ("system", "user", "assistant", "tool")
 _OWN_KEYS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}
 _INTO_CONTENT = {
@@ -207,6 +210,16 @@ def text_of_reply(message: Message) -> str:
     return "\n".join(filter(None, [message["content"], written(calls)]))
 
 
+def speaker_of(message: Message) -> str:
+    """Who says a message: its role, with a tool's name."""
+    return f"{message['role']} {message.get('name', '')}".strip()
+
+
+def as_transcript(messages: Sequence[Message]) -> str:
+    """Messages as one text, each after its speaker."""
+    return "\n".join(f"{speaker_of(message)}: {text_of_reply(message)}" for message in messages)
+
+
 def as_written(message: Message) -> Message:
     """The message as a file holds it: arguments as JSON text, in which null is kept."""
     if "tool_calls" not in message:
@@ -224,6 +237,29 @@ def text_of(value: Any, column: str, want: str, problems: list[str]) -> str:
         return value
     problems.append(wrong(column, value, want))
     return ""
+
+
+def check_order(replies: Sequence[Message], form: str, problems: list[str]) -> None:
+    """A problem if two replies follow each other: between them somebody else says something."""
+    if not problems and any(one["role"] == other["role"] == "assistant" for one, other in pairwise(replies)):
+        column = "messages" if form == "messages" else "completion"
+        problems.append(f"column '{column}': found two assistant turns in a row, expected a tool or user turn between")
+
+
+def replies_of(row: dict[str, Any], required: bool, problems: list[str]) -> list[Message]:
+    """The completion's messages; none without a completion."""
+    value = row.get("completion")
+    if value is None and not (required and "completion" in row):
+        if required:
+            problems.append(missing(row, "completion", want=f"expected {_WANT_COMPLETION}"))
+        return []
+    if not isinstance(value, list) or not value:
+        return [{"role": "assistant", "content": text_of(value, "completion", _WANT_COMPLETION, problems)}]
+    turns = messages_of(value, "completion", problems)
+    roles = [turn["role"] for turn in turns]
+    if turns and not roles[0] == roles[-1] == "assistant":
+        problems.append(f"column 'completion': found messages of {', '.join(roles)}, expected {_WANT_EPISODE}")
+    return turns
 
 
 # --- wording ---

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from importlib import resources
 from typing import Any, TypeVar
 
+from selfdistill.data.images import undecoded
 from selfdistill.data.readers import expected_types, is_data_file, is_readable, kind_of, read_file
 from selfdistill.data.rows import RawRow, describe_value, first_ten, numbered, one_line, one_of
 from selfdistill.errors import UserError
@@ -31,11 +34,21 @@ _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")
 
 
+BUNDLED = "bundled:"
+"""What the names of the package's own files begin with, such as ``bundled:shop.test.jsonl``."""
+
+
+def packaged(name: str) -> str:
+    """Path of a data file, or folder, that ships with the package."""
+    return str(resources.files("selfdistill.data.bundled") / name)
+
+
 def read_rows(path: str, split: str | None, note: Note) -> list[RawRow]:
     """The unchecked rows of a file, a folder or a data set.
 
     Args:
-        path: a file, a folder of files, a data set saved by ``datasets``, or the name of a hub data set.
+        path: a file, a folder of files, a data set saved by ``datasets``, the name of a hub data set, or ``bundled:``
+            and the name of a file of the package.
         split: see :func:`choose`; files are read in full.
         note: takes what the user should know.
 
@@ -48,9 +61,23 @@ def read_rows(path: str, split: str | None, note: Note) -> list[RawRow]:
         return _read_set(path, split, note, saved=True) if is_saved_set else _read_folder(path, split, note)
     if os.path.exists(path):
         return read_file(path)
+    if path.startswith(BUNDLED):
+        file = _bundled(path)
+        return [replace(raw, source=path + raw.source.removeprefix(file)) for raw in read_file(file)]
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not is_data_file(path):
         return _read_set(path, split, note, saved=False)
     raise UserError(f"{path}: no such file or folder (looked from {os.getcwd()}); check the path")
+
+
+def _bundled(path: str) -> str:
+    """The path of a file of the package."""
+    names = sorted(name for name in os.listdir(packaged("")) if is_data_file(name))
+    name = path.removeprefix(BUNDLED)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {BUNDLED}{close[0]}?" if close else f"expected one of {', '.join(names)}"
+        raise UserError(f"{path}: no such file in the package; {hint}")
+    return packaged(name)
 
 
 def rows_in_memory(data: Any, split: str | None, note: Note, as_row: Callable[[Any], Any]) -> list[RawRow]:
@@ -188,4 +215,4 @@ def _read_set(path: str, split: str | None, note: Note, *, saved: bool) -> list[
             f"{path}: datasets has read it from CSV, so 007 has become 7, and NA null; to keep cells as they are, give "
             "the file itself"
         )
-    return numbered(path, rows)
+    return numbered(path, undecoded(rows))

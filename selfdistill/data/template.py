@@ -11,9 +11,10 @@ from functools import cached_property
 from typing import Any
 
 from selfdistill.data.call_format import PROBE_TOOL, CallFormat, probe
+from selfdistill.data.images import as_parts
 from selfdistill.data.messages import Message
 from selfdistill.data.template_clock import pinned
-from selfdistill.data.text_ids import TextIds
+from selfdistill.data.text_ids import HIDDEN, TextIds
 from selfdistill.data.thinking import EMPTY_THOUGHT, open_thought
 from selfdistill.errors import UserError
 
@@ -21,6 +22,8 @@ PLAIN_USER, PLAIN_REPLY = "User:", "Assistant:"
 """How turns begin in the plain-text layout, which stands in for a template."""
 REPLY = "selfdistill"
 """A word that no template writes."""
+PLACE = f"{HIDDEN}P{HIDDEN}"
+"""Where a picture stands in a message."""
 
 
 class TemplateRefusal(UserError):
@@ -42,10 +45,15 @@ class AssistantTurn:
 
 
 class Template:
-    """A tokenizer's chat template with the run's arguments; see :class:`selfdistill.data.ChatFormat`."""
+    """A tokenizer's chat template with the run's arguments; see :class:`selfdistill.data.ChatFormat`.
 
-    def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any], date: str | None, texts: TextIds) -> None:
-        self._tokenizer = tokenizer
+    With ``parts``, it is an image-text model's and is given each message's content as a list of parts.
+    """
+
+    def __init__(
+        self, tokenizer: Any, kwargs: Mapping[str, Any], date: str | None, texts: TextIds, *, parts: bool = False
+    ) -> None:
+        self._tokenizer, self._parts = tokenizer, parts
         self._kwargs = kwargs
         self._date = date
         self._added = texts.added
@@ -64,11 +72,14 @@ class Template:
         given = {**self._kwargs, **options}
         if taken := sorted(fixed.keys() & given.keys()):
             raise UserError(f"setting 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
+        shown: list[Any] = list(messages)
+        if self._parts:
+            shown = [{**message, "content": as_parts(message["content"].split(PLACE))} for message in messages]
         try:
             if self._date is not None:
                 template = self._tokenizer.get_chat_template(None, tools=given.get("tools"))
                 fixed["chat_template"] = pinned(template, datetime.date.fromisoformat(self._date))
-            return str(self._tokenizer.apply_chat_template(list(messages), **fixed, **given))
+            return str(self._tokenizer.apply_chat_template(shown, **fixed, **given))
         except Exception as error:  # templates are programs and may raise anything
             roles = ", ".join(m["role"] for m in messages)
             reason = " ".join(str(error).split())

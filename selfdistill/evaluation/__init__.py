@@ -5,6 +5,7 @@ from selfdistill.evaluation.check import LAYOUTS, best_context, check, check_run
 from selfdistill.evaluation.check_result import CheckResult
 from selfdistill.evaluation.distances import DRIFT_PROMPTS, DRIFT_TOKENS, Distance, Drift, mean_loss
 from selfdistill.evaluation.endpoint import Endpoint
+from selfdistill.evaluation.episodes import unscored
 from selfdistill.evaluation.eval_result import EvalResult
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint, summary
 from selfdistill.evaluation.evaluator import Evaluator, check_inputs
@@ -45,4 +46,5 @@ __all__ = [
     "seeds_interval",
     "sign_test",
     "summary",
+    "unscored",
 ]

@@ -22,6 +22,7 @@ from selfdistill.data import (
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.judge import Judge
+from selfdistill.methods import Completion
 from selfdistill.model import LoadedModel, Rollout, Sampling, prompts_at_a_time, sample
 from selfdistill.runtime import ProgressBar
 
@@ -39,12 +40,19 @@ class Answers:
     thinking: list[int]
     """Number of thinking tokens in each reply."""
     truncated: int
-    """Number of replies truncated at the length limit."""
+    """Number of replies truncated at the length limit, or of episodes that were cut."""
+    episodes: Sequence[Completion] = ()
+    """In an environment the whole episodes: ``ids`` are all their tokens, ``replies`` their last replies."""
+
+    @property
+    def is_own(self) -> list[list[bool]] | None:
+        """Whether each token is the model's own; None if all are."""
+        return [episode.is_own for episode in self.episodes] or None
 
     @property
     def lengths(self) -> list[int]:
-        """Number of tokens in each reply."""
-        return [len(ids) for ids in self.ids]
+        """Number of the model's own tokens in each reply, or episode."""
+        return [len(ids) for ids in self.ids] if self.is_own is None else [sum(own) for own in self.is_own]
 
     @property
     def accuracy(self) -> float:

@@ -21,6 +21,8 @@ ANSWER_TOKENS = 32
 DRIFT_PROMPTS, DRIFT_TOKENS = 3, 16
 """Prompts of :class:`Drift`, and the maximum length of their answers in tokens."""
 _ROWS = 8  # prompts per batch
+Own = Sequence[Sequence[bool]] | None
+"""Whether each token of each completion is the model's own; None if all are."""
 
 
 class Distance:
@@ -91,6 +93,7 @@ def between(
     model_contexts: Sequence[Sequence[int]],
     of_base: Sequence[Sequence[int]],
     of_model: Sequence[Sequence[int]],
+    own: tuple[Own, Own] = (None, None),
 ) -> Between:
     """Both distances between two models with the same vocabulary.
 
@@ -101,11 +104,12 @@ def between(
         model_contexts: the same in the model's.
         of_base: the base's answers, as token ids.
         of_model: the model's answers, as token ids.
+        own: which tokens are the base's own, and which the model's.
     """
     changed = sum(list(a) != list(b) for a, b in zip(of_base, of_model, strict=True)) / len(of_base)
     return Between(
-        kl_base=kl_along(model_contexts, of_base, base, model, base_contexts),
-        kl_model=kl_along(base_contexts, of_model, model, base, model_contexts),
+        kl_base=kl_along(model_contexts, of_base, base, model, base_contexts, own[0]),
+        kl_model=kl_along(base_contexts, of_model, model, base, model_contexts, own[1]),
         changed=changed,
     )
 
@@ -117,8 +121,9 @@ def kl_along(
     q: LoadedModel,
     p: LoadedModel,
     q_contexts: Sequence[Sequence[int]] | None = None,
+    own: Own = None,
 ) -> float:
-    """KL(q||p) along given completions, averaged over all their tokens, in nats per token.
+    """KL(q||p) along given completions, averaged over all their own tokens, in nats per token.
 
     Args:
         contexts: token ids of p's prompts.
@@ -126,6 +131,7 @@ def kl_along(
         q: the first model.
         p: the second model.
         q_contexts: token ids of q's prompts; default ``contexts``.
+        own: which tokens of the completions count.
     """
     forward_passes, total, count = (ForwardPass(q), ForwardPass(p)), 0.0, 0
     for start in range(0, len(contexts), _ROWS):
@@ -137,8 +143,9 @@ def kl_along(
                 forward_passes, (q, p), (q_contexts or contexts, contexts), strict=True
             )
         )
-        value, _ = summed_loss(Divergence(), mine, ids, theirs)
-        total, count = total + float(value), count + sum(map(len, ids))
+        counted = None if own is None else own[part]
+        value, _ = summed_loss(Divergence(), mine, ids, theirs, counted)
+        total, count = total + float(value), count + sum(map(len, ids) if counted is None else map(sum, counted))
     return total / count
 
 
@@ -147,8 +154,9 @@ def summed_loss(
     student: ForwardOutput,
     ids: Sequence[Sequence[int]],
     teacher: ForwardOutput | None = None,
+    own: Own = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss summed over all tokens of the completions ``ids``, differentiable, and per-token statistics."""
+    """The loss summed over the own tokens of the completions ``ids``, differentiable, and statistics of all tokens."""
     tokens_N = torch.tensor([token for row in ids for token in row], device=student.hidden_ND.device)
     return chunked_loss(
         loss,
@@ -156,10 +164,17 @@ def summed_loss(
         student.head,
         student.head_parameters,
         tokens_N,
-        torch.ones(len(tokens_N), device=tokens_N.device),
+        _weights(tokens_N, own),
         teacher.hidden_ND if teacher else None,
         teacher.head if teacher else None,
     )
+
+
+def _weights(tokens_N: Tensor, own: Own) -> Tensor:
+    """1 for each token that counts, else 0."""
+    if own is None:
+        return torch.ones(len(tokens_N), device=tokens_N.device)
+    return torch.tensor([float(one) for row in own for one in row], device=tokens_N.device)
 
 
 @torch.no_grad()

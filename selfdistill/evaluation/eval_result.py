@@ -83,7 +83,9 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
     items = result["items"]
     if context := result["settings"]["context"]:
         number("context of each new question", context, "none" if base else "")
-    name = f"new task, accuracy ({', '.join(result['scorers'])})"
+    plays = "episode/reward" in result
+    what = "success" if plays else "accuracy"
+    name = f"new task, {what} ({', '.join(result['scorers'])})"
     score(name, items, result, ("accuracy", "accuracy_interval"), base, tests.get("accuracy"))
     if "accuracy_lenient" in result:
         number(
@@ -94,8 +96,16 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
     for k, of_model in result.get("pass@k", {}).items():
         of_base = base["pass@k"][k] if base else None
         score(f"new task, pass@{k}", items, of_model, ("value", "interval"), of_base, tests.get(f"pass@{k}"))
+    if plays:
+        keys = ("episode/reward", "episode/reward_interval")
+        cells = [f"{side[keys[0]]:.3f} {_interval(*side[keys[1]])}" for side in (result, base) if side]
+        number("mean reward", *cells)
+        for key in ("turns", "invalid_calls"):
+            cells = [f"{side[f'episode/{key}']:.2f}" for side in (result, base) if side]
+            number(f"{key.replace('_', ' ')} per episode", *cells)
+    unit = "episode" if plays else "reply"
     for label, key in (
-        ("tokens per reply", "length"),
+        (f"tokens per {unit}", "length"),
         ("  of these thinking", "thinking"),
         ("  of these answer", "said"),
     ):
@@ -104,7 +114,8 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
             key = f"completion/{key}"
             number(label, f"{result[key]:.1f}", f"{base[key]:.1f}" if base else "")
     cut = "completion/truncated"
-    number("truncated replies", f"{result[cut]:.1%}", f"{base[cut]:.1%}" if base else "")
+    cut_ones = "episodes that were cut" if plays else "truncated replies"
+    number(cut_ones, f"{result[cut]:.1%}", f"{base[cut]:.1%}" if base else "")
     if result["dropped"]:
         number("dropped rows (too long)", str(result["dropped"]))
     for name, prior in result.get("prior", {}).items():
@@ -128,17 +139,19 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
     if base:
         console.print("p: p-value of a paired test.", highlight=False)
     unlike = tests["accuracy"]["unlike"] if base else 0.0
-    unlike = unlike or 0.5  # models that never differ give no estimate
+    console.print(_detected(items, unlike or 0.5), highlight=False)  # models that never differ give no estimate
+
+
+def _detected(items: int, unlike: float) -> str:
+    """The smallest difference that so many items detect."""
     smallest = smallest_difference(items, unlike)
     if smallest is None:
         few = "1 item is" if items == 1 else f"{items} items are"
-        said = f"{few} too few to detect any difference in accuracy."
-    else:
-        said = (
-            f"{items} items detect a difference in accuracy of {smallest:.2f} about 3 times in 4, if only one of the "
-            f"two models is right on {unlike:.0%} of them."
-        )
-    console.print(said, highlight=False)
+        return f"{few} too few to detect any difference in accuracy."
+    return (
+        f"{items} items detect a difference in accuracy of {smallest:.2f} about 3 times in 4, if only one of the "
+        f"two models is right on {unlike:.0%} of them."
+    )
 
 
 def _interval(low: float, high: float) -> str:

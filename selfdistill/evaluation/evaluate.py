@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from selfdistill.config import EvalConfig, ModelSettings
+from selfdistill.config import EpisodeSettings, EvalConfig, TaskSettings
 from selfdistill.data import (
     ChatFormat,
     Demonstration,
@@ -17,17 +17,17 @@ from selfdistill.data import (
     Rows,
     default_scorer,
     doubt_about,
-    encode,
     encode_prompts,
     general_prompts,
     load_demonstrations,
     notes_on_episodes,
-    nothing_to_score,
     parse_context,
+    shown_text,
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.distances import ANSWER_TOKENS, Between, between
+from selfdistill.evaluation.episodes import encoded, episode_scores, player_of, rows_of, told, unscored
 from selfdistill.evaluation.judge import Judge, judge_of
 from selfdistill.evaluation.lmeval import lm_eval_abilities
 from selfdistill.evaluation.priors import EncodedPrior, encode_priors, load_prior, prior_abilities
@@ -54,9 +54,10 @@ Evaluation = dict[str, Any]
 
 ``accuracy``, ``accuracy_interval``, ``items``, ``dropped`` (rows too long), ``correct`` (per item), with a judge
 ``accuracy_lenient``, ``completion/length``, ``completion/truncated``, ``completion/thinking`` and ``completion/said``
-(tokens inside and outside thinking tags); with priors ``prior`` (by name: ``accuracy``, ``accuracy_norm``,
-``interval``, ``items``, ``correct``), ``prior_accuracy`` (mean over names) and ``prior_interval``. All intervals are
-95% intervals.
+(tokens inside and outside thinking tags); with an environment, whose verdicts ``correct`` has, means over episodes:
+``episode/reward`` and ``episode/reward_interval``, ``episode/turns`` and ``episode/invalid_calls``; with priors
+``prior`` (by name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct``), ``prior_accuracy`` (mean
+over names) and ``prior_interval``. All intervals are 95% intervals.
 """
 
 
@@ -76,7 +77,7 @@ class EvaluationSet:
         loaded: the model, or one with the same tokenizer.
         demonstrations: rows of the new task.
         priors: from :func:`load_prior`.
-        config: a command's settings.
+        config: a command's settings. With an environment, an episode of each row is played in it.
         context: what the model sees with each question of the new task; None: the question alone.
         pool: demonstrations that contexts may draw from; default ``demonstrations``.
 
@@ -89,52 +90,86 @@ class EvaluationSet:
         loaded: LoadedModel,
         demonstrations: Sequence[Demonstration],
         priors: dict[str, Any],
-        config: ModelSettings,
+        config: TaskSettings,
         context: str | None = None,
         pool: Sequence[Demonstration] | None = None,
     ) -> None:
         self.config = config
         self.chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+        self._player = player_of(config, self.chat, config.batch_size)
         self.rows: list[Example]
-        self.rows, self.dropped = encode(
-            demonstrations,
+        self.rows, self.dropped = encoded(
+            config,
+            rows_of(config, demonstrations),
             None if context is None else parse_context(context),
             self.chat,
-            max_prompt_length=config.max_prompt_length,
-            max_completion_length=config.max_completion_length,
-            window=loaded.window,
-            on_long_prompt=config.on_long_prompt,
-            pool=pool,
+            loaded.window,
+            None if pool is None else rows_of(config, pool),
         )
         self.demonstrations = [row.demonstration for row in self.rows]
         self.prompts = [row.teacher_ids or row.student_ids for row in self.rows]
-        check_answers(self.demonstrations, config.scorer)
-        if config.scorer and all(row.scorer for row in self.demonstrations):
-            say(f"note: every row has its own scorer, so --scorer {config.scorer} is ignored")
-        if doubt := doubt_about(self.demonstrations, config.scorer):
-            say_note(doubt)
+        self._check_scorers()
         self.priors: list[EncodedPrior] = encode_priors(loaded, self.chat, priors)
+
+    def _check_scorers(self) -> None:
+        """Refuse answers that scorers cannot use, and say what the user should know of them."""
+        scorer = self.config.scorer
+        if self._player:
+            if scorer:
+                say(f"note: the environment {self.config.environment} judges, so --scorer {scorer} is ignored")
+            return
+        check_answers(self.demonstrations, scorer)
+        if scorer and all(row.scorer for row in self.demonstrations):
+            say(f"note: every row has its own scorer, so --scorer {scorer} is ignored")
+        if doubt := doubt_about(self.demonstrations, scorer):
+            say_note(doubt)
+
+    @property
+    def scorers(self) -> list[str]:
+        """Names of what decides whether replies are right."""
+        if self._player:
+            return [self.config.environment]
+        return sorted({default_scorer(row, self.config.scorer) for row in self.demonstrations})
 
     def fingerprint(self) -> str:
         """SHA-256 of all questions with their answers, independent of where the files are."""
         return rows_fingerprint({"": self.demonstrations, **{prior.name: prior.rows for prior in self.priors}})
 
     def answers(self, loaded: LoadedModel, judge: Judge | None = None, *, what: str = "new task") -> Answers:
-        """Greedy replies to the new task; ``what`` labels the progress bar."""
+        """Greedy replies to the new task, or episodes; ``what`` labels the progress bar."""
+        return self._answers(loaded, judge, Sampling(self.config.max_completion_length, temperature=0), what)
+
+    def _answers(
+        self,
+        loaded: LoadedModel,
+        judge: Judge | None,
+        sampling: Sampling,
+        what: str,
+        count: int = 1,
+        seeds: Sequence[int] | None = None,
+    ) -> Answers:
+        """``count`` replies to each question, or episodes."""
+        rows = [row for row in self.rows for _ in range(count)]
+        prompts = [prompt for prompt in self.prompts for _ in range(count)]
+        if self._player:
+            return self._player(loaded, rows, prompts, sampling, seeds, what)
         return answer(
             loaded,
-            self.prompts,
-            self.demonstrations,
+            prompts,
+            [row.demonstration for row in rows],
             self.chat,
-            max_completion_length=self.config.max_completion_length,
+            max_completion_length=sampling.max_completion_length,
             batch_size=self.config.batch_size,
             scorer=self.config.scorer,
             judge=judge,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seeds=seeds,
             what=what,
         )
 
     def ask(self, loaded: LoadedModel, judge: Judge | None = None) -> tuple[Evaluation, Answers]:
-        """Evaluate a model on all questions; also returns its greedy replies to the new task."""
+        """Evaluate a model on all questions; also returns its greedy replies to the new task, or episodes."""
         answers = self.answers(loaded, judge)
         thinking = sum(answers.thinking) / len(self.rows)
         length = sum(answers.lengths) / len(self.rows)
@@ -148,6 +183,7 @@ class EvaluationSet:
             "completion/truncated": answers.truncated / len(self.rows),
             "completion/thinking": thinking,
             "completion/said": length - thinking,
+            **episode_scores(answers.episodes),
         }
         if answers.lenient is not None:
             result["accuracy_lenient"] = sum(answers.lenient) / len(self.rows)
@@ -157,20 +193,9 @@ class EvaluationSet:
     def pass_at(self, loaded: LoadedModel, config: EvalConfig, judge: Judge | None) -> dict[str, Any]:
         """pass@k on the new task from ``num_samples`` samples per row: by k, ``value``, ``interval``, ``items``."""
         count = config.num_samples
-        sampled = answer(
-            loaded,
-            [prompt for prompt in self.prompts for _ in range(count)],
-            [row for row in self.demonstrations for _ in range(count)],
-            self.chat,
-            max_completion_length=config.max_completion_length,
-            batch_size=config.batch_size,
-            scorer=config.scorer,
-            judge=judge,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seeds=[sample_seed(config.seed, 0, row.row, g) for row in self.demonstrations for g in range(count)],
-            what=f"{count} samples",
-        )
+        sampling = Sampling(config.max_completion_length, config.temperature, config.top_p)
+        seeds = [sample_seed(config.seed, 0, row.row, g) for row in self.demonstrations for g in range(count)]
+        sampled = self._answers(loaded, judge, sampling, f"{count} samples", count, seeds)
         right = [sum(sampled.correct[i : i + count]) for i in range(0, len(sampled.correct), count)]
         result = {}
         for k in sorted({2**i for i in range(count.bit_length()) if 2**i <= count} | {count}):
@@ -206,6 +231,8 @@ def _add_priors(result: Evaluation, found: dict[str, dict[str, Any]]) -> None:
 def summary(evaluation: Evaluation) -> str:
     """The main numbers of an evaluation in one line."""
     parts = [f"new {evaluation['accuracy']:.3f} of {evaluation['items']}"]
+    if "episode/reward" in evaluation:
+        parts.append(f"reward {evaluation['episode/reward']:.3f}, {evaluation['episode/turns']:.1f} turns")
     if "prior_accuracy" in evaluation:
         parts.append(f"prior {evaluation['prior_accuracy']:.3f}")
     if "kl_base" in evaluation:
@@ -239,7 +266,7 @@ def evaluate(
     if config.replies and not Path(config.replies).absolute().parent.is_dir():
         raise UserError(f"replies {config.replies!r}: cannot be written; give a file in an existing folder")
     data = config.data if rows is None else rows
-    scored = nothing_to_score(config.scorer)
+    scored = unscored(config)
     shown = parse_context(config.context).lacks if config.context else None
 
     def lacks(row: Demonstration) -> str | None:
@@ -251,7 +278,8 @@ def evaluate(
     if loaded is None:
         loaded = to_best_device(load_model(config.model, dtype=config.dtype, adapter_base=config.adapter_base))
     use_engine(loaded, config)
-    for note in [*notes_on_episodes(demonstrations), *loaded.notes]:
+    episodes = notes_on_episodes(demonstrations) if config.environment == "none" else []
+    for note in [*episodes, *loaded.notes]:
         say_note(note)
     if base is not None:
         base = matched(base, loaded)
@@ -264,8 +292,9 @@ def evaluate(
         questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context)
     with fast_products(loaded.device.type):
         result, answers = _measured(loaded, questions, config, judge)
-        result["settings"] = {name: getattr(config, name) for name in ASKED}
-        result["scorers"] = sorted({default_scorer(row, config.scorer) for row in questions.demonstrations})
+        asked = ASKED if config.environment == "none" else (*ASKED, *EpisodeSettings.model_fields)
+        result["settings"] = {name: getattr(config, name) for name in asked}
+        result["scorers"] = questions.scorers
         result["dropped"] = len(demonstrations) - len(questions.rows)
         if base is not None:
             result["base"], of_base = _measured(base, for_base, config, judge)
@@ -273,7 +302,15 @@ def evaluate(
             result["distance"] = {
                 "general": asdict(_general_distance(base, loaded, config)),
                 "new_task": asdict(
-                    between(base, loaded, for_base.prompts, questions.prompts, of_base.ids, answers.ids)
+                    between(
+                        base,
+                        loaded,
+                        for_base.prompts,
+                        questions.prompts,
+                        of_base.ids,
+                        answers.ids,
+                        (of_base.is_own, answers.is_own),
+                    )
                 ),
             }
             result["kl_base"] = result["distance"]["general"]["kl_base"]
@@ -306,7 +343,7 @@ def _general_distance(base: LoadedModel, loaded: LoadedModel, config: EvalConfig
         chat = model.chat(config.chat_template_kwargs, config.template_date)
         contexts.append(encode_prompts(general_prompts(), chat))
         answers.append([r.ids for r in sample(model, contexts[-1], Sampling(ANSWER_TOKENS, temperature=0))])
-    return between(base, loaded, *contexts, *answers)
+    return between(base, loaded, contexts[0], contexts[1], answers[0], answers[1])
 
 
 def _paired(base: Evaluation, model: Evaluation) -> dict[str, Any]:
@@ -325,10 +362,10 @@ def _paired(base: Evaluation, model: Evaluation) -> dict[str, Any]:
 
 
 def _write_replies(path: Path, rows: Sequence[Demonstration], answers: Answers) -> None:
-    lines = [
+    lines: list[dict[str, Any]] = [
         {
             "source": row.source,
-            "prompt": list(row.prompt),
+            "prompt": [{**turn, "content": shown_text(turn["content"])} for turn in row.prompt],
             "answer": row.completion if row.answer is None else row.answer,
             "reply": reply,
             "correct": right,
@@ -336,5 +373,7 @@ def _write_replies(path: Path, rows: Sequence[Demonstration], answers: Answers) 
         }
         for row, reply, right, length in zip(rows, answers.replies, answers.correct, answers.lengths, strict=True)
     ]
+    for line, episode in zip(lines, answers.episodes, strict=bool(answers.episodes)):
+        line.update(told(episode))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8")

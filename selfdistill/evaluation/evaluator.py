@@ -15,11 +15,11 @@ from selfdistill.data import (
     load_demonstrations,
     load_prompts,
     notes_on_episodes,
-    nothing_to_score,
     parse_context,
 )
 from selfdistill.evaluation.answers import check_answers
 from selfdistill.evaluation.distances import Distance, kl_along
+from selfdistill.evaluation.episodes import rows_of, unscored
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import load_prior
@@ -48,11 +48,11 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
     if config.data:
         load_demonstrations(config.data, split=config.split, turns=config.turns, note=noted(config.data), lacks=lacks)
     if config.test is not None:
-        scored = nothing_to_score(config.scorer)
         rows = load_demonstrations(
-            config.test, split=config.test_split, turns=config.turns, note=noted(config.test), lacks=scored
+            config.test, split=config.test_split, turns=config.turns, note=noted(config.test), lacks=unscored(config)
         )
-        check_answers(rows, config.scorer)
+        if config.environment == "none":
+            check_answers(rows, config.scorer)
     if config.prior is not None:
         load_prior(config.prior)
     for source in config.anchors:
@@ -63,7 +63,8 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
 class Evaluator:
     """Test rows, prior questions and the base's results, for any number of runs from that base.
 
-    Evaluation changes neither weights nor random state: replies are greedy, and there are no gradients.
+    Evaluation changes neither weights nor random state: replies are greedy, and there are no gradients. With an
+    environment, an episode of each test row is played in it.
 
     Args:
         config: settings with ``test``.
@@ -76,7 +77,7 @@ class Evaluator:
     def __init__(self, config: TrainingSettings, base: LoadedModel) -> None:
         assert config.test is not None
         rows = load_demonstrations(config.test, split=config.test_split, turns=config.turns)
-        for note in notes_on_episodes(rows):
+        for note in notes_on_episodes(rows) if config.environment == "none" else ():
             say_note(note)
         priors = load_prior(config.prior) if config.prior else {}
         self._mixed_precision = config.mixed_precision
@@ -84,7 +85,7 @@ class Evaluator:
         self.questions = EvaluationSet(base, rows, priors, config)
         if self.questions.dropped:
             say(f"dropped {self.questions.dropped} of {len(rows)} rows of {config.test}: too long")
-        self._data = load_demonstrations(config.data, split=config.split, turns=config.turns)
+        self._data = rows_of(config, load_demonstrations(config.data, split=config.split, turns=config.turns))
         learnt = [row.prompt for row in self._data]
         if known := sum(row.prompt in learnt for row in self.questions.demonstrations):
             say(f"note: {known} of {len(self.questions.demonstrations)} test questions are also in the training data")
@@ -129,7 +130,7 @@ class Evaluator:
         with self._arithmetic(base):
             answers = questions.answers(base, self._judge, what=what)
             prompts = [row.student_ids for row in questions.rows]
-            kl = kl_along(prompts, answers.ids, base, base, questions.prompts)
+            kl = kl_along(prompts, answers.ids, base, base, questions.prompts, answers.is_own)
         interval = list(share_interval(sum(answers.correct), len(questions.rows)))
         return {"accuracy": answers.accuracy, "interval": interval, "items": len(questions.rows), "kl": kl}
 
@@ -138,7 +139,7 @@ class Evaluator:
         use_engine(model, self.questions.config)
         with self._arithmetic(base), self._arithmetic(model):
             answers = self.questions.answers(model, self._judge)
-            return kl_along(self.questions.prompts, answers.ids, model, base)
+            return kl_along(self.questions.prompts, answers.ids, model, base, own=answers.is_own)
 
     def _arithmetic(self, loaded: LoadedModel) -> AbstractContextManager[None]:
         return training_precision(loaded.model, self._mixed_precision)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from selfdistill.config import ModelSettings
-from selfdistill.data import JUDGE, Demonstration, reference
+from selfdistill.data import JUDGE, Demonstration, reference, shown_text
 from selfdistill.errors import UserError
 from selfdistill.evaluation.endpoint import Endpoint, shown
 from selfdistill.model import cache_dir
@@ -131,7 +131,8 @@ def judge_of(config: ModelSettings) -> Judge | None:
 
 
 def _prompt(row: Demonstration, reply: str) -> str:
-    data = {"question": row.prompt, "reference": reference(JUDGE, row), "reply": reply}
+    asked = [{**turn, "content": shown_text(turn["content"])} for turn in row.prompt]
+    data = {"question": asked, "reference": reference(JUDGE, row), "reply": reply}
     text = json.dumps(data, ensure_ascii=False, indent=1, default=str)
     # In JSON no text can end its own string. Escape control tokens, too, such as <|im_end|> or [/INST], which some
     # endpoints read as the end of the message.

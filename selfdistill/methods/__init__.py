@@ -6,8 +6,8 @@ whose weights score them (teacher), the loss and its target, the weights of the 
 The loop never depends on a method's name.
 
 To add a method, write a file with its name, and in it a function of the same name that maps settings to stages. Then
-add the name to ``selfdistill.config.train.MethodName``. A method uses the settings that it reads. Its own settings come
-in ``method_settings``.
+add the name to ``selfdistill.config.method.MethodName``. A method uses the settings that it reads. Its own settings
+come in ``method_settings``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import verdicts_on
-from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, play, rules_of, with_environment
+from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
@@ -47,6 +47,7 @@ __all__ = [
     "State",
     "begun",
     "check_steps",
+    "episode_rules",
     "lacks_of",
     "play",
     "rules_of",

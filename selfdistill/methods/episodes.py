@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from selfdistill.config import TrainConfig
+from selfdistill.config import TaskSettings, TrainConfig
 from selfdistill.data import ChatFormat, Example, Message, TemplateRefusal, Verdict
 from selfdistill.environments import Step
 from selfdistill.errors import UserError
-from selfdistill.methods.sequences import ColdStart, Completion, StudentSamples
+from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.sequences import ColdStart, Completion, DatasetCompletions, StudentSamples
 from selfdistill.methods.slots import Method
 from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of
 from selfdistill.model import LoadedModel, Rollout, Sampling, TurnSampler, sample_seed
@@ -246,17 +247,37 @@ class NoVerdicts:
         return []
 
 
+def episode_rules(config: TaskSettings) -> EpisodeRules | None:
+    """The rules of episodes that the settings define; None without an environment.
+
+    Raises:
+        UserError: there is no such environment.
+    """
+    if config.environment == "none":
+        return None
+    environment_of(config.environment)
+    return EpisodeRules(config.environment, config.max_turns, config.longest_completion)
+
+
 def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[Method, ...]:
     """The stages of a method in the environment of the settings, if they name one.
 
+    A stage that learns the demonstrations as they are, or general prompts, stays as it is: its model meets the
+    environment in evaluations.
+
     Raises:
-        UserError: the method samples no whole replies of its own, or there is no such environment.
+        UserError: the method samples, but no whole replies of its own; or there is no such environment.
     """
-    if config.environment == "none":
+    rules = episode_rules(config)
+    if rules is None:
         return stages
-    environment_of(config.environment)
-    rules = EpisodeRules(config.environment, config.max_turns, config.longest_completion)
-    return tuple(_in_environment(config, method, rules) for method in stages)
+    return tuple(_in_environment(config, method, rules) if _samples_task(method) else method for method in stages)
+
+
+def _samples_task(method: Method) -> bool:
+    """Whether it samples replies to the demonstrations' prompts."""
+    is_as_given = isinstance(method.sequence, DatasetCompletions) and method.fixed is None
+    return isinstance(method.examples, DemonstrationExamples) and not is_as_given
 
 
 def rules_of(method: Method) -> EpisodeRules | None:

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfdistill.data import ChatFormat, Example, Message, Verdict
+from selfdistill.data import ChatFormat, Example, Message, Verdict, own_tokens
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
 from selfdistill.runtime import ProgressBar, read_lines, write_atomically
 
@@ -47,10 +47,13 @@ class Completion:
     @property
     def is_own(self) -> list[bool]:
         """Whether each token is the model's own."""
-        own = [True] * len(self.ids)
-        for start, end in self.given:
-            own[start:end] = [False] * (end - start)
-        return own
+        return own_tokens(len(self.ids), self.given)
+
+    @property
+    def reply_spans(self) -> list[tuple[int, int]]:
+        """Half-open spans of ``ids`` between those that are given: the replies of an episode."""
+        starts, ends = zip(*self.given, strict=True) if self.given else ((), ())
+        return list(zip((0, *ends), (*starts, len(self.ids)), strict=True))
 
     @property
     def turn_of(self) -> list[int]:

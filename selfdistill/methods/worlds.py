@@ -6,11 +6,11 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, TypeVar
 
-from selfdistill.data import Demonstration, Message, as_row, one_line
+from selfdistill.data import Demonstration, Message, as_row, first_ten, one_line
 from selfdistill.environments import Environment, EnvironmentFactory, Step, make_environment
 from selfdistill.errors import UserError
 
@@ -31,22 +31,32 @@ class EpisodeRow(Demonstration):
     """The messages of the environment at the end of the prompt."""
 
     @property
+    def unbegun(self) -> EpisodeRow:
+        """The row without what its environment says first."""
+        return replace(self, prompt=self.prompt[: len(self.prompt) - len(self.first)], first=())
+
+    @property
     def columns(self) -> Mapping[str, Any]:
         """The row as its environment is given it: without what that says first, and without its tools."""
-        prompt = self.prompt[: len(self.prompt) - len(self.first)]
-        own = {name: value for name, value in as_row(replace(self, prompt=prompt)).items() if name != "tools"}
-        return own
+        return {name: value for name, value in as_row(self.unbegun).items() if name != "tools"}
 
 
 def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
     """The rows with the environment's tools and what it says first.
 
-    An environment says the same first in every episode of a row, so rows are begun once.
+    An environment says the same first in every episode of a row, so rows are begun once. Rows that have begun begin
+    anew.
 
     Raises:
-        UserError: an environment fails.
+        UserError: an environment fails, or rows have pictures, which are not read from turn to turn.
     """
+    if seen := [row.source for row in rows if row.images]:
+        raise UserError(
+            f"setting 'environment': {len(seen)} of {len(rows)} rows have pictures, and episodes are text alone "
+            f"({first_ten(seen)}); leave out the pictures or the environment"
+        )
     known = _firsts(name)
+    rows = [row.unbegun if isinstance(row, EpisodeRow) else row for row in rows]
     blank = [_episode_row(row, [], ()) for row in rows]
     keys = [json.dumps(row.columns, default=str) for row in blank]
     new = {key: row for key, row in zip(keys, blank, strict=True) if key not in known}
@@ -80,51 +90,37 @@ class Worlds:
         rows: one per episode.
 
     Raises:
-        UserError: an environment fails, in any method.
+        UserError: an environment fails, in any method but ``close``.
     """
 
     def __init__(self, name: str, rows: Sequence[EpisodeRow]) -> None:
         self._name, self._rows = name, rows
         self._environments: list[Environment] = []
         self._pool = ThreadPoolExecutor(max(1, min(THREADS, len(rows))))
-
-    @property
-    def tools(self) -> list[dict[str, Any]]:
-        """The tools, the same for all; empty without rows."""
-        return self._environments[0].tools if self._environments else []
+        self.tools: list[dict[str, Any]] = []
+        """The tools, the same for all, once they have begun."""
 
     def __enter__(self) -> Worlds:
-        try:
-            for row in self._rows:
-                self._environments.append(self._guarded(environment_of(self._name), row, "at its start"))
-        except BaseException:
-            self._close()
-            raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        problems = self._close()
-        if problems and kind is None:
-            raise problems[0]
+    def __exit__(self, *_: object) -> None:
+        """Close all that were made. What fails then concerns no result, and must not hide what went wrong before."""
 
-    def _close(self) -> list[UserError]:
-        """Close all environments, whatever happens; returns what went wrong."""
+        def close(world: Environment) -> None:
+            with suppress(Exception):
+                world.close()
 
-        def close(world: Environment, row: EpisodeRow) -> UserError | None:
-            try:
-                self._guarded(world.close, row, "at its end")
-            except UserError as problem:
-                return problem
-            return None
-
-        found = list(self._pool.map(close, self._environments, self._rows[: len(self._environments)]))
+        list(self._pool.map(close, self._environments))
         self._pool.shutdown()
-        return [problem for problem in found if problem is not None]
 
     def reset(self, *, check: bool = True) -> list[tuple[Message, ...]]:
-        """What the environments say first; with ``check`` it must be what the rows say that it is."""
+        """Make the environments and begin; returns what they say first.
+
+        With ``check`` it must be what the rows say that it is.
+        """
+        for row in self._rows:
+            self._environments.append(self._guarded(environment_of(self._name), row, "at its start"))
+        self.tools = self._environments[0].tools if self._environments else []
 
         def reset(world: Environment, row: EpisodeRow) -> tuple[Message, ...]:
             first = tuple(self._guarded(lambda: world.reset(row.columns), row, "at its start"))
@@ -141,8 +137,14 @@ class Worlds:
         """The answers to messages in some of the episodes, at turn ``turn`` (from 1)."""
 
         def step(number: int, message: Message) -> Step:
-            world = self._environments[number]
-            return self._guarded(lambda: world.step(message), self._rows[number], f"at turn {turn}")
+            world, row = self._environments[number], self._rows[number]
+            found = self._guarded(lambda: world.step(message), row, f"at turn {turn}")
+            if not found.done and not found.observations:
+                raise UserError(
+                    f"{row.source}, at turn {turn}: environment {self._name!r} said nothing and is not done; return an "
+                    "observation or the end"
+                )
+            return found
 
         return list(self._pool.map(step, numbers, messages))
 

@@ -22,6 +22,7 @@ from selfdistill.model.fsdp import (
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import (
     LoadedModel,
+    Sampled,
     add_lora,
     adopt,
     checkpoint_activations,
@@ -34,6 +35,7 @@ from selfdistill.model.loading import (
     weights_fingerprint,
 )
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
+from selfdistill.model.pictures import PictureInputs, freeze_vision
 from selfdistill.model.precision import cached_casts, refuse_float16, resolved_precision, training_precision
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
@@ -52,8 +54,10 @@ __all__ = [
     "LiveTensors",
     "LoadedModel",
     "Optim",
+    "PictureInputs",
     "PrefixCache",
     "Rollout",
+    "Sampled",
     "Sampling",
     "StoredWeights",
     "Teacher",
@@ -74,6 +78,7 @@ __all__ = [
     "fake_model",
     "fast_products",
     "files_that_go_along",
+    "freeze_vision",
     "full_tensor",
     "full_tensors",
     "has_full_attention",

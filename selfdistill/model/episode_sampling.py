@@ -13,12 +13,11 @@ import torch
 from transformers import DynamicCache
 
 from selfdistill.model.device import any_length
-from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.precision import cached_casts
 from selfdistill.model.prefix_cache import States, can_continue_cache, fill, has_full_attention
-from selfdistill.model.sampling import ReadRows, Rollout, Sampling, decode, read, sample
+from selfdistill.model.sampling import ReadRows, Rollout, Sampling, counted, decode, read, sample
 from selfdistill.runtime import all_gather, rank_slice
 
 
@@ -71,20 +70,20 @@ class TurnSampler:
             One rollout per episode, on every rank.
         """
         loaded = self._loaded
-        if loaded.engine is not None:
-            return engine_for(loaded).sample(loaded, prompts, sampling, seeds)
         if not self._goes_on:
             return sample(loaded, prompts, sampling, seeds)
         own = [place for place, number in enumerate(episodes) if self._own.start <= number < self._own.stop]
         mine = [prompts[place] for place in own]
-        with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
-            rollouts = self._turn(
-                [episodes[place] for place in own],
-                mine,
-                sampling,
-                None if seeds is None else [seeds[place] for place in own],
-            )
-        return all_gather(rollouts)
+        with counted(loaded) as rollouts:
+            with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
+                drawn = self._turn(
+                    [episodes[place] for place in own],
+                    mine,
+                    sampling,
+                    None if seeds is None else [seeds[place] for place in own],
+                )
+            rollouts += all_gather(drawn)
+        return rollouts
 
     def _turn(
         self, episodes: list[int], prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int] | None
@@ -132,7 +131,7 @@ class TurnSampler:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        return ReadRows(cache, logits_BV, mask_BL)
+        return ReadRows(cache, logits_BV, mask_BL, torch.zeros_like(filled_B))
 
 
 def _taken(rows: ReadRows, places: Sequence[int]) -> list[States]:

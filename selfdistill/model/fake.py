@@ -23,19 +23,21 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from selfdistill.errors import UserError
 from selfdistill.model.adapters import read_config
 from selfdistill.model.compiled import layers_of
+from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import local_folder, resolve
 from selfdistill.model.four_bits import add_scales, pack_weights, replace_layers, weight_tensors
 from selfdistill.model.head import unwrap
-from selfdistill.model.loading import LoadedModel, add_lora, describe, disable_dropout, load_tokenizer
+from selfdistill.model.loading import LoadedModel, add_lora, describe, load_tokenizer
+from selfdistill.model.pictures import PictureInputs, pictures_for
 from selfdistill.model.prefix_cache import in_attention_dtype
 from selfdistill.model.quantisation import loading_options
-from selfdistill.model.weights import causal_config, first_line
+from selfdistill.model.weights import auto_class, causal_config, first_line
 
 
 def fake_model(
@@ -73,9 +75,9 @@ def fake_model(
                 whole = unwrap(like.model)
                 saved = whole.dtype if dtype == "auto" else getattr(torch, dtype)
                 model: Any = type(whole)._from_config(_with_layers(whole.config, layers), dtype=saved)
-                tokenizer = like.tokenizer
+                tokenizer, pictures = like.tokenizer, like.pictures
             else:
-                model, tokenizer = _from_files(name, dtype, adapter_base, trained)
+                model, tokenizer, pictures = _from_files(name, dtype, adapter_base, trained)
         except UserError:
             raise
         except Exception as error:  # whatever a model's code makes of tensors without data
@@ -83,10 +85,11 @@ def fake_model(
         disable_dropout(model.eval())
         if load_in_4bit:
             replace_layers(model)
-        loaded = describe(model, tokenizer, name)
+        loaded = describe(model, tokenizer, name, pictures)
         loaded.separate_head = True
         layers_of_cache = DynamicCache(config=model.config.get_text_config()).layers
-        loaded.continues_cache = all(isinstance(layer, DynamicLayer) for layer in layers_of_cache)
+        kept = all(isinstance(layer, DynamicLayer) for layer in layers_of_cache)
+        loaded.continues_cache = kept and loaded.continues_cache is not False
         if lora_rank:
             add_lora(loaded, lora_rank, None, 0)
         if load_in_4bit:
@@ -126,7 +129,9 @@ def alike_layers(loaded: LoadedModel) -> list[nn.Module]:
     return layers if len(layers) == count and len(shapes) == 1 else []
 
 
-def _from_files(name: str, dtype: str, adapter_base: str | None, trained: bool) -> tuple[Any, Any]:
+def _from_files(
+    name: str, dtype: str, adapter_base: str | None, trained: bool
+) -> tuple[Any, Any, PictureInputs | None]:
     path = base_path = resolve(name)
     if (Path(path) / "adapter_config.json").is_file():
         named = adapter_base or read_config(Path(path), name).base_model_name_or_path
@@ -134,8 +139,10 @@ def _from_files(name: str, dtype: str, adapter_base: str | None, trained: bool) 
     config = causal_config(base_path, name)
     loading_options(config, local_folder(base_path), name, training=trained)
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=saved if dtype == "auto" else getattr(torch, dtype))
-    return model, load_tokenizer(path, base_path, name)
+    kind = auto_class(config, local_folder(base_path))
+    model = kind.from_config(config, dtype=saved if dtype == "auto" else getattr(torch, dtype))
+    tokenizer = load_tokenizer(path, base_path, name)
+    return model, tokenizer, pictures_for(model, base_path, tokenizer, name)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
+from selfdistill.data import pictures_in
 from selfdistill.loss import Head
 from selfdistill.model.compiled import CompiledLayers
 from selfdistill.model.device import padded_length, pass_tokens
-from selfdistill.model.head import body_and_head, head_agrees
+from selfdistill.model.head import body_and_head, head_agrees, unwrap
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
 from selfdistill.runtime import broadcast_from_rank0
@@ -71,10 +72,11 @@ class ForwardPass:
         self.fused = broadcast_from_rank0(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
         self._continues = can_continue_cache(loaded)
         self._keeps = self.fused and self._continues and has_full_attention(loaded.model.config.get_text_config())
-        self.pad_token_id = loaded.pad_token_id
+        self.pad_token_id, self._pictures = loaded.pad_token_id, loaded.pictures
 
     def keep(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> PrefixCache | None:
         """A cache of these contexts' states for a model with fixed weights; None if the model does not support it."""
+        contexts = [context for context in contexts if not pictures_in(context)]
         return PrefixCache(contexts, budget_bytes) if budget_bytes and self._keeps else None
 
     def __call__(
@@ -90,7 +92,8 @@ class ForwardPass:
         therefore predicted at index P + j - 1. A prefix shared by several contexts, such as a document or the chat
         template's system turn, is computed once, and its gradients sum over those sequences. Sequences with gradients
         are computed in full under gradient checkpointing, where a pass cannot continue another, and with compiled
-        layers, which would be recompiled for each layer's cache. With sharded models, all sequences are.
+        layers, which would be recompiled for each layer's cache. With sharded models, all sequences are, and so are all
+        of a batch in which one has pictures.
 
         Args:
             model: the network to run. With ``kept``, its weights must be the same at every call.
@@ -107,8 +110,9 @@ class ForwardPass:
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
         config = model.config.get_text_config()
-        passes: list[tuple[list[int], list[int], Callable[[Tensor], Tensor]]] = []  # rows, tokens already read, forward
-        held = kept.kept(body, config, contexts) if kept else []
+        passes: list[tuple[list[int], list[int], Callable[..., Tensor]]] = []  # rows, tokens already read, forward
+        pictured = any(map(pictures_in, contexts))  # then equal token ids may stand for different things
+        held = kept.kept(body, config, contexts) if kept and not pictured else []
         if kept and held:
             cache, filled_B = kept.cache(body, config, [contexts[row] for row in held])
             passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B)))
@@ -116,7 +120,11 @@ class ForwardPass:
         # Train mode means gradient checkpointing (see Trainer).
         whole = self._sharded or (torch.is_grad_enabled() and (model.training or self._compiled is not None))
         alike = [contexts[row] for row in left]
-        groups = [] if whole or not self._continues else shared_prefixes(alike, pass_tokens(self._kind or device.type))
+        groups = (
+            []
+            if whole or pictured or not self._continues
+            else shared_prefixes(alike, pass_tokens(self._kind or device.type))
+        )
         for group, length in groups:
             rows = [left[row] for row in group]
             cache = DynamicCache(config=config)
@@ -131,7 +139,9 @@ class ForwardPass:
         by_row: dict[int, Tensor] = {}
         for rows, lengths, forward in passes:
             chosen = [completions[row] for row in rows]
-            rest = [contexts[row][length:] for row, length in zip(rows, lengths, strict=True)]
+            rest = [
+                contexts[row][length:] if length else contexts[row] for row, length in zip(rows, lengths, strict=True)
+            ]
             hidden_ND = self._hidden(forward, model, rest, chosen, max(lengths))
             if rows == list(range(len(contexts))):
                 return ForwardOutput(hidden_ND, head, trainable)
@@ -140,7 +150,7 @@ class ForwardPass:
 
     def _hidden(
         self,
-        forward: Callable[[Tensor], Tensor],
+        forward: Callable[..., Tensor],
         model: Any,
         contexts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
@@ -160,17 +170,30 @@ class ForwardPass:
             ],
             device=device,
         )
+        seen: dict[str, Tensor] = {}
+        if self._pictures is not None:
+            seen = self._pictures.inputs(contexts, ids_BL, [0] * len(contexts), unwrap(model).dtype)
         # Compiled layers keep the attention kernel of their first pass, so leave the choice to PyTorch.
         with self._compiled.active() if self._compiled and torch.is_grad_enabled() else _attention(model, ids_BL):
-            return forward(ids_BL).flatten(0, 1)[index_N]
+            return forward(ids_BL, **seen).flatten(0, 1)[index_N]
 
 
-def _logits(model: Any, ids_BL: Tensor) -> Tensor:
-    return model(input_ids=ids_BL, use_cache=False).logits
+def _logits(model: Any, ids_BL: Tensor, **seen: Tensor) -> Tensor:
+    return model(input_ids=ids_BL, use_cache=False, **seen).logits
 
 
-def _last_hidden(body: Any, cache: DynamicCache | None, filled_B: Tensor | None, ids_BL: Tensor) -> Tensor:
-    """Hidden states. ``filled_B`` is the number of valid cache positions per sequence; None: all."""
+def _last_hidden(
+    body: Any, cache: DynamicCache | None, filled_B: Tensor | None, ids_BL: Tensor, **seen: Tensor
+) -> Tensor:
+    """Hidden states.
+
+    Args:
+        body: the model without its head.
+        cache: of the tokens before; None: there are none.
+        filled_B: the number of valid cache positions per sequence; None: all.
+        ids_BL: token ids.
+        seen: inputs for the pictures.
+    """
     places: dict[str, Tensor] = {}
     if cache is not None and filled_B is not None:
         width = cache.get_seq_length()
@@ -178,7 +201,9 @@ def _last_hidden(body: Any, cache: DynamicCache | None, filled_B: Tensor | None,
         own_BL = torch.ones_like(ids_BL, dtype=torch.bool)
         position_BL = filled_B[:, None] + torch.arange(ids_BL.shape[1], device=ids_BL.device)
         places = {"attention_mask": torch.cat([mask_BL, own_BL], dim=1).long(), "position_ids": position_BL}
-    return body(input_ids=ids_BL, past_key_values=cache, use_cache=cache is not None, **places).last_hidden_state
+    return body(
+        input_ids=ids_BL, past_key_values=cache, use_cache=cache is not None, **places, **seen
+    ).last_hidden_state
 
 
 def _attention(module: Any, ids_BL: Tensor) -> AbstractContextManager[None]:

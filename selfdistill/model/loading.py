@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import hashlib
 import sys
@@ -14,18 +13,36 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from selfdistill.config import EngineSettings
 from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.model.adapters import attach, merged, read_config
 from selfdistill.model.device import best_device, has_gpu
+from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.four_bits import plain, scales
+from selfdistill.model.pictures import PictureInputs, beside_language, divided, has_own_positions, pictures_for
 from selfdistill.model.quantisation import import_before_peft
 from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
 from selfdistill.runtime import library_warnings
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What was sampled from a model so far, or between two times."""
+
+    tokens: int = 0
+    """On all ranks, with end tokens."""
+    seconds: float = 0.0
+    """On this rank; with an engine also those in which it takes over the weights."""
+
+    def __add__(self, other: Sampled) -> Sampled:
+        return Sampled(self.tokens + other.tokens, self.seconds + other.seconds)
+
+    def __sub__(self, earlier: Sampled) -> Sampled:
+        return Sampled(self.tokens - earlier.tokens, self.seconds - earlier.seconds)
 
 
 @dataclass
@@ -50,8 +67,12 @@ class LoadedModel:
     """Whether an adapter was merged; a new adapter would then not fit the base that ``name`` refers to."""
     engine: EngineSettings | None = None
     """The engine that samples from the model; None: PyTorch. See :func:`selfdistill.model.engine.use_engine`."""
+    sampled: Sampled = Sampled()
+    """What was sampled from it so far, by PyTorch or the engine."""
     continues_cache: bool | None = None
     """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""
+    pictures: PictureInputs | None = None
+    """How an image-text model takes pictures; None for a model that reads none."""
     separate_head: bool | None = None
     """Result of :func:`selfdistill.model.head.head_agrees`; None before its first call."""
 
@@ -61,7 +82,7 @@ class LoadedModel:
 
     def chat(self, kwargs: Mapping[str, Any] | None = None, date: str | None = None) -> ChatFormat:
         """How the model's tokenizer encodes messages; see :class:`ChatFormat`."""
-        return ChatFormat(self.tokenizer, self.end_token_ids, kwargs or {}, date)
+        return ChatFormat(self.tokenizer, self.end_token_ids, kwargs or {}, date, self.pictures)
 
 
 def load_model(
@@ -114,10 +135,11 @@ def load_model(
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"model {name!r}: cannot be loaded: {first_line(error)}") from None
         tokenizer = load_tokenizer(path, base_path, name)
+        pictures = pictures_for(model, base_path, tokenizer, name)
     notes = [*notes, *check_vocabulary(model, tokenizer, name), *heard]
     model.eval()
     disable_dropout(model)
-    loaded = describe(model, tokenizer, name)
+    loaded = describe(model, tokenizer, name, pictures)
     loaded.files = local_folder(base_path)
     loaded.notes += notes
     if adapter and merge_adapter:
@@ -176,6 +198,8 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     """A model that the caller has loaded, with its tokenizer; dropout is disabled, and training changes its weights.
 
     Args:
+        model: a causal language model or an image-text model.
+        tokenizer: its tokenizer; of an image-text model its processor, or it reads no pictures.
         name: for messages and saved settings; default: where transformers loaded it from.
 
     Raises:
@@ -186,6 +210,7 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
         if hasattr(model, "peft_config"):
             raise UserError("model: it has an adapter; merge it first (model.merge_and_unload()), or give its folder")
         raise UserError(f"model: found {found}, expected a folder, a name or a transformers PreTrainedModel")
+    tokenizer, processor = divided(tokenizer)
     if not hasattr(tokenizer, "apply_chat_template"):
         found = "none" if tokenizer is None else type(tokenizer).__name__
         raise UserError(f"tokenizer: found {found}; a loaded model needs its tokenizer: give tokenizer=...")
@@ -197,7 +222,7 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     disable_dropout(model)
     name = name or model.name_or_path or "loaded-model"
     notes = check_vocabulary(model, tokenizer, name)
-    loaded = describe(model, tokenizer, name)
+    loaded = describe(model, tokenizer, name, None if processor is None else PictureInputs(processor, model, name))
     loaded.files = local_folder(model.name_or_path) if model.name_or_path else None
     loaded.notes += notes
     return loaded
@@ -220,7 +245,7 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, -1)  # never
 
 
-def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+def describe(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None = None) -> LoadedModel:
     """The model with its end and pad tokens, its window, and notes on what was decided.
 
     Raises:
@@ -231,7 +256,7 @@ def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
     notes = []
-    written = ChatFormat(tokenizer, (), {}).turn_end_id
+    written = ChatFormat(tokenizer, (), {}, pictures=pictures).turn_end_id
     if tokenizer.chat_template and written is None and ends:
         names = " or ".join(map(repr, tokenizer.convert_ids_to_tokens(ends)))
         notes.append(f"the chat template writes no control token after a reply; replies end with {names}")
@@ -260,30 +285,11 @@ def describe(model: Any, tokenizer: Any, name: str) -> LoadedModel:
             "where the next turn begins"
         )
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return LoadedModel(model, tokenizer, name, tuple(ends), pad, window, notes)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to zero, so that train mode (gradient checkpointing) changes no result."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        _zero_dropout(module)
-        # Falcon's layers read it from the configuration. Give them a copy, because the model's own is saved with it.
-        config = vars(module).get("config")
-        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
-            if id(config) not in configs:
-                configs[id(config)] = copy.deepcopy(config)
-                _zero_dropout(configs[id(config)])
-            module.config = configs[id(config)]
-
-
-def _zero_dropout(holder: Any) -> None:
-    """Attributes are named attention_dropout, hidden_dropout, resid_pdrop, layerdrop and so on."""
-    for name, value in list(vars(holder).items()):
-        if isinstance(value, float) and "drop" in name:
-            setattr(holder, name, 0.0)
+    # A pass would be continued at positions that the model remembers of another prompt's pictures.
+    never = False if pictures is not None and has_own_positions(model) else None
+    return LoadedModel(
+        model, tokenizer, name, tuple(ends), pad, window, notes, pictures=pictures, continues_cache=never
+    )
 
 
 def to_best_device(loaded: LoadedModel) -> LoadedModel:
@@ -304,13 +310,23 @@ def load_for_training(
 def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:
     """Add a LoRA adapter named ``default`` to all linear layers except the head, and freeze the base weights.
 
+    Of an image-text model, to those of the language model.
+
     The adapter's weights are float32 whatever the model's data type (PEFT's ``autocast_adapter_dtype``).
     """
     import_before_peft()
     from peft import LoraConfig, get_peft_model
 
     scale: Any = alpha or 2 * rank  # PEFT's annotation says int, but it only divides by the rank
-    config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    others = None if loaded.pictures is None else beside_language(loaded.model)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        exclude_modules=others,
+        task_type="CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded.model = get_peft_model(loaded.model, config)

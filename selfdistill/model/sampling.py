@@ -1,33 +1,32 @@
 """Rollouts: batched sampling with a separate random generator per sample.
 
-Legend: B unfinished samples, L length so far, V vocabulary, H key/value heads, C channels of a head.
+Legend: B unfinished samples, L length so far, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from selfdistill.data import NEXT_TURN
+from selfdistill.data import NEXT_TURN, pictures_in
 from selfdistill.errors import UserError
 from selfdistill.model.device import any_length, pass_tokens, running_sum
 from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
-from selfdistill.model.loading import LoadedModel
+from selfdistill.model.head import unwrap
+from selfdistill.model.loading import LoadedModel, Sampled
+from selfdistill.model.pictures import has_own_positions, position_shift
+from selfdistill.model.preallocated import PreallocatedLayer, preallocate
 from selfdistill.model.precision import cached_casts
-from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length, in_attention_dtype
-from selfdistill.runtime import all_gather, rank_slice
-
-PREALLOCATED_TOKENS = 64
-"""Tokens for which memory is preallocated at a time."""
+from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length
+from selfdistill.runtime import all_gather, clock, rank_slice
 
 
 @dataclass(frozen=True)
@@ -53,74 +52,6 @@ class Rollout:
     """Reached the length limit without an end token."""
 
 
-class PreallocatedLayer(DynamicLayer):
-    """A cache layer with memory for the next ``PREALLOCATED_TOKENS`` tokens, but for no more than will come.
-
-    New tokens are written in place. Earlier ones are copied only when the memory is used up or rows leave the batch.
-
-    Args:
-        layer: a cache layer that holds the prompts.
-        most: tokens that may come.
-    """
-
-    def __init__(self, layer: Any, most: int) -> None:
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
-        self._hold((in_attention_dtype(layer.keys), in_attention_dtype(layer.values)), layer.keys.shape[2])
-        self._most = self._length + most
-        self._grow(self._length + 1)
-
-    def _hold(self, room: tuple[Tensor, Tensor], length: int) -> None:
-        """Use this memory, whose first ``length`` tokens are filled. Nothing else is held: a copy would double it."""
-        self._room, self._length = room, length
-        self.keys, self.values = (states[:, :, :length] for states in room)
-
-    def _grow(self, length: int) -> None:
-        """Add memory, for at least so many tokens in all."""
-        size = self._room[0].shape[2]
-        steps = math.ceil((length - size) / PREALLOCATED_TOKENS)
-        more = max(length, min(size + steps * PREALLOCATED_TOKENS, self._most)) - size
-        keys_BHLC, values_BHLC = (torch.nn.functional.pad(states, (0, 0, 0, more)) for states in self._room)
-        self._hold((keys_BHLC, values_BHLC), self._length)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append the new tokens, and return all."""
-        new = slice(self._length, self._length + key_states.shape[2])
-        if new.stop > self._room[0].shape[2]:
-            self._grow(new.stop)
-        for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, new] = states
-        self._hold(self._room, new.stop)
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys, self.values
-
-    def release(self) -> None:
-        """Give the memory back; nothing is read or written any more."""
-        del self._room
-        self.keys, self.values = None, None
-
-    def skip(self, count: int) -> None:
-        """Append so many tokens with states of zeros."""
-        length = self._length + count
-        if length > self._room[0].shape[2]:
-            self._grow(length)
-        self._hold(self._room, length)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select these rows of the batch."""
-        keys_BHLC, values_BHLC = (states[beam_idx] for states in self._room)
-        self._hold((keys_BHLC, values_BHLC), self._length)
-
-
-def _preallocate(cache: DynamicCache, most: int) -> None:
-    """Give the layers memory for up to ``most`` new tokens, one after another: only one is held twice at a time."""
-    layers: list[Any] = cache.layers
-    for number, layer in enumerate(layers):
-        if type(layer) is DynamicLayer:
-            layers[number] = PreallocatedLayer(layer, most)
-
-
 def sample_seed(seed: int, step: int, row: int, generation: int) -> int:
     """A 63-bit seed for one sample: the first 8 bytes of SHA-256 of the four numbers."""
     digest = hashlib.sha256(f"{seed}/{step}/{row}/{generation}".encode()).digest()
@@ -137,6 +68,7 @@ def sample(
     Token t of a sample is the inverse of the policy's cumulative distribution at the t-th uniform number of the
     sample's own generator. So a sample depends only on its seed and prompt: not on its batch, padding or earlier
     samples. If ``loaded`` has an engine, that samples in the place of PyTorch: from the same policy, by other numbers.
+    ``loaded.sampled`` counts the tokens and the time.
 
     Args:
         loaded: the model to sample from.
@@ -146,13 +78,30 @@ def sample(
 
     Returns:
         One rollout per prompt, on every rank.
+
+    Raises:
+        UserError: an engine is to sample from prompts with pictures.
     """
-    if loaded.engine is not None:
-        return engine_for(loaded).sample(loaded, prompts, sampling, seeds)
-    own = rank_slice(len(prompts))
-    with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
-        rollouts = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
-    return all_gather(rollouts)
+    if loaded.engine is not None and any(map(pictures_in, prompts)):
+        raise UserError("setting 'engine': prompts with pictures are sampled by PyTorch alone; leave it out")
+    with counted(loaded) as rollouts:
+        if loaded.engine is not None:
+            rollouts += engine_for(loaded).sample(loaded, prompts, sampling, seeds)
+        else:
+            own = rank_slice(len(prompts))
+            with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
+                drawn = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
+            rollouts += all_gather(drawn)
+    return rollouts
+
+
+@contextmanager
+def counted(loaded: LoadedModel) -> Iterator[list[Rollout]]:
+    """Count in ``loaded.sampled`` the rollouts that are put into this list, and the time until the block's end."""
+    began = clock(loaded.device)
+    rollouts: list[Rollout] = []
+    yield rollouts
+    loaded.sampled += Sampled(sum(len(rollout.ids) for rollout in rollouts), clock(loaded.device) - began)
 
 
 def sample_at_its_longest(
@@ -177,7 +126,7 @@ def sample_at_its_longest(
         rows = read(loaded, prompts)
         cache, logits_BV, mask_BL = rows.cache, rows.logits_BV, rows.mask_BL
         at("states")
-        _preallocate(cache, between + 1)
+        preallocate(cache, between + 1)
         for layer in cache.layers:
             if isinstance(layer, PreallocatedLayer):
                 layer.skip(between)
@@ -224,6 +173,9 @@ class ReadRows:
     """Of the token after each."""
     mask_BL: Tensor
     """Which positions of the cache are a row's own."""
+    shift_B: Tensor
+    """How far the positions of the tokens that follow are from the numbers of tokens before them: 0, except where a
+    model counts pictures in two dimensions."""
 
 
 def decode(
@@ -252,8 +204,8 @@ def decode(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
     ends = torch.tensor(loaded.end_token_ids, device=device)
-    _preallocate(cache, limit - 1)
-    position_B = mask_BL.sum(1)
+    preallocate(cache, limit - 1)
+    position_B = mask_BL.sum(1) + rows.shift_B
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
@@ -261,14 +213,15 @@ def decode(
     alive = torch.arange(count, device=device)  # which sample each row of the batch is
     for t in range(limit):
         uniform_B = None if uniforms is None else uniforms[alive.cpu(), t]
-        token_B, logp_B = choose(logits_BV.float(), sampling, uniform_B)
+        logits_BV = logits_BV.float() if loaded.pictures is None else loaded.pictures.allowed(logits_BV.float())
+        token_B, logp_B = choose(logits_BV, sampling, uniform_B)
         tokens[alive, t], logps[alive, t] = token_B, logp_B
         done_B = torch.isin(token_B, ends) | _at_next_turn(loaded, tokens[alive, : t + 1])
         lengths[alive[done_B]], ended[alive[done_B]] = t + 1, True
         leaving_B = done_B if t < limit - 1 else torch.ones_like(done_B)
         if leave is not None and leaving_B.any():
             left = leaving_B.nonzero()[:, 0]
-            leave(ReadRows(cache, logits_BV, mask_BL), left.tolist(), alive[left].tolist())
+            leave(ReadRows(cache, logits_BV, mask_BL, position_B - mask_BL.sum(1)), left.tolist(), alive[left].tolist())
         if leaving_B.all():
             break
         if done_B.any():  # finished rows leave the batch
@@ -312,12 +265,15 @@ def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
     Equal prompts are computed once, as is a prefix that all share. The rest is left-padded.
     """
     model, device = loaded.model, loaded.device
-    rows = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    keys = [(tuple(prompt), pictures_in(prompt)) for prompt in prompts]
+    unique = dict(zip(keys, prompts, strict=True))
+    rows = [ids for ids, _ in unique]
     cache = DynamicCache(config=model.config.get_text_config())
     common = min(common_prefix_length(min(rows), row) for row in rows) if len(rows) > 1 else 0
     # The padding then follows the prefix. A sliding window counts cache positions, so it must not span a gap.
     worth_it = common * (len(rows) - 1) > pass_tokens(device.type)
-    if not worth_it or any(cache.is_sliding) or not can_continue_cache(loaded):
+    pictured = any(pictures for _, pictures in unique)
+    if not worth_it or pictured or any(cache.is_sliding) or not can_continue_cache(loaded):
         common = 0
     if common:
         beginning = torch.tensor([min(rows)[:common]], device=device)
@@ -329,22 +285,24 @@ def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
         [[loaded.pad_token_id] * pad + list(row[common:]) for pad, row in zip(pads, rows, strict=True)], device=device
     )
     mask_BL = torch.tensor([[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads], device=device)
+    seen: dict[str, Tensor] = {}
+    if loaded.pictures is not None:
+        seen = loaded.pictures.inputs(list(unique.values()), ids_BL, pads, unwrap(model).dtype)
+    if not (seen and has_own_positions(model)):
+        seen["position_ids"] = (mask_BL.cumsum(1)[:, common:] - 1).clamp(min=0)
     logits_BV = model(
-        input_ids=ids_BL,
-        attention_mask=mask_BL,
-        position_ids=(mask_BL.cumsum(1)[:, common:] - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+        input_ids=ids_BL, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1, **seen
     ).logits[:, -1]
+    shift_B = torch.zeros_like(mask_BL[:, 0]) if "position_ids" in seen else position_shift(model)
     if not any(getattr(layer, "is_initialized", True) for layer in cache.layers):
         raise UserError(
             f"model {loaded.name!r}: does not support a key/value cache, which sampling needs; use another model"
         )
-    index_B = torch.tensor([rows[tuple(prompt)] for prompt in prompts], device=device)
+    places = {key: number for number, key in enumerate(unique)}
+    index_B = torch.tensor([places[key] for key in keys], device=device)
     if len(rows) < len(prompts):
         _keep_rows(cache, index_B)
-    return ReadRows(cache, logits_BV[index_B], mask_BL[index_B])
+    return ReadRows(cache, logits_BV[index_B], mask_BL[index_B], shift_B[index_B])
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,10 @@ One rule covers all kinds: after optimizer step n every teacher weight becomes `
 teacher)``. ``ema`` has a constant rate, and 0 after a step that left the student as it was. ``snapshot`` has a rate of
 1 every few steps and 0 in between, ``frozen`` a rate of 0, and ``live`` is the student itself.
 
-Full fine-tuning: the teacher is a second copy of the weights. The average is kept in float32. If the model's data type
-is smaller, the scoring copy is refreshed from it (at a rate of 0.01 a bfloat16 average would hardly move). Then the
-average of a model on a GPU lies in the CPU's memory, and a thread updates it while the next step samples.
+Full fine-tuning: the teacher is a second copy of the weights that are trained. The average is kept in float32. If the
+model's data type is smaller, the scoring copy is refreshed from it (at a rate of 0.01 a bfloat16 average would hardly
+move). Then the average of a model on a GPU lies in the CPU's memory, and a thread updates it while the next step
+samples.
 
 LoRA: the frozen teacher is the base with the adapter disabled, which costs nothing. A moving teacher is a second
 adapter, initially equal to the student's. The factors A and B are averaged separately: the teacher's weight change is
@@ -84,7 +85,9 @@ class Teacher:
                     parameter.data.copy_(parameters[_students_name(name)])
                     parameter.requires_grad_(False)
         elif not self._lora and kind != "live":
-            self._copy = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+            # Frozen weights, such as those of a vision tower, never move: the two share them.
+            shared = {id(p): p for p in loaded.model.parameters() if not p.requires_grad}
+            self._copy = copy.deepcopy(loaded.model, dict(shared)).requires_grad_(False).eval()
         self.bind()
 
     def bind(self) -> None:
@@ -92,7 +95,7 @@ class Teacher:
         students = dict(self._student.named_parameters())
         self._scoring: dict[str, Tensor] = {}  # the teacher's weights used for scoring, by name
         if self._copy is not None:
-            self._scoring = dict(self._copy.named_parameters())
+            self._scoring = {name: p for name, p in self._copy.named_parameters() if p is not students.get(name)}
         elif self._lora and self.kind in ("ema", "snapshot"):
             self._scoring = {name: p for name, p in students.items() if f".{ADAPTER}." in name}
         self._followed: dict[str, Tensor] = {}  # the student's

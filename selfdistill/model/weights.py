@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub import is_offline_mode
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from selfdistill.errors import UserError
 from selfdistill.model.files import local_folder
 from selfdistill.model.four_bits import four_bit_options, set_compute_dtype
+from selfdistill.model.pictures import reads_pictures
 from selfdistill.model.quantisation import loading_options, refuse_scales
 from selfdistill.model.starter import STARTER_MODELS
 
@@ -28,7 +29,7 @@ _SHOWN = 3
 def load_causal(
     path: str, name: str, dtype: torch.dtype | str, *, training: bool, load_in_4bit: bool = False
 ) -> tuple[Any, list[str]]:
-    """Load a causal language model from a folder or hub id; returns it with notes for the user.
+    """Load a causal language model, or an image-text model, from a folder or hub id; returns it with notes.
 
     Args:
         path: folder or hub id.
@@ -49,7 +50,7 @@ def load_causal(
     options = loading_options(config, folder, name, training=training)
     if load_in_4bit:
         options |= four_bit_options()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = auto_class(config, folder).from_pretrained(
         path,
         dtype=dtype,
         use_safetensors=True,
@@ -68,6 +69,11 @@ def load_causal(
     return model, _check_unexpected(model, sorted(info["unexpected_keys"]), name)
 
 
+def auto_class(config: PretrainedConfig, folder: Path | None) -> Any:
+    """The class that builds the model: an image-text model's if its processor's files are there."""
+    return AutoModelForImageTextToText if reads_pictures(config, folder) else AutoModelForCausalLM
+
+
 def causal_config(path: str, name: str) -> PretrainedConfig:
     """What ``config.json`` says of a causal language model.
 
@@ -79,6 +85,8 @@ def causal_config(path: str, name: str) -> PretrainedConfig:
         UserError: it cannot be read, or is not that of a causal language model.
     """
     config = _config(path, name)
+    if reads_pictures(config, local_folder(path)):
+        return config
     architectures = config.architectures or []
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
         architectures and not any("CausalLM" in a or "LMHead" in a or "Conditional" in a for a in architectures)

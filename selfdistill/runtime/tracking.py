@@ -48,6 +48,8 @@ METRICS = {
     "grad_norm": "global gradient norm before clipping",
     "tokens": "completion tokens trained on so far, by all parts",
     "skipped": "why the step was skipped, and its rows; only if it was",
+    "rollout/tokens_per_second": "tokens sampled from the student in this step, learnt or not, divided by the seconds "
+    "that this took, without ``time/sync_s``, checks and environments; only if it samples",
     "time/rollout_s": "sampling and checking the samples, seconds",
     "time/sync_s": "of that, taking the student's weights over into the engine, seconds",
     "time/teacher_s": "the teacher's forward pass, seconds",

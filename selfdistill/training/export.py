@@ -72,6 +72,8 @@ def write_model(
     for file in files_that_go_along(loaded.files) if loaded.files else ():
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+    if loaded.pictures is not None and not loaded.files:
+        loaded.pictures.processor.save_pretrained(folder)
     mode = (folder / "tokenizer_config.json").stat().st_mode
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by the owner only
         weights.chmod(mode)

@@ -42,6 +42,8 @@ OnStep = Callable[[int, LoadedModel, dict[str, Any]], object]
 """Called after every step with its number, the model and the step's metrics; returning True ends training."""
 
 
+TRACKED = ("accuracy", "prior_accuracy", "kl_base", "episode/reward", "episode/turns", "episode/invalid_calls")
+"""Scores of an evaluation that go to the tracker."""
 LARGE_GAP = 0.1
 """Mean difference between the engine's and the student's log-probabilities, in nats, that is said."""
 
@@ -248,7 +250,7 @@ class _Watch:
         if self._evaluations and trainer.evaluator and due and step not in self._evaluations.steps:
             found = trainer.evaluator.measure(trainer.loaded) if step else trainer.evaluator.base
             self._evaluations.write({"step": step, **found, "seconds": self._seconds() if step else 0.0})
-            scores = {f"eval/{key}": found[key] for key in ("accuracy", "prior_accuracy", "kl_base") if key in found}
+            scores = {f"eval/{key}": found[key] for key in TRACKED if key in found}
             self._tracker.write({"step": step, **scores})
             say(f"step {step}: {summary(found)}")
 

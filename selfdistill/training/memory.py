@@ -45,6 +45,7 @@ from selfdistill.model import (
     alike_layers,
     checkpoint_activations,
     fake_model,
+    freeze_vision,
     has_full_attention,
     layers_of,
     moment_bytes,
@@ -109,7 +110,9 @@ class MemoryPlanner:
         # Contexts that are made after sampling are read once.
         tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
         cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
-        cached = [] if config.fsdp or not has_full_attention(loaded.model.config.get_text_config()) else cached
+        if any(row.images for row in self._rows) or not has_full_attention(loaded.model.config.get_text_config()):
+            cached = []
+        cached = [] if config.fsdp else cached
         fixed, untraced = self.fixed(config), None
         try:
             with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
@@ -169,7 +172,8 @@ class MemoryPlanner:
         return self._teachers[name]
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
-        key = (config.dtype, config.lora_rank, config.load_in_4bit, bool(config.gradient_checkpointing), layers)
+        arithmetic = (config.dtype, config.load_in_4bit, bool(config.gradient_checkpointing))
+        key = (*arithmetic, config.lora_rank, config.train_vision_tower, layers)
         if key not in self._models:
             like = next(iter(self._models.values()), self._loaded)
             loaded = fake_model(
@@ -183,6 +187,8 @@ class MemoryPlanner:
             )
             if config.load_in_4bit and self.device(config).mixed_precision == "bf16":
                 set_compute_dtype(loaded.model, torch.bfloat16)
+            if loaded.pictures is not None and not config.train_vision_tower:
+                freeze_vision(loaded.model)
             if config.gradient_checkpointing:
                 checkpoint_activations(loaded.model)
             self._models[key] = loaded
@@ -259,7 +265,8 @@ def _teacher_bytes(
     if rule.kind == "live":
         return 0
     average = 0 if _is_on_host(config, device) else _average_bytes(config, rule, loaded)
-    return tensor_bytes((*loaded.model.parameters(), *loaded.model.buffers())) + average
+    moving = (p for p in loaded.model.parameters() if p.requires_grad)  # it shares the frozen ones
+    return tensor_bytes((*moving, *loaded.model.buffers())) + average
 
 
 def _moves(rule: TeacherRule) -> bool:
@@ -270,7 +277,7 @@ def _average_bytes(config: TrainConfig, rule: TeacherRule, loaded: LoadedModel) 
     """Memory of a teacher's float32 average beside the weights that score."""
     if config.lora_rank or not _moves(rule):
         return 0
-    return sum(4 * p.numel() for p in loaded.model.parameters() if p.dtype != torch.float32)
+    return sum(4 * p.numel() for p in loaded.model.parameters() if p.requires_grad and p.dtype != torch.float32)
 
 
 def _is_on_host(config: TrainConfig, device: Device) -> bool:

@@ -71,6 +71,7 @@ def model_card(
     demonstrations: int,
     fingerprint: str,
     adapter: bool,
+    pictures: bool = False,
     signs: Sequence[str] = (),
 ) -> str:
     """The card of a run's final model: YAML front matter, then Markdown.
@@ -85,17 +86,22 @@ def model_card(
         demonstrations: number of demonstrations trained on.
         fingerprint: fingerprint of the encoded examples; see ``Trainer.fingerprint``.
         adapter: whether the weights are an adapter rather than a full model.
+        pictures: whether it is an image-text model.
         signs: signs of collapse, as reported during the run.
     """
     base, data = public_name(config.model), public_name(config.data)
     metadata = ModelCardData(
         base_model=STARTER_MODELS[config.model].hub_id if config.model in STARTER_MODELS else base,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if pictures else "text-generation",
         tags=["selfdistill", config.method, *(["lora"] if adapter else [])],
         datasets=[data] if "/" in data else None,
     )
     results, measured = _results(run, step)
+    loading = _LOAD_ADAPTER if adapter else _LOAD_MODEL
+    if pictures:
+        loading = loading.replace("ForCausalLM", "ForImageTextToText").replace("AutoTokenizer", "AutoProcessor")
+        loading = loading.replace("tokenizer =", "processor =")
     early = f"- It ended early, after step {step} of {config.max_steps}\n" if step < (config.max_steps or 0) else ""
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
@@ -117,7 +123,7 @@ def model_card(
         f"{config.max_completion_length} tokens. It may reproduce mistakes in the demonstrations.\n"
         "- Its replies were not examined for harm or bias; those of the base model may persist.\n"
         "- The licences of the base model and of the data apply; this card grants none.",
-        f"{_LOADING}\n\n{_LOAD_ADAPTER if adapter else _LOAD_MODEL}",
+        f"{_LOADING}\n\n{loading}",
     ]
     return "\n\n".join(parts)
 

@@ -15,6 +15,9 @@ from selfdistill.model import LoadedModel
 from selfdistill.training.selection import Selector
 from selfdistill.training.traced_step import PlannedPart
 
+_PICTURE = 1000
+"""Characters as which a picture counts: most models write a few hundred tokens for one."""
+
 
 def planned_stages(
     config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, count: int, *, least: bool = False
@@ -90,8 +93,8 @@ def planned_methods(config: TrainConfig) -> list[Method]:
 
 
 def characters(row: Demonstration) -> int:
-    """About how long a row is."""
-    return len(json.dumps([*row.prompt, *row.episode])) + len(row.completion)
+    """About how long a row is; a picture counts as many characters."""
+    return len(json.dumps([*row.prompt, *row.episode])) + len(row.completion) + _PICTURE * len(row.images)
 
 
 def longest_lengths(stages: list[list[PlannedPart]]) -> tuple[int, int]:

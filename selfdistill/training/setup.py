@@ -103,6 +103,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def refuse_with_pictures(config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel) -> None:
+    """Refuse settings that do not work with pictures, or only with models that read them.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if config.train_vision_tower and loaded.pictures is None:
+        raise UserError(f"setting 'train_vision_tower': model {loaded.name!r} reads no pictures; leave it out")
+    if any(row.images for row in demonstrations):
+        for name in ("fsdp", "torch_compile", "load_in_4bit", "engine"):
+            if getattr(config, name) not in (False, "none"):
+                raise UserError(f"setting {name!r} does not work with rows with pictures; leave it out")
+
+
 def repeating(config: TrainConfig) -> AbstractContextManager[None]:
     """Deterministic operations while it is open, if the settings ask for them."""
     return deterministic("cuda" if has_gpu() else "cpu") if config.deterministic else nullcontext()

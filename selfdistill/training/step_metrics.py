@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from selfdistill.model import Sampled
 from selfdistill.training.batch_gradient import PartResult, SamplerGap
 
 _STATISTICS = {"entropy": "entropy", "kl/forward": "forward_kl", "kl/reverse": "reverse_kl"}
@@ -21,6 +22,7 @@ def step_metrics(
     grad_norm: float,
     drift: dict[str, float],
     seconds: dict[str, float],
+    sampled: Sampled,
     by_part: bool = False,
     control: float | None = None,
 ) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def step_metrics(
         grad_norm: global gradient norm before clipping.
         drift: distances from the base, if measured.
         seconds: duration of each part of the step; with ``sync`` if an engine samples.
+        sampled: from the student in this step.
         by_part: whether to tell how the loss divides between the parts.
         control: the number of the method's controller, if it has one.
 
@@ -72,6 +75,8 @@ def step_metrics(
     metrics |= drift
     if "sync" in seconds:
         metrics |= _engine_gap(results)
+    if sampled.tokens:
+        metrics["rollout/tokens_per_second"] = sampled.tokens / (sampled.seconds - seconds.get("sync", 0.0))
     for part in ("rollout", "sync", "teacher", "student", "update", "drift", "step"):
         if part in seconds:
             metrics[f"time/{part}_s"] = seconds[part]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdistill.data import Example
+from selfdistill.data import Demonstration, Example, as_transcript, shown_text, speaker_of
 from selfdistill.loss import CHUNK_TOKENS, forward_kl
 from selfdistill.methods import Completion, play, rules_of
 from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, unsharded
@@ -32,8 +32,10 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
     Returns:
         One dict per example: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and
         ``tokens``, the student's own. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats)
-        and ``top``, the teacher's most likely tokens with their probabilities. Empty without a teacher. Where its
-        contexts are made of samples, rows of which none is learnt are left out.
+        and ``top``, the teacher's most likely tokens with their probabilities. An episode also has ``reward`` (None if
+        it was not judged), ``feedback`` and ``turns``, each with the number of its ``tokens``, the names of its
+        ``calls``, why it is ``invalid``, and ``observations``, each with ``speaker`` and ``text``. Empty without a
+        teacher. Where its contexts are made of samples, rows of which none is learnt are left out.
     """
     if trainer.teacher is None or trainer.stage.task.method.teacher is None:
         return []
@@ -59,10 +61,11 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
             views.append(
                 {
                     "row": row.demonstration.source,
-                    "prompt": row.demonstration.prompt[-1]["content"],
-                    "demonstration": row.demonstration.privileged_context or row.demonstration.completion,
+                    "prompt": shown_text(row.demonstration.prompt[-1]["content"]),
+                    "demonstration": _demonstration(row.demonstration),
                     "tokens": tokens,
                     "truncated": rollout.truncated,
+                    **_transcript(rollout),
                 }
             )
     return views
@@ -90,6 +93,28 @@ def _greedy(trainer: Trainer, rows: Sequence[Example]) -> list[Completion]:
         return play(trainer.loaded, trainer.chat, rows, policy, rules, [0] * len(rows))
     rollouts = sample(trainer.loaded, [row.student_ids for row in rows], policy)
     return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(rows, rollouts, strict=True)]
+
+
+def _demonstration(row: Demonstration) -> str:
+    """What the teacher sees, as text."""
+    return shown_text(row.privileged_context or (as_transcript(row.episode) if row.episode else row.completion))
+
+
+def _transcript(episode: Completion) -> dict[str, Any]:
+    """The turns of an episode and the environment's verdict; empty for a single reply."""
+    if not episode.messages:
+        return {}
+    lengths = iter([end - start for start, end in episode.reply_spans])
+    turns: list[dict[str, Any]] = []
+    for message in episode.messages:
+        if message["role"] != "assistant":
+            turns[-1]["observations"].append({"speaker": speaker_of(message), "text": message["content"]})
+            continue
+        calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        invalid = message.get("invalid", "")
+        turns.append({"tokens": next(lengths), "calls": calls, "invalid": invalid, "observations": []})
+    verdict = episode.verdict
+    return {"reward": verdict and verdict.reward, "feedback": verdict.feedback if verdict else "", "turns": turns}
 
 
 def _chunk(tokenizer: Any, ids: list[int], logp_nV: Tensor, logq_nV: Tensor) -> list[dict[str, Any]]:

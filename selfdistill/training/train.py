@@ -157,11 +157,6 @@ def _needs_best_context(config: TrainConfig) -> bool:
     """
     if config.context != "auto" or not uses(config, "context"):
         return False
-    if config.environment != "none":
-        raise UserError(
-            "setting 'context': 'auto' compares contexts by single replies; with an environment name one, such as "
-            "example"
-        )
     if world_size() > 1:
         raise UserError(
             "setting 'context': 'auto' needs a single process; find the best with selfdistill check and name it"
@@ -378,6 +373,7 @@ def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str])
         demonstrations=len(trainer.stages[0].task.examples),
         fingerprint=trainer.fingerprint(),
         adapter=hasattr(model, "peft_config"),
+        pictures=trainer.loaded.pictures is not None,
         signs=signs,
     )
     advice = "free disk space, then continue with --resume, which needs a checkpoint (--save_steps)"

@@ -33,6 +33,7 @@ from selfdistill.model import (
     cached_casts,
     checkpoint_activations,
     engine_for,
+    freeze_vision,
     full_tensor,
     is_in_4bit,
     layers_of,
@@ -59,6 +60,7 @@ from selfdistill.training.setup import (
     drawn,
     make_accelerator,
     make_stages,
+    refuse_with_pictures,
     repeated_prompts,
     share_steps,
     teacher_rules,
@@ -105,6 +107,7 @@ class Trainer:
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
         for note in self.loaded.notes:
             say_note(note)
+        refuse_with_pictures(config, demonstrations, self.loaded)
         self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
         self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
         self.stage = self.stages[0]
@@ -140,6 +143,8 @@ class Trainer:
         if config.lora_rank:
             add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
             model = self.loaded.model
+        if self.loaded.pictures is not None and not config.train_vision_tower:
+            freeze_vision(model)
         refuse_float16(model, config.model)
         self._make_teachers()
         if config.gradient_checkpointing:
@@ -238,7 +243,8 @@ class Trainer:
         examples = [example for stage in self.stages for part in stage.parts for example in part.examples]
         # A row without a completion counts as with an empty one, as it did for older folders.
         ids = [[x.student_ids, x.teacher_ids, x.completion_ids or [self.chat.end_token_id]] for x in examples]
-        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+        seen = [picture.digest for x in examples for picture in x.demonstration.images]
+        return hashlib.sha256(json.dumps([*ids, *seen]).encode()).hexdigest()
 
     def _drift_of(self, network: Any) -> float:
         assert self.drift is not None
@@ -270,6 +276,7 @@ class Trainer:
 
         engine = self.engine()
         synced_s = engine.sync_s if engine else 0.0
+        sampled_before = self.loaded.sampled
         controller = stage.task.method.controller
         if controller and stage_step == 0:
             self.control = controller.start
@@ -305,6 +312,7 @@ class Trainer:
             grad_norm=norm,
             drift=drift,
             seconds={"teacher": 0.0, **sync, **stopwatch.seconds()},
+            sampled=self.loaded.sampled - sampled_before,
             by_part=len(stage.parts) > 1,
             control=control,
         )

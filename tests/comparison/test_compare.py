@@ -94,6 +94,37 @@ def test_every_method_and_seed_is_run_measured_and_kept(
     assert "sdft 0.001 seed 1" in page.read_text(encoding="utf-8")
 
 
+def test_methods_are_compared_in_an_environment(
+    settings: Callable[..., CompareConfig],
+    model_folder: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "ab" * (1 + i % 4), "answer": 1 + i % 3} for i in range(6)]
+    values: dict[str, Any] = {"model": str(model_folder(ends=(257, *range(40, 75)), seed=5, room=2048))}
+    values |= {"environment": "python:tiny_worlds.Asks", "max_episode_length": 300, "prior": None, "seeds": "0"}
+    values |= {"data": str(write_rows(rows)), "test": str(write_rows(rows[1:], name="test.jsonl"))}
+    config = settings(**values)
+    result = compare(config).details
+    folder = tmp_path / "comparison"
+    assert [run["folder"] for run in result["runs"]] == ["sft-0.001-seed0", "sdft-0.001-seed0"]
+    assert all(run["failed"] is None for run in result["runs"])
+    own = {key: getattr(config, key) for key in ("environment", "max_episode_length", "batch_size")}
+    for run in result["runs"]:
+        alone = evaluate(
+            EvalConfig(model=str(folder / run["folder"]), data=config.test, max_completion_length=10, **own)
+        )
+        for key in ("correct", "episode/turns", "episode/reward", "episode/invalid_calls"):
+            assert run["evaluations"][-1][key] == alone[key]
+    assert 0 <= result["teacher"]["accuracy"] <= 1
+    page = tmp_path / "report.html"
+    report(ReportConfig(runs=[str(folder)], output=str(page)))
+    text = page.read_text(encoding="utf-8")
+    assert '<p class="speaker">assistant' in text
+    assert "invalid calls" in text
+    assert compare(config, resume=True).details["base"] == result["base"]
+
+
 def test_a_comparison_that_was_stopped_goes_on_with_the_run_it_was_in(
     settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

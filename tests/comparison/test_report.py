@@ -257,6 +257,44 @@ def test_model_output_stays_text_and_nothing_is_fetched(everything: Path) -> Non
             assert (attributes.get(name) or "#").startswith("#")
 
 
+def test_an_episode_is_shown_as_a_transcript_whose_observations_have_no_colour(here: Path) -> None:
+    run = Path("skill")
+    turns = [
+        {
+            "tokens": 5,
+            "calls": ["find"],
+            "invalid": "",
+            "observations": [{"speaker": "tool find", "text": f"id 7 {ATTACK}"}],
+        },
+        {
+            "tokens": 3,
+            "calls": [],
+            "invalid": "no JSON",
+            "observations": [{"speaker": "user", "text": "Error: no JSON"}],
+        },
+        {"tokens": 4, "calls": [], "invalid": "", "observations": []},
+    ]
+    words = [f"w{number}" for number in range(12)]
+    one = view(0, 1, words) | {"reward": 0.5, "feedback": "one order too many", "turns": turns}
+    other = view(STEPS, 1, words[:4]) | {"reward": None, "feedback": "", "turns": turns[2:]}
+    jsonl(run / "token_views.jsonl", [one, other])
+    means = {"episode/reward": 0.61, "episode/turns": 2.75, "episode/invalid_calls": 0.33}
+    jsonl(run / "evaluations.jsonl", [evaluation(4, 0.8, 0.1, step=0), evaluation(9, 0.8, 0.1, step=STEPS, **means)])
+    page = report("skill")
+    text = " ".join(page.text.split())
+    assert "Step 0, 3 turns, reward 0.50: one order too many" in text
+    assert f"Step {STEPS}, 1 turn, not judged" in text
+    places = [
+        text.index(part)
+        for part in ("assistant calls find", "w4", f"tool find id 7 {ATTACK}", "assistant, invalid: no JSON", "w7")
+    ]
+    assert places == sorted(places)
+    tokens = [span for span in page.attributes("span") if span.get("class", "").startswith("token ")]
+    assert [str(token["aria-label"]).split(":")[0] for token in tokens] == [*words, *words[:4]]
+    assert page.attributes("script") == []
+    assert {"mean reward", "turns", "invalid calls", "0.61", "2.75", "0.33"} <= {cell.strip() for cell in page.cells}
+
+
 def test_the_page_is_accessible(everything: Path) -> None:
     page = Page(everything.read_text(encoding="utf-8"))
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]

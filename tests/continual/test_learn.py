@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ENDS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -119,6 +120,23 @@ def test_two_skills_in_a_row(make: Settings, tmp_path: Path, capsys: pytest.Capt
     assert [len(row) for row in found["matrix"]] == [2, 2, 2]
     assert found["matrix"][0][0] is not None
     assert all(score is not None for score in (*found["matrix"][2], found["matrix"][1][0], found["matrix"][1][1]))
+
+
+def test_a_skill_in_an_environment_is_measured_by_episodes(
+    make: Settings, model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "ab" * (1 + i % 4), "answer": 1 + i % 3} for i in range(10)]
+    write_rows(rows, name="talk.jsonl")
+    model = str(model_folder(ends=ENDS, seed=5))
+    own: dict[str, Any] = {"environment": "python:tiny_worlds.Talk", "max_episode_length": 200, "model": model}
+    added = add(make("talk", method="sdft", context="turns", min_teacher=0.0, **own))
+    assert added["accepted"]
+    for score in (added["before"], added["after"]["skills"]["talk"]):
+        assert score["episode/turns"] >= 1
+        assert len(score["correct"]) == score["items"] == 2
+    second = add(make("second", model=model))  # the first is measured in its own environment
+    assert second["after"]["skills"]["talk"]["episode/turns"] >= 1
+    assert "episode/turns" not in second["after"]["skills"]["second"]
 
 
 def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
+from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
 
@@ -217,3 +218,13 @@ def test_a_hub_set_that_was_read_from_csv_is_said_to_have_changed(monkeypatch: p
         "the file itself"
     ]
     assert [row.answer for row in load_demonstrations("plain.csv")] == ["007", "NA"]
+
+
+def test_files_of_the_package_are_named() -> None:
+    rows = load_demonstrations("bundled:shop.test.jsonl")
+    assert [row.prompt for row in rows] == [row.prompt for row in load_demonstrations(packaged("shop.test.jsonl"))]
+    assert rows[2].source == "bundled:shop.test.jsonl:3"
+    assert error_of("bundled:shop.tset.jsonl") == (
+        "bundled:shop.tset.jsonl: no such file in the package; did you mean bundled:shop.test.jsonl?"
+    )
+    assert "expected one of" in error_of("bundled:../messages.py")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,15 +16,13 @@ from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import parse_context
 from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.errors import EngineFailed, UserError
+from selfdistill.evaluation import measure
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.check_result import UNLIKELY, Layout, verdict_on
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Sampling, sample, sample_seed
 from selfdistill.runtime import result_console
-
-# The package has a function of this name, too.
-module = importlib.import_module("selfdistill.evaluation.check")
 
 
 def layout(accuracy: float, logp: float = -1.0, kl: float = 1.0) -> Layout:
@@ -194,7 +191,7 @@ def test_the_best_context_for_training_costs_nothing_takes_the_scorer_and_says_w
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("measured the cost"))
     scorers = []
-    monkeypatch.setattr(module, "answer", lambda *a, **k: scorers.append(k["scorer"]) or answer(*a, **k))
+    monkeypatch.setattr(measure, "answer", lambda *a, **k: scorers.append(k["scorer"]) or answer(*a, **k))
     train = TrainConfig(
         model=str(model_folder()),
         data=str(write_rows(count=4)),
@@ -286,7 +283,7 @@ def test_an_engine_that_fails_leaves_no_layout_out(
             raise EngineFailed("engine vllm: the server ended")
         return answer(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "answer", failing)
+    monkeypatch.setattr(measure, "answer", failing)
     with pytest.raises(EngineFailed, match="the server ended"):
         check(config_of(model_folder(), write_rows(count=3), contexts=["turns:repeats=1", "turns"]))
 

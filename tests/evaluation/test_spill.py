@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from selfdistill.data.bundled import anchor_prompts
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import parse_context
 from selfdistill.data.demonstrations import load_demonstrations
-from selfdistill.evaluation import spill
+from selfdistill.evaluation import measure, spill
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.spill import Spill, Trial
 from selfdistill.model.loading import LoadedModel, weights_fingerprint
@@ -26,8 +25,6 @@ from selfdistill.model.sampling import Sampling, sample, sample_seed
 
 Sequences = list[tuple[list[int], list[int]]]
 """Prompts and completions as token ids."""
-# The package has a function of this name, too.
-module = importlib.import_module("selfdistill.evaluation.check")
 
 
 def config_of(folder: Path, data: Path, **settings: object) -> CheckConfig:
@@ -156,7 +153,7 @@ def test_it_is_left_out_where_it_makes_no_sense(
     result = check(config_of(folder, answers))
     assert "Spill: not measured: no row has a completion" in " ".join(repr(result).split())
     assert json.loads(json.dumps(result.to_dict()))["spill"]["sdft"] is None
-    monkeypatch.setattr(module, "measure_spill", lambda *_: pytest.fail("measured the spill"))
+    monkeypatch.setattr(measure, "measure_spill", lambda *_: pytest.fail("measured the spill"))
     assert check(config_of(folder, write_rows(count=4), spill=False)).spill is None
     settings = {"output_dir": "unused", "max_completion_length": 6}
     best_context(TrainConfig(model=str(folder), data=str(write_rows(count=4)), **settings))

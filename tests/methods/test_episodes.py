@@ -34,11 +34,11 @@ from formulas import advantages, assert_gradient, chosen, kl, mean_over_rows, mo
 from tool_templates import HERMES
 from torch import Tensor
 
-from selfdistill.config import EngineSettings
+from selfdistill.config import EngineSettings, load_yaml
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, load_demonstrations, packaged
+from selfdistill.data import ChatFormat, Demonstration, Picture, load_demonstrations, packaged
 from selfdistill.errors import UserError
-from selfdistill.methods import stages_of, unused_settings
+from selfdistill.methods import begun, stages_of, unused_settings
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import LoadedModel, Rollout
 from selfdistill.training.memory import MemoryPlanner
@@ -69,6 +69,13 @@ def talks(settings: Settings, write_rows: Callable[..., Path]) -> Settings:
 def episodes_of(run: Trainer, count: int = 6) -> list[Completion]:
     with run.accelerator.autocast():
         return list(run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:count], 1))
+
+
+def evaluations_of(config: TrainConfig) -> list[dict[str, float]]:
+    """The means of each evaluation of a run."""
+    lines = (Path(config.output_dir) / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+    means = ("accuracy", "episode/reward", "episode/turns", "episode/invalid_calls", "completion/length", "kl_base")
+    return [{key: json.loads(line)[key] for key in means} for line in lines]
 
 
 def own_of(values_T: Tensor, completion: Completion) -> Tensor:
@@ -286,6 +293,13 @@ def test_views_of_tokens_are_of_episodes(talks: Settings) -> None:
     views = [json.loads(line) for line in lines]
     assert len(views) == 12
     assert any(len(view["tokens"]) > config.max_completion_length for view in views)
+    assert any(len(view["turns"]) > 1 for view in views)
+    for view in views:
+        assert sum(turn["tokens"] for turn in view["turns"]) == len(view["tokens"])
+        assert [len(turn["observations"]) for turn in view["turns"]] == [1] * (len(view["turns"]) - 1) + [0]
+        assert all(o["speaker"] == "user" and "?" in o["text"] for turn in view["turns"] for o in turn["observations"])
+        assert view["feedback"]
+        assert 0 <= view["reward"] <= 1
     assert not any("<|im_start|>" in token["text"] for view in views for token in view["tokens"])
 
 
@@ -323,9 +337,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(talks: Settings) -> None:
     ids=["sdft", "grpo", "sharded"],
 )
 def test_two_processes_train_to_the_weights_of_one(talks: Settings, tmp_path: Path, values: dict[str, Any]) -> None:
+    values = values | {"test": talks().data}
     one, two = talks("one", **values | {"fsdp": False}), talks("two", **values)
     train(one)
     train_together(two, tmp_path)
+    for a, b in zip(evaluations_of(one), evaluations_of(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-5
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
@@ -347,7 +364,7 @@ def test_a_plan_of_memory_counts_whole_episodes(talks: Settings) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "sft"}, "setting 'environment': sft does not learn from whole episodes"),
+        ({"method": "ssd"}, "setting 'environment': ssd does not learn from whole episodes"),
         ({"method": "pope"}, "setting 'environment': pope does not learn from whole episodes"),
         ({"environment": "bundled:no"}, "unknown environment 'bundled:no'"),
         ({"hint": "shortest", "environment": TALK}, "setting 'environment': sdft does not learn from whole episodes"),
@@ -365,8 +382,22 @@ def test_limits_are_checked(talks: Settings) -> None:
         Trainer(talks(max_episode_length=600))
     with pytest.raises(UserError, match=r"6 of 6 rows do not fit.*lower --max_episode_length"):
         Trainer(talks(max_episode_length=500))
-    with pytest.raises(UserError, match="'auto' compares contexts by single replies"):
-        train(talks(context="auto"))
+
+
+@pytest.mark.parametrize("method", ["sft", "dft", "eaft", "cpt", "sft_reinvoke"])
+def test_methods_that_learn_the_data_as_they_are_stay_as_they_are(talks: Settings, method: Any) -> None:
+    def sequences(**values: Any) -> list[Any]:
+        return [part.method.sequence for parts in stages_of(talks(method=method, **values)) for part in parts]
+
+    assert sequences() == sequences(environment="none")
+    assert unused_settings(talks(method=method)) == ["context"]
+
+
+def test_auto_finds_a_context_by_episodes(talks: Settings) -> None:
+    config = talks(context="auto", max_steps=1)
+    train(config)
+    written = load_yaml(Path(config.output_dir) / "config.yaml", TrainConfig)
+    assert str(written["context"]).split(":")[0] in ("turns", "example", "few_shot")
 
 
 def test_settings_of_episodes_are_noted_without_an_environment(talks: Settings) -> None:
@@ -379,6 +410,7 @@ def test_settings_of_episodes_are_noted_without_an_environment(talks: Settings) 
     [
         ("BreaksAtStart", r"talks.jsonl:1, at its start: .*ZeroDivisionError"),
         ("Lies", r"talks.jsonl:\d, at turn 2: .*expected a Step"),
+        ("Mute", r"talks.jsonl:\d, at turn 1: environment .* returned no observations and not the end"),
         ("Restless", r"talks.jsonl:\d: environment .* began with other messages than before"),
     ],
 )
@@ -389,6 +421,14 @@ def test_an_environment_that_fails_is_named_with_its_row(talks: Settings, name: 
     assert getattr(tiny_worlds, name).open == 0
 
 
+def test_an_environment_that_cannot_be_closed_changes_nothing(talks: Settings) -> None:
+    config, other = talks(), talks("other", environment="python:tiny_worlds.BreaksAtEnd")
+    train(config)
+    train(other)
+    assert metrics_of(config) == metrics_of(other)
+    assert tiny_worlds.BreaksAtEnd.open == 0
+
+
 def test_the_first_step_that_fails_is_noted_with_its_row(talks: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     for out in ("once", "again"):
         train(talks(out, environment="python:tiny_worlds.Breaks"))
@@ -396,6 +436,12 @@ def test_the_first_step_that_fails_is_noted_with_its_row(talks: Settings, capsys
         assert len(notes) == 1
         failed = r"environment 'python:tiny_worlds.Breaks': step failed: KeyError: 'no assistant'"
         assert re.fullmatch(rf".*talks.jsonl:\d, at turn 1: {failed}; the episode has reward 0", notes[0])
+
+
+def test_rows_with_pictures_are_refused() -> None:
+    rows = [Demonstration("Look.", "a kettle", source="a:1", images=(Picture("0" * 64),)), Demonstration("Say.", "so")]
+    with pytest.raises(UserError, match=r"1 of 2 rows have pictures, and episodes are text alone \(a:1\)"):
+        begun(TALK, rows)
 
 
 def test_a_method_that_needs_rewards_says_that_there_are_none(talks: Settings) -> None:
@@ -442,3 +488,4 @@ def test_an_expert_with_an_engine_calls_tools_and_succeeds(
         assert told == [(m["role"], m["content"], m.get("tool_calls")) for m in row.episode]
         assert expert.asked[-1] == example.student_ids + completion.ids[: completion.given[-1][1]]
         assert set(completion.logps or []) == {-0.5, 0.0}
+        assert (completion.ids, completion.given) == (example.completion_ids, example.given)  # as SFT learns it

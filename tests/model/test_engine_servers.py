@@ -44,6 +44,7 @@ from selfdistill.model import (
 )
 from selfdistill.model.engine_weights import hub_tensors
 from selfdistill.model.vllm_client import ServerProblem, VllmClient
+from selfdistill.runtime import read_lines
 from selfdistill.training.train import train as run_training
 
 Loader = Callable[..., LoadedModel]
@@ -636,6 +637,20 @@ def test_a_run_with_a_server_is_that_without(run: Settings, fake: FakeVllm, valu
     assert largest_difference(final_weights(served), final_weights(ours)) < 1e-4  # of steps of 1e-3
     for line in metrics_of(served):
         assert line["engine/gap"] <= line["engine/gap_max"] < 1e-3
+
+
+def test_the_rate_of_sampling_leaves_the_weights_out(run: Settings, fake: FakeVllm) -> None:
+    def slow(_path: str, body: Any) -> None:
+        if body and body.get("method") == "selfdistill_load":
+            time.sleep(0.5)
+
+    config = run("run", fake, max_steps=3)
+    fake.instead = slow
+    run_training(config)
+    for line in read_lines(Path(config.output_dir) / "metrics.jsonl")[1:]:
+        sampled = config.batch_size * line["completion/length"]
+        assert line["time/sync_s"] > 0.5
+        assert 0 < sampled / line["rollout/tokens_per_second"] <= line["time/rollout_s"] - line["time/sync_s"]
 
 
 def test_a_server_that_fails_leaves_a_checkpoint_and_the_run_goes_on(

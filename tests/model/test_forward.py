@@ -28,9 +28,10 @@ from transformers import (
 
 from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import CrossEntropy
+from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.head import body_and_head, head_agrees
-from selfdistill.model.loading import LoadedModel, add_lora, disable_dropout
+from selfdistill.model.loading import LoadedModel, add_lora
 from selfdistill.model.prefix_cache import (
     READ_TOKENS,
     PrefixCache,

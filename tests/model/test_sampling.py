@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,9 +15,11 @@ from odd_models import NAMES, odd_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from selfdistill.errors import UserError
-from selfdistill.model.loading import LoadedModel, disable_dropout
+from selfdistill.model.dropout import disable_dropout
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.preallocated import PREALLOCATED_TOKENS
 from selfdistill.model.prefix_cache import can_continue_cache
-from selfdistill.model.sampling import PREALLOCATED_TOKENS, Rollout, Sampling, choose, sample, sample_seed
+from selfdistill.model.sampling import Rollout, Sampling, choose, sample, sample_seed
 
 Loader = Callable[..., LoadedModel]
 GREEDY = Sampling(20, temperature=0)
@@ -172,6 +175,13 @@ def test_a_sample_draws_nothing_from_the_global_generator(load: Loader) -> None:
     assert [r.ids for r in first] == [r.ids for r in second]
     torch.manual_seed(1)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_tokens_and_time_are_counted(load: Loader) -> None:
+    loaded, began = load(ends=MANY_ENDS), time.monotonic()
+    rollouts = [r for seeds in ([1, 2], [3, 4]) for r in sample(loaded, prompts(3, 9), Sampling(20), seeds)]
+    assert loaded.sampled.tokens == sum(len(r.ids) for r in rollouts)
+    assert 0 < loaded.sampled.seconds <= time.monotonic() - began
 
 
 def test_a_longer_limit_only_goes_on(load: Loader) -> None:

@@ -938,11 +938,11 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
     completions: list[int] = []
     train(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    with_teacher = {"kl/forward", "kl/reverse", "drift/teacher", "importance"}
+    of_sdft = {"kl/forward", "kl/reverse", "drift/teacher", "importance", "rollout/tokens_per_second"}
     of_others = {"reward", "learnt", "unfit", "control", "skipped", "loss/PART", "share/PART"}
     of_others |= {"engine/gap", "engine/gap_max", "time/sync_s", "turn_loss/NUMBER"}
     of_others |= {f"episode/{name}" for name in ("turns", "invalid_calls", "reward", "success")}
-    expected = set(METRICS) - of_others - (with_teacher if method == "sft" else set())
+    expected = set(METRICS) - of_others - (of_sdft if method == "sft" else set())
     values = [json.loads(line) for line in lines]
     assert [v["step"] for v in values] == [1, 2, 3, 4, 5, 6]
     assert all(v.keys() == expected for v in values)
@@ -955,6 +955,8 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
     if method == "sdft":
         assert all(v["loss"] == pytest.approx(v["kl/forward"], abs=1e-5) for v in values)
         assert 0 < values[0]["drift/teacher"] < values[0]["drift/student"]
+        for v, sampled in zip(values, completions, strict=True):
+            assert 0 < sampled / v["rollout/tokens_per_second"] <= v["time/rollout_s"]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (9, [6]), (0, [])])

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
 from selfdistill.data.demonstrations import Demonstration, load_prompts
+from selfdistill.data.sources import packaged
 
 __all__ = ["anchor_prompts", "general_prompts", "packaged"]
-
-
-def packaged(name: str) -> str:
-    """Path of a bundled data file."""
-    return str(resources.files(__name__) / name)
 
 
 def general_prompts() -> list[Demonstration]:

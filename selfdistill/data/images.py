@@ -1,0 +1,350 @@
+"""Pictures of a row: checked once when the row is read, and decoded again where a model needs their pixels.
+
+In a message, a picture stands as a mark with its hash, so that contexts can move texts with pictures in them. A mark
+counts only where a row has that very picture: no text becomes a picture by what it says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from selfdistill.data.columns import PICTURE_COLUMNS, is_empty
+from selfdistill.data.rows import describe_value, one_line, quoted
+from selfdistill.errors import UserError
+
+MOST_PIXELS = 89_478_485
+"""Pixels of the largest picture that is read: Pillow's limit against files that unpack to fill the memory."""
+PICTURE_FOLDER = "pictures"
+"""Folder beside a file of rows, for pictures that were no files."""
+_DEEP = ("I", "F")
+"""Beginnings of the modes with more than 8 bits a channel, which Pillow would clip."""
+_BORDER = "\U0010fffc"
+_MARK = re.compile(f"{_BORDER}([0-9a-f]{{64}}){_BORDER}")
+_WANT = "a path, a PIL image or an object with bytes and path"
+
+
+class _BadPicture(ValueError):
+    """A picture that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a file or as the bytes of one; its pixels are decoded at each use and not kept."""
+
+    digest: str
+    """SHA-256 of the file's bytes."""
+    path: str | None = None
+    data: bytes | None = None
+
+    @property
+    def mark(self) -> str:
+        """What stands for the picture in a text."""
+        return f"{_BORDER}{self.digest}{_BORDER}"
+
+    def decoded(self) -> Image.Image:
+        """The picture upright, in RGB.
+
+        Raises:
+            UserError: its file is no longer what it was when the row was read.
+        """
+        try:
+            data = self.data if self.data is not None else Path(self.path or "").read_bytes()
+            if hashlib.sha256(data).hexdigest() != self.digest:
+                raise _BadPicture("its bytes have changed")
+            return _decoded(data)
+        except (OSError, _BadPicture) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{self.path}: cannot be read again ({reason}); restore it, and start again") from None
+
+
+class PromptIds(list[int]):
+    """Token ids of a prompt, with its pictures."""
+
+    def __init__(self, ids: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
+        super().__init__(ids)
+        self.pictures = tuple(pictures)
+        """In the order in which they stand in the prompt; one that is shown twice comes twice."""
+
+
+class PictureTokens(Protocol):
+    """How a model's processor writes pictures in a prompt."""
+
+    token: str
+    """What the chat template writes for a picture."""
+
+    def expanded(self, pictures: Sequence[Picture]) -> list[str]:
+        """What stands in the prompt in place of each picture's token."""
+        ...
+
+
+def pictures_in(ids: Sequence[int]) -> tuple[Picture, ...]:
+    """The pictures of a prompt; none of plain token ids."""
+    return ids.pictures if isinstance(ids, PromptIds) else ()
+
+
+def by_digest(rows: Sequence[Any]) -> dict[str, Picture]:
+    """The pictures of some demonstrations, by their hashes."""
+    return {picture.digest: picture for row in rows for picture in row.images}
+
+
+# --- reading ---
+
+
+def pictures_of(row: Mapping[str, Any], folder: str, problems: list[str]) -> tuple[Picture, ...]:
+    """The pictures of a raw row, each decoded once to see that it can be.
+
+    Args:
+        row: its columns.
+        folder: where relative paths begin; where there is no such file, in the working directory.
+        problems: takes what is wrong, a line each.
+    """
+    held = [column for column in PICTURE_COLUMNS if not is_empty(row.get(column))]
+    if len(held) > 1:
+        problems.append("has 'image' and 'images', expected one of them")
+    if not held:
+        return ()
+    column, value = held[0], row[held[0]]
+    if column == "image":
+        value = [value]
+    if not isinstance(value, list | tuple):
+        problems.append(f"column '{column}': found {describe_value(value)}, expected a list of pictures")
+        return ()
+    found = []
+    for number, one in enumerate(value):
+        try:
+            found.append(_picture(one, folder))
+        except _BadPicture as error:
+            at = column if column == "image" else f"{column}[{number}]"
+            problems.append(f"column '{at}': {error}")
+    return tuple(found)
+
+
+def _picture(value: Any, folder: str) -> Picture:
+    if isinstance(value, Picture):
+        return value
+    path, data = None, value
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+        path, data = value.get("path"), value.get("bytes")
+    elif isinstance(value, str | os.PathLike):
+        path, data = os.fspath(value), None
+    elif isinstance(value, Image.Image):
+        data = _as_file(value)
+    if isinstance(path, str) and re.match(r"(https?|s3|gs|hf)://|data:", path) and data is None:
+        raise _BadPicture(f"found {quoted(path)}, expected a file: no pictures are downloaded; save it first")
+    if data is None and isinstance(path, str) and path.strip():
+        path, data = _read(path, folder)
+        _checked(data, quoted(path))
+        return Picture(hashlib.sha256(data).hexdigest(), path)
+    if not isinstance(data, bytes):
+        raise _BadPicture(f"found {describe_value(value)}, expected {_WANT}")
+    _checked(data, "the picture" if path is None else quoted(str(path)))
+    return Picture(hashlib.sha256(data).hexdigest(), data=data)
+
+
+def _as_file(image: Image.Image) -> bytes:
+    """A PIL image as the bytes of a PNG file, upright and in RGB."""
+    buffer = io.BytesIO()
+    try:
+        _upright(image).save(buffer, "PNG", compress_level=1)
+    except (OSError, ValueError) as error:
+        raise _BadPicture(f"a PIL image that cannot be used ({one_line(error)})") from None
+    return buffer.getvalue()
+
+
+def _read(path: str, folder: str) -> tuple[str, bytes]:
+    """The absolute path and the bytes of a picture's file."""
+    beside = os.path.join(folder, path)
+    place = os.path.abspath(beside if os.path.exists(beside) else path)
+    try:
+        return place, Path(place).read_bytes()
+    except FileNotFoundError:
+        raise _BadPicture(f"{quoted(path)} is not there (looked in {os.path.abspath(folder)})") from None
+    except OSError as error:
+        raise _BadPicture(f"{quoted(path)} cannot be read ({error.strerror})") from None
+
+
+def _checked(data: bytes, name: str) -> None:
+    try:
+        _decoded(data)
+    except _BadPicture as error:
+        raise _BadPicture(f"{name} {error}") from None
+
+
+def _decoded(data: bytes) -> Image.Image:
+    """The picture that a file's bytes hold, upright and in RGB."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, from its header
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise Image.DecompressionBombError
+                if getattr(image, "is_animated", False) and image.format != "MPO":
+                    frames = getattr(image, "n_frames", "several")
+                    raise _BadPicture(f"has {frames} frames, expected a single picture; save one frame")
+                image.load()
+                return _upright(image)
+    except _BadPicture:
+        raise
+    except Image.DecompressionBombError:
+        raise _BadPicture(f"has more than {MOST_PIXELS:,} pixels; make it smaller") from None
+    except UnidentifiedImageError:
+        raise _BadPicture("is not a picture that Pillow reads; convert it, such as to PNG") from None
+    except Exception as error:  # decoders of broken files raise errors of many kinds
+        raise _BadPicture(f"cannot be decoded ({one_line(error)}); replace it") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says, in RGB, with white where it is transparent."""
+    if image.mode.startswith(_DEEP):
+        raise _BadPicture(f"has mode {image.mode}, expected 8 bits a channel; convert it")
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    above = image.convert("RGBA")
+    below = Image.new("RGBA", above.size, "white")
+    return Image.alpha_composite(below, above).convert("RGB")
+
+
+def undecoded(rows: Any) -> Any:
+    """A ``datasets.Dataset`` whose pictures stay bytes or paths until they are needed; anything else as it is."""
+    features = getattr(rows, "features", None)
+    if not features or not hasattr(rows, "cast_column"):
+        return rows
+    import datasets
+
+    bare = datasets.Image(decode=False)
+    for column in PICTURE_COLUMNS:
+        feature = features.get(column)
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, bare)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            rows = rows.cast_column(column, datasets.List(bare))
+    return rows
+
+
+def saved(pictures: Sequence[Picture], folder: Path) -> list[str]:
+    """Paths of the pictures, as a file of rows in this folder names them; those that are no files are written."""
+    paths = []
+    for picture in pictures:
+        path = Path(picture.path or "")
+        if picture.data is not None:
+            path = Path(PICTURE_FOLDER) / picture.digest[:16]
+            (folder / PICTURE_FOLDER).mkdir(exist_ok=True)
+            (folder / path).write_bytes(picture.data)
+        paths.append(str(path))
+    return paths
+
+
+# --- in messages ---
+
+
+def marked(value: Any, column: str, pictures: Sequence[Picture], problems: list[str]) -> Any:
+    """A raw chat or text with marks for its pictures: in place of its parts of type ``image``, or before the first
+    user turn's text, as TRL puts them, if there are none.
+
+    Args:
+        value: the column's value.
+        column: its name.
+        pictures: the row's.
+        problems: takes what is wrong, a line each.
+    """
+    if not pictures:
+        return value
+    if isinstance(value, str):
+        return "".join(picture.mark for picture in pictures) + value
+    if not isinstance(value, list):
+        return value
+    places = sum(_is_place(part) for message in value for part in _parts(message))
+    if not places:
+        return _before_first_turn(value, column, pictures, problems)
+    if places != len(pictures):
+        problems.append(f"column '{column}': {places} parts of type 'image' for {len(pictures)} pictures; give as many")
+    left = itertools.cycle(pictures)
+    return [
+        {**message, "content": [_mark(next(left)) if _is_place(part) else part for part in _parts(message)]}
+        if _parts(message)
+        else message
+        for message in value
+    ]
+
+
+def _before_first_turn(value: list[Any], column: str, pictures: Sequence[Picture], problems: list[str]) -> list[Any]:
+    """Messages with all marks before the text of the first user turn."""
+    for number, message in enumerate(value):
+        content = message.get("content") if isinstance(message, dict) and message.get("role") == "user" else None
+        if isinstance(content, list):
+            content = [*map(_mark, pictures), *content]
+        elif isinstance(content, str):
+            content = "".join(picture.mark for picture in pictures) + content
+        if content is not None:
+            return [*value[:number], {**message, "content": content}, *value[number + 1 :]]
+    problems.append(f"column '{column}': no user turn for the pictures to stand in")
+    return value
+
+
+def _parts(message: Any) -> list[Any]:
+    content = message.get("content") if isinstance(message, dict) and message.get("role") != "assistant" else None
+    return content if isinstance(content, list) else []
+
+
+def _is_place(part: Any) -> bool:
+    """Whether a part of a message is the place of a picture; Arrow writes null for keys that only others have."""
+    held = {key for key, value in part.items() if value is not None} if isinstance(part, dict) else set()
+    return held == {"type"} and part["type"] == "image"
+
+
+def _mark(picture: Picture) -> dict[str, str]:
+    return {"type": "text", "text": picture.mark}
+
+
+def marks_in(text: str) -> str:
+    """The marks of a text, one after the other."""
+    return "".join(found[0] for found in _MARK.finditer(text))
+
+
+def refuse_late(replies: Sequence[Mapping[str, Any]], column: str, problems: list[str]) -> None:
+    """A problem if pictures stand after the first reply that is learnt."""
+    if any(_MARK.search(message["content"]) for message in replies):
+        problems.append(f"column '{column}': pictures after the first reply that is learnt, expected them before it")
+
+
+def shown_text(text: str) -> str:
+    """A text as a person or a judge reads it, with a word in place of each picture."""
+    return _MARK.sub("[picture]", text)
+
+
+def split_at_pictures(text: str, known: Mapping[str, Picture]) -> list[str | Picture]:
+    """A text divided at the marks of known pictures; the parts between are texts, which may be empty."""
+    pieces: list[str | Picture] = [""]
+    for number, piece in enumerate(_MARK.split(text)):
+        if number % 2 and piece in known:
+            pieces += [known[piece], ""]
+        else:
+            pieces[-1] = f"{pieces[-1]}{_BORDER}{piece}{_BORDER}" if number % 2 else f"{pieces[-1]}{piece}"
+    return pieces
+
+
+def in_parts(text: str, pictures: Sequence[Picture]) -> Any:
+    """A message's text as rows hold it: parts where it has pictures."""
+    pieces = split_at_pictures(text, {picture.digest: picture for picture in pictures})
+    return text if len(pieces) == 1 else as_parts([piece for piece in pieces if isinstance(piece, str)])
+
+
+def as_parts(texts: Sequence[str]) -> list[dict[str, str]]:
+    """Texts with a picture between each and the next, as parts of a message."""
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(texts):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": text}] if text or len(texts) == 1 else []
+    return parts

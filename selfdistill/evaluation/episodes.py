@@ -1,0 +1,176 @@
+"""Evaluate a model in an environment: one episode per row, through the code that rollouts use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from selfdistill.config import TaskSettings
+from selfdistill.data import (
+    ChatFormat,
+    Context,
+    Demonstration,
+    Example,
+    Lacks,
+    Message,
+    Verdict,
+    encode,
+    nothing_to_score,
+    thought_and_said,
+)
+from selfdistill.errors import UserError
+from selfdistill.evaluation.answers import Answers
+from selfdistill.evaluation.statistics import mean_interval
+from selfdistill.methods import Completion, EpisodeRules, begun, episode_rules, play
+from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time
+from selfdistill.runtime import ProgressBar
+
+
+def unscored(config: TaskSettings) -> Lacks:
+    """The problem of a row that cannot be evaluated; an environment judges any row."""
+    return nothing_to_score(config.scorer) if config.environment == "none" else lambda row: None
+
+
+def rows_of(config: TaskSettings, rows: Sequence[Demonstration]) -> list[Demonstration]:
+    """The rows as a model meets them: with the environment's tools and what it says first, if there is one.
+
+    Raises:
+        UserError: an environment fails.
+    """
+    return list(rows) if config.environment == "none" else [*begun(config.environment, rows)]
+
+
+def encoded(
+    config: TaskSettings,
+    rows: Sequence[Demonstration],
+    context: Context | None,
+    chat: ChatFormat,
+    window: int | None,
+    pool: Sequence[Demonstration] | None,
+) -> tuple[list[Example], int]:
+    """Encode :func:`rows_of` to be evaluated, and count those dropped; see :func:`selfdistill.data.encode`."""
+    plays = config.environment != "none"
+    return encode(
+        rows,
+        context,
+        chat,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.longest_completion,
+        window=window,
+        on_long_prompt=config.on_long_prompt,
+        pool=pool,
+        replies="episode" if plays else "last",
+        length_setting="max_episode_length" if plays else "max_completion_length",
+    )
+
+
+@dataclass(frozen=True)
+class EpisodePlayer:
+    """Plays episodes with a model, batch by batch."""
+
+    chat: ChatFormat
+    rules: EpisodeRules
+    batch_size: int
+    """Episodes at a time; an engine makes its own batches."""
+
+    def __call__(
+        self,
+        loaded: LoadedModel,
+        examples: Sequence[Example],
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+        what: str | None = None,
+    ) -> Answers:
+        """Play an episode of each example.
+
+        Args:
+            loaded: the model.
+            examples: those of rows that have begun.
+            prompts: what the model sees before each episode, the student's or the teacher's prompt.
+            sampling: the policy of one reply.
+            seeds: one per example, for sampling.
+            what: label of the progress bar; None: silent.
+
+        Returns:
+            The episodes. One is correct if its reward is 1.
+
+        Raises:
+            UserError: an environment fails, or does not judge.
+        """
+        seen = [replace(example, student_ids=ids) for example, ids in zip(examples, prompts, strict=True)]
+        seeds = [0] * len(seen) if seeds is None else seeds
+        order = sorted(range(len(seen)), key=lambda i: len(prompts[i]))
+        size = prompts_at_a_time(loaded, self.batch_size)
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        played: dict[int, Completion] = {}
+        with ProgressBar(what or "", len(batches), quiet=what is None) as reporter:
+            for number, batch in enumerate(batches):
+                part, own = [seen[i] for i in batch], [seeds[i] for i in batch]
+                played |= zip(batch, play(loaded, self.chat, part, sampling, self.rules, own), strict=True)
+                reporter.advance(number + 1)
+        episodes = [played[i] for i in range(len(seen))]
+        return Answers(
+            replies=[episode.messages[-1]["content"] for episode in episodes],
+            correct=[self._verdict(episode).reward == 1 for episode in episodes],
+            lenient=None,
+            ids=[episode.ids for episode in episodes],
+            thinking=[self._thinking(episode) for episode in episodes],
+            truncated=sum(episode.truncated for episode in episodes),
+            episodes=episodes,
+        )
+
+    def _verdict(self, episode: Completion) -> Verdict:
+        if episode.verdict is None:
+            raise UserError(
+                f"{episode.example.demonstration.source}: environment {self.rules.environment!r} ended the episode "
+                "without a reward, so success cannot be measured; give it one"
+            )
+        return episode.verdict
+
+    def _thinking(self, episode: Completion) -> int:
+        """Number of thinking tokens in the replies."""
+        count = 0
+        for start, end in episode.reply_spans:
+            before = [*episode.example.student_ids, *episode.ids[:start]]
+            thought, _ = thought_and_said(self.chat, before, episode.ids[start:end])
+            count += len(self.chat.encode_text(thought))
+        return count
+
+
+def player_of(config: TaskSettings, chat: ChatFormat, batch_size: int) -> EpisodePlayer | None:
+    """What plays the episodes of the settings; None without an environment.
+
+    Raises:
+        UserError: there is no such environment.
+    """
+    rules = episode_rules(config)
+    return None if rules is None else EpisodePlayer(chat, rules, batch_size)
+
+
+def episode_scores(episodes: Sequence[Completion]) -> dict[str, Any]:
+    """Means over episodes, for an evaluation; empty without any."""
+    if not episodes:
+        return {}
+    rewards = [episode.verdict.reward for episode in episodes if episode.verdict]
+    return {
+        "episode/reward": sum(rewards) / len(rewards),
+        "episode/reward_interval": list(mean_interval(rewards)),
+        "episode/turns": sum(episode.turns for episode in episodes) / len(episodes),
+        "episode/invalid_calls": sum(episode.invalid_calls for episode in episodes) / len(episodes),
+    }
+
+
+def told(episode: Completion) -> dict[str, Any]:
+    """An episode as a line of a file: its messages, its counts and the environment's verdict."""
+    messages: list[Message] = list(episode.messages)
+    verdict = episode.verdict or Verdict(0.0, "")
+    return {
+        "messages": messages,
+        "turns": episode.turns,
+        "invalid_calls": episode.invalid_calls,
+        "truncated": episode.truncated,
+        "reward": verdict.reward,
+        "feedback": verdict.feedback,
+    }

@@ -1,0 +1,239 @@
+"""What ``check`` measures: the student once, and the teacher with each context layout.
+
+Legend: N completion tokens of all examples without padding.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from selfdistill.config import LEARNING_RATE, CheckConfig
+from selfdistill.data import (
+    Demonstration,
+    Example,
+    context_of,
+    doubt_about,
+    is_scorable,
+    notes_on,
+)
+from selfdistill.errors import UserError
+from selfdistill.evaluation.answers import Answers, answer, check_answers
+from selfdistill.evaluation.check_result import Layout
+from selfdistill.evaluation.distances import kl_along, summed_loss
+from selfdistill.evaluation.episodes import encoded, player_of, rows_of
+from selfdistill.evaluation.judge import judge_of
+from selfdistill.evaluation.spill import Spill, TrialSettings, measure_spill, task_loss
+from selfdistill.loss import CrossEntropy, Divergence
+from selfdistill.methods import Completion
+from selfdistill.model import (
+    ForwardPass,
+    LoadedModel,
+    PrefixCache,
+    Sampling,
+    resolved_precision,
+    sample,
+    sample_seed,
+)
+from selfdistill.runtime import clock, peak_memory, say_note
+
+KEPT_BYTES, POSITIONS = 2**28, 8
+"""Bytes for the prefix cache of the student's prompts, and as many for one layout's; leading completion tokens whose KL
+is listed individually."""
+
+
+class Measure:
+    """Evaluates the student once, and the teacher for each layout."""
+
+    def __init__(self, config: CheckConfig, demonstrations: list[Demonstration], loaded: LoadedModel) -> None:
+        self.config, self.pool, self.loaded = config, rows_of(config, demonstrations), loaded
+        self.bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
+        self.chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+        self.forward_pass = ForwardPass(loaded)
+        self.player = player_of(config, self.chat, batch_size=16)
+        scorable = [row for row in self.pool if self.player or is_scorable(row, config.scorer)]
+        self.scored = bool(scorable)
+        """Whether replies are scored; if not, teacher and student are compared by their distributions alone."""
+        asked = scorable or self.pool
+        chosen = random.Random(config.seed).sample(asked, min(config.sample, len(asked)))
+        self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
+        self.dropped = len(chosen) - len(self.rows)
+        measured = [row.demonstration for row in self.rows]
+        if self.scored and not self.player:
+            check_answers(measured, config.scorer)
+        for note in notes_on(self.rows, self.chat):
+            say_note(note)
+        if not self.player and (doubt := doubt_about(measured, config.scorer)):
+            say_note(doubt)
+        self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
+        self.student = self._answer([row.student_ids for row in self.rows], self.rows)
+        self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.kept)
+        began = clock(loaded.device)
+        rollouts = self._rollouts()
+        self.rollout_s = (clock(loaded.device) - began) / len(self.rows)
+        self.teacher_said: dict[str, Answers] = {}  # by layout
+        self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
+
+    def _encode(self, rows: Sequence[Demonstration], context: str | None, hint: float = 1) -> list[Example]:
+        """Encode the rows that fit the window, with ``max_completion_length`` and with the demonstration."""
+        config, window = self.config, self.loaded.window
+        shown = None if context is None else context_of(context, hint)
+        made, _ = encoded(config, rows, shown, self.chat, window, self.pool)
+        if window is None:
+            return made
+        lengths = [len(row.teacher_ids or row.student_ids) + len(row.completion_ids) for row in made]
+        kept = [row for row, length in zip(made, lengths, strict=True) if length <= window]
+        if len(kept) < len(made) and (config.on_long_prompt == "error" or not kept):
+            row, length = next(pair for pair in zip(made, lengths, strict=True) if pair[1] > window)
+            who = "prompt" if context is None else "teacher's prompt"
+            raise UserError(
+                f"{len(made) - len(kept)} of {len(made)} rows do not fit: {row.demonstration.source}: "
+                f"{who} and demonstration have {length} tokens, limit {window} (the model's window); "
+                "drop them with --on_long_prompt drop"
+            )
+        return kept
+
+    def accuracy_of(self, answers: Answers) -> float | None:
+        """The share of right replies; None if they are not scored."""
+        return answers.accuracy if self.scored else None
+
+    def student_on(self, context: str) -> tuple[float | None, float | None]:
+        """The student's accuracy and mean log-probability of the demonstrations, on the rows that fit a layout."""
+        fits = {row.demonstration.row for row in self._encode([row.demonstration for row in self.rows], context)}
+        if len(fits) == len(self.rows):
+            return self.accuracy_of(self.student), self.student_logp
+        rows = [row for row in self.rows if row.demonstration.row in fits]
+        logp = self._logp([row.student_ids for row in rows], rows, self.kept)
+        if not self.scored:
+            return None, logp
+        right = [c for row, c in zip(self.rows, self.student.correct, strict=True) if row.demonstration.row in fits]
+        return sum(right) / len(right), logp
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        """The precision of the training run."""
+        return torch.autocast(self.loaded.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def _answer(self, prompts: list[list[int]], rows: Sequence[Example], loaded: LoadedModel | None = None) -> Answers:
+        with self._arithmetic():
+            if self.player:
+                policy = Sampling(self.config.max_completion_length, temperature=0)
+                return self.player(loaded or self.loaded, rows, prompts, policy)
+            return answer(
+                loaded or self.loaded,
+                prompts,
+                [row.demonstration for row in rows],
+                self.chat,
+                max_completion_length=self.config.max_completion_length,
+                batch_size=16,
+                scorer=self.config.scorer,
+                judge=judge_of(self.config),
+                scored=self.scored,
+            )
+
+    def _rollouts(self) -> list[Completion]:
+        """A sample of the student for each row, or an episode."""
+        seeds = [sample_seed(self.config.seed, 0, row.demonstration.row, 0) for row in self.rows]
+        prompts = [row.student_ids for row in self.rows]
+        with self._arithmetic():
+            if self.player:
+                return list(self.player(self.loaded, self.rows, prompts, self._sampling(), seeds).episodes)
+            rollouts = sample(self.loaded, prompts, self._sampling(), seeds)
+        return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(self.rows, rollouts, strict=True)]
+
+    @torch.no_grad()
+    def _logp(self, contexts: list[list[int]], rows: Sequence[Example], kept: PrefixCache | None) -> float | None:
+        """Mean log-probability of the demonstrations, nats per token; None if no row has a completion."""
+        pairs = [(ids, row) for ids, row in zip(contexts, rows, strict=True) if row.completion_ids]
+        total, count = 0.0, 0
+        for start in range(0, len(pairs), 8):
+            seen, part = zip(*pairs[start : start + 8], strict=True)
+            ids, own = [row.completion_ids for row in part], [row.is_own for row in part]
+            with self._arithmetic():
+                scores = self.forward_pass(self.loaded.model, seen, ids, kept)
+                total -= float(summed_loss(CrossEntropy(), scores, ids, own=own)[0])
+            count += sum(map(sum, own))
+        return total / count if count else None
+
+    @torch.no_grad()
+    def layout(self, context: str, hint: float = 1) -> Layout:
+        """Evaluate the teacher with one layout, and this share of the demonstration.
+
+        Raises:
+            UserError: the layout does not fit the data or the window.
+        """
+        rows = self._encode([row.demonstration for row in self.rows], context, hint)
+        prompts = [row.teacher_ids or [] for row in rows]
+        kept = self.forward_pass.keep(prompts, KEPT_BYTES)
+        answers = self._answer(prompts, rows)
+        if hint == 1:
+            self.teacher_said[context] = answers
+        kl_N, place_N = [], []
+        for start in range(0, len(rows), 8):
+            part = slice(start, start + 8)
+            rollouts = [self.rollout_of[row.demonstration.row] for row in rows[part]]
+            ids = [rollout.ids for rollout in rollouts]
+            with self._arithmetic():
+                student = self.forward_pass(self.loaded.model, [row.student_ids for row in rows[part]], ids, self.kept)
+                teacher = self.forward_pass(self.loaded.model, prompts[part], ids, kept)
+                of_all_N = summed_loss(Divergence(), student, ids, teacher)[1]["loss"].cpu()
+            is_own = [rollout.is_own for rollout in rollouts]
+            kl_N.append(of_all_N[torch.tensor([one for row in is_own for one in row])])
+            place_N += [place for row in is_own for place in range(sum(row))]
+        kl, place = torch.cat(kl_N), torch.tensor(place_N)
+        by_position = [float(kl[place == p].mean()) for p in range(POSITIONS) if bool((place == p).any())]
+        return Layout(
+            context=context,
+            items=len(rows),
+            accuracy=self.accuracy_of(answers),
+            logp=self._logp(prompts, rows, kept),
+            kl=float(kl.mean()),
+            kl_by_position=by_position,
+            length=sum(answers.lengths) / len(rows),
+            truncated=answers.truncated / len(rows),
+            prompt_length=sum(map(len, prompts)) / len(rows),
+            hint=hint,
+        )
+
+    def closeness(self, context: str, tuned: LoadedModel | None) -> tuple[float, float | None, float | None]:
+        """KL(teacher||base); also the fine-tuned model's accuracy and KL(fine-tuned||base). Each along own replies."""
+        rows = self._encode([row.demonstration for row in self.rows], context)
+        prompts, base = [row.student_ids for row in rows], self.loaded
+        said, seen = self.teacher_said[context], [row.teacher_ids or [] for row in rows]
+        with self._arithmetic():
+            teacher = kl_along(prompts, said.ids, base, base, seen, said.is_own)
+        if tuned is None:
+            return teacher, None, None
+        answers = self._answer(prompts, rows, tuned)
+        with self._arithmetic():
+            return teacher, self.accuracy_of(answers), kl_along(prompts, answers.ids, tuned, base, own=answers.is_own)
+
+    def cost(self, context: str) -> tuple[float, float, int]:
+        """Expected seconds per step, peak memory in GiB and its batch size, from one forward and backward pass."""
+        rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
+        ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
+        model, device = self.loaded.model, self.loaded.device
+        began = clock(device)
+        task_loss(model, model, self.forward_pass, Divergence(), rows, ids, self._arithmetic).backward()
+        scoring_s = clock(device) - began
+        model.zero_grad(set_to_none=True)
+        seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
+        weights = sum(p.numel() for p in model.parameters()) * 4
+        # Plus AdamW's two moments and the teacher's average.
+        return seconds, (peak_memory(device) + 3 * weights) / 2**30, len(rows)
+
+    def spill(self, context: str) -> Spill:
+        """How far a few steps of SFT, and of SDFT with this context, move the model on general prompts."""
+        if self.player:
+            return Spill(untried="its steps are of single replies, and this is about episodes")
+        rows = self._encode([row.demonstration for row in self.rows], context)
+        rate = self.config.learning_rate or LEARNING_RATE
+        settings = TrialSettings(rate, self._sampling(), self.config.seed, self._arithmetic)
+        return measure_spill(self.loaded, self.forward_pass, rows, self.chat, settings)
+
+    def _sampling(self) -> Sampling:
+        """The student's policy."""
+        return Sampling(self.config.max_completion_length, self.config.temperature)

@@ -1,0 +1,231 @@
+"""Pictures for image-text models: what the processor writes in prompts, and the pixels that go with it.
+
+Legend: B sequences, L padded length, P pictures.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoProcessor, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from selfdistill.data import Picture, pictures_in
+from selfdistill.errors import UserError
+from selfdistill.model.files import local_folder
+
+KEPT_BYTES = 2**28
+"""Bytes of processed pictures that are kept; others are decoded and processed again."""
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""Names under which models take which tokens are pictures'."""
+_OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", *_TYPES)
+"""What a processor returns for the text; all else is for the pictures."""
+_OFFSETS = "text_replacement_offsets"
+
+
+def reads_pictures(config: PretrainedConfig, folder: Path | None) -> bool:
+    """Whether a model is an image-text model with the files of its processor."""
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    is_kind = kind is not None and kind in (config.architectures or [])
+    return is_kind and folder is not None and any((folder / name).is_file() for name in _PROCESSOR_FILES)
+
+
+def load_processor(path: str, tokenizer: Any, name: str) -> Any:
+    """The processor of an image-text model, with this tokenizer in it.
+
+    The template is the processor's, if it has one.
+
+    Raises:
+        UserError: it cannot be loaded, or not by this release of transformers.
+    """
+    try:
+        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a missing package, a file of another form
+        reason = " ".join(str(error).split())
+        advice = "" if importlib.util.find_spec("torchvision") else "; it may need torchvision, which is not installed"
+        raise UserError(f"model {name!r}: its processor cannot be loaded ({reason[:200]}){advice}") from None
+    if processor.chat_template:
+        tokenizer.chat_template = processor.chat_template
+    processor.tokenizer = tokenizer
+    return processor
+
+
+def pictures_for(model: Any, path: str, tokenizer: Any, name: str) -> PictureInputs | None:
+    """How a model takes pictures, from its processor's files in a folder or hub id; None if it reads none.
+
+    Raises:
+        UserError: its processor cannot be loaded or used.
+    """
+    model = model.base_model.model if hasattr(model, "peft_config") else model
+    if not reads_pictures(model.config, local_folder(path)):
+        return None
+    return PictureInputs(load_processor(path, tokenizer, name), model, name)
+
+
+def divided(tokenizer: Any) -> tuple[Any, Any]:
+    """A processor's tokenizer and the processor; a tokenizer alone comes with None."""
+    if not hasattr(tokenizer, "image_processor"):
+        return tokenizer, None
+    own = tokenizer.tokenizer
+    own.chat_template = tokenizer.chat_template or own.chat_template
+    return own, tokenizer
+
+
+class PictureInputs:
+    """What a model's processor makes of pictures; one at a time, so that each is processed alike in every batch.
+
+    Args:
+        processor: the model's.
+        model: the model, whose body takes the inputs.
+        name: the name given by the user, for messages.
+
+    Raises:
+        UserError: the processor is of a kind whose rules are not known.
+    """
+
+    def __init__(self, processor: Any, model: Any, name: str) -> None:
+        self.processor, self._name = processor, name
+        token, ids = getattr(processor, "image_token", None), getattr(processor, "image_token_ids", [None])
+        if not isinstance(token, str) or len(ids) != 1 or not isinstance(ids[0], int):
+            raise UserError(
+                f"model {name!r}: {type(processor).__name__} names no token for pictures; use another model"
+            )
+        self.token: str = token
+        """What the chat template writes for a picture."""
+        self.token_id: int = ids[0]
+        """The token in whose place the model puts what it sees."""
+        self._types = [x for x in _TYPES if x in inspect.signature(model.base_model.forward).parameters]
+        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._texts: dict[str, str] = {}
+
+    def expanded(self, pictures: Sequence[Picture]) -> list[str]:
+        """What stands in the prompt in place of each picture's token.
+
+        Raises:
+            UserError: the processor rejects a picture.
+        """
+        for picture in pictures:
+            if picture.digest not in self._texts:
+                self._process(picture)
+        return [self._texts[picture.digest] for picture in pictures]
+
+    def inputs(
+        self, prompts: Sequence[Sequence[int]], ids_BL: Tensor, starts: Sequence[int], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The model's further inputs for a batch of prompts; none if no prompt has pictures.
+
+        Args:
+            prompts: the prompts, of which some may have pictures.
+            ids_BL: token ids of the padded sequences.
+            starts: where each prompt begins in its sequence.
+            dtype: of the model, in which it takes pixels.
+
+        Raises:
+            UserError: a prompt has the tokens of pictures, but has lost the pictures on the way.
+        """
+        pictures = [picture for prompt in prompts for picture in pictures_in(prompt)]
+        if any(self.token_id in prompt and not pictures_in(prompt) for prompt in prompts):
+            raise UserError(f"model {self._name!r}: rows with pictures do not work with this method; use sft or sdft")
+        if not pictures:
+            return {}
+        parts = [self._pixels(picture) for picture in pictures]
+        inputs = {key: _joined([part[key] for part in parts]).to(ids_BL.device) for key in parts[0]}
+        inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+        if self._types:
+            in_prompt_BL = torch.zeros_like(ids_BL)
+            for row, (start, prompt) in enumerate(zip(starts, prompts, strict=True)):
+                in_prompt_BL[row, start : start + len(prompt)] = 1
+            types_BL = in_prompt_BL * (ids_BL == self.token_id)
+            inputs |= dict.fromkeys(self._types, types_BL)
+        return inputs
+
+    def allowed(self, logits_BV: Tensor) -> Tensor:
+        """Logits without the picture token, which no reply may contain: the model would look for its picture."""
+        return logits_BV.index_fill(-1, torch.tensor([self.token_id], device=logits_BV.device), -torch.inf)
+
+    def _pixels(self, picture: Picture) -> dict[str, Tensor]:
+        if picture.digest not in self._kept:
+            self._process(picture)
+        self._kept.move_to_end(picture.digest)
+        return self._kept[picture.digest]
+
+    def _process(self, picture: Picture) -> None:
+        try:
+            made = self.processor(
+                text=[self.token], images=[picture.decoded()], return_tensors="pt", return_text_replacement_offsets=True
+            )
+            (text,) = [found["replacement"] for found in made[_OFFSETS][0]]
+        except UserError:
+            raise
+        except Exception as error:  # processors are programs and may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"model {self._name!r}: its processor rejects picture {picture.path}: {reason}") from None
+        self._texts[picture.digest] = text
+        self._kept[picture.digest] = {key: value for key, value in made.items() if key not in _OF_TEXT}
+        while _bytes(self._kept) > KEPT_BYTES and len(self._kept) > 1:
+            self._kept.popitem(last=False)
+
+
+def _bytes(kept: OrderedDict[str, dict[str, Tensor]]) -> int:
+    return sum(value.nbytes for part in kept.values() for value in part.values())
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of some pictures one after the other, filled with zeros up to the largest, as processors fill them."""
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    filled = []
+    for tensor in tensors:
+        pad = [
+            x for size, most in zip(reversed(tensor.shape[1:]), reversed(sizes), strict=True) for x in (0, most - size)
+        ]
+        filled.append(nn.functional.pad(tensor, pad) if any(pad) else tensor)
+    return torch.cat(filled)
+
+
+def language_part(model: Any) -> nn.Module:
+    """The language model within an image-text model, without its head."""
+    return model.get_decoder()
+
+
+def freeze_vision(model: Any) -> None:
+    """Freeze all that stands before the language model: the vision tower, and what connects the two."""
+    inside = {id(p) for part in (language_part(model), model.get_output_embeddings()) for p in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            parameter.requires_grad_(False)
+
+
+def beside_language(model: Any) -> str:
+    """A regular expression for the names of all modules of an image-text model outside its language model."""
+    language = next(name for name, module in model.named_modules() if module is language_part(model))
+    around, _, own = language.rpartition(".")
+    return rf"{re.escape(around)}\.(?!{re.escape(own)}\.).*"
+
+
+def _body(model: Any) -> Any:
+    """An image-text model without its head, also within a ``PeftModel``."""
+    model = model.base_model.model if hasattr(model, "peft_config") else model
+    return model.base_model
+
+
+def has_own_positions(model: Any) -> bool:
+    """Whether a model itself computes the positions of a prompt with pictures, as those in two dimensions."""
+    return hasattr(_body(model), "rope_deltas")
+
+
+def position_shift(model: Any) -> Tensor:
+    """How far the positions after each prompt of the last pass are from its number of tokens: shape (B,).
+
+    Pictures in two dimensions take fewer positions than tokens.
+    """
+    shift_B: Tensor = _body(model).rope_deltas[:, 0]
+    return shift_B

@@ -1,0 +1,255 @@
+"""Image-text models: token ids as the processor has them, and each token scored and sampled as by the plain model."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import gradients, largest_difference
+from picture_models import ALL, COLOURS, FAMILIES, PictureFamily, drawn, is_vision
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from selfdistill.data import Demonstration, Example, encode, load_demonstrations, parse_context
+from selfdistill.errors import UserError
+from selfdistill.model import ForwardPass, LoadedModel, Sampling, add_lora, freeze_vision, load_model, sample
+
+Folder = Callable[[PictureFamily], Path]
+SIZES = ((40, 60), (100, 50), (32, 32))
+family = pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    made: dict[str, Path] = {}
+
+    def folder(family: PictureFamily) -> Path:
+        if family.name not in made:
+            made[family.name] = tmp_path_factory.mktemp(family.name)
+            family.write(made[family.name])
+        return made[family.name]
+
+    return folder
+
+
+def rows() -> list[dict[str, Any]]:
+    """Rows with pictures of several sizes: one, two within the text, and none."""
+    one, two, three = (drawn(COLOURS[i], "circle", size) for i, size in enumerate(SIZES))
+    parts = [{"type": "text", "text": "Is"}, {"type": "image"}, {"type": "text", "text": " like "}, {"type": "image"}]
+    return [
+        {"prompt": "What colour is it?", "completion": "red", "images": [one]},
+        {"prompt": [{"role": "user", "content": parts}], "completion": "no, it is not", "images": [two, three]},
+        {"prompt": "How are you?", "completion": "Well"},
+    ]
+
+
+def encoded(loaded: LoadedModel, context: str | None = None) -> list[Example]:
+    shown = None if context is None else parse_context(context)
+    limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 16, "window": loaded.window}
+    return encode(load_demonstrations(rows()), shown, loaded.chat(), **limits)[0]
+
+
+def by_processor(folder: Path, demonstration: Demonstration, messages: Sequence[Any], copies: int = 1) -> Any:
+    """What the family's own processor makes of some messages whose content is in parts."""
+    images = [picture.decoded() for picture in demonstration.images] * copies
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return processor(text=[text], images=images or None, return_tensors="pt")
+
+
+def in_parts(row: dict[str, Any]) -> list[Any]:
+    if isinstance(row["prompt"], list):
+        return list(row["prompt"])
+    place = [{"type": "image"}] * len(row.get("images", []))
+    return [{"role": "user", "content": [*place, {"type": "text", "text": row["prompt"]}]}]
+
+
+def plain_log_probs(model: Any, inputs: Any, completion: Sequence[int]) -> Tensor:
+    """Log-probabilities (T, V) of the plain model, which is given the row alone."""
+    ids = torch.tensor([completion])
+    inputs = dict(inputs)
+    length = inputs["input_ids"].shape[1]
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids)], dim=1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], dim=1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+    logits_LV = model(**inputs).logits[0].double()
+    return logits_LV[length - 1 : -1].log_softmax(-1)
+
+
+@family
+def test_prompts_are_those_of_the_processor(family: PictureFamily, folder_of: Folder) -> None:
+    folder = folder_of(family)
+    for row, example in zip(rows(), encoded(load_model(str(folder))), strict=True):
+        expected = by_processor(folder, example.demonstration, in_parts(row))
+        assert example.student_ids == expected["input_ids"][0].tolist()
+
+
+@family
+def test_the_teacher_sees_the_picture_again(family: PictureFamily, folder_of: Folder) -> None:
+    folder = folder_of(family)
+    row, example = rows()[0], encoded(load_model(str(folder)), "turns")[0]
+    reply = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    messages = [*in_parts(row), reply, *in_parts(row)]
+    expected = by_processor(folder, example.demonstration, messages, copies=2)
+    assert example.teacher_ids == expected["input_ids"][0].tolist()
+
+
+@family
+def test_the_name_of_a_picture_token_is_no_picture(family: PictureFamily, folder_of: Folder) -> None:
+    loaded = load_model(str(folder_of(family)))
+    assert loaded.pictures is not None
+    names = [loaded.pictures.token, loaded.tokenizer.convert_ids_to_tokens(loaded.pictures.token_id)]
+    row = {"prompt": f"What is {' or '.join(names)}?", "completion": "a"}
+    seen = {**row, "images": [drawn("red", "square")]}
+    bare, pictured = (load_demonstrations([one])[0] for one in (row, seen))
+    options: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 8, "window": None}
+    (without,), _ = encode([bare], None, loaded.chat(), **options)
+    (with_one,), _ = encode([pictured], None, loaded.chat(), **options)
+    assert loaded.pictures.token_id not in without.student_ids
+    shown = encoded(loaded)[0].student_ids
+    assert 0 < with_one.student_ids.count(loaded.pictures.token_id) <= shown.count(loaded.pictures.token_id)
+
+
+@family
+@pytest.mark.parametrize("context", [None, "turns"])
+def test_each_token_is_scored_as_by_the_plain_model(
+    family: PictureFamily, folder_of: Folder, context: str | None
+) -> None:
+    folder = folder_of(family)
+    loaded = load_model(str(folder))
+    plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    examples = encoded(loaded, context)
+    prompts = [x.student_ids if context is None else x.teacher_ids or [] for x in examples]
+    with torch.no_grad():
+        output = ForwardPass(loaded)(loaded.model, prompts, [x.completion_ids for x in examples])
+        found = output.head(output.hidden_ND).double().log_softmax(-1).split([len(x.completion_ids) for x in examples])
+        for row, example, own in zip(rows(), examples, found, strict=True):
+            reply = {"role": "assistant", "content": [{"type": "text", "text": row["completion"]}]}
+            messages = in_parts(row) if context is None else [*in_parts(row), reply, *in_parts(row)]
+            inputs = by_processor(folder, example.demonstration, messages, copies=1 if context is None else 2)
+            expected = plain_log_probs(plain, inputs, example.completion_ids)
+            assert float((own - expected).abs().max()) < 1e-4
+
+
+@family
+def test_loss_and_gradients_are_those_of_the_plain_model(family: PictureFamily, folder_of: Folder) -> None:
+    folder = folder_of(family)
+    loaded = load_model(str(folder))
+    plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    examples = encoded(loaded)
+    output = ForwardPass(loaded)(loaded.model, [x.student_ids for x in examples], [x.completion_ids for x in examples])
+    tokens = torch.tensor([token for x in examples for token in x.completion_ids])
+    torch.nn.functional.cross_entropy(output.head(output.hidden_ND), tokens, reduction="sum").backward()
+    for row, example in zip(rows(), examples, strict=True):
+        inputs = by_processor(folder, example.demonstration, in_parts(row))
+        logp_TV = plain_log_probs(plain, inputs, example.completion_ids)
+        (-logp_TV.gather(1, torch.tensor(example.completion_ids)[:, None]).sum()).backward()
+    found, expected = gradients(loaded.model), gradients(plain)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert any(map(is_vision, found))
+    assert largest_difference(found, expected) < 1e-4 * scale
+
+
+@family
+def test_greedy_samples_are_those_of_generate(family: PictureFamily, folder_of: Folder) -> None:
+    folder = folder_of(family)
+    loaded = load_model(str(folder))
+    assert loaded.pictures is not None
+    plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    examples = encoded(loaded)
+    rollouts = sample(loaded, [x.student_ids for x in [*examples, examples[0]]], Sampling(12, temperature=0.0))
+    for row, example, rollout in zip([*rows(), rows()[0]], [*examples, examples[0]], rollouts, strict=True):
+        inputs = by_processor(folder, example.demonstration, in_parts(row))
+        ids = plain.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=list(loaded.end_token_ids),
+            pad_token_id=loaded.pad_token_id,
+            suppress_tokens=[loaded.pictures.token_id],
+        )
+        assert rollout.ids == ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@family
+def test_equal_token_ids_with_other_pictures_are_other_prompts(family: PictureFamily, folder_of: Folder) -> None:
+    loaded = load_model(str(folder_of(family)))
+    made = load_demonstrations(
+        [{"prompt": "Which?", "completion": "a", "images": [drawn(colour, "square")]} for colour in ("red", "blue")]
+    )
+    limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 16, "window": None}
+    red, blue = (x.student_ids for x in encode(made, None, loaded.chat(), **limits)[0])
+    assert red == blue
+    together = sample(loaded, [red, blue, red], Sampling(8, temperature=0.0))
+    alone = [sample(loaded, [ids], Sampling(8, temperature=0.0))[0] for ids in (red, blue)]
+    assert [x.ids for x in together] == [alone[0].ids, alone[1].ids, alone[0].ids]
+    with torch.no_grad():
+        output = ForwardPass(loaded)(loaded.model, [red, blue], [[65], [65]])
+    assert not torch.allclose(*output.hidden_ND)
+
+
+@family
+def test_an_adapter_and_full_training_leave_the_vision_tower_alone(family: PictureFamily, folder_of: Folder) -> None:
+    adapted, full = (load_model(str(folder_of(family))) for _ in range(2))
+    add_lora(adapted, 2, None, 0)
+    freeze_vision(adapted.model)
+    freeze_vision(full.model)
+    for model in (adapted.model, full.model):
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert names
+        assert not any(map(is_vision, names))
+    assert any(name.endswith("lm_head.weight") or "embed_tokens" in name for name in names)
+
+
+def test_a_model_without_a_processor_refuses_pictures(load: Callable[..., LoadedModel]) -> None:
+    loaded = load()
+    with pytest.raises(
+        UserError, match=r"^1 of 1 rows have pictures, which the model does not read \(data\[0\]\); use"
+    ):
+        encode(
+            load_demonstrations(rows()[:1]),
+            None,
+            loaded.chat(),
+            max_prompt_length=None,
+            max_completion_length=16,
+            window=None,
+        )
+
+
+@pytest.mark.parametrize("cause", ["damaged", "torchvision"])
+def test_a_processor_that_cannot_be_loaded_is_one_line(folder_of: Folder, tmp_path: Path, cause: str) -> None:
+    folder = shutil.copytree(folder_of(FAMILIES[0]), tmp_path / "model")
+    file = folder / "processor_config.json"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text[:40] if cause == "damaged" else text.replace("LlavaProcessor", "Qwen2VLProcessor"))
+    with pytest.raises(UserError) as error:
+        load_model(str(folder))
+    assert str(error.value).startswith(f"model {str(folder)!r}: its processor cannot be loaded (")
+    assert "\n" not in str(error.value)
+    if importlib.util.find_spec("torchvision") is None:
+        assert str(error.value).endswith("; it may need torchvision, which is not installed")
+
+
+def test_a_prompt_that_lost_its_pictures_is_refused(folder_of: Folder) -> None:
+    loaded = load_model(str(folder_of(FAMILIES[0])))
+    prompt = [*encoded(loaded)[0].student_ids, 65]
+    with pytest.raises(UserError, match="do not work with this method"):
+        sample(loaded, [prompt], Sampling(2, temperature=0.0))
+
+
+def test_a_picture_is_decoded_again_from_its_file(folder_of: Folder, tmp_path: Path) -> None:
+    loaded, path = load_model(str(folder_of(FAMILIES[0]))), tmp_path / "a.png"
+    drawn("red", "circle").save(path)
+    made = load_demonstrations([{"prompt": "a", "completion": "b", "images": [str(path)]}])
+    assert made[0].images[0].data is None
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(UserError, match=r"a\.png: cannot be read again \(its bytes have changed\); restore it"):
+        loaded.chat().encode_prompt(made[0].prompt, None, {made[0].images[0].digest: made[0].images[0]})

@@ -1,0 +1,303 @@
+"""Runs with pictures: what they learn, what they share and leave alone, and that they resume and load elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Cut, add_gradient, assert_same_run, crash_at, gradients, largest_difference, metrics_of
+from picture_models import ALL, COLOURS, FAMILIES, SHAPES, PictureFamily, drawn, is_vision
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import selfdistill
+from selfdistill.config import TrainConfig
+from selfdistill.data import load_demonstrations
+from selfdistill.errors import UserError
+from selfdistill.model import load_model
+from selfdistill.training import train
+from selfdistill.training.memory import memory_plan
+from selfdistill.training.traced_step import Device
+from selfdistill.training.trainer import Trainer
+
+family = pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)
+BY_NAME = {family.name: family for family in FAMILIES}
+Make = Callable[..., TrainConfig]
+
+
+def rows_of(folder: Path, name: str, count: int) -> list[dict[str, Any]]:
+    """Drawn shapes at places of their own; the answer is the first letter of the colour."""
+    chance, rows = random.Random(name), []
+    for number in range(count):
+        colour, shape = chance.choice(COLOURS), chance.choice(SHAPES)
+        size, canvas = chance.randint(16, 26), drawn("white", shape)
+        canvas.paste(drawn(colour, shape, (size, size)), (chance.randint(0, 6), chance.randint(0, 6)))
+        path = folder / f"{name}{number}.png"
+        canvas.save(path)
+        rows.append({"prompt": "?", "completion": colour[0], "images": [path.name]})
+    return rows
+
+
+def copied(rows: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """The rows after an earlier turn with the same picture, whose answer, whatever it is, is to be given again."""
+    chance, made = random.Random(seed), []
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    for row in rows:
+        said = chance.choice(COLOURS)[0]
+        earlier = {"role": "assistant", "content": said}
+        made.append({"prompt": [turn, earlier, turn], "completion": said, "images": row["images"] * 2})
+    return made
+
+
+@pytest.fixture
+def make(tmp_path: Path, write_rows: Callable[..., Path]) -> Make:
+    """Settings of a run on eight drawn rows."""
+
+    def configure(family: PictureFamily = BY_NAME["llava"], out: str = "run", **values: Any) -> TrainConfig:
+        folder = tmp_path / family.name
+        if not folder.exists():
+            family.write(folder)
+        defaults: dict[str, Any] = {
+            "model": str(folder),
+            "data": str(values.pop("data", None) or write_rows(rows_of(tmp_path, "a", 8), name="a.jsonl")),
+            "output_dir": str(tmp_path / out),
+            "context": "turns",
+            "max_completion_length": 3,
+            "batch_size": 4,
+            "max_steps": 3,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "save_steps": 0,
+            "drift_steps": 0,
+            "view_rows": 0,
+            "mixed_precision": "no",
+        }
+        return TrainConfig(**(defaults | values))
+
+    return configure
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def accuracy(model: Path | str, data: Path) -> float:
+    return selfdistill.evaluate(str(model), str(data), max_completion_length=2, progress=False).accuracy
+
+
+# --- what is learnt ---
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3"])
+def test_a_tiny_model_learns_colours_from_demonstrations(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    test = write_rows(rows_of(tmp_path, "t", 24), name="t.jsonl")
+    data = write_rows(rows_of(tmp_path, "l", 48), name="l.jsonl")
+    config = make(BY_NAME[name], data=data, method="sft", max_steps=50, batch_size=16)
+    final = train(config)
+    assert accuracy(config.model, test) < 0.5
+    assert accuracy(final, test) > 0.8
+
+
+@pytest.mark.slow
+def test_a_tiny_model_teaches_itself_colours_from_demonstrations_in_its_context(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It has first learnt to repeat what an earlier turn says, whatever the picture: so its teacher is right."""
+    test = write_rows(rows_of(tmp_path, "t", 24), name="t.jsonl")
+    before = write_rows(copied(rows_of(tmp_path, "c", 128)), name="c.jsonl")
+    copies = train(make(out="copies", data=before, method="sft", max_steps=100, batch_size=16))
+    assert accuracy(copies, test) < 0.5
+    data = write_rows(rows_of(tmp_path, "l", 48), name="l.jsonl")
+    final = train(make(model=str(copies), data=data, max_completion_length=2, max_steps=50, batch_size=16))
+    assert accuracy(final, test) > 0.8
+
+
+# --- how ---
+
+
+@family
+def test_one_batch_and_many_single_rows_give_the_same_gradient(make: Make, family: PictureFamily) -> None:
+    found = []
+    for size in (1, 4):
+        run = Trainer(make(family, method="sft", gradient_accumulation_steps=size))
+        add_gradient(run, run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 0))
+        found.append(gradients(run.loaded.model))
+    scale = max(float(gradient.abs().max()) for gradient in found[0].values())
+    assert largest_difference(*found) < 1e-5 * scale
+
+
+@family
+def test_weights_and_arithmetic_in_bfloat16(make: Make, family: PictureFamily) -> None:
+    for number, values in enumerate(({"dtype": "bfloat16"}, {"mixed_precision": "bf16", "lora_rank": 2})):
+        config = make(family, out=str(number), max_steps=2, **values)
+        train(config)
+        assert all(math.isfinite(step["loss"]) for step in metrics_of(config))
+
+
+def test_a_frozen_teachers_kept_contexts_change_nothing(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    bare = [{"prompt": f"What is {i}?", "completion": "a"} for i in range(4)]
+    data = write_rows([*rows_of(tmp_path, "k", 4), *bare], name="k.jsonl")
+    settings = {"data": data, "teacher": "frozen", "batch_size": 3, "max_steps": 6}
+    kept, not_kept = (make(out=str(mib), teacher_cache_mib=mib, **settings) for mib in (64, 0))
+    one, other = (weights(train(config)) for config in (kept, not_kept))
+    assert largest_difference(one, other) < 1e-5
+
+
+@family
+def test_recomputed_activations_change_nothing(make: Make, family: PictureFamily) -> None:
+    found = []
+    for again in (False, True):
+        run = Trainer(make(family, method="sft", gradient_checkpointing=again))
+        add_gradient(run, run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 0))
+        found.append(gradients(run.loaded.model))
+    scale = max(float(gradient.abs().max()) for gradient in found[0].values())
+    assert largest_difference(*found) < 1e-5 * scale
+
+
+@family
+def test_the_vision_tower_stays_and_the_teacher_shares_it(make: Make, family: PictureFamily) -> None:
+    run = Trainer(make(family))
+    assert run.teacher is not None
+    students = dict(run.loaded.model.named_parameters())
+    teachers = dict(run.teacher.networks[0].named_parameters())
+    assert {name for name in students if students[name] is teachers[name]} == set(filter(is_vision, students))
+    assert not any(map(is_vision, run.teacher.state_dict()))
+    config = make(family, out="trained")
+    before, after = weights(config.model), weights(train(config))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert not any(map(is_vision, moved))
+
+
+def test_the_vision_tower_is_trained_on_request(make: Make) -> None:
+    config = make(train_vision_tower=True, method="sft")
+    before, after = weights(config.model), weights(train(config))
+    assert any("vision_tower" in name and not torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(UserError, match="'train_vision_tower': an adapter is on the language model alone"):
+        make(train_vision_tower=True, lora_rank=2)
+
+
+@pytest.mark.parametrize("values", [{"lora_rank": 0}, {"lora_rank": 2}, {"teacher": "frozen"}], ids=str)
+def test_a_run_that_crashed_goes_on_as_if_it_had_not(make: Make, values: dict[str, Any]) -> None:
+    whole, cut = (make(out=out, save_steps=2, max_steps=4, **values) for out in ("whole", "cut"))
+    train(whole)
+    with pytest.raises(Cut):
+        train(cut, on_step=crash_at(3))
+    train(cut, resume=True)
+    if values.get("lora_rank"):
+        assert (Path(whole.output_dir) / "final" / "adapter_model.safetensors").read_bytes() == (
+            Path(cut.output_dir) / "final" / "adapter_model.safetensors"
+        ).read_bytes()
+    else:
+        assert_same_run(whole, cut)
+
+
+def test_a_run_does_not_go_on_with_other_pictures(make: Make, tmp_path: Path) -> None:
+    config = make(save_steps=2, max_steps=2)
+    train(config)
+    drawn("black", "square").save(tmp_path / "a0.png")
+    with pytest.raises(UserError, match="the training examples have changed"):
+        train(config.model_copy(update={"max_steps": 4}), resume=True)
+
+
+@family
+@pytest.mark.parametrize("rank", [0, 2])
+def test_final_models_load_in_transformers_with_their_processor(make: Make, family: PictureFamily, rank: int) -> None:
+    config = make(family, lora_rank=rank)
+    final = train(config)
+    picture, text = drawn("red", "circle"), [{"type": "image"}, {"type": "text", "text": "?"}]
+    made = []
+    for folder in (final, config.model):
+        processor = AutoProcessor.from_pretrained(folder)
+        prompt = processor.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        made.append(processor(text=[prompt], images=[picture], return_tensors="pt"))
+    for name, value in made[0].items():
+        assert torch.equal(value, made[1][name])
+    if rank:
+        settings = json.loads((final / "adapter_config.json").read_text(encoding="utf-8"))
+        assert settings["exclude_modules"]
+        adapter = load_file(final / "adapter_model.safetensors")
+        assert not any(map(is_vision, adapter))
+    plain = load_model(str(final), merge_adapter=True).model if rank else None
+    model = plain or AutoModelForImageTextToText.from_pretrained(final)
+    assert torch.isfinite(model(**made[0]).logits).all()
+    card = (final / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForImageTextToText" in card
+    assert "AutoProcessor" in card
+    assert "image-text-to-text" in card
+
+
+def test_the_python_interface_takes_pictures_in_memory_and_loaded_models(make: Make, tmp_path: Path) -> None:
+    config = make()
+    rows = [{"prompt": "?", "completion": colour[0], "images": [drawn(colour, "circle")]} for colour in COLOURS]
+    settings: dict[str, Any] = {"max_completion_length": 2, "batch_size": 2, "max_steps": 1, "context": "turns"}
+    model = AutoModelForImageTextToText.from_pretrained(config.model)
+    processor = AutoProcessor.from_pretrained(config.model)
+    out = tmp_path / "api"
+    selfdistill.train(model, rows, tokenizer=processor, output_dir=str(out), test=rows, progress=False, **settings)
+    assert len(list((out / "pictures").iterdir())) == len(COLOURS)
+    assert accuracy(out, out / "data.jsonl") >= 0
+    selfdistill.check(config.model, rows, max_completion_length=2, progress=False)
+
+
+# --- what is planned, and what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        *((family, {}) for family in FAMILIES),
+        *(
+            (BY_NAME["llava"], values)
+            for values in ({"lora_rank": 2}, {"method": "sft", "gradient_checkpointing": True})
+        ),
+    ],
+    ids=lambda value: value.name if isinstance(value, PictureFamily) else str(value),
+)
+def test_the_plan_of_memory_counts_tower_and_picture_tokens(
+    make: Make, tmp_path: Path, family: PictureFamily, values: dict[str, Any]
+) -> None:
+    config, device = make(family, **values), Device("cpu", "no")
+    plan = memory_plan(config, load_demonstrations(config.data), device)
+    assert plan.untraced is None
+    bare = [{name: row[name] for name in ("prompt", "completion")} for row in rows_of(tmp_path, "a", 8)]
+    without = memory_plan(config, load_demonstrations(bare), device)
+    assert plan.peak > without.peak
+    size = sum(value.nbytes for value in weights(config.model).values())
+    fixed = plan.phases[-1].bytes
+    assert fixed["weights"] >= size
+    if not values:
+        assert fixed["teacher"] < 0.9 * size
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"engine": "vllm"}, "setting 'engine' does not work with rows with pictures; leave it out"),
+        ({"torch_compile": True}, "setting 'torch_compile' does not work with rows with pictures; leave it out"),
+        ({"method": "pope", "num_generations": 2}, "rows with pictures do not work with this method"),
+    ],
+)
+def test_what_does_not_work_with_pictures_is_refused_in_one_line(
+    make: Make, values: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(UserError, match=problem) as error:
+        train(make(**values))
+    assert "\n" not in str(error.value)
+
+
+def test_an_engine_is_not_asked_to_sample_from_pictures(make: Make) -> None:
+    config = make()
+    with pytest.raises(UserError, match="'engine': prompts with pictures are sampled by PyTorch alone; leave it out"):
+        selfdistill.evaluate(config.model, config.data, max_completion_length=2, engine="vllm", progress=False)
