@@ -24,7 +24,7 @@ from selfdistill.data.encoding import (
     notes_on,
     own_tokens,
 )
-from selfdistill.data.episodes import Replies
+from selfdistill.data.episodes import Replies, notes_on_episodes
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
 from selfdistill.data.images import (
     MOST_PIXELS,
@@ -123,6 +123,7 @@ __all__ = [
     "named",
     "not_object",
     "notes_on",
+    "notes_on_episodes",
     "nothing_to_score",
     "nothing_to_show",
     "one_line",

@@ -6,6 +6,7 @@ an episode in one sequence, in which what others said is given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -49,6 +50,17 @@ def _turn(row: Demonstration, place: int, number: int) -> Demonstration:
         source=f"{row.source} reply {number + 1}" if len(row.episode) > 1 else row.source,
         turn_of=row,
     )
+
+
+def notes_on_episodes(demonstrations: Sequence[Demonstration]) -> list[str]:
+    """A note that of several replies only the last is measured; none if no row has several."""
+    several = [row for row in demonstrations if sum(message["role"] == "assistant" for message in row.episode) > 1]
+    if not several:
+        return []
+    return [
+        f"{len(several)} of {len(demonstrations)} rows are episodes, of which only the last reply is measured, after "
+        "the demonstrated ones; training may learn them all"
+    ]
 
 
 def encode_replies(demonstration: Demonstration, chat: ChatFormat) -> tuple[list[int], tuple[tuple[int, int], ...]]:

@@ -19,6 +19,7 @@ from selfdistill.data import (
     context_spec,
     hintable,
     load_demonstrations,
+    notes_on_episodes,
     nothing_to_show,
     parse_context,
 )
@@ -140,7 +141,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
     use_engine(loaded, config)
-    for note in loaded.notes:
+    for note in [*([] if plays else notes_on_episodes(rows)), *loaded.notes]:
         say_note(note)
     tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
     measure = Measure(config, rows, loaded)

@@ -20,6 +20,7 @@ from selfdistill.data import (
     encode_prompts,
     general_prompts,
     load_demonstrations,
+    notes_on_episodes,
     parse_context,
     shown_text,
 )
@@ -277,7 +278,8 @@ def evaluate(
     if loaded is None:
         loaded = to_best_device(load_model(config.model, dtype=config.dtype, adapter_base=config.adapter_base))
     use_engine(loaded, config)
-    for note in loaded.notes:
+    episodes = notes_on_episodes(demonstrations) if config.environment == "none" else []
+    for note in [*episodes, *loaded.notes]:
         say_note(note)
     if base is not None:
         base = matched(base, loaded)

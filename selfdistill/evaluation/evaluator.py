@@ -14,6 +14,7 @@ from selfdistill.data import (
     general_prompts,
     load_demonstrations,
     load_prompts,
+    notes_on_episodes,
     parse_context,
 )
 from selfdistill.evaluation.answers import check_answers
@@ -76,6 +77,8 @@ class Evaluator:
     def __init__(self, config: TrainingSettings, base: LoadedModel) -> None:
         assert config.test is not None
         rows = load_demonstrations(config.test, split=config.test_split, turns=config.turns)
+        for note in notes_on_episodes(rows) if config.environment == "none" else ():
+            say_note(note)
         priors = load_prior(config.prior) if config.prior else {}
         self._mixed_precision = config.mixed_precision
         use_engine(base, config)

@@ -22,7 +22,6 @@ from selfdistill.model.fsdp import (
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import (
     LoadedModel,
-    Sampled,
     add_lora,
     adopt,
     checkpoint_activations,
@@ -38,6 +37,7 @@ from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import PictureInputs, freeze_vision
 from selfdistill.model.precision import cached_casts, refuse_float16, resolved_precision, training_precision
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
+from selfdistill.model.sampled import Sampled
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_weights

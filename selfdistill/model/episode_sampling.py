@@ -17,7 +17,8 @@ from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.precision import cached_casts
 from selfdistill.model.prefix_cache import States, can_continue_cache, fill, has_full_attention
-from selfdistill.model.sampling import ReadRows, Rollout, Sampling, counted, decode, read, sample
+from selfdistill.model.sampled import counted
+from selfdistill.model.sampling import ReadRows, Rollout, Sampling, decode, read, sample
 from selfdistill.runtime import all_gather, rank_slice
 
 

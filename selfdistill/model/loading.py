@@ -25,24 +25,9 @@ from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.four_bits import plain, scales
 from selfdistill.model.pictures import PictureInputs, beside_language, divided, has_own_positions, pictures_for
 from selfdistill.model.quantisation import import_before_peft
+from selfdistill.model.sampled import Sampled
 from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
 from selfdistill.runtime import library_warnings
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What was sampled from a model so far, or between two times."""
-
-    tokens: int = 0
-    """On all ranks, with end tokens."""
-    seconds: float = 0.0
-    """On this rank; with an engine also those in which it takes over the weights."""
-
-    def __add__(self, other: Sampled) -> Sampled:
-        return Sampled(self.tokens + other.tokens, self.seconds + other.seconds)
-
-    def __sub__(self, earlier: Sampled) -> Sampled:
-        return Sampled(self.tokens - earlier.tokens, self.seconds - earlier.seconds)
 
 
 @dataclass
@@ -67,7 +52,7 @@ class LoadedModel:
     """Whether an adapter was merged; a new adapter would then not fit the base that ``name`` refers to."""
     engine: EngineSettings | None = None
     """The engine that samples from the model; None: PyTorch. See :func:`selfdistill.model.engine.use_engine`."""
-    sampled: Sampled = Sampled()
+    sampled: Sampled = field(default_factory=Sampled)
     """What was sampled from it so far, by PyTorch or the engine."""
     continues_cache: bool | None = None
     """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""

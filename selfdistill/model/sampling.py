@@ -6,8 +6,7 @@ Legend: B unfinished samples, L length so far, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,13 @@ from selfdistill.model.device import any_length, pass_tokens, running_sum
 from selfdistill.model.engine import engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.head import unwrap
-from selfdistill.model.loading import LoadedModel, Sampled
+from selfdistill.model.loading import LoadedModel
 from selfdistill.model.pictures import has_own_positions, position_shift
 from selfdistill.model.preallocated import PreallocatedLayer, preallocate
 from selfdistill.model.precision import cached_casts
 from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length
-from selfdistill.runtime import all_gather, clock, rank_slice
+from selfdistill.model.sampled import counted
+from selfdistill.runtime import all_gather, rank_slice
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,6 @@ def sample(
                 drawn = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
             rollouts += all_gather(drawn)
     return rollouts
-
-
-@contextmanager
-def counted(loaded: LoadedModel) -> Iterator[list[Rollout]]:
-    """Count in ``loaded.sampled`` the rollouts that are put into this list, and the time until the block's end."""
-    began = clock(loaded.device)
-    rollouts: list[Rollout] = []
-    yield rollouts
-    loaded.sampled += Sampled(sum(len(rollout.ids) for rollout in rollouts), clock(loaded.device) - began)
 
 
 def sample_at_its_longest(

@@ -221,12 +221,17 @@ def test_limits_are_those_of_one_reply_and_of_the_window(of_episodes: Callable[.
 # --- other users of rows ---
 
 
-def test_eval_and_check_ask_for_the_last_reply(of_episodes: Callable[..., TrainConfig]) -> None:
+def test_eval_and_check_ask_for_the_last_reply_and_say_so(
+    of_episodes: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     config = of_episodes()
-    common = {"max_completion_length": 80, "scorer": "contains", "progress": False}
+    common: dict[str, Any] = {"max_completion_length": 80, "scorer": "contains"}
+    note = "3 rows are episodes, of which only the last reply is measured, after the demonstrated ones"
     found = sd.evaluate(config.model, config.data, **common)
     assert found.items == 3
+    assert capsys.readouterr().err.count(note) == 1
     result = sd.check(config.model, config.data, contexts=["turns", "example"], sample=3, **common)
+    assert capsys.readouterr().err.count(note) == 1
     assert [layout.context for layout in result.layouts] == ["turns:repeats=1"]
     assert "cannot show an episode" in result.skipped["example:reasoning=true"]
 
