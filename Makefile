@@ -108,7 +108,7 @@ study: $(STAMP) ## Run the studies in configs/study/anchors that have no results
 $(DOCS_STAMP): pyproject.toml constraints.txt
 	@.venv-docs/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-docs
 	.venv-docs/bin/python -m pip install -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff \
-		jsonargparse psutil pydantic pyyaml regex rich
+		jsonargparse pillow psutil pydantic pyyaml regex rich
 	@touch $@
 
 docs: $(DOCS_STAMP) ## Build the documentation's site into site/
