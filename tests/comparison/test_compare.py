@@ -258,7 +258,7 @@ def test_a_signal_before_the_first_step_of_the_last_run_stops_it(
 
     monkeypatch.setattr(module, "train", signalled)
     config = settings(methods="sft", seeds="0,1")
-    with pytest.raises(RunStopped, match=r"stopped in run 2 of 2 \(sft-.*; progress is saved, continue with") as stopped:
+    with pytest.raises(RunStopped, match=r"stopped in run 2 of 2 \(sft-.*; progress is saved, continue") as stopped:
         compare(config)
     assert stopped.value.exit_code == 143
     assert not (Path(started[1]) / "final").exists()
