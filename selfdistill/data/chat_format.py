@@ -192,7 +192,8 @@ class ChatFormat:
         head = self._rendered(chat, given, mark=first)[0].partition(_MARK)[0]
         if self.turn_end_id is not None and end not in head:
             end = str(self.tokenizer.convert_ids_to_tokens(self.turn_end_id))
-        if end not in head or not text.startswith(head):
+        asked, _, _ = self._rendered(chat[: first - 1], given, mark=first)
+        if head.count(end) == asked.count(end) or not text.startswith(head):
             raise TemplateRefusal("the chat template does not end an assistant turn before what follows it")
         return self._texts.mixed(end, text[head.rindex(end) + len(end) :], hidden)
 
