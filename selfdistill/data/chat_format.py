@@ -17,7 +17,7 @@ from selfdistill.data.call_format import (
 )
 from selfdistill.data.contexts import Verbatim
 from selfdistill.data.images import Picture, PictureTokens, PromptIds, split_at_pictures
-from selfdistill.data.messages import Message, text_of_reply, uses_tools
+from selfdistill.data.messages import Message, said_in, uses_tools
 from selfdistill.data.template import PLACE, PLAIN_REPLY, PLAIN_USER, REPLY, AssistantTurn, Template, TemplateRefusal
 from selfdistill.data.text_ids import HIDDEN, NAME, TextIds, mapped
 from selfdistill.data.thinking import (
@@ -396,5 +396,4 @@ def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], sco
     _, said = thought_and_said(chat, prompt, ids)
     if scorer != "tool_call" or not chat.writes_calls:
         return said
-    message = chat.message_of(ids, prompt)
-    return text_of_reply({**message, "content": split_thinking(message["content"])[1]})
+    return said_in(chat.message_of(ids, prompt))
