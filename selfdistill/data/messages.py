@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+from selfdistill.data.call_results import in_call_order
 from selfdistill.data.columns import FROM_SHAREGPT, is_empty, missing
 from selfdistill.data.rows import LONE_SURROGATE, describe_value, from_text, one_of, quoted
 from selfdistill.data.tool_calls import written
@@ -52,7 +53,10 @@ def chat_of(value: Any, column: str, problems: list[str]) -> Any:
 
 
 def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:
-    """The list's messages, each with the keys of :data:`Message` only; empty if any is invalid."""
+    """The list's messages, each with the keys of :data:`Message` only; empty if any is invalid.
+
+    Tool messages are in the order of the calls that they answer.
+    """
     if not isinstance(value, list) or not value:
         problems.append(wrong(column, value, "a list of messages"))
         return []
@@ -69,7 +73,7 @@ def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:
             if turns[-1]["role"] == "system" and number:
                 problems.append(f"column '{at}.role': found 'system', expected only in the first message")
     if len(problems) == before:
-        _check_results(turns, column, problems)
+        turns = in_call_order(turns, column, problems)
     return turns if len(problems) == before else []
 
 
@@ -96,26 +100,6 @@ def _message(message: dict[str, Any], at: str, problems: list[str]) -> Message:
         keys = [key for key in own if key in held]
         made |= {key: text_of(message[key], f"{at}.{key}", "text", problems) for key in keys}
     return made
-
-
-def _check_results(turns: Sequence[Message], column: str, problems: list[str]) -> None:
-    """Each tool message follows the calls that it answers, and names one of them if they are named."""
-    open_calls: list[dict[str, Any]] = []
-    for number, turn in enumerate(turns):
-        at = f"{column}[{number}]"
-        if turn["role"] != "tool":
-            open_calls = list(turn.get("tool_calls", ()))
-            continue
-        name, wanted = turn.get("tool_call_id"), [call["id"] for call in open_calls if "id" in call]
-        if not open_calls:
-            problems.append(f"column '{at}': found a tool message without a call, expected one after tool_calls")
-        elif name is not None and wanted and name not in wanted:
-            problems.append(
-                f"column '{at}.tool_call_id': found {quoted(name)}, expected {one_of(list(map(repr, wanted)))}"
-            )
-        else:
-            done = next((call for call in open_calls if name is not None and call.get("id") == name), open_calls[0])
-            open_calls.remove(done)
 
 
 def _content(value: Any, column: str, problems: list[str]) -> str:

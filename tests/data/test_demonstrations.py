@@ -504,7 +504,12 @@ def test_the_identity_of_a_row_without_them_is_that_of_older_folders() -> None:
     ("row", "problem"),
     [
         ({"tools": "clock"}, "column 'tools': found 'clock', expected a list of JSON schemas, or its JSON text"),
-        ({"tools": ["clock"]}, "column 'tools': found a list of 1, expected a list of JSON schemas, or its JSON text"),
+        ({"tools": ["clock"]}, "column 'tools[0]': found 'clock', expected an object"),
+        (
+            {"tools": [TOOL, {"type": "function", "name": "clock", "parameters": {}}]},
+            "column 'tools[1]': found a tool of type 'function' without the key 'function'; put name, description and "
+            "parameters into an object there",
+        ),
         ({"tools": TOOL}, "column 'tools': found an object, expected a list of JSON schemas, or its JSON text"),
         (
             {"tools": '[{"a": 1, "a": 2}]'},
@@ -712,6 +717,7 @@ def test_real_data(name: str, rows: int, turns: int) -> None:
             "tools": None,
             "chat_template_kwargs": None,
             "episode": (),
+            "images": (),
             "turn_of": None,
         }
         assert len(demonstration.prompt) == turns

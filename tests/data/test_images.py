@@ -230,6 +230,20 @@ def test_pictures_stand_at_their_places_as_arrow_writes_them() -> None:
     assert made.prompt[0]["content"] == f"a {red_mark} b{blue_mark}"
 
 
+def test_pictures_stay_with_their_results_where_these_are_put_in_order(tmp_path: Path) -> None:
+    blue = Image.new("RGB", (8, 6), "blue")
+    calls = [{"id": name, "name": "look", "arguments": {}} for name in "ab"]
+    results = [{"role": "tool", "tool_call_id": name, "content": [{"type": "image"}]} for name in "ba"]
+    asks = {"role": "assistant", "tool_calls": calls}
+    prompt = [{"role": "user", "content": "Look"}, asks, *results]
+    (made,) = load_demonstrations([{"prompt": prompt, "completion": "r", "images": [RED, blue]}])
+    assert [picture.decoded().tobytes() for picture in made.images] == [blue.tobytes(), RED.tobytes()]
+    assert [turn["content"] for turn in made.prompt[2:]] == [picture.mark for picture in made.images]
+    write_demonstrations(tmp_path / "rows.jsonl", [made])
+    (again,) = load_demonstrations(str(tmp_path / "rows.jsonl"))
+    assert again.identity() == made.identity()
+
+
 @pytest.mark.parametrize("spec", ["turns:repeats=2", "example", "rewritten"])
 def test_contexts_show_the_picture_wherever_they_show_the_prompt(spec: str) -> None:
     (made,) = load_demonstrations([row(RED, privileged_context="In other words?")])
