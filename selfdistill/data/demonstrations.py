@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from selfdistill.data.call_results import notes_on_calls
 from selfdistill.data.columns import COLUMNS, misnamed, missing, note_about, refused, unread
@@ -164,8 +164,11 @@ def load_demonstrations(
     may be their JSON text. Null counts as absent. All rows have the same form.
 
     Raises:
-        UserError: the data cannot be read or has no rows; or rows are invalid: names the first ten and the total.
+        UserError: the data cannot be read or has no rows; an unknown ``turns``; or rows are invalid: names the first
+            ten and the total.
     """
+    if turns not in get_args(Turns):
+        raise UserError(f"turns {turns!r}: expected {one_of(get_args(Turns))}")
     name, said = "data", note or _nobody
     try:
         if isinstance(data, str | os.PathLike):
@@ -184,7 +187,7 @@ def load_demonstrations(
         pictures = pictures_of(raw.value, folder, problems)
         made = _demonstration(raw, number, form, completion_required, turns, pictures, problems)
         if lacks and not problems:
-            problems += filter(None, [lacks(made)])
+            problems += filter(None, [_of_form(lacks(made), form, made)])
         return made
 
     made = check_rows(name, rows, _form, make, "set")
@@ -194,6 +197,14 @@ def load_demonstrations(
         for found in [*([note_about(unused)] if unused else []), *_repeated(made), *calls]:
             note(f"{name}: {found}")
     return made
+
+
+def _of_form(problem: str | None, form: str, row: Demonstration) -> str | None:
+    """The problem of what a row lacks; rows of ``messages`` have no completion where they end with somebody else."""
+    if problem is None or form != "messages":
+        return problem
+    ends = f"column 'messages': ends with the {row.prompt[-1]['role']}, expected an assistant turn"
+    return problem.replace("column 'completion': missing", ends, 1)
 
 
 def nothing_to_show(demonstration: Demonstration) -> str | None:

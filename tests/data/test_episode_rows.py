@@ -83,6 +83,29 @@ def test_prompts_alone_have_no_episode(tmp_path: Path) -> None:
     assert (row.prompt, row.episode, row.completion) == ((USER, ASKS, RAIN), (), "")
 
 
+def test_other_values_of_turns_are_refused() -> None:
+    with pytest.raises(UserError) as refused:
+        load_demonstrations([{"messages": [USER, SAYS]}], turns="first")  # type: ignore[arg-type]
+    assert str(refused.value) == "turns 'first': expected auto, last or all"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"messages": [USER]}, "column 'messages': ends with the user, expected an assistant turn, which it needs"),
+        (
+            {"messages": [USER, ASKS, RAIN]},
+            "column 'messages': ends with the tool, expected an assistant turn, which it needs",
+        ),
+        ({"prompt": [USER, ASKS, RAIN]}, "column 'completion': missing, which it needs"),
+    ],
+)
+def test_a_chat_without_a_last_reply_is_said_to_end_without_it(row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match="1 bad row") as refused:
+        load_demonstrations([row], lacks=lambda _: "column 'completion': missing, which it needs")
+    assert str(refused.value) == f"data: 1 bad row: row 0, {problem}"
+
+
 # --- forms of calls ---
 
 

@@ -174,7 +174,8 @@ def test_as_many_pictures_as_places() -> None:
     found = problem_of({"prompt": two, "completion": "a", "images": [RED]})
     assert found == "column 'prompt': 2 parts of type 'image' for 1 pictures; give as many"
     found = problem_of({"prompt": two, "completion": "a"})
-    assert found.startswith("column 'prompt[0].content[0]': found a part of type 'image', expected text alone")
+    problem = "found a part of type 'image', but no picture in the column 'images'; add it"
+    assert found == f"column 'prompt[0].content[0]': {problem} and column 'prompt[0].content[2]': {problem}"
     reply = [{"role": "assistant", "content": [place]}]
     found = problem_of({"prompt": "q", "completion": reply, "images": [RED]})
     assert found.startswith("column 'completion[0].content[0]': found a part of type 'image'")
