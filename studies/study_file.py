@@ -67,7 +67,7 @@ class Asked:
 
     def config(self, output_dir: str, mixed_precision: str | None = None) -> TrainConfig:
         """Settings for ``train``. ``mixed_precision`` replaces that of the study file."""
-        values = {name: resolved(value) for name, value in self.settings.items()}
+        values = _with_paths(self.settings)
         forced = {} if mixed_precision is None else {"mixed_precision": mixed_precision}
         return TrainConfig(**values | forced | FIXED | {"output_dir": output_dir, "seed": self.seed})
 
@@ -83,6 +83,11 @@ def resolved(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(KINDS):
         return _anchors_of(value.removeprefix(KINDS))
     return [resolved(part) for part in value] if isinstance(value, list) else value
+
+
+def _with_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with their values :func:`resolved`; environments of the package have no file."""
+    return {name: value if name == "environment" else resolved(value) for name, value in settings.items()}
 
 
 def _anchors_of(kinds: str) -> str:
@@ -138,7 +143,7 @@ def _settings(study: Study, arm: str) -> dict[str, Any]:
         raise UserError(f"arm {arm!r}: setting {missing[0]!r} is required")
     if values.get("context", "auto") == "auto":
         raise UserError(f"arm {arm!r}: setting 'context': name one, for 'auto' may choose another on another machine")
-    paths = {name: resolved(value) for name, value in values.items()}
+    paths = _with_paths(values)
     try:
         config = TrainConfig(**paths | FIXED | {"output_dir": "run"})
     except UserError as error:

@@ -189,6 +189,7 @@ def test_arms_that_cannot_be_run(settings: Callable[..., CompareConfig], values:
     [
         ({"teachr": ["ema"]}, "setting 'vary': 'teachr' cannot be varied; did you mean teacher?"),
         ({"model": ["a"]}, "setting 'vary': 'model' cannot be varied"),
+        ({"environment": ["none", "bundled:shop"]}, "setting 'vary': 'environment' cannot be varied"),
         ({"num_train_epochs": [1, 4]}, "setting 'vary': 'num_train_epochs' cannot be varied"),
         ({"teacher": []}, "setting 'vary': expected one setting with at least one value"),
         ({"teacher": ["ema"], "top_k": [1]}, "setting 'vary': expected one setting with at least one value"),

@@ -66,9 +66,10 @@ class CompareConfig(TrainingSettings):
                 raise UserError(f"setting '{name}': found {values}, expected each value once")
             if not values and name != "learning_rates":
                 raise UserError(f"setting '{name}': found no value, expected at least one")
-        # All runs have the same number of steps, unless max_steps is varied.
+        # All runs have the same number of steps, unless max_steps is varied, and all are measured in one environment.
         fixed = (
             *ModelSettings.model_fields,
+            "environment",
             "output_dir",
             "test",
             "test_split",

@@ -17,7 +17,7 @@ from selfdistill.data.call_format import (
 )
 from selfdistill.data.contexts import Verbatim
 from selfdistill.data.images import Picture, PictureTokens, PromptIds, split_at_pictures
-from selfdistill.data.messages import Message, text_of_reply, uses_tools
+from selfdistill.data.messages import Message, said_in, uses_tools
 from selfdistill.data.template import PLACE, PLAIN_REPLY, PLAIN_USER, REPLY, AssistantTurn, Template, TemplateRefusal
 from selfdistill.data.text_ids import HIDDEN, NAME, TextIds, mapped
 from selfdistill.data.thinking import (
@@ -192,7 +192,8 @@ class ChatFormat:
         head = self._rendered(chat, given, mark=first)[0].partition(_MARK)[0]
         if self.turn_end_id is not None and end not in head:
             end = str(self.tokenizer.convert_ids_to_tokens(self.turn_end_id))
-        if end not in head or not text.startswith(head):
+        asked, _, _ = self._rendered(chat[: first - 1], given, mark=first)
+        if head.count(end) == asked.count(end) or not text.startswith(head):
             raise TemplateRefusal("the chat template does not end an assistant turn before what follows it")
         return self._texts.mixed(end, text[head.rindex(end) + len(end) :], hidden)
 
@@ -395,5 +396,4 @@ def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], sco
     _, said = thought_and_said(chat, prompt, ids)
     if scorer != "tool_call" or not chat.writes_calls:
         return said
-    message = chat.message_of(ids, prompt)
-    return text_of_reply({**message, "content": split_thinking(message["content"])[1]})
+    return said_in(chat.message_of(ids, prompt))

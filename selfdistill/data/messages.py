@@ -11,6 +11,7 @@ from typing import Any, Literal
 from selfdistill.data.call_results import in_call_order
 from selfdistill.data.columns import FROM_SHAREGPT, is_empty, missing
 from selfdistill.data.rows import LONE_SURROGATE, describe_value, from_text, one_of, quoted
+from selfdistill.data.thinking import split_thinking
 from selfdistill.data.tool_calls import written
 
 Message = dict[str, Any]
@@ -207,6 +208,11 @@ def text_of_reply(message: Message) -> str:
     """A reply as one text, its calls as lines that the scorer ``tool_call`` reads."""
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
     return "\n".join(filter(None, [message["content"], written(calls)]))
+
+
+def said_in(message: Message) -> str:
+    """A reply as one text without its thought, as its scorer reads it, and its calls as lines."""
+    return text_of_reply({**message, "content": split_thinking(message["content"])[1]})
 
 
 def speaker_of(message: Message) -> str:

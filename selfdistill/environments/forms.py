@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from selfdistill.data import Message, Verdict, as_verdict, text_of_reply
+from selfdistill.data import Message, Verdict, as_verdict, said_in
 from selfdistill.environments.hosted import NOTHING, Hosted, as_messages, copied
 from selfdistill.environments.protocol import Environment, Step
 from selfdistill.environments.runner import ToolRunner
@@ -55,8 +55,8 @@ class ToolClass:
 
     ``reset`` takes the row's columns as keywords, or a parameter ``row``, and may return a text, which follows the
     prompt as a user's turn. The episode is done when the model replies without a call. Then ``reward`` is asked: an
-    attribute, or a method, which may have a parameter for the text of that reply. It is a bool, a reward from 0 to 1,
-    or a pair of one of these and a feedback text.
+    attribute, or a method, which may have a parameter for the text of that reply without its thought. It is a bool, a
+    reward from 0 to 1, or a pair of one of these and a feedback text.
     """
 
     def __init__(self, host: Hosted) -> None:
@@ -75,7 +75,7 @@ class ToolClass:
         observations, invalid = self._runner.answer(message)
         if observations:
             return Step(observations, invalid_calls=invalid)
-        found = self._verdict(message["content"])
+        found = self._verdict(said_in(message))
         return Step((), True, found.reward, found.feedback) if found else Step(done=True)
 
     def close(self) -> None:
@@ -96,7 +96,9 @@ class ToolClass:
 
 
 class StepClass:
-    """A class in the form of Gymnasium or OpenEnv: ``step`` takes the model's reply as text, calls in it as lines.
+    """A class in the form of Gymnasium or OpenEnv: ``step`` takes the model's reply as text.
+
+    The text is without the thought, as scorers read it, and calls in it are lines.
 
     ``reset`` may take ``seed`` (the same for every episode of a row) and ``options`` (the row). It returns the first
     observation, alone, with a dict of information, or as an object's ``observation``. ``step`` returns (observation,
@@ -122,7 +124,7 @@ class StepClass:
 
     def step(self, message: Message) -> Step:
         """The object's step; one that fails ends the episode with reward 0."""
-        returned = self._host.attempt("step", lambda: self._host.object.step(text_of_reply(message)))
+        returned = self._host.attempt("step", lambda: self._host.object.step(said_in(message)))
         if isinstance(returned, Step) and returned.failed:
             return returned
         observation, reward, done = self._parts(returned)

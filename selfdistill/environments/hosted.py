@@ -95,13 +95,13 @@ def copied(row: Mapping[str, Any]) -> dict[str, Any]:
     return copy.deepcopy(dict(row))
 
 
-def as_messages(returned: Any, role: str = "user") -> list[Message]:
-    """What a user's code returned as messages: none for None or empty text, a list of messages as it is, else one."""
+def as_messages(returned: Any) -> list[Message]:
+    """What a user's code returned as messages: none for None or empty text, a list of messages, else a user's turn."""
     if returned is None or returned == "" or returned == []:
         return []
     if isinstance(returned, list) and all(isinstance(one, dict) and "role" in one for one in returned):
         return [_message(one) for one in returned]
-    return [{"role": role, "content": as_text(returned)}]
+    return [{"role": "user", "content": as_text(returned)}]
 
 
 def _message(given: Mapping[str, Any]) -> Message:

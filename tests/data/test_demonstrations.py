@@ -738,6 +738,7 @@ def test_real_data(name: str, rows: int, turns: int) -> None:
             "privileged_context": None,
             "answer": line["answer"],
             "scorer": None,
+            "images": (),
             "tools": None,
             "chat_template_kwargs": None,
             "episode": (),

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from tool_templates import CALL_TAGS, TOOL_TEMPLATES, ToolTemplate
+from tool_templates import CALL_TAGS, HERMES, TOOL_TEMPLATES, ToolTemplate
 
 from selfdistill.data.chat_format import ChatFormat, scored_text
 from selfdistill.data.contexts import Verbatim
@@ -294,6 +294,16 @@ def test_what_is_said_between_calls_is_content(template: ToolTemplate) -> None:
         assert found["content"].startswith("First.\nThen.\n")
     else:
         assert found == calls(CITY, CITY, content="First.\nThen.\nLast.")
+
+
+def test_calls_that_end_with_another_token_than_replies_are_refused() -> None:
+    """What follows would begin where the user's turn ends, and so repeat the call."""
+    calls_end = "{%- endfor %}\n        {{- '<|im_end|>"
+    other = HERMES.replace(calls_end, calls_end.replace("im_end", "stop"), 1)
+    assert other != HERMES
+    chat = chat_of(ToolTemplate("stops", other, added=(*CALL_TAGS, "<|stop|>")))
+    with pytest.raises(TemplateRefusal, match="does not end an assistant turn before what follows it"):
+        chat.encode_between([user("Weather?"), calls(CITY)], [result("rain")], OPTIONS)
 
 
 def test_a_thought_that_the_prompt_opened_is_part_of_the_message() -> None:

@@ -390,6 +390,17 @@ def test_a_gymnasium_class_reads_calls_in_a_reply_as_lines(make: Make) -> None:
     assert heard["content"] == 'North.\nAction: go\nAction Input: {"far": 2}'
 
 
+def test_thoughts_are_not_part_of_a_reply(make: Make) -> None:
+    thought = "<think>\nNot 5.\n</think>\n\n"
+    gym = make("class World:\n    def reset(self): return 'a'\n    def step(self, a): return a, 0, False, {}")()
+    gym.reset(ROW)
+    assert gym.step(said(f"{thought}7")).observations == ({"role": "user", "content": "7"},)
+    shop = make_environment("bundled:shop")()
+    shop.reset({"prompt": "How much?", "answer": {"number": 7}})
+    assert shop.step(said(f"{thought}It is 7.")).reward == 1
+    shop.close()
+
+
 def test_a_gymnasium_step_that_fails_ends_the_episode(make: Make) -> None:
     environment = make("class World:\n    def reset(self): return 'a'\n    def step(self, a): return 1 / int(a)")()
     environment.reset(ROW)
