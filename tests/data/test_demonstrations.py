@@ -742,7 +742,6 @@ def test_real_data(name: str, rows: int, turns: int) -> None:
             "tools": None,
             "chat_template_kwargs": None,
             "episode": (),
-            "images": (),
             "turn_of": None,
         }
         assert len(demonstration.prompt) == turns
