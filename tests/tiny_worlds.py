@@ -92,6 +92,17 @@ class Silent(Talk):
         return Step(step.observations, step.done)
 
 
+class OnlyTools:
+    """A class whose methods are tools, without a reward."""
+
+    def reset(self) -> None:
+        return None
+
+    def look(self) -> str:
+        """Look."""
+        return "nothing"
+
+
 class Mute(Talk):
     """Says nothing where it should."""
 

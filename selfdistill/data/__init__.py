@@ -2,6 +2,7 @@
 
 from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, scored_text, thought_and_said
+from selfdistill.data.columns import COLUMNS
 from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback, with_guide
 from selfdistill.data.demonstrations import (
     CODE,
@@ -69,6 +70,7 @@ from selfdistill.data.words import includes, words_of
 
 __all__ = [
     "CODE",
+    "COLUMNS",
     "FUNCTION",
     "JUDGE",
     "MOST_PIXELS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import re
@@ -45,5 +46,8 @@ def named(name: str, use: str, kind: str) -> Any:
         sys.path.remove(here)
     found = getattr(module, match["function"], None)
     if not callable(found):
-        raise UserError(f"{use} {name!r}: {module.__file__} has no {kind} {match['function']!r}")
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        close = difflib.get_close_matches(match["function"], known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{use} {name!r}: {module.__file__} has no {kind} {match['function']!r}{hint}")
     return found

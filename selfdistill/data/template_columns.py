@@ -40,12 +40,23 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
     """
     from transformers.utils import get_json_schema
 
+    if not inspect.getdoc(function):
+        raise UserError("no schema: no docstring; write one, with a line for each argument under 'Args:'")
     try:
         return dict(get_json_schema(function))
     except Exception as error:  # of transformers' own kinds, which differ between versions, or a NameError of a hint
-        raise UserError(
-            f"no schema: {one_line(error)}; give each argument a type hint and a line under 'Args:'"
-        ) from error
+        hints = "" if _has_hints(function) else "a type hint and "
+        remedy = f"give each argument {hints}a line under 'Args:' of the docstring"
+        raise UserError(f"no schema: {one_line(error)}; {remedy}") from error
+
+
+def _has_hints(function: Callable[..., Any]) -> bool:
+    """Whether each argument has a type hint."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a function in C
+        return False
+    return all(one.annotation is not inspect.Parameter.empty for one in parameters)
 
 
 def _schema(tool: Any, column: str, problems: list[str]) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from selfdistill.data import named
-from selfdistill.environments.forms import ToolClass, form_of
+from selfdistill.environments.forms import ToolClass, form_of, has_reward
 from selfdistill.environments.hosted import Hosted
 from selfdistill.environments.protocol import Environment, EnvironmentFactory
 from selfdistill.environments.shop import Shop
@@ -33,7 +34,7 @@ def make_environment(name: str) -> EnvironmentFactory:
             schema.
     """
     if name in _BUNDLED:
-        return functools.partial(_made, name, _BUNDLED[name], ToolClass)
+        return EnvironmentFactory(functools.partial(_made, name, _BUNDLED[name], ToolClass))
     if not name.startswith("python:"):
         known = ", ".join(_BUNDLED)
         raise UserError(f"unknown environment {name!r}, expected {known} or python:package.module.Class")
@@ -41,17 +42,15 @@ def make_environment(name: str) -> EnvironmentFactory:
     shared = loaded(name, make)
     if shared is not None:
         VerifiersEpisode(Hosted(name, lambda: shared)).close()
-        return lambda: VerifiersEpisode(Hosted(name, lambda: shared))
+        return EnvironmentFactory(lambda: VerifiersEpisode(Hosted(name, lambda: shared)))
     first = Hosted(name, make)
-    form = form_of(first.object)
-    if form is None:
+    try:
+        form = form_of(first, is_class=inspect.isclass(make))
+        form(first)
+        judges = form is not ToolClass or has_reward(first.object)
+    finally:
         first.close()
-        raise first.mistake(
-            "found no reset with other public methods, expected methods that are tools, or step, or env_response, "
-            "is_completed and rubric"
-        )
-    form(first).close()
-    return functools.partial(_made, name, make, form)
+    return EnvironmentFactory(functools.partial(_made, name, make, form), judges)
 
 
 def _made(name: str, make: Callable[[], Any], form: Callable[[Hosted], Environment]) -> Environment:

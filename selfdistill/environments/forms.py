@@ -9,12 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from selfdistill.data import Message, Verdict, as_verdict, said_in
+from selfdistill.data import COLUMNS, Message, Verdict, as_verdict, said_in
 from selfdistill.environments.hosted import NOTHING, Hosted, as_messages, copied
 from selfdistill.environments.protocol import Environment, Step
 from selfdistill.environments.runner import ToolRunner
+from selfdistill.errors import UserError
 
 _NO_TOOLS = ("reset", "reward", "close")
+ROW_COLUMNS = tuple(name for name in COLUMNS if name not in ("messages", "image", "images", "tools"))
+"""Columns that ``reset`` may be given."""
+_ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class OwnClass:
@@ -62,12 +66,15 @@ class ToolClass:
     def __init__(self, host: Hosted) -> None:
         self._host = host
         methods = [getattr(host.object, name) for name in tool_names(type(host.object))]
-        self._runner = ToolRunner(methods, host.time_limit, host.worker)
+        try:
+            self._runner = ToolRunner(methods, host.time_limit, host.worker)
+        except UserError as error:
+            raise host.mistake(f"{error}; if it is not for the model, begin its name with an underscore") from error
         self.tools = self._runner.schemas
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
         """What the object's ``reset`` returns, as a user's turn."""
-        arguments = _wanted(self._host.object.reset, copied(row), row=copied(row))
+        arguments = _wanted(self._host, copied(row), row=copied(row))
         return as_messages(self._host.must("reset", lambda: self._host.object.reset(**arguments)))
 
     def step(self, message: Message) -> Step:
@@ -116,7 +123,7 @@ class StepClass:
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
         """The first observation, as a user's turn."""
         self._sum = 0.0
-        arguments = _wanted(self._host.object.reset, {}, row=copied(row), options=copied(row), seed=seed_of(row))
+        arguments = _wanted(self._host, {}, row=copied(row), options=copied(row), seed=seed_of(row))
         returned = self._host.must("reset", lambda: self._host.object.reset(**arguments))
         if isinstance(returned, tuple) and len(returned) == 2:
             returned = returned[0]
@@ -169,14 +176,38 @@ def tool_names(kind: type) -> list[str]:
     ]
 
 
-def form_of(made: Any) -> Callable[[Hosted], Environment] | None:
-    """What makes an environment of a user's object, by the methods that it has; None if it has no known form."""
+def has_reward(made: Any) -> bool:
+    """Whether an object whose methods are tools has a reward, or a method that may set one, as ``reset`` may."""
+    kind = type(made)
+    if any(hasattr(kind, name) for name in ("reward", "__getattr__")) or "reward" in getattr(made, "__dict__", {}):
+        return True
+    methods = [inspect.unwrap(one) for base in kind.__mro__ for one in vars(base).values() if inspect.isfunction(one)]
+    return any("reward" in (*one.__code__.co_names, *one.__code__.co_consts) for one in methods)
+
+
+def form_of(host: Hosted, *, is_class: bool) -> Callable[[Hosted], Environment]:
+    """What makes an environment of a user's object, by the methods that it has.
+
+    Args:
+        host: has the object.
+        is_class: whether the user named a class, in place of a function; for messages.
+
+    Raises:
+        UserError: it has no known form.
+    """
+    made = host.object
+    kind = type(made).__name__
+    if not is_class and type(made).__module__ == "builtins":
+        raise host.mistake(f"the function returned an object of type {kind!r}, expected an environment")
+    who = "the class" if is_class else f"the class {kind!r}"
     if not callable(getattr(made, "reset", None)):
-        return None
+        raise host.mistake(f"{who} has no method reset; for the forms see docs/agents.md")
     if callable(getattr(made, "step", None)):
         has_protocol = isinstance(getattr(made, "tools", None), list) and callable(getattr(made, "close", None))
         return OwnClass if has_protocol else StepClass
-    return ToolClass if tool_names(type(made)) else None
+    if not tool_names(type(made)):
+        raise host.mistake(f"{who} has reset, but neither a method step nor public methods that are tools; add them")
+    return ToolClass
 
 
 def seed_of(row: Mapping[str, Any]) -> int:
@@ -185,9 +216,20 @@ def seed_of(row: Mapping[str, Any]) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:4], "big") >> 1
 
 
-def _wanted(function: Callable[..., Any], columns: Mapping[str, Any], **others: Any) -> dict[str, Any]:
-    """Of the columns and the others what the function has parameters for; all columns if it takes any keyword."""
-    parameters = inspect.signature(function).parameters
+def _wanted(host: Hosted, columns: Mapping[str, Any], **others: Any) -> dict[str, Any]:
+    """Of the columns and the others what ``reset`` has parameters for; all columns if it takes any keyword.
+
+    Raises:
+        UserError: it has a parameter without a default that is none of them.
+    """
+    parameters = inspect.signature(host.object.reset).parameters
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     named = {name: value for name, value in {**others, **columns}.items() if name in parameters}
+    for name, one in parameters.items():
+        if name in named or one.default is not inspect.Parameter.empty or one.kind in _ANY_NUMBER:
+            continue
+        if columns and name in ROW_COLUMNS:
+            raise host.mistake(f"the row has no column {name!r}, which reset takes")
+        known = f"row or columns of the data: {', '.join(ROW_COLUMNS)} (docs/data.md)" if columns else ", ".join(others)
+        raise host.mistake(f"reset takes {name!r}, expected only {known}")
     return {**columns, **named} if takes_all else named

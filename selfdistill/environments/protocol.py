@@ -50,5 +50,14 @@ class Environment(Protocol):
         ...
 
 
-EnvironmentFactory = Callable[[], Environment]
-"""Makes the environment of one episode."""
+@dataclass(frozen=True)
+class EnvironmentFactory:
+    """Makes the environment of each episode."""
+
+    make: Callable[[], Environment]
+    judges: bool = True
+    """Whether episodes may have rewards; False where it is known before any that they have none."""
+
+    def __call__(self) -> Environment:
+        """The environment of one episode."""
+        return self.make()

@@ -26,7 +26,7 @@ from selfdistill.data import (
 from selfdistill.errors import EngineFailed, UserError
 from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, verdict_on
 from selfdistill.evaluation.measure import Measure
-from selfdistill.methods import shows_parts, stages_of
+from selfdistill.methods import refuse_silent, shows_parts, stages_of
 from selfdistill.model import (
     LoadedModel,
     load_for_training,
@@ -135,6 +135,8 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
     contexts = [parse_context(spec) for spec in specs]
     plays = config.environment != "none"
+    if plays:
+        refuse_silent(config.environment, "so success cannot be measured")
     if config.hints and plays:
         say_note("hints are not measured, for a share of an episode cannot be shown")
     can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and not plays else set()

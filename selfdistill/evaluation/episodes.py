@@ -22,14 +22,21 @@ from selfdistill.data import (
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers
 from selfdistill.evaluation.statistics import mean_interval
-from selfdistill.methods import Completion, EpisodeRules, begun, episode_rules, play
+from selfdistill.methods import Completion, EpisodeRules, begun, episode_rules, play, refuse_silent
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time
 from selfdistill.runtime import ProgressBar
 
 
 def unscored(config: TaskSettings) -> Lacks:
-    """The problem of a row that cannot be evaluated; an environment judges any row."""
-    return nothing_to_score(config.scorer) if config.environment == "none" else lambda row: None
+    """The problem of a row that cannot be evaluated; an environment judges any row.
+
+    Raises:
+        UserError: there is no such environment, or it cannot judge.
+    """
+    if config.environment == "none":
+        return nothing_to_score(config.scorer)
+    refuse_silent(config.environment, "so success cannot be measured")
+    return lambda row: None
 
 
 def rows_of(config: TaskSettings, rows: Sequence[Demonstration]) -> list[Demonstration]:
@@ -160,6 +167,15 @@ def episode_scores(episodes: Sequence[Completion]) -> dict[str, Any]:
         "episode/turns": sum(episode.turns for episode in episodes) / len(episodes),
         "episode/invalid_calls": sum(episode.invalid_calls for episode in episodes) / len(episodes),
     }
+
+
+def notes_on_calls(episodes: Sequence[Completion]) -> list[str]:
+    """The note that no reply called a tool, not even with an invalid call, if tools were shown and that is so."""
+    messages = [message for episode in episodes for message in episode.messages]
+    shown = any(episode.example.demonstration.tools for episode in episodes)
+    if not shown or any(message.get("tool_calls") or message.get("invalid") for message in messages):
+        return []
+    return ["no reply called a tool, though tools were shown; train on demonstrated episodes first (docs/agents.md)"]
 
 
 def told(episode: Completion) -> dict[str, Any]:

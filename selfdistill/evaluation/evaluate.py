@@ -27,7 +27,15 @@ from selfdistill.data import (
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.distances import ANSWER_TOKENS, Between, between
-from selfdistill.evaluation.episodes import encoded, episode_scores, player_of, rows_of, told, unscored
+from selfdistill.evaluation.episodes import (
+    encoded,
+    episode_scores,
+    notes_on_calls,
+    player_of,
+    rows_of,
+    told,
+    unscored,
+)
 from selfdistill.evaluation.judge import Judge, judge_of
 from selfdistill.evaluation.lmeval import lm_eval_abilities
 from selfdistill.evaluation.priors import EncodedPrior, encode_priors, load_prior, prior_abilities
@@ -292,6 +300,8 @@ def evaluate(
         questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context)
     with fast_products(loaded.device.type):
         result, answers = _measured(loaded, questions, config, judge)
+        for note in notes_on_calls(answers.episodes):
+            say_note(note)
         asked = ASKED if config.environment == "none" else (*ASKED, *EpisodeSettings.model_fields)
         result["settings"] = {name: getattr(config, name) for name in asked}
         result["scorers"] = questions.scorers

@@ -25,7 +25,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.check_result import Layout
 from selfdistill.evaluation.distances import kl_along, summed_loss
-from selfdistill.evaluation.episodes import encoded, player_of, rows_of
+from selfdistill.evaluation.episodes import encoded, notes_on_calls, player_of, rows_of
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.spill import Spill, TrialSettings, measure_spill, task_loss
 from selfdistill.loss import CrossEntropy, Divergence
@@ -71,6 +71,8 @@ class Measure:
             say_note(doubt)
         self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
+        for note in notes_on_calls(self.student.episodes):
+            say_note(note)
         self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.kept)
         began = clock(loaded.device)
         rollouts = self._rollouts()

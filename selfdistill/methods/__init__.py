@@ -27,7 +27,7 @@ from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
 from selfdistill.methods.slots import FROZEN, Checker, Controller, Method, Part, Parts, Selection, State
-from selfdistill.methods.worlds import begun
+from selfdistill.methods.worlds import begun, refuse_silent
 
 __all__ = [
     "FROZEN",
@@ -50,6 +50,7 @@ __all__ = [
     "episode_rules",
     "lacks_of",
     "play",
+    "refuse_silent",
     "rules_of",
     "shows_parts",
     "stages_of",

@@ -19,7 +19,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import ColdStart, Completion, DatasetCompletions, StudentSamples
 from selfdistill.methods.slots import Method
-from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of
+from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of, refuse_silent
 from selfdistill.model import LoadedModel, Rollout, Sampling, TurnSampler, sample_seed
 from selfdistill.runtime import gathered, rank_slice, say_note
 
@@ -267,7 +267,8 @@ def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[M
     environment in evaluations.
 
     Raises:
-        UserError: the method samples, but no whole replies of its own; or there is no such environment.
+        UserError: the method samples, but no whole replies of its own; or there is no such environment, or the method
+            learns from rewards that it cannot give.
     """
     rules = episode_rules(config)
     if rules is None:
@@ -294,6 +295,8 @@ def _in_environment(config: TrainConfig, method: Method, rules: EpisodeRules) ->
             f"setting 'environment': {config.method} does not learn from whole episodes of the student alone, found "
             f"{rules.environment!r}; use a method that does, such as sdft or grpo, or leave it out"
         )
+    if method.checker:
+        refuse_silent(rules.environment, f"which {config.method} learns from")
     played = EpisodeSamples(samples.sampling, samples.num_generations, samples.seed, rules, config=config)
     return replace(
         method,

@@ -23,6 +23,20 @@ environment_of: Callable[[str], EnvironmentFactory] = functools.cache(make_envir
 """What makes the environments of a name, which is looked for once."""
 
 
+def refuse_silent(name: str, use: str) -> None:
+    """Refuse an environment that cannot judge.
+
+    Args:
+        name: of the environment.
+        use: what its rewards are for; ends "it has no reward, ".
+
+    Raises:
+        UserError: there is no such environment, or it is a class of tools that has no reward.
+    """
+    if not environment_of(name).judges:
+        raise UserError(f"environment {name!r}: it has no reward, {use}; add an attribute or a method reward")
+
+
 @dataclass(frozen=True)
 class EpisodeRow(Demonstration):
     """A row whose prompt ends with what its environment says first, and which shows the environment's tools."""

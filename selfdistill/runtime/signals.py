@@ -10,6 +10,7 @@ from typing import Any
 class StopRequests:
     """Context that records SIGINT, SIGTERM and SIGHUP in ``received`` for the loop; a second signal acts at once.
 
+    What an outer context has received, such as between two runs, is received in the inner one, too.
     Ignored signals stay ignored, such as the SIGHUP of a closed terminal under ``nohup``.
     """
 
@@ -25,14 +26,21 @@ class StopRequests:
                 self._previous[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: the caller's handlers stay
                 return self
+            outer = self._outer(number)
+            self.received = self.received or (outer.received if outer else None)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        outer = getattr(self._previous.get(self.received or 0), "__self__", None)
-        if isinstance(outer, StopRequests):  # pass it on
+        outer = self._outer(self.received or 0)
+        if outer is not None:  # pass it on
             outer.received = self.received
+
+    def _outer(self, number: int) -> StopRequests | None:
+        """The context that handled a signal before this one."""
+        outer = getattr(self._previous.get(number), "__self__", None)
+        return outer if isinstance(outer, StopRequests) else None
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:

@@ -245,6 +245,27 @@ def test_a_signal_in_the_last_step_of_a_run_stops_before_the_next(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_before_the_first_step_of_the_last_run_stops_it(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, started = module.train, []
+
+    def signalled(config: TrainConfig, **options: Any) -> Path:
+        started.append(config.output_dir)
+        if len(started) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(config, **options)
+
+    monkeypatch.setattr(module, "train", signalled)
+    config = settings(methods="sft", seeds="0,1")
+    with pytest.raises(RunStopped, match=r"stopped in run 2 of 2 \(sft-.*; progress is saved, continue") as stopped:
+        compare(config)
+    assert stopped.value.exit_code == 143
+    assert not (Path(started[1]) / "final").exists()
+    monkeypatch.undo()
+    assert len(compare(config, resume=True).details["runs"]) == 2
+
+
 def test_a_comparison_goes_on_only_with_what_it_began_with(
     settings: Callable[..., CompareConfig], write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:

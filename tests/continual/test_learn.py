@@ -415,6 +415,22 @@ def interrupt(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
     patch.setattr(add_skill, name, once)
 
 
+def test_a_signal_before_the_first_step_of_training_stops_it(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = add_skill.train
+
+    def signalled(*arguments: Any, **options: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(add_skill, "train", signalled)
+    with pytest.raises(RunStopped, match="stopped while learning") as error:
+        add(make())
+    assert error.value.exit_code == 143
+    assert not list(Path(make().state).rglob("final"))
+    monkeypatch.undo()
+    assert add(make())["accepted"]
+
+
 def test_a_stop_in_training_says_how_to_go_on(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

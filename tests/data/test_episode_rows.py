@@ -203,7 +203,7 @@ def test_tools_in_memory_may_be_functions() -> None:
 
     problem = refusal({"prompt": "q", "completion": "r", "tools": [bare]})
     assert problem.startswith("column 'tools': function 'bare': no schema: ")
-    assert problem.endswith("; give each argument a type hint and a line under 'Args:'")
+    assert problem.endswith("no docstring; write one, with a line for each argument under 'Args:'")
 
 
 # --- what is noted ---

@@ -61,13 +61,16 @@ def test_what_cannot_be_imported_or_made_is_one_line(make: Make) -> None:
         assert problem in str(caught.value)
     bodies = {
         "Earth = 1": "has no class 'World'",
+        "class Wrold: pass": "has no class 'World'; did you mean 'Wrold'?",
         "World = 3": "has no class 'World'",
         "class World:\n    def __init__(self, size): pass": "making it failed: TypeError:",
-        "class World:\n    pass": "found no reset with other public methods",
-        "class World:\n    def reset(self): pass": "found no reset with other public methods",
+        "class World:\n    pass": "the class has no method reset; for the forms see docs/agents.md",
+        "class World:\n    def reset(self): pass": "the class has reset, but neither a method step nor public methods",
         "class World:\n    def reset(self): pass\n    def go(self, a): pass": "tool World.go: no schema:",
         "def World():\n    raise ValueError('a\\nb')": "making it failed: ValueError: a b",
-        "def World():\n    return None": "found no reset with other public methods",
+        "def World():\n    return 3": "the function returned an object of type 'int', expected an environment",
+        "def World():\n    return None": "the function returned an object of type 'NoneType', expected an",
+        "class Bare: pass\ndef World():\n    return Bare()": "the class 'Bare' has no method reset",
     }
     for body, problem in bodies.items():
         with pytest.raises(UserError) as caught:
@@ -201,6 +204,17 @@ TOOLS = """
 
         def close(self): self.database.close()
 """
+GYM = """
+    class World:
+        def reset(self, *, seed=None, options=None):
+            self.at, self.goal = 0, options["answer"]
+            return f"seed {seed}", {}
+
+        def step(self, action):
+            self.at += 1
+            right = action == str(self.goal)
+            return f"heard {action}", 1.0 if right else 0.0, right, self.at > 2, {}
+"""
 METHOD = """
         def reward(self, reply: str):
             return (self.number == self.columns["answer"] and "3" in reply), "not three"
@@ -232,6 +246,7 @@ def test_an_invalid_message_does_not_end_the_episode(make: Make) -> None:
 @pytest.mark.parametrize(
     ("reward", "found"),
     [
+        ("        def end(self):\n            'End.'\n            self.reward = 1", Step(done=True)),
         ("", Step(done=True)),
         ("        reward = 0.25", Step(done=True, reward=0.25)),
         ("        reward = True", Step(done=True, reward=1.0)),
@@ -239,9 +254,11 @@ def test_an_invalid_message_does_not_end_the_episode(make: Make) -> None:
     ],
 )
 def test_a_reward_is_an_attribute_or_a_method_or_nobodys(make: Make, reward: str, found: Step) -> None:
-    environment = make(TOOLS + reward)()
+    factory = make(TOOLS + reward)
+    environment = factory()
     environment.reset(ROW)
     assert environment.step(said("Done.")) == found
+    assert factory.judges == bool(reward)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +291,36 @@ def test_reset_takes_the_row_or_its_columns(make: Make, parameters: str) -> None
     assert environment.step(said("", ("see", {}))).observations[0]["content"] == "3"
 
 
+@pytest.mark.parametrize(
+    ("base", "parameters", "problem"),
+    [
+        (TOOLS, "answer", "the row has no column 'answer', which reset takes"),
+        (
+            TOOLS,
+            "size",
+            r"reset takes 'size', expected only row or columns of the data: prompt, .*\(docs/data.md\)",
+        ),
+        (GYM, "answer", r"reset takes 'answer', expected only row, options, seed"),
+    ],
+)
+def test_what_reset_takes_and_is_not_there(make: Make, base: str, parameters: str, problem: str) -> None:
+    environment = make(base + f"\n        def reset(self, {parameters}): pass\n")()
+    with pytest.raises(UserError, match=f"^environment 'python:own_world_.*': {problem}"):
+        environment.reset({"prompt": "Count."})
+
+
+def test_a_public_method_that_is_no_tool_says_how_to_leave_it_out(make: Make) -> None:
+    wrong = {
+        "def go(self, a: int): return a": r"no docstring; write one, with a line for each argument under 'Args:'",
+        "def go(self, a: int): 'Go.'": r"'a'.*; give each argument a line under 'Args:' of the docstring",
+        "def go(self, a): 'Go.'": r"; give each argument a type hint and a line under 'Args:' of the docstring",
+    }
+    for method, problem in wrong.items():
+        text = f"class World:\n    def reset(self): pass\n    {method}"
+        with pytest.raises(UserError, match=f"tool World.go: no schema: .*{problem}; if it is not for the model,"):
+            make(text)
+
+
 HANGS = """
         time_limit = 0.2
 
@@ -294,18 +341,6 @@ def test_a_tool_that_hangs_leaves_an_episode_that_cannot_be_judged(make: Make) -
 
 
 # --- Gymnasium and OpenEnv ---
-
-GYM = """
-    class World:
-        def reset(self, *, seed=None, options=None):
-            self.at, self.goal = 0, options["answer"]
-            return f"seed {seed}", {}
-
-        def step(self, action):
-            self.at += 1
-            right = action == str(self.goal)
-            return f"heard {action}", 1.0 if right else 0.0, right, self.at > 2, {}
-"""
 
 
 def test_a_gymnasium_class_reads_replies_as_text(make: Make) -> None:

@@ -153,6 +153,15 @@ def test_an_environment_that_does_not_judge_cannot_be_measured(talks: dict[str, 
         evaluate(EvalConfig(**talks | {"environment": "python:tiny_worlds.Silent"}))
 
 
+def test_tools_without_a_reward_are_refused_before_a_model_is_loaded(talks: dict[str, Any]) -> None:
+    values = talks | {"environment": "python:tiny_worlds.OnlyTools", "model": "no-such-model"}
+    message = r"^environment 'python:tiny_worlds.OnlyTools': it has no reward, so success cannot be measured; add an"
+    with pytest.raises(UserError, match=message):
+        evaluate(EvalConfig(**values))
+    with pytest.raises(UserError, match=message):
+        check(CheckConfig(**values))
+
+
 # --- whose episodes they are ---
 
 
@@ -356,3 +365,20 @@ def test_the_shop_from_python(model_folder: Callable[..., Path]) -> None:
     options: dict[str, Any] = {"environment": "bundled:shop", "max_completion_length": 4, "progress": False}
     result = evaluate_in_python(model, rows, **options)
     assert (result.items, result.accuracy) == (3, 0)
+
+
+def test_that_no_reply_called_a_tool_is_noted_once(
+    model_folder: Callable[..., Path], talks: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "note: no reply called a tool, though tools were shown"
+    own: dict[str, Any] = {"environment": "bundled:shop", "data": "bundled:shop.validation.jsonl", "max_turns": 2}
+    model = str(model_folder(ends=EVERY, room=8192))
+    evaluate(EvalConfig(model=model, base=model, **own, max_completion_length=4), load_demonstrations(own["data"])[:2])
+    assert capsys.readouterr().err.count(note) == 1
+    rows = load_demonstrations("bundled:shop.train.jsonl")
+    options: dict[str, Any] = {"contexts": ["turns"], "sample": 2, "mixed_precision": "no", "max_completion_length": 4}
+    settings = CheckConfig(model=model, **own, **options)
+    check(settings, rows, cost=False)
+    assert capsys.readouterr().err.count(note) == 1
+    evaluate(EvalConfig(**talks))  # shows no tools
+    assert note not in capsys.readouterr().err

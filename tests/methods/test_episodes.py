@@ -461,6 +461,8 @@ def test_a_method_that_needs_rewards_says_that_there_are_none(talks: Settings) -
     with pytest.raises(UserError, match=r"talks.jsonl:\d: environment .*Silent' ended the episode without a reward"):
         train(talks(environment="python:tiny_worlds.Silent", method="grpo", num_generations=2))
     train(talks("learns", environment="python:tiny_worlds.Silent"))
+    with pytest.raises(UserError, match=r"OnlyTools': it has no reward, which grpo learns from; add an attribute or a"):
+        stages_of(talks("early", environment="python:tiny_worlds.OnlyTools", method="grpo"))  # loads no model
 
 
 # --- tools ---
