@@ -96,8 +96,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "many.jsonl",
         '{"prompt": "q", "completion": ""}\n' * 12,
         SFT,
-        "many.jsonl: 12 bad rows: line 1, column 'completion': found empty text, expected text or one assistant "
-        "message; line 2, column 'completion': found empty text, ...",
+        "many.jsonl: 12 bad rows: line 1, column 'completion': found empty text, expected text or a list of one "
+        "assistant message; line 2, column 'completion': found empty text, ...",
     ),
     (
         "null.jsonl",

@@ -1,7 +1,8 @@
 """Demonstrations: validated rows of a file, folder or data set, each as a small dataclass.
 
 Columns have TRL's names: ``prompt`` and ``completion``, or ``messages``. One error names all bad rows; nothing is
-dropped, truncated or repaired. Whether a row has what a method uses is the method's to check.
+dropped, truncated or repaired; results of parallel calls are put in the order of the calls. Whether a row has what a
+method uses is the method's to check.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from selfdistill.data.call_results import notes_on_calls
 from selfdistill.data.columns import COLUMNS, misnamed, missing, note_about, refused, unread
-from selfdistill.data.images import Picture, in_parts, marked, pictures_of, refuse_late, saved, undecoded
+from selfdistill.data.images import Picture, in_order, in_parts, marked, pictures_of, refuse_late, saved, undecoded
 from selfdistill.data.messages import (
     Message,
     Turns,
@@ -31,7 +33,7 @@ from selfdistill.data.messages import (
     wrong,
 )
 from selfdistill.data.readers import is_data_file
-from selfdistill.data.rows import RawRow, check_rows, one_of, repeated_key
+from selfdistill.data.rows import RawRow, check_rows, first_three, one_of, repeated_key
 from selfdistill.data.sources import Note, read_rows, rows_in_memory
 from selfdistill.data.template_columns import template_kwargs_of, tools_of
 from selfdistill.errors import UserError
@@ -152,7 +154,7 @@ def load_demonstrations(
             ``Dataset`` are read in full. A folder has splits where the names of its files, or of folders in it, tell
             them, as in ``test.jsonl`` or ``data/test-00000-of-00001.parquet``.
         note: takes what the user should know, a line each: columns that are not used, equal prompts with unlike
-            answers, other splits.
+            answers, calls that do not fit the tools or have no results, other splits.
         lacks: what else a row must have; see :data:`Lacks`.
         turns: which assistant turns are learnt: ``last``; ``all`` after the prompt, which of ``messages`` is what comes
             before the first; ``auto``: all of a row with tool calls or tool turns or with several in its completion.
@@ -162,8 +164,11 @@ def load_demonstrations(
     may be their JSON text. Null counts as absent. All rows have the same form.
 
     Raises:
-        UserError: the data cannot be read or has no rows; or rows are invalid: names the first ten and the total.
+        UserError: the data cannot be read or has no rows; an unknown ``turns``; or rows are invalid: names the first
+            ten and the total.
     """
+    if turns not in get_args(Turns):
+        raise UserError(f"turns {turns!r}: expected {one_of(get_args(Turns))}")
     name, said = "data", note or _nobody
     try:
         if isinstance(data, str | os.PathLike):
@@ -182,15 +187,24 @@ def load_demonstrations(
         pictures = pictures_of(raw.value, folder, problems)
         made = _demonstration(raw, number, form, completion_required, turns, pictures, problems)
         if lacks and not problems:
-            problems += filter(None, [lacks(made)])
+            problems += filter(None, [_of_form(lacks(made), form, made)])
         return made
 
     made = check_rows(name, rows, _form, make, "set")
     if note:
         unused = dict.fromkeys(column for raw in rows for column in unread(raw.value))
-        for found in [*([note_about(unused)] if unused else []), *_repeated(made)]:
+        calls = notes_on_calls([(row.source, (*row.prompt, *row.episode), row.tools) for row in made])
+        for found in [*([note_about(unused)] if unused else []), *_repeated(made), *calls]:
             note(f"{name}: {found}")
     return made
+
+
+def _of_form(problem: str | None, form: str, row: Demonstration) -> str | None:
+    """The problem of what a row lacks; rows of ``messages`` have no completion where they end with somebody else."""
+    if problem is None or form != "messages":
+        return problem
+    ends = f"column 'messages': ends with the {row.prompt[-1]['role']}, expected an assistant turn"
+    return problem.replace("column 'completion': missing", ends, 1)
 
 
 def nothing_to_show(demonstration: Demonstration) -> str | None:
@@ -221,19 +235,15 @@ def _repeated(demonstrations: Sequence[Demonstration]) -> list[str]:
         before.setdefault(told, demonstration.source)
     notes = []
     if same:
-        notes.append(f"{_rows(same)} an earlier one ({_few(same)})")
+        notes.append(f"{_rows(same)} an earlier one ({first_three(same)})")
     if unlike:
         rest = "completion, answer and privileged_context"
-        notes.append(f"{_rows(unlike)} the prompt of an earlier one, but not its {rest} ({_few(unlike)})")
+        notes.append(f"{_rows(unlike)} the prompt of an earlier one, but not its {rest} ({first_three(unlike)})")
     return notes
 
 
 def _rows(found: Sequence[str]) -> str:
     return "1 row repeats" if len(found) == 1 else f"{len(found)} rows repeat"
-
-
-def _few(found: Sequence[str]) -> str:
-    return ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
 
 
 def write_demonstrations(path: Path, demonstrations: Sequence[Demonstration]) -> None:
@@ -364,7 +374,7 @@ def _demonstration(
         tools=tools_of(row.get("tools"), problems),
         chat_template_kwargs=template_kwargs_of(row.get("chat_template_kwargs"), problems),
         episode=() if is_text else tuple(replies),
-        images=tuple(pictures),
+        images=in_order(pictures, turns),
     )
 
 

@@ -335,6 +335,12 @@ def split_at_pictures(text: str, known: Mapping[str, Picture]) -> list[str | Pic
     return pieces
 
 
+def in_order(pictures: Sequence[Picture], turns: Sequence[Mapping[str, Any]]) -> tuple[Picture, ...]:
+    """A row's pictures in the order in which they stand in its turns."""
+    known = {picture.digest: picture for picture in pictures}
+    return tuple(known[digest] for turn in turns for digest in _MARK.findall(turn["content"]) if digest in known)
+
+
 def in_parts(text: str, pictures: Sequence[Picture]) -> Any:
     """A message's text as rows hold it: parts where it has pictures."""
     pieces = split_at_pictures(text, {picture.digest: picture for picture in pictures})

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+from selfdistill.data.call_results import in_call_order
 from selfdistill.data.columns import FROM_SHAREGPT, is_empty, missing
 from selfdistill.data.rows import LONE_SURROGATE, describe_value, from_text, one_of, quoted
 from selfdistill.data.thinking import split_thinking
@@ -24,17 +25,19 @@ object}}``, each with an ``id`` if one was given; its content may then be "". A 
 Turns = Literal["auto", "last", "all"]
 """Which assistant turns of a chat are learnt; ``auto``: all if it has tool calls or tool turns, else the last."""
 
-_WANT_COMPLETION = "text or one assistant message"
+_WANT_COMPLETION = "text or a list of one assistant message"
 _WANT_EPISODE = "one assistant message, or turns from an assistant's to an assistant's"
 _ROLES = ("system", "user", "assistant", "tool")
 _OWN_KEYS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}
-_INTO_CONTENT = {
+_ADVICE = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into content as <think>...</think>"),
     "tool_calls": "only the assistant calls tools",
     "function_call": "write it as tool_calls (see docs/data.md)",
+    "weight": "leave it out; what is not learnt belongs in 'prompt', what follows in 'completion'",
+    "name": "write it into content, or leave it out",
 }
-"""Keys of other tools' messages, and where their text belongs."""
-
+"""Keys of other tools' messages, and what to do with them."""
+_AS_PICTURE = """write {"type": "image"} alone, and the picture into the column 'images'"""
 
 _LIKE_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)
 
@@ -53,7 +56,10 @@ def chat_of(value: Any, column: str, problems: list[str]) -> Any:
 
 
 def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:
-    """The list's messages, each with the keys of :data:`Message` only; empty if any is invalid."""
+    """The list's messages, each with the keys of :data:`Message` only; empty if any is invalid.
+
+    Tool messages are in the order of the calls that they answer.
+    """
     if not isinstance(value, list) or not value:
         problems.append(wrong(column, value, "a list of messages"))
         return []
@@ -70,27 +76,30 @@ def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:
             if turns[-1]["role"] == "system" and number:
                 problems.append(f"column '{at}.role': found 'system', expected only in the first message")
     if len(problems) == before:
-        _check_results(turns, column, problems)
+        turns = in_call_order(turns, column, problems)
     return turns if len(problems) == before else []
 
 
 def _message(message: dict[str, Any], at: str, problems: list[str]) -> Message:
     role = message.get("role")
     if role not in _ROLES:
-        problems.append(wrong(f"{at}.role", role, one_of(_ROLES)))
+        advice = "; write 'system'" if role == "developer" else ""
+        problems.append(wrong(f"{at}.role", role, one_of(_ROLES)) + advice)
     # Arrow writes null for a key that only other messages have. What holds something would be lost silently.
     held = [key for key in message if key not in ("role", "content") and not is_empty(message[key])]
     own = _OWN_KEYS.get(str(role), ())
     if others := [key for key in held if key not in own]:
-        advice = f"; {_INTO_CONTENT[others[0]]}" if others[0] in _INTO_CONTENT else ""
+        advice = f"; {_ADVICE[others[0]]}" if others[0] in _ADVICE else ""
         *first, last = ["role", "content", *own]
         expected = f"expected only {', '.join(first)} and {last}"
         problems.append(f"column '{at}': found key {quoted(others[0])}, {expected}{advice}")
-    content, empty = message.get("content"), role == "tool" or "tool_calls" in held
-    may_be_empty = empty and (content in (None, "", []) or (isinstance(content, str) and not content.strip()))
+    content = message.get("content")
+    is_blank = is_empty(content) and content != {}
     made: Message = {"role": str(role), "content": ""}
-    if not may_be_empty:
-        made["content"] = _content(content, f"{at}.content", problems)
+    if role == "assistant" and is_blank and "tool_calls" in message and "tool_calls" not in held:
+        problems.append(f"column '{at}': found neither content nor tool_calls, expected one of them")
+    elif not is_blank or (role != "tool" and "tool_calls" not in held):
+        made["content"] = _content(content, f"{at}.content", role == "assistant", problems)
     if role == "assistant" and "tool_calls" in held:
         made["tool_calls"] = tool_calls_of(message["tool_calls"], f"{at}.tool_calls", problems)
     if role == "tool":
@@ -99,27 +108,7 @@ def _message(message: dict[str, Any], at: str, problems: list[str]) -> Message:
     return made
 
 
-def _check_results(turns: Sequence[Message], column: str, problems: list[str]) -> None:
-    """Each tool message follows the calls that it answers, and names one of them if they are named."""
-    open_calls: list[dict[str, Any]] = []
-    for number, turn in enumerate(turns):
-        at = f"{column}[{number}]"
-        if turn["role"] != "tool":
-            open_calls = list(turn.get("tool_calls", ()))
-            continue
-        name, wanted = turn.get("tool_call_id"), [call["id"] for call in open_calls if "id" in call]
-        if not open_calls:
-            problems.append(f"column '{at}': found a tool message without a call, expected one after tool_calls")
-        elif name is not None and wanted and name not in wanted:
-            problems.append(
-                f"column '{at}.tool_call_id': found {quoted(name)}, expected {one_of(list(map(repr, wanted)))}"
-            )
-        else:
-            done = next((call for call in open_calls if name is not None and call.get("id") == name), open_calls[0])
-            open_calls.remove(done)
-
-
-def _content(value: Any, column: str, problems: list[str]) -> str:
+def _content(value: Any, column: str, is_reply: bool, problems: list[str]) -> str:
     """The text of a message, also of a list of parts, which are joined as they are, as chat templates do."""
     if not isinstance(value, list) or not value:
         return text_of(value, column, "text", problems)
@@ -128,12 +117,22 @@ def _content(value: Any, column: str, problems: list[str]) -> str:
         at = f"{column}[{number}]"
         held = {key for key, held in part.items() if held is not None} if isinstance(part, dict) else set()
         if "type" in held and part["type"] != "text":
-            problems.append(f"column '{at}': found a part of type {describe_value(part['type'])}, expected text alone")
+            expected = _in_place_of(part["type"], held, is_reply)
+            problems.append(f"column '{at}': found a part of type {describe_value(part['type'])}{expected}")
         elif held != {"type", "text"} or not isinstance(part["text"], str):
             problems.append(f"column '{at}': found {describe_value(part)}, expected an object with type and text")
         else:
             texts.append(part["text"])
     return text_of("".join(texts), column, "text", problems) if len(texts) == len(value) else ""
+
+
+def _in_place_of(kind: Any, held: set[Any], is_reply: bool) -> str:
+    """What to do about a part that is not text; the places of a row's pictures have become text before."""
+    if kind not in ("image", "image_url") or is_reply:
+        return ", expected text alone"
+    if kind == "image" and held == {"type"}:
+        return ", but no picture in the column 'images'; add it"
+    return f"; {_AS_PICTURE}"
 
 
 def tool_calls_of(value: Any, column: str, problems: list[str]) -> list[dict[str, Any]]:

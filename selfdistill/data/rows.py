@@ -155,6 +155,11 @@ def bad_rows(path: str, bad: Sequence[str]) -> UserError:
     return UserError(f"{path}: {'1 bad row' if len(bad) == 1 else f'{len(bad)} bad rows'}: {first_ten(bad)}")
 
 
+def first_three(found: Sequence[str]) -> str:
+    """The first three, for a note."""
+    return ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
+
+
 def first_ten(found: Sequence[str]) -> str:
     """The first ten on one line, and the number of others."""
     more = f"; ... and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""

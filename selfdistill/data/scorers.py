@@ -124,7 +124,7 @@ def nothing_to_score(setting: str | None) -> Lacks:
     """The problem of a row whose replies cannot be scored; ``setting`` is the scorer for rows that name none."""
 
     def lacks(demonstration: Demonstration) -> str | None:
-        problem = "column 'completion': missing, expected 'completion' or 'answer' to score replies with"
+        problem = "column 'completion': missing, and no 'answer' to score replies with"
         return None if is_scorable(demonstration, setting) else problem
 
     return lacks

@@ -26,11 +26,10 @@ def tools_of(value: Any, problems: list[str]) -> list[dict[str, Any]] | None:
     tools = from_text(value)
     if tools in (None, [], ""):
         return None
-    if isinstance(tools, list) and all(isinstance(tool, dict) or inspect.isroutine(tool) for tool in tools):
-        schemas = [_schema(tool, problems) if inspect.isroutine(tool) else tool for tool in tools]
-        return [without_null(schema) for schema in schemas]
-    problems.append(wrong("tools", value, "a list of JSON schemas, or its JSON text"))
-    return None
+    if not isinstance(tools, list):
+        problems.append(wrong("tools", value, "a list of JSON schemas, or its JSON text"))
+        return None
+    return [without_null(_schema(tool, f"tools[{number}]", problems)) for number, tool in enumerate(tools)]
 
 
 def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
@@ -60,12 +59,21 @@ def _has_hints(function: Callable[..., Any]) -> bool:
     return all(one.annotation is not inspect.Parameter.empty for one in parameters)
 
 
-def _schema(function: Callable[..., Any], problems: list[str]) -> dict[str, Any]:
-    try:
-        return schema_of(function)
-    except UserError as error:
-        problems.append(f"column 'tools': function {getattr(function, '__name__', repr(function))!r}: {error}")
-        return {}
+def _schema(tool: Any, column: str, problems: list[str]) -> Any:
+    """A tool's schema, of a function made; one that is no object or flat, as in the Responses API, is a problem."""
+    if inspect.isroutine(tool):
+        try:
+            return schema_of(tool)
+        except UserError as error:
+            problems.append(f"column 'tools': function {getattr(tool, '__name__', repr(tool))!r}: {error}")
+    elif not isinstance(tool, dict):
+        problems.append(wrong(column, tool, "an object"))
+    elif tool.get("type") == "function" and tool.get("function") is None:
+        problems.append(
+            f"column '{column}': found a tool of type 'function' without the key 'function'; put name, description and "
+            "parameters into an object there"
+        )
+    return tool
 
 
 def template_kwargs_of(value: Any, problems: list[str]) -> dict[str, Any] | None:

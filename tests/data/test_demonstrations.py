@@ -235,30 +235,36 @@ def test_missing_path_is_not_looked_for_on_the_hub(path: str, tmp_path: Path, mo
 
 CHAT_ROLES = "system, user, assistant or tool"
 BAD_ROWS: list[tuple[Any, str]] = [
-    ({"prompt": "q", "completion": None}, "column 'completion': found null, expected text or one assistant message"),
-    ({"prompt": "q"}, "column 'completion': missing, expected text or one assistant message"),
+    (
+        {"prompt": "q", "completion": None},
+        "column 'completion': found null, expected text or a list of one assistant message",
+    ),
+    ({"prompt": "q"}, "column 'completion': missing, expected text or a list of one assistant message"),
     ({"prompt": "q", "response": "r"}, "column 'completion': missing, found 'response'; rename it to 'completion'"),
     ({"prompt": "q", "Completion": "r"}, "column 'completion': missing, found 'Completion'; rename it to 'completion'"),
     (
         {"prompt": "q", "completion": ""},
-        "column 'completion': found empty text, expected text or one assistant message",
+        "column 'completion': found empty text, expected text or a list of one assistant message",
     ),
     (
         {"prompt": "q", "completion": " \n"},
-        "column 'completion': found only whitespace, expected text or one assistant message",
+        "column 'completion': found only whitespace, expected text or a list of one assistant message",
     ),
     (
         {"prompt": "q", "completion": 4},
-        "column 'completion': found the number 4, expected text or one assistant message",
+        "column 'completion': found the number 4, expected text or a list of one assistant message",
     ),
-    ({"prompt": "q", "completion": True}, "column 'completion': found true, expected text or one assistant message"),
+    (
+        {"prompt": "q", "completion": True},
+        "column 'completion': found true, expected text or a list of one assistant message",
+    ),
     (
         {"prompt": "q", "completion": []},
-        "column 'completion': found an empty list, expected text or one assistant message",
+        "column 'completion': found an empty list, expected text or a list of one assistant message",
     ),
     (
         {"prompt": "q", "completion": ASSISTANT},
-        "column 'completion': found an object, expected text or one assistant message",
+        "column 'completion': found an object, expected text or a list of one assistant message",
     ),
     (
         {"prompt": "q", "completion": [ASSISTANT, ASSISTANT]},
@@ -275,7 +281,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": "q", "completion": "\ud83d"},
-        "column 'completion': found '\\ud83d' with a lone surrogate, expected text or one assistant message",
+        "column 'completion': found '\\ud83d' with a lone surrogate, expected text or a list of one assistant message",
     ),
     ({"prompt": None, "completion": "r"}, "column 'prompt': found null, expected text or a list of messages"),
     ({"prompt": "", "completion": "r"}, "column 'prompt': found empty text, expected text or a list of messages"),
@@ -327,7 +333,20 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [USER | {"weight": 0}], "completion": "r"},
-        "column 'prompt[0]': found key 'weight', expected only role and content",
+        "column 'prompt[0]': found key 'weight', expected only role and content; leave it out; what is not "
+        "learnt belongs in 'prompt', what follows in 'completion'",
+    ),
+    (
+        {"prompt": [USER | {"name": "Ada"}], "completion": "r"},
+        "column 'prompt[0]': found key 'name', expected only role and content; write it into content, or leave it out",
+    ),
+    (
+        {"prompt": [{"role": "developer", "content": "s"}, USER], "completion": "r"},
+        f"column 'prompt[0].role': found 'developer', expected {CHAT_ROLES}; write 'system'",
+    ),
+    (
+        {"prompt": "q", "completion": [{"role": "assistant", "content": " ", "tool_calls": []}]},
+        "column 'completion[0]': found neither content nor tool_calls, expected one of them",
     ),
     (
         {"prompt": [USER, ASSISTANT], "completion": "r"},
@@ -362,7 +381,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [USER | {"role": "x"}], "completion": "", "document": 3},
-        "column 'completion': found empty text, expected text or one assistant message and "
+        "column 'completion': found empty text, expected text or a list of one assistant message and "
         f"column 'prompt[0].role': found 'x', expected {CHAT_ROLES} and "
         "column 'document': found the number 3, expected text or null",
     ),
@@ -410,7 +429,7 @@ def test_bad_messages(row: Any, problem: str) -> None:
         ({"prompt": "q", "answers": "4"}, "column 'completion': missing, found 'answers'; rename it to 'answer'"),
         (
             {"prompt": "q", "completion": "", "answer": 4},
-            "column 'completion': found empty text, expected text or one assistant message",
+            "column 'completion': found empty text, expected text or a list of one assistant message",
         ),
     ],
 )
@@ -421,7 +440,8 @@ def test_bad_row_without_required_completion(row: Any, problem: str) -> None:
 def test_first_ten_of_all_bad_rows_are_named() -> None:
     bad = {"prompt": "q", "completion": None}
     lines = [
-        f"line {line}, column 'completion': found null, expected text or one assistant message" for line in range(2, 12)
+        f"line {line}, column 'completion': found null, expected text or a list of one assistant message"
+        for line in range(2, 12)
     ]
     message = f"train.jsonl: 12 bad rows: {'; '.join(lines)}; ... and 2 more"
     assert message_of(write("train.jsonl", GOOD, *[bad] * 12), completion_required=True) == message
@@ -431,7 +451,7 @@ def test_first_ten_of_all_bad_rows_are_named() -> None:
 
 def test_bad_rows_of_other_sources() -> None:
     bad = GOOD | {"completion": " "}
-    problem = "column 'completion': found only whitespace, expected text or one assistant message"
+    problem = "column 'completion': found only whitespace, expected text or a list of one assistant message"
     Path("a.json").write_text(json.dumps([GOOD, bad]))
     datasets.Dataset.from_list([GOOD, bad]).to_parquet("b.parquet")
     Path("data").mkdir()
@@ -504,7 +524,12 @@ def test_the_identity_of_a_row_without_them_is_that_of_older_folders() -> None:
     ("row", "problem"),
     [
         ({"tools": "clock"}, "column 'tools': found 'clock', expected a list of JSON schemas, or its JSON text"),
-        ({"tools": ["clock"]}, "column 'tools': found a list of 1, expected a list of JSON schemas, or its JSON text"),
+        ({"tools": ["clock"]}, "column 'tools[0]': found 'clock', expected an object"),
+        (
+            {"tools": [TOOL, {"type": "function", "name": "clock", "parameters": {}}]},
+            "column 'tools[1]': found a tool of type 'function' without the key 'function'; put name, description and "
+            "parameters into an object there",
+        ),
         ({"tools": TOOL}, "column 'tools': found an object, expected a list of JSON schemas, or its JSON text"),
         (
             {"tools": '[{"a": 1, "a": 2}]'},
@@ -543,12 +568,16 @@ def test_text_parts_are_joined_as_they_are() -> None:
     assert other.prompt[0]["content"] == "2+2?\n"
 
 
+AS_PICTURE = """write {"type": "image"} alone, and the picture into the column 'images'"""
+
+
 @pytest.mark.parametrize(
     ("part", "problem"),
     [
-        ({"type": "image"}, "found a part of type 'image', expected text alone"),
+        ({"type": "image"}, "found a part of type 'image', but no picture in the column 'images'; add it"),
+        ({"type": "image", "image": "a.png"}, f"found a part of type 'image'; {AS_PICTURE}"),
         ({"type": "input_audio", "input_audio": {}}, "found a part of type 'input_audio', expected text alone"),
-        ({"type": "image_url", "image_url": {"url": "u"}}, "found a part of type 'image_url', expected text alone"),
+        ({"type": "image_url", "image_url": {"url": "u"}}, f"found a part of type 'image_url'; {AS_PICTURE}"),
         ("text", "found 'text', expected an object with type and text"),
         ({"type": "text"}, "found an object, expected an object with type and text"),
         ({"type": "text", "text": "a", "cache_control": {}}, "found an object, expected an object with type and text"),

@@ -83,6 +83,29 @@ def test_prompts_alone_have_no_episode(tmp_path: Path) -> None:
     assert (row.prompt, row.episode, row.completion) == ((USER, ASKS, RAIN), (), "")
 
 
+def test_other_values_of_turns_are_refused() -> None:
+    with pytest.raises(UserError) as refused:
+        load_demonstrations([{"messages": [USER, SAYS]}], turns="first")  # type: ignore[arg-type]
+    assert str(refused.value) == "turns 'first': expected auto, last or all"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"messages": [USER]}, "column 'messages': ends with the user, expected an assistant turn, which it needs"),
+        (
+            {"messages": [USER, ASKS, RAIN]},
+            "column 'messages': ends with the tool, expected an assistant turn, which it needs",
+        ),
+        ({"prompt": [USER, ASKS, RAIN]}, "column 'completion': missing, which it needs"),
+    ],
+)
+def test_a_chat_without_a_last_reply_is_said_to_end_without_it(row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match="1 bad row") as refused:
+        load_demonstrations([row], lacks=lambda _: "column 'completion': missing, which it needs")
+    assert str(refused.value) == f"data: 1 bad row: row 0, {problem}"
+
+
 # --- forms of calls ---
 
 
@@ -104,8 +127,25 @@ def test_calls_in_the_forms_of_others(written: dict[str, Any], content: dict[str
 
 def test_ids_names_and_texts_are_kept() -> None:
     asks = {"role": "assistant", "content": "Let me see.", "tool_calls": [{"id": "a1", **CALL}, {"id": "b2", **CALL}]}
-    results = [RAIN | {"tool_call_id": "b2", "name": "weather"}, RAIN | {"content": "", "tool_call_id": "a1"}]
+    results = [RAIN | {"content": "", "tool_call_id": "a1"}, RAIN | {"tool_call_id": "b2", "name": "weather"}]
     assert only({"messages": [USER, asks, *results, SAYS]}).episode == (asks, *results, SAYS)
+
+
+@pytest.mark.parametrize("form", ["messages", "completion", "prompt"])
+def test_results_stand_in_the_order_of_their_calls(form: str) -> None:
+    asks = ASKS | {"tool_calls": [CALL | {"id": name} for name in "abc"]}
+    a, b, c = (RAIN | {"content": f"of {name}", "tool_call_id": name} for name in "abc")
+    bare_b = {"role": "tool", "content": "of b"}  # answers the first call that is still open
+    for given, expected in [([c, a, b], [a, b, c]), ([c, a, bare_b], [a, bare_b, c]), ([c, a], [a, c])]:
+        row: dict[str, Any] = {"messages": [USER, asks, *given, SAYS, THANKS, asks, b, a, c, SUN]}
+        if form != "messages":
+            at = 1 if form == "completion" else -1
+            row = {"prompt": row["messages"][:at], "completion": row["messages"][at:]}
+        found = only(row, turns="all")
+        assert (*found.prompt, *found.episode, *([] if found.episode else [SUN])) == (
+            *(USER, asks, *expected, SAYS),
+            *(THANKS, asks, a, b, c, SUN),
+        )
 
 
 def test_arguments_written_as_text_keep_their_nulls(tmp_path: Path) -> None:
@@ -164,6 +204,67 @@ def test_tools_in_memory_may_be_functions() -> None:
     problem = refusal({"prompt": "q", "completion": "r", "tools": [bare]})
     assert problem.startswith("column 'tools': function 'bare': no schema: ")
     assert problem.endswith("no docstring; write one, with a line for each argument under 'Args:'")
+
+
+# --- what is noted ---
+
+
+def tool(name: str, **parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", **parameters}}}
+
+
+def notes_of(*rows: dict[str, Any]) -> list[str]:
+    notes: list[str] = []
+    load_demonstrations(list(rows), note=notes.append)
+    return [note.removeprefix("data: ") for note in notes]
+
+
+WEATHER = tool("weather", properties={"city": {}, "days": {}})
+TWO = ASKS | {"tool_calls": [CALL, CALL]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "noted"),
+    [
+        ((USER, *EPISODE), [WEATHER], None),
+        ((USER, *EPISODE), [WEATHER["function"]], None),
+        ((USER, *EPISODE), None, None),
+        ((USER, *EPISODE), [tool("clock")], "a call to a tool that is not in its 'tools' (data[0]: 'weather')"),
+        (
+            (USER, *EPISODE),
+            [tool("weather", properties={"city": {}})],
+            "an argument that the tool's schema does not declare (data[0]: 'days' of 'weather')",
+        ),
+        ((USER, *EPISODE), [tool("weather", properties={"city": {}}, additionalProperties=True)], None),
+        ((USER, *EPISODE), [tool("weather", properties={"city": {}}, allOf=[{}])], None),
+        ((USER, *EPISODE), [tool("weather")], None),
+        ((USER, *EPISODE), [{"schema": {}}], None),
+        ((USER, ASKS, RAIN | {"name": "weather"}, SAYS), None, None),
+        (
+            (USER, ASKS, RAIN | {"name": "clock"}, SAYS),
+            None,
+            "a tool message whose name is not that of the call it answers (data[0]: 'clock' for 'weather')",
+        ),
+        ((USER, TWO, RAIN, RAIN, SAYS), None, None),
+        ((USER, TWO), None, None),
+        ((USER, TWO, RAIN, SAYS), None, "fewer tool messages than calls before the next turn (data[0]: 1 for 2)"),
+        ((USER, TWO, RAIN), None, "fewer tool messages than calls before the next turn (data[0]: 1 for 2)"),
+        ((USER, ASKS, THANKS, SUN), None, "fewer tool messages than calls before the next turn (data[0]: 0 for 1)"),
+    ],
+)
+def test_odd_calls_are_noted(messages: tuple[Any, ...], tools: list[Any] | None, noted: str | None) -> None:
+    assert notes_of({"messages": list(messages), "tools": tools}) == ([f"1 row has {noted}"] if noted else [])
+
+
+def test_odd_calls_are_noted_once_with_the_first_rows() -> None:
+    asked = [{"role": "user", "content": f"Weather {number}?"} for number in range(5)]
+    rows = [{"messages": [question, TWO, RAIN, SAYS, THANKS, ASKS]} for question in asked]
+    rows[0]["messages"][4:] = [THANKS, TWO, RAIN, SUN]
+    assert notes_of(*rows, {"messages": [USER, *EPISODE], "tools": [tool("clock")]}) == [
+        "1 row has a call to a tool that is not in its 'tools' (data[5]: 'weather')",
+        "5 rows have fewer tool messages than calls before the next turn (data[0]: 1 for 2, data[1]: 1 for 2, "
+        "data[2]: 1 for 2, ...)",
+    ]
 
 
 # --- what is refused ---

@@ -174,7 +174,8 @@ def test_as_many_pictures_as_places() -> None:
     found = problem_of({"prompt": two, "completion": "a", "images": [RED]})
     assert found == "column 'prompt': 2 parts of type 'image' for 1 pictures; give as many"
     found = problem_of({"prompt": two, "completion": "a"})
-    assert found.startswith("column 'prompt[0].content[0]': found a part of type 'image', expected text alone")
+    problem = "found a part of type 'image', but no picture in the column 'images'; add it"
+    assert found == f"column 'prompt[0].content[0]': {problem} and column 'prompt[0].content[2]': {problem}"
     reply = [{"role": "assistant", "content": [place]}]
     found = problem_of({"prompt": "q", "completion": reply, "images": [RED]})
     assert found.startswith("column 'completion[0].content[0]': found a part of type 'image'")
@@ -228,6 +229,20 @@ def test_pictures_stand_at_their_places_as_arrow_writes_them() -> None:
     (made,) = load_demonstrations([{"prompt": turns, "completion": "x", "images": [RED, blue]}])
     red_mark, blue_mark = (picture.mark for picture in made.images)
     assert made.prompt[0]["content"] == f"a {red_mark} b{blue_mark}"
+
+
+def test_pictures_stay_with_their_results_where_these_are_put_in_order(tmp_path: Path) -> None:
+    blue = Image.new("RGB", (8, 6), "blue")
+    calls = [{"id": name, "name": "look", "arguments": {}} for name in "ab"]
+    results = [{"role": "tool", "tool_call_id": name, "content": [{"type": "image"}]} for name in "ba"]
+    asks = {"role": "assistant", "tool_calls": calls}
+    prompt = [{"role": "user", "content": "Look"}, asks, *results]
+    (made,) = load_demonstrations([{"prompt": prompt, "completion": "r", "images": [RED, blue]}])
+    assert [picture.decoded().tobytes() for picture in made.images] == [blue.tobytes(), RED.tobytes()]
+    assert [turn["content"] for turn in made.prompt[2:]] == [picture.mark for picture in made.images]
+    write_demonstrations(tmp_path / "rows.jsonl", [made])
+    (again,) = load_demonstrations(str(tmp_path / "rows.jsonl"))
+    assert again.identity() == made.identity()
 
 
 @pytest.mark.parametrize("spec", ["turns:repeats=2", "example", "rewritten"])

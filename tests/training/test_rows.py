@@ -84,8 +84,8 @@ NOTHING = f"{MISSING}, and no 'privileged_context' or 'document'"
         ("sdft", FULL, {"context": "document:show=document"}, "column 'document': missing, which context 'document'"),
         ("sft_from_teacher", SDFT, {"context": "document"}, "column 'document': missing, which context 'document'"),
         ("sdft", BARE, {}, f"{NOTHING} to show the teacher instead"),
-        ("grpo", SDFT, {}, f"{MISSING}, expected 'completion' or 'answer' to score replies with"),
-        ("grpo", BARE, {"scorer": "contains"}, f"{MISSING}, expected 'completion' or 'answer' to score replies with"),
+        ("grpo", SDFT, {}, f"{MISSING}, and no 'answer' to score replies with"),
+        ("grpo", BARE, {"scorer": "contains"}, f"{MISSING}, and no 'answer' to score replies with"),
         ("offline_distillation", GRPO, {"context": "example"}, f"{UNSHOWN} 'example' to show instead"),
     ],
 )
@@ -159,7 +159,7 @@ def test_plan_compare_and_learn_take_such_rows(model: str, write_rows: Callable[
     ]
     del given["test"]
     for action in ("add", "stream"):
-        with pytest.raises(sd.UserError, match=r"4 bad rows: line 1, column 'completion': missing, expected"):
+        with pytest.raises(sd.UserError, match=r"4 bad rows: line 1, column 'completion': missing, and no 'answer'"):
             sd.learn(action, data, state="state", **given | gates)
     added = sd.learn("add", data, state="state", min_teacher=0, test=test, **given | gates)
     assert added.details["accepted"]
@@ -172,7 +172,7 @@ def test_rows_that_nothing_can_score_are_no_test(
     data, test = write_rows(FULL), write_rows([*FULL, *SDFT[:1]], name="bare.jsonl")
     options = {"eval": f"--data {test}", "train": f"--data {data} --test {test} --output_dir run --context turns"}
     assert main([command, "--model", "no-such-model", *options[command].split()]) == 2
-    assert f"{test}: 1 bad row: line 5, column 'completion': missing, expected" in capsys.readouterr().err
+    assert f"{test}: 1 bad row: line 5, column 'completion': missing, and no 'answer'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
