@@ -333,8 +333,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(talks: Settings) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"method": "grpo", "num_generations": 2}, {"fsdp": True, "batch_size": 4}],
-    ids=["sdft", "grpo", "sharded"],
+    [
+        pytest.param({}, id="sdft", marks=pytest.mark.slow),
+        pytest.param({"method": "grpo", "num_generations": 2}, id="grpo"),
+        pytest.param({"fsdp": True, "batch_size": 4}, id="sharded", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_to_the_weights_of_one(talks: Settings, tmp_path: Path, values: dict[str, Any]) -> None:
     values = values | {"test": talks().data}

@@ -118,7 +118,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"fsdp": True, "batch_size": 2, "learning_rate": 3e-5}], ids=["copies", "sharded"]
+    "values",
+    [
+        pytest.param({}, id="copies"),
+        pytest.param({"fsdp": True, "batch_size": 2, "learning_rate": 3e-5}, id="sharded", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_to_the_weights_of_one(
     all_of_them: Settings, tmp_path: Path, values: dict[str, Any]

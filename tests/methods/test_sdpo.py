@@ -345,7 +345,11 @@ def test_micro_batches_do_not_change_the_weights(all_of_them: Settings) -> None:
     "values",
     [
         pytest.param(MIXED, id="copies"),
-        pytest.param({"fsdp": True, "batch_size": 2, "learning_rate": 3e-5, "method_settings": OWN}, id="sharded"),
+        pytest.param(
+            {"fsdp": True, "batch_size": 2, "learning_rate": 3e-5, "method_settings": OWN},
+            id="sharded",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_processes_train_to_the_weights_of_one(

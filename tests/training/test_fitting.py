@@ -201,6 +201,7 @@ def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
     assert re.search(r"it does not fit: [\d.]+ MiB of [\d.]+ MiB; this would, .* MiB: --lora_rank 16$", found.verdict())
 
 
+@pytest.mark.slow
 def test_where_an_adapter_does_not_fit_weights_of_4_bits_are_proposed(
     settings: Make, model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -126,12 +126,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a target solved per token": {"method": "isdft"},
     "samples drawn before": {"method": "ssd"},
 }
-QUICK = (
-    "full, four micro-batches",
-    "full, bfloat16 weights, 8-bit moments, EMA",
-    "QLoRA, bfloat16 base, checkpointing",
-)
-QUICK_METHODS = ("sdft", "sft", "sft_reinvoke", "offline_distillation", "grpo", "sdpo", "pope", "sort", "t3s", "cpt")
+QUICK = ("full, bfloat16 weights, 8-bit moments, EMA", "QLoRA, bfloat16 base, checkpointing")
+QUICK_METHODS = ("sft_reinvoke", "offline_distillation", "sdpo", "pope", "cpt")
 """Methods whose steps differ in what they hold."""
 
 
@@ -174,9 +170,8 @@ DRAWN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [x if x == "another model's" else pytest.param(x, marks=pytest.mark.slow) for x in DRAWN]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAWN)
 def test_the_plan_counts_what_is_drawn_before_the_first_step(
     make: Make, name: str, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +193,7 @@ def test_the_plan_counts_what_is_drawn_before_the_first_step(
     assert phase_of(config, "drawing") == pytest.approx(max(peaks), rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_guides_that_samples_see(make: Make, write_rows: Callable[..., Path]) -> None:
     guide = "\n".join(["look there " * 15] * 2)
     rows = [{"prompt": f"{i}", "completion": "ab" * 30, "privileged_context": guide} for i in range(4)]
