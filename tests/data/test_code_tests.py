@@ -150,7 +150,7 @@ def test_an_endless_loop_ends(code: str) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "import time\ntime.sleep(100)",
+        pytest.param("import time\ntime.sleep(100)", marks=pytest.mark.slow),
         "import signal\nfor s in (signal.SIGXCPU, signal.SIGALRM, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)\n"
         "while True: pass",
         "import threading\nt = threading.Thread(target=threading.Event().wait)\nt.start()\nt.join()",

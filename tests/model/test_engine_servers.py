@@ -693,7 +693,15 @@ def test_a_run_goes_on_without_its_servers_and_says_so(
     assert "note: the run has sampled with vllm 0.32.0, float32, server and goes on with PyTorch" in said
 
 
-@pytest.mark.parametrize("values", [{}, {"fsdp": True}, {"fsdp": True, "lora_rank": 4}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": True}, marks=pytest.mark.slow),
+        {"fsdp": True, "lora_rank": 4},
+    ],
+    ids=str,
+)
 def test_two_processes_and_two_servers_train_what_one_of_each_does(
     run: Settings, fake: FakeVllm, folder: Path, tmp_path: Path, values: dict[str, Any]
 ) -> None:

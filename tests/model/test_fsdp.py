@@ -52,9 +52,9 @@ def slow(*values: Any, id: str) -> Any:
     ("tied", "values"),
     [
         pytest.param(True, {"importance_cap": 2.0}, id="ema_tied"),
-        pytest.param(False, {"target_base": 0.3, "teacher": "live"}, id="base"),
+        slow(False, {"target_base": 0.3, "teacher": "live"}, id="base"),
         pytest.param(True, {"lora_rank": 4}, id="lora"),
-        pytest.param(True, {"method": "sft_reinvoke"}, id="stages"),
+        slow(True, {"method": "sft_reinvoke"}, id="stages"),
         slow(False, {"importance_cap": 2.0}, id="ema"),
         slow(False, SNAPSHOT, id="snapshot"),
         slow(True, {"teacher": "frozen", "gradient_checkpointing": True}, id="frozen"),

@@ -45,7 +45,9 @@ COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema
         ),
         pytest.param({}, id="ema", marks=pytest.mark.slow),
         pytest.param(
-            {"method": "isdft", "method_settings": {"ramp_steps": 3, "pull": 0.1}, "learning_rate": 1e-4}, id="isdft"
+            {"method": "isdft", "method_settings": {"ramp_steps": 3, "pull": 0.1}, "learning_rate": 1e-4},
+            id="isdft",
+            marks=pytest.mark.slow,
         ),
         pytest.param({"method": "ssd", "learning_rate": 1e-4}, id="ssd", marks=pytest.mark.slow),
         pytest.param({"method": "sft", "batch_size": 5}, id="sft", marks=pytest.mark.slow),
@@ -91,7 +93,9 @@ SHARDED: tuple[str, dict[str, Any]] = ("sharded", {"fsdp": True})
 SHARDED_LORA = pytest.param({"fsdp": True, "lora_rank": 4}, id="sharded_lora", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("values", [COPIES, pytest.param(SHARDED[1], id=SHARDED[0]), SHARDED_LORA])
+@pytest.mark.parametrize(
+    "values", [COPIES, pytest.param(SHARDED[1], id=SHARDED[0], marks=pytest.mark.slow), SHARDED_LORA]
+)
 def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_to_the_same_bits(
     settings: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
 ) -> None:

@@ -393,7 +393,7 @@ def test_micro_batches_change_nothing(anchored: Settings, tied: str) -> None:
     assert largest_difference(final_weights(one), final_weights(four)) < 1e-5
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_give_what_one_gives(anchored: Settings, tied: str, tmp_path: Path, fsdp: bool) -> None:
     common: dict[str, Any] = {"drift_steps": 0, "max_steps": 4, "model": tied}
     one, two = anchored("one", **common), anchored("two", fsdp=fsdp, **common)
