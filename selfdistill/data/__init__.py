@@ -24,6 +24,7 @@ from selfdistill.data.encoding import (
     encode_prompts,
     notes_on,
     own_tokens,
+    reply_spans,
 )
 from selfdistill.data.episodes import Replies, notes_on_episodes
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
@@ -136,6 +137,7 @@ __all__ = [
     "read_jsonl",
     "reference",
     "repeated_key",
+    "reply_spans",
     "said_in",
     "schema_of",
     "score",

@@ -55,6 +55,12 @@ def own_tokens(length: int, given: Sequence[tuple[int, int]]) -> list[bool]:
     return own
 
 
+def reply_spans(length: int, given: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The half-open spans of so many tokens between the given ones: the replies of an episode."""
+    starts, ends = zip(*given, strict=True) if given else ((), ())
+    return list(zip((0, *ends), (*starts, length), strict=True))
+
+
 class NothingFits(UserError):
     """Every row is too long, and ``on_long_prompt`` is ``drop``."""
 
@@ -312,9 +318,7 @@ class _Limits:
 
 def _longest_reply(example: Example) -> int:
     """Tokens of the longest reply of a completion."""
-    starts = [0, *(end for _, end in example.given)]
-    ends = [*(start for start, _ in example.given), len(example.completion_ids)]
-    return max(end - start for start, end in zip(starts, ends, strict=True))
+    return max(end - start for start, end in reply_spans(len(example.completion_ids), example.given))
 
 
 def _refuse_end_names(demonstrations: Sequence[Demonstration], chat: ChatFormat) -> None:

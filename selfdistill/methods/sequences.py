@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfdistill.data import ChatFormat, Example, Message, Verdict, own_tokens
+from selfdistill.data import ChatFormat, Example, Message, Verdict, own_tokens, reply_spans
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
 from selfdistill.runtime import ProgressBar, read_lines, write_atomically
 
@@ -52,8 +52,7 @@ class Completion:
     @property
     def reply_spans(self) -> list[tuple[int, int]]:
         """Half-open spans of ``ids`` between those that are given: the replies of an episode."""
-        starts, ends = zip(*self.given, strict=True) if self.given else ((), ())
-        return list(zip((0, *ends), (*starts, len(self.ids)), strict=True))
+        return reply_spans(len(self.ids), self.given)
 
     @property
     def turn_of(self) -> list[int]:
