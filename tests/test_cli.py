@@ -290,7 +290,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --top_p 1.5", "setting 'top_p': found 1.5, expected: less than or equal to 1"),
     (
         f"{SFT} --lora_alpha 8",
-        "setting 'lora_alpha' needs an adapter: give --lora_rank, too, or leave it out",
+        "setting 'lora_alpha' needs an adapter: add --lora_rank, or leave it out",
     ),
     (
         f"{SFT} --gradient_checkpointing true --torch_compile true",

@@ -183,7 +183,7 @@ def test_the_vision_tower_is_trained_on_request(make: Make) -> None:
     config = make(train_vision_tower=True, method="sft")
     before, after = weights(config.model), weights(train(config))
     assert any("vision_tower" in name and not torch.equal(before[name], after[name]) for name in before)
-    with pytest.raises(UserError, match="'train_vision_tower': an adapter is on the language model alone"):
+    with pytest.raises(UserError, match="'train_vision_tower' does not work with lora_rank"):
         make(train_vision_tower=True, lora_rank=2)
 
 
