@@ -95,7 +95,7 @@ def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[
         refuse_changes(written, saved, config)
     given_by = "arms" if config.arms else "vary"
     if "auto" in [kind.values.get("context") for kind in _kinds(config)]:
-        raise UserError(f"setting {given_by!r}: context 'auto' stands for the best one; name the contexts to compare")
+        raise UserError(f"setting {given_by!r}: context 'auto' means the best one; name the contexts to compare")
     first = [_first_run(config, kind) for kind in _kinds(config)]
     check_inputs(config, given, lacks_of([stage for run in first for stage in stages_of(run)]))
     for run in first:

@@ -323,7 +323,7 @@ def read_text(text: str) -> tuple[str, list[dict[str, Any]]]:
     """
     found = actions_in(text)
     if found is None:
-        raise InvalidCall("after a line 'Action: name' must come 'Action Input:' and a JSON object")
+        raise InvalidCall("a line 'Action: name' must be followed by 'Action Input:' and a JSON object")
     if not found:
         return text, []
     calls = [_call(name, value, {}) for name, value, _, _ in found]

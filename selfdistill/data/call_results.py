@@ -12,7 +12,7 @@ Turn = Mapping[str, Any]
 
 _UNKNOWN = "a call to a tool that is not in its 'tools'"
 _UNDECLARED = "an argument that the tool's schema does not declare"
-_MISNAMED = "a tool message whose name is not that of the call it answers"
+_MISNAMED = "a tool message whose name differs from its call's"
 _UNANSWERED = "fewer tool messages than calls before the next turn"
 _COMPOSED = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties")
 """Keys with which a schema declares arguments outside its ``properties``."""

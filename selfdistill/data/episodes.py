@@ -58,8 +58,8 @@ def notes_on_episodes(demonstrations: Sequence[Demonstration]) -> list[str]:
     if not several:
         return []
     return [
-        f"{len(several)} of {len(demonstrations)} rows are episodes, of which only the last reply is measured, after "
-        "the demonstrated ones; training may learn them all"
+        f"{len(several)} of {len(demonstrations)} rows are episodes; only their last reply is evaluated, after the "
+        "demonstrated ones; training may learn all replies"
     ]
 
 

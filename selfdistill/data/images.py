@@ -141,7 +141,7 @@ def _picture(value: Any, folder: str) -> Picture:
     elif isinstance(value, Image.Image):
         data = _as_file(value)
     if isinstance(path, str) and re.match(r"(https?|s3|gs|hf)://|data:", path) and data is None:
-        raise _BadPicture(f"found {quoted(path)}, expected a file: no pictures are downloaded; save it first")
+        raise _BadPicture(f"found {quoted(path)}, expected a file: pictures are not downloaded; save it first")
     if data is None and isinstance(path, str) and path.strip():
         path, data = _read(path, folder)
         _checked(data, quoted(path))
@@ -169,7 +169,7 @@ def _read(path: str, folder: str) -> tuple[str, bytes]:
     try:
         return place, Path(place).read_bytes()
     except FileNotFoundError:
-        raise _BadPicture(f"{quoted(path)} is not there (looked in {os.path.abspath(folder)})") from None
+        raise _BadPicture(f"{quoted(path)} does not exist (looked in {os.path.abspath(folder)})") from None
     except OSError as error:
         raise _BadPicture(f"{quoted(path)} cannot be read ({error.strerror})") from None
 
@@ -207,7 +207,7 @@ def _decoded(data: bytes) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF says, in RGB, with white where it is transparent."""
     if image.mode.startswith(_DEEP):
-        raise _BadPicture(f"has mode {image.mode}, expected 8 bits a channel; convert it")
+        raise _BadPicture(f"has mode {image.mode}, expected 8 bits per channel; convert it")
     image = ImageOps.exif_transpose(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -269,7 +269,9 @@ def marked(value: Any, column: str, pictures: Sequence[Picture], problems: list[
     if not places:
         return _before_first_turn(value, column, pictures, problems)
     if places != len(pictures):
-        problems.append(f"column '{column}': {places} parts of type 'image' for {len(pictures)} pictures; give as many")
+        problems.append(
+            f"column '{column}': {places} parts of type 'image' for {len(pictures)} pictures; give equal numbers"
+        )
     left = itertools.cycle(pictures)
     return [
         {**message, "content": [_mark(next(left)) if _is_place(part) else part for part in _parts(message)]}
@@ -289,7 +291,7 @@ def _before_first_turn(value: list[Any], column: str, pictures: Sequence[Picture
             content = "".join(picture.mark for picture in pictures) + content
         if content is not None:
             return [*value[:number], {**message, "content": content}, *value[number + 1 :]]
-    problems.append(f"column '{column}': no user turn for the pictures to stand in")
+    problems.append(f"column '{column}': no user turn to hold the pictures")
     return value
 
 
@@ -316,7 +318,7 @@ def marks_in(text: str) -> str:
 def refuse_late(replies: Sequence[Mapping[str, Any]], column: str, problems: list[str]) -> None:
     """A problem if pictures stand after the first reply that is learnt."""
     if any(_MARK.search(message["content"]) for message in replies):
-        problems.append(f"column '{column}': pictures after the first reply that is learnt, expected them before it")
+        problems.append(f"column '{column}': pictures after the first learnt reply, expected them before it")
 
 
 def shown_text(text: str) -> str:

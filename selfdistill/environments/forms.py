@@ -41,12 +41,12 @@ class OwnClass:
         if not isinstance(step, Step):
             raise self._host.mistake(f"step returned {step!r:.60}, expected a Step")
         if step.reward is not None and not step.done:
-            raise self._host.mistake("step returned a reward and not the end, expected it with the end alone")
+            raise self._host.mistake("step returned a reward before the end, expected it only at the end")
         if step.reward is not None:
             as_verdict(step.reward, f"environment {self._host.name!r}: step")
         observations = () if step.done else tuple(as_messages(list(step.observations)))
         if not step.done and not observations:
-            raise self._host.mistake("step returned no observations and not the end, expected one of them")
+            raise self._host.mistake("step returned neither observations nor the end, expected one of them")
         return replace(step, observations=observations)
 
     def close(self) -> None:
@@ -69,7 +69,9 @@ class ToolClass:
         try:
             self._runner = ToolRunner(methods, host.time_limit, host.worker)
         except UserError as error:
-            raise host.mistake(f"{error}; if it is not for the model, begin its name with an underscore") from error
+            raise host.mistake(
+                f"{error}; if the model should not call it, begin its name with an underscore"
+            ) from error
         self.tools = self._runner.schemas
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
@@ -153,7 +155,9 @@ class StepClass:
             observation, reward, *ends = returned[:-1]
             done = any(ends)
         elif isinstance(returned, Step):
-            raise self._host.mistake("step returned a Step, which takes a class with tools and close, too; add them")
+            raise self._host.mistake(
+                "step returned a Step, which needs a class that also has tools and close; add them"
+            )
         elif hasattr(returned, "reward") and hasattr(returned, "done"):
             observation = getattr(returned, "observation", None)
             reward, done = returned.reward, bool(returned.done)

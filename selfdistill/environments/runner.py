@@ -36,7 +36,7 @@ class ToolRunner:
         self._tools: dict[str, Tool] = {}
         for tool in map(tool_of, functions):
             if tool.name in self._tools:
-                raise UserError(f"two tools are named '{tool.name}', expected a name for each")
+                raise UserError(f"two tools are named '{tool.name}', expected distinct names")
             self._tools[tool.name] = tool
         self._time_limit = time_limit
         self._worker = worker or Worker()
@@ -62,7 +62,7 @@ class ToolRunner:
         for call in message.get("tool_calls") or ():
             name, given = _parts(call)
             if late:
-                text = _error("not run, because the call before took too long")
+                text = _error("not run, because the previous call took too long")
             else:
                 text, valid, late = self._run(name, given)
                 invalid += not valid

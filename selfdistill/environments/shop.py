@@ -151,12 +151,12 @@ class Shop:
             if str(number) not in said:
                 return f"the reply does not say {number}"
             if others := sorted(said - self._asked - {str(number)}):
-                return f"the reply says {others[0]}, expected {number} alone"
+                return f"the reply says {others[0]}, expected only {number}"
         refuses = bool(_REFUSAL.search(reply))
         if self._answer.get("refused") and not refuses:
             return "the reply does not say that it is not possible"
         if self._answer.get("refused") and not self._looked:
-            return "the reply says that it is not possible, and no product was looked for"
+            return "the reply says that it is not possible, but no product was looked up"
         if self._answer.get("orders") and refuses:
             return "the reply says that it was not possible"
         return ""

@@ -70,7 +70,9 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     name = getattr(function, "__qualname__", repr(function))
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in _BY_NAME:
-            raise UserError(f"tool {name}: argument {str(parameter)!r} cannot be given by name; name each argument")
+            raise UserError(
+                f"tool {name}: argument {str(parameter)!r} cannot be passed by name; declare each argument by name"
+            )
     try:
         schema = schema_of(function)
     except UserError as error:

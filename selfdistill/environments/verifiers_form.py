@@ -40,7 +40,7 @@ def loaded(name: str, make: Callable[[], Any]) -> Any:
     try:
         made = make()
     except Exception as error:
-        problem = f"making it failed: {type(error).__name__}: {one_line(error)}"
+        problem = f"creating it failed: {type(error).__name__}: {one_line(error)}"
         raise UserError(f"environment {name!r}: {problem}") from error
     finally:
         for number, handler in handlers.items():

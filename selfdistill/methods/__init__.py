@@ -83,7 +83,7 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
         )
     if config.teacher_model is not None and "teacher_model" not in _settings_read(config):
         raise UserError(
-            f"setting 'teacher_model' is for methods whose teacher is a choice, such as sdft, found {config.method!r}: "
+            f"setting 'teacher_model' is for methods with a choice of teacher, such as sdft, found {config.method!r}: "
             "leave it out"
         )
     beside = anchors(config)

@@ -74,6 +74,6 @@ def atesd(config: TrainConfig) -> tuple[Method, ...]:
     """Student samples, a teacher that sees a part of the reasoning, a controller of the part."""
     own, method = own_settings(config, AtesdSettings), on_policy(config, divergence_of(config), teacher_of(config))
     if config.hint != "1":
-        raise UserError("setting 'hint': atesd chooses how much the teacher sees: leave it out")
+        raise UserError("setting 'hint': atesd itself chooses how much the teacher sees: leave it out")
     select = HintContexts(hint_of(config, 1, first_steps_and_answer))
     return (replace(method, select=select, controller=Exposure(own, config.seed)),)

@@ -208,7 +208,7 @@ class _Table:
         try:
             ids = tuple(self.chat.encode_between(before, step.observations, row.template_options, rollout.ids))
         except TemplateRefusal as error:
-            return _Answer(message, step, cut=f"the episode was cut, for {error}", failure=str(error))
+            return _Answer(message, step, cut=f"the episode was cut: {error}", failure=str(error))
         if len(episode.ids) + len(rollout.ids) + len(ids) + limit > self.rules.max_length:
             return _Answer(message, step, cut=f"the episode was cut near {self.rules.max_length} tokens")
         return _Answer(message, step, ids)
@@ -243,7 +243,7 @@ class NoVerdicts:
         if completions:
             raise UserError(
                 f"{completions[0].example.demonstration.source}: environment {self.environment!r} ended the episode "
-                "without a reward, which the method learns from; give it one"
+                "without a reward, but the method learns from rewards; add one"
             )
         return []
 

@@ -55,17 +55,17 @@ class GuidedExamples(ScoredExamples):
         notes = super().notes(examples, loaded, chat)
         if whole:
             notes.append(
-                f"the guides of {len(whole)} of {len(examples)} rows do not fit into the prompt as a whole "
-                f"({first_ten(whole)}): no more of their first {self.unit} are tried than fit, which is none in {none} "
-                "of these rows; a larger --max_prompt_length may have room for them"
+                f"the guides of {len(whole)} of {len(examples)} rows do not fit completely into the prompt "
+                f"({first_ten(whole)}): only as many of their first {self.unit} as fit are tried, none in {none} of "
+                "these rows; a larger --max_prompt_length may fit them"
             )
         return notes
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         if not demonstration.has_demonstration:
             return (
-                f"column 'completion': missing, and no 'privileged_context' for method {self.config.method!r} to guide "
-                "by; --method grpo does without"
+                f"column 'completion': missing, and no 'privileged_context' for method {self.config.method!r} to use "
+                "as a guide; --method grpo needs none"
             )
         return super().lacks(demonstration)
 

@@ -145,10 +145,10 @@ def hinted(method: Method, config: TrainConfig) -> Method:
 
 def _shortest(method: Method, config: TrainConfig) -> Method:
     if config.scorer == JUDGE:
-        raise UserError("setting 'scorer': hint shortest asks it very often, for which the judge is too slow")
+        raise UserError("setting 'scorer': hint shortest scores many replies, for which the judge is too slow")
     if config.teacher_model is not None:
         raise UserError(
-            "setting 'hint': shortest asks the model that learns, not teacher_model: give a share, or leave one out"
+            "setting 'hint': shortest samples from the student, not teacher_model: give a share, or leave one out"
         )
     hint_of(config, 0)  # refuses a context that shows more
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)

@@ -37,7 +37,7 @@ def npo(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO, with a sample of another model where all of the student's fail."""
     own, (rewarded,), later = own_settings(config, NpoSettings), grpo(config), config.teacher_model
     if later is None:
-        raise UserError("setting 'teacher_model': npo needs a later checkpoint, whose right samples it learns from")
+        raise UserError("setting 'teacher_model': npo needs a later checkpoint, to learn from its right samples")
     found = OthersSuccesses(
         sampling_of(config), config.seed, config.batch_size, model=later, tries=own.tries, config=config
     )

@@ -43,8 +43,8 @@ def t3s(config: TrainConfig) -> tuple[Method, ...]:
     """SFT's slots plus a token mask, from a worse model and the base."""
     if config.teacher_model is None:
         raise UserError(
-            "setting 'teacher_model': t3s compares with a model of SFT on the same data, ended where it was least "
-            "often right; give its run folder"
+            "setting 'teacher_model': t3s needs an SFT run on the same data, ended at its lowest accuracy; give its "
+            "run folder"
         )
 
     def unlearnt(pair: Pair, tokens_N: Tensor) -> Tensor:

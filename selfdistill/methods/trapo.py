@@ -46,7 +46,7 @@ class TrapoSettings(Settings):
     def model_post_init(self, _context: object) -> None:
         """Check the micro-groups against each other."""
         if not len(self.sizes) == len(self.ratios) == len(self.thresholds) > 0:
-            raise UserError("settings 'sizes', 'ratios' and 'thresholds': expected one of each per micro-group")
+            raise UserError("settings 'sizes', 'ratios' and 'thresholds': expected one value per micro-group in each")
 
 
 def trapo(config: TrainConfig) -> tuple[Method, ...]:

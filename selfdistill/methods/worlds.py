@@ -66,7 +66,7 @@ def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
     """
     if seen := [row.source for row in rows if row.images]:
         raise UserError(
-            f"setting 'environment': {len(seen)} of {len(rows)} rows have pictures, and episodes are text alone "
+            f"setting 'environment': {len(seen)} of {len(rows)} rows have pictures, but episodes support only text "
             f"({first_ten(seen)}); leave out the pictures or the environment"
         )
     known = _firsts(name)
@@ -140,8 +140,8 @@ class Worlds:
             first = tuple(self._guarded(lambda: world.reset(row.columns), row, "at its start"))
             if check and first != row.first:
                 raise UserError(
-                    f"{row.source}: environment {self._name!r} began with other messages than before; what reset "
-                    "returns must depend on the row alone, so seed what is random from it"
+                    f"{row.source}: environment {self._name!r} began with different messages from before; reset must "
+                    "depend only on the row, so seed random parts from it"
                 )
             return first
 

@@ -57,8 +57,8 @@ def check_limits(
     longest = max(map(len, prompts), default=0) + sampling.max_completion_length
     if longest > length:
         raise UserError(
-            f"engine vllm: a prompt with its completion has up to {longest} tokens, and the engine's length is "
-            f"{length}: the model's window{limited_by}; lower max_completion_length or max_prompt_length, or {remedy}"
+            f"engine vllm: a prompt with its completion has up to {longest} tokens, and the engine allows {length}: "
+            f"the model's window{limited_by}; lower max_completion_length or max_prompt_length, or {remedy}"
         )
     if sampling.temperature and not _LEAST_TEMPERATURE <= sampling.temperature <= _MOST_TEMPERATURE:
         raise UserError(

@@ -25,7 +25,7 @@ _SCALE = re.compile(
     r"[._]([a-z]+_scale(_inv|_\d+)?|scale_(weight|input|inv)|scales?_?\d*|zero_point|zeros|qzeros|qweight|g_idx|absmax"
     r"|quant_map|quant_state\..*|weight_packed|SCB|weight_format|amax|blocks)$"
 )
-_INSTEAD = "give the model that it was made from, or dequantise it with the tool that made it"
+_INSTEAD = "use the original model, or dequantise it with the tool that quantised it"
 
 
 def quantisation_of(config: PretrainedConfig, folder: Path | None) -> str | None:
@@ -83,7 +83,7 @@ def refuse_scales(names: list[str], name: str) -> None:
     if scales:
         more = f" and {len(scales) - 1} more" if len(scales) > 1 else ""
         raise UserError(
-            f"model {name!r}: its files hold scales of quantised weights that config.json does not tell of, so its "
+            f"model {name!r}: its files hold scales of quantised weights that config.json does not mention, so its "
             f"weights would be wrong: {scales[0]}{more}; {_INSTEAD}"
         )
 

@@ -62,7 +62,7 @@ class VllmEngine(VllmSampling):
         self._version = _installed_version()
         super().__init__(loaded, settings, dtype)
         self.name = f"vllm {self._version}, {str(dtype).removeprefix('torch.')}"
-        self.limited_by = f", or what engine_memory_gib {settings.engine_memory_gib:g} has room for"
+        self.limited_by = f", or the room in engine_memory_gib {settings.engine_memory_gib:g}"
         self._on_cpu = loaded.device.type == "cpu"
         self._holds: WeightsVersion | None = None
         self._asleep = False
@@ -89,7 +89,7 @@ class VllmEngine(VllmSampling):
 
     def close(self) -> None:
         """End the engine."""
-        self.failed = "it was ended"
+        self.failed = "it has been closed"
         with unchanged_process({}), spared_process_group() if self._had_group else nullcontext():
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
@@ -147,8 +147,8 @@ class VllmEngine(VllmSampling):
         self.failed = disagreement(agreement_gap(loaded, prompt, rollout, self._dtype), self._dtype)
         if self.failed:
             raise EngineFailed(
-                f"engine vllm: {self.failed}, so vllm {self._version} computes {loaded.name!r} otherwise than "
-                "transformers does; leave engine out"
+                f"engine vllm: {self.failed}, so vllm {self._version} computes {loaded.name!r} differently from "
+                "transformers; leave engine out"
             )
 
     # --- weights ---
@@ -233,7 +233,7 @@ class VllmEngine(VllmSampling):
                 progress = now
             elif now - progress > limit_s:
                 raise TimeoutError(
-                    f"no sample was completed in {now - progress:.0f} s, {count - len(outputs)} of {count} are left"
+                    f"no sample was completed in {now - progress:.0f} s, {count - len(outputs)} of {count} are pending"
                 )
         assert len(outputs) == count, (len(outputs), count)
         return sorted(outputs, key=lambda output: int(output.request_id))
@@ -262,7 +262,7 @@ class VllmEngine(VllmSampling):
         except Exception as error:  # vLLM's own, and those of all that it uses
             self.failed = first_line(error).rstrip(".")
             is_late = isinstance(error, TimeoutError)
-            advice = "raise engine_timeout_s" if is_late else "change engine_memory_gib if it lacks memory"
+            advice = "raise engine_timeout_s" if is_late else "if it lacks memory, change engine_memory_gib"
             raise EngineFailed(
                 f"engine vllm {what}: {type(error).__name__}: {self.failed}; {advice}, or leave engine out"
             ) from error

@@ -54,7 +54,7 @@ class VllmSampling(ABC):
             EngineFailed: the engine failed, now or earlier, or was late; on all ranks together.
         """
         if self.failed:
-            raise EngineFailed(f"engine vllm: it failed before ({self.failed}) and is not used again")
+            raise EngineFailed(f"engine vllm: it failed earlier ({self.failed}) and is not used again")
         check_limits(prompts, sampling, self.length, self.limited_by, self.longer_with)
         assert sampling.temperature == 0 or seeds is not None, "sampling needs a seed per prompt"
         rollouts = all_gather(self._sampled(loaded, prompts, sampling, seeds, rank_slice(len(prompts))))
@@ -111,7 +111,7 @@ class VllmSampling(ABC):
         of_engine, message = problems[0]
         if not of_engine:
             raise RaisedOnAllRanks(message) from problem
-        self.failed = self.failed or "that of another process failed"
+        self.failed = self.failed or "the engine of another process failed"
         raise EngineFailed(message) from problem
 
     @abstractmethod

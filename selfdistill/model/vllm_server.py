@@ -97,7 +97,7 @@ class VllmServers(VllmSampling):
         for client in self._clients if is_rank0() else []:
             with suppress(ServerProblem):  # it may have ended before
                 _unload(VllmClient(client.url, _GOODBYE_S), self._adapters)
-        self.failed = self.failed or "it was ended"
+        self.failed = self.failed or "it has been closed"
         self._files.close()
         atexit.unregister(self.close)
 
@@ -120,12 +120,12 @@ class VllmServers(VllmSampling):
         for client, rollout, gap in zip(self._clients, rollouts, gaps, strict=True):
             why = disagreement(gap, self._dtype)
             if not why and adapter_rank(loaded) and agreement_gap(loaded, prompt, rollout, self._dtype) <= gap:
-                why = "it leaves LoRA's weights out"
+                why = "it ignores LoRA's weights"
             if why:
                 self.failed = why
                 raise EngineFailed(
-                    f"engine vllm: {client.url}: {why}, so it computes {loaded.name!r} otherwise than transformers "
-                    "does; leave engine out"
+                    f"engine vllm: {client.url}: {why}, so it computes {loaded.name!r} differently from transformers; "
+                    "leave engine out"
                 )
 
     # --- weights ---
@@ -309,7 +309,7 @@ class VllmServers(VllmSampling):
             yield
         except (ServerProblem, OSError) as error:
             self.failed = str(error)
-            remedy = error.remedy if isinstance(error, ServerProblem) else "make room, or give another engine_folder"
+            remedy = error.remedy if isinstance(error, ServerProblem) else "free space, or give another engine_folder"
             raise EngineFailed(f"engine vllm: {error}; {remedy}, or leave engine out") from error
 
     def _from_rank0(self, work: Callable[[], list[Result]]) -> list[Result]:
@@ -322,8 +322,8 @@ def _label(client: VllmClient) -> str:
 
 
 def _rival(client: VllmClient) -> ServerProblem:
-    what = "has got other weights, as if a second run used it"
-    return ServerProblem(f"{client.url}: {what}", remedy="give each run servers of its own")
+    what = "received other weights, probably from a second run"
+    return ServerProblem(f"{client.url}: {what}", remedy="give each run its own servers")
 
 
 def _models(client: VllmClient) -> list[str]:

@@ -44,7 +44,7 @@ def checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> Serv
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        found = f"its answers are not those of vLLM ({type(error).__name__}: {error})"
+        found = f"its answers are not vLLM's ({type(error).__name__}: {error})"
         raise _mistake(client, found, f"serve with vllm{SUPPORTED}") from None
 
 
@@ -54,12 +54,12 @@ def _checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> Ser
         raise _mistake(client, f"vllm {release} is not supported", f"serve with vllm{SUPPORTED}")
     info, remedy = (
         "/server_info?config_format=json",
-        "start it with VLLM_SERVER_DEV_MODE=1, as docs/engines.md says",
+        "start it with VLLM_SERVER_DEV_MODE=1 (see docs/engines.md)",
     )
     config, environment = (_field(client, info, key, remedy) for key in ("vllm_config", "vllm_env"))
     if config["lora_config"] and not environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         remedy = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or without --enable-lora"
-        raise _mistake(client, "it has --enable-lora, but takes no adapters while it runs", remedy)
+        raise _mistake(client, "it has --enable-lora, but cannot load adapters while running", remedy)
     _check_options(client, config, dtype)
     _check_model(client, loaded)
     (served, *_) = [model for model in _field(client, "/v1/models", "data") if not model.get("parent")]
@@ -94,7 +94,7 @@ def _check_model(client: VllmClient, loaded: LoadedModel) -> None:
         if found[key] != own[key]:
             raise _mistake(
                 client,
-                f"it has another model: {key} is {found[key]}, {loaded.name!r} has {own[key]}",
+                f"it has a different model: {key} is {found[key]}, {loaded.name!r} has {own[key]}",
                 "serve that model",
             )
 
@@ -112,7 +112,7 @@ def call_worker(client: VllmClient, method: str, **options: str) -> Any:
 def _check_tokenizer(client: VllmClient, loaded: LoadedModel, model: str) -> None:
     body = {"model": model, "prompt": _TEXT, "add_special_tokens": False}
     if client.post("/tokenize", body, "tokens") != loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]:
-        raise _mistake(client, f"it has another tokenizer than {loaded.name!r}", "serve the same model")
+        raise _mistake(client, f"its tokenizer differs from that of {loaded.name!r}", "serve the same model")
 
 
 def _field(client: VllmClient, path: str, key: str, otherwise: str = "give the address of a vLLM server") -> Any:

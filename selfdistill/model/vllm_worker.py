@@ -69,7 +69,7 @@ class Worker:
             found, why = False, str(error.strerror)
         if not found:
             raise FileNotFoundError(
-                f"finds no weights in {folder} ({why}); give an engine_folder that it may read, too"
+                f"finds no weights in {folder} ({why}); give an engine_folder that the server can also read"
             )
         self.selfdistill_held = ""
         self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]

@@ -151,8 +151,8 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
     least = planner.plan(found.plan.config, least=True)
     if least.peak > limit:
         raise UserError(
-            f"{size_text(limit)} of memory are free, and the run needs at least {size_text(least.peak)}, with "
-            f"the longest rows {size_text(found.plan.peak)}; {found.advice()}"
+            f"{size_text(limit)} of memory are free, but the run needs at least {size_text(least.peak)}, or with the "
+            f"longest rows {size_text(found.plan.peak)}; {found.advice()}"
         )
     student, teacher = found.plan.lengths
     note = f"note: it does not fit if all rows of a batch are as long as the longest, {max(student, teacher)} tokens"

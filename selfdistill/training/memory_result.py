@@ -67,7 +67,7 @@ class MemoryPlan(Printable):
         return f"memory by plan: at most {size_text(self.peak)} ({parts}){beside}"
 
     def _host(self) -> str:
-        return f"{size_text(self.host)} of the machine's memory beside it, for the teacher's average"
+        return f"{size_text(self.host)} of host memory in addition, for the teacher's average"
 
     def print(self, console: Console) -> None:
         """Print a table of components by phase."""

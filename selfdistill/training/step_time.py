@@ -115,7 +115,7 @@ class TimePlan:
         before = f" and {duration_text(self.before)} before the first" if self.before else ""
         return (
             f"rough time, on {self.rates.name}: {self.step.total:.2g} s per step ({parts}), "
-            f"{duration_text(self.total)} for {self.steps} steps{before}, if all samples are as long as they may be"
+            f"{duration_text(self.total)} for {self.steps} steps{before}, if all samples have maximum length"
         )
 
     def to_dict(self) -> dict[str, Any]:
