@@ -17,12 +17,12 @@ from selfdistill.errors import UserError
 
 _NO_TOOLS = ("reset", "reward", "close")
 ROW_COLUMNS = tuple(name for name in COLUMNS if name not in ("messages", "image", "images", "tools"))
-"""Columns that ``reset`` may be given."""
+"""Columns that ``reset`` may receive."""
 _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class OwnClass:
-    """A class that has the protocol itself, kept within limits of time."""
+    """A class with the protocol itself, under time limits."""
 
     def __init__(self, host: Hosted) -> None:
         self._host = host
@@ -58,8 +58,8 @@ class ToolClass:
     """A class in the form of TRL's ``environment_factory``: its public methods are the tools.
 
     ``reset`` takes the row's columns as keywords, or a parameter ``row``, and may return a text, which follows the
-    prompt as a user's turn. The episode is done when the model replies without a call. Then ``reward`` is asked: an
-    attribute, or a method, which may have a parameter for the text of that reply without its thought. It is a bool, a
+    prompt as a user's turn. The episode is done when the model replies without a call. Then ``reward`` is read: an
+    attribute, or a method that may have a parameter for the text of that reply without its thought. It is a bool, a
     reward from 0 to 1, or a pair of one of these and a feedback text.
     """
 
@@ -75,12 +75,12 @@ class ToolClass:
         self.tools = self._runner.schemas
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
-        """What the object's ``reset`` returns, as a user's turn."""
+        """The result of the object's ``reset``, as a user turn."""
         arguments = _wanted(self._host, copied(row), row=copied(row))
         return as_messages(self._host.must("reset", lambda: self._host.object.reset(**arguments)))
 
     def step(self, message: Message) -> Step:
-        """Run the message's calls; without any, the episode is done."""
+        """Run the message's calls; without calls, the episode is done."""
         observations, invalid = self._runner.answer(message)
         if observations:
             return Step(observations, invalid_calls=invalid)
@@ -107,7 +107,7 @@ class ToolClass:
 class StepClass:
     """A class in the form of Gymnasium or OpenEnv: ``step`` takes the model's reply as text.
 
-    The text is without the thought, as scorers read it, and calls in it are lines.
+    The text has no thought, as for scorers, and its calls are lines of text.
 
     ``reset`` may take ``seed`` (the same for every episode of a row) and ``options`` (the row). It returns the first
     observation, alone, with a dict of information, or as an object's ``observation``. ``step`` returns (observation,
@@ -171,7 +171,7 @@ class StepClass:
 
 
 def tool_names(kind: type) -> list[str]:
-    """Names of the methods that are tools, those of base classes first, each class's in the order of its text."""
+    """Names of the methods that are tools: base classes first, then in the order of the source."""
     names = dict.fromkeys(name for base in reversed(kind.__mro__) for name in vars(base))
     return [
         name
@@ -181,7 +181,7 @@ def tool_names(kind: type) -> list[str]:
 
 
 def has_reward(made: Any) -> bool:
-    """Whether an object whose methods are tools has a reward, or a method that may set one, as ``reset`` may."""
+    """Whether an object whose methods are tools has a reward, or a method such as ``reset`` that may set one."""
     kind = type(made)
     if any(hasattr(kind, name) for name in ("reward", "__getattr__")) or "reward" in getattr(made, "__dict__", {}):
         return True
@@ -190,11 +190,11 @@ def has_reward(made: Any) -> bool:
 
 
 def form_of(host: Hosted, *, is_class: bool) -> Callable[[Hosted], Environment]:
-    """What makes an environment of a user's object, by the methods that it has.
+    """The form that makes an environment of a user's object, chosen by the object's methods.
 
     Args:
         host: has the object.
-        is_class: whether the user named a class, in place of a function; for messages.
+        is_class: whether the user named a class rather than a function; for messages.
 
     Raises:
         UserError: it has no known form.
@@ -221,7 +221,7 @@ def seed_of(row: Mapping[str, Any]) -> int:
 
 
 def _wanted(host: Hosted, columns: Mapping[str, Any], **others: Any) -> dict[str, Any]:
-    """Of the columns and the others what ``reset`` has parameters for; all columns if it takes any keyword.
+    """The columns and other values that ``reset`` has parameters for; all columns if it takes any keyword.
 
     Raises:
         UserError: it has a parameter without a default that is none of them.
