@@ -45,7 +45,7 @@ class HintContexts:
         ]
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
-        """As it is: with the longest hint of the run."""
+        """The example itself: it has the longest hint of the run."""
         return example
 
 
@@ -118,16 +118,16 @@ def hint_of(config: TrainConfig, share: float, part: HintPart = first_words) -> 
     """A part of the demonstration in the context of the settings; in ``turns`` until ``auto`` is resolved.
 
     Raises:
-        UserError: the context shows something else than one demonstration.
+        UserError: the context shows anything but one demonstration.
     """
     return Hint(parse_context("turns" if config.context == "auto" else config.context), share, part)
 
 
 def hinted(method: Method, config: TrainConfig) -> Method:
-    """The method with the setting ``hint``, whose teacher sees as much of the demonstration as it says.
+    """The method with the setting ``hint``, which says how much of the demonstration its teacher sees.
 
     Raises:
-        UserError: the context, the scorer or the teacher do not go with it.
+        UserError: the context, scorer or teacher does not work with it.
     """
     examples = method.examples
     assert isinstance(examples, DemonstrationExamples)
