@@ -16,27 +16,27 @@ from selfdistill.model.vllm_worker import sizes
 
 _EXTENSION = "selfdistill.model.vllm_worker.Worker"
 _TEXT = "The quick brown fox, 12345 x 6.7:\n\tdef f(x): return 'für \u4f60\u597d'"
-"""What the two tokenizers are compared on."""
+"""Text for comparing the two tokenizers."""
 
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server said about itself."""
+    """A server's description of itself."""
 
     release: str
     model: str
     """Name of its model in requests."""
     length: int
-    """Most tokens of a prompt and its completion."""
+    """Maximum tokens of a prompt with its completion."""
     adapter_rank: int
-    """Largest rank of the adapters that it takes; 0: none."""
+    """Maximum rank of the adapters that it accepts; 0: none."""
 
 
 def checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> ServerFacts:
-    """Ask a server what it is.
+    """Ask a server for its description, and check it.
 
     Raises:
-        UserError: it does not fit; names the option to start it with.
+        UserError: it does not fit; the message names the option to start it with.
         ServerProblem: it does not answer.
     """
     try:
@@ -100,7 +100,7 @@ def _check_model(client: VllmClient, loaded: LoadedModel) -> None:
 
 
 def call_worker(client: VllmClient, method: str, **options: str) -> Any:
-    """What a method of :class:`~selfdistill.model.vllm_worker.Worker` returns; None if a server's workers disagree.
+    """The result of a method of :class:`~selfdistill.model.vllm_worker.Worker`; None if a server's workers disagree.
 
     Raises:
         ServerProblem: it fails.
