@@ -1,4 +1,4 @@
-"""``selfdistill compare``: train on the same demonstrations by several methods, on equal terms.
+"""``selfdistill compare``: train on the same demonstrations with several methods, on equal terms.
 
 All runs share the base, rows, number of steps and settings, and are evaluated on the same items at the same steps.
 Only method, learning rate, seed and the varied setting differ, or what the arms name. Each run has its own folder, so
@@ -221,12 +221,12 @@ class _Kind:
     """Runs that differ from each other in learning rate and seed only."""
 
     values: dict[str, Any]
-    """The settings in which they differ from those of other kinds, ``method`` among them."""
+    """The settings, including ``method``, in which they differ from other kinds."""
     arm: str | None = None
-    """Its name; None: it is named after its settings."""
+    """The arm's name; None: it is named after its settings."""
 
     def names(self, run: TrainConfig) -> tuple[str, str]:
-        """What the tables call them, and the beginning of their folders' names."""
+        """Their name in tables, and the beginning of their folders' names."""
         if self.arm is not None:
             return self.arm, quote(self.arm, safe=_SAFE)
         used = {name: value for name, value in self.values.items() if name != "method" and uses(run, name)}
