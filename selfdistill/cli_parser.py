@@ -33,19 +33,19 @@ from selfdistill.errors import UserError
 from selfdistill.runtime import GPUS, THIS
 
 COMMANDS: dict[str, tuple[type[Settings], str]] = {
-    "demo": (DemoConfig, "Teach the starter model a skill by SFT and SDFT, with and without anchors, and compare."),
+    "demo": (DemoConfig, "Teach the starter model a skill with SFT and SDFT, with and without anchors, and compare."),
     "check": (CheckConfig, "Before training, check whether self-distillation will help and which context is best."),
     "train": (TrainConfig, "Train a model on demonstrations."),
     "ask": (AskConfig, "Ask a model one question, and optionally its base."),
     "eval": (EvalConfig, "Evaluate the new task, prior abilities and the distance from the base."),
-    "compare": (CompareConfig, "Train by several methods on equal terms, and compare what each gained and forgot."),
+    "compare": (CompareConfig, "Train with several methods on equal terms, and compare what each gained and forgot."),
     "learn": (LearnConfig, "Teach one model skill after skill, each accepted only if earlier ones are retained."),
-    "questions": (QuestionsConfig, "Make questions about documents, as training data that teaches their content."),
-    "report": (ReportConfig, "Write a report of runs as one HTML file: scores, curves, settings, tokens."),
-    "export": (ExportConfig, "Copy the final model of a run to a folder, as it is or with its adapter merged."),
+    "questions": (QuestionsConfig, "Write questions about documents, as training data that teaches their content."),
+    "report": (ReportConfig, "Write a report of runs as one HTML file: scores, curves, settings and tokens."),
+    "export": (ExportConfig, "Copy the final model of a run to a folder, unchanged or with its adapter merged."),
     "merge": (
         MergeConfig,
-        "Add what another model has learnt, without training: model + scale * (add - subtract).",
+        "Transfer what another model has learnt, without training: model + scale * (add - subtract).",
     ),
 }
 """Settings and description of each command."""
@@ -58,7 +58,7 @@ MAIN = {
     "learn": ("action", "data", "state", "model", "name", "test", "prior", "max_steps"),
     "questions": ("documents", "output_dir", "model"),
 }
-"""Settings that everybody needs, shown first; for a command not listed, all of its settings."""
+"""Settings that everybody needs, shown first; a command that is not listed shows all of its settings."""
 
 TOPICS: dict[str, tuple[str, ...]] = {
     "model and data": (
@@ -133,17 +133,17 @@ SWITCHES = {
 """Options that are not settings, and their commands."""
 _SWITCH_HELP = {
     "resume": "Resume the run in --output_dir.",
-    "dry_run": "Print settings, one example as student and teacher see it, time and memory; train nothing.",
-    "memory": "Plan the training on a GPU with SIZE of memory, such as 80GiB, from config.json alone. With train, only "
-    "together with --dry_run.",
-    "device": f"The same with the memory of a device, and a rough time: {', '.join(GPUS)}, or {THIS}, the device here.",
+    "dry_run": "Print settings, one example as student and teacher see it, time and memory; do not train.",
+    "memory": "Plan training on a GPU with SIZE of memory, such as 80GiB, from config.json alone. "
+    "With train, it needs --dry_run.",
+    "device": f"The same for a named device, with a rough time: {', '.join(GPUS)}, or {THIS} (the current device).",
 }
 _VALUES = {"memory": "SIZE", "device": "NAME"}
-"""Metavars of those that have a value."""
+"""Metavars of the options that take a value."""
 _FLAGS = {"output": ("-o", "--output")}
-"""Option names of settings that also have a short one."""
+"""Option names of settings that also have a short form."""
 MOST_LISTED = 8
-"""Values of a setting that help lists beside its name."""
+"""Maximum number of values that the help lists beside a setting's name."""
 _POSITIONAL = {"export": ("run",), "report": ("runs",), "learn": ("action", "data"), "ask": ("run", "question")}
 """Positional settings, in this order; those not required may be omitted."""
 _LACKING = {
@@ -266,7 +266,7 @@ def _add_setting(group: Any, command: str, kind: type[Settings], key: str) -> No
 def _metavar(hint: Any) -> str | None:
     """The metavar of a type; None if its values are listed."""
     if get_origin(hint) is Literal and len(get_args(hint)) > MOST_LISTED:
-        return "NAME"  # its help says which
+        return "NAME"  # its help lists them
     parts = {part for part in get_args(hint) if part is not type(None)} or {hint}
     for kind, name in ((bool, "true|false"), (int, "N"), (float, "X"), (str, "TEXT")):
         if parts == {kind}:

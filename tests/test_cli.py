@@ -110,15 +110,16 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "rows.arrow",
         b"ARROW1",
         SFT,
-        "rows.arrow: cannot read file type '.arrow', expected .jsonl, .json, .csv, .tsv or .parquet (text also packed "
-        "as .gz or .zst)",
+        "rows.arrow: cannot read file type '.arrow', expected .jsonl, .json, .csv, .tsv or .parquet (text also "
+        "compressed as .gz or .zst)",
     ),
     ("damaged.parquet", b"PAR1 nothing", SFT, "damaged.parquet: not a readable parquet file: ..."),
     (
         "folder/readme.txt",
         "no rows",
         SFT.replace("train.jsonl", "folder"),
-        "folder: no .jsonl, .json, .csv, .tsv or .parquet (text also packed as .gz or .zst) file in this folder, in "
+        "folder: no .jsonl, .json, .csv, .tsv or .parquet (text also compressed as .gz or .zst) file in this folder, "
+        "in "
         "its folder data, or in one for a split",
     ),
     (
@@ -290,7 +291,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --top_p 1.5", "setting 'top_p': found 1.5, expected: less than or equal to 1"),
     (
         f"{SFT} --lora_alpha 8",
-        "setting 'lora_alpha' needs an adapter: give --lora_rank, too, or leave it out",
+        "setting 'lora_alpha' needs an adapter: add --lora_rank, or leave it out",
     ),
     (
         f"{SFT} --gradient_checkpointing true --torch_compile true",
@@ -519,13 +520,13 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "missing weights",
         missing_weights,
         "",
-        "model 'model': weights missing or not of the shape in config.json: model.norm.weight",
+        "model 'model': weights are missing or have a different shape from config.json: model.norm.weight",
     ),
     (
         "other shape",
         other_shape,
         "",
-        "model 'model': weights missing or not of the shape in config.json: lm_head.weight and 20 more",
+        "model 'model': weights are missing or have a different shape from config.json: lm_head.weight and 20 more",
     ),
     (
         "no end token",
@@ -571,7 +572,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         adapter_without_base,
         "",
         "model 'model': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder; if it was "
-        "moved, name its place with --adapter_base",
+        "moved, name its new location with --adapter_base",
     ),
     (
         "adapter pickled",
@@ -681,7 +682,7 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (
         full,
         "",
-        "run: 0.0 GiB free, checkpoints and final model need about 0.0 GiB; free some space, lower "
+        "run: 0.0 GiB free, checkpoints and the final model need about 0.0 GiB; free some space, lower "
         "--save_total_limit, or use --save_steps 0 to save only the final model",
     ),
     (read_only, "", "output_dir 'run': cannot be written (Read-only file system)"),
@@ -791,7 +792,7 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
         capsys,
         f"eval {BASE} --model run/final",
         f"model 'run/final': an adapter whose base cannot be loaded: model '{here}/model': no such folder; if it was "
-        "moved, name its place with --adapter_base",
+        "moved, name its new location with --adapter_base",
     )
     trained(f"eval {BASE} --model run/final --adapter_base elsewhere")
     trained("ask run Hello --adapter_base elsewhere --max_completion_length 4")
@@ -1081,7 +1082,7 @@ def test_memory_is_planned_for_another_device_and_nothing_is_loaded(
         r"it does not fit: .* MiB of 0\.0 MiB; no change of settings makes it fit", capsys.readouterr().out
     )
     for option in ("memory 80GiB", "device h100"):
-        refused = f"option --{option.split()[0]} plans for such a GPU and trains nothing: add --dry_run"
+        refused = f"option --{option.split()[0]} only makes a plan: add --dry_run"
         fails(capsys, f"{SDFT} --{option}", refused)
     fails(capsys, f"{SDFT} --dry_run --memory 80", "option --memory: found '80', expected a size such as 80GiB or 80GB")
 
@@ -1091,7 +1092,7 @@ def test_a_named_device_has_memory_and_speed(here: Path, capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert re.search(
         r"rough time, on h100 at 40% of 989 TFLOP/s and 70% of 3350 GB/s: \S+ s per step \(sampling \S+, teacher \S+, "
-        r"student \S+, update \S+\), \S+ s for 40 steps, if all samples are as long as they may be\n"
+        r"student \S+, update \S+\), \S+ s for 40 steps, if all samples have maximum length\n"
         r"it fits: .* MiB of 74\.5 GiB\n$",
         out,
     )

@@ -102,7 +102,7 @@ def test_a_stopped_demo_says_what_to_do_and_lies_beside_an_earlier_one(
     monkeypatch.setattr(module, "train", train_interrupted)
     monkeypatch.setattr(Evaluator, "measure", measure_interrupted)
     assert main(["demo"]) == 130
-    said = "runs/demo-2: stopped before the results; the demo cannot be resumed, start it again: selfdistill demo\n"
+    said = "runs/demo-2: stopped before the results; the demo cannot resume, so start it again: selfdistill demo\n"
     assert capsys.readouterr().err.endswith(said)
     assert [file.name for file in Path("runs/demo-2").iterdir() if file.is_dir() and file.name != "prior"] == ["sft"]
     assert not Path("runs/demo-2/demo.json").exists()

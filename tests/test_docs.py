@@ -174,7 +174,9 @@ def test_the_readmes_figures_are_those_of_the_study() -> None:
     base, sft, sdft, least = (span(shares) for shares in (kept["base"], kept["sft"], kept["sdft"], anchored))
     text = " ".join(README.split())
     assert len(kept["sft"]) == len(kept["sdft"]) == 3
-    assert f"The base answers {base} of them, after SFT {sft}, after SDFT {sdft} (three seeds)." in text
+    assert (
+        f"The base answers {base} of them. After SFT the model answers {sft}, after SDFT {sdft} (three seeds)." in text
+    )
     assert f"With them it answers {least}" in text
 
 

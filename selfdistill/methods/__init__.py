@@ -73,8 +73,7 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
     """The stages of the method that the settings name, each with the parts of its steps.
 
     Raises:
-        UserError: the method rejects the settings, or ``method_settings`` or ``teacher_model`` is given and it has no
-            use for it.
+        UserError: the method rejects the settings, or does not use a given ``method_settings`` or ``teacher_model``.
     """
     if config.method_settings and "method_settings" not in _settings_read(config):
         raise UserError(
@@ -83,7 +82,7 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
         )
     if config.teacher_model is not None and "teacher_model" not in _settings_read(config):
         raise UserError(
-            f"setting 'teacher_model' is for methods whose teacher is a choice, such as sdft, found {config.method!r}: "
+            f"setting 'teacher_model' is for methods with a choice of teacher, such as sdft, found {config.method!r}: "
             "leave it out"
         )
     beside = anchors(config)
@@ -128,14 +127,14 @@ class _Read:
 
     def __getattr__(self, name: str) -> Any:
         member = getattr(type(self._config), name, None)
-        if isinstance(member, property) and member.fget is not None:  # it reads the settings that it is made of
+        if isinstance(member, property) and member.fget is not None:  # it reads the settings that it copies
             return member.fget(self)
         self.names.add(name)
         return getattr(self._config, name)
 
 
 def _settings_read(config: TrainConfig) -> set[str]:
-    """Names of the settings that the method and the parts beside it read.
+    """Names of the settings that the method and its additional parts read.
 
     Raises:
         UserError: the method rejects the settings.

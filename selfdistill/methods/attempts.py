@@ -21,7 +21,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods.sequences import Completion
 
 Shown = Literal["sibling", "feedback", "either", "both"]
-"""A successful sibling, feedback on the sample itself, the sibling or else feedback, or each that there is."""
+"""A successful sibling, feedback on the sample itself, the sibling or else feedback, or both if available."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class AttemptContexts:
     samples with a reward below 1.
 
     Raises:
-        UserError: the context shows something else than one demonstration.
+        UserError: the context shows anything but one demonstration.
     """
 
     group: int
@@ -89,7 +89,7 @@ class AttemptContexts:
         return encode(row, with_feedback(messages, feedback) if feedback else messages)
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
-        """With a sibling, and feedback, of about so many tokens; as long as is allowed if that is longer."""
+        """With a sibling and feedback of about this many tokens; cut to the allowed length."""
         text = " a" * tokens
         sibling = replace(example.demonstration, privileged_context=text)
         ids = self._encoded(example, sibling, text, replace(encode, max_prompt_length=None, window=None))

@@ -30,7 +30,8 @@ from selfdistill.model import TeacherRule
 
 
 class SdpoSettings(Settings):
-    """What only SDPO knows. The loss and the teacher's rate are among it, because the defaults of others differ."""
+    """Settings of SDPO alone. They include the loss and the teacher's rate, because the other methods' defaults
+    differ."""
 
     show: Shown = "either"
     """What the teacher sees: ``sibling``, ``feedback``, ``either`` or ``both``, where there are both."""

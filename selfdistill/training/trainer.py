@@ -99,8 +99,8 @@ class Trainer:
         )
         if config.load_in_4bit and not is_in_4bit(self.loaded.model):
             raise UserError(
-                "setting 'load_in_4bit' quantises a model while it is read from its files, found one that is already "
-                "loaded: give its folder or name, or leave the setting out"
+                "setting 'load_in_4bit' quantises a model while reading its files, found a loaded model: give its "
+                "folder or name, or leave the setting out"
             )
         use_engine(self.loaded, config)
         self.began_as = start_fingerprint(self.loaded)
@@ -126,8 +126,8 @@ class Trainer:
             assert self.evaluator is not None
             if repeated := repeated_prompts(part.examples, self.evaluator.questions.demonstrations):
                 say_note(
-                    f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these "
-                    "the model is held at the replies of before the run"
+                    f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these, "
+                    "anchors preserve the replies from before the run"
                 )
 
     def _prepare(self) -> None:

@@ -448,7 +448,7 @@ def test_a_stop_in_training_says_how_to_go_on(
         add(make())
     assert error.value.exit_code == 143
     monkeypatch.undo()
-    there = r"^'first' is unfinished: give the same command to finish it, or discard it with selfdistill learn --state "
+    there = r"^'first' is unfinished: run the same command to finish it, or discard it with selfdistill learn --state "
     there += re.escape(make().state) + r" discard\. What differs: "
     with pytest.raises(UserError, match=there + r"name was 'first' and is now 'second'; its rows or test rows differ"):
         add(make("second"))

@@ -105,7 +105,7 @@ def test_a_picture_that_is_not_there_is_named_with_its_row(write_rows: Write, tm
     path = write_rows([row(), row("b.png")])
     with pytest.raises(UserError) as error:
         load_demonstrations(str(path))
-    found = f"{path}: 1 bad row: line 2, column 'images[0]': 'b.png' is not there (looked in {tmp_path})"
+    found = f"{path}: 1 bad row: line 2, column 'images[0]': 'b.png' does not exist (looked in {tmp_path})"
     assert str(error.value) == found
 
 
@@ -141,8 +141,8 @@ def test_an_animation_and_deep_channels_are_refused() -> None:
         "column 'images[0]': the picture has 3 frames, expected a single picture; save one frame"
     )
     deep = png(Image.new("I;16", (4, 4), 40000))
-    assert "has mode I;16, expected 8 bits a channel; convert it" in problem_of(row(deep))
-    assert "has mode F, expected 8 bits a channel; convert it" in problem_of(row(Image.new("F", (4, 4))))
+    assert "has mode I;16, expected 8 bits per channel; convert it" in problem_of(row(deep))
+    assert "has mode F, expected 8 bits per channel; convert it" in problem_of(row(Image.new("F", (4, 4))))
 
 
 WANT = "expected a path, a PIL image or an object with bytes and path"
@@ -158,7 +158,7 @@ WANT = "expected a path, a PIL image or an object with bytes and path"
         (row(images="a.png"), "column 'images': found 'a.png', expected a list of pictures"),
         (
             row("https://x.org/a.png"),
-            "column 'images[0]': found 'https://x.org/a.png', expected a file: no pictures are downloaded; save it "
+            "column 'images[0]': found 'https://x.org/a.png', expected a file: pictures are not downloaded; save it "
             "first",
         ),
         (row(RED, image=RED), "has 'image' and 'images', expected one of them"),

@@ -397,7 +397,7 @@ def test_weights_that_another_run_puts_in_are_noticed(
 
         with monkeypatch.context() as patch:
             asked(patch, interfere)
-            with pytest.raises(EngineFailed, match="has got other weights, as if a second run used it"):
+            with pytest.raises(EngineFailed, match="received other weights, probably from a second run"):
                 sample(loaded, prompts(3), GREEDY)
     assert gap(loaded) < 1e-3
 

@@ -273,9 +273,9 @@ def test_check_compares_student_and_teacher_over_episodes(
     assert result.verdict.startswith("Worth trying: the teacher with turns:repeats=1 is right on 100%")
     assert "cannot show an episode" in result.skipped["example:reasoning=true"]
     assert result.spill is not None
-    assert result.spill.untried == "its steps are of single replies, and this is about episodes"
+    assert result.spill.untried == "its steps need single replies, and this data has episodes"
     assert result.hints is None
-    assert "hints are not measured, for a share of an episode cannot be shown" in capsys.readouterr().err
+    assert "hints are not measured, because a part of an episode cannot be shown" in capsys.readouterr().err
     assert "Spill: not measured: its steps are of single replies" in " ".join(repr(result).split())
 
 

@@ -109,7 +109,7 @@ def test_guides_that_do_not_fit_are_not_tried_and_said(
     limit += len("one\ntwo\nthree") + len("\n\nNow answer the question.")
     run = Trainer(guided(max_prompt_length=limit))
     said = " ".join(capsys.readouterr().err.split())
-    assert "note: the guides of 3 of 3 rows do not fit into the prompt as a whole (" in said
+    assert "note: the guides of 3 of 3 rows do not fit completely into the prompt (" in said
     assert "steps.jsonl" in said
     assert "no more of their first lines are tried than fit, which is none in 0 of these rows; a larger" in said
     tries, task = solved_with(monkeypatch, run, {"q": 5}), run.stage.task

@@ -456,7 +456,7 @@ def test_the_first_episode_that_a_template_refuses_is_noted_with_its_row(
 
 def test_rows_with_pictures_are_refused() -> None:
     rows = [Demonstration("Look.", "a kettle", source="a:1", images=(Picture("0" * 64),)), Demonstration("Say.", "so")]
-    with pytest.raises(UserError, match=r"1 of 2 rows have pictures, and episodes are text alone \(a:1\)"):
+    with pytest.raises(UserError, match=r"1 of 2 rows have pictures, but episodes support only text \(a:1\)"):
         begun(TALK, rows)
 
 

@@ -542,7 +542,7 @@ def test_settings_that_matter_beside_others(all_of_them: Settings, values: dict[
         ({"method": "cpt", "max_completion_length": 512}, "setting 'max_completion_length': 512 leaves no room"),
         (
             {"teacher_model": "m", "method": "sft"},
-            "setting 'teacher_model' is for methods whose teacher is a choice, such as sdft, found 'sft'",
+            "setting 'teacher_model' is for methods with a choice of teacher, such as sdft, found 'sft'",
         ),
         ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model' is a fixed teacher, found teacher 'live'"),
         (

@@ -418,7 +418,7 @@ def test_the_base_is_held_by_a_method_that_needs_it_only(
         ),
         (
             {"method": "opsd", "teacher_model": "m"},
-            "setting 'teacher_model' is for methods whose teacher is a choice, such as sdft, found 'opsd': leave it",
+            "setting 'teacher_model' is for methods with a choice of teacher, such as sdft, found 'opsd': leave it",
         ),
         (
             {"method": "opsd", "method_settings": {"clip": 1}},

@@ -297,7 +297,7 @@ def test_a_server_that_leaves_the_adapter_out_is_found_at_the_start(load: Loader
             body["model"] = "base"
 
     fake.instead = leave_out
-    with pytest.raises(EngineFailed, match=r"nats per token away|it leaves LoRA's weights out"):
+    with pytest.raises(EngineFailed, match=r"nats per token away|it ignores LoRA's weights"):
         engine_for(loaded)
     assert all(torch.equal(weight, kept) for weight, kept in zip(loaded.model.parameters(), before, strict=True))
 
@@ -356,14 +356,14 @@ def test_all_options_that_differ_are_named_at_once(load: Loader, fake: FakeVllm)
             (200, {"vllm_config": {}, "vllm_env": {}}),
             r"not those of vLLM \(KeyError: 'lora_config'\); ",
         ),
-        ("/v1/models", (200, {"data": []}), r"its answers are not those of vLLM \(ValueError: .*\); serve with vllm>="),
+        ("/v1/models", (200, {"data": []}), r"its answers are not vLLM's \(ValueError: .*\); serve with vllm>="),
         ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1, as docs"),
         (
             "/collective_rpc",
             (200, {"results": [{"hidden_size": 64}]}),
             "another model: hidden_size is 64, '.*' has 32;",
         ),
-        ("/tokenize", (200, {"tokens": [1, 2]}), "it has another tokenizer than '.*'; serve the same model"),
+        ("/tokenize", (200, {"tokens": [1, 2]}), "its tokenizer differs from that of '.*'; serve the same model"),
     ],
 )
 def test_other_servers_and_models_are_refused(
@@ -397,7 +397,7 @@ def test_a_full_disk_is_a_line_and_leaves_its_room_to_the_checkpoint(
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr(weight_files, "save_file", full)
-    with pytest.raises(EngineFailed, match=r"No space left on device; make room, or give another engine_folder"):
+    with pytest.raises(EngineFailed, match=r"No space left on device; free space, or give another engine_folder"):
         sample(loaded, prompts(3), GREEDY)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -592,7 +592,7 @@ def test_weights_that_another_run_puts_in_are_noticed(load: Loader, fake: FakeVl
 
     fake.instead = interfere
     train(loaded, 2)
-    with pytest.raises(EngineFailed, match="has got other weights, as if a second run used it"):
+    with pytest.raises(EngineFailed, match="received other weights, probably from a second run"):
         sample(loaded, prompts(3), GREEDY)
 
 

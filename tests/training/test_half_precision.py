@@ -31,7 +31,7 @@ from selfdistill.training.train import train
 HALVES = ["float16", "bfloat16"]
 OPTIMS = ["adamw_torch", "adamw_8bit"]
 REFUSED = (
-    "model {!r}: its trainable weights are float16, in which small gradients become zero; load it with --dtype "
+    "model {!r}: its trainable weights are float16, where small gradients become zero; load it with --dtype "
     "bfloat16 or float32, or in Python with dtype=torch.bfloat16 or torch.float32, or train an adapter with "
     "--lora_rank 16"
 )

@@ -183,7 +183,7 @@ def test_the_vision_tower_is_trained_on_request(make: Make) -> None:
     config = make(train_vision_tower=True, method="sft")
     before, after = weights(config.model), weights(train(config))
     assert any("vision_tower" in name and not torch.equal(before[name], after[name]) for name in before)
-    with pytest.raises(UserError, match="'train_vision_tower': an adapter is on the language model alone"):
+    with pytest.raises(UserError, match="'train_vision_tower' does not work with lora_rank"):
         make(train_vision_tower=True, lora_rank=2)
 
 
@@ -283,8 +283,8 @@ def test_the_plan_of_memory_counts_tower_and_picture_tokens(
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"engine": "vllm"}, "setting 'engine' does not work with rows with pictures; leave it out"),
-        ({"torch_compile": True}, "setting 'torch_compile' does not work with rows with pictures; leave it out"),
+        ({"engine": "vllm"}, "setting 'engine' does not work with pictures; leave it out"),
+        ({"torch_compile": True}, "setting 'torch_compile' does not work with pictures; leave it out"),
         ({"method": "pope", "num_generations": 2}, "rows with pictures do not work with this method"),
     ],
 )
@@ -298,5 +298,5 @@ def test_what_does_not_work_with_pictures_is_refused_in_one_line(
 
 def test_an_engine_is_not_asked_to_sample_from_pictures(make: Make) -> None:
     config = make()
-    with pytest.raises(UserError, match="'engine': prompts with pictures are sampled by PyTorch alone; leave it out"):
+    with pytest.raises(UserError, match="'engine': prompts with pictures can be sampled only by PyTorch; leave it out"):
         selfdistill.evaluate(config.model, config.data, max_completion_length=2, engine="vllm", progress=False)

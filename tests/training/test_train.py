@@ -1209,7 +1209,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_again(settings: Callab
     config = settings(save_steps=0)
     train(config)
     before = final_weights(config)
-    with pytest.raises(UserError, match="this run is finished and kept no checkpoint, so it cannot be resumed"):
+    with pytest.raises(UserError, match="this run is finished and has no checkpoint, so it cannot be resumed"):
         train(config, resume=True)
     assert same(before, final_weights(config))
 
