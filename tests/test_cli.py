@@ -558,7 +558,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "misspelt folder",
         lambda m: (m / "final").mkdir(),
         "--model model/finl",
-        "model 'model/finl': the folder model has no finl in it; did you mean final?",
+        "model 'model/finl': the folder model has no finl; did you mean final?",
     ),
     (
         "unknown hub id",

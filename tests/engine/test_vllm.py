@@ -238,7 +238,7 @@ def test_a_prompt_and_completion_beyond_the_window_are_an_error(load: Loader) ->
     loaded = load()
     (rollout,) = sample(loaded, prompts(500), Sampling(12, temperature=0))
     assert rollout == own(loaded, prompts(500), Sampling(12, temperature=0))[0]
-    with pytest.raises(UserError, match="has up to 513 tokens, and the engine's length is 512"):
+    with pytest.raises(UserError, match="has up to 513 tokens, and the engine allows 512"):
         sample(loaded, prompts(3, 501), Sampling(12, temperature=0))
     assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)  # and it goes on
 
@@ -303,7 +303,7 @@ def test_an_engine_that_completes_nothing_is_late(load: Loader, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(LLMEngine, "step", lambda self: [])
-        with pytest.raises(EngineFailed, match=r"no sample was completed .* 2 of 2 are left; raise engine_timeout_s"):
+        with pytest.raises(EngineFailed, match=r"no sample was completed .* 2 of 2 are pending; raise engine_timeout_s"):
             sample(loaded, prompts(3, 4), GREEDY)
     close_engine()
 

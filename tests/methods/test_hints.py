@@ -295,7 +295,7 @@ def test_a_dry_run_with_a_hint(worded: Settings, hint: str) -> None:
         ({"hint": "nan"}, "setting 'hint': found 'nan', expected: a share from 0 to 1"),
         ({"hint": "0.5", "context": "few_shot:k=2"}, "context 'few_shot:k=2,pick=seed,this=false,seed=0': a hint is a"),
         ({"hint": "shortest", "context": "document"}, "context 'document:repeats=1,show=both': a hint is a part of"),
-        ({"hint": "shortest", "teacher_model": "m"}, "setting 'hint': shortest asks the model that learns, not"),
+        ({"hint": "shortest", "teacher_model": "m"}, "setting 'hint': shortest samples from the student, not"),
     ],
 )
 def test_a_hint_that_cannot_be_used_is_refused_in_one_line(

@@ -361,7 +361,7 @@ def test_all_options_that_differ_are_named_at_once(load: Loader, fake: FakeVllm)
         (
             "/collective_rpc",
             (200, {"results": [{"hidden_size": 64}]}),
-            "another model: hidden_size is 64, '.*' has 32;",
+            "a different model: hidden_size is 64, '.*' has 32;",
         ),
         ("/tokenize", (200, {"tokens": [1, 2]}), "its tokenizer differs from that of '.*'; serve the same model"),
     ],
@@ -524,7 +524,7 @@ def test_one_late_sample_of_many_ends_the_wait(load: Loader, fake: FakeVllm) -> 
     fake.instead = late
     began = time.monotonic()
     with pytest.raises(
-        EngineFailed, match=r"no sample was completed in 0\.5 s, 1 of 3 are left; engine_timeout_s is 0\.5"
+        EngineFailed, match=r"no sample was completed in 0\.5 s, 1 of 3 are pending; engine_timeout_s is 0\.5"
     ):
         sample(loaded, [prompts(5, 6)[number] for number in (0, 1, 0)], FREE, seeds(3))
     assert time.monotonic() - began < 5
@@ -690,7 +690,7 @@ def test_a_run_goes_on_without_its_servers_and_says_so(
     assert continued(given, TrainConfig).engine_url == fake.url
     run_training(without, resume=True)
     said = capsys.readouterr().err
-    assert "note: the run has sampled with vllm 0.32.0, float32, server and goes on with PyTorch" in said
+    assert "note: the run sampled with vllm 0.32.0, float32, server and continues with PyTorch" in said
 
 
 @pytest.mark.parametrize(
