@@ -804,8 +804,14 @@ def test_mistakes_about_a_state_that_exists(make: Settings, tmp_path: Path) -> N
     (tmp_path / "other.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n', encoding="utf-8")
     for values, message in (
         ({"model": str(other)}, "setting 'model': .* started from '.*', but '.*' has different weights; leave it out"),
-        ({"prior": str(tmp_path / "other.jsonl")}, "setting 'prior': .* started with other questions, or none; leave it"),
-        ({"mixed_precision": "bf16"}, "setting 'mixed_precision': all scores in .* were measured with 'no'; use the same"),
+        (
+            {"prior": str(tmp_path / "other.jsonl")},
+            "setting 'prior': .* started with other questions, or none; leave it",
+        ),
+        (
+            {"mixed_precision": "bf16"},
+            "setting 'mixed_precision': all scores in .* were measured with 'no'; use the same",
+        ),
         ({}, "setting 'name': .* already has a skill 'first'; give another --name"),
     ):
         with pytest.raises(UserError, match=message):

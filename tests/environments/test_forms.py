@@ -317,7 +317,7 @@ def test_a_public_method_that_is_no_tool_says_how_to_leave_it_out(make: Make) ->
     }
     for method, problem in wrong.items():
         text = f"class World:\n    def reset(self): pass\n    {method}"
-        with pytest.raises(UserError, match=f"tool World.go: no schema: .*{problem}; if it is not for the model,"):
+        with pytest.raises(UserError, match=f"tool World.go: no schema: .*{problem}; if the model should not call it,"):
             make(text)
 
 
