@@ -74,8 +74,8 @@ class Hint:
     def __post_init__(self) -> None:
         if self.context.name not in HINTED:
             raise UserError(
-                f"context {context_spec(self.context)!r}: it shows more than one demonstration, so it cannot show a "
-                f"hint; use {', '.join(HINTED[:-1])} or {HINTED[-1]}"
+                f"context {context_spec(self.context)!r}: it shows more than a single demonstration, so it cannot "
+                f"show a hint; use {', '.join(HINTED[:-1])} or {HINTED[-1]}"
             )
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:

@@ -67,7 +67,7 @@ def test_a_hint_is_the_context_of_a_shorter_demonstration(spec: str) -> None:
 
 
 def test_a_context_that_shows_more_has_no_part() -> None:
-    with pytest.raises(UserError, match=r"^context 'few_shot:.*': a hint is a part of one demonstration"):
+    with pytest.raises(UserError, match=r"^context 'few_shot:.*': it shows more than a single demonstration"):
         context_of("few_shot", 0.5)
     assert hintable(["few_shot", "example", "turns"]) == ["example", "turns"]
     with pytest.raises(UserError, match=r"^hints need a context that shows one demonstration: turns, example"):

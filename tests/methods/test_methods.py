@@ -547,7 +547,7 @@ def test_settings_that_matter_beside_others(all_of_them: Settings, values: dict[
         ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model' is a fixed teacher, found teacher 'live'"),
         (
             {"target_teacher": 0.0},
-            "setting 'target_teacher': found 0, and the target's other weights are 0, too",
+            "setting 'target_teacher': found 0, and the target's other weights are also 0",
         ),
     ],
 )
