@@ -417,7 +417,7 @@ def test_a_wrong_spec_says_what_there_is(spec: str, message: str) -> None:
 @pytest.mark.parametrize("type_", [float, int | None])
 def test_an_option_that_a_spec_cannot_write_is_refused_where_contexts_are_listed(type_: Any) -> None:
     quiz = make_dataclass("Quiz", [("share", type_, 1)], bases=(Turns,), namespace={"name": "quiz"}, frozen=True)
-    with pytest.raises(TypeError, match="^context 'quiz': option 'share' is .*, expected bool, int, str or a Literal"):
+    with pytest.raises(TypeError, match=r"^context 'quiz': option 'share' is .*, expected bool, int, str or a Literal"):
         options_of(quiz)
 
 
