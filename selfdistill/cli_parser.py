@@ -26,10 +26,9 @@ from selfdistill.config import (
     ReportConfig,
     Settings,
     TrainConfig,
-    closest,
     load_yaml,
 )
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 from selfdistill.runtime import GPUS, THIS
 
 COMMANDS: dict[str, tuple[type[Settings], str]] = {
@@ -303,7 +302,7 @@ def _explained(message: str, arguments: list[str]) -> str:
         try:
             COMMANDS[command][0](**{**needed, key[1]: value[1]})
         except UserError as error:
-            parts = [part for part in str(error).split("; ") if part.startswith(f"setting '{key[1]}'")]
+            parts = [part for part in re.split("; (?=setting ')", str(error)) if part.startswith(f"setting '{key[1]}'")]
             if parts:
                 return parts[0]
     return " ".join(message.removeprefix("argument ").split())

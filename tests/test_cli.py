@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from selfdistill.cli import main
 from selfdistill.cli_parser import COMMANDS, MAIN, TOPICS
 from selfdistill.config.commands import CheckConfig, CompareConfig, EvalConfig
-from selfdistill.config.train import TrainConfig
+from selfdistill.config.train import MethodName, TrainConfig
+from selfdistill.data.contexts import CONTEXTS
 from selfdistill.errors import UserError
 from selfdistill.runtime import resources
 from selfdistill.training import checkpoint
@@ -43,6 +44,9 @@ def here(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.
     shutil.copytree(model_folder(), "model")
     jsonl("train.jsonl", ROWS)
     return tmp_path
+
+
+METHODS = " or ".join(", ".join(map(repr, get_args(MethodName))).rsplit(", ", 1))
 
 
 def jsonl(name: str, rows: list[Any]) -> None:
@@ -181,8 +185,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context turn",
-        "context 'turn': unknown context 'turn', expected one of turns, example, few_shot, document, template, "
-        "rewritten",
+        f"context 'turn': unknown context 'turn', expected one of {', '.join(CONTEXTS)}; did you mean turns?",
     ),
     (
         "train.jsonl",
@@ -274,12 +277,15 @@ CONFIG: list[tuple[str, str]] = [
         "train",
         "setting 'model' is required: give --model; setting 'output_dir' is required: give --output_dir",
     ),
+    (f"{SFT} --margin 2", "unknown option --margin; see --help for the names"),
+    (f"{SFT} --temp 2", "unknown option --temp; did you mean --temperature?"),
     (f"{SFT} --lr 3", "unknown option --lr; did you mean --learning_rate?"),
     (f"{SFT} --learning_rte 3", "unknown option --learning_rte; did you mean --learning_rate?"),
     (f"{SFT} --learning-rate=3", "unknown option --learning-rate; did you mean --learning_rate?"),
     (f"{SFT} --learning_r 3", "unknown option --learning_r; did you mean --learning_rate?"),
     (f"{SFT} extra", "unknown argument extra; see --help for the names"),
     (f"{SFT} --model", "--model: expected one argument"),
+    (f"{SFT} --method sdtf", f"setting 'method': found 'sdtf', expected: {METHODS}; did you mean sdft?"),
     (f"{SFT} --method ppo", "setting 'method': found 'ppo', expected: 'sdft', 'sft', 'dft', 'cpt', ..."),
     (f"{SFT} --max_steps 1.5", "setting 'max_steps': found '1.5', expected: a valid integer..."),
     (f"{SFT} --max_steps -3", "setting 'max_steps': found -3, expected: greater than or equal to 1"),
@@ -363,8 +369,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"check {BASE} --contexts", "--contexts: expected at least one argument"),
     (
         f"check {BASE} --contexts turns nonsense",
-        "context 'nonsense': unknown context 'nonsense', expected one of turns, example, few_shot, document, template, "
-        "rewritten",
+        f"context 'nonsense': unknown context 'nonsense', expected one of {', '.join(CONTEXTS)}",
     ),
     (f"check {BASE} --sample 1", "setting 'sample': found 1, expected: greater than or equal to 2"),
     (f"check {BASE} --output_dir run", "unknown option --output_dir; see --help for the names"),

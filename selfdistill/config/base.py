@@ -7,10 +7,8 @@ folder) and the Python API. Settings that TRL has carry TRL's names. An unknown 
 from __future__ import annotations
 
 import datetime
-import difflib
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -26,7 +24,7 @@ from pydantic import (
 )
 
 from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES, Turns
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 
 
 def plain_address(value: str | None) -> str | None:
@@ -67,7 +65,8 @@ def _one_line(detail: Any) -> str:
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
     want = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"setting '{name}': found {detail['input']!r}, expected: {want}"
+    known = re.findall(r"'(\w+)'", want) if detail["type"] == "literal_error" else ()
+    return f"setting '{name}': found {detail['input']!r}, expected: {want}{closest(str(detail['input']), known, '')}"
 
 
 def read_mapping(path: Path, of: str) -> dict[str, Any]:
@@ -268,11 +267,3 @@ class QuestionSettings(Settings):
         if (self.writer_url is None) != (self.writer_model is None):
             raise ValueError("settings 'writer_url' and 'writer_model' go together: give both or neither")
         return self
-
-
-def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for the names") -> str:
-    """The end of a message about an unknown word: the closest known one, else ``otherwise``."""
-    names = list(known)
-    initials = [name for name in names if "".join(part[:1] for part in name.lstrip("-").split("_")) == word.lstrip("-")]
-    close = initials or difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {close[0]}?" if close else otherwise

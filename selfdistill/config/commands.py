@@ -19,12 +19,11 @@ from selfdistill.config.base import (
     QuestionSettings,
     Settings,
     TaskSettings,
-    closest,
     read_mapping,
 )
 from selfdistill.config.method import MethodName
 from selfdistill.config.train import OneRun, Precision, TrainConfig, TrainingSettings
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 
 
 class CompareConfig(TrainingSettings):

@@ -13,6 +13,7 @@ from selfdistill.data import (
     Demonstration,
     Example,
     Verdict,
+    must_show_one,
     parse_context,
     thought_and_said,
     with_feedback,
@@ -32,7 +33,7 @@ class AttemptContexts:
     samples with a reward below 1.
 
     Raises:
-        UserError: the context shows anything but one demonstration.
+        UserError: the context cannot show another attempt in place of the demonstration.
     """
 
     group: int
@@ -47,11 +48,7 @@ class AttemptContexts:
     def __post_init__(self) -> None:
         if self.episodes and self._layout.name != "turns":
             raise UserError(f"context {self.context!r}: found {self._layout.name!r}, and only turns shows episodes")
-        if self._layout.name not in ("turns", "example", "template"):
-            raise UserError(
-                f"context {self.context!r}: found {self._layout.name!r}, which shows more than another attempt; use "
-                "example, turns or template"
-            )
+        must_show_one(self._layout, "another attempt")
 
     @cached_property
     def _layout(self) -> Context:

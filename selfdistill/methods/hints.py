@@ -118,7 +118,7 @@ def hint_of(config: TrainConfig, share: float, part: HintPart = first_words) -> 
     """A part of the demonstration in the context of the settings; in ``turns`` until ``auto`` is resolved.
 
     Raises:
-        UserError: the context shows anything but one demonstration.
+        UserError: the context cannot show a part of a demonstration.
     """
     return Hint(parse_context("turns" if config.context == "auto" else config.context), share, part)
 
@@ -150,7 +150,7 @@ def _shortest(method: Method, config: TrainConfig) -> Method:
         raise UserError(
             "setting 'hint': shortest samples from the student, not teacher_model: give a share, or leave one out"
         )
-    hint_of(config, 0)  # refuses a context that shows more
+    hint_of(config, 0)  # refuses a context that cannot show a part
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
     return replace(method, examples=ScoredExamples(config, config.context), fixed=search)
 

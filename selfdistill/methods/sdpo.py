@@ -36,7 +36,7 @@ class SdpoSettings(Settings):
     show: Shown = "either"
     """What the teacher sees: ``sibling``, ``feedback``, ``either`` or ``both``, where there are both."""
     context: str | None = None
-    """How it sees a sibling, as a context of demonstrations: ``example``, ``turns`` or ``template``, with options.
+    """How it sees a sibling, as a context of demonstrations: ``turns``, ``example`` or ``template``, with options.
     Default: ``example:reasoning=false``, or with an environment ``turns``, which alone shows episodes."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
     """D; JSD has the weight ``jsd_weight``."""

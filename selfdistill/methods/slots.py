@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from selfdistill.config import Settings, TrainConfig, closest
+from selfdistill.config import Settings, TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Example, Verdict
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 from selfdistill.loss import CrossEntropy, Divergence, Target, Weighting
 from selfdistill.methods.examples import ExampleSource
 from selfdistill.methods.sequences import Completion, DrawnSamples, SequenceSource

@@ -7,8 +7,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from selfdistill.config import closest
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 from selfdistill.model.starter import STARTER_MODELS, starter_model_path
 
 _TOKENIZER_FILES = (

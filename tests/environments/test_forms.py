@@ -61,7 +61,7 @@ def test_what_cannot_be_imported_or_made_is_one_line(make: Make) -> None:
         assert problem in str(caught.value)
     bodies = {
         "Earth = 1": "has no class 'World'",
-        "class Wrold: pass": "has no class 'World'; did you mean 'Wrold'?",
+        "class Wrold: pass": "has no class 'World'; did you mean Wrold?",
         "World = 3": "has no class 'World'",
         "class World:\n    def __init__(self, size): pass": "creating it failed: TypeError:",
         "class World:\n    pass": "the class has no method reset; for the forms see docs/agents.md",

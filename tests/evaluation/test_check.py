@@ -349,8 +349,6 @@ def test_hints_need_a_layout_that_can_show_a_part(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path]
 ) -> None:
     config = config_of(model_folder(), write_rows(), contexts=["few_shot:k=2"], hints=True)
-    with pytest.raises(
-        UserError, match=r"^hints need a context that shows one demonstration: turns, example, template"
-    ):
+    with pytest.raises(UserError, match=r"^hints need a context that shows one demonstration: "):
         check(config, cost=False)
     assert check(config.model_copy(update={"hints": False}), cost=False).hints is None
