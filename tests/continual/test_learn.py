@@ -166,7 +166,7 @@ def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pyt
 
 
 def test_an_adapter_is_merged_so_that_each_model_stands_alone(make: Settings, tmp_path: Path) -> None:
-    for skill in ("first", "second", "third"):
+    for skill in ("first", "second"):
         assert add(make(skill, lora_rank=2))["accepted"]
         model = Path(Ledger(str(tmp_path / "state")).model)
         assert (model / "model.safetensors").exists()

@@ -15,7 +15,6 @@ import torch
 from conftest import (
     DOCUMENTS,
     add_gradient,
-    final_weights,
     gradients,
     largest_difference,
     quick,
