@@ -1161,6 +1161,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert all(f"\n    {command} " in done.stdout for command in FROZEN)
 
 
+@pytest.mark.slow  # the next has the silence of the imports, and the tests above the line
 def test_process_prints_one_line_and_exits_with_2(here: Path) -> None:
     done = run(*shlex.split(SFT), "--data", "none.jsonl")
     assert (done.returncode, done.stdout) == (2, "")
