@@ -173,7 +173,7 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 def settings(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
 ) -> Callable[..., TrainConfig]:
-    """Settings of a tiny run into ``out``: six rows, three steps an epoch."""
+    """Settings of a tiny run into ``out``: six rows, three steps an epoch, nothing measured beside the steps."""
     data = write_rows()
 
     def make(out: str = "run", **values: Any) -> TrainConfig:
@@ -188,11 +188,19 @@ def settings(
             "learning_rate": 1e-3,
             "warmup_steps": 0,
             "save_steps": 0,
+            "drift_steps": 0,
+            "view_rows": 0,
             "mixed_precision": "no",
         }
         return TrainConfig(**(defaults | values))
 
     return make
+
+
+def quick(names: Sequence[str], *kept: str) -> list[Any]:
+    """Parameters of a test: all names, of which those that try a mechanism a second time are slow ones."""
+    assert set(kept) <= set(names)
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def needs(method: Any, other_model: str) -> dict[str, Any]:

@@ -123,8 +123,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "no rows",
         SFT.replace("train.jsonl", "folder"),
         "folder: no .jsonl, .json, .csv, .tsv or .parquet (text also compressed as .gz or .zst) file in this folder, "
-        "in "
-        "its folder data, or in one for a split",
+        "in its subfolder data, or in one named after a split",
     ),
     (
         "long.jsonl",
@@ -572,7 +571,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "misspelt folder",
         lambda m: (m / "final").mkdir(),
         "--model model/finl",
-        "model 'model/finl': the folder model has no finl in it; did you mean final?",
+        "model 'model/finl': the folder model has no finl; did you mean final?",
     ),
     (
         "unknown hub id",
@@ -1136,7 +1135,7 @@ def test_a_check_goes_on_without_a_plan(
 ) -> None:
     monkeypatch.setattr("selfdistill.api.memory_plan", raising_user_error)
     assert main(shlex.split(f"check {BASE} --sample 2 --contexts turns --memory 80GiB --json result.json")) in (0, 4)
-    assert "note: no plan of memory: not that model" in capsys.readouterr().err
+    assert "note: no memory plan: not that model" in capsys.readouterr().err
     assert json.loads(Path("result.json").read_text())["plan"] is None
 
 

@@ -61,7 +61,12 @@ def test_the_demo_runs_prints_and_keeps_its_folder(tiny_demo: Path, capsys: pyte
         assert (folder / "final/model.safetensors").is_file()
         assert arm in output
     assert len({json.dumps(point) for point in result["arms"].values()}) == 4
-    for words in ("teacher: base + answer", "KL(base||model)", "minutes", "prior: share right of 12 other questions"):
+    for words in (
+        "teacher: base + answer",
+        "KL(base||model)",
+        "minutes",
+        "prior: share answered correctly of 12 other questions",
+    ):
         assert words in output
     assert [output.count(f"\n{sort}: ") for sort in ("New", "Everyday")] == [3, 3]
     assert [output.count(f"\n  {name}: ") for name in ("base", "SDFT + anchors", "SFT")] == [6, 6, 3]

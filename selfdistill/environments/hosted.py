@@ -41,7 +41,7 @@ class Hosted:
         self.worker = Worker()
         self._closed = False
         try:
-            self.object = self.must("making it", make)
+            self.object = self.must("creating it", make)
         except UserError:
             self.worker.close()
             raise

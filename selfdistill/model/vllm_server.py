@@ -275,7 +275,7 @@ class VllmServers(VllmSampling):
                 except Empty:
                     urls, left = self._settings.engine_url, len(requests) - len(rollouts)
                     raise ServerProblem(
-                        f"{urls}: no sample was completed in {limit_s:g} s, {left} of {len(requests)} are left; "
+                        f"{urls}: no sample was completed in {limit_s:g} s, {left} of {len(requests)} are pending; "
                         f"engine_timeout_s is {limit_s:g}"
                     ) from None
                 rollouts[numbers[future]] = future.result()

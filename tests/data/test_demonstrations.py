@@ -89,7 +89,7 @@ def test_messages_as_python_writes_them_are_refused(column: str, text: str) -> N
     problem = f"column '{column}': found the text of a Python list, expected a list or its JSON text"
     assert message_of(write("a.jsonl", {column: text})) == f"a.jsonl: 1 bad row: line 1, {problem}"
     both = {"prompt": json.dumps([USER]), "completion": text}
-    assert "column 'completion': found messages as Python writes them" in message_of(write("a.jsonl", both))
+    assert "column 'completion': found the text of a Python list" in message_of(write("a.jsonl", both))
 
 
 @pytest.mark.parametrize(
@@ -672,9 +672,17 @@ GOOD_LINE = json.dumps(GOOD).encode()
             json.dumps(GOOD).encode("utf-16"),
             "a.jsonl: found UTF-16 text, expected JSON Lines; save it as UTF-8",
         ),
-        ("data/x.txt", b"x", f"data: no {TYPES} file in this folder, in its folder data, or in one for a split"),
+        (
+            "data/x.txt",
+            b"x",
+            f"data: no {TYPES} file in this folder, in its subfolder data, or in one named after a split",
+        ),
         ("data/x.xlsx", b"x", f"data: cannot read x.xlsx (.xlsx), expected {TYPES}; convert it or move it"),
-        ("data/x.jsonl/y", b"x", f"data: no {TYPES} file in this folder, in its folder data, or in one for a split"),
+        (
+            "data/x.jsonl/y",
+            b"x",
+            f"data: no {TYPES} file in this folder, in its subfolder data, or in one named after a split",
+        ),
     ],
 )
 def test_bad_file(name: str, content: bytes, message: str) -> None:

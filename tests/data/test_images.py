@@ -172,7 +172,7 @@ def test_as_many_pictures_as_places() -> None:
     place, text = {"type": "image"}, {"type": "text", "text": "Look"}
     two = [{"role": "user", "content": [place, text, place]}]
     found = problem_of({"prompt": two, "completion": "a", "images": [RED]})
-    assert found == "column 'prompt': 2 parts of type 'image' for 1 pictures; give as many"
+    assert found == "column 'prompt': 2 parts of type 'image' for 1 pictures; give equal numbers"
     found = problem_of({"prompt": two, "completion": "a"})
     problem = "found a part of type 'image', but no picture in the column 'images'; add it"
     assert found == f"column 'prompt[0].content[0]': {problem} and column 'prompt[0].content[2]': {problem}"
@@ -191,7 +191,7 @@ def test_pictures_after_a_learnt_reply_are_refused() -> None:
     ]
     rows = [{"messages": turns, "images": [RED, RED]}]
     assert len(load_demonstrations(rows, turns="last")[0].prompt) == 3
-    with pytest.raises(UserError, match="column 'messages': pictures after the first reply that is learnt, expected"):
+    with pytest.raises(UserError, match="column 'messages': pictures after the first learnt reply, expected"):
         load_demonstrations(rows, turns="all")
 
 

@@ -631,7 +631,7 @@ def test_many_verdicts_keep_their_order() -> None:
         ({"tests": 1}, "scorer 'code' cannot use answer {\"tests\": 1}: it is not text or a number"),
         (["f(1", "f(2)"], 'cannot use answer ["f(1", "f(2)"]: test 1: SyntaxError: \'(\' was never closed (line 1)'),
         ("x = f(1)", "scorer 'code' cannot use answer \"x = f(1)\": test 1: ValueError: it asserts nothing"),
-        ("['f(1)']", "scorer 'code' cannot use answer \"['f(1)']\": it is a list as Python writes it"),
+        ("['f(1)']", "scorer 'code' cannot use answer \"['f(1)']\": it is the text of a Python list"),
     ],
 )
 def test_tests_that_cannot_be_used(answer: Any, message: str) -> None:

@@ -155,9 +155,9 @@ def test_what_a_class_may_not_return_is_the_users_mistake(make: Make) -> None:
         environment.step(said("odd"))
     with pytest.raises(UserError, match=r"step returned 3\.0, expected True or False, a reward from 0 to 1"):
         environment.step(said("much"))
-    with pytest.raises(UserError, match="step returned no observations and not the end"):
+    with pytest.raises(UserError, match="step returned neither observations nor the end"):
         environment.step(said("mute"))
-    with pytest.raises(UserError, match="step returned a reward and not the end"):
+    with pytest.raises(UserError, match="step returned a reward before the end"):
         environment.step(said("early"))
     environment = make(OWN.replace("return [{", "return 'Go.' or [{"))()
     with pytest.raises(UserError, match=r"reset returned 'Go\.', expected a list of messages"):
@@ -317,7 +317,7 @@ def test_a_public_method_that_is_no_tool_says_how_to_leave_it_out(make: Make) ->
     }
     for method, problem in wrong.items():
         text = f"class World:\n    def reset(self): pass\n    {method}"
-        with pytest.raises(UserError, match=f"tool World.go: no schema: .*{problem}; if it is not for the model,"):
+        with pytest.raises(UserError, match=f"tool World.go: no schema: .*{problem}; if the model should not call it,"):
             make(text)
 
 

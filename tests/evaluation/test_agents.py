@@ -276,7 +276,7 @@ def test_check_compares_student_and_teacher_over_episodes(
     assert result.spill.untried == "its steps need single replies, and this data has episodes"
     assert result.hints is None
     assert "hints are not measured, because a part of an episode cannot be shown" in capsys.readouterr().err
-    assert "Spill: not measured: its steps are of single replies" in " ".join(repr(result).split())
+    assert "Spill: not measured: its steps need single replies" in " ".join(repr(result).split())
 
 
 def test_check_measures_the_models_own_tokens_alone(talks: dict[str, Any], load: Callable[..., LoadedModel]) -> None:

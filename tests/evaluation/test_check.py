@@ -340,7 +340,7 @@ def test_hints_are_measured_in_the_best_layout(
     assert replace(by_hand, hint=0.5) == result.hints[2]
     result.print(result_console())
     printed = capsys.readouterr().out
-    assert "the teacher with a part of the demonstration" in printed
+    assert "the teacher with part of the demonstration" in printed
     assert "0.75" in printed
     assert [found["hint"] for found in result.to_dict()["hints"]] == [0, 0.25, 0.5, 0.75, 1]
 

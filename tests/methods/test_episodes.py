@@ -415,8 +415,8 @@ def test_settings_of_episodes_are_noted_without_an_environment(talks: Settings) 
     [
         ("BreaksAtStart", r"talks.jsonl:1, at its start: .*ZeroDivisionError"),
         ("Lies", r"talks.jsonl:\d, at turn 2: .*expected a Step"),
-        ("Mute", r"talks.jsonl:\d, at turn 1: environment .* returned no observations and not the end"),
-        ("Restless", r"talks.jsonl:\d: environment .* began with other messages than before"),
+        ("Mute", r"talks.jsonl:\d, at turn 1: environment .* returned neither observations nor the end"),
+        ("Restless", r"talks.jsonl:\d: environment .* began with different messages from before"),
     ],
 )
 def test_an_environment_that_fails_is_named_with_its_row(talks: Settings, name: str, message: str) -> None:

@@ -294,9 +294,12 @@ def test_a_dry_run_with_a_hint(worded: Settings, hint: str) -> None:
         ({"hint": "1.5"}, "setting 'hint': found '1.5', expected: a share from 0 to 1, two of them as in 0.2:1, or"),
         ({"hint": "0:1:0"}, "setting 'hint': found '0:1:0', expected: a share from 0 to 1"),
         ({"hint": "nan"}, "setting 'hint': found 'nan', expected: a share from 0 to 1"),
-        ({"hint": "0.5", "context": "few_shot:k=2"}, "context 'few_shot:k=2,pick=seed,this=false,seed=0': a hint is a"),
-        ({"hint": "shortest", "context": "document"}, "context 'document:repeats=1,show=both': a hint is a part of"),
-        ({"hint": "shortest", "teacher_model": "m"}, "setting 'hint': shortest asks the model that learns, not"),
+        (
+            {"hint": "0.5", "context": "few_shot:k=2"},
+            "context 'few_shot:k=2,pick=seed,this=false,seed=0': it shows more",
+        ),
+        ({"hint": "shortest", "context": "document"}, "context 'document:repeats=1,show=both': it shows more than"),
+        ({"hint": "shortest", "teacher_model": "m"}, "setting 'hint': shortest samples from the student, not"),
     ],
 )
 def test_a_hint_that_cannot_be_used_is_refused_in_one_line(

@@ -15,9 +15,9 @@ import torch
 from conftest import (
     DOCUMENTS,
     add_gradient,
-    final_weights,
     gradients,
     largest_difference,
+    quick,
     row_log_probs,
     same,
 )
@@ -256,30 +256,35 @@ def test_the_base_of_a_target_is_the_student_at_the_start_not_the_teacher(
 # --- the loop ---
 
 
-@pytest.mark.parametrize("method", NAMES)
+def weights_of(run: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in run.loaded.model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", quick(NAMES, "sdft", "sft_reinvoke", "grpo", "sdpo", "trapo"))
 def test_parts_of_a_batch_change_nothing(all_of_them: Settings, method: Any) -> None:
-    common: dict[str, Any] = {"method": method, "batch_size": 4, "max_steps": 4, "learning_rate": 1e-4}
-    one, four = all_of_them("one", **common), all_of_them("four", gradient_accumulation_steps=4, **common)
-    weights = []
-    for config in (one, four):
-        (file,) = train(config).glob("*.safetensors")
-        weights.append(load_file(file))
-    assert largest_difference(*weights) < 1e-5
-    start = {name: p.detach() for name, p in load_model(one.model).model.named_parameters()}
-    assert largest_difference({name: start[name] for name in weights[0]}, weights[0]) > 1e-5
+    common: dict[str, Any] = {"method": method, "batch_size": 4, "max_steps": 3, "learning_rate": 1e-4}
+    one, four = (Trainer(all_of_them(gradient_accumulation_steps=n, **common)) for n in (1, 4))
+    start = weights_of(one)
+    for run in (one, four):
+        for step in range(3):
+            run.step(step)
+    assert largest_difference(weights_of(one), weights_of(four)) < 1e-5
+    assert largest_difference(weights_of(one), start) > 1e-5
 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any) -> None:
     values: dict[str, Any] = {"teacher": "frozen"}
-    if method == "vopd":  # one token a place is a noisy estimate
-        values["num_generations"] = 8
+    if method == "vopd":
+        values["num_generations"] = 4
     if method == "t3s":  # nothing is left out where the worse model is the base
         values |= {"teacher_model": all_of_them().model, "teacher_cache_mib": 0}
-    run = Trainer(all_of_them(method=method, batch_size=6, max_steps=24, learning_rate=3e-3, **values))
+    # One token a place is a noisy estimate, and a target that leaves the student behind overshoots.
+    steps, rate = (32, 2e-3) if method in ("vopd", "veto") else (10, 8e-3)
+    run = Trainer(all_of_them(method=method, batch_size=6, max_steps=steps, learning_rate=rate, **values))
     base, student = copy.deepcopy(run.loaded.model), run.loaded.model
     first = run.stages[0].task
-    completions = first.method.sequence(run.loaded, first.examples * 8, 1000)  # of the untrained model, where sampled
+    completions = first.method.sequence(run.loaded, first.examples * 4, 1000)  # of the untrained model, where sampled
     distils = isinstance(first.method.loss, Divergence)
     if distils and first.method.select is not None:
         verdicts = first.method.checker(completions, run.chat) if first.method.checker else []
@@ -288,7 +293,7 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
     def lacks(model: Any) -> float:
         """What is still to be learnt: the distance to the teacher, wrong samples, or unlikely tokens."""
         if not distils and first.method.checker is not None:
-            again = first.method.sequence(run.loaded, first.examples * 8, 1000)
+            again = first.method.sequence(run.loaded, first.examples * 6, 1000)
             return statistics.mean(len(run.chat.decode(c.ids)) < 4 for c in again)
         values = []
         for c in completions:
@@ -301,16 +306,19 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
 
     with torch.no_grad():
         before = lacks(student)
-    for step in range(24):
+    for step in range(steps):
         run.step(step)
     with torch.no_grad():
         after = lacks(student)
     assert after < 0.7 * before
 
 
-@pytest.mark.parametrize("method", [name for name in NAMES if name not in ("sdft", "sft")])
+RESUMED = [name for name in NAMES if name not in ("sdft", "sft")]
+
+
+@pytest.mark.parametrize("method", quick(RESUMED, "sft_reinvoke", "offline_distillation", "grpo", "vopd"))
 def test_a_resumed_run_equals_one_that_was_not_interrupted(all_of_them: Settings, method: Any) -> None:
-    common: dict[str, Any] = {"method": method, "save_steps": 2, "max_steps": 7, "drift_steps": 0}
+    common: dict[str, Any] = {"method": method, "save_steps": 2, "max_steps": 7}
     whole, cut = all_of_them("whole", **common), all_of_them("cut", **common)
     train(whole)
 
@@ -460,9 +468,11 @@ def test_a_setting_that_a_method_does_not_use_changes_nothing(all_of_them: Setti
     unused = {setting: value for setting, value in OTHERS.items() if setting not in used}
     other = plain.model_copy(update=unused | {"output_dir": f"{plain.output_dir}-other"})
     assert set(unused_settings(other)) == set(unused)
-    train(plain)
-    train(other)
-    assert same(final_weights(plain), final_weights(other))
+    runs = [Trainer(config) for config in (plain, other)]
+    for run in runs:
+        for step in range(2):
+            run.step(step)
+    assert same(*map(weights_of, runs))
 
 
 def test_rewards_that_teach_nothing_are_said(
@@ -533,7 +543,7 @@ def test_settings_that_matter_beside_others(all_of_them: Settings, values: dict[
         ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model' is a fixed teacher, found teacher 'live'"),
         (
             {"target_teacher": 0.0},
-            "setting 'target_teacher': found 0, and the target's other weights are 0, too",
+            "setting 'target_teacher': found 0, and the target's other weights are also 0",
         ),
     ],
 )

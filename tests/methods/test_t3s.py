@@ -89,7 +89,7 @@ def test_a_killed_run_leaves_out_the_same(all_of_them: Settings) -> None:
 
 
 def test_it_needs_the_worse_model(settings: Settings) -> None:
-    with pytest.raises(UserError, match=r"^setting 'teacher_model': t3s compares with a model of SFT on the same data"):
+    with pytest.raises(UserError, match=r"^setting 'teacher_model': t3s needs an SFT run on the same data"):
         Trainer(settings(method="t3s"))
 
 

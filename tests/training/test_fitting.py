@@ -53,7 +53,7 @@ def test_what_cannot_fit_is_refused_before_the_model_is_loaded(
     config = settings()
     free(1000)
     monkeypatch.setattr("selfdistill.training.trainer.load_model", lambda *_, **__: pytest.fail("loaded"))
-    message = r"^0\.0 MiB of memory are free, and the run needs at least \d\.\d MiB, .*; no change of settings makes it"
+    message = r"^0\.0 MiB of memory are free, but the run needs at least \d\.\d MiB, .*; no change of settings makes it"
     with pytest.raises(UserError, match=message):
         train(config)
     assert not Path(config.output_dir).exists()
@@ -67,7 +67,7 @@ def test_where_one_process_has_too_little_all_are_refused(
     config = settings()
     children = started_together(lambda: train(config), tmp_path / "two")
     assert [child.wait() for child in children] == [1, 1]
-    assert all("memory are free, and the run needs at least" in child.log.read_text() for child in children)
+    assert all("memory are free, but the run needs at least" in child.log.read_text() for child in children)
 
 
 def test_what_fits_unless_completions_are_long_is_said_and_trained(

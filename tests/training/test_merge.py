@@ -310,7 +310,7 @@ def test_quantised_tensors_are_left_if_equal_and_refused_if_not(three: tuple[Pat
     assert load_file(out / "model.safetensors")["scale_table"].tolist() == [1, 2, 4]
     refused(
         f"model '{folders[0]}': tensor scale_table is quantised (I8) and differs from that of '{folders[1]}'; such "
-        "tensors cannot be added, so use the models before quantisation",
+        "tensors cannot be added, so use the original models",
         tmp_path,
         model=folders[2],
         add=folders[0],
