@@ -314,12 +314,12 @@ def _explained(message: str, arguments: list[str]) -> str:
 
 def _own_setting(name: str, value: str, arguments: list[str]) -> str:
     """How to write a setting that only the chosen method knows; empty if it has none of this name."""
-    chosen = re.findall(r"(?:^|\s)--method[\s=](\w+)", " ".join(arguments))[-1:]
-    if not {*chosen} & {*get_args(MethodName)}:
+    *_, method = ["", *re.findall(r"(?:^|\s)--method[\s=](\w+)", " ".join(arguments))]
+    if method not in get_args(MethodName):
         return ""
     from selfdistill.methods import own_names  # imports torch, which takes seconds
 
-    if name not in own_names(chosen[0]):
+    if name not in own_names(method):
         return ""
     written = value if re.fullmatch(r"[-+.\de]+|true|false|null", value) else json.dumps(value)
-    return f"write this setting of {chosen[0]} as --method_settings '{{\"{name}\": {written}}}'"
+    return f"write this setting of {method} as --method_settings '{{\"{name}\": {written}}}'"
