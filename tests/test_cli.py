@@ -277,6 +277,15 @@ CONFIG: list[tuple[str, str]] = [
         "train",
         "setting 'model' is required: give --model; setting 'output_dir' is required: give --output_dir",
     ),
+    (
+        f"{SFT} --method isdft --pull 2",
+        """unknown option --pull; write this setting of isdft as --method_settings '{"pull": 2}'""",
+    ),
+    (
+        f"{SFT} --method=sdpo --show=both",
+        """unknown option --show; write this setting of sdpo as --method_settings '{"show": "both"}'""",
+    ),
+    (f"{SFT} --method sdft --pull 2", "unknown option --pull; see --help for the names"),
     (f"{SFT} --margin 2", "unknown option --margin; see --help for the names"),
     (f"{SFT} --temp 2", "unknown option --temp; did you mean --temperature?"),
     (f"{SFT} --lr 3", "unknown option --lr; did you mean --learning_rate?"),
