@@ -191,7 +191,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context turns:repeat=2",
-        "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats, show",
+        "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats, show; did you mean repeats?",
     ),
     (
         "train.jsonl",
