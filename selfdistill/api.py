@@ -250,7 +250,7 @@ def compare(
     with session(progress):
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
-            raise UserError("model: every run loads it anew; save it and give its folder")
+            raise UserError("model: every run loads it again; save it and give its folder")
         rows = RowsInFolder({"data": data, "test": test}, os.fspath(output_dir), reading_of(given))
         given |= rows.paths
         config = continued(given, CompareConfig) if resume else CompareConfig(**given)

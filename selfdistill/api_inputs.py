@@ -150,7 +150,7 @@ class RowsInFolder:
         before = load_demonstrations(str(file))
         if [row.identity() for row in before] != [row.identity() for row in self._rows[file]]:
             raise UserError(
-                f"{file}: it holds other rows than those given: give the same, or choose another output_dir"
+                f"{file}: its rows differ from those given: give the same rows, or choose another output_dir"
             )
         return True
 

@@ -82,7 +82,7 @@ def _check_settings(command: str, given: dict[str, Any]) -> None:
     """Find wrong and missing settings before anything heavy is imported."""
     for option in ("memory", "device"):
         if option in given and command == "train" and not given.get("dry_run"):
-            raise UserError(f"option --{option} plans for such a GPU and trains nothing: add --dry_run")
+            raise UserError(f"option --{option} only makes a plan: add --dry_run")
     if "memory" in given:
         size_in_bytes(given["memory"])
     if "device" in given:
@@ -131,7 +131,7 @@ def _train(given: dict[str, Any]) -> int:
 
 
 def _planned_for(given: dict[str, Any]) -> dict[str, Any]:
-    """Take the options out that name a device to plan for."""
+    """Remove and return the options that name a device to plan for."""
     return {name: given.pop(name) for name in ("memory", "device") if name in given}
 
 
@@ -168,16 +168,16 @@ def _check(given: dict[str, Any]) -> int:
 
 
 def _plan_of_check(given: dict[str, Any], planned_for: dict[str, Any]) -> dict[str, Any]:
-    """Print the plan of a training with the settings of a check, before the model is loaded; its JSON.
+    """Print the plan of a training run with a check's settings, before the model is loaded; return its JSON.
 
-    A plan that cannot be made keeps nobody from checking.
+    If there can be no plan, the check still runs.
     """
     from selfdistill import api
 
     try:
         found = api.memory_plan(**run_settings(CheckConfig(**given)), **planned_for)
     except UserError as error:
-        say_note(f"no plan of memory: {error}")
+        say_note(f"no memory plan: {error}")
         return {"plan": None}
     found.print(result_console())
     return {"plan": found.to_dict()}

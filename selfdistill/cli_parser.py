@@ -5,6 +5,7 @@ jsonargparse parses values by type; the settings validate ranges and combination
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import Action, ArgumentError
 from pathlib import Path
@@ -22,30 +23,30 @@ from selfdistill.config import (
     ExportConfig,
     LearnConfig,
     MergeConfig,
+    MethodName,
     QuestionsConfig,
     ReportConfig,
     Settings,
     TrainConfig,
-    closest,
     load_yaml,
 )
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 from selfdistill.runtime import GPUS, THIS
 
 COMMANDS: dict[str, tuple[type[Settings], str]] = {
-    "demo": (DemoConfig, "Teach the starter model a skill by SFT and SDFT, with and without anchors, and compare."),
+    "demo": (DemoConfig, "Teach the starter model a skill with SFT and SDFT, with and without anchors, and compare."),
     "check": (CheckConfig, "Before training, check whether self-distillation will help and which context is best."),
     "train": (TrainConfig, "Train a model on demonstrations."),
     "ask": (AskConfig, "Ask a model one question, and optionally its base."),
     "eval": (EvalConfig, "Evaluate the new task, prior abilities and the distance from the base."),
-    "compare": (CompareConfig, "Train by several methods on equal terms, and compare what each gained and forgot."),
+    "compare": (CompareConfig, "Train with several methods on equal terms, and compare what each gained and forgot."),
     "learn": (LearnConfig, "Teach one model skill after skill, each accepted only if earlier ones are retained."),
-    "questions": (QuestionsConfig, "Make questions about documents, as training data that teaches their content."),
-    "report": (ReportConfig, "Write a report of runs as one HTML file: scores, curves, settings, tokens."),
-    "export": (ExportConfig, "Copy the final model of a run to a folder, as it is or with its adapter merged."),
+    "questions": (QuestionsConfig, "Write questions about documents, as training data that teaches their content."),
+    "report": (ReportConfig, "Write a report of runs as one HTML file: scores, curves, settings and tokens."),
+    "export": (ExportConfig, "Copy the final model of a run to a folder, unchanged or with its adapter merged."),
     "merge": (
         MergeConfig,
-        "Add what another model has learnt, without training: model + scale * (add - subtract).",
+        "Transfer what another model has learnt, without training: model + scale * (add - subtract).",
     ),
 }
 """Settings and description of each command."""
@@ -58,7 +59,7 @@ MAIN = {
     "learn": ("action", "data", "state", "model", "name", "test", "prior", "max_steps"),
     "questions": ("documents", "output_dir", "model"),
 }
-"""Settings that everybody needs, shown first; for a command not listed, all of its settings."""
+"""Settings that everybody needs, shown first; a command that is not listed shows all of its settings."""
 
 TOPICS: dict[str, tuple[str, ...]] = {
     "model and data": (
@@ -133,17 +134,17 @@ SWITCHES = {
 """Options that are not settings, and their commands."""
 _SWITCH_HELP = {
     "resume": "Resume the run in --output_dir.",
-    "dry_run": "Print settings, one example as student and teacher see it, time and memory; train nothing.",
-    "memory": "Plan the training on a GPU with SIZE of memory, such as 80GiB, from config.json alone. With train, only "
-    "together with --dry_run.",
-    "device": f"The same with the memory of a device, and a rough time: {', '.join(GPUS)}, or {THIS}, the device here.",
+    "dry_run": "Print settings, one example as student and teacher see it, time and memory; do not train.",
+    "memory": "Plan training on a GPU with SIZE of memory, such as 80GiB, from config.json alone. "
+    "With train, it needs --dry_run.",
+    "device": f"The same for a named device, with a rough time: {', '.join(GPUS)}, or {THIS} (the current device).",
 }
 _VALUES = {"memory": "SIZE", "device": "NAME"}
-"""Metavars of those that have a value."""
+"""Metavars of the options that take a value."""
 _FLAGS = {"output": ("-o", "--output")}
-"""Option names of settings that also have a short one."""
+"""Option names of settings that also have a short form."""
 MOST_LISTED = 8
-"""Values of a setting that help lists beside its name."""
+"""Maximum number of values that the help lists beside a setting's name."""
 _POSITIONAL = {"export": ("run",), "report": ("runs",), "learn": ("action", "data"), "ask": ("run", "question")}
 """Positional settings, in this order; those not required may be omitted."""
 _LACKING = {
@@ -266,7 +267,7 @@ def _add_setting(group: Any, command: str, kind: type[Settings], key: str) -> No
 def _metavar(hint: Any) -> str | None:
     """The metavar of a type; None if its values are listed."""
     if get_origin(hint) is Literal and len(get_args(hint)) > MOST_LISTED:
-        return "NAME"  # its help says which
+        return "NAME"  # its help lists them
     parts = {part for part in get_args(hint) if part is not type(None)} or {hint}
     for kind, name in ((bool, "true|false"), (int, "N"), (float, "X"), (str, "TEXT")):
         if parts == {kind}:
@@ -287,10 +288,12 @@ def _explained(message: str, arguments: list[str]) -> str:
     switches = [switch for switch, wanted in SWITCHES.items() if command in wanted]
     if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
         return f"no {lacking[1]}: {_LACKING[lacking[1]]}; see selfdistill {command} --help"
-    if unknown := re.match(r"unrecognized arguments: ([^\s=]*)", message):
+    if unknown := re.match(r"unrecognized arguments: ([^\s=]*)[\s=]?(\S*)", message):
         places = _POSITIONAL.get(command, ())
         if (name := unknown[1].removeprefix("--")) in places and name != unknown[1]:
             return f"{command} takes {name} without {unknown[1]}: selfdistill {command} {' '.join(places).upper()}"
+        if own := _own_setting(name, unknown[2], arguments):
+            return f"unknown option {unknown[1]}; {own}"
         options = [key for key in fields if key not in places]
         known = [f"--{key}" for key in (*options, "config", *switches, *(["json"] if command != "train" else []))]
         what = "option" if unknown[1].startswith("-") else "argument"
@@ -303,7 +306,20 @@ def _explained(message: str, arguments: list[str]) -> str:
         try:
             COMMANDS[command][0](**{**needed, key[1]: value[1]})
         except UserError as error:
-            parts = [part for part in str(error).split("; ") if part.startswith(f"setting '{key[1]}'")]
+            parts = [part for part in re.split("; (?=setting ')", str(error)) if part.startswith(f"setting '{key[1]}'")]
             if parts:
                 return parts[0]
     return " ".join(message.removeprefix("argument ").split())
+
+
+def _own_setting(name: str, value: str, arguments: list[str]) -> str:
+    """How to write a setting that only the chosen method knows; empty if it has none of this name."""
+    *_, method = ["", *re.findall(r"(?:^|\s)--method[\s=](\w+)", " ".join(arguments))]
+    if method not in get_args(MethodName):
+        return ""
+    from selfdistill.methods import own_names  # imports torch, which takes seconds
+
+    if name not in own_names(method):
+        return ""
+    written = value if re.fullmatch(r"[-+.\de]+|true|false|null", value) else json.dumps(value)
+    return f"write this setting of {method} as --method_settings '{{\"{name}\": {written}}}'"

@@ -93,7 +93,7 @@ def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
             result = _measured(folder, seed, stop)
     except (RunStopped, KeyboardInterrupt) as stopped:
         number = stopped.signal_number if isinstance(stopped, RunStopped) else signal.SIGINT
-        message = f"{folder}: stopped before the results; the demo cannot be resumed, start it again: selfdistill demo"
+        message = f"{folder}: stopped before the results; the demo cannot resume, so start it again: selfdistill demo"
         raise RunStopped(message, number) from None
     write_json(folder / "demo.json", result)
     _print(result)
@@ -116,7 +116,7 @@ def _measured(folder: Path, seed: int, stop: StopRequests) -> dict[str, Any]:
     }
     base = load_for_training(SHARED["model"])
     loaded_at = time.monotonic()
-    say("measuring the base")
+    say("evaluating the base")
     evaluator = Evaluator(configs["SDFT"].model_copy(update={"batch_size": EVALUATION_BATCH}), base)
     teacher = evaluator.shown(base, SDFT["context"], "teacher")
     assert teacher is not None, "the package's rows have demonstrations"
@@ -218,7 +218,7 @@ def _free_folder(output_dir: str | None) -> Path:
 def _print(result: dict[str, Any]) -> None:
     points = {"base": result["base"], **result["arms"]}
     kinds = result["base"]["kinds"]
-    table = Table(title="A skill: which team takes a customer's message?")
+    table = Table(title="A skill: which team handles a customer's message?")
     for column in ("", "new", "prior", "KL", "minutes"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, point in points.items():
@@ -237,10 +237,10 @@ def _print(result: dict[str, Any]) -> None:
     _say_all(
         [
             "new: share of test messages that get the right team",
-            f"prior: share right of {asked}:",
+            f"prior: share answered correctly of {asked}:",
             f"  {', '.join(kinds)}",
             "KL: KL(base||model) along the base's answers to general prompts, nats per token",
-            "minutes: of training steps, without loading and measuring",
+            "minutes: of training steps, without loading and evaluation",
             "",
             *figure,
             *_shown_replies(result["replies"]),

@@ -4,6 +4,12 @@ Each is a :class:`UserError` with a one-line message: the file, row or setting, 
 command line prints that line and exits with code 2, without a traceback. Any other exception is a bug in this package.
 """
 
+import difflib
+from collections.abc import Iterable
+
+CLOSE = 0.7
+"""How similar a known word must be to a word for the message to suggest it, from 0 to 1."""
+
 
 class UserError(ValueError):
     """A mistake in the data, settings, model or machine that the user can fix.
@@ -40,3 +46,17 @@ class EngineFailed(UserError):
     """
 
     exit_code = 3
+
+
+def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for the names") -> str:
+    """The end of a message about an unknown word: the known one that may be meant, else ``otherwise``.
+
+    It has the word as its initials, is similar, or has a part that begins with the word.
+    """
+    names = {name.lstrip("-"): name for name in known}
+    word = word.lstrip("-")
+    initials = [name for name in names if "".join(part[:1] for part in name.split("_")) == word]
+    longer = [name for name in names if word and f"_{word}" in f"_{name}"]
+    similar = difflib.get_close_matches(word, names, 1, CLOSE) or difflib.get_close_matches(word, longer, 1, 0)
+    meant = [*initials, *similar]
+    return f"; did you mean {names[meant[0]]}?" if meant else otherwise

@@ -274,7 +274,7 @@ class _Maker:
         if _REFERS.search(unit.question):
             return "question not clear without the text"
         if _names(unit.question) - set(_plain(unit.passage.text).split()):
-            return "question mentions what the text does not"
+            return "question goes beyond the text"
         question = _plain(unit.question)
         if question not in self._answers:
             return None
@@ -393,7 +393,7 @@ class QuestionsResult(Printable):
         found = self.details
         rejected = ", ".join(f"{count} {reason}" for reason, count in found["rejected"].items()) or "none"
         line = (
-            f"{found['train']} questions to learn, {found['test']} to test, {found['indirect']} indirect, from "
-            f"{found['passages']} passages, in {self.output_dir}; rejected: {rejected}"
+            f"{found['train']} training questions, {found['test']} test questions and {found['indirect']} indirect "
+            f"ones from {found['passages']} passages, in {self.output_dir}; rejected: {rejected}"
         )
         console.print(line, markup=False, highlight=False, soft_wrap=True)

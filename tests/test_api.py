@@ -131,7 +131,7 @@ def test_a_run_on_rows_from_memory_resumes_with_them_and_refuses_others(model: s
         **options | {"max_steps": 4, "lr_scheduler_type": "constant"},
     )
     assert len(stops.metrics) == 2
-    with pytest.raises(sd.UserError, match="holds other rows than those given"):
+    with pytest.raises(sd.UserError, match="its rows differ from those given"):
         sd.train(data=ROWS[1:], output_dir="run", resume=True)
     run = sd.train(data=ROWS, output_dir="run", resume=True)
     assert len(run.metrics) == 4
@@ -252,7 +252,7 @@ def test_settings_are_refused_by_name(model: str) -> None:
 def test_a_callers_files_are_never_overwritten_and_failures_leave_nothing(model: str) -> None:
     Path("mine").mkdir()
     Path("mine/data.jsonl").write_text('{"prompt": "mine", "completion": "mine"}\n')
-    with pytest.raises(sd.UserError, match="it holds other rows than those given"):
+    with pytest.raises(sd.UserError, match="its rows differ from those given"):
         sd.train(model, ROWS, output_dir="mine", **RUN)
     assert Path("mine/data.jsonl").read_text() == '{"prompt": "mine", "completion": "mine"}\n'
     for wrong in ({"test": []}, {"learning_rat": 1}, {"model": "no/such/model"}, {"report_to": "wandb"}):
@@ -294,7 +294,7 @@ def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str, mo
         sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", lora_rank=2, **RUN)
     ours.half()
     sd.evaluate(ours, ROWS, tokenizer=tokenizer, max_completion_length=4)
-    with pytest.raises(sd.UserError, match="its trainable weights are float16, in which small gradients become zero"):
+    with pytest.raises(sd.UserError, match="its trainable weights are float16, where small gradients become zero"):
         sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", context="turns", **RUN)
     ours.float()
     with pytest.MonkeyPatch.context() as patch:

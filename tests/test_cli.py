@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from selfdistill.cli import main
 from selfdistill.cli_parser import COMMANDS, MAIN, TOPICS
 from selfdistill.config.commands import CheckConfig, CompareConfig, EvalConfig
-from selfdistill.config.train import TrainConfig
+from selfdistill.config.train import MethodName, TrainConfig
+from selfdistill.data.contexts import CONTEXTS
 from selfdistill.errors import UserError
 from selfdistill.runtime import resources
 from selfdistill.training import checkpoint
@@ -43,6 +44,9 @@ def here(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.
     shutil.copytree(model_folder(), "model")
     jsonl("train.jsonl", ROWS)
     return tmp_path
+
+
+METHODS = " or ".join(", ".join(map(repr, get_args(MethodName))).rsplit(", ", 1))
 
 
 def jsonl(name: str, rows: list[Any]) -> None:
@@ -110,16 +114,16 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "rows.arrow",
         b"ARROW1",
         SFT,
-        "rows.arrow: cannot read file type '.arrow', expected .jsonl, .json, .csv, .tsv or .parquet (text also packed "
-        "as .gz or .zst)",
+        "rows.arrow: cannot read file type '.arrow', expected .jsonl, .json, .csv, .tsv or .parquet (text also "
+        "compressed as .gz or .zst)",
     ),
     ("damaged.parquet", b"PAR1 nothing", SFT, "damaged.parquet: not a readable parquet file: ..."),
     (
         "folder/readme.txt",
         "no rows",
         SFT.replace("train.jsonl", "folder"),
-        "folder: no .jsonl, .json, .csv, .tsv or .parquet (text also packed as .gz or .zst) file in this folder, in "
-        "its folder data, or in one for a split",
+        "folder: no .jsonl, .json, .csv, .tsv or .parquet (text also compressed as .gz or .zst) file in this folder, "
+        "in its subfolder data, or in one named after a split",
     ),
     (
         "long.jsonl",
@@ -181,14 +185,13 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context turn",
-        "context 'turn': unknown context 'turn', expected one of turns, example, few_shot, document, template, "
-        "rewritten",
+        f"context 'turn': unknown context 'turn', expected one of {', '.join(CONTEXTS)}; did you mean turns?",
     ),
     (
         "train.jsonl",
         ROW,
         SDFT + " --context turns:repeat=2",
-        "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats, show",
+        "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats, show; did you mean repeats?",
     ),
     (
         "train.jsonl",
@@ -274,12 +277,24 @@ CONFIG: list[tuple[str, str]] = [
         "train",
         "setting 'model' is required: give --model; setting 'output_dir' is required: give --output_dir",
     ),
+    (
+        f"{SFT} --method isdft --pull 2",
+        """unknown option --pull; write this setting of isdft as --method_settings '{"pull": 2}'""",
+    ),
+    (
+        f"{SFT} --method=sdpo --show=both",
+        """unknown option --show; write this setting of sdpo as --method_settings '{"show": "both"}'""",
+    ),
+    (f"{SFT} --method sdft --pull 2", "unknown option --pull; see --help for the names"),
+    (f"{SFT} --margin 2", "unknown option --margin; see --help for the names"),
+    (f"{SFT} --temp 2", "unknown option --temp; did you mean --temperature?"),
     (f"{SFT} --lr 3", "unknown option --lr; did you mean --learning_rate?"),
     (f"{SFT} --learning_rte 3", "unknown option --learning_rte; did you mean --learning_rate?"),
     (f"{SFT} --learning-rate=3", "unknown option --learning-rate; did you mean --learning_rate?"),
     (f"{SFT} --learning_r 3", "unknown option --learning_r; did you mean --learning_rate?"),
     (f"{SFT} extra", "unknown argument extra; see --help for the names"),
     (f"{SFT} --model", "--model: expected one argument"),
+    (f"{SFT} --method sdtf", f"setting 'method': found 'sdtf', expected: {METHODS}; did you mean sdft?"),
     (f"{SFT} --method ppo", "setting 'method': found 'ppo', expected: 'sdft', 'sft', 'dft', 'cpt', ..."),
     (f"{SFT} --max_steps 1.5", "setting 'max_steps': found '1.5', expected: a valid integer..."),
     (f"{SFT} --max_steps -3", "setting 'max_steps': found -3, expected: greater than or equal to 1"),
@@ -290,7 +305,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --top_p 1.5", "setting 'top_p': found 1.5, expected: less than or equal to 1"),
     (
         f"{SFT} --lora_alpha 8",
-        "setting 'lora_alpha' needs an adapter: give --lora_rank, too, or leave it out",
+        "setting 'lora_alpha' needs an adapter: add --lora_rank, or leave it out",
     ),
     (
         f"{SFT} --gradient_checkpointing true --torch_compile true",
@@ -363,8 +378,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"check {BASE} --contexts", "--contexts: expected at least one argument"),
     (
         f"check {BASE} --contexts turns nonsense",
-        "context 'nonsense': unknown context 'nonsense', expected one of turns, example, few_shot, document, template, "
-        "rewritten",
+        f"context 'nonsense': unknown context 'nonsense', expected one of {', '.join(CONTEXTS)}",
     ),
     (f"check {BASE} --sample 1", "setting 'sample': found 1, expected: greater than or equal to 2"),
     (f"check {BASE} --output_dir run", "unknown option --output_dir; see --help for the names"),
@@ -519,13 +533,13 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "missing weights",
         missing_weights,
         "",
-        "model 'model': weights missing or not of the shape in config.json: model.norm.weight",
+        "model 'model': weights are missing or have a different shape from config.json: model.norm.weight",
     ),
     (
         "other shape",
         other_shape,
         "",
-        "model 'model': weights missing or not of the shape in config.json: lm_head.weight and 20 more",
+        "model 'model': weights are missing or have a different shape from config.json: lm_head.weight and 20 more",
     ),
     (
         "no end token",
@@ -557,7 +571,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "misspelt folder",
         lambda m: (m / "final").mkdir(),
         "--model model/finl",
-        "model 'model/finl': the folder model has no finl in it; did you mean final?",
+        "model 'model/finl': the folder model has no finl; did you mean final?",
     ),
     (
         "unknown hub id",
@@ -571,7 +585,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         adapter_without_base,
         "",
         "model 'model': an adapter whose base cannot be loaded: model 'gone/gone/gone': no such folder; if it was "
-        "moved, name its place with --adapter_base",
+        "moved, name its new location with --adapter_base",
     ),
     (
         "adapter pickled",
@@ -681,7 +695,7 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (
         full,
         "",
-        "run: 0.0 GiB free, checkpoints and final model need about 0.0 GiB; free some space, lower "
+        "run: 0.0 GiB free, checkpoints and the final model need about 0.0 GiB; free some space, lower "
         "--save_total_limit, or use --save_steps 0 to save only the final model",
     ),
     (read_only, "", "output_dir 'run': cannot be written (Read-only file system)"),
@@ -791,7 +805,7 @@ def test_an_adapter_is_trained_and_measured(here: Path, capsys: pytest.CaptureFi
         capsys,
         f"eval {BASE} --model run/final",
         f"model 'run/final': an adapter whose base cannot be loaded: model '{here}/model': no such folder; if it was "
-        "moved, name its place with --adapter_base",
+        "moved, name its new location with --adapter_base",
     )
     trained(f"eval {BASE} --model run/final --adapter_base elsewhere")
     trained("ask run Hello --adapter_base elsewhere --max_completion_length 4")
@@ -1081,7 +1095,7 @@ def test_memory_is_planned_for_another_device_and_nothing_is_loaded(
         r"it does not fit: .* MiB of 0\.0 MiB; no change of settings makes it fit", capsys.readouterr().out
     )
     for option in ("memory 80GiB", "device h100"):
-        refused = f"option --{option.split()[0]} plans for such a GPU and trains nothing: add --dry_run"
+        refused = f"option --{option.split()[0]} only makes a plan: add --dry_run"
         fails(capsys, f"{SDFT} --{option}", refused)
     fails(capsys, f"{SDFT} --dry_run --memory 80", "option --memory: found '80', expected a size such as 80GiB or 80GB")
 
@@ -1091,7 +1105,7 @@ def test_a_named_device_has_memory_and_speed(here: Path, capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert re.search(
         r"rough time, on h100 at 40% of 989 TFLOP/s and 70% of 3350 GB/s: \S+ s per step \(sampling \S+, teacher \S+, "
-        r"student \S+, update \S+\), \S+ s for 40 steps, if all samples are as long as they may be\n"
+        r"student \S+, update \S+\), \S+ s for 40 steps, if all samples have maximum length\n"
         r"it fits: .* MiB of 74\.5 GiB\n$",
         out,
     )
@@ -1121,7 +1135,7 @@ def test_a_check_goes_on_without_a_plan(
 ) -> None:
     monkeypatch.setattr("selfdistill.api.memory_plan", raising_user_error)
     assert main(shlex.split(f"check {BASE} --sample 2 --contexts turns --memory 80GiB --json result.json")) in (0, 4)
-    assert "note: no plan of memory: not that model" in capsys.readouterr().err
+    assert "note: no memory plan: not that model" in capsys.readouterr().err
     assert json.loads(Path("result.json").read_text())["plan"] is None
 
 

@@ -61,7 +61,12 @@ def test_the_demo_runs_prints_and_keeps_its_folder(tiny_demo: Path, capsys: pyte
         assert (folder / "final/model.safetensors").is_file()
         assert arm in output
     assert len({json.dumps(point) for point in result["arms"].values()}) == 4
-    for words in ("teacher: base + answer", "KL(base||model)", "minutes", "prior: share right of 12 other questions"):
+    for words in (
+        "teacher: base + answer",
+        "KL(base||model)",
+        "minutes",
+        "prior: share answered correctly of 12 other questions",
+    ):
         assert words in output
     assert [output.count(f"\n{sort}: ") for sort in ("New", "Everyday")] == [3, 3]
     assert [output.count(f"\n  {name}: ") for name in ("base", "SDFT + anchors", "SFT")] == [6, 6, 3]
@@ -102,7 +107,7 @@ def test_a_stopped_demo_says_what_to_do_and_lies_beside_an_earlier_one(
     monkeypatch.setattr(module, "train", train_interrupted)
     monkeypatch.setattr(Evaluator, "measure", measure_interrupted)
     assert main(["demo"]) == 130
-    said = "runs/demo-2: stopped before the results; the demo cannot be resumed, start it again: selfdistill demo\n"
+    said = "runs/demo-2: stopped before the results; the demo cannot resume, so start it again: selfdistill demo\n"
     assert capsys.readouterr().err.endswith(said)
     assert [file.name for file in Path("runs/demo-2").iterdir() if file.is_dir() and file.name != "prior"] == ["sft"]
     assert not Path("runs/demo-2/demo.json").exists()

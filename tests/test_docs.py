@@ -22,7 +22,7 @@ import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
 from selfdistill.config import TrainConfig
-from selfdistill.data.contexts import CONTEXTS, parse_context
+from selfdistill.data.contexts import CONTEXTS, ONE_DEMONSTRATION, parse_context
 from selfdistill.data.demonstrations import COLUMNS, SCORER_NAMES
 from selfdistill.methods import METHODS
 
@@ -174,7 +174,9 @@ def test_the_readmes_figures_are_those_of_the_study() -> None:
     base, sft, sdft, least = (span(shares) for shares in (kept["base"], kept["sft"], kept["sdft"], anchored))
     text = " ".join(README.split())
     assert len(kept["sft"]) == len(kept["sdft"]) == 3
-    assert f"The base answers {base} of them, after SFT {sft}, after SDFT {sdft} (three seeds)." in text
+    assert (
+        f"The base answers {base} of them. After SFT the model answers {sft}, after SDFT {sdft} (three seeds)." in text
+    )
     assert f"With them it answers {least}" in text
 
 
@@ -201,6 +203,8 @@ def test_tables_name_what_there_is() -> None:
     assert [spec.partition(":")[0] for spec in contexts] == list(CONTEXTS)
     for spec in contexts:
         assert spec.startswith("template") or parse_context(spec)
+    named = re.findall(r"The context must be ([^;]*);", PAGES["docs/contexts.md"])
+    assert [re.findall(r"`(\w+)`", names) for names in named] == [ONE_DEMONSTRATION]
     columns = re.findall(r"`(\w+)`", " ".join(first_cells("docs/data.md", "## Columns")))
     assert columns == list(COLUMNS)
     scorers = [cell.strip("`") for cell in first_cells("docs/data.md", "## Scorers")]

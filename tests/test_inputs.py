@@ -22,7 +22,7 @@ from selfdistill.config.base import Settings
 from selfdistill.config.commands import CompareConfig
 from selfdistill.config.files import load_yaml
 from selfdistill.config.train import TrainConfig
-from selfdistill.data.contexts import context_spec, parse_context
+from selfdistill.data.contexts import CONTEXTS, context_spec, parse_context
 from selfdistill.data.demonstrations import load_demonstrations, load_prompts
 from selfdistill.documents import load_passages
 from selfdistill.errors import UserError
@@ -156,7 +156,7 @@ def test_any_values_are_settings_that_read_back_or_one_line(
 
 
 @pytest.mark.property
-@given(spec=st.text(max_size=30) | st.from_regex(r"(turns|example|few_shot|document|template)(:[a-z]+=\w{0,4}){0,3}"))
+@given(spec=st.text(max_size=30) | st.from_regex(rf"({'|'.join(CONTEXTS)})(:[a-z]+=\w{{0,4}}){{0,3}}"))
 def test_any_text_is_a_context_or_one_line(spec: str) -> None:
     try:
         context = parse_context(spec)

@@ -317,8 +317,8 @@ def test_questions_with_their_passage_and_one_phrasing_held_out(
         ("Question: Who is named in this text?\nAnswer: Ada Finch", "question not clear without the text"),
         (f"Question: What is all?\nAnswer: {MILL} {MILL}", "answer too long"),
         ("Question: Where does the Korr Mill stand?\nAnswer: hill", "duplicate question"),
-        ("Question: Who built the Osk Bridge?\nAnswer: Ada Finch", "question mentions what the text does not"),
-        ("Question: Who built the mill in 1803?\nAnswer: Ada Finch", "question mentions what the text does not"),
+        ("Question: Who built the Osk Bridge?\nAnswer: Ada Finch", "question goes beyond the text"),
+        ("Question: Who built the mill in 1803?\nAnswer: Ada Finch", "question goes beyond the text"),
         ("Question: Which of them is wrong?\nAnswer: Ada Finch", "answered differently from the text"),
     ],
 )

@@ -52,6 +52,7 @@ SHORT: dict[str, Any] = {"max_completion_length": 200, "batch_size": 2, "max_ste
 SHORT |= {"drift_steps": 0, "view_rows": 0}
 
 
+@pytest.mark.slow
 def test_three_skills_in_a_row(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,6 +90,7 @@ def test_three_skills_in_a_row(
     assert sorted(file.name for file in (tmp_path / "again").iterdir()) == ["sequence.json", "sequence.svg"]
 
 
+@pytest.mark.slow
 def test_a_skill_as_a_stream(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +124,7 @@ def test_the_tables_of_the_sequences_are_what_was_measured() -> None:
         assert "\n".join(sequence.table(arm, runs[arm])) in text
 
 
+@pytest.mark.slow
 def test_knowledge_from_documents(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""``selfdistill compare``: train on the same demonstrations by several methods, on equal terms.
+"""``selfdistill compare``: train on the same demonstrations with several methods, on equal terms.
 
 All runs share the base, rows, number of steps and settings, and are evaluated on the same items at the same steps.
 Only method, learning rate, seed and the varied setting differ, or what the arms name. Each run has its own folder, so
@@ -95,7 +95,7 @@ def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[
         refuse_changes(written, saved, config)
     given_by = "arms" if config.arms else "vary"
     if "auto" in [kind.values.get("context") for kind in _kinds(config)]:
-        raise UserError(f"setting {given_by!r}: context 'auto' stands for the best one; name the contexts to compare")
+        raise UserError(f"setting {given_by!r}: context 'auto' means the best one; name the contexts to compare")
     first = [_first_run(config, kind) for kind in _kinds(config)]
     check_inputs(config, given, lacks_of([stage for run in first for stage in stages_of(run)]))
     for run in first:
@@ -221,12 +221,12 @@ class _Kind:
     """Runs that differ from each other in learning rate and seed only."""
 
     values: dict[str, Any]
-    """The settings in which they differ from those of other kinds, ``method`` among them."""
+    """The settings, including ``method``, in which they differ from other kinds."""
     arm: str | None = None
-    """Its name; None: it is named after its settings."""
+    """The arm's name; None: it is named after its settings."""
 
     def names(self, run: TrainConfig) -> tuple[str, str]:
-        """What the tables call them, and the beginning of their folders' names."""
+        """Their name in tables, and the beginning of their folders' names."""
         if self.arm is not None:
             return self.arm, quote(self.arm, safe=_SAFE)
         used = {name: value for name, value in self.values.items() if name != "method" and uses(run, name)}

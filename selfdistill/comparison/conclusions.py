@@ -148,16 +148,16 @@ def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared
         who = f"neither {mine} nor {method} learnt anything" if both else f"{mine} learnt nothing"
         return f"{text}The base is at {start:.2f}: {who}, so there is nothing to compare."
     distances = _mean(own, "kl_base"), _mean(theirs, "kl_base")
-    moved = f"{mine} has KL(base||model) {distances[0]:.2f} and {method} {distances[1]:.2f}"
+    drift = f"KL(base||model) is {distances[0]:.2f} for {mine} and {distances[1]:.2f} for {method}"
     if distances[0] > 0.001:
-        moved += f", {distances[1] / distances[0]:.2f} times as far"
+        drift += f": {method} drifted {distances[1] / distances[0]:.2f} times as far"
     if reached < count:
-        text += f"{method} reaches that accuracy in only {reached} of {count} runs; with its best evaluation in the "
-        text += f"others (mean {_mean(theirs, 'accuracy'):.2f}), "
+        text += f"{method} reaches that accuracy in only {reached} of {count} runs; in the others its best evaluation "
+        text += f"counts (mean {_mean(theirs, 'accuracy'):.2f}). "
     else:
         text += "At equal accuracy, "
     if not own[0].right:
-        return f"{text}{moved}. No prior abilities were measured, so forgetting is unknown."
+        return f"{text}{drift}. No prior abilities were measured, so forgetting is unknown."
     differences = [a.prior_accuracy - b.prior_accuracy for a, b in zip(own, theirs, strict=True)]
     difference, low, high = seeds_interval(differences)
     p = _over_items(own, theirs)
@@ -166,7 +166,7 @@ def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared
     text += (
         f"{mine} has a prior accuracy of {_mean(own, 'prior_accuracy'):.3f}, {method} "
         f"{_mean(theirs, 'prior_accuracy'):.3f}, the base {base:.3f}: a difference of {difference:+.3f} "
-        f"({interval}p over questions {'below 0.001' if p < 0.001 else f'{p:.3f}'}); {moved}. "
+        f"({interval}p over questions {'below 0.001' if p < 0.001 else f'{p:.3f}'}). {drift}. "
     )
     if reached < count:
         return text + f"As {method} did not reach that accuracy, forgetting cannot be compared."

@@ -20,7 +20,7 @@ def scatter(
 ) -> list[str]:
     """Plot shares against shares, as lines of ASCII text.
 
-    Axes start and end at tenths. Points that fall on the same character stand side by side.
+    Axes start and end at tenths. Points that fall on the same character are drawn side by side.
 
     Args:
         points: (x, y) by name, at most ten.

@@ -1,6 +1,6 @@
 """All settings, with their defaults, units and sources."""
 
-from selfdistill.config.base import EngineSettings, EpisodeSettings, ModelSettings, Settings, TaskSettings, closest
+from selfdistill.config.base import EngineSettings, EpisodeSettings, ModelSettings, Settings, TaskSettings
 from selfdistill.config.commands import (
     AskConfig,
     CheckConfig,
@@ -45,7 +45,6 @@ __all__ = [
     "TrainConfig",
     "TrainingSettings",
     "changes",
-    "closest",
     "continued",
     "dump_yaml",
     "load_saved",

@@ -7,10 +7,8 @@ folder) and the Python API. Settings that TRL has carry TRL's names. An unknown 
 from __future__ import annotations
 
 import datetime
-import difflib
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -26,7 +24,7 @@ from pydantic import (
 )
 
 from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES, Turns
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 
 
 def plain_address(value: str | None) -> str | None:
@@ -37,11 +35,11 @@ def plain_address(value: str | None) -> str | None:
 
 
 def _is_server(url: str) -> bool:
-    """Whether this is the address of a server, without user, path or query."""
+    """Whether this is a server's address, without user, path or query."""
     try:
         parts = urlsplit(url)
         return bool(re.fullmatch(r"https?://[^/?#@\s,]+", url) and parts.hostname and parts.port != 0)
-    except ValueError:  # of a port that is no number, or of an IPv6 address without its bracket
+    except ValueError:  # a port that is not a number, or an IPv6 address without its bracket
         return False
 
 
@@ -67,7 +65,8 @@ def _one_line(detail: Any) -> str:
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
     want = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"setting '{name}': found {detail['input']!r}, expected: {want}"
+    known = re.findall(r"'(\w+)'", want) if detail["type"] == "literal_error" else ()
+    return f"setting '{name}': found {detail['input']!r}, expected: {want}{closest(str(detail['input']), known, '')}"
 
 
 def read_mapping(path: Path, of: str) -> dict[str, Any]:
@@ -97,19 +96,19 @@ class EngineSettings(Settings):
 
     engine: Literal["none", "vllm"] = "none"
     """What samples: ``none``, this package's own loop in PyTorch; ``vllm``, vLLM in the same process (the extra
-    ``vllm``), much faster on GPUs, or with ``engine_url`` in servers."""
+    ``vllm``), much faster on GPUs, or on servers with ``engine_url``."""
     engine_url: str | None = None
     """Addresses of vLLM servers that you started, e.g. ``http://10.0.0.2:8000``, several separated by commas. They
-    sample in the place of this process, get the model's weights, and prompts are sent there. ``''``: none."""
+    sample instead of this process, and receive the model's weights and the prompts. ``''``: none."""
     engine_folder: str | None = None
-    """Folder that the servers see under the same path; the weights for them are written there and deleted again.
-    Default: the system's folder for temporary files."""
+    """Folder for sending weights to the servers, which must see it under the same path. The files are deleted after
+    use. Default: the system's folder for temporary files."""
     engine_memory_gib: float = Field(default=4.0, gt=0)
-    """Memory in GiB for the engine's key/value cache, beside its weights. It bounds the number of samples drawn at a
-    time, and the longest of them. A server has a setting of its own."""
+    """Memory in GiB for the engine's key/value cache, in addition to its weights. It limits the number of samples drawn
+    at a time and their length. Servers have their own setting."""
     engine_timeout_s: float = Field(default=600.0, gt=0)
-    """Longest time in seconds in which the engine may complete no sample; a later one ends the command. Of a server
-    also the longest time for any other answer."""
+    """End the command if the engine completes no sample for this many seconds, or if a server takes this long to answer
+    any other request."""
 
     @field_validator("engine_url")
     @classmethod
@@ -119,12 +118,12 @@ class EngineSettings(Settings):
         urls = [url.strip().rstrip("/") for url in value.split(",")]
         if all(map(_is_server, urls)) and len({*urls}) == len(urls):
             return ",".join(urls)
-        raise ValueError("different addresses of servers such as http://10.0.0.2:8000, without a path")
+        raise ValueError("distinct server addresses such as http://10.0.0.2:8000, without a path")
 
     @model_validator(mode="after")
     def _servers_are_of_an_engine(self) -> EngineSettings:
         if self.engine_url and self.engine == "none":
-            raise ValueError("setting 'engine_url': there is no engine that would use it; give --engine vllm, too")
+            raise ValueError("setting 'engine_url': no engine uses it; add --engine vllm")
         return self
 
 
@@ -134,21 +133,21 @@ class ModelSettings(EngineSettings):
     model: str
     """Folder, hub id or ``smollm2-135m`` (the starter model, downloaded once from the package index)."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Data type of the weights. Where memory allows, fine-tune all weights in float32, which get their speed from
-    ``mixed_precision``; bfloat16 halves them, and those below a LoRA adapter."""
+    """Data type of the weights. If memory allows, use float32 for full fine-tuning; ``mixed_precision`` makes it fast.
+    bfloat16 halves the memory for weights, also below a LoRA adapter."""
     adapter_base: str | None = None
     """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra arguments of the tokenizer's chat template, e.g. ``{"enable_thinking": false}``."""
     template_date: str | None = None
-    """Day (YYYY-MM-DD) that a chat template with the date in it sees. Default: today; a run keeps the day it began."""
+    """Date (YYYY-MM-DD) for chat templates that write the date. Default: today; a resumed run keeps its start date."""
     data: str
     """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set,
     a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     split: str = "train"
     """Split of ``data`` to read, from a folder or data set with several."""
     turns: Turns = "auto"
-    """Which assistant turns of a chat are learnt: ``last``; ``all`` after the prompt; ``auto``: all of rows with tool
+    """Which assistant turns of a chat to learn: ``last``; ``all`` after the prompt; ``auto``: all in rows with tool
     calls or tool turns, else the last."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Maximum prompt length in tokens, for student and teacher. Default: the model's window minus the completion."""
@@ -160,7 +159,8 @@ class ModelSettings(EngineSettings):
     """Prompts per optimizer step, or per forward batch without training. The paper uses 32."""
     scorer: str | None = None
     """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call``,
-    ``code`` (runs what the model writes), ``judge``, or your own function as ``python:package.module.function``."""
+    ``code`` (runs code that the model writes), ``judge``, or your own function as
+    ``python:package.module.function``."""
     judge_url: str | None = None
     """OpenAI-compatible API of the ``judge``, e.g. ``http://localhost:8000/v1``; data and replies are sent there. The
     key is read from ``SELFDISTILL_JUDGE_KEY`` or, for api.openai.com only, ``OPENAI_API_KEY``."""
@@ -198,21 +198,22 @@ class ModelSettings(EngineSettings):
 
 
 EPISODE_REPLIES = 4
-"""Replies of the greatest length that an episode has room for by default."""
+"""By default an episode has room for this many replies of maximum length."""
 
 
 class EpisodeSettings(Settings):
-    """What answers the model, and how long an episode may be."""
+    """The environment that answers the model, and the limits of an episode."""
 
     environment: str = "none"
-    """What answers the model's replies until the episode ends, e.g. ``bundled:shop`` or
-    ``python:package.module.Class``. Its tools are shown. Methods that learn from the student's own samples learn the
-    whole episode, and evaluations play one per row (docs/agents.md)."""
+    """Environment that answers the model until the episode ends, e.g. ``bundled:shop`` or
+    ``python:package.module.Class``. The model sees its tools. Methods that learn from the student's own samples learn
+    the whole episode, and evaluations play one per row (docs/agents.md)."""
     max_turns: int = Field(default=8, ge=1)
-    """Replies of an episode; then it is cut."""
+    """Maximum number of replies per episode; then it is cut."""
     max_episode_length: int | None = Field(default=None, ge=1)
-    """Tokens of an episode after its prompt, replies and observations together. It is cut where a further reply of
-    ``max_completion_length`` might not fit. Default: four times that, as most turns are short calls."""
+    """Maximum tokens per episode after its prompt, replies and observations together. The episode is cut when another
+    reply of ``max_completion_length`` might not fit. Default: four times that length, because most turns are short
+    calls."""
 
     @field_validator("environment", mode="before")
     @classmethod
@@ -222,11 +223,11 @@ class EpisodeSettings(Settings):
 
 
 class TaskSettings(EpisodeSettings, ModelSettings):
-    """The model and its task: the data, and what answers the model."""
+    """The model and its task: the data and the environment."""
 
     @property
     def longest_completion(self) -> int:
-        """Most tokens after a prompt: of a reply, or with an environment of an episode."""
+        """Maximum tokens after a prompt: of a reply, or of an episode if there is an environment."""
         if self.environment == "none":
             return self.max_completion_length
         return self.max_episode_length or EPISODE_REPLIES * self.max_completion_length
@@ -266,11 +267,3 @@ class QuestionSettings(Settings):
         if (self.writer_url is None) != (self.writer_model is None):
             raise ValueError("settings 'writer_url' and 'writer_model' go together: give both or neither")
         return self
-
-
-def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for the names") -> str:
-    """The end of a message about an unknown word: the closest known one, else ``otherwise``."""
-    names = list(known)
-    initials = [name for name in names if "".join(part[:1] for part in name.lstrip("-").split("_")) == word.lstrip("-")]
-    close = initials or difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {close[0]}?" if close else otherwise

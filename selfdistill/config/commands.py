@@ -19,12 +19,11 @@ from selfdistill.config.base import (
     QuestionSettings,
     Settings,
     TaskSettings,
-    closest,
     read_mapping,
 )
 from selfdistill.config.method import MethodName
 from selfdistill.config.train import OneRun, Precision, TrainConfig, TrainingSettings
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 
 
 class CompareConfig(TrainingSettings):
@@ -39,10 +38,10 @@ class CompareConfig(TrainingSettings):
     learning_rates: tuple[PositiveFloat, ...] = ()
     """Peak learning rates, separated by commas. Every method runs with each. Default: that of ``train``."""
     vary: dict[str, list[Any]] = Field(default_factory=dict)
-    """One more setting and its values, e.g. ``{"teacher": ["ema", "frozen", "live"]}``. Every method runs with each."""
+    """Another setting and its values, e.g. ``{"teacher": ["ema", "frozen", "live"]}``. Every method runs with each."""
     arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """YAML file of runs by name, with the settings in which each differs, such as ``gentle: {method: isdft,
-    method_settings: {pull: 0.01}}``. In place of ``methods`` and ``vary``."""
+    method_settings: {pull: 0.01}}``. Replaces ``methods`` and ``vary``."""
 
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; 0: five per run."""
@@ -110,18 +109,18 @@ class CheckConfig(TaskSettings):
     mixed_precision: Precision = "auto"
     """Precision of that training run, used for all measurements."""
     hints: bool = False
-    """Also measure the teacher with shares of the demonstration, 0 to 1, in the best layout."""
+    """Also measure the teacher with shares of the demonstration from 0 to 1, in the best layout."""
     spill: bool = False
-    """Also measure how far a few steps of SFT, and of SDFT, move the model on general prompts."""
+    """Also measure how far a few steps of SFT and of SDFT move the model on general prompts."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Of these steps: give that of the training run. Default 1e-5."""
+    """Learning rate for the steps of ``spill``: use that of the training run. Default 1e-5."""
     fine_tuned: str | None = None
     """A model fine-tuned on the same demonstrations, for example with ``--method sft``. Its distance from the base is
     compared with the teacher's."""
 
 
 def run_settings(config: CheckConfig) -> dict[str, Any]:
-    """The settings of a training run that are those of a check, by name."""
+    """The settings that a training run shares with a check, by name."""
     shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
     context = config.contexts[0] if len(config.contexts) == 1 else "auto"
     return {name: getattr(config, name) for name in shared} | {"context": context}
@@ -135,7 +134,7 @@ class EvalConfig(TaskSettings):
     base: str | None = None
     """Base model: evaluated on the same items, with paired tests and the distance between the two models."""
     context: str | None = None
-    """What the model, but not the base, sees with each new question, as a teacher does in training.
+    """Context that the model, but not the base, sees with each new question, as a teacher does in training.
     ``document:show=document`` is oracle RAG: the right document in the prompt."""
     num_samples: int = Field(default=0, ge=0)
     """Sampled replies, or episodes, per row, for pass@k with k up to this number; 0: greedy replies only."""
@@ -161,21 +160,21 @@ class AskConfig(Settings):
     run: str
     """Run folder, model folder, hub id or ``smollm2-135m``."""
     question: str
-    """What to ask: one user turn."""
+    """The question: one user turn."""
     base: str | None = None
-    """A second model to ask the same, shown beside the first."""
+    """A second model that gets the same question, shown beside the first."""
     max_completion_length: int = Field(default=256, ge=1)
-    """Most tokens of a reply."""
+    """Maximum length of a reply in tokens."""
     temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature; 0: greedy."""
     seed: int = Field(default=0, ge=0)
-    """Of every sample."""
+    """Random seed for sampling."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Data type of the weights."""
     adapter_base: str | None = None
     """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the tokenizer's chat template; default: as the run was trained."""
+    """Extra arguments of the tokenizer's chat template; default: those of the run's training."""
 
 
 class LearnConfig(TrainingSettings, OneRun):
@@ -213,14 +212,15 @@ class LearnConfig(TrainingSettings, OneRun):
     """Gate: refuse a skill if an earlier one drops by more than this since it was learnt, or the new one below its
     score before training. Default: a drop below the 95% interval of that score, which is wide for a small test."""
     anchors: tuple[str, ...] = ("package",)
-    """Prompts on which the model is to stay as it was before the addition, beside those of earlier skills: ``package``
-    (general prompts of many kinds), or a text file with one prompt per line, or rows with ``prompt`` or ``messages``,
-    such as your own traffic. Several sources are separated by commas. ``none``: only those of earlier skills."""
+    """Prompts on which the model is to stay as it was before the addition, in addition to those of earlier skills:
+    ``package`` (general prompts of many kinds), or a text file with one prompt per line, or rows with ``prompt`` or
+    ``messages``, such as your own traffic. Several sources are separated by commas. ``none``: only those of earlier
+    skills."""
     anchor_share: float = Field(default=0.5, ge=0, lt=1)
-    """Share of every batch that is anchors, by default half. All sources get equal parts of it, and the prompts of all
-    earlier skills together are one. 0: no anchors, and nothing is rehearsed."""
+    """Share of every batch that is anchors, by default half. All sources get equal parts; the prompts of all
+    earlier skills together are one source. 0: no anchors and no rehearsal."""
     remember: Literal["all", "none"] | int = "all"
-    """What later additions rehearse of this skill: ``all`` of its training prompts, ``none``, or at most so many, drawn
+    """Which training prompts of this skill later additions rehearse: ``all``, ``none``, or at most this many, drawn
     with the seed. The rows themselves always stay in the state, in ``train.jsonl``."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations of every skill during training, written to ``along.jsonl``; 0: none."""
@@ -285,13 +285,13 @@ class MergeConfig(Settings):
     """Settings of ``selfdistill merge``."""
 
     model: str
-    """The model to change: run folder, model folder or ``smollm2-135m``, as are the others."""
+    """The model to change: run folder, model folder or ``smollm2-135m``, like the others."""
     add: str
-    """A model that has learnt, whose weights are added. It may be a LoRA adapter."""
+    """The trained model whose weights are added. It may be a LoRA adapter."""
     subtract: str | None = None
-    """What that model was before; its weights are subtracted. Default, for an adapter: its base."""
+    """That model before training; its weights are subtracted. Default, for an adapter: its base."""
     scale: float = 1.0
-    """Factor l in model + l (add - subtract); below 0 takes away what was learnt."""
+    """Factor l in model + l (add - subtract); below 0 removes what was learnt."""
     output_dir: str
     """Folder for the model; must not exist or be empty."""
 

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from selfdistill.config.base import Settings, closest, read_mapping
+from selfdistill.config.base import Settings, read_mapping
 from selfdistill.config.commands import CompareConfig
 from selfdistill.config.train import OPEN, TrainConfig
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 
 SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
 

@@ -45,20 +45,20 @@ SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort", "trapo
 """Methods that learn from a scorer's verdicts on groups of untempered samples."""
 
 PACKAGE = "package"
-"""The value of ``anchors`` that stands for the prompts of the package."""
+"""The value of ``anchors`` for the prompts of the package."""
 SHORTEST = "shortest"
 """The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 
 
 class MethodSettings(EpisodeSettings):
-    """What methods read to fill their slots. A method uses the settings that it reads, and no others."""
+    """Settings that methods read to fill their slots. A method uses only the settings that it reads."""
 
     context: str = "auto"
     """How the teacher sees the demonstration, e.g. ``turns:repeats=2``. ``auto``: measure several and use the best."""
     hint: str = "1"
-    """How much of the demonstration the teacher sees, in words: a share such as ``0.5``; two, such as ``0.2:1``, which
-    the run goes through from the first step to the last; or ``shortest``, the shortest beginning of each, in tenths,
-    after which the model's greedy reply is right."""
+    """How much of the demonstration the teacher sees, in words: a share such as ``0.5``; two, such as ``0.2:1``, for
+    the first and the last step; or ``shortest``, the shortest beginning of each, in tenths,
+    with which the model's greedy reply is right."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of rollouts. The divergence always compares the untempered distributions."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -67,7 +67,7 @@ class MethodSettings(EpisodeSettings):
     """Sample from the k most likely tokens; 0: from all."""
     num_generations: int | None = Field(default=None, ge=1)
     """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo`` and its
-    relatives, for each group of ``pope``."""
+    relatives (per group for ``pope``)."""
     cold_start_steps: int = Field(default=0, ge=0)
     """Initial steps of ``sdft`` in which demonstrations replace rollouts, all at first, then ever fewer. For a model
     whose own samples never come close to the demonstration."""
@@ -115,7 +115,7 @@ class MethodSettings(EpisodeSettings):
     anchor_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """On anchors, between the model before the run and the student; forward_kl = KL(before||student)."""
     method_settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings that only the chosen method knows, e.g. ``{"margin": 0.5}``."""
+    """Settings that only the chosen method knows, e.g. ``{"pull": 0.01}`` for ``isdft``."""
 
     @field_validator("method_settings")
     @classmethod
@@ -126,7 +126,7 @@ class MethodSettings(EpisodeSettings):
     @field_validator("hint", mode="before")
     @classmethod
     def _hint(cls, value: Any) -> Any:
-        """Accept a share as a number, too."""
+        """Also accept a share as a number."""
         text = str(value) if isinstance(value, int | float) else value
         if not isinstance(text, str) or text == SHORTEST:
             return text
@@ -144,11 +144,11 @@ class MethodSettings(EpisodeSettings):
         if value is None or value in (["none"], ("none",)):
             return ()
         if not isinstance(value, list | tuple):
-            return value  # of a wrong type, as pydantic says
+            return value  # pydantic reports the wrong type
         for source in value:
             is_word = isinstance(source, str) and re.fullmatch(r"\w+", source) and not os.path.exists(source)
             if is_word and source != PACKAGE and difflib.get_close_matches(source, [PACKAGE]):
                 raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
         if "none" in value:
-            raise ValueError("'none' stands alone; leave it out beside other sources")
+            raise ValueError("'none' cannot be combined with other sources; remove one")
         return [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]

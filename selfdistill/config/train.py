@@ -16,7 +16,7 @@ Precision = Literal["auto", "no", "bf16"]
 
 
 OPEN = ("gradient_accumulation_steps", "gradient_checkpointing")
-"""Settings that the plan of memory chooses where they are not given; they change nothing in the result."""
+"""Settings that the memory plan chooses unless they are given; they do not change the result."""
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
 """Defaults of ``learning_rate``, with full fine-tuning and with LoRA."""
 
@@ -30,13 +30,13 @@ class OneRun(ModelSettings):
     from the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, training on teacher samples
     drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``sdpo``, the
     teacher sees another sample that the scorer accepts, or its feedback; ``opsd``, each vocabulary entry clipped;
-    ``vopd``, the sampled token alone; ``isdft`` and ``veto``, a target near the student at first; ``atesd``, a part of
-    the reasoning; ``msd``, tokens weighted by what the teacher is sure of and the student is not. Relatives of ``grpo``
-    for prompts that are seldom solved: ``pope``, samples that go on from a part of the demonstration, too; ``trapo``,
-    the same after failures, with that part learnt; ``sort``, the demonstration where no sample is right; ``actguide``,
-    there samples that saw its first lines; ``npo``, there a right sample of ``teacher_model``. Of SFT: ``eaft``,
-    weighted by the student's entropy; ``t3s``, without the tokens that a worse model has learnt; ``ssd``, on the
-    model's own samples."""
+    ``vopd``, only the sampled token; ``isdft`` and ``veto``, a target near the student at first; ``atesd``, a part of
+    the reasoning; ``msd``, more weight on tokens where the teacher is sure and the student is not. Relatives of
+    ``grpo`` for prompts that are rarely solved: ``pope``, also samples that continue a part of the demonstration;
+    ``trapo``, the same after failures, also learning that part. Where no sample is right: ``sort``, the demonstration;
+    ``actguide``, samples that saw its first lines; ``npo``, a right sample of ``teacher_model``. Relatives of SFT:
+    ``eaft``, weighted by the student's entropy; ``t3s``, without the tokens that a worse model has learnt; ``ssd``, on
+    the model's own samples."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
@@ -52,8 +52,8 @@ class TrainingSettings(MethodSettings, TaskSettings):
     teacher_model: str | None = None
     """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft``, ``veto``, ``atesd`` or
     ``msd``: the base of a sequence of skills, an earlier checkpoint, or a larger model with the same architecture and
-    vocabulary. For ``npo`` a model that has learnt more, such as a later checkpoint, which only needs the same
-    vocabulary. For ``t3s`` the worse model."""
+    vocabulary. For ``npo``, a better model, such as a later checkpoint, with the same
+    vocabulary. For ``t3s``, the worse model."""
 
     teacher_cache_mib: int = Field(default=2048, ge=0)
     """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each
@@ -81,11 +81,11 @@ class TrainingSettings(MethodSettings, TaskSettings):
     num_train_epochs: float = Field(default=2.0, gt=0)
     """Passes over the data if ``max_steps`` is not given. The paper uses 2 for skills, 4 for knowledge."""
     gradient_accumulation_steps: int | None = Field(default=None, ge=1)
-    """Most micro-batches per optimizer step. It does not change the loss. Default: as many as the plan of memory
+    """Maximum micro-batches per optimizer step. They do not change the loss. Default: as many as the memory plan
     needs."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: less memory, about a third more time. Default: where the plan
-    of memory needs it."""
+    """Recompute activations in the backward pass: less memory, about a third more time. Default: if the memory plan
+    needs it."""
     stop_on_collapse: bool = False
     """Stop a run that collapses and keep the model of the last evaluation before that; needs ``test`` and
     ``eval_steps``. Without it the run only warns. docs/reliability.md lists the signs."""
@@ -94,8 +94,8 @@ class TrainingSettings(MethodSettings, TaskSettings):
     mixed_precision: Precision = "auto"
     """auto: bfloat16 arithmetic where it is fast (most GPUs, CPUs with AMX or AVX512-BF16), float32 otherwise."""
     deterministic: bool = False
-    """On a GPU, use only operations that give the same bits in every run with one seed, which takes more time. On CPUs
-    all do."""
+    """On a GPU, use only deterministic operations, which are slower: the same seed then gives the same bits. On CPUs
+    all operations are deterministic."""
     torch_compile: bool = False
     """Compile the student's layers; shared prefixes are then recomputed for every example. On the CPU this pays off
     with bfloat16, little sharing and more than about 60 steps, and needs a C++ compiler."""
@@ -104,11 +104,11 @@ class TrainingSettings(MethodSettings, TaskSettings):
     lora_alpha: float | None = Field(default=None, gt=0)
     """LoRA's scaling factor alpha; default: twice the rank."""
     train_vision_tower: bool = False
-    """Of an image-text model, train the vision tower and what connects it with the language model, too."""
+    """Also train the vision tower of an image-text model and its connector to the language model."""
 
     test: str | None = None
     """Held-out rows on which the model is evaluated before, during and after training, as in ``eval`` but in the
-    training precision. They are not used to choose anything."""
+    training precision. They do not influence training."""
     test_split: str | None = None
     """Split of ``test`` to read, from a folder or data set with several. Default: ``test``, or the only one."""
     prior: str | None = None
@@ -144,13 +144,13 @@ class TrainingSettings(MethodSettings, TaskSettings):
         if not measured and (self.prior is not None or self.eval_steps):
             raise UserError("setting 'test' is missing: prior and eval_steps need it")
         if self.test_split is not None and self.test is None:
-            raise UserError("setting 'test_split' needs a test: give test, too, or leave it out")
+            raise UserError("setting 'test_split' needs a test: add test, or leave it out")
         if self.stop_on_collapse and not (measured and self.eval_steps):
-            raise UserError("setting 'stop_on_collapse' returns to the last evaluation: give test and eval_steps, too")
+            raise UserError("setting 'stop_on_collapse' returns to the last evaluation: add test and eval_steps")
         if self.lora_alpha is not None and not self.lora_rank:
-            raise UserError("setting 'lora_alpha' needs an adapter: give --lora_rank, too, or leave it out")
+            raise UserError("setting 'lora_alpha' needs an adapter: add --lora_rank, or leave it out")
         if self.train_vision_tower and self.lora_rank:
-            raise UserError("setting 'train_vision_tower': an adapter is on the language model alone: leave one out")
+            raise UserError("setting 'train_vision_tower' does not work with lora_rank: leave one of them out")
         if self.torch_compile and self.gradient_checkpointing:
             raise UserError("setting 'torch_compile' does not work with gradient_checkpointing: leave one of them out")
         if self.importance_cap is not None and (self.top_p < 1 or self.top_k > 0):
@@ -158,7 +158,7 @@ class TrainingSettings(MethodSettings, TaskSettings):
                 "setting 'importance_cap' needs samples from the full distribution: use top_p 1 and top_k 0"
             )
         if self.target_teacher + self.target_student + self.target_base == 0:
-            raise UserError("setting 'target_teacher': found 0, and the target's other weights are 0, too; raise one")
+            raise UserError("setting 'target_teacher': found 0, and the target's other weights are also 0; raise one")
         if self.support == "sampled" and self.divergence != "reverse_kl":
             raise UserError(
                 f"setting 'support': 'sampled' is the policy gradient of reverse_kl, found divergence "
@@ -183,7 +183,7 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set,
     a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     documents: str | None = None
-    """Documents, in place of ``data``. Questions about them are generated first, as in ``selfdistill questions``, and
+    """Documents, instead of ``data``. Questions about them are generated first, as in ``selfdistill questions``, and
     saved in the folder ``<output_dir>-questions``."""
     load_in_4bit: bool = False
     """Keep the weights of linear layers in 4 bits (NF4 with quantised scales) under an adapter: QLoRA, arXiv
@@ -221,9 +221,7 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
 
     def _check_4bit(self) -> None:
         if not self.lora_rank:
-            raise UserError(
-                "setting 'load_in_4bit' needs an adapter, for its weights stay fixed: give --lora_rank, too"
-            )
+            raise UserError("setting 'load_in_4bit' needs an adapter, because its weights stay fixed: add --lora_rank")
         for name, other in (("fsdp", self.fsdp), ("torch_compile", self.torch_compile)):
             if other:
                 raise UserError(f"setting 'load_in_4bit' does not work with {name}: leave one of them out")

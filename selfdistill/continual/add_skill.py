@@ -119,20 +119,22 @@ def _opened(config: LearnConfig) -> Ledger:
             found = start_fingerprint(moved)
             if not found or found != ledger.weights:
                 raise UserError(
-                    f"setting 'model': {config.state} began with {ledger.base!r}, and {config.model!r} has different "
+                    f"setting 'model': {config.state} started from {ledger.base!r}, but {config.model!r} has different "
                     "weights; leave it out"
                 )
             ledger.move_base(_absolute(config.model))
         if os.path.isabs(ledger.base) and not os.path.isdir(ledger.base):
             raise UserError(
-                f"state {config.state!r}: its base {ledger.base!r} does not exist; if it was moved, give its new place "
-                "with --model"
+                f"state {config.state!r}: its base {ledger.base!r} does not exist; if it was moved, give its new "
+                "location with --model"
             )
         if config.prior and _texts(config.prior) != (_texts(ledger.prior) if ledger.prior else None):
-            raise UserError(f"setting 'prior': {config.state} began with other questions, or none; leave it out")
+            raise UserError(f"setting 'prior': {config.state} started with other questions, or none; leave it out")
         for key, value in ledger.measured_with.items():
             if getattr(config, key) != value:
-                raise UserError(f"setting {key!r}: {config.state} has all its scores with {value!r}; use the same")
+                raise UserError(
+                    f"setting {key!r}: all scores in {config.state} were measured with {value!r}; use the same"
+                )
         return ledger
     if others := [path.name for path in root.iterdir() if path.name != f".{START}.unfinished"]:
         raise UserError(f"state {config.state!r}: not a state, contains {others[0]!r}; give another folder")

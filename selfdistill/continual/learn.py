@@ -167,7 +167,7 @@ _COSTS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
 
 def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
     """Print what the state keeps of each skill and what learning it took, without columns that are empty or all 0."""
-    table = Table(title="Prompts of each skill that later ones rehearse, and what learning it took")
+    table = Table(title="Prompts of each skill that later ones rehearse, and the cost of learning it")
     table.add_column("skill")
     table.add_column("prompts kept", justify="right")
     columns = [[str(line["remembered"]) for line in memory]]

@@ -57,15 +57,15 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
     if ledger.pending.is_dir():
         found = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))
         here = json.loads(json.dumps(asked))
-        without = "" if "anchors" in found["settings"] else ", which began without anchors and goes on without"
+        without = "" if "anchors" in found["settings"] else ", which began without anchors and continues without them"
         found["settings"] = _with_newer_settings(found["settings"], here["settings"])
         if found == here:
             say(f"resuming {config.name}{without}")
             return
         if ledger.interrupted:
             raise UserError(
-                f"{found['name']!r} is unfinished: give the same command to finish it, or discard it with selfdistill "
-                f"learn --state {shlex.quote(config.state)} discard. What differs: {_changes(found, here)}"
+                f"{found['name']!r} is unfinished: run the same command to finish it, or discard it with selfdistill "
+                f"learn --state {shlex.quote(config.state)} discard. Differences: {_changes(found, here)}"
             )
         ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:

@@ -3,7 +3,7 @@
 from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, scored_text, thought_and_said
 from selfdistill.data.columns import COLUMNS
-from selfdistill.data.contexts import Context, Document, context_spec, parse_context, with_feedback, with_guide
+from selfdistill.data.contexts import Context, Document, context_spec, must_show_one, parse_context
 from selfdistill.data.demonstrations import (
     CODE,
     SCORER_NAMES,
@@ -27,6 +27,7 @@ from selfdistill.data.encoding import (
     reply_spans,
 )
 from selfdistill.data.episodes import Replies, notes_on_episodes
+from selfdistill.data.feedback import with_feedback, with_guide
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
 from selfdistill.data.images import (
     MOST_PIXELS,
@@ -123,6 +124,7 @@ __all__ = [
     "join_surrogates",
     "load_demonstrations",
     "load_prompts",
+    "must_show_one",
     "named",
     "not_object",
     "notes_on",

@@ -1,8 +1,8 @@
-"""How a model writes tool calls: as its chat template does, found by rendering a known call, or as lines of text.
+"""How a model writes tool calls: in its chat template's format, found by rendering a known call, or as lines of text.
 
 The text layout is for models whose template writes no calls, and for models without a template. A call is the lines
-``Action: name`` and ``Action Input: {json}``, an observation is a user turn ``Observation: ...``, and the tools are
-listed in the system turn.
+``Action: name`` and ``Action Input: {json}``, an observation is a user turn ``Observation: ...``, and the system turn
+lists the tools.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from selfdistill.data.rows import one_line
 from selfdistill.data.tool_calls import actions_in
 
 Render = Callable[[list[Message]], str | None]
-"""The template's text of a chat whose last turn is the assistant's, from that turn on; None if it rejects the chat."""
+"""The template's text of a chat from its last, assistant turn on; None if it rejects the chat."""
 
 _NAME, _KEY, _VALUE = "probe_name", "probe_key", "probe_value"
 _ARGUMENTS = {_KEY: _VALUE}
 _ID = re.compile(r"call\d{5}")
-"""An id that stands for none, in nine characters as Mistral's templates want."""
+"""A placeholder id of nine characters, as Mistral's templates want."""
 OBSERVED = "probe_result"
 """The content of the observation with which templates are probed."""
 PROBE_TOOL: dict[str, Any] = {
@@ -37,35 +37,35 @@ PROBE_TOOL: dict[str, Any] = {
 
 
 class InvalidCall(Exception):
-    """A sampled call cannot be read; the message says why in words that a model can use."""
+    """A sampled call cannot be read; the message explains why to the model."""
 
 
 @dataclass(frozen=True)
 class CallFormat:
-    """How a template writes calls. Between the parts may be any white space."""
+    """How a template writes calls. There may be any white space between the parts."""
 
     begin: str = ""
-    """In front of the first call's JSON object, or of its name."""
+    """Before the first call's JSON object, or before its name."""
     between: str = ""
-    """From the end of a call to the next; empty if the template writes one call only."""
+    """From the end of a call to the next; empty if the template writes only one call."""
     end: str = ""
     """After the last call."""
     name: tuple[str, ...] = ()
-    """Keys under which a call's object holds the name; none if the name is written before the arguments."""
+    """Keys that lead to the name in a call's object; none if the name is written before the arguments."""
     arguments: tuple[str, ...] = ()
-    """Keys under which it holds the arguments."""
+    """Keys that lead to the arguments."""
     in_list: bool = False
     """Whether the objects are in a list."""
     middle: str = ""
-    """Between a name and its arguments, where there is no object of both."""
+    """Between a name and its arguments, if no object has both."""
     arguments_as_text: bool = False
-    """Whether the template wants the arguments as their JSON text."""
+    """Whether the template wants the arguments as JSON text."""
     with_ids: bool = False
     """Whether it wants calls to have ids."""
 
     @property
     def written(self) -> str:
-        """What it writes around calls."""
+        """The text around calls."""
         return "".join((self.begin, self.middle, self.between, self.end))
 
     @property
@@ -74,7 +74,7 @@ class CallFormat:
         return bool(self.name or self.begin.strip())
 
     def shown(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as the template wants them."""
+        """The messages in the template's form."""
         made: list[Message] = []
         waiting: list[str] = []
         number = 0
@@ -134,7 +134,7 @@ class CallFormat:
         return None if found is None else found.end()
 
     def _one(self, text: str, at: int) -> tuple[list[dict[str, Any]], int]:
-        """The calls that begin at a place, several if they are a list, and where they end."""
+        """The calls that begin at a position (several if they are a list), and where they end."""
         begin = self.begin.strip()
         at = _skip(text, at + len(begin) if begin and text.startswith(begin, at) else at)
         if self.name:
@@ -197,7 +197,7 @@ def probe_messages(calls: int, *, arguments_as_text: bool = False, with_ids: boo
 
 
 def probe(render: Render, after: Callable[[list[Message]], str | None]) -> CallFormat | None:
-    """How a template writes calls; None if it does not, or if it does not show what a tool returned.
+    """How a template writes calls; None if it does not, or if it does not show tool results.
 
     Args:
         render: the assistant's turn at the end of a chat, without its end token.
@@ -218,7 +218,7 @@ def probe(render: Render, after: Callable[[list[Message]], str | None]) -> CallF
 def _format(one: str, two: str | None, options: Mapping[str, Any]) -> CallFormat | None:
     """The format of a turn with one known call, and of one with two, if the template writes those.
 
-    A format that has neither an object nor a place for the arguments can be written, but not read.
+    A format with neither an object nor a place for the arguments can be written, but not read.
     """
     place = one.index(_NAME)
     for start in (found.start() for found in reversed(list(re.finditer("{", one[:place])))):
@@ -278,7 +278,7 @@ def _path(value: Any, wanted: Any) -> tuple[str, ...]:
 
 
 def in_text(messages: Sequence[Message]) -> list[Message]:
-    """Messages in which calls and observations are text; consecutive observations are one user turn."""
+    """Messages with calls and observations as text; consecutive observations become one user turn."""
     if not uses_tools(messages):
         return list(messages)
     made: list[Message] = []
@@ -299,7 +299,7 @@ def in_text(messages: Sequence[Message]) -> list[Message]:
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], how: bool) -> list[Message]:
-    """The messages with the tools listed in their system turn, and ``how`` to call them."""
+    """The messages with the tools listed in the system turn, and ``how`` to call them."""
     lines = ["You can call these tools:"]
     for tool in tools:
         function = tool.get("function", tool)
@@ -323,7 +323,7 @@ def read_text(text: str) -> tuple[str, list[dict[str, Any]]]:
     """
     found = actions_in(text)
     if found is None:
-        raise InvalidCall("after a line 'Action: name' must come 'Action Input:' and a JSON object")
+        raise InvalidCall("a line 'Action: name' must be followed by 'Action Input:' and a JSON object")
     if not found:
         return text, []
     calls = [_call(name, value, {}) for name, value, _, _ in found]

@@ -1,4 +1,4 @@
-"""Tool calls and the messages that answer them: their order, and what in them deserves a note."""
+"""Tool calls and the messages that answer them: their order, and oddities that deserve a note."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Turn = Mapping[str, Any]
 
 _UNKNOWN = "a call to a tool that is not in its 'tools'"
 _UNDECLARED = "an argument that the tool's schema does not declare"
-_MISNAMED = "a tool message whose name is not that of the call it answers"
+_MISNAMED = "a tool message whose name differs from its call's"
 _UNANSWERED = "fewer tool messages than calls before the next turn"
 _COMPOSED = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties")
 """Keys with which a schema declares arguments outside its ``properties``."""
 
 
 def answered(turns: Sequence[Turn], column: str, problems: list[str]) -> list[tuple[int, int]]:
-    """For each tool message the turn that it answers and the number of the call there; others are (own number, -1).
+    """For each tool message, the turn that it answers and the call's number there; for others (own number, -1).
 
-    A message answers the call that its ``tool_call_id`` names, or else the first one that is still open. One that
-    answers none, or names another than those that are open, is a problem.
+    A message answers the call that its ``tool_call_id`` names, or else the first open call. A message that
+    answers none, or names a call that is not open, is a problem.
     """
     found: list[tuple[int, int]] = []
     asked, open_calls = 0, dict[int, Any]()
@@ -45,9 +45,9 @@ def answered(turns: Sequence[Turn], column: str, problems: list[str]) -> list[tu
 
 
 def in_call_order(turns: list[dict[str, Any]], column: str, problems: list[str]) -> list[dict[str, Any]]:
-    """The turns, in which the tool messages after a turn stand in the order of its calls.
+    """The turns, with the tool messages after a turn sorted into the order of its calls.
 
-    Templates that write results without ids would show them with the wrong calls otherwise.
+    Otherwise templates that write results without ids would show them with the wrong calls.
     """
     before = len(problems)
     places = answered(turns, column, problems)
@@ -74,7 +74,7 @@ def notes_on_calls(rows: Iterable[tuple[str, Sequence[Turn], Sequence[Mapping[st
 
 
 def _undeclared(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Calls and arguments that the row's tools do not declare, where it has tools whose form is known."""
+    """Calls and arguments that the row's tools do not declare, if it has tools of a known form."""
     functions = [tool.get("function", tool) for tool in tools]
     if not functions or not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in functions):
         return
@@ -98,7 +98,7 @@ def _declared(schema: Any) -> Mapping[str, Any] | None:
 
 
 def _unlike(turns: Sequence[Turn]) -> Iterator[tuple[str, str]]:
-    """Tool messages with another name than their call's, and calls that nothing answers though the chat goes on."""
+    """Tool messages whose name differs from their call's, and unanswered calls in a chat that continues."""
     places = answered(turns, "", [])
     for turn, (asked, place) in zip(turns, places, strict=True):
         name = turn.get("name")

@@ -218,7 +218,7 @@ class ChatFormat:
         """
         form = self._template.calls
         if form is not None and not form.is_read:
-            raise TemplateRefusal("the chat template writes tool calls in a form that is not read")
+            raise TemplateRefusal("the chat template writes tool calls in an unsupported format")
         text = self._decoded(ids, form.written if form else "")
         opened = open_thought(str(self.tokenizer.decode(list(prompt[-8:]))))
         thought, said = split_thinking(text, begun=opened is not None)

@@ -132,7 +132,7 @@ def _result(lines: list[dict[str, Any]], status: int, in_time: bool) -> CodeResu
     if not in_time:
         end = f"did not end within {LIMITS['wall']} s"
     elif status == -signal.SIGXCPU:
-        end = f"did not end within {LIMITS['cpu']} s of computing"
+        end = f"did not end within {LIMITS['cpu']} s of CPU time"
     else:
         end = f"was ended by signal {-status}" if status < 0 else "ended the process"
     return CodeResult(False, f"{_text(last.get('at', 'the code'))}: {end}")

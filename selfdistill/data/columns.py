@@ -40,8 +40,8 @@ _REFUSED = {
     "history": "write it as earlier messages of the prompt",
     **dict.fromkeys(OTHER_NAMES["messages"], "keep either the prompt or the conversation"),
     "functions": "write them as 'tools'",
-    "rejected": "pairs of a better and a worse reply are not used; leave it out",
-    "label": "true and false tell good from bad completions; keep the good rows, and leave it out",
+    "rejected": "preference pairs are not supported; leave it out",
+    "label": "it marks good and bad completions; keep the good rows, and leave it out",
 }
 """Columns that TRL, Alpaca, ShareGPT or LLaMA-Factory read, and what to do with their content."""
 

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.images import marks_in
 from selfdistill.data.messages import Message
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 
 Show = Literal["episode", "turn"]
 """What a context shows of an episode: all of it, or the one reply that is asked for."""
@@ -66,6 +66,8 @@ class Context(Protocol):
     """How the demonstration is shown to the teacher."""
 
     name: ClassVar[str]
+    one_demonstration: ClassVar[bool]
+    """Whether it shows the row's demonstration alone, so that a part of it, or an attempt, can take its place."""
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         """The teacher's messages, ending with the user turn to answer.
@@ -106,6 +108,7 @@ class Turns:
     """The demonstration as earlier turns of the chat, ``repeats`` times: user x, assistant d, ..., user x."""
 
     name: ClassVar[str] = "turns"
+    one_demonstration: ClassVar[bool] = True
     repeats: int = 1
     show: Show = "episode"
 
@@ -122,6 +125,7 @@ class ExampleAnswer:
     """One user turn: the question, the demonstration as an example, and a request for the model's own answer."""
 
     name: ClassVar[str] = "example"
+    one_demonstration: ClassVar[bool] = True
     reasoning: bool = True
     """Ask for the reasoning, too."""
 
@@ -148,11 +152,12 @@ class FewShot:
     """``k`` other demonstrations as earlier turns without their system turns, then this one if ``this`` is set."""
 
     name: ClassVar[str] = "few_shot"
+    one_demonstration: ClassVar[bool] = False
     k: int = 3
     pick: Literal["seed", "nearest"] = "seed"
     """``seed``: drawn at random, always the same for a demonstration; ``nearest``: most shared words, nearest last."""
     this: bool = False
-    seed: int = 0
+    seed: int = field(default=0, metadata={"least": 0})
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         row = _row_of(demonstration)
@@ -190,6 +195,7 @@ class Document:
     """The document in a turn of its own, then the demonstration as turns; for teaching knowledge."""
 
     name: ClassVar[str] = "document"
+    one_demonstration: ClassVar[bool] = False
     repeats: int = 1
     show: Literal["both", "document", "answer"] = "both"
     """``document`` omits the demonstration, ``answer`` the document (the paper's ablation of contexts)."""
@@ -220,6 +226,7 @@ class Template:
     """The user's own text replaces the last user turn, with {prompt}, {demonstration} and {document} filled in."""
 
     name: ClassVar[str] = "template"
+    one_demonstration: ClassVar[bool] = True
     file: str = ""
     """UTF-8 text file with the template."""
     text: str = field(init=False, repr=False, compare=False)
@@ -277,6 +284,7 @@ class Rewritten:
     """
 
     name: ClassVar[str] = "rewritten"
+    one_demonstration: ClassVar[bool] = False
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         if problem := self.lacks(demonstration):
@@ -290,28 +298,37 @@ class Rewritten:
         return "column 'privileged_context': missing, which context 'rewritten' shows the teacher as the question"
 
 
-def with_feedback(messages: Sequence[Message], feedback: str) -> list[Message]:
-    """A teacher's messages, with feedback on an earlier attempt at the end of the last turn."""
-    return _with_text(
-        messages,
-        f"An earlier attempt of yours was not right. This is the feedback on it:\n\n{feedback}\n\n"
-        "Now answer the question correctly.",
-    )
+@dataclass(frozen=True)
+class Option:
+    """An option of a context, as a spec can write it."""
+
+    type: Any
+    """bool, int, str, or a Literal of words."""
+    least: int
+    """The least value of an int: 1, unless the field's metadata have ``least``."""
 
 
-def with_guide(messages: Sequence[Message], guide: str) -> list[Message]:
-    """Messages with a guide, such as a plan or the first steps of an answer, at the end of the last turn."""
-    return _with_text(messages, f"Let this guide your answer:\n\n{guide}\n\nNow answer the question.")
+def options_of(kind: type[Context]) -> dict[str, Option]:
+    """The options of a context: the fields that its constructor takes.
+
+    Raises:
+        TypeError: an option has a type that a spec cannot write.
+    """
+    types = get_type_hints(kind)
+    found = [option for option in fields(kind) if option.init]  # type: ignore[arg-type]
+    for name in (option.name for option in found):
+        if types[name] not in (bool, int, str) and get_origin(types[name]) is not Literal:
+            want = "bool, int, str or a Literal of words"
+            raise TypeError(f"context {kind.name!r}: option {name!r} is {types[name]}, expected {want}")
+    return {option.name: Option(types[option.name], option.metadata.get("least", 1)) for option in found}
 
 
-def _with_text(messages: Sequence[Message], text: str) -> list[Message]:
-    """Messages with a text at the end of the user's last turn, or as one after what a tool returned."""
-    if messages[-1]["role"] == "tool":
-        return [*messages, _user(text)]
-    return [*messages[:-1], _user(f"{messages[-1]['content']}\n\n{text}")]
-
-
-CONTEXTS: dict[str, type[Any]] = {c.name: c for c in (Turns, ExampleAnswer, FewShot, Document, Template, Rewritten)}
+_KINDS: tuple[type[Context], ...] = (Turns, ExampleAnswer, FewShot, Document, Template, Rewritten)
+CONTEXTS = {kind.name: kind for kind in _KINDS}
+OPTIONS = {name: options_of(kind) for name, kind in CONTEXTS.items()}
+"""The options of each context."""
+ONE_DEMONSTRATION = [name for name, kind in CONTEXTS.items() if kind.one_demonstration]
+"""Names of the contexts that show one demonstration, and so can show a part of it."""
 
 
 def parse_context(spec: str) -> Context:
@@ -322,32 +339,29 @@ def parse_context(spec: str) -> Context:
     """
     name, _, options = spec.partition(":")
     if name not in CONTEXTS:
-        hint = "; options follow a colon, as in turns:repeats=2" if "=" in name else ""
+        hint = closest(name, CONTEXTS, "; options follow a colon, as in turns:repeats=2" if "=" in name else "")
         raise UserError(f"context {spec!r}: unknown context {name!r}, expected one of {', '.join(CONTEXTS)}{hint}")
-    kind = CONTEXTS[name]
-    types = {key: hint for key, hint in get_type_hints(kind).items() if key not in ("name", "text")}
+    known = OPTIONS[name]
     values = {}
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
-        if key not in types:
-            raise UserError(f"context {spec!r}: {name} has no option {key!r}; its options are {', '.join(types)}")
-        values[key] = _convert(spec, key, value, types[key])
-    return kind(**values)
+        if key not in known:
+            has = f"its options are {', '.join(known)}" if known else "it has none"
+            raise UserError(f"context {spec!r}: {name} has no option {key!r}; {has}{closest(key, known, '')}")
+        values[key] = _convert(spec, key, value, known[key])
+    return CONTEXTS[name](**values)
 
 
-def _convert(spec: str, key: str, value: str, hint: Any) -> Any:
-    choices: tuple[Any, ...] = get_args(hint)
-    if hint is bool:
-        choices = ("true", "false")
-    if choices and value not in choices:
-        raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, expected {' or '.join(choices)}")
-    if hint is bool:
+def _convert(spec: str, key: str, value: str, option: Option) -> Any:
+    words: tuple[Any, ...] = ("true", "false") if option.type is bool else get_args(option.type)
+    if words and value not in words:
+        raise UserError(f"context {spec!r}: option {key!r}: found {value!r}, expected {' or '.join(words)}")
+    if option.type is bool:
         return value == "true"
-    if hint is int:
-        least = 0 if key == "seed" else 1
-        if not value.isdecimal() or int(value) < least:
+    if option.type is int:
+        if not value.isdecimal() or int(value) < option.least:
             raise UserError(
-                f"context {spec!r}: option {key!r}: found {value!r}, expected an integer of {least} or more"
+                f"context {spec!r}: option {key!r}: found {value!r}, expected an integer of {option.least} or more"
             )
         return int(value)
     return value
@@ -360,3 +374,14 @@ def context_spec(context: Context) -> str:
         del values["show"]  # so that specs of earlier runs stay the same
     options = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
     return ":".join(filter(None, [context.name, ",".join(options)]))
+
+
+def must_show_one(context: Context, what: str) -> None:
+    """Refuse a context that cannot show ``what`` in place of the demonstration.
+
+    Raises:
+        UserError: the context does not show one demonstration.
+    """
+    if not context.one_demonstration:
+        *others, last = ONE_DEMONSTRATION
+        raise UserError(f"context {context_spec(context)!r}: cannot show {what}; use {', '.join(others)} or {last}")

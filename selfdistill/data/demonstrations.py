@@ -311,7 +311,7 @@ def _form(row: Any, problems: list[str]) -> str | None:
         other = next((name for name in ("prompt", "completion") if row.get(name) is not None), None)
         if other is None:
             return "messages"
-        problems.append(f"has '{other}' and 'messages', expected 'messages' alone or 'prompt' with 'completion'")
+        problems.append(f"has '{other}' and 'messages', expected either 'messages' or 'prompt' with 'completion'")
     elif row.get("prompt") is not None:
         return "prompt"
     elif "prompt" in row:
@@ -390,8 +390,8 @@ def _check_others(others: dict[str, Any], problems: list[str]) -> None:
             text_of(others[name], name, "text or null", problems)
     if others["scorer"] == CODE:
         problems.append(
-            f"column 'scorer': {CODE!r} runs what a model writes, so only the setting may name it; leave it out and "
-            f"give --scorer {CODE}"
+            f"column 'scorer': {CODE!r} runs code that a model writes, so only the setting may name it; leave it out "
+            f"and give --scorer {CODE}"
         )
     elif others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
         problems.append(wrong("scorer", others["scorer"], one_of(SCORER_NAMES)))

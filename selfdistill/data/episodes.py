@@ -1,7 +1,7 @@
-"""Episodes: rows in which several replies are learnt, with what tools or users say between them.
+"""Episodes: rows with several replies to learn, and messages from tools or users in between.
 
-On-policy methods learn each reply after the conversation so far, as the demonstration has it. SFT learns all replies of
-an episode in one sequence, in which what others said is given.
+On-policy methods learn each reply after the demonstrated conversation so far. SFT learns all replies of
+an episode in one sequence, in which the other messages are given.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from selfdistill.data.messages import Message, text_of_reply
 Replies = Literal["episode", "each", "last"]
 """What becomes an example: all replies of an episode in one sequence, each reply, or the last one."""
 _NEXT_TURN = 1 << 32
-"""Difference between the row numbers of two turns: more than any set has rows."""
+"""Difference between the row numbers of two turns: larger than any data set."""
 
 
 def turns_of(demonstration: Demonstration, replies: Replies) -> list[Demonstration]:
     """The demonstrations that become examples: the row itself, or its turns.
 
-    A turn has the conversation before it as its prompt, the row as ``turn_of``, and, unless it is the last, no answer,
-    for the answer is the last one's. Each turn has a row number of its own, with which its samples are seeded; the
-    first has that of the row, as has a last turn on its own.
+    A turn has the conversation before it as its prompt, and the row as ``turn_of``. Only the last turn has the answer,
+    which belongs to the last reply. Each turn has its own row number, which seeds its samples; the
+    first has the row's, as does a last turn alone.
     """
     episode = demonstration.episode
     if replies == "episode" or not episode or demonstration.turn_of is not None:
@@ -53,18 +53,18 @@ def _turn(row: Demonstration, place: int, number: int) -> Demonstration:
 
 
 def notes_on_episodes(demonstrations: Sequence[Demonstration]) -> list[str]:
-    """A note that of several replies only the last is measured; none if no row has several."""
+    """A note that only the last of several replies is evaluated; none if no row has several."""
     several = [row for row in demonstrations if sum(message["role"] == "assistant" for message in row.episode) > 1]
     if not several:
         return []
     return [
-        f"{len(several)} of {len(demonstrations)} rows are episodes, of which only the last reply is measured, after "
-        "the demonstrated ones; training may learn them all"
+        f"{len(several)} of {len(demonstrations)} rows are episodes; only their last reply is evaluated, after the "
+        "demonstrated ones; training may learn all replies"
     ]
 
 
 def encode_replies(demonstration: Demonstration, chat: ChatFormat) -> tuple[list[int], tuple[tuple[int, int], ...]]:
-    """Token ids after the prompt, and the half-open spans of those that are not the model's.
+    """Token ids after the prompt, and the half-open spans of tokens that are not the model's.
 
     Raises:
         TemplateRefusal: the chat template cannot write the episode.

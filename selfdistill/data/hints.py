@@ -9,15 +9,13 @@ from typing import ClassVar
 
 import regex
 
-from selfdistill.data.contexts import Context, context_spec, parse_context
+from selfdistill.data.contexts import ONE_DEMONSTRATION, Context, must_show_one, parse_context
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.messages import Message
 from selfdistill.data.thinking import TAGS, split_thinking
 from selfdistill.data.words import UNSPACED
 from selfdistill.errors import UserError
 
-HINTED = ("turns", "example", "template")
-"""Contexts that show one demonstration, and so can show a part of it."""
 _WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^\s{UNSPACED}]+")
 
 HintPart = Callable[[str, float], str]
@@ -63,20 +61,17 @@ class Hint:
     """A context with a part of the demonstration; with nothing of it, the teacher sees the prompt alone.
 
     Raises:
-        UserError: the context shows something else than one demonstration.
+        UserError: the context cannot show a part of a demonstration.
     """
 
     name: ClassVar[str] = "hint"
+    one_demonstration: ClassVar[bool] = True
     context: Context
     share: float
     part: HintPart = first_words
 
     def __post_init__(self) -> None:
-        if self.context.name not in HINTED:
-            raise UserError(
-                f"context {context_spec(self.context)!r}: a hint is a part of one demonstration, and this shows more; "
-                f"use {', '.join(HINTED[:-1])} or {HINTED[-1]}"
-            )
+        must_show_one(self.context, "a part of a demonstration")
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         """See :class:`selfdistill.data.Context`."""
@@ -94,7 +89,7 @@ def context_of(spec: str, hint: float) -> Context:
     """The context that ``spec`` names, with this share of the demonstration.
 
     Raises:
-        UserError: as of :func:`parse_context`; or a part is asked for of a context that shows more than one.
+        UserError: as of :func:`parse_context`; or the context cannot show a part of a demonstration.
     """
     context = parse_context(spec)
     return context if hint == 1 else Hint(context, hint)
@@ -106,7 +101,7 @@ def hintable(specs: Sequence[str]) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    found = [spec for spec in specs if parse_context(spec).name in HINTED]
+    found = [spec for spec in specs if parse_context(spec).one_demonstration]
     if not found:
-        raise UserError(f"hints need a context that shows one demonstration: {', '.join(HINTED)}")
+        raise UserError(f"hints need a context that shows one demonstration: {', '.join(ONE_DEMONSTRATION)}")
     return found

@@ -1,7 +1,7 @@
-"""Pictures of a row: checked once when the row is read, and decoded again where a model needs their pixels.
+"""Pictures of a row: checked once when the row is read, and decoded again when a model needs their pixels.
 
-In a message, a picture stands as a mark with its hash, so that contexts can move texts with pictures in them. A mark
-counts only where a row has that very picture: no text becomes a picture by what it says.
+In a message, a mark with its hash stands for a picture, so contexts can move texts with pictures. A mark
+counts only if its row has that picture: text alone never becomes a picture.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from selfdistill.data.rows import describe_value, one_line, quoted
 from selfdistill.errors import UserError
 
 MOST_PIXELS = 89_478_485
-"""Pixels of the largest picture that is read: Pillow's limit against files that unpack to fill the memory."""
+"""Maximum pixels of a picture: Pillow's limit against decompression bombs."""
 PICTURE_FOLDER = "pictures"
-"""Folder beside a file of rows, for pictures that were no files."""
+"""Folder beside a file of rows, for pictures that were not files."""
 _DEEP = ("I", "F")
 """Beginnings of the modes with more than 8 bits a channel, which Pillow would clip."""
 _BORDER = "\U0010fffc"
@@ -40,7 +40,7 @@ class _BadPicture(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a file or as the bytes of one; its pixels are decoded at each use and not kept."""
+    """A picture as a file or its bytes; its pixels are decoded at each use and not kept."""
 
     digest: str
     """SHA-256 of the file's bytes."""
@@ -49,14 +49,14 @@ class Picture:
 
     @property
     def mark(self) -> str:
-        """What stands for the picture in a text."""
+        """The mark for the picture in a text."""
         return f"{_BORDER}{self.digest}{_BORDER}"
 
     def decoded(self) -> Image.Image:
         """The picture upright, in RGB.
 
         Raises:
-            UserError: its file is no longer what it was when the row was read.
+            UserError: its file has changed since the row was read.
         """
         try:
             data = self.data if self.data is not None else Path(self.path or "").read_bytes()
@@ -74,17 +74,17 @@ class PromptIds(list[int]):
     def __init__(self, ids: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
         super().__init__(ids)
         self.pictures = tuple(pictures)
-        """In the order in which they stand in the prompt; one that is shown twice comes twice."""
+        """In the order of the prompt; a picture that is shown twice appears twice."""
 
 
 class PictureTokens(Protocol):
     """How a model's processor writes pictures in a prompt."""
 
     token: str
-    """What the chat template writes for a picture."""
+    """The chat template's text for a picture."""
 
     def expanded(self, pictures: Sequence[Picture]) -> list[str]:
-        """What stands in the prompt in place of each picture's token."""
+        """The tokens that replace each picture's token in the prompt."""
         ...
 
 
@@ -102,12 +102,12 @@ def by_digest(rows: Sequence[Any]) -> dict[str, Picture]:
 
 
 def pictures_of(row: Mapping[str, Any], folder: str, problems: list[str]) -> tuple[Picture, ...]:
-    """The pictures of a raw row, each decoded once to see that it can be.
+    """The pictures of a raw row, each decoded once as a check.
 
     Args:
         row: its columns.
-        folder: where relative paths begin; where there is no such file, in the working directory.
-        problems: takes what is wrong, a line each.
+        folder: where relative paths start; if there is no such file, in the working directory.
+        problems: receives one line per problem.
     """
     held = [column for column in PICTURE_COLUMNS if not is_empty(row.get(column))]
     if len(held) > 1:
@@ -141,7 +141,7 @@ def _picture(value: Any, folder: str) -> Picture:
     elif isinstance(value, Image.Image):
         data = _as_file(value)
     if isinstance(path, str) and re.match(r"(https?|s3|gs|hf)://|data:", path) and data is None:
-        raise _BadPicture(f"found {quoted(path)}, expected a file: no pictures are downloaded; save it first")
+        raise _BadPicture(f"found {quoted(path)}, expected a file: pictures are not downloaded; save it first")
     if data is None and isinstance(path, str) and path.strip():
         path, data = _read(path, folder)
         _checked(data, quoted(path))
@@ -169,7 +169,7 @@ def _read(path: str, folder: str) -> tuple[str, bytes]:
     try:
         return place, Path(place).read_bytes()
     except FileNotFoundError:
-        raise _BadPicture(f"{quoted(path)} is not there (looked in {os.path.abspath(folder)})") from None
+        raise _BadPicture(f"{quoted(path)} does not exist (looked in {os.path.abspath(folder)})") from None
     except OSError as error:
         raise _BadPicture(f"{quoted(path)} cannot be read ({error.strerror})") from None
 
@@ -200,14 +200,14 @@ def _decoded(data: bytes) -> Image.Image:
         raise _BadPicture(f"has more than {MOST_PIXELS:,} pixels; make it smaller") from None
     except UnidentifiedImageError:
         raise _BadPicture("is not a picture that Pillow reads; convert it, such as to PNG") from None
-    except Exception as error:  # decoders of broken files raise errors of many kinds
+    except Exception as error:  # decoders raise many kinds of errors on corrupt files
         raise _BadPicture(f"cannot be decoded ({one_line(error)}); replace it") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says, in RGB, with white where it is transparent."""
+    """The picture rotated according to its EXIF data, in RGB, with white for transparency."""
     if image.mode.startswith(_DEEP):
-        raise _BadPicture(f"has mode {image.mode}, expected 8 bits a channel; convert it")
+        raise _BadPicture(f"has mode {image.mode}, expected 8 bits per channel; convert it")
     image = ImageOps.exif_transpose(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -217,7 +217,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def undecoded(rows: Any) -> Any:
-    """A ``datasets.Dataset`` whose pictures stay bytes or paths until they are needed; anything else as it is."""
+    """A ``datasets.Dataset`` whose pictures stay bytes or paths until needed; anything else unchanged."""
     features = getattr(rows, "features", None)
     if not features or not hasattr(rows, "cast_column"):
         return rows
@@ -234,7 +234,7 @@ def undecoded(rows: Any) -> Any:
 
 
 def saved(pictures: Sequence[Picture], folder: Path) -> list[str]:
-    """Paths of the pictures, as a file of rows in this folder names them; those that are no files are written."""
+    """Paths of the pictures relative to this folder; pictures that are not files are written to it."""
     paths = []
     for picture in pictures:
         path = Path(picture.path or "")
@@ -250,14 +250,14 @@ def saved(pictures: Sequence[Picture], folder: Path) -> list[str]:
 
 
 def marked(value: Any, column: str, pictures: Sequence[Picture], problems: list[str]) -> Any:
-    """A raw chat or text with marks for its pictures: in place of its parts of type ``image``, or before the first
-    user turn's text, as TRL puts them, if there are none.
+    """A raw chat or text with marks for its pictures. They replace its parts of type ``image``, or, if there are none,
+    come before the first user turn's text, as in TRL.
 
     Args:
         value: the column's value.
         column: its name.
         pictures: the row's.
-        problems: takes what is wrong, a line each.
+        problems: receives one line per problem.
     """
     if not pictures:
         return value
@@ -269,7 +269,9 @@ def marked(value: Any, column: str, pictures: Sequence[Picture], problems: list[
     if not places:
         return _before_first_turn(value, column, pictures, problems)
     if places != len(pictures):
-        problems.append(f"column '{column}': {places} parts of type 'image' for {len(pictures)} pictures; give as many")
+        problems.append(
+            f"column '{column}': {places} parts of type 'image' for {len(pictures)} pictures; give equal numbers"
+        )
     left = itertools.cycle(pictures)
     return [
         {**message, "content": [_mark(next(left)) if _is_place(part) else part for part in _parts(message)]}
@@ -289,7 +291,7 @@ def _before_first_turn(value: list[Any], column: str, pictures: Sequence[Picture
             content = "".join(picture.mark for picture in pictures) + content
         if content is not None:
             return [*value[:number], {**message, "content": content}, *value[number + 1 :]]
-    problems.append(f"column '{column}': no user turn for the pictures to stand in")
+    problems.append(f"column '{column}': no user turn to hold the pictures")
     return value
 
 
@@ -299,7 +301,7 @@ def _parts(message: Any) -> list[Any]:
 
 
 def _is_place(part: Any) -> bool:
-    """Whether a part of a message is the place of a picture; Arrow writes null for keys that only others have."""
+    """Whether a part of a message is a picture's place; Arrow writes null for keys that only other parts have."""
     held = {key for key, value in part.items() if value is not None} if isinstance(part, dict) else set()
     return held == {"type"} and part["type"] == "image"
 
@@ -314,18 +316,18 @@ def marks_in(text: str) -> str:
 
 
 def refuse_late(replies: Sequence[Mapping[str, Any]], column: str, problems: list[str]) -> None:
-    """A problem if pictures stand after the first reply that is learnt."""
+    """Report a problem if pictures come after the first learnt reply."""
     if any(_MARK.search(message["content"]) for message in replies):
-        problems.append(f"column '{column}': pictures after the first reply that is learnt, expected them before it")
+        problems.append(f"column '{column}': pictures after the first learnt reply, expected them before it")
 
 
 def shown_text(text: str) -> str:
-    """A text as a person or a judge reads it, with a word in place of each picture."""
+    """A text for a person or a judge, with a word instead of each picture."""
     return _MARK.sub("[picture]", text)
 
 
 def split_at_pictures(text: str, known: Mapping[str, Picture]) -> list[str | Picture]:
-    """A text divided at the marks of known pictures; the parts between are texts, which may be empty."""
+    """A text split at the marks of known pictures; the parts in between may be empty."""
     pieces: list[str | Picture] = [""]
     for number, piece in enumerate(_MARK.split(text)):
         if number % 2 and piece in known:
@@ -336,19 +338,19 @@ def split_at_pictures(text: str, known: Mapping[str, Picture]) -> list[str | Pic
 
 
 def in_order(pictures: Sequence[Picture], turns: Sequence[Mapping[str, Any]]) -> tuple[Picture, ...]:
-    """A row's pictures in the order in which they stand in its turns."""
+    """A row's pictures in the order of its turns."""
     known = {picture.digest: picture for picture in pictures}
     return tuple(known[digest] for turn in turns for digest in _MARK.findall(turn["content"]) if digest in known)
 
 
 def in_parts(text: str, pictures: Sequence[Picture]) -> Any:
-    """A message's text as rows hold it: parts where it has pictures."""
+    """A message's content as in rows: parts if it has pictures."""
     pieces = split_at_pictures(text, {picture.digest: picture for picture in pictures})
     return text if len(pieces) == 1 else as_parts([piece for piece in pieces if isinstance(piece, str)])
 
 
 def as_parts(texts: Sequence[str]) -> list[dict[str, str]]:
-    """Texts with a picture between each and the next, as parts of a message."""
+    """Texts with a picture between each pair, as parts of a message."""
     parts: list[dict[str, str]] = []
     for number, text in enumerate(texts):
         parts += [{"type": "image"}] if number else []

@@ -33,7 +33,7 @@ _ADVICE = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into content as <think>...</think>"),
     "tool_calls": "only the assistant calls tools",
     "function_call": "write it as tool_calls (see docs/data.md)",
-    "weight": "leave it out; what is not learnt belongs in 'prompt', what follows in 'completion'",
+    "weight": "leave it out; put turns that are not learnt into 'prompt', and the rest into 'completion'",
     "name": "write it into content, or leave it out",
 }
 """Keys of other tools' messages, and what to do with them."""
@@ -51,7 +51,7 @@ def chat_of(value: Any, column: str, problems: list[str]) -> Any:
         return value
     found = from_text(value)
     if isinstance(found, str):
-        problems.append(f"column '{column}': found messages as Python writes them, expected a list or its JSON text")
+        problems.append(f"column '{column}': found the text of a Python list, expected a list or its JSON text")
     return found
 
 
@@ -129,7 +129,7 @@ def _content(value: Any, column: str, is_reply: bool, problems: list[str]) -> st
 def _in_place_of(kind: Any, held: set[Any], is_reply: bool) -> str:
     """What to do about a part that is not text; the places of a row's pictures have become text before."""
     if kind not in ("image", "image_url") or is_reply:
-        return ", expected text alone"
+        return ", expected only text"
     if kind == "image" and held == {"type"}:
         return ", but no picture in the column 'images'; add it"
     return f"; {_AS_PICTURE}"
@@ -248,7 +248,9 @@ def check_order(replies: Sequence[Message], form: str, problems: list[str]) -> N
     """A problem if two replies follow each other: between them somebody else says something."""
     if not problems and any(one["role"] == other["role"] == "assistant" for one, other in pairwise(replies)):
         column = "messages" if form == "messages" else "completion"
-        problems.append(f"column '{column}': found two assistant turns in a row, expected a tool or user turn between")
+        problems.append(
+            f"column '{column}': found two assistant turns in a row, expected a tool or user turn in between"
+        )
 
 
 def replies_of(row: dict[str, Any], required: bool, problems: list[str]) -> list[Message]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import re
@@ -10,7 +9,7 @@ import sys
 from typing import Any
 
 from selfdistill.data.rows import one_line
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 
 FUNCTION = re.compile(r"python:(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\.(?P<function>[^\W\d]\w*)")
 """Name of an object of the user's: ``python:package.module.function``."""
@@ -47,7 +46,6 @@ def named(name: str, use: str, kind: str) -> Any:
     found = getattr(module, match["function"], None)
     if not callable(found):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        close = difflib.get_close_matches(match["function"], known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = closest(match["function"], known, "")
         raise UserError(f"{use} {name!r}: {module.__file__} has no {kind} {match['function']!r}{hint}")
     return found

@@ -56,7 +56,7 @@ _BINARY = (
     _Binary(b"BZh", "a bzip2 file"),
     _Binary(b"\xfd7zXZ\x00", "an xz file"),
     _Binary(b"ARROW1", "an Arrow file"),
-    _Binary(b"version https://git-lfs", "a Git LFS pointer in place of the file", advice="fetch it with git lfs pull"),
+    _Binary(b"version https://git-lfs", "a Git LFS pointer instead of the file", advice="fetch it with git lfs pull"),
     _UTF_16,
     _UTF_16._replace(first=b"\xfe\xff"),
 )
@@ -116,7 +116,7 @@ def read_jsonl(path: str) -> list[RawRow]:
 
 def expected_types() -> str:
     """The endings of the files that are read, for messages."""
-    return f"{one_of(FILE_TYPES)} (text also packed as {one_of(list(_PACKED))})"
+    return f"{one_of(FILE_TYPES)} (text also compressed as {one_of(list(_PACKED))})"
 
 
 def _lines(path: str, text: str) -> list[RawRow]:
@@ -199,7 +199,7 @@ def _cells(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
 def _check_header(path: str, names: list[str]) -> None:
     """Refuse a first line that does not name each column once, or not one that is known."""
     if sum(not name.strip() for name in names) > 1:
-        raise UserError(f"{path}: line 1 does not name all columns that hold something; name them or leave them out")
+        raise UserError(f"{path}: line 1 does not name all columns that have values; name them or leave them out")
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
         raise UserError(f"{path}: line 1 names the column {repeated[0]!r} twice, expected each once")
     if not set(map(str.lower, names)) & _KNOWN:

@@ -208,7 +208,7 @@ def contains(reply: str, demonstration: Demonstration) -> bool:
     for answer in expected:
         wanted = words_of(_text(answer, "contains", demonstration))
         if not wanted:
-            raise _unusable("contains", demonstration, "it has no letters, digits or signs")
+            raise _unusable("contains", demonstration, "it has no letters, digits or symbols")
         found |= includes(words, wanted)
     return found
 
@@ -221,7 +221,7 @@ def _answers(expected: Any, scorer: str, demonstration: Demonstration) -> list[A
         return [expected]
     answers = from_text(expected)
     if not isinstance(answers, list):
-        raise _unusable(scorer, demonstration, "it is a list as Python writes it, expected a list or its JSON text")
+        raise _unusable(scorer, demonstration, "it is the text of a Python list, expected a list or its JSON text")
     return answers
 
 
@@ -237,9 +237,7 @@ def choice(reply: str, demonstration: Demonstration) -> bool:
     else:
         letter = letter_of(_text(expected, "choice", demonstration))
     if letter is None:
-        raise _unusable(
-            "choice", demonstration, "it gives no letter from A to Z; write the option's letter, for instance A"
-        )
+        raise _unusable("choice", demonstration, "it has no letter from A to Z; write the option's letter, such as A")
     return chosen_letter(reply) == letter
 
 

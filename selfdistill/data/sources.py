@@ -137,7 +137,9 @@ def choose(path: str, splits: Mapping[str, _Part], split: str | None, note: Note
 def _read_folder(path: str, split: str | None, note: Note) -> list[RawRow]:
     files = _files(path, note)
     if not files:
-        raise UserError(f"{path}: no {expected_types()} file in this folder, in its folder data, or in one for a split")
+        raise UserError(
+            f"{path}: no {expected_types()} file in this folder, in its subfolder data, or in one named after a split"
+        )
     if bad := next((file for file in files if not is_readable(file)), None):
         ending = "".join(kind_of(bad))
         raise UserError(f"{path}: cannot read {bad} ({ending}), expected {expected_types()}; convert it or move it")
@@ -151,7 +153,7 @@ def _read_folder(path: str, split: str | None, note: Note) -> list[RawRow]:
     if by_split:
         files = choose(path, by_split, split, note)
     elif len(files) > 1:
-        note(f"{path}: {len(files)} files are read as one set: {first_ten(files)}")
+        note(f"{path}: {len(files)} files are read as one data set: {first_ten(files)}")
     return [replace(raw, place=f"{file} {raw.place}") for file in files for raw in read_file(os.path.join(path, file))]
 
 
@@ -212,7 +214,7 @@ def _read_set(path: str, split: str | None, note: Note, *, saved: bool) -> list[
         rows = choose(path, rows, split, note)
     if rows.info.builder_name == "csv":
         note(
-            f"{path}: datasets has read it from CSV, so 007 has become 7, and NA null; to keep cells as they are, give "
+            f"{path}: datasets read it from CSV, so 007 became 7, and NA became null; to keep cells unchanged, give "
             "the file itself"
         )
     return numbered(path, undecoded(rows))

@@ -1,4 +1,4 @@
-"""The chat template as a program: what it writes, and what probing tells of how it writes turns, tools and calls."""
+"""The chat template as a program: what it writes, and, by probing, how it writes turns, tools and calls."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from selfdistill.data.thinking import EMPTY_THOUGHT, open_thought
 from selfdistill.errors import UserError
 
 PLAIN_USER, PLAIN_REPLY = "User:", "Assistant:"
-"""How turns begin in the plain-text layout, which stands in for a template."""
+"""How turns begin in the plain-text layout, which replaces a missing template."""
 REPLY = "selfdistill"
 """A word that no template writes."""
 PLACE = f"{HIDDEN}P{HIDDEN}"
-"""Where a picture stands in a message."""
+"""The part of a message that stands for a picture."""
 
 
 class TemplateRefusal(UserError):
-    """The chat template rejects a conversation, or leaves out a part of it."""
+    """The chat template rejects a conversation, or drops a part of it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class AssistantTurn:
 class Template:
     """A tokenizer's chat template with the run's arguments; see :class:`selfdistill.data.ChatFormat`.
 
-    With ``parts``, it is an image-text model's and is given each message's content as a list of parts.
+    With ``parts``, it belongs to an image-text model and gets each message's content as a list of parts.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Template:
                 return self._probe_with(asked, options)
             except TemplateRefusal:
                 continue
-        return AssistantTurn("", "", "")  # a template for other conversations; the rows will tell
+        return AssistantTurn("", "", "")  # a template for other conversations; the rows will show
 
     def _probe_with(self, asked: list[Message], options: Mapping[str, Any]) -> AssistantTurn:
         prompt = self.write(asked, options)
@@ -110,7 +110,7 @@ class Template:
         lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
         if not reply:
             return AssistantTurn(prompt, "", "", tuple(asked))
-        if not self._added.match(after.lstrip()):  # some end only those replies that are not the last
+        if not self._added.match(after.lstrip()):  # some end every reply but the last
             more = self.write([*answered, asked[-1]], options, add_generation_prompt=False).partition(REPLY)[2]
             end = str(self._tokenizer.eos_token)
             after = more[: more.find(end) + len(end)] if more.lstrip().startswith(end) else after
@@ -118,7 +118,7 @@ class Template:
 
     @cached_property
     def calls(self) -> CallFormat | None:
-        """How the template writes calls; None if it has none, and they are text."""
+        """How the template writes calls; None if it writes none, so that calls are text."""
         if not self._tokenizer.chat_template:
             return None
         tools = {"tools": [PROBE_TOOL]}
@@ -144,7 +144,7 @@ class Template:
         return bool(turn.asked) and self.write(turn.asked, {"tools": [PROBE_TOOL]}) != turn.prompt
 
     def last_turn(self, chat: Sequence[Message], turn: AssistantTurn, options: Mapping[str, Any]) -> str:
-        """What the template writes for the reply that ends a chat, without an empty thought and the end of the turn."""
+        """The template's text for the reply that ends a chat, without an empty thought and the end of the turn."""
         whole = self.write(chat, options, add_generation_prompt=False)
         text = whole[_common(whole, turn.prompt) :]
         thought = EMPTY_THOUGHT

@@ -1,4 +1,4 @@
-"""The columns whose values go to the chat template: tools, and further arguments; each appends to problems."""
+"""The columns whose values go to the chat template: tools and extra arguments; each function appends to problems."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _RESERVED = (
 
 
 def tools_of(value: Any, problems: list[str]) -> list[dict[str, Any]] | None:
-    """The schemas, of a list or its JSON text; a list in memory may hold functions, whose schemas are made.
+    """The schemas from a list or its JSON text; a list in memory may hold functions, whose schemas are generated.
 
-    Null within schemas counts as absent, for Arrow writes it for all keys.
+    Null within schemas means absent, because Arrow writes it for all keys.
     """
     tools = from_text(value)
     if tools in (None, [], ""):
@@ -33,7 +33,7 @@ def tools_of(value: Any, problems: list[str]) -> list[dict[str, Any]] | None:
 
 
 def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The function's JSON schema as transformers' chat templates make it, from its type hints and docstring.
+    """The function's JSON schema from its type hints and docstring, made by transformers' chat template code.
 
     Raises:
         UserError: it has none; says why.
@@ -44,7 +44,7 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
         raise UserError("no schema: no docstring; write one, with a line for each argument under 'Args:'")
     try:
         return dict(get_json_schema(function))
-    except Exception as error:  # of transformers' own kinds, which differ between versions, or a NameError of a hint
+    except Exception as error:  # transformers' own, which differ between versions, or a hint's NameError
         hints = "" if _has_hints(function) else "a type hint and "
         remedy = f"give each argument {hints}a line under 'Args:' of the docstring"
         raise UserError(f"no schema: {one_line(error)}; {remedy}") from error
@@ -60,7 +60,7 @@ def _has_hints(function: Callable[..., Any]) -> bool:
 
 
 def _schema(tool: Any, column: str, problems: list[str]) -> Any:
-    """A tool's schema, of a function made; one that is no object or flat, as in the Responses API, is a problem."""
+    """A tool's schema, generated for a function; one that is flat or not an object is a problem."""
     if inspect.isroutine(tool):
         try:
             return schema_of(tool)
@@ -77,7 +77,7 @@ def _schema(tool: Any, column: str, problems: list[str]) -> Any:
 
 
 def template_kwargs_of(value: Any, problems: list[str]) -> dict[str, Any] | None:
-    """The arguments, of an object or its JSON text, without null."""
+    """The arguments from an object or its JSON text, without null."""
     options = from_text(value)
     if options in (None, ""):
         return None

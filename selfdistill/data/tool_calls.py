@@ -89,7 +89,7 @@ def _same_multiset(values: Sequence[Any], wanted: Sequence[Any]) -> bool:
     if len(values) != len(wanted):
         return False
     rest = list(values)
-    # Equal ones first: of "3" and 3 on both sides, the text takes the text, for no other text is the same.
+    # Equal ones first: with "3" and 3 on both sides, the text must match the text, because no other text is equal.
     for same in (operator.eq, _same):
         wanted = [value for value in wanted if not _take(rest, value, same)]
     return not wanted
@@ -125,7 +125,7 @@ def _arguments(value: Any) -> dict[str, Any]:
 
 
 def _comparable(value: Any) -> Any:
-    """The value with each number as its value, true, false and null as text, and each text in one spelling."""
+    """The value in normal form: numbers by value, true, false and null as text, each text in one spelling."""
     if isinstance(value, dict):
         return {key: _comparable(part) for key, part in value.items()}
     if isinstance(value, list):

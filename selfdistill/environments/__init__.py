@@ -1,4 +1,4 @@
-"""What answers the model in an episode: tools, games and checkers."""
+"""Environments: the tools, games and checkers that answer the model in an episode."""
 
 from selfdistill.environments.factory import make_environment
 from selfdistill.environments.protocol import Environment, EnvironmentFactory, Step

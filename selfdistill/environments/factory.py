@@ -1,4 +1,4 @@
-"""Environments by their names: those of the package and the user's own."""
+"""Environments by name: those of the package and the user's own."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ _BUNDLED: dict[str, type] = {"bundled:shop": Shop}
 
 
 def make_environment(name: str) -> EnvironmentFactory:
-    """What makes the environment of each episode.
+    """Make the factory of each episode's environment.
 
-    A first one is made here and closed again, so that a class that cannot be used is known before a model is loaded.
+    A first environment is made and closed here, so that an unusable class is found before a model is loaded.
 
     Args:
         name: ``bundled:shop``, or ``python:package.module.Class`` of the current folder or the environment. The class,
             or a function that returns an object, takes no arguments. Its object has the protocol of
-            :class:`Environment`, or is of a form of :mod:`selfdistill.environments.forms`, or of ``verifiers``.
+            :class:`Environment`, or has a form of :mod:`selfdistill.environments.forms`, or of ``verifiers``.
 
     Raises:
-        UserError: there is no such environment, it cannot be made, it is of no form that is known, or a tool has no
-            schema.
+        UserError: there is no such environment, it cannot be made, it has no known form, or a tool has no schema.
     """
     if name in _BUNDLED:
         return EnvironmentFactory(functools.partial(_made, name, _BUNDLED[name], ToolClass))

@@ -17,12 +17,12 @@ from selfdistill.errors import UserError
 
 _NO_TOOLS = ("reset", "reward", "close")
 ROW_COLUMNS = tuple(name for name in COLUMNS if name not in ("messages", "image", "images", "tools"))
-"""Columns that ``reset`` may be given."""
+"""Columns that ``reset`` may receive."""
 _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class OwnClass:
-    """A class that has the protocol itself, kept within limits of time."""
+    """A class with the protocol itself, under time limits."""
 
     def __init__(self, host: Hosted) -> None:
         self._host = host
@@ -41,12 +41,12 @@ class OwnClass:
         if not isinstance(step, Step):
             raise self._host.mistake(f"step returned {step!r:.60}, expected a Step")
         if step.reward is not None and not step.done:
-            raise self._host.mistake("step returned a reward and not the end, expected it with the end alone")
+            raise self._host.mistake("step returned a reward before the end, expected it only at the end")
         if step.reward is not None:
             as_verdict(step.reward, f"environment {self._host.name!r}: step")
         observations = () if step.done else tuple(as_messages(list(step.observations)))
         if not step.done and not observations:
-            raise self._host.mistake("step returned no observations and not the end, expected one of them")
+            raise self._host.mistake("step returned neither observations nor the end, expected one of them")
         return replace(step, observations=observations)
 
     def close(self) -> None:
@@ -58,8 +58,8 @@ class ToolClass:
     """A class in the form of TRL's ``environment_factory``: its public methods are the tools.
 
     ``reset`` takes the row's columns as keywords, or a parameter ``row``, and may return a text, which follows the
-    prompt as a user's turn. The episode is done when the model replies without a call. Then ``reward`` is asked: an
-    attribute, or a method, which may have a parameter for the text of that reply without its thought. It is a bool, a
+    prompt as a user's turn. The episode is done when the model replies without a call. Then ``reward`` is read: an
+    attribute, or a method that may have a parameter for the text of that reply without its thought. It is a bool, a
     reward from 0 to 1, or a pair of one of these and a feedback text.
     """
 
@@ -69,16 +69,18 @@ class ToolClass:
         try:
             self._runner = ToolRunner(methods, host.time_limit, host.worker)
         except UserError as error:
-            raise host.mistake(f"{error}; if it is not for the model, begin its name with an underscore") from error
+            raise host.mistake(
+                f"{error}; if the model should not call it, begin its name with an underscore"
+            ) from error
         self.tools = self._runner.schemas
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
-        """What the object's ``reset`` returns, as a user's turn."""
+        """The result of the object's ``reset``, as a user turn."""
         arguments = _wanted(self._host, copied(row), row=copied(row))
         return as_messages(self._host.must("reset", lambda: self._host.object.reset(**arguments)))
 
     def step(self, message: Message) -> Step:
-        """Run the message's calls; without any, the episode is done."""
+        """Run the message's calls; without calls, the episode is done."""
         observations, invalid = self._runner.answer(message)
         if observations:
             return Step(observations, invalid_calls=invalid)
@@ -105,7 +107,7 @@ class ToolClass:
 class StepClass:
     """A class in the form of Gymnasium or OpenEnv: ``step`` takes the model's reply as text.
 
-    The text is without the thought, as scorers read it, and calls in it are lines.
+    The text has no thought, as for scorers, and its calls are lines of text.
 
     ``reset`` may take ``seed`` (the same for every episode of a row) and ``options`` (the row). It returns the first
     observation, alone, with a dict of information, or as an object's ``observation``. ``step`` returns (observation,
@@ -153,7 +155,9 @@ class StepClass:
             observation, reward, *ends = returned[:-1]
             done = any(ends)
         elif isinstance(returned, Step):
-            raise self._host.mistake("step returned a Step, which takes a class with tools and close, too; add them")
+            raise self._host.mistake(
+                "step returned a Step, which needs a class that also has tools and close; add them"
+            )
         elif hasattr(returned, "reward") and hasattr(returned, "done"):
             observation = getattr(returned, "observation", None)
             reward, done = returned.reward, bool(returned.done)
@@ -167,7 +171,7 @@ class StepClass:
 
 
 def tool_names(kind: type) -> list[str]:
-    """Names of the methods that are tools, those of base classes first, each class's in the order of its text."""
+    """Names of the methods that are tools: base classes first, then in the order of the source."""
     names = dict.fromkeys(name for base in reversed(kind.__mro__) for name in vars(base))
     return [
         name
@@ -177,7 +181,7 @@ def tool_names(kind: type) -> list[str]:
 
 
 def has_reward(made: Any) -> bool:
-    """Whether an object whose methods are tools has a reward, or a method that may set one, as ``reset`` may."""
+    """Whether an object whose methods are tools has a reward, or a method such as ``reset`` that may set one."""
     kind = type(made)
     if any(hasattr(kind, name) for name in ("reward", "__getattr__")) or "reward" in getattr(made, "__dict__", {}):
         return True
@@ -186,11 +190,11 @@ def has_reward(made: Any) -> bool:
 
 
 def form_of(host: Hosted, *, is_class: bool) -> Callable[[Hosted], Environment]:
-    """What makes an environment of a user's object, by the methods that it has.
+    """The form that makes an environment of a user's object, chosen by the object's methods.
 
     Args:
         host: has the object.
-        is_class: whether the user named a class, in place of a function; for messages.
+        is_class: whether the user named a class rather than a function; for messages.
 
     Raises:
         UserError: it has no known form.
@@ -217,7 +221,7 @@ def seed_of(row: Mapping[str, Any]) -> int:
 
 
 def _wanted(host: Hosted, columns: Mapping[str, Any], **others: Any) -> dict[str, Any]:
-    """Of the columns and the others what ``reset`` has parameters for; all columns if it takes any keyword.
+    """The columns and other values that ``reset`` has parameters for; all columns if it takes any keyword.
 
     Raises:
         UserError: it has a parameter without a default that is none of them.

@@ -1,4 +1,4 @@
-"""A user's object, all of whose calls run in one thread and within limits of time."""
+"""A user's object whose calls all run in one thread and under time limits."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from selfdistill.environments.worker import Failed, Late, Worker
 from selfdistill.errors import UserError
 
 SETUP_LIMIT = 300.0
-"""Seconds that making, resetting or judging an episode's world may take."""
+"""Time limit in seconds for making, resetting or judging an episode's world."""
 
 NOTHING: Message = {"role": "user", "content": "(nothing)"}
-"""The observation where there is none and the episode goes on."""
+"""The observation if there is none and the episode continues."""
 
 _KEYS = ("role", "content", "name", "tool_call_id")
-"""What a message of an environment may have."""
+"""Keys that a message from an environment may have."""
 
 
 class Hosted:
-    """A user's object in a thread of its own.
+    """A user's object in its own thread.
 
-    Its attribute ``time_limit`` says how many seconds a step or a tool may take, if not 10.
+    Its attribute ``time_limit`` sets how many seconds a step or a tool may take; the default is 10.
 
     Args:
         name: the environment's name, for messages.
@@ -41,14 +41,14 @@ class Hosted:
         self.worker = Worker()
         self._closed = False
         try:
-            self.object = self.must("making it", make)
+            self.object = self.must("creating it", make)
         except UserError:
             self.worker.close()
             raise
         self.time_limit = float(getattr(self.object, "time_limit", TIME_LIMIT))
 
     def must(self, what: str, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns, of which a failure is a mistake in the user's class.
+        """The result of ``function``, whose failure is a mistake in the user's class.
 
         Raises:
             UserError: it raised, or took too long.
@@ -63,9 +63,9 @@ class Hosted:
             raise self.mistake(f"{what} failed: {late}") from None
 
     def attempt(self, what: str, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns; or, where it raised or is late, a :class:`Step` that ends the episode.
+        """The result of ``function``; if it raises or is late, a :class:`Step` that ends the episode.
 
-        A model can bring an environment to fail, so that is worth a reward of 0 and does not end the run.
+        A model can make an environment fail, so the episode gets reward 0 and the run continues.
         """
         try:
             return self.worker.call(function, self.time_limit)
@@ -80,7 +80,7 @@ class Hosted:
         return UserError(f"environment {self.name!r}: {' '.join(problem.split())}")
 
     def close(self) -> None:
-        """Close the object, if it can be closed, and let the thread end. What goes wrong does not matter any more."""
+        """Close the object, if it has ``close``, and let the thread end. Errors no longer matter."""
         if self._closed:
             return
         self._closed = True
@@ -91,12 +91,12 @@ class Hosted:
 
 
 def copied(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row that the user's code may change."""
+    """A copy of the row, which the user's code may change."""
     return copy.deepcopy(dict(row))
 
 
 def as_messages(returned: Any) -> list[Message]:
-    """What a user's code returned as messages: none for None or empty text, a list of messages, else a user's turn."""
+    """The user's return value as messages: none for None or empty text, a list of messages, else a user turn."""
     if returned is None or returned == "" or returned == []:
         return []
     if isinstance(returned, list) and all(isinstance(one, dict) and "role" in one for one in returned):
@@ -105,10 +105,10 @@ def as_messages(returned: Any) -> list[Message]:
 
 
 def _message(given: Mapping[str, Any]) -> Message:
-    """A message as models read it: its text cleaned and cut.
+    """A message as models read it: its text cleaned and truncated.
 
     Raises:
-        UserError: it holds something else, which would be lost.
+        UserError: it has other keys, which would be lost.
     """
     if others := [key for key, value in given.items() if value and key not in _KEYS]:
         raise UserError(f"a message has the key {others[0]!r}, expected only {', '.join(_KEYS)}")

@@ -1,4 +1,4 @@
-"""What an environment is: the world of one episode, which answers the model's messages until the episode ends."""
+"""The protocol of environments: the world of one episode, which answers the model's messages until the episode ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Step:
     feedback: str = ""
     """What the model may learn from a reward below 1; may be empty."""
     invalid_calls: int = 0
-    """How many of the message's calls could not be run as they were written."""
+    """How many of the message's calls could not be run as written."""
     failed: bool = False
     """Whether the episode has ended because the environment failed; ``feedback`` says how."""
 
@@ -42,11 +42,11 @@ class Environment(Protocol):
         ...
 
     def step(self, message: Message) -> Step:
-        """Answer the model's message. Its ``tool_calls`` are run; where its key ``invalid`` is set, that is told."""
+        """Answer the model's message: run its ``tool_calls``, or report why a call is ``invalid``."""
         ...
 
     def close(self) -> None:
-        """Release what the episode holds. A second call does nothing."""
+        """Release the episode's resources. A second call does nothing."""
         ...
 
 
@@ -56,7 +56,7 @@ class EnvironmentFactory:
 
     make: Callable[[], Environment]
     judges: bool = True
-    """Whether episodes may have rewards; False where it is known before any that they have none."""
+    """Whether episodes may have rewards; False if it is known in advance that they have none."""
 
     def __call__(self) -> Environment:
         """The environment of one episode."""

@@ -1,4 +1,4 @@
-"""Running what a model calls: whatever goes wrong becomes one line that the model reads, and the run goes on."""
+"""Run a model's calls: every error becomes one line that the model reads, and the run continues."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from selfdistill.environments.worker import Failed, Late, Worker
 from selfdistill.errors import UserError
 
 TIME_LIMIT = 10.0
-"""Seconds that one call may take."""
+"""Time limit of one call in seconds."""
 MOST_OF_AN_ERROR = 200
-"""Most characters of the line about an error."""
+"""Maximum characters of an error line."""
 
 
 class ToolRunner:
@@ -24,10 +24,10 @@ class ToolRunner:
     Args:
         functions: what the model may call; see :func:`~selfdistill.environments.tools.tool_of`.
         time_limit: seconds that one call may take.
-        worker: runs the calls; by default one of its own.
+        worker: runs the calls; by default its own.
 
     Raises:
-        UserError: a function has no schema, or two have one name.
+        UserError: a function has no schema, or two have the same name.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ToolRunner:
         self._tools: dict[str, Tool] = {}
         for tool in map(tool_of, functions):
             if tool.name in self._tools:
-                raise UserError(f"two tools are named '{tool.name}', expected a name for each")
+                raise UserError(f"two tools are named '{tool.name}', expected distinct names")
             self._tools[tool.name] = tool
         self._time_limit = time_limit
         self._worker = worker or Worker()
@@ -49,11 +49,11 @@ class ToolRunner:
     def answer(self, message: Message) -> tuple[tuple[Message, ...], int]:
         """Run the calls of the model's message, in their order.
 
-        A message whose key ``invalid`` is set has no call that could be run: the user's turn says why. After a call
-        that was late, those that follow in the message are not run.
+        A message with the key ``invalid`` has no call that could be run: a user turn gives the reason. After a late
+        call, the message's remaining calls are not run.
 
         Returns:
-            An observation for each call, and how many calls could not be run as they were written.
+            An observation for each call, and how many calls could not be run as written.
         """
         if message.get("invalid"):
             return ({"role": "user", "content": _error(str(message["invalid"]))},), 1
@@ -62,7 +62,7 @@ class ToolRunner:
         for call in message.get("tool_calls") or ():
             name, given = _parts(call)
             if late:
-                text = _error("not run, because the call before took too long")
+                text = _error("not run, because the previous call took too long")
             else:
                 text, valid, late = self._run(name, given)
                 invalid += not valid
@@ -94,17 +94,17 @@ class ToolRunner:
 
 
 def what_failed(failed: Failed) -> str:
-    """Kind and message of what a call raised, on one line."""
+    """Type and message of the exception that a call raised, on one line."""
     cause = failed.__cause__
     try:
         said = " ".join(str(cause).split())
-    except BaseException:  # an exception may fail to say what it is
+    except BaseException:  # an exception's own str may raise
         said = ""
     return f"{type(cause).__name__}{': ' if said else ''}{said}"
 
 
 def _as_text(returned: Any) -> Any:
-    """The text of what a tool returned; of a coroutine, a coroutine that returns the text."""
+    """A tool's result as text; for a coroutine, a coroutine that returns the text."""
     return _later(returned) if iscoroutine(returned) else as_text(returned)
 
 

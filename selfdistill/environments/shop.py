@@ -1,6 +1,6 @@
-"""A small shop: a database of products and orders, three tools, and a checker of what stands in it at the end.
+"""A small shop: a database of products and orders, three tools, and a checker of its final content.
 
-The database is SQLite in memory, made anew for every episode, always the same. Values reach it as parameters only.
+The database is SQLite in memory; every episode starts with an identical new one. Values reach it only as parameters.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _NUMBER = re.compile(r"\d+")
 
 
 def price_of(number: int) -> int:
-    """Euros for the product at a place of ``PRODUCTS``."""
+    """Price in euros of the product at this index of ``PRODUCTS``."""
     return 13 + (7 * number**3 + 31 * number) % 47
 
 
 def stock_of(number: int) -> int:
-    """How many pieces there are of the product at a place of ``PRODUCTS``."""
+    """Stock of the product at this index of ``PRODUCTS``."""
     return 2 + (5 * number**3 + 17 * number) % 11
 
 
 def id_of(number: int) -> int:
-    """The id of the product at a place of ``PRODUCTS``."""
+    """The id of the product at this index of ``PRODUCTS``."""
     return 101 + 37 * number % 97
 
 
@@ -59,8 +59,8 @@ class Shop:
 
         Args:
             prompt: the question, whose numbers a reply may repeat.
-            answer: what the end is compared with: ``orders``, each as customer, product and count; the ``number`` that
-                the reply says; ``refused`` if it says that something cannot be done.
+            answer: the expected end: ``orders``, each as customer, product and count; the ``number`` that
+                the reply gives; ``refused`` if the reply says that something cannot be done.
         """
         text = prompt if isinstance(prompt, str) else " ".join(str(turn.get("content")) for turn in prompt)
         self._asked = set(_NUMBER.findall(text))
@@ -119,7 +119,7 @@ class Shop:
         return "ordered"
 
     def reward(self, reply: str) -> tuple[bool, str]:
-        """Whether the orders are those of the answer, and the reply says what it must; and what is wrong."""
+        """Whether the orders match the answer and the reply is right; and what is wrong."""
         problem = self._problem_of_orders() or self._problem_of_reply(reply)
         return not problem, problem
 
@@ -142,7 +142,8 @@ class Shop:
         return f"expected {_listed(wanted)}, found {_listed(rows)}"
 
     def _problem_of_reply(self, reply: str) -> str:
-        """What is wrong with the final reply. Guesses earn nothing: no list of numbers, no refusal without a look."""
+        """What is wrong with the final reply. Guesses earn nothing: neither a list of numbers nor a refusal without a
+        look-up."""
         if not reply.strip():
             return "the reply is empty"
         number = self._answer.get("number")
@@ -151,12 +152,12 @@ class Shop:
             if str(number) not in said:
                 return f"the reply does not say {number}"
             if others := sorted(said - self._asked - {str(number)}):
-                return f"the reply says {others[0]}, expected {number} alone"
+                return f"the reply says {others[0]}, expected only {number}"
         refuses = bool(_REFUSAL.search(reply))
         if self._answer.get("refused") and not refuses:
             return "the reply does not say that it is not possible"
         if self._answer.get("refused") and not self._looked:
-            return "the reply says that it is not possible, and no product was looked for"
+            return "the reply says that it is not possible, but no product was looked up"
         if self._answer.get("orders") and refuses:
             return "the reply says that it was not possible"
         return ""

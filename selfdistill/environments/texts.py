@@ -1,4 +1,4 @@
-"""What a tool or a game returned, as the text that the model reads."""
+"""The result of a tool or a game, as the text that the model reads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from selfdistill.data import join_surrogates
 
 MOST_CHARACTERS = 2000
-"""Most characters of an observation; what is longer is cut, and says so."""
+"""Maximum characters of an observation; longer ones are truncated and say so."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters but tab and newline: colours of a terminal, bells, null."""
+"""Control characters except tab and newline: terminal colours, bells, null."""
 
 
 def as_text(value: Any, most: int = MOST_CHARACTERS) -> str:
-    """Text as it is, anything else as JSON, and what JSON cannot hold as ``str`` writes it; see :func:`cleaned`."""
+    """Text unchanged, anything else as JSON, or with ``str`` if JSON cannot hold it; see :func:`cleaned`."""
     if isinstance(value, str):
         return cleaned(value, most)
     parts, length = [], 0
@@ -24,7 +24,7 @@ def as_text(value: Any, most: int = MOST_CHARACTERS) -> str:
         for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
             parts.append(part)
             length += len(part)
-            if length > most:  # of a value without end, too, only this much is written
+            if length > most:  # also limits an endless value
                 break
     except (TypeError, ValueError, RecursionError):
         return cleaned(str(value), most)

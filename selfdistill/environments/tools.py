@@ -25,28 +25,28 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 
 class BadArguments(ValueError):
-    """A call's arguments are not those that the tool takes; the message tells the model why."""
+    """A call's arguments do not fit the tool; the message tells the model why."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function with the JSON schema that the model is shown."""
+    """A function with the JSON schema that the model sees."""
 
     function: Callable[..., Any]
     schema: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """The name by which the model calls it."""
+        """The name that the model calls."""
         return str(self.schema["function"]["name"])
 
     def arguments(self, given: Any) -> dict[str, Any]:
-        """A copy of the arguments that a call gave, checked against the schema.
+        """A copy of a call's arguments, checked against the schema.
 
         A whole number may be written 3.0. Nothing else is converted: a model that writes "3" is told to write 3.
 
         Raises:
-            BadArguments: they are no object, one is missing, is not known, or is of another type.
+            BadArguments: they are not an object, or one is missing, unknown or of the wrong type.
         """
         if not isinstance(given, dict):
             raise BadArguments(f"the arguments are {_shown(given)}, expected a JSON object")
@@ -62,20 +62,22 @@ class Tool:
 
 
 def tool_of(function: Callable[..., Any]) -> Tool:
-    """The tool that a function is. Its name, type hints and docstring (Google's style) make the schema.
+    """A function as a tool. Its name, type hints and docstring (Google style) make the schema.
 
     Raises:
-        UserError: no type hints or docstring, one without a line for each argument, or arguments that have no name.
+        UserError: it has no type hints, no docstring with a line for each argument, or arguments without a name.
     """
     name = getattr(function, "__qualname__", repr(function))
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in _BY_NAME:
-            raise UserError(f"tool {name}: argument {str(parameter)!r} cannot be given by name; name each argument")
+            raise UserError(
+                f"tool {name}: argument {str(parameter)!r} cannot be passed by name; declare each argument by name"
+            )
     try:
         schema = schema_of(function)
     except UserError as error:
         raise UserError(f"tool {name}: {error}") from error
-    schema["function"].pop("return", None)  # says nothing that a model needs
+    schema["function"].pop("return", None)  # of no use to a model
     return Tool(function, schema)
 
 
@@ -113,13 +115,13 @@ def _first_fitting(value: Any, schemas: list[Mapping[str, Any]], name: str) -> A
 
 
 def _is(value: Any, kind: str) -> bool:
-    """Whether a value is of a JSON type; in Python, but not in JSON, true is an integer."""
+    """Whether a value has a JSON type; in Python, unlike JSON, true is an integer."""
     return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 
 def _shown(value: Any) -> str:
     try:
         shown = json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, RecursionError):  # a number of more digits than Python writes
+    except (ValueError, RecursionError):  # a number with more digits than Python prints
         shown = f"a {type(value).__name__}"
     return shown if len(shown) <= 60 else shown[:57] + "..."

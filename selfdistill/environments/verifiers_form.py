@@ -1,6 +1,6 @@
-"""Environments of the library ``verifiers``: its classic ``MultiTurnEnv``, which releases 0.1 to 0.3 have.
+"""Environments of the library ``verifiers``: its classic ``MultiTurnEnv``, in releases 0.1 to 0.3.
 
-Used are ``env_response(messages, state)``, ``is_completed(state)``, ``setup_state(state)`` and ``cleanup(state)``, all
+It uses ``env_response(messages, state)``, ``is_completed(state)``, ``setup_state(state)`` and ``cleanup(state)``, all
 async; ``rubric.score_rollout(state)``, which sets ``state["reward"]``; and ``tool_defs``.
 """
 
@@ -28,8 +28,8 @@ _METHODS = ("env_response", "is_completed", "rubric")
 def loaded(name: str, make: Callable[[], Any]) -> Any:
     """The environment of ``verifiers`` that ``make`` makes; None if it makes something else.
 
-    It is made in this thread, because the library sets handlers of signals, which only the main thread may do. They are
-    set back: Ctrl-C is the run's. A class without ``env_response`` is not called.
+    It is made in this thread, because the library sets signal handlers, which only the main thread may do. The handlers
+    are then restored: Ctrl-C belongs to the run. A class without ``env_response`` is not called.
 
     Raises:
         UserError: it cannot be made.
@@ -40,7 +40,7 @@ def loaded(name: str, make: Callable[[], Any]) -> Any:
     try:
         made = make()
     except Exception as error:
-        problem = f"making it failed: {type(error).__name__}: {one_line(error)}"
+        problem = f"creating it failed: {type(error).__name__}: {one_line(error)}"
         raise UserError(f"environment {name!r}: {problem}") from error
     finally:
         for number, handler in handlers.items():
@@ -55,9 +55,9 @@ def loaded(name: str, make: Callable[[], Any]) -> Any:
 
 
 class VerifiersEpisode:
-    """One episode of an environment of ``verifiers``, which all episodes share; each has its own state.
+    """One episode of a ``verifiers`` environment. All episodes share the object; each has its own state.
 
-    The object's stop conditions end the episode, its rubric gives the reward, which must be from 0 to 1.
+    The object's stop conditions end the episode, and its rubric gives the reward, which must be from 0 to 1.
     """
 
     def __init__(self, host: Hosted) -> None:
@@ -89,7 +89,7 @@ class VerifiersEpisode:
         return []
 
     def step(self, message: Message) -> Step:
-        """The object's response, or where one of its stop conditions holds, its rubric's reward."""
+        """The object's response, or its rubric's reward if one of its stop conditions holds."""
         if message.get("invalid"):
             observations, invalid = self._no_tools.answer(message)
             self._messages += self._library()[1]([_said(message), *observations])
@@ -136,7 +136,7 @@ class VerifiersEpisode:
         return {"prompt": list(self._messages), "completion": said, **nothing, **identity}
 
     def _library(self) -> tuple[Any, Any]:
-        """The library's types, and its function that makes messages of dicts."""
+        """The library's types, and its function that makes messages from dicts."""
         try:
             types = importlib.import_module("verifiers.types")
             messages = importlib.import_module("verifiers.utils.message_utils")
@@ -177,7 +177,7 @@ def _said(message: Message) -> dict[str, Any]:
 
 
 def _observation(answer: Any, names: Mapping[str, str], own: Container[Any]) -> Message:
-    """A message of the library as one of ours, with the call's id only if the model gave one."""
+    """The library's message as one of ours, with the call's id only if the model gave one."""
     role = answer.role if answer.role in ("user", "tool") else "user"
     call = str(getattr(answer, "tool_call_id", None) or "") if role == "tool" else ""
     name = {"name": names[call]} if call in names else {}

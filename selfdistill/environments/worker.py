@@ -1,8 +1,7 @@
-"""A thread that runs what others have written, one call after another, and never for longer than it may.
-
-Python cannot stop a thread. A call that is late gets an exception raised in it, which ends loops of Python code; one
-that waits in C code, such as a sleep or a socket, goes on. Then the thread takes no other call until that one has
-ended. It is a daemon: the process may exit while it runs.
+"""A thread that runs the user's code, one call after another, under time limits.  Python cannot stop a thread. An
+exception is raised in a late call, which ends loops of Python code. A call that waits in C code, such as a sleep or a
+socket, keeps running; until it ends, the thread accepts no other call. The thread is a daemon: the process may exit
+while it runs.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 GRACE_SECONDS = 0.2
-"""How long a late call has to end by itself, and again after the exception was raised in it."""
+"""Seconds for a late call to end by itself, and again after the exception was raised in it."""
 
 
 class Late(Exception):
-    """A call took too long; or an earlier one still does, so that this one did not begin."""
+    """A call took too long, or an earlier call is still running, so this one did not begin."""
 
 
 class Failed(Exception):
-    """A call raised ``__cause__``, of whatever kind: also an exit, or an interrupt that is not Ctrl-C."""
+    """A call raised ``__cause__``, of any kind, including an exit or an interrupt other than Ctrl-C."""
 
 
 class _Stopped(BaseException):
@@ -40,7 +39,7 @@ class _Job:
 
 
 class Worker:
-    """One thread for all calls of one environment, for what they hold may belong to a thread, as a database does."""
+    """One thread for all calls of one environment, because resources such as a database may belong to a thread."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -48,7 +47,7 @@ class Worker:
         self._late: _Job | None = None
 
     def call(self, function: Callable[[], Any], seconds: float) -> Any:
-        """What ``function`` returns; a coroutine is run to its end.
+        """The result of ``function``; a coroutine is run to its end.
 
         Raises:
             Late: it took longer than ``seconds``, or an earlier call still runs.
@@ -77,11 +76,11 @@ class Worker:
         return self._late is not None and self._late.answer.empty()
 
     def close(self) -> None:
-        """Let the thread end after what it runs."""
+        """Let the thread end after its current call."""
         self._jobs.put(None)
 
     def _stop(self, job: _Job) -> None:
-        """Wait for the end of what waits in the event loop, else raise an exception in the thread.
+        """Wait for a job to end by itself; otherwise raise an exception in the thread.
 
         If that does not end the job, remember it.
         """
@@ -114,7 +113,7 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
                 limit = job.seconds + GRACE_SECONDS / 2  # the caller has given up by then
                 returned = loop.run_until_complete(asyncio.wait_for(returned, limit))
             job.answer.put((returned, None))
-        except BaseException as error:  # SystemExit and KeyboardInterrupt, too: Ctrl-C comes to the main thread only
+        except BaseException as error:  # also SystemExit and KeyboardInterrupt: Ctrl-C reaches only the main thread
             job.answer.put((None, error))
     if loop is not None:
         loop.close()
@@ -124,5 +123,5 @@ def _next(jobs: queue.SimpleQueue[_Job | None]) -> _Job | None:
     while True:
         try:
             return jobs.get()
-        except _Stopped:  # it came just after the late call had ended
+        except _Stopped:  # it arrived just after the late call had ended
             continue

@@ -138,7 +138,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     if plays:
         refuse_silent(config.environment, "so success cannot be measured")
     if config.hints and plays:
-        say_note("hints are not measured, for a share of an episode cannot be shown")
+        say_note("hints are not measured, because a part of an episode cannot be shown")
     can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and not plays else set()
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)

@@ -106,9 +106,10 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
     items = best.items
     if best.accuracy is None or student_accuracy is None:
         text = (
-            "Whether the teacher is better is not known: rows have neither completion nor answer to score replies with."
+            "It is unknown whether the teacher is better: rows have neither completion nor answer to score replies "
+            "with."
         )
-        return f"{text} The column 'answer', in some rows, would tell.", 0
+        return f"{text} Add the column 'answer' to some rows to find out.", 0
     low, high = share_interval(round(best.accuracy * items), items)
     scores = (
         f"the teacher with {best.context} is right on {best.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}), the "
@@ -191,7 +192,7 @@ def _print(result: CheckResult, console: Console) -> None:
 
 
 def _hints_table(hints: list[Layout]) -> Table:
-    table = Table(title=escape(f"the teacher with a part of the demonstration, {hints[0].context}"))
+    table = Table(title=escape(f"the teacher with part of the demonstration, {hints[0].context}"))
     for column in ("hint", "right", "log p(demo)", "KL", "prompt"):
         table.add_column(column, justify="right")
     for layout in hints:
@@ -234,5 +235,5 @@ def _order_line(result: CheckResult) -> list[str]:
     if len({layout.accuracy for layout in result.layouts}) > 1 or len(result.layouts) == 1:
         return []
     if result.best.accuracy is None and result.best.logp is None:
-        return ["Nothing tells which layout is best, so the one most like TRL's is first."]
+        return ["It is unknown which layout is best, so the one most like TRL's comes first."]
     return ["All layouts have the same accuracy, so log p(demo) alone decides their order."]

@@ -132,7 +132,7 @@ class EpisodePlayer:
         if episode.verdict is None:
             raise UserError(
                 f"{episode.example.demonstration.source}: environment {self.rules.environment!r} ended the episode "
-                "without a reward, so success cannot be measured; give it one"
+                "without a reward, so success cannot be measured; add one"
             )
         return episode.verdict
 

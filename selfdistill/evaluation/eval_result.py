@@ -114,7 +114,7 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
             key = f"completion/{key}"
             number(label, f"{result[key]:.1f}", f"{base[key]:.1f}" if base else "")
     cut = "completion/truncated"
-    cut_ones = "episodes that were cut" if plays else "truncated replies"
+    cut_ones = "episodes cut" if plays else "truncated replies"
     number(cut_ones, f"{result[cut]:.1%}", f"{base[cut]:.1%}" if base else "")
     if result["dropped"]:
         number("dropped rows (too long)", str(result["dropped"]))

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from selfdistill.config import closest
 from selfdistill.data import one_line
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 from selfdistill.model import LoadedModel
 
 METRICS = ("acc", "exact_match", "em")

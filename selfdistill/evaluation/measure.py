@@ -230,7 +230,7 @@ class Measure:
     def spill(self, context: str) -> Spill:
         """How far a few steps of SFT, and of SDFT with this context, move the model on general prompts."""
         if self.player:
-            return Spill(untried="its steps are of single replies, and this is about episodes")
+            return Spill(untried="its steps need single replies, and this data has episodes")
         rows = self._encode([row.demonstration for row in self.rows], context)
         rate = self.config.learning_rate or LEARNING_RATE
         settings = TrialSettings(rate, self._sampling(), self.config.seed, self._arithmetic)

@@ -106,7 +106,7 @@ def measure_spill(
     """
     rows = [row for row in rows if row.completion_ids]
     if not rows:
-        return Spill(untried="no row has a completion, on which the gain is measured")
+        return Spill(untried="no row has a completion to measure the gain on")
     try:
         refuse_float16(loaded.model, loaded.name)
     except UserError as error:

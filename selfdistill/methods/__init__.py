@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, get_args
 
-from selfdistill.config import MethodName, MethodSettings, TrainConfig
+from selfdistill.config import MethodName, MethodSettings, Settings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
@@ -49,6 +49,7 @@ __all__ = [
     "check_steps",
     "episode_rules",
     "lacks_of",
+    "own_names",
     "play",
     "refuse_silent",
     "rules_of",
@@ -73,8 +74,7 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
     """The stages of the method that the settings name, each with the parts of its steps.
 
     Raises:
-        UserError: the method rejects the settings, or ``method_settings`` or ``teacher_model`` is given and it has no
-            use for it.
+        UserError: the method rejects the settings, or does not use a given ``method_settings`` or ``teacher_model``.
     """
     if config.method_settings and "method_settings" not in _settings_read(config):
         raise UserError(
@@ -83,7 +83,7 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
         )
     if config.teacher_model is not None and "teacher_model" not in _settings_read(config):
         raise UserError(
-            f"setting 'teacher_model' is for methods whose teacher is a choice, such as sdft, found {config.method!r}: "
+            f"setting 'teacher_model' is for methods with a choice of teacher, such as sdft, found {config.method!r}: "
             "leave it out"
         )
     beside = anchors(config)
@@ -107,6 +107,13 @@ def lacks_of(stages: Sequence[Parts]) -> Lacks:
     return lacks
 
 
+def own_names(method: str) -> list[str]:
+    """Names of the settings that only this method knows: the fields of the settings that its file declares."""
+    module = import_module(f"selfdistill.methods.{method}")
+    kinds = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Settings)]
+    return [name for kind in kinds if kind.__module__ == module.__name__ for name in kind.model_fields]
+
+
 def check_steps(steps: int, method: str, stages: Sequence[object], setting: str = "max_steps") -> None:
     """Check that every stage gets at least one step.
 
@@ -128,14 +135,14 @@ class _Read:
 
     def __getattr__(self, name: str) -> Any:
         member = getattr(type(self._config), name, None)
-        if isinstance(member, property) and member.fget is not None:  # it reads the settings that it is made of
+        if isinstance(member, property) and member.fget is not None:  # it reads the settings that it copies
             return member.fget(self)
         self.names.add(name)
         return getattr(self._config, name)
 
 
 def _settings_read(config: TrainConfig) -> set[str]:
-    """Names of the settings that the method and the parts beside it read.
+    """Names of the settings that the method and its additional parts read.
 
     Raises:
         UserError: the method rejects the settings.

@@ -6,10 +6,10 @@
 g_k are the first k actions of the demonstration, shown in the prompt, and k is found by binary search at each step. The
 loss is under the prompt without the guide, so the model learns to do without. Where no k helps, the group stays.
 
-Differences: the authors' actions are an agent's; here they are the lines of a text, or its sentences. Their number of
-guided samples in a group was not found: half is the default, beside failed samples of the prompt alone, so that those
-that are right have an advantage even if all with the guide are. A try has as many samples. The ratio of the
-probabilities without and with the guide is not corrected for, unless ``importance_cap`` is set.
+Differences: the authors' actions are an agent's; here they are the lines or sentences of a text. We did not find how
+many samples of a group are guided. The default is half, so that failed samples of the prompt alone give right ones an
+advantage even if all guided samples are right. A try has as many samples. The ratio of the probabilities without and
+with the guide is not corrected for, unless ``importance_cap`` is set.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from selfdistill.methods.slots import Method, own_settings, sampling_of
 
 
 class ActguideSettings(Settings):
-    """What only ActGuide-RL knows."""
+    """Settings of ActGuide-RL alone."""
 
     actions: Unit = "lines"
     """What counts as an action of the demonstration: ``lines`` or ``sentences``."""

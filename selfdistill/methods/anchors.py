@@ -1,12 +1,13 @@
-"""Anchors: prompts on which the model is to stay as it was; a part that any method can have beside it.
+"""Anchors: prompts on which the model is to stay as it was; an extra part for any method.
 
     z -> y ~ p(.|z);   L = mean_t D( p(.|z, y_<t), p_0(.|z, y_<t) )
 
-z are general prompts, one's own traffic, or the prompts of skills learnt before. p is the student and p_0 the model
+z are general prompts, your own traffic, or the prompts of earlier skills. p is the student and p_0 the model
 before the first step, which sees the same prompt. So no answers are needed. D is forward KL, KL(p_0||p), by default.
 
 Related: Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282) distils from the old model on the new task's
-inputs; the second stage of SFT + Re-invoke (arXiv 2601.19897) has the same loss, after the task in place of beside it.
+inputs; the second stage of SFT + Re-invoke (arXiv 2601.19897) has the same loss, but after the task instead of
+alongside it.
 """
 
 from __future__ import annotations

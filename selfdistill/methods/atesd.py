@@ -6,8 +6,8 @@
 
 c_a: the first floor(a m) of the m steps of the reference's reasoning, and its answer. l_k: mean loss while a_k is held.
 
-Differences: read from notes, not from the authors' code. Their s, f, r, g and holds were not found. Here f is linear,
-s = (1, share of the run that is done, l / l_0), and there is no baseline. A smaller a lowers the loss at once, too.
+Differences: based on notes, not on the authors' code. Their s, f, r, g and holds were not found. Here f is linear,
+s = (1, completed share of the run, l / l_0), and there is no baseline. A smaller a also lowers the loss at once.
 Steps are lines, or sentences of a single line; a reference of one step is shown whole. D and q are the settings'.
 """
 
@@ -30,10 +30,10 @@ from selfdistill.methods.slots import Method, State, divergence_of, own_settings
 
 
 class AtesdSettings(Settings):
-    """What only ATESD knows."""
+    """Settings of ATESD alone."""
 
     hold: int = Field(default=5, ge=1)
-    """Updates for which a is held."""
+    """Number of updates for which a is held."""
     rate: float = Field(default=1.0, ge=0)
     """r, the controller's learning rate; 0: the distribution of a stays as it is."""
     discount: float = Field(default=0.9, ge=0, le=1)
@@ -74,6 +74,6 @@ def atesd(config: TrainConfig) -> tuple[Method, ...]:
     """Student samples, a teacher that sees a part of the reasoning, a controller of the part."""
     own, method = own_settings(config, AtesdSettings), on_policy(config, divergence_of(config), teacher_of(config))
     if config.hint != "1":
-        raise UserError("setting 'hint': atesd chooses how much the teacher sees: leave it out")
+        raise UserError("setting 'hint': atesd itself chooses how much the teacher sees: leave it out")
     select = HintContexts(hint_of(config, 1, first_steps_and_answer))
     return (replace(method, select=select, controller=Exposure(own, config.seed)),)

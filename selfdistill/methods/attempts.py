@@ -13,6 +13,7 @@ from selfdistill.data import (
     Demonstration,
     Example,
     Verdict,
+    must_show_one,
     parse_context,
     thought_and_said,
     with_feedback,
@@ -21,7 +22,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods.sequences import Completion
 
 Shown = Literal["sibling", "feedback", "either", "both"]
-"""A successful sibling, feedback on the sample itself, the sibling or else feedback, or each that there is."""
+"""A successful sibling, feedback on the sample itself, the sibling or else feedback, or both if available."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class AttemptContexts:
     samples with a reward below 1.
 
     Raises:
-        UserError: the context shows something else than one demonstration.
+        UserError: the context cannot show another attempt in place of the demonstration.
     """
 
     group: int
@@ -47,11 +48,7 @@ class AttemptContexts:
     def __post_init__(self) -> None:
         if self.episodes and self._layout.name != "turns":
             raise UserError(f"context {self.context!r}: found {self._layout.name!r}, and only turns shows episodes")
-        if self._layout.name not in ("turns", "example", "template"):
-            raise UserError(
-                f"context {self.context!r}: found {self._layout.name!r}, which shows more than another attempt; use "
-                "example, turns or template"
-            )
+        must_show_one(self._layout, "another attempt")
 
     @cached_property
     def _layout(self) -> Context:
@@ -89,7 +86,7 @@ class AttemptContexts:
         return encode(row, with_feedback(messages, feedback) if feedback else messages)
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
-        """With a sibling, and feedback, of about so many tokens; as long as is allowed if that is longer."""
+        """With a sibling and feedback of about this many tokens; cut to the allowed length."""
         text = " a" * tokens
         sibling = replace(example.demonstration, privileged_context=text)
         ids = self._encoded(example, sibling, text, replace(encode, max_prompt_length=None, window=None))

@@ -13,7 +13,7 @@ from selfdistill.runtime import gathered, rank_slice
 def verdicts_on(checker: Checker, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
     """The verdict of each completion, the same on every rank. The checker sees only those that have none yet.
 
-    Each rank checks its share: it takes less time, and a checker that is not exact says the same everywhere.
+    Each rank checks its share. That takes less time, and an inexact checker gives the same verdict everywhere.
 
     Raises:
         RaisedOnAllRanks: the checker's mistake on any rank.

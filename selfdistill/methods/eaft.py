@@ -3,7 +3,7 @@
     L = -mean_t sg[ H_20(p_t) / ln 20 ] log p(d_t | x, d_<t)
 
 H_20 is the entropy of the 20 most likely tokens, renormalised. SFT with each token weighted by the student's own
-doubt: where it is sure of another token than the demonstration's, it is left as it is.
+uncertainty: where the student is sure of another token than the demonstration's, it is left alone.
 
 Differences: none known. The authors' code has a power of the weight, 1 by default, which is not offered, and divides by
 3.0, nearly ln 20.
@@ -23,7 +23,7 @@ from selfdistill.methods.slots import Method, own_settings
 
 
 class EaftSettings(Settings):
-    """What only EAFT knows."""
+    """Settings of EAFT alone."""
 
     entropy_top_k: int = Field(default=20, ge=2)
     """Most likely tokens whose entropy is the weight."""

@@ -26,7 +26,7 @@ from selfdistill.runtime import gathered, rank_slice, say_note
 
 @dataclass(frozen=True)
 class EpisodeRules:
-    """Who answers, and how long an episode may be."""
+    """The environment, and the limits of an episode."""
 
     environment: str
     max_turns: int
@@ -34,7 +34,7 @@ class EpisodeRules:
     max_length: int
     """Tokens of replies and observations together."""
     told: list[str] = field(default_factory=list, compare=False)
-    """What was said of such failures: the first alone, for a run may have thousands."""
+    """Failures that were reported: only the first, because a run may have thousands."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,18 @@ class _Answer:
     message: Message
     """The reply."""
     step: Step | None = None
-    """The environment's; None if it was not asked, for the reply was cut."""
+    """The environment's step; None if the reply was cut, so the environment was not called."""
     ids: tuple[int, ...] | None = None
-    """Of the observations up to the next reply; None if there is no next."""
+    """Token ids of the observations up to the next reply; None if there is no next reply."""
     cut: str = ""
     """Why the episode ends here without being done."""
     failure: str = ""
-    """What failed that is not the task: the environment's step, or the chat template."""
+    """A failure outside the task: of the environment's step or the chat template."""
 
 
 @dataclass
 class _Episode:
-    """An episode as far as it has come."""
+    """An episode so far."""
 
     example: Example
     seed: int
@@ -76,7 +76,7 @@ class _Episode:
 
     @property
     def turn_seed(self) -> int:
-        """The seed of the next reply; of the first it is that of a sample without an environment."""
+        """The seed of the next reply; for the first reply, that of a sample without an environment."""
         return sample_seed(self.seed, self.turns, 0, 0) if self.turns else self.seed
 
     def take(self, rollout: Rollout, answer: _Answer) -> None:
@@ -123,7 +123,7 @@ def play(
     rules: EpisodeRules,
     seeds: Sequence[int],
 ) -> list[Completion]:
-    """Play an episode of each example, all together, turn by turn.
+    """Play one episode per example, all together, turn by turn.
 
     An episode ends when its environment says so, or it is cut: a reply without an end token, too many turns, no room
     for a further reply, or a reply that the chat template cannot show. A cut episode has the verdict 0. Every episode
@@ -165,7 +165,7 @@ def play(
 
 
 def _tell_failure(rules: EpisodeRules, example: Example, answer: _Answer, turn: int) -> None:
-    """Say, once, that an episode ended for what is not the task: only the rewards would show it."""
+    """Report, once, that an episode ended for a reason outside the task: otherwise only the rewards would show it."""
     if not answer.failure or rules.told:
         return
     rules.told.append(f"{example.demonstration.source}, at turn {turn}: {answer.failure}; the episode has reward 0")
@@ -208,7 +208,7 @@ class _Table:
         try:
             ids = tuple(self.chat.encode_between(before, step.observations, row.template_options, rollout.ids))
         except TemplateRefusal as error:
-            return _Answer(message, step, cut=f"the episode was cut, for {error}", failure=str(error))
+            return _Answer(message, step, cut=f"the episode was cut: {error}", failure=str(error))
         if len(episode.ids) + len(rollout.ids) + len(ids) + limit > self.rules.max_length:
             return _Answer(message, step, cut=f"the episode was cut near {self.rules.max_length} tokens")
         return _Answer(message, step, ids)
@@ -235,7 +235,7 @@ class EpisodeSamples(StudentSamples):
 
 @dataclass(frozen=True)
 class NoVerdicts:
-    """The checker of episodes: the environment alone judges them, so one without its verdict is an error."""
+    """The checker of episodes: only the environment judges them, so an episode without its verdict is an error."""
 
     environment: str
 
@@ -243,7 +243,7 @@ class NoVerdicts:
         if completions:
             raise UserError(
                 f"{completions[0].example.demonstration.source}: environment {self.environment!r} ended the episode "
-                "without a reward, which the method learns from; give it one"
+                "without a reward, but the method learns from rewards; add one"
             )
         return []
 
@@ -263,12 +263,12 @@ def episode_rules(config: TaskSettings) -> EpisodeRules | None:
 def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[Method, ...]:
     """The stages of a method in the environment of the settings, if they name one.
 
-    A stage that learns the demonstrations as they are, or general prompts, stays as it is: its model meets the
-    environment in evaluations.
+    A stage that learns demonstrations or general prompts is unchanged: its model meets the environment only in
+    evaluations.
 
     Raises:
-        UserError: the method samples, but no whole replies of its own; or there is no such environment, or the method
-            learns from rewards that it cannot give.
+        UserError: the method samples, but not complete replies of the student; or there is no such environment, or the
+            method learns from rewards that it cannot give.
     """
     rules = episode_rules(config)
     if rules is None:

@@ -38,7 +38,7 @@ class ExampleSource(Protocol):
         ...
 
     def lacks(self, demonstration: Demonstration) -> str | None:
-        """The problem of a row that lacks what these examples are made of; None if it lacks nothing."""
+        """The problem of a row that lacks something these examples need; None if it is complete."""
         ...
 
     def __call__(
@@ -89,7 +89,7 @@ class DemonstrationExamples:
         )
 
     def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
-        """What the user should know of the encoded examples before the run."""
+        """Notes on the encoded examples for the user, before the run."""
         return notes_on(examples, chat)
 
     def lacks(self, demonstration: Demonstration) -> str | None:

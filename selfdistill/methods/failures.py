@@ -1,4 +1,4 @@
-"""What is learnt of prompts without a right sample, where group advantages are all 0."""
+"""Learning from prompts without a right sample, where all group advantages are 0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selfdistill.model import LoadedModel, load_matching, sample, sample_seed
 
 
 def failed_groups(verdicts: Sequence[Verdict], group: int) -> list[int]:
-    """The first sample of each group of which none has a reward of 1."""
+    """The first sample of each group without a reward of 1."""
     starts = range(0, len(verdicts), group)
     return [first for first in starts if all(found.reward < 1 for found in verdicts[first : first + group])]
 
@@ -37,9 +37,9 @@ class PlannedExamples(ScoredExamples):
 
 @dataclass(frozen=True)
 class References:
-    """In place of each group without a right sample its prompt's completion, with the share of such groups as factor.
+    """Replaces each group without a right sample by its prompt's completion, with the share of such groups as factor.
 
-    So the mean of their losses is one over all groups, in which those with a right sample count as 0.
+    So the mean of their losses is a mean over all groups, where those with a right sample count as 0.
     """
 
     group: int

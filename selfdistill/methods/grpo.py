@@ -62,7 +62,7 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
 
 @dataclass(frozen=True)
 class ScoredExamples(DemonstrationExamples):
-    """Demonstrations with what a scorer compares the samples with, which is an answer to the last turn."""
+    """Demonstrations with an answer to the last turn, which a scorer compares the samples with."""
 
     replies: Replies = "last"
 

@@ -1,4 +1,4 @@
-"""Samples that saw the first actions of the demonstration in their prompt, where the prompt alone gave no right one."""
+"""Samples that saw the demonstration's first actions in their prompt, for prompts without a right sample."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
 Unit = Literal["lines", "sentences"]
 _ENDS: dict[Unit, str] = {"lines": r"\s*\n\s*", "sentences": r"(?<=[.!?])\s+|\s*\n\s*"}
 _MOST_ROUNDS = 64
-"""Of a search; more than the digits of any number of actions."""
+"""Maximum tries of a search: more than the binary digits of any number of actions."""
 
 
 def beginnings(text: str, unit: Unit) -> list[str]:
-    """The text up to the end of each of its actions, which are its lines, or its sentences."""
+    """The text up to the end of each of its actions: its lines or sentences."""
     text = text.strip()
     return [text[: end.start()] for end in re.finditer(_ENDS[unit], text)] + [text]
 
@@ -55,27 +55,26 @@ class GuidedExamples(ScoredExamples):
         notes = super().notes(examples, loaded, chat)
         if whole:
             notes.append(
-                f"the guides of {len(whole)} of {len(examples)} rows do not fit into the prompt as a whole "
-                f"({first_ten(whole)}): no more of their first {self.unit} are tried than fit, which is none in {none} "
-                "of these rows; a larger --max_prompt_length may have room for them"
+                f"the guides of {len(whole)} of {len(examples)} rows do not fit completely into the prompt "
+                f"({first_ten(whole)}): only as many of their first {self.unit} as fit are tried, none in {none} of "
+                "these rows; a larger --max_prompt_length may fit them"
             )
         return notes
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         if not demonstration.has_demonstration:
             return (
-                f"column 'completion': missing, and no 'privileged_context' for method {self.config.method!r} to guide "
-                "by; --method grpo does without"
+                f"column 'completion': missing, and no 'privileged_context' for method {self.config.method!r} to use "
+                "as a guide; --method grpo needs none"
             )
         return super().lacks(demonstration)
 
 
 @dataclass(frozen=True)
 class GuidedAfterFailure:
-    """Groups of student samples. Where none is right, the last ``replaced`` give way to samples with a guide.
-
-    The guide is the fewest first actions of the demonstration, at the end of the prompt, with which a sample is right;
-    they are found by binary search, with ``replaced`` samples a try. If none is right with any, the group stays.
+    """Groups of student samples. Where none is right, samples with a guide replace the last ``replaced``.  The guide is
+    the smallest number of first actions of the demonstration, at the end of the prompt, with which a sample is right. A
+    binary search finds it, with ``replaced`` samples per try. If no number helps, the group is unchanged.
     """
 
     sampling: Sampling
@@ -113,13 +112,13 @@ class GuidedAfterFailure:
         return made
 
     def longest_prompt(self, example: Example, encode: ContextEncoder) -> list[int]:
-        """The prompt with the longest guide that is tried, or about; for memory plans."""
+        """The prompt with about the longest guide that is tried; for memory plans."""
         row = example.demonstration
         ids = _guided(row, beginnings(row.shown, self.unit)[-1], replace(encode, max_prompt_length=None, window=None))
         return (ids or [])[: encode.limit]
 
     def _search(self, examples: Sequence[Example], place: int) -> _Search:
-        """A search for the example at a place of the batch, which may come earlier in the batch, too."""
+        """A search for the example at a place of the batch; the example may also occur earlier in the batch."""
         example = examples[place]
         row = example.demonstration
         earlier = sum(other.demonstration.row == row.row for other in examples[:place])
@@ -128,7 +127,7 @@ class GuidedAfterFailure:
     def _drawn(
         self, loaded: LoadedModel, tried: Sequence[_Search], encode: ContextEncoder, at: tuple[int, int]
     ) -> list[list[Completion]]:
-        """Samples with the guide that each search tries, as if of the prompt alone; none where it does not fit."""
+        """Samples with the guide that each search tries, as if from the prompt alone; none if it does not fit."""
         prompts: list[list[int]] = []
         seeds: list[int] = []
         sizes: list[int] = []
@@ -172,11 +171,11 @@ class _Search:
         return (self.low + self.high) // 2
 
     def go_on(self, samples: list[Completion]) -> None:
-        """Take the checked samples with the number that was tried."""
+        """Update the search with the checked samples of the tried number."""
         right = any(one.verdict and one.verdict.reward == 1 for one in samples)
         if right:
             self.found = samples
-        if right or not samples:  # what does not fit is longer than what would
+        if right or not samples:  # a guide that does not fit is too long
             self.high = self.middle - 1
         else:
             self.low = self.middle + 1

@@ -45,7 +45,7 @@ class HintContexts:
         ]
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
-        """As it is: with the longest hint of the run."""
+        """The example itself: it has the longest hint of the run."""
         return example
 
 
@@ -118,16 +118,16 @@ def hint_of(config: TrainConfig, share: float, part: HintPart = first_words) -> 
     """A part of the demonstration in the context of the settings; in ``turns`` until ``auto`` is resolved.
 
     Raises:
-        UserError: the context shows something else than one demonstration.
+        UserError: the context cannot show a part of a demonstration.
     """
     return Hint(parse_context("turns" if config.context == "auto" else config.context), share, part)
 
 
 def hinted(method: Method, config: TrainConfig) -> Method:
-    """The method with the setting ``hint``, whose teacher sees as much of the demonstration as it says.
+    """The method with the setting ``hint``, which says how much of the demonstration its teacher sees.
 
     Raises:
-        UserError: the context, the scorer or the teacher do not go with it.
+        UserError: the context, scorer or teacher does not work with it.
     """
     examples = method.examples
     assert isinstance(examples, DemonstrationExamples)
@@ -145,12 +145,12 @@ def hinted(method: Method, config: TrainConfig) -> Method:
 
 def _shortest(method: Method, config: TrainConfig) -> Method:
     if config.scorer == JUDGE:
-        raise UserError("setting 'scorer': hint shortest asks it very often, for which the judge is too slow")
+        raise UserError("setting 'scorer': hint shortest scores many replies, for which the judge is too slow")
     if config.teacher_model is not None:
         raise UserError(
-            "setting 'hint': shortest asks the model that learns, not teacher_model: give a share, or leave one out"
+            "setting 'hint': shortest samples from the student, not teacher_model: give a share, or leave one out"
         )
-    hint_of(config, 0)  # refuses a context that shows more
+    hint_of(config, 0)  # refuses a context that cannot show a part
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
     return replace(method, examples=ScoredExamples(config, config.context), fixed=search)
 

@@ -24,7 +24,7 @@ from selfdistill.methods.slots import Method, divergence_of, own_settings, teach
 
 
 class IsdftSettings(Settings):
-    """What only iSDFT knows."""
+    """Settings of iSDFT alone."""
 
     first_share: float = Field(default=0.25, ge=0, le=1)
     """r at the first step: share of the teacher's information in the target."""

@@ -4,13 +4,13 @@
     w_t = sg[ (1 - H_20(q_t) / ln 20) (1 - p_t(y_t)) ]
 
 H_20 is the entropy of the 20 most likely tokens, renormalised. A token counts where the teacher is sure and the student
-would have said something else. The mean of the weights is that over the sequence, so each sequence counts as in SDFT.
+would have said something else. The mean of the weights is over the sequence, so each sequence counts as in SDFT.
 The paper's teacher q sees the query in English with an instruction to be safe, the student the query in another
-language: the context ``rewritten``, with that text as ``privileged_context``. Any other context will do, too.
+language: the context ``rewritten``, with that text as ``privileged_context``. Other contexts also work.
 
-Differences: the weights are inferred from the paper's abstract, which names the two factors and not K: 20, as in EAFT,
-is a setting. Either factor can be left out; without both, this is SDFT with the reverse KL. Which weights teach is not
-said: ``teacher`` chooses, a moving average by default.
+Differences: the weights are inferred from the paper's abstract, which names the two factors but not K: 20, as in EAFT,
+is a setting. Either factor can be left out; without both, this is SDFT with the reverse KL. The abstract does not say
+which weights teach: ``teacher`` chooses, a moving average by default.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from selfdistill.methods.slots import Method, own_settings, teacher_of
 
 
 class MsdSettings(Settings):
-    """What only MSD knows."""
+    """Settings of MSD alone."""
 
     entropy_top_k: int = Field(default=20, ge=2)
-    """K: the teacher's most likely tokens, whose entropy is its doubt."""
+    """K: the number of the teacher's most likely tokens, whose entropy measures its uncertainty."""
     confidence: bool = True
     """Weigh tokens by the teacher's confidence."""
     disagreement: bool = True

@@ -1,16 +1,16 @@
 """NPO: near-future policy optimisation, with right samples of a later checkpoint (arXiv 2604.20733).
 
-    x -> y_1..y_G ~ p(.|x);   where no y_i is right, y_G gives way to z, a right sample of the later model;   L = L_GRPO
+    x -> y_1..y_G ~ p(.|x);   where no y_i is right, z replaces y_G, a right sample of the later model;   L = L_GRPO
 
 The later model is ``teacher_model``: a checkpoint of another run from the same start, some steps ahead. It is near
-enough for its samples to be likely to the student, and solves more. A prompt for which it has no right sample either
-stays as it is.
+enough for its samples to be likely under the student, and solves more. A prompt without a right sample of either
+model is unchanged.
 
 Differences: the authors take the checkpoint 20 to 70 steps ahead of each step, and choose the distance by pass rate
 over the variance of importance weights. Here it is one model for the whole run, and its samples are drawn once, before
-the first step, so that it need not be held. So run the plain method first, give a checkpoint of it, and stop or repeat
-when the student has come as far. How they weigh z for being of another policy was not found: here as if it were the
-student's own. How often they try to find it is a setting.
+the first step, so that it need not stay in memory. So run the plain method first, give a checkpoint of it, and stop or
+repeat when the student has come as far. We did not find how they weight z, which comes from another policy; here it
+counts as the student's own. The number of tries is a setting.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from selfdistill.methods.slots import Method, own_settings, sampling_of
 
 
 class NpoSettings(Settings):
-    """What only NPO knows."""
+    """Settings of NPO alone."""
 
     tries: int = Field(default=8, ge=1)
-    """Samples of the later model for each prompt, until one is right."""
+    """Maximum samples of the later model per prompt, until one is right."""
 
 
 def npo(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO, with a sample of another model where all of the student's fail."""
     own, (rewarded,), later = own_settings(config, NpoSettings), grpo(config), config.teacher_model
     if later is None:
-        raise UserError("setting 'teacher_model': npo needs a later checkpoint, whose right samples it learns from")
+        raise UserError("setting 'teacher_model': npo needs a later checkpoint, to learn from its right samples")
     found = OthersSuccesses(
         sampling_of(config), config.seed, config.batch_size, model=later, tries=own.tries, config=config
     )

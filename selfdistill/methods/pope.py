@@ -3,14 +3,14 @@
     x -> y_1..y_G ~ p(.|x);   x -> z_1..z_G ~ p(.|x, h);   L = GRPO on {y_i} and on {h z_i}, whose targets are z_i alone
 
 h is the shortest prefix of the demonstration after which a sample of the model before training is right, at most a
-quarter of it. It is looked for once, before the first step. Both groups have advantages of their own, so a prompt that
-is never solved alone is learnt from where its prefix leads to. A reply has at most max_completion_length tokens, with
-its prefix: a sample after one has at most 3/4 of them, a sample of the prompt alone has all.
+quarter of it. The search runs once, before the first step. Each group has its own advantages, so a prompt that
+is never solved alone is learnt from its prefix. A reply has at most max_completion_length tokens including
+its prefix: a sample after a prefix has at most 3/4 of them, a sample of the prompt alone has all.
 
 Differences: the authors put h into the prompt, with the request to build on it. Here it begins the reply, so the loss
-sees the prompt alone, and models need not follow that request. They train on hard prompts only, which no sample of many
-solves. Here all rows are learnt, and the prefix of an easy one is empty; choose hard rows in the data. Which lengths
-they tried was not found: four here, and the greatest where no sample is right.
+sees the prompt alone, and models need not follow that request. They train only on hard prompts, which none of many
+samples solves. Here all rows are learnt, and the prefix of an easy one is empty; choose hard rows in the data. We did
+not find which lengths they tried: here four, and the longest if no sample is right.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from selfdistill.methods.slots import Method, own_settings
 
 
 class PopeSettings(Settings):
-    """What only POPE knows."""
+    """Settings of POPE alone."""
 
     longest: float = Field(default=0.25, gt=0, le=1)
     """Length of the longest prefix, as a share of the demonstration."""
@@ -38,7 +38,7 @@ class PopeSettings(Settings):
 
 
 def pope(config: TrainConfig) -> tuple[Method, ...]:
-    """GRPO on two groups per prompt: samples of the prompt alone, and samples that go on from a prefix."""
+    """GRPO on two groups per prompt: samples of the prompt alone, and samples that continue a prefix."""
     own, (rewarded,) = own_settings(config, PopeSettings), grpo(config)
     assert isinstance(rewarded.sequence, StudentSamples)
     group, sampling = rewarded.sequence.num_generations, rewarded.sequence.sampling

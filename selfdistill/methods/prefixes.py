@@ -1,4 +1,4 @@
-"""Sequences that begin with a part of the demonstration: the prefix is given, and the student goes on."""
+"""Sequences that begin with a part of the demonstration: the student continues a given prefix."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def continued(
 ) -> list[Completion]:
     """The student's continuations of replies that begin with the given tokens; the loss sees the prompt alone.
 
-    ``longest`` is the share of the greatest length that a prefix may have. A sample after one has at most the rest,
-    whatever the prefix, so that it depends on no other. A sample after none has the greatest length.
+    ``longest`` is the share of the maximum length that a prefix may have. A sample after a prefix has at most the rest,
+    whatever the prefix, so it depends on no other sample. Without a prefix a sample may have the maximum length.
     """
     limit = sampling.max_completion_length
     after_prefix = replace(sampling, max_completion_length=max(1, limit - int(longest * limit)))
@@ -81,7 +81,7 @@ class GuidedSamples:
 
 @dataclass(frozen=True)
 class MicroGroups:
-    """Samples in micro-groups, of which the later begin with a part of the completion if the earlier were seldom right.
+    """Samples in micro-groups; later ones begin with a part of the completion if earlier ones were rarely right.
 
     Micro-group i follows a prefix of ``ratios[i]`` of the completion if the mean reward of the example's samples so far
     is below ``thresholds[i]``, else the prompt alone. With ratio 1 its samples are the completion itself.
@@ -146,7 +146,7 @@ class MicroGroups:
 class GivenPrefixes:
     """The given tokens of the samples, as completions to learn, with the share of samples that have any as factor.
 
-    So the mean of their losses is one over all samples.
+    So the mean of their losses is a mean over all samples.
     """
 
     gates = True
@@ -166,8 +166,8 @@ class GivenPrefixes:
 class ShortestPrefixes(DrawnSamples):
     """Replaces each completion, before the first step, by its shortest prefix after which a sample is right.
 
-    The lengths that are tried are ``lengths`` steps up to ``longest`` of the completion, from 0. If no sample is right,
-    the prefix has the greatest length.
+    It tries ``lengths`` equal steps from 0 up to ``longest`` of the completion. If no sample is right,
+    the prefix has the maximum length.
     """
 
     longest: float = 0.25

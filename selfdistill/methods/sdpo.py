@@ -30,12 +30,13 @@ from selfdistill.model import TeacherRule
 
 
 class SdpoSettings(Settings):
-    """What only SDPO knows. The loss and the teacher's rate are among it, because the defaults of others differ."""
+    """Settings of SDPO alone. They include the loss and the teacher's rate, because the other methods' defaults
+    differ."""
 
     show: Shown = "either"
     """What the teacher sees: ``sibling``, ``feedback``, ``either`` or ``both``, where there are both."""
     context: str | None = None
-    """How it sees a sibling, as a context of demonstrations: ``example``, ``turns`` or ``template``, with options.
+    """How it sees a sibling, as a context of demonstrations: ``turns``, ``example`` or ``template``, with options.
     Default: ``example:reasoning=false``, or with an environment ``turns``, which alone shows episodes."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
     """D; JSD has the weight ``jsd_weight``."""

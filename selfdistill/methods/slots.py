@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from selfdistill.config import Settings, TrainConfig, closest
+from selfdistill.config import Settings, TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Example, Verdict
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 from selfdistill.loss import CrossEntropy, Divergence, Target, Weighting
 from selfdistill.methods.examples import ExampleSource
 from selfdistill.methods.sequences import Completion, DrawnSamples, SequenceSource
@@ -19,7 +19,7 @@ Checker = Callable[[Sequence[Completion], ChatFormat], list[Verdict]]
 
 
 class Selection(Protocol):
-    """What is learnt of a step's samples, and how."""
+    """Chooses which of a step's samples are learnt, and how."""
 
     @property
     def gates(self) -> bool:
@@ -29,10 +29,10 @@ class Selection(Protocol):
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
     ) -> list[Completion]:
-        """The samples that are learnt, in their order; another completion of its example may stand in a sample's place.
+        """The samples to learn, in their order; another completion of its example may replace a sample.
 
-        Each may get a factor on its loss, and a context of its own: an example whose ``teacher_ids`` are the messages
-        that ``encode`` turned into token ids. The result depends on the arguments alone, so a resumed run repeats it.
+        Each may get a factor on its loss, and its own context: an example whose ``teacher_ids`` are the messages
+        that ``encode`` turned into token ids. The result depends only on the arguments, so a resumed run repeats it.
 
         Args:
             samples: of one step; those of a prompt are adjacent.
@@ -42,12 +42,12 @@ class Selection(Protocol):
         ...
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
-        """The example with about the longest context that samples of so many tokens can give; for memory plans."""
+        """The example with about the longest context that samples of this many tokens can give; for memory plans."""
         ...
 
 
 LossAt = Callable[[int, int], Divergence]
-"""Maps a step of the stage (from 0), and their number, to the loss of that step."""
+"""Maps a step of the stage (from 0), and the number of steps, to the loss of that step."""
 
 State = dict[str, Any]
 """What a controller remembers. It is JSON, for checkpoints, and is never changed in place."""
@@ -56,7 +56,7 @@ State = dict[str, Any]
 class Controller(Protocol):
     """Sets one number of a method at each step, and may learn from the steps before.
 
-    The same state gives the same number, so a resumed run goes on as it was.
+    The same state gives the same number, so a resumed run continues exactly.
     """
 
     @property
@@ -65,7 +65,7 @@ class Controller(Protocol):
         ...
 
     def value(self, state: State, step: int, steps: int) -> float:
-        """The number at step ``step`` (from 0) of a stage of so many steps."""
+        """The number at step ``step`` (from 0) of a stage with this many steps."""
         ...
 
     def update(self, state: State, metrics: dict[str, Any], step: int, steps: int) -> State:
@@ -91,10 +91,10 @@ class Method:
     loss: Divergence | CrossEntropy
     """The per-token loss; that of the first step, with ``loss_at``."""
     loss_at: LossAt | None = None
-    """The loss of each step, where it changes from step to step. It depends on the step alone, so a resumed run has
+    """The loss of each step, if it changes from step to step. It depends only on the step, so a resumed run has
     nothing to restore."""
     controller: Controller | None = None
-    """Changes the method by what it sees of the steps; only that of the step's first part."""
+    """Changes the method according to earlier steps; only the first part's controller is used."""
     teacher: TeacherRule | None = None
     """Whose weights score the tokens; None: no teacher."""
     fixed: DrawnSamples | None = None
@@ -112,7 +112,7 @@ class Method:
     checker: Checker | None = None
     """Gives each sample a verdict."""
     select: Selection | None = None
-    """Chooses after sampling what is learnt, with which factor and context; None: every sample, as it is."""
+    """Chooses after sampling what is learnt, with which factor and context; None: every sample, unchanged."""
     weight: float = 1.0
     """Factor on the loss."""
     also: tuple[tuple[str, Method], ...] = ()
@@ -121,11 +121,11 @@ class Method:
 
     @property
     def needs_base(self) -> bool:
-        """Whether the model before the first step scores the tokens, too."""
+        """Whether the model before the first step also scores the tokens."""
         return self.weighs_base or (isinstance(self.loss, Divergence) and self.loss.needs_base)
 
     def at(self, step: int, steps: int, control: float | None = None) -> Method:
-        """The method at step ``step`` (from 0) of a stage of so many steps, with the number of its controller."""
+        """The method at step ``step`` (from 0) of a stage with this many steps, with its controller's number."""
         method = self if self.loss_at is None else replace(self, loss=self.loss_at(step, steps))
         if self.controller is None or control is None:
             return method
@@ -175,9 +175,9 @@ ENGINE_CAP = 2.0
 
 
 def engine_cap(config: TrainConfig) -> float | None:
-    """The cap for an engine's samples, which are drawn from other probabilities than the trainer's by rounding.
+    """The cap for an engine's samples, whose probabilities differ from the trainer's by rounding.
 
-    None without an engine, and for truncated sampling, whose probabilities are of another kind than the trainer's.
+    None without an engine, and for truncated sampling, whose probabilities are not comparable with the trainer's.
     """
     untruncated = config.top_p == 1 and config.top_k == 0
     return ENGINE_CAP if config.engine != "none" and untruncated else None
@@ -195,7 +195,7 @@ def teacher_of(config: TrainConfig) -> TeacherRule:
 
 
 FROZEN = TeacherRule("frozen")
-"""The model as it is before the first step."""
+"""The model before the first step."""
 
 
 def own_settings(config: TrainConfig, kind: type[OwnSettings]) -> OwnSettings:

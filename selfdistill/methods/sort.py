@@ -3,13 +3,13 @@
     x -> y_1..y_G ~ p(.|x);   L = L_GRPO + g L_ref;   L_ref = -mean_t w_t log p(d_t | x, d_<t)   if no y_i is right
     w_t = sg[ p(d_t | x, d_<t)^(1-a) p(d_t | x, plan, d_<t)^a ],   a = 1/2: the geometric mean
 
-GRPO learns nothing from such a group. There the reference d, the row's completion, is learnt, and most where it follows
-from the plan, or from the question alone. The plan is the row's ``privileged_context``, shown to the student itself.
+GRPO learns nothing from such a group. SORT then learns the reference d, the row's completion, and most where it follows
+from the plan or from the question alone. The plan is the row's ``privileged_context``, shown to the student itself.
 
-Differences: the paper's abstract does not say where plans come from, nor how L_ref is weighed against GRPO. Here they
-are a column of the data, and g is a setting, 1 by default. L_ref is averaged over all prompts of a batch, so each of
-them counts the same, however many fail. Right is a reward of 1. a is a setting; at 0 the plan is not needed, and L_ref
-is DFT's on these prompts.
+Differences: the paper's abstract says neither where plans come from nor how L_ref is weighted against GRPO. Here plans
+are a column of the data, and g is a setting, 1 by default. L_ref is averaged over all prompts of a batch, so each
+prompt counts the same, however many fail. Right means a reward of 1. a is a setting; at 0 the plan is not needed, and
+L_ref is DFT's on these prompts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from selfdistill.model import TeacherRule
 
 
 class SortSettings(Settings):
-    """What only SORT knows."""
+    """Settings of SORT alone."""
 
     plan: float = Field(default=0.5, ge=0, le=1)
     """a, the exponent of the probability given the plan."""
@@ -37,7 +37,7 @@ class SortSettings(Settings):
 
 
 def sort(config: TrainConfig) -> tuple[Method, ...]:
-    """GRPO, and beside it weighted cross-entropy on references."""
+    """GRPO plus weighted cross-entropy on references."""
     own, (rewarded,) = own_settings(config, SortSettings), grpo(config)
 
     def weight(pair: Pair, tokens_N: Tensor) -> Tensor:

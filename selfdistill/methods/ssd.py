@@ -3,10 +3,10 @@
     y ~ p_base(.|x), once per prompt;   L = -mean_t log p(y_t | x, y_<t)
 
 Samples have temperature 1.5, top-k 20 and top-p 0.8. The shortest 10% of them are left out. There is no demonstration,
-teacher or checker: prompts suffice. What is learnt is to be as sure as truncated sampling is; the authors then sample
-with a temperature tuned for it.
+teacher or checker: prompts suffice. The model learns to be as certain as truncated sampling; the authors then sample
+at a temperature tuned for it.
 
-Differences: lengths are in tokens, the authors' in characters. A sample that was cut at the limit is learnt as it is.
+Differences: lengths are in tokens, the authors' in characters. A sample that was cut at the limit is learnt unchanged.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from selfdistill.model import Sampling
 
 
 class SsdSettings(Settings):
-    """What only SSD knows. Its sampling is of its own, because the defaults of others would undo it."""
+    """Settings of SSD alone. It has its own sampling settings, because the other methods' defaults would undo it."""
 
     temperature: float = Field(default=1.5, gt=0)
-    """Of the samples."""
+    """Sampling temperature."""
     top_k: int = Field(default=20, ge=0)
     """Sample from the k most likely tokens; 0: from all."""
     top_p: float = Field(default=0.8, gt=0, le=1)

@@ -2,13 +2,12 @@
 
     L = -mean_t 1[ log p_b(d_t) <= log p_0(d_t) ] log p(d_t | x, d_<t)
 
-p_0 is the model before training. p_b is ``teacher_model``: an SFT run on the same data, ended where it was least often
-right. What SFT learns there first is taken to be in the way, and is left out. Training starts again from p_0.
-
-Differences: read from notes, not from the authors' code. They find p_b among the checkpoints of the SFT run. Here you
-name it, because a run's stages go on from one another and keep no other weights. With ``max_steps``, ``warmup_steps`` 0
-and a constant rate, a short SFT run is a checkpoint of a longer one. The mean is over all tokens of a demonstration,
-with 0 for those left out.
+p_0 is the model before training. p_b is ``teacher_model``: an SFT run on the same data, ended at its lowest accuracy.
+The tokens that SFT learns first are assumed to be harmful, and are left out. Training restarts from p_0.  Differences:
+based on notes, not on the authors' code. They find p_b among the checkpoints of the SFT run. Here you name it, because
+a run's stages continue from one another and keep no other weights. With ``max_steps``, ``warmup_steps`` 0 and a
+constant rate, a short SFT run is a checkpoint of a longer one. The mean is over all tokens of a demonstration, with 0
+for those left out.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ def t3s(config: TrainConfig) -> tuple[Method, ...]:
     """SFT's slots plus a token mask, from a worse model and the base."""
     if config.teacher_model is None:
         raise UserError(
-            "setting 'teacher_model': t3s compares with a model of SFT on the same data, ended where it was least "
-            "often right; give its run folder"
+            "setting 'teacher_model': t3s needs an SFT run on the same data, ended at its lowest accuracy; give its "
+            "run folder"
         )
 
     def unlearnt(pair: Pair, tokens_N: Tensor) -> Tensor:
@@ -52,7 +51,7 @@ def t3s(config: TrainConfig) -> tuple[Method, ...]:
         assert pair.log_base_NV is not None
         return (pick(pair.log_q_NV, tokens_N) <= pick(pair.log_base_NV, tokens_N)).to(pair.log_p_NV.dtype)
 
-    examples = SeenAlike(config, completion_must_fit=True)
+    examples = SeenAlike(config, completion_must_fit=True, replies="episode")
     return tuple(
         replace(stage, examples=examples, teacher=teacher_of(config), weighting=unlearnt, weighs_base=True)
         for stage in sft(config)

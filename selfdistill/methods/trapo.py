@@ -3,14 +3,14 @@
     micro-group i:  h_i = the first l_i of the demonstration if the mean reward so far is below t_i, else nothing
     x -> z ~ p(.|x, h_i);   L = L_GRPO on {z}  +  g mean_t -sg[ min(p(h_t)/a, 1) ] log p(h_t | x, h_<t)
 
-l = (0, .2, .5, 1) and t = (-1, .5, .7, .9), so the first samples are the prompt's own, and a prompt that is solved gets
+l = (0, .2, .5, 1) and t = (-1, .5, .7, .9), so the first samples come from the prompt alone, and a solved prompt gets
 no help. Advantages are those over all samples of the prompt. Tokens of a prefix with p below a = 0.1 would pull hard in
 SFT; here the gradient of p/a is as for p itself.
 
-Differences: the sizes of the micro-groups were not found in paper or code: 4, 2, 1 and 1 of 8 samples, as more copies
-of the same demonstration add little. The authors average prefix and sample of a reply together; here the mean over each
-is its own, over all samples, and g, 1 by default, weighs the one against the other. A demonstration that is given whole
-has an advantage, on which the others depend, but no tokens of its own.
+Differences: we did not find the sizes of the micro-groups in paper or code. Here they are 4, 2, 1 and 1 of 8 samples,
+because more copies of the same demonstration add little. The authors average over prefix and sample together. Here each
+has its own mean over all samples, and g, 1 by default, weighs one against the other. A complete demonstration has an
+advantage, which affects the others', but no tokens of its own.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from selfdistill.methods.slots import Method, own_settings, sampling_of
 
 
 class TrapoSettings(Settings):
-    """What only TRAPO knows."""
+    """Settings of TRAPO alone."""
 
     sizes: tuple[Annotated[int, Field(ge=1)], ...] = (4, 2, 1, 1)
     """Samples of each micro-group; their sum is the number of samples per prompt."""
     ratios: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.2, 0.5, 1.0)
-    """l: the part of the demonstration that each micro-group goes on from."""
+    """l: the part of the demonstration that each micro-group continues."""
     thresholds: tuple[float, ...] = (-1.0, 0.5, 0.7, 0.9)
-    """t: the mean reward of the earlier micro-groups below which it does."""
+    """t: a micro-group gets its part if the mean reward of earlier ones is below this."""
     trust: float = Field(default=0.1, gt=0, le=1)
     """a; at 1 prefixes are learnt as by DFT."""
     weight: float = Field(default=1.0, gt=0)
@@ -46,11 +46,11 @@ class TrapoSettings(Settings):
     def model_post_init(self, _context: object) -> None:
         """Check the micro-groups against each other."""
         if not len(self.sizes) == len(self.ratios) == len(self.thresholds) > 0:
-            raise UserError("settings 'sizes', 'ratios' and 'thresholds': expected one of each per micro-group")
+            raise UserError("settings 'sizes', 'ratios' and 'thresholds': expected one value per micro-group in each")
 
 
 def trapo(config: TrainConfig) -> tuple[Method, ...]:
-    """GRPO on micro-groups, and beside it cross-entropy on the prefixes that they were given."""
+    """GRPO on micro-groups, plus cross-entropy on their given prefixes."""
     own, (rewarded,) = own_settings(config, TrapoSettings), grpo(config)
     if config.num_generations not in (None, sum(own.sizes)):
         raise UserError(

@@ -7,7 +7,8 @@ little mass where the student has none. At b = 0 this is SDFT.
 
 Differences: the paper distils from a larger teacher on the same prompt. Here q is the model itself, or
 ``teacher_model``, given the demonstration. b starts at 0.8 for the paper's reasoning, 1.0 for code and 0.3 for
-summaries. Over how many steps it falls was not found, so that is a setting. D is the setting's, KL(q'||p) by default.
+summaries. We did not find over how many steps it falls, so that is a setting. The setting ``divergence`` chooses D,
+KL(q'||p) by default.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from selfdistill.methods.slots import Method, divergence_of, own_settings, teach
 
 
 class VetoSettings(Settings):
-    """What only Veto knows."""
+    """Settings of Veto alone."""
 
     student: float = Field(default=0.8, ge=0)
     """b at the first step."""
@@ -32,7 +33,7 @@ class VetoSettings(Settings):
 
 
 def veto(config: TrainConfig) -> tuple[Method, ...]:
-    """Student samples, a teacher with the demonstration, a target that leaves the student behind."""
+    """Student samples, a teacher with the demonstration, a target that moves away from the student."""
     own, divergence = own_settings(config, VetoSettings), divergence_of(config)
 
     def loss_at(step: int, steps: int) -> Divergence:

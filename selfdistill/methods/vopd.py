@@ -2,13 +2,13 @@
 
     x -> y ~ p(.|x);   A_t = sg[ log q(y_t) - log p(y_t) + KL(p||q) ];   L = -mean_t A_t log p(y_t)
 
-The expected gradient is that of KL(p||q) over the whole vocabulary. The baseline KL(p||q) leaves the expectation as it
-is and lowers the variance. It may be taken over the student's k most likely tokens, renormalised (authors' code, k =
-100), without a bias, because it does not depend on y_t.
+The expected gradient is that of KL(p||q) over the whole vocabulary. The baseline KL(p||q) does not change the
+expectation and lowers the variance. It may be computed over the student's k most likely tokens, renormalised (authors'
+code, k = 100), without bias, because it does not depend on y_t.
 
 Differences: the paper distils from a larger teacher on the same prompt. Here q is the model itself, or
-``teacher_model``, given the demonstration. The teacher's logits of the whole vocabulary are at hand here, so a top-k
-baseline saves no time; it is there to compare. Samples are used for one update, so no ratio is clipped.
+``teacher_model``, given the demonstration. The teacher's logits over the whole vocabulary are available here, so a
+top-k baseline saves no time; it exists for comparison. Samples are used for one update, so no ratio is clipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from selfdistill.methods.slots import Method, own_settings, teacher_of
 
 
 class VopdSettings(Settings):
-    """What only vOPD knows."""
+    """Settings of vOPD alone."""
 
     baseline_top_k: int | None = Field(default=None, ge=1)
     """Take the baseline over the student's k most likely tokens; default: over the whole vocabulary."""

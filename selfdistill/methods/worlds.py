@@ -1,4 +1,4 @@
-"""The environments of some episodes: what they say first, how they answer, and what happens where one fails."""
+"""The environments of some episodes: their first messages, their answers, and what happens if one fails."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from selfdistill.errors import UserError
 Result = TypeVar("Result")
 
 THREADS = 32
-"""Environments that answer at the same time."""
+"""Maximum environments that answer at the same time."""
 
 environment_of: Callable[[str], EnvironmentFactory] = functools.cache(make_environment)
-"""What makes the environments of a name, which is looked for once."""
+"""The factory of the environments of a name, looked up once."""
 
 
 def refuse_silent(name: str, use: str) -> None:
@@ -39,34 +39,30 @@ def refuse_silent(name: str, use: str) -> None:
 
 @dataclass(frozen=True)
 class EpisodeRow(Demonstration):
-    """A row whose prompt ends with what its environment says first, and which shows the environment's tools."""
+    """A row whose prompt ends with its environment's first messages, and which shows the environment's tools."""
 
     first: tuple[Message, ...] = ()
     """The messages of the environment at the end of the prompt."""
 
     @property
     def unbegun(self) -> EpisodeRow:
-        """The row without what its environment says first."""
+        """The row without its environment's first messages."""
         return replace(self, prompt=self.prompt[: len(self.prompt) - len(self.first)], first=())
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        """The row as its environment is given it: without what that says first, and without its tools."""
+        """The row as its environment receives it: without the environment's first messages and tools."""
         return {name: value for name, value in as_row(self.unbegun).items() if name != "tools"}
 
 
 def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
-    """The rows with the environment's tools and what it says first.
-
-    An environment says the same first in every episode of a row, so rows are begun once. Rows that have begun begin
-    anew.
-
-    Raises:
-        UserError: an environment fails, or rows have pictures, which are not read from turn to turn.
+    """The rows with the environment's tools and first messages.  An environment begins every episode of a row the same
+    way, so this is done once per row. Rows that have already begun begin again.  Raises: UserError: an environment
+    fails, or rows have pictures, which episodes do not support.
     """
     if seen := [row.source for row in rows if row.images]:
         raise UserError(
-            f"setting 'environment': {len(seen)} of {len(rows)} rows have pictures, and episodes are text alone "
+            f"setting 'environment': {len(seen)} of {len(rows)} rows have pictures, but episodes support only text "
             f"({first_ten(seen)}); leave out the pictures or the environment"
         )
     known = _firsts(name)
@@ -84,7 +80,7 @@ def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
 
 @functools.cache
 def _firsts(name: str) -> dict[str, tuple[tuple[Message, ...], list[dict[str, Any]]]]:
-    """What the environment says first, and its tools, by the row's columns."""
+    """The environment's first messages and tools, by the row's columns."""
     return {}
 
 
@@ -118,7 +114,7 @@ class Worlds:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close all that were made. What fails then concerns no result, and must not hide what went wrong before."""
+        """Close all environments. A failure here affects no result, and must not hide an earlier error."""
 
         def close(world: Environment) -> None:
             with suppress(Exception):
@@ -128,9 +124,9 @@ class Worlds:
         self._pool.shutdown()
 
     def reset(self, *, check: bool = True) -> list[tuple[Message, ...]]:
-        """Make the environments and begin; returns what they say first.
+        """Make the environments and begin; returns their first messages.
 
-        With ``check`` it must be what the rows say that it is.
+        With ``check`` these must equal those in the rows.
         """
         for row in self._rows:
             self._environments.append(self._guarded(environment_of(self._name), row, "at its start"))
@@ -140,8 +136,8 @@ class Worlds:
             first = tuple(self._guarded(lambda: world.reset(row.columns), row, "at its start"))
             if check and first != row.first:
                 raise UserError(
-                    f"{row.source}: environment {self._name!r} began with other messages than before; what reset "
-                    "returns must depend on the row alone, so seed what is random from it"
+                    f"{row.source}: environment {self._name!r} began with different messages from before; reset must "
+                    "depend only on the row, so seed random parts from it"
                 )
             return first
 
@@ -157,7 +153,7 @@ class Worlds:
         return list(self._pool.map(step, numbers, messages))
 
     def _guarded(self, work: Callable[[], Result], row: EpisodeRow, when: str) -> Result:
-        """What ``work`` returns; its failure as one line with row and turn."""
+        """The result of ``work``; its failure becomes one line with row and turn."""
         try:
             return work()
         except UserError as error:

@@ -1,6 +1,6 @@
-"""What differs between kinds of device: all that the model's passes decide by it.
+"""Differences between kinds of device: every decision of the model's passes that depends on the device.
 
-A kind is what PyTorch calls a device's type, such as ``cuda`` or ``cpu``. The numbers for GPUs are estimates: none was
+A kind is PyTorch's device type, such as ``cuda`` or ``cpu``. The numbers for GPUs are estimates: none was
 measured on one (``make gpu`` will).
 
 Legend: B sequences, V vocabulary.
@@ -18,14 +18,14 @@ from torch import Tensor
 
 
 def cpu_asked() -> bool:
-    """Whether accelerate is told to use the CPU, also where there is a GPU (``ACCELERATE_USE_CPU``)."""
+    """Whether accelerate must use the CPU even if there is a GPU (``ACCELERATE_USE_CPU``)."""
     from accelerate.utils import parse_flag_from_env  # takes a second to import
 
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def has_gpu() -> bool:
-    """Whether there is a CUDA device that is to be used."""
+    """Whether there is a CUDA device to use."""
     return torch.cuda.is_available() and not cpu_asked()
 
 
@@ -38,16 +38,17 @@ def best_device() -> torch.device:
 
 
 PASS_TOKENS = {"cpu": 64, "cuda": 512}
-"""Tokens that take about as long as one extra forward pass: what a shared prefix must save. Other kinds are as CPUs."""
+"""Tokens that take about as long as one extra forward pass: what a shared prefix must save. Other kinds count as
+CPUs."""
 
 
 def pass_tokens(kind: str) -> int:
-    """What a shared prefix must save on a device of this kind, in tokens."""
+    """Tokens that a shared prefix must save on a device of this kind."""
     return PASS_TOKENS.get(kind, PASS_TOKENS["cpu"])
 
 
 LENGTH_STEP = {"cuda": 64}
-"""Of what the length of a pass is a multiple, so that few lengths occur for which kernels are chosen and planned."""
+"""The length of a pass is a multiple of this, so that kernels are chosen and planned for few lengths."""
 
 
 def padded_length(length: int, most: int | None, kind: str) -> int:
@@ -59,9 +60,9 @@ def padded_length(length: int, most: int | None, kind: str) -> int:
 
 @contextmanager
 def any_length(kind: str) -> Iterator[None]:
-    """Use no attention kernel that is slow at first with every new length: for passes of ever other lengths.
+    """Avoid attention kernels with a start-up cost for each length, for passes whose length keeps changing.
 
-    cuDNN plans its kernels anew for each batch size and length, in about 25 ms, and decoding has a new length at every
+    cuDNN plans its kernels again for each batch size and length, in about 25 ms, and decoding has a new length at every
     token. CPUs have no cuDNN.
     """
     if kind != "cuda":
@@ -77,7 +78,7 @@ def any_length(kind: str) -> Iterator[None]:
 
 @contextmanager
 def fast_products(kind: str) -> Iterator[None]:
-    """Let float32 matrix products on a GPU round their factors to 10 bits (TF32), which takes a fraction of the time.
+    """Let float32 matrix products on a GPU round their factors to 10 bits (TF32), which is much faster.
 
     Sums and results stay float32. CPUs have no TF32, so nothing changes there.
     """
@@ -93,18 +94,18 @@ def fast_products(kind: str) -> Iterator[None]:
 
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-"""The variable from which cuBLAS reads its workspace."""
+"""The environment variable for cuBLAS's workspace."""
 REPEATING_WORKSPACES = (":4096:8", ":16:8")
-"""Its values with which cuBLAS repeats its results."""
+"""Values that make cuBLAS deterministic."""
 
 
 @contextmanager
 def deterministic(kind: str) -> Iterator[None]:
-    """Use only operations that give the same bits whenever they are repeated; for GPUs, where not all do.
+    """Use only deterministic operations; for GPUs, where not all are.
 
-    Sets what https://docs.pytorch.org/docs/stable/notes/randomness.html asks for. Attention takes PyTorch's own or the
-    memory-efficient kernels, not those of FlashAttention and cuDNN, which may sum gradients in any order. An operation
-    that cannot repeat raises a ``RuntimeError``. CPUs repeat without it, so nothing changes there.
+    Follows https://docs.pytorch.org/docs/stable/notes/randomness.html. Attention uses PyTorch's own or the
+    memory-efficient kernels, not those of FlashAttention and cuDNN, which may sum gradients in any order. A
+    nondeterministic operation raises a ``RuntimeError``. CPUs are always deterministic, so nothing changes there.
     """
     if kind != "cuda":
         yield
@@ -139,9 +140,9 @@ def _set_variable(restored: ExitStack) -> None:
 
 
 def running_sum(values_BV: Tensor) -> Tensor:
-    """Sums of the values up to each place, as ``cumsum(-1)``, which on a GPU may add in another order each time.
+    """Cumulative sums like ``cumsum(-1)``, which on a GPU may add in a different order each time.
 
-    Where deterministic operations are asked for, each place adds the sum of ever more places before it.
+    If deterministic operations are required, a parallel prefix sum with a fixed order replaces it.
     """
     if values_BV.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
         return values_BV.cumsum(-1)
@@ -149,7 +150,7 @@ def running_sum(values_BV: Tensor) -> Tensor:
 
 
 def doubled_sum(values_BV: Tensor) -> Tensor:
-    """:func:`running_sum` in log2(V) steps, each of which doubles the number of places that are summed."""
+    """:func:`running_sum` in log2(V) steps, each of which doubles the number of summed positions."""
     reach = 1
     while reach < values_BV.shape[-1]:
         values_BV = torch.cat([values_BV[:, :reach], values_BV[:, reach:] + values_BV[:, :-reach]], -1)

@@ -1,4 +1,4 @@
-"""Sample with a separate engine: which one a model uses, and the one that this process runs."""
+"""Sampling with a separate engine: which one a model uses, and which one this process runs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:  # that module asks this one for the engine
 
 
 class Engine(Protocol):
-    """Samples completions with weights of its own, which it takes from the model whenever they differ."""
+    """Samples completions with its own weights, which it updates whenever the model's differ."""
 
     name: str
     """Its name, version and arithmetic: what its samples depend on."""
     failed: str | None
-    """Why it must not be used any more; None if it works."""
+    """Why it must no longer be used; None if it works."""
     sync_s: float
-    """Seconds spent so far on taking over weights."""
+    """Seconds spent so far on loading weights."""
 
     def sample(
         self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
@@ -34,10 +34,10 @@ class Engine(Protocol):
         """As :func:`selfdistill.model.sampling.sample`."""
 
     def describe(self) -> str:
-        """Its name, and what it has room for."""
+        """Its name and capacity."""
 
     def rest(self) -> None:
-        """Give memory back until the next sample, where the device allows it."""
+        """Free memory until the next sample, if the device allows it."""
 
     def close(self) -> None:
         """End the engine and free its memory."""
@@ -45,7 +45,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class _Kind:
-    """What an engine is built for. Any model of the kind can be sampled from, one at a time."""
+    """The kind of model that an engine is built for. It can sample from any model of the kind, one at a time."""
 
     settings: EngineSettings
     architecture: str
@@ -53,7 +53,7 @@ class _Kind:
 
 
 _AT_A_TIME = 512
-"""Prompts that an engine is handed together. It batches by itself; with few it would often wait for the last one."""
+"""Prompts that an engine gets at once. It batches by itself; with few prompts it would often wait for the last one."""
 
 _running: tuple[_Kind, Engine] | None = None
 
@@ -65,9 +65,9 @@ def use_engine(loaded: LoadedModel, settings: EngineSettings) -> None:
 
 
 def engine_for(loaded: LoadedModel) -> Engine:
-    """The engine that samples from the model in the current arithmetic, that of autocast or of its weights.
+    """The engine that samples from the model in the current arithmetic: autocast's, or that of its weights.
 
-    A process runs one engine at a time. One of another kind, or one that failed, is ended first. All ranks start
+    A process runs one engine at a time. An engine of another kind, or a failed one, is ended first. All ranks start
     theirs together.
 
     Raises:
@@ -91,7 +91,7 @@ def engine_for(loaded: LoadedModel) -> Engine:
 
 
 def prompts_at_a_time(loaded: LoadedModel, batch_size: int) -> int:
-    """How many prompts to sample from together: the batch size, or more with an engine."""
+    """How many prompts to sample from at once: the batch size, or more with an engine."""
     return batch_size if loaded.engine is None else max(batch_size, _AT_A_TIME)
 
 
@@ -104,7 +104,7 @@ def close_engine() -> None:
 
 
 def _architecture(model: Any) -> str:
-    """The model's configuration without what does not change its layers."""
+    """The model's configuration without entries that do not change its layers."""
     config = unwrap(model).config.to_dict()
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, default=str)
 

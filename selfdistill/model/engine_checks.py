@@ -1,4 +1,4 @@
-"""What is checked of every form of vLLM: its release, what it can sample, and that it computes the model.
+"""Checks for every form of vLLM: its release, what it can sample, and that it computes the same model.
 
 Legend: L prompt and completion, V vocabulary.
 """
@@ -24,11 +24,11 @@ _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
 _PROBE_TOKENS = 16
 _LARGEST_GAP = {torch.float32: 0.01}
 _LARGEST_GAP_OTHERWISE = 0.5
-"""Mean difference of log-probabilities, in nats, above which the engine computes another model."""
+"""Mean difference of log-probabilities, in nats, above which the engine computes a different model."""
 
 
 def is_supported(release: str) -> bool:
-    """Whether a release of vLLM, such as 0.32.0, is one of those that were tried."""
+    """Whether a release of vLLM, such as 0.32.0, is supported."""
     parts = release.split(".")[:2]
     return all(part.isdecimal() for part in parts) and _OLDEST <= tuple(map(int, parts)) < _BELOW
 
@@ -42,23 +42,23 @@ def vocabulary_size(loaded: LoadedModel) -> int:
 def check_limits(
     prompts: Sequence[Sequence[int]], sampling: Sampling, length: int, limited_by: str, remedy: str
 ) -> None:
-    """Refuse what vLLM would cut or alter without a word.
+    """Refuse what vLLM would silently truncate or alter.
 
     Args:
         prompts: token ids.
         sampling: the policy.
-        length: the engine's: most tokens of a prompt and its completion.
-        limited_by: what else than the model's window may limit it.
-        remedy: what lengthens it.
+        length: the engine's maximum tokens of a prompt with its completion.
+        limited_by: what may limit it besides the model's window.
+        remedy: how to raise it.
 
     Raises:
-        UserError: names what, and what to do.
+        UserError: the message names the problem and the remedy.
     """
     longest = max(map(len, prompts), default=0) + sampling.max_completion_length
     if longest > length:
         raise UserError(
-            f"engine vllm: a prompt with its completion has up to {longest} tokens, and the engine's length is "
-            f"{length}: the model's window{limited_by}; lower max_completion_length or max_prompt_length, or {remedy}"
+            f"engine vllm: a prompt with its completion has up to {longest} tokens, and the engine allows {length}: "
+            f"the model's window{limited_by}; lower max_completion_length or max_prompt_length, or {remedy}"
         )
     if sampling.temperature and not _LEAST_TEMPERATURE <= sampling.temperature <= _MOST_TEMPERATURE:
         raise UserError(
@@ -74,7 +74,7 @@ def probe(loaded: LoadedModel, length: int) -> tuple[list[int], Sampling]:
 
 
 def disagreement(gap: float, dtype: torch.dtype) -> str | None:
-    """What is wrong with an engine of this :func:`agreement_gap`; None if rounding explains it."""
+    """What is wrong with an engine with this :func:`agreement_gap`; None if rounding explains it."""
     if gap <= _LARGEST_GAP.get(dtype, _LARGEST_GAP_OTHERWISE):
         return None
     return f"its log-probabilities are {gap:.2g} nats per token away from the model's"

@@ -19,12 +19,12 @@ from selfdistill.runtime import all_gather
 _LORA = ".lora_"
 _PEFT = "base_model.model."
 _OTHER_LORA = 0.02
-"""Standard deviation of what :func:`other_lora` adds."""
+"""Standard deviation of the noise that :func:`other_lora` adds."""
 _BASE = ".base_layer"
 _ADAPTER = "default"
 """The student's adapter."""
 _OTHER_KINDS = (_BASE, ".original_module", ".modules_to_save", ".token_adapter")
-"""What PEFT adds to the names of weights that other adapters than LoRA wrap."""
+"""PEFT's addition to the names of weights that adapters other than LoRA wrap."""
 
 WeightsVersion = tuple[Any, ...]
 """One number per weight, and one tuple per LoRA layer; see :func:`weights_version`."""
@@ -34,13 +34,13 @@ _BLOCK = 64
 
 @torch.no_grad()
 def weights_version(model: nn.Module) -> WeightsVersion:
-    """What identifies the weights that the model computes with on this rank.
+    """Identifies the weights that the model computes with on this rank.
 
-    Per weight and saved buffer a sum of its bits in which their places count, and per LoRA layer which adapters are
-    active, and how strongly.
+    It has a position-dependent sum of the bits of each weight and saved buffer, and for each LoRA layer which adapters
+    are active, with their scales.
 
-    It needs no note of who changed them, which could be forgotten: optimizers, checkpoints and callers may all write to
-    the weights, and PyTorch's own counter of changes (``Tensor._version``) does not see fused optimizers.
+    It does not rely on code that reports changes: optimizers, checkpoints and callers may all write to
+    the weights, and PyTorch's own counter (``Tensor._version``) does not see fused optimizers.
     """
     weights = [*model.parameters(), *(buffer for _, buffer in _saved_buffers(model))]
     sums = [_sum_of_bits(local_tensor(weight.detach())) for weight in weights]
@@ -61,12 +61,12 @@ def _sum_of_bits(weight: Tensor) -> Tensor:
 
 
 class WeightsDigest(NamedTuple):
-    """What identifies the weights of a model across processes."""
+    """Identifies the weights of a model across processes."""
 
     base: str
-    """Of all but LoRA's weights; the same with LoRA and without."""
+    """Of all weights but LoRA's; the same with and without LoRA."""
     lora: str
-    """Of LoRA's weights, and of which adapters are active, and how strongly; ``""`` without any."""
+    """Of LoRA's weights, the active adapters and their scales; ``""`` without LoRA."""
 
 
 def weights_digest(loaded: LoadedModel) -> WeightsDigest:
@@ -91,7 +91,7 @@ def _hash(values: Any) -> str:
 
 
 def adapter_rank(loaded: LoadedModel) -> int:
-    """The largest rank of the student's adapter; 0 if there is none, or it is not what is active."""
+    """The largest rank of the student's adapter; 0 if there is none, or it is not active."""
     layers = _lora_layers(loaded.model).values()
     if any(layer.disable_adapters or layer.active_adapters != [_ADAPTER] for layer in layers):
         return 0
@@ -99,13 +99,13 @@ def adapter_rank(loaded: LoadedModel) -> int:
 
 
 def _is_adapters(name: str) -> bool:
-    """Whether a weight is LoRA's and the student's. A teacher may have an adapter beside it."""
+    """Whether a weight belongs to the student's LoRA adapter. A teacher may have its own adapter."""
     return _LORA in name and f".{_ADAPTER}." in name
 
 
 @contextmanager
 def other_lora(loaded: LoadedModel) -> Iterator[None]:
-    """Give LoRA other weights meanwhile. A fresh one changes nothing, so an engine that leaves it out would agree."""
+    """Temporarily change LoRA's weights. A fresh adapter has no effect, so an engine that ignores it would agree."""
     weights = [local_tensor(weight) for name, weight in loaded.model.named_parameters() if _is_adapters(name)]
     kept = [weight.detach().clone() for weight in weights]
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +122,7 @@ def other_lora(loaded: LoadedModel) -> Iterator[None]:
 def hub_tensors(loaded: LoadedModel, *, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Name and full tensor of every weight, as the model's files would have them; tied weights once.
 
-    Checks the model at once, and computes each tensor when it is asked for.
+    Checks the model immediately, and computes each tensor lazily.
 
     Sharded weights are gathered one by one, and all ranks must iterate. Active LoRA adapters are merged in float32:
     W + s B A. With ``merge=False`` these are the weights of the base, W.
@@ -145,8 +145,8 @@ def hub_tensors(loaded: LoadedModel, *, merge: bool = True) -> Iterator[tuple[st
 def adapter_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
     """Name and full tensor of the student's LoRA weights, to go with :func:`adapter_config`; all ranks must iterate.
 
-    B has the layer's scale, and A and B have zeros up to the largest rank, because engines take ranks and scales from
-    the configuration alone, and not from the layers, where they may have been changed.
+    B includes the layer's scale, and A and B are padded with zeros to the largest rank. Engines take ranks and scales
+    only from the configuration, not from the layers, where they may have been changed.
     """
     rank = adapter_rank(loaded)
     for path, layer in _lora_layers(loaded.model).items():
@@ -192,7 +192,7 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _saved_buffers(causal: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that files hold. ``state_dict`` would tell them, too, but shards what is gathered."""
+    """The buffers that files hold. ``state_dict`` would also list them, but it reshards gathered weights."""
     for path, module in causal.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
@@ -200,7 +200,7 @@ def _saved_buffers(causal: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_lora(layer: Any, name: str) -> None:
-    """Refuse what is not W + s B A for every adapter.
+    """Refuse adapters that are not W + s B A.
 
     Raises:
         UserError: names the model.

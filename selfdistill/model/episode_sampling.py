@@ -1,4 +1,4 @@
-"""Several replies of each episode: the model goes on from what it has read and said, in place of reading it again.
+"""Several replies per episode: the model continues from its cached states instead of reading everything again.
 
 Legend: B episodes, L positions of the cache, W new tokens, H key/value heads, C channels of a head.
 """
@@ -24,7 +24,7 @@ from selfdistill.runtime import all_gather, rank_slice
 
 @dataclass(frozen=True)
 class _Known:
-    """What the model has read of an episode between two turns."""
+    """The model's states of an episode between two turns."""
 
     ids: list[int]
     states: States
@@ -33,9 +33,9 @@ class _Known:
 class TurnSampler:
     """Samples the replies of episodes turn by turn, many episodes at a time.
 
-    Keys and values of what an episode has read and said are kept until its next turn, so only the tokens after that are
-    read. Every reply is as :func:`selfdistill.model.sampling.sample` draws it from the same tokens, up to rounding.
-    That function is used where a model cannot go on from kept states, and with an engine, which keeps its own.
+    Keys and values of an episode are kept until its next turn, so only new tokens are
+    read. Every reply equals what :func:`selfdistill.model.sampling.sample` draws from the same tokens, up to rounding.
+    That function is used if a model cannot continue from cached states, and with an engine, which has its own cache.
 
     Args:
         loaded: the model. Its weights must not change.
@@ -59,7 +59,7 @@ class TurnSampler:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> list[Rollout]:
-        """The next reply of some episodes; those that are left out are never asked for again.
+        """The next reply of some episodes; omitted episodes are never continued.
 
         Args:
             episodes: their numbers, ascending.
@@ -108,7 +108,7 @@ class TurnSampler:
         return rollouts
 
     def _read_on(self, known: list[_Known], prompts: Sequence[Sequence[int]]) -> ReadRows:
-        """Read the tokens after those that are known, whose states are used up."""
+        """Read the new tokens after the cached ones, whose states are consumed."""
         device = self._loaded.device
         filled_B = torch.tensor([len(x.ids) for x in known], device=device)
         new = [list(ids[len(x.ids) :]) for x, ids in zip(known, prompts, strict=True)]
@@ -136,7 +136,7 @@ class TurnSampler:
 
 
 def _taken(rows: ReadRows, places: Sequence[int]) -> list[States]:
-    """Copies of the states of some rows, without padding; where these are all, a layer at a time is held twice."""
+    """Copies of the states of some rows, without padding; if these are all rows, one layer at a time is held twice."""
     layers: Any = rows.cache.layers
     kept = [rows.mask_BL[place].bool() for place in places]
     taken: list[States] = [[] for _ in places]

@@ -1,7 +1,7 @@
-"""A model of fake tensors, which have shapes and data types but no data, and a count of the tensors alive.
+"""A model of fake tensors, which have shapes and data types but no data, and a count of live tensors.
 
-A pass over such a model runs the same code and makes the same tensors as over the real one, in seconds and without its
-memory. So what a run will need is known before any weights are read. Token ids, positions and masks are ordinary
+A pass over such a model runs the same code and makes the same tensors as with the real one, in seconds and without its
+memory. So a run's memory is known before any weights are read. Token ids, positions and masks are ordinary
 tensors, whose values decide which code runs.
 
 Source: PyTorch's ``torch._subclasses.fake_tensor.FakeTensorMode``.
@@ -62,9 +62,9 @@ def fake_model(
         adapter_base: the base of an adapter, if it is not where ``adapter_config.json`` says.
         lora_rank: rank of the adapter to train; 0: none.
         like: the model itself, or another fake of it; then no file is read.
-        layers: its number of layers, if it is to have fewer.
-        trained: whether it is to be trained; quantised weights, which cannot be, may be those of a teacher.
-        load_in_4bit: with weights of 4 bits; needs ``lora_rank``.
+        layers: its number of layers, to use fewer.
+        trained: whether it will be trained; a teacher may have quantised weights, which cannot be trained.
+        load_in_4bit: with 4-bit weights; needs ``lora_rank``.
 
     Raises:
         UserError: ``config.json`` or the tokenizer cannot be used, or the weights are quantised.
@@ -80,7 +80,7 @@ def fake_model(
                 model, tokenizer, pictures = _from_files(name, dtype, adapter_base, trained)
         except UserError:
             raise
-        except Exception as error:  # whatever a model's code makes of tensors without data
+        except Exception as error:  # model code may raise anything on tensors without data
             raise UserError(f"model {name!r}: its memory cannot be planned: {first_line(error)}") from None
         disable_dropout(model.eval())
         if load_in_4bit:
@@ -103,7 +103,7 @@ def fake_model(
 
 
 def _with_layers(config: Any, layers: int | None) -> Any:
-    """A copy of a configuration with the first so many layers; None: all."""
+    """A copy of a configuration with only this many first layers; None: all."""
     config = copy.deepcopy(config)
     if layers is not None:
         text = config.get_text_config()
@@ -115,7 +115,7 @@ def _with_layers(config: Any, layers: int | None) -> Any:
 
 
 def alike_layers(loaded: LoadedModel) -> list[nn.Module]:
-    """A model's layers if all are alike; empty if they are not, or that is not known."""
+    """A model's layers if all are alike; empty if they are not, or if that is unknown."""
     text = loaded.model.config.get_text_config()
     count = getattr(text, "num_hidden_layers", 0)
     listed = [value for value in vars(text).values() if isinstance(value, list) and len(value) == count]
@@ -146,12 +146,12 @@ def _from_files(
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors, each memory once, as of tied weights."""
+    """Bytes of the tensors, counting shared memory once, as for tied weights."""
     return sum({id(storage): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}.values())
 
 
 class FilledCache:
-    """Stands for a :class:`selfdistill.model.prefix_cache.PrefixCache` that keeps every context it is asked for.
+    """Stands in for a :class:`selfdistill.model.prefix_cache.PrefixCache` that caches every requested context.
 
     Created under autocast if the states are to be of its data type.
 
@@ -188,7 +188,7 @@ def _is_fake_condition(value: Any) -> bool:
 
 
 def _working_memory(func: Any, args: Any) -> Tensor | None:
-    """What an operator holds while it works, and does not show: bitsandbytes' product its weights, dequantised."""
+    """Hidden working memory of an operator: bitsandbytes' product holds its dequantised weights."""
     if func.name() != "bitsandbytes::gemm_4bit":
         return None
     x, _, shape = args[:3]
@@ -205,9 +205,9 @@ class _Entry:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is active, as long as they live, by component.
+    """Counts the bytes of all live tensors made while it is active, by component.
 
-    A tensor belongs to the :attr:`component` at the time when it is made, except for casts of weights, and for
+    A tensor belongs to the :attr:`component` at its creation, except for casts of weights, and for
     gradients of weights once they are complete.
 
     Args:
@@ -232,7 +232,7 @@ class LiveTensors(TorchDispatchMode):
                     self._hooks.append(weight.register_post_accumulate_grad_hook(self._is_gradient))
 
     def begin(self, segment: Hashable) -> None:
-        """Begin a new segment, with a peak of its own."""
+        """Begin a new segment, with its own peak."""
         self._segment, self._most = segment, self.now.total()
         self.peaks[segment] = Counter(self.now)
 
@@ -243,7 +243,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake_condition(args[0]):
-            return False  # such as whether a solver goes on: a further step needs no more memory
+            return False  # such as whether a solver continues: another step needs no more memory
         inside = _working_memory(func, args)
         if inside is not None:
             self._add(inside, func, args)

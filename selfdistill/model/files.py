@@ -7,8 +7,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from selfdistill.config import closest
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 from selfdistill.model.starter import STARTER_MODELS, starter_model_path
 
 _TOKENIZER_FILES = (
@@ -43,7 +42,7 @@ def resolve(name: str) -> str:
         raise UserError(f"model {name!r}: no such folder")
     if "/" in name and path.parent.is_dir():  # a misspelt folder, not a hub id
         inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()], "")
-        raise UserError(f"model {name!r}: the folder {path.parent} has no {path.name} in it{inside}")
+        raise UserError(f"model {name!r}: the folder {path.parent} has no {path.name}{inside}")
     return name
 
 

@@ -1,10 +1,10 @@
-"""Weights of 4 bits under an adapter (QLoRA, arXiv 2305.14314): NF4 with quantised scales, by bitsandbytes.
+"""4-bit weights under an adapter (QLoRA, arXiv 2305.14314): NF4 with quantised scales, by bitsandbytes.
 
-A weight is one of the 16 numbers of NF4 times the scale of its block of 64. A scale is a number of 8 bits times that of
-its block of 256, which is in float32. So a weight takes 0.516 bytes. Linear layers are quantised, without the head;
-what else a model has, such as embeddings, norms and biases, stays in its data type.
+A weight is one of the 16 numbers of NF4 times the scale of its block of 64. A scale is an 8-bit number times the
+float32 scale of its block of 256. So a weight takes 0.516 bytes. Linear layers except the head are quantised;
+everything else, such as embeddings, norms and biases, keeps its data type.
 
-Each pass turns a layer's weights into the data type it computes in, uses them and forgets them. Weights are quantised
+Each pass converts a layer's weights to its compute type, uses them and discards them. Weights are quantised
 while they are read, one tensor at a time on the device, which never holds all of them in floating point.
 """
 
@@ -39,7 +39,7 @@ def four_bit_options() -> dict[str, Any]:
 
 
 def can_be_in_4bit(name: str) -> bool:
-    """Whether a model can be read in 4 bits here: bitsandbytes can be loaded, and the model is no adapter.
+    """Whether a model can be read in 4 bits here: bitsandbytes can be loaded, and the model is not an adapter.
 
     Raises:
         UserError: there is no such model.
@@ -52,15 +52,15 @@ def can_be_in_4bit(name: str) -> bool:
 
 
 def is_in_4bit(model: nn.Module) -> bool:
-    """Whether a model has weights of 4 bits."""
+    """Whether a model has 4-bit weights."""
     return bool(scales(model))
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let layers with weights of 4 bits compute in a data type, and cast their biases to it.
+    """Make layers with 4-bit weights compute in a data type, and cast their biases to it.
 
-    Autocast does not see these layers. On CPUs with AVX512-BF16, bitsandbytes would replace the weights in eval mode by
-    others for a kernel that rounds to bfloat16 and has no gradient; that is switched off.
+    Autocast does not see these layers. On CPUs with AVX512-BF16, bitsandbytes would repack the weights in eval mode
+    for a kernel that rounds to bfloat16 and has no gradient; this is disabled.
     """
     for layer in _layers(model):
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
@@ -70,7 +70,7 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def scales(model: nn.Module) -> dict[str, Tensor]:
-    """What the codes in weights of 4 bits stand for, by name; empty for other models."""
+    """The quantisation state of 4-bit weights, by name; empty for other models."""
     found: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         if (state := getattr(weight, "quant_state", None)) is not None:
@@ -86,12 +86,12 @@ def weight_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def plain(weight: Tensor) -> Tensor:
-    """A weight as an ordinary tensor: of a quantised one the codes, two to a byte."""
+    """A weight as an ordinary tensor; for a quantised weight its codes, two per byte."""
     return weight.detach().as_subclass(Tensor) if hasattr(weight, "quant_state") else weight.detach()
 
 
 def dequantised(model: nn.Module) -> dict[str, Tensor]:
-    """The numbers for which the weights of 4 bits stand, by name."""
+    """The dequantised 4-bit weights, by name."""
     functional = import_bitsandbytes(_ASKED).functional
     weights = {name: weight for name, weight in model.named_parameters() if hasattr(weight, "quant_state")}
     return {name: functional.dequantize_4bit(plain(weight), weight.quant_state) for name, weight in weights.items()}
@@ -106,7 +106,7 @@ def replace_layers(model: Any) -> None:
     import_bitsandbytes(_ASKED)
     quantizer: Any = AutoHfQuantizer.from_config(_config())
     quantizer.preprocess_model(model, device_map=None)
-    model.is_loaded_in_4bit = True  # what PEFT asks
+    model.is_loaded_in_4bit = True  # PEFT checks this
     set_compute_dtype(model, model.dtype)
 
 
@@ -146,6 +146,6 @@ def _config() -> BitsAndBytesConfig:
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:
-    """Layers of 4 bits: bitsandbytes' own, inside an adapter's where there is one."""
+    """4-bit layers: bitsandbytes' own, inside an adapter's layers if there is one."""
     kind = import_bitsandbytes(_ASKED).nn.Linear4bit
     return (layer for layer in model.modules() if isinstance(layer, kind))

@@ -99,7 +99,7 @@ def load_model(
     adapter = (Path(path) / "adapter_config.json").is_file()
     if adapter and load_in_4bit:
         raise UserError(
-            f"model {name!r}: an adapter, which cannot be merged into weights of 4 bits; merge it first with "
+            f"model {name!r}: an adapter, which cannot be merged into 4-bit weights; merge it first with "
             "selfdistill export --merge true, and give the result"
         )
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
@@ -150,7 +150,7 @@ def _load_base(
         path = resolve(named)
         return path, *load_causal(path, named, dtype, training=training)
     except UserError as error:
-        another = "" if adapter_base else "; if it was moved, name its place with --adapter_base"
+        another = "" if adapter_base else "; if it was moved, name its new location with --adapter_base"
         raise UserError(f"model {name!r}: an adapter whose base cannot be loaded: {error}{another}") from None
 
 
@@ -266,8 +266,8 @@ def describe(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | No
         notes.append(f"the tokenizer has {lacks}; using its end token {tokenizer.pad_token!r}")
     if not tokenizer.chat_template:
         notes.append(
-            "the tokenizer has no chat template; using a plain-text layout (User:, Assistant:), in which a reply ends "
-            "where the next turn begins"
+            "the tokenizer has no chat template; using a plain-text layout (User:, Assistant:), where a reply ends at "
+            "the next turn"
         )
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # A pass would be continued at positions that the model remembers of another prompt's pictures.

@@ -6,12 +6,11 @@
 
 with gradient g, learning rate r, weight decay d and step t, in float32 (arXiv 1711.05101).
 
-A step is around the learning rate, 1e-5, where neighbouring bfloat16 numbers near 0.01 are 6e-5 apart, so rounding to
-the nearest would undo most steps. Stochastic rounding takes the upper neighbour with the probability that makes the
-result right on average (arXiv 2010.06192). Its random numbers follow from seed, step and weight: they are the same on
-all ranks, and after resuming.
-
-Moments in 8 bits are bitsandbytes': blocks of 256 numbers, each with its largest magnitude (arXiv 2110.02861).
+A step is about as large as the learning rate, 1e-5, but neighbouring bfloat16 numbers near 0.01 are 6e-5 apart. So
+rounding to nearest would undo most steps. Stochastic rounding takes the upper neighbour with the probability that makes
+the result right on average (arXiv 2010.06192). Its random numbers depend on seed, step and weight: they are the same on
+all ranks, and after resuming.  8-bit moments are bitsandbytes': blocks of 256 numbers, each with its largest magnitude
+(arXiv 2110.02861).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 BLOCK = 256
 """Numbers of 8-bit moments that share a scale; fixed in bitsandbytes."""
 LEAST_QUANTISED = 4096
-"""Smaller weights, such as those of norms, have float32 moments, as in bitsandbytes."""
+"""Smaller weights, such as norms, have float32 moments, as in bitsandbytes."""
 SLICE = 2**22
 """Numbers updated at a time, which limits the float32 copies."""
 
@@ -109,7 +108,7 @@ class RoundingAdamW(torch.optim.Optimizer):
     def _update(
         self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], own: slice, rate: float, step: int
     ) -> None:
-        """Move a slice of a weight, in float32, and the same of its moments."""
+        """Update a slice of a weight, in float32, and the same slice of its moments."""
         first, second = (local_tensor(state[name]).view(-1)[own] for name in ("exp_avg", "exp_avg_sq"))
         if first.dtype == torch.float32:
             first.lerp_(gradient, 1 - BETAS[0])
@@ -130,10 +129,9 @@ class RoundingAdamW(torch.optim.Optimizer):
 
 
 def round_stochastically_(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 numbers in place to numbers that bfloat16 has: to a neighbour, such that the mean is right.
-
-    A bfloat16 number is a float32 number whose last 16 bits are 0. Adding 16 random bits carries into the others with
-    the probability of what is cut off then.
+    """Round float32 numbers in place to bfloat16 numbers: up or down, so that the mean is right.  A bfloat16 number is
+    a float32 number whose last 16 bits are 0. Adding 16 random bits carries into the upper bits with a probability
+    equal to the part that is then cut off.
     """
     bits = x.view(torch.int32)
     bits += torch.randint(2**16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)

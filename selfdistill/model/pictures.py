@@ -23,12 +23,12 @@ from selfdistill.errors import UserError
 from selfdistill.model.files import local_folder
 
 KEPT_BYTES = 2**28
-"""Bytes of processed pictures that are kept; others are decoded and processed again."""
+"""Maximum bytes of cached processed pictures; others are decoded and processed again."""
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _TYPES = ("token_type_ids", "mm_token_type_ids")
-"""Names under which models take which tokens are pictures'."""
+"""Argument names for the mask of picture tokens."""
 _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", *_TYPES)
-"""What a processor returns for the text; all else is for the pictures."""
+"""A processor's outputs for the text; all others are for the pictures."""
 _OFFSETS = "text_replacement_offsets"
 
 
@@ -42,14 +42,14 @@ def reads_pictures(config: PretrainedConfig, folder: Path | None) -> bool:
 def load_processor(path: str, tokenizer: Any, name: str) -> Any:
     """The processor of an image-text model, with this tokenizer in it.
 
-    The template is the processor's, if it has one.
+    It uses the processor's chat template, if there is one.
 
     Raises:
-        UserError: it cannot be loaded, or not by this release of transformers.
+        UserError: it cannot be loaded, at least by this release of transformers.
     """
     try:
         processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # a missing package, a file of another form
+    except Exception as error:  # a missing package, an unknown file format
         reason = " ".join(str(error).split())
         advice = "" if importlib.util.find_spec("torchvision") else "; it may need torchvision, which is not installed"
         raise UserError(f"model {name!r}: its processor cannot be loaded ({reason[:200]}){advice}") from None
@@ -60,7 +60,7 @@ def load_processor(path: str, tokenizer: Any, name: str) -> Any:
 
 
 def pictures_for(model: Any, path: str, tokenizer: Any, name: str) -> PictureInputs | None:
-    """How a model takes pictures, from its processor's files in a folder or hub id; None if it reads none.
+    """A model's picture support, from its processor's files in a folder or hub id; None if it reads no pictures.
 
     Raises:
         UserError: its processor cannot be loaded or used.
@@ -81,7 +81,7 @@ def divided(tokenizer: Any) -> tuple[Any, Any]:
 
 
 class PictureInputs:
-    """What a model's processor makes of pictures; one at a time, so that each is processed alike in every batch.
+    """Pictures processed by a model's processor, one at a time, so that each is processed the same in every batch.
 
     Args:
         processor: the model's.
@@ -89,7 +89,7 @@ class PictureInputs:
         name: the name given by the user, for messages.
 
     Raises:
-        UserError: the processor is of a kind whose rules are not known.
+        UserError: the processor is of an unknown kind.
     """
 
     def __init__(self, processor: Any, model: Any, name: str) -> None:
@@ -102,13 +102,13 @@ class PictureInputs:
         self.token: str = token
         """What the chat template writes for a picture."""
         self.token_id: int = ids[0]
-        """The token in whose place the model puts what it sees."""
+        """The token that the model replaces by picture features."""
         self._types = [x for x in _TYPES if x in inspect.signature(model.base_model.forward).parameters]
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._texts: dict[str, str] = {}
 
     def expanded(self, pictures: Sequence[Picture]) -> list[str]:
-        """What stands in the prompt in place of each picture's token.
+        """The text that replaces each picture's token in the prompt.
 
         Raises:
             UserError: the processor rejects a picture.
@@ -121,16 +121,16 @@ class PictureInputs:
     def inputs(
         self, prompts: Sequence[Sequence[int]], ids_BL: Tensor, starts: Sequence[int], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """The model's further inputs for a batch of prompts; none if no prompt has pictures.
+        """The model's additional inputs for a batch of prompts; none if no prompt has pictures.
 
         Args:
             prompts: the prompts, of which some may have pictures.
             ids_BL: token ids of the padded sequences.
             starts: where each prompt begins in its sequence.
-            dtype: of the model, in which it takes pixels.
+            dtype: of the model and the pixels.
 
         Raises:
-            UserError: a prompt has the tokens of pictures, but has lost the pictures on the way.
+            UserError: a prompt has picture tokens, but its pictures were lost.
         """
         pictures = [picture for prompt in prompts for picture in pictures_in(prompt)]
         if any(self.token_id in prompt and not pictures_in(prompt) for prompt in prompts):
@@ -149,7 +149,7 @@ class PictureInputs:
         return inputs
 
     def allowed(self, logits_BV: Tensor) -> Tensor:
-        """Logits without the picture token, which no reply may contain: the model would look for its picture."""
+        """Logits without the picture token, which no reply may contain: the model would expect a picture."""
         return logits_BV.index_fill(-1, torch.tensor([self.token_id], device=logits_BV.device), -torch.inf)
 
     def _pixels(self, picture: Picture) -> dict[str, Tensor]:
@@ -180,7 +180,7 @@ def _bytes(kept: OrderedDict[str, dict[str, Tensor]]) -> int:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of some pictures one after the other, filled with zeros up to the largest, as processors fill them."""
+    """Tensors of several pictures concatenated, padded with zeros to the largest, as processors do."""
     sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     filled = []
     for tensor in tensors:
@@ -197,7 +197,7 @@ def language_part(model: Any) -> nn.Module:
 
 
 def freeze_vision(model: Any) -> None:
-    """Freeze all that stands before the language model: the vision tower, and what connects the two."""
+    """Freeze everything before the language model: the vision tower and the connector."""
     inside = {id(p) for part in (language_part(model), model.get_output_embeddings()) for p in part.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in inside:
@@ -212,20 +212,20 @@ def beside_language(model: Any) -> str:
 
 
 def _body(model: Any) -> Any:
-    """An image-text model without its head, also within a ``PeftModel``."""
+    """An image-text model without its head, also inside a ``PeftModel``."""
     model = model.base_model.model if hasattr(model, "peft_config") else model
     return model.base_model
 
 
 def has_own_positions(model: Any) -> bool:
-    """Whether a model itself computes the positions of a prompt with pictures, as those in two dimensions."""
+    """Whether a model computes the positions of a prompt with pictures itself, such as two-dimensional ones."""
     return hasattr(_body(model), "rope_deltas")
 
 
 def position_shift(model: Any) -> Tensor:
-    """How far the positions after each prompt of the last pass are from its number of tokens: shape (B,).
+    """Offset of the positions after each prompt of the last pass from its number of tokens: shape (B,).
 
-    Pictures in two dimensions take fewer positions than tokens.
+    Pictures with two-dimensional positions take fewer positions than tokens.
     """
     shift_B: Tensor = _body(model).rope_deltas[:, 0]
     return shift_B

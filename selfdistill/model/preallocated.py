@@ -1,4 +1,4 @@
-"""Key/value caches with memory for tokens that are yet to come.
+"""Key/value caches with memory for future tokens.
 
 Legend: B unfinished samples, L length so far, H key/value heads, C channels of a head.
 """
@@ -16,17 +16,17 @@ from transformers.cache_utils import DynamicLayer
 from selfdistill.model.prefix_cache import in_attention_dtype
 
 PREALLOCATED_TOKENS = 64
-"""Tokens for which memory is preallocated at a time."""
+"""Number of tokens to preallocate memory for at a time."""
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A cache layer with memory for the next ``PREALLOCATED_TOKENS`` tokens, but for no more than will come.
+    """A cache layer with memory for the next ``PREALLOCATED_TOKENS`` tokens, or for the remaining ones if fewer.
 
-    New tokens are written in place. Earlier ones are copied only when the memory is used up or rows leave the batch.
+    New tokens are written in place. Earlier ones are copied only when the memory is full or rows leave the batch.
 
     Args:
         layer: a cache layer that holds the prompts.
-        most: tokens that may come.
+        most: maximum number of new tokens.
     """
 
     def __init__(self, layer: Any, most: int) -> None:
@@ -37,12 +37,12 @@ class PreallocatedLayer(DynamicLayer):
         self._grow(self._length + 1)
 
     def _hold(self, room: tuple[Tensor, Tensor], length: int) -> None:
-        """Use this memory, whose first ``length`` tokens are filled. Nothing else is held: a copy would double it."""
+        """Use this memory, whose first ``length`` tokens are filled. Keep no other copy."""
         self._room, self._length = room, length
         self.keys, self.values = (states[:, :, :length] for states in room)
 
     def _grow(self, length: int) -> None:
-        """Add memory, for at least so many tokens in all."""
+        """Add memory, for at least this many tokens in total."""
         size = self._room[0].shape[2]
         steps = math.ceil((length - size) / PREALLOCATED_TOKENS)
         more = max(length, min(size + steps * PREALLOCATED_TOKENS, self._most)) - size
@@ -62,12 +62,12 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def release(self) -> None:
-        """Give the memory back; nothing is read or written any more."""
+        """Free the memory; nothing is read or written afterwards."""
         del self._room
         self.keys, self.values = None, None
 
     def skip(self, count: int) -> None:
-        """Append so many tokens with states of zeros."""
+        """Append this many tokens with zero states."""
         length = self._length + count
         if length > self._room[0].shape[2]:
             self._grow(length)
@@ -80,7 +80,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def preallocate(cache: DynamicCache, most: int) -> None:
-    """Give the layers memory for up to ``most`` new tokens, one after another: only one is held twice at a time."""
+    """Give the layers memory for up to ``most`` new tokens, one by one: only one layer is held twice at a time."""
     layers: list[Any] = cache.layers
     for number, layer in enumerate(layers):
         if type(layer) is DynamicLayer:

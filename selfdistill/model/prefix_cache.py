@@ -216,7 +216,7 @@ def fill(layer: Any, rows: Sequence[Sequence[tuple[Tensor, ...]]]) -> None:
 
 
 def _blocks(shared: Mapping[Context, int]) -> dict[Context, list[Context]]:
-    """For each context those that are read with it: they share a prefix and are of about the same length."""
+    """For each context, those that are read with it: they share a prefix and have about the same length."""
     by_prefix: defaultdict[Context, list[Context]] = defaultdict(list)
     for context, length in shared.items():
         if len(context) - 1 > length:
@@ -233,7 +233,8 @@ def _blocks(shared: Mapping[Context, int]) -> dict[Context, list[Context]]:
 
 
 def _read(body: Any, config: Any, rows: Sequence[Sequence[int]], before: States) -> list[States]:
-    """States of each row's tokens, which follow those of ``before``; padding stands on the right, where none looks."""
+    """States of each row's tokens, which follow those of ``before``; padding is on the right, where no token
+    attends."""
     cache = DynamicCache(config=config)
     for layer, (keys_HLC, values_HLC) in enumerate(before):
         cache.update(keys_HLC.expand(len(rows), -1, -1, -1), values_HLC.expand(len(rows), -1, -1, -1), layer)

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: recognised by what their files say, dequantised where transformers can, else refused.
+"""Quantised checkpoints: recognised by their files, dequantised if transformers can, else refused.
 
 Also the safe import of bitsandbytes, which quantises weights and moments.
 """
@@ -20,12 +20,12 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from selfdistill.errors import UserError
 
 _DEQUANTISED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
-"""Kinds that transformers turns into ordinary weights while loading, without a further package."""
+"""Kinds that transformers converts to ordinary weights while loading, without extra packages."""
 _SCALE = re.compile(
     r"[._]([a-z]+_scale(_inv|_\d+)?|scale_(weight|input|inv)|scales?_?\d*|zero_point|zeros|qzeros|qweight|g_idx|absmax"
     r"|quant_map|quant_state\..*|weight_packed|SCB|weight_format|amax|blocks)$"
 )
-_INSTEAD = "give the model that it was made from, or dequantise it with the tool that made it"
+_INSTEAD = "use the original model, or dequantise it with the tool that quantised it"
 
 
 def quantisation_of(config: PretrainedConfig, folder: Path | None) -> str | None:
@@ -48,10 +48,10 @@ def quantisation_of(config: PretrainedConfig, folder: Path | None) -> str | None
 
 
 def loading_options(config: PretrainedConfig, folder: Path | None, name: str, *, training: bool) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that make ordinary weights of quantised ones; empty for other models.
+    """Arguments of ``from_pretrained`` that dequantise weights; empty for other models.
 
     Raises:
-        UserError: the weights are quantised, and are to be trained or are of a kind that cannot be dequantised here.
+        UserError: the weights are quantised, and will be trained or cannot be dequantised here.
     """
     kind = quantisation_of(config, folder)
     if kind is None:
@@ -70,26 +70,26 @@ def loading_options(config: PretrainedConfig, folder: Path | None, name: str, *,
 
 
 def refuse_scales(names: list[str], name: str) -> None:
-    """Refuse a checkpoint whose files hold scales of quantised weights for which the model has no place.
+    """Refuse a checkpoint whose files hold scales of quantised weights that the model has no place for.
 
     Args:
         names: of the tensors that belong to the model and have no place in it.
         name: the name given by the user, for messages.
 
     Raises:
-        UserError: names the first.
+        UserError: the message names the first.
     """
     scales = [tensor for tensor in names if _SCALE.search(tensor) and not tensor.endswith("logit_scale")]
     if scales:
         more = f" and {len(scales) - 1} more" if len(scales) > 1 else ""
         raise UserError(
-            f"model {name!r}: its files hold scales of quantised weights that config.json does not tell of, so its "
+            f"model {name!r}: its files hold scales of quantised weights that config.json does not mention, so its "
             f"weights would be wrong: {scales[0]}{more}; {_INSTEAD}"
         )
 
 
 def import_bitsandbytes(asked: str) -> Any:
-    """The package bitsandbytes. On some CPUs it would fetch code from the model hub, which is prevented.
+    """Import bitsandbytes. On some CPUs it would fetch code from the model hub, which is prevented.
 
     Args:
         asked: what needs it, for the message.

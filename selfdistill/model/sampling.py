@@ -83,7 +83,7 @@ def sample(
         UserError: an engine is to sample from prompts with pictures.
     """
     if loaded.engine is not None and any(map(pictures_in, prompts)):
-        raise UserError("setting 'engine': prompts with pictures are sampled by PyTorch alone; leave it out")
+        raise UserError("setting 'engine': prompts with pictures can be sampled only by PyTorch; leave it out")
     with counted(loaded) as rollouts:
         if loaded.engine is not None:
             rollouts += engine_for(loaded).sample(loaded, prompts, sampling, seeds)

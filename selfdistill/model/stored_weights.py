@@ -53,11 +53,11 @@ class StoredWeights:
         raise FileNotFoundError(f"{self.folder} has neither {_WHOLE} nor {_INDEX}")
 
     def is_float(self, tensor: str) -> bool:
-        """Whether a tensor holds plain numbers, and not those of a quantisation."""
+        """Whether a tensor holds plain numbers rather than quantised ones."""
         return self.types[tensor] in _FLOATS
 
     def read(self, tensor: str) -> Tensor:
-        """A tensor: a copy in float32 if it holds plain numbers, else as it is stored."""
+        """A tensor: a float32 copy if it holds plain numbers, else unchanged."""
         value: Tensor = self._open[self.files[tensor]].get_tensor(tensor)
         return value.float() if self.is_float(tensor) else value
 
@@ -66,7 +66,7 @@ class _StoredAdapter(StoredWeights):
     """A LoRA adapter on its base: the base's tensors, with the adapter's part added.
 
     Raises:
-        UserError: the adapter is more than LoRA on linear layers, does not fit its base, or the base is not there.
+        UserError: the adapter is not just LoRA on linear layers, does not fit its base, or the base is missing.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -120,7 +120,7 @@ def stored_weights(name: str) -> StoredWeights:
 
 
 def overwrite_tensor(file: Path, name: str, value: Tensor) -> None:
-    """Write a tensor over that of the same name, type and shape in a safetensors file, and leave the rest."""
+    """Overwrite the tensor of the same name, type and shape in a safetensors file, and leave the rest."""
     with file.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         start, stop = json.loads(stream.read(length))[name]["data_offsets"]

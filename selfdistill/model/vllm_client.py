@@ -1,4 +1,4 @@
-"""Requests to a vLLM server. They go to its address and nowhere else: no redirects are followed, no proxies used."""
+"""Requests to a vLLM server. They go only to its address: redirects are not followed, and proxies are not used."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 CONNECT_S = 30.0
-"""Longest time to connect: even a busy server accepts connections at once, and a wrong address may never answer."""
+"""Time limit for connecting: even a busy server accepts connections at once; a wrong address may never answer."""
 _SHOWN = 300
-"""Characters of a server's answer that messages show."""
+"""Maximum characters of a server's answer in messages."""
 _CORRECT_URL = "start the server, or correct engine_url"
 _SEE_LOG = "see the server's log, and start it again if it has ended"
 
 
 class ServerProblem(Exception):
-    """A server that cannot be reached, refuses or is late; the message says which one and what it said.
+    """A server cannot be reached, refuses or is late; the message names it and quotes its answer.
 
-    ``status`` is that of its answer, None without one; ``remedy`` is what to do.
+    ``status`` is the answer's status, None without an answer; ``remedy`` is what to do.
     """
 
     def __init__(self, message: str, status: int | None = None, remedy: str = _SEE_LOG) -> None:
@@ -34,7 +34,7 @@ class VllmClient:
 
     Args:
         url: its address, without a path.
-        timeout_s: longest time that it may take to answer.
+        timeout_s: time limit for an answer.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -47,7 +47,7 @@ class VllmClient:
         self._hung_up = False
 
     def get(self, path: str, key: str) -> Any:
-        """What the JSON at a path has under a key.
+        """The value under a key of the JSON at a path.
 
         Raises:
             ServerProblem: there is none.
@@ -55,22 +55,22 @@ class VllmClient:
         return self._under(key, path, self._ask("GET", path, None, self._timeout_s))
 
     def post(self, path: str, body: dict[str, Any], key: str | None = None, *, waits: bool = False) -> Any:
-        """Send JSON; what the answer has under the key, or nothing without one.
+        """Send JSON, and return the answer's value under the key, if one is given.
 
         Args:
             path: of the request.
             body: of the request.
             key: of the answer.
-            waits: without a time limit for the answer; :meth:`hang_up` ends the wait.
+            waits: wait for the answer without a time limit; :meth:`hang_up` ends the wait.
 
         Raises:
-            ServerProblem: the server does not answer with success, or not with this key.
+            ServerProblem: the server reports no success, or its answer lacks the key.
         """
         answer = self._ask("POST", path, body, None if waits else self._timeout_s)
         return None if key is None else self._under(key, path, answer)
 
     def hang_up(self) -> None:
-        """Close all connections: whoever waits for an answer gets an error, and the server drops the requests."""
+        """Close all connections: pending calls raise an error, and the server drops the requests."""
         with self._lock:
             self._hung_up = True
             connections = list(self._open)

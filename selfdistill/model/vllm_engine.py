@@ -1,7 +1,7 @@
 """Sampling with vLLM in this process.
 
-The engine is built with random weights from the model's configuration alone. The weights always come from the trained
-model, so an adapter, a merged or a changed model needs no files. vLLM is imported only when an engine starts.
+The engine is built with random weights from the model's configuration. The weights always come from the model in
+training, so an adapter, a merged model or a modified one needs no files. vLLM is imported only when an engine starts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's, too
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same threads
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "0",
 }
 
@@ -52,8 +52,8 @@ class VllmEngine(VllmSampling):
     """vLLM in this process; see :class:`VllmSampling`. Settings: memory and time limit.
 
     Raises:
-        UserError: vLLM is missing, not of a supported release, or does not support the model.
-        EngineFailed: it does not start, or samples from another distribution than the model's.
+        UserError: vLLM is missing, its release is not supported, or it does not support the model.
+        EngineFailed: it does not start, or its distribution differs from the model's.
     """
 
     longer_with = "raise engine_memory_gib"
@@ -62,7 +62,7 @@ class VllmEngine(VllmSampling):
         self._version = _installed_version()
         super().__init__(loaded, settings, dtype)
         self.name = f"vllm {self._version}, {str(dtype).removeprefix('torch.')}"
-        self.limited_by = f", or what engine_memory_gib {settings.engine_memory_gib:g} has room for"
+        self.limited_by = f", or the room in engine_memory_gib {settings.engine_memory_gib:g}"
         self._on_cpu = loaded.device.type == "cpu"
         self._holds: WeightsVersion | None = None
         self._asleep = False
@@ -70,11 +70,11 @@ class VllmEngine(VllmSampling):
         with self._guarded("does not start"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about its own use of PyTorch
             self._llm = self._built(loaded)
-        self.length = int(self._llm.llm_engine.model_config.max_model_len)  # what the memory has room for
+        self.length = int(self._llm.llm_engine.model_config.max_model_len)  # the capacity of the memory
         try:
             self._check_agreement(loaded)
         except BaseException:
-            self.close()  # or it would end later, together with the groups of the next engine
+            self.close()  # otherwise it would end later, together with the groups of the next engine
             raise
 
     def describe(self) -> str:
@@ -89,7 +89,7 @@ class VllmEngine(VllmSampling):
 
     def close(self) -> None:
         """End the engine."""
-        self.failed = "it was ended"
+        self.failed = "it has been closed"
         with unchanged_process({}), spared_process_group() if self._had_group else nullcontext():
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
@@ -108,7 +108,7 @@ class VllmEngine(VllmSampling):
         if not self._on_cpu:
             weights = sum(p.numel() for p in causal.parameters()) * self._dtype.itemsize
             total = torch.cuda.get_device_properties(loaded.device).total_memory
-            # What it asks to be free at the start; the size of the cache is fixed.
+            # Memory that must be free at the start; the size of the cache is fixed.
             on_gpu = {"enable_sleep_mode": True, "gpu_memory_utilization": (weights + cache_bytes) / total}
         if current_platform.is_cpu() != self._on_cpu:
             raise UserError(
@@ -121,7 +121,7 @@ class VllmEngine(VllmSampling):
                 model=folder,
                 load_format="dummy",
                 dtype=str(self._dtype).removeprefix("torch."),
-                max_model_len=-1,  # as much of the window as the cache has room for
+                max_model_len=-1,  # as much of the window as fits into the cache
                 kv_cache_memory_bytes=cache_bytes,
                 enforce_eager=self._on_cpu,
                 enable_prefix_caching=True,
@@ -131,7 +131,7 @@ class VllmEngine(VllmSampling):
                 trust_remote_code=False,
                 disable_log_stats=True,
                 seed=0,
-                # Under a launcher each process has an engine of its own, on its own device.
+                # Under a launcher each process has its own engine, on its own device.
                 distributed_executor_backend="external_launcher" if world_size() > 1 else None,
                 **on_gpu,
             )
@@ -147,8 +147,8 @@ class VllmEngine(VllmSampling):
         self.failed = disagreement(agreement_gap(loaded, prompt, rollout, self._dtype), self._dtype)
         if self.failed:
             raise EngineFailed(
-                f"engine vllm: {self.failed}, so vllm {self._version} computes {loaded.name!r} otherwise than "
-                "transformers does; leave engine out"
+                f"engine vllm: {self.failed}, so vllm {self._version} computes {loaded.name!r} differently from "
+                "transformers; leave engine out"
             )
 
     # --- weights ---
@@ -158,7 +158,7 @@ class VllmEngine(VllmSampling):
         self._llm.wake_up(tags=["weights"])
 
     def _synchronise(self, loaded: LoadedModel) -> None:
-        """Take over the model's weights if they are not those that the engine has, and forget what they computed."""
+        """Load the model's weights if the engine's differ, and clear the prefix cache."""
         began, version = time.monotonic(), weights_version(loaded.model)
         if all_reduce_max(int(version != self._holds), loaded.device):  # ranks gather sharded weights together
             weights = hub_tensors(loaded)
@@ -166,7 +166,7 @@ class VllmEngine(VllmSampling):
             try:
                 self._llm.collective_rpc(put_weights, args=(weights, self._on_cpu))
             finally:
-                deque(weights, maxlen=0)  # after an error, too: the other ranks gather together with this one
+                deque(weights, maxlen=0)  # also after an error: the other ranks gather together with this one
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is in use and cannot be reset")
             self._holds = version
@@ -198,7 +198,7 @@ class VllmEngine(VllmSampling):
         seeds: Sequence[int] | None,
         ends: Sequence[int],
     ) -> list[Rollout]:
-        """Take over the weights and sample; ``ends``: end tokens."""
+        """Load the weights and sample; ``ends``: end tokens."""
         from vllm import SamplingParams
 
         self._synchronise(loaded)
@@ -217,7 +217,7 @@ class VllmEngine(VllmSampling):
         return [_rollout(output, greedy) for output in self._completed(len(prompts))]
 
     def _completed(self, count: int) -> list[Any]:
-        """Run the engine until all requests are done; their outputs in the order in which they came.
+        """Run the engine until all requests are done; their outputs in order of completion.
 
         Raises:
             TimeoutError: no sample was completed within the time limit.
@@ -233,21 +233,18 @@ class VllmEngine(VllmSampling):
                 progress = now
             elif now - progress > limit_s:
                 raise TimeoutError(
-                    f"no sample was completed in {now - progress:.0f} s, {count - len(outputs)} of {count} are left"
+                    f"no sample was completed in {now - progress:.0f} s, {count - len(outputs)} of {count} are pending"
                 )
         assert len(outputs) == count, (len(outputs), count)
         return sorted(outputs, key=lambda output: int(output.request_id))
 
     @contextmanager
     def _guarded(self, what: str = "failed") -> Iterator[None]:
-        """Run the engine in its own arithmetic, leave the process as it was, and report its errors in one line.
-
-        After an error requests may be left in the engine, which the next call would complete. So it is not used again.
-
-        Raises:
-            EngineFailed: for whatever the engine raises.
+        """Run the engine in its own arithmetic, restore the process afterwards, and report errors in one line.  After
+        an error, requests may remain in the engine, and the next call would complete them. So it is not used again.
+        Raises: EngineFailed: for any exception of the engine.
         """
-        # Compiling would start processes and take seconds, for one sum; on a GPU the model is compiled, too.
+        # Compiling would start processes and take seconds for a single sum; on a GPU it would also compile the model.
         stance = "force_eager" if self._on_cpu else "default"
         device = "cpu" if self._on_cpu else "cuda"
         try:
@@ -259,10 +256,10 @@ class VllmEngine(VllmSampling):
                 yield
         except UserError:  # ours, before the engine was touched
             raise
-        except Exception as error:  # vLLM's own, and those of all that it uses
+        except Exception as error:  # vLLM's own, and those of its dependencies
             self.failed = first_line(error).rstrip(".")
             is_late = isinstance(error, TimeoutError)
-            advice = "raise engine_timeout_s" if is_late else "change engine_memory_gib if it lacks memory"
+            advice = "raise engine_timeout_s" if is_late else "if it lacks memory, change engine_memory_gib"
             raise EngineFailed(
                 f"engine vllm {what}: {type(error).__name__}: {self.failed}; {advice}, or leave engine out"
             ) from error

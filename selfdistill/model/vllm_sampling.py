@@ -1,4 +1,4 @@
-"""What vLLM in this process and in servers share: the policy, the ranks' shares of the prompts, and how they fail."""
+"""Shared by vLLM in this process and on servers: the policy, the ranks' shares of the prompts, and error handling."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class VllmSampling(ABC):
     """
 
     length: int
-    """Most tokens of a prompt and its completion."""
+    """Maximum tokens of a prompt with its completion."""
     limited_by: str
-    """What else than the model's window may limit the length, for messages."""
+    """What may limit the length besides the model's window, for messages."""
     longer_with: str
-    """What to do about that."""
+    """How to raise that limit."""
 
     def __init__(self, loaded: LoadedModel, settings: EngineSettings, dtype: torch.dtype) -> None:
         self.sync_s = 0.0
         self.failed: str | None = None
-        """Why it is not used any more."""
+        """Why it is no longer used."""
         self._settings, self._dtype = settings, dtype
         self._vocabulary = vocabulary_size(loaded)
 
@@ -47,14 +47,14 @@ class VllmSampling(ABC):
     ) -> list[Rollout]:
         """One completion per prompt; see :func:`selfdistill.model.sampling.sample`.
 
-        A sample depends on its own seed, and on its batch only as far as rounding does.
+        A sample depends on its own seed, and on its batch only through rounding.
 
         Raises:
-            UserError: a prompt with its completion exceeds the engine's length, or vLLM cannot sample so.
-            EngineFailed: the engine failed, now or earlier, or was late; on all ranks together.
+            UserError: a prompt with its completion exceeds the engine's length, or vLLM cannot use the policy.
+            EngineFailed: the engine failed, now or earlier, or was late; raised on all ranks.
         """
         if self.failed:
-            raise EngineFailed(f"engine vllm: it failed before ({self.failed}) and is not used again")
+            raise EngineFailed(f"engine vllm: it failed earlier ({self.failed}) and is not used again")
         check_limits(prompts, sampling, self.length, self.limited_by, self.longer_with)
         assert sampling.temperature == 0 or seeds is not None, "sampling needs a seed per prompt"
         rollouts = all_gather(self._sampled(loaded, prompts, sampling, seeds, rank_slice(len(prompts))))
@@ -71,12 +71,12 @@ class VllmSampling(ABC):
         seeds: Sequence[int] | None,
         own: slice,
     ) -> list[Rollout]:
-        """Take over the model's weights, and sample this rank's ``own`` prompts of all."""
+        """Load the model's weights, and sample this rank's ``own`` share of the prompts."""
 
     def _policy(
         self, sampling: Sampling, seeds: Sequence[int] | None, number: int, ends: Sequence[int]
     ) -> dict[str, Any]:
-        """The parameters of sample ``number`` in vLLM's words; it ends at the tokens ``ends`` and no others."""
+        """The parameters of sample ``number`` in vLLM's terms; it ends only at the tokens ``ends``."""
         seeded = {} if seeds is None or sampling.temperature == 0 else {"seed": seeds[number]}
         return {
             "temperature": sampling.temperature,
@@ -89,7 +89,7 @@ class VllmSampling(ABC):
         }
 
     def _together(self, work: Callable[[], Result]) -> Result:
-        """Do this rank's part of what all ranks do; where one fails all do, so that no rank waits for another.
+        """Do this rank's part of a joint task; if one rank fails all do, so that no rank waits for another.
 
         Raises:
             UserError: a mistake, on all ranks.
@@ -102,7 +102,7 @@ class VllmSampling(ABC):
                 found.append(work())
         except UserError as error:
             problem = error
-        except BaseException:  # an answer to it may be on its way
+        except BaseException:  # an answer may still arrive
             self.failed = self.failed or "it was interrupted"
             raise
         problems = all_gather([] if problem is None else [(isinstance(problem, EngineFailed), str(problem))])
@@ -111,9 +111,9 @@ class VllmSampling(ABC):
         of_engine, message = problems[0]
         if not of_engine:
             raise RaisedOnAllRanks(message) from problem
-        self.failed = self.failed or "that of another process failed"
+        self.failed = self.failed or "the engine of another process failed"
         raise EngineFailed(message) from problem
 
     @abstractmethod
     def _guarded(self) -> AbstractContextManager[None]:
-        """Turn what the engine raises into :class:`EngineFailed`, and note it in ``failed``."""
+        """Turn the engine's exceptions into :class:`EngineFailed`, and record them in ``failed``."""

@@ -1,8 +1,8 @@
-"""Sampling with vLLM in servers that the user started, on other devices or machines.
+"""Sampling with vLLM on servers that the user started, on other devices or machines.
 
-They get token ids and return token ids with their log-probabilities. Full weights go to them over files in a folder
-that both sides see; so does LoRA, as an adapter, to servers that take it. A server's worker keeps the version of its
-weights, which is read before and after every sampling: one that was restarted, or that another run uses, is noticed.
+They receive token ids and return token ids with their log-probabilities. Full weights travel as files in a folder
+that both sides see; so do LoRA adapters, to servers that accept them. A server's worker keeps the version of its
+weights, which is read before and after every sampling. This detects a server that restarted or that another run uses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from selfdistill.model.weight_files import WeightFiles
 from selfdistill.runtime import all_gather, is_rank0
 
 _MOST_REQUESTS = 256
-"""Requests of this process that are under way at a time; each has a thread that waits for its answer."""
+"""Maximum concurrent requests of this process; each has a thread that waits for its answer."""
 _GOODBYE_S = 5.0
 """Time limit for unloading the last adapter."""
 
@@ -48,7 +48,7 @@ class _Adapter:
 
 @dataclass(frozen=True)
 class _Request:
-    """A sample to ask a server for."""
+    """A request for one sample."""
 
     client: VllmClient
     body: dict[str, Any]
@@ -58,8 +58,8 @@ class VllmServers(VllmSampling):
     """The servers of ``engine_url``; see :class:`VllmSampling`. Settings: addresses, folder and time limit.
 
     Raises:
-        UserError: a server has another model, tokenizer or arithmetic, or was started with other options.
-        EngineFailed: a server cannot be reached or is late, or samples from another distribution than the model's.
+        UserError: a server has a different model, tokenizer or arithmetic, or was started with the wrong options.
+        EngineFailed: a server cannot be reached or is late, or its distribution differs from the model's.
     """
 
     limited_by = " or --max-model-len of the servers"
@@ -70,7 +70,7 @@ class VllmServers(VllmSampling):
         assert settings.engine_url
         self._clients = [VllmClient(url, settings.engine_timeout_s) for url in settings.engine_url.split(",")]
         self._adapters: list[_Adapter] = []
-        """Those that some server may have; the last one is sampled with."""
+        """Adapters that some server may have; the last one is in use."""
         self._facts = self._together(lambda: [checked(client, loaded, dtype) for client in self._clients])
         self.length = min(facts.length for facts in self._facts)
         releases = ", ".join(sorted({facts.release for facts in self._facts}))
@@ -90,25 +90,25 @@ class VllmServers(VllmSampling):
         return f"{self.name} at {self._settings.engine_url}, at most {self.length} tokens, {adapters}"
 
     def rest(self) -> None:
-        """Nothing: their memory is their own."""
+        """Do nothing: the servers have their own memory."""
 
     def close(self) -> None:
-        """Leave the servers, which go on, without this run's adapter."""
+        """Disconnect from the servers, which keep running, and unload this run's adapter."""
         for client in self._clients if is_rank0() else []:
             with suppress(ServerProblem):  # it may have ended before
                 _unload(VllmClient(client.url, _GOODBYE_S), self._adapters)
-        self.failed = self.failed or "it was ended"
+        self.failed = self.failed or "it has been closed"
         self._files.close()
         atexit.unregister(self.close)
 
     def _check_agreement(self, loaded: LoadedModel) -> None:
         """Compare log-probabilities of a short sample of each server with the model's own.
 
-        With an adapter, other weights of LoRA are in its place, and the servers must be closer to the model with these
-        than to the model itself.
+        With an adapter, other LoRA weights temporarily replace it, and the servers must be closer to the model with
+        these weights than to the model itself.
 
         Raises:
-            EngineFailed: they differ by more than rounding, or leave the adapter out.
+            EngineFailed: they differ by more than rounding, or ignore the adapter.
         """
         prompt, policy = probe(loaded, self.length)
         with other_lora(loaded):
@@ -120,18 +120,18 @@ class VllmServers(VllmSampling):
         for client, rollout, gap in zip(self._clients, rollouts, gaps, strict=True):
             why = disagreement(gap, self._dtype)
             if not why and adapter_rank(loaded) and agreement_gap(loaded, prompt, rollout, self._dtype) <= gap:
-                why = "it leaves LoRA's weights out"
+                why = "it ignores LoRA's weights"
             if why:
                 self.failed = why
                 raise EngineFailed(
-                    f"engine vllm: {client.url}: {why}, so it computes {loaded.name!r} otherwise than transformers "
-                    "does; leave engine out"
+                    f"engine vllm: {client.url}: {why}, so it computes {loaded.name!r} differently from transformers; "
+                    "leave engine out"
                 )
 
     # --- weights ---
 
     def _synchronise(self, loaded: LoadedModel) -> str:
-        """Give the servers the model's weights where they have others; returns the label of these weights."""
+        """Send the model's weights to servers that have others; returns the label of these weights."""
         began = time.monotonic()
         as_adapter = 0 < adapter_rank(loaded) <= min(facts.adapter_rank for facts in self._facts)
         digest = weights_digest(loaded)
@@ -149,9 +149,9 @@ class VllmServers(VllmSampling):
         return label
 
     def _send_all(self, loaded: LoadedModel, clients: Sequence[VllmClient], label: str, *, merge: bool) -> None:
-        """Write full weights to files, have these servers read them, and forget what the old ones computed.
+        """Write full weights to files, make these servers read them, and clear their prefix caches.
 
-        The label is kept where the weights are, so that it cannot stay when a second run replaces them.
+        The label is stored with the weights, so it cannot survive when a second run replaces them.
         """
         weights = hub_tensors(loaded, merge=merge)
         folder = self._together(lambda: self._files.write(weights, self._dtype))
@@ -178,7 +178,7 @@ class VllmServers(VllmSampling):
         )
 
     def _send_adapter(self, loaded: LoadedModel, digest: str) -> None:
-        """Load LoRA's weights under a new name, because blocks of the prefix cache are kept by name."""
+        """Load LoRA's weights under a new name, because blocks of the prefix cache are stored by name."""
         hub_tensors(loaded)  # refuses other adapters
         folder = self._together(lambda: self._files.write_adapter(loaded))
         (name,) = self._from_rank0(lambda: [f"{folder.parent.name}-{folder.name}"])
@@ -196,7 +196,7 @@ class VllmServers(VllmSampling):
             self._files.remove(adapter.folder)
 
     def _check_labels(self, label: str) -> list[None]:
-        """Whether the servers still have the weights that were to be sampled from.
+        """Check that the servers still have the weights to sample from.
 
         Raises:
             ServerProblem: one has others.
@@ -230,9 +230,9 @@ class VllmServers(VllmSampling):
         own: slice,
         ends: Sequence[int],
     ) -> list[_Request]:
-        """One request for each of this rank's samples, spread over the servers; those of equal prompts mostly to one.
+        """One request per sample of this rank, spread over the servers; equal prompts mostly go to the same one.
 
-        They name all parameters: the defaults of those left out may come from files.
+        They set all parameters, because defaults may come from the model's files.
         """
         found = []
         for number in range(len(prompts))[own]:
@@ -245,7 +245,7 @@ class VllmServers(VllmSampling):
                 "presence_penalty": 0.0,
                 "frequency_penalty": 0.0,
                 "repetition_penalty": 1.0,
-                "logprobs": 0,  # of the sampled token alone
+                "logprobs": 0,  # only of the sampled token
                 "return_token_ids": True,
                 "return_tokens_as_token_ids": True,
             }
@@ -275,14 +275,14 @@ class VllmServers(VllmSampling):
                 except Empty:
                     urls, left = self._settings.engine_url, len(requests) - len(rollouts)
                     raise ServerProblem(
-                        f"{urls}: no sample was completed in {limit_s:g} s, {left} of {len(requests)} are left; "
+                        f"{urls}: no sample was completed in {limit_s:g} s, {left} of {len(requests)} are pending; "
                         f"engine_timeout_s is {limit_s:g}"
                     ) from None
                 rollouts[numbers[future]] = future.result()
         return [rollouts[number] for number in range(len(requests))]
 
     def _each(self, clients: Sequence[VllmClient], work: Callable[[VllmClient], object]) -> list[None]:
-        """Do this for these servers at the same time."""
+        """Do this for these servers in parallel."""
         if not clients:
             return []
         with self._pool(len(clients)) as pool:
@@ -291,7 +291,7 @@ class VllmServers(VllmSampling):
 
     @contextmanager
     def _pool(self, count: int) -> Iterator[ThreadPoolExecutor]:
-        """Threads for so many requests; where one fails, the others are dropped."""
+        """Threads for this many requests; if one fails, the others are cancelled."""
         with ThreadPoolExecutor(min(count, _MOST_REQUESTS)) as pool:
             try:
                 yield pool
@@ -309,11 +309,11 @@ class VllmServers(VllmSampling):
             yield
         except (ServerProblem, OSError) as error:
             self.failed = str(error)
-            remedy = error.remedy if isinstance(error, ServerProblem) else "make room, or give another engine_folder"
+            remedy = error.remedy if isinstance(error, ServerProblem) else "free space, or give another engine_folder"
             raise EngineFailed(f"engine vllm: {error}; {remedy}, or leave engine out") from error
 
     def _from_rank0(self, work: Callable[[], list[Result]]) -> list[Result]:
-        """What rank 0 finds, on all ranks."""
+        """Rank 0's result, on all ranks."""
         return all_gather(self._together(lambda: work() if is_rank0() else []))
 
 
@@ -322,8 +322,8 @@ def _label(client: VllmClient) -> str:
 
 
 def _rival(client: VllmClient) -> ServerProblem:
-    what = "has got other weights, as if a second run used it"
-    return ServerProblem(f"{client.url}: {what}", remedy="give each run servers of its own")
+    what = "received other weights, probably from a second run"
+    return ServerProblem(f"{client.url}: {what}", remedy="give each run its own servers")
 
 
 def _models(client: VllmClient) -> list[str]:
@@ -344,7 +344,7 @@ def _completion(client: VllmClient, body: dict[str, Any], greedy: bool) -> Rollo
     """One sample.
 
     Raises:
-        ServerProblem: the server fails, or what it returns is no sample.
+        ServerProblem: the server fails, or its answer is not a sample.
     """
     choices = client.post("/v1/completions", body, "choices", waits=True)
     try:

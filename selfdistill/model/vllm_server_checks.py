@@ -16,27 +16,27 @@ from selfdistill.model.vllm_worker import sizes
 
 _EXTENSION = "selfdistill.model.vllm_worker.Worker"
 _TEXT = "The quick brown fox, 12345 x 6.7:\n\tdef f(x): return 'für \u4f60\u597d'"
-"""What the two tokenizers are compared on."""
+"""Text for comparing the two tokenizers."""
 
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server said about itself."""
+    """A server's description of itself."""
 
     release: str
     model: str
     """Name of its model in requests."""
     length: int
-    """Most tokens of a prompt and its completion."""
+    """Maximum tokens of a prompt with its completion."""
     adapter_rank: int
-    """Largest rank of the adapters that it takes; 0: none."""
+    """Maximum rank of the adapters that it accepts; 0: none."""
 
 
 def checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> ServerFacts:
-    """Ask a server what it is.
+    """Ask a server for its description, and check it.
 
     Raises:
-        UserError: it does not fit; names the option to start it with.
+        UserError: it does not fit; the message names the option to start it with.
         ServerProblem: it does not answer.
     """
     try:
@@ -44,7 +44,7 @@ def checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> Serv
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        found = f"its answers are not those of vLLM ({type(error).__name__}: {error})"
+        found = f"its answers are not vLLM's ({type(error).__name__}: {error})"
         raise _mistake(client, found, f"serve with vllm{SUPPORTED}") from None
 
 
@@ -54,12 +54,12 @@ def _checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> Ser
         raise _mistake(client, f"vllm {release} is not supported", f"serve with vllm{SUPPORTED}")
     info, remedy = (
         "/server_info?config_format=json",
-        "start it with VLLM_SERVER_DEV_MODE=1, as docs/engines.md says",
+        "start it with VLLM_SERVER_DEV_MODE=1 (see docs/engines.md)",
     )
     config, environment = (_field(client, info, key, remedy) for key in ("vllm_config", "vllm_env"))
     if config["lora_config"] and not environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         remedy = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or without --enable-lora"
-        raise _mistake(client, "it has --enable-lora, but takes no adapters while it runs", remedy)
+        raise _mistake(client, "it has --enable-lora, but cannot load adapters while running", remedy)
     _check_options(client, config, dtype)
     _check_model(client, loaded)
     (served, *_) = [model for model in _field(client, "/v1/models", "data") if not model.get("parent")]
@@ -94,13 +94,13 @@ def _check_model(client: VllmClient, loaded: LoadedModel) -> None:
         if found[key] != own[key]:
             raise _mistake(
                 client,
-                f"it has another model: {key} is {found[key]}, {loaded.name!r} has {own[key]}",
+                f"it has a different model: {key} is {found[key]}, {loaded.name!r} has {own[key]}",
                 "serve that model",
             )
 
 
 def call_worker(client: VllmClient, method: str, **options: str) -> Any:
-    """What a method of :class:`~selfdistill.model.vllm_worker.Worker` returns; None if a server's workers disagree.
+    """The result of a method of :class:`~selfdistill.model.vllm_worker.Worker`; None if a server's workers disagree.
 
     Raises:
         ServerProblem: it fails.
@@ -112,7 +112,7 @@ def call_worker(client: VllmClient, method: str, **options: str) -> Any:
 def _check_tokenizer(client: VllmClient, loaded: LoadedModel, model: str) -> None:
     body = {"model": model, "prompt": _TEXT, "add_special_tokens": False}
     if client.post("/tokenize", body, "tokens") != loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]:
-        raise _mistake(client, f"it has another tokenizer than {loaded.name!r}", "serve the same model")
+        raise _mistake(client, f"its tokenizer differs from that of {loaded.name!r}", "serve the same model")
 
 
 def _field(client: VllmClient, path: str, key: str, otherwise: str = "give the address of a vLLM server") -> Any:

@@ -1,4 +1,4 @@
-"""What runs in vLLM's worker, of this process or of a server: put the weights of another model into its own."""
+"""Code that runs in vLLM's worker, in this process or on a server: it replaces the worker's weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 _UNCONFIRMED = "unconfirmed "
-"""Mark of weights that were loaded, but whose predecessors' prefix cache may still be there."""
+"""Marks loaded weights while the prefix cache of their predecessors may still exist."""
 
 
 def put_weights(worker: Any, weights: Iterator[tuple[str, Tensor]], on_cpu: bool) -> None:
     """Replace all weights of the engine; runs in its worker.
 
-    vLLM loads layer by layer, packs again what it packs for its kernels, and copies the result to where it was.
+    vLLM loads layer by layer, repacks what its kernels need, and copies the result in place.
     """
     from vllm.config import set_current_vllm_config
 
@@ -28,7 +28,7 @@ def put_weights(worker: Any, weights: Iterator[tuple[str, Tensor]], on_cpu: bool
 
 
 def pack_embeddings(model: torch.nn.Module) -> None:
-    """Pack embedding and head again. Of a head that is tied to the embedding vLLM keeps the packed copy as it was."""
+    """Repack embedding and head. For a head that is tied to the embedding, vLLM would keep the old packed copy."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -45,7 +45,7 @@ def sizes(config: Any) -> dict[str, int]:
 
 
 class Worker:
-    """What the worker of a server has beside vLLM's methods: ``vllm serve --worker-extension-cls``."""
+    """Extra methods of a server's worker: ``vllm serve --worker-extension-cls``."""
 
     selfdistill_held = ""
 
@@ -54,14 +54,14 @@ class Worker:
         return sizes(self.vllm_config.model_config.hf_config)  # type: ignore[attr-defined]
 
     def selfdistill_version(self) -> str:
-        """Version of the weights; ``""`` at first and while they are replaced, marked until it is confirmed."""
+        """Version of the weights: ``""`` at first and during replacement, then marked until it is confirmed."""
         return self.selfdistill_held
 
     def selfdistill_load(self, folder: str, version: str) -> None:
-        """Replace all weights by those of a folder that has just been written.
+        """Replace all weights by those in a newly written folder.
 
         Raises:
-            FileNotFoundError: it has none or cannot be read, before anything was changed.
+            FileNotFoundError: the folder has none or cannot be read; nothing has been changed.
         """
         try:
             found, why = any(name.endswith(".safetensors") for name in os.listdir(folder)), "no file"
@@ -69,7 +69,7 @@ class Worker:
             found, why = False, str(error.strerror)
         if not found:
             raise FileNotFoundError(
-                f"finds no weights in {folder} ({why}); give an engine_folder that it may read, too"
+                f"finds no weights in {folder} ({why}); give an engine_folder that the server can also read"
             )
         self.selfdistill_held = ""
         self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
@@ -78,9 +78,9 @@ class Worker:
         self.selfdistill_held = _UNCONFIRMED + version
 
     def selfdistill_confirm(self, version: str) -> str:
-        """Note that nothing of older weights is cached any more; returns the version of the weights.
+        """Record that nothing from older weights is cached any more; returns the version of the weights.
 
-        Where another run has replaced the weights since they were loaded, that is another one, or marked.
+        If another run has replaced the weights since they were loaded, the version differs or is marked.
         """
         if self.selfdistill_held == _UNCONFIRMED + version:
             self.selfdistill_held = version

@@ -1,4 +1,4 @@
-"""Weights in folders that an engine's servers read: a new folder for each version, deleted when it was read."""
+"""Weights in folders that an engine's servers read: a new folder for each version, deleted after reading."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from selfdistill.model.loading import LoadedModel
 from selfdistill.runtime import is_rank0
 
 _FILE_BYTES = 2**30
-"""Size of a file from which on the next one begins. The memory for one is needed."""
+"""Size at which a new file begins. Writing needs the memory of one file."""
 
 
 class WeightFiles:
     """Folders of weights. All ranks write together, because sharded weights are gathered; rank 0 has the files.
 
     Args:
-        parent: where the folders lie, readable to whom new files there are (umask); None: in the system's folder for
-            temporary files, readable to this user alone.
+        parent: where the folders are, with the permissions of new files (umask); None: in the system's folder for
+            temporary files, readable only by this user.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: the folder is not writable.
     """
 
     def __init__(self, parent: str | None) -> None:
@@ -49,7 +49,7 @@ class WeightFiles:
                 ) from None
 
     def write(self, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Path:
-        """Write full weights in this data type; the folder, which other ranks do not have.
+        """Write full weights in this data type; returns the folder, on rank 0 only.
 
         Raises:
             OSError: on rank 0, after all weights were gathered.
@@ -59,7 +59,7 @@ class WeightFiles:
                 if is_rank0():
                     _save(weights, folder, dtype)
         finally:
-            deque(weights, maxlen=0)  # the other ranks gather as many
+            deque(weights, maxlen=0)  # the other ranks gather the same number
         return folder
 
     def write_adapter(self, loaded: LoadedModel) -> Path:
@@ -82,7 +82,7 @@ class WeightFiles:
 
     @contextmanager
     def _new(self) -> Iterator[Path]:
-        """The folder of the next version; after an error it is deleted, which leaves its room to a checkpoint."""
+        """The folder of the next version; after an error it is deleted, which frees space for a checkpoint."""
         self._versions += 1
         folder = (self._folder or Path()) / str(self._versions)
         try:
@@ -115,7 +115,8 @@ def _save(weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtyp
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """``save_file`` whose errors, as of a full disk, are all ``OSError``, and whose files whoever enters may read."""
+    """``save_file`` whose errors, such as a full disk, are all ``OSError``, and whose files are readable in the
+    folder."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:

@@ -63,7 +63,9 @@ def load_causal(
     refuse_scales([key for key in sorted(info["unexpected_keys"]) if _belongs(model, key)], name)
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
-        raise UserError(f"model {name!r}: weights missing or not of the shape in config.json: {_listed(wrong, 1)}")
+        raise UserError(
+            f"model {name!r}: weights are missing or have a different shape from config.json: {_listed(wrong, 1)}"
+        )
     if load_in_4bit:
         set_compute_dtype(model, model.dtype)
     return model, _check_unexpected(model, sorted(info["unexpected_keys"]), name)
@@ -131,7 +133,7 @@ def _check_unexpected(model: Any, unexpected: list[str], name: str) -> list[str]
     if not left:
         return []
     parts = [f"{part} ({count})" for part, count in Counter(_part(key, prefix) for key in left).items()]
-    return [f"its files hold parts that are not used, with their numbers of tensors: {_listed(parts, _SHOWN)}"]
+    return [f"its files hold unused parts (number of tensors): {_listed(parts, _SHOWN)}"]
 
 
 def _belongs(model: Any, key: str) -> bool:
@@ -183,7 +185,7 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> list[str]:
     if not rest:
         return []
     names = _listed(rest, _SHOWN)
-    return [f"the tokenizer has {_tokens(len(rest))} without a row in the embedding, which no text writes: {names}"]
+    return [f"the tokenizer has {_tokens(len(rest))} without a row in the embedding, which no text produces: {names}"]
 
 
 def embedding_rows(model: Any) -> float:

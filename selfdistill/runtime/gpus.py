@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from selfdistill.config import closest
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 
 THIS = "this"
 """In place of a GPU's name: the device of this machine."""

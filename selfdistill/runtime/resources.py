@@ -91,6 +91,7 @@ def check_disk(path: Path, needed: int) -> None:
     free = free_bytes(path)
     if free < needed:
         raise UserError(
-            f"{path}: {free / 2**30:.1f} GiB free, checkpoints and final model need about {needed / 2**30:.1f} GiB; "
+            f"{path}: {free / 2**30:.1f} GiB free, checkpoints and the final model need about {needed / 2**30:.1f} "
+            "GiB; "
             "free some space, lower --save_total_limit, or use --save_steps 0 to save only the final model"
         )

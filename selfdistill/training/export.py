@@ -111,8 +111,8 @@ def export(config: ExportConfig) -> Path:
     card = merged_card(text)
     if learnt_in_4bit(text):
         say(
-            "note: the adapter learnt on a base in 4 bits and is merged into the base as it is, which computes "
-            "something a little different; measure the result with selfdistill eval"
+            "note: the adapter was trained on a 4-bit base and is merged into the original base, which computes "
+            "slightly different results; measure the result with selfdistill eval"
         )
     loaded = load_model(str(source), dtype="auto", merge_adapter=True, adapter_base=config.adapter_base)
     with whole_folder(output_dir, advice) as folder:

@@ -1,4 +1,4 @@
-"""Whether a run fits into a device's memory, and which settings nearest to those given would."""
+"""Whether a run fits into a device's memory, and the nearest settings that would."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from selfdistill.training.step_time import TimePlan
 from selfdistill.training.traced_step import Device
 
 LORA_RANK = 16
-"""Rank of the adapter that is proposed."""
+"""Rank of a proposed adapter."""
 MOST_CHANGES = 4
-"""Of settings, in a proposal."""
+"""Maximum changes of settings in a proposal."""
 WITHOUT_ADAPTER = ("teacher", "optim")
-"""Settings of which a change saves memory only without an adapter."""
+"""Settings whose change saves memory only without an adapter."""
 
 Changes = dict[str, Any]
 IN_4BIT: Changes = {"load_in_4bit": True}
-"""Proposed last, for an adapter."""
+"""Proposed last, and only with an adapter."""
 
 
 @dataclass(frozen=True, repr=False)
 class Fit(Printable):
-    """A run's plan beside the memory of a device."""
+    """A run's plan compared with the memory of a device."""
 
     plan: MemoryPlan
-    """Of the settings, with those chosen that were left open."""
+    """Plan of the settings, including chosen values for open ones."""
     limit: int
-    """Bytes that the device has."""
+    """Memory of the device in bytes."""
     chosen: Changes
-    """Settings that were left open and were chosen so that the plan fits; empty if it fits without, or not at all."""
+    """Values chosen for open settings so that the plan fits; empty if it fits without them, or not at all."""
     nearest: tuple[Changes, MemoryPlan] | None
-    """With the fewest changes of settings that fit, if the plan does not; None if there are none."""
+    """The plan that fits with the fewest changes of settings, if this one does not; None if there is none."""
     time: TimePlan | None = None
-    """Roughly how long it takes; None if the device's rates are not known."""
+    """Rough time; None if the device's rates are unknown."""
 
     @property
     def fits(self) -> bool:
@@ -53,7 +53,7 @@ class Fit(Printable):
         return self.plan.peak <= self.limit
 
     def verdict(self) -> str:
-        """Whether it fits, and what would."""
+        """Whether it fits, and otherwise what would."""
         sizes = f"{size_text(self.plan.peak)} of {size_text(self.limit)}"
         if not self.fits:
             return f"it does not fit: {sizes}; {self.advice()}"
@@ -61,7 +61,7 @@ class Fit(Printable):
         return f"{fits}: {sizes}{self.choice()}"
 
     def choice(self) -> str:
-        """What was chosen, as the end of a line; nothing if nothing was."""
+        """The chosen settings, as the end of a line; empty if there are none."""
         return f"; chosen for that: {_options(self.chosen)}" if self.chosen else ""
 
     def advice(self) -> str:
@@ -105,10 +105,10 @@ def fit(
     Args:
         config: settings of the run.
         demonstrations: its rows.
-        device: what it is planned for.
-        limit: bytes that the device has.
+        device: the device to plan for.
+        limit: memory of the device in bytes.
         loaded: the model, if already loaded.
-        rates: of the device, to plan the time, too.
+        rates: of the device, to also plan the time.
 
     Raises:
         UserError: the model's files cannot be used, or no row fits.
@@ -130,14 +130,14 @@ def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
 
 
 def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
-    """A run's plan, with the settings that were left open, and lines on it for its start.
+    """A run's plan, with values for open settings, and lines about it for its start.
 
-    The longest rows seldom come together, and samples are mostly shorter than ``max_completion_length``. So a run is
-    refused only if it cannot fit even with the shortest rows and samples of one token, and warned if it cannot with the
-    longest. In both cases the settings that were left open save as much as they can.
+    The longest rows rarely share a batch, and samples are mostly shorter than ``max_completion_length``. So a run is
+    refused only if it cannot fit even with the shortest rows and samples of one token. It gets a warning if it does not
+    fit with the longest. In both cases the open settings save as much as they can.
 
     Raises:
-        UserError: it cannot fit; names the nearest settings that would.
+        UserError: it cannot fit; the message names the nearest settings that would.
     """
     if limit is None:
         plan = planner.plan(config)
@@ -151,8 +151,8 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
     least = planner.plan(found.plan.config, least=True)
     if least.peak > limit:
         raise UserError(
-            f"{size_text(limit)} of memory are free, and the run needs at least {size_text(least.peak)}, with "
-            f"the longest rows {size_text(found.plan.peak)}; {found.advice()}"
+            f"{size_text(limit)} of memory are free, but the run needs at least {size_text(least.peak)}, or with the "
+            f"longest rows {size_text(found.plan.peak)}; {found.advice()}"
         )
     student, teacher = found.plan.lengths
     note = f"note: it does not fit if all rows of a batch are as long as the longest, {max(student, teacher)} tokens"
@@ -167,9 +167,9 @@ def _options(changes: Changes) -> str:
 def _nearest(
     planner: MemoryPlanner, config: TrainConfig, limit: int, *, only_open: bool = False
 ) -> tuple[Changes, MemoryPlan] | None:
-    """The fewest changes that fit; of as many, those that change the result least come first.
+    """The fewest changes that fit; for equal numbers, those that change the result least come first.
 
-    Weights of 4 bits are among them only if nothing fits without. ``only_open``: change nothing but settings of
+    They include 4-bit weights only if nothing else fits. ``only_open``: change only settings of
     ``OPEN`` that are not given.
     """
     moves, in_parts = _changes(planner, config, only_open=only_open)
@@ -181,7 +181,7 @@ def _nearest(
 
 
 def _may_be_in_4bit(planner: MemoryPlanner, config: TrainConfig) -> bool:
-    """Whether a run with these settings, and an adapter, may have weights of 4 bits here."""
+    """Whether a run with these settings and an adapter can have 4-bit weights here."""
     refused = config.load_in_4bit or config.fsdp or config.torch_compile or config.engine != "none"
     return not refused and not planner.has_model and can_be_in_4bit(config.model)
 
@@ -191,7 +191,7 @@ def _fewest(
 ) -> tuple[Changes, MemoryPlan] | None:
     """The fewest of these changes that fit."""
     least = {name: value for changes in moves for name, value in changes.items()}
-    if "lora_rank" in least:  # needs least of all, and goes with neither
+    if "lora_rank" in least:  # needs the least memory, and works with neither
         least = {name: value for name, value in least.items() if name not in WITHOUT_ADAPTER}
     if not _smallest(planner, config, limit, least, in_parts[-1:] or [{}]):
         return None
@@ -205,13 +205,13 @@ def _fewest(
 
 
 def _saving(planner: MemoryPlanner, config: TrainConfig) -> Changes:
-    """The settings that were left open, as they save most."""
+    """The open settings with the values that save most."""
     moves, in_parts = _changes(planner, config, only_open=True)
     return {name: value for changes in (*moves, *in_parts[-1:]) for name, value in changes.items()}
 
 
 def _changes(planner: MemoryPlanner, config: TrainConfig, *, only_open: bool) -> tuple[list[Changes], list[Changes]]:
-    """Single changes of settings, and greater numbers of micro-batches."""
+    """Single changes of settings, and larger numbers of micro-batches."""
     is_open = {name: getattr(config, name) is None for name in OPEN}
     moves = [moved for moved in _moves(config, planner) if not only_open or all(is_open.get(name) for name in moved)]
     if only_open and not is_open["gradient_accumulation_steps"]:
@@ -222,7 +222,7 @@ def _changes(planner: MemoryPlanner, config: TrainConfig, *, only_open: bool) ->
 
 
 def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
-    """Single changes of settings, apart from micro-batches, in the order of what they change in the result."""
+    """Single changes of settings except micro-batches, ordered by how much they change the result."""
     device = planner.device(config)
     if not config.gradient_checkpointing and not config.torch_compile:
         yield {"gradient_checkpointing": True}
@@ -241,7 +241,7 @@ def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
 def _smallest(
     planner: MemoryPlanner, config: TrainConfig, limit: int, base: Changes, steps: Sequence[Changes]
 ) -> tuple[Changes, MemoryPlan] | None:
-    """The first of the steps, which need ever less memory, that fits together with the changes ``base``."""
+    """The first of these changes, ordered by decreasing memory, that fits together with the changes ``base``."""
     adapter = base.get("lora_rank", config.lora_rank)
     if any(name in base for name in (WITHOUT_ADAPTER if adapter else IN_4BIT)):
         return None

@@ -207,8 +207,8 @@ class Loop:
         kept = next((s for s in before if corruption(checkpoint_at(self._output_dir, s)) is None), None)
         if kept is None:
             raise RunFailed(
-                f"{begun}; there is no checkpoint evaluated at least {COLLAPSE_WINDOW} steps earlier, so no final "
-                f"model is written. {_ADVICE}"
+                f"{begun}; no checkpoint was evaluated at least {COLLAPSE_WINDOW} steps earlier, so no final model is "
+                f"written. {_ADVICE}"
             )
         load_checkpoint(checkpoint_at(self._output_dir, kept), trainer.loaded.model, trainer.optimizer, trainer.teacher)
         self.step = kept

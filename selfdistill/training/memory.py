@@ -3,25 +3,25 @@
 Every number is the size of tensors that the run will hold, W bytes of weights, P trained ones among them:
 
     weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32; with
-               load_in_4bit 0.516 bytes a weight of its linear layers
-    teacher    full: W for a copy, and 4 bytes a weight for the float32 average of bfloat16 weights, which on a GPU lies
-               in the machine's memory; LoRA: the factors
-    moments    of AdamW: 8 bytes a trained weight, or 2 with adamw_8bit
-    contexts   kept keys and values of a frozen teacher's contexts, and the logits that the drift is measured from
+               load_in_4bit 0.516 bytes per weight of its linear layers
+    teacher    full: W for a copy, and 4 bytes per weight for the float32 average of bfloat16 weights, which on a GPU is
+               in host memory; LoRA: the factors
+    moments    of AdamW: 8 bytes per trained weight, or 2 with adamw_8bit
+    contexts   cached keys and values of a frozen teacher's contexts, and the logits for measuring the drift
     gradients  P, from the first micro-batch on, or as far as the backward pass has come
 
     engine     its key/value cache and a copy of the weights; on a GPU only while it samples
 
-What a step adds is counted by :mod:`selfdistill.training.traced_step`, in three phases that do not overlap, as is what
-a method draws before the first step. So the peak is that of the largest:
+:mod:`selfdistill.training.traced_step` counts what a step adds, in three phases that do not overlap, and what
+a method draws before the first step. So the peak is that of the largest phase:
 
-    drawing    as sampling, and the other model that samples, if it is one; without moments and contexts
+    drawing    like sampling, plus the other model if another one samples; without moments and contexts
 
     sampling   casts of the weights, keys and values, workspace; also after prompts with a guide
     teacher    casts, activations without gradient
     student    casts, activations, loss (logits of a chunk and the head's gradient), gradients
 
-Not counted: evaluations on ``test``, what a caching allocator loses to fragments, and a GPU's context.
+Not counted: evaluations on ``test``, fragmentation of a caching allocator, and a GPU's context.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ from selfdistill.training.step_time import TimePlan, time_plan
 from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
 
 TIMED_ROWS = 64
-"""Rows, of all lengths, whose average the time of a step follows from."""
+"""Number of rows, of all lengths, whose average determines the time of a step."""
 FEW_LAYERS = (2, 3)
-"""Numbers of layers of which a step is traced where all layers are alike; with more, a peak grows in proportion."""
+"""Numbers of layers to trace if all layers are alike; from there a peak grows in proportion."""
 
 
 class MemoryPlanner:
@@ -92,17 +92,24 @@ class MemoryPlanner:
         """Whether the model is already loaded."""
         self._rows = sorted(drawn(demonstrations, config), key=characters, reverse=True)
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
+        self._plans: dict[tuple[str, bool], MemoryPlan] = {}
         self._teachers: dict[str, LoadedModel] = {}
         self._others(config)
         planned_stages(config, self._rows, self._model(config), config.batch_size)
 
     def plan(self, config: TrainConfig, *, least: bool = False) -> MemoryPlan:
-        """Plan a run with these settings.
+        """Plan a run with these settings; the same settings are planned once.
 
         Args:
             config: the settings.
-            least: for what every step needs, with the shortest rows and samples of one token, in place of the longest.
+            least: the minimum that every step needs: the shortest rows and samples of one token.
         """
+        key = (config.model_dump_json(), least)
+        if key not in self._plans:
+            self._plans[key] = self._plan(config, least)
+        return self._plans[key]
+
+    def _plan(self, config: TrainConfig, least: bool) -> MemoryPlan:
         device, loaded = self.device(config), self._model(config)
         rows = self._rows[::-1] if least else self._rows
         stages = planned_stages(config, rows, loaded, config.batch_size, least=least)
@@ -133,14 +140,14 @@ class MemoryPlanner:
         return MemoryPlan(config, device, phases, longest_lengths(stages), untraced, host)
 
     def time(self, config: TrainConfig, rates: Rates) -> TimePlan:
-        """Roughly how long a run with these settings takes on a device of these rates."""
+        """Rough time of a run with these settings on a device with these rates."""
         loaded, others = self._model(config), self._others(config)
         spread = self._rows[:: max(1, len(self._rows) // TIMED_ROWS)]
         stages = planned_stages(config, spread, loaded, TIMED_ROWS)
         return time_plan(config, self.device(config), loaded, others, stages, rates, len(self._rows))
 
     def _traced_models(self, config: TrainConfig) -> list[LoadedModel]:
-        """The models whose steps are traced: with a few layers where all are alike, which takes less time."""
+        """The models to trace: with a few layers if all are alike, which takes less time."""
         loaded = self._model(config)
         if len(alike_layers(loaded)) <= max(FEW_LAYERS) or config.teacher_model:
             return [loaded]
@@ -153,7 +160,7 @@ class MemoryPlanner:
         return replace(self._device, mixed_precision=config.mixed_precision)
 
     def fixed(self, config: TrainConfig) -> Bytes:
-        """What stays from step to step, by component, without the contexts of a frozen teacher."""
+        """Permanent memory, by component, without the contexts of a frozen teacher."""
         return _fixed(config, self.device(config), self._model(config), self._others(config))
 
     def _others(self, config: TrainConfig) -> dict[TeacherRule, LoadedModel]:
@@ -195,7 +202,7 @@ class MemoryPlanner:
         return self._models[key]
 
     def _contexts(self, config: TrainConfig, cached: Sequence[TeacherRule], stages: list[list[PlannedPart]]) -> int:
-        """Bytes of the contexts that are kept: as many as there are rows, as long as the longest are on average."""
+        """Bytes of the cached contexts: one per row, with the average length of the longest rows."""
         total = 0
         for rule in cached:
             tasks = [parts[0] for parts in stages if parts[0].method.teacher == rule]
@@ -216,7 +223,7 @@ def memory_plan(
 
 @contextmanager
 def _silent(logger: logging.Logger) -> Iterator[None]:
-    """Log nothing; what fails is said in the plan."""
+    """Suppress logging; the plan reports failures."""
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
@@ -231,7 +238,7 @@ def _fixed(
     loaded: LoadedModel,
     others: dict[TeacherRule, LoadedModel],
 ) -> Bytes:
-    """What stays from step to step, without the contexts of a frozen teacher."""
+    """Permanent memory, without the contexts of a frozen teacher."""
     model, shares = loaded.model, device.processes if config.fsdp else 1
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     rules = teacher_rules(planned_methods(config))
@@ -274,14 +281,14 @@ def _moves(rule: TeacherRule) -> bool:
 
 
 def _average_bytes(config: TrainConfig, rule: TeacherRule, loaded: LoadedModel) -> int:
-    """Memory of a teacher's float32 average beside the weights that score."""
+    """Memory of a teacher's float32 average, in addition to the weights that score."""
     if config.lora_rank or not _moves(rule):
         return 0
     return sum(4 * p.numel() for p in loaded.model.parameters() if p.requires_grad and p.dtype != torch.float32)
 
 
 def _is_on_host(config: TrainConfig, device: Device) -> bool:
-    """Whether such an average lies in the machine's memory, beside the device's."""
+    """Whether such an average is in host memory rather than the device's."""
     return device.kind == "cuda" and not config.fsdp
 
 
@@ -302,7 +309,7 @@ def _phases(
     samplers: dict[str, LoadedModel],
     layers: int,
 ) -> dict[str, Bytes]:
-    """What each phase of a step adds at its peak, in the part of the stage and the segment where it is largest."""
+    """What each phase of a step adds at its peak, in its largest part and segment."""
     found: dict[str, Bytes] = {}
     for parts in stages:
         sizes = [part.rows(config, device) for part in parts]
@@ -319,7 +326,7 @@ def _phases(
 
 
 def _extrapolated(peaks: Sequence[Segments], layers: int) -> Segments:
-    """The peaks with all layers, from those with ``FEW_LAYERS``; a single one is with all."""
+    """The peaks with all layers, extrapolated from those with ``FEW_LAYERS``; a single one already has all."""
     if len(peaks) == 1:
         return peaks[0]
     few, more = FEW_LAYERS

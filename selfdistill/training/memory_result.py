@@ -35,7 +35,7 @@ class Phase:
 
 @dataclass(frozen=True, repr=False)
 class MemoryPlan(Printable):
-    """What a run needs, on each of its processes, when all of a batch's completions are as long as they may be."""
+    """Memory of a run, on each of its processes, if all completions of a batch have maximum length."""
 
     config: TrainConfig
     device: Device
@@ -44,9 +44,9 @@ class MemoryPlan(Printable):
     lengths: tuple[int, int]
     """Tokens of the longest row: of the student's prompt with the completion, and of the teacher's."""
     untraced: str | None
-    """Why what a step adds is not counted; None if it is."""
+    """Why the step is not counted; None if it is."""
     host: int = 0
-    """Bytes of the machine's memory beside a GPU's, for the teacher's average."""
+    """Bytes of host memory besides a GPU's, for the teacher's average."""
 
     @property
     def largest(self) -> Phase:
@@ -67,7 +67,7 @@ class MemoryPlan(Printable):
         return f"memory by plan: at most {size_text(self.peak)} ({parts}){beside}"
 
     def _host(self) -> str:
-        return f"{size_text(self.host)} of the machine's memory beside it, for the teacher's average"
+        return f"{size_text(self.host)} of host memory in addition, for the teacher's average"
 
     def print(self, console: Console) -> None:
         """Print a table of components by phase."""
@@ -99,7 +99,7 @@ class MemoryPlan(Printable):
 
 
 def size_text(size: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as readable text."""
     name, unit = _unit(size)
     return f"{size / unit:.1f} {name}"
 

@@ -66,7 +66,7 @@ def merge(config: MergeConfig) -> Path:
         raise UserError(f"output_dir {config.output_dir!r} exists and is not an empty folder; choose another")
     target, learnt = stored_weights(config.model), stored_weights(config.add)
     if config.subtract is None and learnt.base is None:
-        raise UserError(f"setting 'subtract': {config.add!r} is not an adapter, so name the model that it was before")
+        raise UserError(f"setting 'subtract': {config.add!r} is not an adapter, so name that model before training")
     before = learnt.base if config.subtract is None else stored_weights(config.subtract)
     assert before is not None
     for other in (learnt, before):
@@ -93,7 +93,7 @@ def _check_same(target: StoredWeights, other: StoredWeights) -> None:
         UserError: they do not; the message names the first difference.
     """
     unlike = f"model {other.name!r} does not match {target.name!r}: "
-    advice = "; all three must be of one architecture and size"
+    advice = "; all three must have the same architecture and size"
     for one, two, lacks in ((target, other, "it has no"), (other, target, "it has a further")):
         if left := sorted(one.shapes.keys() - two.shapes.keys()):
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -118,7 +118,7 @@ def _changed(
             return None
         raise UserError(
             f"model {learnt.name!r}: tensor {name} is quantised ({learnt.types[name]}) and differs from that of "
-            f"{before.name!r}; such tensors cannot be added, so use the models before quantisation"
+            f"{before.name!r}; such tensors cannot be added, so use the original models"
         )
     old, vector = target.read(name), scale * (learnt_part - before_part)
     squares.target += _square(old)

@@ -169,7 +169,7 @@ def sum_card(model: str, add: str, subtract: str, scale: float) -> str:
         f"The weights are those of {target} plus {scale:g} times the difference between {learnt} and {before}. Made "
         f"with selfdistill {__version__}, without training.",
         "## Limits",
-        "It was not evaluated: whether a difference of weights carries a skill over is to be measured.",
+        "It was not evaluated: measure whether the difference in weights transfers the skill.",
         f"{_LOADING}\n\n{_LOAD_MODEL}",
     ]
     return "\n\n".join(parts)

@@ -50,7 +50,7 @@ class Plan(Printable):
     peak_gib: float
     """Peak memory of these steps in GiB: of the device with CUDA, else of the process."""
     memory: MemoryPlan | None
-    """What a step needs at most, if all completions are as long as they may be; None if that is not known."""
+    """Maximum memory of a step, if all completions have maximum length; None if unknown."""
 
     def print(self, console: Console) -> None:
         """Print all of it."""
@@ -73,7 +73,7 @@ class Plan(Printable):
 
 
 def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Sequence[str] = ()) -> Plan:
-    """Prepare a run, do two steps in memory, and discard them.
+    """Prepare a run, take two steps in memory, and discard them.
 
     Args:
         config: settings of the run.
@@ -128,17 +128,17 @@ def plan_for(
     *,
     given: Sequence[str] = (),
 ) -> Fit:
-    """Plan a run's memory and time on a device; no weights are read, and nothing of the run is computed.
+    """Plan a run's memory and time on a device, without reading weights or computing anything of the run.
 
     Args:
         config: settings of the run. Where ``mixed_precision`` is ``auto``, it is bf16 on a GPU.
-        memory: bytes that the device has; None: what ``device`` has.
-        device: a GPU of ``GPUS``, or ``this``; None: a GPU of unknown speed, whose time is not planned.
+        memory: memory of the device in bytes; None: that of ``device``.
+        device: a GPU of ``GPUS``, or ``this``; None: a GPU of unknown speed, without a plan of the time.
         loaded: the model, if already loaded.
         given: names of files that may be in the run folder.
 
     Raises:
-        UserError: settings, data, ``config.json`` or tokenizer are invalid, or neither device nor memory is known.
+        UserError: settings, data, ``config.json`` or tokenizer are invalid, or neither device nor memory is given.
     """
     rows = _checked_rows(config, given)
     rates: Rates | None = None
@@ -154,7 +154,7 @@ def plan_for(
             rates = named_rates(device, "no" if config.mixed_precision == "no" else "bf16")
     limit = has if memory is None else memory
     if limit is None:
-        raise UserError("option --memory: the memory of the device is not known; give it, such as 80GiB")
+        raise UserError("option --memory: the memory of this device is unknown; give it, such as 80GiB")
     return fit(config, rows, own, int(limit), loaded, rates)
 
 

@@ -1,4 +1,4 @@
-"""The stages of a run that is planned: their parts, with examples of a fake model."""
+"""The stages of a planned run: their parts, with examples of a fake model."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from selfdistill.training.selection import Selector
 from selfdistill.training.traced_step import PlannedPart
 
 _PICTURE = 1000
-"""Characters as which a picture counts: most models write a few hundred tokens for one."""
+"""A picture counts as this many characters: most models write a few hundred tokens for it."""
 
 
 def planned_stages(
     config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, count: int, *, least: bool = False
 ) -> list[list[PlannedPart]]:
-    """The stages with the first rows, or more where these do not do: too long, or too few for a context.
+    """The stages with the first rows, or with more if these are too long, or too few for a context.
 
     Args:
-        config: settings of the run. With the context ``auto``, it is the one that is longest.
+        config: settings of the run. The context ``auto`` becomes the longest one.
         rows: its rows.
         loaded: the model, of fake tensors.
         count: rows to begin with.
-        least: with samples of one token, in place of the longest.
+        least: with samples of one token instead of maximum length.
 
     Raises:
-        UserError: no rows do.
+        UserError: no rows fit.
     """
     while True:
         try:
@@ -93,7 +93,7 @@ def planned_methods(config: TrainConfig) -> list[Method]:
 
 
 def characters(row: Demonstration) -> int:
-    """About how long a row is; a picture counts as many characters."""
+    """Approximate length of a row in characters, with a fixed number for each picture."""
     return len(json.dumps([*row.prompt, *row.episode])) + len(row.completion) + _PICTURE * len(row.images)
 
 

@@ -1,4 +1,4 @@
-"""How fast a device computes and reads its memory: by a data sheet, or by a measurement of this machine."""
+"""How fast a device computes and reads its memory, from a data sheet or measured on this machine."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from selfdistill.runtime import GPUS, clock
 
 SHARE_OF_PRODUCTS, SHARE_OF_BANDWIDTH = 0.4, 0.7
-"""Of a data sheet's rates, what training reaches in practice. Estimates, not measured here."""
+"""The share of a data sheet's rates that training reaches in practice. Estimates, not measured here."""
 READING_SHARES = {"cpu": 1 / 3}
-"""Of the measured rate of a copy, what products with few rows reach where they read weights (docs/performance.md)."""
+"""The share of a copy's measured rate that products with few rows reach when reading weights (docs/performance.md)."""
 GPU_READING_SHARE = 0.8
 """The same on other devices; an estimate."""
 LAYER_SECONDS = 0.5e-3
-"""What a pass of a few tokens through a layer takes beside products and reading: to start its operations one by one."""
+"""Seconds per layer that a pass of a few tokens takes to start its operations, besides products and reading."""
 MEASURED_SECONDS = 0.5
-"""Of each of the two measurements."""
+"""Seconds of each of the two measurements."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches."""
+    """The rates that a device reaches."""
 
     name: str
-    """The device, and where the rates are from."""
+    """The device, and the source of the rates."""
     products: float
     """FLOP per second of matrix products in the run's arithmetic."""
     bandwidth: float
@@ -53,7 +53,7 @@ def named_rates(name: str, mixed_precision: str) -> Rates:
 
 
 def measured_rates(device: torch.device, mixed_precision: str) -> Rates:
-    """The rates of a device of this machine, by a matrix product and a copy, in a second."""
+    """The rates of this machine's device, measured in a second with a matrix product and a copy."""
     is_cpu = device.type == "cpu"
     size, length = (1024, 2**26) if is_cpu else (8192, 2**30)
     factor = torch.ones(size, size, device=device, dtype=torch.bfloat16 if mixed_precision == "bf16" else torch.float32)
@@ -66,7 +66,7 @@ def measured_rates(device: torch.device, mixed_precision: str) -> Rates:
 
 
 def _least_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The shortest time that some work takes, repeated for ``MEASURED_SECONDS``; other processes only add to it."""
+    """The shortest time of a task, repeated for ``MEASURED_SECONDS``; other processes only add to it."""
     least, began = float("inf"), clock(device)
     while (start := clock(device)) - began < MEASURED_SECONDS or least == float("inf"):
         work()

@@ -73,7 +73,7 @@ def examples_at(rows: Sequence[Row], positions: range, seed: int) -> list[Row]:
 
 
 def steps_of(config: TrainingSettings, examples: int, share: float = 1.0) -> int:
-    """``max_steps``; by default the steps of ``num_train_epochs`` over so many examples, a share of every batch."""
+    """``max_steps``; by default the steps of ``num_train_epochs`` over this many examples, a share of every batch."""
     steps = examples * config.num_train_epochs / (config.batch_size * share)
     return config.max_steps or math.ceil(round(steps, 9))  # 1 - 0.8 is a little less than 0.2
 

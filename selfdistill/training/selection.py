@@ -1,4 +1,4 @@
-"""What is learnt of a step's samples: each gets a verdict, and the method chooses, weighs and gives contexts."""
+"""Which of a step's samples are learnt: each gets a verdict, and the method chooses, weights and gives contexts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BatchPart:
     name: str
     method: Method
     completions: Sequence[Completion]
-    """Samples, or what the method learns from in place of samples. Parts with the same samples share this object."""
+    """Samples, or what the method learns from instead of samples. Parts with the same samples share this object."""
     share: float
     """Weight of the part's loss: its share of the batch's examples, times the method's weight."""
 
@@ -83,6 +83,6 @@ class Selector:
             self._noted = True
             say_note(
                 f"{encode.unfit[0]}; such samples are left out, and metrics.jsonl counts them (unfit). A larger "
-                "--max_prompt_length may have room for them"
+                "--max_prompt_length may fit them"
             )
         return Selected(part, learnt, verdicts, len(encode.unfit))

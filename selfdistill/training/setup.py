@@ -76,7 +76,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         UserError: the launcher's settings conflict with the run's.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("the launcher's own FSDP is enabled (--use_fsdp); leave it out, and give --fsdp true")
+        raise UserError("the launcher's own FSDP is enabled (--use_fsdp); leave it out, and use --fsdp true")
     AcceleratorState._reset_state()  # it would refuse a precision other than that of the process's first run
     accelerator = Accelerator(
         mixed_precision=resolved_precision(config.mixed_precision),
@@ -93,7 +93,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     barrier()  # a process that exits with an error must not do so while another is still joining
     if config.fsdp and processes == 1:
         raise UserError(
-            "setting 'fsdp' shards a model across processes, found only one; start several, or give --fsdp false"
+            "setting 'fsdp' shards a model across processes, found only one; start several, or use --fsdp false"
         )
     if config.fsdp and config.batch_size % (processes * config.micro_batches):
         raise UserError(
@@ -114,7 +114,7 @@ def refuse_with_pictures(config: TrainConfig, demonstrations: Sequence[Demonstra
     if any(row.images for row in demonstrations):
         for name in ("fsdp", "torch_compile", "load_in_4bit", "engine"):
             if getattr(config, name) not in (False, "none"):
-                raise UserError(f"setting {name!r} does not work with rows with pictures; leave it out")
+                raise UserError(f"setting {name!r} does not work with pictures; leave it out")
 
 
 def repeating(config: TrainConfig) -> AbstractContextManager[None]:
@@ -178,7 +178,7 @@ def _encoded(
         if repeated := repeated_prompts(examples, demonstrations):
             say_note(
                 f"{len(repeated)} of {len(examples)} {method.examples.what} are also prompts of the demonstrations "
-                f"({first_ten(repeated)}); remove them, for there the model is taught two things"
+                f"({first_ten(repeated)}); remove them: they teach the model two things at once"
             )
     if method.checker and config.environment == "none":
         check_answers([example.demonstration for example in examples], config.scorer)

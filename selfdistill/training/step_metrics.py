@@ -77,6 +77,7 @@ def step_metrics(
         metrics |= _engine_gap(results)
     if sampled.tokens:
         metrics["rollout/tokens_per_second"] = sampled.tokens / (sampled.seconds - seconds.get("sync", 0.0))
+    seconds = {"teacher": 0.0} | seconds
     for part in ("rollout", "sync", "teacher", "student", "update", "drift", "step"):
         if part in seconds:
             metrics[f"time/{part}_s"] = seconds[part]

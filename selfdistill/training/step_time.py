@@ -14,8 +14,8 @@ and the parts of a step, on a device with c FLOP per second and b bytes per seco
     student    3 F(S + T) / c; 2 with LoRA, which needs no gradients of the weights; 1 more with checkpointing
     update     bytes that clipping, AdamW and an EMA teacher move / b
 
-Not counted: what shared and kept beginnings of contexts save, padding, work on the CPU, communication between
-processes, evaluations and checkpoints. Samples count as long as they may be, of mixtures of experts all experts.
+Not counted: savings from shared and cached beginnings of contexts, padding, work on the CPU, communication between
+processes, evaluations and checkpoints. Samples count at maximum length; in mixtures of experts all experts count.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from selfdistill.training.traced_step import Device, PlannedPart
 
 @dataclass(frozen=True)
 class Network:
-    """The sizes of a network that its time depends on."""
+    """The sizes of a network that determine its time."""
 
     body: int
     """Weights that every token passes: all but embeddings and head."""
@@ -66,11 +66,11 @@ class Network:
         )
 
     def forward_flops(self, tokens: float, seen: float, scored: float) -> float:
-        """FLOP of a pass over one sequence: so many tokens, each of which sees so many, and so many of them scored."""
+        """FLOP of a pass over one sequence: its tokens, how many each of them sees, and how many are scored."""
         return tokens * (2 * self.body + 4 * self.layers * self.width * seen) + 2 * self.head * scored
 
     def sampling_seconds(self, rates: Rates, sequences: float, prompt: float, tokens: float) -> float:
-        """Seconds to sample so many tokens after each prompt."""
+        """Seconds to sample this many tokens after each prompt."""
         seen = prompt + tokens / 2
         flops = sequences * self.forward_flops(1, seen, 1)
         kept = 2 * self.layers * self.kept_width * seen * sequences
@@ -95,7 +95,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Roughly how long a run takes, when all samples are as long as they may be."""
+    """Rough time of a run, if all samples have maximum length."""
 
     rates: Rates
     step: Seconds
@@ -115,7 +115,7 @@ class TimePlan:
         before = f" and {duration_text(self.before)} before the first" if self.before else ""
         return (
             f"rough time, on {self.rates.name}: {self.step.total:.2g} s per step ({parts}), "
-            f"{duration_text(self.total)} for {self.steps} steps{before}, if all samples are as long as they may be"
+            f"{duration_text(self.total)} for {self.steps} steps{before}, if all samples have maximum length"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def _update_seconds(
 
 
 def duration_text(seconds: float) -> str:
-    """A duration for people."""
+    """A duration as readable text."""
     minutes = seconds / 60
     if minutes < 2:
         return f"{seconds:.0f} s"

@@ -24,7 +24,11 @@ class Stopwatch:
         """Add the time spent inside the context to ``name``."""
         began = clock(self._device)
         yield
-        self._seconds[name] += clock(self._device) - began
+        self.add(name, clock(self._device) - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds that something else measured to ``name``."""
+        self._seconds[name] += seconds
 
     def seconds(self) -> dict[str, float]:
         """Seconds by name, plus ``step``: since the stopwatch was created."""

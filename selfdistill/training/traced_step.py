@@ -1,7 +1,7 @@
-"""The phases of one optimizer step on fake tensors: what each holds at its peak, beside what stays from step to step.
+"""The phases of one optimizer step on fake tensors: what each holds at its peak, in addition to permanent memory.
 
-The same forward pass, loss and backward pass as in training run over the longest rows that a micro-batch may have:
-see :meth:`selfdistill.training.batch_gradient.BatchGradient.add` for how it is divided.
+The forward pass, loss and backward pass of training run over the longest rows that a micro-batch may have:
+see :meth:`selfdistill.training.batch_gradient.BatchGradient.add` for its division.
 
 Legend: B completions of a micro-batch, N their tokens without padding, T tokens of a completion, D hidden size, V
 vocabulary, H key/value heads, L tokens, C channels of a head.
@@ -41,17 +41,17 @@ Ids = list[int]
 Bytes = Counter[str]
 """Bytes by component."""
 Segments = dict[tuple[str, str], Bytes]
-"""The peaks of a step's segments, by phase and name. Where all layers are alike, each grows by as much per layer."""
+"""The peaks of a step's segments, by phase and name. If all layers are alike, each grows equally per layer."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a run is planned for."""
+    """The device that a run is planned for."""
 
     kind: str
     """``cuda`` or ``cpu``, as PyTorch names it."""
     mixed_precision: str
-    """``bf16`` or ``no``: what the setting ``auto`` stands for there."""
+    """``bf16`` or ``no``: the meaning of the setting ``auto`` there."""
     processes: int = 1
 
     @classmethod
@@ -73,7 +73,7 @@ class PlannedPart:
     share: float
     examples: list[Example]
     sampling: Sampling | None
-    """How the completions are sampled; None if they are those of the examples."""
+    """How the completions are sampled; None if they come from the examples."""
     same_samples: bool = False
     """Whether they are the samples of the stage's first part."""
     guided: list[Ids] = field(default_factory=list)
@@ -85,7 +85,7 @@ class PlannedPart:
         return math.ceil(count / device.processes)
 
     def completion(self, example: Example) -> Ids:
-        """As long as the example's completion may become."""
+        """The example's completion at maximum length."""
         return [0] * self.sampling.max_completion_length if self.sampling else example.completion_ids
 
 
@@ -113,13 +113,13 @@ class TracedStep:
         self._networks = [loaded.model, *(other.model for other in others.values())]
         with self._autocast():
             self.caches = {rule: FilledCache(others.get(rule, loaded)) for rule in cached}
-            """Kept contexts, by the rule of their teacher."""
+            """Cached contexts, by the rule of their teacher."""
 
     def _autocast(self) -> torch.autocast:
         return autocast(self._device)
 
     def sampling(self, part: PlannedPart, count: int) -> Segments:
-        """Sample so many completions, all of the greatest length."""
+        """Sample this many completions, all of maximum length."""
         if part.sampling is None or part.method.sequence.sampling is None:
             return {}
         prompts = longest([x.student_ids for x in part.examples], count)
@@ -131,7 +131,7 @@ class TracedStep:
         return found
 
     def drawing(self, part: PlannedPart, others: dict[str, LoadedModel]) -> Segments:
-        """Draw the samples of a batch before the first step, all of the greatest length.
+        """Draw the samples of a batch before the first step, all of maximum length.
 
         Args:
             part: whose samples.
@@ -267,7 +267,7 @@ def _segments(live: LiveTensors) -> Segments:
 
 
 def longest(ids: Sequence[Ids], count: int) -> list[Ids]:
-    """The longest of some token sequences, repeated where there are fewer."""
+    """The longest of some token sequences, repeated if there are too few."""
     ordered = sorted(ids, key=len, reverse=True)
     return [ordered[number % len(ordered)] for number in range(count)]
 

@@ -63,7 +63,7 @@ def check_output_dir(name: str, *, resume: bool, given: Sequence[str] = ()) -> P
     if not resume and folder.exists() and any(file.name not in given for file in folder.iterdir()):
         raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with --resume")
     if resume and (folder / "final").exists() and not list_checkpoints(folder):
-        raise UserError(f"output_dir {name!r}: this run is finished and kept no checkpoint, so it cannot be resumed")
+        raise UserError(f"output_dir {name!r}: this run is finished and has no checkpoint, so it cannot be resumed")
     return folder
 
 
@@ -292,7 +292,7 @@ def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
     trainer.control = saved.control
     if saved.engine != name:
         before, now = saved.engine or "PyTorch", name or "PyTorch"
-        say_note(f"the run has sampled with {before} and goes on with {now}, which draws other samples")
+        say_note(f"the run sampled with {before} and continues with {now}, which draws different samples")
     return replace(saved, engine=name)
 
 

@@ -50,7 +50,7 @@ from selfdistill.model import (
     weights_fingerprint,
 )
 from selfdistill.runtime import broadcast_from_rank0, say_note
-from selfdistill.training.batch_gradient import BatchGradient
+from selfdistill.training.batch_gradient import BatchGradient, PartResult
 from selfdistill.training.checkpoint import trained_parameters
 from selfdistill.training.schedule import examples_at, learning_rate, positions_of
 from selfdistill.training.selection import BatchPart, Selector
@@ -99,8 +99,8 @@ class Trainer:
         )
         if config.load_in_4bit and not is_in_4bit(self.loaded.model):
             raise UserError(
-                "setting 'load_in_4bit' quantises a model while it is read from its files, found one that is already "
-                "loaded: give its folder or name, or leave the setting out"
+                "setting 'load_in_4bit' quantises a model while reading its files, found a loaded model: give its "
+                "folder or name, or leave the setting out"
             )
         use_engine(self.loaded, config)
         self.began_as = start_fingerprint(self.loaded)
@@ -126,8 +126,8 @@ class Trainer:
             assert self.evaluator is not None
             if repeated := repeated_prompts(part.examples, self.evaluator.questions.demonstrations):
                 say_note(
-                    f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these "
-                    "the model is held at the replies of before the run"
+                    f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these, "
+                    "anchors preserve the replies from before the run"
                 )
 
     def _prepare(self) -> None:
@@ -269,38 +269,19 @@ class Trainer:
         If loss or gradient are non-finite, weights and optimizer stay unchanged, and the metrics have ``skipped``. They
         stay so, too, if nothing is learnt. Then an average of the student stays as well.
         """
-        stopwatch = Stopwatch(self.loaded.device)
+        stopwatch, sampled = Stopwatch(self.loaded.device), self.loaded.sampled
         self.stage = stage = self.stage_of(step)[1]
         stage_step = step - stage.first_step
         positions = self._positions(stage, stage_step)
+        control = self._control(stage, stage_step)
 
-        engine = self.engine()
-        synced_s = engine.sync_s if engine else 0.0
-        sampled_before = self.loaded.sampled
-        controller = stage.task.method.controller
-        if controller and stage_step == 0:
-            self.control = controller.start
-        control = controller.value(self.control, stage_step, stage.steps) if controller else None
-        with stopwatch("rollout"), self.accelerator.autocast():
-            parts = self._completed(stage, positions, step, control)
-            if engine:
-                engine.rest()
-        sync = {"sync": engine.sync_s - synced_s} if engine else {}
-
+        parts = self._sampled(stage, positions, step, control, stopwatch)
         results = self.gradient.add(parts, stopwatch)
-
         with stopwatch("update"):
             rate = self._set_learning_rate(stage, stage_step)
-            norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
+            norm, moved = self._update_student(results)
             if self.teacher is not None:
-                self.teacher.wait()
-            moves = is_sound(results, norm) and any(p.grad is not None for p in self.parameters)
-            if moves:
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.teacher is not None:
-                self.teacher.update(step + 1, student_moved=moves)
-
+                self.teacher.update(step + 1, student_moved=moved)
         with stopwatch("drift"):
             drift = self._measured_drift(step + 1)
 
@@ -311,20 +292,47 @@ class Trainer:
             learning_rate=rate,
             grad_norm=norm,
             drift=drift,
-            seconds={"teacher": 0.0, **sync, **stopwatch.seconds()},
-            sampled=self.loaded.sampled - sampled_before,
+            seconds=stopwatch.seconds(),
+            sampled=self.loaded.sampled - sampled,
             by_part=len(stage.parts) > 1,
             control=control,
         )
-        if controller:
+        self._update_control(stage, stage_step, metrics)
+        return metrics
+
+    def _control(self, stage: Stage, stage_step: int) -> float | None:
+        """The number that the stage's controller sets for this step; None without a controller."""
+        controller = stage.task.method.controller
+        if controller is None:
+            return None
+        if stage_step == 0:
+            self.control = controller.start
+        return controller.value(self.control, stage_step, stage.steps)
+
+    def _update_control(self, stage: Stage, stage_step: int, metrics: dict[str, Any]) -> None:
+        """Let the stage's controller, if any, learn from the step's metrics."""
+        if controller := stage.task.method.controller:
             state = partial(controller.update, self.control, metrics, stage_step, stage.steps)
             self.control = broadcast_from_rank0(state)  # the sums of two ranks may differ slightly
-        return metrics
 
     def _positions(self, stage: Stage, stage_step: int) -> list[range]:
         """Positions of the step's examples, by part with its own samples."""
         config, shares = self.config, [part.share for part in stage.sampled]
         return positions_of(shares, stage_step, config.batch_size, config.seed, batch_unit(config))
+
+    def _sampled(
+        self, stage: Stage, positions: Sequence[range], step: int, control: float | None, stopwatch: Stopwatch
+    ) -> list[BatchPart]:
+        """The parts of the step with their completions; an engine then frees its memory for the gradient."""
+        engine = self.engine()
+        synced_s = engine.sync_s if engine else 0.0
+        with stopwatch("rollout"), self.accelerator.autocast():
+            parts = self._completed(stage, positions, step, control)
+            if engine:
+                engine.rest()
+        if engine:
+            stopwatch.add("sync", engine.sync_s - synced_s)
+        return parts
 
     def _completed(self, stage: Stage, positions: Sequence[range], step: int, control: float | None) -> list[BatchPart]:
         """The parts of the step with their completions; parts that sample alike sample together."""
@@ -352,6 +360,17 @@ class Trainer:
                 share = len(own) / self.config.batch_size * method.weight
                 batch_parts.append(BatchPart(part.name, method, made, share))
         return batch_parts
+
+    def _update_student(self, results: Sequence[PartResult]) -> tuple[float, bool]:
+        """Clip the gradient and step the optimizer if all is finite; the gradient's norm, and whether it stepped."""
+        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
+        if self.teacher is not None:
+            self.teacher.wait()  # its last update may still read the student
+        moves = is_sound(results, norm) and any(p.grad is not None for p in self.parameters)
+        if moves:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, moves
 
     def _set_learning_rate(self, stage: Stage, stage_step: int) -> float:
         config = self.config

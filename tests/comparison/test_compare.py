@@ -304,7 +304,7 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
 
 
 def test_a_context_that_is_still_to_be_found_is_not_varied(settings: Callable[..., CompareConfig]) -> None:
-    with pytest.raises(UserError, match="context 'auto' stands for the best one; name the contexts to compare"):
+    with pytest.raises(UserError, match="context 'auto' means the best one; name the contexts to compare"):
         compare(settings(vary={"context": ["auto", "turns"]}))
 
 

@@ -54,7 +54,7 @@ def test_less_forgotten_is_said_where_neither_seeds_nor_questions_explain_it() -
     assert said.startswith("Three steps. At learning rate 0.0001 sdft ends at 0.65 on the new task, sft at 0.90")
     assert "At equal accuracy, sdft has a prior accuracy of 0.720, sft 0.589, the base 0.800" in said
     assert "a difference of +0.131 (95% interval over seeds +0.1" in said
-    assert "KL(base||model) 0.40 and sft 0.92, 2.29 times as far" in said
+    assert "KL(base||model) is 0.40 for sdft and 0.92 for sft: sft drifted 2.29 times as far" in said
     assert said.endswith("So at equal accuracy, sdft forgot less than sft.")
 
 
@@ -86,7 +86,7 @@ def test_nothing_is_concluded_where_the_other_method_did_not_learn_as_much() -> 
         runs.append(run("sft", seed, BASE, (0.1, 0.3, 0.5), (0.05, 0.2, 1.0)))
         runs.append(run("sdft", seed, BASE, (0.5, 0.8, 0.2), (0.9, 0.75, 0.3)))
     said = sentences(runs, "")
-    assert "sft reaches that accuracy in only 0 of 3 runs; with its best evaluation in the others (mean 0.10)" in said
+    assert "sft reaches that accuracy in only 0 of 3 runs; in the others its best evaluation counts (mean 0.10)" in said
     assert said.endswith("forgetting cannot be compared.")
 
 

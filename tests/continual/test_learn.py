@@ -451,8 +451,8 @@ def test_a_stop_in_training_says_how_to_go_on(
         add(make())
     assert error.value.exit_code == 143
     monkeypatch.undo()
-    there = r"^'first' is unfinished: give the same command to finish it, or discard it with selfdistill learn --state "
-    there += re.escape(make().state) + r" discard\. What differs: "
+    there = r"^'first' is unfinished: run the same command to finish it, or discard it with selfdistill learn --state "
+    there += re.escape(make().state) + r" discard\. Differences: "
     with pytest.raises(UserError, match=there + r"name was 'first' and is now 'second'; its rows or test rows differ"):
         add(make("second"))
     changed = r"batch_size was 4 and is now 2; learning_rate was 0.001 and is now 0.002$"
@@ -778,7 +778,7 @@ def test_a_base_that_was_moved_is_known_by_its_weights(make: Settings, tmp_path:
     add(config)
     second = make("second", model="")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"its base '.*' does not exist; if it was moved, give its new place with"):
+    with pytest.raises(UserError, match=r"its base '.*' does not exist; if it was moved, give its new location with"):
         add(second)
     assert add(second.model_copy(update={"model": str(tmp_path / "elsewhere")}))["accepted"]
     assert Ledger(config.state).base == str(tmp_path / "elsewhere")
@@ -806,9 +806,15 @@ def test_mistakes_about_a_state_that_exists(make: Settings, tmp_path: Path) -> N
     save_file({name: weight + 1 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
     (tmp_path / "other.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n', encoding="utf-8")
     for values, message in (
-        ({"model": str(other)}, "setting 'model': .* began with '.*', and '.*' has different weights; leave it out"),
-        ({"prior": str(tmp_path / "other.jsonl")}, "setting 'prior': .* began with other questions, or none; leave it"),
-        ({"mixed_precision": "bf16"}, "setting 'mixed_precision': .* has all its scores with 'no'; use the same"),
+        ({"model": str(other)}, "setting 'model': .* started from '.*', but '.*' has different weights; leave it out"),
+        (
+            {"prior": str(tmp_path / "other.jsonl")},
+            "setting 'prior': .* started with other questions, or none; leave it",
+        ),
+        (
+            {"mixed_precision": "bf16"},
+            "setting 'mixed_precision': all scores in .* were measured with 'no'; use the same",
+        ),
         ({}, "setting 'name': .* already has a skill 'first'; give another --name"),
     ):
         with pytest.raises(UserError, match=message):

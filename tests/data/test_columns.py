@@ -96,9 +96,9 @@ def test_the_parts_of_a_prompt_are_named_together(row: dict[str, Any], problem: 
         ("videos", ["a.mp4"], "only text and pictures are supported; leave it out"),
         ("audio", "a.wav", "only text and pictures are supported; leave it out"),
         ("functions", [{"name": "f"}], "write them as 'tools'"),
-        ("rejected", "five", "pairs of a better and a worse reply are not used; leave it out"),
+        ("rejected", "five", "preference pairs are not supported; leave it out"),
         ("conversations", TURNS, "keep either the prompt or the conversation"),
-        ("label", False, "true and false tell good from bad completions; keep the good rows, and leave it out"),
+        ("label", False, "it marks good and bad completions; keep the good rows, and leave it out"),
     ],
 )
 def test_a_column_that_would_be_lost_is_refused(column: str, value: Any, advice: str) -> None:

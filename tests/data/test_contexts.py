@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import (
+    CONTEXTS,
     Context,
     Document,
     ExampleAnswer,
@@ -21,9 +24,10 @@ from selfdistill.data.contexts import (
     Template,
     Turns,
     context_spec,
+    options_of,
     parse_context,
 )
-from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.data.encoding import encode
 from selfdistill.errors import UserError
 
@@ -45,6 +49,75 @@ def row(number: int = 0, question: str = "Why?", reply: str = "So.", **more: Any
 
 WITH_SYSTEM = row(prompt=(SYSTEM, user("Why?")))
 LONG_CHAT = row(prompt=(SYSTEM, user("Hi"), assistant("Hello"), user("Why?")))
+
+
+# --- every context ---
+
+OTHERS = [row(i, f"question {i}", f"reply {i}", document="Once.", privileged_context=f"other {i}") for i in range(1, 5)]
+COLUMNS = {"completion": "So.", "document": "Once.", "privileged_context": "HINT"}
+
+
+@pytest.fixture(params=CONTEXTS)
+def every(request: pytest.FixtureRequest, tmp_path: Path) -> Context:
+    """Each context with its defaults. A new one is tested by itself; what it cannot do without goes into ``needs``."""
+    (tmp_path / "t.txt").write_text("{prompt} {demonstration}", encoding="utf-8")
+    needs = {"template": f":file={tmp_path / 't.txt'}"}
+    return parse_context(request.param + needs.get(request.param, ""))
+
+
+def shown_by(context: Context, demonstration: Demonstration, pool: list[Demonstration]) -> str | None:
+    """What the teacher sees; None if the context refuses the row."""
+    try:
+        return str(context.messages(demonstration, pool))
+    except UserError:
+        return None
+
+
+def test_every_context_adds_to_the_prompt_and_ends_with_a_users_turn(every: Context) -> None:
+    demonstration = row(prompt=(SYSTEM, user("Why?")), document="Once.", privileged_context="HINT")
+    messages = every.messages(demonstration, OTHERS)
+    assert every.messages(demonstration, OTHERS) == messages
+    assert messages[0] == SYSTEM
+    assert messages[-1]["role"] == "user"
+    assert messages != list(demonstration.prompt)
+    assert "So." not in str(messages)  # privileged_context stands for it
+
+
+def test_every_context_reads_back_from_its_spec(every: Context) -> None:
+    assert CONTEXTS[every.name] is type(every)
+    assert parse_context(context_spec(every)) == every
+
+
+@pytest.mark.parametrize("missing", [(), *((name,) for name in COLUMNS), ("completion", "privileged_context")])
+def test_every_context_says_beforehand_which_rows_it_refuses(every: Context, missing: tuple[str, ...]) -> None:
+    columns = {name: text for name, text in COLUMNS.items() if name not in missing}
+    pool = [Demonstration((user(f"question {i}"),), row=i, **columns) for i in range(5)]
+    assert (shown_by(every, pool[0], pool) is None) is bool(every.lacks(pool[0]))
+
+
+def test_every_context_shows_an_episode_or_says_that_it_cannot(every: Context) -> None:
+    calls = {"role": "assistant", "tool_calls": [{"name": "look", "arguments": {"at": "map"}}]}
+    replies = [calls, {"role": "tool", "content": "blue"}, assistant("It is blue.")]
+    columns = {"prompt": "Which?", "completion": replies, "document": "Once."}
+    (episode,) = load_demonstrations([columns])
+    shown = shown_by(every, episode, OTHERS)
+    assert (shown is None) is bool(every.lacks(episode))
+    if shown is None:  # another reason, such as a missing column, is not about episodes
+        assert "cannot show an episode" in str(every.lacks(replace(episode, privileged_context="HINT")))
+    elif every.name != "few_shot":  # which shows others
+        assert all(word in shown for word in ("map", "blue", "It is blue."))
+
+
+def test_every_context_keeps_the_pictures_of_the_question(every: Context) -> None:
+    columns = {"prompt": "Which?", "images": [Image.new("RGB", (8, 6), "red")]}
+    (made,) = load_demonstrations([columns | COLUMNS])
+    assert every.messages(made, OTHERS)[-1]["content"].count(made.images[0].mark) == 1
+
+
+def test_contexts_of_one_demonstration_show_it_alone(every: Context) -> None:
+    plain = [Demonstration((user(f"question {i}"),), f"reply {i}", row=i) for i in range(5)]
+    shown = shown_by(every, plain[0], plain) or ""
+    assert ("reply 0" in shown and "reply" not in shown.replace("reply 0", "")) is every.one_demonstration
 
 
 # --- messages ---
@@ -264,6 +337,8 @@ def test_few_shot_needs_enough_other_rows() -> None:
 
 # --- specs ---
 
+NAMES = ", ".join(CONTEXTS)
+
 
 @pytest.mark.parametrize(
     "context",
@@ -302,16 +377,20 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
     [
         (
             "turn:repeats=2",
-            "context 'turn:repeats=2': unknown context 'turn', expected one of turns, example, few_shot, "
-            "document, template, rewritten",
+            f"context 'turn:repeats=2': unknown context 'turn', expected one of {NAMES}; did you mean turns?",
         ),
-        ("", "context '': unknown context '', expected one of turns, example, few_shot, document, template, rewritten"),
+        ("", f"context '': unknown context '', expected one of {NAMES}"),
         (
             "turns,repeats=2",
-            "context 'turns,repeats=2': unknown context 'turns,repeats=2', expected one of turns, example, few_shot, "
-            "document, template, rewritten; options follow a colon, as in turns:repeats=2",
+            f"context 'turns,repeats=2': unknown context 'turns,repeats=2', expected one of {NAMES}; options follow a "
+            "colon, as in turns:repeats=2",
         ),
-        ("turns:repeat=2", "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats, show"),
+        (
+            "turns:repeat=2",
+            "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats, show; did you mean "
+            "repeats?",
+        ),
+        ("rewritten:repeats=2", "context 'rewritten:repeats=2': rewritten has no option 'repeats'; it has none"),
         ("turns:name=x", "context 'turns:name=x': turns has no option 'name'; its options are repeats, show"),
         ("few_shot:n=2", "context 'few_shot:n=2': few_shot has no option 'n'; its options are k, pick, this, seed"),
         ("template:text=x", "context 'template:text=x': template has no option 'text'; its options are file"),
@@ -333,6 +412,13 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
 def test_a_wrong_spec_says_what_there_is(spec: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         parse_context(spec)
+
+
+@pytest.mark.parametrize("type_", [float, int | None])
+def test_an_option_that_a_spec_cannot_write_is_refused_where_contexts_are_listed(type_: Any) -> None:
+    quiz = make_dataclass("Quiz", [("share", type_, 1)], bases=(Turns,), namespace={"name": "quiz"}, frozen=True)
+    with pytest.raises(TypeError, match=r"^context 'quiz': option 'share' is .*, expected bool, int, str or a Literal"):
+        options_of(quiz)
 
 
 # --- token ids ---

@@ -86,10 +86,10 @@ def test_messages_may_be_their_json_text(row: dict[str, Any], turns: Any, comple
 )
 @pytest.mark.parametrize("column", ["prompt", "messages"])
 def test_messages_as_python_writes_them_are_refused(column: str, text: str) -> None:
-    problem = f"column '{column}': found messages as Python writes them, expected a list or its JSON text"
+    problem = f"column '{column}': found the text of a Python list, expected a list or its JSON text"
     assert message_of(write("a.jsonl", {column: text})) == f"a.jsonl: 1 bad row: line 1, {problem}"
     both = {"prompt": json.dumps([USER]), "completion": text}
-    assert "column 'completion': found messages as Python writes them" in message_of(write("a.jsonl", both))
+    assert "column 'completion': found the text of a Python list" in message_of(write("a.jsonl", both))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": "q", "completion": [ASSISTANT, ASSISTANT]},
-        "column 'completion': found two assistant turns in a row, expected a tool or user turn between",
+        "column 'completion': found two assistant turns in a row, expected a tool or user turn in between",
     ),
     (
         {"prompt": "q", "completion": [USER]},
@@ -333,8 +333,8 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [USER | {"weight": 0}], "completion": "r"},
-        "column 'prompt[0]': found key 'weight', expected only role and content; leave it out; what is not "
-        "learnt belongs in 'prompt', what follows in 'completion'",
+        "column 'prompt[0]': found key 'weight', expected only role and content; leave it out; put turns that are not "
+        "learnt into 'prompt', and the rest into 'completion'",
     ),
     (
         {"prompt": [USER | {"name": "Ada"}], "completion": "r"},
@@ -365,7 +365,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         GOOD | {"messages": [USER, ASSISTANT]},
-        "has 'prompt' and 'messages', expected 'messages' alone or 'prompt' with 'completion'",
+        "has 'prompt' and 'messages', expected either 'messages' or 'prompt' with 'completion'",
     ),
     ({"messages": [USER, ASSISTANT]}, "has 'messages' but line 1 has 'prompt'; use one form in the whole set"),
     ([GOOD], "found a list of 1, expected an object"),
@@ -576,7 +576,7 @@ AS_PICTURE = """write {"type": "image"} alone, and the picture into the column '
     [
         ({"type": "image"}, "found a part of type 'image', but no picture in the column 'images'; add it"),
         ({"type": "image", "image": "a.png"}, f"found a part of type 'image'; {AS_PICTURE}"),
-        ({"type": "input_audio", "input_audio": {}}, "found a part of type 'input_audio', expected text alone"),
+        ({"type": "input_audio", "input_audio": {}}, "found a part of type 'input_audio', expected only text"),
         ({"type": "image_url", "image_url": {"url": "u"}}, f"found a part of type 'image_url'; {AS_PICTURE}"),
         ("text", "found 'text', expected an object with type and text"),
         ({"type": "text"}, "found an object, expected an object with type and text"),
@@ -640,7 +640,7 @@ def test_what_makes_a_prompt_another_and_what_an_answer(row: dict[str, Any], not
 
 # --- bad files ---
 
-TYPES = ".jsonl, .json, .csv, .tsv or .parquet (text also packed as .gz or .zst)"
+TYPES = ".jsonl, .json, .csv, .tsv or .parquet (text also compressed as .gz or .zst)"
 GOOD_LINE = json.dumps(GOOD).encode()
 
 
@@ -672,9 +672,17 @@ GOOD_LINE = json.dumps(GOOD).encode()
             json.dumps(GOOD).encode("utf-16"),
             "a.jsonl: found UTF-16 text, expected JSON Lines; save it as UTF-8",
         ),
-        ("data/x.txt", b"x", f"data: no {TYPES} file in this folder, in its folder data, or in one for a split"),
+        (
+            "data/x.txt",
+            b"x",
+            f"data: no {TYPES} file in this folder, in its subfolder data, or in one named after a split",
+        ),
         ("data/x.xlsx", b"x", f"data: cannot read x.xlsx (.xlsx), expected {TYPES}; convert it or move it"),
-        ("data/x.jsonl/y", b"x", f"data: no {TYPES} file in this folder, in its folder data, or in one for a split"),
+        (
+            "data/x.jsonl/y",
+            b"x",
+            f"data: no {TYPES} file in this folder, in its subfolder data, or in one named after a split",
+        ),
     ],
 )
 def test_bad_file(name: str, content: bytes, message: str) -> None:

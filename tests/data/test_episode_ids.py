@@ -258,8 +258,8 @@ def test_a_call_in_the_text_of_a_user_is_text() -> None:
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}', "the call is not valid JSON"),
         ("mistral with [ARGS]", "[TOOL_CALLS]f{}", r"the call has no \[ARGS\] after its name"),
         ("deepseek", "<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>f\n```json\n{", "not valid JSON"),
-        ("plain ChatML", "Action: f\nAction Input: {a}", "must come 'Action Input:' and a JSON object"),
-        ("plain ChatML", "Action: f", "must come 'Action Input:' and a JSON object"),
+        ("plain ChatML", "Action: f\nAction Input: {a}", "must be followed by 'Action Input:' and a JSON object"),
+        ("plain ChatML", "Action: f", "must be followed by 'Action Input:' and a JSON object"),
         ("plain ChatML", "Action: f\nAction Input: [1]", "the arguments of f are not a JSON object"),
     ],
 )

@@ -243,7 +243,7 @@ TWO = ASKS | {"tool_calls": [CALL, CALL]}
         (
             (USER, ASKS, RAIN | {"name": "clock"}, SAYS),
             None,
-            "a tool message whose name is not that of the call it answers (data[0]: 'clock' for 'weather')",
+            "a tool message whose name differs from its call's (data[0]: 'clock' for 'weather')",
         ),
         ((USER, TWO, RAIN, RAIN, SAYS), None, None),
         ((USER, TWO), None, None),
@@ -348,7 +348,7 @@ def test_odd_calls_are_noted_once_with_the_first_rows() -> None:
         ),
         (
             {"messages": [USER, ASKS, SAYS]},
-            "column 'messages': found two assistant turns in a row, expected a tool or user turn between",
+            "column 'messages': found two assistant turns in a row, expected a tool or user turn in between",
         ),
     ],
 )

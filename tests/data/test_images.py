@@ -105,7 +105,7 @@ def test_a_picture_that_is_not_there_is_named_with_its_row(write_rows: Write, tm
     path = write_rows([row(), row("b.png")])
     with pytest.raises(UserError) as error:
         load_demonstrations(str(path))
-    found = f"{path}: 1 bad row: line 2, column 'images[0]': 'b.png' is not there (looked in {tmp_path})"
+    found = f"{path}: 1 bad row: line 2, column 'images[0]': 'b.png' does not exist (looked in {tmp_path})"
     assert str(error.value) == found
 
 
@@ -141,8 +141,8 @@ def test_an_animation_and_deep_channels_are_refused() -> None:
         "column 'images[0]': the picture has 3 frames, expected a single picture; save one frame"
     )
     deep = png(Image.new("I;16", (4, 4), 40000))
-    assert "has mode I;16, expected 8 bits a channel; convert it" in problem_of(row(deep))
-    assert "has mode F, expected 8 bits a channel; convert it" in problem_of(row(Image.new("F", (4, 4))))
+    assert "has mode I;16, expected 8 bits per channel; convert it" in problem_of(row(deep))
+    assert "has mode F, expected 8 bits per channel; convert it" in problem_of(row(Image.new("F", (4, 4))))
 
 
 WANT = "expected a path, a PIL image or an object with bytes and path"
@@ -158,7 +158,7 @@ WANT = "expected a path, a PIL image or an object with bytes and path"
         (row(images="a.png"), "column 'images': found 'a.png', expected a list of pictures"),
         (
             row("https://x.org/a.png"),
-            "column 'images[0]': found 'https://x.org/a.png', expected a file: no pictures are downloaded; save it "
+            "column 'images[0]': found 'https://x.org/a.png', expected a file: pictures are not downloaded; save it "
             "first",
         ),
         (row(RED, image=RED), "has 'image' and 'images', expected one of them"),
@@ -172,7 +172,7 @@ def test_as_many_pictures_as_places() -> None:
     place, text = {"type": "image"}, {"type": "text", "text": "Look"}
     two = [{"role": "user", "content": [place, text, place]}]
     found = problem_of({"prompt": two, "completion": "a", "images": [RED]})
-    assert found == "column 'prompt': 2 parts of type 'image' for 1 pictures; give as many"
+    assert found == "column 'prompt': 2 parts of type 'image' for 1 pictures; give equal numbers"
     found = problem_of({"prompt": two, "completion": "a"})
     problem = "found a part of type 'image', but no picture in the column 'images'; add it"
     assert found == f"column 'prompt[0].content[0]': {problem} and column 'prompt[0].content[2]': {problem}"
@@ -191,7 +191,7 @@ def test_pictures_after_a_learnt_reply_are_refused() -> None:
     ]
     rows = [{"messages": turns, "images": [RED, RED]}]
     assert len(load_demonstrations(rows, turns="last")[0].prompt) == 3
-    with pytest.raises(UserError, match="column 'messages': pictures after the first reply that is learnt, expected"):
+    with pytest.raises(UserError, match="column 'messages': pictures after the first learnt reply, expected"):
         load_demonstrations(rows, turns="all")
 
 

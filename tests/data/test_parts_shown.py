@@ -13,6 +13,7 @@ from selfdistill.data import (
     hintable,
     parse_context,
 )
+from selfdistill.data.contexts import CONTEXTS, ONE_DEMONSTRATION
 from selfdistill.errors import UserError
 
 TEXT = "Ticket 17:  shelf B,\n box 4.\n"
@@ -66,9 +67,12 @@ def test_a_hint_is_the_context_of_a_shorter_demonstration(spec: str) -> None:
     assert context_of(spec, 0.5).lacks(Demonstration("q", source="s")) is not None
 
 
-def test_a_context_that_shows_more_has_no_part() -> None:
-    with pytest.raises(UserError, match=r"^context 'few_shot:.*': a hint is a part of one demonstration"):
-        context_of("few_shot", 0.5)
+def test_only_contexts_of_one_demonstration_show_a_part() -> None:
+    others = [name for name in CONTEXTS if name not in ONE_DEMONSTRATION]
+    for name in others:
+        with pytest.raises(UserError, match=f"^context '{name}.*': cannot show a part of a demonstration; use turns, "):
+            context_of(name, 0.5)
     assert hintable(["few_shot", "example", "turns"]) == ["example", "turns"]
-    with pytest.raises(UserError, match=r"^hints need a context that shows one demonstration: turns, example"):
-        hintable(["few_shot", "document"])
+    names = ", ".join(ONE_DEMONSTRATION)
+    with pytest.raises(UserError, match=f"^hints need a context that shows one demonstration: {names}$"):
+        hintable(others)

@@ -130,7 +130,7 @@ def test_columns_without_a_name_are_none_if_they_are_empty(text: str, notes: lis
         (
             "a.csv",
             "prompt,completion,, \nq,r,s,t\n",
-            "a.csv: line 1 does not name all columns that hold something; name them or leave them out",
+            "a.csv: line 1 does not name all columns that have values; name them or leave them out",
         ),
         (
             "a.csv",
@@ -238,7 +238,7 @@ MISNAMED = [
     (
         "a.parquet",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-        "a Git LFS pointer in place of the file",
+        "a Git LFS pointer instead of the file",
         "a parquet file",
         "fetch it with git lfs pull",
     ),

@@ -56,7 +56,7 @@ def test_contains_reads_the_json_text_of_a_list(answer: str, right: str, wrong: 
 
 @pytest.mark.parametrize("answer", ["['Lima', 'La Paz']", "['Lima' 'La Paz']", """['a', "it's"]""", "[\"a\", 'b']"])
 def test_contains_refuses_a_list_as_python_writes_it(answer: str) -> None:
-    with pytest.raises(UserError, match="it is a list as Python writes it, expected a list or its JSON text"):
+    with pytest.raises(UserError, match="it is the text of a Python list, expected a list or its JSON text"):
         score("contains", "Lima", row(answer))
     assert score("contains", f"It prints {answer}.", row([answer]))
 
@@ -356,25 +356,25 @@ def test_completion_stands_in_for_the_answer() -> None:
         (
             "contains",
             row("?!"),
-            "train.jsonl:7: scorer 'contains' cannot use answer \"?!\": it has no letters, digits or signs",
+            "train.jsonl:7: scorer 'contains' cannot use answer \"?!\": it has no letters, digits or symbols",
         ),
         (
             "choice",
             row("BC"),
             "train.jsonl:7: scorer 'choice' cannot use answer \"BC\": "
-            "it gives no letter from A to Z; write the option's letter, for instance A",
+            "it has no letter from A to Z; write the option's letter, such as A",
         ),
         (
             "choice",
             row(2),
             "train.jsonl:7: scorer 'choice' cannot use answer 2: "
-            "it gives no letter from A to Z; write the option's letter, for instance A",
+            "it has no letter from A to Z; write the option's letter, such as A",
         ),
         (
             "choice",
             row(completion="two"),
             "train.jsonl:7: scorer 'choice' cannot use completion \"two\": "
-            "it gives no letter from A to Z; write the option's letter, for instance A",
+            "it has no letter from A to Z; write the option's letter, such as A",
         ),
         (
             "tool_call",
@@ -432,7 +432,7 @@ def test_a_list_with_a_number_that_python_does_not_write() -> None:
 
 
 def test_contains_checks_every_answer_of_the_list() -> None:
-    with pytest.raises(UserError, match="it has no letters, digits or signs"):
+    with pytest.raises(UserError, match="it has no letters, digits or symbols"):
         score("contains", "red", row(["red", "?"]))
 
 
@@ -592,8 +592,8 @@ def test_a_row_may_not_ask_to_run_what_the_model_writes(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_demonstrations(str(path))
     assert str(error.value) == (
-        f"{path}: 1 bad row: line 1, column 'scorer': 'code' runs what a model writes, so only the setting "
-        "may name it; leave it out and give --scorer code"
+        f"{path}: 1 bad row: line 1, column 'scorer': 'code' runs code that a model writes, so only the setting may "
+        "name it; leave it out and give --scorer code"
     )
 
 
@@ -631,7 +631,7 @@ def test_many_verdicts_keep_their_order() -> None:
         ({"tests": 1}, "scorer 'code' cannot use answer {\"tests\": 1}: it is not text or a number"),
         (["f(1", "f(2)"], 'cannot use answer ["f(1", "f(2)"]: test 1: SyntaxError: \'(\' was never closed (line 1)'),
         ("x = f(1)", "scorer 'code' cannot use answer \"x = f(1)\": test 1: ValueError: it asserts nothing"),
-        ("['f(1)']", "scorer 'code' cannot use answer \"['f(1)']\": it is a list as Python writes it"),
+        ("['f(1)']", "scorer 'code' cannot use answer \"['f(1)']\": it is the text of a Python list"),
     ],
 )
 def test_tests_that_cannot_be_used(answer: Any, message: str) -> None:

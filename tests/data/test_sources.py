@@ -156,7 +156,7 @@ def test_a_folder_without_splits_is_read_in_full() -> None:
     for number, names in enumerate([("a.jsonl", "b.json.jsonl"), ("dataset.jsonl", "latest.jsonl", "trained.jsonl")]):
         path = folder(*names, root=str(number))
         assert read(path) == list(names)
-        assert notes_of(path)[0] == f"{path}: {len(names)} files are read as one set: {'; '.join(names)}"
+        assert notes_of(path)[0] == f"{path}: {len(names)} files are read as one data set: {'; '.join(names)}"
     assert notes_of(folder("a.jsonl", root="one")) == []
 
 
@@ -164,7 +164,7 @@ def test_folders_that_are_not_read_are_said() -> None:
     path = folder("a.jsonl", "main/b.jsonl", "notes/c.txt")
     assert notes_of(path) == [f"{path}: folders not read: main"]
     other = folder("main/train.jsonl", "socratic/train.jsonl", root="configs")
-    assert error_of(other).startswith("configs: no .jsonl, .json, .csv, .tsv or .parquet (text also packed as")
+    assert error_of(other).startswith("configs: no .jsonl, .json, .csv, .tsv or .parquet (text also compressed as")
 
 
 def test_a_file_in_a_folder_that_cannot_be_read_is_named() -> None:
@@ -214,7 +214,7 @@ def test_a_hub_set_that_was_read_from_csv_is_said_to_have_changed(monkeypatch: p
     made = datasets.load_dataset("csv", data_files="plain.csv", cache_dir="cache")
     monkeypatch.setattr(datasets, "load_dataset", lambda _: made)
     assert [note for note in notes_of("owner/name") if "CSV" in note] == [
-        "owner/name: datasets has read it from CSV, so 007 has become 7, and NA null; to keep cells as they are, give "
+        "owner/name: datasets read it from CSV, so 007 became 7, and NA became null; to keep cells unchanged, give "
         "the file itself"
     ]
     assert [row.answer for row in load_demonstrations("plain.csv")] == ["007", "NA"]

@@ -238,7 +238,7 @@ def test_a_prompt_and_completion_beyond_the_window_are_an_error(load: Loader) ->
     loaded = load()
     (rollout,) = sample(loaded, prompts(500), Sampling(12, temperature=0))
     assert rollout == own(loaded, prompts(500), Sampling(12, temperature=0))[0]
-    with pytest.raises(UserError, match="has up to 513 tokens, and the engine's length is 512"):
+    with pytest.raises(UserError, match="has up to 513 tokens, and the engine allows 512"):
         sample(loaded, prompts(3, 501), Sampling(12, temperature=0))
     assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)  # and it goes on
 
@@ -247,7 +247,7 @@ def test_a_cache_too_small_for_the_window_shortens_the_length(load: Loader) -> N
     loaded = load(room=4096, engine=EngineSettings(engine="vllm", engine_memory_gib=0.001))
     length = engine_for(loaded).length
     assert 100 < length < 4096
-    with pytest.raises(UserError, match=f"the engine's length is {length}: .* or raise engine_memory_gib"):
+    with pytest.raises(UserError, match=f"the engine allows {length}: .* or raise engine_memory_gib"):
         sample(loaded, prompts(length), GREEDY)
 
 
@@ -271,7 +271,7 @@ def test_an_error_inside_it_is_one_line_and_it_is_not_used_again(load: Loader, m
             sample(loaded, prompts(3), GREEDY)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("engine vllm failed: RuntimeError: no memory left; change engine_memory")
-    with pytest.raises(EngineFailed, match="it failed before"):
+    with pytest.raises(EngineFailed, match="it failed earlier"):
         engine.sample(loaded, prompts(3), GREEDY, None)
     assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)  # by another
     assert engine_for(loaded) is not engine
@@ -303,7 +303,9 @@ def test_an_engine_that_completes_nothing_is_late(load: Loader, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(LLMEngine, "step", lambda self: [])
-        with pytest.raises(EngineFailed, match=r"no sample was completed .* 2 of 2 are left; raise engine_timeout_s"):
+        with pytest.raises(
+            EngineFailed, match=r"no sample was completed .* 2 of 2 are pending; raise engine_timeout_s"
+        ):
             sample(loaded, prompts(3, 4), GREEDY)
     close_engine()
 

@@ -190,11 +190,11 @@ def test_a_run_goes_on_with_another_engine_and_says_so(
     train(run(engine=second, max_steps=4, save_steps=2), resume=True)
     before, now = ("vllm 0.", "PyTorch") if first == "vllm" else ("PyTorch", "vllm 0.")
     said = capsys.readouterr().err
-    assert f"note: the run has sampled with {before}" in said
-    assert f"and goes on with {now}" in said
+    assert f"note: the run sampled with {before}" in said
+    assert f"and continues with {now}" in said
     capsys.readouterr()
     train(run(engine=second, max_steps=6, save_steps=2), resume=True)
-    assert "the run has sampled" not in capsys.readouterr().err
+    assert "the run sampled" not in capsys.readouterr().err
     folder = {"output_dir": run().output_dir}
     assert continued({**folder, "engine": first}, TrainConfig).engine == first
 

@@ -371,7 +371,7 @@ def test_a_server_that_stands_still_is_late(load: Loader, one: VllmServe) -> Non
     halt = threading.Timer(0.5, lambda: one.send(signal.SIGSTOP))
     halt.start()
     try:
-        with pytest.raises(EngineFailed, match=r"no sample was completed in 2 s, \d+ of 200 are left"):
+        with pytest.raises(EngineFailed, match=r"no sample was completed in 2 s, \d+ of 200 are pending"):
             sample(loaded, prompts(*[20] * 200), Sampling(400, temperature=0.01), seeds(200))
     finally:
         halt.join()
@@ -397,30 +397,30 @@ def test_weights_that_another_run_puts_in_are_noticed(
 
         with monkeypatch.context() as patch:
             asked(patch, interfere)
-            with pytest.raises(EngineFailed, match="has got other weights, as if a second run used it"):
+            with pytest.raises(EngineFailed, match="received other weights, probably from a second run"):
                 sample(loaded, prompts(3), GREEDY)
     assert gap(loaded) < 1e-3
 
 
 def test_another_model_is_refused_before_it_gets_weights(load: Loader, one: VllmServe) -> None:
     close_engine()
-    with pytest.raises(UserError, match=r"another model: tie_word_embeddings is 1, '.*' has 0; serve that model"):
+    with pytest.raises(UserError, match=r"a different model: tie_word_embeddings is 1, '.*' has 0; serve that model"):
         engine_for(load(one, tied=False))
-    with pytest.raises(UserError, match=r"another model: max_position_embeddings is 512, '.*' has 1024; serve"):
+    with pytest.raises(UserError, match=r"a different model: max_position_embeddings is 512, '.*' has 1024; serve"):
         engine_for(load(one, room=1024))
     assert gap(load(one)) < 1e-3
 
 
 def test_another_tokenizer_is_refused(load: Loader, one: VllmServe) -> None:
     close_engine()
-    with pytest.raises(UserError, match=r"another tokenizer than '.*'; serve the same model"):
+    with pytest.raises(UserError, match=r"its tokenizer differs from that of '.*'; serve the same model"):
         engine_for(load(one, merges=(("q", "u"),)))
 
 
 def test_a_length_beyond_the_servers_is_an_error(load: Loader, apart: VllmServe) -> None:
     loaded = load(apart, tied=False)
     assert "at most 256 tokens, LoRA merged" in engine_for(loaded).describe()
-    with pytest.raises(UserError, match=r"length is 256: the model's window or --max-model-len of the servers; "):
+    with pytest.raises(UserError, match=r"engine allows 256: the model's window or --max-model-len of the servers; "):
         sample(loaded, prompts(250), GREEDY)
 
 

@@ -61,13 +61,13 @@ def test_what_cannot_be_imported_or_made_is_one_line(make: Make) -> None:
         assert problem in str(caught.value)
     bodies = {
         "Earth = 1": "has no class 'World'",
-        "class Wrold: pass": "has no class 'World'; did you mean 'Wrold'?",
+        "class Wrold: pass": "has no class 'World'; did you mean Wrold?",
         "World = 3": "has no class 'World'",
-        "class World:\n    def __init__(self, size): pass": "making it failed: TypeError:",
+        "class World:\n    def __init__(self, size): pass": "creating it failed: TypeError:",
         "class World:\n    pass": "the class has no method reset; for the forms see docs/agents.md",
         "class World:\n    def reset(self): pass": "the class has reset, but neither a method step nor public methods",
         "class World:\n    def reset(self): pass\n    def go(self, a): pass": "tool World.go: no schema:",
-        "def World():\n    raise ValueError('a\\nb')": "making it failed: ValueError: a b",
+        "def World():\n    raise ValueError('a\\nb')": "creating it failed: ValueError: a b",
         "def World():\n    return 3": "the function returned an object of type 'int', expected an environment",
         "def World():\n    return None": "the function returned an object of type 'NoneType', expected an",
         "class Bare: pass\ndef World():\n    return Bare()": "the class 'Bare' has no method reset",
@@ -155,9 +155,9 @@ def test_what_a_class_may_not_return_is_the_users_mistake(make: Make) -> None:
         environment.step(said("odd"))
     with pytest.raises(UserError, match=r"step returned 3\.0, expected True or False, a reward from 0 to 1"):
         environment.step(said("much"))
-    with pytest.raises(UserError, match="step returned no observations and not the end"):
+    with pytest.raises(UserError, match="step returned neither observations nor the end"):
         environment.step(said("mute"))
-    with pytest.raises(UserError, match="step returned a reward and not the end"):
+    with pytest.raises(UserError, match="step returned a reward before the end"):
         environment.step(said("early"))
     environment = make(OWN.replace("return [{", "return 'Go.' or [{"))()
     with pytest.raises(UserError, match=r"reset returned 'Go\.', expected a list of messages"):
@@ -317,7 +317,7 @@ def test_a_public_method_that_is_no_tool_says_how_to_leave_it_out(make: Make) ->
     }
     for method, problem in wrong.items():
         text = f"class World:\n    def reset(self): pass\n    {method}"
-        with pytest.raises(UserError, match=f"tool World.go: no schema: .*{problem}; if it is not for the model,"):
+        with pytest.raises(UserError, match=f"tool World.go: no schema: .*{problem}; if the model should not call it,"):
             make(text)
 
 
@@ -394,7 +394,7 @@ def test_an_openenv_class_returns_objects(make: Make) -> None:
         ("('a', 3.0, True, False, {})", "the sum of the episode's rewards, which step returned 3.0, expected"),
         (
             "Step(done=True, reward=3.0)",
-            "step returned a Step, which takes a class with tools and close, too; add them",
+            "step returned a Step, which needs a class that also has tools and close; add them",
         ),
         ("('a', float('nan'), True, {})", "the sum of the episode's rewards, which step returned nan, expected"),
     ],

@@ -298,7 +298,7 @@ def test_a_call_that_cannot_be_stopped_blocks_its_environment_only_until_it_ends
     observations, invalid = runner.answer(calls(("act", {}), ("weigh", {"item": "a"})))
     assert [one["content"] for one in observations] == [
         "Error: act: it took longer than 0.2 s",
-        "Error: not run, because the call before took too long",
+        "Error: not run, because the previous call took too long",
     ]
     assert invalid == 0
     assert answer(runner, "weigh", {"item": "a"}) == "Error: weigh: an earlier call is still running"

@@ -273,10 +273,10 @@ def test_check_compares_student_and_teacher_over_episodes(
     assert result.verdict.startswith("Worth trying: the teacher with turns:repeats=1 is right on 100%")
     assert "cannot show an episode" in result.skipped["example:reasoning=true"]
     assert result.spill is not None
-    assert result.spill.untried == "its steps are of single replies, and this is about episodes"
+    assert result.spill.untried == "its steps need single replies, and this data has episodes"
     assert result.hints is None
-    assert "hints are not measured, for a share of an episode cannot be shown" in capsys.readouterr().err
-    assert "Spill: not measured: its steps are of single replies" in " ".join(repr(result).split())
+    assert "hints are not measured, because a part of an episode cannot be shown" in capsys.readouterr().err
+    assert "Spill: not measured: its steps need single replies" in " ".join(repr(result).split())
 
 
 def test_check_measures_the_models_own_tokens_alone(talks: dict[str, Any], load: Callable[..., LoadedModel]) -> None:

@@ -340,7 +340,7 @@ def test_hints_are_measured_in_the_best_layout(
     assert replace(by_hand, hint=0.5) == result.hints[2]
     result.print(result_console())
     printed = capsys.readouterr().out
-    assert "the teacher with a part of the demonstration" in printed
+    assert "the teacher with part of the demonstration" in printed
     assert "0.75" in printed
     assert [found["hint"] for found in result.to_dict()["hints"]] == [0, 0.25, 0.5, 0.75, 1]
 
@@ -349,8 +349,6 @@ def test_hints_need_a_layout_that_can_show_a_part(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path]
 ) -> None:
     config = config_of(model_folder(), write_rows(), contexts=["few_shot:k=2"], hints=True)
-    with pytest.raises(
-        UserError, match=r"^hints need a context that shows one demonstration: turns, example, template"
-    ):
+    with pytest.raises(UserError, match=r"^hints need a context that shows one demonstration: "):
         check(config, cost=False)
     assert check(config.model_copy(update={"hints": False}), cost=False).hints is None

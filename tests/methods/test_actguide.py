@@ -109,14 +109,14 @@ def test_guides_that_do_not_fit_are_not_tried_and_said(
     limit += len("one\ntwo\nthree") + len("\n\nNow answer the question.")
     run = Trainer(guided(max_prompt_length=limit))
     said = " ".join(capsys.readouterr().err.split())
-    assert "note: the guides of 3 of 3 rows do not fit into the prompt as a whole (" in said
+    assert "note: the guides of 3 of 3 rows do not fit completely into the prompt (" in said
     assert "steps.jsonl" in said
-    assert "no more of their first lines are tried than fit, which is none in 0 of these rows; a larger" in said
+    assert "only as many of their first lines as fit are tried, none in 0 of these rows; a larger" in said
     tries, task = solved_with(monkeypatch, run, {"q": 5}), run.stage.task
     task.method.sequence(run.loaded, task.examples, 1)
     assert [set(shown) for shown in tries] == [{2}, {3}]
     Trainer(guided(max_prompt_length=limit - len("one\ntwo\nthree")))
-    assert "which is none in 3 of these rows" in " ".join(capsys.readouterr().err.split())
+    assert "none in 3 of these rows" in " ".join(capsys.readouterr().err.split())
 
 
 def test_each_sample_is_checked_once(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_where_no_guide_is_needed_or_helps_it_is_grpo(
 
 
 def test_a_row_needs_something_to_guide_by(guided: Settings, write_rows: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match="and no 'privileged_context' for method 'actguide' to guide by"):
+    with pytest.raises(UserError, match="and no 'privileged_context' for method 'actguide' to use"):
         train(guided(data=str(write_rows([{"prompt": "q", "answer": "a"}], name="bare.jsonl"))))
     rows = [{"prompt": "q", "answer": "a", "privileged_context": "Begin with a."}]
     Trainer(guided(data=str(write_rows(rows, name="plan.jsonl"))))

@@ -190,8 +190,8 @@ def test_two_processes_see_the_same_parts(reasoned: Settings, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"hint": 0.5}, "setting 'hint': atesd chooses how much the teacher sees: leave it out"),
-        ({"context": "few_shot"}, "context 'few_shot:k=3,pick=seed,this=false,seed=0': a hint is a part of one"),
+        ({"hint": 0.5}, "setting 'hint': atesd itself chooses how much the teacher sees: leave it out"),
+        ({"context": "few_shot"}, "context 'few_shot:k=3,pick=seed,this=false,seed=0': it shows more than"),
         ({"method_settings": {"hold": 0}}, "setting 'method_settings', setting 'hold': found 0, expected"),
     ],
 )

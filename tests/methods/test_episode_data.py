@@ -226,7 +226,7 @@ def test_eval_and_check_ask_for_the_last_reply_and_say_so(
 ) -> None:
     config = of_episodes()
     common: dict[str, Any] = {"max_completion_length": 80, "scorer": "contains"}
-    note = "3 rows are episodes, of which only the last reply is measured, after the demonstrated ones"
+    note = "3 rows are episodes; only their last reply is evaluated, after the demonstrated ones"
     found = sd.evaluate(config.model, config.data, **common)
     assert found.items == 3
     assert capsys.readouterr().err.count(note) == 1

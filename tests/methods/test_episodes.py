@@ -27,7 +27,9 @@ from conftest import (
     final_weights,
     gradients,
     largest_difference,
+    methods_where,
     metrics_of,
+    needs,
     quick,
     row_log_probs,
 )
@@ -39,7 +41,7 @@ from selfdistill.config import EngineSettings, load_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import ChatFormat, Demonstration, Picture, load_demonstrations, packaged
 from selfdistill.errors import UserError
-from selfdistill.methods import begun, stages_of, unused_settings
+from selfdistill.methods import begun, rules_of, stages_of, unused_settings
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import LoadedModel, Rollout
 from selfdistill.training.memory import MemoryPlanner
@@ -254,14 +256,14 @@ def test_grpo_learns_from_the_environments_rewards(talks: Settings) -> None:
     assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
 
 
-SAMPLE = ["sdft", "grpo", "sdpo", "sort", "opsd", "vopd", "isdft", "veto", "msd", "atesd"]
+SAMPLE = methods_where(lambda method: rules_of(method) is not None, environment=TALK)
 
 
 @pytest.mark.parametrize("method", quick(SAMPLE, "sdft", "grpo", "sdpo", "atesd"))
 def test_methods_that_sample_run_in_an_environment(talks: Settings, tmp_path: Path, method: Any) -> None:
     (tmp_path / "general.txt").write_text("Who?\n\nWhy is that so?\nWhen\n", encoding="utf-8")
-    own: dict[str, Any] = {"num_generations": 2} if method in ("grpo", "sdpo", "sort") else {}
-    own |= {"method_settings": {"plan": 0}} if method == "sort" else {}
+    own = needs(method, "")
+    own |= {"num_generations": 2} if "num_generations" in own else {}
     config = talks(method=method, anchors=str(tmp_path / "general.txt"), max_steps=2, batch_size=4, **own)
     train(config)
     for line in metrics_of(config):
@@ -418,8 +420,8 @@ def test_settings_of_episodes_are_noted_without_an_environment(talks: Settings) 
     [
         ("BreaksAtStart", r"talks.jsonl:1, at its start: .*ZeroDivisionError"),
         ("Lies", r"talks.jsonl:\d, at turn 2: .*expected a Step"),
-        ("Mute", r"talks.jsonl:\d, at turn 1: environment .* returned no observations and not the end"),
-        ("Restless", r"talks.jsonl:\d: environment .* began with other messages than before"),
+        ("Mute", r"talks.jsonl:\d, at turn 1: environment .* returned neither observations nor the end"),
+        ("Restless", r"talks.jsonl:\d: environment .* began with different messages from before"),
     ],
 )
 def test_an_environment_that_fails_is_named_with_its_row(talks: Settings, name: str, message: str) -> None:
@@ -461,7 +463,7 @@ def test_the_first_episode_that_a_template_refuses_is_noted_with_its_row(
 
 def test_rows_with_pictures_are_refused() -> None:
     rows = [Demonstration("Look.", "a kettle", source="a:1", images=(Picture("0" * 64),)), Demonstration("Say.", "so")]
-    with pytest.raises(UserError, match=r"1 of 2 rows have pictures, and episodes are text alone \(a:1\)"):
+    with pytest.raises(UserError, match=r"1 of 2 rows have pictures, but episodes support only text \(a:1\)"):
         begun(TALK, rows)
 
 

@@ -21,6 +21,7 @@ from conftest import (
     crash_at,
     final_weights,
     largest_difference,
+    methods_where,
     metrics_of,
     row_log_probs,
     same,
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.methods import METHODS, Method, stages_of
+from selfdistill.methods import METHODS, Method, shows_parts, stages_of
 from selfdistill.methods.hints import HintSchedule
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import Rollout
@@ -99,8 +100,8 @@ def test_a_hint_of_the_whole_demonstration_is_sdft(worded: Settings) -> None:
     assert largest_difference(weights_after(worded("part", hint=0.5)), plain) > 1e-6
 
 
-@pytest.mark.parametrize("method", ["opsd", "vopd", "isdft", "veto"])
-def test_relatives_take_hints_too(worded: Settings, method: Any) -> None:
+@pytest.mark.parametrize("method", methods_where(shows_parts, hint="0.2:0.8"))
+def test_methods_take_hints(worded: Settings, method: Any) -> None:
     run = Trainer(worded(method=method, hint="0.2:0.8"))
     lines = [run.step(step) for step in range(6)]
     assert [line["control"] for line in lines] == pytest.approx([0.2, 0.32, 0.44, 0.56, 0.68, 0.8])
@@ -311,9 +312,12 @@ def test_a_dry_run_with_a_hint(worded: Settings, hint: str) -> None:
         ({"hint": "1.5"}, "setting 'hint': found '1.5', expected: a share from 0 to 1, two of them as in 0.2:1, or"),
         ({"hint": "0:1:0"}, "setting 'hint': found '0:1:0', expected: a share from 0 to 1"),
         ({"hint": "nan"}, "setting 'hint': found 'nan', expected: a share from 0 to 1"),
-        ({"hint": "0.5", "context": "few_shot:k=2"}, "context 'few_shot:k=2,pick=seed,this=false,seed=0': a hint is a"),
-        ({"hint": "shortest", "context": "document"}, "context 'document:repeats=1,show=both': a hint is a part of"),
-        ({"hint": "shortest", "teacher_model": "m"}, "setting 'hint': shortest asks the model that learns, not"),
+        (
+            {"hint": "0.5", "context": "few_shot:k=2"},
+            "context 'few_shot:k=2,pick=seed,this=false,seed=0': it shows more",
+        ),
+        ({"hint": "shortest", "context": "document"}, "context 'document:repeats=1,show=both': it shows more than"),
+        ({"hint": "shortest", "teacher_model": "m"}, "setting 'hint': shortest samples from the student, not"),
     ],
 )
 def test_a_hint_that_cannot_be_used_is_refused_in_one_line(

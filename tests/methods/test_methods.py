@@ -25,7 +25,7 @@ from formulas import assert_gradient, chosen, kl, mean_over_rows, moved
 from safetensors.torch import load_file
 from torch import Tensor
 
-from selfdistill.config.train import SCORED_METHODS, MethodName, TrainConfig
+from selfdistill.config.train import MethodName, TrainConfig
 from selfdistill.data.demonstrations import load_prompts
 from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss
@@ -41,8 +41,6 @@ from selfdistill.training.trainer import Trainer
 
 Settings = Callable[..., TrainConfig]
 NAMES = get_args(MethodName)
-TAUGHT = ("sdft", "vopd", "isdft", "veto", "atesd", "msd")
-"""Methods whose teacher is a choice."""
 
 
 # --- formulas ---
@@ -276,7 +274,7 @@ def test_parts_of_a_batch_change_nothing(all_of_them: Settings, method: Any) -> 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any) -> None:
-    values: dict[str, Any] = {"teacher": "frozen"} if method in (*TAUGHT, "sdpo") else {}
+    values: dict[str, Any] = {"teacher": "frozen"}
     if method == "vopd":
         values["num_generations"] = 4
     if method == "t3s":  # nothing is left out where the worse model is the base
@@ -287,21 +285,20 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
     base, student = copy.deepcopy(run.loaded.model), run.loaded.model
     first = run.stages[0].task
     completions = first.method.sequence(run.loaded, first.examples * 4, 1000)  # of the untrained model, where sampled
-    if method == "sdpo":
-        assert first.method.checker is not None
-        assert first.method.select is not None
-        verdicts = first.method.checker(completions, run.chat)
+    distils = isinstance(first.method.loss, Divergence)
+    if distils and first.method.select is not None:
+        verdicts = first.method.checker(completions, run.chat) if first.method.checker else []
         completions = first.method.select(completions, verdicts, run.selector.encoder())
 
     def lacks(model: Any) -> float:
-        """What is still to be learnt."""
-        if method in SCORED_METHODS and method != "sdpo":
+        """What is still to be learnt: the distance to the teacher, wrong samples, or unlikely tokens."""
+        if not distils and first.method.checker is not None:
             again = first.method.sequence(run.loaded, first.examples * 6, 1000)
             return statistics.mean(len(run.chat.decode(c.ids)) < 4 for c in again)
         values = []
         for c in completions:
             log_p_TV = row_log_probs(model, c.example.student_ids, c.ids)
-            if method in (*TAUGHT, "sdpo", "opsd", "offline_distillation"):
+            if distils:
                 values.append(kl(row_log_probs(base, c.example.teacher_ids or [], c.ids), log_p_TV))
             else:
                 values.append(-chosen(log_p_TV, c.ids))
@@ -313,7 +310,8 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
         run.step(step)
     with torch.no_grad():
         after = lacks(student)
-    assert after < 0.7 * before
+    slow = "if its target is noisy or moves, give it more steps at a lower rate, as vopd"
+    assert after < 0.7 * before, f"{method}: {before:.3f} before and {after:.3f} after {steps} steps; {slow}"
 
 
 RESUMED = [name for name in NAMES if name not in ("sdft", "sft")]
@@ -398,12 +396,6 @@ def test_other_rows_get_other_samples_of_the_teacher(
     assert samples[0] == samples[1]
 
 
-def test_which_methods_show_a_context(all_of_them: Settings) -> None:
-    shown = {name for name in NAMES if uses(all_of_them(method=name), "context")}
-    assert shown == {*TAUGHT, "opsd", "sft_from_teacher", "offline_distillation"}
-    assert list(METHODS) == list(NAMES)
-
-
 ON_POLICY = {
     "context",
     "hint",
@@ -415,7 +407,9 @@ ON_POLICY = {
     "importance_cap",
 }
 DIVERGENCE = {"divergence", "support", "entry_clip"}
+TARGET = {"target_teacher", "target_student", "target_base"}
 USED = {
+    "sdft": ON_POLICY | DIVERGENCE | TARGET | {"teacher", "ema_rate", "cold_start_steps"},
     "opsd": ON_POLICY | DIVERGENCE,
     "vopd": ON_POLICY | {"teacher", "ema_rate"},
     "isdft": ON_POLICY | DIVERGENCE | {"teacher", "ema_rate"},
@@ -430,9 +424,7 @@ USED = {
     "cpt": set(),
     "sft_reinvoke": {"general_prompts", "temperature", "top_p", "top_k"},
     "sft_from_teacher": {"context", "temperature", "top_p", "top_k"},
-    "offline_distillation": {"context", "temperature", "top_p", "top_k", "skip_first_tokens"}
-    | DIVERGENCE
-    | {"target_teacher", "target_student", "target_base"},
+    "offline_distillation": {"context", "temperature", "top_p", "top_k", "skip_first_tokens"} | DIVERGENCE | TARGET,
     "grpo": {"num_generations", "temperature", "top_p", "top_k"},
     "sdpo": {"num_generations", "temperature", "top_p", "top_k", "teacher", "jsd_weight", "skip_first_tokens"},
     "pope": {"num_generations", "temperature", "top_p", "top_k"},
@@ -441,6 +433,7 @@ USED = {
     "npo": {"num_generations", "temperature", "top_p", "top_k"},
     "trapo": {"num_generations", "temperature", "top_p", "top_k"},
 }
+"""The settings of ``OTHERS`` that each method reads, with the defaults of all other settings."""
 OTHERS: dict[str, Any] = {
     "context": "example",
     "hint": "0.5",
@@ -472,14 +465,8 @@ OTHERS: dict[str, Any] = {
 def test_a_setting_that_a_method_does_not_use_changes_nothing(all_of_them: Settings, name: str) -> None:
     plain = all_of_them(method=name, max_steps=2)
     used = {setting for setting in OTHERS if uses(plain, setting)}
-    if name == "sdft":
-        of_others = {"snapshot_steps", "jsd_weight", "support_top_k", "support_tail", "sampled_baseline"}
-        assert used == set(OTHERS) - of_others - {"general_prompts"}
-    else:
-        assert used == USED[name]
+    assert used == USED.get(name), f"give {name!r} its line in USED, if it is to read {sorted(used) or 'none of them'}"
     unused = {setting: value for setting, value in OTHERS.items() if setting not in used}
-    if name in TAUGHT and name not in ("vopd", "msd"):  # other values of these would make others matter
-        assert not {"teacher", "divergence", "support"} & unused.keys()
     other = plain.model_copy(update=unused | {"output_dir": f"{plain.output_dir}-other"})
     assert set(unused_settings(other)) == set(unused)
     runs = [Trainer(config) for config in (plain, other)]
@@ -552,12 +539,12 @@ def test_settings_that_matter_beside_others(all_of_them: Settings, values: dict[
         ({"method": "cpt", "max_completion_length": 512}, "setting 'max_completion_length': 512 leaves no room"),
         (
             {"teacher_model": "m", "method": "sft"},
-            "setting 'teacher_model' is for methods whose teacher is a choice, such as sdft, found 'sft'",
+            "setting 'teacher_model' is for methods with a choice of teacher, such as sdft, found 'sft'",
         ),
         ({"teacher_model": "m", "teacher": "live"}, "setting 'teacher_model' is a fixed teacher, found teacher 'live'"),
         (
             {"target_teacher": 0.0},
-            "setting 'target_teacher': found 0, and the target's other weights are 0, too",
+            "setting 'target_teacher': found 0, and the target's other weights are also 0",
         ),
     ],
 )

@@ -148,7 +148,7 @@ def test_the_whole_demonstration_at_a_trust_of_1_is_learnt_as_by_dft(guided: Set
         ({"num_generations": 8}, "setting 'num_generations': found 8, but the micro-groups of trapo have 6 samples;"),
         (
             {"method_settings": {"ratios": (0.5,)}},
-            "setting 'method_settings', settings 'sizes', 'ratios' and 'thresholds': expected one of each",
+            "setting 'method_settings', settings 'sizes', 'ratios' and 'thresholds': expected one value per",
         ),
         ({"method_settings": {"sizes": (0, 1, 1, 1)}}, "setting 'method_settings', setting 'sizes"),
     ],

@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
         if step == 5:
             (Path(config.output_dir) / "checkpoint-00000003" / "state.json").write_text("{}")
 
-    with pytest.raises(RunFailed, match="there is no checkpoint evaluated at least 5 steps earlier"):
+    with pytest.raises(RunFailed, match="no checkpoint was evaluated at least 5 steps earlier"):
         train(config, on_step=spoil)
 
 
@@ -163,7 +163,7 @@ def test_the_card_tells_of_the_model_that_was_gone_back_to(falling_apart: Callab
 def test_the_option_on_resuming_stops_a_run_that_is_already_apart(falling_apart: Callable[..., TrainConfig]) -> None:
     train(falling_apart(save_steps=20))
     with pytest.raises(
-        RunFailed, match=r"stopped after step 4[1-5]: .*; there is no checkpoint evaluated at least 5 steps earlier"
+        RunFailed, match=r"stopped after step 4[1-5]: .*; no checkpoint was evaluated at least 5 steps earlier"
     ):
         train(falling_apart(save_steps=20, max_steps=60, stop_on_collapse=True), resume=True)
 
@@ -173,7 +173,7 @@ def test_a_run_that_falls_apart_before_it_was_measured_leaves_no_model(
 ) -> None:
     config = falling_apart(eval_steps=39, stop_on_collapse=True)
     with pytest.raises(
-        RunFailed, match="there is no checkpoint evaluated at least 5 steps earlier, so no final model is written"
+        RunFailed, match="no checkpoint was evaluated at least 5 steps earlier, so no final model is written"
     ):
         train(config)
     assert not (Path(config.output_dir) / "final").exists()
@@ -191,9 +191,7 @@ def test_the_guard_of_a_resumed_run_remembers_what_it_said(
 
 
 def test_going_back_needs_measurements(settings: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(
-        UserError, match="'stop_on_collapse' returns to the last evaluation: give test and eval_steps, too"
-    ):
+    with pytest.raises(UserError, match="'stop_on_collapse' returns to the last evaluation: add test and eval_steps"):
         settings(stop_on_collapse=True)
 
 

@@ -200,7 +200,7 @@ def refused(message: str, tmp_path: Path, **values: Any) -> None:
 def test_models_of_other_sizes(three: tuple[Path, Path, Path], model_folder: Folders, tmp_path: Path) -> None:
     target, learnt, _ = three
     wide = model_folder(head_dim=16)
-    advice = "; all three must be of one architecture and size"
+    advice = "; all three must have the same architecture and size"
     refused(
         f"model '{wide}' does not match '{target}': tensor model.layers.0.self_attn.k_proj.weight is 32 x 32 in "
         f"place of 16 x 32{advice}",
@@ -228,7 +228,7 @@ def test_models_of_other_sizes(three: tuple[Path, Path, Path], model_folder: Fol
 
 def test_a_whole_model_needs_what_it_was_before(three: tuple[Path, Path, Path], tmp_path: Path) -> None:
     refused(
-        f"setting 'subtract': '{three[1]}' is not an adapter, so name the model that it was before",
+        f"setting 'subtract': '{three[1]}' is not an adapter, so name that model before training",
         tmp_path,
         model=three[0],
         add=three[1],
@@ -310,7 +310,7 @@ def test_quantised_tensors_are_left_if_equal_and_refused_if_not(three: tuple[Pat
     assert load_file(out / "model.safetensors")["scale_table"].tolist() == [1, 2, 4]
     refused(
         f"model '{folders[0]}': tensor scale_table is quantised (I8) and differs from that of '{folders[1]}'; such "
-        "tensors cannot be added, so use the models before quantisation",
+        "tensors cannot be added, so use the original models",
         tmp_path,
         model=folders[2],
         add=folders[0],

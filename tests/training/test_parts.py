@@ -301,7 +301,7 @@ def test_sources_of_anchors(settings: Settings, given: Any, sources: tuple[str, 
 
 
 def test_none_beside_sources_is_refused(settings: Settings) -> None:
-    with pytest.raises(UserError, match=r"'anchors': .*'none' stands alone; leave it out"):
+    with pytest.raises(UserError, match=r"'anchors': .*'none' cannot be combined with other sources"):
         settings(anchors="package,none")
 
 
@@ -335,9 +335,7 @@ def test_anchors_that_are_test_questions_are_noted(
     (tmp_path / "own.txt").write_text("Who?\nWhy?\n", encoding="utf-8")
     test = write_rows([{"prompt": "Why?", "completion": "So."}], name="test.jsonl")
     Trainer(anchored(anchors=str(tmp_path / "own.txt"), test=str(test)))
-    assert (
-        "1 of 2 prompts of own.txt are also test questions (own.txt:2); on these the model" in capsys.readouterr().err
-    )
+    assert "1 of 2 prompts of own.txt are also test questions (own.txt:2); on these, anchors" in capsys.readouterr().err
 
 
 def test_a_misspelt_package_is_not_looked_for_on_the_hub(settings: Settings) -> None:

@@ -130,9 +130,9 @@ def test_check_measures_what_it_can(model: str, capsys: pytest.CaptureFixture[st
     assert blind.best.kl > 0
     assert blind.exit_code == 0
     assert blind.verdict.startswith(
-        "Whether the teacher is better is not known: rows have neither completion nor answer"
+        "It is unknown whether the teacher is better: rows have neither completion nor answer"
     )
-    assert "Nothing tells which layout is best" in repr(blind)
+    assert "It is unknown which layout is best" in repr(blind)
     scored = sd.check(model, [row | {"answer": "x"} for row in SDFT], **options)
     assert (scored.student_accuracy, scored.student_logp) == (0.0, None)
     mixed = sd.check(model, [*SDFT, *FULL], **options)

@@ -122,7 +122,7 @@ def test_a_named_device_has_its_memory(settings: Make) -> None:
     assert found.time.rates == named_rates("l4", "bf16")
     assert plan_for(settings(), 10**9, "l4").limit == 10**9
     assert plan_for(settings(), 10**9, None).time is None
-    with pytest.raises(UserError, match="option --memory: the memory of the device is not known"):
+    with pytest.raises(UserError, match="option --memory: the memory of this device is unknown"):
         plan_for(settings(), None, None)
 
 
