@@ -57,8 +57,6 @@ def write(
             "eval_steps": 2,
             "learning_rate": 1e-2,
             "warmup_steps": 0,
-            "drift_steps": 0,
-            "view_rows": 0,
         }
         content = {
             "name": "tiny",
