@@ -13,10 +13,12 @@ import pytest
 from selfdistill.data.demonstrations import (
     SCORER_NAMES,
     Demonstration,
+    Lacks,
     load_demonstrations,
     nothing_to_show,
     write_demonstrations,
 )
+from selfdistill.data.scorers import nothing_to_score
 from selfdistill.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "skills"
@@ -480,6 +482,25 @@ def test_a_row_may_have_a_prompt_alone_until_it_is_used() -> None:
         "the teacher instead; line 3, column 'completion': missing, and no 'privileged_context' or 'document' to show "
         "the teacher instead"
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "lacks", "problem"),
+    [
+        ({"completoin": "r", "answer": "a"}, nothing_to_show, "found 'completoin'; rename it to 'completion'"),
+        ({"response": "r", "answer": "a"}, nothing_to_show, "found 'response'; rename it to 'completion'"),
+        ({"docment": "d", "answer": "a"}, nothing_to_show, "found 'docment'; rename it to 'document'"),
+        ({"solution": "a", "scorer": "exact"}, nothing_to_score(None), "found 'solution'; rename it to 'answer'"),
+        (  # renaming it would not help
+            {"solution": "a", "scorer": "exact"},
+            nothing_to_show,
+            "and no 'privileged_context' or 'document' to show the teacher instead",
+        ),
+    ],
+)
+def test_what_a_row_lacks_may_have_another_name(row: dict[str, Any], lacks: Lacks, problem: str) -> None:
+    path = write("a.jsonl", {"prompt": "q"} | row)
+    assert message_of(path, lacks=lacks) == f"a.jsonl: 1 bad row: line 1, column 'completion': missing, {problem}"
 
 
 @pytest.mark.parametrize("row", [{"privileged_context": "p"}, {"completion": "r"}, {"document": "d"}])
