@@ -230,7 +230,7 @@ def test_rows_that_do_not_fit_are_left_out_of_a_layout_or_of_all_and_counted(
     fitting = write_rows([{"prompt": "q" * n, "completion": "ab"} for n in lengths[:4]])
     result = check(config_of(model_folder(), fitting, **settings))
     assert result.skipped["turns:repeats=3"].startswith(
-        f"2 of 4 rows do not fit: {fitting}:3: teacher's prompt has 688 tokens, limit 506; "
+        f"2 of 4 rows do not fit: {fitting}:3, 4: teacher's prompt has 688 tokens, limit 506; "
     )
 
 
