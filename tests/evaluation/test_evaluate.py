@@ -116,6 +116,8 @@ def test_evaluate_counts_right_replies(
     assert "0.750" in repr(EvalResult(folder, str(data), result))
     for items, few in ((1, "1 item is too few"), (4, "4 items are too few")):
         assert few in " ".join(repr(EvalResult(folder, str(data), result | {"items": items})).split())
+    alone = repr(EvalResult(folder, str(data), result | {"base": None, "paired": {}, "distance": {}}))
+    assert "items are too few" not in " ".join(alone.split())
 
 
 def test_unusable_answers_are_named_together_before_anything_is_sampled(
