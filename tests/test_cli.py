@@ -100,8 +100,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "many.jsonl",
         '{"prompt": "q", "completion": ""}\n' * 12,
         SFT,
-        "many.jsonl: 12 bad rows: line 1, column 'completion': found empty text, expected text or a list of one "
-        "assistant message; line 2, column 'completion': found empty text, ...",
+        "many.jsonl: all 12 rows: column 'completion': found empty text, expected text or a list of one assistant "
+        "message",
     ),
     (
         "null.jsonl",
@@ -130,16 +130,29 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q" * 600, "completion": "a"}),
         SFT,
         "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 504; "
-        "lower --max_completion_length (the window is 512 tokens), "
-        "or drop them with --on_long_prompt drop",
+        "shorten the prompts (the window is 512 tokens), or drop them with --on_long_prompt drop",
     ),
     (
         "long.jsonl",
         json.dumps({"prompt": "q" * 300, "completion": "a"}),
         SDFT,
         "1 of 1 rows do not fit: long.jsonl:1: teacher's prompt has 641 tokens, limit 504; "
+        "choose a shorter context, or drop them with --on_long_prompt drop",
+    ),
+    (
+        "long.jsonl",
+        json.dumps({"prompt": "q" * 233, "completion": "a"}),
+        SDFT,
+        "1 of 1 rows do not fit: long.jsonl:1: teacher's prompt has 507 tokens, limit 504; "
         "lower --max_completion_length (the window is 512 tokens), "
         "choose a shorter context, or drop them with --on_long_prompt drop",
+    ),
+    (
+        "long.jsonl",
+        json.dumps({"prompt": "q" * 600, "completion": "a"}),
+        SDFT + " --max_prompt_length 20",
+        "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 20; "
+        "shorten the prompts (the window is 512 tokens), or drop them with --on_long_prompt drop",
     ),
     (
         "short.jsonl",
@@ -154,6 +167,13 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         SFT,
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 11 tokens, limit 8 (max_completion_length); "
         "raise --max_completion_length, or drop them with --on_long_prompt drop",
+    ),
+    (
+        "reply.jsonl",
+        json.dumps({"prompt": "q", "completion": "a" * 600}),
+        SFT,
+        "1 of 1 rows do not fit: reply.jsonl:1: completion has 601 tokens, limit 8 (max_completion_length); "
+        "shorten the completions (the window is 512 tokens), or drop them with --on_long_prompt drop",
     ),
     (
         "reply.jsonl",
@@ -227,8 +247,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "template.txt",
         "{document} {prompt}",
         SDFT + " --data train.jsonl --context template:file=template.txt",
-        "train.jsonl: 4 bad rows: line 1, column 'document': missing, which context 'template' shows the teacher; add "
-        "it or use another context; line 2, ...",
+        "train.jsonl: all 4 rows: column 'document': missing, which context 'template' shows the teacher; add it or "
+        "use another context",
     ),
     (
         "template.txt",

@@ -100,13 +100,13 @@ def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[
     context = run.context if uses(run, "context") else None
     found: set[int] = set()
     for chunk in chunks:
-        encoded = _fitting(loaded, chat, chunk, config, config.on_long_prompt, context)
+        try:
+            encoded = _encoded(loaded, chat, chunk, config, config.on_long_prompt, context)
+        except NothingFits as error:
+            encoded, unfit = [], error
         found |= {row.demonstration.row for row in encoded}
     if not found:
-        raise UserError(
-            f"{config.data}: every row is too long (prompt, completion or teacher's prompt); raise "
-            "--max_completion_length or --max_prompt_length, or choose a shorter context"
-        )
+        raise UserError(f"{config.data}: every row is too long: {unfit}")
     return found
 
 
@@ -137,7 +137,10 @@ def _chunk(
     with training_precision(loaded.model, config.mixed_precision):
         questions = EvaluationSet(loaded, chunk, {}, config)
         accuracy = questions.answers(loaded, judge_of(config), what="test of a chunk").accuracy
-    watch = _Watch(_fitting(loaded, chat, buffer, config, "drop"), config)
+    try:
+        watch = _Watch(_encoded(loaded, chat, buffer, config, "drop"), config)
+    except NothingFits:
+        watch = _Watch([], config)
     before = watch.loss(loaded)
     del loaded
     shutil.rmtree(folder, ignore_errors=True)
@@ -159,7 +162,7 @@ def _chunk(
     return {"rows": len(chunk), "accuracy": accuracy, "steps": watch.steps, **losses, "training": training}
 
 
-def _fitting(
+def _encoded(
     loaded: LoadedModel,
     chat: ChatFormat,
     rows: Sequence[Demonstration],
@@ -175,10 +178,7 @@ def _fitting(
         "completion_must_fit": True,
     }
     shown = None if context is None else parse_context(context)
-    try:
-        return encode(rows, shown, chat, on_long_prompt=on_long_prompt, **limits)[0]
-    except NothingFits:
-        return []
+    return encode(rows, shown, chat, on_long_prompt=on_long_prompt, **limits)[0]
 
 
 class _Watch:

@@ -50,7 +50,18 @@ from selfdistill.data.messages import (
 )
 from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.readers import read_jsonl
-from selfdistill.data.rows import RawRow, check_rows, first_ten, from_text, join_surrogates, one_line, repeated_key
+from selfdistill.data.rows import (
+    RawRow,
+    RowError,
+    RowProblem,
+    by_reason,
+    check_rows,
+    first_ten,
+    from_text,
+    join_surrogates,
+    one_line,
+    repeated_key,
+)
 from selfdistill.data.scorers import (
     JUDGE,
     Verdict,
@@ -96,6 +107,8 @@ __all__ = [
     "PromptIds",
     "RawRow",
     "Replies",
+    "RowError",
+    "RowProblem",
     "Rows",
     "TemplateRefusal",
     "Turns",
@@ -104,6 +117,7 @@ __all__ = [
     "as_row",
     "as_transcript",
     "as_verdict",
+    "by_reason",
     "by_tests",
     "check_rows",
     "contains",

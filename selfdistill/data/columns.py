@@ -7,6 +7,7 @@ refused by name, with the place where its content belongs. Others that are not r
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
@@ -89,6 +90,12 @@ def misnamed(row: Mapping[str, Any], *names: str) -> str | None:
                 return f"{begin} {column!r} with from and value; write 'messages' with {FROM_SHAREGPT}"
             return f"{begin} {column!r}; rename it to '{name}'"
     return None
+
+
+def misnamed_in(problem: str, row: Mapping[str, Any]) -> str | None:
+    """The problem of a row without the columns that ``problem`` asks for, if another looks like a name of one."""
+    lacking = [name for name in re.findall(r"'(\w+)'", problem) if name in COLUMNS and is_empty(row.get(name))]
+    return misnamed(row, *lacking) if lacking else None
 
 
 def note_about(columns: Collection[str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from selfdistill.data.call_results import notes_on_calls
-from selfdistill.data.columns import COLUMNS, misnamed, missing, note_about, refused, unread
+from selfdistill.data.columns import COLUMNS, misnamed, misnamed_in, missing, note_about, refused, unread
 from selfdistill.data.images import Picture, in_order, in_parts, marked, pictures_of, refuse_late, saved, undecoded
 from selfdistill.data.messages import (
     Message,
@@ -164,8 +164,7 @@ def load_demonstrations(
     may be their JSON text. Null counts as absent. All rows have the same form.
 
     Raises:
-        UserError: the data cannot be read or has no rows; an unknown ``turns``; or rows are invalid: names the first
-            ten and the total.
+        UserError: the data cannot be read or has no rows; an unknown ``turns``; or rows are invalid.
     """
     if turns not in get_args(Turns):
         raise UserError(f"turns {turns!r}: expected {one_of(get_args(Turns))}")
@@ -187,7 +186,7 @@ def load_demonstrations(
         pictures = pictures_of(raw.value, folder, problems)
         made = _demonstration(raw, number, form, completion_required, turns, pictures, problems)
         if lacks and not problems:
-            problems += filter(None, [_of_form(lacks(made), form, made)])
+            problems += filter(None, [_of_form(lacks(made), form, made, raw.value)])
         return made
 
     made = check_rows(name, rows, _form, make, "set")
@@ -199,11 +198,11 @@ def load_demonstrations(
     return made
 
 
-def _of_form(problem: str | None, form: str, row: Demonstration) -> str | None:
+def _of_form(problem: str | None, form: str, made: Demonstration, row: Mapping[str, Any]) -> str | None:
     """The problem of what a row lacks; rows of ``messages`` have no completion where they end with somebody else."""
     if problem is None or form != "messages":
-        return problem
-    ends = f"column 'messages': ends with the {row.prompt[-1]['role']}, expected an assistant turn"
+        return problem and (misnamed_in(problem, row) or problem)
+    ends = f"column 'messages': ends with the {made.prompt[-1]['role']}, expected an assistant turn"
     return problem.replace("column 'completion': missing", ends, 1)
 
 

@@ -13,7 +13,7 @@ from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.episodes import Replies, encode_replies, turns_of
 from selfdistill.data.images import by_digest
 from selfdistill.data.messages import Message, uses_tools
-from selfdistill.data.rows import first_ten
+from selfdistill.data.rows import RowProblem, by_reason, first_ten
 from selfdistill.data.template import TemplateRefusal
 from selfdistill.data.thinking import split_thinking
 from selfdistill.errors import UserError
@@ -131,12 +131,9 @@ def encode(
         else:
             problems.append(problem)
     if problems and (on_long_prompt == "error" or not kept):
-        shown = "; ".join(found for found, _ in problems[:10])
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        text = f"{len(problems)} of {len(demonstrations)} rows do not fit: {shown}{more}; "
-        ways = list(dict.fromkeys(way for _, way in problems))
-        if context:
-            ways.append("choose a shorter context")
+        found = by_reason([problem for problem, _ in problems])
+        text = f"{len(problems)} of {len(demonstrations)} rows do not fit: {found}; "
+        ways = list(dict.fromkeys(way for _, ways in problems for way in ways))
         if on_long_prompt == "drop":
             raise NothingFits(text + " or ".join(ways))
         raise UserError(f"{text}{', '.join(ways)}, or drop them with --on_long_prompt drop")
@@ -202,19 +199,18 @@ def _by_row(demonstrations: Sequence[Demonstration], make: Callable[[Demonstrati
     """What ``make`` returns for each row.
 
     Raises:
-        UserError: the chat template rejects rows; names the first ten for each reason.
+        UserError: the chat template rejects rows; see :func:`by_reason`.
     """
     made: list[Made] = []
-    refused: dict[str, list[str]] = {}
+    refused: list[RowProblem] = []
     for demonstration in demonstrations:
         try:
             made.append(make(demonstration))
         except TemplateRefusal as error:
-            refused.setdefault(str(error), []).append(demonstration.source)
+            refused.append(RowProblem(demonstration.source, str(error)))
     if refused:
-        count = sum(map(len, refused.values()))
-        reasons = first_ten([f"{reason} ({first_ten(sources)})" for reason, sources in refused.items()])
-        raise UserError(f"{count} of {len(demonstrations)} rows do not fit the chat template: {reasons}")
+        count = f"{len(refused)} of {len(demonstrations)} rows"
+        raise UserError(f"{count} do not fit the chat template: {by_reason(refused)}")
     return made
 
 
@@ -294,26 +290,41 @@ class _Limits:
                 f"model's window of {self.window} tokens"
             )
 
-    def problem(self, example: Example) -> tuple[str, str] | None:
-        """What is too long and what to do about it; None if nothing is."""
+    def problem(self, example: Example) -> tuple[RowProblem, list[str]] | None:
+        """What is too long, and what helps; None if nothing is."""
         source, limit = example.demonstration.source, self.prompt
-        for who, ids in (("prompt", example.student_ids), ("teacher's prompt", example.teacher_ids or [])):
-            if limit is not None and len(ids) > limit:
-                return f"{source}: {who} has {len(ids)} tokens, limit {limit}", self._more_room
+        student, teacher = len(example.student_ids), len(example.teacher_ids or [])
+        for who, length in (("prompt", student), ("teacher's prompt", teacher)):
+            if limit is not None and length > limit:
+                found = RowProblem(source, f"{who} has ", str(length), f" tokens, limit {limit}")
+                return found, self._room_for(length, is_teachers=who != "prompt")
         length = _longest_reply(example)
         if self.completion_must_fit and length > self.max_completion_length:
-            found = f"completion has {length} tokens, limit {self.max_completion_length} ({self.setting})"
-            return f"{source}: {found}", f"raise --{self.setting}"
-        whole = len(example.student_ids) + len(example.completion_ids)
+            after = f" tokens, limit {self.max_completion_length} ({self.setting})"
+            can_grow = self.window is None or max(student, teacher) + length <= self.window
+            way = f"raise --{self.setting}" if can_grow else f"shorten the completions{self._window}"
+            return RowProblem(source, "completion has ", str(length), after), [way]
+        whole = student + len(example.completion_ids)
         if self.completion_must_fit and example.given and self.window is not None and whole > self.window:
-            return f"{source}: prompt and episode have {whole} tokens, limit {self.window} (the window)", "shorten them"
+            after = f" tokens, limit {self.window} (the window)"
+            return RowProblem(source, "prompt and episode have ", str(whole), after), ["shorten them"]
         return None
 
+    def _room_for(self, length: int, *, is_teachers: bool) -> list[str]:
+        """Ways to make room for a prompt of this length."""
+        others = ["choose a shorter context"] if is_teachers else []
+        if self.window is not None and length >= self.window:
+            return others or [f"shorten the prompts{self._window}"]
+        ways = []
+        if self.max_prompt_length is not None and length > self.max_prompt_length:
+            ways.append("raise --max_prompt_length")
+        if self.window is not None and length > self.window - self.max_completion_length:
+            ways.append(f"lower --{self.setting}{self._window}")
+        return [" and ".join(ways), *others]
+
     @property
-    def _more_room(self) -> str:
-        if self.prompt == self.max_prompt_length:
-            return "raise --max_prompt_length"
-        return f"lower --{self.setting} (the window is {self.window} tokens)"
+    def _window(self) -> str:
+        return f" (the window is {self.window} tokens)"
 
 
 def _longest_reply(example: Example) -> int:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from selfdistill.errors import UserError
 
@@ -114,7 +114,7 @@ def quoted(text: str) -> str:
 
 def check_rows(
     path: str,
-    rows: Iterable[RawRow],
+    rows: Sequence[RawRow],
     form_of: Callable[[Any, list[str]], str | None],
     make: Callable[[RawRow, str, int, list[str]], Made],
     whole: str,
@@ -129,10 +129,10 @@ def check_rows(
         whole: what must have one form, ``set`` or ``file``, for the error.
 
     Raises:
-        UserError: names the bad rows; see :func:`bad_rows`.
+        UserError: names the bad rows; see :func:`by_reason`.
     """
     made: list[Made] = []
-    bad: list[str] = []
+    bad: list[RowProblem] = []
     first_form = first_place = None
     for raw in rows:
         problems = [raw.problem] if raw.problem else []
@@ -144,15 +144,71 @@ def check_rows(
         elif form:
             made.append(make(raw, form, len(made), problems))
         if problems:
-            bad.append(f"{raw.place}, {' and '.join(problems)}")
+            bad.append(_of_text(raw.place, " and ".join(problems)))
     if bad:
-        raise bad_rows(path, bad)
+        raise UserError(f"{path}: {_bad_rows(bad, len(rows))}")
     return made
 
 
-def bad_rows(path: str, bad: Sequence[str]) -> UserError:
-    """The error for the bad rows of ``path``, each given as its place and its problems."""
-    return UserError(f"{path}: {'1 bad row' if len(bad) == 1 else f'{len(bad)} bad rows'}: {first_ten(bad)}")
+def _bad_rows(bad: Sequence[RowProblem], total: int) -> str:
+    if len(bad) == total > 1 and len({problem.reason for problem in bad}) == 1:
+        return f"all {total} rows: {_reason(bad)}"
+    return f"{'1 bad row' if len(bad) == 1 else f'{len(bad)} bad rows'}: {by_reason(bad, ', ')}"
+
+
+class RowProblem(NamedTuple):
+    """What is wrong with a row, at its place: a text with one value, such as a length, that differs between rows."""
+
+    place: str
+    before: str
+    value: str = ""
+    after: str = ""
+
+    @property
+    def reason(self) -> tuple[str, str]:
+        """What rows with the same problem share."""
+        return self.before, self.after
+
+
+class RowError(UserError):
+    """The error about one row; the arguments are those of :class:`RowProblem`."""
+
+    def __init__(self, *problem: str) -> None:
+        self.problem = RowProblem(*problem)
+        super().__init__(by_reason([self.problem]))
+
+
+def _of_text(place: str, text: str) -> RowProblem:
+    """A problem as a text, of which what was found is the value."""
+    found = re.fullmatch(r"(.*?\bfound )(.*?)(, expected .*)", text, re.DOTALL)
+    return RowProblem(place, *(found.groups() if found else [text]))
+
+
+def by_reason(bad: Sequence[RowProblem], after_one: str = ": ") -> str:
+    """Problems of rows on one line: the first ten reasons, each after the places of its rows.
+
+    As in ``a.jsonl:1, 3, 7 and 20 more: prompt has 619, 622, ... tokens, limit 504``.
+    """
+    alike: dict[tuple[str, str], list[RowProblem]] = {}
+    for problem in bad:
+        alike.setdefault(problem.reason, []).append(problem)
+    return first_ten([f"{_places(of)}{after_one if len(of) == 1 else ': '}{_reason(of)}" for of in alike.values()])
+
+
+def _reason(alike: Sequence[RowProblem]) -> str:
+    values = [*dict.fromkeys(problem.value for problem in alike)]
+    return ", ".join([*values[:2], *(["..."] if len(values) > 2 else [])]).join(alike[0].reason)
+
+
+def _places(alike: Sequence[RowProblem]) -> str:
+    """The first three places, as ``lines 1, 3, 7``, and the number of others."""
+    shown = [problem.place for problem in alike[:3]]
+    begins = {re.sub(r"\d+$", "", place) for place in shown}
+    if len(shown) > 1 and len(begins) == 1:
+        begin = begins.pop()
+        plural = re.sub(r"(?<=\w) $", "s ", begin)  # of: line 1
+        shown = [plural + shown[0].removeprefix(begin), *(place.removeprefix(begin) for place in shown[1:])]
+    return ", ".join(shown) + (f" and {len(alike) - len(shown)} more" if len(alike) > len(shown) else "")
 
 
 def first_three(found: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from selfdistill.data.choices import chosen_letter, letter_of
 from selfdistill.data.code_tests import run_tests
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.named import named
-from selfdistill.data.rows import from_text, one_line
+from selfdistill.data.rows import RowError, from_text, one_line
 from selfdistill.data.thinking import split_thinking
 from selfdistill.data.tool_calls import Calls, calls_in, calls_of, same_calls
 from selfdistill.data.words import includes, same_text, words_of
@@ -74,12 +74,12 @@ def verdicts(given: Sequence[tuple[str, str, Demonstration]]) -> list[Verdict]:
     coded = iter(by_tests([(reply, row) for name, reply, row in given if name == CODE]))
     found = [next(coded) if name == CODE else verdict(name, reply, row) for name, reply, row in given]
     for one in found:
-        if isinstance(one, UserError):
+        if isinstance(one, RowError):
             raise one
     return [one for one in found if isinstance(one, Verdict)]
 
 
-def by_tests(given: Sequence[tuple[str, Demonstration]]) -> list[Verdict | UserError]:
+def by_tests(given: Sequence[tuple[str, Demonstration]]) -> list[Verdict | RowError]:
     """The scorer ``code``: a reply is correct if its code passes all tests of the answer (:mod:`.code_tests`).
 
     Passing some tests earns nothing, for a function that always returns one value passes some. The answer is a list of
@@ -87,7 +87,7 @@ def by_tests(given: Sequence[tuple[str, Demonstration]]) -> list[Verdict | UserE
     error takes the verdict's place.
     """
     tests = [_tests_of(row) for _, row in given]
-    found: list[Verdict | UserError] = [one if isinstance(one, UserError) else Verdict(0.0) for one in tests]
+    found: list[Verdict | RowError] = [one if isinstance(one, RowError) else Verdict(0.0) for one in tests]
     runnable = [(place, one) for place, one in enumerate(tests) if isinstance(one, list)]
     results = run_tests([given[place][0] for place, _ in runnable], [one for _, one in runnable])
     for (place, _), result in zip(runnable, results, strict=True):
@@ -96,12 +96,12 @@ def by_tests(given: Sequence[tuple[str, Demonstration]]) -> list[Verdict | UserE
     return found
 
 
-def _tests_of(row: Demonstration) -> list[str] | UserError:
+def _tests_of(row: Demonstration) -> list[str] | RowError:
     if row.answer is None:
-        return UserError(f"{row.source}: scorer '{CODE}' needs tests; add the column 'answer'")
+        return RowError(row.source, f"scorer '{CODE}' needs tests; add the column 'answer'")
     try:
         return [_text(test, CODE, row) for test in _answers(reference(CODE, row), CODE, row)]
-    except UserError as error:
+    except RowError as error:
         return error
 
 
@@ -143,7 +143,7 @@ def reference(scorer: str, demonstration: Demonstration) -> Any:
         if demonstration.completion.strip() and not expected.strip():
             raise _unusable(scorer, demonstration, "it holds only thoughts; add the column 'answer'")
     if expected == [] or (isinstance(expected, str) and not expected.strip()):
-        raise UserError(f"{demonstration.source}: scorer '{scorer}' needs an answer or a completion")
+        raise RowError(demonstration.source, f"scorer '{scorer}' needs an answer or a completion")
     return expected
 
 
@@ -247,7 +247,7 @@ def regex(reply: str, demonstration: Demonstration) -> bool:
     Requires an answer, because a completion is not a pattern.
     """
     if demonstration.answer is None:
-        raise UserError(f"{demonstration.source}: scorer 'regex' needs a pattern; add the column 'answer'")
+        raise RowError(demonstration.source, "scorer 'regex' needs a pattern; add the column 'answer'")
     try:
         return re.search(_text(reference("regex", demonstration), "regex", demonstration), reply) is not None
     except re.error as error:
@@ -333,7 +333,7 @@ def _text(expected: Any, scorer: str, demonstration: Demonstration) -> str:
     return expected
 
 
-def _unusable(scorer: str, demonstration: Demonstration, reason: str) -> UserError:
+def _unusable(scorer: str, demonstration: Demonstration, reason: str) -> RowError:
     column = "completion" if demonstration.answer is None else "answer"
     value = getattr(demonstration, column)
     try:
@@ -341,13 +341,12 @@ def _unusable(scorer: str, demonstration: Demonstration, reason: str) -> UserErr
     except ValueError:
         return _too_long(demonstration)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return UserError(f"{demonstration.source}: scorer '{scorer}' cannot use {column} {shown}: {reason}")
+    before = f"scorer '{scorer}' cannot use {column} "
+    return RowError(demonstration.source, before, shown, f": {reason}")
 
 
-def _too_long(demonstration: Demonstration) -> UserError:
+def _too_long(demonstration: Demonstration) -> RowError:
     """For numbers that Python does not write as text, because that would take quadratic time."""
     limit = sys.get_int_max_str_digits()
-    return UserError(
-        f"{demonstration.source}: column 'answer': found a number of more than {limit:,} digits, expected fewer; "
-        "write it as text"
-    )
+    problem = f"column 'answer': found a number of more than {limit:,} digits, expected fewer; write it as text"
+    return RowError(demonstration.source, problem)

@@ -11,9 +11,10 @@ from selfdistill.data import (
     SCORER_NAMES,
     ChatFormat,
     Demonstration,
+    RowError,
+    by_reason,
     by_tests,
     default_scorer,
-    first_ten,
     reference,
     score,
     scored_text,
@@ -67,10 +68,10 @@ def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -
         scorer: scorer for rows that name none.
 
     Raises:
-        UserError: names the first ten such rows and the total.
+        UserError: there are such rows; counts them, and names the first for each reason.
     """
     coded = [row for row in demonstrations if default_scorer(row, scorer) == CODE]
-    bad = [str(error) for error in by_tests([("", row) for row in coded]) if isinstance(error, UserError)]
+    bad = [error.problem for error in by_tests([("", row) for row in coded]) if isinstance(error, RowError)]
     for row in demonstrations:
         name = default_scorer(row, scorer)
         try:
@@ -78,10 +79,10 @@ def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -
                 score(name, "", row)
             elif name == JUDGE:
                 reference(name, row)  # a user-defined function need not handle an empty reply
-        except UserError as error:
-            bad.append(str(error))
+        except RowError as error:
+            bad.append(error.problem)
     if bad:
-        raise UserError(bad[0] if len(bad) == 1 else f"{len(bad)} rows cannot be scored: {first_ten(bad)}")
+        raise UserError(("" if len(bad) == 1 else f"{len(bad)} rows cannot be scored: ") + by_reason(bad))
 
 
 def answer(

@@ -15,6 +15,8 @@ from selfdistill.runtime import Printable
 
 UNLIKELY = 4
 """Exit code when self-distillation is unlikely to help."""
+KNOWN = 0.9
+"""Accuracy of the teacher from which it is not at fault that the student is as good."""
 
 
 @dataclass(frozen=True)
@@ -123,19 +125,19 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
                 "temperature or a higher learning rate helps it start."
             )
         return text, 0
-    reason = "the teacher is not clearly better" if best.accuracy < 0.9 else "the student already knows this"
+    reason = "the teacher is not clearly better" if best.accuracy < KNOWN else "the student already knows this"
     text = f"Self-distillation is unlikely to help: {scores} of {items} rows; {reason}."
-    if best.accuracy < 0.9 and best.truncated > 0.5:
+    if best.accuracy < KNOWN and best.truncated > 0.5:
         text += (
             f" {best.truncated:.0%} of its replies were truncated at the length limit, so they may be right but "
             "unfinished: raise --max_completion_length."
         )
-    elif best.accuracy < 0.9 and best.logp is not None and student_logp is not None and best.logp > student_logp:
+    elif best.accuracy < KNOWN and best.logp is not None and student_logp is not None and best.logp > student_logp:
         text += (
             f" The demonstration is more likely under the teacher ({best.logp:.2f} nats per token) than under the "
             f"student ({student_logp:.2f}), so a scorer that suits the data better may show a difference."
         )
-    elif best.accuracy < 0.9:
+    elif best.accuracy < KNOWN:
         text += " Try other contexts, a larger model, or supervised fine-tuning."
     return text, UNLIKELY
 
@@ -185,10 +187,16 @@ def _print(result: CheckResult, console: Console) -> None:
         *([f"Spill: {result.spill.sentence()}."] if result.spill else []),
         *_order_line(result),
         result.verdict,
-        f"Best: --context {result.best.context}   (the check took {result.seconds:.0f} s)",
+        f"{_choice(result)}: --context {result.best.context}   (the check took {result.seconds:.0f} s)",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
+
+
+def _choice(result: CheckResult) -> str:
+    """What to call the first layout."""
+    is_poor = result.exit_code == UNLIKELY and (result.best.accuracy or 0) < KNOWN
+    return "None is good enough; least bad" if is_poor else "Best"
 
 
 def _hints_table(hints: list[Layout]) -> Table:

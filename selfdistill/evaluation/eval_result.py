@@ -138,8 +138,8 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
     console.print("In parentheses: 95% intervals.", highlight=False, markup=False, end=" " if base else "\n")
     if base:
         console.print("p: p-value of a paired test.", highlight=False)
-    unlike = tests["accuracy"]["unlike"] if base else 0.0
-    console.print(_detected(items, unlike or 0.5), highlight=False)  # models that never differ give no estimate
+        unlike = tests["accuracy"]["unlike"] or 0.5  # models that never differ give no estimate
+        console.print(_detected(items, unlike), highlight=False)
 
 
 def _detected(items: int, unlike: float) -> str:

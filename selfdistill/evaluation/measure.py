@@ -16,6 +16,8 @@ from selfdistill.config import LEARNING_RATE, CheckConfig
 from selfdistill.data import (
     Demonstration,
     Example,
+    RowProblem,
+    by_reason,
     context_of,
     doubt_about,
     is_scorable,
@@ -90,12 +92,12 @@ class Measure:
         lengths = [len(row.teacher_ids or row.student_ids) + len(row.completion_ids) for row in made]
         kept = [row for row, length in zip(made, lengths, strict=True) if length <= window]
         if len(kept) < len(made) and (config.on_long_prompt == "error" or not kept):
-            row, length = next(pair for pair in zip(made, lengths, strict=True) if pair[1] > window)
             who = "prompt" if context is None else "teacher's prompt"
+            text = (f"{who} and demonstration have ", f" tokens, limit {window} (the model's window)")
+            long = [pair for pair in zip(made, lengths, strict=True) if pair[1] > window]
+            bad = [RowProblem(row.demonstration.source, text[0], str(length), text[1]) for row, length in long]
             raise UserError(
-                f"{len(made) - len(kept)} of {len(made)} rows do not fit: {row.demonstration.source}: "
-                f"{who} and demonstration have {length} tokens, limit {window} (the model's window); "
-                "drop them with --on_long_prompt drop"
+                f"{len(bad)} of {len(made)} rows do not fit: {by_reason(bad)}; drop them with --on_long_prompt drop"
             )
         return kept
 

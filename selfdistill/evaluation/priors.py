@@ -13,9 +13,10 @@ from selfdistill.data import (
     ChatFormat,
     Demonstration,
     RawRow,
+    RowProblem,
+    by_reason,
     check_rows,
     encode_prompts,
-    first_ten,
     load_demonstrations,
     not_object,
     nothing_to_score,
@@ -185,7 +186,8 @@ def encode_priors(
         UserError: rows exceed the model's window, or a scorer cannot use the answer to a question; names the first ten
             and the total.
     """
-    encoded, bad = [], []
+    encoded: list[EncodedPrior] = []
+    bad: list[RowProblem] = []
     for name, rows in priors.items():
         questions = [row for row in rows if isinstance(row, Demonstration)]
         check_answers(questions, _SCORER)
@@ -199,13 +201,13 @@ def encode_priors(
                 continuations += [continuation for _, continuation in pairs]
                 lengths.append((row.source, max(len(context) + len(continuation) for context, continuation in pairs)))
         if loaded.window is not None:
-            bad += [f"{source}: {length} tokens" for source, length in lengths if length > loaded.window]
+            bad += [RowProblem(row, "", str(length), " tokens") for row, length in lengths if length > loaded.window]
         encoded.append(EncodedPrior(name, rows, contexts, continuations))
     if bad:
         count = "1 row is" if len(bad) == 1 else f"{len(bad)} rows are"
         raise UserError(
             f"prior: {count} longer than the window of {loaded.window} tokens of model {loaded.name!r}: "
-            f"{first_ten(bad)}; shorten or remove {'it' if len(bad) == 1 else 'them'}"
+            f"{by_reason(bad)}; shorten or remove {'it' if len(bad) == 1 else 'them'}"
         )
     return encoded
 

@@ -15,10 +15,11 @@ from selfdistill.data import (
     Example,
     Lacks,
     Replies,
+    RowProblem,
     anchor_prompts,
+    by_reason,
     context_of,
     encode,
-    first_ten,
     load_prompts,
     notes_on,
     nothing_to_show,
@@ -70,8 +71,8 @@ class DemonstrationExamples:
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
-        if bad := [f"{row.source}, {problem}" for row in demonstrations if (problem := self.lacks(row))]:
-            raise UserError(f"{len(bad)} of {len(demonstrations)} rows cannot be used: {first_ten(bad)}")
+        if bad := [RowProblem(row.source, problem) for row in demonstrations if (problem := self.lacks(row))]:
+            raise UserError(f"{len(bad)} of {len(demonstrations)} rows cannot be used: {by_reason(bad)}")
         plays = self.config.environment != "none"
         if plays:
             demonstrations = begun(self.config.environment, demonstrations)

@@ -599,7 +599,9 @@ def test_a_chunk_before_any_validation_row_takes_all_its_steps_and_says_so(
 
 def test_a_stream_of_which_nothing_fits_leaves_the_base_where_it_is(make: Settings, tmp_path: Path) -> None:
     config = make(action="stream", chunk_size=3, max_completion_length=1, on_long_prompt="drop")
-    with pytest.raises(UserError, match=r"first\.jsonl: every row is too long .*; raise --max_completion_length or"):
+    with pytest.raises(
+        UserError, match=r"first\.jsonl: every row is too long: . of . rows do not fit: .*; raise --max_c"
+    ):
         add(config)
     assert (Path(config.model) / "model.safetensors").is_file()
     assert Ledger(config.state).skills == []

@@ -210,7 +210,7 @@ def test_a_template_that_leaves_out_a_turn_is_refused(
             },
         ]
     )
-    with pytest.raises(UserError, match=r"^1 of 2 rows do not fit the chat template: .*\(data\[1\]\)$") as error:
+    with pytest.raises(UserError, match=r"^1 of 2 rows do not fit the chat template: data\[1\]: ") as error:
         encode(rows, None, chat, **LIMITS)
     assert f"leaves out or rewrites the {found}" in str(error.value)
 
@@ -223,7 +223,7 @@ def test_a_template_that_rewrites_a_text_or_drops_the_demonstration_is_refused(
         upper.encode_prompt(demonstration().prompt)
     short = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     last = ChatFormat(make_tokenizer(template=short), [257], {})
-    with pytest.raises(UserError, match=r"leaves out the demonstration, an earlier assistant turn \(d.jsonl:1\)$"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: .* leaves out the demonstration, an earlier assistant turn$"):
         encode([demonstration()], parse_context("turns"), last, **LIMITS)
 
 
@@ -241,9 +241,8 @@ def test_every_row_that_a_template_refuses_is_named(make_tokenizer: Callable[...
     with pytest.raises(UserError) as error:
         encode(rows, None, chat, **LIMITS)
     assert str(error.value) == (
-        "15 of 30 rows do not fit the chat template: the chat template rejects the roles user, user: one turn only "
-        "(d.jsonl:2; d.jsonl:4; d.jsonl:6; d.jsonl:8; d.jsonl:10; d.jsonl:12; d.jsonl:14; d.jsonl:16; d.jsonl:18; "
-        "d.jsonl:20; ... and 5 more)"
+        "15 of 30 rows do not fit the chat template: d.jsonl:2, 4, 6 and 12 more: the chat template rejects the roles "
+        "user, user: one turn only"
     )
 
 

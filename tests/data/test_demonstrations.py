@@ -13,10 +13,12 @@ import pytest
 from selfdistill.data.demonstrations import (
     SCORER_NAMES,
     Demonstration,
+    Lacks,
     load_demonstrations,
     nothing_to_show,
     write_demonstrations,
 )
+from selfdistill.data.scorers import nothing_to_score
 from selfdistill.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "skills"
@@ -437,16 +439,32 @@ def test_bad_row_without_required_completion(row: Any, problem: str) -> None:
     assert message_of(write("test.jsonl", row)) == f"test.jsonl: 1 bad row: line 1, {problem}"
 
 
-def test_first_ten_of_all_bad_rows_are_named() -> None:
+def test_equal_mistakes_are_told_once_with_their_lines() -> None:
     bad = {"prompt": "q", "completion": None}
-    lines = [
-        f"line {line}, column 'completion': found null, expected text or a list of one assistant message"
-        for line in range(2, 12)
-    ]
-    message = f"train.jsonl: 12 bad rows: {'; '.join(lines)}; ... and 2 more"
-    assert message_of(write("train.jsonl", GOOD, *[bad] * 12), completion_required=True) == message
-    ten = message_of(write("train.jsonl", GOOD, *[bad] * 10), completion_required=True)
-    assert ten == f"train.jsonl: 10 bad rows: {'; '.join(lines)}"
+    want = "expected text or a list of one assistant message"
+    assert message_of(write("train.jsonl", GOOD, *[bad] * 12), completion_required=True) == (
+        f"train.jsonl: 12 bad rows: lines 2, 3, 4 and 9 more: column 'completion': found null, {want}"
+    )
+    rows = [GOOD, bad, {"question": "q", "completion": "r"}, bad | {"completion": 1}, bad | {"completion": True}]
+    assert message_of(write("train.jsonl", *rows), completion_required=True) == (
+        f"train.jsonl: 4 bad rows: lines 2, 4, 5: column 'completion': found null, the number 1, ..., {want}; "
+        "line 3, column 'prompt': missing, found 'question'; rename it to 'prompt'"
+    )
+
+
+def test_a_mistake_in_every_row_is_told_without_lines() -> None:
+    row = {"question": "q", "completion": "r"}
+    message = "rows.jsonl: all 6 rows: column 'prompt': missing, found 'question'; rename it to 'prompt'"
+    assert message_of(write("rows.jsonl", *[row] * 6)) == message
+    assert message_of(write("rows.jsonl", row)).startswith("rows.jsonl: 1 bad row: line 1, column 'prompt': missing")
+
+
+def test_the_first_ten_reasons_are_told_and_the_others_counted() -> None:
+    rows = ["{" + " " * number + "x" for number in range(12)]
+    message = message_of(write("train.jsonl", GOOD, *rows))
+    assert message.startswith("train.jsonl: 12 bad rows: line 2, invalid JSON at character 2: ")
+    assert message.endswith("; ... and 2 more")
+    assert message.count("invalid JSON") == 10
 
 
 def test_bad_rows_of_other_sources() -> None:
@@ -476,10 +494,28 @@ def test_a_row_may_have_a_prompt_alone_until_it_is_used() -> None:
         with pytest.raises(UserError, match=r"a\.jsonl:1: neither completion nor privileged_context"):
             _ = demonstration.shown
     assert message_of(write("a.jsonl", GOOD, *rows[:2]), lacks=nothing_to_show) == (
-        "a.jsonl: 2 bad rows: line 2, column 'completion': missing, and no 'privileged_context' or 'document' to show "
-        "the teacher instead; line 3, column 'completion': missing, and no 'privileged_context' or 'document' to show "
-        "the teacher instead"
+        "a.jsonl: 2 bad rows: lines 2, 3: column 'completion': missing, and no 'privileged_context' or 'document' to "
+        "show the teacher instead"
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "lacks", "problem"),
+    [
+        ({"completoin": "r", "answer": "a"}, nothing_to_show, "found 'completoin'; rename it to 'completion'"),
+        ({"response": "r", "answer": "a"}, nothing_to_show, "found 'response'; rename it to 'completion'"),
+        ({"docment": "d", "answer": "a"}, nothing_to_show, "found 'docment'; rename it to 'document'"),
+        ({"solution": "a", "scorer": "exact"}, nothing_to_score(None), "found 'solution'; rename it to 'answer'"),
+        (  # renaming it would not help
+            {"solution": "a", "scorer": "exact"},
+            nothing_to_show,
+            "and no 'privileged_context' or 'document' to show the teacher instead",
+        ),
+    ],
+)
+def test_what_a_row_lacks_may_have_another_name(row: dict[str, Any], lacks: Lacks, problem: str) -> None:
+    path = write("a.jsonl", {"prompt": "q"} | row)
+    assert message_of(path, lacks=lacks) == f"a.jsonl: 1 bad row: line 1, column 'completion': missing, {problem}"
 
 
 @pytest.mark.parametrize("row", [{"privileged_context": "p"}, {"completion": "r"}, {"document": "d"}])
@@ -658,7 +694,7 @@ GOOD_LINE = json.dumps(GOOD).encode()
             GOOD_LINE + b"\n" + GOOD_LINE,
             "a.json: found JSON Lines, expected a JSON list; rename it to end with .jsonl",
         ),
-        ("a.json", b"[[1], 2]", "a.json: 2 bad rows: item 0, found a list of 1, expected an object; item 1, {two}"),
+        ("a.json", b"[[1], 2]", "a.json: all 2 rows: found a list of 1, the number 2, expected an object"),
         ("a.xlsx", b"PK\x03\x04", f"a.xlsx: cannot read file type '.xlsx', expected {TYPES}"),
         ("a.parquet.gz", b"x", f"a.parquet.gz: cannot read file type '.parquet.gz', expected {TYPES}"),
         ("a", b"x", f"a: cannot read file type '', expected {TYPES}"),
@@ -689,9 +725,7 @@ def test_bad_file(name: str, content: bytes, message: str) -> None:
     # The words of json differ between releases of Python.
     with pytest.raises(json.JSONDecodeError) as trailing:
         json.loads('[{"a": 1,}]')
-    message = message.replace("{trailing}", str(trailing.value)).replace(
-        "{two}", "found the number 2, expected an object"
-    )
+    message = message.replace("{trailing}", str(trailing.value))
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_bytes(content)
     assert message_of(name.split("/")[0]) == message

@@ -94,8 +94,7 @@ def test_columns_without_a_name_are_none_if_they_are_empty(text: str, notes: lis
         (
             "a.csv",
             "prompt,completion\nq,r,s\nq\n",
-            "a.csv: 2 bad rows: line 2, found 3 cells, expected 2 (prompt, completion); "
-            "line 3, found 1 cell, expected 2 (prompt, completion)",
+            "a.csv: all 2 rows: found 3 cells, 1 cell, expected 2 (prompt, completion)",
         ),
         (
             "a.csv",

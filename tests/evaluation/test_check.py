@@ -181,6 +181,10 @@ def test_hopeless_data_is_called_unlikely(
     out = " ".join(repr(result).split())
     assert "GiB with 4 rows per micro-batch" in out
     assert "All layouts have the same accuracy, so log p(demo) alone decides their order." in out
+    assert f"None is good enough; least bad: --context {result.best.context} " in out
+    assert "Best:" not in out
+    known = replace(result, layouts=[replace(result.best, accuracy=1.0)], student_accuracy=1.0)
+    assert f"Best: --context {result.best.context} " in " ".join(repr(known).split())
 
 
 def test_the_best_context_for_training_costs_nothing_takes_the_scorer_and_says_what_it_expects(
@@ -230,7 +234,7 @@ def test_rows_that_do_not_fit_are_left_out_of_a_layout_or_of_all_and_counted(
     fitting = write_rows([{"prompt": "q" * n, "completion": "ab"} for n in lengths[:4]])
     result = check(config_of(model_folder(), fitting, **settings))
     assert result.skipped["turns:repeats=3"].startswith(
-        f"2 of 4 rows do not fit: {fitting}:3: teacher's prompt has 688 tokens, limit 506; "
+        f"2 of 4 rows do not fit: {fitting}:3, 4: teacher's prompt has 688 tokens, limit 506; "
     )
 
 

@@ -112,7 +112,7 @@ def test_no_example_without_a_completion_is_ever_learnt_from(
     settings: Callable[..., sd.TrainConfig], write_rows: Callable[..., Path]
 ) -> None:
     data = write_rows([*FULL, SDFT[0]])
-    with pytest.raises(sd.UserError, match=r"1 of 5 rows cannot be used: .*:5, column 'completion': missing"):
+    with pytest.raises(sd.UserError, match=r"1 of 5 rows cannot be used: .*:5: column 'completion': missing"):
         Trainer(settings(data=str(data), method="sft"))
     run = Trainer(settings(data=str(data)))
     with pytest.raises(IndexError):  # rather than an empty reply
@@ -138,7 +138,7 @@ def test_check_measures_what_it_can(model: str, capsys: pytest.CaptureFixture[st
     mixed = sd.check(model, [*SDFT, *FULL], **options)
     assert mixed.student_logp is not None
     assert mixed.items == 4  # those that can be scored
-    with pytest.raises(sd.UserError, match=r"data: 4 bad rows: row 0, column 'completion': missing, and no"):
+    with pytest.raises(sd.UserError, match=r"data: all 4 rows: column 'completion': missing, and no"):
         sd.check(model, GRPO, **options)
 
 
@@ -159,7 +159,7 @@ def test_plan_compare_and_learn_take_such_rows(model: str, write_rows: Callable[
     ]
     del given["test"]
     for action in ("add", "stream"):
-        with pytest.raises(sd.UserError, match=r"4 bad rows: line 1, column 'completion': missing, and no 'answer'"):
+        with pytest.raises(sd.UserError, match=r"all 4 rows: column 'completion': missing, and no 'answer'"):
             sd.learn(action, data, state="state", **given | gates)
     added = sd.learn("add", data, state="state", min_teacher=0, test=test, **given | gates)
     assert added.details["accepted"]
