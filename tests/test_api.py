@@ -173,6 +173,25 @@ def test_a_callback_sees_every_step_and_its_metrics(model: str) -> None:
     assert [metrics["loss"] for _, metrics in seen] == [line["loss"] for line in run.metrics]
 
 
+def test_a_callback_that_fails_loses_no_step(model: str) -> None:
+    options = RUN | {"context": "turns", "max_steps": 3}
+    whole = sd.train(model, ROWS, output_dir="whole", **options)
+
+    def fail(step: int, _model: Any, _metrics: Any) -> None:
+        if step == 2:
+            raise ZeroDivisionError("theirs")
+
+    with pytest.raises(ZeroDivisionError, match="theirs"):
+        sd.train(model, ROWS, output_dir="run", on_step=fail, **options)
+    steps: list[int] = []
+    run = sd.train(output_dir="run", resume=True, on_step=lambda step, *_: steps.append(step))
+    assert steps == [3]
+    assert same(final_weights(run.config), final_weights(whole.config))
+    with pytest.raises(sd.UserError, match="on_step: found 3, expected a function of step, model and metrics"):
+        sd.train("no/such/model", ROWS, output_dir="new", on_step=3)  # type: ignore[arg-type]
+    assert not Path("new").exists()
+
+
 def test_progress_can_be_switched_off_and_goes_to_the_log(
     model: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
