@@ -5,6 +5,7 @@ jsonargparse parses values by type; the settings validate ranges and combination
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import Action, ArgumentError
 from pathlib import Path
@@ -22,6 +23,7 @@ from selfdistill.config import (
     ExportConfig,
     LearnConfig,
     MergeConfig,
+    MethodName,
     QuestionsConfig,
     ReportConfig,
     Settings,
@@ -286,10 +288,12 @@ def _explained(message: str, arguments: list[str]) -> str:
     switches = [switch for switch, wanted in SWITCHES.items() if command in wanted]
     if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
         return f"no {lacking[1]}: {_LACKING[lacking[1]]}; see selfdistill {command} --help"
-    if unknown := re.match(r"unrecognized arguments: ([^\s=]*)", message):
+    if unknown := re.match(r"unrecognized arguments: ([^\s=]*)[\s=]?(\S*)", message):
         places = _POSITIONAL.get(command, ())
         if (name := unknown[1].removeprefix("--")) in places and name != unknown[1]:
             return f"{command} takes {name} without {unknown[1]}: selfdistill {command} {' '.join(places).upper()}"
+        if own := _own_setting(name, unknown[2], arguments):
+            return f"unknown option {unknown[1]}; {own}"
         options = [key for key in fields if key not in places]
         known = [f"--{key}" for key in (*options, "config", *switches, *(["json"] if command != "train" else []))]
         what = "option" if unknown[1].startswith("-") else "argument"
@@ -306,3 +310,16 @@ def _explained(message: str, arguments: list[str]) -> str:
             if parts:
                 return parts[0]
     return " ".join(message.removeprefix("argument ").split())
+
+
+def _own_setting(name: str, value: str, arguments: list[str]) -> str:
+    """How to write a setting that only the chosen method knows; empty if it has none of this name."""
+    *_, method = ["", *re.findall(r"(?:^|\s)--method[\s=](\w+)", " ".join(arguments))]
+    if method not in get_args(MethodName):
+        return ""
+    from selfdistill.methods import own_names  # imports torch, which takes seconds
+
+    if name not in own_names(method):
+        return ""
+    written = value if re.fullmatch(r"[-+.\de]+|true|false|null", value) else json.dumps(value)
+    return f"write this setting of {method} as --method_settings '{{\"{name}\": {written}}}'"

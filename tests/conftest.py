@@ -7,13 +7,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
 import importlib.util
 import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import stress
@@ -24,8 +25,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfdistill.config.train import SCORED_METHODS, TrainConfig
+from selfdistill.config.train import SCORED_METHODS, MethodName, TrainConfig
+from selfdistill.errors import UserError
 from selfdistill.evaluation import endpoint
+from selfdistill.methods import stages_of
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
 from selfdistill.model.engine import close_engine
@@ -212,6 +215,17 @@ def needs(method: Any, other_model: str) -> dict[str, Any]:
     if method == "trapo":
         values["method_settings"] = {"sizes": (1, 1, 1, 1)}
     return values
+
+
+def methods_where(holds: Callable[[Method], bool], **values: Any) -> list[str]:
+    """The methods that accept these settings and of which ``holds`` is true, in any of their stages."""
+    found = []
+    for name in get_args(MethodName):
+        required = {"model": "m", "data": "d", "output_dir": "o", "scorer": "exact", "method": name}
+        with contextlib.suppress(UserError):
+            stages = stages_of(TrainConfig(**(required | needs(name, "m") | values)))
+            found += [name] if any(holds(part.method) for parts in stages for part in parts) else []
+    return found
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context turns:repeat=2",
-        "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats, show",
+        "context 'turns:repeat=2': turns has no option 'repeat'; its options are repeats, show; did you mean repeats?",
     ),
     (
         "train.jsonl",
@@ -277,6 +277,15 @@ CONFIG: list[tuple[str, str]] = [
         "train",
         "setting 'model' is required; setting 'output_dir' is required",
     ),
+    (
+        f"{SFT} --method isdft --pull 2",
+        """unknown option --pull; write this setting of isdft as --method_settings '{"pull": 2}'""",
+    ),
+    (
+        f"{SFT} --method=sdpo --show=both",
+        """unknown option --show; write this setting of sdpo as --method_settings '{"show": "both"}'""",
+    ),
+    (f"{SFT} --method sdft --pull 2", "unknown option --pull; see --help for the names"),
     (f"{SFT} --margin 2", "unknown option --margin; see --help for the names"),
     (f"{SFT} --temp 2", "unknown option --temp; did you mean --temperature?"),
     (f"{SFT} --lr 3", "unknown option --lr; did you mean --learning_rate?"),
@@ -1160,6 +1169,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert all(f"\n    {command} " in done.stdout for command in FROZEN)
 
 
+@pytest.mark.slow  # the next has the silence of the imports, and the tests above the line
 def test_process_prints_one_line_and_exits_with_2(here: Path) -> None:
     done = run(*shlex.split(SFT), "--data", "none.jsonl")
     assert (done.returncode, done.stdout) == (2, "")

@@ -49,6 +49,7 @@ def model(model_folder: Callable[..., Path]) -> str:
 
 
 SHORT: dict[str, Any] = {"max_completion_length": 200, "batch_size": 2, "max_steps": 2, "mixed_precision": "no"}
+SHORT |= {"drift_steps": 0, "view_rows": 0}
 
 
 @pytest.mark.slow
@@ -60,7 +61,7 @@ def test_three_skills_in_a_row(
     monkeypatch.setattr(sequence, "LOOKS", 1)
     monkeypatch.setattr(sequence, "packaged", cut(tmp_path, 2))
     monkeypatch.setattr(sequence, "SKILLS", {name: values | SHORT for name, values in sequence.SKILLS.items()})
-    arms = {name: settings | {"context": "turns"} for name, settings in sequence.ARMS.items()}
+    arms = {name: sequence.ARMS[name] | {"context": "turns"} for name in ("sdft", "sdft+anchors")}
     arms = {
         name: settings | (SHORT | {"batch_size": 4} if settings["anchors"] else {}) for name, settings in arms.items()
     }
@@ -98,6 +99,7 @@ def test_a_skill_as_a_stream(
     monkeypatch.setattr(stream, "MODEL", model)
     monkeypatch.setattr(stream, "packaged", cut(tmp_path, 6))
     short = {"chunk_size": 2, "chunk_steps": 2, "context": "turns", "max_completion_length": 200, "batch_size": 4}
+    short |= {"drift_steps": 0, "view_rows": 0}
     monkeypatch.setattr(stream, "STREAM", stream.STREAM | short | {"mixed_precision": "no"})
     stream.main([str(tmp_path / "made"), "--arm", "sdft", "--arm", "sdft+anchors", "--seed", "1"])
     table = capsys.readouterr().out.splitlines()[-5:]
@@ -134,6 +136,8 @@ def test_knowledge_from_documents(
     (tmp_path / "made" / "made.json").write_text("{}")  # a random model makes none
     monkeypatch.setattr(knowledge, "MODEL", model)
     monkeypatch.setattr(knowledge, "RUN", knowledge.RUN | SHORT)
+    runs = {name: run for name, run in knowledge.RUNS.items() if run != ("sft", "made") and run != ("sdft", "package")}
+    monkeypatch.setattr(knowledge, "RUNS", runs)
     knowledge.main(tmp_path / "made", [0])
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith("| ") and "---" not in line]

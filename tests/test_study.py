@@ -66,6 +66,8 @@ def settings(
             "max_completion_length": 10,
             "batch_size": 2,
             "max_steps": 2,
+            "drift_steps": 0,
+            "view_rows": 0,
             "mixed_precision": "no",
         }
         return CompareConfig(**(defaults | values))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 PICTURE_COLUMNS = ("images", "image")
@@ -100,8 +101,9 @@ def note_about(columns: Collection[str]) -> str:
     return f"columns not used: {', '.join(named)}"
 
 
+@lru_cache(1024)
 def _meant(column: str) -> str | None:
-    """The column of which this is a misspelling or another project's name."""
+    """The column of which this is a misspelling or another project's name; the rows of a file all have the same few."""
     name = str(column).lower()
     close = difflib.get_close_matches(name, COLUMNS, 1, _CLOSE)
     return next((known for known, others in OTHER_NAMES.items() if name in others), close[0] if close else None)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, get_args
 
-from selfdistill.config import MethodName, MethodSettings, TrainConfig
+from selfdistill.config import MethodName, MethodSettings, Settings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
@@ -49,6 +49,7 @@ __all__ = [
     "check_steps",
     "episode_rules",
     "lacks_of",
+    "own_names",
     "play",
     "refuse_silent",
     "rules_of",
@@ -104,6 +105,13 @@ def lacks_of(stages: Sequence[Parts]) -> Lacks:
         return next(filter(None, (source.lacks(demonstration) for source in sources)), None)
 
     return lacks
+
+
+def own_names(method: str) -> list[str]:
+    """Names of the settings that only this method knows: the fields of the settings that its file declares."""
+    module = import_module(f"selfdistill.methods.{method}")
+    kinds = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Settings)]
+    return [name for kind in kinds if kind.__module__ == module.__name__ for name in kind.model_fields]
 
 
 def check_steps(steps: int, method: str, stages: Sequence[object], setting: str = "max_steps") -> None:

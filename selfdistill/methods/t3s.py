@@ -51,7 +51,7 @@ def t3s(config: TrainConfig) -> tuple[Method, ...]:
         assert pair.log_base_NV is not None
         return (pick(pair.log_q_NV, tokens_N) <= pick(pair.log_base_NV, tokens_N)).to(pair.log_p_NV.dtype)
 
-    examples = SeenAlike(config, completion_must_fit=True)
+    examples = SeenAlike(config, completion_must_fit=True, replies="episode")
     return tuple(
         replace(stage, examples=examples, teacher=teacher_of(config), weighting=unlearnt, weighs_base=True)
         for stage in sft(config)

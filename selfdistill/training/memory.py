@@ -92,17 +92,24 @@ class MemoryPlanner:
         """Whether the model is already loaded."""
         self._rows = sorted(drawn(demonstrations, config), key=characters, reverse=True)
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
+        self._plans: dict[tuple[str, bool], MemoryPlan] = {}
         self._teachers: dict[str, LoadedModel] = {}
         self._others(config)
         planned_stages(config, self._rows, self._model(config), config.batch_size)
 
     def plan(self, config: TrainConfig, *, least: bool = False) -> MemoryPlan:
-        """Plan a run with these settings.
+        """Plan a run with these settings; the same settings are planned once.
 
         Args:
             config: the settings.
             least: the minimum that every step needs: the shortest rows and samples of one token.
         """
+        key = (config.model_dump_json(), least)
+        if key not in self._plans:
+            self._plans[key] = self._plan(config, least)
+        return self._plans[key]
+
+    def _plan(self, config: TrainConfig, least: bool) -> MemoryPlan:
         device, loaded = self.device(config), self._model(config)
         rows = self._rows[::-1] if least else self._rows
         stages = planned_stages(config, rows, loaded, config.batch_size, least=least)

@@ -50,6 +50,8 @@ def settings(
             "eval_steps": 1,
             "learning_rates": "1e-3",
             "save_steps": 1,
+            "drift_steps": 0,
+            "view_rows": 0,
             "mixed_precision": "no",
         }
         return CompareConfig(**(defaults | values))
@@ -102,7 +104,13 @@ def test_methods_are_compared_in_an_environment(
 ) -> None:
     rows = [{"prompt": f"q{i}", "completion": "ab" * (1 + i % 4), "answer": 1 + i % 3} for i in range(6)]
     values: dict[str, Any] = {"model": str(model_folder(ends=(257, *range(40, 75)), seed=5, room=2048))}
-    values |= {"environment": "python:tiny_worlds.Asks", "max_episode_length": 300, "prior": None, "seeds": "0"}
+    values |= {
+        "environment": "python:tiny_worlds.Asks",
+        "max_episode_length": 300,
+        "prior": None,
+        "seeds": "0",
+        "view_rows": 2,
+    }
     values |= {"data": str(write_rows(rows)), "test": str(write_rows(rows[1:], name="test.jsonl"))}
     config = settings(**values)
     result = compare(config).details
@@ -128,7 +136,8 @@ def test_methods_are_compared_in_an_environment(
 def test_a_comparison_that_was_stopped_goes_on_with_the_run_it_was_in(
     settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = compare(settings(output_dir=str(Path(settings().output_dir).with_name("whole")))).details
+    shared: dict[str, Any] = {"methods": "sft", "seeds": "0,1,2"}
+    whole = compare(settings(**shared, output_dir=str(Path(settings().output_dir).with_name("whole")))).details
     real, started = module.train, []
 
     def stops_in_the_second(config: TrainConfig, **options: Any) -> Path:
@@ -142,7 +151,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_the_run_it_was_in(
             options["on_step"] = stop
         return real(config, **options)
 
-    config = settings()
+    config = settings(**shared)
     monkeypatch.setattr(module, "train", stops_in_the_second)
     with pytest.raises(RunStopped) as stopped:
         compare(config)
@@ -151,7 +160,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_the_run_it_was_in(
     with pytest.raises(UserError, match="exists and is not empty"):
         compare(config)
     result = compare(config, resume=True).details
-    assert started == ["sft-0.001-seed0", "sdft-0.001-seed0", "sdft-0.001-seed0", "sft-0.001-seed1", "sdft-0.001-seed1"]
+    assert started == [f"sft-0.001-seed{seed}" for seed in (0, 1, 1, 2)]
     assert _without_time(result) == _without_time(whole)
 
 
@@ -357,7 +366,7 @@ def test_the_command_goes_on_from_its_folder_alone_and_seeds_may_be_added(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = settings(seeds="0")
+    config = settings(methods="sft", seeds="0")
     compare(config)
     real, started = module.train, []
 
@@ -370,9 +379,9 @@ def test_the_command_goes_on_from_its_folder_alone_and_seeds_may_be_added(
     assert main(again) == 0
     assert started == []
     assert main([*again, "--seeds", "0,3", "--json", str(tmp_path / "result.json")]) == 0
-    assert started == ["sft-0.001-seed3", "sdft-0.001-seed3"]
+    assert started == ["sft-0.001-seed3"]
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    assert len(result["runs"]) == 4
+    assert len(result["runs"]) == 2
     assert {row["seeds"] for row in result["table"]} == {2}
     capsys.readouterr()
     assert main([*again, "--batch_size", "3"]) == 2

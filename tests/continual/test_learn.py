@@ -39,7 +39,7 @@ Settings = Callable[..., LearnConfig]
 
 @pytest.fixture
 def make(model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path) -> Settings:
-    """Settings of an addition of ten rows by SFT, without gates, to a state in ``state``."""
+    """Settings of an addition of ten rows by SFT, without gates and general prompts, to a state in ``state``."""
     write_rows([{"query": "a", "choices": ["b", "cc"], "gold": i % 2} for i in range(4)], name="prior.jsonl")
 
     def settings(skill: str = "first", **values: Any) -> LearnConfig:
@@ -57,6 +57,9 @@ def make(model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp
             "batch_size": 4,
             "max_steps": 3,
             "save_steps": 1,
+            "drift_steps": 0,
+            "view_rows": 0,
+            "anchors": "none",
             "learning_rate": 1e-3,
             "mixed_precision": "no",
             "max_prior_drop": 1.0,
@@ -163,7 +166,7 @@ def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pyt
 
 
 def test_an_adapter_is_merged_so_that_each_model_stands_alone(make: Settings, tmp_path: Path) -> None:
-    for skill in ("first", "second", "third"):
+    for skill in ("first", "second"):
         assert add(make(skill, lora_rank=2))["accepted"]
         model = Path(Ledger(str(tmp_path / "state")).model)
         assert (model / "model.safetensors").exists()
@@ -335,7 +338,7 @@ def test_a_skill_that_hurts_is_refused_by_what_is_measured(make: Settings, tmp_p
     rows = [{"prompt": f"first {i}", "completion": "yes"} for i in range(10)]
     one.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     learns: dict[str, Any] = {"max_steps": 60, "save_steps": 0, "learning_rate": 1e-2, "test_share": 0.5}
-    learns |= {"max_skill_drop": None, "anchors": ()}
+    learns |= {"max_skill_drop": None}
     assert add(make(**learns))["after"]["skills"]["first"]["accuracy"] == 1
     before = digest(tmp_path / "state")
     code, result = main_code(make("hurts", **learns))

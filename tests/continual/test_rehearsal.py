@@ -21,6 +21,7 @@ from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import learn
 from selfdistill.continual.ledger import Ledger
+from selfdistill.data import anchor_prompts
 from selfdistill.errors import UserError
 
 Settings = Callable[..., LearnConfig]
@@ -28,8 +29,10 @@ WRITTEN = Path(__file__).parents[1] / "written_by_0_1"
 
 
 @pytest.fixture
-def make(model_folder: Callable[..., Path], tmp_path: Path) -> Settings:
-    """Settings of an addition by SFT, without gates, of ten rows that tell one word."""
+def make(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings of an addition by SFT, without gates, of ten rows that tell one word; the package has few prompts."""
+    few = anchor_prompts()[::40]
+    monkeypatch.setattr("selfdistill.methods.examples.anchor_prompts", lambda: few)
 
     def settings(skill: str = "first", rows: list[dict[str, Any]] | None = None, **values: Any) -> LearnConfig:
         rows = rows or [{"prompt": f"{skill} {i}", "completion": f"{skill}!", "answer": f"{skill}!"} for i in range(10)]
@@ -45,6 +48,7 @@ def make(model_folder: Callable[..., Path], tmp_path: Path) -> Settings:
             "batch_size": 8,
             "max_steps": 3,
             "save_steps": 0,
+            "drift_steps": 0,
             "view_rows": 0,
             "learning_rate": 1e-3,
             "mixed_precision": "no",
@@ -111,7 +115,16 @@ def test_tools_and_template_arguments_of_a_row_stay_with_its_prompt(
     assert all(row["tools"] == tools and row["chat_template_kwargs"] == {"hint": "h"} for row in found)
 
 
-@pytest.mark.parametrize(("remember", "count"), [("all", 8), (20, 8), ("3", 3), ("none", 0), (0, 0)])
+@pytest.mark.parametrize(
+    ("remember", "count"),
+    [
+        pytest.param("all", 8, marks=pytest.mark.slow),  # as by default, above
+        (20, 8),
+        ("3", 3),
+        ("none", 0),
+        pytest.param(0, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_how_many_prompts_stay(make: Settings, tmp_path: Path, remember: Any, count: int) -> None:
     add(make(remember=remember, seed=1))
     first = tmp_path / "state/skills/0001-first"
@@ -180,7 +193,7 @@ def kl_on(prompts: list[str], before: Path, after: Path) -> float:
 
 
 def test_rehearsal_keeps_the_model_where_it_was_on_what_it_had_learnt(make: Settings, tmp_path: Path) -> None:
-    learns: dict[str, Any] = {"max_steps": 60, "learning_rate": 1e-2, "anchors": "none", "batch_size": 16}
+    learns: dict[str, Any] = {"max_steps": 30, "learning_rate": 1e-2, "anchors": "none", "batch_size": 16}
     add(make(**learns))
     shutil.copytree(tmp_path / "state", tmp_path / "without")
     rehearsing = add(make("second", **learns))

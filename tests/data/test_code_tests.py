@@ -270,7 +270,7 @@ def test_many_replies_keep_their_order() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process ends at its own time limit")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_no_process_outlives_its_parent(number: int) -> None:
     program = (
         "from selfdistill.data.code_tests import run_tests\n"

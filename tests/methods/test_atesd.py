@@ -176,6 +176,7 @@ def test_a_killed_run_goes_on_with_its_controller(reasoned: Settings, values: di
     assert len(set(shares)) == 5
 
 
+@pytest.mark.slow  # tests/methods/test_hints.py has a controller in two processes
 def test_two_processes_see_the_same_parts(reasoned: Settings, tmp_path: Path) -> None:
     one, two = (reasoned(name, max_steps=5, method_settings={"hold": 1}) for name in ("one", "two"))
     train(one)

@@ -27,7 +27,10 @@ from conftest import (
     final_weights,
     gradients,
     largest_difference,
+    methods_where,
     metrics_of,
+    needs,
+    quick,
     row_log_probs,
 )
 from formulas import advantages, assert_gradient, chosen, kl, mean_over_rows, moved
@@ -38,7 +41,7 @@ from selfdistill.config import EngineSettings, load_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import ChatFormat, Demonstration, Picture, load_demonstrations, packaged
 from selfdistill.errors import UserError
-from selfdistill.methods import begun, stages_of, unused_settings
+from selfdistill.methods import begun, rules_of, stages_of, unused_settings
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import LoadedModel, Rollout
 from selfdistill.training.memory import MemoryPlanner
@@ -253,11 +256,15 @@ def test_grpo_learns_from_the_environments_rewards(talks: Settings) -> None:
     assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["sdft", "grpo", "sdpo", "sort", "opsd", "vopd", "isdft", "veto", "msd", "atesd"])
-def test_methods_that_sample_run_in_an_environment(talks: Settings, method: Any) -> None:
-    own: dict[str, Any] = {"num_generations": 2} if method in ("grpo", "sdpo", "sort") else {}
-    own |= {"method_settings": {"plan": 0}} if method == "sort" else {}
-    config = talks(method=method, anchors="package", max_steps=2, batch_size=4, **own)
+SAMPLE = methods_where(lambda method: rules_of(method) is not None, environment=TALK)
+
+
+@pytest.mark.parametrize("method", quick(SAMPLE, "sdft", "grpo", "sdpo", "atesd"))
+def test_methods_that_sample_run_in_an_environment(talks: Settings, tmp_path: Path, method: Any) -> None:
+    (tmp_path / "general.txt").write_text("Who?\n\nWhy is that so?\nWhen\n", encoding="utf-8")
+    own = needs(method, "")
+    own |= {"num_generations": 2} if "num_generations" in own else {}
+    config = talks(method=method, anchors=str(tmp_path / "general.txt"), max_steps=2, batch_size=4, **own)
     train(config)
     for line in metrics_of(config):
         assert 1 <= line["episode/turns"] <= 4

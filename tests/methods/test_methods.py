@@ -310,7 +310,8 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
         run.step(step)
     with torch.no_grad():
         after = lacks(student)
-    assert after < 0.7 * before
+    slow = "if its target is noisy or moves, give it more steps at a lower rate, as vopd"
+    assert after < 0.7 * before, f"{method}: {before:.3f} before and {after:.3f} after {steps} steps; {slow}"
 
 
 RESUMED = [name for name in NAMES if name not in ("sdft", "sft")]

@@ -117,11 +117,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings) -> None:
     assert_same_run(whole, cut)
 
 
+@pytest.mark.slow  # tests/methods/test_sdpo.py has such a part in two processes
 @pytest.mark.parametrize(
     "values",
     [
         pytest.param({}, id="copies"),
-        pytest.param({"fsdp": True, "batch_size": 2, "learning_rate": 3e-5}, id="sharded", marks=pytest.mark.slow),
+        pytest.param({"fsdp": True, "batch_size": 2, "learning_rate": 3e-5}, id="sharded"),
     ],
 )
 def test_two_processes_train_to_the_weights_of_one(

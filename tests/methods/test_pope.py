@@ -132,6 +132,7 @@ def test_a_killed_run_reads_its_prefixes(guided: Settings, monkeypatch: pytest.M
     assert [json.loads(line)["text"] for line in lines] == ["abc", "xyz", "qrstuv", ""]
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path) -> None:
     trained_in_one_and_two(guided, tmp_path, {"max_steps": 3, "batch_size": 3})
 

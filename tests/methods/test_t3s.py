@@ -45,10 +45,17 @@ def test_tokens_that_the_worse_model_has_learnt_are_left_out(all_of_them: Settin
     assert 0 < sum(kept) < len(kept)
 
 
-def test_with_a_model_that_has_learnt_nothing_it_is_sft(all_of_them: Settings) -> None:
+EPISODE = [{"role": role, "content": text} for role, text in (("assistant", "ab"), ("user", "go"), ("assistant", "cd"))]
+
+
+@pytest.mark.parametrize("completion", ["abab", EPISODE], ids=["reply", "episode"])
+def test_with_a_model_that_has_learnt_nothing_it_is_sft(
+    all_of_them: Settings, write_rows: Callable[..., Path], completion: Any
+) -> None:
+    data = str(write_rows([{"prompt": f"q{i}", "completion": completion} for i in range(4)], name="own.jsonl"))
     found = []
     for method in ("t3s", "sft"):
-        config = all_of_them(method, method=method)
+        config = all_of_them(method, method=method, data=data)
         if method == "t3s":
             config = config.model_copy(update={"teacher_model": config.model, "teacher_cache_mib": 0})
         train(config)
@@ -96,11 +103,3 @@ def test_it_needs_the_worse_model(settings: Settings) -> None:
 def test_the_worse_model_is_not_the_students_teacher(all_of_them: Settings, model_folder: Callable[..., Path]) -> None:
     run = Trainer(all_of_them(method="t3s"))
     assert {rule.model for rule in run.teachers} == {None, str(model_folder(ends=ENDS, seed=1))}
-
-
-def test_the_files_are_short_and_say_where_they_come_from() -> None:
-    for name in ("atesd", "t3s"):
-        text = (Path(__file__).parents[2] / "selfdistill" / "methods" / f"{name}.py").read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 80
-        assert "arXiv" in text.splitlines()[0]
-        assert "Differences:" in text

@@ -629,7 +629,9 @@ def watch(fake: FakeVllm, there: threading.Event) -> None:
 # --- runs ---
 
 
-@pytest.mark.parametrize("values", [{}, {"lora_rank": 4}, {"lora_rank": 16}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{}, {"lora_rank": 4}, pytest.param({"lora_rank": 16}, marks=pytest.mark.slow)], ids=str
+)
 def test_a_run_with_a_server_is_that_without(run: Settings, fake: FakeVllm, values: dict[str, Any]) -> None:
     served, ours = run("served", fake, max_steps=3, **values), run("ours", max_steps=3, **values)
     run_training(served)

@@ -92,11 +92,15 @@ def test_sharded_processes_train_to_the_weights_of_one(
         assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
 
 
-def test_a_sharded_model_whose_head_cannot_be_taken_apart(
-    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_sharded_model_whose_head_cannot_be_taken_apart_is_taught_by_another(
+    settings: Callable[..., TrainConfig],
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("selfdistill.model.forward.head_agrees", lambda _: False)
-    one, two = settings("one", **COMMON), settings("two", fsdp=True, **COMMON)
+    values = COMMON | {"teacher_model": str(model_folder(ends=ENDS, seed=1))}
+    one, two = settings("one", **values), settings("two", fsdp=True, **values)
     train(one)
     train_together(two, tmp_path)
     assert largest_difference(final_weights(one), final_weights(two)) < CLOSE
@@ -112,7 +116,7 @@ def bfloat16_folder(load: Callable[..., LoadedModel], tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("method", ["sft", pytest.param("sdft", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora_on_bfloat16"])
+@pytest.mark.parametrize("lora", [slow(False, id="full"), pytest.param(True, id="lora_on_bfloat16")])
 def test_sharded_processes_with_bfloat16_arithmetic(
     settings: Callable[..., TrainConfig], tmp_path: Path, bfloat16_folder: str, method: str, lora: bool
 ) -> None:
@@ -158,16 +162,6 @@ def test_layers_are_gathered_in_the_data_type_of_the_arithmetic_and_let_go_again
 
     for child in started_together(work, tmp_path / "log"):
         assert child.wait() == 0, child.log.read_text()
-
-
-def test_another_model_teaches_sharded_processes(
-    settings: Callable[..., TrainConfig], model_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    values = COMMON | {"teacher_model": str(model_folder(ends=ENDS, seed=1))}
-    one, two = settings("one", **values), settings("two", fsdp=True, **values)
-    train(one)
-    train_together(two, tmp_path)
-    assert largest_difference(final_weights(one), final_weights(two)) < CLOSE
 
 
 def test_parts_that_a_model_names_beside_its_layers_are_no_layers() -> None:
@@ -230,22 +224,17 @@ def test_weights_are_whole_only_as_long_as_asked_for(settings: Callable[..., Tra
         assert child.wait() == 0, child.log.read_text()
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["then_sharded", "then_whole"])
-def test_a_checkpoint_is_the_same_sharded_or_not(
-    settings: Callable[..., TrainConfig], tmp_path: Path, first: bool
-) -> None:
+def test_a_checkpoint_is_the_same_sharded_or_not(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     values = COMMON | {"lr_scheduler_type": "constant"}  # which does not depend on the number of steps
-    one, begun = settings("one", **values), settings("other", fsdp=first, **values | {"max_steps": 2})
-    longer = begun.model_copy(update={"max_steps": 4, "fsdp": not first})
+    one, begun = settings("one", **values | {"max_steps": 6}), settings("other", **values | {"max_steps": 2})
     train(one)
-    if first:
-        train_together(begun, tmp_path)
-        train(longer, resume=True)
-    else:
-        train(begun)
-        train_together(longer, tmp_path, resume=True)
-    assert largest_difference(final_weights(one), final_weights(longer)) < CLOSE
-    assert [line["step"] for line in metrics_of(longer)] == [1, 2, 3, 4]
+    train(begun)
+    longer = begun.model_copy(update={"max_steps": 4, "fsdp": True})
+    train_together(longer, tmp_path, resume=True)
+    longest = begun.model_copy(update={"max_steps": 6})
+    train(longest, resume=True)
+    assert largest_difference(final_weights(one), final_weights(longest)) < CLOSE
+    assert [line["step"] for line in metrics_of(longest)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_sharded_processes_measure_what_one_does(

@@ -138,7 +138,13 @@ def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         make_optimizer(weights(), "adamw_8bit", seed=0, weight_decay=0.0)
 
 
-@pytest.mark.parametrize("use", ["import_bitsandbytes('it').optim.AdamW8bit", "add_lora(load_model({!r}), 2, None, 0)"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        "add_lora(load_model({!r}), 2, None, 0)",
+        pytest.param("import_bitsandbytes('it').optim.AdamW8bit", marks=pytest.mark.slow),
+    ],
+)
 def test_the_library_fetches_no_code(use: str, model_folder: Callable[..., Path], tmp_path: Path) -> None:
     """On some CPUs it asks the package kernels for code from the model hub while it is imported, also by PEFT."""
     pytest.importorskip("bitsandbytes")

@@ -88,6 +88,28 @@ def test_two_processes_measure_what_one_does(
     assert views[0] == views[1] > 0
 
 
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, TrainConfig]:
+    """Runs of two processes to the end, by their settings."""
+    return {}
+
+
+@pytest.fixture
+def whole_run(
+    settings: Callable[..., TrainConfig], uninterrupted: dict[str, TrainConfig], tmp_path: Path
+) -> Callable[..., TrainConfig]:
+    """A run of two processes to the end, which tests share."""
+
+    def run(**values: Any) -> TrainConfig:
+        if (key := repr(values)) not in uninterrupted:
+            config = settings("whole", **values)
+            train_together(config, tmp_path)
+            uninterrupted[key] = config
+        return uninterrupted[key]
+
+    return run
+
+
 COPIES = pytest.param({}, id="copies")
 SHARDED: tuple[str, dict[str, Any]] = ("sharded", {"fsdp": True})
 SHARDED_LORA = pytest.param({"fsdp": True, "lora_rank": 4}, id="sharded_lora", marks=pytest.mark.slow)
@@ -97,11 +119,12 @@ SHARDED_LORA = pytest.param({"fsdp": True, "lora_rank": 4}, id="sharded_lora", m
     "values", [COPIES, pytest.param(SHARDED[1], id=SHARDED[0], marks=pytest.mark.slow), SHARDED_LORA]
 )
 def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_to_the_same_bits(
-    settings: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
+    settings: Callable[..., TrainConfig],
+    whole_run: Callable[..., TrainConfig],
+    tmp_path: Path,
+    values: dict[str, Any],
 ) -> None:
-    whole, broken = (settings(name, **COMMON | values) for name in ("whole", "broken"))
-    train_together(whole, tmp_path)
-
+    broken = settings("broken", **COMMON | values)
     first, second = started_together(lambda: train(broken, on_step=second_gets(signal.SIGKILL)), tmp_path / "broken")
     assert second.wait() == -signal.SIGKILL
     began = time.monotonic()
@@ -109,7 +132,7 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_to_the_sa
     assert time.monotonic() - began < 60
     assert [path.name[-1] for path in list_checkpoints(Path(broken.output_dir))] == ["2"]
     train_together(broken, tmp_path, resume=True)
-    assert_same_run(whole, broken)
+    assert_same_run(whole_run(**COMMON | values), broken)
 
 
 def test_a_run_whose_other_process_has_ended_says_so_in_one_line(
@@ -133,17 +156,18 @@ def test_a_run_whose_other_process_has_ended_says_so_in_one_line(
     "values", [COPIES, pytest.param(SHARDED[1], id=SHARDED[0], marks=pytest.mark.slow), SHARDED_LORA]
 )
 def test_a_signal_to_one_process_stops_both_at_the_same_step(
-    settings: Callable[..., TrainConfig], tmp_path: Path, values: dict[str, Any]
+    settings: Callable[..., TrainConfig],
+    whole_run: Callable[..., TrainConfig],
+    tmp_path: Path,
+    values: dict[str, Any],
 ) -> None:
-    whole, stopped = (settings(name, **COMMON | values) for name in ("whole", "stopped"))
-    train_together(whole, tmp_path)
-
+    stopped = settings("stopped", **COMMON | values)
     children = started_together(lambda: train(stopped, on_step=second_gets(signal.SIGTERM)), tmp_path / "stopped")
     for child in children:
         assert child.wait() == 1
         assert "stopped after step 3 of 4; progress is saved, continue with --resume" in child.log.read_text()
     train_together(stopped, tmp_path, resume=True)
-    assert_same_run(whole, stopped)
+    assert_same_run(whole_run(**COMMON | values), stopped)
 
 
 @pytest.mark.parametrize(

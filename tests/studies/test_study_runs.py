@@ -57,6 +57,8 @@ def write(
             "eval_steps": 2,
             "learning_rate": 1e-2,
             "warmup_steps": 0,
+            "drift_steps": 0,
+            "view_rows": 0,
         }
         content = {
             "name": "tiny",
@@ -81,7 +83,7 @@ def lines(tmp_path: Path) -> Callable[[], list[dict[str, Any]]]:
 # --- running ---
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_study_goes_on_with_the_run_that_was_stopped(
     sent: signal.Signals,
     study: ModuleType,
@@ -125,7 +127,7 @@ def test_a_stopped_study_goes_on_with_the_run_that_was_stopped(
 def test_a_run_is_as_if_it_were_alone(
     study: ModuleType, write: Callable[..., list[str]], lines: Callable[[], list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    assert study.main(write()) == 0
+    assert study.main(write(seeds=[1])) == 0  # one arm after the other
     for line in lines():
         alone = tmp_path / f"alone-{line['arm']}-{line['seed']}"
         train(TrainConfig(**line["settings"], seed=line["seed"], output_dir=str(alone)))
@@ -186,7 +188,7 @@ def test_no_run_begins_that_would_end_too_late(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = write()
+    arguments = write(after=[])
     assert study.main(["--minutes", "0", *arguments]) == 0
     assert lines() == []
     assert study.main(["--minutes", "10", "--only", "lora", *arguments]) == 0

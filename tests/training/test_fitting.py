@@ -22,7 +22,7 @@ from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.runtime import size_in_bytes
 from selfdistill.training import memory, train
-from selfdistill.training.fitting import fit
+from selfdistill.training.fitting import fit, fitted
 from selfdistill.training.memory import MemoryPlanner, memory_plan
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.traced_step import Device
@@ -47,6 +47,18 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return set_free
 
 
+@pytest.fixture
+def long(settings: Make, write_rows: Callable[..., Path]) -> Make:
+    """Settings of runs in which activations need most memory, of a method whose plan is made soonest."""
+    rows = [{"prompt": f"q{i}", "completion": "ab" * (50 if i else 100)} for i in range(6)]
+    data = str(write_rows(rows, name="long.jsonl"))
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        return settings(out, **{"data": data, "method": "sft", "batch_size": 4, "max_completion_length": 250} | values)
+
+    return make
+
+
 def test_what_cannot_fit_is_refused_before_the_model_is_loaded(
     settings: Make, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +76,7 @@ def test_where_one_process_has_too_little_all_are_refused(
 ) -> None:
     sizes = {"0": 2**40, "1": 1000}
     monkeypatch.setattr(import_module("selfdistill.training.train"), "free_memory", lambda _: sizes[os.environ["RANK"]])
-    config = settings()
+    config = settings(method="sft")
     children = started_together(lambda: train(config), tmp_path / "two")
     assert [child.wait() for child in children] == [1, 1]
     assert all("memory are free, but the run needs at least" in child.log.read_text() for child in children)
@@ -83,9 +95,9 @@ def test_what_fits_unless_completions_are_long_is_said_and_trained(
 
 
 def test_where_no_choice_fits_the_open_settings_save_most(
-    settings: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+    long: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = settings(max_completion_length=200, max_steps=1, batch_size=4)
+    config = long(max_steps=1)
     saving = config.model_copy(update={"gradient_accumulation_steps": 4, "gradient_checkpointing": True})
     planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
     least = planner.plan(saving, least=True).peak
@@ -138,14 +150,14 @@ def test_servers_have_memory_of_their_own(settings: Make) -> None:
         assert planned(config.model_copy(update=servers), device).peak <= planned(config, device).peak
 
 
-def test_the_nearest_settings_change_least(settings: Make) -> None:
-    config = settings(batch_size=4, max_completion_length=100, **IN_ONE)
-    rows = load_demonstrations(config.data)
-    peaks = {n: planned(config.model_copy(update={"gradient_accumulation_steps": n})).peak for n in (1, 2, 4)}
+def test_the_nearest_settings_change_least(long: Make) -> None:
+    config = long(**IN_ONE)
+    planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
+    peaks = {n: planner.plan(config.model_copy(update={"gradient_accumulation_steps": n})).peak for n in (1, 2, 4)}
     assert peaks[1] > peaks[2] > peaks[4]
-    assert fit(config, rows, CPU, peaks[1]).fits
+    assert fitted(planner, config, peaks[1]).fits
     for limit, parts in ((peaks[1] - 1, 2), (peaks[2] - 1, 4)):
-        found = fit(config, rows, CPU, limit)
+        found = fitted(planner, config, limit)
         assert not found.fits
         assert found.nearest is not None
         changes, plan = found.nearest
@@ -154,31 +166,30 @@ def test_the_nearest_settings_change_least(settings: Make) -> None:
         assert f" MiB: --gradient_accumulation_steps {parts}" in found.verdict()
 
 
-def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(settings: Make) -> None:
-    config = settings(batch_size=4, max_completion_length=100)
-    rows = load_demonstrations(config.data)
+def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(long: Make) -> None:
+    config = long()
+    planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
 
     def peak(**values: Any) -> int:
-        return planned(config.model_copy(update=values)).peak
+        return planner.plan(config.model_copy(update=values)).peak
 
-    assert fit(config, rows, CPU, peak()).chosen == {}
-    found = fit(config, rows, CPU, peak() - 1)
+    assert fitted(planner, config, peak()).chosen == {}
+    found = fitted(planner, config, peak() - 1)
     assert found.fits
     assert found.nearest is None
     assert found.chosen == {"gradient_accumulation_steps": 2}
     assert found.plan.config == config.model_copy(update=found.chosen)
     assert found.verdict().endswith(" MiB; chosen for that: --gradient_accumulation_steps 2")
     least = {"gradient_accumulation_steps": 4, "gradient_checkpointing": True}
-    assert fit(config, rows, CPU, peak(**least)).chosen == least
+    assert fitted(planner, config, peak(**least)).chosen == least
     in_one = config.model_copy(update={"gradient_accumulation_steps": 1})
-    assert not fit(in_one, rows, CPU, peak(**least)).fits, "what is given is not changed"
+    assert not fitted(planner, in_one, peak(**least)).fits, "what is given is not changed"
 
 
 def test_a_run_in_chosen_micro_batches_is_that_in_given_ones(
-    settings: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+    long: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common: dict[str, Any] = {"batch_size": 4, "max_completion_length": 100, "max_steps": 1}
-    config, given = settings("chosen", **common), settings("given", gradient_accumulation_steps=2, **common)
+    config, given = long("chosen", max_steps=1), long("given", max_steps=1, gradient_accumulation_steps=2)
     free(planned(config).peak - 1)
     train(config)
     assert "free; chosen for that: --gradient_accumulation_steps 2\n" in capsys.readouterr().err
@@ -244,12 +255,12 @@ def test_weights_of_4_bits_are_proposed_with_an_adapter(
 def test_layers_that_are_all_alike_are_counted_from_a_few(
     settings: Make, model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = with_config(model_folder(), tmp_path / "five", num_hidden_layers=5)
+    folder = with_config(model_folder(), tmp_path / "four", num_hidden_layers=4)
     for values in ({"mixed_precision": "bf16"}, {"lora_rank": 4, "gradient_checkpointing": True}):
         config = settings(model=str(folder), **values)
         found = planned(config)
         with monkeypatch.context() as whole:
-            whole.setattr(memory, "FEW_LAYERS", (5, 6))
+            whole.setattr(memory, "FEW_LAYERS", (4, 5))
             expected = planned(config)
         assert found.peak == pytest.approx(expected.peak, rel=0.01)
         assert found.largest.name == expected.largest.name

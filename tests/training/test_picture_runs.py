@@ -95,7 +95,7 @@ def accuracy(model: Path | str, data: Path) -> float:
 # --- what is learnt ---
 
 
-@pytest.mark.parametrize("name", ["llava", "idefics3"])
+@pytest.mark.parametrize("name", [pytest.param("llava", marks=pytest.mark.slow), "idefics3"])
 def test_a_tiny_model_learns_colours_from_demonstrations(
     make: Make, write_rows: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
@@ -187,7 +187,9 @@ def test_the_vision_tower_is_trained_on_request(make: Make) -> None:
         make(train_vision_tower=True, lora_rank=2)
 
 
-@pytest.mark.parametrize("values", [{"lora_rank": 0}, {"lora_rank": 2}, {"teacher": "frozen"}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{"lora_rank": 0}, {"lora_rank": 2}, pytest.param({"teacher": "frozen"}, marks=pytest.mark.slow)], ids=str
+)
 def test_a_run_that_crashed_goes_on_as_if_it_had_not(make: Make, values: dict[str, Any]) -> None:
     whole, cut = (make(out=out, save_steps=2, max_steps=4, **values) for out in ("whole", "cut"))
     train(whole)
@@ -257,10 +259,8 @@ def test_the_python_interface_takes_pictures_in_memory_and_loaded_models(make: M
     ("family", "values"),
     [
         *((family, {}) for family in FAMILIES),
-        *(
-            (BY_NAME["llava"], values)
-            for values in ({"lora_rank": 2}, {"method": "sft", "gradient_checkpointing": True})
-        ),
+        pytest.param(BY_NAME["llava"], {"lora_rank": 2}, marks=pytest.mark.slow),
+        (BY_NAME["llava"], {"method": "sft", "gradient_checkpointing": True}),
     ],
     ids=lambda value: value.name if isinstance(value, PictureFamily) else str(value),
 )

@@ -339,8 +339,17 @@ def terminate_at(step: int) -> Callable[[int, Any], None]:
     return on_step
 
 
-@pytest.mark.parametrize("teacher", ["ema", "frozen", "snapshot"])
-@pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("lora_rank", "teacher"),
+    [
+        pytest.param(0, "ema", id="full-ema"),
+        pytest.param(4, "snapshot", id="lora-snapshot"),
+        pytest.param(0, "frozen", id="full-frozen"),
+        pytest.param(0, "snapshot", id="full-snapshot", marks=pytest.mark.slow),
+        pytest.param(4, "ema", id="lora-ema", marks=pytest.mark.slow),
+        pytest.param(4, "frozen", id="lora-frozen", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_equals_one_that_was_not_interrupted_to_the_bit(
     settings: Callable[..., TrainConfig], lora_rank: int, teacher: Any
 ) -> None:
