@@ -103,7 +103,7 @@ def train(
         tokenizer: of a loaded model.
         resume: resume the run in ``output_dir`` with the settings saved there.
         on_step: called as ``on_step(step, model, metrics)`` after every step, with the transformers model; ends the run
-            where it returns True.
+            where it returns True. If it raises an exception, the run stops there with its progress saved.
         progress: show bars and notes.
         settings: fields of :class:`TrainConfig`. ``anchors`` may also be rows in memory, saved as ``anchors.jsonl``.
 
@@ -113,6 +113,7 @@ def train(
         RunFailed: training diverged or collapsed.
     """
     with session(progress):
+        callback = _callback(on_step)
         given = given_settings(model, output_dir, settings)
         loaded = None
         if "model" in given:
@@ -121,7 +122,7 @@ def train(
         config = train_config(given | rows.paths, resume=resume)
         with rows.kept():
             config = check_start(config, loaded, rows, resume=resume)
-            run_training(config, resume=resume, loaded=loaded, on_step=_callback(on_step), given=rows.names)
+            run_training(config, resume=resume, loaded=loaded, on_step=callback, given=rows.names)
         return Run(config.output_dir)
 
 
@@ -129,6 +130,8 @@ def _callback(on_step: Callable[[int, Any, dict[str, Any]], object] | None) -> O
     """The caller's function as training calls it: after each step, with the model itself."""
     if on_step is None:
         return None
+    if not callable(on_step):
+        raise UserError(f"on_step: found {on_step!r}, expected a function of step, model and metrics")
     return lambda step, loaded, metrics: step > 0 and bool(on_step(step, loaded.model, metrics))
 
 

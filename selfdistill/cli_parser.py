@@ -297,7 +297,7 @@ def _explained(message: str, arguments: list[str]) -> str:
         options = [key for key in fields if key not in places]
         known = [f"--{key}" for key in (*options, "config", *switches, *(["json"] if command != "train" else []))]
         what = "option" if unknown[1].startswith("-") else "argument"
-        return f"unknown {what} {unknown[1]}{closest(unknown[1], known)}"
+        return f"unknown {what} {unknown[1]}{closest(unknown[1], known, '; see --help for the names')}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
     if key and value and key[1] in switches:
         return f"option --{key[1]}: found {value[1]!r}, expected true, false or no value"

@@ -51,7 +51,7 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
     values = read_mapping(path, "setting names to values")
     for key in values:
         if key not in kind.model_fields:
-            raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields)}")
+            raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields, '; remove it')}")
     return values
 
 

@@ -41,7 +41,7 @@ def resolve(name: str) -> str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model {name!r}: no such folder")
     if "/" in name and path.parent.is_dir():  # a misspelt folder, not a hub id
-        inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()], "")
+        inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()])
         raise UserError(f"model {name!r}: the folder {path.parent} has no {path.name}{inside}")
     return name
 
