@@ -728,7 +728,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(settings:
 def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
     settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    whole, full = settings("whole", save_steps=2), settings("full", save_steps=2)
+    whole, full = settings("whole", save_steps=2, view_rows=1), settings("full", save_steps=2, view_rows=1)
     train(whole)
     calls = []
 
