@@ -985,7 +985,7 @@ def test_dropped_rows_are_counted_and_said(
     rows = [{"prompt": "x" * (300 if i == 1 else 3), "completion": "y"} for i in range(5)]
     train(settings(data=str(write_rows(rows, name="long.jsonl")), on_long_prompt="drop", max_steps=1))
     captured = capsys.readouterr()
-    assert "sdft on 4 demonstrations (1 too long, dropped), 1 steps of 2" in captured.err
+    assert "sdft on 4 demonstrations (1 too long, dropped), 1 step of 2" in captured.err
     assert captured.out == ""
 
 
