@@ -152,7 +152,7 @@ def plan(
     """
     with session(progress):
         config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings)
-        with rows.kept():
+        with rows.kept(planned=True):
             return run_plan(config, loaded, given=rows.names)
 
 
@@ -190,7 +190,7 @@ def memory_plan(
         check_device(device)
     with session(progress):
         config, loaded, rows = run_to_plan(model, data, None, output_dir, tokenizer, settings)
-        with rows.kept():
+        with rows.kept(planned=True):
             return run_plan_for(config, size, device, loaded, given=rows.names)
 
 

@@ -113,8 +113,8 @@ class RowsInFolder:
         return [*(file.name for file in self._rows), *([PICTURE_FOLDER] if self._rows else [])]
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Write the files; remove them again if the run never began.
+    def kept(self, *, planned: bool = False) -> Iterator[None]:
+        """Write the files; remove them again if the run never began, or is only ``planned``.
 
         Raises:
             UserError: a file of that name holds other rows, or cannot be written.
@@ -135,10 +135,10 @@ class RowsInFolder:
             yield
         finally:
             for file in missing:
-                if not (file.parent / "config.yaml").exists():
+                if planned or not (file.parent / "config.yaml").exists():
                     file.unlink(missing_ok=True)
             for folder in pictures:
-                if not (folder.parent / "config.yaml").exists():
+                if planned or not (folder.parent / "config.yaml").exists():
                     shutil.rmtree(folder, ignore_errors=True)
             for folder in created:  # the innermost first
                 if folder.is_dir() and not any(folder.iterdir()):

@@ -60,3 +60,8 @@ def closest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     similar = difflib.get_close_matches(word, names, 1, CLOSE) or difflib.get_close_matches(word, longer, 1, 0)
     meant = [*initials, *similar]
     return f"; did you mean {names[meant[0]]}?" if meant else otherwise
+
+
+def number_of(count: int | None, noun: str) -> str:
+    """A count in a message: ``1 step``, ``2 steps``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

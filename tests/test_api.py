@@ -328,8 +328,11 @@ def test_a_plan_leaves_a_loaded_model_as_it_was(model: str) -> None:
         assert f" on {len(ROWS)} demonstrations, " in plan.notes[0]
     assert same(before, dict(ours.state_dict()))
     sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", context="turns", **RUN)
-    with pytest.raises(sd.UserError, match="exists and is not empty"):
-        sd.plan(model, ROWS, output_dir="run", **RUN)
+    Path("run/data.jsonl").unlink()
+    files = set(Path("run").rglob("*"))
+    plan = sd.plan(model, ROWS, output_dir="run", **RUN)
+    assert "exists and is not empty" in plan.notes[0]
+    assert set(Path("run").rglob("*")) == files
 
 
 def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

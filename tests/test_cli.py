@@ -1094,9 +1094,23 @@ def test_a_dry_run_prints_everything_and_writes_nothing(here: Path, capsys: pyte
     out = capsys.readouterr().out
     assert set(here.rglob("*")) == before
     assert "max_steps: 40" in out
+    assert "learning_rate: 1.0e-05\n" in out  # resolved
+    assert "on_long_prompt" not in out  # has its default
+    assert "config.yaml will have all" in out
     assert "# as the teacher sees it" in out
     assert re.search(r"[\d.]+ s per step, .* for 40 steps, peak memory [\d.]+ GiB; nothing was written", out)
     assert "MiB by plan" in out
+
+
+def test_a_dry_run_may_name_what_exists(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jsonl("run", ROWS)
+    trained(f"{SFT} --dry_run")
+    out = capsys.readouterr().out
+    assert Path("run").read_text() == Path("train.jsonl").read_text()
+    assert "note: output_dir 'run' is a file: choose another name\nsft on 4 demonstrations, 1 step of 2, " in out
+    assert " for 1 step, peak memory " in out
+    assert "│ drift " in out
+    assert "│ contexts " not in out  # SFT shows none
 
 
 def test_memory_is_planned_for_another_device_and_nothing_is_loaded(
@@ -1139,7 +1153,7 @@ def test_a_check_also_plans(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(shlex.split(f"{checked} --memory 0.01MB --device l4 --json result.json")) in (0, 4)
     out = capsys.readouterr().out
     assert "batch 2 in " in out
-    assert out.index("rough time, on l4") < out.index("it does not fit: ") < out.index("Best: --context turns")
+    assert out.index("rough time, on l4") < out.index("it does not fit: ") < out.index(": --context turns")
     result = json.loads(Path("result.json").read_text())
     assert result["best"] == "turns:repeats=2"
     plan = result["plan"]

@@ -22,7 +22,7 @@ from selfdistill.comparison.conclusions import Compared, mean_points, points_of,
 from selfdistill.comparison.plots import Curve, trade_off
 from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dump_yaml, load_saved, refuse_changes
 from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
+from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
 from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, unused_settings, uses
 from selfdistill.model import LoadedModel, load_for_training, refuse_float16, start_fingerprint
@@ -324,7 +324,8 @@ def _one(label: str, run: TrainConfig, evaluator: Evaluator, demonstrations: lis
 def _summary(
     config: CompareConfig, evaluator: Evaluator, shown: dict[str, dict[str, Any] | None], done: list[Compared]
 ) -> dict[str, Any]:
-    budget = f"Every run has {config.max_steps} steps of {config.batch_size} prompts of the same demonstrations"
+    steps, prompts = number_of(config.max_steps, "step"), number_of(config.batch_size, "prompt")
+    budget = f"Every run has {steps} of {prompts} of the same demonstrations"
     if any(run.anchors and run.anchor_share for _, run in runs_of(config)):
         budget += ", anchors included"
     varied = {name for kind in _kinds(config) for name in kind.values}

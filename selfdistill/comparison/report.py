@@ -23,7 +23,7 @@ from selfdistill.comparison.curves import NUMBERS_HEAD, SCORES, figures, number,
 from selfdistill.comparison.plots import Curve, Point, over, pareto_front, trade_off
 from selfdistill.comparison.run_folders import EVALUATIONS, VIEWS, Json, Part, RunFolder, curve_name, read_folders
 from selfdistill.config import ReportConfig, TrainConfig
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 
 FULL_COLOUR = 3
 """Implicit reward, positive or negative, in nats, at which a token is fully coloured."""
@@ -121,7 +121,9 @@ def _summary(part: Part) -> list[str]:
     for run in part.runs:
         config, losses = run.config, series(run, "loss")
         steps = run.metrics[-1]["step"] if run.metrics else 0
-        text = f"{run.name}: {config.model} trained on {config.data} with {config.method} for {steps} steps."
+        text = (
+            f"{run.name}: {config.model} trained on {config.data} with {config.method} for {number_of(steps, 'step')}."
+        )
         if run.evaluations:
             first, now = run.evaluations[0], run.evaluations[-1]
             text += f" New task: accuracy {_score(first)} at step {first['step']}, {_score(now)} at step {now['step']}."
@@ -281,7 +283,7 @@ def _heading(view: Json) -> str:
     if "turns" not in view:
         return f"Step {view['step']}" + (", truncated at the length limit" if view.get("truncated") else "")
     judged = "not judged" if view["reward"] is None else f"reward {view['reward']:.2f}"
-    turns = "1 turn" if len(view["turns"]) == 1 else f"{len(view['turns'])} turns"
+    turns = number_of(len(view["turns"]), "turn")
     return f"Step {view['step']}, {turns}, {judged}" + (f": {view['feedback']}" if view["feedback"] else "")
 
 

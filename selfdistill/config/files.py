@@ -127,6 +127,10 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
         )
 
 
-def dump_yaml(config: Settings) -> str:
-    """The settings as YAML for ``--config``."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+def dump_yaml(config: Settings, *, defaults: bool = True) -> str:
+    """The settings as YAML for ``--config``, with or without those that have their default."""
+    values, fields = config.model_dump(), type(config).model_fields
+    if not defaults:
+        default = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+        values = {name: value for name, value in values.items() if value != default[name]}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

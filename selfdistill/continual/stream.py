@@ -25,7 +25,7 @@ from selfdistill.data import (
     parse_context,
     write_demonstrations,
 )
-from selfdistill.errors import RunStopped, UserError
+from selfdistill.errors import RunStopped, UserError, number_of
 from selfdistill.evaluation import EvaluationSet, judge_of, mean_loss
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, load_for_training, training_precision, use_engine
@@ -117,7 +117,7 @@ def _said(line: dict[str, Any]) -> str:
     loss = "no validation rows yet, so it took chunk_steps"
     if line["loss_before"] is not None:
         loss = f"validation loss {line['loss_before']:.3f} before, {line['loss_after']:.3f} after"
-    return f"accuracy {line['accuracy']:.2f} before training, {line['steps']} steps; {loss}"
+    return f"accuracy {line['accuracy']:.2f} before training, {number_of(line['steps'], 'step')}; {loss}"
 
 
 def _chunk(

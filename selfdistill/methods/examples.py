@@ -160,7 +160,7 @@ class DocumentExamples:
     """
 
     config: TrainConfig = field(compare=False)
-    what = "pieces of documents"
+    what = "document pieces"
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from selfdistill.errors import number_of
 from selfdistill.methods import rules_of, unused_settings, uses
 from selfdistill.runtime import is_distributed
 from selfdistill.training.trainer import Trainer
@@ -11,8 +12,8 @@ def first_lines(trainer: Trainer) -> list[str]:
     """Lines that describe the run, printed at its start."""
     config, trained = trainer.config, sum(p.numel() for p in trainer.parameters)
     lines = [
-        f"{config.method} on {stage.task.counted}, {stage.steps} steps of {config.batch_size}, learning rate "
-        f"{config.learning_rate:g}"
+        f"{config.method} on {stage.task.counted}, {number_of(stage.steps, 'step')} of {config.batch_size}, "
+        f"learning rate {config.learning_rate:g}"
         for stage in trainer.stages
     ]
     lines += [f"{part.name}: {part.counted}, {part.share:.1%} of every batch" for part in trainer.stages[0].sampled[1:]]

@@ -7,7 +7,8 @@ Every number is the size of tensors that the run will hold, W bytes of weights, 
     teacher    full: W for a copy, and 4 bytes per weight for the float32 average of bfloat16 weights, which on a GPU is
                in host memory; LoRA: the factors
     moments    of AdamW: 8 bytes per trained weight, or 2 with adamw_8bit
-    contexts   cached keys and values of a frozen teacher's contexts, and the logits for measuring the drift
+    contexts   cached keys and values of a frozen teacher's contexts
+    drift      the base's logits, with which the drift is measured
     gradients  P, from the first micro-batch on, or as far as the backward pass has come
 
     engine     its key/value cache and a copy of the weights; on a GPU only while it samples
@@ -15,7 +16,7 @@ Every number is the size of tensors that the run will hold, W bytes of weights, 
 :mod:`selfdistill.training.traced_step` counts what a step adds, in three phases that do not overlap, and what
 a method draws before the first step. So the peak is that of the largest phase:
 
-    drawing    like sampling, plus the other model if another one samples; without moments and contexts
+    drawing    like sampling, plus the other model if another one samples; without moments, contexts and drift
 
     sampling   casts of the weights, keys and values, workspace; also after prompts with a guide
     teacher    casts, activations without gradient
@@ -133,7 +134,7 @@ class MemoryPlanner:
             traced["sampling"] = Bytes({"engine": _engine_bytes(config, device, loaded)})
         if config.fsdp:
             traced = {name: _sharded(size, device, loaded, others) for name, size in traced.items()}
-        before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts")})
+        before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts", "drift")})
         phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
         averages = [_average_bytes(config, rule, loaded) for rule in teacher_rules(planned_methods(config))]
         host = sum(averages) if _is_on_host(config, device) else 0
@@ -251,7 +252,7 @@ def _fixed(
         }
     )
     if config.drift_steps:
-        fixed["contexts"] = DRIFT_PROMPTS * DRIFT_TOKENS * vocabulary * 4
+        fixed["drift"] = DRIFT_PROMPTS * DRIFT_TOKENS * vocabulary * 4
     if config.engine != "none" and device.kind == "cpu":  # on a GPU it sleeps while the model learns
         fixed["engine"] = _engine_bytes(config, device, loaded)
     return fixed

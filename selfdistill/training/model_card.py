@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from selfdistill import __version__
 from selfdistill.config import MAY_CHANGE, TrainConfig
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 from selfdistill.methods import METHODS, stages_of, uses
 from selfdistill.model import STARTER_MODELS
 from selfdistill.runtime import METRICS, public_name, public_settings, read_lines
@@ -102,13 +102,14 @@ def model_card(
     if pictures:
         loading = loading.replace("ForCausalLM", "ForImageTextToText").replace("AutoTokenizer", "AutoProcessor")
         loading = loading.replace("tokenizer =", "processor =")
+    rows = number_of(demonstrations, "demonstration")
     early = f"- It ended early, after step {step} of {config.max_steps}\n" if step < (config.max_steps or 0) else ""
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {_code(base)}, taught by {_code(config.method)}",
         _method(config.method),
         f"- Base model: {_code(base)}\n"
-        f"- Data: {_code(data)}, {demonstrations} demonstrations, fingerprint `{fingerprint}` (SHA-256 of the "
+        f"- Data: {_code(data)}, {rows}, fingerprint `{fingerprint}` (SHA-256 of the "
         "tokens of every example: student prompt, teacher prompt and completion)\n"
         f"{early}- Made with selfdistill {__version__}",
         "## Settings",
@@ -119,7 +120,7 @@ def model_card(
         "## Limits",
         *([f"- The run showed signs of collapse: {'; '.join(signs)}."] if signs else []),
         f"- {measured} Performance on other tasks is unknown and may have decreased through fine-tuning.\n"
-        f"- It was trained on {demonstrations} demonstrations with completions of at most "
+        f"- It was trained on {rows} with completions of at most "
         f"{config.max_completion_length} tokens. It may reproduce mistakes in the demonstrations.\n"
         "- Its replies were not examined for harm or bias; those of the base model may persist.\n"
         "- The licences of the base model and of the data apply; this card grants none.",

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from selfdistill.config import TrainConfig, dump_yaml
 from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel
@@ -34,7 +34,7 @@ class Plan(Printable):
     """The result of ``train --dry_run``."""
 
     config: TrainConfig
-    """The resolved settings."""
+    """The resolved settings, all of them."""
     notes: list[str]
     """Lines that the run would print at its start."""
     student_prompt: str
@@ -59,12 +59,12 @@ class Plan(Printable):
             self.student_prompt,
             *(["\n# as the teacher sees it", self.teacher_prompt] if self.teacher_prompt is not None else []),
             *(["\n# the demonstration", self.completion] if self.completion else []),
-            "\n# resolved settings",
-            dump_yaml(self.config).rstrip(),
+            "\n# settings that differ from the defaults (the run's config.yaml will have all)",
+            dump_yaml(self.config, defaults=False).rstrip(),
             "\n# the run",
             *self.notes,
-            f"{self.step_seconds:.1f} s per step, {duration_text(self.total_seconds)} for {self.config.max_steps} "
-            f"steps, peak memory {self.peak_gib:.1f} GiB; nothing was written",
+            f"{self.step_seconds:.1f} s per step, {duration_text(self.total_seconds)} for "
+            f"{number_of(self.config.max_steps, 'step')}, peak memory {self.peak_gib:.1f} GiB; nothing was written",
         ]
         for part in parts:
             console.print(part, markup=False, highlight=False, soft_wrap=True)
@@ -81,9 +81,13 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
         given: names of files that may be in the run folder.
 
     Raises:
-        UserError: any error that would stop the run at its start.
+        UserError: any error that would stop the run at its start, except that the run folder exists.
     """
-    check_output_dir(config.output_dir, resume=False, given=given)
+    try:
+        check_output_dir(config.output_dir, resume=False, given=given)
+        notes = []
+    except UserError as error:  # nothing is written there
+        notes = [f"note: {error}"]
     check_tracker(config.report_to)
     stages = stages_of(config)
     rows = _checked_rows(config, given)
@@ -99,7 +103,7 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
     trainer = Trainer(config.model_copy(update=unmeasured), rows, loaded=loaded)
     asked = {name: getattr(config, name) for name in ("drift_steps", "test", "num_demonstrations")}
     resolved = trainer.config.model_copy(update=asked)
-    notes = [*first_lines(trainer), *lines]
+    notes += [*first_lines(trainer), *lines]
     example = trainer.stages[0].task.examples[0]
     with repeating(config):
         trainer.step(0)

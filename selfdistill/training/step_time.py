@@ -26,6 +26,7 @@ from statistics import fmean
 from typing import Any
 
 from selfdistill.config import TrainConfig
+from selfdistill.errors import number_of
 from selfdistill.model import LoadedModel, TeacherRule, moment_bytes
 from selfdistill.training.rates import Rates
 from selfdistill.training.schedule import steps_of
@@ -115,7 +116,8 @@ class TimePlan:
         before = f" and {duration_text(self.before)} before the first" if self.before else ""
         return (
             f"rough time, on {self.rates.name}: {self.step.total:.2g} s per step ({parts}), "
-            f"{duration_text(self.total)} for {self.steps} steps{before}, if all samples have maximum length"
+            f"{duration_text(self.total)} for {number_of(self.steps, 'step')}{before}, if all samples have maximum "
+            "length"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def test_a_checkpoint_is_the_same_sharded_or_not(settings: Callable[..., TrainCo
 def test_sharded_processes_measure_what_one_does(
     settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
-    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 4}
+    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 4, "view_rows": 3}
     one, two = settings("one", **values), settings("two", fsdp=True, **values)
     train(one)
     train_together(two, tmp_path)

@@ -73,7 +73,7 @@ def test_two_processes_train_to_the_weights_of_one(
 def test_two_processes_measure_what_one_does(
     settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
-    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 2}
+    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 2, "view_rows": 3}
     one, two = settings("one", **values), settings("two", **values)
     train(one)
     train_together(two, tmp_path)

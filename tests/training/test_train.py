@@ -728,7 +728,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(settings:
 def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
     settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    whole, full = settings("whole", save_steps=2), settings("full", save_steps=2)
+    whole, full = settings("whole", save_steps=2, view_rows=1), settings("full", save_steps=2, view_rows=1)
     train(whole)
     calls = []
 
@@ -985,7 +985,7 @@ def test_dropped_rows_are_counted_and_said(
     rows = [{"prompt": "x" * (300 if i == 1 else 3), "completion": "y"} for i in range(5)]
     train(settings(data=str(write_rows(rows, name="long.jsonl")), on_long_prompt="drop", max_steps=1))
     captured = capsys.readouterr()
-    assert "sdft on 4 demonstrations (1 too long, dropped), 1 steps of 2" in captured.err
+    assert "sdft on 4 demonstrations (1 too long, dropped), 1 step of 2" in captured.err
     assert captured.out == ""
 
 
