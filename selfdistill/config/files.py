@@ -79,16 +79,16 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> SettingsOfRu
             a setting that must not change differs.
     """
     if "output_dir" not in given:
-        raise UserError("--resume needs the run folder: give --output_dir")
+        raise UserError("resume needs the run folder: give output_dir")
     path = Path(str(given["output_dir"])) / "config.yaml"
     if not path.exists():
         if path.parent.is_dir() and any(file.name != f".{path.name}.unfinished" for file in path.parent.iterdir()):
             raise UserError(
-                f"output_dir {str(given['output_dir'])!r} is not empty and has no config.yaml, so --resume finds no "
+                f"output_dir {str(given['output_dir'])!r} is not empty and has no config.yaml, so resume finds no "
                 "run there; choose another"
             )
         if "model" not in given:
-            raise UserError(f"{path}: no such file, so there is no run to resume; check --output_dir")
+            raise UserError(f"{path}: no such file, so there is no run to resume; check output_dir")
         return kind(**given)
     # The run folder may have been renamed or moved.
     saved = kind(**{**load_saved(path, kind), "output_dir": given["output_dir"]})
@@ -123,7 +123,7 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
     if changed := changes(before, now, but=(*may_change, "output_dir")):
         raise UserError(
             f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out, or start a new run in "
-            "another --output_dir"
+            "another output_dir"
         )
 
 

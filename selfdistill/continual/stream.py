@@ -105,7 +105,7 @@ def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[
     if not found:
         raise UserError(
             f"{config.data}: every row is too long (prompt, completion or teacher's prompt); raise "
-            "--max_completion_length or --max_prompt_length, or choose a shorter context"
+            "max_completion_length or max_prompt_length, or choose a shorter context"
         )
     return found
 

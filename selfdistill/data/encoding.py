@@ -139,7 +139,7 @@ def encode(
             ways.append("choose a shorter context")
         if on_long_prompt == "drop":
             raise NothingFits(text + " or ".join(ways))
-        raise UserError(f"{text}{', '.join(ways)}, or drop them with --on_long_prompt drop")
+        raise UserError(f"{text}{', '.join(ways)}, or drop them with on_long_prompt drop")
     return kept, len(problems)
 
 
@@ -303,7 +303,7 @@ class _Limits:
         length = _longest_reply(example)
         if self.completion_must_fit and length > self.max_completion_length:
             found = f"completion has {length} tokens, limit {self.max_completion_length} ({self.setting})"
-            return f"{source}: {found}", f"raise --{self.setting}"
+            return f"{source}: {found}", f"raise {self.setting}"
         whole = len(example.student_ids) + len(example.completion_ids)
         if self.completion_must_fit and example.given and self.window is not None and whole > self.window:
             return f"{source}: prompt and episode have {whole} tokens, limit {self.window} (the window)", "shorten them"
@@ -312,8 +312,8 @@ class _Limits:
     @property
     def _more_room(self) -> str:
         if self.prompt == self.max_prompt_length:
-            return "raise --max_prompt_length"
-        return f"lower --{self.setting} (the window is {self.window} tokens)"
+            return "raise max_prompt_length"
+        return f"lower {self.setting} (the window is {self.window} tokens)"
 
 
 def _longest_reply(example: Example) -> int:

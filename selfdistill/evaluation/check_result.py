@@ -128,7 +128,7 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
     if best.accuracy < 0.9 and best.truncated > 0.5:
         text += (
             f" {best.truncated:.0%} of its replies were truncated at the length limit, so they may be right but "
-            "unfinished: raise --max_completion_length."
+            "unfinished: raise max_completion_length."
         )
     elif best.accuracy < 0.9 and best.logp is not None and student_logp is not None and best.logp > student_logp:
         text += (
@@ -185,7 +185,7 @@ def _print(result: CheckResult, console: Console) -> None:
         *([f"Spill: {result.spill.sentence()}."] if result.spill else []),
         *_order_line(result),
         result.verdict,
-        f"Best: --context {result.best.context}   (the check took {result.seconds:.0f} s)",
+        f"Best context: {result.best.context}   (the check took {result.seconds:.0f} s)",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
@@ -212,7 +212,7 @@ def _closeness_line(result: CheckResult) -> str:
     text = f"In-context assumption: the teacher {right}is {result.teacher_kl:.2f} nats per "
     text += "token from the base along its own replies"
     if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None or result.student_accuracy is None:
-        return f"{text}; to compare with a fine-tuned model, give --fine_tuned MODEL."
+        return f"{text}; to compare with a fine-tuned model, give it as fine_tuned."
     text += (
         f"; the fine-tuned model has {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
     )

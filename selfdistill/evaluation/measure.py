@@ -95,7 +95,7 @@ class Measure:
             raise UserError(
                 f"{len(made) - len(kept)} of {len(made)} rows do not fit: {row.demonstration.source}: "
                 f"{who} and demonstration have {length} tokens, limit {window} (the model's window); "
-                "drop them with --on_long_prompt drop"
+                "drop them with on_long_prompt drop"
             )
         return kept
 
