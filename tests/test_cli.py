@@ -275,7 +275,7 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         "train",
-        "setting 'model' is required; setting 'output_dir' is required",
+        "setting 'model' is required, found none; setting 'output_dir' is required, found none",
     ),
     (
         f"{SFT} --method isdft --pull 2",
@@ -1197,5 +1197,5 @@ def test_what_is_required_and_missing_is_one_line(command: str, capsys: pytest.C
             begin = {"ask": ["ask", "run", "q"], "export": ["export", "run"], "learn": ["learn", "status"]}
             assert main(begin.get(command, [command])) == 2
             _, err = capsys.readouterr()
-            assert f"setting '{name}' is required" in err
+            assert f"setting '{name}' is required, found none" in err
             assert err.count("\n") == 1

@@ -559,8 +559,7 @@ def test_rows_that_do_not_fit_are_all_counted_and_the_first_ten_named(chat: Chat
         encode(rows, None, chat, max_prompt_length=limit, max_completion_length=8, window=None)
     named = "; ".join(f"d.jsonl:{n}: prompt has {overhead + 20} tokens, limit {limit}" for n in range(2, 12))
     assert str(error.value) == (
-        f"12 of 13 rows do not fit: {named}; and 2 more; raise max_prompt_length, or drop them with "
-        "--on_long_prompt drop"
+        f"12 of 13 rows do not fit: {named}; and 2 more; raise max_prompt_length, or drop them with on_long_prompt drop"
     )
 
 

@@ -90,8 +90,7 @@ def test_a_split_of_its_own_name_is_that_split() -> None:
     names = [f"data/{name}-00000-of-00001.parquet" for name in ("train_sft", "test_sft", "train_gen")]
     path = folder(*names)
     assert error_of(path) == (
-        f"{path}: no split 'train' in this data set, expected test_sft, train_gen or train_sft; "
-        "give --split test_sft, train_gen or train_sft"
+        f"{path}: no split 'train' in this data set, expected test_sft, train_gen or train_sft (setting 'split')"
     )
     assert read(path, "train_sft") == [names[0]]
 
