@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from selfdistill.data import (
     CODE,
+    FUNCTION,
     JUDGE,
     SCORER_NAMES,
     ChatFormat,
@@ -14,6 +15,7 @@ from selfdistill.data import (
     by_tests,
     default_scorer,
     first_ten,
+    named,
     reference,
     score,
     scored_text,
@@ -60,15 +62,17 @@ class Answers:
 
 
 def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -> None:
-    """Reject answers that their scorers cannot use.
+    """Reject a scorer that cannot be imported, and answers that their scorers cannot use.
 
     Args:
         demonstrations: what to check.
         scorer: scorer for rows that name none.
 
     Raises:
-        UserError: names the first ten such rows and the total.
+        UserError: names the scorer, or the first ten such rows and the total.
     """
+    if scorer and FUNCTION.fullmatch(scorer):
+        named(scorer, "scorer", "function")
     coded = [row for row in demonstrations if default_scorer(row, scorer) == CODE]
     bad = [str(error) for error in by_tests([("", row) for row in coded]) if isinstance(error, UserError)]
     for row in demonstrations:
