@@ -98,7 +98,7 @@ def _one_line(detail: Any, fields: Mapping[str, FieldInfo]) -> str:
     if detail["type"] == "extra_forbidden":
         return f"unknown setting '{name}'{closest(name, fields, '; remove it')}"
     if detail["type"] == "missing":
-        return f"setting '{name}' is required"
+        return f"setting '{name}' is required, found none"
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
     known = re.findall(r"'(\w+)'", detail["msg"]) if detail["type"] == "literal_error" else ()
