@@ -10,6 +10,7 @@ import yaml
 from selfdistill.config.base import Settings, read_mapping
 from selfdistill.config.commands import CompareConfig
 from selfdistill.config.train import OPEN, TrainConfig
+from selfdistill.data import parse_context
 from selfdistill.errors import UserError, closest
 
 SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
@@ -117,6 +118,8 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
             run's ``MAY_MOVE``, and not ``output_dir``.
     """
     before, now = saved.model_dump(), config.model_dump()
+    if "auto" not in (saved.context, config.context) and parse_context(saved.context) == parse_context(config.context):
+        now["context"] = saved.context  # the same in other words
     may_change: tuple[str, ...] = COMPARE_MAY_CHANGE
     if isinstance(config, TrainConfig):
         may_change = MAY_CHANGE + tuple(key for key in MAY_MOVE if before[key] and now[key])
