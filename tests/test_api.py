@@ -183,9 +183,12 @@ def test_a_callback_that_fails_loses_no_step(model: str) -> None:
 
     with pytest.raises(ZeroDivisionError, match="theirs"):
         sd.train(model, ROWS, output_dir="run", on_step=fail, **options)
-    steps: list[int] = []
-    run = sd.train(output_dir="run", resume=True, on_step=lambda step, *_: steps.append(step))
-    assert steps == [3]
+    numbers: list[int] = []
+    with pytest.raises(sd.UserError, match=r"context was 'turns' and is now 'turns:repeats=2'"):
+        sd.train(output_dir="run", resume=True, context="turns:repeats=2")
+    in_words = {"context": "turns:repeats=1"}  # of which "turns" is short
+    run = sd.train(output_dir="run", resume=True, on_step=lambda step, *_: numbers.append(step), **in_words)
+    assert numbers == [3]
     assert same(final_weights(run.config), final_weights(whole.config))
     with pytest.raises(sd.UserError, match="on_step: found 3, expected a function of step, model and metrics"):
         sd.train("no/such/model", ROWS, output_dir="new", on_step=3)  # type: ignore[arg-type]
@@ -247,7 +250,7 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
     run = sd.Run(Path("memory/skills/0001-tickets/run"))
     assert run.metrics[-1]["step"] == 2
     one, listed = sd.report(Path("compared"), run), sd.report(["compared", run], output="listed.html")
-    assert one.stat().st_size == listed.stat().st_size > 1000
+    assert one.read_text().count("<svg") == listed.read_text().count("<svg") > 1
     with pytest.raises(sd.UserError, match=r"^r.html: expected a folder; for the output file write output='r.html'$"):
         sd.report("compared", "r.html")
     with pytest.raises(sd.UserError, match="setting 'runs': found 3, expected: text"):

@@ -230,7 +230,7 @@ def test_where_an_adapter_does_not_fit_weights_of_4_bits_are_proposed(
     changes, plan = found.nearest
     assert changes["load_in_4bit"] is True
     assert plan.peak <= limit
-    assert found.verdict().endswith(" --load_in_4bit true")
+    assert found.verdict().endswith(" load_in_4bit true")
     adapter = tmp_path / "adapter"
     LoraConfig(base_model_name_or_path=str(folder), task_type="CAUSAL_LM").save_pretrained(adapter)
     (adapter / "adapter_model.safetensors").touch()
