@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def train(
         RunStopped: a signal stopped the run; its progress is saved.
         RunFailed: training diverged or collapsed.
     """
-    with session(progress):
+    with session(progress, resume=resume):
         callback = _callback(on_step)
         given = given_settings(model, output_dir, settings)
         loaded = None
@@ -250,7 +250,7 @@ def compare(
         UserError: a mistake the user can fix.
         RunStopped: a signal stopped the comparison; its progress is saved.
     """
-    with session(progress):
+    with session(progress, resume=resume):
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
             raise UserError("model: every run loads it again; save it and give its folder")
@@ -352,9 +352,22 @@ def make_questions(
         return QuestionsResult(Path(config.output_dir), run_questions(config))
 
 
-def report(*runs: str | os.PathLike[str], output: str | os.PathLike[str] = "report.html") -> Path:
-    """Write a report of runs and comparisons as one HTML file that opens offline; returns its path."""
-    folders = [os.fspath(run) for run in runs]
+def report(
+    *runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] = "report.html"
+) -> Path:
+    """Write a report of runs and comparisons as one HTML file that opens offline; returns its path.
+
+    Args:
+        runs: folders written by :func:`train` or :func:`compare`, or lists of them.
+        output: the file to write.
+
+    Raises:
+        UserError: no runs, one that cannot be read, or a file that cannot be written.
+    """
+    listed = [run for given in runs for run in (given if isinstance(given, list | tuple) else [given])]
+    folders: list[Any] = [os.fspath(run) if isinstance(run, os.PathLike) else run for run in listed]
+    if pages := [folder for folder in folders if str(folder).endswith(".html")]:
+        raise UserError(f"{pages[0]}: expected a folder; for the output file write output={pages[0]!r}")
     write_report(ReportConfig(runs=folders, output=os.fspath(output)))
     return Path(output)
 

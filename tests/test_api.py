@@ -183,9 +183,12 @@ def test_a_callback_that_fails_loses_no_step(model: str) -> None:
 
     with pytest.raises(ZeroDivisionError, match="theirs"):
         sd.train(model, ROWS, output_dir="run", on_step=fail, **options)
-    steps: list[int] = []
-    run = sd.train(output_dir="run", resume=True, on_step=lambda step, *_: steps.append(step))
-    assert steps == [3]
+    numbers: list[int] = []
+    with pytest.raises(sd.UserError, match=r"context was 'turns' and is now 'turns:repeats=2'"):
+        sd.train(output_dir="run", resume=True, context="turns:repeats=2")
+    in_words = {"context": "turns:repeats=1"}  # of which "turns" is short
+    run = sd.train(output_dir="run", resume=True, on_step=lambda step, *_: numbers.append(step), **in_words)
+    assert numbers == [3]
     assert same(final_weights(run.config), final_weights(whole.config))
     with pytest.raises(sd.UserError, match="on_step: found 3, expected a function of step, model and metrics"):
         sd.train("no/such/model", ROWS, output_dir="new", on_step=3)  # type: ignore[arg-type]
@@ -246,7 +249,12 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
         sd.learn("add", ROWS, state="memory")
     run = sd.Run(Path("memory/skills/0001-tickets/run"))
     assert run.metrics[-1]["step"] == 2
-    assert sd.report(Path("compared"), output="report.html").stat().st_size > 1000
+    one, listed = sd.report(Path("compared"), run), sd.report(["compared", run], output="listed.html")
+    assert one.read_text().count("<svg") == listed.read_text().count("<svg") > 1
+    with pytest.raises(sd.UserError, match=r"^r.html: expected a folder; for the output file write output='r.html'$"):
+        sd.report("compared", "r.html")
+    with pytest.raises(sd.UserError, match="setting 'runs': found 3, expected: text"):
+        sd.report([3])  # type: ignore[list-item]
     assert (sd.export("memory/skills/0001-tickets/model", output_dir="exported") / "config.json").is_file()
 
 
@@ -254,6 +262,10 @@ def test_asking_shows_both_replies(model: str) -> None:
     run = sd.train(model, ROWS, output_dir="run", context="turns", **RUN)
     answered = sd.ask("run", "Where is ticket 3?", base=model, max_completion_length=12)
     assert answered.reply == run.generate("Where is ticket 3?")
+    wrong: Any
+    for wrong in (5, [5], {"role": "user"}):
+        with pytest.raises(sd.UserError, match=r"prompt: found .*, expected text or a list of prompts"):
+            run.generate(wrong)
     assert answered.base_reply is not None
     assert "base" in repr(answered)
     assert sd.ask(model, "Hello?", max_completion_length=4).base_reply is None
@@ -293,6 +305,15 @@ def test_settings_are_refused_by_name(model: str) -> None:
         sd.train(model, ROWS, output_dir="run", learning_rat=1)
     with pytest.raises(sd.UserError, match="setting 'output_dir' is required"):
         sd.train(model, ROWS)
+    with pytest.raises(sd.UserError, match="setting 'model' is required, found none"):
+        sd.train(None, "data.jsonl", output_dir="run")
+    with pytest.raises(sd.UserError, match="progress: found 'no', expected True or False"):
+        sd.train(model, ROWS, output_dir="run", progress="no")  # type: ignore[arg-type]
+    with pytest.raises(sd.UserError, match="resume: found 'no', expected True or False"):
+        sd.train(model, ROWS, output_dir="run", resume="no")  # type: ignore[arg-type]
+    with pytest.raises(sd.UserError, match=r"scorer 'python:nosuch\.f': module 'nosuch' cannot be imported"):
+        sd.train(model, ROWS, output_dir="run", scorer="python:nosuch.f", **RUN)
+    assert not Path("run").exists()
     with pytest.raises(sd.UserError, match="so it is not a run folder"):
         sd.Run(Path("none"))
 
@@ -367,6 +388,12 @@ def test_results_can_be_pickled_and_text_is_not_markup(model: str) -> None:
     assert len(pickle.dumps(run)) < 1000
     assert pickle.loads(pickle.dumps(run)).output_dir == run.output_dir
     assert r"\[x + y\] [/b]" in repr(AskResult("q", r"\[x + y\] [/b]", None))
+
+
+def test_a_reply_without_text_is_shown_as_such() -> None:
+    from selfdistill.evaluation import AskResult
+
+    assert repr(AskResult("q", " \n", "Shelf B.")).count("(empty reply)") == 1
 
 
 def test_silence_ends_where_it_began(model: str, capfd: pytest.CaptureFixture[str]) -> None:

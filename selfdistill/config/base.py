@@ -98,7 +98,7 @@ def _one_line(detail: Any, fields: Mapping[str, FieldInfo]) -> str:
     if detail["type"] == "extra_forbidden":
         return f"unknown setting '{name}'{closest(name, fields, '; remove it')}"
     if detail["type"] == "missing":
-        return f"setting '{name}' is required"
+        return f"setting '{name}' is required, found none"
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
     known = re.findall(r"'(\w+)'", detail["msg"]) if detail["type"] == "literal_error" else ()
@@ -178,7 +178,7 @@ class EngineSettings(Settings):
     @model_validator(mode="after")
     def _servers_are_of_an_engine(self) -> EngineSettings:
         if self.engine_url and self.engine == "none":
-            raise ValueError("setting 'engine_url': no engine uses it; add --engine vllm")
+            raise ValueError("setting 'engine_url': no engine uses it; add engine vllm")
         return self
 
 
@@ -248,7 +248,7 @@ class ModelSettings(EngineSettings):
     @model_validator(mode="after")
     def _judge_has_an_address(self) -> ModelSettings:
         if self.scorer == JUDGE and not (self.judge_url and self.judge_model):
-            raise ValueError("setting 'scorer': 'judge' needs an endpoint: give --judge_url and --judge_model")
+            raise ValueError("setting 'scorer': 'judge' needs an endpoint: give judge_url and judge_model")
         return self
 
 

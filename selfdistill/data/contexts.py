@@ -100,7 +100,7 @@ def _no_document(demonstration: Demonstration, context: str) -> str | None:
 def _no_episode(demonstration: Demonstration, context: str) -> str | None:
     if not _row_of(demonstration).episode:
         return None
-    return f"context '{context}' cannot show an episode; use turns, few_shot or document, or learn --turns last"
+    return f"context '{context}' cannot show an episode; use turns, few_shot or document, or turns last"
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Loop:
                 if received and not last:
                     raise RunStopped(
                         f"{self._output_dir}: stopped after step {step} of {self._max_steps}; progress is saved, "
-                        "continue with --resume",
+                        "continue with resume=True",
                         received,
                     )
                 if enough:
@@ -135,7 +135,7 @@ class Loop:
             self._save()
             raise RunFailed(
                 f"{self._output_dir}: {position.skipped} consecutive steps were skipped; in the last, step {step}, "
-                f"{_skipped(metrics)}; they did not change the weights. Lower --learning_rate, inspect these rows, or "
+                f"{_skipped(metrics)}; they did not change the weights. Lower learning_rate, inspect these rows, or "
                 "see metrics.jsonl for the onset"
             )
         if metrics.get("engine/gap", 0.0) > LARGE_GAP and not self._gap_was_said:
@@ -177,7 +177,7 @@ class Loop:
         """Save the progress, on all ranks together, and say where the run stopped."""
         self._save()
         raise EngineFailed(
-            f"{self._output_dir}: stopped after step {self.step}: {error}; progress is saved, continue with --resume"
+            f"{self._output_dir}: stopped after step {self.step}: {error}; progress is saved, continue with resume=True"
         ) from error
 
     def _save(self, *, together: bool = True) -> None:
@@ -219,7 +219,7 @@ class Loop:
         raise RunCollapsed(f"{begun}; final is the model of step {kept}, evaluated before the collapse. {_ADVICE}")
 
 
-_ADVICE = "Lower --learning_rate, use a frozen or slower teacher, or see metrics.jsonl for the onset"
+_ADVICE = "Lower learning_rate, use a frozen or slower teacher, or see metrics.jsonl for the onset"
 
 
 def _demonstrated(stage: Stage) -> float | None:

@@ -323,6 +323,6 @@ def test_an_adapter_on_top_of_another_is_not_sharded(settings: Callable[..., Tra
     for child in started_together(lambda: Trainer(config), tmp_path / "log"):
         assert child.wait() == 1
         assert (
-            "setting 'fsdp' with lora_rank: the model already has an adapter; export it with --merge"
+            "setting 'fsdp' with lora_rank: the model already has an adapter; export it merged first"
             in child.log.read_text()
         )

@@ -165,7 +165,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
     children = started_together(lambda: train(stopped, on_step=second_gets(signal.SIGTERM)), tmp_path / "stopped")
     for child in children:
         assert child.wait() == 1
-        assert "stopped after step 3 of 4; progress is saved, continue with --resume" in child.log.read_text()
+        assert "stopped after step 3 of 4; progress is saved, continue with resume=True" in child.log.read_text()
     train_together(stopped, tmp_path, resume=True)
     assert_same_run(whole_run(**COMMON | values), stopped)
 
