@@ -107,7 +107,8 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
         ([], "data: no rows, expected at least one"),
         ([{"prompt": "a"}], r"data.jsonl: 1 bad row: line 1, column 'completion': missing"),
         ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found only whitespace"),
-        ({"prompt": "a"}, "data: found an object, expected a path, a list of rows or a datasets.Dataset"),
+        (["a", "b"], "data: all 2 rows: found 'a', 'b', expected a dict"),
+        ({"prompt": "a"}, "data: found a dict, expected a path, a list of rows or a datasets.Dataset"),
         (
             datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS) for name in ("test", "dev")}),
             "no split 'train' in this data set, expected test or dev",
