@@ -322,6 +322,18 @@ def test_results_can_be_pickled_and_text_is_not_markup(model: str) -> None:
     assert r"\[x + y\] [/b]" in repr(AskResult("q", r"\[x + y\] [/b]", None))
 
 
+def test_a_note_comes_once_in_a_call(capfd: pytest.CaptureFixture[str]) -> None:
+    from selfdistill.runtime import progress_shown, say_note
+
+    for _ in range(2):
+        with progress_shown(True), progress_shown(True):
+            for message in ("a", "b", "a"):
+                say_note(message)
+            for message in ("c", "d"):
+                say_note(message, topic="one")
+    assert capfd.readouterr().err == "note: a\nnote: b\nnote: c\n" * 2
+
+
 def test_silence_ends_where_it_began(model: str, capfd: pytest.CaptureFixture[str]) -> None:
     from selfdistill.runtime import progress_shown, say
 
