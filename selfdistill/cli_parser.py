@@ -290,7 +290,8 @@ def _explained(message: str, arguments: list[str]) -> str:
     """jsonargparse's message as one line; for an invalid value of a setting, pydantic's message."""
     command = _command(arguments)
     if command not in COMMANDS:
-        return f"{f'unknown command {command!r}' if command else 'no command'}, expected one of {', '.join(COMMANDS)}"
+        found = f"unknown command {command!r}" if command else "no command"
+        return f"{found}, expected one of {', '.join(COMMANDS)}{closest(command, COMMANDS, '')}"
     fields = COMMANDS[command][0].model_fields
     switches = [switch for switch, wanted in SWITCHES.items() if command in wanted]
     if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):

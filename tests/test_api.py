@@ -107,7 +107,8 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
         ([], "data: no rows, expected at least one"),
         ([{"prompt": "a"}], r"data.jsonl: 1 bad row: line 1, column 'completion': missing"),
         ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found only whitespace"),
-        ({"prompt": "a"}, "data: found an object, expected a path, a list of rows or a datasets.Dataset"),
+        (["a", "b"], "data: all 2 rows: found 'a', 'b', expected a dict"),
+        ({"prompt": "a"}, "data: found a dict, expected a path, a list of rows or a datasets.Dataset"),
         (
             datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS) for name in ("test", "dev")}),
             "no split 'train' in this data set, expected test or dev",
@@ -394,6 +395,18 @@ def test_a_reply_without_text_is_shown_as_such() -> None:
     from selfdistill.evaluation import AskResult
 
     assert repr(AskResult("q", " \n", "Shelf B.")).count("(empty reply)") == 1
+
+
+def test_a_note_comes_once_in_a_call(capfd: pytest.CaptureFixture[str]) -> None:
+    from selfdistill.runtime import progress_shown, say_note
+
+    for _ in range(2):
+        with progress_shown(True), progress_shown(True):
+            for message in ("a", "b", "a"):
+                say_note(message)
+            for message in ("c", "d"):
+                say_note(message, topic="one")
+    assert capfd.readouterr().err == "note: a\nnote: b\nnote: c\n" * 2
 
 
 def test_silence_ends_where_it_began(model: str, capfd: pytest.CaptureFixture[str]) -> None:

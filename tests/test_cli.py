@@ -205,7 +205,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SDFT + " --context turn",
-        f"context 'turn': unknown context 'turn', expected one of {', '.join(CONTEXTS)}; did you mean turns?",
+        f"unknown context 'turn', expected one of {', '.join(CONTEXTS)}; did you mean turns?",
     ),
     (
         "train.jsonl",
@@ -291,7 +291,7 @@ CONFIG: list[tuple[str, str]] = [
     (
         "trian",
         "unknown command 'trian', expected one of demo, check, train, ask, eval, compare, learn, questions, report, "
-        "export, merge",
+        "export, merge; did you mean train?",
     ),
     (
         "train",
@@ -397,7 +397,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"check {BASE} --contexts", "--contexts: expected at least one argument"),
     (
         f"check {BASE} --contexts turns nonsense",
-        f"context 'nonsense': unknown context 'nonsense', expected one of {', '.join(CONTEXTS)}",
+        f"unknown context 'nonsense', expected one of {', '.join(CONTEXTS)}",
     ),
     (f"check {BASE} --sample 1", "setting 'sample': found 1, expected: 2 or more"),
     (f"check {BASE} --output_dir run", "unknown option --output_dir; see --help for the names"),
@@ -590,7 +590,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "misspelt folder",
         lambda m: (m / "final").mkdir(),
         "--model model/finl",
-        "model 'model/finl': the folder model has no finl; did you mean final?",
+        "model 'model/finl': no such folder; did you mean final?",
     ),
     (
         "unknown hub id",

@@ -340,7 +340,7 @@ def parse_context(spec: str) -> Context:
     name, _, options = spec.partition(":")
     if name not in CONTEXTS:
         hint = closest(name, CONTEXTS, "; options follow a colon, as in turns:repeats=2" if "=" in name else "")
-        raise UserError(f"context {spec!r}: unknown context {name!r}, expected one of {', '.join(CONTEXTS)}{hint}")
+        raise UserError(f"unknown context {name!r}, expected one of {', '.join(CONTEXTS)}{hint}")
     known = OPTIONS[name]
     values = {}
     for option in filter(None, options.split(",")):

@@ -89,13 +89,18 @@ def rows_in_memory(data: Any, split: str | None, note: Note, as_row: Callable[[A
     if isinstance(data, dict) and hasattr(data, "column_names"):  # a DatasetDict
         data = choose("data", data, split, note)
     if isinstance(data, dict | str | bytes) or not isinstance(data, Iterable):
-        raise UserError(f"data: found {describe_value(data)}, expected a path, a list of rows or a datasets.Dataset")
+        found = "a dict" if isinstance(data, dict) else describe_value(data)
+        raise UserError(f"data: found {found}, expected a path, a list of rows or a datasets.Dataset")
     rows = list(data)
     sources = [getattr(row, "source", "") or f"data[{number}]" for number, row in enumerate(rows)]
     return [
-        RawRow(f"row {number}", source, as_row(row))
-        for number, (row, source) in enumerate(zip(rows, sources, strict=True))
+        RawRow(f"row {number}", source, value, None if isinstance(value, dict) else _not_dict(value))
+        for number, (value, source) in enumerate(zip(map(as_row, rows), sources, strict=True))
     ]
+
+
+def _not_dict(value: Any) -> str:
+    return f"found {describe_value(value)}, expected a dict"
 
 
 def choose(path: str, splits: Mapping[str, _Part], split: str | None, note: Note) -> _Part:

@@ -130,7 +130,7 @@ class EvaluationSet:
         if scorer and all(row.scorer for row in self.demonstrations):
             say(f"note: every row has its own scorer, so scorer {scorer} is ignored")
         if doubt := doubt_about(self.demonstrations, scorer):
-            say_note(doubt)
+            say_note(doubt, topic="scorer")
 
     @property
     def scorers(self) -> list[str]:

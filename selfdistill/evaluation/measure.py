@@ -70,7 +70,7 @@ class Measure:
         for note in notes_on(self.rows, self.chat):
             say_note(note)
         if not self.player and (doubt := doubt_about(measured, config.scorer)):
-            say_note(doubt)
+            say_note(doubt, topic="scorer")
         self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
         for note in notes_on_calls(self.student.episodes):

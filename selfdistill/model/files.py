@@ -42,7 +42,7 @@ def resolve(name: str) -> str:
         raise UserError(f"model {name!r}: no such folder")
     if "/" in name and path.parent.is_dir():  # a misspelt folder, not a hub id
         inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()])
-        raise UserError(f"model {name!r}: the folder {path.parent} has no {path.name}{inside}")
+        raise UserError(f"model {name!r}: no such folder{inside}")
     return name
 
 

@@ -22,6 +22,7 @@ from selfdistill.runtime.distributed import is_rank0
 
 _logger = logging.getLogger("selfdistill")
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
+_noted: ContextVar[set[str] | None] = ContextVar("noted", default=None)
 
 
 def result_console() -> Console:
@@ -89,12 +90,14 @@ class ProgressBar:
 
 @contextmanager
 def progress_shown(show: bool) -> Iterator[None]:
-    """Show progress on standard error, or hide bars and send lines to the logger ``selfdistill``."""
-    token = _silent.set(_silent.get() or not show)
+    """Show progress on standard error, or hide bars and send lines to the logger ``selfdistill``; notes come once."""
+    before = _noted.get()
+    silent, noted = _silent.set(_silent.get() or not show), _noted.set(set() if before is None else before)
     try:
         yield
     finally:
-        _silent.reset(token)
+        _silent.reset(silent)
+        _noted.reset(noted)
 
 
 @contextmanager
@@ -177,8 +180,16 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def say_note(message: str) -> None:
-    """Print what the user should know, as :func:`say` does."""
+def say_note(message: str, topic: str | None = None) -> None:
+    """Print what the user should know, as :func:`say` does; within :func:`progress_shown` once.
+
+    Of notes with the same ``topic``, only the first is printed.
+    """
+    noted = _noted.get()
+    if noted is not None:
+        if (topic or message) in noted:
+            return
+        noted.add(topic or message)
     say(f"note: {message}")
 
 

@@ -23,6 +23,7 @@ from conftest import ENDS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.config.commands import LearnConfig
 from selfdistill.continual import add_skill, stream
@@ -93,6 +94,19 @@ def fixed(monkeypatch: pytest.MonkeyPatch, scores: dict[str, list[float]], prior
 
 
 # --- one skill, then another ---
+
+
+def test_a_doubt_about_a_scorer_is_told_once(
+    make: Settings, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(
+        [{"prompt": f"first {i}", "completion": f"It is {i}.", "answer": str(i)} for i in range(6)], name="first.jsonl"
+    )
+    config = make(method="sdft", context="turns", min_teacher=0, max_steps=1)
+    sd.learn(**config.model_dump(exclude_unset=True))  # which scores before, in the check, and after
+    notes = [line for line in capsys.readouterr().err.splitlines() if "demonstrated completions" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("note: scorer 'exact' rejects 1 of 1 demonstrated completions, contains would accept")
 
 
 def test_two_skills_in_a_row(make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -377,12 +377,12 @@ def test_specs_as_they_are_written_on_a_command_line() -> None:
     [
         (
             "turn:repeats=2",
-            f"context 'turn:repeats=2': unknown context 'turn', expected one of {NAMES}; did you mean turns?",
+            f"unknown context 'turn', expected one of {NAMES}; did you mean turns?",
         ),
-        ("", f"context '': unknown context '', expected one of {NAMES}"),
+        ("", f"unknown context '', expected one of {NAMES}"),
         (
             "turns,repeats=2",
-            f"context 'turns,repeats=2': unknown context 'turns,repeats=2', expected one of {NAMES}; options follow a "
+            f"unknown context 'turns,repeats=2', expected one of {NAMES}; options follow a "
             "colon, as in turns:repeats=2",
         ),
         (
