@@ -60,8 +60,9 @@ def test_check_train_evaluate_generate(model: str, capsys: pytest.CaptureFixture
     assert checked.verdict in " ".join(repr(checked).split())
     assert "runs/tickets" in repr(run)
     assert "KL(base||model)" in repr(result)
-    assert result._repr_html_().startswith("<pre>")
-    assert "||" in result._repr_html_()
+    page = result._repr_html_()
+    assert page.startswith(f"<table>\n<caption>{run.final} on ")
+    assert "KL(base||model)" in page
 
 
 def test_python_and_the_command_line_have_the_same_defaults(model: str, write_rows: Callable[..., Path]) -> None:
