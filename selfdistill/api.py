@@ -15,6 +15,7 @@ from typing import Any
 from selfdistill.api_inputs import (
     Model,
     RowsInFolder,
+    callback_of,
     check_start,
     data_of,
     given_settings,
@@ -53,7 +54,7 @@ from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import check_device, say_note, size_in_bytes
-from selfdistill.training import Fit, OnStep, Plan, Run
+from selfdistill.training import Fit, Plan, Run
 from selfdistill.training import export as run_export
 from selfdistill.training import merge as run_merge
 from selfdistill.training import plan as run_plan
@@ -113,7 +114,7 @@ def train(
         RunFailed: training diverged or collapsed.
     """
     with session(progress, resume=resume):
-        callback = _callback(on_step)
+        callback = callback_of(on_step)
         given = given_settings(model, output_dir, settings)
         loaded = None
         if "model" in given:
@@ -124,15 +125,6 @@ def train(
             config = check_start(config, loaded, rows, resume=resume)
             run_training(config, resume=resume, loaded=loaded, on_step=callback, given=rows.names)
         return Run(config.output_dir)
-
-
-def _callback(on_step: Callable[[int, Any, dict[str, Any]], object] | None) -> OnStep | None:
-    """The caller's function as training calls it: after each step, with the model itself."""
-    if on_step is None:
-        return None
-    if not callable(on_step):
-        raise UserError(f"on_step: found {on_step!r}, expected a function of step, model and metrics")
-    return lambda step, loaded, metrics: step > 0 and bool(on_step(step, loaded.model, metrics))
 
 
 def plan(

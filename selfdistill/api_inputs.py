@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
 from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say_note, world_size
-from selfdistill.training import check_output_dir, check_parts
+from selfdistill.training import OnStep, check_output_dir, check_parts
 
 Model = str | os.PathLike[str] | Any
 """A folder, run folder, hub id or ``smollm2-135m``; or a loaded ``PreTrainedModel``, with ``tokenizer=``.
@@ -65,6 +65,19 @@ def model_of(model: Model, tokenizer: Any) -> tuple[str, LoadedModel | None]:
 def on_best_device(loaded: LoadedModel | None) -> LoadedModel | None:
     """The model where it is measured; training moves it by itself."""
     return None if loaded is None else to_best_device(loaded)
+
+
+def callback_of(on_step: Callable[[int, Any, dict[str, Any]], object] | None) -> OnStep | None:
+    """The caller's function as training calls it: after each step, with the model itself.
+
+    Raises:
+        UserError: it is no function.
+    """
+    if on_step is None:
+        return None
+    if not callable(on_step):
+        raise UserError(f"on_step: found {on_step!r}, expected a function of step, model and metrics")
+    return lambda step, loaded, metrics: step > 0 and bool(on_step(step, loaded.model, metrics))
 
 
 def reading_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
