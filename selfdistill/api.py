@@ -288,7 +288,7 @@ def learn(
                 given[name] = str(Path(folder) / f"{name}.jsonl")
                 write_demonstrations(
                     Path(given[name]),
-                    load_demonstrations(in_memory, note=say_note, **reading_of(given)[name]),
+                    load_demonstrations(in_memory, note=say_note, name=name, **reading_of(given)[name]),
                 )
         return run_action(LearnConfig(**given))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ class RowsInFolder:
             if world_size() > 1:
                 raise UserError(f"setting {name!r}: {world_size()} processes read the rows, so give a file")
             file = Path(output_dir) / f"{name}.jsonl"
-            self._rows[file] = load_demonstrations(rows, note=say_note, **reading[name])
+            self._rows[file] = load_demonstrations(rows, note=say_note, name=name, **reading[name])
             self.paths[name] = str(file)
 
     @property
@@ -153,6 +154,9 @@ class RowsInFolder:
             raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
         try:
             yield
+        except UserError as error:
+            error.args = (self._as_given(str(error)), *error.args[1:])
+            raise
         finally:
             for file in missing:
                 if planned or not (file.parent / "config.yaml").exists():
@@ -163,6 +167,17 @@ class RowsInFolder:
             for folder in created:  # the innermost first
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
+
+    def _as_given(self, message: str) -> str:
+        """A message about the files in terms of the rows in memory: ``run/data.jsonl:1, 2`` as ``data[0], data[1]``."""
+        for file in self._rows:
+            name, path = file.stem, re.escape(str(file))
+            before = f"{path}:|lines? " if message.startswith(f"{file}: ") else f"{path}:"
+            for found in re.finditer(rf"(?<!\w)(?:{before})(\d+(?:, \d+)*)", message):
+                places = ", ".join(f"{name}[{int(line) - 1}]" for line in found[1].split(", "))
+                message = message.replace(found[0], places, 1)
+            message = message.replace(f"{file}: ", f"{name}: ")
+        return message
 
     def _is_there(self, file: Path) -> bool:
         if not file.exists():

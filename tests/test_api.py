@@ -106,8 +106,13 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
     ("data", "message"),
     [
         ([], "data: no rows, expected at least one"),
-        ([{"prompt": "a"}], r"data.jsonl: 1 bad row: line 1, column 'completion': missing"),
-        ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found only whitespace"),
+        ([*ROWS, {"prompt": "a"}], r"^data: 1 bad row: data\[6\], column 'completion': missing"),
+        ([{"prompt": "a"}, ROWS[0], {"prompt": "b"}], r"^data: 2 bad rows: data\[0\], data\[2\]: column 'completion'"),
+        (
+            [*ROWS, {"prompt": "a", "completion": "b" * 99}],
+            r"do not fit: data\[6\]: completion has 100 tokens, limit 12",
+        ),
+        ([*ROWS, {"prompt": " ", "completion": "x"}], r"data: 1 bad row: data\[6\], column 'prompt': found only white"),
         (["a", "b"], "data: all 2 rows: found 'a', 'b', expected a dict"),
         ({"prompt": "a"}, "data: found a dict, expected a path, a list of rows or a datasets.Dataset"),
         (
@@ -118,7 +123,14 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
 )
 def test_bad_rows_in_memory_are_refused(model: str, data: Any, message: str) -> None:
     with pytest.raises(sd.UserError, match=message):
-        sd.train(model, data, output_dir="run", **RUN)
+        sd.train(model, data, output_dir="run", method="sft", **RUN)
+    assert not Path("run").exists()
+
+
+def test_a_test_in_memory_is_named_by_its_rows(model: str) -> None:
+    for wrong in ({"prompt": "a"}, {"prompt": ""}):
+        with pytest.raises(sd.UserError, match=r"^test: 1 bad row: test\[2\], column "):
+            sd.compare(model, ROWS, test=[*ROWS[:2], wrong], output_dir="run", methods=["sft"], **RUN)
     assert not Path("run").exists()
 
 
