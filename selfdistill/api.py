@@ -70,7 +70,7 @@ def check(model: Model, data: Rows, *, tokenizer: Any = None, progress: bool = T
         data: demonstrations; see :data:`Rows`.
         tokenizer: of a loaded model.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.CheckConfig`.
+        settings: the options of ``selfdistill check``.
 
     Raises:
         UserError: settings, data or model are invalid, or no context layout fits.
@@ -203,7 +203,7 @@ def evaluate(
         base: the model before training, evaluated on the same items.
         tokenizer: of a loaded model and a loaded base.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.EvalConfig`.
+        settings: the options of ``selfdistill eval``.
 
     Raises:
         UserError: settings, data or model are invalid.
@@ -236,7 +236,7 @@ def compare(
         output_dir: folder of the comparison, with a run folder for each method, learning rate and seed.
         resume: resume the comparison; finished runs are kept, and ``seeds`` may be added.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.CompareConfig`.
+        settings: the options of ``selfdistill compare``.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -270,7 +270,7 @@ def learn(
         state: folder that holds one model's state.
         test: held-out rows of the skill.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.LearnConfig`.
+        settings: the options of ``selfdistill learn``.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -308,7 +308,7 @@ def ask(
         question: one user turn.
         base: a second model to ask the same.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.AskConfig`.
+        settings: the options of ``selfdistill ask``.
 
     Raises:
         UserError: a model cannot be loaded.
@@ -333,7 +333,7 @@ def make_questions(
         documents: a folder of ``.txt``, ``.md``, ``.html`` or ``.pdf`` files, or one file.
         output_dir: folder for ``train.jsonl``, ``test.jsonl`` and ``indirect.jsonl``.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.QuestionsConfig`.
+        settings: the options of ``selfdistill questions``.
 
     Raises:
         UserError: a mistake the user can fix.
