@@ -109,8 +109,8 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
         ([*ROWS, {"prompt": "a"}], r"^data: 1 bad row: data\[6\], column 'completion': missing"),
         ([{"prompt": "a"}, ROWS[0], {"prompt": "b"}], r"^data: 2 bad rows: data\[0\], data\[2\]: column 'completion'"),
         (
-            [*ROWS, {"prompt": "a", "completion": "b" * 99}],
-            r"do not fit: data\[6\]: completion has 100 tokens, limit 12",
+            ROWS,
+            r"^6 of 6 rows do not fit: data\[0\], data\[1\], data\[2\] and 3 more: completion has 16 tokens, limit 12",
         ),
         ([*ROWS, {"prompt": " ", "completion": "x"}], r"data: 1 bad row: data\[6\], column 'prompt': found only white"),
         (["a", "b"], "data: all 2 rows: found 'a', 'b', expected a dict"),
