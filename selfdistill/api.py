@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def train(
         tokenizer: of a loaded model.
         resume: resume the run in ``output_dir`` with the settings saved there.
         on_step: called as ``on_step(step, model, metrics)`` after every step, with the transformers model; ends the run
-            where it returns True.
+            where it returns True. If it raises an exception, the run stops there with its progress saved.
         progress: show bars and notes.
         settings: fields of :class:`TrainConfig`. ``anchors`` may also be rows in memory, saved as ``anchors.jsonl``.
 
@@ -112,7 +112,8 @@ def train(
         RunStopped: a signal stopped the run; its progress is saved.
         RunFailed: training diverged or collapsed.
     """
-    with session(progress):
+    with session(progress, resume=resume):
+        callback = _callback(on_step)
         given = given_settings(model, output_dir, settings)
         loaded = None
         if "model" in given:
@@ -121,7 +122,7 @@ def train(
         config = train_config(given | rows.paths, resume=resume)
         with rows.kept():
             config = check_start(config, loaded, rows, resume=resume)
-            run_training(config, resume=resume, loaded=loaded, on_step=_callback(on_step), given=rows.names)
+            run_training(config, resume=resume, loaded=loaded, on_step=callback, given=rows.names)
         return Run(config.output_dir)
 
 
@@ -129,6 +130,8 @@ def _callback(on_step: Callable[[int, Any, dict[str, Any]], object] | None) -> O
     """The caller's function as training calls it: after each step, with the model itself."""
     if on_step is None:
         return None
+    if not callable(on_step):
+        raise UserError(f"on_step: found {on_step!r}, expected a function of step, model and metrics")
     return lambda step, loaded, metrics: step > 0 and bool(on_step(step, loaded.model, metrics))
 
 
@@ -247,7 +250,7 @@ def compare(
         UserError: a mistake the user can fix.
         RunStopped: a signal stopped the comparison; its progress is saved.
     """
-    with session(progress):
+    with session(progress, resume=resume):
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
             raise UserError("model: every run loads it again; save it and give its folder")
@@ -349,9 +352,22 @@ def make_questions(
         return QuestionsResult(Path(config.output_dir), run_questions(config))
 
 
-def report(*runs: str | os.PathLike[str], output: str | os.PathLike[str] = "report.html") -> Path:
-    """Write a report of runs and comparisons as one HTML file that opens offline; returns its path."""
-    folders = [os.fspath(run) for run in runs]
+def report(
+    *runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] = "report.html"
+) -> Path:
+    """Write a report of runs and comparisons as one HTML file that opens offline; returns its path.
+
+    Args:
+        runs: folders written by :func:`train` or :func:`compare`, or lists of them.
+        output: the file to write.
+
+    Raises:
+        UserError: no runs, one that cannot be read, or a file that cannot be written.
+    """
+    listed = [run for given in runs for run in (given if isinstance(given, list | tuple) else [given])]
+    folders: list[Any] = [os.fspath(run) if isinstance(run, os.PathLike) else run for run in listed]
+    if pages := [folder for folder in folders if str(folder).endswith(".html")]:
+        raise UserError(f"{pages[0]}: expected a folder; for the output file write output={pages[0]!r}")
     write_report(ReportConfig(runs=folders, output=os.fspath(output)))
     return Path(output)
 

@@ -27,8 +27,15 @@ A loaded model is put into eval mode, and its dropout is set to zero.
 
 
 @contextmanager
-def session(progress: bool) -> Iterator[None]:
-    """Silence libraries while models load and save, and show or hide progress."""
+def session(progress: bool, *, resume: bool = False) -> Iterator[None]:
+    """Silence libraries while models load and save, and show or hide progress.
+
+    Raises:
+        UserError: an argument is neither True nor False.
+    """
+    for name, value in (("progress", progress), ("resume", resume)):
+        if not isinstance(value, bool):
+            raise UserError(f"{name}: found {value!r}, expected True or False")
     with quiet_libraries(), progress_shown(progress):
         yield
 
@@ -100,7 +107,7 @@ class RowsInFolder:
             if rows is None:
                 continue
             if output_dir is None:
-                raise UserError("setting 'output_dir' is required: give output_dir=...")
+                raise UserError("setting 'output_dir' is required, found none")
             if world_size() > 1:
                 raise UserError(f"setting {name!r}: {world_size()} processes read the rows, so give a file")
             file = Path(output_dir) / f"{name}.jsonl"

@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if what is None:
             raise
         message, exit_code = what
-    print(f"selfdistill: {kind}{' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    line = " ".join(message.splitlines()).replace("resume=True", "--resume")
+    print(f"selfdistill: {kind}{line}", file=sys.stderr, flush=True)
     return exit_code
 
 

@@ -182,7 +182,7 @@ def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
         UserError: an unknown command or option, a value of the wrong type, or a missing positional setting.
     """
     try:
-        found = parser().parse_args(arguments, defaults=False).as_dict()
+        found = parser(_command(arguments)).parse_args(arguments, defaults=False).as_dict()
     except ArgumentError as error:
         raise UserError(_explained(str(error), arguments)) from None
     given = found[command := found["command"]]
@@ -193,14 +193,22 @@ def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     return command, given if file is None else load_yaml(Path(file), COMMANDS[command][0]) | given
 
 
-def parser() -> ArgumentParser:
-    """The parser of all commands."""
+def _command(arguments: list[str]) -> str:
+    """The first word that is no option; empty if there is none."""
+    return next((word for word in arguments if not word.startswith("-")), "")
+
+
+def parser(chosen: str | None = None) -> ArgumentParser:
+    """The parser of all commands; where one is ``chosen``, only it has options, which take time to make."""
     common: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "formatter_class": _Formatter}
     description = "Teach a language model by self-distillation. Each command has its own --help."
     root = ArgumentParser(prog="selfdistill", version=__version__, description=description, **common)
     commands = root.add_subcommands(dest="command", title="commands", description=None, metavar="command")
     for name, (kind, help_text) in COMMANDS.items():
         command = ArgumentParser(description=help_text, usage=_usage(name, kind), **common)
+        commands.add_subcommand(name, command, help=help_text)
+        if chosen not in (None, name):
+            continue
         for title, keys in _groups(name, kind):
             group = command.add_argument_group(title)
             for key in keys:
@@ -215,7 +223,6 @@ def parser() -> ArgumentParser:
                 group.add_argument(f"--{switch}", **options, help=_SWITCH_HELP[switch])
         if name != "train":
             group.add_argument("--json", type=str, metavar="FILE", help="Write the result as JSON; -: standard output.")
-        commands.add_subcommand(name, command, help=help_text)
     return root
 
 
@@ -281,10 +288,10 @@ def _metavar(hint: Any) -> str | None:
 
 def _explained(message: str, arguments: list[str]) -> str:
     """jsonargparse's message as one line; for an invalid value of a setting, pydantic's message."""
-    command = next((word for word in arguments if not word.startswith("-")), "")
+    command = _command(arguments)
     if command not in COMMANDS:
         found = f"unknown command {command!r}" if command else "no command"
-        return f"{found}, expected one of {', '.join(COMMANDS)}{closest(command, COMMANDS, '')}"
+        return f"{found}, expected one of {', '.join(COMMANDS)}{closest(command, COMMANDS)}"
     fields = COMMANDS[command][0].model_fields
     switches = [switch for switch, wanted in SWITCHES.items() if command in wanted]
     if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
@@ -298,7 +305,7 @@ def _explained(message: str, arguments: list[str]) -> str:
         options = [key for key in fields if key not in places]
         known = [f"--{key}" for key in (*options, "config", *switches, *(["json"] if command != "train" else []))]
         what = "option" if unknown[1].startswith("-") else "argument"
-        return f"unknown {what} {unknown[1]}{closest(unknown[1], known)}"
+        return f"unknown {what} {unknown[1]}{closest(unknown[1], known, '; see --help for the names')}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
     if key and value and key[1] in switches:
         return f"option --{key[1]}: found {value[1]!r}, expected true, false or no value"

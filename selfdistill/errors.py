@@ -48,7 +48,7 @@ class EngineFailed(UserError):
     exit_code = 3
 
 
-def closest(word: str, known: Iterable[str], otherwise: str = "; see --help for the names") -> str:
+def closest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """The end of a message about an unknown word: the known one that may be meant, else ``otherwise``.
 
     It has the word as its initials, is similar, or has a part that begins with the word.

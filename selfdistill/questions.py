@@ -133,8 +133,8 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
         maker.close()
         raise UserError(
             f"documents {config.documents!r}: all {len(units) * config.tries} questions were rejected: {reasons} "
-            f"(see {maker.folder / 'rejected.jsonl'}); let another model write them with --writer_url and "
-            "--writer_model"
+            f"(see {maker.folder / 'rejected.jsonl'}); let another model write them with writer_url and "
+            "writer_model"
         )
     test: list[_Unit] = []
     train = list(direct)
@@ -171,8 +171,8 @@ def with_questions(config: TrainConfig) -> TrainConfig:
     if not test:
         none = f"every paraphrase was rejected (see {folder / 'rejected.jsonl'}), so there is no test"
         if config.eval_steps or config.prior:
-            raise UserError(f"documents {config.documents!r}: {none}; give --test, or leave eval_steps and prior out")
-        say(f"note: {none}; give --test to evaluate the run")
+            raise UserError(f"documents {config.documents!r}: {none}; give a test, or leave eval_steps and prior out")
+        say(f"note: {none}; give a test to evaluate the run")
     return TrainConfig(**config.model_dump() | {"documents": None, "data": str(folder / "train.jsonl"), "test": test})
 
 
@@ -353,7 +353,7 @@ class _Maker:
         if window is not None and longest + ASK_TOKENS > window:
             raise UserError(
                 f"documents {self._config.documents!r}: a passage with {what} has {longest} tokens, too many for the "
-                f"model's window of {window}; lower --passage_words, and split sentences that are longer than that"
+                f"model's window of {window}; lower passage_words, and split sentences that are longer than that"
             )
 
 

@@ -300,8 +300,8 @@ def metrics_of(config: TrainConfig) -> list[dict[str, Any]]:
     return [timeless(json.loads(line)) for line in lines]
 
 
-class Cut(Exception):
-    """A crash."""
+class Cut(BaseException):
+    """A crash: the run saves nothing, as it does for an ``Exception``."""
 
 
 def crash_at(step: int) -> Callable[[int, Any], None]:

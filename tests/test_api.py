@@ -174,6 +174,28 @@ def test_a_callback_sees_every_step_and_its_metrics(model: str) -> None:
     assert [metrics["loss"] for _, metrics in seen] == [line["loss"] for line in run.metrics]
 
 
+def test_a_callback_that_fails_loses_no_step(model: str) -> None:
+    options = RUN | {"context": "turns", "max_steps": 3}
+    whole = sd.train(model, ROWS, output_dir="whole", **options)
+
+    def fail(step: int, _model: Any, _metrics: Any) -> None:
+        if step == 2:
+            raise ZeroDivisionError("theirs")
+
+    with pytest.raises(ZeroDivisionError, match="theirs"):
+        sd.train(model, ROWS, output_dir="run", on_step=fail, **options)
+    numbers: list[int] = []
+    with pytest.raises(sd.UserError, match=r"context was 'turns' and is now 'turns:repeats=2'"):
+        sd.train(output_dir="run", resume=True, context="turns:repeats=2")
+    in_words = {"context": "turns:repeats=1"}  # of which "turns" is short
+    run = sd.train(output_dir="run", resume=True, on_step=lambda step, *_: numbers.append(step), **in_words)
+    assert numbers == [3]
+    assert same(final_weights(run.config), final_weights(whole.config))
+    with pytest.raises(sd.UserError, match="on_step: found 3, expected a function of step, model and metrics"):
+        sd.train("no/such/model", ROWS, output_dir="new", on_step=3)  # type: ignore[arg-type]
+    assert not Path("new").exists()
+
+
 def test_progress_can_be_switched_off_and_goes_to_the_log(
     model: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,7 +250,12 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
         sd.learn("add", ROWS, state="memory")
     run = sd.Run(Path("memory/skills/0001-tickets/run"))
     assert run.metrics[-1]["step"] == 2
-    assert sd.report(Path("compared"), output="report.html").stat().st_size > 1000
+    one, listed = sd.report(Path("compared"), run), sd.report(["compared", run], output="listed.html")
+    assert one.read_text().count("<svg") == listed.read_text().count("<svg") > 1
+    with pytest.raises(sd.UserError, match=r"^r.html: expected a folder; for the output file write output='r.html'$"):
+        sd.report("compared", "r.html")
+    with pytest.raises(sd.UserError, match="setting 'runs': found 3, expected: text"):
+        sd.report([3])  # type: ignore[list-item]
     assert (sd.export("memory/skills/0001-tickets/model", output_dir="exported") / "config.json").is_file()
 
 
@@ -236,16 +263,58 @@ def test_asking_shows_both_replies(model: str) -> None:
     run = sd.train(model, ROWS, output_dir="run", context="turns", **RUN)
     answered = sd.ask("run", "Where is ticket 3?", base=model, max_completion_length=12)
     assert answered.reply == run.generate("Where is ticket 3?")
+    wrong: Any
+    for wrong in (5, [5], {"role": "user"}):
+        with pytest.raises(sd.UserError, match=r"prompt: found .*, expected text or a list of prompts"):
+            run.generate(wrong)
     assert answered.base_reply is not None
     assert "base" in repr(answered)
     assert sd.ask(model, "Hello?", max_completion_length=4).base_reply is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_step": 1}, "unknown setting 'warmup_step'; did you mean warmup_steps?"),
+        ({"quux": 1}, "unknown setting 'quux'; remove it"),
+        ({"batch_size": True}, "setting 'batch_size': found True, expected: a whole number"),
+        ({"ema_rate": True}, "setting 'ema_rate': found True, expected: a number"),
+        ({"ema_rate": 0}, "setting 'ema_rate': found 0, expected: a number above 0"),
+        ({"jsd_weight": 1.0}, "setting 'jsd_weight': found 1.0, expected: a number below 1"),
+        ({"max_steps": "ten"}, "setting 'max_steps': found 'ten', expected: a whole number"),
+        ({"context": 3}, "setting 'context': found 3, expected: text"),
+        (
+            {"scorer": dict},
+            "setting 'scorer': found <class 'dict'>, expected: its name, as in 'python:module.function'",
+        ),
+        ({"method_settings": "pull=1"}, "setting 'method_settings': found 'pull=1', expected: an object such as {"),
+        ({"seeds": 0}, "setting 'seeds': found 0, expected: a list such as [0, 1, 2]"),
+        ({"seeds": [0.5]}, "setting 'seeds': found 0.5, expected: a whole number"),
+        ({"learning_rates": 1e-4}, "setting 'learning_rates': found 0.0001, expected: a list"),
+        ({"vary": {"teacher": "ema"}}, "setting 'vary.teacher': found 'ema', expected: a list"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_explained(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(sd.UserError) as error:
+        sd.compare("model", "data.jsonl", test="test.jsonl", output_dir="run", **settings)
+    assert str(error.value).startswith(message)
+
+
 def test_settings_are_refused_by_name(model: str) -> None:
-    with pytest.raises(sd.UserError, match="unknown setting 'learning_rat'"):
+    with pytest.raises(sd.UserError, match=r"unknown setting 'learning_rat'; did you mean learning_rate\?"):
         sd.train(model, ROWS, output_dir="run", learning_rat=1)
     with pytest.raises(sd.UserError, match="setting 'output_dir' is required"):
         sd.train(model, ROWS)
+    with pytest.raises(sd.UserError, match="setting 'model' is required, found none"):
+        sd.train(None, "data.jsonl", output_dir="run")
+    with pytest.raises(sd.UserError, match="progress: found 'no', expected True or False"):
+        sd.train(model, ROWS, output_dir="run", progress="no")  # type: ignore[arg-type]
+    with pytest.raises(sd.UserError, match="resume: found 'no', expected True or False"):
+        sd.train(model, ROWS, output_dir="run", resume="no")  # type: ignore[arg-type]
+    with pytest.raises(sd.UserError, match=r"scorer 'python:nosuch\.f': module 'nosuch' cannot be imported"):
+        sd.train(model, ROWS, output_dir="run", scorer="python:nosuch.f", **RUN)
+    assert not Path("run").exists()
     with pytest.raises(sd.UserError, match="so it is not a run folder"):
         sd.Run(Path("none"))
 
@@ -332,6 +401,12 @@ def test_a_note_comes_once_in_a_call(capfd: pytest.CaptureFixture[str]) -> None:
             for message in ("c", "d"):
                 say_note(message, topic="one")
     assert capfd.readouterr().err == "note: a\nnote: b\nnote: c\n" * 2
+
+
+def test_a_reply_without_text_is_shown_as_such() -> None:
+    from selfdistill.evaluation import AskResult
+
+    assert repr(AskResult("q", " \n", "Shelf B.")).count("(empty reply)") == 1
 
 
 def test_silence_ends_where_it_began(model: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -555,5 +555,5 @@ def test_where_no_second_phrasing_is_kept_there_is_no_test(
     said = capsys.readouterr().err
     assert "5 training and 0 test questions in " in said
     assert "note: every paraphrase was rejected (see " in said
-    with pytest.raises(UserError, match="so there is no test; give --test, or leave eval_steps and prior out"):
+    with pytest.raises(UserError, match="so there is no test; give a test, or leave eval_steps and prior out"):
         with_questions(TrainConfig(**values, eval_steps=2))

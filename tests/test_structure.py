@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+from selfdistill.cli_parser import COMMANDS, SWITCHES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "selfdistill"
@@ -139,3 +142,34 @@ def test_modules_and_functions_are_short(path: Path) -> None:
     functions = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = [((node.end_lineno or node.lineno) - node.lineno + 1, node.name) for node in functions]
     assert [(length, name) for length, name in lengths if length > MOST_LINES_OF_A_FUNCTION] == []
+
+
+# --- messages ---
+
+
+def options_named(tree: ast.Module) -> list[str]:
+    """Settings that the texts of a module name as options of the command line, outside of docstrings and commands."""
+    documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [
+        str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in documented
+    ]
+    settings = {name for kind, _ in COMMANDS.values() for name in kind.model_fields} | {*SWITCHES}
+    found = [name for text in texts if "selfdistill " not in text for name in re.findall(r"--(\w+)", text)]
+    return [name for name in found if name in settings]
+
+
+THEIR_OPTIONS = ("cli", "cli_parser", "vllm_server_checks")
+"""Modules about options: the command line's own, and those of vLLM's server."""
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.stem not in THEIR_OPTIONS], ids=name_of)
+def test_messages_suit_python_and_the_command_line(path: Path) -> None:
+    assert options_named(tree_of(path)) == []
+
+
+def test_an_option_in_a_message_is_found() -> None:
+    tree = ast.parse(
+        'def f(x):\n    """--model"""\n    raise UserError(f"{x}: give --model or --modal, then --resume")'
+    )
+    assert options_named(tree) == ["model", "resume"]
+    assert options_named(ast.parse('g("merge it with selfdistill export --merge true")')) == []

@@ -168,7 +168,7 @@ def test_arms_have_settings_of_their_own(settings: Callable[..., CompareConfig],
         ),
         ({"arms": {"a": {}}, "methods": ["sft"]}, "setting 'arms' names the runs: leave 'methods' and 'vary' out"),
         ({"arms": "none.yaml"}, "none.yaml: cannot read the settings: No such file or directory"),
-        ({"arms": {"a": 3}}, "setting 'arms.a': found 3, expected: a valid dictionary"),
+        ({"arms": {"a": 3}}, "setting 'arms.a': found 3, expected: an object"),
         (
             {"arms": {"a": {"method": "sft", "teacher": "live"}}},
             "arm 'a': setting 'teacher': method 'sft' does not use",

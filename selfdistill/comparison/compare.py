@@ -162,8 +162,7 @@ def _run_all(
                 _write(folder, result)
             if stop.received is not None and len(done) < len(runs):
                 message = f"{folder}: stopped in run {number + 1} of {len(runs)} ({name}); progress is saved, "
-                message += f"continue with selfdistill compare --resume --output_dir {folder}"
-                raise RunStopped(message, stop.received)
+                raise RunStopped(f"{message}continue with resume=True", stop.received)
             gc.collect()
     return done, result
 
@@ -179,7 +178,7 @@ def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
     if changed := [what for what, value in began.items() if there[what] != value]:
         raise UserError(
             f"{folder}: changed since this comparison began: {', '.join(changed)}; restore model, data, test and "
-            "prior, or use another --output_dir"
+            "prior, or use another output_dir"
         )
 
 

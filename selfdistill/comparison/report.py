@@ -57,7 +57,7 @@ def report(config: ReportConfig) -> Json:
     """
     target = Path(config.output)
     if target.is_dir() or not target.absolute().parent.is_dir():
-        raise UserError(f"--output {config.output}: cannot be written; give a file in an existing folder")
+        raise UserError(f"{config.output}: cannot be written; give a file in an existing folder")
     parts = read_folders(config.runs)
     summary = [sentence for part in parts for sentence in _summary(part)]
     environment = Environment(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import datetime
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -19,9 +20,12 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticKnownError
 
 from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES, Turns
 from selfdistill.errors import UserError, closest
@@ -53,20 +57,71 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise UserError("; ".join(_one_line(detail) for detail in error.errors())) from None
+            fields = type(self).model_fields
+            raise UserError("; ".join(_one_line(detail, fields) for detail in error.errors())) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse True and False where a number is meant: they would count as 1 and 0."""
+        hint = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and (number := {int, float} & {hint, *get_args(hint)}):
+            raise PydanticKnownError("int_type" if int in number else "float_type")
+        return value
 
 
-def _one_line(detail: Any) -> str:
+_LIMITS = {
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "{le:g} or less",
+    "finite_number": "a finite number",
+    "too_short": "at least {min_length}",
+    "string_pattern_mismatch": "letters, digits, '_', '.' and '-', not beginning with '.' or '-'",
+}
+"""What a value of the right type should have been, by the type of pydantic's error."""
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "an object",
+}
+"""What a value should have been, by the beginning of the type of pydantic's error."""
+
+
+def _one_line(detail: Any, fields: Mapping[str, FieldInfo]) -> str:
+    """One of pydantic's errors, in this package's words."""
     name = ".".join(part for part in detail["loc"] if isinstance(part, str))  # without list indices
     if detail["type"] == "extra_forbidden":
-        return f"unknown setting '{name}': remove it, or see --help for the names"
+        return f"unknown setting '{name}'{closest(name, fields, '; remove it')}"
     if detail["type"] == "missing":
-        return f"setting '{name}' is required: give --{name}"
+        return f"setting '{name}' is required, found none"
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
-    want = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    known = re.findall(r"'(\w+)'", want) if detail["type"] == "literal_error" else ()
-    return f"setting '{name}': found {detail['input']!r}, expected: {want}{closest(str(detail['input']), known, '')}"
+    known = re.findall(r"'(\w+)'", detail["msg"]) if detail["type"] == "literal_error" else ()
+    want = _wanted(detail, fields[detail["loc"][0]])
+    return f"setting '{name}': found {detail['input']!r}, expected: {want}{closest(str(detail['input']), known)}"
+
+
+def _wanted(detail: Any, field: FieldInfo) -> str:
+    """What a setting, or an item of it, should have been; with an example of a list or an object, if there is one."""
+    kind, is_item = detail["type"], len(detail["loc"]) > 1
+    if kind in _LIMITS:
+        return _LIMITS[kind].format(**detail.get("ctx", {}))
+    if not re.search("_(type|parsing|from_float)", kind):
+        return str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    want, help_text = _TYPES[kind.partition("_")[0]], field.description or ""
+    if callable(detail["input"]) and "python:" in help_text:
+        return "its name, as in 'python:module.function'"
+    example: Any = None
+    if want == "a list" and isinstance(field.default, tuple) and field.default:
+        example = list(field.default)
+    elif want == "an object" and (documented := re.search(r"``(\{.*?\})``", help_text)):
+        example = documented[1]
+    return want if is_item or example is None else f"{want} such as {example}"
 
 
 def read_mapping(path: Path, of: str) -> dict[str, Any]:
@@ -123,7 +178,7 @@ class EngineSettings(Settings):
     @model_validator(mode="after")
     def _servers_are_of_an_engine(self) -> EngineSettings:
         if self.engine_url and self.engine == "none":
-            raise ValueError("setting 'engine_url': no engine uses it; add --engine vllm")
+            raise ValueError("setting 'engine_url': no engine uses it; add engine vllm")
         return self
 
 
@@ -173,7 +228,7 @@ class ModelSettings(EngineSettings):
         known = (*SCORER_NAMES, CODE, JUDGE)
         if value is None or value in known or FUNCTION.fullmatch(value):
             return value
-        raise ValueError(f"{', '.join(known)} or python:package.module.function{closest(value, known, '')}")
+        raise ValueError(f"{', '.join(known)} or python:package.module.function{closest(value, known)}")
 
     @field_validator("template_date", mode="before")
     @classmethod
@@ -193,7 +248,7 @@ class ModelSettings(EngineSettings):
     @model_validator(mode="after")
     def _judge_has_an_address(self) -> ModelSettings:
         if self.scorer == JUDGE and not (self.judge_url and self.judge_model):
-            raise ValueError("setting 'scorer': 'judge' needs an endpoint: give --judge_url and --judge_model")
+            raise ValueError("setting 'scorer': 'judge' needs an endpoint: give judge_url and judge_model")
         return self
 
 

@@ -243,7 +243,7 @@ class LearnConfig(TrainingSettings, OneRun):
         """Check settings against each other, without ``train``'s rules about ``test``."""
         needs = {"add": "data", "stream": "data", "export": "output_dir"}.get(self.action)
         if needs and not getattr(self, needs):
-            what = "the skill's file" if needs == "data" else "--output_dir"
+            what = "the skill's file" if needs == "data" else "output_dir"
             raise UserError(f"learn {self.action}: give {what}")
         if self.stop_on_collapse:
             raise UserError("setting 'stop_on_collapse' is for train; in learn, the gates refuse a harmful skill")

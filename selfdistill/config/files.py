@@ -10,6 +10,7 @@ import yaml
 from selfdistill.config.base import Settings, read_mapping
 from selfdistill.config.commands import CompareConfig
 from selfdistill.config.train import OPEN, TrainConfig
+from selfdistill.data import parse_context
 from selfdistill.errors import UserError, closest
 
 SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
@@ -51,7 +52,7 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
     values = read_mapping(path, "setting names to values")
     for key in values:
         if key not in kind.model_fields:
-            raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields)}")
+            raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields, '; remove it')}")
     return values
 
 
@@ -79,16 +80,16 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> SettingsOfRu
             a setting that must not change differs.
     """
     if "output_dir" not in given:
-        raise UserError("--resume needs the run folder: give --output_dir")
+        raise UserError("resume needs the run folder: give output_dir")
     path = Path(str(given["output_dir"])) / "config.yaml"
     if not path.exists():
         if path.parent.is_dir() and any(file.name != f".{path.name}.unfinished" for file in path.parent.iterdir()):
             raise UserError(
-                f"output_dir {str(given['output_dir'])!r} is not empty and has no config.yaml, so --resume finds no "
+                f"output_dir {str(given['output_dir'])!r} is not empty and has no config.yaml, so resume finds no "
                 "run there; choose another"
             )
         if "model" not in given:
-            raise UserError(f"{path}: no such file, so there is no run to resume; check --output_dir")
+            raise UserError(f"{path}: no such file, so there is no run to resume; check output_dir")
         return kind(**given)
     # The run folder may have been renamed or moved.
     saved = kind(**{**load_saved(path, kind), "output_dir": given["output_dir"]})
@@ -117,13 +118,15 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
             run's ``MAY_MOVE``, and not ``output_dir``.
     """
     before, now = saved.model_dump(), config.model_dump()
+    if "auto" not in (saved.context, config.context) and parse_context(saved.context) == parse_context(config.context):
+        now["context"] = saved.context  # the same in other words
     may_change: tuple[str, ...] = COMPARE_MAY_CHANGE
     if isinstance(config, TrainConfig):
         may_change = MAY_CHANGE + tuple(key for key in MAY_MOVE if before[key] and now[key])
     if changed := changes(before, now, but=(*may_change, "output_dir")):
         raise UserError(
             f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out, or start a new run in "
-            "another --output_dir"
+            "another output_dir"
         )
 
 

@@ -148,7 +148,7 @@ class TrainingSettings(MethodSettings, TaskSettings):
         if self.stop_on_collapse and not (measured and self.eval_steps):
             raise UserError("setting 'stop_on_collapse' returns to the last evaluation: add test and eval_steps")
         if self.lora_alpha is not None and not self.lora_rank:
-            raise UserError("setting 'lora_alpha' needs an adapter: add --lora_rank, or leave it out")
+            raise UserError("setting 'lora_alpha' needs an adapter: add lora_rank, or leave it out")
         if self.train_vision_tower and self.lora_rank:
             raise UserError("setting 'train_vision_tower' does not work with lora_rank: leave one of them out")
         if self.torch_compile and self.gradient_checkpointing:
@@ -162,7 +162,7 @@ class TrainingSettings(MethodSettings, TaskSettings):
         if self.support == "sampled" and self.divergence != "reverse_kl":
             raise UserError(
                 f"setting 'support': 'sampled' is the policy gradient of reverse_kl, found divergence "
-                f"{self.divergence!r}: add --divergence reverse_kl"
+                f"{self.divergence!r}: add divergence reverse_kl"
             )
         if self.support == "sampled" and self.entry_clip is not None:
             raise UserError(
@@ -221,7 +221,7 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
 
     def _check_4bit(self) -> None:
         if not self.lora_rank:
-            raise UserError("setting 'load_in_4bit' needs an adapter, because its weights stay fixed: add --lora_rank")
+            raise UserError("setting 'load_in_4bit' needs an adapter, because its weights stay fixed: add lora_rank")
         for name, other in (("fsdp", self.fsdp), ("torch_compile", self.torch_compile)):
             if other:
                 raise UserError(f"setting 'load_in_4bit' does not work with {name}: leave one of them out")

@@ -126,7 +126,7 @@ def _opened(config: LearnConfig) -> Ledger:
         if os.path.isabs(ledger.base) and not os.path.isdir(ledger.base):
             raise UserError(
                 f"state {config.state!r}: its base {ledger.base!r} does not exist; if it was moved, give its new "
-                "location with --model"
+                "location as model"
             )
         if config.prior and _texts(config.prior) != (_texts(ledger.prior) if ledger.prior else None):
             raise UserError(f"setting 'prior': {config.state} started with other questions, or none; leave it out")
@@ -139,7 +139,7 @@ def _opened(config: LearnConfig) -> Ledger:
     if others := [path.name for path in root.iterdir() if path.name != f".{START}.unfinished"]:
         raise UserError(f"state {config.state!r}: not a state, contains {others[0]!r}; give another folder")
     if not config.model:
-        raise UserError(f"state {config.state!r} does not exist yet; give the base with --model")
+        raise UserError(f"state {config.state!r} does not exist yet; give the base as model")
     with whole_folder(root / START, "free disk space, then add it again") as folder:
         if config.prior:
             (folder / "prior").mkdir()

@@ -92,9 +92,11 @@ class Ledger:
             """Fingerprint of the base's weights; empty if they cannot be compared."""
             self.measured_with: dict[str, Any] = {name: state[name] for name in MEASURED_WITH}
         except FileNotFoundError:
-            raise UserError(f"state {folder!r} does not exist; create it with a first 'add' and --model") from None
+            raise UserError(
+                f"state {folder!r} does not exist; create it with a first 'add', which needs model"
+            ) from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-            raise UserError(f"{file}: cannot be read as a state of selfdistill learn; give another --state") from None
+            raise UserError(f"{file}: cannot be read as a state of selfdistill learn; give another state") from None
 
     @property
     def skills(self) -> list[Skill]:

@@ -69,7 +69,7 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
             )
         ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:
-        raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another --name")
+        raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another name")
     memory = rehearsed(ledger.skills, splits["train"])
     check_room(run_config(config, "model", config.context, ledger.pending, rehearses=bool(memory)))
     prompts = to_remember(config, splits["train"])

@@ -102,7 +102,7 @@ def check_room(run: TrainConfig) -> None:
             raise
         *others, last = "the skill", *beside
         parts = f"{', '.join(others)} and {last}"
-        raise UserError(f"{error}. The parts are {parts}; --anchor_share 0 leaves anchors out") from None
+        raise UserError(f"{error}. The parts are {parts}; anchor_share 0 leaves anchors out") from None
 
 
 def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstratio
     held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
     count = max(len(held), round(len(rows) * config.test_share)) if held else 0
     if held and count >= len(rows):
-        advice = "give more, or a lower --test_share" if config.test else "give --test"
+        advice = "give more, or a lower test_share" if config.test else "give a test"
         raise UserError(f"{config.data}: {len(rows)} rows are too few to hold some out for the {held[-1]}; {advice}")
     chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
     split_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}

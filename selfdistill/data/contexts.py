@@ -100,7 +100,7 @@ def _no_document(demonstration: Demonstration, context: str) -> str | None:
 def _no_episode(demonstration: Demonstration, context: str) -> str | None:
     if not _row_of(demonstration).episode:
         return None
-    return f"context '{context}' cannot show an episode; use turns, few_shot or document, or learn --turns last"
+    return f"context '{context}' cannot show an episode; use turns, few_shot or document, or turns last"
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def parse_context(spec: str) -> Context:
         key, _, value = option.partition("=")
         if key not in known:
             has = f"its options are {', '.join(known)}" if known else "it has none"
-            raise UserError(f"context {spec!r}: {name} has no option {key!r}; {has}{closest(key, known, '')}")
+            raise UserError(f"context {spec!r}: {name} has no option {key!r}; {has}{closest(key, known)}")
         values[key] = _convert(spec, key, value, known[key])
     return CONTEXTS[name](**values)
 

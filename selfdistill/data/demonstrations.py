@@ -390,7 +390,7 @@ def _check_others(others: dict[str, Any], problems: list[str]) -> None:
     if others["scorer"] == CODE:
         problems.append(
             f"column 'scorer': {CODE!r} runs code that a model writes, so only the setting may name it; leave it out "
-            f"and give --scorer {CODE}"
+            f"and give scorer {CODE}"
         )
     elif others["scorer"] is not None and others["scorer"] not in SCORER_NAMES:
         problems.append(wrong("scorer", others["scorer"], one_of(SCORER_NAMES)))

@@ -136,7 +136,7 @@ def encode(
         ways = list(dict.fromkeys(way for _, ways in problems for way in ways))
         if on_long_prompt == "drop":
             raise NothingFits(text + " or ".join(ways))
-        raise UserError(f"{text}{', '.join(ways)}, or drop them with --on_long_prompt drop")
+        raise UserError(f"{text}{', '.join(ways)}, or drop them with on_long_prompt drop")
     return kept, len(problems)
 
 
@@ -302,7 +302,7 @@ class _Limits:
         if self.completion_must_fit and length > self.max_completion_length:
             after = f" tokens, limit {self.max_completion_length} ({self.setting})"
             can_grow = self.window is None or max(student, teacher) + length <= self.window
-            way = f"raise --{self.setting}" if can_grow else f"shorten the completions{self._window}"
+            way = f"raise {self.setting}" if can_grow else f"shorten the completions{self._window}"
             return RowProblem(source, "completion has ", str(length), after), [way]
         whole = student + len(example.completion_ids)
         if self.completion_must_fit and example.given and self.window is not None and whole > self.window:
@@ -317,9 +317,9 @@ class _Limits:
             return others or [f"shorten the prompts{self._window}"]
         ways = []
         if self.max_prompt_length is not None and length > self.max_prompt_length:
-            ways.append("raise --max_prompt_length")
+            ways.append("raise max_prompt_length")
         if self.window is not None and length > self.window - self.max_completion_length:
-            ways.append(f"lower --{self.setting}{self._window}")
+            ways.append(f"lower {self.setting}{self._window}")
         return [" and ".join(ways), *others]
 
     @property

@@ -46,6 +46,6 @@ def named(name: str, use: str, kind: str) -> Any:
     found = getattr(module, match["function"], None)
     if not callable(found):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        hint = closest(match["function"], known, "")
+        hint = closest(match["function"], known)
         raise UserError(f"{use} {name!r}: {module.__file__} has no {kind} {match['function']!r}{hint}")
     return found

@@ -119,18 +119,16 @@ def choose(path: str, splits: Mapping[str, _Part], split: str | None, note: Note
     chosen = split or "test"
     if chosen not in splits:  # validation may have been asked for as dev, and a test be called eval
         chosen = next((name for name in names if _WORDS.get(name) == _WORDS.get(chosen, chosen)), chosen)
-    option = "--test_split" if split is None else "--split"
+    setting = "(setting 'test_split')" if split is None else "(setting 'split')"
     if chosen not in splits and len(names) == 1 and split in (None, _DEFAULT):
         if split is not None:
             note(f"{path}: the only split, {names[0]!r}, is read")
         return splits[names[0]]
     if chosen not in splits:
-        advice = f"give {option} {one_of(names)}"
-        raise UserError(f"{path}: no split '{chosen}' in this data set, expected {one_of(names)}; {advice}")
+        raise UserError(f"{path}: no split '{chosen}' in this data set, expected {one_of(names)} {setting}")
     if others := [name for name in names if name != chosen]:
         # Whoever names a split needs no advice on how to name another.
-        name = others[0] if len(others) == 1 else "NAME"
-        advice = f" ({option} {name})" if split in (None, _DEFAULT) else ""
+        advice = f" {setting}" if split in (None, _DEFAULT) else ""
         are = "the other split is" if len(others) == 1 else "the other splits are"
         note(f"{path}: split '{chosen}' is read; {are} {' and '.join(map(repr, others))}{advice}")
     return splits[chosen]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from selfdistill.data import (
     CODE,
+    FUNCTION,
     JUDGE,
     SCORER_NAMES,
     ChatFormat,
@@ -15,6 +16,7 @@ from selfdistill.data import (
     by_reason,
     by_tests,
     default_scorer,
+    named,
     reference,
     score,
     scored_text,
@@ -61,15 +63,17 @@ class Answers:
 
 
 def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -> None:
-    """Reject answers that their scorers cannot use.
+    """Reject a scorer that cannot be imported, and answers that their scorers cannot use.
 
     Args:
         demonstrations: what to check.
         scorer: scorer for rows that name none.
 
     Raises:
-        UserError: there are such rows; counts them, and names the first for each reason.
+        UserError: names the scorer; or counts such rows, and names the first for each reason.
     """
+    if scorer and FUNCTION.fullmatch(scorer):
+        named(scorer, "scorer", "function")
     coded = [row for row in demonstrations if default_scorer(row, scorer) == CODE]
     bad = [error.problem for error in by_tests([("", row) for row in coded]) if isinstance(error, RowError)]
     for row in demonstrations:

@@ -130,7 +130,7 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
     if best.accuracy < KNOWN and best.truncated > 0.5:
         text += (
             f" {best.truncated:.0%} of its replies were truncated at the length limit, so they may be right but "
-            "unfinished: raise --max_completion_length."
+            "unfinished: raise max_completion_length."
         )
     elif best.accuracy < KNOWN and best.logp is not None and student_logp is not None and best.logp > student_logp:
         text += (
@@ -187,7 +187,7 @@ def _print(result: CheckResult, console: Console) -> None:
         *([f"Spill: {result.spill.sentence()}."] if result.spill else []),
         *_order_line(result),
         result.verdict,
-        f"{_choice(result)}: --context {result.best.context}   (the check took {result.seconds:.0f} s)",
+        f"{_choice(result)}: {result.best.context}   (the check took {result.seconds:.0f} s)",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
@@ -196,7 +196,7 @@ def _print(result: CheckResult, console: Console) -> None:
 def _choice(result: CheckResult) -> str:
     """What to call the first layout."""
     is_poor = result.exit_code == UNLIKELY and (result.best.accuracy or 0) < KNOWN
-    return "None is good enough; least bad" if is_poor else "Best"
+    return "No context is good enough; the least bad" if is_poor else "Best context"
 
 
 def _hints_table(hints: list[Layout]) -> Table:
@@ -220,7 +220,7 @@ def _closeness_line(result: CheckResult) -> str:
     text = f"In-context assumption: the teacher {right}is {result.teacher_kl:.2f} nats per "
     text += "token from the base along its own replies"
     if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None or result.student_accuracy is None:
-        return f"{text}; to compare with a fine-tuned model, give --fine_tuned MODEL."
+        return f"{text}; to compare with a fine-tuned model, give it as fine_tuned."
     text += (
         f"; the fine-tuned model has {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
     )

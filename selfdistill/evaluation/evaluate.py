@@ -124,11 +124,11 @@ class EvaluationSet:
         scorer = self.config.scorer
         if self._player:
             if scorer:
-                say(f"note: the environment {self.config.environment} judges, so --scorer {scorer} is ignored")
+                say(f"note: the environment {self.config.environment} judges, so scorer {scorer} is ignored")
             return
         check_answers(self.demonstrations, scorer)
         if scorer and all(row.scorer for row in self.demonstrations):
-            say(f"note: every row has its own scorer, so --scorer {scorer} is ignored")
+            say(f"note: every row has its own scorer, so scorer {scorer} is ignored")
         if doubt := doubt_about(self.demonstrations, scorer):
             say_note(doubt, topic="scorer")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from selfdistill.config import PACKAGE, TrainingSettings
 from selfdistill.data import (
+    Demonstration,
     Lacks,
     Note,
     general_prompts,
@@ -47,12 +48,13 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
 
     if config.data:
         load_demonstrations(config.data, split=config.split, turns=config.turns, note=noted(config.data), lacks=lacks)
+    rows: list[Demonstration] = []
     if config.test is not None:
         rows = load_demonstrations(
             config.test, split=config.test_split, turns=config.turns, note=noted(config.test), lacks=unscored(config)
         )
-        if config.environment == "none":
-            check_answers(rows, config.scorer)
+    if config.environment == "none":
+        check_answers(rows, config.scorer)
     if config.prior is not None:
         load_prior(config.prior)
     for source in config.anchors:

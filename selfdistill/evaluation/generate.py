@@ -63,7 +63,9 @@ class AskResult(Printable):
             sides = {"base": self.base_reply, **sides}
         for name in sides:
             table.add_column(name, overflow="fold", max_width=60)
-        table.add_row(*(Text(reply) for reply in sides.values()))  # text, not rich's markup
+        table.add_row(
+            *(Text(reply if reply.strip() else "(empty reply)") for reply in sides.values())
+        )  # text, not rich's markup
         console.print(table)
 
 

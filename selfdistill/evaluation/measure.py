@@ -97,7 +97,7 @@ class Measure:
             long = [pair for pair in zip(made, lengths, strict=True) if pair[1] > window]
             bad = [RowProblem(row.demonstration.source, text[0], str(length), text[1]) for row, length in long]
             raise UserError(
-                f"{len(bad)} of {len(made)} rows do not fit: {by_reason(bad)}; drop them with --on_long_prompt drop"
+                f"{len(bad)} of {len(made)} rows do not fit: {by_reason(bad)}; drop them with on_long_prompt drop"
             )
         return kept
 

@@ -71,7 +71,7 @@ class Spill:
         if self.sft is None or self.sdft is None:
             return f"not measured: {self.untried}"
         found = f"after {STEPS} steps, in nats per token: SFT {self.sft}, SDFT {self.sdft}"
-        return f"{found}. Against it: --anchors package"
+        return f"{found}. Against it: anchors package"
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,8 @@ class DemonstrationExamples:
         """Advice for a row that looks made for another method."""
         if demonstration.has_demonstration:
             is_for_sdft = not demonstration.completion and self.completion_must_fit and self.config.method != "sdft"
-            return "; --method sdft learns from 'privileged_context'" if is_for_sdft else ""
-        return "; --method grpo learns from 'answer'" if demonstration.answer is not None else ""
+            return "; method sdft learns from 'privileged_context'" if is_for_sdft else ""
+        return "; method grpo learns from 'answer'" if demonstration.answer is not None else ""
 
     @cached_property
     def _shows(self) -> Lacks | None:

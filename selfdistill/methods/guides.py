@@ -57,7 +57,7 @@ class GuidedExamples(ScoredExamples):
             notes.append(
                 f"the guides of {len(whole)} of {len(examples)} rows do not fit completely into the prompt "
                 f"({first_ten(whole)}): only as many of their first {self.unit} as fit are tried, none in {none} of "
-                "these rows; a larger --max_prompt_length may fit them"
+                "these rows; a larger max_prompt_length may fit them"
             )
         return notes
 
@@ -65,7 +65,7 @@ class GuidedExamples(ScoredExamples):
         if not demonstration.has_demonstration:
             return (
                 f"column 'completion': missing, and no 'privileged_context' for method {self.config.method!r} to use "
-                "as a guide; --method grpo needs none"
+                "as a guide; method grpo needs none"
             )
         return super().lacks(demonstration)
 

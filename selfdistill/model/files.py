@@ -33,7 +33,7 @@ def resolve(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             if (path / "config.yaml").is_file():
-                raise UserError(f"model {name!r}: a run folder without a final model; finish it with train --resume")
+                raise UserError(f"model {name!r}: a run folder without a final model; resume its training")
             raise UserError(f"model {name!r}: the folder has neither config.json nor adapter_config.json")
         return str(path)
     if path.is_file():
@@ -41,7 +41,7 @@ def resolve(name: str) -> str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model {name!r}: no such folder")
     if "/" in name and path.parent.is_dir():  # a misspelt folder, not a hub id
-        inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()], "")
+        inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()])
         raise UserError(f"model {name!r}: no such folder{inside}")
     return name
 

@@ -145,12 +145,12 @@ def _load_base(
     """
     named = adapter_base or config.base_model_name_or_path
     if not named:
-        raise UserError(f"model {name!r}: adapter_config.json names no base model; give it with --adapter_base")
+        raise UserError(f"model {name!r}: adapter_config.json names no base model; give it as adapter_base")
     try:
         path = resolve(named)
         return path, *load_causal(path, named, dtype, training=training)
     except UserError as error:
-        another = "" if adapter_base else "; if it was moved, name its new location with --adapter_base"
+        another = "" if adapter_base else "; if it was moved, give its new location as adapter_base"
         raise UserError(f"model {name!r}: an adapter whose base cannot be loaded: {error}{another}") from None
 
 

@@ -38,8 +38,8 @@ def refuse_float16(model: nn.Module, name: str) -> None:
     if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
         raise UserError(
             f"model {name!r}: its trainable weights are float16, where small gradients become zero; load it with "
-            "--dtype bfloat16 or float32, or in Python with dtype=torch.bfloat16 or torch.float32, or train an adapter "
-            "with --lora_rank 16"
+            "dtype bfloat16 or float32 (a loaded model with torch.bfloat16 or torch.float32), or train an adapter with "
+            "lora_rank 16"
         )
 
 

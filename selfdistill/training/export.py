@@ -105,7 +105,7 @@ def export(config: ExportConfig) -> Path:
                 _name_base(folder, config.adapter_base, config.run)
         return output_dir
     if not (source / "adapter_config.json").is_file():
-        raise UserError(f"run {config.run!r}: a full model without an adapter to merge; leave --merge out")
+        raise UserError(f"run {config.run!r}: a full model without an adapter to merge; leave merge out")
     readme = source / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     card = merged_card(text)
@@ -152,10 +152,7 @@ def _final_folder(name: str) -> Path:
         raise UserError(f"run {name!r}: no such folder; give a run folder or a model folder")
     source = folder / "final" if (folder / "final").is_dir() else folder
     if source == folder and (folder / "config.yaml").is_file():
-        raise UserError(
-            f"run {name!r}: no final model, because it has not reached its last step; resume it with "
-            f"selfdistill train --resume --output_dir {name}"
-        )
+        raise UserError(f"run {name!r}: no final model, because it has not reached its last step; resume its training")
     if not any((source / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise UserError(f"run {name!r}: neither a run folder (final) nor a model folder (config.json)")
     if not any(source.glob("*.safetensors")):

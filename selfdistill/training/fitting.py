@@ -65,7 +65,7 @@ class Fit(Printable):
         return f"; chosen for that: {_options(self.chosen)}" if self.chosen else ""
 
     def advice(self) -> str:
-        """Settings that would fit, as options of the command line."""
+        """Settings that would fit, if any."""
         if self.nearest is None:
             return "no change of settings makes it fit; use a smaller model, or shorter prompts and completions"
         changes, plan = self.nearest
@@ -161,7 +161,7 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
 
 
 def _options(changes: Changes) -> str:
-    return " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
+    return ", ".join(f"{name} {str(value).lower()}" for name, value in changes.items())
 
 
 def _nearest(

@@ -6,7 +6,8 @@ gives the same numbers as an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -92,9 +93,10 @@ class Loop:
                 on_step(0, self._trainer.loaded, {})
             for step in range(start + 1, self._max_steps + 1):
                 metrics = self._step(step)
-                enough = on_step is not None and on_step(step, self._trainer.loaded, metrics) is True
-                last = enough or step == self._max_steps
-                self._measure(step, last=last)
+                with self._progress_kept():
+                    enough = on_step is not None and on_step(step, self._trainer.loaded, metrics) is True
+                    last = enough or step == self._max_steps
+                    self._watch.look(step, last=last)
                 every = self._trainer.config.save_steps
                 # A signal may reach any rank.
                 received = all_reduce_max(stop.received or 0, self._trainer.accelerator.device)
@@ -103,7 +105,7 @@ class Loop:
                 if received and not last:
                     raise RunStopped(
                         f"{self._output_dir}: stopped after step {step} of {self._max_steps}; progress is saved, "
-                        "continue with --resume",
+                        "continue with resume=True",
                         received,
                     )
                 if enough:
@@ -133,7 +135,7 @@ class Loop:
             self._save()
             raise RunFailed(
                 f"{self._output_dir}: {position.skipped} consecutive steps were skipped; in the last, step {step}, "
-                f"{_skipped(metrics)}; they did not change the weights. Lower --learning_rate, inspect these rows, or "
+                f"{_skipped(metrics)}; they did not change the weights. Lower learning_rate, inspect these rows, or "
                 "see metrics.jsonl for the onset"
             )
         if metrics.get("engine/gap", 0.0) > LARGE_GAP and not self._gap_was_said:
@@ -160,12 +162,14 @@ class Loop:
         self.signs += [f"step {metrics['step']}: {words}" for words in new]
         return new, list(signs.values())
 
-    def _measure(self, step: int, *, last: bool) -> None:
+    @contextmanager
+    def _progress_kept(self) -> Iterator[None]:
+        """Save the progress of the training if what follows a step fails: the caller's function, or an evaluation."""
         try:
-            self._watch.look(step, last=last)
+            yield
         except EngineFailed as error:
             self._stop(error)
-        except Exception as error:  # such as no reply from the judge, or no memory: keep the progress of the training
+        except Exception as error:  # such as no reply from the judge, or no memory
             self._save(together=isinstance(error, RaisedOnAllRanks))  # else the ranks may be at different points
             raise
 
@@ -173,7 +177,7 @@ class Loop:
         """Save the progress, on all ranks together, and say where the run stopped."""
         self._save()
         raise EngineFailed(
-            f"{self._output_dir}: stopped after step {self.step}: {error}; progress is saved, continue with --resume"
+            f"{self._output_dir}: stopped after step {self.step}: {error}; progress is saved, continue with resume=True"
         ) from error
 
     def _save(self, *, together: bool = True) -> None:
@@ -215,7 +219,7 @@ class Loop:
         raise RunCollapsed(f"{begun}; final is the model of step {kept}, evaluated before the collapse. {_ADVICE}")
 
 
-_ADVICE = "Lower --learning_rate, use a frozen or slower teacher, or see metrics.jsonl for the onset"
+_ADVICE = "Lower learning_rate, use a frozen or slower teacher, or see metrics.jsonl for the onset"
 
 
 def _demonstrated(stage: Stage) -> float | None:

@@ -158,7 +158,7 @@ def plan_for(
             rates = named_rates(device, "no" if config.mixed_precision == "no" else "bf16")
     limit = has if memory is None else memory
     if limit is None:
-        raise UserError("option --memory: the memory of this device is unknown; give it, such as 80GiB")
+        raise UserError("setting 'memory': the memory of this device is unknown; give it, such as 80GiB")
     return fit(config, rows, own, int(limit), loaded, rates)
 
 

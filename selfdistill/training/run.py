@@ -73,8 +73,13 @@ class Run(Printable):
         Args:
             prompt: text (one user turn), or a list of prompts, each text or chat messages.
             options: ``max_completion_length`` (tokens; default: that of the run), ``temperature``, ``top_p``, ``seed``.
+
+        Raises:
+            UserError: the prompt is neither, or there is no final model.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list | tuple) or not all(isinstance(one, str | list | tuple) for one in prompts):
+            raise UserError(f"prompt: found {prompt!r}, expected text or a list of prompts")
         defaults: dict[str, Any] = {
             "max_completion_length": self.config.max_completion_length,
             "chat_template_kwargs": self.config.chat_template_kwargs,

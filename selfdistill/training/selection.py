@@ -83,6 +83,6 @@ class Selector:
             self._noted = True
             say_note(
                 f"{encode.unfit[0]}; such samples are left out, and metrics.jsonl counts them (unfit). A larger "
-                "--max_prompt_length may fit them"
+                "max_prompt_length may fit them"
             )
         return Selected(part, learnt, verdicts, len(encode.unfit))

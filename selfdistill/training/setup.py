@@ -76,7 +76,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         UserError: the launcher's settings conflict with the run's.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("the launcher's own FSDP is enabled (--use_fsdp); leave it out, and use --fsdp true")
+        raise UserError("the launcher's own FSDP is enabled (--use_fsdp); leave it out, and use fsdp true")
     AcceleratorState._reset_state()  # it would refuse a precision other than that of the process's first run
     accelerator = Accelerator(
         mixed_precision=resolved_precision(config.mixed_precision),
@@ -93,7 +93,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     barrier()  # a process that exits with an error must not do so while another is still joining
     if config.fsdp and processes == 1:
         raise UserError(
-            "setting 'fsdp' shards a model across processes, found only one; start several, or use --fsdp false"
+            "setting 'fsdp' shards a model across processes, found only one; start several, or leave fsdp out"
         )
     if config.fsdp and config.batch_size % (processes * config.micro_batches):
         raise UserError(

@@ -61,7 +61,7 @@ def check_output_dir(name: str, *, resume: bool, given: Sequence[str] = ()) -> P
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {name!r} is a file: choose another name")
     if not resume and folder.exists() and any(file.name not in given for file in folder.iterdir()):
-        raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with --resume")
+        raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with resume=True")
     if resume and (folder / "final").exists() and not list_checkpoints(folder):
         raise UserError(f"output_dir {name!r}: this run is finished and has no checkpoint, so it cannot be resumed")
     return folder
@@ -198,7 +198,7 @@ def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Traine
     if config.max_steps < done:
         raise UserError(
             f"setting 'max_steps': found {config.max_steps}, but {checkpoint} has already done {done} steps; "
-            f"give {done} or more, or start a new run in another --output_dir"
+            f"give {done} or more, or start a new run in another output_dir"
         )
 
 
@@ -301,7 +301,7 @@ def _where(output_dir: Path, checkpoint: Path | None, position: Position, config
     if checkpoint is None:
         return f"note: no checkpoint to resume from in {output_dir}: starting from the beginning"
     if position.step >= (config.max_steps or 0):
-        return f"all {position.step} steps are already done: raise --max_steps to train further"
+        return f"all {position.step} steps are already done: raise max_steps to train further"
     resuming, planned = f"resuming after step {position.step}", _settings_of(checkpoint).max_steps
     if planned == config.max_steps:
         return resuming
@@ -316,7 +316,7 @@ def _say_signs(loop: Loop, output_dir: Path) -> None:
     if idle := without_gradient(output_dir):
         say(
             f"note: in {idle} of {loop.step} steps all samples of each prompt had the same reward, so the gradient was "
-            "zero; try easier prompts, a more lenient scorer or more --num_generations"
+            "zero; try easier prompts, a more lenient scorer or more num_generations"
         )
 
 
@@ -376,7 +376,7 @@ def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str])
         pictures=trainer.loaded.pictures is not None,
         signs=signs,
     )
-    advice = "free disk space, then continue with --resume, which needs a checkpoint (--save_steps)"
+    advice = "free disk space, then continue with resume=True, which needs a checkpoint (save_steps)"
     say(f"writing {final}")
     with whole_folder(final, advice) as folder:
         write_model(folder, model, trainer.loaded, card, state)

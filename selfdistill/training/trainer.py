@@ -135,9 +135,7 @@ class Trainer:
         if not config.fsdp:  # the whole model may exceed the device's memory
             model.to(self.accelerator.device)
         elif config.lora_rank and self.loaded.merged_adapter:
-            raise UserError(
-                "setting 'fsdp' with lora_rank: the model already has an adapter; export it with --merge first"
-            )
+            raise UserError("setting 'fsdp' with lora_rank: the model already has an adapter; export it merged first")
         if config.load_in_4bit and self.accelerator.mixed_precision == "bf16":
             set_compute_dtype(model, torch.bfloat16)
         if config.lora_rank:

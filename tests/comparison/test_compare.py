@@ -156,7 +156,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_the_run_it_was_in(
     with pytest.raises(RunStopped) as stopped:
         compare(config)
     assert stopped.value.exit_code == 143
-    assert str(stopped.value).endswith(f"selfdistill compare --resume --output_dir {config.output_dir}")
+    assert str(stopped.value).endswith("progress is saved, continue with resume=True")
     with pytest.raises(UserError, match="exists and is not empty"):
         compare(config)
     result = compare(config, resume=True).details

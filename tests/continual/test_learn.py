@@ -614,7 +614,7 @@ def test_a_chunk_before_any_validation_row_takes_all_its_steps_and_says_so(
 def test_a_stream_of_which_nothing_fits_leaves_the_base_where_it_is(make: Settings, tmp_path: Path) -> None:
     config = make(action="stream", chunk_size=3, max_completion_length=1, on_long_prompt="drop")
     with pytest.raises(
-        UserError, match=r"first\.jsonl: every row is too long: . of . rows do not fit: .*; raise --max_c"
+        UserError, match=r"first\.jsonl: every row is too long: . of . rows do not fit: .*; raise max_c"
     ):
         add(config)
     assert (Path(config.model) / "model.safetensors").is_file()
@@ -630,7 +630,7 @@ def test_rows_of_a_stream_whose_teacher_has_no_room_are_told_or_left_out(
     write_rows([{"prompt": "t", "completion": "ab"}], name="test.jsonl")
     options = {"action": "stream", "chunk_size": 4, "chunk_steps": 1, "test": str(tmp_path / "test.jsonl")}
     options |= {"test_share": 0.01, "method": "sdft", "context": "turns:repeats=4", "min_teacher": 0}
-    with pytest.raises(UserError, match=r"teacher's prompt has .* or drop them with --on_long_prompt drop"):
+    with pytest.raises(UserError, match=r"teacher's prompt has .* or drop them with on_long_prompt drop"):
         add(make("mixed", **options))
     assert add(make("mixed", **options, on_long_prompt="drop"))["accepted"]
     folder = tmp_path / "state" / "skills" / "0001-mixed"
@@ -690,7 +690,7 @@ def test_transfer_of_a_matrix() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": ""}, "does not exist yet; give the base with --model"),
+        ({"model": ""}, "does not exist yet; give the base as model"),
         ({"gradient_accumulation_steps": 3}, "setting 'gradient_accumulation_steps': 3 does not divide batch_size 4"),
         ({"method": "sdft", "context": "turn"}, "unknown context 'turn'"),
         ({"method": "grpo", "num_generations": 1}, "setting 'num_generations': grpo compares"),
@@ -704,10 +704,10 @@ def test_transfer_of_a_matrix() -> None:
         ),
         ({"data": "none.jsonl"}, "none.jsonl: no such file or folder"),
         ({"prior": "none.jsonl"}, "prior 'none.jsonl': no such .jsonl file"),
-        ({"test_share": 0.99}, "10 rows are too few to hold some out for the test; give --test"),
+        ({"test_share": 0.99}, "10 rows are too few to hold some out for the test; give a test"),
         (
             {"action": "stream", "test_share": 0.99, "test": "first.jsonl"},
-            "10 rows are too few to hold some out for the validation; give more, or a lower --test_share",
+            "10 rows are too few to hold some out for the validation; give more, or a lower test_share",
         ),
     ],
 )
@@ -831,7 +831,7 @@ def test_mistakes_about_a_state_that_exists(make: Settings, tmp_path: Path) -> N
             {"mixed_precision": "bf16"},
             "setting 'mixed_precision': all scores in .* were measured with 'no'; use the same",
         ),
-        ({}, "setting 'name': .* already has a skill 'first'; give another --name"),
+        ({}, "setting 'name': .* already has a skill 'first'; give another name"),
     ):
         with pytest.raises(UserError, match=message):
             add(make(**values))

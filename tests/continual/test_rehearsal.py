@@ -279,7 +279,7 @@ def test_a_batch_too_small_for_the_parts_is_told_before_anything_is_measured(
 
     told = (
         r"^setting 'batch_size': {0} is too small for {1} parts of a step, which need {1}; .*\. The parts are the skill"
-        r"{2}; --anchor_share 0 leaves"
+        r"{2}; anchor_share 0 leaves"
     )
     with monkeypatch.context() as patch:
         nothing_measured(patch)

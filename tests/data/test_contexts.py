@@ -559,7 +559,7 @@ def test_rows_that_do_not_fit_are_all_counted_and_the_first_named(chat: ChatForm
         encode(rows, None, chat, max_prompt_length=limit, max_completion_length=8, window=None)
     assert str(error.value) == (
         f"12 of 13 rows do not fit: d.jsonl:2, 3, 4 and 9 more: prompt has {overhead + 21}, {overhead + 22}, ... "
-        f"tokens, limit {limit}; raise --max_prompt_length, or drop them with --on_long_prompt drop"
+        f"tokens, limit {limit}; raise max_prompt_length, or drop them with on_long_prompt drop"
     )
 
 
@@ -579,7 +579,7 @@ def test_the_teachers_prompt_has_to_fit_too(chat: ChatFormat) -> None:
     taught = len(chat.encode_prompt(Turns().messages(row(), [])))
     encode([row()], None, chat, max_prompt_length=limit, max_completion_length=8, window=None)
     with pytest.raises(
-        UserError, match=f"d.jsonl:1: teacher's prompt has {taught} tokens, limit {limit}; raise --max_prompt"
+        UserError, match=f"d.jsonl:1: teacher's prompt has {taught} tokens, limit {limit}; raise max_prompt"
     ):
         encode([row()], Turns(), chat, max_prompt_length=limit, max_completion_length=8, window=None)
 

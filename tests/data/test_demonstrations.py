@@ -202,7 +202,7 @@ def test_saved_data_set() -> None:
     assert [row.source for row in load_demonstrations("one")] == ["one[0]"]
     assert [row.completion for row in load_demonstrations("both", split="test")] == ["4", "r"]
     assert message_of("both", split="dev") == (
-        "both: no split 'dev' in this data set, expected train or test; give --split train or test"
+        "both: no split 'dev' in this data set, expected train or test (setting 'split')"
     )
 
 

@@ -593,7 +593,7 @@ def test_a_row_may_not_ask_to_run_what_the_model_writes(tmp_path: Path) -> None:
         load_demonstrations(str(path))
     assert str(error.value) == (
         f"{path}: 1 bad row: line 1, column 'scorer': 'code' runs code that a model writes, so only the setting may "
-        "name it; leave it out and give --scorer code"
+        "name it; leave it out and give scorer code"
     )
 
 

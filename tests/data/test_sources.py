@@ -77,7 +77,7 @@ def test_a_folder_of_splits_is_told_apart(names: tuple[str, ...]) -> None:
     (said,) = notes_of(path)
     assert said.startswith(f"{path}: split 'train' is read; the other splits are ")
     assert "'test'" in said
-    assert said.endswith(" (--split NAME)")
+    assert said.endswith(" (setting 'split')")
 
 
 def test_the_parts_of_a_split_are_read_in_order() -> None:
@@ -90,8 +90,7 @@ def test_a_split_of_its_own_name_is_that_split() -> None:
     names = [f"data/{name}-00000-of-00001.parquet" for name in ("train_sft", "test_sft", "train_gen")]
     path = folder(*names)
     assert error_of(path) == (
-        f"{path}: no split 'train' in this data set, expected test_sft, train_gen or train_sft; "
-        "give --split test_sft, train_gen or train_sft"
+        f"{path}: no split 'train' in this data set, expected test_sft, train_gen or train_sft (setting 'split')"
     )
     assert read(path, "train_sft") == [names[0]]
 
@@ -106,7 +105,7 @@ def test_a_split_of_its_own_name_is_that_split() -> None:
         ),
         (
             ("validation.jsonl", "test.jsonl"),
-            "no split 'train' in this data set, expected test or validation; give --split test or validation",
+            "no split 'train' in this data set, expected test or validation (setting 'split')",
         ),
         (
             ("train.jsonl", "test.jsonl", "extra.jsonl"),
@@ -140,15 +139,13 @@ def test_the_only_split_is_read_where_none_is_named(name: str, split: str) -> No
     assert read(path) == read(path, None) == read(path, split) == [name]
     assert notes_of(path) == [f"{path}: the only split, '{split}', is read"]
     assert notes_of(path, split) == []
-    assert error_of(path, "probe") == (
-        f"{path}: no split 'probe' in this data set, expected {split}; give --split {split}"
-    )
+    assert error_of(path, "probe") == (f"{path}: no split 'probe' in this data set, expected {split} (setting 'split')")
 
 
 def test_the_other_split_is_said_with_the_option_that_reads_it() -> None:
     path = folder("train.jsonl", "test.jsonl")
-    assert notes_of(path) == [f"{path}: split 'train' is read; the other split is 'test' (--split test)"]
-    assert notes_of(path, None) == [f"{path}: split 'test' is read; the other split is 'train' (--test_split train)"]
+    assert notes_of(path) == [f"{path}: split 'train' is read; the other split is 'test' (setting 'split')"]
+    assert notes_of(path, None) == [f"{path}: split 'test' is read; the other split is 'train' (setting 'test_split')"]
     assert notes_of(path, "test") == [f"{path}: split 'test' is read; the other split is 'train'"]
 
 
@@ -184,7 +181,7 @@ def test_sets_saved_and_in_memory_have_the_same_splits() -> None:
         assert read(data, None) == ["test"]
         assert read(data, "probe") == ["probe"]
         assert error_of(data, "dev") == (
-            f"{name}: no split 'dev' in this data set, expected train, test or probe; give --split train, test or probe"
+            f"{name}: no split 'dev' in this data set, expected train, test or probe (setting 'split')"
         )
         assert notes_of(data, "test") == [f"{name}: split 'test' is read; the other splits are 'train' and 'probe'"]
 
@@ -196,7 +193,7 @@ def test_the_only_split_is_the_test_where_none_is_named() -> None:
         assert read(datasets.DatasetDict({"dev": only["train"], name: only["train"]}), None) == ["r"]
     without = datasets.DatasetDict({"train": only["train"], "dev": only["train"]})
     assert error_of(without, None) == (
-        "data: no split 'test' in this data set, expected train or dev; give --test_split train or dev"
+        "data: no split 'test' in this data set, expected train or dev (setting 'test_split')"
     )
 
 

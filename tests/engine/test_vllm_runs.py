@@ -222,7 +222,7 @@ def train_until_it_fails(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -
         train(config, on_step=fail_after)
     message = str(error.value)
     assert message.startswith(f"{config.output_dir}: stopped after step 3: engine vllm failed: ZeroDivisionError: ")
-    assert message.endswith("progress is saved, continue with --resume")
+    assert message.endswith("progress is saved, continue with resume=True")
     assert "\n" not in message
     close_engine()
 

@@ -337,7 +337,7 @@ def test_an_engine_core_that_dies_leaves_a_checkpoint_and_the_run_goes_on(
         run_training(cut, on_step=kill)
     message = str(error.value)
     assert message.startswith(f"{cut.output_dir}: stopped after step 3: engine vllm: {two.url}: ")
-    assert message.endswith("progress is saved, continue with --resume")
+    assert message.endswith("progress is saved, continue with resume=True")
     assert "\n" not in message
     assert "see the server's log" in message
     two.kill()

@@ -140,7 +140,7 @@ def test_a_signal_from_outside(run: Run, whole: TrainConfig, tmp_path: Path, num
         assert saved == [4]
     else:
         assert code == 128 + number
-        assert last.endswith(f"stopped after step {saved[-1]} of {STEPS}; progress is saved, continue with --resume")
+        assert last.endswith(f"stopped after step {saved[-1]} of {STEPS}; progress is saved, continue with resume=True")
         assert saved[0] == 4 < saved[-1]
     again = Command(tmp_path, "train", "--resume", "--output_dir", cut.output_dir)
     code, last = again.ended()
@@ -169,7 +169,7 @@ FAILED = "engine vllm failed: MemoryError: no room for the cache"
 @pytest.mark.parametrize(
     ("happens", "step", "code", "says", "saved"),
     [
-        (interrupt, 6, 130, "stopped after step 7 of 12; progress is saved, continue with --resume", [4, 7]),
+        (interrupt, 6, 130, "stopped after step 7 of 12; progress is saved, continue with resume=True", [4, 7]),
         (interrupt_twice, 6, 130, "selfdistill: interrupted", [4]),
         (run_out_of_memory, 6, 3, f"stopped after step 6: {FAILED}", [4, 6]),
         (run_out_of_memory, 4, 3, f"stopped after step 4: {FAILED}", [4]),

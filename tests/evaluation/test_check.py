@@ -163,7 +163,7 @@ def test_a_layout_whose_teacher_answers_right_comes_first_and_is_worth_trying(
     as_json = json.loads(json.dumps(result.to_dict()))
     assert (as_json["best"], as_json["ceiling"]) == ("turns:repeats=2", 1.0)
     out = repr(result)
-    assert "Best: --context turns:repeats=2" in out
+    assert "Best context: turns:repeats=2" in out
     assert "GiB with 2 rows per micro-batch (full fine-tuning, EMA)." in " ".join(out.split())
     assert "log p(demo) alone" not in out
     train = TrainConfig(model=str(model_folder()), data=str(data), output_dir="unused", max_completion_length=6)
@@ -249,7 +249,7 @@ def test_a_demonstration_beyond_the_window_is_named(
     assert [found.context for found in result.layouts] == ["turns:repeats=1"]
     assert result.skipped == {
         "turns:repeats=2": f"1 of 3 rows do not fit: {data}:3: teacher's prompt and demonstration have 523 tokens, "
-        "limit 512 (the model's window); drop them with --on_long_prompt drop"
+        "limit 512 (the model's window); drop them with on_long_prompt drop"
     }
     result = check(config_of(model_folder(), data, on_long_prompt="drop", **settings))
     assert {found.context: found.items for found in result.layouts} == {"turns:repeats=1": 3, "turns:repeats=2": 2}
@@ -258,7 +258,7 @@ def test_a_demonstration_beyond_the_window_is_named(
         check(config_of(model_folder(), data, **settings))
     assert str(error.value) == (
         f"1 of 2 rows do not fit: {data}:2: prompt and demonstration have 621 tokens, limit 512 (the model's "
-        "window); drop them with --on_long_prompt drop"
+        "window); drop them with on_long_prompt drop"
     )
 
 
@@ -312,7 +312,7 @@ def test_verdicts() -> None:
     assert code == UNLIKELY
     assert text.endswith(
         "the teacher is not clearly better. 100% of its replies were truncated at the length limit, so they may be "
-        "right but unfinished: raise --max_completion_length."
+        "right but unfinished: raise max_completion_length."
     )
     assert "lower temperature" in verdict_on(0.0, -9.0, layout(1.0, kl=5.0))[0]
 

@@ -119,7 +119,7 @@ def test_a_resumed_run_measures_what_an_uninterrupted_one_does(
     whole, broken = settings("whole", save_steps=save_steps), settings("broken", save_steps=save_steps)
     train(whole)
 
-    class Crash(Exception):
+    class Crash(BaseException):
         pass
 
     def crash(step: int, _loaded: Any, _metrics: Any) -> None:

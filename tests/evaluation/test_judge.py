@@ -250,7 +250,7 @@ def test_settings() -> None:
     good = {"model": "m", "data": "d", "scorer": "judge", "judge_url": "https://host:8000/v1", "judge_model": "j"}
     assert EvalConfig(**good).scorer == "judge"
     for missing in ("judge_url", "judge_model"):
-        with pytest.raises(UserError, match=r"'judge' needs an endpoint: give --judge_url and --judge_model$"):
+        with pytest.raises(UserError, match=r"'judge' needs an endpoint: give judge_url and judge_model$"):
             EvalConfig(**good | {missing: None})
     for url in ("host:8000/v1", "file:///etc", "https://user:word@host/v1", "https://host/v1?key=1", "https:///v1"):
         with pytest.raises(

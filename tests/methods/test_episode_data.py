@@ -193,7 +193,7 @@ def test_a_context_that_cannot_show_an_episode_says_so(
     name = context.partition(":")[0]
     with pytest.raises(UserError) as refused:
         train(config)
-    assert f"context '{name}' cannot show an episode; use turns, few_shot or document, or learn --turns last" in str(
+    assert f"context '{name}' cannot show an episode; use turns, few_shot or document, or turns last" in str(
         refused.value
     )
     assert "\n" not in str(refused.value)

@@ -390,7 +390,7 @@ def test_limits_are_checked(talks: Settings) -> None:
         talks(max_episode_length=10)
     with pytest.raises(UserError, match="setting 'max_episode_length': 600 leaves no room for a prompt"):
         Trainer(talks(max_episode_length=600))
-    with pytest.raises(UserError, match=r"6 of 6 rows do not fit.*lower --max_episode_length"):
+    with pytest.raises(UserError, match=r"6 of 6 rows do not fit.*lower max_episode_length"):
         Trainer(talks(max_episode_length=500))
 
 

@@ -295,7 +295,7 @@ def test_a_base_that_was_moved_is_named(adapter: Callable[..., Path], tmp_path: 
     expected = logits(load_model(str(folder)).model)
     base, moved = tmp_path / "base", str(tmp_path / "moved")
     shutil.move(base, moved)
-    refused(folder, f"model {str(base)!r}: no such folder; if it was moved, name its new location with --adapter_base")
+    refused(folder, f"model {str(base)!r}: no such folder; if it was moved, give its new location as adapter_base")
     assert torch.equal(logits(load_model(str(folder), adapter_base=moved).model), expected)
     out = export(ExportConfig(run=str(folder), output_dir=str(tmp_path / "out"), merge=True, adapter_base=moved))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, atol=1e-4, rtol=0)

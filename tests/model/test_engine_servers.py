@@ -669,7 +669,7 @@ def test_a_server_that_fails_leaves_a_checkpoint_and_the_run_goes_on(
         run_training(cut, on_step=fail)
     message = str(error.value)
     assert message.startswith(f"{cut.output_dir}: stopped after step 3: engine vllm: {fake.url}: /v1/completions: ")
-    assert message.endswith("progress is saved, continue with --resume")
+    assert message.endswith("progress is saved, continue with resume=True")
     fake.instead = lambda path, body: None
     capsys.readouterr()
     run_training(cut, resume=True)
@@ -750,7 +750,7 @@ def test_addresses_are_checked(url: str) -> None:
 
 
 def test_addresses_without_an_engine_are_an_error() -> None:
-    with pytest.raises(UserError, match="'engine_url': no engine uses it; add --engine vllm"):
+    with pytest.raises(UserError, match="'engine_url': no engine uses it; add engine vllm"):
         EngineSettings(engine_url="http://a:1")
     assert EngineSettings(engine="vllm", engine_url="http://a:1/, https://b").engine_url == "http://a:1,https://b"
 

@@ -240,7 +240,7 @@ def test_a_checkpoint_is_the_same_sharded_or_not(settings: Callable[..., TrainCo
 def test_sharded_processes_measure_what_one_does(
     settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
-    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 4}
+    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 4, "view_rows": 3}
     one, two = settings("one", **values), settings("two", fsdp=True, **values)
     train(one)
     train_together(two, tmp_path)
@@ -323,6 +323,6 @@ def test_an_adapter_on_top_of_another_is_not_sharded(settings: Callable[..., Tra
     for child in started_together(lambda: Trainer(config), tmp_path / "log"):
         assert child.wait() == 1
         assert (
-            "setting 'fsdp' with lora_rank: the model already has an adapter; export it with --merge"
+            "setting 'fsdp' with lora_rank: the model already has an adapter; export it merged first"
             in child.log.read_text()
         )

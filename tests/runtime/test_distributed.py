@@ -73,7 +73,7 @@ def test_two_processes_train_to_the_weights_of_one(
 def test_two_processes_measure_what_one_does(
     settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
-    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 2}
+    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 2, "view_rows": 3}
     one, two = settings("one", **values), settings("two", **values)
     train(one)
     train_together(two, tmp_path)
@@ -165,7 +165,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
     children = started_together(lambda: train(stopped, on_step=second_gets(signal.SIGTERM)), tmp_path / "stopped")
     for child in children:
         assert child.wait() == 1
-        assert "stopped after step 3 of 4; progress is saved, continue with --resume" in child.log.read_text()
+        assert "stopped after step 3 of 4; progress is saved, continue with resume=True" in child.log.read_text()
     train_together(stopped, tmp_path, resume=True)
     assert_same_run(whole_run(**COMMON | values), stopped)
 

@@ -57,8 +57,6 @@ def write(
             "eval_steps": 2,
             "learning_rate": 1e-2,
             "warmup_steps": 0,
-            "drift_steps": 0,
-            "view_rows": 0,
         }
         content = {
             "name": "tiny",
@@ -215,7 +213,7 @@ def test_no_run_begins_that_would_end_too_late(
         ({"arms": {"a": {"context": "auto"}}}, "arm 'a': setting 'context': name one"),
         ({"arms": {"a": {"prior": None}}}, "arm 'a': setting 'prior' is required"),
         ({"seed": [0]}, "unknown setting 'seed'; did you mean seeds?"),
-        ({"arms": {"a": {"method": "sft", "max_completion_length": 2}}}, "raise --max_completion_length"),
+        ({"arms": {"a": {"method": "sft", "max_completion_length": 2}}}, "raise max_completion_length"),
         ({"covered": ["soft"]}, "'covered' names 'soft', which is no prior file"),
     ],
 )

@@ -106,7 +106,7 @@ def test_a_run_that_falls_apart_is_warned_of_and_stopped_at_the_last_measurement
     assert error.value.exit_code == 3
     found = re.fullmatch(
         rf"{re.escape(config.output_dir)}: stopped after step (\d+): (.+); final is the model of step (\d+), evaluated "
-        r"before the collapse\. Lower --learning_rate, use a frozen or slower teacher, or see metrics.jsonl for the "
+        r"before the collapse\. Lower learning_rate, use a frozen or slower teacher, or see metrics.jsonl for the "
         "onset",
         str(error.value),
     )

@@ -263,16 +263,13 @@ def test_refusals(
     assert Path("full/notes.txt").read_text() == "mine"
     refused("run 'gone': no such folder; give a run folder or a model folder", run="gone", output_dir="out")
     refused("run 'full': neither a run folder (final) nor a model folder (config.json)", run="full", output_dir="out")
-    message = "run 'run': a full model without an adapter to merge; leave --merge out"
+    message = "run 'run': a full model without an adapter to merge; leave merge out"
     refused(message, run="run", output_dir="out", merge=True)
     (Path("run/final/model.safetensors")).unlink()
     message = "run 'run': no safetensors weights in run/final; other formats are not exported"
     refused(message, run="run", output_dir="out")
     Path("run/final").rename("elsewhere")
-    message = (
-        "run 'run': no final model, because it has not reached its last step; resume it with selfdistill train "
-        "--resume --output_dir run"
-    )
+    message = "run 'run': no final model, because it has not reached its last step; resume its training"
     refused(message, run="run", output_dir="out")
     assert not Path("out").exists()
     assert main(["export", "run", "--output_dir", "out"]) == 2

@@ -163,7 +163,7 @@ def test_the_nearest_settings_change_least(long: Make) -> None:
         changes, plan = found.nearest
         assert changes == {"gradient_accumulation_steps": parts}
         assert plan.peak <= limit
-        assert f" MiB: --gradient_accumulation_steps {parts}" in found.verdict()
+        assert f" MiB: gradient_accumulation_steps {parts}" in found.verdict()
 
 
 def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(long: Make) -> None:
@@ -179,7 +179,7 @@ def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(lon
     assert found.nearest is None
     assert found.chosen == {"gradient_accumulation_steps": 2}
     assert found.plan.config == config.model_copy(update=found.chosen)
-    assert found.verdict().endswith(" MiB; chosen for that: --gradient_accumulation_steps 2")
+    assert found.verdict().endswith(" MiB; chosen for that: gradient_accumulation_steps 2")
     least = {"gradient_accumulation_steps": 4, "gradient_checkpointing": True}
     assert fitted(planner, config, peak(**least)).chosen == least
     in_one = config.model_copy(update={"gradient_accumulation_steps": 1})
@@ -192,7 +192,7 @@ def test_a_run_in_chosen_micro_batches_is_that_in_given_ones(
     config, given = long("chosen", max_steps=1), long("given", max_steps=1, gradient_accumulation_steps=2)
     free(planned(config).peak - 1)
     train(config)
-    assert "free; chosen for that: --gradient_accumulation_steps 2\n" in capsys.readouterr().err
+    assert "free; chosen for that: gradient_accumulation_steps 2\n" in capsys.readouterr().err
     train(given)
     chosen, expected = (yaml.safe_load((Path(x.output_dir) / "config.yaml").read_text()) for x in (config, given))
     assert chosen == expected | {"output_dir": config.output_dir}
@@ -209,7 +209,7 @@ def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
     found = fit(config, rows, CPU, live - 1)
     assert found.nearest is not None
     assert found.nearest[0] == {"lora_rank": 16}
-    assert re.search(r"it does not fit: [\d.]+ MiB of [\d.]+ MiB; this would, .* MiB: --lora_rank 16$", found.verdict())
+    assert re.search(r"it does not fit: [\d.]+ MiB of [\d.]+ MiB; this would, .* MiB: lora_rank 16$", found.verdict())
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_where_an_adapter_does_not_fit_weights_of_4_bits_are_proposed(
     changes, plan = found.nearest
     assert changes["load_in_4bit"] is True
     assert plan.peak <= limit
-    assert found.verdict().endswith(" --load_in_4bit true")
+    assert found.verdict().endswith(" load_in_4bit true")
     adapter = tmp_path / "adapter"
     LoraConfig(base_model_name_or_path=str(folder), task_type="CAUSAL_LM").save_pretrained(adapter)
     (adapter / "adapter_model.safetensors").touch()
@@ -368,5 +368,5 @@ def test_sizes(text: str, size: float) -> None:
 
 @pytest.mark.parametrize("text", ["80", "80G", "GiB", "1.2.3GB", "-4GiB"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"^option --memory: found .*, expected a size such as 80GiB or 80GB"):
+    with pytest.raises(UserError, match=r"^setting 'memory': found .*, expected a size such as 80GiB or 80GB"):
         size_in_bytes(text)

@@ -216,7 +216,7 @@ def test_weights_are_quantised_while_they_are_read(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no adapter": ({"lora_rank": 0}, "needs an adapter, because its weights stay fixed: add --lora_rank"),
+    "no adapter": ({"lora_rank": 0}, "needs an adapter, because its weights stay fixed: add lora_rank"),
     "fsdp": ({"fsdp": True}, "does not work with fsdp: leave one of them out"),
     "compiled": ({"torch_compile": True}, "does not work with torch_compile: leave one of them out"),
     "engine": ({"engine": "vllm"}, "does not work with an engine, found 'vllm': leave one out"),

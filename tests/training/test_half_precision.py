@@ -31,9 +31,8 @@ from selfdistill.training.train import train
 OPTIMS = ["adamw_torch", "adamw_8bit"]
 SNAPSHOT = {"teacher": "snapshot", "snapshot_steps": 2}
 REFUSED = (
-    "model {!r}: its trainable weights are float16, where small gradients become zero; load it with --dtype "
-    "bfloat16 or float32, or in Python with dtype=torch.bfloat16 or torch.float32, or train an adapter with "
-    "--lora_rank 16"
+    "model {!r}: its trainable weights are float16, where small gradients become zero; load it with dtype "
+    "bfloat16 or float32 (a loaded model with torch.bfloat16 or torch.float32), or train an adapter with lora_rank 16"
 )
 
 

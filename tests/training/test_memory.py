@@ -57,7 +57,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def make(folder: Path, write_rows: Callable[..., Path], settings: Make) -> Make:
     rows = [
-        {"prompt": f"{i}: " + "where is it? " * 4, "completion": "ab" * 30, "document": "It is there."}
+        {"prompt": f"{i}: " + "where is it? " * 2, "completion": "ab" * 15, "document": "It is there."}
         for i in range(8)
     ]
     data = write_rows(rows, name="rows.jsonl")
@@ -188,7 +188,7 @@ DRAWN: dict[str, dict[str, Any]] = {
 def test_the_plan_counts_what_is_drawn_before_the_first_step(
     make: Make, name: str, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"prompt": f"{i}: " + "where is it? " * 4, "completion": "ab " * 20 + "c"} for i in range(8)]
+    rows = [{"prompt": f"{i}: " + "where is it? " * 2, "completion": "ab " * 9 + "c"} for i in range(8)]
     config = make(**DRAWN[name], data=str(write_rows(rows, name="words.jsonl")))
     if config.method == "npo":
         config = config.model_copy(update={"teacher_model": config.model})

@@ -72,13 +72,13 @@ NOTHING = f"{MISSING}, and no 'privileged_context' or 'document'"
 @pytest.mark.parametrize(
     ("method", "rows", "options", "problem"),
     [
-        ("sft", SDFT, {}, f"{MISSING}, which method 'sft' learns from; --method sdft learns from 'privileged_context'"),
+        ("sft", SDFT, {}, f"{MISSING}, which method 'sft' learns from; method sdft learns from 'privileged_context'"),
         ("dft", GRPO, {}, f"{MISSING}, which method 'dft' learns from"),
         ("sft_reinvoke", SDFT, {}, f"{MISSING}, which method 'sft_reinvoke' learns from"),
         ("sdft", SDFT, {"cold_start_steps": 1, "context": "turns"}, f"{MISSING}, which method 'sdft' learns from"),
-        ("sft", GRPO, {}, f"{MISSING}, which method 'sft' learns from; --method grpo learns from 'answer'"),
-        ("sdft", GRPO, {"context": "turns"}, f"{UNSHOWN} 'turns' to show instead; --method grpo learns from 'answer'"),
-        ("sdft", GRPO, {}, f"{NOTHING} to show the teacher instead; --method grpo learns from 'answer'"),
+        ("sft", GRPO, {}, f"{MISSING}, which method 'sft' learns from; method grpo learns from 'answer'"),
+        ("sdft", GRPO, {"context": "turns"}, f"{UNSHOWN} 'turns' to show instead; method grpo learns from 'answer'"),
+        ("sdft", GRPO, {}, f"{NOTHING} to show the teacher instead; method grpo learns from 'answer'"),
         ("sdft", READING, {"context": "document"}, f"{UNSHOWN} 'document' to show instead; context document:show="),
         ("sdft", READING, {"context": "turns"}, f"{UNSHOWN} 'turns' to show instead; context document:show=document"),
         ("sdft", FULL, {"context": "document:show=document"}, "column 'document': missing, which context 'document'"),

@@ -111,7 +111,7 @@ def test_gpus_reach_a_share_of_their_data_sheets() -> None:
     assert named_rates("a100-40", "no").products == pytest.approx(0.4 * 19.5e12)
     assert named_rates("rtx4090", "bf16").reading == pytest.approx(0.7 * 1008e9)
     assert all(gpu.bfloat16_tflops > gpu.float32_tflops for gpu in GPUS.values())
-    with pytest.raises(UserError, match=r"^option --device: found 'h10', expected this, .*; did you mean h100\?$"):
+    with pytest.raises(UserError, match=r"^setting 'device': found 'h10', expected this, .*; did you mean h100\?$"):
         check_device("h10")
 
 
@@ -122,7 +122,7 @@ def test_a_named_device_has_its_memory(settings: Make) -> None:
     assert found.time.rates == named_rates("l4", "bf16")
     assert plan_for(settings(), 10**9, "l4").limit == 10**9
     assert plan_for(settings(), 10**9, None).time is None
-    with pytest.raises(UserError, match="option --memory: the memory of this device is unknown"):
+    with pytest.raises(UserError, match="setting 'memory': the memory of this device is unknown"):
         plan_for(settings(), None, None)
 
 

@@ -532,7 +532,7 @@ def test_sigterm_saves_and_stops_with_143_and_gives_the_handler_back(settings: C
         train(config, on_step=terminate_at(2))
     assert error.value.exit_code == 143
     assert str(error.value) == (
-        f"{config.output_dir}: stopped after step 2 of 6; progress is saved, continue with --resume"
+        f"{config.output_dir}: stopped after step 2 of 6; progress is saved, continue with resume=True"
     )
     assert [path.name for path in list_checkpoints(Path(config.output_dir))] == ["checkpoint-00000002"]
     assert not (Path(config.output_dir) / "final").exists()
@@ -549,7 +549,7 @@ def test_an_output_folder_that_is_in_use_is_refused_and_untouched(settings: Call
     folder = Path(config.output_dir)
     folder.mkdir()
     (folder / "precious.txt").write_text("mine", encoding="utf-8")
-    want = f"output_dir {config.output_dir!r} exists and is not empty: choose another, or continue it with --resume"
+    want = f"output_dir {config.output_dir!r} exists and is not empty: choose another, or continue it with resume=True"
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
         train(config)
     assert [path.name for path in folder.iterdir()] == ["precious.txt"]
@@ -626,7 +626,7 @@ def test_steps_that_are_left_out_are_said_and_too_many_in_a_row_stop_the_run(
     rows = r"train.jsonl:\d, .*train.jsonl:\d"
     assert re.fullmatch(
         rf"{re.escape(config.output_dir)}: 3 consecutive steps were skipped; in the last, step 6, the gradient's norm "
-        rf"is (inf|nan) \(.*{rows}\); they did not change the weights. Lower --learning_rate, inspect these "
+        rf"is (inf|nan) \(.*{rows}\); they did not change the weights. Lower learning_rate, inspect these "
         "rows, or see metrics.jsonl for the onset",
         str(error.value),
     )
@@ -728,7 +728,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(settings:
 def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
     settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    whole, full = settings("whole", save_steps=2), settings("full", save_steps=2)
+    whole, full = settings("whole", save_steps=2, view_rows=1), settings("full", save_steps=2, view_rows=1)
     train(whole)
     calls = []
 
@@ -747,7 +747,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
     out = Path(full.output_dir)
     assert str(error.value) == (
         f"{out / 'checkpoint-00000004'}: cannot write the checkpoint ([Errno 28] No space left on device); earlier "
-        "checkpoints are intact. Free disk space, then continue with --resume"
+        "checkpoints are intact. Free disk space, then continue with resume=True"
     )
     assert sorted(p.name for p in out.iterdir()) == [
         "checkpoint-00000002",
@@ -1167,7 +1167,7 @@ def test_a_finished_run_that_is_resumed_with_its_own_steps_stays_as_it_is(
     train(config)
     before = files_of(config)
     train(config, resume=True)
-    assert "all 2 steps are already done: raise --max_steps to train further" in capsys.readouterr().err
+    assert "all 2 steps are already done: raise max_steps to train further" in capsys.readouterr().err
     assert files_of(config) == before
 
 
