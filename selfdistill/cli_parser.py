@@ -291,7 +291,7 @@ def _explained(message: str, arguments: list[str]) -> str:
     command = _command(arguments)
     if command not in COMMANDS:
         found = f"unknown command {command!r}" if command else "no command"
-        return f"{found}, expected one of {', '.join(COMMANDS)}{closest(command, COMMANDS, '')}"
+        return f"{found}, expected one of {', '.join(COMMANDS)}{closest(command, COMMANDS)}"
     fields = COMMANDS[command][0].model_fields
     switches = [switch for switch, wanted in SWITCHES.items() if command in wanted]
     if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
