@@ -191,7 +191,7 @@ def test_two_processes_see_the_same_parts(reasoned: Settings, tmp_path: Path) ->
     ("values", "message"),
     [
         ({"hint": 0.5}, "setting 'hint': atesd itself chooses how much the teacher sees: leave it out"),
-        ({"context": "few_shot"}, "context 'few_shot:k=3,pick=seed,this=false,seed=0': it shows more than"),
+        ({"context": "few_shot"}, "context 'few_shot:k=3,pick=seed,this=false,seed=0': cannot show a part of"),
         ({"method_settings": {"hold": 0}}, "setting 'method_settings', setting 'hold': found 0, expected"),
     ],
 )

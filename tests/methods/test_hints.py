@@ -314,9 +314,9 @@ def test_a_dry_run_with_a_hint(worded: Settings, hint: str) -> None:
         ({"hint": "nan"}, "setting 'hint': found 'nan', expected: a share from 0 to 1"),
         (
             {"hint": "0.5", "context": "few_shot:k=2"},
-            "context 'few_shot:k=2,pick=seed,this=false,seed=0': it shows more",
+            "context 'few_shot:k=2,pick=seed,this=false,seed=0': cannot show a part",
         ),
-        ({"hint": "shortest", "context": "document"}, "context 'document:repeats=1,show=both': it shows more than"),
+        ({"hint": "shortest", "context": "document"}, "context 'document:repeats=1,show=both': cannot show a part of"),
         ({"hint": "shortest", "teacher_model": "m"}, "setting 'hint': shortest samples from the student, not"),
     ],
 )
