@@ -291,4 +291,4 @@ def test_no_process_outlives_its_parent(number: int) -> None:
         parent.send_signal(number)
         parent.wait()
     _, alive = psutil.wait_procs(children, timeout=5)
-    assert alive == []
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []  # dead, if not yet reaped
