@@ -15,6 +15,7 @@ from typing import Any
 from selfdistill.api_inputs import (
     Model,
     RowsInFolder,
+    callback_of,
     check_start,
     data_of,
     given_settings,
@@ -53,7 +54,7 @@ from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import check_device, say_note, size_in_bytes
-from selfdistill.training import Fit, OnStep, Plan, Run
+from selfdistill.training import Fit, Plan, Run
 from selfdistill.training import export as run_export
 from selfdistill.training import merge as run_merge
 from selfdistill.training import plan as run_plan
@@ -69,7 +70,7 @@ def check(model: Model, data: Rows, *, tokenizer: Any = None, progress: bool = T
         data: demonstrations; see :data:`Rows`.
         tokenizer: of a loaded model.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.CheckConfig`.
+        settings: the options of ``selfdistill check``.
 
     Raises:
         UserError: settings, data or model are invalid, or no context layout fits.
@@ -113,7 +114,7 @@ def train(
         RunFailed: training diverged or collapsed.
     """
     with session(progress, resume=resume):
-        callback = _callback(on_step)
+        callback = callback_of(on_step)
         given = given_settings(model, output_dir, settings)
         loaded = None
         if "model" in given:
@@ -124,15 +125,6 @@ def train(
             config = check_start(config, loaded, rows, resume=resume)
             run_training(config, resume=resume, loaded=loaded, on_step=callback, given=rows.names)
         return Run(config.output_dir)
-
-
-def _callback(on_step: Callable[[int, Any, dict[str, Any]], object] | None) -> OnStep | None:
-    """The caller's function as training calls it: after each step, with the model itself."""
-    if on_step is None:
-        return None
-    if not callable(on_step):
-        raise UserError(f"on_step: found {on_step!r}, expected a function of step, model and metrics")
-    return lambda step, loaded, metrics: step > 0 and bool(on_step(step, loaded.model, metrics))
 
 
 def plan(
@@ -211,7 +203,7 @@ def evaluate(
         base: the model before training, evaluated on the same items.
         tokenizer: of a loaded model and a loaded base.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.EvalConfig`.
+        settings: the options of ``selfdistill eval``.
 
     Raises:
         UserError: settings, data or model are invalid.
@@ -244,7 +236,7 @@ def compare(
         output_dir: folder of the comparison, with a run folder for each method, learning rate and seed.
         resume: resume the comparison; finished runs are kept, and ``seeds`` may be added.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.CompareConfig`.
+        settings: the options of ``selfdistill compare``.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -278,7 +270,7 @@ def learn(
         state: folder that holds one model's state.
         test: held-out rows of the skill.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.LearnConfig`.
+        settings: the options of ``selfdistill learn``.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -296,7 +288,7 @@ def learn(
                 given[name] = str(Path(folder) / f"{name}.jsonl")
                 write_demonstrations(
                     Path(given[name]),
-                    load_demonstrations(in_memory, note=say_note, **reading_of(given)[name]),
+                    load_demonstrations(in_memory, note=say_note, name=name, **reading_of(given)[name]),
                 )
         return run_action(LearnConfig(**given))
 
@@ -316,7 +308,7 @@ def ask(
         question: one user turn.
         base: a second model to ask the same.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.AskConfig`.
+        settings: the options of ``selfdistill ask``.
 
     Raises:
         UserError: a model cannot be loaded.
@@ -341,7 +333,7 @@ def make_questions(
         documents: a folder of ``.txt``, ``.md``, ``.html`` or ``.pdf`` files, or one file.
         output_dir: folder for ``train.jsonl``, ``test.jsonl`` and ``indirect.jsonl``.
         progress: show bars and notes.
-        settings: fields of :class:`selfdistill.config.QuestionsConfig`.
+        settings: the options of ``selfdistill questions``.
 
     Raises:
         UserError: a mistake the user can fix.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
 from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say_note, world_size
-from selfdistill.training import check_output_dir, check_parts
+from selfdistill.training import OnStep, check_output_dir, check_parts
 
 Model = str | os.PathLike[str] | Any
 """A folder, run folder, hub id or ``smollm2-135m``; or a loaded ``PreTrainedModel``, with ``tokenizer=``.
@@ -67,6 +68,19 @@ def on_best_device(loaded: LoadedModel | None) -> LoadedModel | None:
     return None if loaded is None else to_best_device(loaded)
 
 
+def callback_of(on_step: Callable[[int, Any, dict[str, Any]], object] | None) -> OnStep | None:
+    """The caller's function as training calls it: after each step, with the model itself.
+
+    Raises:
+        UserError: it is no function.
+    """
+    if on_step is None:
+        return None
+    if not callable(on_step):
+        raise UserError(f"on_step: found {on_step!r}, expected a function of step, model and metrics")
+    return lambda step, loaded, metrics: step > 0 and bool(on_step(step, loaded.model, metrics))
+
+
 def reading_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """How to read the rows, as arguments of ``load_demonstrations``, by the setting of the data."""
     turns = given.get("turns", "auto")
@@ -111,7 +125,7 @@ class RowsInFolder:
             if world_size() > 1:
                 raise UserError(f"setting {name!r}: {world_size()} processes read the rows, so give a file")
             file = Path(output_dir) / f"{name}.jsonl"
-            self._rows[file] = load_demonstrations(rows, note=say_note, **reading[name])
+            self._rows[file] = load_demonstrations(rows, note=say_note, name=name, **reading[name])
             self.paths[name] = str(file)
 
     @property
@@ -140,6 +154,9 @@ class RowsInFolder:
             raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
         try:
             yield
+        except UserError as error:
+            error.args = (self._as_given(str(error)), *error.args[1:])
+            raise
         finally:
             for file in missing:
                 if planned or not (file.parent / "config.yaml").exists():
@@ -150,6 +167,17 @@ class RowsInFolder:
             for folder in created:  # the innermost first
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
+
+    def _as_given(self, message: str) -> str:
+        """A message about the files in terms of the rows in memory: ``run/data.jsonl:1, 2`` as ``data[0], data[1]``."""
+        for file in self._rows:
+            name, path = file.stem, re.escape(str(file))
+            before = f"{path}:|lines? " if message.startswith(f"{file}: ") else f"{path}:"
+            for found in re.finditer(rf"(?<!\w)(?:{before})(\d+(?:, \d+)*)", message):
+                places = ", ".join(f"{name}[{int(line) - 1}]" for line in found[1].split(", "))
+                message = message.replace(found[0], places, 1)
+            message = message.replace(f"{file}: ", f"{name}: ")
+        return message
 
     def _is_there(self, file: Path) -> bool:
         if not file.exists():

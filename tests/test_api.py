@@ -60,8 +60,9 @@ def test_check_train_evaluate_generate(model: str, capsys: pytest.CaptureFixture
     assert checked.verdict in " ".join(repr(checked).split())
     assert "runs/tickets" in repr(run)
     assert "KL(base||model)" in repr(result)
-    assert result._repr_html_().startswith("<pre>")
-    assert "||" in result._repr_html_()
+    page = result._repr_html_()
+    assert page.startswith(f"<table>\n<caption>{run.final} on ")
+    assert "KL(base||model)" in page
 
 
 def test_python_and_the_command_line_have_the_same_defaults(model: str, write_rows: Callable[..., Path]) -> None:
@@ -105,8 +106,13 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
     ("data", "message"),
     [
         ([], "data: no rows, expected at least one"),
-        ([{"prompt": "a"}], r"data.jsonl: 1 bad row: line 1, column 'completion': missing"),
-        ([*ROWS, {"prompt": " ", "completion": "x"}], "row 6, column 'prompt': found only whitespace"),
+        ([*ROWS, {"prompt": "a"}], r"^data: 1 bad row: data\[6\], column 'completion': missing"),
+        ([{"prompt": "a"}, ROWS[0], {"prompt": "b"}], r"^data: 2 bad rows: data\[0\], data\[2\]: column 'completion'"),
+        (
+            ROWS,
+            r"^6 of 6 rows do not fit: data\[0\], data\[1\], data\[2\] and 3 more: completion has 16 tokens, limit 12",
+        ),
+        ([*ROWS, {"prompt": " ", "completion": "x"}], r"data: 1 bad row: data\[6\], column 'prompt': found only white"),
         (["a", "b"], "data: all 2 rows: found 'a', 'b', expected a dict"),
         ({"prompt": "a"}, "data: found a dict, expected a path, a list of rows or a datasets.Dataset"),
         (
@@ -117,7 +123,14 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
 )
 def test_bad_rows_in_memory_are_refused(model: str, data: Any, message: str) -> None:
     with pytest.raises(sd.UserError, match=message):
-        sd.train(model, data, output_dir="run", **RUN)
+        sd.train(model, data, output_dir="run", method="sft", **RUN)
+    assert not Path("run").exists()
+
+
+def test_a_test_in_memory_is_named_by_its_rows(model: str) -> None:
+    for wrong in ({"prompt": "a"}, {"prompt": ""}):
+        with pytest.raises(sd.UserError, match=r"^test: 1 bad row: test\[2\], column "):
+            sd.compare(model, ROWS, test=[*ROWS[:2], wrong], output_dir="run", methods=["sft"], **RUN)
     assert not Path("run").exists()
 
 
@@ -391,6 +404,12 @@ def test_results_can_be_pickled_and_text_is_not_markup(model: str) -> None:
     assert r"\[x + y\] [/b]" in repr(AskResult("q", r"\[x + y\] [/b]", None))
 
 
+def test_a_reply_without_text_is_shown_as_such() -> None:
+    from selfdistill.evaluation import AskResult
+
+    assert repr(AskResult("q", " \n", "Shelf B.")).count("(empty reply)") == 1
+
+
 def test_a_note_comes_once_in_a_call(capfd: pytest.CaptureFixture[str]) -> None:
     from selfdistill.runtime import progress_shown, say_note
 
@@ -401,12 +420,6 @@ def test_a_note_comes_once_in_a_call(capfd: pytest.CaptureFixture[str]) -> None:
             for message in ("c", "d"):
                 say_note(message, topic="one")
     assert capfd.readouterr().err == "note: a\nnote: b\nnote: c\n" * 2
-
-
-def test_a_reply_without_text_is_shown_as_such() -> None:
-    from selfdistill.evaluation import AskResult
-
-    assert repr(AskResult("q", " \n", "Shelf B.")).count("(empty reply)") == 1
 
 
 def test_silence_ends_where_it_began(model: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -187,7 +187,7 @@ def test_the_notebook_runs_and_shows_the_trade_off(
     assert "18" in shown["evaluate"]._repr_html_()
     assert isinstance(shown["generate"], str)
     page = shown["compare"]._repr_html_()
-    assert page.startswith("<pre>")
+    assert page.startswith("<table>")
     assert "<svg" in page
     texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", page[page.index("<svg") :]))
     assert texts >= {"new task, accuracy", "sft", "sdft", "teacher", "base"}

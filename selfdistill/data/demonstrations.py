@@ -141,6 +141,7 @@ def load_demonstrations(
     note: Note | None = None,
     lacks: Lacks | None = None,
     turns: Turns = "auto",
+    name: str = "data",
 ) -> list[Demonstration]:
     """Read and validate every row of ``data``, in order.
 
@@ -158,6 +159,7 @@ def load_demonstrations(
         lacks: what else a row must have; see :data:`Lacks`.
         turns: which assistant turns are learnt: ``last``; ``all`` after the prompt, which of ``messages`` is what comes
             before the first; ``auto``: all of a row with tool calls or tool turns or with several in its completion.
+        name: of in-memory rows in messages, as in ``data[0]``.
 
     A row has ``prompt`` and ``completion`` (each text or chat messages, the completion one assistant message or an
     episode that begins and ends with one), or ``messages``, whose last turn is the assistant's demonstration. Messages
@@ -168,13 +170,13 @@ def load_demonstrations(
     """
     if turns not in get_args(Turns):
         raise UserError(f"turns {turns!r}: expected {one_of(get_args(Turns))}")
-    name, said = "data", note or _nobody
+    said = note or _nobody
     try:
         if isinstance(data, str | os.PathLike):
             name = os.fspath(data)
             rows = read_rows(name, split, said)
         else:
-            rows = rows_in_memory(undecoded(data), split, said, as_row)
+            rows = rows_in_memory(undecoded(data), name, split, said, as_row)
     except OSError as error:
         raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
     if not rows:

@@ -80,22 +80,25 @@ def _bundled(path: str) -> str:
     return packaged(name)
 
 
-def rows_in_memory(data: Any, split: str | None, note: Note, as_row: Callable[[Any], Any]) -> list[RawRow]:
+def rows_in_memory(data: Any, name: str, split: str | None, note: Note, as_row: Callable[[Any], Any]) -> list[RawRow]:
     """The rows of a ``datasets.Dataset`` (or of the split of a ``DatasetDict``), or of any other iterable of rows.
+
+    They are called ``name[0]``, ``name[1]``, ... in messages.
 
     Raises:
         UserError: the data is neither, or has no such split.
     """
     if isinstance(data, dict) and hasattr(data, "column_names"):  # a DatasetDict
-        data = choose("data", data, split, note)
+        data = choose(name, data, split, note)
     if isinstance(data, dict | str | bytes) or not isinstance(data, Iterable):
         found = "a dict" if isinstance(data, dict) else describe_value(data)
-        raise UserError(f"data: found {found}, expected a path, a list of rows or a datasets.Dataset")
+        raise UserError(f"{name}: found {found}, expected a path, a list of rows or a datasets.Dataset")
     rows = list(data)
-    sources = [getattr(row, "source", "") or f"data[{number}]" for number, row in enumerate(rows)]
     return [
-        RawRow(f"row {number}", source, value, None if isinstance(value, dict) else _not_dict(value))
-        for number, (value, source) in enumerate(zip(map(as_row, rows), sources, strict=True))
+        RawRow(place, getattr(row, "source", "") or place, value, None if isinstance(value, dict) else _not_dict(value))
+        for place, row, value in zip(
+            (f"{name}[{number}]" for number in range(len(rows))), rows, map(as_row, rows), strict=True
+        )
     ]
 
 

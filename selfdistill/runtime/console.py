@@ -8,15 +8,18 @@ import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from html import escape
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from selfdistill.runtime.distributed import is_rank0
 
@@ -193,6 +196,35 @@ def say_note(message: str, topic: str | None = None) -> None:
     say(f"note: {message}")
 
 
+class _Page(Console):
+    """Collects what is printed as HTML: a table as a table, everything else as text."""
+
+    def __init__(self) -> None:
+        super().__init__(width=100, emoji=False)
+        self.html = ""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        for one in objects:
+            if isinstance(one, Table):
+                self.html += _html_table(one)
+            else:
+                with self.capture() as text:
+                    super().print(one, **options)
+                self.html = f"{self.html}<pre>{escape(text.get().rstrip())}</pre>\n".replace("</pre>\n<pre>", "\n")
+
+
+def _html_table(table: Table) -> str:
+    def row(cells: Iterable[Any], tag: str) -> str:
+        texts = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in cells]
+        shown = [escape(text.plain).replace("\n", "<br>") for text in texts]
+        return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in shown)}</tr>\n"
+
+    title = f"<caption>{escape(Text.from_markup(str(table.title)).plain)}</caption>\n" if table.title else ""
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    head = row((column.header for column in table.columns), "th")
+    return f"<table>\n{title}{head}{''.join(row(cells, 'td') for cells in rows)}</table>\n"
+
+
 class Printable(ABC):
     """A result that prints itself: in a terminal, as text in a Python session, as HTML in a notebook."""
 
@@ -210,4 +242,6 @@ class Printable(ABC):
         return ""
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(repr(self))}</pre>{self.figure()}"
+        page = _Page()
+        self.print(page)
+        return page.html + self.figure()

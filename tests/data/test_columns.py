@@ -19,8 +19,8 @@ def problem_of(row: dict[str, Any]) -> str:
     with pytest.raises(UserError) as caught:
         load_demonstrations([row])
     message = str(caught.value)
-    assert message.startswith("data: 1 bad row: row 0, ")
-    return message.removeprefix("data: 1 bad row: row 0, ")
+    assert message.startswith("data: 1 bad row: data[0], ")
+    return message.removeprefix("data: 1 bad row: data[0], ")
 
 
 @pytest.mark.parametrize(

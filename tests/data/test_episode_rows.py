@@ -30,7 +30,7 @@ def refusal(row: dict[str, Any]) -> str:
     with pytest.raises(UserError) as refused:
         load_demonstrations([row])
     assert "\n" not in str(refused.value)
-    return str(refused.value).removeprefix("data: 1 bad row: row 0, ")
+    return str(refused.value).removeprefix("data: 1 bad row: data[0], ")
 
 
 def call(**changes: Any) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def test_other_values_of_turns_are_refused() -> None:
 def test_a_chat_without_a_last_reply_is_said_to_end_without_it(row: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError, match="1 bad row") as refused:
         load_demonstrations([row], lacks=lambda _: "column 'completion': missing, which it needs")
-    assert str(refused.value) == f"data: 1 bad row: row 0, {problem}"
+    assert str(refused.value) == f"data: 1 bad row: data[0], {problem}"
 
 
 # --- forms of calls ---

@@ -38,7 +38,7 @@ def problem_of(value: dict[str, Any]) -> str:
     with pytest.raises(UserError) as error:
         load_demonstrations([value])
     assert "\n" not in str(error.value)
-    return str(error.value).removeprefix("data: 1 bad row: row 0, ")
+    return str(error.value).removeprefix("data: 1 bad row: data[0], ")
 
 
 # --- what is read ---

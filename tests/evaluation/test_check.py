@@ -181,10 +181,10 @@ def test_hopeless_data_is_called_unlikely(
     out = " ".join(repr(result).split())
     assert "GiB with 4 rows per micro-batch" in out
     assert "All layouts have the same accuracy, so log p(demo) alone decides their order." in out
-    assert f"None is good enough; least bad: --context {result.best.context} " in out
-    assert "Best:" not in out
+    assert f"No context is good enough; the least bad: {result.best.context} " in out
+    assert "Best context:" not in out
     known = replace(result, layouts=[replace(result.best, accuracy=1.0)], student_accuracy=1.0)
-    assert f"Best: --context {result.best.context} " in " ".join(repr(known).split())
+    assert f"Best context: {result.best.context} " in " ".join(repr(known).split())
 
 
 def test_the_best_context_for_training_costs_nothing_takes_the_scorer_and_says_what_it_expects(

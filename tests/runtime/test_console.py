@@ -7,8 +7,11 @@ import warnings
 
 import pytest
 import transformers
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from selfdistill.runtime.console import library_warnings
+from selfdistill.runtime.console import Printable, library_warnings
 
 LOGGER = logging.getLogger("transformers.modeling_utils")
 
@@ -53,3 +56,19 @@ def test_the_libraries_say_afterwards_what_they_said_before() -> None:
     assert root.handlers == handlers
     assert not LOGGER.isEnabledFor(logging.WARNING)
     transformers.logging.set_verbosity(verbosity)
+
+
+class Shown(Printable):
+    def print(self, console: Console) -> None:
+        table = Table("layout", "[bold]right[/bold]", title="a < b")
+        table.add_row("turns", Text("[x]\ny"))
+        console.print(table)
+        console.print("one & two", highlight=False)
+        console.print("[three]", markup=False)
+
+
+def test_a_notebook_shows_tables_as_tables() -> None:
+    assert Shown()._repr_html_() == (
+        "<table>\n<caption>a &lt; b</caption>\n<tr><th>layout</th><th>right</th></tr>\n"
+        "<tr><td>turns</td><td>[x]<br>y</td></tr>\n</table>\n<pre>one &amp; two\n[three]</pre>\n"
+    )
