@@ -152,7 +152,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q" * 600, "completion": "a"}),
         SDFT + " --max_prompt_length 20",
         "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 20; "
-        "shorten the prompts (the window is 512 tokens), or drop them with --on_long_prompt drop",
+        "shorten the prompts (the window is 512 tokens), or drop them with on_long_prompt drop",
     ),
     (
         "short.jsonl",
@@ -173,7 +173,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q", "completion": "a" * 600}),
         SFT,
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 601 tokens, limit 8 (max_completion_length); "
-        "shorten the completions (the window is 512 tokens), or drop them with --on_long_prompt drop",
+        "shorten the completions (the window is 512 tokens), or drop them with on_long_prompt drop",
     ),
     (
         "reply.jsonl",
@@ -1153,7 +1153,7 @@ def test_a_check_also_plans(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(shlex.split(f"{checked} --memory 0.01MB --device l4 --json result.json")) in (0, 4)
     out = capsys.readouterr().out
     assert "batch 2 in " in out
-    assert out.index("rough time, on l4") < out.index("it does not fit: ") < out.index("Best context: turns")
+    assert out.index("rough time, on l4") < out.index("it does not fit: ") < out.index(": turns:repeats=2 ")
     result = json.loads(Path("result.json").read_text())
     assert result["best"] == "turns:repeats=2"
     plan = result["plan"]
