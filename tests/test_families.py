@@ -271,7 +271,7 @@ def test_a_system_turn_is_kept_merged_or_refused_by_file_and_line(
     if family.system == "left out":
         with pytest.raises(sd.UserError, match="template") as refusal:
             encoded(rows, layout, chat_of(loaded))
-        assert all(f"{file.name}:{line}" in str(refusal.value) for line in (1, 2, 3))
+        assert f"{file.name}:1, 2, 3: " in str(refusal.value)
         assert "system" in str(refusal.value)
         assert "\n" not in str(refusal.value)
         return
@@ -299,12 +299,11 @@ def test_turns_that_a_template_refuses_are_named_by_file_and_line(
         lambda: sd.check(str(folder(family)), str(file)),
     ]
     for call in calls:
-        with pytest.raises(sd.UserError, match=r"turns\.jsonl:2.*turns\.jsonl:4.*turns\.jsonl:6") as refusal:
+        with pytest.raises(sd.UserError, match=r"turns\.jsonl:2, 4, 6: ") as refusal:
             call()
         assert "turns" in str(refusal.value)
         assert "take turns" in str(refusal.value) or "alternate" in str(refusal.value)  # the template's own words
         assert "\n" not in str(refusal.value)
-        assert not re.search(r"turns\.jsonl:[135]\b", str(refusal.value))
 
 
 # --- thoughts ---

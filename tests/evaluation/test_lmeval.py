@@ -192,7 +192,7 @@ def test_mistakes_are_one_line(
     write_task("texts", QUESTIONS, metric_list=metric, **text)
     write_task("lost", QUESTIONS, dataset_kwargs={"data_files": {"test": str(folder / "none.jsonl")}})
     cases = [
-        (["flis"], folder, f"lm_eval_tasks: no task 'flys' in lm-eval or {folder}; did you mean flies?"),
+        (["flis"], folder, f"lm_eval_tasks: no task 'flis' in lm-eval or {folder}; did you mean flies?"),
         (["flies"], None, "and lm_eval_path is not given; see lm-eval ls tasks"),
         (["flies"], folder / "no", f"lm_eval_path '{folder / 'no'}': no such folder"),
         (["flies", "lost"], folder, "lm_eval_tasks: task 'lost' cannot be loaded: FileNotFoundError: "),
