@@ -18,7 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, TrainConfig
 from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
-from selfdistill.errors import UserError, number_of
+from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
 from selfdistill.methods import FROZEN, DemonstrationExamples, Method, Part, check_steps, stages_of
@@ -47,7 +47,8 @@ class EncodedPart:
     def counted(self) -> str:
         """What it learns from, and how much of it."""
         dropped = f" ({self.dropped} too long, dropped)" if self.dropped else ""
-        return f"{number_of(len(self.examples), self.method.examples.what.removesuffix('s'))}{dropped}"
+        what = self.method.examples.what
+        return f"{len(self.examples)} {what.removesuffix('s') if len(self.examples) == 1 else what}{dropped}"
 
 
 @dataclass
