@@ -85,7 +85,9 @@ def test_nothing_is_learnt_from_what_is_measured() -> None:
     assert list(module.ARMS) == list(ARMS)
 
 
-@pytest.mark.parametrize("moment", [pytest.param("step", marks=pytest.mark.slow), "last step", "evaluation"])
+@pytest.mark.parametrize(
+    "moment", [*(pytest.param(at, marks=pytest.mark.slow) for at in ("step", "last step")), "evaluation"]
+)
 def test_a_stopped_demo_says_what_to_do_and_lies_beside_an_earlier_one(
     tiny_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
 ) -> None:

@@ -85,6 +85,7 @@ def started(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str
     return code
 
 
+@pytest.mark.slow
 def test_two_checks_pass_on_a_cpu(tmp_path: Path) -> None:
     command = [
         sys.executable,

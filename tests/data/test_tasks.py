@@ -74,6 +74,7 @@ def test_what_is_held_out_of_training() -> None:
     assert not any(train & other for other in others)
 
 
+@pytest.mark.slow
 def test_a_function_that_returns_one_value_or_its_argument_fails() -> None:
     part = rows("strings")[1][::4]
     for body in ("s", "''", "0", "True", "len(s)"):

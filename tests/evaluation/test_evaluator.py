@@ -73,9 +73,20 @@ def test_what_a_training_needs_is_read_first(settings: Callable[..., TrainConfig
             check_inputs(settings("c", **values))
 
 
-@pytest.mark.parametrize("teacher", ["ema", "frozen"])
-@pytest.mark.parametrize("lora_rank", [0, 2])
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    ("mixed_precision", "lora_rank", "teacher"),
+    [
+        ("no", 0, "ema"),
+        ("bf16", 2, "frozen"),
+        *(
+            pytest.param(precision, rank, teacher, marks=pytest.mark.slow)
+            for precision in ("no", "bf16")
+            for rank in (0, 2)
+            for teacher in ("ema", "frozen")
+            if (precision, rank, teacher) not in (("no", 0, "ema"), ("bf16", 2, "frozen"))
+        ),
+    ],
+)
 def test_measuring_leaves_the_final_weights_bitwise_as_they_would_have_been(
     settings: Callable[..., TrainConfig], teacher: str, lora_rank: int, mixed_precision: str
 ) -> None:

@@ -113,7 +113,7 @@ def test_a_frozen_teacher_is_the_quantised_base(settings: Callable[..., TrainCon
 @pytest.mark.parametrize(
     "values",
     [
-        {"teacher": "snapshot", "snapshot_steps": 2},
+        pytest.param({"teacher": "snapshot", "snapshot_steps": 2}, marks=pytest.mark.slow),
         {"mixed_precision": "bf16"},
         pytest.param({}, marks=pytest.mark.slow),
     ],
