@@ -304,6 +304,7 @@ def test_turns_that_a_template_refuses_are_named_by_file_and_line(
         assert "turns" in str(refusal.value)
         assert "take turns" in str(refusal.value) or "alternate" in str(refusal.value)  # the template's own words
         assert "\n" not in str(refusal.value)
+        assert not re.search(r"turns\.jsonl:[135]\b", str(refusal.value))
 
 
 # --- thoughts ---

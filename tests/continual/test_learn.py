@@ -794,7 +794,7 @@ def test_a_base_that_was_moved_is_known_by_its_weights(make: Settings, tmp_path:
     add(config)
     second = make("second", model="")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"its base '.*' does not exist; if it was moved, give its new location"):
+    with pytest.raises(UserError, match=r"base '.*' does not exist; if it was moved, give its new location as model$"):
         add(second)
     assert add(second.model_copy(update={"model": str(tmp_path / "elsewhere")}))["accepted"]
     assert Ledger(config.state).base == str(tmp_path / "elsewhere")

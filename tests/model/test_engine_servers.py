@@ -357,7 +357,7 @@ def test_all_options_that_differ_are_named_at_once(load: Loader, fake: FakeVllm)
             r"not vLLM's \(KeyError: 'lora_config'\); ",
         ),
         ("/v1/models", (200, {"data": []}), r"its answers are not vLLM's \(ValueError: .*\); serve with vllm>="),
-        ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1"),
+        ("/server_info", (404, {}), "it has no /server_info of vLLM; start it with VLLM_SERVER_DEV_MODE=1 .see docs"),
         (
             "/collective_rpc",
             (200, {"results": [{"hidden_size": 64}]}),
