@@ -62,10 +62,10 @@ class Tool:
 
 
 def tool_of(function: Callable[..., Any]) -> Tool:
-    """A function as a tool. Its name, type hints and docstring (Google style) make the schema.
+    """A function as a tool, with a schema made from its name, type hints and docstring (Google style).
 
     Raises:
-        UserError: it has no type hints, no docstring with a line for each argument, or arguments without a name.
+        UserError: it lacks type hints or a docstring line for each argument, or an argument cannot be passed by name.
     """
     name = getattr(function, "__qualname__", repr(function))
     for parameter in inspect.signature(function).parameters.values():
@@ -82,10 +82,10 @@ def tool_of(function: Callable[..., Any]) -> Tool:
 
 
 def _fitted(value: Any, schema: Mapping[str, Any], name: str) -> Any:
-    """The value, a whole number as int where one is expected.
+    """The value; a whole number is converted to int if the schema expects one.
 
     Raises:
-        BadArguments: it does not fit the schema.
+        BadArguments: the value does not fit the schema.
     """
     if value is None and schema.get("nullable"):
         return None
