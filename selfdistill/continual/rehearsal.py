@@ -91,7 +91,7 @@ def check_room(run: TrainConfig) -> None:
     """Check that the batch has room for the skill and all anchors.
 
     Raises:
-        UserError: it is too small, or the method rejects the settings.
+        UserError: the batch is too small, or the method rejects the settings.
     """
     beside = [part.name for part in stages_of(run)[0][1:]]
     try:

@@ -46,7 +46,7 @@ class Tool:
         A whole number may be written 3.0. Nothing else is converted: a model that writes "3" is told to write 3.
 
         Raises:
-            BadArguments: they are not an object, or one is missing, unknown or of the wrong type.
+            BadArguments: the arguments are not an object, or one is missing, unknown or of the wrong type.
         """
         if not isinstance(given, dict):
             raise BadArguments(f"the arguments are {_shown(given)}, expected a JSON object")
@@ -65,7 +65,7 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     """A function as a tool, with a schema made from its name, type hints and docstring (Google style).
 
     Raises:
-        UserError: it lacks type hints or a docstring line for each argument, or an argument cannot be passed by name.
+        UserError: type hints or a docstring line for an argument are missing, or one cannot be passed by name.
     """
     name = getattr(function, "__qualname__", repr(function))
     for parameter in inspect.signature(function).parameters.values():

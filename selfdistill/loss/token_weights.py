@@ -100,7 +100,7 @@ def check_skip(skip_first_tokens: int, completion_lengths: Sequence[int]) -> Non
     """Reject a ``skip_first_tokens`` that would mask most of the training signal.
 
     Raises:
-        UserError: it would mask more than half of all completion tokens, or every token of more than half of the
+        UserError: this would mask more than half of all completion tokens, or every token of more than half of the
             (non-empty) completions.
     """
     lengths = [length for length in completion_lengths if length > 0]

@@ -35,7 +35,7 @@ def read_config(folder: Path, name: str) -> Any:
     """The adapter's settings.
 
     Raises:
-        UserError: they cannot be read, the weights are pickled, or the adapter does more than change its base's layers.
+        UserError: the settings cannot be read, the weights are pickled, or the adapter acts outside its base's layers.
     """
     import_before_peft()
     from peft import PeftConfig
@@ -51,7 +51,7 @@ def read_config(folder: Path, name: str) -> Any:
             "can run code; convert them to safetensors"
         )
     kind = getattr(config.peft_type, "value", config.peft_type)
-    # Their virtual tokens or invocation tokens act outside of the layers, where sampling and scoring do not see them.
+    # Their virtual tokens or invocation tokens act outside the layers, where sampling and scoring do not see them.
     if config.is_prompt_learning or config.is_adaption_prompt or getattr(config, "alora_invocation_tokens", None):
         kind = "aLoRA" if kind == "LORA" else kind
         raise UserError(
@@ -116,8 +116,8 @@ def _mismatch(error: Exception) -> str:
 def _resize(base: Any, shapes: dict[str, tuple[int, ...]]) -> None:
     """Give the base's embedding and head as many rows as the adapter's copies of them have.
 
-    PEFT saves whole copies where the embedding was resized before training. They replace every row, so what the new
-    rows hold until then does not matter. Without a copy of the embedding, and of a head of its own, nothing is changed.
+    PEFT saves full copies if the embedding was resized before training. They replace every row, so the new rows need no
+    particular values. Without a copy of the embedding, and of the head if it is not tied, nothing is changed.
     """
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     names = {module: name for name, module in base.named_modules()}

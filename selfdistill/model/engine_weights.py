@@ -24,12 +24,12 @@ _BASE = ".base_layer"
 _ADAPTER = "default"
 """The student's adapter."""
 _OTHER_KINDS = (_BASE, ".original_module", ".modules_to_save", ".token_adapter")
-"""PEFT's addition to the names of weights that adapters other than LoRA wrap."""
+"""What PEFT adds to the names of weights that adapters other than LoRA wrap."""
 
 WeightsVersion = tuple[Any, ...]
 """One number per weight, and one tuple per LoRA layer; see :func:`weights_version`."""
 _BLOCK = 64
-"""64-bit integers whose sum has one factor in a weight's number."""
+"""Number of 64-bit integers per block; each block's sum has its own factor in a weight's number."""
 
 
 @torch.no_grad()

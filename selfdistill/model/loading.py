@@ -353,7 +353,7 @@ def load_matching(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
     """Load a model to compare with ``other``, on the device of ``other``.
 
     Raises:
-        UserError: it cannot be loaded, or its vocabulary size differs.
+        UserError: the model cannot be loaded, or its vocabulary size differs.
     """
     return matched(load_model(name, dtype=dtype), other)
 

@@ -95,7 +95,7 @@ def import_bitsandbytes(asked: str) -> Any:
         asked: what needs it, for the message.
 
     Raises:
-        UserError: it is not installed, or cannot be loaded.
+        UserError: bitsandbytes is not installed, or cannot be loaded.
     """
     if sys.modules.get("bitsandbytes") is None:
         if importlib.util.find_spec("bitsandbytes") is None:

@@ -140,7 +140,7 @@ class VllmEngine(VllmSampling):
         """Compare log-probabilities of a short sample with the model's own.
 
         Raises:
-            EngineFailed: they differ by more than rounding.
+            EngineFailed: the two differ by more than rounding.
         """
         prompt, policy = probe(loaded, self.length)
         (rollout,) = self._together(lambda: self._generated(loaded, [prompt], policy, [0], ends=()))

@@ -109,7 +109,7 @@ class VllmServers(VllmSampling):
         these weights than to the model itself.
 
         Raises:
-            EngineFailed: they differ by more than rounding, or ignore the adapter.
+            EngineFailed: a server differs by more than rounding, or ignores the adapter.
         """
         prompt, policy = probe(loaded, self.length)
         with other_lora(loaded):

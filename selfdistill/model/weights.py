@@ -39,7 +39,7 @@ def load_causal(
         load_in_4bit: quantise the weights of linear layers, see :mod:`selfdistill.model.four_bits`.
 
     Raises:
-        UserError: it is not a causal language model, or its files do not contain the weights that it computes with.
+        UserError: the model is no causal language model, or its files do not contain the weights that it computes with.
     """
     config = causal_config(path, name)
     folder = local_folder(path)
