@@ -1,8 +1,8 @@
 """``selfdistill compare``: train on the same demonstrations with several methods, on equal terms.
 
-All runs share the base, rows, number of steps and settings, and are evaluated on the same items at the same steps.
-Only method, learning rate, seed and the varied setting differ, or what the arms name. Each run has its own folder, so
-that a comparison can be resumed.
+All runs share the base, rows, number of steps and settings, and are evaluated on the same items at the same steps. They
+differ only in method, learning rate, seed and the varied setting, or in the settings that the arms name. Each run has
+its own folder, so a comparison can be resumed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, check_parts, list_checkpoints, steps_of, train
 
 ORACLE_RAG = "document:show=document"
-"""Context of the base without training: each question's own document."""
+"""Context for evaluating the untrained base: each question's own document."""
 _SAFE = ":=, "
 """Characters allowed in folder names, besides letters, digits and ``_.-~``."""
 _BUDGET = ("max_steps", "batch_size", "num_demonstrations")
@@ -47,7 +47,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
     Args:
         config: settings.
         resume: resume the comparison; finished runs are kept.
-        given: names of files that may be in the folder before it begins.
+        given: names of files that may already be in the folder at the start.
 
     Returns:
         The result. Its ``details`` are the content of ``comparison.json``: ``model``, ``data``, ``test``, ``prior``,
@@ -80,7 +80,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
 
 
 def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[str]) -> CompareConfig:
-    """Validate the settings, and replace the context ``auto`` by that of the resumed comparison or by the best one.
+    """Validate the settings, and replace the context ``auto`` with that of the resumed comparison or the best one.
 
     Raises:
         UserError: a fixed setting has changed, or an input is invalid.
@@ -217,7 +217,7 @@ def _moved(config: CompareConfig, evaluator: Evaluator, done: list[Compared]) ->
 
 @dataclass(frozen=True)
 class _Kind:
-    """Runs that differ from each other in learning rate and seed only."""
+    """Runs that differ only in learning rate and seed."""
 
     values: dict[str, Any]
     """The settings, including ``method``, in which they differ from other kinds."""
@@ -225,7 +225,7 @@ class _Kind:
     """The arm's name; None: it is named after its settings."""
 
     def names(self, run: TrainConfig) -> tuple[str, str]:
-        """Their name in tables, and the beginning of their folders' names."""
+        """Their name in tables, and the prefix of their folders' names."""
         if self.arm is not None:
             return self.arm, quote(self.arm, safe=_SAFE)
         used = {name: value for name, value in self.values.items() if name != "method" and uses(run, name)}
@@ -259,7 +259,7 @@ def _first_run(config: CompareConfig, kind: _Kind) -> TrainConfig:
 
 
 def runs_of(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
-    """The label and settings of every run. A method that ignores the varied setting runs only once."""
+    """The label and settings of every run. A method that ignores the varied setting runs once per rate and seed."""
     runs: dict[str, tuple[str, TrainConfig]] = {}
     for seed in config.seeds:
         for rate in config.learning_rates or (None,):
@@ -270,7 +270,7 @@ def runs_of(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
 
 
 def _run_config(config: CompareConfig, kind: _Kind, rate: float | None, seed: int) -> tuple[str, TrainConfig]:
-    """The label and the settings of a run; its rate is that of ``train``, or its kind's own, if it is None."""
+    """The label and the settings of a run; if ``rate`` is None, its kind's own rate or that of ``train`` applies."""
     shared = {name: getattr(config, name) for name in TrainingSettings.model_fields}
     run = TrainConfig(**shared | {"learning_rate": rate, "seed": seed, "output_dir": "run"} | kind.values)
     run = run.model_copy(update={name: TrainConfig.model_fields[name].default for name in unused_settings(run)})

@@ -12,7 +12,7 @@ from selfdistill.evaluation import Evaluation, seeds_interval, sign_test
 
 
 def reference(runs: Sequence[Compared]) -> str:
-    """The method that the others are compared with: ``sdft``, or the first."""
+    """The method that the others are compared with: ``sdft`` if there is one, else the first."""
     methods = [run.method for run in runs] or ["sdft"]
     return next((method for method in methods if method.split()[0] == "sdft"), methods[0])
 
@@ -38,7 +38,7 @@ class Compared:
 
 
 def table(runs: Sequence[Compared]) -> list[dict[str, Any]]:
-    """One line per method, learning rate and evaluated step: means over seeds as (mean, low, high)."""
+    """One entry per method, learning rate and evaluated step: means over seeds as (mean, low, high)."""
     rows = []
     for method, rate in dict.fromkeys((run.method, run.learning_rate) for run in runs):
         group = [run for run in _finished(runs) if (run.method, run.learning_rate) == (method, rate)]
@@ -110,7 +110,7 @@ def _reached(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
 
 
 def sentences(runs: Sequence[Compared], budget: str) -> str:
-    """The conclusions about self-distillation against each other method, with their uncertainty."""
+    """The conclusions about the :func:`reference` method against each other method, with their uncertainty."""
     finished = _finished(runs)
     said = [budget]
     if failed := [run.name for run in runs if run.failed is not None]:
@@ -129,7 +129,7 @@ def sentences(runs: Sequence[Compared], budget: str) -> str:
 
 
 def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]]) -> str:
-    """The reference ``mine`` at its last step against a method at equal accuracy."""
+    """Compare the reference ``mine`` at its last step with another method at equal accuracy."""
     own = [matched([run.evaluations[-1]], 0) for run, _ in pairs]
     theirs = [matched(other.evaluations, point.accuracy) for point, (_, other) in zip(own, pairs, strict=True)]
     ends = mean(other.evaluations[-1]["accuracy"] for _, other in pairs)

@@ -37,7 +37,7 @@ def series(run: RunFolder, key: str) -> list[Point]:
 
 
 def figures(runs: list[RunFolder]) -> list[Json]:
-    """The figures of all runs, as input of the template."""
+    """The figures of all runs, as input for the template."""
     made = []
     for key, words in {**SCORES, **CURVES}.items():
         curves = [Curve(run.curve, series(run, key)) for run in runs]
@@ -60,7 +60,7 @@ def figures(runs: list[RunFolder]) -> list[Json]:
 
 
 def _by_part(run: RunFolder) -> dict[str, list[Point]]:
-    """What each part adds to the loss of every step, 0 where it has no example; empty where steps have one part."""
+    """Each part's contribution to the loss of every step, 0 without examples; empty if steps have a single part."""
     lines = [line for line in run.metrics if any(key.startswith("share/") for key in line)]
     names = dict.fromkeys(key.removeprefix("share/") for line in lines for key in line if key.startswith("share/"))
     return {
@@ -91,5 +91,5 @@ def _numbers_of(what: str, name: str, points: Sequence[Point]) -> list[list[str]
 
 
 def number(value: float | None) -> str:
-    """Three digits; empty for None."""
+    """The value with three significant digits; empty for None."""
     return "" if value is None else f"{value:.3g}"

@@ -53,9 +53,9 @@ class Curve:
 
     name: str
     points: Sequence[Point]
-    """(x, y), connected in this order. A curve without points still reserves its colour, for consistency of figures."""
+    """(x, y), connected in this order. A curve without points still reserves its colour, to keep figures consistent."""
     seeds: Sequence[Sequence[Point]] = ()
-    """The single runs that this curve averages, drawn as thin lines."""
+    """The individual runs that this curve averages, drawn as thin lines."""
 
 
 def trade_off(
@@ -71,8 +71,8 @@ def trade_off(
 
     Args:
         curves: points are (prior score, new-task score); higher is better in both.
-        base: the model before training, drawn as a star.
-        teacher: its new-task score, drawn as a dashed horizontal line.
+        base: the point of the model before training, drawn as a star.
+        teacher: the teacher's new-task score, drawn as a dashed horizontal line.
         x_label: label of the prior score, with its unit.
         y_label: label of the new-task score, with its unit.
         file: also write the figure to this SVG file, black on white.

@@ -39,7 +39,7 @@ PROFILE = 24
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page; the first cell of each line is its heading."""
+    """A table of the page; the first cell of each row is its heading."""
 
     caption: str
     head: list[str]
@@ -89,7 +89,7 @@ def _missing(runs: list[RunFolder]) -> list[str]:
 
 
 def _shown(part: Part) -> Json:
-    """A part of the page, as input of the template."""
+    """A part of the page, as input for the template."""
     differing, common = _settings(part.runs)
     return {
         "title": part.title,
@@ -207,7 +207,7 @@ def _results(part: Part) -> list[Table]:
 
 
 def _trade_off(part: Part) -> Json | None:
-    """The figure of new-task score against prior score, and the table of its front; None without prior scores."""
+    """The plot of new-task score against prior score, and the table of its Pareto front; None without prior scores."""
     comparison = part.comparison or {}
     befores = [comparison["base"]] if comparison else [line for run in part.runs for line in run.evaluations[:1]]
     base = _points(befores[:1]).get(0)
@@ -288,7 +288,7 @@ def _heading(view: Json) -> str:
 
 
 def _turns(view: Json) -> list[Json]:
-    """The turns of an episode, each with its tokens and the observations after it; of a reply the only one."""
+    """The turns of an episode, each with its tokens and the observations after it; a single reply is one turn."""
     tokens = iter([_token(token) for token in view["tokens"]])
     if "turns" not in view:
         return [{"speaker": "", "tokens": list(tokens), "observations": []}]

@@ -79,7 +79,7 @@ def _read_comparison(folder: Path) -> Part:
         runs = [
             _read_run(folder / run["folder"], run["name"], curve_name(run), run["evaluations"])
             for run in comparison["runs"]
-            if not run.get("failed")  # the comparison's sentence names those
+            if not run.get("failed")  # the comparison's sentence names the failed ones
         ]
     except UserError:
         raise

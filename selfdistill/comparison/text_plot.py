@@ -10,17 +10,17 @@ Point = tuple[float, float]
 COLUMNS, ROWS = 61, 15
 """Size of the area inside the axes, in characters."""
 MARGIN = 8
-"""Characters left of the area."""
+"""Characters to the left of the area."""
 MARKS = "o123456789"
-"""The marks of the points, in their order; the first is for the base."""
+"""The marks of the points, in order; the first is for the base."""
 
 
 def scatter(
     points: Mapping[str, Point], x_label: str, y_label: str, *, level: tuple[str, float] | None = None
 ) -> list[str]:
-    """Plot shares against shares, as lines of ASCII text.
+    """Plot shares (from 0 to 1) against shares, as lines of ASCII text.
 
-    Axes start and end at tenths. Points that fall on the same character are drawn side by side.
+    Axes start and end at multiples of 0.1. Points that fall on the same character are drawn side by side.
 
     Args:
         points: (x, y) by name, at most ten.
@@ -54,7 +54,7 @@ def scatter(
 
 
 def _range(values: list[float]) -> tuple[float, float]:
-    """The tenths around the values."""
+    """The multiples of 0.1 around the values."""
     low = math.floor(10 * min(values) + 1e-9) / 10
     return low, max(math.ceil(10 * max(values) - 1e-9) / 10, low + 0.1)
 

@@ -54,11 +54,11 @@ def add(config: LearnConfig) -> dict[str, Any]:
 
     Returns:
         ``name``, ``accepted``, ``reasons`` (for refusal), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
-        teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current model on the new skill) and
-        ``after`` (of the new model: ``skills`` by name, and the prior abilities), ``retained`` (of each earlier skill
-        the score when ``learnt`` and the ``least`` that counts as retained), ``training`` (its cost, see
-        :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``, the number of earlier skills' prompts that
-        were anchors); the latter three only if reached.
+        teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current model on the new skill).
+        If reached, also ``training`` (its cost, see :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``,
+        the number of earlier skills' prompts used as anchors), ``after`` (of the new model: ``skills`` by name, and the
+        prior abilities) and ``retained`` (for each earlier skill, its score when ``learnt`` and the ``least`` score
+        that counts as retained).
 
     Raises:
         UserError: a mistake the user can fix.
@@ -75,7 +75,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
         check_steps(config.max_steps, run.method, stages)
     check_inputs(run.model_copy(update={"data": ""}))  # its rows have been read
     if not (Path(config.state) / START).is_dir():
-        check_room(run)  # before the base is measured; a state that exists may have more to rehearse, or to resume
+        check_room(run)  # before measuring the base; with an existing state, begin() checks, rehearsal included
     if config.prior:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
@@ -167,7 +167,7 @@ def _absolute(model: str) -> str:
 
 
 def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
-    """Evaluate a model on the tests of skills, each with that skill's settings, and on prior abilities."""
+    """Evaluate a model on each skill's test, with that skill's settings, and on prior abilities."""
     use_engine(loaded, config)
     with training_precision(loaded.model, config.mixed_precision):
         skills: dict[str, Evaluation] = {}
@@ -199,7 +199,7 @@ class _NewSkill:
         self._all = [*((skill.name, skill.folder) for skill in ledger.skills), *self._new]
 
     def result(self) -> dict[str, Any]:
-        """Run the remaining steps, and decide."""
+        """Run the remaining steps and decide whether to accept."""
         reasons: list[str] = []
         result: dict[str, Any] = {"name": self._name, "data": self._data, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
         result |= self._step("before", self._before)
@@ -264,7 +264,7 @@ class _NewSkill:
         return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}
 
     def _train(self, context: str) -> dict[str, Any]:
-        """Train, and return the cost; leaves the full model in ``model``, and ``run`` without checkpoints."""
+        """Train and return the cost. Leaves the complete model in ``model``, and no checkpoints in ``run``."""
         model = self._folder / "model"
         run = run_config(self._config, self._ledger.model, context, self._folder)
         folder = Path(run.output_dir)
@@ -304,7 +304,7 @@ class _NewSkill:
         return look
 
     def _retained(self) -> dict[str, dict[str, float]]:
-        """Of each earlier skill the score when it was learnt, and the least that counts as retained."""
+        """For each earlier skill, its score when learnt and the minimum that counts as retained."""
         learnt = {skill.name: skill.result["after"]["skills"][skill.name] for skill in self._ledger.skills}
         return {
             name: {"learnt": score["accuracy"], "least": _least(score, self._config)} for name, score in learnt.items()

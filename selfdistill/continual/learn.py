@@ -31,9 +31,9 @@ class LearnResult(Printable):
     action: str
     state: str
     details: dict[str, Any]
-    """As ``selfdistill learn --json`` writes it."""
+    """The object that ``selfdistill learn --json`` writes."""
     status: dict[str, Any] | None = None
-    """What ``status`` says afterwards, where a skill was accepted."""
+    """Details of ``status`` after the action; None unless a skill was accepted."""
 
     @property
     def accepted(self) -> bool:
@@ -46,7 +46,7 @@ class LearnResult(Printable):
         return 0 if self.accepted else NOT_ACCEPTED
 
     def print(self, console: Console) -> None:
-        """A table or a line, by the action."""
+        """Print a table or a line, depending on the action."""
         details = self.details
         if self.action in ("add", "stream"):
             _print_skill(self.state, details, self.status, console)
@@ -68,6 +68,7 @@ def learn(config: LearnConfig) -> LearnResult:
 
     Raises:
         UserError: a mistake the user can fix.
+        RunStopped: a signal arrived while adding a skill; the same command resumes.
     """
     if config.data and config.action not in ("add", "stream"):
         raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
@@ -162,11 +163,12 @@ _COSTS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
     "seconds": (".0f", lambda cost: cost["seconds"]),
     "of which on anchors": (".0f", lambda cost: cost["memory"]["seconds"] + cost["anchors"]["seconds"]),
 }
-"""Columns of what learning a skill took: the number's form, and the number."""
+"""Columns of the cost table: by title, the number's format and how to compute it."""
 
 
 def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
-    """Print what the state keeps of each skill and what learning it took, without columns that are empty or all 0."""
+    """Print the number of prompts kept per skill and the cost of learning it; columns without a number above 0 are
+    left out."""
     table = Table(title="Prompts of each skill that later ones rehearse, and the cost of learning it")
     table.add_column("skill")
     table.add_column("prompts kept", justify="right")
@@ -218,7 +220,7 @@ def _rollback(config: LearnConfig) -> dict[str, Any]:
         if ledger.interrupted:
             raise UserError(f"state {config.state!r}: an addition was interrupted; finish or discard it first")
         if ledger.pending.is_dir():
-            ledger.discard()  # evaluated with the model that is rolled back
+            ledger.discard()  # it was evaluated with the model being rolled back
         skill = ledger.skills[-1]
         place = ledger.undo(skill)
     return {"skill": skill.name, "model": ledger.model, "folder": str(place)}

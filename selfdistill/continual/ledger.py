@@ -5,8 +5,8 @@
     start/          state.yaml (base model and evaluation settings), prior/ (copied questions about the base's prior
                     abilities) and base.json (its score on them)
     skills/0001-routing/    accepted skills, in this order; the last one's model is the current model
-        settings.yaml, train.jsonl, test.jsonl, of a stream validation.jsonl, run/, model/, result.json;
-        prompts.jsonl (what later additions rehearse of it) and memory.jsonl (what it rehearsed of earlier skills)
+        settings.yaml, train.jsonl, test.jsonl, validation.jsonl (streams only), run/, model/, result.json;
+        prompts.jsonl (its prompts for later additions to rehearse) and memory.jsonl (earlier prompts it rehearsed)
     pending/        an addition in progress or interrupted; same contents
     refused/, undone/       additions that were refused or rolled back; read only by ``history``
 
@@ -31,9 +31,9 @@ START, SKILLS, PENDING, REFUSED, UNDONE = "start", "skills", "pending", "refused
 MEASURED_WITH = ("dtype", "mixed_precision", "chat_template_kwargs")
 """Settings that must be the same for the base and all skills, so that scores are comparable."""
 NO_IMPROVEMENT = "no improvement"
-"""Said of a skill that was accepted and scores no better than before."""
+"""Note on an accepted skill that scores no better than before."""
 BEFORE: dict[str, Any] = {"anchors": []}
-"""What additions did before there was the setting, where that is not the default."""
+"""How additions behaved before a setting existed, where that differs from its default."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,22 @@ class Skill:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What was measured when it was added."""
+        """What was measured when the skill was added."""
         found: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         return found
 
 
 def settings_of(folder: Path) -> LearnConfig:
-    """The settings with which a skill was learnt, without those that this version does not know."""
+    """The settings that a skill was learnt with, except those that this version does not know."""
     saved = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
     return LearnConfig(**BEFORE | {key: value for key, value in saved.items() if key in LearnConfig.model_fields})
 
 
 class Ledger:
-    """A state folder that exists.
+    """An existing state folder.
 
     Raises:
-        UserError: it is none.
+        UserError: the folder does not exist, or is not a state.
     """
 
     def __init__(self, folder: str) -> None:
@@ -134,7 +134,7 @@ class Ledger:
         return str(json.loads((self.pending / "asked.json").read_text(encoding="utf-8"))["name"])
 
     def move_base(self, model: str) -> None:
-        """Record that the base has moved."""
+        """Record the base's new location."""
         file = self.folder / START / "state.yaml"
         state = yaml.safe_load(file.read_text(encoding="utf-8")) | {"model": model}
         write_atomically(file, yaml.safe_dump(state))
@@ -160,7 +160,7 @@ class Ledger:
         ]
 
     def discard(self) -> None:
-        """Drop the pending addition."""
+        """Delete the pending addition."""
         remove_folder(self.pending)
 
     def _move(self, source: Path, place: str, name: str) -> Path:

@@ -1,6 +1,6 @@
-"""The beginning of an addition: its rows and settings, written to ``pending`` or found there.
+"""The start of an addition: write its rows and settings to ``pending``, or find them there.
 
-An addition that was interrupted goes on with the rows and settings it began with, also those of an older release.
+An interrupted addition continues with the rows and settings it began with, even those of an older release.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _FREE = (
 
 
 def _text(row: Demonstration) -> str:
-    """A row as the text that states of 0.1.0 hashed, which was the ``repr`` of its dataclass."""
+    """The text of a row for its hash. States of 0.1.0 hashed the ``repr`` of its dataclass, so this is the same."""
     return f"Demonstration({', '.join(f'{name}={value!r}' for name, value in row.identity().items())})"
 
 
 def _with_newer_settings(settings: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older release, with those that it did not have.
+    """Settings of an addition that an older release began, completed with settings added since.
 
-    It goes on as it began, so where ``here`` has the default, or what the older release did, it is the same.
+    The addition continues as it began. So a new setting counts as equal if ``here`` has its default or the older
+    release's behaviour; otherwise it gets that behaviour, which differs from ``here``.
     """
     found = {name: value for name, value in settings.items() if name not in _FREE}
     for name in here.keys() - settings.keys():
@@ -47,8 +48,11 @@ def _with_newer_settings(settings: dict[str, Any], here: dict[str, Any]) -> dict
 def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]) -> None:
     """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
 
+    A different addition that has not begun training is discarded.
+
     Raises:
-        UserError: another addition is pending, or the skill's name is taken.
+        UserError: another addition has begun training, the skill's name is taken, the batch has no room for the
+            anchors, or ``pending`` cannot be written.
     """
     texts = json.dumps([[_text(row) for row in rows] for rows in splits.values()])
     asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}

@@ -1,8 +1,7 @@
-"""Rehearsal: the prompts of each skill stay in the state, and later additions have them as anchors.
+"""Rehearsal: the state keeps each skill's prompts, and later additions use them as anchors.
 
-Of a skill only the prompts are kept, in ``prompts.jsonl``. An addition pools those of all earlier skills into one
-source of anchors, ``memory.jsonl``, beside its own. The model before the addition says what is to stay, so no answers
-are needed.
+A skill's prompts are in its ``prompts.jsonl``. An addition pools those of all earlier skills into one more source of
+anchors, ``memory.jsonl``. The target on anchors is the model before the addition, so no answers are needed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PROMPTS, MEMORY = "prompts.jsonl", "memory.jsonl"
 
 
 def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demonstration]:
-    """The prompts of ``rows`` that stay in the state, each once: all, none, or some that are drawn with the seed."""
+    """The distinct prompts of ``rows`` that the state keeps: all, none, or a random sample drawn with the seed."""
     prompts = [
         Demonstration(x.prompt, tools=x.tools, chat_template_kwargs=x.chat_template_kwargs, images=x.images)
         for x in rows
@@ -38,7 +37,7 @@ def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demo
 
 
 def remembered(folder: Path) -> list[Demonstration]:
-    """The prompts that the state keeps of the skill in ``folder``; those of its rows if an older release learnt it."""
+    """The prompts kept of the skill in ``folder``; taken from its rows if an older release learnt it."""
     if (folder / PROMPTS).exists():
         return load_prompts(str(folder / PROMPTS))
     settings, rows = settings_of(folder), folder / "train.jsonl"
@@ -48,7 +47,7 @@ def remembered(folder: Path) -> list[Demonstration]:
 
 
 def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[Demonstration]:
-    """The prompts that the state keeps of ``skills``, each once, without those that ``rows`` teach anew."""
+    """The distinct prompts kept of ``skills``, except those that ``rows`` teach again."""
     taught = {_key(row) for row in rows}
     pooled = {_key(prompt): prompt for skill in skills for prompt in remembered(skill.folder)}
     return [prompt for key, prompt in pooled.items() if key not in taught]
@@ -69,7 +68,7 @@ def run_config(
         model: the model before it.
         context: how the teacher sees the demonstration.
         folder: holds the skill's rows.
-        rehearses: whether the prompts of earlier skills are anchors, too; default: if they are in ``folder``.
+        rehearses: whether earlier skills' prompts are anchors, too; default: whether ``folder`` contains them.
     """
     memory = folder / MEMORY
     rehearses = memory.exists() if rehearses is None else rehearses
@@ -84,7 +83,7 @@ def run_config(
         **{"test": None, "prior": None, "eval_steps": 0},  # evaluated by the addition
     }
     if not anchors:
-        names -= {"anchor_share"}  # its default is another than that of a run, which would call it unused
+        names -= {"anchor_share"}  # its default differs from TrainConfig's, so a note would call it unused
     return TrainConfig(**{name: getattr(config, name) for name in names} | own)
 
 
@@ -92,7 +91,7 @@ def check_room(run: TrainConfig) -> None:
     """Check that the batch has room for the skill and all anchors.
 
     Raises:
-        UserError: it is too small, or the method rejects the settings.
+        UserError: the batch is too small, or the method rejects the settings.
     """
     beside = [part.name for part in stages_of(run)[0][1:]]
     try:
@@ -106,15 +105,15 @@ def check_room(run: TrainConfig) -> None:
 
 
 def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:
-    """What a run has cost.
+    """The cost of a run.
 
     Args:
-        run: settings of a run that has ended.
-        own: how many of its sources of anchors are the addition's own; the others are prompts of earlier skills.
+        run: settings of a finished run.
+        own: number of its anchor sources that are the addition's own; the others are prompts of earlier skills.
 
     Returns:
         ``steps``, ``seconds`` of these steps, and for ``anchors`` (the addition's own) and ``memory`` (earlier skills'
-        prompts) the ``share`` of all examples and the ``seconds``, each step's by its share of the step's examples.
+        prompts) the ``share`` of all examples and the ``seconds``: each step's time, times their share of its examples.
     """
     lines = read_lines(Path(run.output_dir) / "metrics.jsonl")
     names = [part.name for part in stages_of(run)[0][1:]]
@@ -133,7 +132,7 @@ def _step_cost(line: dict[str, Any], parts: dict[str, list[str]]) -> dict[str, A
 
 
 def total(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The cost of several runs or steps together; see :func:`cost_of`."""
+    """The total cost of several runs or steps; see :func:`cost_of`."""
     steps = sum(cost["steps"] for cost in costs)
 
     def of(what: str) -> dict[str, float]:

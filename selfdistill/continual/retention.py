@@ -14,7 +14,7 @@ Matrix = Sequence[Sequence[float | None]]
 
 @dataclass(frozen=True)
 class Transfer:
-    """Means over skills, as shares."""
+    """Means over skills, in units of accuracy. Those that need two skills are None with one."""
 
     average: float
     """R_Tj over all skills: the last model's mean score."""

@@ -14,14 +14,14 @@ from selfdistill.runtime import say_note
 def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstration]]:
     """Split the data into ``train``, ``validation`` (of a stream) and ``test``.
 
-    If both validation and test are held out, held-out rows alternate, starting with validation so that it begins early.
+    If both validation and test are held out, held-out rows alternate. Validation comes first, so that it starts early.
 
     Args:
         config: settings of the addition.
-        lacks: what a row must have to be learnt; see :data:`Lacks`.
+        lacks: says what a row lacks to be learnt; see :data:`Lacks`.
 
     Raises:
-        UserError: rows are invalid, lack what they are used for, or are too few to hold some out.
+        UserError: rows are invalid, lack what their use requires, or are too few to hold some out.
     """
     scored = unscored(config)
     any_is_asked = config.action == "stream" or not config.test

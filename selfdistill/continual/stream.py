@@ -1,8 +1,8 @@
 """A stream of rows without task boundaries: each chunk is tested before it is learnt.
 
 The number of steps per chunk adapts to an online validation buffer, as in Drinking from a Firehose (arXiv 2007.09335).
-A share of the rows is held out, and training on a chunk ends when the mean loss on the latest of these stops falling.
-They are separate from the test rows, because a stopping criterion must not also measure the result.
+A share of the rows is held out, and training on a chunk ends when the mean loss on the latest held-out rows stops
+falling. They are not the test rows, because a stopping criterion must not also measure the result.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
     ``validation.jsonl`` holds the validation rows, and ``places.json`` the stream positions of both. A validation row
     is used from the first chunk whose last row follows it.
 
-    ``stream.jsonl`` gets one line per chunk: ``step`` (its number, from 1), ``rows`` (not too long), ``accuracy``
-    (before training on the chunk), ``steps``, and ``loss_before`` and ``loss_after``: the mean loss on the validation
-    rows, in nats per token, or None if there are none yet, and ``training``, its cost. Chunks already in the file are
-    skipped. The anchors of a chunk are those of the addition; what the model was before the chunk is to stay.
+    ``stream.jsonl`` gets one line per chunk: ``step`` (its number, from 1), ``rows`` (those within the length limits),
+    ``accuracy`` (before training on the chunk), ``steps``, ``training`` (its cost), and ``loss_before`` and
+    ``loss_after``: the mean loss on the validation rows, in nats per token, or None if there are none yet. Chunks
+    already in the file are skipped. A chunk's anchors are those of the addition; their target is the model before the
+    chunk.
 
     Raises:
-        UserError: rows are too long (raised before training), or all are.
+        UserError: rows are too long and ``on_long_prompt`` is ``error``, or all rows are; raised before training.
         RunStopped: a signal arrived between or within chunks.
     """
     rows = load_demonstrations(str(folder / "train.jsonl"))
@@ -85,7 +86,7 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
 
 
 def _of_chunk(run: TrainConfig, number: int) -> TrainConfig:
-    """The run with the chunk's own seed: with one seed, every chunk would have the same few anchors."""
+    """The run with the chunk's own seed: with a shared seed, every chunk would draw the same few anchors."""
     return run.model_copy(update={"seed": run.seed + number - 1})
 
 
@@ -111,7 +112,7 @@ def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[
 
 
 def _said(line: dict[str, Any]) -> str:
-    """A line of ``stream.jsonl`` in words."""
+    """A line of ``stream.jsonl`` as text."""
     if not line["rows"]:
         return "all its rows are too long, 0 steps"
     loss = "no validation rows yet, so it took chunk_steps"

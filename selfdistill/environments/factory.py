@@ -1,4 +1,4 @@
-"""Environments by name: those of the package and the user's own."""
+"""Look up environments by name: the package's own and the user's."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _BUNDLED: dict[str, type] = {"bundled:shop": Shop}
 
 
 def make_environment(name: str) -> EnvironmentFactory:
-    """Make the factory of each episode's environment.
+    """Return a factory of episodes' environments.
 
-    A first environment is made and closed here, so that an unusable class is found before a model is loaded.
+    A user's class is tried once here, so that an unusable one is found before a model is loaded.
 
     Args:
-        name: ``bundled:shop``, or ``python:package.module.Class`` of the current folder or the environment. The class,
-            or a function that returns an object, takes no arguments. Its object has the protocol of
-            :class:`Environment`, or has a form of :mod:`selfdistill.environments.forms`, or of ``verifiers``.
+        name: ``bundled:shop``, or ``python:package.module.Class``, which is imported from the current folder or the
+            installed packages. The class, or a function that returns an object, takes no arguments. The object
+            implements the protocol :class:`Environment` or has another form of :mod:`selfdistill.environments.forms`,
+            or is an environment of ``verifiers``.
 
     Raises:
-        UserError: there is no such environment, it cannot be made, it has no known form, or a tool has no schema.
+        UserError: there is no such environment, it cannot be created, it has no known form, or a tool has no schema.
     """
     if name in _BUNDLED:
         return EnvironmentFactory(functools.partial(_made, name, _BUNDLED[name], ToolClass))

@@ -1,4 +1,4 @@
-"""Users' classes of three forms: the protocol's, TRL's classes of tools, and Gymnasium's ``step(text)``."""
+"""Three forms of user classes: the protocol itself, TRL's classes of tools, and Gymnasium's ``step(text)``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class OwnClass:
-    """A class with the protocol itself, under time limits."""
+    """A class that implements the protocol itself, with time limits on its calls."""
 
     def __init__(self, host: Hosted) -> None:
         self._host = host
@@ -58,9 +58,9 @@ class ToolClass:
     """A class in the form of TRL's ``environment_factory``: its public methods are the tools.
 
     ``reset`` takes the row's columns as keywords, or a parameter ``row``, and may return a text, which follows the
-    prompt as a user's turn. The episode is done when the model replies without a call. Then ``reward`` is read: an
-    attribute, or a method that may have a parameter for the text of that reply without its thought. It is a bool, a
-    reward from 0 to 1, or a pair of one of these and a feedback text.
+    prompt as a user turn. The episode is done when the model replies without a call. Then ``reward`` is read: an
+    attribute, or a method that may take the text of that reply, without its thinking. It is a bool, a reward from 0 to
+    1, or a pair of one of these and a feedback text.
     """
 
     def __init__(self, host: Hosted) -> None:
@@ -107,7 +107,7 @@ class ToolClass:
 class StepClass:
     """A class in the form of Gymnasium or OpenEnv: ``step`` takes the model's reply as text.
 
-    The text has no thought, as for scorers, and its calls are lines of text.
+    The text excludes thinking, as for scorers, and has calls as lines of text.
 
     ``reset`` may take ``seed`` (the same for every episode of a row) and ``options`` (the row). It returns the first
     observation, alone, with a dict of information, or as an object's ``observation``. ``step`` returns (observation,
@@ -123,7 +123,7 @@ class StepClass:
         self._sum = 0.0
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
-        """The first observation, as a user's turn."""
+        """The first observation, as a user turn."""
         self._sum = 0.0
         arguments = _wanted(self._host, {}, row=copied(row), options=copied(row), seed=seed_of(row))
         returned = self._host.must("reset", lambda: self._host.object.reset(**arguments))
@@ -190,14 +190,14 @@ def has_reward(made: Any) -> bool:
 
 
 def form_of(host: Hosted, *, is_class: bool) -> Callable[[Hosted], Environment]:
-    """The form that makes an environment of a user's object, chosen by the object's methods.
+    """The form that turns a user's object into an environment, chosen by the object's methods.
 
     Args:
-        host: has the object.
+        host: holds the object.
         is_class: whether the user named a class rather than a function; for messages.
 
     Raises:
-        UserError: it has no known form.
+        UserError: the object has no known form.
     """
     made = host.object
     kind = type(made).__name__
@@ -224,7 +224,7 @@ def _wanted(host: Hosted, columns: Mapping[str, Any], **others: Any) -> dict[str
     """The columns and other values that ``reset`` has parameters for; all columns if it takes any keyword.
 
     Raises:
-        UserError: it has a parameter without a default that is none of them.
+        UserError: ``reset`` has another parameter without a default.
     """
     parameters = inspect.signature(host.object.reset).parameters
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())

@@ -14,10 +14,10 @@ from selfdistill.environments.worker import Failed, Late, Worker
 from selfdistill.errors import UserError
 
 SETUP_LIMIT = 300.0
-"""Time limit in seconds for making, resetting or judging an episode's world."""
+"""Time limit in seconds for creating, resetting or judging an environment."""
 
 NOTHING: Message = {"role": "user", "content": "(nothing)"}
-"""The observation if there is none and the episode continues."""
+"""The observation if the environment returns none and the episode continues."""
 
 _KEYS = ("role", "content", "name", "tool_call_id")
 """Keys that a message from an environment may have."""
@@ -30,10 +30,10 @@ class Hosted:
 
     Args:
         name: the environment's name, for messages.
-        make: makes the object, in the thread.
+        make: creates the object, in the thread.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the object cannot be created.
     """
 
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
@@ -48,10 +48,10 @@ class Hosted:
         self.time_limit = float(getattr(self.object, "time_limit", TIME_LIMIT))
 
     def must(self, what: str, function: Callable[[], Any]) -> Any:
-        """The result of ``function``, whose failure is a mistake in the user's class.
+        """Call ``function`` and return its result; a failure is a mistake in the user's class.
 
         Raises:
-            UserError: it raised, or took too long.
+            UserError: the call raised an exception, or took too long.
         """
         try:
             return self.worker.call(function, SETUP_LIMIT)
@@ -63,7 +63,7 @@ class Hosted:
             raise self.mistake(f"{what} failed: {late}") from None
 
     def attempt(self, what: str, function: Callable[[], Any]) -> Any:
-        """The result of ``function``; if it raises or is late, a :class:`Step` that ends the episode.
+        """Call ``function`` and return its result, or a :class:`Step` that ends the episode if it raises or is late.
 
         A model can make an environment fail, so the episode gets reward 0 and the run continues.
         """
@@ -76,11 +76,11 @@ class Hosted:
         return Step(done=True, reward=0.0, feedback=cleaned(f"{what} failed: {said}", 300), failed=True)
 
     def mistake(self, problem: str) -> UserError:
-        """The error that names the environment."""
+        """An error whose message names the environment."""
         return UserError(f"environment {self.name!r}: {' '.join(problem.split())}")
 
     def close(self) -> None:
-        """Close the object, if it has ``close``, and let the thread end. Errors no longer matter."""
+        """Close the object, if it has ``close``, and let the thread end. Errors are ignored."""
         if self._closed:
             return
         self._closed = True
@@ -96,7 +96,7 @@ def copied(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_messages(returned: Any) -> list[Message]:
-    """The user's return value as messages: none for None or empty text, a list of messages, else a user turn."""
+    """The user's return value as messages: none if empty, a list of messages with cleaned text, else one user turn."""
     if returned is None or returned == "" or returned == []:
         return []
     if isinstance(returned, list) and all(isinstance(one, dict) and "role" in one for one in returned):
@@ -105,10 +105,10 @@ def as_messages(returned: Any) -> list[Message]:
 
 
 def _message(given: Mapping[str, Any]) -> Message:
-    """A message as models read it: its text cleaned and truncated.
+    """A message as the model reads it, with its text cleaned and truncated.
 
     Raises:
-        UserError: it has other keys, which would be lost.
+        UserError: the message has other keys, which would be lost.
     """
     if others := [key for key, value in given.items() if value and key not in _KEYS]:
         raise UserError(f"a message has the key {others[0]!r}, expected only {', '.join(_KEYS)}")

@@ -1,4 +1,4 @@
-"""The protocol of environments: the world of one episode, which answers the model's messages until the episode ends."""
+"""The environment protocol: the world of one episode, which answers the model's messages until the episode ends."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class Step:
     feedback: str = ""
     """What the model may learn from a reward below 1; may be empty."""
     invalid_calls: int = 0
-    """How many of the message's calls could not be run as written."""
+    """Number of the message's calls that could not be run as written."""
     failed: bool = False
-    """Whether the episode has ended because the environment failed; ``feedback`` says how."""
+    """Whether the episode ended because the environment failed; ``feedback`` says how."""
 
 
 @runtime_checkable
 class Environment(Protocol):
-    """One episode's world. It is made anew for every episode and used by one thread at a time.
+    """One episode's world. A new one is created for every episode and used by one thread at a time.
 
-    The order of calls is ``reset``, any number of ``step``, ``close``. ``close`` may also come earlier.
+    Calls come in the order ``reset``, ``step`` any number of times, ``close``. ``close`` may also come earlier.
     """
 
     tools: list[dict[str, Any]]
     """JSON schemas of the tools that the chat template shows, the same in every episode; may be empty."""
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
-        """Begin the episode of a raw row, and return the messages that follow the row's prompt, often none."""
+        """Begin the episode of a raw row. Return the messages that follow the row's prompt, often none."""
         ...
 
     def step(self, message: Message) -> Step:
@@ -52,12 +52,12 @@ class Environment(Protocol):
 
 @dataclass(frozen=True)
 class EnvironmentFactory:
-    """Makes the environment of each episode."""
+    """Creates the environment of each episode."""
 
     make: Callable[[], Environment]
     judges: bool = True
     """Whether episodes may have rewards; False if it is known in advance that they have none."""
 
     def __call__(self) -> Environment:
-        """The environment of one episode."""
+        """Create the environment of one episode."""
         return self.make()

@@ -24,7 +24,7 @@ class ToolRunner:
     Args:
         functions: what the model may call; see :func:`~selfdistill.environments.tools.tool_of`.
         time_limit: seconds that one call may take.
-        worker: runs the calls; by default its own.
+        worker: runs the calls; default: a new one.
 
     Raises:
         UserError: a function has no schema, or two have the same name.
@@ -49,11 +49,11 @@ class ToolRunner:
     def answer(self, message: Message) -> tuple[tuple[Message, ...], int]:
         """Run the calls of the model's message, in their order.
 
-        A message with the key ``invalid`` has no call that could be run: a user turn gives the reason. After a late
-        call, the message's remaining calls are not run.
+        If the message has the key ``invalid``, no call can be run, and a user turn gives the reason. After a late call,
+        the message's remaining calls are not run.
 
         Returns:
-            An observation for each call, and how many calls could not be run as written.
+            An observation for each call, and the number of calls that could not be run as written.
         """
         if message.get("invalid"):
             return ({"role": "user", "content": _error(str(message["invalid"]))},), 1
@@ -113,7 +113,7 @@ async def _later(returned: Awaitable[Any]) -> str:
 
 
 def _parts(call: Any) -> tuple[str, Any]:
-    """Name and arguments of a call; arguments that are JSON text are read."""
+    """Name and arguments of a call; arguments given as JSON text are parsed."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return "", None

@@ -1,4 +1,4 @@
-"""A small shop: a database of products and orders, three tools, and a checker of its final content.
+"""A small shop: a database of products and orders, three tools, and a checker of its final contents.
 
 The database is SQLite in memory; every episode starts with an identical new one. Values reach it only as parameters.
 """
@@ -58,9 +58,9 @@ class Shop:
         """Fill the database.
 
         Args:
-            prompt: the question, whose numbers a reply may repeat.
-            answer: the expected end: ``orders``, each as customer, product and count; the ``number`` that
-                the reply gives; ``refused`` if the reply says that something cannot be done.
+            prompt: the question; a reply may repeat its numbers.
+            answer: the expected outcome: ``orders``, each as customer, product and count; the ``number`` that the reply
+                must give; ``refused`` if the reply must say that something cannot be done.
         """
         text = prompt if isinstance(prompt, str) else " ".join(str(turn.get("content")) for turn in prompt)
         self._asked = set(_NUMBER.findall(text))
@@ -119,7 +119,7 @@ class Shop:
         return "ordered"
 
     def reward(self, reply: str) -> tuple[bool, str]:
-        """Whether the orders match the answer and the reply is right; and what is wrong."""
+        """Whether the orders match the answer and the reply is right, and if not, what is wrong."""
         problem = self._problem_of_orders() or self._problem_of_reply(reply)
         return not problem, problem
 

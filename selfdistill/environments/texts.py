@@ -16,7 +16,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def as_text(value: Any, most: int = MOST_CHARACTERS) -> str:
-    """Text unchanged, anything else as JSON, or with ``str`` if JSON cannot hold it; see :func:`cleaned`."""
+    """A value as :func:`cleaned` text: text directly, anything else as JSON, or with ``str`` if it has no JSON."""
     if isinstance(value, str):
         return cleaned(value, most)
     parts, length = [], 0
@@ -32,7 +32,7 @@ def as_text(value: Any, most: int = MOST_CHARACTERS) -> str:
 
 
 def cleaned(text: str, most: int = MOST_CHARACTERS) -> str:
-    """At most ``most`` characters, without control characters and halves of surrogate pairs; never blank."""
+    """At most ``most`` characters, without control characters or halves of surrogate pairs; never blank."""
     cut = " ... (cut)" if len(text) > most else ""
     text = join_surrogates(text[:most]).replace("\r\n", "\n").replace("\r", "\n")
     text = _CONTROL.sub("", text)

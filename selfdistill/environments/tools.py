@@ -46,7 +46,7 @@ class Tool:
         A whole number may be written 3.0. Nothing else is converted: a model that writes "3" is told to write 3.
 
         Raises:
-            BadArguments: they are not an object, or one is missing, unknown or of the wrong type.
+            BadArguments: the arguments are not an object, or one is missing, unknown or of the wrong type.
         """
         if not isinstance(given, dict):
             raise BadArguments(f"the arguments are {_shown(given)}, expected a JSON object")
@@ -62,10 +62,10 @@ class Tool:
 
 
 def tool_of(function: Callable[..., Any]) -> Tool:
-    """A function as a tool. Its name, type hints and docstring (Google style) make the schema.
+    """A function as a tool, with a schema made from its name, type hints and docstring (Google style).
 
     Raises:
-        UserError: it has no type hints, no docstring with a line for each argument, or arguments without a name.
+        UserError: type hints or a docstring line for an argument are missing, or one cannot be passed by name.
     """
     name = getattr(function, "__qualname__", repr(function))
     for parameter in inspect.signature(function).parameters.values():
@@ -82,10 +82,10 @@ def tool_of(function: Callable[..., Any]) -> Tool:
 
 
 def _fitted(value: Any, schema: Mapping[str, Any], name: str) -> Any:
-    """The value, a whole number as int where one is expected.
+    """The value; a whole number is converted to int if the schema expects one.
 
     Raises:
-        BadArguments: it does not fit the schema.
+        BadArguments: the value does not fit the schema.
     """
     if value is None and schema.get("nullable"):
         return None

@@ -26,13 +26,13 @@ _METHODS = ("env_response", "is_completed", "rubric")
 
 
 def loaded(name: str, make: Callable[[], Any]) -> Any:
-    """The environment of ``verifiers`` that ``make`` makes; None if it makes something else.
+    """The ``verifiers`` environment that ``make`` creates; None if it creates something else.
 
-    It is made in this thread, because the library sets signal handlers, which only the main thread may do. The handlers
-    are then restored: Ctrl-C belongs to the run. A class without ``env_response`` is not called.
+    It is created in this thread, because the library sets signal handlers, which only the main thread may do. The
+    handlers are then restored, because Ctrl-C must reach the run. A class without ``env_response`` is not called.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the environment cannot be created.
     """
     if inspect.isclass(make) and not hasattr(make, _METHODS[0]):
         return None
@@ -69,7 +69,7 @@ class VerifiersEpisode:
         self.tools = [_schema(one) for one in getattr(self._env, "tool_defs", None) or ()]
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
-        """Make the episode's state. The object adds no messages of its own to the row's prompt."""
+        """Create the episode's state; returns no messages, because the object adds none to the row's prompt."""
         types, normalised = self._library()
         values = copied(row)
         prompt = values.get("prompt") or ""
@@ -89,7 +89,7 @@ class VerifiersEpisode:
         return []
 
     def step(self, message: Message) -> Step:
-        """The object's response, or its rubric's reward if one of its stop conditions holds."""
+        """The object's response, or its rubric's reward if one of its stop conditions is met."""
         if message.get("invalid"):
             observations, invalid = self._no_tools.answer(message)
             self._messages += self._library()[1]([_said(message), *observations])
@@ -136,7 +136,7 @@ class VerifiersEpisode:
         return {"prompt": list(self._messages), "completion": said, **nothing, **identity}
 
     def _library(self) -> tuple[Any, Any]:
-        """The library's types, and its function that makes messages from dicts."""
+        """The library's types, and its function that converts dicts to messages."""
         try:
             types = importlib.import_module("verifiers.types")
             messages = importlib.import_module("verifiers.utils.message_utils")
@@ -177,7 +177,7 @@ def _said(message: Message) -> dict[str, Any]:
 
 
 def _observation(answer: Any, names: Mapping[str, str], own: Container[Any]) -> Message:
-    """The library's message as one of ours, with the call's id only if the model gave one."""
+    """The library's message as one of this package's, with the call's id only if the model gave one."""
     role = answer.role if answer.role in ("user", "tool") else "user"
     call = str(getattr(answer, "tool_call_id", None) or "") if role == "tool" else ""
     name = {"name": names[call]} if call in names else {}

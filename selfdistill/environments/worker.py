@@ -1,7 +1,8 @@
-"""A thread that runs the user's code, one call after another, under time limits.  Python cannot stop a thread. An
-exception is raised in a late call, which ends loops of Python code. A call that waits in C code, such as a sleep or a
-socket, keeps running; until it ends, the thread accepts no other call. The thread is a daemon: the process may exit
-while it runs.
+"""A thread that runs the user's code, one call after another, with time limits.
+
+Python cannot stop a thread. Instead, an exception is raised in a late call, which ends loops in Python code. A call
+that waits in C code, such as a sleep or a socket, keeps running; until it ends, the thread accepts no other call. The
+thread is a daemon: the process may exit while it runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GRACE_SECONDS = 0.2
-"""Seconds for a late call to end by itself, and again after the exception was raised in it."""
+"""Seconds that a late call has to end by itself, and again after an exception was raised in it."""
 
 
 class Late(Exception):
@@ -24,7 +25,7 @@ class Late(Exception):
 
 
 class Failed(Exception):
-    """A call raised ``__cause__``, of any kind, including an exit or an interrupt other than Ctrl-C."""
+    """A call raised ``__cause__``, which may be any exception, even SystemExit or KeyboardInterrupt."""
 
 
 class _Stopped(BaseException):
@@ -47,11 +48,11 @@ class Worker:
         self._late: _Job | None = None
 
     def call(self, function: Callable[[], Any], seconds: float) -> Any:
-        """The result of ``function``; a coroutine is run to its end.
+        """Call ``function`` in the thread and return its result; a coroutine is run to its end.
 
         Raises:
-            Late: it took longer than ``seconds``, or an earlier call still runs.
-            Failed: it raised something.
+            Late: the call took longer than ``seconds``, or an earlier call is still running.
+            Failed: the call raised an exception.
         """
         if self.is_late:
             raise Late("an earlier call is still running")
@@ -103,7 +104,7 @@ def _ends(job: _Job) -> bool:
 
 
 def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
-    """Run the jobs until there is a None among them."""
+    """Run jobs until a None arrives."""
     loop: asyncio.AbstractEventLoop | None = None
     while (job := _next(jobs)) is not None:
         try:
@@ -123,5 +124,5 @@ def _next(jobs: queue.SimpleQueue[_Job | None]) -> _Job | None:
     while True:
         try:
             return jobs.get()
-        except _Stopped:  # it arrived just after the late call had ended
+        except _Stopped:  # raised just after the late call had ended
             continue

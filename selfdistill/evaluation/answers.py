@@ -45,7 +45,7 @@ class Answers:
     truncated: int
     """Number of replies truncated at the length limit, or of episodes that were cut."""
     episodes: Sequence[Completion] = ()
-    """In an environment the whole episodes: ``ids`` are all their tokens, ``replies`` their last replies."""
+    """With an environment, the whole episodes; ``ids`` are then all their tokens, ``replies`` their last replies."""
 
     @property
     def is_own(self) -> list[list[bool]] | None:
@@ -59,6 +59,7 @@ class Answers:
 
     @property
     def accuracy(self) -> float:
+        """Share of correct replies."""
         return sum(self.correct) / len(self.correct)
 
 
@@ -66,11 +67,11 @@ def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -
     """Reject a scorer that cannot be imported, and answers that their scorers cannot use.
 
     Args:
-        demonstrations: what to check.
+        demonstrations: rows to check.
         scorer: scorer for rows that name none.
 
     Raises:
-        UserError: names the scorer; or counts such rows, and names the first for each reason.
+        UserError: names the scorer, or counts the rows and names the first for each reason.
     """
     if scorer and FUNCTION.fullmatch(scorer):
         named(scorer, "scorer", "function")
@@ -112,12 +113,12 @@ def answer(
         prompts: token ids, the student's or the teacher's, one per demonstration.
         demonstrations: what the replies are scored against.
         chat: the model's chat format.
-        max_completion_length: most tokens of a reply.
-        batch_size: prompts per batch; an engine makes its own.
+        max_completion_length: maximum length of a reply, in tokens.
+        batch_size: prompts per batch; an engine forms its own batches.
         scorer: scorer for rows that name none.
         judge: required if a scorer is ``judge``.
-        temperature: 0: greedy decoding.
-        top_p: nucleus sampling.
+        temperature: sampling temperature; 0: greedy.
+        top_p: nucleus sampling: sample from the smallest set of tokens with at least this mass.
         seeds: one per reply, for sampling.
         what: label of the progress bar; None: silent.
         scored: whether to score the replies; if not, ``correct`` is empty.
@@ -151,7 +152,7 @@ def answer(
 def _grade(
     demonstrations: Sequence[Demonstration], replies: Sequence[str], names: Sequence[str], judge: Judge | None
 ) -> tuple[list[bool], list[bool] | None]:
-    """Whether each reply is correct and, if any is judged, correct by the lenient standard."""
+    """Whether each reply is correct, and whether it is by the lenient standard; the latter is None without a judge."""
     given = list(zip(names, replies, demonstrations, strict=True))
     compared = iter(verdicts([one for one in given if one[0] != JUDGE]))
     judged = [(row, reply) for name, reply, row in given if name == JUDGE]

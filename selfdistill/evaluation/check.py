@@ -47,7 +47,7 @@ LAYOUTS = (
 )
 DOCUMENT_LAYOUTS = ("document:repeats=1", "document:repeats=2", "document:show=document")
 UNMEASURED = "example:reasoning=true"
-"""The layout that comes first where nothing tells layouts apart: much like the one that TRL's SDFT has."""
+"""The layout that comes first if no measurement separates the layouts: it resembles the one in TRL's SDFT."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the demonstration that ``hints`` measures."""
 
@@ -72,7 +72,16 @@ def best_context(config: TrainConfig, demonstrations: Rows | None = None, loaded
 def check_run(
     config: TrainConfig, demonstrations: Rows | None = None, loaded: LoadedModel | None = None
 ) -> CheckResult:
-    """Check the teacher of a training run, with its context, or with all layouts if that is ``auto``."""
+    """Check the teacher of a training run with its context or, for ``auto``, with all layouts that suit its method.
+
+    Args:
+        config: settings of the run.
+        demonstrations: the training data, if already loaded; else ``config.data`` is read.
+        loaded: the model, if already loaded; not used with a ``teacher_model``.
+
+    Raises:
+        UserError: settings, data or model are invalid, or no layout fits.
+    """
     shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
     own: dict[str, Any] = {"model": config.model}
     if config.teacher_model:
@@ -89,7 +98,7 @@ def check_run(
             adapter_base=settings["adapter_base"],
             load_in_4bit=config.load_in_4bit and not config.teacher_model,
         )
-    if not config.lora_rank and not config.teacher_model:  # before it is measured for minutes
+    if not config.lora_rank and not config.teacher_model:  # fail early: measuring takes minutes
         refuse_float16(loaded.model, own["model"])
     data = config.data if demonstrations is None else demonstrations
     rows = load_demonstrations(data, split=config.split, turns=config.turns)
@@ -118,7 +127,7 @@ def check(
 
 
 def _lacks(specs: Sequence[str]) -> Lacks:
-    """What a row must have for any of the contexts, or for any at all if none is given."""
+    """Refuse a row only if every given context refuses it; without contexts, if it has nothing to show."""
     if not specs:
         return nothing_to_show
     contexts = [parse_context(spec) for spec in specs]
@@ -153,7 +162,7 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
             name = context_spec(context)
             try:
                 layouts.append(measure.layout(name))
-            except EngineFailed:  # says nothing about the layout
+            except EngineFailed:  # not the layout's fault
                 raise
             except UserError as error:
                 skipped[name] = str(error)

@@ -16,7 +16,7 @@ from selfdistill.runtime import Printable
 UNLIKELY = 4
 """Exit code when self-distillation is unlikely to help."""
 KNOWN = 0.9
-"""Accuracy of the teacher from which it is not at fault that the student is as good."""
+"""If the student matches a teacher with at least this accuracy, it knows the task; below, the teacher is too weak."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,13 @@ class CheckResult(Printable):
     dropped: int
     """Sampled rows dropped because even the student's prompt is too long (``on_long_prompt: drop``)."""
     student_accuracy: float | None
+    """Accuracy of the student's greedy replies; None if no row has anything to score them with."""
     student_logp: float | None
+    """Mean log-probability of the demonstration's tokens under the student, nats; None without completions."""
     student_length: float
+    """Mean length of the student's replies, in tokens."""
     student_truncated: float
+    """Share of the student's replies truncated at the length limit."""
     layouts: list[Layout]
     """Best first: by accuracy, then by ``logp``."""
     skipped: dict[str, str]
@@ -65,19 +69,23 @@ class CheckResult(Printable):
     teacher_kl: float
     """KL(teacher||base) along the teacher's own greedy replies, nats per token, with the best layout."""
     fine_tuned_accuracy: float | None
-    """Accuracy of the model ``fine_tuned`` on the rows of the best layout; None without such a model."""
+    """Accuracy of the model ``fine_tuned`` on the rows of the best layout; None without such a model, or if replies are
+    not scored."""
     fine_tuned_kl: float | None
-    """KL(fine-tuned||base) along the fine-tuned model's own greedy replies, nats per token; None as above."""
+    """KL(fine-tuned||base) along the fine-tuned model's own greedy replies, nats per token; None without such a
+    model."""
     seconds_per_step: float | None
-    """Expected for full fine-tuning at ``batch_size``; None if the cost was not measured."""
+    """Expected duration of a step of full fine-tuning at ``batch_size``; None if the cost was not measured."""
     memory_gib: float | None
-    """Expected peak for full fine-tuning with EMA teacher and ``memory_rows`` rows per micro-batch; None as above."""
+    """Expected peak memory, in GiB, of full fine-tuning with an EMA teacher and ``memory_rows`` rows per micro-batch;
+    None as above."""
     memory_rows: int | None
     """``batch_size``, or the number of rows of the best layout if smaller; None as above."""
     spill: Spill | None
-    """What a small step on the task does to prompts that have nothing to do with it; None if not asked for."""
+    """How a few steps on the task change the model on unrelated prompts; None if not requested."""
     hints: list[Layout] | None
-    """A layout with shares of the demonstration, least first; None if not asked for."""
+    """The best layout that can show part of the demonstration, at increasing shares of it; None if not requested, or if
+    there is no such layout."""
     verdict: str
     exit_code: int
     """0: worth trying; 4: unlikely to help."""
@@ -194,7 +202,7 @@ def _print(result: CheckResult, console: Console) -> None:
 
 
 def _choice(result: CheckResult) -> str:
-    """What to call the first layout."""
+    """How to label the best layout."""
     is_poor = result.exit_code == UNLIKELY and (result.best.accuracy or 0) < KNOWN
     return "No context is good enough; the least bad" if is_poor else "Best context"
 

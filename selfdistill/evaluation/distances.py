@@ -68,7 +68,7 @@ class Distance:
 
 
 class Drift(Distance):
-    """A small :class:`Distance`, cheap enough during training."""
+    """A small :class:`Distance`, cheap enough to measure during training."""
 
     def __init__(self, base: LoadedModel, forward_pass: ForwardPass, chat: ChatFormat) -> None:
         super().__init__(base, forward_pass, chat, general_prompts()[:DRIFT_PROMPTS], DRIFT_TOKENS)
@@ -123,7 +123,7 @@ def kl_along(
     q_contexts: Sequence[Sequence[int]] | None = None,
     own: Own = None,
 ) -> float:
-    """KL(q||p) along given completions, averaged over all their own tokens, in nats per token.
+    """KL(q||p) along given completions, averaged over all tokens that count, in nats per token.
 
     Args:
         contexts: token ids of p's prompts.
@@ -131,7 +131,7 @@ def kl_along(
         q: the first model.
         p: the second model.
         q_contexts: token ids of q's prompts; default ``contexts``.
-        own: which tokens of the completions count.
+        own: which tokens of the completions count; None: all.
     """
     forward_passes, total, count = (ForwardPass(q), ForwardPass(p)), 0.0, 0
     for start in range(0, len(contexts), _ROWS):
@@ -156,7 +156,8 @@ def summed_loss(
     teacher: ForwardOutput | None = None,
     own: Own = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss summed over the own tokens of the completions ``ids``, differentiable, and statistics of all tokens."""
+    """The differentiable loss, summed over the ``own`` tokens of the completions ``ids``, and statistics of all
+    tokens."""
     tokens_N = torch.tensor([token for row in ids for token in row], device=student.hidden_ND.device)
     return chunked_loss(
         loss,

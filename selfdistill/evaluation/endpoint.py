@@ -47,7 +47,8 @@ class Endpoint:
             temperature: sampling temperature; 0: greedy.
 
         Raises:
-            UserError: the endpoint is unreachable, refuses, stays overloaded, or returns no chat completion.
+            UserError: the endpoint is unreachable, refuses, stays overloaded, or returns no chat completion; or the API
+                key is invalid, or would be sent over http to another machine.
         """
         body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
         key = _api_key(self.url, self.who)

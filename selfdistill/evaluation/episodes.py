@@ -28,7 +28,7 @@ from selfdistill.runtime import ProgressBar
 
 
 def unscored(config: TaskSettings) -> Lacks:
-    """The problem of a row that cannot be evaluated; an environment judges any row.
+    """A function that says why a row cannot be evaluated; an environment can judge any row.
 
     Raises:
         UserError: there is no such environment, or it cannot judge.
@@ -40,7 +40,7 @@ def unscored(config: TaskSettings) -> Lacks:
 
 
 def rows_of(config: TaskSettings, rows: Sequence[Demonstration]) -> list[Demonstration]:
-    """The rows as a model meets them: with the environment's tools and what it says first, if there is one.
+    """The rows as the model sees them: with an environment, including its tools and its first message.
 
     Raises:
         UserError: an environment fails.
@@ -56,7 +56,7 @@ def encoded(
     window: int | None,
     pool: Sequence[Demonstration] | None,
 ) -> tuple[list[Example], int]:
-    """Encode :func:`rows_of` to be evaluated, and count those dropped; see :func:`selfdistill.data.encode`."""
+    """Encode rows from :func:`rows_of` for evaluation, and count dropped ones; see :func:`selfdistill.data.encode`."""
     plays = config.environment != "none"
     return encode(
         rows,
@@ -79,7 +79,7 @@ class EpisodePlayer:
     chat: ChatFormat
     rules: EpisodeRules
     batch_size: int
-    """Episodes at a time; an engine makes its own batches."""
+    """Episodes per batch; an engine forms its own batches."""
 
     def __call__(
         self,
@@ -90,18 +90,18 @@ class EpisodePlayer:
         seeds: Sequence[int] | None = None,
         what: str | None = None,
     ) -> Answers:
-        """Play an episode of each example.
+        """Play one episode per example.
 
         Args:
             loaded: the model.
-            examples: those of rows that have begun.
-            prompts: what the model sees before each episode, the student's or the teacher's prompt.
-            sampling: the policy of one reply.
+            examples: encoded rows of :func:`rows_of`.
+            prompts: token ids that the model sees before each episode: the student's or the teacher's prompt.
+            sampling: how each reply is sampled.
             seeds: one per example, for sampling.
             what: label of the progress bar; None: silent.
 
         Returns:
-            The episodes. One is correct if its reward is 1.
+            The episodes. An episode is correct if its reward is 1.
 
         Raises:
             UserError: an environment fails, or does not judge.
@@ -147,7 +147,7 @@ class EpisodePlayer:
 
 
 def player_of(config: TaskSettings, chat: ChatFormat, batch_size: int) -> EpisodePlayer | None:
-    """What plays the episodes of the settings; None without an environment.
+    """The player for the environment in the settings; None without one.
 
     Raises:
         UserError: there is no such environment.
@@ -157,7 +157,7 @@ def player_of(config: TaskSettings, chat: ChatFormat, batch_size: int) -> Episod
 
 
 def episode_scores(episodes: Sequence[Completion]) -> dict[str, Any]:
-    """Means over episodes, for an evaluation; empty without any."""
+    """Means over episodes, as part of an evaluation's results; empty without episodes."""
     if not episodes:
         return {}
     rewards = [episode.verdict.reward for episode in episodes if episode.verdict]
@@ -170,7 +170,7 @@ def episode_scores(episodes: Sequence[Completion]) -> dict[str, Any]:
 
 
 def notes_on_calls(episodes: Sequence[Completion]) -> list[str]:
-    """The note that no reply called a tool, not even with an invalid call, if tools were shown and that is so."""
+    """A note if tools were shown but no reply called one, not even with an invalid call; else empty."""
     messages = [message for episode in episodes for message in episode.messages]
     shown = any(episode.example.demonstration.tools for episode in episodes)
     if not shown or any(message.get("tool_calls") or message.get("invalid") for message in messages):
@@ -179,7 +179,7 @@ def notes_on_calls(episodes: Sequence[Completion]) -> list[str]:
 
 
 def told(episode: Completion) -> dict[str, Any]:
-    """An episode as a line of a file: its messages, its counts and the environment's verdict."""
+    """An episode as an object for a JSON Lines file: its messages, counts and the environment's verdict."""
     messages: list[Message] = list(episode.messages)
     verdict = episode.verdict or Verdict(0.0, "")
     return {

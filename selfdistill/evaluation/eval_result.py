@@ -143,7 +143,7 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
 
 
 def _detected(items: int, unlike: float) -> str:
-    """The smallest difference that so many items detect."""
+    """A sentence on the smallest difference that this many items can detect."""
     smallest = smallest_difference(items, unlike)
     if smallest is None:
         few = "1 item is" if items == 1 else f"{items} items are"

@@ -60,12 +60,16 @@ ASKED = ("model", "base", "data", "prior", "context", "max_completion_length", "
 Evaluation = dict[str, Any]
 """The results of one model, as they are written to JSON.
 
-``accuracy``, ``accuracy_interval``, ``items``, ``dropped`` (rows too long), ``correct`` (per item), with a judge
-``accuracy_lenient``, ``completion/length``, ``completion/truncated``, ``completion/thinking`` and ``completion/said``
-(tokens inside and outside thinking tags); with an environment, whose verdicts ``correct`` has, means over episodes:
-``episode/reward`` and ``episode/reward_interval``, ``episode/turns`` and ``episode/invalid_calls``; with priors
-``prior`` (by name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct``), ``prior_accuracy`` (mean
-over names) and ``prior_interval``. All intervals are 95% intervals.
+- Always: ``accuracy``, ``accuracy_interval``, ``items``, ``dropped`` (rows too long), ``correct`` (per item), and means
+  over replies: ``completion/length`` (tokens), ``completion/truncated`` (share), ``completion/thinking`` and
+  ``completion/said`` (tokens inside and outside thinking tags).
+- With a judge: ``accuracy_lenient``.
+- With an environment, whose verdicts are then in ``correct``, means over episodes: ``episode/reward``,
+  ``episode/reward_interval``, ``episode/turns`` and ``episode/invalid_calls``.
+- With priors: ``prior`` (by name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct``),
+  ``prior_accuracy`` (mean over names) and ``prior_interval``.
+
+All intervals are 95% intervals.
 """
 
 
@@ -85,7 +89,7 @@ class EvaluationSet:
         loaded: the model, or one with the same tokenizer.
         demonstrations: rows of the new task.
         priors: from :func:`load_prior`.
-        config: a command's settings. With an environment, an episode of each row is played in it.
+        config: a command's settings. With an environment, one episode is played per row.
         context: what the model sees with each question of the new task; None: the question alone.
         pool: demonstrations that contexts may draw from; default ``demonstrations``.
 
@@ -120,7 +124,7 @@ class EvaluationSet:
         self.priors: list[EncodedPrior] = encode_priors(loaded, self.chat, priors)
 
     def _check_scorers(self) -> None:
-        """Refuse answers that scorers cannot use, and say what the user should know of them."""
+        """Refuse answers that scorers cannot use, and print notes about the scorers."""
         scorer = self.config.scorer
         if self._player:
             if scorer:
@@ -134,7 +138,7 @@ class EvaluationSet:
 
     @property
     def scorers(self) -> list[str]:
-        """Names of what decides whether replies are right."""
+        """Names of the scorers in use, or of the environment."""
         if self._player:
             return [self.config.environment]
         return sorted({default_scorer(row, self.config.scorer) for row in self.demonstrations})

@@ -30,12 +30,12 @@ from selfdistill.runtime import say, say_note
 
 
 def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lacks | None = None) -> None:
-    """Validate data, evaluation files and the context before any long work, and say what the user should know of them.
+    """Validate data, evaluation files and the context before any long work, and print notes about them.
 
     Args:
-        config: settings; ``data`` may be "" where questions about documents come first.
-        given: names of files with rows from memory, of which everything has been said.
-        lacks: what the rows of ``data`` must have for the method; see :data:`Lacks`.
+        config: settings; ``data`` may be "" if its rows are yet to be generated from documents, or have been checked.
+        given: names of files with rows from memory, for which all notes have been printed.
+        lacks: says what a row of ``data`` lacks for the method; see :data:`Lacks`.
 
     Raises:
         UserError: a file is missing or has bad rows, a scorer cannot use an answer, or the context is unknown.
@@ -66,7 +66,7 @@ class Evaluator:
     """Test rows, prior questions and the base's results, for any number of runs from that base.
 
     Evaluation changes neither weights nor random state: replies are greedy, and there are no gradients. With an
-    environment, an episode of each test row is played in it.
+    environment, one episode is played per test row.
 
     Args:
         config: settings with ``test``.
@@ -104,7 +104,7 @@ class Evaluator:
         return result
 
     def shown(self, base: LoadedModel, context: str, what: str) -> dict[str, Any] | None:
-        """Evaluate the base given each test row's own demonstration (about the most that can be taught) or document.
+        """Evaluate the base given each test row's own demonstration (roughly the ceiling for training) or document.
 
         Args:
             base: the model before training.

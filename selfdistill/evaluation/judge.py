@@ -122,7 +122,7 @@ class Judge:
 
 
 def judge_of(config: ModelSettings) -> Judge | None:
-    """The judge of the settings, with grades in the cache folder; None for any other scorer."""
+    """The judge in the settings, with grades cached in the cache folder; None for any other scorer."""
     if config.scorer != JUDGE:
         return None
     assert config.judge_url, "the settings reject a judge without an address"

@@ -1,4 +1,4 @@
-"""Prior abilities by tasks of lm-eval, EleutherAI's evaluation harness; needs the extra ``lm-eval``.
+"""Prior abilities measured by tasks of lm-eval, EleutherAI's evaluation harness; needs the extra ``lm-eval``.
 
 Evaluates the model in memory and restores its state and all random states, so it can run in the middle of training.
 """
@@ -23,7 +23,7 @@ from selfdistill.errors import UserError, closest
 from selfdistill.model import LoadedModel
 
 METRICS = ("acc", "exact_match", "em")
-"""Metrics that are 0 or 1 per item; the first that a task has is its accuracy."""
+"""Metrics that are 0 or 1 per item; the first one that a task has is its accuracy."""
 
 # The seeds of lm-eval's own command line, so that tasks that draw at random give the same results here.
 _SEED, _OTHER_SEED = 0, 1234

@@ -44,8 +44,8 @@ from selfdistill.model import (
 from selfdistill.runtime import clock, peak_memory, say_note
 
 KEPT_BYTES, POSITIONS = 2**28, 8
-"""Bytes for the prefix cache of the student's prompts, and as many for one layout's; leading completion tokens whose KL
-is listed individually."""
+"""Bytes for the prefix cache of the student's prompts, and again for the teacher's in one layout; number of leading
+completion tokens whose KL is listed individually."""
 
 
 class Measure:
@@ -83,7 +83,7 @@ class Measure:
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
     def _encode(self, rows: Sequence[Demonstration], context: str | None, hint: float = 1) -> list[Example]:
-        """Encode the rows that fit the window, with ``max_completion_length`` and with the demonstration."""
+        """Encode the rows that fit the window, both with ``max_completion_length`` and with the demonstration."""
         config, window = self.config, self.loaded.window
         shown = None if context is None else context_of(context, hint)
         made, _ = encoded(config, rows, shown, self.chat, window, self.pool)
@@ -102,7 +102,7 @@ class Measure:
         return kept
 
     def accuracy_of(self, answers: Answers) -> float | None:
-        """The share of right replies; None if they are not scored."""
+        """The share of correct replies; None if they are not scored."""
         return answers.accuracy if self.scored else None
 
     def student_on(self, context: str) -> tuple[float | None, float | None]:
@@ -139,7 +139,7 @@ class Measure:
             )
 
     def _rollouts(self) -> list[Completion]:
-        """A sample of the student for each row, or an episode."""
+        """One sample of the student per row, or one episode."""
         seeds = [sample_seed(self.config.seed, 0, row.demonstration.row, 0) for row in self.rows]
         prompts = [row.student_ids for row in self.rows]
         with self._arithmetic():
@@ -164,7 +164,7 @@ class Measure:
 
     @torch.no_grad()
     def layout(self, context: str, hint: float = 1) -> Layout:
-        """Evaluate the teacher with one layout, and this share of the demonstration.
+        """Evaluate the teacher with one layout that shows the share ``hint`` of the demonstration.
 
         Raises:
             UserError: the layout does not fit the data or the window.
@@ -203,7 +203,10 @@ class Measure:
         )
 
     def closeness(self, context: str, tuned: LoadedModel | None) -> tuple[float, float | None, float | None]:
-        """KL(teacher||base); also the fine-tuned model's accuracy and KL(fine-tuned||base). Each along own replies."""
+        """KL(teacher||base), the fine-tuned model's accuracy and KL(fine-tuned||base), the latter two None without it.
+
+        Each KL is along the first model's own greedy replies, in nats per token.
+        """
         rows = self._encode([row.demonstration for row in self.rows], context)
         prompts, base = [row.student_ids for row in rows], self.loaded
         said, seen = self.teacher_said[context], [row.teacher_ids or [] for row in rows]
@@ -216,7 +219,10 @@ class Measure:
             return teacher, self.accuracy_of(answers), kl_along(prompts, answers.ids, tuned, base, own=answers.is_own)
 
     def cost(self, context: str) -> tuple[float, float, int]:
-        """Expected seconds per step, peak memory in GiB and its batch size, from one forward and backward pass."""
+        """Expected seconds per step, peak memory in GiB and the number of rows that it is for.
+
+        Measured with one forward and backward pass.
+        """
         rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
         model, device = self.loaded.model, self.loaded.device

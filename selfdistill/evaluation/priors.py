@@ -81,7 +81,7 @@ class PriorResult:
 
 
 def load_prior(path: str) -> dict[str, list[Choices] | list[Demonstration]]:
-    """Load a ``.jsonl`` prior file, or all of a folder, by name.
+    """Load a ``.jsonl`` prior file, or all in a folder, by file name without its suffix.
 
     A row is ``query`` + ``choices`` + ``gold``, or ``contexts`` + ``continuation`` + ``gold``, or ``context`` +
     ``continuation``. If the first row has ``prompt`` or ``messages``, rows are questions as :func:`load_demonstrations`
@@ -90,7 +90,7 @@ def load_prior(path: str) -> dict[str, list[Choices] | list[Demonstration]]:
     with punctuation.
 
     Raises:
-        UserError: there is no such file, or a file has bad rows, of which it names the first ten and the total.
+        UserError: there is no such file, or a file has bad rows; names the first ten and the total.
     """
     root = Path(path)
     files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
@@ -230,6 +230,13 @@ def prior_abilities(
 
     Choices are compared by the log-likelihood of their continuation given their context, in plain text without a chat
     template.
+
+    Args:
+        loaded: the model.
+        scorer: runs its forward passes.
+        chat: encodes and decodes replies to questions.
+        priors: from :func:`encode_priors`.
+        batch_size: pairs per forward pass.
     """
     results = []
     for prior in priors:

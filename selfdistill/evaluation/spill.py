@@ -1,12 +1,12 @@
-"""Foretell spill: what a few real steps on the task do to prompts that have nothing to do with it.
+"""Predict spill: how a few real steps on the task change the model on unrelated prompts.
 
     gain = log p(demo) after - before;   moved = KL(before||after) on general prompts
 
-SFT and SDFT each take ``STEPS`` steps of AdamW on the same rows, from the same weights. The demonstrations are the
-yardstick of gain for both, because their own losses have no common unit.
+SFT and SDFT each take ``STEPS`` steps of AdamW on the same rows, from the same weights. Gain is measured on the
+demonstrations for both, because their losses are not comparable.
 
-One step does not tell. On the package's routing skill the first of SDFT moves the starter model further than the first
-of SFT, and eight less far, as the whole run does.
+One step is not enough. On the package's routing skill, the first step of SDFT moves the starter model further than the
+first step of SFT does, but eight steps move it less far, as does the whole run.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from selfdistill.model import (
 
 STEPS = 8
 """Steps of each method."""
-_ANCHORS, _TOKENS = 16, 16  # general prompts, and at most this long answers to them
-_ROWS = 8  # per pass
+_ANCHORS, _TOKENS = 16, 16  # general prompts, and the maximum length of answers to them
+_ROWS = 8  # per forward pass
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A few steps of a method on the task."""
+    """The effect of a few steps of a method on the task."""
 
     gain: float
     """Rise of the demonstrations' log-probability under the student, nats per token."""
@@ -67,7 +67,7 @@ class Spill:
     """Why no step was taken; None if it was."""
 
     def sentence(self) -> str:
-        """What was found, and what follows; without a full stop."""
+        """The finding and the advice, without a full stop."""
         if self.sft is None or self.sdft is None:
             return f"not measured: {self.untried}"
         found = f"after {STEPS} steps, in nats per token: SFT {self.sft}, SDFT {self.sdft}"
@@ -76,14 +76,14 @@ class Spill:
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """How the trials' steps are taken."""
+    """Settings of the trials' steps."""
 
     learning_rate: float
     sampling: Sampling
-    """Of SDFT's student."""
+    """How SDFT's student samples."""
     seed: int
     arithmetic: Callable[[], AbstractContextManager[Any]]
-    """The precision of training; the distance is measured in that of the weights."""
+    """Context with the precision of training; the distance is measured in the precision of the weights."""
 
 
 def measure_spill(
@@ -93,16 +93,19 @@ def measure_spill(
     chat: ChatFormat,
     settings: TrialSettings,
 ) -> Spill:
-    """Take a few steps of SFT and of SDFT, each with a copy of the model.
+    """Take a few steps of SFT and of SDFT, each on a copy of the model.
 
-    Needs the memory of a training run beside the model.
+    Needs the memory of a training run in addition to the model's.
 
     Args:
-        loaded: the model, and SDFT's teacher. It stays as it is.
-        forward_pass: runs it.
-        rows: the task, with the teacher's prompts. Those without a completion are left out.
-        chat: encodes the general prompts, a sample of those that training offers as anchors.
-        settings: how the steps are taken.
+        loaded: the model, which is also SDFT's teacher; it is not changed.
+        forward_pass: runs the model.
+        rows: rows of the task, with the teacher's prompts. Those without a completion are left out.
+        chat: encodes the general prompts, a sample of the package's anchors.
+        settings: settings of the steps.
+
+    Returns:
+        Both trials, or the reason why no step was taken.
     """
     rows = [row for row in rows if row.completion_ids]
     if not rows:
@@ -124,7 +127,7 @@ def measure_spill(
 
 
 def _general_prompts(chat: ChatFormat, window: int | None, seed: int) -> list[Demonstration]:
-    """A sample of those that the package offers as anchors and that fit the window."""
+    """A random sample of the package's anchors that fit the window."""
     prompts = anchor_prompts()
     shuffled = random.Random(seed).sample(prompts, len(prompts))
     fitting = (row for row in shuffled if not window or len(encode_prompts([row], chat)[0]) + _TOKENS <= window)
@@ -139,7 +142,7 @@ def _train(
     rows: Sequence[Example],
     settings: TrialSettings,
 ) -> None:
-    """Take the steps, each on all rows; a divergence is along the student's own samples, from the teacher."""
+    """Train the student for ``STEPS`` steps, each on all rows; with a divergence, on its own samples."""
     optimizer = make_optimizer(student.model.parameters(), "adamw_torch", seed=settings.seed, weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = settings.learning_rate
     completions = [row.completion_ids for row in rows]
@@ -168,10 +171,10 @@ def task_loss(
     completions: Sequence[list[int]],
     arithmetic: Callable[[], AbstractContextManager[Any]],
 ) -> Tensor:
-    """A loss, summed over the completions' tokens; a divergence is from the teacher, shown the rows' context."""
+    """The loss summed over the completions' tokens; with a divergence, from a teacher that sees the rows' context."""
     taught = None
     if teacher is not None:
-        with torch.no_grad(), arithmetic():  # a context of its own: older releases of torch keep casts without gradient
+        with torch.no_grad(), arithmetic():  # its own autocast context: older torch caches casts that have no gradient
             taught = forward_pass(teacher, [row.teacher_ids or [] for row in rows], completions)
     with arithmetic():
         student = forward_pass(model, [row.student_ids for row in rows], completions)

@@ -97,7 +97,7 @@ class _Chunks:
     """One call of :func:`chunked_loss`: what all chunks share, and the gradients they add to.
 
     Args:
-        loss: as for :func:`chunked_loss`, and so are the others.
+        loss: as for :func:`chunked_loss`, like all others except ``student``.
         student: hidden states and head.
     """
 

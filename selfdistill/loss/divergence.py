@@ -36,7 +36,7 @@ def _reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
 
 
 def _reverse_kl_slope(p_NV: Tensor, gap_NV: Tensor, value_N: Tensor) -> Tensor:
-    """Gradient of KL(p||q) with respect to log p, less a multiple of p; overwrites the gap log p - log q."""
+    """Gradient of KL(p||q) with respect to log p, up to a multiple of p; overwrites the gap log p - log q."""
     return gap_NV.sub_(value_N.unsqueeze(-1)).mul_(p_NV)
 
 
@@ -46,7 +46,7 @@ def _jsd(log_p_NV: Tensor, log_q_NV: Tensor, weight: float) -> Tensor:
 
 
 def _jsd_and_slope(p_NV: Tensor, q_NV: Tensor, gap_NV: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """JSD and its gradient with respect to log p, less a multiple of p; overwrites the gap log p - log q.
+    """JSD and its gradient with respect to log p, up to a multiple of p; overwrites the gap log p - log q.
 
     JSD = sum_v (1-b) p r + b q (r - gap) with m = (1-b) p + b q and r = log p - log m; the gradient is (1-b) p r. With
     x = gap - log(b/(1-b)), r is log sigmoid(x) - log(1-b) and r - gap is log sigmoid(-x) - log b. Where p and q are
@@ -55,8 +55,8 @@ def _jsd_and_slope(p_NV: Tensor, q_NV: Tensor, gap_NV: Tensor, weight: float) ->
     log_p_share, log_q_share = math.log1p(-weight), math.log(weight)
     x_NV = gap_NV - (log_q_share - log_p_share)
     likeliest_N1 = p_NV.argmax(-1, keepdim=True)
-    # In the gradient on the logits a constant of a token cancels. Where p is far above q, r is -log(1-b) plus a little,
-    # and float32 would lose the little. log sigmoid(x) is the little alone.
+    # A constant per token cancels in the gradient on the logits. Where p is far above q, r is -log(1-b) plus a small
+    # term that float32 would lose. log sigmoid(x) is that term alone.
     near_N1 = logsigmoid(x_NV.gather(-1, likeliest_N1)) < log_p_share / 2
     left_out_N1 = torch.where(near_N1, 0.0, -log_p_share).to(gap_NV.dtype)
     student_NV = logsigmoid(x_NV).sub_(left_out_N1 + log_p_share)
@@ -70,7 +70,7 @@ def _jsd_and_slope(p_NV: Tensor, q_NV: Tensor, gap_NV: Tensor, weight: float) ->
     torch.where(near_NV, near_student_NV, student_NV, out=student_NV)
     torch.where(near_NV, near_teacher_NV, teacher_NV, out=teacher_NV)
     value_N = weight * teacher_NV.mul_(q_NV).sum(-1)
-    # A confident student's gradient is that of its other tokens, so the likeliest one should add no rounding.
+    # A confident student's gradient comes from its other tokens, so the likeliest one should add no rounding error.
     likeliest_r_N1 = student_NV.gather(-1, likeliest_N1)
     slope_NV = student_NV.sub_(likeliest_r_N1).mul_(p_NV)
     value_N += (1 - weight) * (slope_NV.sum(-1) + (likeliest_r_N1 + left_out_N1).squeeze(-1))
@@ -78,7 +78,7 @@ def _jsd_and_slope(p_NV: Tensor, q_NV: Tensor, gap_NV: Tensor, weight: float) ->
 
 
 def _through_log_softmax(slope_NV: Tensor, p_NV: Tensor) -> Tensor:
-    """The gradient on the logits, given that on log p, which is overwritten; a multiple of p drops out."""
+    """The gradient on the logits from that on log p, which is overwritten; multiples of p cancel."""
     return slope_NV.addcmul_(p_NV, slope_NV.sum(-1, keepdim=True), value=-1)
 
 
@@ -91,7 +91,7 @@ def _divergence(kind: Kind, weight: float, log_p_NV: Tensor, log_q_NV: Tensor) -
 
 
 def _entries(kind: Kind, weight: float, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """What each vocabulary entry contributes to the divergence, (N, V)."""
+    """Contribution of each vocabulary entry to the divergence, (N, V)."""
     if kind == "forward_kl":
         return log_q_NV.exp() * (log_q_NV - log_p_NV)
     if kind == "reverse_kl":
@@ -187,7 +187,7 @@ class Divergence:
     expected gradient is the same, because the baseline does not depend on the sampled token."""
     clip: float | None = None
     """Not with ``sampled``: each vocabulary entry contributes at most this many nats to the sum (OPSD, arXiv
-    2601.18734). An entry that is cut has no gradient. The tail's bucket counts as one entry."""
+    2601.18734). A clipped entry has no gradient. The tail's bucket counts as one entry."""
     target: Target | ProximalTarget | None = None
     """Replaces q; None: q itself."""
     pull: float = 0.0
@@ -268,8 +268,7 @@ class Divergence:
         """The divergence from the pair's teacher.
 
         Over the full vocabulary the gradient has a closed form: p - q for forward KL; p (r - sum_v p r) with
-        r = log p - log q for reverse KL; for JSD, (1-b) times the same with r = log p - log m, of which a constant is
-        left out.
+        r = log p - log q for reverse KL; for JSD, (1-b) times the same with r = log p - log m, up to a constant in r.
         """
         plain = self.support == "full" and self.clip is None
         if not plain or pair.gap_NV is None or pair.q_NV is None or pair.log_q_NV is None:
@@ -318,7 +317,7 @@ class CrossEntropy:
 
 
 class Pair:
-    """Detached log-probabilities and probabilities of student and teacher at the same tokens, and those of the base.
+    """Detached (log-)probabilities of student and teacher at the same tokens, and log-probabilities of the base.
 
     ``teacher_logits_NV`` may be log-probabilities, which log-softmax leaves unchanged.
     """

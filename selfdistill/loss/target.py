@@ -45,11 +45,11 @@ class ProximalTarget:
     (1-l) log p + l log q, with l in [0, 1] solved for each token. At share 1, q* is q.
 
     Raises:
-        UserError: ``share`` is outside of [0, 1].
+        UserError: ``share`` is outside [0, 1].
     """
 
     share: float
-    """rho. 0 is not the student: the condition then asks that E_{q*}[log q - log p] is not negative."""
+    """rho. At 0, the target is not the student: the condition still requires E_{q*}[log q - log p] >= 0."""
 
     base = 0.0
 
@@ -60,8 +60,8 @@ class ProximalTarget:
     def log_probs(self, log_q_NV: Tensor, log_p_NV: Tensor, log_base_NV: Tensor | None) -> Tensor:
         """Log-probabilities of the target, (N, V), detached.
 
-        E_{q*}[log q - log p] rises with l, from -KL(p||q) at 0 to KL(q||p) at 1, and its slope is a variance. So l is
-        found by Newton's steps, and by bisection wherever such a step would leave the bracket.
+        E_{q*}[log q - log p] rises with l, from -KL(p||q) at 0 to KL(q||p) at 1, and its slope is a variance. So
+        Newton's method finds l, with bisection wherever a step would leave the bracket.
         """
         log_p_NV = log_p_NV.detach()
         gap_NV = (log_q_NV - log_p_NV).clamp(-_WIDEST, _WIDEST)
@@ -88,8 +88,8 @@ def _sum(values_NV: Tensor) -> Tensor:
 
 
 _WIDEST = 1e15
-"""Nats. A wider gap, between a token and one that cannot be said, is cut, so that its square stays finite."""
+"""Nats. A wider gap, where a token has probability 0, is clamped, so that its square stays finite."""
 _MOST_STEPS = 24
-"""Five or six are usual."""
+"""Five or six are typical."""
 _SMALLEST_STEP = 1e-5
 """Newton's next step is of the order of its square."""

@@ -57,7 +57,7 @@ def importance_weights(student_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_
         student_logps_BT: log-probabilities, in nats, of the sampled tokens under the training model.
         sampler_logps_BT: the same under the engine that sampled them.
         mask_BT: bool, True at retained tokens; other positions are ignored.
-        cap: largest ratio of a token.
+        cap: largest ratio that a token can have.
 
     Returns:
         float32, shape (B,), detached; 1 for a sequence without retained tokens.
@@ -69,11 +69,11 @@ def importance_weights(student_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_
 
 
 def top_k_entropy(log_p_NV: Tensor, k: int) -> Tensor:
-    """Entropy of the k most likely tokens, renormalised, over its largest value ln k: from 0 to 1, shape (N,).
+    """Entropy of the k most likely tokens, renormalised and divided by its maximum ln k: from 0 to 1, shape (N,).
 
     Args:
         log_p_NV: log-probabilities.
-        k: at least 2; a smaller vocabulary counts as a whole.
+        k: at least 2; of a smaller vocabulary, all tokens are used.
     """
     k = min(k, log_p_NV.shape[-1])
     log_top_NK = log_p_NV.topk(k, dim=-1).values.log_softmax(-1)
@@ -100,7 +100,7 @@ def check_skip(skip_first_tokens: int, completion_lengths: Sequence[int]) -> Non
     """Reject a ``skip_first_tokens`` that would mask most of the training signal.
 
     Raises:
-        UserError: it would mask more than half of all completion tokens, or every token of more than half of the
+        UserError: this would mask more than half of all completion tokens, or every token of more than half of the
             (non-empty) completions.
     """
     lengths = [length for length in completion_lengths if length > 0]

@@ -35,7 +35,7 @@ def read_config(folder: Path, name: str) -> Any:
     """The adapter's settings.
 
     Raises:
-        UserError: they cannot be read, the weights are pickled, or the adapter does more than change its base's layers.
+        UserError: the settings cannot be read, the weights are pickled, or the adapter acts outside its base's layers.
     """
     import_before_peft()
     from peft import PeftConfig
@@ -51,7 +51,7 @@ def read_config(folder: Path, name: str) -> Any:
             "can run code; convert them to safetensors"
         )
     kind = getattr(config.peft_type, "value", config.peft_type)
-    # Their virtual tokens or invocation tokens act outside of the layers, where sampling and scoring do not see them.
+    # Their virtual tokens or invocation tokens act outside the layers, where sampling and scoring do not see them.
     if config.is_prompt_learning or config.is_adaption_prompt or getattr(config, "alora_invocation_tokens", None):
         kind = "aLoRA" if kind == "LORA" else kind
         raise UserError(
@@ -64,7 +64,7 @@ def read_config(folder: Path, name: str) -> Any:
 def attach(base: Any, config: Any, folder: Path, name: str) -> Any:
     """The base with the adapter's weights in it, as a ``PeftModel``.
 
-    A base whose embedding is of another size than the adapter's is resized, if the adapter holds all of its rows.
+    A base whose embedding differs in size from the adapter's is resized, if the adapter holds all of its rows.
 
     Raises:
         UserError: the adapter does not fit the base.
@@ -104,7 +104,7 @@ def _is_second_copy(key: str, read: set[str]) -> bool:
 
 
 def _mismatch(error: Exception) -> str:
-    """What PEFT found to differ, in a line; the sizes of the first tensor, if it is sizes."""
+    """The mismatch that PEFT reports, in one line; if sizes differ, those of the first tensor."""
     sizes = _SIZES.search(str(error))
     if sizes is None:
         return first_line(error)
@@ -116,8 +116,8 @@ def _mismatch(error: Exception) -> str:
 def _resize(base: Any, shapes: dict[str, tuple[int, ...]]) -> None:
     """Give the base's embedding and head as many rows as the adapter's copies of them have.
 
-    PEFT saves whole copies where the embedding was resized before training. They replace every row, so what the new
-    rows hold until then does not matter. Without a copy of the embedding, and of a head of its own, nothing is changed.
+    PEFT saves full copies if the embedding was resized before training. They replace every row, so the new rows need no
+    particular values. Without a copy of the embedding, and of the head if it is not tied, nothing is changed.
     """
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     names = {module: name for name, module in base.named_modules()}
@@ -136,12 +136,11 @@ def merged(model: Any, name: str) -> Any:
     """Merge the adapter ``default`` into its base, in float32 on the CPU; every tensor then has the base's data type.
 
     Raises:
-        UserError: PEFT cannot merge an adapter of this kind, the merged model computes something else, or memory does
-            not suffice.
+        UserError: PEFT cannot merge an adapter of this kind, the merged model's logits differ, or memory runs out.
     """
     base = model.base_model.model
     default = base.dtype
-    # Models keep some tensors in float32, such as frequencies of positions and biases of a router.
+    # Models keep some tensors in float32, such as rotary frequencies and router biases.
     tensors = (*base.named_parameters(), *base.named_buffers())
     dtypes = {_BASES_OWN.sub("", tensor): values.dtype for tensor, values in tensors}
     cannot = f"model {name!r}: its adapter cannot be merged into its base"
@@ -149,7 +148,7 @@ def merged(model: Any, name: str) -> Any:
         whole = _merged_in_float32(model.cpu().float().eval(), cannot)
         for tensor, values in (*whole.named_parameters(), *whole.named_buffers()):
             values.data = values.data.to(dtypes.get(tensor, default))
-    except (RuntimeError, MemoryError) as error:  # of the CPU's memory torch tells in a plain RuntimeError
+    except (RuntimeError, MemoryError) as error:  # torch reports a lack of CPU memory as a plain RuntimeError
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         needs = "merging needs all of its weights in float32, in the CPU's memory"
@@ -158,10 +157,10 @@ def merged(model: Any, name: str) -> Any:
 
 
 def _merged_in_float32(model: Any, cannot: str) -> Any:
-    """Merge, and compare what the model computes before and after.
+    """Merge, and compare the model's logits before and after.
 
     Raises:
-        UserError: begins with ``cannot``.
+        UserError: as for :func:`merged`; the message begins with ``cannot``.
     """
     expected_BTV = _probe(model)
     try:

@@ -40,7 +40,7 @@ def layers_of(loaded: LoadedModel, network: Any, setting: str) -> list[nn.Module
 
 
 class CompiledLayers:
-    """The model's layers compiled with ``torch.compile``, in use while :meth:`active`; one compilation serves all.
+    """The model's layers compiled with ``torch.compile``, in use within :meth:`active`; one compilation serves all.
 
     Raises:
         UserError: the model does not declare its layers, or they cannot be compiled on this machine.

@@ -1,7 +1,7 @@
-"""Differences between kinds of device: every decision of the model's passes that depends on the device.
+"""Differences between kinds of device: all choices about the model's passes that depend on the device.
 
-A kind is PyTorch's device type, such as ``cuda`` or ``cpu``. The numbers for GPUs are estimates: none was
-measured on one (``make gpu`` will).
+A kind is PyTorch's device type, such as ``cuda`` or ``cpu``. The numbers for GPUs are estimates; ``make gpu`` measures
+them.
 
 Legend: B sequences, V vocabulary.
 """
@@ -38,8 +38,8 @@ def best_device() -> torch.device:
 
 
 PASS_TOKENS = {"cpu": 64, "cuda": 512}
-"""Tokens that take about as long as one extra forward pass: what a shared prefix must save. Other kinds count as
-CPUs."""
+"""Tokens that take about as long as one extra forward pass: a shared prefix must save more than this. Other kinds count
+as CPUs."""
 
 
 def pass_tokens(kind: str) -> int:
@@ -48,11 +48,11 @@ def pass_tokens(kind: str) -> int:
 
 
 LENGTH_STEP = {"cuda": 64}
-"""The length of a pass is a multiple of this, so that kernels are chosen and planned for few lengths."""
+"""The length of a pass is padded to a multiple of this, so that kernels are chosen and planned for few lengths."""
 
 
 def padded_length(length: int, most: int | None, kind: str) -> int:
-    """The length to which a pass is padded on a device of this kind; beyond ``most`` nothing is added."""
+    """The length to which a pass is padded on a device of this kind; it is never padded beyond ``most``."""
     step = LENGTH_STEP.get(kind, 1)
     rounded = -(-length // step) * step
     return rounded if most is None else max(length, min(rounded, most))
@@ -101,7 +101,7 @@ REPEATING_WORKSPACES = (":4096:8", ":16:8")
 
 @contextmanager
 def deterministic(kind: str) -> Iterator[None]:
-    """Use only deterministic operations; for GPUs, where not all are.
+    """Use only deterministic operations on a GPU, where not all are.
 
     Follows https://docs.pytorch.org/docs/stable/notes/randomness.html. Attention uses PyTorch's own or the
     memory-efficient kernels, not those of FlashAttention and cuDNN, which may sum gradients in any order. A

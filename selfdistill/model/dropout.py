@@ -1,4 +1,4 @@
-"""Turn dropout off, wherever a model has it."""
+"""Disable dropout, wherever a model has it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _zero_dropout(holder: Any) -> None:
-    """Attributes are named attention_dropout, hidden_dropout, resid_pdrop, layerdrop and so on."""
+    """Zero the holder's attributes such as attention_dropout, hidden_dropout, resid_pdrop and layerdrop."""
     for name, value in list(vars(holder).items()):
         if isinstance(value, float) and "drop" in name:
             setattr(holder, name, 0.0)

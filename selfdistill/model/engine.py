@@ -22,9 +22,9 @@ class Engine(Protocol):
     """Samples completions with its own weights, which it updates whenever the model's differ."""
 
     name: str
-    """Its name, version and arithmetic: what its samples depend on."""
+    """Its name, version and arithmetic, on which its samples depend."""
     failed: str | None
-    """Why it must no longer be used; None if it works."""
+    """Why it must no longer be used; None while it works."""
     sync_s: float
     """Seconds spent so far on loading weights."""
 
@@ -40,12 +40,12 @@ class Engine(Protocol):
         """Free memory until the next sample, if the device allows it."""
 
     def close(self) -> None:
-        """End the engine and free its memory."""
+        """Shut the engine down and free its memory."""
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """The kind of model that an engine is built for. It can sample from any model of the kind, one at a time."""
+    """The kind of model that an engine is built for. It can sample from any model of this kind, one at a time."""
 
     settings: EngineSettings
     architecture: str
@@ -67,12 +67,12 @@ def use_engine(loaded: LoadedModel, settings: EngineSettings) -> None:
 def engine_for(loaded: LoadedModel) -> Engine:
     """The engine that samples from the model in the current arithmetic: autocast's, or that of its weights.
 
-    A process runs one engine at a time. An engine of another kind, or a failed one, is ended first. All ranks start
+    A process runs one engine at a time. An engine of another kind, or a failed one, is closed first. All ranks start
     theirs together.
 
     Raises:
-        UserError: it is not installed, or does not support the model or the machine.
-        EngineFailed: it does not start.
+        UserError: the engine is not installed, or does not support the model or the machine.
+        EngineFailed: the engine does not start.
     """
     global _running
     assert loaded.engine is not None
@@ -96,7 +96,7 @@ def prompts_at_a_time(loaded: LoadedModel, batch_size: int) -> int:
 
 
 def close_engine() -> None:
-    """End the engine that this process runs, if any. The next sample starts one again."""
+    """Close the engine that this process runs, if any. The next sample starts a new one."""
     global _running
     if _running is not None:
         engine, _running = _running[1], None

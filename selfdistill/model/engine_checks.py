@@ -24,7 +24,7 @@ _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
 _PROBE_TOKENS = 16
 _LARGEST_GAP = {torch.float32: 0.01}
 _LARGEST_GAP_OTHERWISE = 0.5
-"""Mean difference of log-probabilities, in nats, above which the engine computes a different model."""
+"""Mean absolute difference of log-probabilities, in nats, above which the engine computes a different model."""
 
 
 def is_supported(release: str) -> bool:
@@ -47,7 +47,7 @@ def check_limits(
     Args:
         prompts: token ids.
         sampling: the policy.
-        length: the engine's maximum tokens of a prompt with its completion.
+        length: the engine's maximum length of a prompt with its completion, in tokens.
         limited_by: what may limit it besides the model's window.
         remedy: how to raise it.
 
@@ -81,7 +81,7 @@ def disagreement(gap: float, dtype: torch.dtype) -> str | None:
 
 
 def agreement_gap(loaded: LoadedModel, prompt: list[int], rollout: Rollout, dtype: torch.dtype) -> float:
-    """Mean difference of a sample's log-probabilities from the model's own, in nats per token."""
+    """Mean absolute difference between a sample's log-probabilities and the model's own, in nats per token."""
     own_L = _log_probs(loaded, prompt, rollout.ids, dtype)
     return float((own_L - torch.tensor(rollout.logps)).abs().mean())
 

@@ -24,23 +24,23 @@ _BASE = ".base_layer"
 _ADAPTER = "default"
 """The student's adapter."""
 _OTHER_KINDS = (_BASE, ".original_module", ".modules_to_save", ".token_adapter")
-"""PEFT's addition to the names of weights that adapters other than LoRA wrap."""
+"""What PEFT adds to the names of weights that adapters other than LoRA wrap."""
 
 WeightsVersion = tuple[Any, ...]
 """One number per weight, and one tuple per LoRA layer; see :func:`weights_version`."""
 _BLOCK = 64
-"""64-bit integers whose sum has one factor in a weight's number."""
+"""Number of 64-bit integers per block; each block's sum has its own factor in a weight's number."""
 
 
 @torch.no_grad()
 def weights_version(model: nn.Module) -> WeightsVersion:
     """Identifies the weights that the model computes with on this rank.
 
-    It has a position-dependent sum of the bits of each weight and saved buffer, and for each LoRA layer which adapters
-    are active, with their scales.
+    It has a position-dependent sum of the bits of each weight and saved buffer, and for each LoRA layer the active
+    adapters with their scales.
 
-    It does not rely on code that reports changes: optimizers, checkpoints and callers may all write to
-    the weights, and PyTorch's own counter (``Tensor._version``) does not see fused optimizers.
+    It does not rely on code that reports changes: optimizers, checkpoints and callers may all write to the weights, and
+    PyTorch's own counter (``Tensor._version``) misses fused optimizers.
     """
     weights = [*model.parameters(), *(buffer for _, buffer in _saved_buffers(model))]
     sums = [_sum_of_bits(local_tensor(weight.detach())) for weight in weights]
@@ -70,9 +70,9 @@ class WeightsDigest(NamedTuple):
 
 
 def weights_digest(loaded: LoadedModel) -> WeightsDigest:
-    """Digests of :func:`weights_version`, which all ranks must compute together.
+    """Digests of :func:`weights_version`; all ranks must call this together.
 
-    Those of sharded weights depend on the number of ranks.
+    The digests of sharded weights depend on the world size.
     """
     weights = dict(loaded.model.named_parameters()) | dict(_saved_buffers(loaded.model))
     versions = all_gather([weights_version(loaded.model)])

@@ -24,7 +24,7 @@ from selfdistill.runtime import all_gather, rank_slice
 
 @dataclass(frozen=True)
 class _Known:
-    """The model's states of an episode between two turns."""
+    """An episode's cached states between two turns."""
 
     ids: list[int]
     states: States
@@ -33,13 +33,13 @@ class _Known:
 class TurnSampler:
     """Samples the replies of episodes turn by turn, many episodes at a time.
 
-    Keys and values of an episode are kept until its next turn, so only new tokens are
-    read. Every reply equals what :func:`selfdistill.model.sampling.sample` draws from the same tokens, up to rounding.
-    That function is used if a model cannot continue from cached states, and with an engine, which has its own cache.
+    Keys and values of an episode are kept until its next turn, so only new tokens are read. Every reply equals what
+    :func:`selfdistill.model.sampling.sample` draws from the same tokens, up to rounding. That function is used if a
+    model cannot continue from cached states, and with an engine, which has its own cache.
 
     Args:
         loaded: the model. Its weights must not change.
-        count: number of episodes, which are divided among the ranks once.
+        count: number of episodes; their assignment to ranks is fixed.
     """
 
     def __init__(self, loaded: LoadedModel, count: int) -> None:
@@ -63,8 +63,8 @@ class TurnSampler:
 
         Args:
             episodes: their numbers, ascending.
-            prompts: all tokens of each so far. They begin with those of its last turn.
-            sampling: the policy of one reply.
+            prompts: all tokens of each so far, beginning with those of its previous turn.
+            sampling: the sampling policy of each reply.
             seeds: one per episode, from :func:`selfdistill.model.sampling.sample_seed`; not needed for greedy decoding.
 
         Returns:
@@ -114,7 +114,7 @@ class TurnSampler:
         new = [list(ids[len(x.ids) :]) for x, ids in zip(known, prompts, strict=True)]
         cache = DynamicCache(config=self._config)
         layers: Any = cache.layers
-        for layer in reversed(layers):  # a layer at a time is held twice
+        for layer in reversed(layers):  # only one layer at a time is held twice
             fill(layer, [[x.states.pop()] for x in known])
         done, width = cache.get_seq_length(), max(map(len, new))
         pads = [width - len(ids) for ids in new]

@@ -1,8 +1,8 @@
 """A model of fake tensors, which have shapes and data types but no data, and a count of live tensors.
 
 A pass over such a model runs the same code and makes the same tensors as with the real one, in seconds and without its
-memory. So a run's memory is known before any weights are read. Token ids, positions and masks are ordinary
-tensors, whose values decide which code runs.
+memory. So a run's memory is known before any weights are read. Token ids, positions and masks are ordinary tensors,
+because their values decide which code runs.
 
 Source: PyTorch's ``torch._subclasses.fake_tensor.FakeTensorMode``.
 """
@@ -62,7 +62,7 @@ def fake_model(
         adapter_base: the base of an adapter, if it is not where ``adapter_config.json`` says.
         lora_rank: rank of the adapter to train; 0: none.
         like: the model itself, or another fake of it; then no file is read.
-        layers: its number of layers, to use fewer.
+        layers: how many of its first layers to use; None: all.
         trained: whether it will be trained; a teacher may have quantised weights, which cannot be trained.
         load_in_4bit: with 4-bit weights; needs ``lora_rank``.
 
@@ -103,7 +103,7 @@ def fake_model(
 
 
 def _with_layers(config: Any, layers: int | None) -> Any:
-    """A copy of a configuration with only this many first layers; None: all."""
+    """A copy of a configuration with only the first ``layers`` layers; None: all."""
     config = copy.deepcopy(config)
     if layers is not None:
         text = config.get_text_config()
@@ -115,7 +115,7 @@ def _with_layers(config: Any, layers: int | None) -> Any:
 
 
 def alike_layers(loaded: LoadedModel) -> list[nn.Module]:
-    """A model's layers if all are alike; empty if they are not, or if that is unknown."""
+    """A model's layers if all have the same shapes and kind; empty if not, or if unknown."""
     text = loaded.model.config.get_text_config()
     count = getattr(text, "num_hidden_layers", 0)
     listed = [value for value in vars(text).values() if isinstance(value, list) and len(value) == count]
@@ -153,7 +153,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 class FilledCache:
     """Stands in for a :class:`selfdistill.model.prefix_cache.PrefixCache` that caches every requested context.
 
-    Created under autocast if the states are to be of its data type.
+    Create it under autocast if the states should have autocast's data type.
 
     Args:
         loaded: the model, of fake tensors.
@@ -174,7 +174,7 @@ class FilledCache:
         return list(range(len(contexts)))
 
     def cache(self, body: Any, config: Any, contexts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor]:
-        """As that of a :class:`selfdistill.model.prefix_cache.PrefixCache`."""
+        """As :meth:`selfdistill.model.prefix_cache.PrefixCache.cache`, with states of zeros."""
         filled = [len(context) - 1 for context in contexts]
         cache = DynamicCache(config=config)
         for number, pair in enumerate(self._token):
@@ -207,8 +207,8 @@ class _Entry:
 class LiveTensors(TorchDispatchMode):
     """Counts the bytes of all live tensors made while it is active, by component.
 
-    A tensor belongs to the :attr:`component` at its creation, except for casts of weights, and for
-    gradients of weights once they are complete.
+    A tensor belongs to the :attr:`component` at its creation, except casts of weights, and gradients of weights once
+    they are complete.
 
     Args:
         models: their weights are not counted.
@@ -243,7 +243,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake_condition(args[0]):
-            return False  # such as whether a solver continues: another step needs no more memory
+            return False  # such as whether a solver continues: another iteration needs no more memory
         inside = _working_memory(func, args)
         if inside is not None:
             self._add(inside, func, args)
@@ -269,7 +269,7 @@ class LiveTensors(TorchDispatchMode):
         self.now[entry.component] -= entry.bytes
 
     def _is_gradient(self, weight: Tensor) -> None:
-        """Count a complete gradient as one."""
+        """Move a complete gradient to the component ``gradients``."""
         assert weight.grad is not None
         entry = self._entries[weight.grad.untyped_storage()]
         self.now[entry.component] -= entry.bytes

@@ -1,4 +1,4 @@
-"""Where a model's files lie."""
+"""Find a model's files."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def files_that_go_along(folder: Path) -> list[Path]:
-    """Files of a base that belong beside a model trained from it, and that training itself does not write.
+    """Files of a base that should be copied next to a model trained from it, because training does not write them.
 
-    These are the settings of its processors, for text, images, video and sound, its processor's chat template, its
-    generation settings, and its licence with what belongs to that. No code, no pickles, no card.
+    These are the settings of its processors (text, images, video, sound), its processor's chat template, its generation
+    settings, and its licence with notices and use policy. No code, pickles or model card.
     """
     found = {file for pattern in _GO_ALONG for file in folder.glob(pattern)}
     return sorted(file for file in found if file.is_file() and file.suffix.lower() in _TEXT)

@@ -36,7 +36,7 @@ PLAIN_ATTENTION_TOKENS = 128
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What predicts each completion token, all sequences concatenated without padding."""
+    """The states that predict each completion token, all sequences concatenated without padding."""
 
     hidden_ND: Tensor
     """Entry n predicts completion token n. Holds logits (N, V) if the head is the identity."""
@@ -55,7 +55,7 @@ class ForwardPass:
     Args:
         loaded: the model. All models passed to a call must have its architecture.
         compiled: its compiled layers, used in passes with gradients.
-        sharded: whether models are sharded. Then each call is one single pass, because all ranks must run the same.
+        sharded: whether models are sharded. Then each call is one pass, because all ranks must run the same passes.
         kind: the kind of device for which passes are chosen; default: the model's.
     """
 
@@ -75,7 +75,7 @@ class ForwardPass:
         self.pad_token_id, self._pictures = loaded.pad_token_id, loaded.pictures
 
     def keep(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> PrefixCache | None:
-        """A cache of these contexts' states for a model with fixed weights; None if the model does not support it."""
+        """A cache of these contexts' states for a model with fixed weights; None if unsupported or without a budget."""
         contexts = [context for context in contexts if not pictures_in(context)]
         return PrefixCache(contexts, budget_bytes) if budget_bytes and self._keeps else None
 
@@ -92,8 +92,8 @@ class ForwardPass:
         therefore predicted at index P + j - 1. A prefix shared by several contexts, such as a document or the chat
         template's system turn, is computed once, and its gradients sum over those sequences. Sequences with gradients
         are computed in full under gradient checkpointing, where a pass cannot continue another, and with compiled
-        layers, which would be recompiled for each layer's cache. With sharded models, all sequences are, and so are all
-        of a batch in which one has pictures.
+        layers, which would be recompiled for each layer's cache. With sharded models, or if any sequence of the batch
+        has pictures, all sequences are computed in full.
 
         Args:
             model: the network to run. With ``kept``, its weights must be the same at every call.
@@ -111,7 +111,7 @@ class ForwardPass:
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
         config = model.config.get_text_config()
         passes: list[tuple[list[int], list[int], Callable[..., Tensor]]] = []  # rows, tokens already read, forward
-        pictured = any(map(pictures_in, contexts))  # then equal token ids may stand for different things
+        pictured = any(map(pictures_in, contexts))  # then equal token ids may mean different pictures
         held = kept.kept(body, config, contexts) if kept and not pictured else []
         if kept and held:
             cache, filled_B = kept.cache(body, config, [contexts[row] for row in held])
@@ -156,7 +156,10 @@ class ForwardPass:
         completions: Sequence[Sequence[int]],
         read: int,
     ) -> Tensor:
-        """The output of ``forward``, after so many tokens, where it predicts the completion tokens, concatenated."""
+        """The output of ``forward`` at the positions that predict completion tokens, concatenated.
+
+        ``read`` is the number of cached tokens before each sequence.
+        """
         rows = [[*context, *completion] for context, completion in zip(contexts, completions, strict=True)]
         device = next(model.parameters()).device
         room = None if self._window is None else self._window - read
@@ -189,7 +192,7 @@ def _last_hidden(
 
     Args:
         body: the model without its head.
-        cache: of the tokens before; None: there are none.
+        cache: states of the tokens before; None: there are none.
         filled_B: the number of valid cache positions per sequence; None: all.
         ids_BL: token ids.
         seen: inputs for the pictures.

@@ -111,14 +111,14 @@ def replace_layers(model: Any) -> None:
 
 
 def pack_weights(model: nn.Module) -> None:
-    """Give replaced layers weights of the size of their codes, still without data; after an adapter was added."""
+    """Give replaced layers weights of the size of their codes, still without data. Call it after adding an adapter."""
     for layer in _layers(model):
         count = layer.in_features * layer.out_features
         layer.weight = nn.Parameter(torch.empty(-(-count // 2), 1, dtype=torch.uint8), requires_grad=False)
 
 
 def add_scales(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give packed weights, of a model of this data type, scales: fake tensors, in a mode that makes them."""
+    """Add scales to packed weights, for a model of this data type; they are fake tensors under ``FakeTensorMode``."""
     state: Any = import_bitsandbytes(_ASKED).functional.QuantState
     for layer in _layers(model):
         shape = torch.Size((layer.out_features, layer.in_features))

@@ -1,7 +1,7 @@
-"""Shard weights, gradients, optimizer and teacher across processes (FSDP2).
+"""Shard weights, gradients, optimizer and teacher across ranks (FSDP2).
 
 A sharded weight is a ``DTensor``. Layers all-gather it for a pass and reshard it afterwards, a collective operation:
-all processes must run the same passes. Where they do not, as in sampling, the weights are :func:`unsharded` meanwhile.
+all ranks must run the same passes. Where they do not, as in sampling, the weights are :func:`unsharded` meanwhile.
 
 Source: PyTorch's ``torch.distributed.fsdp.fully_shard``.
 """
@@ -31,9 +31,12 @@ def shard(
     """Shard the model's weights on ``device``: each layer separately, and the rest together.
 
     Args:
+        model: the model; changed in place.
+        layers: its layers, each of which becomes a unit.
+        device: where the shards are.
         read: runs a forward pass, from which PyTorch learns how the modules belong together.
-        dtype: data type of the all-gathered layers, for passes under autocast to it, which would otherwise hold casts
-            of all weights beside the shards. Gradients are reduced in float32. Default: the weights' own.
+        dtype: data type of the all-gathered layers, for passes under autocast to it. Otherwise these would hold casts
+            of all weights in addition to the shards. Gradients are reduced in float32. Default: the weights' own.
 
     Raises:
         UserError: PyTorch is too old.
@@ -64,7 +67,7 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def unsharded(*models: nn.Module) -> Iterator[None]:
-    """Gather all weights of the models, so that each process can run its own passes, without gradients."""
+    """Gather all weights of the models, so that each rank can run its own passes, without gradients."""
     apart = [model for model in models if any(isinstance(p, DTensor) for p in model.parameters())]
     units = [unit for model in apart for unit in _units(model)]
     try:
@@ -104,9 +107,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def full_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The full tensors, for rank 0, which alone writes; shared tensors stay shared. All ranks must call this.
+    """The full tensors on rank 0, the only one that writes; shared tensors stay shared. All ranks must call this.
 
-    Gathers one tensor at a time and moves gathered ones to the CPU, so that no device has to hold them all.
+    Gathers one tensor at a time and moves it to the CPU, so that no device has to hold them all.
     """
     found: dict[int, Tensor] = {}
     for tensor in tensors.values():

@@ -38,7 +38,7 @@ def body_and_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
     if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
         return None
     config = causal.config.get_text_config()
-    # Cohere multiplies, Granite divides, Gemma caps. The probe (head_agrees) finds out whether a model does more.
+    # Cohere multiplies, Granite divides, Gemma caps. The probe (head_agrees) detects whether a model does more.
     times, over, cap = (
         value if isinstance(value := getattr(config, name, None), int | float) and value else None
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -51,8 +51,8 @@ def body_and_head(model: Any) -> tuple[nn.Module, nn.Module] | None:
 def head_agrees(loaded: LoadedModel) -> bool:
     """Start-up probe: does head(body(x)) equal the model's own logits?
 
-    False for models that transform their logits further than :class:`ScaledHead`; for these the model's own logits
-    replace hidden states. Runs once per ``loaded``.
+    False for models that transform their logits further than :class:`ScaledHead`; for these, the model's own logits
+    replace the hidden states. Runs once per ``loaded``.
     """
     if loaded.separate_head is None:
         loaded.separate_head = _agrees(loaded)

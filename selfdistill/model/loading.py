@@ -53,11 +53,11 @@ class LoadedModel:
     engine: EngineSettings | None = None
     """The engine that samples from the model; None: PyTorch. See :func:`selfdistill.model.engine.use_engine`."""
     sampled: Sampled = field(default_factory=Sampled)
-    """What was sampled from it so far, by PyTorch or the engine."""
+    """Tokens sampled from it so far, by PyTorch or the engine, and the time."""
     continues_cache: bool | None = None
     """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""
     pictures: PictureInputs | None = None
-    """How an image-text model takes pictures; None for a model that reads none."""
+    """How an image-text model reads pictures; None for a model that reads none."""
     separate_head: bool | None = None
     """Result of :func:`selfdistill.model.head.head_agrees`; None before its first call."""
 
@@ -155,11 +155,11 @@ def _load_base(
 
 
 def load_tokenizer(path: str, base_path: str, name: str) -> Any:
-    """The tokenizer of a model, or an adapter's own one and chat template where it has them, else its base's.
+    """The tokenizer of a model; for an adapter, its own tokenizer and chat template if it has them, else its base's.
 
     Args:
         path: folder or hub id of the model or adapter.
-        base_path: that of the adapter's base; the same as ``path`` for a model.
+        base_path: folder or hub id of the adapter's base; the same as ``path`` for a model.
         name: the name given by the user, for messages.
 
     Raises:
@@ -180,15 +180,18 @@ def load_tokenizer(path: str, base_path: str, name: str) -> Any:
 
 
 def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
-    """A model that the caller has loaded, with its tokenizer; dropout is disabled, and training changes its weights.
+    """Use a model that the caller has loaded, with its tokenizer.
+
+    Dropout is disabled in it, and training changes its weights.
 
     Args:
         model: a causal language model or an image-text model.
-        tokenizer: its tokenizer; of an image-text model its processor, or it reads no pictures.
+        tokenizer: its tokenizer, or an image-text model's processor, without which it reads no pictures.
         name: for messages and saved settings; default: where transformers loaded it from.
 
     Raises:
-        UserError: no tokenizer, quantised weights, an adapter that is not merged, or no end token.
+        UserError: not a transformers model, no tokenizer, quantised or frozen weights, an adapter that is not merged,
+            or no end token.
     """
     if not isinstance(model, PreTrainedModel):
         found = type(model).__name__
@@ -270,7 +273,7 @@ def describe(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | No
             "the next turn"
         )
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # A pass would be continued at positions that the model remembers of another prompt's pictures.
+    # The model remembers the positions of its last prompt with pictures; continuing another pass would use them.
     never = False if pictures is not None and has_own_positions(model) else None
     return LoadedModel(
         model, tokenizer, name, tuple(ends), pad, window, notes, pictures=pictures, continues_cache=never
@@ -295,9 +298,14 @@ def load_for_training(
 def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:
     """Add a LoRA adapter named ``default`` to all linear layers except the head, and freeze the base weights.
 
-    Of an image-text model, to those of the language model.
+    In an image-text model, only the language model gets an adapter. Its weights are float32 whatever the model's data
+    type (PEFT's ``autocast_adapter_dtype``).
 
-    The adapter's weights are float32 whatever the model's data type (PEFT's ``autocast_adapter_dtype``).
+    Args:
+        loaded: the model; changed in place.
+        rank: the adapter's rank.
+        alpha: the adapter's update is scaled by ``alpha / rank``; default: 2 ``rank``.
+        seed: seed of the initial weights.
     """
     import_before_peft()
     from peft import LoraConfig, get_peft_model
@@ -345,13 +353,13 @@ def load_matching(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
     """Load a model to compare with ``other``, on the device of ``other``.
 
     Raises:
-        UserError: it cannot be loaded, or its vocabulary size differs.
+        UserError: the model cannot be loaded, or its vocabulary size differs.
     """
     return matched(load_model(name, dtype=dtype), other)
 
 
 def matched(loaded: LoadedModel, other: LoadedModel) -> LoadedModel:
-    """Move a model to the device of ``other``, with which it is to be compared, and sample from it in the same way.
+    """Move a model to the device of ``other`` and sample from it in the same way, to compare the two.
 
     Raises:
         UserError: its vocabulary size differs.

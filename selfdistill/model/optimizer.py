@@ -7,10 +7,11 @@
 with gradient g, learning rate r, weight decay d and step t, in float32 (arXiv 1711.05101).
 
 A step is about as large as the learning rate, 1e-5, but neighbouring bfloat16 numbers near 0.01 are 6e-5 apart. So
-rounding to nearest would undo most steps. Stochastic rounding takes the upper neighbour with the probability that makes
-the result right on average (arXiv 2010.06192). Its random numbers depend on seed, step and weight: they are the same on
-all ranks, and after resuming.  8-bit moments are bitsandbytes': blocks of 256 numbers, each with its largest magnitude
-(arXiv 2110.02861).
+rounding to nearest would undo most steps. Stochastic rounding rounds up with the probability that makes the result
+unbiased (arXiv 2010.06192). Its random numbers depend on seed, step and weight: they are the same on all ranks, and
+after resuming.
+
+8-bit moments are bitsandbytes': blocks of 256 numbers, each with its largest magnitude (arXiv 2110.02861).
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ def make_optimizer(
     """An AdamW for these parameters, with a learning rate of 0.
 
     Args:
-        parameters: what it updates, in float32 or bfloat16.
+        parameters: the weights to update, in float32 or bfloat16.
         optim: ``adamw_torch`` (moments in float32) or ``adamw_8bit``.
-        seed: of stochastic rounding.
-        weight_decay: shrinks weights by learning rate times this at each step.
+        seed: seed of stochastic rounding.
+        weight_decay: each step shrinks weights by the learning rate times this.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -63,13 +64,13 @@ def moment_bytes(parameters: Iterable[Tensor], optim: Optim) -> int:
 
 
 class RoundingAdamW(torch.optim.Optimizer):
-    """AdamW that rounds bfloat16 weights stochastically; arguments and errors as of :func:`make_optimizer`."""
+    """AdamW that rounds bfloat16 weights stochastically; arguments and errors as for :func:`make_optimizer`."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], optim: Optim, *, seed: int, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": 0.0, "weight_decay": weight_decay})
         self._optim, self._seed = optim, seed
         self._library = import_bitsandbytes("setting 'optim': adamw_8bit") if optim == "adamw_8bit" else None
-        self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}  # what the codes of m and v stand for
+        self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}  # values of the 8-bit codes of m and v
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -129,9 +130,10 @@ class RoundingAdamW(torch.optim.Optimizer):
 
 
 def round_stochastically_(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 numbers in place to bfloat16 numbers: up or down, so that the mean is right.  A bfloat16 number is
-    a float32 number whose last 16 bits are 0. Adding 16 random bits carries into the upper bits with a probability
-    equal to the part that is then cut off.
+    """Round float32 numbers in place to bfloat16 numbers, up or down at random, so that the expected value is exact.
+
+    A bfloat16 number is a float32 number whose last 16 bits are 0. Adding 16 random bits carries into the upper bits
+    with a probability equal to the part that is then cut off.
     """
     bits = x.view(torch.int32)
     bits += torch.randint(2**16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)

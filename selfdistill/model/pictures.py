@@ -1,4 +1,4 @@
-"""Pictures for image-text models: what the processor writes in prompts, and the pixels that go with it.
+"""Pictures for image-text models: the tokens that the processor writes in prompts, and the pixels that belong to them.
 
 Legend: B sequences, L padded length, P pictures.
 """
@@ -42,10 +42,10 @@ def reads_pictures(config: PretrainedConfig, folder: Path | None) -> bool:
 def load_processor(path: str, tokenizer: Any, name: str) -> Any:
     """The processor of an image-text model, with this tokenizer in it.
 
-    It uses the processor's chat template, if there is one.
+    If the processor has a chat template, the tokenizer gets it.
 
     Raises:
-        UserError: it cannot be loaded, at least by this release of transformers.
+        UserError: the processor cannot be loaded, at least by this release of transformers.
     """
     try:
         processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
@@ -72,7 +72,7 @@ def pictures_for(model: Any, path: str, tokenizer: Any, name: str) -> PictureInp
 
 
 def divided(tokenizer: Any) -> tuple[Any, Any]:
-    """A processor's tokenizer and the processor; a tokenizer alone comes with None."""
+    """A processor's tokenizer and the processor itself; for a plain tokenizer, the processor is None."""
     if not hasattr(tokenizer, "image_processor"):
         return tokenizer, None
     own = tokenizer.tokenizer
@@ -124,10 +124,10 @@ class PictureInputs:
         """The model's additional inputs for a batch of prompts; none if no prompt has pictures.
 
         Args:
-            prompts: the prompts, of which some may have pictures.
+            prompts: the prompts; some may have pictures.
             ids_BL: token ids of the padded sequences.
             starts: where each prompt begins in its sequence.
-            dtype: of the model and the pixels.
+            dtype: data type of the model and the pixels.
 
         Raises:
             UserError: a prompt has picture tokens, but its pictures were lost.

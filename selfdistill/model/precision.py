@@ -33,7 +33,7 @@ def refuse_float16(model: nn.Module, name: str) -> None:
     """Refuse to train weights in float16, whose gradients become zero below 6e-8 and infinite above 65,504.
 
     Raises:
-        UserError: says what to do.
+        UserError: trainable weights are float16; the message says what to do.
     """
     if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Shared prefixes of token sequences, and the prefix cache of a frozen teacher for later epochs.
+"""Shared prefixes of token sequences, and the prefix cache of a model with fixed weights, such as a frozen teacher.
 
 Legend: B sequences, L tokens, V vocabulary, H key/value heads, C channels of a head.
 """
@@ -19,10 +19,10 @@ from selfdistill.model.device import PASS_TOKENS
 from selfdistill.model.loading import LoadedModel
 
 SEARCH_WINDOW = 256
-"""Contexts, in sorted order, that one search for shared prefixes covers; the search is quadratic in this number."""
+"""Number of contexts, in sorted order, in one search for shared prefixes; the search is quadratic in it."""
 
 READ_TOKENS = 2048
-"""Tokens of contexts that are read together, padding included; a longer context is read alone."""
+"""Maximum tokens of contexts that are read together, padding included; a longer context is read alone."""
 
 PROBE_GAP = 300
 """Padding in the start-up probe: longer than the local window of models that do not declare it as sliding."""
@@ -39,8 +39,8 @@ def shared_prefixes(
     """Groups of contexts whose shared prefix is worth computing once: their indices and the prefix length.
 
     In sorted order, contexts with a shared prefix are adjacent. Of all partitions of that order into groups, this is
-    the one that saves the most tokens, at a cost of ``pass_tokens`` per group. Contexts that share too little are in no
-    group.
+    the one that saves the most tokens, at a cost of ``pass_tokens`` per group. Contexts that share too little belong to
+    no group.
     """
     order = sorted(range(len(contexts)), key=lambda row: list(contexts[row]))
     common = [common_prefix_length(contexts[a], contexts[b]) for a, b in pairwise(order)]
@@ -133,7 +133,7 @@ class PrefixCache:
     Args:
         contexts: all contexts that will be requested.
         budget_bytes: memory for the states, on the model's device. Contexts beyond it, in sorted order, are not cached.
-            A batch in use needs a copy, padded to one length, in addition.
+            A batch in use also needs a copy, padded to one length.
     """
 
     def __init__(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> None:

@@ -73,7 +73,7 @@ def refuse_scales(names: list[str], name: str) -> None:
     """Refuse a checkpoint whose files hold scales of quantised weights that the model has no place for.
 
     Args:
-        names: of the tensors that belong to the model and have no place in it.
+        names: names of tensors that belong to the model's parts and have no place in it.
         name: the name given by the user, for messages.
 
     Raises:
@@ -89,13 +89,13 @@ def refuse_scales(names: list[str], name: str) -> None:
 
 
 def import_bitsandbytes(asked: str) -> Any:
-    """Import bitsandbytes. On some CPUs it would fetch code from the model hub, which is prevented.
+    """Import bitsandbytes, and prevent it from fetching code from the model hub, as it would on some CPUs.
 
     Args:
         asked: what needs it, for the message.
 
     Raises:
-        UserError: it is not installed, or cannot be loaded.
+        UserError: bitsandbytes is not installed, or cannot be loaded.
     """
     if sys.modules.get("bitsandbytes") is None:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -115,8 +115,6 @@ def import_bitsandbytes(asked: str) -> Any:
 
 
 def import_before_peft() -> None:
-    """Import bitsandbytes, if it is there, before PEFT does so unasked, and without what :func:`import_bitsandbytes`
-    prevents.
-    """
+    """Import bitsandbytes safely, if it is installed, before PEFT imports it; see :func:`import_bitsandbytes`."""
     with suppress(UserError):
         import_bitsandbytes("an adapter")

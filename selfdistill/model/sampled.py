@@ -1,4 +1,4 @@
-"""How much was sampled from a model, and in which time."""
+"""Count the tokens sampled from a model, and the time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:  # these modules import this one
 
 @dataclass(frozen=True)
 class Sampled:
-    """What was sampled from a model so far, or between two times."""
+    """How much was sampled from a model, in total or between two readings."""
 
     tokens: int = 0
-    """On all ranks, with end tokens."""
+    """Tokens on all ranks, including end tokens."""
     seconds: float = 0.0
-    """On this rank; with an engine also those in which it takes over the weights."""
+    """Seconds on this rank; with an engine, including the time to load weights."""
 
     def __add__(self, other: Sampled) -> Sampled:
         return Sampled(self.tokens + other.tokens, self.seconds + other.seconds)
@@ -32,7 +32,7 @@ class Sampled:
 
 @contextmanager
 def counted(loaded: LoadedModel) -> Iterator[list[Rollout]]:
-    """Count in ``loaded.sampled`` the rollouts that are put into this list, and the time until the block's end."""
+    """Yield a list for rollouts; on exit, add their tokens and the time spent to ``loaded.sampled``."""
     began = clock(loaded.device)
     rollouts: list[Rollout] = []
     yield rollouts

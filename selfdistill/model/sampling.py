@@ -34,10 +34,13 @@ class Sampling:
     """The sampling policy: softmax(logits / temperature), truncated to ``top_k`` tokens and then to ``top_p`` mass."""
 
     max_completion_length: int
+    """In tokens."""
     temperature: float = 1.0
     """0: greedy."""
     top_p: float = 1.0
+    """1: no limit."""
     top_k: int = 0
+    """0: no limit."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ def sample(
     Without a chat template a sample also stops where the plain-text layout's next turn begins.
 
     Token t of a sample is the inverse of the policy's cumulative distribution at the t-th uniform number of the
-    sample's own generator. So a sample depends only on its seed and prompt: not on its batch, padding or earlier
-    samples. If ``loaded`` has an engine, that samples in the place of PyTorch: from the same policy, by other numbers.
+    sample's own generator. So a sample depends only on its seed and prompt, not on its batch, padding or earlier
+    samples. If ``loaded`` has an engine, it samples instead of PyTorch, from the same policy with other random numbers.
     ``loaded.sampled`` counts the tokens and the time.
 
     Args:
@@ -80,7 +83,9 @@ def sample(
         One rollout per prompt, on every rank.
 
     Raises:
-        UserError: an engine is to sample from prompts with pictures.
+        UserError: an engine cannot sample from this model, with this policy or from prompts with pictures; or the model
+            does not support a key/value cache.
+        EngineFailed: the engine does not start, fails or is late.
     """
     if loaded.engine is not None and any(map(pictures_in, prompts)):
         raise UserError("setting 'engine': prompts with pictures can be sampled only by PyTorch; leave it out")
@@ -98,10 +103,10 @@ def sample(
 def sample_at_its_longest(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, at: Callable[[str], object]
 ) -> None:
-    """Sample the first token and the last, as if samples ended just before that: what sampling needs at most.
+    """Sample the first and the last token, as if samples ended just before the last: the peak memory of sampling.
 
-    The tokens between have states of zeros. Where samples end, the states of the others are copied, a layer at a time.
-    Made for fake tensors, on which :func:`sample` cannot look for an end.
+    The tokens between have states of zeros. When samples end, the states of the others are copied, one layer at a time.
+    Meant for fake tensors, whose end tokens :func:`sample` could not detect.
 
     Args:
         loaded: the model.
@@ -140,7 +145,7 @@ def sample_at_its_longest(
 
 
 def cut_at_next_turn(loaded: LoadedModel, rollout: Rollout) -> Rollout:
-    """The rollout up to where the next turn of the plain-text layout begins, if it does."""
+    """The rollout up to the beginning of the plain-text layout's next turn, if it contains one."""
     ids = torch.tensor([rollout.ids])
     for end in range(1, len(rollout.ids) + 1):
         if _at_next_turn(loaded, ids[:, :end]):
@@ -161,12 +166,12 @@ class ReadRows:
 
     cache: DynamicCache
     logits_BV: Tensor
-    """Of the token after each."""
+    """Logits of the token after each row."""
     mask_BL: Tensor
-    """Which positions of the cache are a row's own."""
+    """1 where the cache holds a token of the row, 0 at padding."""
     shift_B: Tensor
-    """How far the positions of the tokens that follow are from the numbers of tokens before them: 0, except where a
-    model counts pictures in two dimensions."""
+    """Offset of the next token's position from the number of tokens before it: 0, unless the model gives pictures
+    two-dimensional positions."""
 
 
 def decode(
@@ -176,15 +181,15 @@ def decode(
     seeds: Sequence[int] | None,
     leave: Callable[[ReadRows, list[int], list[int]], object] | None = None,
 ) -> list[Rollout]:
-    """Sample after what was read, as :func:`sample` does.
+    """Continue each row as :func:`sample` does.
 
     Args:
         loaded: the model.
-        rows: what was read; used up.
+        rows: the sequences to continue; consumed.
         sampling: the policy.
         seeds: one per row.
-        leave: called when samples end, before their rows leave the batch: with what was read, those rows, and the
-            numbers of their samples. The last token of a sample is not read.
+        leave: called when samples end, before their rows leave the batch, with the current rows, the indices of the
+            rows that end, and the indices of their samples. The last token of a sample is not in the cache.
     """
     model, device = loaded.model, loaded.device
     cache, logits_BV, mask_BL = rows.cache, rows.logits_BV, rows.mask_BL
@@ -201,7 +206,7 @@ def decode(
     logps = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
-    alive = torch.arange(count, device=device)  # which sample each row of the batch is
+    alive = torch.arange(count, device=device)  # the sample in each row of the batch
     for t in range(limit):
         uniform_B = None if uniforms is None else uniforms[alive.cpu(), t]
         logits_BV = logits_BV.float() if loaded.pictures is None else loaded.pictures.allowed(logits_BV.float())
@@ -235,16 +240,16 @@ def decode(
 
 
 def _at_next_turn(loaded: LoadedModel, tokens_BT: Tensor) -> Tensor:
-    """Which samples have come to the next turn of the plain-text layout; none with a chat template."""
+    """Which samples have reached the next turn of the plain-text layout; none with a chat template."""
     if loaded.tokenizer.chat_template:
         return torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
-    # A token has at least a character, so the last tokens hold the marker if the samples end with it.
+    # A token has at least one character, so the last tokens contain the marker if a sample ends with it.
     tails = loaded.tokenizer.batch_decode(tokens_BT[:, -2 * len(NEXT_TURN) :].tolist())
     return torch.tensor([NEXT_TURN in tail for tail in tails], device=tokens_BT.device)
 
 
 def _keep_rows(cache: DynamicCache, index_B: Tensor) -> None:
-    """Select rows of a cache, through the one method that layers with recurrent states have, too."""
+    """Select rows of a cache, with the one method that layers with recurrent states also have."""
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.reorder_cache(index_B)

@@ -45,7 +45,8 @@ STARTER_MODELS = {
 
 
 def cache_dir() -> Path:
-    """Folder of converted starter models: ``$SELFDISTILL_CACHE``, else ``~/.cache/selfdistill``."""
+    """Folder of converted starter models and of a judge's grades: ``$SELFDISTILL_CACHE``, else
+    ``~/.cache/selfdistill``."""
     return Path(os.environ.get("SELFDISTILL_CACHE") or Path.home() / ".cache" / "selfdistill")
 
 
@@ -99,7 +100,7 @@ def _build_starter(name: str, starter: StarterModel, work: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         progress.update(task, advance=1, description=f"{name}: writing safetensors (540 MB)")
-        # The weights are plain float32 now: without this, saving would try to write the 4-bit format again.
+        # The weights are plain float32 now. Without this, saving would try to write the 4-bit format again.
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None  # type: ignore[assignment]
         model.config._name_or_path = name

@@ -1,4 +1,4 @@
-"""The weights of a model as they are stored in safetensors files, read one tensor at a time."""
+"""A model's weights as stored in safetensors files, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StoredWeights:
     """
 
     base: StoredWeights | None = None
-    """Of an adapter."""
+    """An adapter's base; None for a full model."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -42,10 +42,10 @@ class StoredWeights:
             raise UserError(f"model {name!r}: its weights cannot be read ({error})") from None
         self.shapes = {tensor: tuple(part.get_shape()) for tensor, part in slices.items()}
         self.types = {tensor: str(part.get_dtype()) for tensor, part in slices.items()}
-        """Data types, in the words of safetensors."""
+        """Data types, as safetensors names them."""
 
     def _index(self) -> dict[str, str]:
-        """The name of the file of each tensor."""
+        """The file name of each tensor."""
         if (self.folder / _INDEX).is_file():
             return dict(json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
         if (self.folder / _WHOLE).is_file():
@@ -63,7 +63,7 @@ class StoredWeights:
 
 
 class _StoredAdapter(StoredWeights):
-    """A LoRA adapter on its base: the base's tensors, with the adapter's part added.
+    """A LoRA adapter on its base: the base's tensors, with the adapter's update added.
 
     Raises:
         UserError: the adapter is not just LoRA on linear layers, does not fit its base, or the base is missing.
@@ -105,7 +105,7 @@ class _StoredAdapter(StoredWeights):
 
 
 def stored_weights(name: str) -> StoredWeights:
-    """The stored weights of a model, whole or a LoRA adapter on its base.
+    """The stored weights of a model: a full model, or a LoRA adapter with its base.
 
     Args:
         name: run folder, model folder, ``smollm2-135m`` or a hub id in the local cache. Nothing is downloaded.
@@ -120,7 +120,7 @@ def stored_weights(name: str) -> StoredWeights:
 
 
 def overwrite_tensor(file: Path, name: str, value: Tensor) -> None:
-    """Overwrite the tensor of the same name, type and shape in a safetensors file, and leave the rest."""
+    """Overwrite one tensor in a safetensors file in place; ``value`` must have its data type and shape."""
     with file.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         start, stop = json.loads(stream.read(length))[name]["data_offsets"]

@@ -1,13 +1,12 @@
 """The teacher: the weights that score the rollouts, and how they follow the student.
 
-One rule covers all kinds: after optimizer step n every teacher weight becomes ``teacher + rate(n) * (student -
-teacher)``. ``ema`` has a constant rate, and 0 after a step that left the student as it was. ``snapshot`` has a rate of
+One rule covers all kinds: after optimizer step n, every teacher weight becomes ``teacher + rate(n) * (student -
+teacher)``. ``ema`` has a constant rate, and 0 after a step that did not change the student. ``snapshot`` has a rate of
 1 every few steps and 0 in between, ``frozen`` a rate of 0, and ``live`` is the student itself.
 
-Full fine-tuning: the teacher is a second copy of the weights that are trained. The average is kept in float32. If the
-model's data type is smaller, the scoring copy is refreshed from it (at a rate of 0.01 a bfloat16 average would hardly
-move). Then the average of a model on a GPU lies in the CPU's memory, and a thread updates it while the next step
-samples.
+Full fine-tuning: the teacher is a second copy of the trained weights. The average is kept in float32. If the model's
+data type is smaller, the scoring copy is refreshed from the average (at a rate of 0.01, a bfloat16 average would hardly
+move). Then the average is in CPU memory, unless it is sharded, and a thread updates it while the next step samples.
 
 LoRA: the frozen teacher is the base with the adapter disabled, which costs nothing. A moving teacher is a second
 adapter, initially equal to the student's. The factors A and B are averaged separately: the teacher's weight change is
@@ -41,7 +40,7 @@ class TeacherRule:
 
     kind: TeacherKind
     ema_rate: float = 0.01
-    """Share of the student that enters the average per step (``ema``)."""
+    """Weight of the student in the average's update at each step (``ema``)."""
     snapshot_steps: int = 50
     """Steps between copies (``snapshot``)."""
     model: str | None = None
@@ -126,11 +125,11 @@ class Teacher:
     def update(self, step: int, *, student_moved: bool = True) -> None:
         """Move towards the student after step ``step`` (from 1).
 
-        An average counts the student's own moves: it stays where it is after a step that left the student as it was. A
-        snapshot is due after so many steps of the run, whether or not the last of them moved the student.
+        An average follows only actual changes of the student: a step that did not change it does not move the average.
+        A snapshot is taken every ``snapshot_steps`` steps, whether or not the last one changed the student.
 
-        An average beside the scoring weights moves in a thread. What reads the teacher waits for it; before the student
-        changes, call :meth:`wait`.
+        An average that is separate from the scoring weights is updated in a thread. Reading the teacher waits for it;
+        before the student changes, call :meth:`wait`.
         """
         self.wait()
         rate = self.rate(step, student_moved=student_moved)
@@ -139,7 +138,7 @@ class Teacher:
         if self._is_apart:
             device = next(self._student.parameters()).device
             stream = None
-            if device.type == "cuda":  # beside the kernels of sampling, but after the optimizer's
+            if device.type == "cuda":  # in parallel with sampling's kernels, but after the optimizer's
                 stream = torch.cuda.Stream(device)
                 stream.wait_stream(torch.cuda.current_stream(device))
             self._moving = self._thread.submit(self._move, rate, stream)
@@ -160,7 +159,7 @@ class Teacher:
             stream.synchronize()
 
     def _refresh(self) -> None:
-        """Round the average into the scoring weights, if these are others."""
+        """Round the average into the scoring weights, if they are separate."""
         if self._is_apart:
             for name, average in self._average.items():
                 scoring = local_tensor(self._scoring[name].data)
@@ -168,7 +167,7 @@ class Teacher:
 
     @property
     def _is_apart(self) -> bool:
-        """Whether the average is beside the scoring weights, not these themselves."""
+        """Whether the average and the scoring weights are separate tensors."""
         return any(self._scoring[name].dtype != average.dtype for name, average in self._average.items())
 
     def wait(self) -> None:
@@ -234,7 +233,7 @@ class Teacher:
 
 
 def _averaged(weight: Tensor) -> Tensor:
-    """The weight in float32: itself, or a copy, of a whole weight on the CPU."""
+    """The weight in float32: itself if it is float32, else a copy, on the CPU unless the weight is sharded."""
     if weight.dtype != torch.float32 and not isinstance(weight, DTensor):
         weight = weight.cpu()
     return weight.float()

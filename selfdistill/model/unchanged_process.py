@@ -1,4 +1,4 @@
-"""Leave the process as it was around a library that changes it."""
+"""Restore the process after using a library that changes it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 
 @contextmanager
 def unchanged_process(environment: Mapping[str, str]) -> Iterator[None]:
-    """Run with these environment variables; afterwards restore what a library may change in passing.
+    """Run with these environment variables; afterwards restore the state that a library may change.
 
-    That is the environment (children would inherit it), the random states of Python, NumPy and PyTorch, the number of
-    threads and the function that sets it, the precision of matrix products, and objects frozen for the garbage
-    collector. Process groups of ``torch.distributed`` that it made stay: it goes on using them.
+    That is the environment (child processes would inherit it), the random states of Python, NumPy and PyTorch, the
+    number of threads and the function that sets it, the precision of matrix products, and objects frozen for the
+    garbage collector. Process groups of ``torch.distributed`` that the library made stay, because it still uses them.
     """
     before, python, numpy, cpu = dict(os.environ), random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -46,7 +46,7 @@ def unchanged_process(environment: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def spared_process_group() -> Iterator[None]:
-    """Keep the default process group while a library ends it together with groups of its own."""
+    """Keep the default process group while a library destroys it together with its own groups."""
     destroy = torch.distributed.destroy_process_group
 
     def destroy_own(group: Any = None) -> None:

@@ -50,7 +50,7 @@ class VllmClient:
         """The value under a key of the JSON at a path.
 
         Raises:
-            ServerProblem: there is none.
+            ServerProblem: the server does not answer, or its answer lacks the key.
         """
         return self._under(key, path, self._ask("GET", path, None, self._timeout_s))
 
@@ -58,9 +58,9 @@ class VllmClient:
         """Send JSON, and return the answer's value under the key, if one is given.
 
         Args:
-            path: of the request.
-            body: of the request.
-            key: of the answer.
+            path: path of the request.
+            body: JSON body of the request.
+            key: key in the answer; None: ignore the answer.
             waits: wait for the answer without a time limit; :meth:`hang_up` ends the wait.
 
         Raises:

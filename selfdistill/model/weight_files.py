@@ -115,8 +115,8 @@ def _save(weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtyp
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """``save_file`` whose errors, such as a full disk, are all ``OSError``, and whose files are readable in the
-    folder."""
+    """Like ``save_file``, but every error, such as a full disk, is an ``OSError``, and the file gets the folder's read
+    and write permissions."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""Read a causal language model from its files, and compare what the files hold with what the model has."""
+"""Read a causal language model from its files, and compare the tensors in the files with the model's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from selfdistill.model.quantisation import loading_options, refuse_scales
 from selfdistill.model.starter import STARTER_MODELS
 
 _COMPUTED = re.compile(r"(inv_freq|cos_cached|sin_cached|position_ids|masked_bias|att(n|ention)\.bias|causal_mask)$")
-"""Buffers that old checkpoints hold and that models now compute."""
+"""Buffers that old checkpoints contain and that models now compute."""
 _SHOWN = 3
 
 
@@ -34,12 +34,12 @@ def load_causal(
     Args:
         path: folder or hub id.
         name: the name given by the user, for messages.
-        dtype: of the weights, or ``auto``.
+        dtype: data type of the weights, or ``auto`` (as saved).
         training: whether the weights are to be trained.
         load_in_4bit: quantise the weights of linear layers, see :mod:`selfdistill.model.four_bits`.
 
     Raises:
-        UserError: it is not a causal language model, or its files do not hold the weights that it computes with.
+        UserError: the model is no causal language model, or its files do not contain the weights that it computes with.
     """
     config = causal_config(path, name)
     folder = local_folder(path)
@@ -77,14 +77,14 @@ def auto_class(config: PretrainedConfig, folder: Path | None) -> Any:
 
 
 def causal_config(path: str, name: str) -> PretrainedConfig:
-    """What ``config.json`` says of a causal language model.
+    """The configuration of a causal language model, from ``config.json``.
 
     Args:
         path: folder or hub id.
         name: the name given by the user, for messages.
 
     Raises:
-        UserError: it cannot be read, or is not that of a causal language model.
+        UserError: the file cannot be read, or belongs to no causal language model.
     """
     config = _config(path, name)
     if reads_pictures(config, local_folder(path)):
@@ -118,8 +118,8 @@ def _config(path: str, name: str) -> PretrainedConfig:
 def _check_unexpected(model: Any, unexpected: list[str], name: str) -> list[str]:
     """Refuse tensors that belong to a part of the model but have no place in it; note those of other parts.
 
-    A bias, norm or layer that the files hold and the model lacks means that it computes something else than what was
-    trained. A vision tower, a value head or layers that predict further tokens are parts that it can do without.
+    If the files contain a bias, norm or layer that the model lacks, the model differs from the one that was trained. A
+    vision tower, a value head or layers that predict further tokens are parts that it does not need.
     """
     buffers = dict(model.named_buffers())
     prefix = f"{model.base_model_prefix}."
@@ -142,7 +142,11 @@ def _belongs(model: Any, key: str) -> bool:
 
 
 def _lies_in(model: Any, key: str) -> bool:
-    """Whether a tensor's name lies in a layer of the model, or beside its other layers, or in a module or weight."""
+    """Whether a tensor's name, even if the model lacks it, is inside the model.
+
+    That is inside one of its modules, layers or weights, or in a layer after its last. Layers that predict further
+    tokens do not count.
+    """
     names, module = key.split(".")[:-1], model
     for place, part in enumerate(names):
         inside = module._modules.get(part)
@@ -165,7 +169,7 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> list[str]:
     """Check that the model has a row for every token that its tokenizer can write; returns notes for the user.
 
     Raises:
-        UserError: text, the chat template, or the end or begin token use a token without a row.
+        UserError: text, the chat template, or the end or begin token uses a token without a row.
     """
     rows = embedding_rows(model)
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
@@ -189,7 +193,7 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> list[str]:
 
 
 def embedding_rows(model: Any) -> float:
-    """Number of tokens for which embedding and head have a row; infinite if the model does not tell."""
+    """Number of tokens for which embedding and head have a row; infinite if unknown."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = (getattr(layer, "weight", None) for layer in layers)
     return min((weight.shape[0] for weight in weights if isinstance(weight, torch.Tensor)), default=math.inf)

@@ -45,7 +45,7 @@ class ProgressBar:
     Args:
         what: name of the task.
         total: number of parts.
-        start: parts done before.
+        start: parts already done.
         every: without a terminal, parts between lines; default: a line every ten seconds and at the end.
         quiet: show nothing.
     """
@@ -78,7 +78,7 @@ class ProgressBar:
             self._progress.stop()
 
     def advance(self, done: int, note: str = "") -> None:
-        """Report that ``done`` of the parts are done."""
+        """Report that ``done`` parts in total are done."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
             return
@@ -93,7 +93,7 @@ class ProgressBar:
 
 @contextmanager
 def progress_shown(show: bool) -> Iterator[None]:
-    """Show progress on standard error, or hide bars and send lines to the logger ``selfdistill``; notes come once."""
+    """Show progress on standard error, or hide bars and send lines to the logger ``selfdistill``; no note repeats."""
     before = _noted.get()
     silent, noted = _silent.set(_silent.get() or not show), _noted.set(set() if before is None else before)
     try:
@@ -105,7 +105,7 @@ def progress_shown(show: bool) -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No bars and no advice from transformers and PEFT; downloads keep their bars."""
+    """Silence progress bars and advice from transformers and PEFT; downloads keep their bars."""
     import transformers
 
     verbosity = transformers.logging.get_verbosity()
@@ -126,7 +126,7 @@ _CHATTER = re.compile(
     r"LOAD REPORT|deprecated|will be removed|torchvision|ensure_weight_tying|no longer tied after merging|mean_resizing"
     r"|model has new|tokens have been added|`quantization_config` or equivalent|at your own risk|[Ff]lash"
 )
-"""What the libraries say while loading that a user of this package need not or cannot act on."""
+"""Messages of the libraries at load time that a user of this package need not or cannot act on."""
 
 
 class _Listener(logging.Handler):
@@ -142,9 +142,9 @@ class _Listener(logging.Handler):
 
 @contextmanager
 def library_warnings() -> Iterator[list[str]]:
-    """Collect what transformers and PEFT warn about, each once and on one line, in place of printing it.
+    """Collect warnings from transformers and PEFT instead of printing them, each once and on one line.
 
-    The list is filled when the context ends. Their advice to programmers is left out.
+    The list is filled when the context ends. Advice to programmers is left out.
     """
     import transformers
 
@@ -168,7 +168,7 @@ def library_warnings() -> Iterator[list[str]]:
 
 
 def _is_theirs(warning: warnings.WarningMessage) -> bool:
-    """Whether a warning is from transformers or PEFT, and not for programmers."""
+    """Whether a warning comes from transformers or PEFT and is meant for users."""
     aside = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning)
     return bool({"transformers", "peft"} & {*Path(warning.filename).parts}) and not issubclass(warning.category, aside)
 
@@ -184,9 +184,9 @@ def say(message: str) -> None:
 
 
 def say_note(message: str, topic: str | None = None) -> None:
-    """Print what the user should know, as :func:`say` does; within :func:`progress_shown` once.
+    """Print a note with :func:`say`; within :func:`progress_shown`, only the first time.
 
-    Of notes with the same ``topic``, only the first is printed.
+    There, of notes with the same ``topic``, only the first is printed.
     """
     noted = _noted.get()
     if noted is not None:
@@ -197,7 +197,7 @@ def say_note(message: str, topic: str | None = None) -> None:
 
 
 class _Page(Console):
-    """Collects what is printed as HTML: a table as a table, everything else as text."""
+    """Renders what is printed as HTML: tables as tables, everything else as text."""
 
     def __init__(self) -> None:
         super().__init__(width=100, emoji=False)

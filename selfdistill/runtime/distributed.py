@@ -1,8 +1,8 @@
 """Data-parallel training in several processes.
 
-Every process runs the same deterministic computation, so all stay in sync without communication. Only expensive work is
-divided: :func:`rank_slice` gives each process its part, and :func:`all_gather` and :func:`all_reduce_sum` combine the
-results. Rank 0 alone writes files.
+Every rank runs the same deterministic computation, so all stay in sync without communication. Only expensive work is
+divided: :func:`rank_slice` gives each rank its part, and :func:`all_gather` and :func:`all_reduce_sum` combine the
+results. Only rank 0 writes files.
 
 Without ``torch.distributed``, everything here behaves as in a single process.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from selfdistill.errors import UserError
 
-if TYPE_CHECKING:  # torch takes a second to import; a mistake on the command line should be reported at once
+if TYPE_CHECKING:  # importing torch takes a second; a mistake on the command line should be reported at once
     import torch
     from torch import Tensor
 
@@ -29,11 +29,11 @@ class RaisedOnAllRanks(UserError):
 
 
 TIMEOUT = timedelta(hours=6)
-"""How long a process waits for another that works alone. A process that exits is noticed at once."""
+"""How long a rank waits for another that works alone. A rank that exits is noticed at once."""
 
 
 BUCKET_BYTES = 2**26
-"""Of gradients that are summed over the processes together: a message for each of a model's tensors would wait for the
+"""Maximum size of a bucket of gradients that are all-reduced together. One all-reduce per tensor would wait for the
 network hundreds of times."""
 
 
@@ -52,7 +52,7 @@ def world_size() -> int:
 
 
 def is_rank0() -> bool:
-    """Whether this is the process that writes files and prints."""
+    """Whether this is rank 0, which writes files and prints."""
     return world_size() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
@@ -79,7 +79,7 @@ def all_gather(own: Sequence[Item]) -> list[Item]:
 
 
 def gathered(make: Callable[[], Sequence[Item]]) -> list[Item]:
-    """Concatenate what each rank makes, in rank order; a :class:`UserError` of any is raised on all."""
+    """Concatenate what each rank makes, in rank order; a :class:`UserError` on any rank is raised on all."""
     if not is_distributed():
         return list(make())
     problem, own = None, []
@@ -104,7 +104,7 @@ def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
 def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
     """All-reduce (sum) every gradient in place; a gradient missing on some ranks counts as 0 there.
 
-    Small gradients travel together, up to ``BUCKET_BYTES`` at a time.
+    Small gradients are all-reduced together, in buckets of up to ``BUCKET_BYTES``.
     """
     if not is_distributed():
         return
@@ -131,7 +131,7 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def buckets(tensors: Iterable[Tensor], most: int) -> list[list[Tensor]]:
-    """Neighbours of one data type and device in groups of at most so many bytes; a larger tensor is alone."""
+    """Group adjacent tensors of one dtype and device into buckets of at most ``most`` bytes; larger ones are alone."""
     groups: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:
@@ -176,7 +176,7 @@ def broadcast_from_rank0(make: Callable[[], Item]) -> Item:
 
 
 def barrier() -> None:
-    """Wait until all processes get here."""
+    """Wait until all ranks reach this point."""
     if is_distributed():
         from torch import distributed
 

@@ -55,7 +55,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in ``folder`` through this module."""
+    """Remove the temporary files of this module that a killed process left in ``folder``."""
     for path in (*folder.glob(".*.unfinished"), *folder.glob(".*.removed")):
         if path.is_dir():
             shutil.rmtree(path)
@@ -130,7 +130,7 @@ def sha256(path: Path) -> str:
 def folder_lock(folder: Path, what: str) -> Iterator[None]:
     """Lock ``folder`` against other processes, creating it if missing; the lock ends with the process.
 
-    On a file system without locks this does nothing.
+    On a file system without locks, nothing is locked.
 
     Args:
         folder: the folder to lock.

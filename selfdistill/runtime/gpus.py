@@ -1,4 +1,4 @@
-"""GPUs by their vendor's data sheets, for plans of runs on them."""
+"""GPUs as their vendor's data sheets describe them, to plan runs on them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from selfdistill.errors import UserError, closest
 
 THIS = "this"
-"""In place of a GPU's name: the device of this machine."""
+"""Stands for the device of this machine, in place of a GPU's name."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says."""
+    """A GPU's data sheet."""
 
     memory_gb: float
-    """10^9 bytes."""
+    """Memory, in 10^9 bytes."""
     bfloat16_tflops: float
-    """10^12 operations per second of dense matrix products, summed in float32."""
+    """Dense matrix products accumulated in float32, in 10^12 operations per second."""
     float32_tflops: float
-    """The same in float32, without TF32."""
+    """The same with float32 inputs, without TF32."""
     bandwidth_gbs: float
-    """Of its memory, 10^9 bytes per second."""
+    """Memory bandwidth, in 10^9 bytes per second."""
 
 
 GPUS = {
@@ -36,15 +36,15 @@ GPUS = {
     "rtx4090": Gpu(24, 165, 82.6, 1008),
     "rtx3090": Gpu(24, 71, 35.6, 936),
 }
-"""NVIDIA's data sheets and, for GeForce, the white papers of the architectures Ada and GA102. Rates that are
-given with sparsity alone are halved. ``h100``, ``h200`` and ``a100`` are the SXM modules."""
+"""From NVIDIA's data sheets and, for GeForce, the white papers on the Ada and GA102 architectures. Rates published only
+with sparsity are halved. ``h100``, ``h200`` and ``a100`` are the SXM modules."""
 
 
 def check_device(name: str) -> None:
-    """Check that plans can be made for a device of this name.
+    """Check that the package can plan for a device of this name.
 
     Raises:
-        UserError: it is unknown.
+        UserError: the name is unknown.
     """
     known = [THIS, *GPUS]
     if name not in known:

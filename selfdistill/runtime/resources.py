@@ -15,7 +15,7 @@ import psutil
 
 from selfdistill.errors import UserError
 
-if TYPE_CHECKING:  # torch takes a second to import
+if TYPE_CHECKING:  # importing torch takes a second
     import torch
 
 
@@ -30,7 +30,8 @@ def free_bytes(path: Path) -> int:
 def free_memory(device: torch.device) -> int | None:
     """Free bytes on the device, or None if unknown.
 
-    On the CPU, memory of freed tensors that glibc keeps is first given back.
+    With CUDA, memory that PyTorch has cached counts as free. On the CPU, glibc first returns the memory of freed
+    tensors to the system, and a cgroup's limit applies.
     """
     if device.type == "cuda":
         import torch
@@ -51,7 +52,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds on a clock that never goes back, once the device has done all that it was given."""
+    """Seconds on a monotonic clock, read after the device has finished all queued work."""
     if device.type == "cuda":
         import torch
 
@@ -72,7 +73,7 @@ def size_in_bytes(text: str) -> int:
     """Bytes of a size such as ``80GiB`` or ``80GB``.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is not a size.
     """
     found = re.fullmatch(r"([\d.]+) ?([MGT])(i?)B", text.strip())
     try:

@@ -8,10 +8,11 @@ from typing import Any
 
 
 class StopRequests:
-    """Context that records SIGINT, SIGTERM and SIGHUP in ``received`` for the loop; a second signal acts at once.
+    """Context that records SIGINT, SIGTERM or SIGHUP in ``received`` for the loop to read.
 
-    What an outer context has received, such as between two runs, is received in the inner one, too.
-    Ignored signals stay ignored, such as the SIGHUP of a closed terminal under ``nohup``.
+    A second signal raises ``KeyboardInterrupt``. Nested contexts share a signal: one that the outer context received,
+    such as between two runs, counts in the inner one, and the other way round on exit. Ignored signals stay ignored,
+    such as the SIGHUP of a closed terminal under ``nohup``.
     """
 
     def __init__(self) -> None:

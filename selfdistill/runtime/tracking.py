@@ -62,7 +62,7 @@ METRICS = {
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file that is intact; empty if there is no file."""
+    """The objects of a JSON Lines file, without an incomplete last line; empty if there is no file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]  # not splitlines: text may contain U+2028
 
@@ -149,7 +149,7 @@ def public_settings(config: Settings) -> dict[str, bool | int | float | str | No
 
 
 def _public_text(value: str) -> str:
-    """The value without folders; a context such as ``template:file=PATH`` contains a path, too."""
+    """The value without folder names; a context such as ``template:file=PATH`` contains a path, too."""
     head, equals, tail = value.rpartition("=")
     if "/" in head:  # a path with "=" in it
         return public_name(value)
@@ -171,14 +171,14 @@ def check_tracker(name: str) -> None:
 class Tracker:
     """Sends every line of ``metrics.jsonl`` through accelerate to the tracker of ``report_to``; no-op for ``none``.
 
-    TensorBoard files go to ``tensorboard`` in the run folder. For other trackers the file ``tracker_id`` there
+    TensorBoard files go to ``tensorboard`` in the run folder. For other trackers, the file ``tracker_id`` in it
     identifies the run, so that a resumed run continues the same record.
 
     Args:
         accelerator: created with ``log_with``.
         config: the run's resolved settings; :func:`public_settings` of them are sent.
         output_dir: the run folder.
-        start_step: steps done; TensorBoard hides its records of later steps.
+        start_step: steps already done; TensorBoard hides its records of later steps.
 
     Raises:
         UserError: the tracker does not start.
