@@ -94,7 +94,7 @@ def check_room(run: TrainConfig) -> None:
     Raises:
         UserError: it is too small, or the method rejects the settings.
     """
-    beside = [part.name for part in stages_of(run)[0][1:]]
+    beside = _parts_beside(run)
     try:
         check_parts(run)
     except UserError as error:
@@ -103,6 +103,12 @@ def check_room(run: TrainConfig) -> None:
         *others, last = "the skill", *beside
         parts = f"{', '.join(others)} and {last}"
         raise UserError(f"{error}. The parts are {parts}; anchor_share 0 leaves anchors out") from None
+
+
+def _parts_beside(run: TrainConfig) -> list[str]:
+    """Names of the parts with samples of their own beside the skill: first the addition's anchors, then the memory."""
+    _, *others = stages_of(run)[0]
+    return [part.name for part in others if not part.same_samples]
 
 
 def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:
@@ -117,7 +123,7 @@ def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:
         prompts) the ``share`` of all examples and the ``seconds``, each step's by its share of the step's examples.
     """
     lines = read_lines(Path(run.output_dir) / "metrics.jsonl")
-    names = [part.name for part in stages_of(run)[0][1:]]
+    names = _parts_beside(run)
     costs = [_step_cost(line, {"anchors": names[:own], "memory": names[own:]}) for line in lines]
     return total(costs)
 

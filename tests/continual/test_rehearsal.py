@@ -21,6 +21,7 @@ from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import learn
 from selfdistill.continual.ledger import Ledger
+from selfdistill.continual.rehearsal import check_room, cost_of, run_config
 from selfdistill.data import anchor_prompts
 from selfdistill.errors import UserError
 
@@ -230,6 +231,20 @@ def test_status_and_result_say_what_was_rehearsed_and_what_it_cost(
     assert said.count("12.5%") == 2
     columns = ["earlier prompts rehearsed", "share rehearsed", "share of general anchors", "seconds", "of which on"]
     assert all(word in said for column in columns for word in column.split())
+
+
+def test_parts_that_learn_from_the_skills_own_samples_are_no_anchors(make: Settings, tmp_path: Path) -> None:
+    method: dict[str, Any] = {"method": "sort", "num_generations": 2, "method_settings": {"plan": 0}}
+    run = run_config(make(**method), "m", "turns", tmp_path, rehearses=True)
+    line = {"time/step_s": 8.0, "share/task": 0.5, "share/references": 0.5}
+    (tmp_path / "run").mkdir()
+    shares = {"share/anchors:package": 0.125, "share/anchors:memory": 0.375}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, **line, **shares}) + "\n", encoding="utf-8")
+    cost = cost_of(run, own=1)
+    assert cost["anchors"] == {"share": 0.125, "seconds": 1.0}
+    assert cost["memory"] == {"share": 0.375, "seconds": 3.0}
+    with pytest.raises(UserError, match=r"The parts are the skill, anchors:package and anchors:memory;"):
+        check_room(run.model_copy(update={"batch_size": 2}))
 
 
 def test_status_of_one_skill_leaves_out_what_is_empty(make: Settings) -> None:
