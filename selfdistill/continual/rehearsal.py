@@ -38,13 +38,19 @@ def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demo
 
 
 def remembered(folder: Path) -> list[Demonstration]:
-    """The prompts that the state keeps of the skill in ``folder``; those of its rows if an older release learnt it."""
-    if (folder / PROMPTS).exists():
-        return load_prompts(str(folder / PROMPTS))
-    settings, rows = settings_of(folder), folder / "train.jsonl"
-    if "remember" in settings.model_fields_set or not rows.exists():
+    """The prompts that the state keeps of the skill in ``folder``; those of its rows if an older release learnt it.
+
+    Raises:
+        UserError: their file is missing.
+    """
+    file, settings, rows = folder / PROMPTS, settings_of(folder), folder / "train.jsonl"
+    if settings.remember == "none":
         return []
-    return to_remember(settings, load_demonstrations(str(rows)))
+    if file.exists():
+        return load_prompts(str(file))
+    if "remember" in settings.model_fields_set:
+        raise UserError(f"{file}: no such file; restore it, or write remember: none into settings.yaml beside it")
+    return to_remember(settings, load_demonstrations(str(rows))) if rows.exists() else []
 
 
 def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[Demonstration]:

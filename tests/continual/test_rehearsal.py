@@ -311,6 +311,26 @@ def test_a_batch_too_small_for_the_parts_is_told_before_anything_is_measured(
     assert add(make("third", batch_size=1, anchor_share=0))["accepted"]
 
 
+def test_a_state_that_has_lost_something_says_what(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    shutil.copytree(WRITTEN / "memory", state)
+    skill = state / "skills" / "0001-train"
+    status = LearnConfig(state=str(state), action="status")
+    for name in ("result.json", "test.jsonl", "settings.yaml"):
+        (skill / name).rename(tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name}: no such file, which skill 'train' needs; restore it$"):
+            learn(status)
+        (tmp_path / name).rename(skill / name)
+    (settings := skill / "settings.yaml").write_text(settings.read_text(encoding="utf-8") + "remember: 3\n")
+    with pytest.raises(UserError, match=r"prompts\.jsonl: no such file; restore it, or write remember: none into"):
+        learn(status)
+    settings.write_text(settings.read_text(encoding="utf-8").replace("remember: 3", "remember: none"))
+    assert [line["remembered"] for line in learn(status).details["memory"]] == [0]
+    skill.rename(state / "skills" / "0002-train")
+    with pytest.raises(UserError, match=r"skills: skill 1 is missing; restore its folder$"):
+        learn(status)
+
+
 def test_a_file_of_anchors_that_cannot_be_read_is_told_first(make: Settings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.txt: cannot be read: No such file"):
         add(make(anchors=f"package,{tmp_path / 'none.txt'}"))
