@@ -17,7 +17,7 @@ from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.continual.ledger import Skill, settings_of
 from selfdistill.data import Demonstration, load_demonstrations, load_prompts
 from selfdistill.errors import UserError
-from selfdistill.methods import stages_of
+from selfdistill.methods import begun, stages_of
 from selfdistill.runtime import read_lines
 from selfdistill.training import check_parts
 
@@ -28,13 +28,18 @@ def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demo
     """The prompts of ``rows`` that stay in the state, each once: all, none, or some that are drawn with the seed."""
     prompts = [
         Demonstration(x.prompt, tools=x.tools, chat_template_kwargs=x.chat_template_kwargs, images=x.images)
-        for x in rows
+        for x in as_shown(config, rows)
     ]
     found = list({_key(prompt): prompt for prompt in prompts}.values())
     count = {"all": len(found), "none": 0}.get(str(config.remember), config.remember)
     assert isinstance(count, int)
     chosen = sorted(random.Random(config.seed).sample(range(len(found)), min(count, len(found))))
     return [found[number] for number in chosen]
+
+
+def as_shown(config: LearnConfig, rows: Sequence[Demonstration]) -> Sequence[Demonstration]:
+    """The rows with the prompts that the model sees: in an environment, with its tools and first messages."""
+    return rows if config.environment == "none" else begun(config.environment, rows)
 
 
 def remembered(folder: Path) -> list[Demonstration]:
@@ -58,6 +63,12 @@ def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[De
     taught = {_key(row) for row in rows}
     pooled = {_key(prompt): prompt for skill in skills for prompt in remembered(skill.folder)}
     return [prompt for key, prompt in pooled.items() if key not in taught]
+
+
+def rehearsed_and_asked(memory: Sequence[Demonstration], test: Sequence[Demonstration]) -> int:
+    """How many prompts of ``memory`` are also test questions."""
+    asked = {_key(row) for row in test}
+    return sum(_key(prompt) in asked for prompt in memory)
 
 
 def _key(row: Demonstration) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import yaml
 from conftest import CHATML
 from safetensors.torch import load_file
+from tiny_worlds import LOOK_UP
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.cli import main
@@ -21,8 +23,9 @@ from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import learn
 from selfdistill.continual.ledger import Ledger
+from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import check_room, cost_of, run_config
-from selfdistill.data import anchor_prompts
+from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations
 from selfdistill.errors import UserError
 
 Settings = Callable[..., LearnConfig]
@@ -116,6 +119,18 @@ def test_tools_and_template_arguments_of_a_row_stay_with_its_prompt(
     assert all(row["tools"] == tools and row["chat_template_kwargs"] == {"hint": "h"} for row in found)
 
 
+def test_a_prompt_in_an_environment_stays_as_the_model_saw_it(make: Settings, tmp_path: Path) -> None:
+    shutil.copytree(WRITTEN / "memory", tmp_path / "state")
+    ledger, config = Ledger(str(tmp_path / "state")), make(name="new", environment="python:tiny_worlds.Asks")
+    row = Demonstration("q", "ab", answer=2)
+    begin(ledger, config, {"train": [row], "test": []})
+    (kept,) = rows_of(ledger.pending / "prompts.jsonl")
+    assert [turn["content"] for turn in kept["prompt"]] == ["q", "Go on, 2 times."]
+    assert kept["tools"] == [LOOK_UP]
+    (taught,) = load_demonstrations(str(ledger.pending / "train.jsonl"))
+    assert taught.prompt == row.prompt
+
+
 @pytest.mark.parametrize(
     ("remember", "count"),
     [
@@ -159,6 +174,20 @@ def test_a_prompt_taught_anew_or_remembered_twice_is_not_rehearsed_twice(make: S
     pooled = texts_of(tmp_path / "state/skills/0003-third/memory.jsonl")
     assert len(pooled) == len(set(pooled))
     assert set(pooled) == {*first, *taught}
+
+
+@pytest.mark.parametrize("share", [0.5, 0])
+def test_rehearsed_prompts_that_test_the_new_skill_are_noted(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+) -> None:
+    shutil.copytree(WRITTEN / "memory", tmp_path / "state")
+    (skill,) = Ledger(str(tmp_path / "state")).skills
+    known = load_demonstrations(str(skill.folder / "train.jsonl"))
+    new = [replace(row, completion="new") for row in known]
+    begin(Ledger(str(tmp_path / "state")), make(name="new", anchor_share=share), {"train": new[2:], "test": new[:2]})
+    assert texts_of(tmp_path / "state/pending/memory.jsonl") == [row.prompt[0]["content"] for row in known[:2]]
+    said = "note: 2 of 2 prompts of earlier skills are also test questions of new; on these, rehearsal preserves"
+    assert (said in capsys.readouterr().err) == bool(share)
 
 
 def test_without_memory_and_anchors_a_step_is_the_skill_alone(make: Settings, tmp_path: Path) -> None:
