@@ -113,9 +113,7 @@ class Ledger:
                 raise UserError(f"{self.folder / SKILLS}: skill {number} is missing; restore its folder")
             for name in NEEDED:
                 if not (skill.folder / name).exists():
-                    raise UserError(
-                        f"{skill.folder / name}: no such file, which skill {skill.name!r} needs; restore it"
-                    )
+                    raise UserError(f"{skill.folder / name}: no such file, but the state needs it; restore it")
         return found
 
     @property

@@ -81,9 +81,9 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
         raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another name")
     memory = rehearsed(ledger.skills, as_shown(config, splits["train"]))
     check_room(run_config(config, "model", config.context, ledger.pending, rehearses=bool(memory)))
-    if config.anchor_share and (asked := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
+    if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
         say_note(
-            f"{asked} of {len(memory)} prompts of earlier skills are also test questions of {config.name}; on these, "
+            f"{known} of {len(memory)} prompts of earlier skills are also test questions of {config.name}; on these, "
             "rehearsal preserves the replies from before the addition"
         )
     prompts = to_remember(config, splits["train"])

@@ -347,7 +347,7 @@ def test_a_state_that_has_lost_something_says_what(tmp_path: Path) -> None:
     status = LearnConfig(state=str(state), action="status")
     for name in ("result.json", "test.jsonl", "settings.yaml"):
         (skill / name).rename(tmp_path / name)
-        with pytest.raises(UserError, match=rf"{name}: no such file, which skill 'train' needs; restore it$"):
+        with pytest.raises(UserError, match=rf"{name}: no such file, but the state needs it; restore it$"):
             learn(status)
         (tmp_path / name).rename(skill / name)
     (settings := skill / "settings.yaml").write_text(settings.read_text(encoding="utf-8") + "remember: 3\n")
