@@ -30,6 +30,8 @@ from selfdistill.runtime import fsync, remove_folder, write_atomically
 START, SKILLS, PENDING, REFUSED, UNDONE = "start", "skills", "pending", "refused", "undone"
 MEASURED_WITH = ("dtype", "mixed_precision", "chat_template_kwargs")
 """Settings that must be the same for the base and all skills, so that scores are comparable."""
+NEEDED = ("settings.yaml", "test.jsonl", "result.json")
+"""What later additions read of a skill, whatever release learnt it."""
 NO_IMPROVEMENT = "no improvement"
 """Note on an accepted skill that scores no better than before."""
 BEFORE: dict[str, Any] = {"anchors": []}
@@ -100,8 +102,19 @@ class Ledger:
 
     @property
     def skills(self) -> list[Skill]:
-        """Accepted skills in order."""
-        return [Skill(folder) for folder in sorted((self.folder / SKILLS).glob("[0-9]*-*"))]
+        """Accepted skills in order.
+
+        Raises:
+            UserError: one is missing, or a file that later additions need of it.
+        """
+        found = [Skill(folder) for folder in sorted((self.folder / SKILLS).glob("[0-9]*-*"))]
+        for number, skill in enumerate(found, 1):
+            if skill.number != number:
+                raise UserError(f"{self.folder / SKILLS}: skill {number} is missing; restore its folder")
+            for name in NEEDED:
+                if not (skill.folder / name).exists():
+                    raise UserError(f"{skill.folder / name}: no such file, but the state needs it; restore it")
+        return found
 
     @property
     def model(self) -> str:

@@ -12,10 +12,19 @@ from typing import Any
 
 from selfdistill.config import OPEN, LearnConfig, changes, dump_yaml
 from selfdistill.continual.ledger import BEFORE, Ledger
-from selfdistill.continual.rehearsal import MEMORY, PROMPTS, check_room, rehearsed, run_config, to_remember
+from selfdistill.continual.rehearsal import (
+    MEMORY,
+    PROMPTS,
+    as_shown,
+    check_room,
+    rehearsed,
+    rehearsed_and_asked,
+    run_config,
+    to_remember,
+)
 from selfdistill.data import Demonstration, write_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.runtime import say, write_json
+from selfdistill.runtime import say, say_note, write_json
 from selfdistill.training import whole_folder
 
 _FREE = (
@@ -74,8 +83,13 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
         ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:
         raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another name")
-    memory = rehearsed(ledger.skills, splits["train"])
+    memory = rehearsed(ledger.skills, as_shown(config, splits["train"]))
     check_room(run_config(config, "model", config.context, ledger.pending, rehearses=bool(memory)))
+    if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
+        say_note(
+            f"{known} of {len(memory)} prompts of earlier skills are also test questions of {config.name}; on these, "
+            "rehearsal preserves the replies from before the addition"
+        )
     prompts = to_remember(config, splits["train"])
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
         for split, rows in splits.items():

@@ -16,7 +16,7 @@ from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.continual.ledger import Skill, settings_of
 from selfdistill.data import Demonstration, load_demonstrations, load_prompts
 from selfdistill.errors import UserError
-from selfdistill.methods import stages_of
+from selfdistill.methods import begun, stages_of
 from selfdistill.runtime import read_lines
 from selfdistill.training import check_parts
 
@@ -27,7 +27,7 @@ def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demo
     """The distinct prompts of ``rows`` that the state keeps: all, none, or a random sample drawn with the seed."""
     prompts = [
         Demonstration(x.prompt, tools=x.tools, chat_template_kwargs=x.chat_template_kwargs, images=x.images)
-        for x in rows
+        for x in as_shown(config, rows)
     ]
     found = list({_key(prompt): prompt for prompt in prompts}.values())
     count = {"all": len(found), "none": 0}.get(str(config.remember), config.remember)
@@ -36,14 +36,25 @@ def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demo
     return [found[number] for number in chosen]
 
 
+def as_shown(config: LearnConfig, rows: Sequence[Demonstration]) -> Sequence[Demonstration]:
+    """The rows with the prompts that the model sees: in an environment, with its tools and first messages."""
+    return rows if config.environment == "none" else begun(config.environment, rows)
+
+
 def remembered(folder: Path) -> list[Demonstration]:
-    """The prompts kept of the skill in ``folder``; taken from its rows if an older release learnt it."""
-    if (folder / PROMPTS).exists():
-        return load_prompts(str(folder / PROMPTS))
-    settings, rows = settings_of(folder), folder / "train.jsonl"
-    if "remember" in settings.model_fields_set or not rows.exists():
+    """The prompts kept of the skill in ``folder``; taken from its rows if an older release learnt it.
+
+    Raises:
+        UserError: their file is missing.
+    """
+    file, settings, rows = folder / PROMPTS, settings_of(folder), folder / "train.jsonl"
+    if settings.remember == "none":
         return []
-    return to_remember(settings, load_demonstrations(str(rows)))
+    if file.exists():
+        return load_prompts(str(file))
+    if "remember" in settings.model_fields_set:
+        raise UserError(f"{file}: no such file; restore it, or write remember: none into settings.yaml beside it")
+    return to_remember(settings, load_demonstrations(str(rows))) if rows.exists() else []
 
 
 def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[Demonstration]:
@@ -51,6 +62,12 @@ def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[De
     taught = {_key(row) for row in rows}
     pooled = {_key(prompt): prompt for skill in skills for prompt in remembered(skill.folder)}
     return [prompt for key, prompt in pooled.items() if key not in taught]
+
+
+def rehearsed_and_asked(memory: Sequence[Demonstration], test: Sequence[Demonstration]) -> int:
+    """How many prompts of ``memory`` are also test questions."""
+    asked = {_key(row) for row in test}
+    return sum(_key(prompt) in asked for prompt in memory)
 
 
 def _key(row: Demonstration) -> str:
@@ -93,7 +110,7 @@ def check_room(run: TrainConfig) -> None:
     Raises:
         UserError: the batch is too small, or the method rejects the settings.
     """
-    beside = [part.name for part in stages_of(run)[0][1:]]
+    beside = _parts_beside(run)
     try:
         check_parts(run)
     except UserError as error:
@@ -102,6 +119,12 @@ def check_room(run: TrainConfig) -> None:
         *others, last = "the skill", *beside
         parts = f"{', '.join(others)} and {last}"
         raise UserError(f"{error}. The parts are {parts}; anchor_share 0 leaves anchors out") from None
+
+
+def _parts_beside(run: TrainConfig) -> list[str]:
+    """Names of the parts with samples of their own beside the skill: first the addition's anchors, then the memory."""
+    _, *others = stages_of(run)[0]
+    return [part.name for part in others if not part.same_samples]
 
 
 def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:
@@ -116,7 +139,7 @@ def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:
         prompts) the ``share`` of all examples and the ``seconds``: each step's time, times their share of its examples.
     """
     lines = read_lines(Path(run.output_dir) / "metrics.jsonl")
-    names = [part.name for part in stages_of(run)[0][1:]]
+    names = _parts_beside(run)
     costs = [_step_cost(line, {"anchors": names[:own], "memory": names[own:]}) for line in lines]
     return total(costs)
 

@@ -32,7 +32,7 @@ from selfdistill.data.messages import (
     uses_tools,
     wrong,
 )
-from selfdistill.data.readers import is_data_file
+from selfdistill.data.readers import is_data_file, read_prompts
 from selfdistill.data.rows import RawRow, check_rows, first_three, one_of, repeated_key
 from selfdistill.data.sources import Note, read_rows, rows_in_memory
 from selfdistill.data.template_columns import template_kwargs_of, tools_of
@@ -270,27 +270,25 @@ def as_row(row: Any) -> Any:
     return {name: value for name, value in values.items() if value not in (None, "", ())}
 
 
-def load_prompts(path: str) -> list[Demonstration]:
+def load_prompts(path: str, note: Note | None = None) -> list[Demonstration]:
     """Read prompts, as demonstrations without completions.
 
     Args:
         path: a text file with one prompt per line, of which empty ones are skipped; or any data that
             :func:`load_demonstrations` reads. Of its rows, the prompts count and the completions do not.
+        note: takes what the user should know, as in :func:`load_demonstrations`.
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, or has no prompts; or rows are invalid.
     """
     is_text = Path(path).suffix == ".txt" or (os.path.isfile(path) and not is_data_file(path))
     if not is_text:
-        rows = load_demonstrations(path, turns="last")
+        rows = load_demonstrations(path, turns="last", note=note)
         return [replace(row, completion="", privileged_context=None, answer=None, episode=()) for row in rows]
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        numbered = read_prompts(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text, expected one prompt per line") from None
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise UserError(f"{path}: no prompts, expected one per line")
     return [

@@ -114,6 +114,20 @@ def read_jsonl(path: str) -> list[RawRow]:
     return _lines(path, _utf8(path, Path(path).read_bytes()))
 
 
+def read_prompts(path: str) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, each with its number.
+
+    Raises:
+        UserError: the file is not UTF-8, or has JSON rows.
+        OSError: the file cannot be read.
+    """
+    text = _utf8(path, Path(path).read_bytes())
+    if (found := _format_of(text)) in (".jsonl", ".json"):
+        raise UserError(f"{path}: found {_NAMES[found]}, expected one prompt per line; rename it to end with {found}")
+    lines = re.split("\r\n?|\n", text)  # not splitlines(), as in _lines
+    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
 def expected_types() -> str:
     """The endings of the files that are read, for messages."""
     return f"{one_of(FILE_TYPES)} (text also compressed as {one_of(list(_PACKED))})"

@@ -59,7 +59,7 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
         load_prior(config.prior)
     for source in config.anchors:
         if source != PACKAGE:
-            load_prompts(source)
+            load_prompts(source, noted(source))
 
 
 class Evaluator:

@@ -30,6 +30,7 @@ from selfdistill.model import (
     ForwardPass,
     LoadedModel,
     Sampling,
+    freeze_vision,
     make_optimizer,
     refuse_float16,
     sample,
@@ -120,6 +121,8 @@ def measure_spill(
 
     def trial(loss: CrossEntropy | Divergence) -> Trial:
         student = replace(loaded, model=copy.deepcopy(loaded.model))
+        if student.pictures is not None:
+            freeze_vision(student.model)  # as in a run
         _train(student, loaded, forward_pass, loss, rows, settings)
         return Trial(before - mean_loss(student, prompts, demos), distance.of(student.model))
 
@@ -143,7 +146,8 @@ def _train(
     settings: TrialSettings,
 ) -> None:
     """Train the student for ``STEPS`` steps, each on all rows; with a divergence, on its own samples."""
-    optimizer = make_optimizer(student.model.parameters(), "adamw_torch", seed=settings.seed, weight_decay=0.0)
+    trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trained, "adamw_torch", seed=settings.seed, weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = settings.learning_rate
     completions = [row.completion_ids for row in rows]
     taught_by = teacher.model if isinstance(loss, Divergence) else None

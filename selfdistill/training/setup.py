@@ -104,7 +104,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def refuse_with_pictures(config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel) -> None:
+def refuse_with_pictures(config: TrainConfig, stages: Sequence[Stage], loaded: LoadedModel) -> None:
     """Refuse settings that do not work with pictures, or only with models that read them.
 
     Raises:
@@ -112,7 +112,7 @@ def refuse_with_pictures(config: TrainConfig, demonstrations: Sequence[Demonstra
     """
     if config.train_vision_tower and loaded.pictures is None:
         raise UserError(f"setting 'train_vision_tower': model {loaded.name!r} reads no pictures; leave it out")
-    if any(row.images for row in demonstrations):
+    if any(x.demonstration.images for stage in stages for part in stage.parts for x in part.examples):
         for name in ("fsdp", "torch_compile", "load_in_4bit", "engine"):
             if getattr(config, name) not in (False, "none"):
                 raise UserError(f"setting {name!r} does not work with pictures; leave it out")

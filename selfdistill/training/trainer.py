@@ -107,9 +107,9 @@ class Trainer:
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
         for note in self.loaded.notes:
             say_note(note)
-        refuse_with_pictures(config, demonstrations, self.loaded)
         self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
         self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
+        refuse_with_pictures(config, self.stages, self.loaded)
         self.stage = self.stages[0]
         """Stage of the current step."""
         self.control: State = {}

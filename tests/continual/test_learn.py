@@ -29,7 +29,7 @@ from selfdistill.config.commands import LearnConfig
 from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import LearnResult, learn, retention_matrix
-from selfdistill.continual.ledger import Ledger
+from selfdistill.continual.ledger import NEEDED, Ledger
 from selfdistill.continual.retention import transfer
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
@@ -480,9 +480,11 @@ def test_a_stop_in_training_says_how_to_go_on(
     assert "Adding 'first' was interrupted: rerun the same command to resume" in repr(status)
     learnt = tmp_path / "state" / "skills" / "0001-x"
     learnt.mkdir(parents=True)
+    for name in NEEDED:
+        (learnt / name).touch()
     with pytest.raises(UserError, match=r"an addition was interrupted"):
         learn(make(action="rollback", data=""))
-    learnt.rmdir()
+    shutil.rmtree(learnt)
     assert main(["learn", "--state", make().state, "discard"]) == 0
     assert add(make("second"))["accepted"]
 

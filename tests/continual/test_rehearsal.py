@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import yaml
 from conftest import CHATML
 from safetensors.torch import load_file
+from tiny_worlds import LOOK_UP
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.cli import main
@@ -21,7 +23,9 @@ from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import learn
 from selfdistill.continual.ledger import Ledger
-from selfdistill.data import anchor_prompts
+from selfdistill.continual.pending import begin
+from selfdistill.continual.rehearsal import check_room, cost_of, run_config
+from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations
 from selfdistill.errors import UserError
 
 Settings = Callable[..., LearnConfig]
@@ -115,6 +119,18 @@ def test_tools_and_template_arguments_of_a_row_stay_with_its_prompt(
     assert all(row["tools"] == tools and row["chat_template_kwargs"] == {"hint": "h"} for row in found)
 
 
+def test_a_prompt_in_an_environment_stays_as_the_model_saw_it(make: Settings, tmp_path: Path) -> None:
+    shutil.copytree(WRITTEN / "memory", tmp_path / "state")
+    ledger, config = Ledger(str(tmp_path / "state")), make(name="new", environment="python:tiny_worlds.Asks")
+    row = Demonstration("q", "ab", answer=2)
+    begin(ledger, config, {"train": [row], "test": []})
+    (kept,) = rows_of(ledger.pending / "prompts.jsonl")
+    assert [turn["content"] for turn in kept["prompt"]] == ["q", "Go on, 2 times."]
+    assert kept["tools"] == [LOOK_UP]
+    (taught,) = load_demonstrations(str(ledger.pending / "train.jsonl"))
+    assert taught.prompt == row.prompt
+
+
 @pytest.mark.parametrize(
     ("remember", "count"),
     [
@@ -158,6 +174,20 @@ def test_a_prompt_taught_anew_or_remembered_twice_is_not_rehearsed_twice(make: S
     pooled = texts_of(tmp_path / "state/skills/0003-third/memory.jsonl")
     assert len(pooled) == len(set(pooled))
     assert set(pooled) == {*first, *taught}
+
+
+@pytest.mark.parametrize("share", [0.5, 0])
+def test_rehearsed_prompts_that_test_the_new_skill_are_noted(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+) -> None:
+    shutil.copytree(WRITTEN / "memory", tmp_path / "state")
+    (skill,) = Ledger(str(tmp_path / "state")).skills
+    known = load_demonstrations(str(skill.folder / "train.jsonl"))
+    new = [replace(row, completion="new") for row in known]
+    begin(Ledger(str(tmp_path / "state")), make(name="new", anchor_share=share), {"train": new[2:], "test": new[:2]})
+    assert texts_of(tmp_path / "state/pending/memory.jsonl") == [row.prompt[0]["content"] for row in known[:2]]
+    said = "note: 2 of 2 prompts of earlier skills are also test questions of new; on these, rehearsal preserves"
+    assert (said in capsys.readouterr().err) == bool(share)
 
 
 def test_without_memory_and_anchors_a_step_is_the_skill_alone(make: Settings, tmp_path: Path) -> None:
@@ -232,6 +262,20 @@ def test_status_and_result_say_what_was_rehearsed_and_what_it_cost(
     assert all(word in said for column in columns for word in column.split())
 
 
+def test_parts_that_learn_from_the_skills_own_samples_are_no_anchors(make: Settings, tmp_path: Path) -> None:
+    method: dict[str, Any] = {"method": "sort", "num_generations": 2, "method_settings": {"plan": 0}}
+    run = run_config(make(**method), "m", "turns", tmp_path, rehearses=True)
+    line = {"time/step_s": 8.0, "share/task": 0.5, "share/references": 0.5}
+    (tmp_path / "run").mkdir()
+    shares = {"share/anchors:package": 0.125, "share/anchors:memory": 0.375}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, **line, **shares}) + "\n", encoding="utf-8")
+    cost = cost_of(run, own=1)
+    assert cost["anchors"] == {"share": 0.125, "seconds": 1.0}
+    assert cost["memory"] == {"share": 0.375, "seconds": 3.0}
+    with pytest.raises(UserError, match=r"The parts are the skill, anchors:package and anchors:memory;"):
+        check_room(run.model_copy(update={"batch_size": 2}))
+
+
 def test_status_of_one_skill_leaves_out_what_is_empty(make: Settings) -> None:
     add(make())
     one = repr(learn(make(action="status", data="")))
@@ -294,6 +338,26 @@ def test_a_batch_too_small_for_the_parts_is_told_before_anything_is_measured(
     assert not (tmp_path / "state" / "pending").exists()
     assert add(make("second", batch_size=3))["accepted"]
     assert add(make("third", batch_size=1, anchor_share=0))["accepted"]
+
+
+def test_a_state_that_has_lost_something_says_what(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    shutil.copytree(WRITTEN / "memory", state)
+    skill = state / "skills" / "0001-train"
+    status = LearnConfig(state=str(state), action="status")
+    for name in ("result.json", "test.jsonl", "settings.yaml"):
+        (skill / name).rename(tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name}: no such file, but the state needs it; restore it$"):
+            learn(status)
+        (tmp_path / name).rename(skill / name)
+    (settings := skill / "settings.yaml").write_text(settings.read_text(encoding="utf-8") + "remember: 3\n")
+    with pytest.raises(UserError, match=r"prompts\.jsonl: no such file; restore it, or write remember: none into"):
+        learn(status)
+    settings.write_text(settings.read_text(encoding="utf-8").replace("remember: 3", "remember: none"))
+    assert [line["remembered"] for line in learn(status).details["memory"]] == [0]
+    skill.rename(state / "skills" / "0002-train")
+    with pytest.raises(UserError, match=r"skills: skill 1 is missing; restore its folder$"):
+        learn(status)
 
 
 def test_a_file_of_anchors_that_cannot_be_read_is_told_first(make: Settings, tmp_path: Path) -> None:

@@ -559,11 +559,29 @@ def test_cpt_needs_documents(settings: Settings) -> None:
         Trainer(settings(method="cpt"))
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe", "not UTF-8 text"), (b" \n\n", "no prompts")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ab\n\xff\xfe", r"p\.txt: not UTF-8: line 2, byte 1 is 0xff; save it as UTF-8$"),
+        (b" \n\n", "no prompts"),
+        (
+            b'{"prompt": "a"}\n{"prompt": "b"}\n',
+            r"found JSON Lines, expected one prompt per line; rename it to .*\.jsonl$",
+        ),
+        (b'[{"prompt": "a"}]', r"found a JSON list, expected one prompt per line; rename it to end with \.json$"),
+    ],
+)
 def test_a_file_of_prompts_that_cannot_be_used(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_prompts(str(tmp_path / "p.txt"))
+
+
+def test_prompts_of_a_text_file_are_its_lines_without_the_mark_of_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("\ufeff{How} is it? \r\n\n\t\rWhy, answer\u2028or not?\n".encode())
+    found = load_prompts(str(tmp_path / "p.txt"))
+    assert [row.prompt[0]["content"] for row in found] == ["{How} is it?", "Why, answer\u2028or not?"]
+    assert [row.source for row in found] == ["p.txt:1", "p.txt:4"]
 
 
 def test_a_run_of_two_stages_keeps_its_number_of_steps(all_of_them: Settings) -> None:

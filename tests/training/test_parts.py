@@ -31,6 +31,7 @@ from torch import Tensor
 import selfdistill as sd
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
+from selfdistill.evaluation import check_inputs
 from selfdistill.methods import METHODS, Method, stages_of
 from selfdistill.methods.sequences import SAMPLES_FILE, Completion, DrawnSamples
 from selfdistill.model.loading import load_model
@@ -287,6 +288,20 @@ def test_anchors_that_are_prompts_of_the_task_are_noted(
     (tmp_path / "own.txt").write_text(f"Who?\n{prompt}\n", encoding="utf-8")
     Trainer(anchored(anchors=str(tmp_path / "own.txt")))
     assert "1 of 2 prompts of own.txt are also prompts of the demonstrations (own.txt:2)" in capsys.readouterr().err
+
+
+def test_what_is_not_read_of_anchors_is_noted(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "traffic"
+    for name in ("train.jsonl", "test.jsonl", "old/rows.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text('{"prompt": "a", "user": 7}\n', encoding="utf-8")
+    check_inputs(settings(anchors=str(folder)))
+    said = capsys.readouterr().err
+    assert f"{folder}: folders not read: old" in said
+    assert f"{folder}: split 'train' is read; the other split is 'test'" in said
+    assert f"{folder}: columns not used: user" in said
 
 
 @pytest.mark.parametrize(

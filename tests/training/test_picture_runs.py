@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import selfdistill
 from selfdistill.config import TrainConfig
-from selfdistill.data import load_demonstrations
+from selfdistill.data import encode, load_demonstrations, parse_context
 from selfdistill.errors import UserError
-from selfdistill.model import load_model
+from selfdistill.evaluation import spill
+from selfdistill.model import ForwardPass, Sampling, load_model, make_optimizer
 from selfdistill.training import train
 from selfdistill.training.memory import memory_plan
 from selfdistill.training.traced_step import Device
@@ -294,6 +296,35 @@ def test_what_does_not_work_with_pictures_is_refused_in_one_line(
     with pytest.raises(UserError, match=problem) as error:
         train(make(**values))
     assert "\n" not in str(error.value)
+
+
+def test_pictures_of_anchors_are_refused_like_those_of_the_task(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    data, anchors = write_rows(count=2), write_rows(rows_of(tmp_path, "n", 1), name="n.jsonl")
+    with pytest.raises(UserError, match=r"^setting 'torch_compile' does not work with pictures; leave it out$"):
+        Trainer(make(data=data, method="sft", max_completion_length=12, anchors=str(anchors), torch_compile=True))
+
+
+def test_what_check_tries_out_leaves_the_vision_tower_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, moved = make(), []
+
+    def seen(parameters: Sequence[torch.Tensor], *arguments: Any, **options: Any) -> Any:
+        moved.append(len(parameters))
+        return make_optimizer(parameters, *arguments, **options)
+
+    few = spill.anchor_prompts()[:2]
+    for name, value in (("make_optimizer", seen), ("STEPS", 1), ("anchor_prompts", lambda: few)):
+        monkeypatch.setattr(spill, name, value)
+    loaded = load_model(config.model)
+    chat = loaded.chat({}, None)
+    limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 3, "window": loaded.window}
+    rows, _ = encode(load_demonstrations(config.data)[:2], parse_context("turns"), chat, **limits)
+    trials = spill.TrialSettings(1e-3, Sampling(3), 0, nullcontext)
+    spill.measure_spill(loaded, ForwardPass(loaded), rows, chat, trials)
+    names = [name for name, _ in loaded.model.named_parameters()]
+    assert moved == [sum(not is_vision(name) for name in names)] * 2
+    assert moved[0] < len(names)
 
 
 def test_an_engine_is_not_asked_to_sample_from_pictures(make: Make) -> None:
