@@ -61,6 +61,20 @@ class Answers:
     def accuracy(self) -> float:
         return sum(self.correct) / len(self.correct)
 
+    @property
+    def turns(self) -> float | None:
+        """Mean number of the model's turns in an episode; None without an environment."""
+        return _mean([episode.turns for episode in self.episodes])
+
+    @property
+    def invalid_calls(self) -> float | None:
+        """Mean number of invalid calls in an episode; None without an environment."""
+        return _mean([episode.invalid_calls for episode in self.episodes])
+
+
+def _mean(counts: Sequence[int]) -> float | None:
+    return sum(counts) / len(counts) if counts else None
+
 
 def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -> None:
     """Reject a scorer that cannot be imported, and answers that their scorers cannot use.
