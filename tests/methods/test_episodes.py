@@ -34,7 +34,7 @@ from conftest import (
     row_log_probs,
 )
 from formulas import advantages, assert_gradient, chosen, kl, mean_over_rows, moved
-from tool_templates import HERMES
+from tool_templates import HERMES, QWEN3_CODER
 from torch import Tensor
 
 from selfdistill.config import EngineSettings, load_yaml
@@ -492,7 +492,7 @@ class Expert:
         return [Rollout(ids, [-0.5] * len(ids), truncated=False) for _ in prompts]
 
 
-@pytest.mark.parametrize("template", [CHATML, HERMES], ids=["calls as text", "the template's calls"])
+@pytest.mark.parametrize("template", [CHATML, HERMES, QWEN3_CODER], ids=["calls as text", "calls as JSON", "in tags"])
 def test_an_expert_with_an_engine_calls_tools_and_succeeds(
     talks: Settings, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
