@@ -377,7 +377,13 @@ def test_a_plan_of_memory_counts_whole_episodes(talks: Settings) -> None:
         ({"method": "ssd"}, "setting 'environment': ssd does not learn from whole episodes"),
         ({"method": "pope"}, "setting 'environment': pope does not learn from whole episodes"),
         ({"environment": "bundled:no"}, "unknown environment 'bundled:no'"),
-        ({"hint": "shortest", "environment": TALK}, "setting 'environment': sdft does not learn from whole episodes"),
+        ({"method": "trapo"}, "setting 'environment': trapo does not learn from whole episodes"),
+        ({"method": "actguide"}, "setting 'environment': actguide does not learn from whole episodes"),
+        ({"method": "npo", "teacher_model": "m"}, "setting 'environment': npo does not learn from whole episodes"),
+        (
+            {"hint": "shortest"},
+            "setting 'hint': shortest scores single replies, not episodes of an environment: give a",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(talks: Settings, values: dict[str, Any], message: str) -> None:
