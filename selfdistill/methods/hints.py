@@ -152,8 +152,7 @@ def _shortest(method: Method, config: TrainConfig) -> Method:
         )
     if config.environment != "none":
         raise UserError(
-            "setting 'hint': shortest scores single replies, not episodes of an environment: give a share, or leave one "
-            "out"
+            "setting 'hint': shortest needs single replies, not episodes: give a share, or leave the environment out"
         )
     hint_of(config, 0)  # refuses a context that cannot show a part
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)

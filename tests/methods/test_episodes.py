@@ -382,7 +382,7 @@ def test_a_plan_of_memory_counts_whole_episodes(talks: Settings) -> None:
         ({"method": "npo", "teacher_model": "m"}, "setting 'environment': npo does not learn from whole episodes"),
         (
             {"hint": "shortest"},
-            "setting 'hint': shortest scores single replies, not episodes of an environment: give a",
+            "setting 'hint': shortest needs single replies, not episodes: give a share, or leave the",
         ),
     ],
 )
