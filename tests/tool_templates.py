@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -24,8 +26,16 @@ class ToolTemplate:
     """Whether it writes a content beside calls."""
     appends: bool = True
     """Whether what it wrote of a chat stays when the chat goes on."""
+    ends: tuple[str, ...] = ()
+    """If it ends no turn: the special tokens that begin what follows a text, and what follows calls."""
     own_calls: bool = True
     """Whether it writes calls; else they are text."""
+    around_value: tuple[str, ...] = ()
+    """The tags before an argument's name and after its value, if each argument has tags of its own."""
+
+    def end_of(self, message: Mapping[str, Any]) -> str:
+        """The token that ends a reply."""
+        return self.ends["tool_calls" in message] if self.ends else self.end
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per byte, then the template's tokens."""
@@ -257,6 +267,94 @@ GRANITE = """\
 {%- if add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}
 """
 
+QWEN3_CODER = (
+    _TOOLS
+    + """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and message.tool_calls %}
+        {{- '<|im_start|>assistant' }}
+        {%- if message.content | trim %}{{- '\n' + message.content | trim + '\n' }}{%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {%- set call = tool_call.function if tool_call.function is defined else tool_call %}
+            {{- '\n<tool_call>\n<function=' + call.name + '>\n' }}
+            {%- for key, value in call.arguments | items %}
+                {{- '<parameter=' + key + '>\n' }}
+                {{- value | string if value is string or value is number else (value | tojson) }}
+                {{- '\n</parameter>\n' }}
+            {%- endfor %}
+            {{- '</function>\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role in ('user', 'assistant') or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+"""
+    + _RESULTS
+)
+
+MINIMAX = """\
+{%- for message in messages %}
+    {%- if loop.first and tools %}
+        {{- ']~b]system\n<tools>\n' }}{%- for tool in tools %}{{- tool | tojson + '\n' }}{%- endfor %}
+        {{- '</tools>[e~[\n' }}
+    {%- endif %}
+    {%- if message.role == 'tool' %}
+        {{- ']~b]tool\n<response>' + message.content + '</response>[e~[\n' }}
+    {%- else %}
+        {{- ']~b]' + ('ai' if message.role == 'assistant' else message.role) + '\n' + message.content }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {%- set call = tool_call.function %}
+            {{- '\n<minimax:tool_call>' if loop.first }}
+            {{- '\n<invoke name="' + call.name + '">' }}
+            {%- for key, value in call.arguments.items() %}
+                {{- '\n<parameter name="' + key + '">' + (value if value is string else value | tojson) }}
+                {{- '</parameter>' }}
+            {%- endfor %}
+            {{- '\n</invoke>' }}
+            {{- '\n</minimax:tool_call>' if loop.last }}
+        {%- endfor %}
+        {{- '[e~[\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- ']~b]ai\n' }}{%- endif %}
+"""
+
+GLM = """\
+{{- '[gMASK]<sop>' }}
+{%- if tools %}
+    {{- '<|system|>\n# Tools\n<tools>\n' }}
+    {%- for tool in tools %}{{- tool | tojson + '\n' }}{%- endfor %}
+    {{- '</tools>' }}
+{%- endif %}
+{%- set ns = namespace(last=-1) %}
+{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- set content = message.content %}
+        {%- set thought = '' %}
+        {%- if '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip() %}
+            {%- set content = content.split('</think>')[-1] %}
+        {%- endif %}
+        {{- '<|assistant|>\n<think>' + (thought if loop.index0 > ns.last else '') + '</think>' }}
+        {%- if content.strip() %}{{- '\n' + content.strip() }}{%- endif %}
+        {%- for tool_call in message.tool_calls or [] %}
+            {%- set call = tool_call.function %}
+            {{- '\n<tool_call>' + call.name + '\n' }}
+            {%- for key, value in call.arguments.items() %}
+                {{- '<arg_key>' + key + '</arg_key>\n<arg_value>' }}
+                {{- value if value is string else (value | tojson) }}{{- '</arg_value>\n' }}
+            {%- endfor %}
+            {{- '</tool_call>' }}
+        {%- endfor %}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|observation|>' }}{%- endif %}
+        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
+    {%- else %}{{- '<|' + message.role + '|>\n' + message.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
+"""
+
 GEMMA = """\
 {%- for message in messages %}
     {%- if message.role not in ('user', 'assistant', 'system') %}{{- raise_exception('Unknown role') }}{%- endif %}
@@ -285,6 +383,9 @@ SMOLLM3 = """\
 
 CALL_TAGS = ("<tool_call>", "</tool_call>")
 THINK_TAGS = ("<think>", "</think>")
+_MINIMAX_TAGS = ("<minimax:tool_call>", "</minimax:tool_call>")
+_GLM_TOKENS = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+_GLM_TAGS = (*CALL_TAGS, "<think>", "</think>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 _LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|python_tag|>")
 _MISTRAL_TOKENS = ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
 _MISTRAL_TOKENS = ("<s>", *_MISTRAL_TOKENS, "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
@@ -300,6 +401,19 @@ TOOL_TEMPLATES = (
     ToolTemplate("mistral with [ARGS]", MISTRAL_ARGS, "</s>", (*_MISTRAL_TOKENS, "[ARGS]", "[SYSTEM_PROMPT]")),
     ToolTemplate("deepseek", DEEPSEEK, "<|end_of_sentence|>", (*_DEEPSEEK_TOKENS, "<|tool_output_end|>")),
     ToolTemplate("granite", GRANITE, "<|end_of_text|>", ("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>")),
+    ToolTemplate("qwen3-coder", QWEN3_CODER, added=CALL_TAGS, around_value=("<parameter=", "</parameter>")),
+    ToolTemplate(
+        "minimax", MINIMAX, "[e~[", ("]~b]",), _MINIMAX_TAGS, around_value=("<parameter name=", "</parameter>")
+    ),
+    ToolTemplate(
+        "glm4_5",
+        GLM,
+        "<|endoftext|>",
+        _GLM_TOKENS,
+        _GLM_TAGS,
+        ends=("<|user|>", "<|observation|>"),
+        around_value=("<arg_key>", "</arg_value>"),
+    ),
     ToolTemplate("smollm3", SMOLLM3, added=CALL_TAGS, own_calls=False),
     ToolTemplate("gemma", GEMMA, "<end_of_turn>", ("<start_of_turn>", "<bos>"), own_calls=False),
     ToolTemplate("plain ChatML", PLAIN, own_calls=False),

@@ -1,7 +1,7 @@
 """From files to token ids; no model weights needed."""
 
 from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
-from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, scored_text, thought_and_said
+from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
 from selfdistill.data.columns import COLUMNS
 from selfdistill.data.contexts import Context, Document, context_spec, must_show_one, parse_context
 from selfdistill.data.demonstrations import (
@@ -74,6 +74,7 @@ from selfdistill.data.scorers import (
     nothing_to_score,
     reference,
     score,
+    scored_text,
     verdict,
     verdicts,
 )

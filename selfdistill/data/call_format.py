@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from selfdistill.data.messages import Message, text_of_reply, uses_tools
-from selfdistill.data.rows import one_line
-from selfdistill.data.tool_calls import actions_in
+from selfdistill.data.parameter_format import PROBE_ARGUMENTS, ParameterFormat, Tools, parameter_format
+from selfdistill.data.tool_calls import InvalidCall, actions_in, decoded, value_at
 
 Render = Callable[[list[Message]], str | None]
 """The template's text of a chat from its last, assistant turn on; None if it rejects the chat."""
@@ -34,10 +34,6 @@ PROBE_TOOL: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "A probe."}}},
     },
 }
-
-
-class InvalidCall(Exception):
-    """A sampled call cannot be read; the message explains why to the model."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +58,21 @@ class CallFormat:
     """Whether the template wants the arguments as JSON text."""
     with_ids: bool = False
     """Whether it wants calls to have ids."""
+    to_result: str = ""
+    """From the value of a call's last argument to the call's result."""
+    parameters: ParameterFormat | None = None
+    """The form of calls whose arguments have tags of their own; None for JSON."""
 
     @property
     def written(self) -> str:
         """The text around calls."""
-        return "".join((self.begin, self.middle, self.between, self.end))
+        tags = self.parameters.written if self.parameters else ""
+        return "".join((self.begin, self.middle, self.between, self.end, tags))
 
     @property
     def is_read(self) -> bool:
         """Whether calls in this format can be read."""
-        return bool(self.name or self.begin.strip())
+        return bool(self.name or self.begin.strip() or self.parameters)
 
     def shown(self, messages: Sequence[Message]) -> list[Message]:
         """The messages in the template's form."""
@@ -98,12 +99,25 @@ class CallFormat:
             made.append(message)
         return made
 
-    def read(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+    def unwritable(self, calls: Sequence[Mapping[str, Any]]) -> str | None:
+        """The first argument of calls that could not be read back, described; None if there is none."""
+        if self.parameters is None:
+            return None
+        return next(filter(None, (self.parameters.unwritable(call["function"]["arguments"]) for call in calls)), None)
+
+    def read(self, text: str, tools: Tools) -> tuple[str, list[dict[str, Any]]]:
         """The content and the calls of a reply.
+
+        Args:
+            text: the reply.
+            tools: the schemas by which an argument that is written as text may become another value.
 
         Raises:
             InvalidCall: a call cannot be read.
         """
+        if self.parameters:
+            content, found_calls = self.parameters.read(text, tools)
+            return content, [_call(name, arguments, {}) for name, arguments in found_calls]
         start = self._first(text)
         if start is None:
             return text, []
@@ -138,14 +152,14 @@ class CallFormat:
         begin = self.begin.strip()
         at = _skip(text, at + len(begin) if begin and text.startswith(begin, at) else at)
         if self.name:
-            value, at = _decoded(text, at)
+            value, at = decoded(text, at)
             values = value if isinstance(value, list) else [value]
-            return [_call(_at(each, self.name), _at(each, self.arguments), each) for each in values], at
+            return [_call(value_at(each, self.name), value_at(each, self.arguments), each) for each in values], at
         middle = self.middle.strip()
         cut = text.find(middle, at) if middle else text.find("{", at)
         if cut < 0:
             raise InvalidCall(f"the call has no {middle or 'arguments'} after its name")
-        value, end = _decoded(text, _skip(text, cut + len(middle)))
+        value, end = decoded(text, _skip(text, cut + len(middle)))
         return [_call(text[at:cut].strip(), value, {})], end
 
 
@@ -155,29 +169,11 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def _decoded(text: str, at: int) -> tuple[Any, int]:
-    try:
-        value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, at)
-    except (ValueError, RecursionError) as error:
-        raise InvalidCall(f"the call is not valid JSON: {one_line(error)}") from None
-    return value, int(end)
-
-
-def _at(value: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
 def _call(name: Any, arguments: Any, whole: Any) -> dict[str, Any]:
     if not isinstance(name, str) or not name.strip():
         raise InvalidCall("the call has no name")
     if isinstance(arguments, str):
-        arguments, _ = _decoded(arguments, 0)
+        arguments, _ = decoded(arguments, 0)
     if not isinstance(arguments, dict):
         raise InvalidCall(f"the arguments of {name} are not a JSON object")
     made = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -188,10 +184,10 @@ def _call(name: Any, arguments: Any, whole: Any) -> dict[str, Any]:
 # --- probing ---
 
 
-def probe_messages(calls: int, *, arguments_as_text: bool = False, with_ids: bool = False) -> list[Message]:
-    """A chat that ends with an assistant turn of known calls."""
-    form = CallFormat(arguments_as_text=arguments_as_text, with_ids=with_ids)
-    call = {"type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
+def probe_messages(calls: int, arguments: Mapping[str, Any] = _ARGUMENTS, **options: Any) -> list[Message]:
+    """A chat that ends with an assistant turn of known calls; ``options`` are those of :class:`CallFormat`."""
+    form = CallFormat(**options)
+    call = {"type": "function", "function": {"name": _NAME, "arguments": arguments}}
     asks = {"role": "assistant", "content": "", "tool_calls": [call] * calls}
     return form.shown([{"role": "user", "content": "a"}, asks])
 
@@ -210,12 +206,20 @@ def probe(render: Render, after: Callable[[list[Message]], str | None]) -> CallF
         if text is None or _NAME not in text or _VALUE not in text:
             continue
         observed = CallFormat(**options).shown([*chat, {"role": "tool", "name": _NAME, "content": OBSERVED}])
-        if OBSERVED in (after(observed) or ""):
-            return _format(text, render(probe_messages(2, **options)), options)
+        head, shown, _ = (after(observed) or "").partition(OBSERVED)
+        if shown:
+            form = _format(text, render(probe_messages(2, **options)), options)
+            parameters = None if form.is_read else _parameters(render, options)
+            return replace(form, parameters=parameters, to_result=head.rpartition(_VALUE)[2])
     return None
 
 
-def _format(one: str, two: str | None, options: Mapping[str, Any]) -> CallFormat | None:
+def _parameters(render: Render, options: Mapping[str, Any]) -> ParameterFormat | None:
+    call, bare = (render(probe_messages(1, arguments, **options)) for arguments in (PROBE_ARGUMENTS, {}))
+    return None if call is None or bare is None else parameter_format(_NAME, call, bare)
+
+
+def _format(one: str, two: str | None, options: Mapping[str, Any]) -> CallFormat:
     """The format of a turn with one known call, and of one with two, if the template writes those.
 
     A format with neither an object nor a place for the arguments can be written, but not read.
@@ -259,7 +263,7 @@ def _named_format(one: str, two: str | None, options: Mapping[str, Any]) -> Call
 
 def _tried(text: str, at: int) -> tuple[Any, int]:
     try:
-        return _decoded(text, at)
+        return decoded(text, at)
     except InvalidCall:
         return None, at
 

@@ -9,15 +9,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from selfdistill.data.call_format import (
-    InvalidCall,
-    in_text,
-    read_text,
-    with_tools,
-)
+from selfdistill.data.call_format import in_text, read_text, with_tools
 from selfdistill.data.contexts import Verbatim
 from selfdistill.data.images import Picture, PictureTokens, PromptIds, split_at_pictures
-from selfdistill.data.messages import Message, said_in, uses_tools
+from selfdistill.data.messages import Message, uses_tools
 from selfdistill.data.template import PLACE, PLAIN_REPLY, PLAIN_USER, REPLY, AssistantTurn, Template, TemplateRefusal
 from selfdistill.data.text_ids import HIDDEN, NAME, TextIds, mapped
 from selfdistill.data.thinking import (
@@ -28,7 +23,7 @@ from selfdistill.data.thinking import (
     within_open_thought,
     without_thought,
 )
-from selfdistill.data.tool_calls import written
+from selfdistill.data.tool_calls import InvalidCall, written
 
 _VERBATIM = re.compile(f"{NAME.pattern}|(?P<thought>{EMPTY_THOUGHT})?{HIDDEN}V(?P<number>[0-9]+){HIDDEN}")
 """A whole hidden turn, after the thought that a template puts in front of it; or a hidden name, to pass over it."""
@@ -155,7 +150,15 @@ class ChatFormat:
             shown += self._calls_text(message, turn, options or {}, hidden)
         space = turn.after[: len(turn.after) - len(turn.after.lstrip())]
         tail = "" if self.turn_end_id is None else space
-        return [*self._texts.mixed(turn.prompt, lead + shown + tail, hidden), self.end_token_id]
+        return [*self._texts.mixed(turn.prompt, lead + shown + tail, hidden), self._end_of(message)]
+
+    def _end_of(self, reply: Message) -> int:
+        """The token that ends a reply; after calls it may be the one that begins their results."""
+        if "tool_calls" in reply and self._template.calls is not None:
+            for found in self._texts.added.finditer(self._template.calls.to_result):
+                if found[0] in self.end_names:
+                    return int(self.tokenizer.convert_tokens_to_ids(found[0]))
+        return self.end_token_id
 
     def encode_between(
         self,
@@ -179,7 +182,7 @@ class ChatFormat:
         Raises:
             TemplateRefusal: the template rejects the chat, or does not tell where the reply ends.
         """
-        end = str(self.tokenizer.convert_ids_to_tokens(self.end_token_id))
+        end = str(self.tokenizer.convert_ids_to_tokens(self._end_of(before[-1])))
         if not self.tokenizer.chat_template:
             text, hidden, _ = self._rendered(observations, {})
             text = f"\n\n{text}"
@@ -202,12 +205,15 @@ class ChatFormat:
         """Whether the template writes calls in a form that is read; else they are lines of text."""
         return self._template.calls is not None and self._template.calls.is_read
 
-    def message_of(self, ids: Sequence[int], prompt: Sequence[int] = ()) -> Message:
+    def message_of(
+        self, ids: Sequence[int], prompt: Sequence[int] = (), options: Mapping[str, Any] | None = None
+    ) -> Message:
         """A reply as a message, the inverse of :meth:`encode_reply` except for white space around its content.
 
         Args:
             ids: of the reply.
             prompt: ids of its prompt, which may have opened a thought.
+            options: as in :meth:`render`; the schemas of ``tools`` say which values an argument may have.
 
         Returns:
             The assistant's message. If a call cannot be read it has no ``tool_calls``, the whole text as its content,
@@ -228,7 +234,7 @@ class ChatFormat:
         elif opened:
             head = f"{opened[0]}\n{head}"
         try:
-            content, calls = form.read(said) if form else read_text(said)
+            content, calls = form.read(said, (options or {}).get("tools", ())) if form else read_text(said)
         except InvalidCall as error:
             return {"role": "assistant", "content": head + said, "invalid": str(error)}
         made: Message = {"role": "assistant", "content": (head + content).strip()}
@@ -270,6 +276,8 @@ class ChatFormat:
         if self._template.calls is None:
             text = written([(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]])
             return "\n" * bool(message["content"]) + self._texts.hide(text, self._texts.in_texts, hidden)
+        if problem := self._template.calls.unwritable(message["tool_calls"]):
+            raise TemplateRefusal(f"the chat template cannot write {problem}")
         calls = mapped(message["tool_calls"], lambda value: self._texts.hide(value, self._texts.in_texts, hidden))
         (shown,) = self._template.calls.shown([{**message, "tool_calls": calls}])
         if message["content"]:
@@ -389,11 +397,3 @@ def thought_and_said(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]
     """Split a reply into its thought and its final text, given the token ids of prompt and reply."""
     begun = open_thought(str(chat.tokenizer.decode(list(prompt[-8:])))) is not None
     return split_thinking(chat.decode(ids), begun=begun)
-
-
-def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], scorer: str) -> str:
-    """The final text of a reply as its scorer compares it: for ``tool_call`` with the template's calls as lines."""
-    _, said = thought_and_said(chat, prompt, ids)
-    if scorer != "tool_call" or not chat.writes_calls:
-        return said
-    return said_in(chat.message_of(ids, prompt))

@@ -16,9 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from selfdistill.data.chat_format import ChatFormat, thought_and_said
 from selfdistill.data.choices import chosen_letter, letter_of
 from selfdistill.data.code_tests import run_tests
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
+from selfdistill.data.messages import said_in
 from selfdistill.data.named import named
 from selfdistill.data.rows import RowError, from_text, one_line
 from selfdistill.data.thinking import split_thinking
@@ -30,6 +32,14 @@ JUDGE = "judge"
 """The setting with which another model grades replies; not a scorer that :func:`score` accepts."""
 
 _LIST_OF_TEXTS = re.compile(r"""\s*\[\s*['"].*['"]\s*\]\s*""", re.DOTALL)
+
+
+def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], row: Demonstration, scorer: str) -> str:
+    """The final text of a reply as its scorer compares it: for ``tool_call`` with the template's calls as lines."""
+    _, said = thought_and_said(chat, prompt, ids)
+    if scorer != "tool_call" or not chat.writes_calls:
+        return said
+    return said_in(chat.message_of(ids, prompt, row.template_options))
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,8 @@ class Template:
             return AssistantTurn(prompt, "", "", tuple(asked))
         if not self._added.match(after.lstrip()):  # some end every reply but the last
             more = self.write([*answered, asked[-1]], options, add_generation_prompt=False).partition(REPLY)[2]
-            end = str(self._tokenizer.eos_token)
-            after = more[: more.find(end) + len(end)] if more.lstrip().startswith(end) else after
+            end = self._added.match(more, len(more) - len(more.lstrip()))
+            after = more[: end.end()] if end and end[0] in self._end_names else after
         return AssistantTurn(prompt, lead, after, tuple(asked))
 
     @cached_property

@@ -10,10 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from selfdistill.data.rows import one_line
 from selfdistill.data.words import plain, spelled
 
 Calls = list[tuple[str, dict[str, Any]]]
 """(name, arguments) of each call."""
+
+
+class InvalidCall(Exception):
+    """A sampled call cannot be read; the message explains why to the model."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,30 @@ class _Number:
     """A JSON number; the text is the same for the same value."""
 
     value: str
+
+
+def decoded(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value that begins at a position of a sampled call, and where it ends.
+
+    Raises:
+        InvalidCall: there is none.
+    """
+    try:
+        value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, at)
+    except (ValueError, RecursionError) as error:
+        raise InvalidCall(f"the call is not valid JSON: {one_line(error)}") from None
+    return value, int(end)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def value_at(value: Any, keys: Sequence[str]) -> Any:
+    """What the keys lead to in nested JSON objects; None if it is not there."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def calls_in(reply: str) -> Calls | None:

@@ -62,6 +62,20 @@ class Answers:
         """Share of correct replies."""
         return sum(self.correct) / len(self.correct)
 
+    @property
+    def turns(self) -> float | None:
+        """Mean number of the model's turns in an episode; None without an environment."""
+        return _mean([episode.turns for episode in self.episodes])
+
+    @property
+    def invalid_calls(self) -> float | None:
+        """Mean number of invalid calls in an episode; None without an environment."""
+        return _mean([episode.invalid_calls for episode in self.episodes])
+
+
+def _mean(counts: Sequence[int]) -> float | None:
+    return sum(counts) / len(counts) if counts else None
+
 
 def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -> None:
     """Reject a scorer that cannot be imported, and answers that their scorers cannot use.
@@ -143,10 +157,11 @@ def answer(
     replies = [chat.decode(rollout.ids) for rollout in done]
     parts = [thought_and_said(chat, prompt, rollout.ids) for prompt, rollout in zip(prompts, done, strict=True)]
     names = [default_scorer(row, scorer) for row in demonstrations]
-    given = [scored_text(chat, *pair) for pair in zip(prompts, [rollout.ids for rollout in done], names, strict=True)]
+    ids = [rollout.ids for rollout in done]
+    given = [scored_text(chat, *reply) for reply in zip(prompts, ids, demonstrations, names, strict=True)]
     correct, lenient = _grade(demonstrations, given, names, judge) if scored else ([], None)
     thinking = [len(chat.encode_text(thought)) for thought, _ in parts]
-    return Answers(replies, correct, lenient, [r.ids for r in done], thinking, sum(r.truncated for r in done))
+    return Answers(replies, correct, lenient, ids, thinking, sum(r.truncated for r in done))
 
 
 def _grade(

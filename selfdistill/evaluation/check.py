@@ -186,6 +186,8 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
         student_logp=measure.student_logp,
         student_length=sum(measure.student.lengths) / len(measure.rows),
         student_truncated=measure.student.truncated / len(measure.rows),
+        student_turns=measure.student.turns,
+        student_invalid_calls=measure.student.invalid_calls,
         layouts=layouts,
         skipped=skipped,
         teacher_kl=teacher_kl,

@@ -40,6 +40,10 @@ class Layout:
     """Share of the teacher's replies truncated at the length limit."""
     prompt_length: float
     """Mean length of the teacher's prompts, in tokens."""
+    turns: float | None = None
+    """Mean number of the teacher's turns in an episode; None without an environment."""
+    invalid_calls: float | None = None
+    """Mean number of invalid calls in an episode; None as above."""
     hint: float = 1.0
     """Share of the demonstration that the teacher sees."""
 
@@ -62,6 +66,10 @@ class CheckResult(Printable):
     """Mean length of the student's replies, in tokens."""
     student_truncated: float
     """Share of the student's replies truncated at the length limit."""
+    student_turns: float | None
+    """Mean number of the student's turns per episode; None without an environment."""
+    student_invalid_calls: float | None
+    """Mean number of the student's invalid calls per episode; None without an environment."""
     layouts: list[Layout]
     """Best first: by accuracy, then by ``logp``."""
     skipped: dict[str, str]
@@ -153,7 +161,10 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
 def _print(result: CheckResult, console: Console) -> None:
     table = Table(title=escape(f"{result.model} on {result.items} rows of {result.data}"))
     table.add_column("context", overflow="fold")
-    for column in ("right", "log p(demo)", "KL", "tokens", "cut", "prompt"):
+    columns = ["right", "log p(demo)", "KL", "tokens", "cut", "prompt"]
+    if result.student_turns is not None:
+        columns += ["turns", "invalid calls"]
+    for column in columns:
         table.add_column(column, justify="right")
     table.add_row(
         "none (the student)",
@@ -163,6 +174,7 @@ def _print(result: CheckResult, console: Console) -> None:
         f"{result.student_length:.0f}",
         f"{result.student_truncated:.0%}",
         "",
+        *_counts(result.student_turns, result.student_invalid_calls),
     )
     for layout in result.layouts:
         table.add_row(
@@ -173,6 +185,7 @@ def _print(result: CheckResult, console: Console) -> None:
             f"{layout.length:.0f}",
             f"{layout.truncated:.0%}",
             f"{layout.prompt_length:.0f}",
+            *_counts(layout.turns, layout.invalid_calls),
         )
     console.print(table)
     if result.hints:
@@ -215,6 +228,11 @@ def _hints_table(hints: list[Layout]) -> Table:
         numbers = (_number(layout.accuracy), _number(layout.logp), f"{layout.kl:.2f}", f"{layout.prompt_length:.0f}")
         table.add_row(f"{layout.hint:g}", *numbers)
     return table
+
+
+def _counts(turns: float | None, invalid_calls: float | None) -> list[str]:
+    """The cells that only episodes have."""
+    return [f"{count:.2f}" for count in (turns, invalid_calls) if count is not None]
 
 
 def _number(value: float | None) -> str:

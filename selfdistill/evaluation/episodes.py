@@ -156,16 +156,16 @@ def player_of(config: TaskSettings, chat: ChatFormat, batch_size: int) -> Episod
     return None if rules is None else EpisodePlayer(chat, rules, batch_size)
 
 
-def episode_scores(episodes: Sequence[Completion]) -> dict[str, Any]:
+def episode_scores(answers: Answers) -> dict[str, Any]:
     """Means over episodes, as part of an evaluation's results; empty without episodes."""
-    if not episodes:
+    if not answers.episodes:
         return {}
-    rewards = [episode.verdict.reward for episode in episodes if episode.verdict]
+    rewards = [episode.verdict.reward for episode in answers.episodes if episode.verdict]
     return {
         "episode/reward": sum(rewards) / len(rewards),
         "episode/reward_interval": list(mean_interval(rewards)),
-        "episode/turns": sum(episode.turns for episode in episodes) / len(episodes),
-        "episode/invalid_calls": sum(episode.invalid_calls for episode in episodes) / len(episodes),
+        "episode/turns": answers.turns,
+        "episode/invalid_calls": answers.invalid_calls,
     }
 
 

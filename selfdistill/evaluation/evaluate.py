@@ -195,7 +195,7 @@ class EvaluationSet:
             "completion/truncated": answers.truncated / len(self.rows),
             "completion/thinking": thinking,
             "completion/said": length - thinking,
-            **episode_scores(answers.episodes),
+            **episode_scores(answers),
         }
         if answers.lenient is not None:
             result["accuracy_lenient"] = sum(answers.lenient) / len(self.rows)

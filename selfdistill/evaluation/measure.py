@@ -199,6 +199,8 @@ class Measure:
             length=sum(answers.lengths) / len(rows),
             truncated=answers.truncated / len(rows),
             prompt_length=sum(map(len, prompts)) / len(rows),
+            turns=answers.turns,
+            invalid_calls=answers.invalid_calls,
             hint=hint,
         )
 

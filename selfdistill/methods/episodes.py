@@ -186,7 +186,10 @@ class _Table:
     def answers(self, episodes: Sequence[_Episode], rollouts: dict[int, Rollout], turn: int) -> list[_Answer]:
         """What follows each reply, at turn ``turn`` (from 1); the keys are the numbers of the episodes."""
         whole = [number for number, rollout in rollouts.items() if not rollout.truncated]
-        messages = {n: self.chat.message_of(r.ids, episodes[n].prompt) for n, r in rollouts.items()}
+        messages = {
+            n: self.chat.message_of(r.ids, episodes[n].prompt, episodes[n].example.demonstration.template_options)
+            for n, r in rollouts.items()
+        }
         asked = [messages[number] for number in whole]
         steps = dict(zip(whole, self.worlds.step([n - self.first for n in whole], asked, turn), strict=True))
         return [

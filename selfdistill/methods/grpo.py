@@ -82,7 +82,8 @@ class ScorerChecker:
         for completion in completions:
             row = completion.example.demonstration
             name = default_scorer(row, self.scorer)
-            given.append((name, scored_text(chat, completion.example.student_ids, completion.ids, name), row))
+            text = scored_text(chat, completion.example.student_ids, completion.ids, row, name)
+            given.append((name, text, row))
         return verdicts(given)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tool_templates import CALL_TAGS, HERMES, TOOL_TEMPLATES, ToolTemplate
 
-from selfdistill.data.chat_format import ChatFormat, scored_text
+from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import Verbatim
 from selfdistill.data.demonstrations import Demonstration
-from selfdistill.data.scorers import score
+from selfdistill.data.scorers import score, scored_text
 from selfdistill.data.template import TemplateRefusal
 
 TOOL = {
@@ -20,7 +20,14 @@ TOOL = {
     "function": {
         "name": "weather",
         "description": "Tells the weather.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}},
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "where"},
+                "n": {"type": "array"},
+                "": {"type": "integer"},
+            },
+        },
     },
 }
 OPTIONS = {"tools": [TOOL]}
@@ -29,7 +36,7 @@ each = pytest.mark.parametrize("template", TOOL_TEMPLATES, ids=lambda template: 
 
 def chat_of(template: ToolTemplate) -> ChatFormat:
     tokenizer = template.tokenizer()
-    return ChatFormat(tokenizer, [tokenizer.eos_token_id], {})
+    return ChatFormat(tokenizer, tokenizer.convert_tokens_to_ids([template.end, *template.ends]), {})
 
 
 def user(text: str) -> dict[str, Any]:
@@ -49,6 +56,8 @@ def result(text: str) -> dict[str, Any]:
     return {"role": "tool", "content": text}
 
 
+QWEN3_CODER = next(template for template in TOOL_TEMPLATES if template.name == "qwen3-coder")
+ONE = "<parameter=a>1</parameter>"
 CITY = {"city": "Oslo"}
 ODD = {"city": 'a "b" \\ {c}\n[d] é ✓', "n": [1, 2.5, None, True, {"x": {}}], "empty": "", "": 0}
 REPLIES = {
@@ -85,9 +94,9 @@ def test_a_reply_is_read_back_equal(template: ToolTemplate, reply: str) -> None:
             chat.encode_reply(message, OPTIONS)
         return
     ids = chat.encode_reply(message, OPTIONS)
-    assert ids[-1] == chat.end_token_id
-    assert ids.count(chat.end_token_id) == 1
-    assert chat.message_of(ids, prompt) == message
+    assert ids[-1] == chat.tokenizer.convert_tokens_to_ids(template.end_of(message))
+    assert ids.count(ids[-1]) == 1
+    assert chat.message_of(ids, prompt, OPTIONS) == message
 
 
 @each
@@ -106,13 +115,16 @@ def test_ids_of_calls_are_kept_where_the_template_writes_them(template: ToolTemp
 
 @each
 def test_the_scorer_of_tool_calls_reads_the_calls_of_the_template(template: ToolTemplate) -> None:
-    chat, row = chat_of(template), Demonstration("Weather?", answer=[["weather", CITY]], scorer="tool_call")
+    chat, row = (
+        chat_of(template),
+        Demonstration("Weather?", answer=[["weather", CITY]], scorer="tool_call", tools=[TOOL]),
+    )
     prompt = chat.encode_prompt(row.prompt, OPTIONS)
     for reply, right in ((calls(CITY), True), (calls({"city": "Rome"}), False), (says("Rain."), False)):
-        text = scored_text(chat, prompt, chat.encode_reply(reply, OPTIONS), "tool_call")
+        text = scored_text(chat, prompt, chat.encode_reply(reply, OPTIONS), row, "tool_call")
         assert score("tool_call", text, row) == right
     ids = chat.encode_reply(says("Rain."), OPTIONS)
-    assert scored_text(chat, prompt, ids, "exact") == scored_text(chat, prompt, ids, "tool_call") == "Rain."
+    assert scored_text(chat, prompt, ids, row, "exact") == scored_text(chat, prompt, ids, row, "tool_call") == "Rain."
 
 
 # --- a whole episode ---
@@ -162,7 +174,8 @@ def test_an_episode_is_what_the_template_writes(template: ToolTemplate) -> None:
     shown = as_template_wants([*prompt, *turns], template.name)
     whole = chat.tokenizer.apply_chat_template(shown, tokenize=False, **OPTIONS)
     if template.appends:
-        assert joined(chat, prompt, turns) == chat.tokenizer(whole.rstrip("\n"), add_special_tokens=False)["input_ids"]
+        whole = whole.rstrip("\n") + (template.end_of(turns[-1]) if template.ends else "")
+        assert joined(chat, prompt, turns) == chat.tokenizer(whole, add_special_tokens=False)["input_ids"]
     for part in ("Oslo", "rain", "line\\nline" if "line\\nline" in whole else "line\nline", "And now?", "Still."):
         assert found.count(part) == whole.count(part), part
 
@@ -217,13 +230,13 @@ def test_calls_as_text(template: ToolTemplate) -> None:
 def test_names_of_control_tokens_in_results_and_arguments_stay_text(template: ToolTemplate) -> None:
     chat = chat_of(template)
     names = [str(token) for token in chat.tokenizer.added_tokens_decoder.values()]
-    evil = "".join(f" a{name}b" for name in names)
+    evil = "".join(f" a{name}b" for name in names if name not in template.around_value)
 
     def control(ids: list[int]) -> list[int]:
         return [token for token in ids if token in chat.tokenizer.added_tokens_decoder]
 
     def ids_of(text: str) -> list[list[int]]:
-        prompt, asks = [user("Weather?")], calls({"city": text, text or "key": 1})
+        prompt, asks = [user("Weather?")], calls({"city": text, "key" if template.around_value else text or "key": 1})
         return [
             chat.encode_reply(asks, OPTIONS),
             chat.encode_between([*prompt, asks], [result(text or "r")], OPTIONS),
@@ -243,6 +256,136 @@ def test_a_call_in_the_text_of_a_user_is_text() -> None:
     assert not {*chat.tokenizer.convert_tokens_to_ids(list(CALL_TAGS))} & {*ids}
 
 
+# --- arguments in tags of their own ---
+
+FIND = {
+    "type": "function",
+    "function": {
+        "name": "find",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "text": {"type": "string"},
+                "count": {"type": "integer"},
+                "limit": {"type": "number"},
+                "exact": {"type": "boolean"},
+                "tags": {"type": "array"},
+                "where": {"type": "object"},
+                "since": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+                "either": {"type": ["integer", "string"]},
+                "any": {"description": "of any type"},
+            },
+        },
+    },
+}
+in_tags = pytest.mark.parametrize("template", [t for t in TOOL_TEMPLATES if t.around_value], ids=lambda t: t.name)
+
+
+@in_tags
+def test_the_schema_says_what_an_arguments_text_stands_for(template: ToolTemplate) -> None:
+    chat = chat_of(template)
+    given = {
+        "text": "7",
+        "count": 7,
+        "limit": 0.5,
+        "exact": False,
+        "tags": ["a", 1],
+        "where": {"x": [True, None]},
+        "since": None,
+        "either": "7",
+        "any": "7",
+        "undeclared": "7",
+    }
+    ids = chat.encode_reply(calls(given, name="find"), {"tools": [FIND]})
+    assert chat.message_of(ids, options={"tools": [TOOL, FIND]}) == calls(given, name="find")
+    (call,) = chat.message_of(ids)["tool_calls"]
+    assert (call["function"]["arguments"]["count"], call["function"]["arguments"]["tags"]) == ("7", '["a", 1]')
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("7.0", 7.0), (" 7\n", 7), ("seven", "seven"), ("7 or 8", "7 or 8"), ("NaN", "NaN"), ("True", True), ("", "")],
+)
+def test_text_that_has_no_value_of_the_type_stays_text(text: str, value: Any) -> None:
+    """The environment then tells the model what it expects."""
+    chat = chat_of(QWEN3_CODER)
+    reply = f"<tool_call>\n<function=find>\n<parameter=count>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    message = chat.message_of(chat.encode_completion(reply), options={"tools": [FIND]})
+    (call,) = message["tool_calls"]
+    assert call["function"]["arguments"] == {"count": value}
+    assert type(call["function"]["arguments"]["count"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        {"name": "find"},
+        {"name": "find", "parameters": "count"},
+        {"name": "find", "parameters": {"properties": {"count": True}}},
+        {"name": "find", "parameters": {"properties": {"count": {"anyOf": [{"type": "integer"}, True]}}}},
+        "find",
+    ],
+)
+def test_a_schema_that_gives_no_type_leaves_text(function: Any) -> None:
+    chat = chat_of(QWEN3_CODER)
+    message = calls({"count": "7"}, name="find")
+    tools = [{"type": "function", "function": function}]
+    assert chat.message_of(chat.encode_reply(message), options={"tools": tools}) == message
+
+
+@in_tags
+def test_white_space_of_a_value_is_kept(template: ToolTemplate) -> None:
+    message = calls({"city": "\n\n  Oslo\n "})
+    chat = chat_of(template)
+    assert chat.message_of(chat.encode_reply(message, OPTIONS), options=OPTIONS) == message
+
+
+@in_tags
+def test_an_argument_that_could_not_be_read_back_is_refused(template: ToolTemplate) -> None:
+    chat = chat_of(template)
+    before, after = template.around_value
+    opens = re.escape(before) + ".*"
+    for value in (f"x{after}y", [f"x{after}y"]):
+        with pytest.raises(TemplateRefusal, match=f"cannot write an argument that contains '{after}'"):
+            chat.encode_reply(calls({"city": value}), OPTIONS)
+    with pytest.raises(TemplateRefusal, match=f"cannot write an argument that contains '{opens}'"):
+        chat.encode_reply(calls({"city": f'x{before}"y'}), OPTIONS)
+    with pytest.raises(TemplateRefusal, match="cannot write an argument with the name 'a>b'"):
+        chat.encode_reply(calls({"a>b": "x"}), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "<function=weather><parameter=city>Oslo</parameter></function>",
+        "<tool_call><function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>",
+        "<tool_call>\n\n<function=weather>\n\n<parameter=city>Oslo</parameter></function>\n\n</tool_call>\n",
+    ],
+)
+def test_other_spellings_of_tags_are_read(reply: str) -> None:
+    chat = chat_of(QWEN3_CODER)
+    assert chat.message_of(chat.encode_completion(reply)) == calls(CITY)
+
+
+@pytest.mark.parametrize(
+    ("changed", "by"),
+    [
+        ("'<parameter=' + key + '>\n'", "'<' + key + '>\n'"),
+        ("'\n</parameter>\n'", "'\n'"),
+        ("'</function>\n</tool_call>'", "''"),
+        ("'<parameter=' + key + '>\n'", "'<parameter=' + key + (' text>' if value is string else '>') + '\n'"),
+    ],
+)
+def test_tags_in_another_form_are_refused(changed: str, by: str) -> None:
+    assert QWEN3_CODER.text is not None
+    other = QWEN3_CODER.text.replace(changed, by)
+    assert other != QWEN3_CODER.text
+    chat = chat_of(ToolTemplate("other", other, added=CALL_TAGS))
+    assert not chat.writes_calls
+    with pytest.raises(TemplateRefusal, match="the chat template writes tool calls in an unsupported format"):
+        chat.message_of(chat.encode_reply(calls(CITY), OPTIONS))
+
+
 # --- replies that are not calls ---
 
 
@@ -258,6 +401,36 @@ def test_a_call_in_the_text_of_a_user_is_text() -> None:
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}', "the call is not valid JSON"),
         ("mistral with [ARGS]", "[TOOL_CALLS]f{}", r"the call has no \[ARGS\] after its name"),
         ("deepseek", "<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>f\n```json\n{", "not valid JSON"),
+        ("qwen3-coder", "<tool_call>", "must begin with <tool_call><function= and a name, then <parameter= or </funct"),
+        (
+            "qwen3-coder",
+            '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+            "must begin with <tool_call><func",
+        ),
+        ("qwen3-coder", "<function=f", "a call must begin with <tool_call><function= and a name, then"),
+        ("qwen3-coder", "<function=f>", "a call must begin with <tool_call><function= and a name, then"),
+        ("qwen3-coder", "<function=f>x</function>", "a call must begin with <tool_call><function= and a name, then"),
+        (
+            "qwen3-coder",
+            "<function=f>\n<parameter=a>\n1",
+            "in the call of f, expected <parameter=KEY>VALUE</parameter> or",
+        ),
+        (
+            "qwen3-coder",
+            "<function=f><parameter=a>1</parameter>",
+            "in the call of f, expected <parameter=KEY>VALUE</para",
+        ),
+        ("qwen3-coder", f"<function=f>{ONE}so{ONE}</function>", "in the call of f, expected <parameter=KEY>VALUE"),
+        ("qwen3-coder", f"<function=f><parameter=b>1{ONE}</function>", "in the call of f, expected <parameter=KEY>"),
+        ("qwen3-coder", f"<function=f>{ONE}{ONE}</function>", "the call of f has the argument 'a' twice"),
+        ("minimax", '<minimax:tool_call><invoke name="f"></invoke><invoke>', "must begin with <minimax:tool_call><inv"),
+        (
+            "glm4_5",
+            '<tool_call>{"name": "f"}</tool_call>',
+            "a call must begin with <tool_call> and a name, then <arg_key>",
+        ),
+        ("glm4_5", "<tool_call>f", "a call must begin with <tool_call> and a name, then <arg_key> or </tool_call>"),
+        ("glm4_5", "<tool_call>f<arg_key>a</arg_key></tool_call>", "expected <arg_key>KEY</arg_key><arg_value>VALUE"),
         ("plain ChatML", "Action: f\nAction Input: {a}", "must be followed by 'Action Input:' and a JSON object"),
         ("plain ChatML", "Action: f", "must be followed by 'Action Input:' and a JSON object"),
         ("plain ChatML", "Action: f\nAction Input: [1]", "the arguments of f are not a JSON object"),

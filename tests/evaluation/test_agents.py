@@ -279,6 +279,34 @@ def test_check_compares_student_and_teacher_over_episodes(
     assert "Spill: not measured: its steps need single replies" in " ".join(repr(result).split())
 
 
+def test_check_counts_the_turns_of_student_and_teacher(copies: dict[str, Any]) -> None:
+    own = {"contexts": ["turns:repeats=1"], "sample": 6, "mixed_precision": "no"}
+    result = check(CheckConfig(**copies, **own), cost=False)
+    demonstrated = [sum(m["role"] == "assistant" for m in row.episode) for row in load_demonstrations(copies["data"])]
+    assert sum(demonstrated) / 6 > 1.5
+    assert (result.student_turns, result.student_invalid_calls) == (1, 0)
+    assert (result.best.turns, result.best.invalid_calls) == (sum(demonstrated) / 6, 0)
+
+
+def test_checks_table_has_turns_and_invalid_calls(
+    scripted: Callable[..., EvalConfig], write_rows: Callable[..., Path]
+) -> None:
+    ends = [{"turns": 1, "reward": 1.0, "invalid": 0}, {"turns": 4, "reward": 0.0, "invalid": 2}]
+    data = write_rows([{"prompt": "q", "completion": "a", "answer": end} for end in ends], name="known.jsonl")
+    config, own = scripted(), {"contexts": ["turns"], "sample": 2, "mixed_precision": "no"}
+    settings = {"max_completion_length": 4, "max_episode_length": 200}
+    result = check(CheckConfig(model=config.model, data=str(data), environment=SCRIPTED, **settings, **own), cost=False)
+    assert (result.student_turns, result.student_invalid_calls) == (5 / 2, 8 / 2)
+    assert (result.best.turns, result.best.invalid_calls) == (5 / 2, 8 / 2)
+    as_json = result.to_dict()
+    assert (as_json["student_turns"], as_json["layouts"][0]["invalid_calls"]) == (5 / 2, 8 / 2)
+    rows = [line.split() for line in repr(result).splitlines() if line.startswith(("│ none", "│ turns"))]
+    assert [row[-4::2] for row in rows] == [["2.50", "4.00"]] * 2
+    for shown in (repr(result), result._repr_html_()):
+        assert (shown.count("2.50"), shown.count("4.00")) == (2, 2)
+        assert "invalid" in shown
+
+
 def test_check_measures_the_models_own_tokens_alone(talks: dict[str, Any], load: Callable[..., LoadedModel]) -> None:
     own = {"contexts": ["turns"], "sample": 8, "mixed_precision": "no", "max_prompt_length": 200}
     (layout,) = check(CheckConfig(**talks, **own), cost=False).layouts

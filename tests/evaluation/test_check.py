@@ -183,6 +183,7 @@ def test_hopeless_data_is_called_unlikely(
     assert "All layouts have the same accuracy, so log p(demo) alone decides their order." in out
     assert f"No context is good enough; the least bad: {result.best.context} " in out
     assert "Best context:" not in out
+    assert "invalid calls" not in out
     known = replace(result, layouts=[replace(result.best, accuracy=1.0)], student_accuracy=1.0)
     assert f"Best context: {result.best.context} " in " ".join(repr(known).split())
 

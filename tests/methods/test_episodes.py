@@ -34,7 +34,7 @@ from conftest import (
     row_log_probs,
 )
 from formulas import advantages, assert_gradient, chosen, kl, mean_over_rows, moved
-from tool_templates import HERMES
+from tool_templates import HERMES, QWEN3_CODER
 from torch import Tensor
 
 from selfdistill.config import EngineSettings, load_yaml
@@ -377,7 +377,13 @@ def test_a_plan_of_memory_counts_whole_episodes(talks: Settings) -> None:
         ({"method": "ssd"}, "setting 'environment': ssd does not learn from whole episodes"),
         ({"method": "pope"}, "setting 'environment': pope does not learn from whole episodes"),
         ({"environment": "bundled:no"}, "unknown environment 'bundled:no'"),
-        ({"hint": "shortest", "environment": TALK}, "setting 'environment': sdft does not learn from whole episodes"),
+        ({"method": "trapo"}, "setting 'environment': trapo does not learn from whole episodes"),
+        ({"method": "actguide"}, "setting 'environment': actguide does not learn from whole episodes"),
+        ({"method": "npo", "teacher_model": "m"}, "setting 'environment': npo does not learn from whole episodes"),
+        (
+            {"hint": "shortest"},
+            "setting 'hint': shortest needs single replies, not episodes: give a share, or leave the",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(talks: Settings, values: dict[str, Any], message: str) -> None:
@@ -492,7 +498,7 @@ class Expert:
         return [Rollout(ids, [-0.5] * len(ids), truncated=False) for _ in prompts]
 
 
-@pytest.mark.parametrize("template", [CHATML, HERMES], ids=["calls as text", "the template's calls"])
+@pytest.mark.parametrize("template", [CHATML, HERMES, QWEN3_CODER], ids=["calls as text", "calls as JSON", "in tags"])
 def test_an_expert_with_an_engine_calls_tools_and_succeeds(
     talks: Settings, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
