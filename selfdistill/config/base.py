@@ -138,7 +138,7 @@ def read_mapping(path: Path, of: str) -> dict[str, Any]:
         values = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the settings: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # of bytes that are no text, or of a date that does not exist
         raise UserError(f"{path}: not a valid YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
@@ -147,7 +147,7 @@ def read_mapping(path: Path, of: str) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a YAML text, read by libyaml, seven times as fast, if PyYAML has it and the text gives no error."""
+    """The value of a YAML text, by libyaml, which is seven times as fast, if PyYAML has it and it finds no error."""
     try:
         return yaml.load(text, Loader=yaml.CSafeLoader)
     except (AttributeError, yaml.YAMLError, UnicodeError):  # the other reader takes a few texts more, or says why not
