@@ -357,7 +357,7 @@ def test_a_split_of_data_in_memory_is_the_one_asked_for(model: str) -> None:
 def test_a_plan_leaves_a_loaded_model_as_it_was(model: str) -> None:
     ours, tokenizer = loaded(model)
     before = {name: p.detach().clone() for name, p in ours.state_dict().items()}
-    for options in ({}, {"lora_rank": 2}, {"context": "few_shot:k=3"}, {"method": "sft_reinvoke"}):
+    for options in ({"lora_rank": 2, "context": "few_shot:k=3"}, {"method": "sft_reinvoke"}):
         settings = {"context": "turns", "max_completion_length": 20} | options
         plan = sd.plan(ours, ROWS, tokenizer=tokenizer, **RUN | settings)
         assert f" on {len(ROWS)} demonstrations, " in plan.notes[0]
@@ -365,7 +365,7 @@ def test_a_plan_leaves_a_loaded_model_as_it_was(model: str) -> None:
     sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", context="turns", **RUN)
     Path("run/data.jsonl").unlink()
     files = set(Path("run").rglob("*"))
-    plan = sd.plan(model, ROWS, output_dir="run", **RUN)
+    plan = sd.plan(model, ROWS, output_dir="run", context="turns", **RUN)
     assert "exists and is not empty" in plan.notes[0]
     assert set(Path("run").rglob("*")) == files
 

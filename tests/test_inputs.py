@@ -20,7 +20,7 @@ from stress import Tally
 from selfdistill.cli import main
 from selfdistill.config.base import Settings
 from selfdistill.config.commands import CompareConfig
-from selfdistill.config.files import load_yaml
+from selfdistill.config.files import dump_yaml, load_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.contexts import CONTEXTS, context_spec, parse_context
 from selfdistill.data.demonstrations import load_demonstrations, load_prompts
@@ -153,6 +153,12 @@ def test_any_values_are_settings_that_read_back_or_one_line(
         refused(error)
         return
     assert TrainConfig(**config.model_dump()) == config
+
+
+def test_settings_keep_the_name_of_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    config = TrainConfig(model="m", data="d", output_dir=os.fsdecode(b"run\xff"))
+    (tmp_path / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    assert TrainConfig(**load_yaml(tmp_path / "config.yaml", TrainConfig)) == config
 
 
 @pytest.mark.property

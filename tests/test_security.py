@@ -77,20 +77,20 @@ def test_pickled_weights_are_not_read(
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth", "trainer.pkl"])
 def test_pickles_in_a_checkpoint_are_named_and_not_read(
-    settings: Callable[..., TrainConfig], canary: Path, name: str, capsys: pytest.CaptureFixture[str]
+    settings: Callable[..., TrainConfig], canary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    names = ["optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer.pkl", "training_args.bin"]
     values = {"save_steps": 3, "lr_scheduler_type": "constant", "drift_steps": 0}
     whole, attacked = settings("whole", **values), settings("attacked", **values)
     train(whole)
     train(attacked.model_copy(update={"max_steps": 3}))
     (checkpoint,) = list_checkpoints(Path(attacked.output_dir))
-    evil_pickle(checkpoint / name, canary)
+    for name in names:
+        evil_pickle(checkpoint / name, canary)
     train(attacked, resume=True)
-    assert (
-        f"note: {checkpoint}: ignoring files that are not part of the checkpoint: {name}\n" in capsys.readouterr().err
-    )
+    said = f"note: {checkpoint}: ignoring files that are not part of the checkpoint: {', '.join(names)}\n"
+    assert said in capsys.readouterr().err
     assert not canary.exists()
     assert_same_run(whole, attacked)
 
@@ -157,14 +157,16 @@ def test_a_chat_template_runs_no_code(
         "$(touch CANARY) `touch CANARY`; touch CANARY",
     ],
 )
-@pytest.mark.parametrize("column", ["prompt", "completion", "document", "answer", "privileged_context", "scorer"])
+@pytest.mark.parametrize(
+    "columns", [("prompt", "completion", "document", "answer", "privileged_context"), ("scorer",)], ids=len
+)
 def test_what_stands_in_a_row_runs_no_code(
-    command: str, canary: Path, attack: str, column: str, write_rows: Callable[..., Path]
+    command: str, canary: Path, attack: str, columns: tuple[str, ...], write_rows: Callable[..., Path]
 ) -> None:
-    row = {"prompt": "q", "completion": "a", "document": "d"} | {column: attack.replace("CANARY", str(canary))}
-    write_rows([row, {"prompt": "q", "completion": "a", "document": "d"}])
-    options = f"--context document --on_long_prompt drop --output_dir {canary.parent / 'run'}"
-    assert main(shlex.split(f"{command} {options}")) == (2 if column == "scorer" else 0)
+    plain = {"prompt": "q", "completion": "a", "document": "d"}
+    write_rows([plain, *(plain | {column: attack.replace("CANARY", str(canary))} for column in columns)])
+    options = f"--context document --on_long_prompt drop --batch_size 6 --output_dir {canary.parent / 'run'}"
+    assert main(shlex.split(f"{command} {options}")) == (2 if columns == ("scorer",) else 0)
     assert not canary.exists()
 
 

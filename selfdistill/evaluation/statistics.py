@@ -1,6 +1,6 @@
 """Uncertainty of results: confidence intervals, paired tests, pass@k, and the power of a test set.
 
-Intervals are 95%; tests are two-sided.
+Intervals are 95%; tests are two-sided. SciPy, which takes half a second, is imported by the functions that need it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
-from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -26,6 +25,8 @@ def share_interval(right: int, items: int) -> Interval:
     Statistical Association 22 (1927) 209-212. Unlike the normal approximation, it is valid for few items and for
     proportions of 0 or 1.
     """
+    from scipy import stats
+
     low, high = stats.binomtest(right, items).proportion_ci(CONFIDENCE, method="wilson")
     return float(low), float(high)
 
@@ -51,6 +52,8 @@ def difference_interval(*groups: Sequence[float]) -> Interval:
 
 
 def _bootstrap(*groups: Sequence[float]) -> Interval:
+    from scipy import stats
+
     # SciPy needs two items; one item twice has the same zero variance.
     samples = [numpy.resize(numpy.asarray(group, dtype=float), max(len(group), 2)) for group in groups]
     found = stats.bootstrap(
@@ -68,6 +71,8 @@ def _bootstrap(*groups: Sequence[float]) -> Interval:
 
 def seeds_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """Mean over seeds and its Student's t interval; bounds are None for a single seed."""
+    from scipy import stats
+
     mean = float(numpy.mean(values))
     if len(values) < 2:
         return mean, None, None
@@ -98,6 +103,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
         first: the first model's score on each item, 0 or 1, or a share such as pass@k.
         second: the second model's scores, in the same order.
     """
+    from scipy import stats
+
     a, b = numpy.asarray(first, dtype=float), numpy.asarray(second, dtype=float)
     assert a.shape == b.shape, "paired scores need the same items"
     differences = b - a
@@ -142,6 +149,8 @@ def sign_test(values: Sequence[float]) -> float:
 
     Exact over all sign patterns if there are at most ``RESAMPLES``; else over that many random ones.
     """
+    from scipy import stats
+
     found = stats.permutation_test(
         (numpy.asarray(values, dtype=float),),
         lambda x, axis: x.sum(axis=axis),
@@ -166,6 +175,8 @@ def smallest_difference(items: int, unlike: float = 0.5) -> float | None:
         unlike: share of items on which one is correct and the other is not. 0.5, for two unrelated models at one half,
             is the least favourable likely value.
     """
+    from scipy import optimize, stats
+
     z_level, z_power = stats.norm.ppf((1 + CONFIDENCE) / 2), stats.norm.ppf(0.8)
 
     def lacking(d: float) -> float:

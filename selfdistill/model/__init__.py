@@ -40,7 +40,7 @@ from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
 from selfdistill.model.sampled import Sampled
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
-from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_weights
+from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_bytes, stored_weights
 from selfdistill.model.teacher import Teacher, TeacherRule
 
 __all__ = [
@@ -106,6 +106,7 @@ __all__ = [
     "set_compute_dtype",
     "shard",
     "start_fingerprint",
+    "stored_bytes",
     "stored_weights",
     "tensor_bytes",
     "to_best_device",

@@ -104,6 +104,26 @@ class _StoredAdapter(StoredWeights):
         return value
 
 
+def stored_bytes(name: str, adapter_base: str | None = None) -> int:
+    """Bytes of a model's weight files on this machine, for an adapter with its base's; 0 if they are not there.
+
+    Args:
+        name: the value of ``--model``.
+        adapter_base: the base of an adapter, if it is not where ``adapter_config.json`` says.
+
+    Raises:
+        UserError: there is no such folder, or the adapter's settings cannot be read.
+    """
+    folder = local_folder(resolve(name))
+    if folder is None:
+        return 0
+    own = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
+    if not (folder / "adapter_config.json").is_file():
+        return own
+    base = stored_bytes(str(adapter_base or read_config(folder, name).base_model_name_or_path))
+    return own + base if base else 0
+
+
 def stored_weights(name: str) -> StoredWeights:
     """The stored weights of a model: a full model, or a LoRA adapter with its base.
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -94,6 +94,7 @@ class MemoryPlanner:
         self._rows = sorted(drawn(demonstrations, config), key=characters, reverse=True)
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
         self._plans: dict[tuple[str, bool], MemoryPlan] = {}
+        self._sampled: dict[Hashable, Segments] = {}
         self._teachers: dict[str, LoadedModel] = {}
         self._others(config)
         planned_stages(config, self._rows, self._model(config), config.batch_size)
@@ -124,7 +125,8 @@ class MemoryPlanner:
         fixed, untraced = self.fixed(config), None
         try:
             with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
-                steps = [TracedStep(config, device, model, others, cached) for model in self._traced_models(config)]
+                models, sampled = self._traced_models(config), self._sampled
+                steps = [TracedStep(config, device, model, others, cached, sampled) for model in models]
                 traced = _phases(config, device, steps, stages, self._samplers(config), len(alike_layers(loaded)))
                 fixed["contexts"] += self._contexts(config, cached, stages)
         except Exception as error:  # whatever a model's code makes of tensors without data

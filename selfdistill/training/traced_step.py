@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import Example
+from selfdistill.data import Example, pictures_in
 from selfdistill.loss import CrossEntropy, Head, chunk_tokens, chunked_loss
 from selfdistill.methods import FROZEN, GuidedAfterFailure, Method
 from selfdistill.model import (
@@ -98,6 +98,7 @@ class TracedStep:
         loaded: the student, of fake tensors.
         others: separate teachers, by their rules.
         cached: rules of the teachers whose contexts are kept.
+        sampled: what sampling holds, as far as it was traced for other settings; it grows.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class TracedStep:
         loaded: LoadedModel,
         others: dict[TeacherRule, LoadedModel],
         cached: Sequence[TeacherRule],
+        sampled: dict[Hashable, Segments],
     ) -> None:
         self._config, self._device, self.loaded, self._others = config, device, loaded, others
+        self._traced = sampled
         self._forward_pass = ForwardPass(loaded, sharded=config.fsdp, kind=device.kind)
         self._networks = [loaded.model, *(other.model for other in others.values())]
         with self._autocast():
@@ -150,6 +153,17 @@ class TracedStep:
 
     def _sampled(
         self, loaded: LoadedModel, prompts: Sequence[Ids], sampling: Sampling, phase: str, kind: str = ""
+    ) -> Segments:
+        """The peaks of sampling, which settings of learning do not change."""
+        shapes = tuple((name, weight.shape, weight.dtype) for name, weight in loaded.model.named_parameters())
+        rows = tuple((len(ids), *(picture.digest for picture in pictures_in(ids))) for ids in prompts)
+        key = (loaded.name, shapes, rows, sampling, phase, kind, self._device.mixed_precision)
+        if key not in self._traced:
+            self._traced[key] = self._trace_sampling(loaded, prompts, sampling, phase, kind)
+        return self._traced[key]
+
+    def _trace_sampling(
+        self, loaded: LoadedModel, prompts: Sequence[Ids], sampling: Sampling, phase: str, kind: str
     ) -> Segments:
         live = LiveTensors(loaded.model)
         live.component = "workspace"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,7 +13,7 @@ from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RunCollapsed, UserError
 from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
-from selfdistill.model import LoadedModel, full_tensors, merged, tensor_bytes
+from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
 from selfdistill.runtime import (
     all_gather,
     barrier,
@@ -206,8 +207,8 @@ def _settings_of(checkpoint: Path) -> TrainConfig:
     return TrainConfig(**load_saved(checkpoint / "config.yaml", TrainConfig))
 
 
-AMPLE = 1000
-"""Where as many times the memory that stays between steps is free, as with tiny models, a run starts without a plan."""
+AMPLE = 2000
+"""Where as many times the weights of student and teacher are free, as with tiny models, a run starts without a plan."""
 
 
 def check_memory(
@@ -223,17 +224,26 @@ def check_memory(
         UserError: there is not enough; names the nearest settings for which there is.
     """
     accelerator = make_accelerator(config)
-    try:
-        planner = MemoryPlanner(config, demonstrations, Device.of(accelerator), loaded)
-    except UserError:
-        return None, []
     free = [free for free in all_gather([free_memory(accelerator.device)]) if free is not None]
     limit = min(free, default=None)  # the same on all ranks, so that all are refused or none
     if limit is not None and loaded is not None and loaded.device.type == accelerator.device.type:
         limit += tensor_bytes(loaded.model.parameters())
-    if not always and limit is not None and limit > AMPLE * planner.fixed(config).total():
-        return None, [f"memory free: {size_text(limit)}"]
+    try:
+        if not always and limit is not None and limit > AMPLE * _weights(config, loaded):
+            return None, [f"memory free: {size_text(limit)}"]
+        planner = MemoryPlanner(config, demonstrations, Device.of(accelerator), loaded)
+    except UserError:
+        return None, []
     return check_fits(planner, config, limit)
+
+
+def _weights(config: TrainConfig, loaded: LoadedModel | None) -> float:
+    """Bytes of the weights of student and teacher, as they are stored; infinite if they are elsewhere."""
+    if config.engine != "none" and not config.engine_url:  # has its own copy, and a cache
+        return math.inf
+    student = tensor_bytes(loaded.model.parameters()) if loaded else stored_bytes(config.model, config.adapter_base)
+    teacher = stored_bytes(config.teacher_model) if config.teacher_model else student
+    return student + teacher if student and teacher else math.inf
 
 
 def _check_disk(trainer: Trainer, output_dir: Path) -> list[str]:

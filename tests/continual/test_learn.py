@@ -223,7 +223,7 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
             0.5,
             "first: 0.800 when it was learnt, 0.690 now, but at least 0.700 is required (max_skill_drop)",
         ),
-        ({"max_skill_drop": 0.2}, (0.2, 0.2, 0.6), 0.61, 0.5, None),
+        pytest.param({"max_skill_drop": 0.2}, (0.2, 0.2, 0.6), 0.61, 0.5, None, marks=pytest.mark.slow),
         (
             {"max_skill_drop": 0.05},
             (0.2, 0.2, 0.6),
@@ -239,13 +239,14 @@ def test_a_weak_teacher_is_refused_before_anything_is_learnt(
             0.5,
             "second itself: 0.300 before, 0.190 after, but at least 0.200 is required (max_skill_drop)",
         ),
-        ({"max_skill_drop": 0.05}, (0.2, 0.3, 0.25), 0.8, 0.5, None),
-        (
+        pytest.param({"max_skill_drop": 0.05}, (0.2, 0.3, 0.25), 0.8, 0.5, None, marks=pytest.mark.slow),
+        pytest.param(
             {"max_skill_drop": 0.05},
             (0.2, 0.3, 0.24),
             0.8,
             0.5,
             "second itself: 0.300 before, 0.240 after, but at least",
+            marks=pytest.mark.slow,
         ),
         ({}, (0.2, 0.2, 0.6), 0.8, 0.48, None),
         (

@@ -404,7 +404,7 @@ OLD += "--learning_rate 1e-3 --context turns --max_completion_length 10 --batch_
 OLD += "--mixed_precision no --drift_steps 0 --view_rows 1 --save_steps 0"
 
 
-@pytest.mark.parametrize("said", ["", " --anchors none"])
+@pytest.mark.parametrize("said", ["", pytest.param(" --anchors none", marks=pytest.mark.slow)])
 def test_what_an_older_version_began_goes_on_without_anchors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str
 ) -> None:

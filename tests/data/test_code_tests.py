@@ -140,7 +140,14 @@ def test_tests_that_cannot_be_run(test: str, unusable: str) -> None:
 # --- limits ---
 
 
-@pytest.mark.parametrize("code", ["while True: pass", "def f(s):\n    while True: pass", "int('9' * 4000) ** 10**7"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param("while True: pass", marks=pytest.mark.slow),
+        "def f(s):\n    while True: pass",
+        "int('9' * 4000) ** 10**7",
+    ],
+)
 def test_an_endless_loop_ends(code: str) -> None:
     found = result(code)
     assert not found.passed
@@ -148,16 +155,20 @@ def test_an_endless_loop_ends(code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "code",
+    ("code", "wall"),
     [
-        pytest.param("import time\ntime.sleep(100)", marks=pytest.mark.slow),
-        "import signal\nfor s in (signal.SIGXCPU, signal.SIGALRM, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)\n"
-        "while True: pass",
-        "import threading\nt = threading.Thread(target=threading.Event().wait)\nt.start()\nt.join()",
+        pytest.param("import time\ntime.sleep(100)", 1, marks=pytest.mark.slow),
+        (
+            "import signal\n"
+            "for s in (signal.SIGXCPU, signal.SIGALRM, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)\n"
+            "while True: pass",
+            4,
+        ),
+        ("import threading\nt = threading.Thread(target=threading.Event().wait)\nt.start()\nt.join()", 1),
     ],
 )
-def test_what_waits_or_ignores_signals_ends(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LIMITS, "wall", 4)
+def test_what_waits_or_ignores_signals_ends(code: str, wall: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LIMITS, "wall", wall)
     start = time.monotonic()
     assert not result(code).passed
     assert time.monotonic() - start < 30

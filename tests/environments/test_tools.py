@@ -294,7 +294,8 @@ def test_python_code_that_does_not_end_is_stopped(body: Callable[[], Any]) -> No
 
 
 def test_a_call_that_cannot_be_stopped_blocks_its_environment_only_until_it_ends() -> None:
-    runner = ToolRunner([tool(lambda: time.sleep(1.5)), weigh], time_limit=0.2)
+    ended = threading.Event()
+    runner = ToolRunner([tool(lambda: ended.wait(60)), weigh], time_limit=0.2)
     observations, invalid = runner.answer(calls(("act", {}), ("weigh", {"item": "a"})))
     assert [one["content"] for one in observations] == [
         "Error: act: it took longer than 0.2 s",
@@ -303,7 +304,8 @@ def test_a_call_that_cannot_be_stopped_blocks_its_environment_only_until_it_ends
     assert invalid == 0
     assert answer(runner, "weigh", {"item": "a"}) == "Error: weigh: an earlier call is still running"
     assert answer(ToolRunner([weigh]), "weigh", {"item": "a"}).startswith("a 1")
-    time.sleep(1.6)
+    ended.set()
+    time.sleep(0.1)
     assert answer(runner, "weigh", {"item": "a"}).startswith("a 1")
 
 

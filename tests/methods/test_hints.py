@@ -23,6 +23,7 @@ from conftest import (
     largest_difference,
     methods_where,
     metrics_of,
+    quick,
     row_log_probs,
     same,
 )
@@ -120,7 +121,7 @@ def test_a_schedule_goes_from_one_share_to_the_other(worded: Settings, step: int
     gradient_with_share(run, task.at(step, 7, share), share)
 
 
-@pytest.mark.parametrize("teacher", ["ema", "frozen"])
+@pytest.mark.parametrize("teacher", quick(("ema", "frozen"), "ema"))
 def test_a_controller_that_is_constant_is_the_method_itself(
     worded: Settings, monkeypatch: pytest.MonkeyPatch, teacher: Any
 ) -> None:
@@ -286,7 +287,14 @@ def test_two_processes_see_the_hints_of_one(worded: Settings, tmp_path: Path, hi
 
 
 @pytest.mark.parametrize(
-    "values", [{"hint": "0.5"}, {"hint": "0:1"}, {"hint": "shortest"}, {"method": "atesd"}], ids=str
+    "values",
+    [
+        pytest.param({"hint": "0.5"}, marks=pytest.mark.slow),
+        pytest.param({"hint": "0:1"}, marks=pytest.mark.slow),
+        {"hint": "shortest"},
+        {"method": "atesd"},
+    ],
+    ids=str,
 )
 def test_only_layouts_that_can_show_a_part_are_compared(worded: Settings, values: dict[str, Any]) -> None:
     config = worded(context="auto", max_steps=1, **values)
@@ -294,7 +302,7 @@ def test_only_layouts_that_can_show_a_part_are_compared(worded: Settings, values
     assert Run(config.output_dir).config.context.startswith(("turns", "example"))
 
 
-@pytest.mark.parametrize("hint", ["0.5", "0:1", "shortest"])
+@pytest.mark.parametrize("hint", quick(("0.5", "0:1", "shortest"), "shortest"))
 def test_a_dry_run_with_a_hint(worded: Settings, hint: str) -> None:
     found = plan(worded(hint=hint))
     assert found.memory is not None

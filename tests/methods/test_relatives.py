@@ -346,7 +346,11 @@ def test_ssd_samples_as_its_authors_and_needs_prompts_only(
 
 @pytest.mark.parametrize(
     ("method", "own"),
-    [("isdft", {"ramp_steps": 6, "pull": 0.1}), ("veto", {"student": 1.0}), ("veto", {"decay_steps": 4})],
+    [
+        ("isdft", {"ramp_steps": 6, "pull": 0.1}),
+        pytest.param("veto", {"student": 1.0}, marks=pytest.mark.slow),
+        ("veto", {"decay_steps": 4}),
+    ],
 )
 @pytest.mark.parametrize(
     "values",

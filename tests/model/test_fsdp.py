@@ -51,7 +51,7 @@ def slow(*values: Any, id: str) -> Any:
 @pytest.mark.parametrize(
     ("tied", "values"),
     [
-        pytest.param(True, {"importance_cap": 2.0}, id="ema_tied"),
+        pytest.param(True, {"importance_cap": 2.0, "eval_steps": 4, "view_rows": 3}, id="ema_tied, measured"),
         slow(False, {"target_base": 0.3, "teacher": "live"}, id="base"),
         pytest.param(True, {"lora_rank": 4}, id="lora"),
         slow(True, {"method": "sft_reinvoke"}, id="stages"),
@@ -67,10 +67,13 @@ def test_sharded_processes_train_to_the_weights_of_one(
     settings: Callable[..., TrainConfig],
     model_folder: Callable[..., Path],
     tmp_path: Path,
+    write_rows: Callable[..., Path],
     values: dict[str, Any],
     tied: bool,
 ) -> None:
     values = COMMON | {"model": str(model_folder(ends=ENDS, tied=tied))} | values
+    if "eval_steps" in values:
+        values |= {"test": str(write_rows(count=5, name="test.jsonl"))}
     one, two = settings("one", **values), settings("two", fsdp=True, **values)
     train(one)
     train_together(two, tmp_path)
@@ -90,6 +93,21 @@ def test_sharded_processes_train_to_the_weights_of_one(
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+    if "test" in values:
+        assert_same_measurements(one, two)
+
+
+def assert_same_measurements(one: TrainConfig, two: TrainConfig) -> None:
+    for name in ("evaluations", "token_views"):
+        texts = [(Path(c.output_dir) / f"{name}.jsonl").read_text().splitlines() for c in (one, two)]
+        assert len(texts[0]) == len(texts[1]) >= 2
+        for a, b in zip(*texts, strict=True):
+            found, expected = json.loads(a), json.loads(b)
+            found.pop("seconds", None), expected.pop("seconds", None)
+            found.pop("tokens", None), expected.pop("tokens", None)
+            if name == "evaluations":
+                assert found.pop("kl_base") == pytest.approx(expected.pop("kl_base"), abs=1e-5)
+            assert found == expected
 
 
 def test_a_sharded_model_whose_head_cannot_be_taken_apart_is_taught_by_another(
@@ -235,25 +253,6 @@ def test_a_checkpoint_is_the_same_sharded_or_not(settings: Callable[..., TrainCo
     train(longest, resume=True)
     assert largest_difference(final_weights(one), final_weights(longest)) < CLOSE
     assert [line["step"] for line in metrics_of(longest)] == [1, 2, 3, 4, 5, 6]
-
-
-def test_sharded_processes_measure_what_one_does(
-    settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
-) -> None:
-    values = COMMON | {"test": str(write_rows(count=5, name="test.jsonl")), "eval_steps": 4, "view_rows": 3}
-    one, two = settings("one", **values), settings("two", fsdp=True, **values)
-    train(one)
-    train_together(two, tmp_path)
-    for name in ("evaluations", "token_views"):
-        texts = [(Path(c.output_dir) / f"{name}.jsonl").read_text().splitlines() for c in (one, two)]
-        assert len(texts[0]) == len(texts[1]) >= 2
-        for a, b in zip(*texts, strict=True):
-            found, expected = json.loads(a), json.loads(b)
-            found.pop("seconds", None), expected.pop("seconds", None)
-            found.pop("tokens", None), expected.pop("tokens", None)
-            if name == "evaluations":
-                assert found.pop("kl_base") == pytest.approx(expected.pop("kl_base"), abs=1e-5)
-            assert found == expected
 
 
 def test_a_measurement_that_fails_in_all_processes_loses_no_step(

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from children import started_together
 from conftest import final_weights, same
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import load_demonstrations
@@ -26,6 +26,7 @@ from selfdistill.training.fitting import fit, fitted
 from selfdistill.training.memory import MemoryPlanner, memory_plan
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.traced_step import Device
+from selfdistill.training.train import AMPLE, check_memory
 
 Make = Callable[..., TrainConfig]
 CPU, GPU = Device("cpu", "no"), Device("cuda", "bf16")
@@ -69,6 +70,23 @@ def test_what_cannot_fit_is_refused_before_the_model_is_loaded(
     with pytest.raises(UserError, match=message):
         train(config)
     assert not Path(config.output_dir).exists()
+
+
+def test_a_tiny_model_starts_without_a_plan(
+    settings: Make, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(import_module("selfdistill.training.train"), "check_fits", lambda *_: (None, ["planned"]))
+    config = settings()
+    weights = sum(file.stat().st_size for file in Path(config.model).glob("*.safetensors"))
+    assert weights > 0
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(config.model), LoraConfig())
+    model.save_pretrained(tmp_path / "adapter")  # its own files are smaller than its base's
+    teacher = {"method": "npo", "teacher_model": config.model}
+    for values in ({}, {"model": str(tmp_path / "adapter"), "adapter_base": config.model}, teacher):
+        for size, said in ((2 * AMPLE * weights, "planned"), (4 * AMPLE * weights, "memory free: ")):
+            free(size)
+            _, (line,) = check_memory(settings(**values), load_demonstrations(config.data), None)
+            assert line.startswith(said)
 
 
 def test_where_one_process_has_too_little_all_are_refused(
@@ -252,18 +270,27 @@ def test_weights_of_4_bits_are_proposed_with_an_adapter(
     assert found.nearest[0].items() >= {"lora_rank": 16, "load_in_4bit": True}.items()
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mixed_precision": "bf16"},
+        pytest.param({"lora_rank": 4, "gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_layers_that_are_all_alike_are_counted_from_a_few(
-    settings: Make, model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Make,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    values: dict[str, Any],
 ) -> None:
     folder = with_config(model_folder(), tmp_path / "four", num_hidden_layers=4)
-    for values in ({"mixed_precision": "bf16"}, {"lora_rank": 4, "gradient_checkpointing": True}):
-        config = settings(model=str(folder), **values)
-        found = planned(config)
-        with monkeypatch.context() as whole:
-            whole.setattr(memory, "FEW_LAYERS", (4, 5))
-            expected = planned(config)
-        assert found.peak == pytest.approx(expected.peak, rel=0.01)
-        assert found.largest.name == expected.largest.name
+    config = settings(model=str(folder), **values)
+    found = planned(config)
+    monkeypatch.setattr(memory, "FEW_LAYERS", (4, 5))
+    expected = planned(config)
+    assert found.peak == pytest.approx(expected.peak, rel=0.01)
+    assert found.largest.name == expected.largest.name
 
 
 def with_config(folder: Path, copy: Path, **values: Any) -> Path:

@@ -374,7 +374,14 @@ def test_a_missing_file_of_anchors_is_one_line(anchored: Settings, tmp_path: Pat
 # --- resuming, processes ---
 
 
-@pytest.mark.parametrize("values", [{"teacher": "ema"}, {"method": "sft"}, {"teacher": "frozen", "lora_rank": 4}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"teacher": "ema"},
+        pytest.param({"method": "sft"}, marks=pytest.mark.slow),
+        {"teacher": "frozen", "lora_rank": 4},
+    ],
+)
 def test_a_resumed_run_equals_one_that_was_not_interrupted_to_the_bit(
     anchored: Settings, values: dict[str, Any]
 ) -> None:

@@ -29,6 +29,10 @@ from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
 family = pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)
+one_family = pytest.mark.parametrize(
+    "family", [pytest.param(f, id=f.name, marks=() if f.name == "gemma3" else pytest.mark.slow) for f in FAMILIES]
+)
+"""For what the families share."""
 BY_NAME = {family.name: family for family in FAMILIES}
 Make = Callable[..., TrainConfig]
 
@@ -142,7 +146,7 @@ def test_one_batch_and_many_single_rows_give_the_same_gradient(make: Make, famil
     assert_same_gradients(*(make(family, method="sft", gradient_accumulation_steps=size) for size in (1, 4)))
 
 
-@family
+@one_family
 def test_weights_and_arithmetic_in_bfloat16(make: Make, family: PictureFamily) -> None:
     for number, values in enumerate(({"dtype": "bfloat16"}, {"mixed_precision": "bf16", "lora_rank": 2})):
         config = make(family, out=str(number), max_steps=2, **values)
@@ -190,7 +194,13 @@ def test_the_vision_tower_is_trained_on_request(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"lora_rank": 0}, {"lora_rank": 2}, pytest.param({"teacher": "frozen"}, marks=pytest.mark.slow)], ids=str
+    "values",
+    [
+        {"lora_rank": 0},
+        pytest.param({"lora_rank": 2}, marks=pytest.mark.slow),
+        pytest.param({"teacher": "frozen"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_run_that_crashed_goes_on_as_if_it_had_not(make: Make, values: dict[str, Any]) -> None:
     whole, cut = (make(out=out, save_steps=2, max_steps=4, **values) for out in ("whole", "cut"))
@@ -260,7 +270,7 @@ def test_the_python_interface_takes_pictures_in_memory_and_loaded_models(make: M
 @pytest.mark.parametrize(
     ("family", "values"),
     [
-        *((family, {}) for family in FAMILIES),
+        *(pytest.param(f, {}, marks=() if f.name == "gemma3" else pytest.mark.slow) for f in FAMILIES),
         pytest.param(BY_NAME["llava"], {"lora_rank": 2}, marks=pytest.mark.slow),
         (BY_NAME["llava"], {"method": "sft", "gradient_checkpointing": True}),
     ],
