@@ -1,6 +1,6 @@
 """All settings, with their defaults, units and sources."""
 
-from selfdistill.config.base import EngineSettings, EpisodeSettings, ModelSettings, Settings, TaskSettings
+from selfdistill.config.base import EngineSettings, EpisodeSettings, ModelSettings, Settings, TaskSettings, parse_yaml
 from selfdistill.config.commands import (
     AskConfig,
     CheckConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "dump_yaml",
     "load_saved",
     "load_yaml",
+    "parse_yaml",
     "refuse_changes",
     "run_settings",
 ]

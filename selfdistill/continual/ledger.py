@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from selfdistill.config import LearnConfig
+from selfdistill.config import LearnConfig, parse_yaml
 from selfdistill.errors import UserError
 from selfdistill.runtime import fsync, remove_folder, write_atomically
 
@@ -60,7 +60,7 @@ class Skill:
     @property
     def file(self) -> str:
         """File that its rows came from."""
-        return str(yaml.safe_load((self.folder / "settings.yaml").read_text(encoding="utf-8"))["data"])
+        return str(parse_yaml((self.folder / "settings.yaml").read_text(encoding="utf-8"))["data"])
 
     @property
     def result(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Skill:
 
 def settings_of(folder: Path) -> LearnConfig:
     """The settings with which a skill was learnt, without those that this version does not know."""
-    saved = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    saved = parse_yaml((folder / "settings.yaml").read_text(encoding="utf-8"))
     return LearnConfig(**BEFORE | {key: value for key, value in saved.items() if key in LearnConfig.model_fields})
 
 
@@ -86,7 +86,7 @@ class Ledger:
         self.folder = Path(folder)
         file = self.folder / START / "state.yaml"
         try:
-            state = yaml.safe_load(file.read_text(encoding="utf-8"))
+            state = parse_yaml(file.read_text(encoding="utf-8"))
             self.base = str(state["model"])
             self.weights = str(state.get("weights", ""))
             """Fingerprint of the base's weights; empty if they cannot be compared."""
@@ -136,7 +136,7 @@ class Ledger:
     def move_base(self, model: str) -> None:
         """Record that the base has moved."""
         file = self.folder / START / "state.yaml"
-        state = yaml.safe_load(file.read_text(encoding="utf-8")) | {"model": model}
+        state = parse_yaml(file.read_text(encoding="utf-8")) | {"model": model}
         write_atomically(file, yaml.safe_dump(state))
         self.base = model
 
