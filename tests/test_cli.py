@@ -378,6 +378,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} --config broken.yaml", "broken.yaml: not a valid YAML file: ..."),
     (f"{SFT} --config latin.yaml", "latin.yaml: not a valid YAML file: ..."),
     (f"{SFT} --config nowhen.yaml", "nowhen.yaml: not a valid YAML file: month must be in 1..12"),
+    (f"{SFT} --config deep.yaml", "deep.yaml: not a valid YAML file: nested too deeply"),
     (f"{SFT} --config list.yaml", "list.yaml: found a list, expected a mapping of setting names to values"),
     (f"{SFT} --config empty.yaml", "empty.yaml: found nothing, expected a mapping of setting names to values"),
     (f"{SFT} --config unknown.yaml", "unknown.yaml: unknown setting 'learning_rte'; did you mean learning_rate?"),
@@ -430,6 +431,7 @@ def test_settings_that_are_wrong(here: Path, capsys: pytest.CaptureFixture[str],
     Path("broken.yaml").write_text("max_steps: [1\n")
     Path("latin.yaml").write_bytes(b"split: \xe9\n")
     Path("nowhen.yaml").write_text("template_date: 2026-13-01\n")
+    Path("deep.yaml").write_text(f"vary: {'[' * 5000}")
     Path("list.yaml").write_text("- max_steps\n")
     Path("empty.yaml").write_text("")
     Path("unknown.yaml").write_text("learning_rte: 1\n")

@@ -135,23 +135,17 @@ def read_mapping(path: Path, of: str) -> dict[str, Any]:
         UserError: the file cannot be read, is not YAML or not a mapping.
     """
     try:
-        values = _parsed(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the settings: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # of bytes that are no text, or of a date that does not exist
         raise UserError(f"{path}: not a valid YAML file: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not a valid YAML file: nested too deeply") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(f"{path}: found {found}, expected a mapping of {of}")
     return values
-
-
-def _parsed(text: str) -> Any:
-    """The value of a YAML text, by libyaml, which is seven times as fast, if PyYAML has it and it finds no error."""
-    try:
-        return yaml.load(text, Loader=yaml.CSafeLoader)
-    except (AttributeError, yaml.YAMLError, UnicodeError):  # the other reader takes a few texts more, or says why not
-        return yaml.safe_load(text)
 
 
 class EngineSettings(Settings):
