@@ -160,6 +160,7 @@ def test_the_table_of_the_documents_is_what_was_measured() -> None:
         assert re.sub(r"\b0\.", ".", knowledge.line(name, runs)) in text
 
 
+@pytest.mark.slow
 def test_spill_of_three_skills(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,6 +110,7 @@ def test_a_default_that_a_method_does_not_use_makes_no_further_run_either(
     assert [(label, Path(run.output_dir).name) for label, run in runs_of(config)] == [(method, f"{method}-0.001-seed0")]
 
 
+@pytest.mark.slow
 def test_varied_contexts_have_no_common_teacher(
     settings: Callable[..., CompareConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +120,7 @@ def test_varied_contexts_have_no_common_teacher(
     assert [run["method"] for run in result["runs"]] == ["sdft context=turns", "sdft context=turns:repeats=2"]
 
 
+@pytest.mark.slow
 def test_other_values_do_not_take_the_runs_of_the_first(settings: Callable[..., CompareConfig]) -> None:
     compare(settings(vary={"lora_rank": [2]}))
     result = compare(settings(vary={"num_generations": [2]}), resume=True).details
@@ -127,6 +129,7 @@ def test_other_values_do_not_take_the_runs_of_the_first(settings: Callable[..., 
         compare(settings(vary={"num_generations": [2]}, temperature=0.5), resume=True)
 
 
+@pytest.mark.slow
 def test_the_number_of_demonstrations_is_varied(settings: Callable[..., CompareConfig], tmp_path: Path) -> None:
     compare(settings(vary={"num_demonstrations": [2, 4]}))
     cards = [file.read_text() for file in sorted((tmp_path / "comparison").glob("*/final/README.md"))]

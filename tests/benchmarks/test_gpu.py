@@ -111,6 +111,7 @@ def test_two_checks_pass_on_a_cpu(tmp_path: Path) -> None:
     assert "| greedy | tokens that are those of generate | 1 (at least 1) |" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_fails_fails_the_run_and_stops_nothing(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def test_every_method_and_seed_is_run_measured_and_kept(
     assert "sdft 0.001 seed 1" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_methods_are_compared_in_an_environment(
     settings: Callable[..., CompareConfig],
     model_folder: Callable[..., Path],
@@ -254,6 +255,7 @@ def test_a_signal_in_the_last_step_of_a_run_stops_before_the_next(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_of_the_last_run_stops_it(
     settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +362,7 @@ def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_from_its_folder_alone_and_seeds_may_be_added(
     settings: Callable[..., CompareConfig],
     capsys: pytest.CaptureFixture[str],

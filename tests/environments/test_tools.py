@@ -346,6 +346,7 @@ def program(limit: float, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, str(file)], stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.slow
 def test_a_thread_that_is_left_behind_does_not_keep_the_process(tmp_path: Path) -> None:
     with program(0.2, tmp_path) as process:
         out, err = process.communicate(timeout=50)

@@ -358,6 +358,7 @@ def test_two_processes_train_to_the_weights_of_one(talks: Settings, tmp_path: Pa
         assert a == pytest.approx(b, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_plan_of_memory_counts_whole_episodes(talks: Settings) -> None:
     def length(**values: Any) -> tuple[int, int]:
         config = talks(**values)

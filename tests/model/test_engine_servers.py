@@ -144,6 +144,7 @@ def test_no_proxy_is_used(load: Loader, fake: FakeVllm, monkeypatch: pytest.Monk
     assert_as_our_loop(load(fake))
 
 
+@pytest.mark.slow
 def test_more_prompts_than_requests_at_a_time(load: Loader, fake: FakeVllm) -> None:
     loaded = load(fake)
     rollouts = sample(loaded, prompts(*[3] * 300), Sampling(2), seeds(300))
@@ -272,6 +273,7 @@ def test_a_model_computed_otherwise_is_found_at_the_start(load: Loader, fake: Fa
         engine_for(loaded)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_leaves_no_adapter_and_no_files(fake: FakeVllm, folder: Path, tmp_path: Path) -> None:
     code = f"""
 from selfdistill.config import EngineSettings
@@ -641,6 +643,7 @@ def test_a_run_with_a_server_is_that_without(run: Settings, fake: FakeVllm, valu
         assert line["engine/gap"] <= line["engine/gap_max"] < 1e-3
 
 
+@pytest.mark.slow
 def test_the_rate_of_sampling_leaves_the_weights_out(run: Settings, fake: FakeVllm) -> None:
     def slow(_path: str, body: Any) -> None:
         if body and body.get("method") == "selfdistill_load":

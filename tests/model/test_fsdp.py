@@ -110,6 +110,7 @@ def assert_same_measurements(one: TrainConfig, two: TrainConfig) -> None:
             assert found == expected
 
 
+@pytest.mark.slow
 def test_a_sharded_model_whose_head_cannot_be_taken_apart_is_taught_by_another(
     settings: Callable[..., TrainConfig],
     model_folder: Callable[..., Path],
@@ -133,8 +134,9 @@ def bfloat16_folder(load: Callable[..., LoadedModel], tmp_path: Path) -> str:
     return str(tmp_path / "bfloat16")
 
 
-@pytest.mark.parametrize("method", ["sft", pytest.param("sdft", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("lora", [slow(False, id="full"), pytest.param(True, id="lora_on_bfloat16")])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "sdft"])
+@pytest.mark.parametrize("lora", [pytest.param(False, id="full"), pytest.param(True, id="lora_on_bfloat16")])
 def test_sharded_processes_with_bfloat16_arithmetic(
     settings: Callable[..., TrainConfig], tmp_path: Path, bfloat16_folder: str, method: str, lora: bool
 ) -> None:
@@ -255,6 +257,7 @@ def test_a_checkpoint_is_the_same_sharded_or_not(settings: Callable[..., TrainCo
     assert [line["step"] for line in metrics_of(longest)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_measurement_that_fails_in_all_processes_loses_no_step(
     settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:

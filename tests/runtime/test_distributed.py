@@ -41,7 +41,9 @@ COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema
         pytest.param({"batch_size": 3, "loss_normalisation": "token", "importance_cap": 2.0}, id="uneven"),
         pytest.param({"batch_size": 1, "teacher": "frozen"}, id="more_processes_than_rows"),
         pytest.param(
-            {"lora_rank": 4, "gradient_accumulation_steps": 2, "num_generations": 2, "teacher": "snapshot"}, id="lora"
+            {"lora_rank": 4, "gradient_accumulation_steps": 2, "num_generations": 2, "teacher": "snapshot"},
+            id="lora",
+            marks=pytest.mark.slow,
         ),
         pytest.param({}, id="ema", marks=pytest.mark.slow),
         pytest.param(
@@ -70,6 +72,7 @@ def test_two_processes_train_to_the_weights_of_one(
     assert (tmp_path / "two.1.log").read_text().count("step") == 0
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(
     settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
@@ -298,7 +301,7 @@ def test_a_run_of_two_processes_that_falls_apart_leaves_the_model_before(
     [
         pytest.param("0", False, ["2", "3"], id="first", marks=pytest.mark.slow),
         pytest.param("1", False, ["2", "3"], id="second"),
-        pytest.param("1", True, ["2"], id="sharded"),
+        pytest.param("1", True, ["2"], id="sharded", marks=pytest.mark.slow),
     ],
 )
 def test_a_measurement_that_fails_in_one_process_ends_both(

@@ -167,6 +167,7 @@ def test_after_shows_the_demonstration(
     assert {name: found["base"] for name, found in line["after"].items()} == {"bare": 0.0, "shown": 1.0}
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_a_line(
     study: ModuleType, write: Callable[..., list[str]], lines: Callable[[], list[dict[str, Any]]]
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_run_that_fails_is_a_line(
     assert len(lines()) == 2
 
 
+@pytest.mark.slow
 def test_no_run_begins_that_would_end_too_late(
     study: ModuleType,
     write: Callable[..., list[str]],

@@ -179,6 +179,7 @@ def test_a_run_that_falls_apart_before_it_was_measured_leaves_no_model(
     assert not (Path(config.output_dir) / "final").exists()
 
 
+@pytest.mark.slow
 def test_the_guard_of_a_resumed_run_remembers_what_it_said(
     falling_apart: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +196,7 @@ def test_going_back_needs_measurements(settings: Callable[..., TrainConfig]) -> 
         settings(stop_on_collapse=True)
 
 
+@pytest.mark.slow
 def test_measured_checkpoints_that_may_be_needed_stay(falling_apart: Callable[..., TrainConfig]) -> None:
     config = falling_apart(learning_rate=1e-5, max_steps=17, stop_on_collapse=True, save_steps=1)
     train(config)

@@ -89,6 +89,7 @@ def test_a_tiny_model_starts_without_a_plan(
             assert line.startswith(said)
 
 
+@pytest.mark.slow
 def test_where_one_process_has_too_little_all_are_refused(
     settings: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_where_one_process_has_too_little_all_are_refused(
     assert all("memory are free, but the run needs at least" in child.log.read_text() for child in children)
 
 
+@pytest.mark.slow
 def test_what_fits_unless_completions_are_long_is_said_and_trained(
     settings: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +114,7 @@ def test_what_fits_unless_completions_are_long_is_said_and_trained(
     assert (Path(config.output_dir) / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_where_no_choice_fits_the_open_settings_save_most(
     long: Make, free: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +131,7 @@ def test_where_no_choice_fits_the_open_settings_save_most(
     assert resolved["gradient_checkpointing"] is True
 
 
+@pytest.mark.slow
 def test_long_rows_that_seldom_come_together_are_trained(
     settings: Make, write_rows: Callable[..., Path], free: Callable[[int], None]
 ) -> None:
@@ -161,6 +165,7 @@ def test_a_teacher_that_cannot_be_used_is_reported_where_it_is_loaded(settings: 
     assert any(entry.name == "_other_teacher" for entry in error.traceback)
 
 
+@pytest.mark.slow
 def test_servers_have_memory_of_their_own(settings: Make) -> None:
     config = settings()
     servers = {"engine": "vllm", "engine_url": "http://10.0.0.2:8000"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from children import started_together
-from conftest import ENDS, final_weights, metrics_of
+from conftest import ENDS, final_weights, metrics_of, quick
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,7 +73,7 @@ def refused(work: Callable[[], Any], model: str) -> None:
     assert str(caught.value) == REFUSED.format(model)
 
 
-@pytest.mark.parametrize("method", ["sdft", pytest.param("sft", marks=pytest.mark.slow), "sft_reinvoke"])
+@pytest.mark.parametrize("method", quick(["sdft", "sft", "sft_reinvoke"], "sdft"))
 def test_full_fine_tuning_in_float16_is_refused(
     settings: Callable[..., TrainConfig],
     in_dtype: Callable[[str], str],
@@ -250,6 +250,7 @@ def test_an_old_run_in_float16_says_why_it_cannot_be_resumed(
     refused(lambda: train(old, resume=True), model)
 
 
+@pytest.mark.slow
 def test_comparisons_are_refused_before_they_begin(
     settings: Callable[..., TrainConfig], in_dtype: Callable[[str], str], write_rows: Callable[..., Path]
 ) -> None:
@@ -263,6 +264,7 @@ def test_comparisons_are_refused_before_they_begin(
     compare(CompareConfig(**values | {"lora_rank": 2, "seeds": (0,), "methods": ("sft",), "max_steps": 1}))
 
 
+@pytest.mark.slow
 def test_skills_are_refused_before_anything_is_measured(
     settings: Callable[..., TrainConfig], in_dtype: Callable[[str], str], tmp_path: Path
 ) -> None:

@@ -139,7 +139,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a target solved per token": {"method": "isdft"},
     "samples drawn before": {"method": "ssd"},
 }
-QUICK = ("full, bfloat16 weights, 8-bit moments, EMA", "QLoRA, float32")
+QUICK = ("full, bfloat16 weights, 8-bit moments, EMA",)
 QUICK_METHODS = ("sft_reinvoke", "offline_distillation", "sdpo", "pope", "cpt")
 """Methods whose steps differ in what they hold."""
 

@@ -238,6 +238,7 @@ def test_a_run_from_before_the_split_of_the_test_resumes_with_that_of_the_data(m
         sd.train(output_dir="run", resume=True, progress=False, max_steps=4, test_split="test")
 
 
+@pytest.mark.slow
 def test_a_comparison_from_before_the_split_of_the_test_goes_on(model: str) -> None:
     three_splits().save_to_disk("sets")
     options = RUN | {"context": "turns", "methods": ("sdft",), "output_dir": "both"}
