@@ -169,8 +169,10 @@ def test_the_readmes_figures_are_those_of_the_study() -> None:
     kept: dict[str, list[str]] = {}
     for line in map(json.loads, lines):
         kept.setdefault(line["arm"], []).append(f"{line['evaluations'][-1]['prior_accuracy']:.0%}")
-        kept["base"] = [f"{line['evaluations'][0]['prior_accuracy']:.0%}"]
-    anchored = [share for arm, shares in kept.items() if "+" in arm for share in shares]
+        if line["arm"] == "sft":
+            kept.setdefault("base", []).append(f"{line['evaluations'][0]['prior_accuracy']:.0%}")
+    half = ("sft+1/2", "sdft+1/2", "sft+narrow", "sdft+narrow")
+    anchored = [share for arm in half for share in kept[arm]]
     base, sft, sdft, least = (span(shares) for shares in (kept["base"], kept["sft"], kept["sdft"], anchored))
     text = " ".join(README.split())
     assert len(kept["sft"]) == len(kept["sdft"]) == 3
