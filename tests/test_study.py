@@ -87,6 +87,7 @@ def test_a_setting_is_varied(settings: Callable[..., CompareConfig], tmp_path: P
     assert ["teacher: ema" in text for text in texts] == [True, False]
 
 
+@pytest.mark.slow
 def test_what_a_method_does_not_use_makes_no_further_run_of_it(settings: Callable[..., CompareConfig]) -> None:
     result = compare(settings(methods=["sft", "sdft"], vary={"teacher": ["frozen", "live"]})).details
     assert [run["method"] for run in result["runs"]] == ["sft", "sdft teacher=frozen", "sdft teacher=live"]

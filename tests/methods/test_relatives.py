@@ -123,7 +123,9 @@ def test_vopd_is_a_policy_gradient_with_the_closed_form_baseline(all_of_them: Se
     assert_gradient(run, sampled(run), values)
 
 
-@pytest.mark.parametrize(("own", "before"), [({}, [7, 30]), ({"baseline_top_k": 3}, [])], ids=str)
+@pytest.mark.parametrize(
+    ("own", "before"), [({}, [7, 30]), pytest.param({"baseline_top_k": 3}, [], marks=pytest.mark.slow)], ids=str
+)
 def test_vopd_has_the_gradient_of_the_reverse_kl_in_expectation(
     all_of_them: Settings, own: dict[str, Any], before: list[int]
 ) -> None:

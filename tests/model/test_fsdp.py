@@ -154,6 +154,7 @@ def test_sharded_processes_with_bfloat16_arithmetic(
     assert {t.dtype for t in final_weights(two).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_layers_are_gathered_in_the_data_type_of_the_arithmetic_and_let_go_again(
     settings: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

@@ -277,6 +277,7 @@ def test_processes_that_are_not_joined_are_refused(settings: Callable[..., Train
     assert not Path(config.output_dir).exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_that_falls_apart_leaves_the_model_before(
     settings: Callable[..., TrainConfig], tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:

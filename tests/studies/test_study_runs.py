@@ -122,6 +122,7 @@ def test_a_stopped_study_goes_on_with_the_run_that_was_stopped(
     assert len(began) == 5
 
 
+@pytest.mark.slow
 def test_a_run_is_as_if_it_were_alone(
     study: ModuleType, write: Callable[..., list[str]], lines: Callable[[], list[dict[str, Any]]], tmp_path: Path
 ) -> None:
