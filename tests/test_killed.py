@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -324,12 +325,15 @@ def test_the_same_seed_gives_the_same_bits_in_another_process(
     assert the_same(here, there)
 
 
-@pytest.mark.parametrize("steps", [100, pytest.param(2000, marks=pytest.mark.stress)])
+@pytest.mark.parametrize(
+    "steps", [pytest.param(100, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.stress)]
+)
 def test_a_long_run_takes_no_more_memory_files_or_time(settings: Make, steps: int) -> None:
     process, seen = psutil.Process(), []
 
     def look(step: int, _loaded: Any, _metrics: Any) -> None:
         if step and step % (steps // 50) == 0:
+            gc.collect()
             seen.append((step, process.memory_info().rss, process.num_fds(), time.perf_counter()))
 
     test = {"save_steps": steps // 10, "eval_steps": 0, "drift_steps": 10, "logging_steps": steps}
