@@ -57,7 +57,7 @@ os.fsync = _no_wait
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collections, which took a quarter of the tests' time."""
+    """Leave what was imported out of garbage collections, which took a quarter of the time of comparisons."""
     gc.collect()
     gc.freeze()
 

@@ -83,14 +83,15 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
         ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:
         raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another name")
-    memory = rehearsed(ledger.skills, as_shown(config, splits["train"]))
+    shown = as_shown(config, splits["train"])
+    memory = rehearsed(ledger.skills, shown)
     check_room(run_config(config, "model", config.context, ledger.pending, rehearses=bool(memory)))
     if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
         say_note(
             f"{known} of {len(memory)} prompts of earlier skills are also test questions of {config.name}; on these, "
             "rehearsal preserves the replies from before the addition"
         )
-    prompts = to_remember(config, splits["train"])
+    prompts = to_remember(config, shown)
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
         for split, rows in splits.items():
             write_demonstrations(folder / f"{split}.jsonl", rows)

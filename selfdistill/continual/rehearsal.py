@@ -24,10 +24,13 @@ PROMPTS, MEMORY = "prompts.jsonl", "memory.jsonl"
 
 
 def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demonstration]:
-    """The distinct prompts of ``rows`` that the state keeps: all, none, or a random sample drawn with the seed."""
+    """The distinct prompts of ``rows`` that the state keeps: all, none, or a random sample drawn with the seed.
+
+    ``rows`` are those of :func:`as_shown`.
+    """
     prompts = [
         Demonstration(x.prompt, tools=x.tools, chat_template_kwargs=x.chat_template_kwargs, images=x.images)
-        for x in as_shown(config, rows)
+        for x in rows
     ]
     found = list({_key(prompt): prompt for prompt in prompts}.values())
     count = {"all": len(found), "none": 0}.get(str(config.remember), config.remember)
@@ -54,7 +57,7 @@ def remembered(folder: Path) -> list[Demonstration]:
         return load_prompts(str(file))
     if "remember" in settings.model_fields_set:
         raise UserError(f"{file}: no such file; restore it, or write remember: none into settings.yaml beside it")
-    return to_remember(settings, load_demonstrations(str(rows))) if rows.exists() else []
+    return to_remember(settings, as_shown(settings, load_demonstrations(str(rows)))) if rows.exists() else []
 
 
 def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[Demonstration]:
