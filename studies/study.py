@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -156,6 +156,17 @@ def evaluation(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def moved_back(model: torch.nn.Module, base: torch.nn.Module, shares: Sequence[float]) -> Iterator[float]:
+    """Move the model to each share of the way from the base to where it is, the largest first, and yield the share."""
+    at = 1.0
+    for share in sorted(shares, reverse=True):
+        with torch.no_grad():
+            for own, start in zip(model.parameters(), base.parameters(), strict=True):
+                own.copy_(torch.lerp(start, own, share / at))
+        at = share
+        yield share
+
+
 def run(asked: Asked, config: TrainConfig, start: Start, demonstrations: list[Demonstration]) -> dict[str, Any]:
     """Train and measure; returns what the line says of it.
 
@@ -183,9 +194,15 @@ def run(asked: Asked, config: TrainConfig, start: Start, demonstrations: list[De
         metrics = read_lines(Path(config.output_dir) / "metrics.jsonl")
         evaluations = read_lines(Path(config.output_dir) / "evaluations.jsonl")
     after = {name: {**shown.measure(loaded), "base": shown.base["accuracy"]} for name, shown in start.after.items()}
+    last = {name: evaluations[-1][name] for name in ("step", "seconds")}
+    partway = [
+        {"share": share, **evaluation({**start.evaluator.measure(loaded), **last})}
+        for share in moved_back(loaded.model, start.base.model, asked.study.partway)
+    ]
     return {
         "evaluations": [evaluation(found) for found in evaluations],
         "after": after,
+        **({"partway": partway} if partway else {}),
         "metrics": metrics[-1],
         "seconds": {"steps": evaluations[-1]["seconds"]},
     }

@@ -2,8 +2,9 @@
 
 A study file (YAML) has ``name``, ``settings`` (of all runs, as for ``selfdistill train``), ``arms`` (by name: the
 settings in which it differs) and ``seeds``. It may have ``after`` (measurements of each final model when it is shown
-the demonstration) and ``covered`` (the prior files of kinds that the anchors cover). A value ``bundled:NAME`` is a file
-or folder of the package; ``kinds:A+B`` are the package's anchors of these kinds.
+the demonstration), ``covered`` (the prior files of kinds that the anchors cover) and ``partway`` (shares of the way
+from the base to the final model: the models there are measured, too, as in WiSE-FT, arXiv 2109.01903). A value
+``bundled:NAME`` is a file or folder of the package; ``kinds:A+B`` are the package's anchors of these kinds.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Study(Settings):
     seeds: list[int] = Field(min_length=1)
     after: list[After] = Field(default_factory=list)
     covered: list[str] = Field(default_factory=list)
+    partway: list[float] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,10 @@ def _settings(study: Study, arm: str) -> dict[str, Any]:
         raise UserError(f"arm {arm!r}: setting {missing[0]!r} is required")
     if values.get("context", "auto") == "auto":
         raise UserError(f"arm {arm!r}: setting 'context': name one, for 'auto' may choose another on another machine")
+    if study.partway and values.get("lora_rank"):
+        raise UserError(f"arm {arm!r}: 'partway' needs full fine-tuning; setting 'lora_rank' is {values['lora_rank']}")
+    if outside := [share for share in study.partway if not 0 < share < 1]:
+        raise UserError(f"'partway' has {outside[0]}, expected shares between 0 and 1")
     paths = _with_paths(values)
     try:
         config = TrainConfig(**paths | FIXED | {"output_dir": "run"})

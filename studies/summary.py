@@ -101,12 +101,22 @@ def rows(runs: Sequence[Asked], lines: Sequence[Line], places: Places) -> list[t
             cells["minutes"] = f"{mean(point['seconds'] for point in points) / 60:.1f}"
         made.append((cells | {"where": places.of(group)}, several))
 
+    def add_partway(arm: str, group: list[Line]) -> None:
+        """The same columns for models between the base and the final one."""
+        for index, point in enumerate(group[0].get("partway", [])):
+            ends = [
+                line | {"evaluations": [line["evaluations"][0], line["partway"][index]], "after": {}} for line in group
+            ]
+            add(f"{arm}, {point['share']:.0%} of the way", ends, 1)
+
     for own in places.split(lines):
         add("base", own[:1], 0)
     for arm in dict.fromkeys(run.arm for run in runs):
         for group in groups([line for line in lines if line["arm"] == arm], places):
             for number in range(1, len(group[0]["evaluations"])) if group else ():
                 add(arm, group, number)
+            if group:
+                add_partway(arm, group)
     return made
 
 

@@ -17,10 +17,12 @@ import pytest
 import yaml
 from conftest import ENDS
 
+import selfdistill as sd
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
+from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.evaluation.generate import generate
-from selfdistill.model.loading import LoadedModel
+from selfdistill.model.loading import LoadedModel, load_for_training
 from selfdistill.runtime.tracking import read_lines
 from selfdistill.training.train import train
 
@@ -168,6 +170,26 @@ def test_after_shows_the_demonstration(
     assert {name: found["base"] for name, found in line["after"].items()} == {"bare": 0.0, "shown": 1.0}
 
 
+def test_models_part_of_the_way_are_those_that_merge_makes(
+    study: ModuleType, write: Callable[..., list[str]], lines: Callable[[], list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    assert study.main(write(arms={"sft": {"method": "sft"}}, seeds=[0], after=[], partway=[0.25, 0.5])) == 0
+    (line,) = lines()
+    assert [point["share"] for point in line["partway"]] == [0.5, 0.25]
+    config = TrainConfig(**line["settings"], seed=0, output_dir=str(tmp_path / "alone"))
+    train(config)
+    base, final = config.model, str(tmp_path / "alone" / "final")
+    evaluator = Evaluator(config, load_for_training(base))
+    for point in line["partway"]:
+        folder = str(tmp_path / f"{point['share']}")
+        sd.merge(base, final, subtract=base, scale=point["share"], output_dir=folder)
+        found = evaluator.measure(load_for_training(folder))
+        assert point["kl"] == pytest.approx(found["kl_base"], rel=1e-4)
+        assert 0 < point["kl"] < line["evaluations"][-1]["kl"]
+        assert point["correct"] == "".join("01"[right] for right in found["correct"])
+        assert point["step"] == 4
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_a_line(
     study: ModuleType, write: Callable[..., list[str]], lines: Callable[[], list[dict[str, Any]]]
@@ -217,6 +239,8 @@ def test_no_run_begins_that_would_end_too_late(
         ({"arms": {"a": {"prior": None}}}, "arm 'a': setting 'prior' is required"),
         ({"seed": [0]}, "unknown setting 'seed'; did you mean seeds?"),
         ({"arms": {"a": {"method": "sft", "max_completion_length": 2}}}, "raise max_completion_length"),
+        ({"partway": [0.5]}, "arm 'lora': 'partway' needs full fine-tuning; setting 'lora_rank' is 2"),
+        ({"arms": {"a": {}}, "partway": [1.0]}, "'partway' has 1.0, expected shares between 0 and 1"),
         ({"covered": ["soft"]}, "'covered' names 'soft', which is no prior file"),
     ],
 )
@@ -251,6 +275,7 @@ def test_bf16_is_forced_and_not_part_of_what_a_run_is(study: ModuleType, write: 
 
 def test_the_studies_of_anchors_are_accepted(study: ModuleType) -> None:
     files = sorted((ROOT / "configs" / "study" / "anchors").glob("*.yaml"))
+    files += sorted((ROOT / "configs" / "study" / "partway").glob("*.yaml"))
     for one in study.read_studies(files):
         for asked in study.chosen([one], []):
             config = asked.config("run")
@@ -335,6 +360,16 @@ def test_means_and_intervals_are_those_worked_out_by_hand(summary: Callable[[lis
         "- not yet run: 1 of 4 runs",
         "",
     ]
+
+
+def test_models_part_of_the_way_have_rows(summary: Callable[[list[dict[str, Any]]], list[str]]) -> None:
+    whole = made("sdft", 0, 1.0, 0.5, 0.5, 1.0)
+    half = {"share": 0.5, **made("sdft", 0, 0.75, 0.625, 0.125, 1.0)["evaluations"][-1]}
+    *_, final, partway, _, _, _, _ = summary([whole | {"partway": [half]}])
+    assert final.startswith("| sdft | 4 | 1 | 1.000 | 0.500 |")
+    assert partway == (
+        "| sdft, 50% of the way | 4 | 1 | 0.750 | 0.625 | 0.875 | 0.375 | 0.875 | 0.375 | 0.125 |  | 2.0 | A |"
+    )
 
 
 def elsewhere(line: dict[str, Any], **where: Any) -> dict[str, Any]:
