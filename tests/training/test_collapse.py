@@ -160,6 +160,7 @@ def test_the_card_tells_of_the_model_that_was_gone_back_to(falling_apart: Callab
     assert "Measured after step 3;" in (Path(config.output_dir) / "final" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_option_on_resuming_stops_a_run_that_is_already_apart(falling_apart: Callable[..., TrainConfig]) -> None:
     train(falling_apart(save_steps=20))
     with pytest.raises(

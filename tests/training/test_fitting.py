@@ -311,7 +311,7 @@ def with_config(folder: Path, copy: Path, **values: Any) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_fixed_memory_is_that_of_the_shapes(
     settings: Make, model_folder: Callable[..., Path], tmp_path: Path, tied: bool
 ) -> None:

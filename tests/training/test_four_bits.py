@@ -135,6 +135,7 @@ def test_a_run_resumes_bit_by_bit(
         train(part.model_copy(update={"load_in_4bit": False}), resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_lora_on_the_rounded_weights_does(
     settings: Callable[..., TrainConfig], folders: dict[str, str]
 ) -> None:

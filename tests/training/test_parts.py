@@ -379,7 +379,7 @@ def test_a_missing_file_of_anchors_is_one_line(anchored: Settings, tmp_path: Pat
     [
         {"teacher": "ema"},
         pytest.param({"method": "sft"}, marks=pytest.mark.slow),
-        {"teacher": "frozen", "lora_rank": 4},
+        pytest.param({"teacher": "frozen", "lora_rank": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_equals_one_that_was_not_interrupted_to_the_bit(

@@ -225,7 +225,7 @@ def test_a_run_does_not_go_on_with_other_pictures(make: Make, tmp_path: Path) ->
 
 
 @family
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_final_models_load_in_transformers_with_their_processor(make: Make, family: PictureFamily, rank: int) -> None:
     config = make(family, lora_rank=rank)
     final = train(config)
@@ -272,7 +272,7 @@ def test_the_python_interface_takes_pictures_in_memory_and_loaded_models(make: M
     [
         *(pytest.param(f, {}, marks=() if f.name == "gemma3" else pytest.mark.slow) for f in FAMILIES),
         pytest.param(BY_NAME["llava"], {"lora_rank": 2}, marks=pytest.mark.slow),
-        (BY_NAME["llava"], {"method": "sft", "gradient_checkpointing": True}),
+        pytest.param(BY_NAME["llava"], {"method": "sft", "gradient_checkpointing": True}, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.name if isinstance(value, PictureFamily) else str(value),
 )

@@ -29,6 +29,7 @@ from conftest import (
     gradients,
     largest_difference,
     metrics_of,
+    quick,
     row_log_probs,
     same,
 )
@@ -344,7 +345,7 @@ def terminate_at(step: int) -> Callable[[int, Any], None]:
     [
         pytest.param(0, "ema", id="full-ema"),
         pytest.param(4, "snapshot", id="lora-snapshot"),
-        pytest.param(0, "frozen", id="full-frozen"),
+        pytest.param(0, "frozen", id="full-frozen", marks=pytest.mark.slow),
         pytest.param(0, "snapshot", id="full-snapshot", marks=pytest.mark.slow),
         pytest.param(4, "ema", id="lora-ema", marks=pytest.mark.slow),
         pytest.param(4, "frozen", id="lora-frozen", marks=pytest.mark.slow),
@@ -730,7 +731,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(settings:
         train(other, resume=True)
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("failing", [*(pytest.param(at, marks=pytest.mark.slow) for at in (0, 1)), 2])
 def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
     settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
@@ -808,7 +809,7 @@ def test_the_final_model_is_what_was_trained_and_loads_with_transformers(
     assert not list(Path(config.output_dir).glob(".*"))
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("lora_rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_keeping_a_frozen_teachers_contexts_changes_no_number(
     settings: Callable[..., TrainConfig], lora_rank: int
 ) -> None:
@@ -852,7 +853,7 @@ def test_the_teachers_drift_is_zero_the_students_or_its_own(settings: Callable[.
         assert 0 < last["drift/teacher"] != last["drift/student"]
 
 
-@pytest.mark.parametrize("teacher", ["ema", "frozen"])
+@pytest.mark.parametrize("teacher", quick(["ema", "frozen"], "ema"))
 def test_a_final_adapter_is_what_was_trained_and_loads_with_peft(
     settings: Callable[..., TrainConfig], teacher: Any
 ) -> None:
@@ -878,7 +879,7 @@ def test_a_final_adapter_is_what_was_trained_and_loads_with_peft(
     assert float((logits[-1] - logits[0]).abs().max()) > 0.01
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("lora_rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_training_goes_on_from_an_adapter_without_losing_it(
     settings: Callable[..., TrainConfig], lora_rank: int
 ) -> None:
@@ -1229,7 +1230,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_again(settings: Callab
     assert same(before, final_weights(config))
 
 
-@pytest.mark.parametrize("teacher", ["ema", "frozen"])
+@pytest.mark.parametrize("teacher", quick(["ema", "frozen"], "frozen"))
 def test_the_last_step_is_a_checkpoint_from_which_a_run_can_be_made_longer(
     settings: Callable[..., TrainConfig], teacher: Any
 ) -> None:
