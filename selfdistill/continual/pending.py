@@ -23,7 +23,7 @@ from selfdistill.continual.rehearsal import (
     to_remember,
 )
 from selfdistill.data import Demonstration, write_demonstrations
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 from selfdistill.runtime import say, say_note, write_json
 from selfdistill.training import whole_folder
 
@@ -88,7 +88,7 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
     check_room(run_config(config, "model", config.context, ledger.pending, rehearses=bool(memory)))
     if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
         say_note(
-            f"{known} of {len(memory)} prompts of earlier skills are also test questions of {config.name}; on these, "
+            f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of {config.name}; on these, "
             "rehearsal preserves the replies from before the addition"
         )
     prompts = to_remember(config, shown)

@@ -25,7 +25,7 @@ from selfdistill.data import (
     nothing_to_show,
     parse_context,
 )
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 from selfdistill.methods.worlds import begun
 from selfdistill.model import LoadedModel
 
@@ -33,9 +33,8 @@ from selfdistill.model import LoadedModel
 class ExampleSource(Protocol):
     """Produces the examples to train on."""
 
-    @property
-    def what(self) -> str:
-        """Plural noun for the examples, for messages."""
+    def counted(self, count: int) -> str:
+        """This many of the examples, for messages: ``1 demonstration``, ``2 demonstrations``."""
         ...
 
     def lacks(self, demonstration: Demonstration) -> str | None:
@@ -66,7 +65,9 @@ class DemonstrationExamples:
     """Whether the demonstrated completion itself is learnt: every row needs one, within the length limit."""
     replies: Replies = "each"
     """Which replies of an episode are examples."""
-    what = "demonstrations"
+
+    def counted(self, count: int) -> str:
+        return number_of(count, "demonstration")
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
@@ -124,9 +125,10 @@ class PromptExamples:
     prompts: str
     """``package``, or what :func:`selfdistill.data.load_prompts` reads."""
 
-    @property
-    def what(self) -> str:
-        return "bundled general prompts" if self.prompts == PACKAGE else f"prompts of {Path(self.prompts).name}"
+    def counted(self, count: int) -> str:
+        if self.prompts == PACKAGE:
+            return number_of(count, "bundled general prompt")
+        return f"{number_of(count, 'prompt')} of {Path(self.prompts).name}"
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return None
@@ -160,7 +162,9 @@ class DocumentExamples:
     """
 
     config: TrainConfig = field(compare=False)
-    what = "document pieces"
+
+    def counted(self, count: int) -> str:
+        return number_of(count, "document piece")
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return None

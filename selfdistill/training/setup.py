@@ -47,8 +47,7 @@ class EncodedPart:
     def counted(self) -> str:
         """What it learns from, and how much of it."""
         dropped = f" ({self.dropped} too long, dropped)" if self.dropped else ""
-        what = self.method.examples.what
-        return f"{len(self.examples)} {what.removesuffix('s') if len(self.examples) == 1 else what}{dropped}"
+        return self.method.examples.counted(len(self.examples)) + dropped
 
 
 @dataclass
@@ -178,7 +177,7 @@ def _encoded(
     else:
         if repeated := repeated_prompts(examples, demonstrations):
             say_note(
-                f"{len(repeated)} of {len(examples)} {method.examples.what} are also prompts of the demonstrations "
+                f"{len(repeated)} of {method.examples.counted(len(examples))} are also prompts of the demonstrations "
                 f"({first_ten(repeated)}); remove them: they teach the model two things at once"
             )
     if method.checker and config.environment == "none":

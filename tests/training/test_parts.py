@@ -353,6 +353,13 @@ def test_anchors_that_are_test_questions_are_noted(
     assert "1 of 2 prompts of own.txt are also test questions (own.txt:2); on these, anchors" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("lines", "said"), [("Who?", "1 prompt of own.txt"), ("Who?\nWhy?", "2 prompts of own.txt")])
+def test_anchors_are_counted_in_words(anchored: Settings, tmp_path: Path, lines: str, said: str) -> None:
+    (tmp_path / "own.txt").write_text(lines, encoding="utf-8")
+    part = Trainer(anchored(anchors=str(tmp_path / "own.txt"))).stages[0].parts[1]
+    assert part.counted == said
+
+
 def test_a_misspelt_package_is_not_looked_for_on_the_hub(settings: Settings) -> None:
     with pytest.raises(UserError, match="expected: package, a file or none; did you mean package"):
         settings(anchors="pakage")
