@@ -246,7 +246,7 @@ def compare(
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
             raise UserError("model: every run loads it again; save it and give its folder")
-        rows = RowsInFolder({"data": data, "test": test}, os.fspath(output_dir), reading_of(given))
+        rows = RowsInFolder({"data": data, "test": test}, given.get("output_dir"), reading_of(given))
         given |= rows.paths
         config = continued(given, CompareConfig) if resume else CompareConfig(**given)
         with rows.kept():
@@ -277,7 +277,7 @@ def learn(
         RunStopped: a signal stopped the action; repeat the call to resume.
     """
     with session(progress), tempfile.TemporaryDirectory() as folder:
-        given: dict[str, Any] = {"action": action, "state": os.fspath(state)} | settings
+        given: dict[str, Any] = {"action": action, "state": state} | settings
         for name, rows in (("data", data), ("test", test)):
             if rows is None:
                 continue
@@ -314,8 +314,8 @@ def ask(
         UserError: a model cannot be loaded.
     """
     with session(progress):
-        base_name = None if base is None else os.fspath(base)
-        return ask_question(AskConfig(run=os.fspath(run), question=question, base=base_name, **settings))
+        places: dict[str, Any] = {"run": run, "base": base}
+        return ask_question(AskConfig(question=question, **places, **settings))
 
 
 def make_questions(
@@ -340,7 +340,7 @@ def make_questions(
     """
     with session(progress):
         places: dict[str, Any] = {"model": model, "documents": documents, "output_dir": output_dir}
-        config = QuestionsConfig(**{name: os.fspath(place) for name, place in places.items()} | settings)
+        config = QuestionsConfig(**places | settings)
         return QuestionsResult(Path(config.output_dir), run_questions(config))
 
 
@@ -357,10 +357,11 @@ def report(
         UserError: no runs, one that cannot be read, or a file that cannot be written.
     """
     listed = [run for given in runs for run in (given if isinstance(given, list | tuple) else [given])]
-    folders: list[Any] = [os.fspath(run) if isinstance(run, os.PathLike) else run for run in listed]
+    folders = [os.fspath(run) if isinstance(run, os.PathLike) else run for run in listed]
     if pages := [folder for folder in folders if str(folder).endswith(".html")]:
         raise UserError(f"{pages[0]}: expected a folder; for the output file write output={pages[0]!r}")
-    write_report(ReportConfig(runs=folders, output=os.fspath(output)))
+    places: dict[str, Any] = {"runs": folders, "output": output}
+    write_report(ReportConfig(**places))
     return Path(output)
 
 

@@ -44,13 +44,19 @@ def session(progress: bool, *, resume: bool = False) -> Iterator[None]:
 def given_settings(
     model: Model | TrainConfig | None, output_dir: str | os.PathLike[str] | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The given settings; keyword arguments override those of a :class:`TrainConfig`."""
+    """The given settings; keyword arguments override those of a :class:`TrainConfig`.
+
+    Raises:
+        UserError: ``output_dir`` is no path.
+    """
     given: dict[str, Any] = {}
     if isinstance(model, TrainConfig):
         given = model.model_dump(exclude_unset=True)
     elif model is not None:
         given["model"] = os.fspath(model) if isinstance(model, os.PathLike) else model
     if output_dir is not None:
+        if not isinstance(output_dir, str | os.PathLike):
+            raise UserError(f"setting 'output_dir': found {output_dir!r}, expected: text")
         given["output_dir"] = os.fspath(output_dir)
     return given | settings
 

@@ -303,6 +303,8 @@ def test_asking_shows_both_replies(model: str) -> None:
         ({"method_settings": "pull=1"}, "setting 'method_settings': found 'pull=1', expected: an object such as {"),
         ({"seeds": 0}, "setting 'seeds': found 0, expected: a list such as [0, 1, 2]"),
         ({"seeds": [0.5]}, "setting 'seeds': found 0.5, expected: a whole number"),
+        ({"seeds": [0, True]}, "setting 'seeds': found [0, True], expected: whole numbers"),
+        ({"learning_rates": [True]}, "setting 'learning_rates': found [True], expected: numbers"),
         ({"learning_rates": 1e-4}, "setting 'learning_rates': found 0.0001, expected: a list"),
         ({"vary": {"teacher": "ema"}}, "setting 'vary.teacher': found 'ema', expected: a list"),
     ],
@@ -321,6 +323,20 @@ def test_settings_are_refused_by_name(model: str) -> None:
         sd.train(model, ROWS)
     with pytest.raises(sd.UserError, match="setting 'model' is required, found none"):
         sd.train(None, "data.jsonl", output_dir="run")
+    for refused in (
+        lambda: sd.train(model, ROWS, output_dir=3),  # type: ignore[arg-type]
+        lambda: sd.train(model, "data.jsonl", output_dir=3, resume=True),  # type: ignore[arg-type]
+        lambda: sd.compare(model, ROWS, test=ROWS, output_dir=3),  # type: ignore[arg-type]
+        lambda: sd.make_questions(model, "documents", output_dir=3),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(sd.UserError, match=r"^setting 'output_dir': found 3, expected: text$"):
+            refused()
+    with pytest.raises(sd.UserError, match=r"^setting 'state': found 3, expected: text$"):
+        sd.learn("status", state=3)  # type: ignore[arg-type]
+    with pytest.raises(sd.UserError, match=r"^setting 'run': found 3, expected: text$"):
+        sd.ask(3, "Who?")  # type: ignore[arg-type]
+    with pytest.raises(sd.UserError, match=r"^setting 'output': found 3, expected: text$"):
+        sd.report("compared", output=3)  # type: ignore[arg-type]
     with pytest.raises(sd.UserError, match="progress: found 'no', expected True or False"):
         sd.train(model, ROWS, output_dir="run", progress="no")  # type: ignore[arg-type]
     with pytest.raises(sd.UserError, match="resume: found 'no', expected True or False"):

@@ -88,8 +88,8 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
     check_room(run_config(config, "model", config.context, ledger.pending, rehearses=bool(memory)))
     if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
         say_note(
-            f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of {config.name}; on these, "
-            "rehearsal preserves the replies from before the addition"
+            f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of "
+            f"{config.name}; on these, rehearsal preserves the replies from before the addition"
         )
     prompts = to_remember(config, shown)
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
