@@ -14,7 +14,7 @@ from typing import Any
 
 from selfdistill.api_inputs import (
     Model,
-    RowsInFolder,
+    anchors_in_memory,
     callback_of,
     check_start,
     data_of,
@@ -236,7 +236,7 @@ def compare(
         output_dir: folder of the comparison, with a run folder for each method, learning rate and seed.
         resume: resume the comparison; finished runs are kept, and ``seeds`` may be added.
         progress: show bars and notes.
-        settings: the options of ``selfdistill compare``.
+        settings: the options of ``selfdistill compare``. ``anchors`` may also be rows in memory.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -246,7 +246,7 @@ def compare(
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
             raise UserError("model: every run loads it again; save it and give its folder")
-        rows = RowsInFolder({"data": data, "test": test}, given.get("output_dir"), reading_of(given))
+        rows = rows_of_run(data, test, given)
         given |= rows.paths
         config = continued(given, CompareConfig) if resume else CompareConfig(**given)
         with rows.kept():
@@ -278,6 +278,8 @@ def learn(
     """
     with session(progress), tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {"action": action, "state": state} | settings
+        if anchors_in_memory(given) is not None:
+            raise UserError("setting 'anchors': learn reads them again when it resumes, so give the path of a file")
         for name, rows in (("data", data), ("test", test)):
             if rows is None:
                 continue

@@ -197,12 +197,12 @@ class RowsInFolder:
 
 
 def rows_of_run(data: Rows | None, test: Rows | None, given: dict[str, Any]) -> RowsInFolder:
-    """The rows of a run: its data and test, and the anchors among its settings where they are rows in memory."""
-    rows = {"data": data, "test": test, "anchors": _anchors_in_memory(given)}
+    """The rows of a run or a comparison: data and test, and the anchors among its settings if they are in memory."""
+    rows = {"data": data, "test": test, "anchors": anchors_in_memory(given)}
     return RowsInFolder(rows, given.get("output_dir"), reading_of(given))
 
 
-def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:
+def anchors_in_memory(given: dict[str, Any]) -> Rows | None:
     """The anchors that are rows in memory; None if there are none, or they are paths."""
     anchors = given.get("anchors")
     listed = [anchors] if isinstance(anchors, str | os.PathLike) else anchors

@@ -244,9 +244,11 @@ def test_a_plan_writes_nothing_and_says_what_a_run_would_do(model: str) -> None:
 
 def test_comparing_learning_exporting_and_reporting(model: str) -> None:
     options = RUN | {"context": "turns", "eval_steps": 1, "max_completion_length": 20}
-    compared = sd.compare(
-        model, ROWS, test=ROWS[:3], output_dir="compared", methods=("sft", "sdft"), seeds=(0,), **options
-    )
+    told: dict[str, Any] = {"methods": ("sft", "sdft"), "seeds": (0,), "anchors": [{"prompt": "Who?"}], **options}
+    with pytest.raises(sd.UserError, match=r"^anchors: 1 bad row: anchors\[0\], column 'prompt': missing, expected"):
+        sd.compare(model, ROWS, test=ROWS[:3], output_dir="compared", **told | {"anchors": [{"text": "Who?"}]})
+    compared = sd.compare(model, ROWS, test=ROWS[:3], output_dir="compared", **told)
+    assert sd.Run(Path("compared/sft-seed0")).config.anchors == (str(Path("compared/anchors.jsonl")),)
     assert [(row["method"], row["steps"]) for row in compared.table] == [
         ("sft", 1),
         ("sft", 2),
@@ -258,6 +260,8 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
     gates = {"min_teacher": 0, "max_prior_drop": 1, "max_skill_drop": 1, "context": "turns"}
     learnt = sd.learn("add", ROWS, state="memory", model=model, test=ROWS[:3], name="tickets", **gates, **RUN)
     assert learnt.accepted
+    with pytest.raises(sd.UserError, match=r"^setting 'anchors': learn reads them again when it resumes, so give"):
+        sd.learn("add", ROWS, state="memory", name="more", anchors=[{"prompt": "Who?"}])
     assert sd.learn("status", state="memory").details["skills"] == ["tickets"]
     with pytest.raises(sd.UserError, match="in-memory rows have no name"):
         sd.learn("add", ROWS, state="memory")
