@@ -22,6 +22,7 @@ from selfdistill.api_inputs import (
     model_of,
     on_best_device,
     reading_of,
+    refuse_own_settings,
     rows_of_run,
     run_to_plan,
     session,
@@ -278,6 +279,7 @@ def learn(
     """
     with session(progress), tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {"action": action, "state": state} | settings
+        refuse_own_settings(given)
         if anchors_in_memory(given) is not None:
             raise UserError("setting 'anchors': learn reads them again when it resumes, so give the path of a file")
         for name, rows in (("data", data), ("test", test)):

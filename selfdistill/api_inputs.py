@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from selfdistill.config import TrainConfig, continued
+from selfdistill.config import MethodName, TrainConfig, continued
 from selfdistill.data import PICTURE_FOLDER, Demonstration, Rows, load_demonstrations, write_demonstrations
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import lacks_of, stages_of
+from selfdistill.methods import lacks_of, own_names, stages_of, whose
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
 from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say_note, world_size
@@ -47,7 +47,7 @@ def given_settings(
     """The given settings; keyword arguments override those of a :class:`TrainConfig`.
 
     Raises:
-        UserError: ``output_dir`` is no path.
+        UserError: ``output_dir`` is no path, or a setting belongs into ``method_settings``.
     """
     given: dict[str, Any] = {}
     if isinstance(model, TrainConfig):
@@ -58,7 +58,24 @@ def given_settings(
         if not isinstance(output_dir, str | os.PathLike):
             raise UserError(f"setting 'output_dir': found {output_dir!r}, expected: text")
         given["output_dir"] = os.fspath(output_dir)
-    return given | settings
+    given |= settings
+    refuse_own_settings(given)
+    return given
+
+
+def refuse_own_settings(given: dict[str, Any]) -> None:
+    """Refuse settings that only some methods know, and say how to give them.
+
+    Raises:
+        UserError: there is one.
+    """
+    method = given.get("method", TrainConfig.model_fields["method"].default)
+    for name in [name for name in given if name not in TrainConfig.model_fields]:
+        if method in get_args(MethodName) and name in own_names(method):
+            written = f"method_settings={{{name!r}: {given[name]!r}}}"
+            raise UserError(f"unknown setting {name!r}; write this setting of {method} as {written}")
+        if (hint := whose(name)) and not closest(name, TrainConfig.model_fields):
+            raise UserError(f"unknown setting {name!r}{hint}")
 
 
 def model_of(model: Model, tokenizer: Any) -> tuple[str, LoadedModel | None]:

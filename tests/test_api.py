@@ -320,6 +320,19 @@ def test_wrong_settings_are_explained(settings: dict[str, Any], message: str) ->
     assert str(error.value).startswith(message)
 
 
+def test_settings_of_methods_are_refused_with_how_to_give_them(model: str) -> None:
+    written = r"^unknown setting 'pull'; write this setting of isdft as method_settings=\{'pull': 2\}$"
+    for refused in (
+        lambda: sd.train(model, "data.jsonl", output_dir="run", method="isdft", pull=2),
+        lambda: sd.plan(model, "data.jsonl", method="isdft", pull=2),
+        lambda: sd.learn("add", "data.jsonl", state="memory", method="isdft", pull=2),
+    ):
+        with pytest.raises(sd.UserError, match=written):
+            refused()
+    with pytest.raises(sd.UserError, match=r"^unknown setting 'pull'; it is a setting of isdft$"):
+        sd.compare(model, "data.jsonl", test="test.jsonl", output_dir="run", pull=2)
+
+
 def test_settings_are_refused_by_name(model: str) -> None:
     with pytest.raises(sd.UserError, match=r"unknown setting 'learning_rat'; did you mean learning_rate\?"):
         sd.train(model, ROWS, output_dir="run", learning_rat=1)
