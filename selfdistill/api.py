@@ -14,15 +14,13 @@ from typing import Any
 
 from selfdistill.api_inputs import (
     Model,
-    anchors_in_memory,
     callback_of,
     check_start,
     data_of,
     given_settings,
+    learn_config,
     model_of,
     on_best_device,
-    reading_of,
-    refuse_own_settings,
     rows_of_run,
     run_to_plan,
     session,
@@ -37,7 +35,6 @@ from selfdistill.config import (
     CompareConfig,
     EvalConfig,
     ExportConfig,
-    LearnConfig,
     MergeConfig,
     QuestionsConfig,
     ReportConfig,
@@ -46,7 +43,7 @@ from selfdistill.config import (
 )
 from selfdistill.continual import LearnResult
 from selfdistill.continual import learn as run_action
-from selfdistill.data import Rows, load_demonstrations, write_demonstrations
+from selfdistill.data import Rows
 from selfdistill.errors import UserError
 from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
@@ -54,7 +51,7 @@ from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
-from selfdistill.runtime import check_device, say_note, size_in_bytes
+from selfdistill.runtime import check_device, size_in_bytes
 from selfdistill.training import Fit, Plan, Run
 from selfdistill.training import export as run_export
 from selfdistill.training import merge as run_merge
@@ -278,23 +275,8 @@ def learn(
         RunStopped: a signal stopped the action; repeat the call to resume.
     """
     with session(progress), tempfile.TemporaryDirectory() as folder:
-        given: dict[str, Any] = {"action": action, "state": state} | settings
-        refuse_own_settings(given)
-        if anchors_in_memory(given) is not None:
-            raise UserError("setting 'anchors': learn reads them again when it resumes, so give the path of a file")
-        for name, rows in (("data", data), ("test", test)):
-            if rows is None:
-                continue
-            given[name], in_memory = data_of(rows)
-            if in_memory is not None and action in ("add", "stream"):
-                if not given.get("name"):
-                    raise UserError("in-memory rows have no name: give name=..., the name of the skill")
-                given[name] = str(Path(folder) / f"{name}.jsonl")
-                write_demonstrations(
-                    Path(given[name]),
-                    load_demonstrations(in_memory, note=say_note, name=name, **reading_of(given)[name]),
-                )
-        return run_action(LearnConfig(**given))
+        given = {"action": action, "state": state} | settings
+        return run_action(learn_config(given, {"data": data, "test": test}, Path(folder)))
 
 
 def ask(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from selfdistill.config import MethodName, TrainConfig, continued
+from selfdistill.config import LearnConfig, MethodName, TrainConfig, continued
 from selfdistill.data import PICTURE_FOLDER, Demonstration, Rows, load_demonstrations, write_demonstrations
 from selfdistill.errors import UserError, closest
 from selfdistill.evaluation import check_inputs
@@ -59,11 +59,11 @@ def given_settings(
             raise UserError(f"setting 'output_dir': found {output_dir!r}, expected: text")
         given["output_dir"] = os.fspath(output_dir)
     given |= settings
-    refuse_own_settings(given)
+    _refuse_own_settings(given)
     return given
 
 
-def refuse_own_settings(given: dict[str, Any]) -> None:
+def _refuse_own_settings(given: dict[str, Any]) -> None:
     """Refuse settings that only some methods know, and say how to give them.
 
     Raises:
@@ -215,11 +215,11 @@ class RowsInFolder:
 
 def rows_of_run(data: Rows | None, test: Rows | None, given: dict[str, Any]) -> RowsInFolder:
     """The rows of a run or a comparison: data and test, and the anchors among its settings if they are in memory."""
-    rows = {"data": data, "test": test, "anchors": anchors_in_memory(given)}
+    rows = {"data": data, "test": test, "anchors": _anchors_in_memory(given)}
     return RowsInFolder(rows, given.get("output_dir"), reading_of(given))
 
 
-def anchors_in_memory(given: dict[str, Any]) -> Rows | None:
+def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:
     """The anchors that are rows in memory; None if there are none, or they are paths."""
     anchors = given.get("anchors")
     listed = [anchors] if isinstance(anchors, str | os.PathLike) else anchors
@@ -235,6 +235,35 @@ def train_config(given: dict[str, Any], *, resume: bool) -> TrainConfig:
     if "output_dir" in given and (Path(given["output_dir"]) / "config.yaml").exists():
         given.pop("documents", None)  # the saved settings name the questions made from them
     return continued(given, TrainConfig)
+
+
+def learn_config(given: dict[str, Any], rows: dict[str, Rows | None], folder: Path) -> LearnConfig:
+    """The settings of an action of ``learn``.
+
+    Args:
+        given: its settings, without data.
+        rows: data by setting, ``data`` and ``test``; None: not given. Rows in memory are written to ``folder``.
+        folder: exists until the action ends.
+
+    Raises:
+        UserError: a mistake the user can fix.
+    """
+    _refuse_own_settings(given)
+    if _anchors_in_memory(given) is not None:
+        raise UserError("setting 'anchors': learn reads them again when it resumes, so give the path of a file")
+    paths: dict[str, str] = {}
+    for name, data in rows.items():
+        if data is None:
+            continue
+        paths[name], in_memory = data_of(data)
+        if in_memory is not None and given["action"] in ("add", "stream"):
+            if not given.get("name"):
+                raise UserError("in-memory rows have no name: give name=..., the name of the skill")
+            file = folder / f"{name}.jsonl"
+            reading = reading_of(given)[name]
+            write_demonstrations(file, load_demonstrations(in_memory, note=say_note, name=name, **reading))
+            paths[name] = str(file)
+    return LearnConfig(**given | paths)
 
 
 def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFolder, *, resume: bool) -> TrainConfig:
