@@ -16,6 +16,7 @@ from selfdistill.continual.rehearsal import (
     MEMORY,
     PROMPTS,
     as_shown,
+    check_lengths,
     check_room,
     rehearsed,
     rehearsed_and_asked,
@@ -85,7 +86,9 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
         raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another name")
     shown = as_shown(config, splits["train"])
     memory = rehearsed(ledger.skills, shown)
-    check_room(run_config(config, "model", config.context, ledger.pending, rehearses=bool(memory)))
+    run = run_config(config, ledger.model, config.context, ledger.pending, rehearses=bool(memory))
+    check_room(run)
+    check_lengths(run, config.anchors, memory)
     if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
         say_note(
             f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of "

@@ -22,7 +22,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
-from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
@@ -59,6 +59,7 @@ __all__ = [
     "begun",
     "check_steps",
     "episode_rules",
+    "examples_of_prompts",
     "lacks_of",
     "own_names",
     "play",

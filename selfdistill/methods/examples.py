@@ -136,21 +136,25 @@ class PromptExamples:
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
-        config = self.config
         if self.prompts == PACKAGE:  # the user cannot shorten these
-            prompts, on_long_prompt = anchor_prompts(), "drop"
-        else:
-            prompts, on_long_prompt = load_prompts(self.prompts), config.on_long_prompt
-        examples, dropped = encode(
-            prompts,
-            None,
-            chat,
-            max_prompt_length=config.max_prompt_length,
-            max_completion_length=config.max_completion_length,
-            window=loaded.window,
-            on_long_prompt=on_long_prompt,
-        )
-        return [replace(example, teacher_ids=example.student_ids) for example in examples], dropped
+            return examples_of_prompts(self.config, anchor_prompts(), loaded, chat, "drop")
+        return examples_of_prompts(self.config, load_prompts(self.prompts), loaded, chat, self.config.on_long_prompt)
+
+
+def examples_of_prompts(
+    config: TrainConfig, prompts: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat, on_long_prompt: str
+) -> tuple[list[Example], int]:
+    """Encode prompts as examples whose teacher sees the same; see :func:`encode`."""
+    examples, dropped = encode(
+        prompts,
+        None,
+        chat,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        window=loaded.window,
+        on_long_prompt=on_long_prompt,
+    )
+    return [replace(example, teacher_ids=example.student_ids) for example in examples], dropped
 
 
 @dataclass(frozen=True)

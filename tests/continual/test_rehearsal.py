@@ -315,6 +315,29 @@ def test_a_stream_rehearses_in_every_chunk_and_counts_all_of_them(
 # --- mistakes, interruptions, older states ---
 
 
+def test_anchors_that_are_too_long_are_told_before_anything_is_measured(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = {"prompt": "long " * 30, "completion": "x"}
+    add(make(rows=[*({"prompt": f"p {i}", "completion": "x"} for i in range(3)), long], test_share=0.1, seed=1))
+    own = tmp_path / "own.txt"
+    own.write_text("long " * 30, encoding="utf-8")
+    limits = {"max_prompt_length": 60, "anchors": "none"}
+    with monkeypatch.context() as patch:
+        patch.setattr(add_skill, "measure_model", lambda *_: pytest.fail("it was measured"))
+        told = (
+            r"^prompts of earlier skills: 1 of 3 rows do not fit: skill first, prompt 3: prompt has \d+ tokens, limit "
+            r"60; raise max_prompt_length, or drop them with on_long_prompt drop; anchor_share 0 rehearses none$"
+        )
+        with pytest.raises(UserError, match=told):
+            add(make("second", **limits))
+        with pytest.raises(UserError, match=r"^1 of 1 rows do not fit: own\.txt:1: prompt has \d+ tokens, limit 60;"):
+            add(make("second", **limits | {"anchors": str(own)}))
+    assert not (tmp_path / "state" / "pending").exists()
+    assert add(make("second", **limits, on_long_prompt="drop"))["accepted"]
+    assert add(make("third", **limits, anchor_share=0))["accepted"]
+
+
 def test_a_batch_too_small_for_the_parts_is_told_before_anything_is_measured(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
