@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from selfdistill.config import LearnConfig, MethodName, TrainConfig, continued
-from selfdistill.data import PICTURE_FOLDER, Demonstration, Rows, load_demonstrations, write_demonstrations
+from selfdistill.data import (
+    CHOOSE_PROMPTS,
+    PICTURE_FOLDER,
+    Demonstration,
+    Rows,
+    load_demonstrations,
+    write_demonstrations,
+)
 from selfdistill.errors import UserError, closest
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, own_names, stages_of, whose
@@ -110,7 +117,7 @@ def reading_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         "data": {"split": given.get("split", "train"), "turns": turns},
         "test": {"split": given.get("test_split"), "turns": turns},
-        "anchors": {"split": "train", "turns": "last"},
+        "anchors": {"split_advice": CHOOSE_PROMPTS, "turns": "last"},
     }
 
 

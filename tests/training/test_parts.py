@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from children import train_together
@@ -290,6 +291,20 @@ def test_anchors_that_are_prompts_of_the_task_are_noted(
     assert "1 of 2 prompts of own.txt are also prompts of the demonstrations (own.txt:2)" in capsys.readouterr().err
 
 
+def test_anchors_without_a_training_split_are_refused_with_what_to_give(settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "traffic"
+    folder.mkdir()
+    for name in ("dev.jsonl", "test.jsonl"):
+        (folder / name).write_text('{"prompt": "a"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"expected validation or test \(to choose one, give its file or its rows\)$"):
+        check_inputs(settings(anchors=str(folder)))
+    rows = datasets.Dataset.from_list([{"prompt": "a"}])
+    with pytest.raises(
+        UserError, match=r"^anchors: .*expected dev or test \(to choose one, give its file or its rows\)$"
+    ):
+        sd.train(settings(), anchors=datasets.DatasetDict(dev=rows, test=rows))
+
+
 def test_what_is_not_read_of_anchors_is_noted(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,7 +315,8 @@ def test_what_is_not_read_of_anchors_is_noted(
     check_inputs(settings(anchors=str(folder)))
     said = capsys.readouterr().err
     assert f"{folder}: folders not read: old" in said
-    assert f"{folder}: split 'train' is read; the other split is 'test'" in said
+    advice = "(to choose one, give its file or its rows)"  # no setting chooses it
+    assert f"{folder}: split 'train' is read; the other split is 'test' {advice}\n" in said
     assert f"{folder}: columns not used: user" in said
 
 
