@@ -80,9 +80,9 @@ def add(config: LearnConfig) -> dict[str, Any]:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config)
-        begin(ledger, config, splits)
-        say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in splits.items()))
-        learnt, asked = {repr(row.prompt) for row in splits["train"]}, splits["test"]
+        used = begin(ledger, config, splits)
+        say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
+        learnt, asked = {repr(row.prompt) for row in used["train"]}, used["test"]
         if known := sum(repr(row.prompt) in learnt for row in asked):
             say(f"note: {known} of {len(asked)} test questions are also in the training data")
         try:

@@ -20,7 +20,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods import begun, examples_of_prompts, stages_of
 from selfdistill.model import load_for_training
 from selfdistill.runtime import read_lines
-from selfdistill.training import check_parts
+from selfdistill.training import check_parts, drawn
 
 PROMPTS, MEMORY = "prompts.jsonl", "memory.jsonl"
 
@@ -59,7 +59,9 @@ def remembered(folder: Path) -> list[Demonstration]:
         return load_prompts(str(file))
     if "remember" in settings.model_fields_set:
         raise UserError(f"{file}: no such file; restore it, or write remember: none into settings.yaml beside it")
-    return to_remember(settings, as_shown(settings, load_demonstrations(str(rows)))) if rows.exists() else []
+    if not rows.exists():
+        return []
+    return to_remember(settings, as_shown(settings, drawn(load_demonstrations(str(rows)), settings)))
 
 
 def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[Demonstration]:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
-from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, TrainConfig
+from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig
 from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
@@ -122,7 +122,7 @@ def repeating(config: TrainConfig) -> AbstractContextManager[None]:
     return deterministic("cuda" if has_gpu() else "cpu") if config.deterministic else nullcontext()
 
 
-def drawn(demonstrations: Sequence[Demonstration], config: TrainConfig) -> Sequence[Demonstration]:
+def drawn(demonstrations: Sequence[Demonstration], config: TrainConfig | LearnConfig) -> Sequence[Demonstration]:
     """Draw ``num_demonstrations`` demonstrations with the seed; all if it is not set."""
     count = config.num_demonstrations
     if count is None or count >= len(demonstrations):

@@ -18,6 +18,7 @@ from tiny_worlds import LOOK_UP
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.cli import main
+from selfdistill.config import TrainConfig
 from selfdistill.config.commands import LearnConfig
 from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
@@ -27,6 +28,7 @@ from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import check_room, cost_of, run_config
 from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations
 from selfdistill.errors import UserError
+from selfdistill.training import drawn
 
 Settings = Callable[..., LearnConfig]
 WRITTEN = Path(__file__).parents[1] / "written_by_0_1"
@@ -155,6 +157,25 @@ def test_how_many_prompts_stay(make: Settings, tmp_path: Path, remember: Any, co
     assert (texts_of(memory) if count else []) == kept
     assert memory.exists() == bool(count)
     assert [line["remembered"] for line in learn(make(action="status", data="")).details["memory"]] == [count, 8]
+
+
+def test_rows_that_are_not_drawn_are_not_remembered(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    real = add_skill.train
+
+    def noted(run: TrainConfig, **options: Any) -> Path:
+        seen.append([row.prompt[0]["content"] for row in drawn(load_demonstrations(run.data), run)])
+        return real(run, **options)
+
+    monkeypatch.setattr(add_skill, "train", noted)
+    add(make(num_demonstrations=3, seed=1))
+    first = tmp_path / "state/skills/0001-first"
+    assert len(seen[0]) == 3
+    assert texts_of(first / "prompts.jsonl") == seen[0] == learnt_prompts(first)
+    add(make("second"))
+    assert texts_of(tmp_path / "state/skills/0002-second/memory.jsonl") == seen[0]
 
 
 @pytest.mark.parametrize("remember", [-1, 1.5, True, "some", "-3"])
