@@ -24,7 +24,7 @@ from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import MEMORY, check_room, cost_of, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import load_demonstrations, load_prompts
+from selfdistill.data import load_demonstrations, load_prompts, located
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -158,7 +158,7 @@ def _opened(config: LearnConfig) -> Ledger:
 
 def _texts(prior: str) -> dict[str, bytes]:
     """The contents of the prior files, by name."""
-    path = Path(prior)
+    path = Path(located(prior))
     return {file.name: file.read_bytes() for file in (path.glob("*.jsonl") if path.is_dir() else [path])}
 
 

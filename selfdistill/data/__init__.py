@@ -79,7 +79,7 @@ from selfdistill.data.scorers import (
     verdict,
     verdicts,
 )
-from selfdistill.data.sources import Note
+from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.words import includes, words_of
 
@@ -141,6 +141,7 @@ __all__ = [
     "join_surrogates",
     "load_demonstrations",
     "load_prompts",
+    "located",
     "must_show_one",
     "named",
     "not_object",

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from selfdistill.data.images import undecoded
@@ -71,20 +72,29 @@ def read_rows(path: str, split: Split, note: Note) -> list[RawRow]:
     if os.path.exists(path):
         return read_file(path)
     if path.startswith(BUNDLED):
-        file = _bundled(path)
-        return [replace(raw, source=path + raw.source.removeprefix(file)) for raw in read_file(file)]
+        place = located(path)
+        rows = read_rows(place, split, note)
+        return [replace(raw, source=path + raw.source.removeprefix(place)) for raw in rows]
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not is_data_file(path):
         return _read_set(path, split, note, saved=False)
     raise UserError(f"{path}: no such file or folder (looked from {os.getcwd()}); check the path")
 
 
-def _bundled(path: str) -> str:
-    """The path of a file of the package."""
-    names = sorted(name for name in os.listdir(packaged("")) if is_data_file(name))
+def located(path: str) -> str:
+    """Where a file or folder is: the path itself; or that in the package, for a name that begins with ``bundled:``.
+
+    Raises:
+        UserError: the package has nothing of this name.
+    """
+    if os.path.exists(path) or not path.startswith(BUNDLED):
+        return path
+    root = Path(packaged(""))
+    files = [file.relative_to(root) for file in root.rglob("*") if is_data_file(file.name)]
+    names = {place.as_posix() for file in files for place in (file, file.parent)} - {"."}
     name = path.removeprefix(BUNDLED)
     if name not in names:
         close = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {BUNDLED}{close[0]}?" if close else f"expected one of {', '.join(names)}"
+        hint = f"did you mean {BUNDLED}{close[0]}?" if close else f"expected one of {', '.join(sorted(names))}"
         raise UserError(f"{path}: no such file in the package; {hint}")
     return packaged(name)
 
