@@ -361,6 +361,16 @@ def test_settings_are_refused_by_name(model: str) -> None:
     with pytest.raises(sd.UserError, match=r"scorer 'python:nosuch\.f': module 'nosuch' cannot be imported"):
         sd.train(model, ROWS, output_dir="run", scorer="python:nosuch.f", **RUN)
     assert not Path("run").exists()
+    Path("own_scorers.py").write_text("class Judge:\n    def __init__(self, reply, row): ...\n")
+    for scorer, told in (
+        ("python:nosuch.f", r"module 'nosuch' cannot be imported"),
+        ("python:own_scorers.Judge", "found a class, whose objects are no rewards; name a function instead$"),
+    ):
+        for refused in (sd.check, sd.evaluate):  # before a model is loaded
+            with pytest.raises(sd.UserError, match=f"^scorer '{scorer}': {told}"):
+                refused("no/such/model", ROWS, scorer=scorer)
+        with pytest.raises(sd.UserError, match=f"^scorer '{scorer}': {told}"):
+            sd.train("no/such/model", ROWS, output_dir="run", scorer=scorer, **RUN)
     with pytest.raises(sd.UserError, match="so it is not a run folder"):
         sd.Run(Path("none"))
 
