@@ -31,6 +31,7 @@ from torch import Tensor
 
 import selfdistill as sd
 from selfdistill.config.train import TrainConfig
+from selfdistill.data import Demonstration, Example
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import METHODS, Method, stages_of
@@ -280,6 +281,15 @@ def test_anchors_keep_the_model_where_it_was(anchored: Settings, tmp_path: Path)
         losses.append([lines[number].get("loss/task", lines[number]["loss"]) for number in (0, -1)])
     assert all(last < 0.5 * first for first, last in losses)
     assert drifts[0] < drifts[1] / 5
+
+
+def test_no_two_parts_sample_with_the_same_seed(anchored: Settings) -> None:
+    (parts,) = stages_of(anchored(method="sdft"))
+    rows = [Example(Demonstration("q", "a", row=row), [1], None, [2]) for row in range(5)]
+    sequences: list[Any] = [part.method.sequence for part in parts]
+    assert len(sequences) == 3
+    seeds = [seed for sequence in sequences for seed in sequence.expanded(rows, step=3)[1]]
+    assert len(set(seeds)) == len(seeds) == 15
 
 
 def test_anchors_that_are_prompts_of_the_task_are_noted(
