@@ -5,7 +5,6 @@ from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal,
 from selfdistill.data.columns import COLUMNS
 from selfdistill.data.contexts import Context, Document, context_spec, must_show_one, parse_context
 from selfdistill.data.demonstrations import (
-    CHOOSE_PROMPTS,
     CODE,
     SCORER_NAMES,
     Demonstration,
@@ -80,7 +79,7 @@ from selfdistill.data.scorers import (
     verdict,
     verdicts,
 )
-from selfdistill.data.sources import Note, located
+from selfdistill.data.sources import CHOOSE_PROMPTS, Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.words import includes, words_of
 

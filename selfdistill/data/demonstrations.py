@@ -34,7 +34,7 @@ from selfdistill.data.messages import (
 )
 from selfdistill.data.readers import is_data_file, read_prompts
 from selfdistill.data.rows import RawRow, check_rows, first_three, one_of, repeated_key
-from selfdistill.data.sources import Note, Split, read_rows, rows_in_memory
+from selfdistill.data.sources import CHOOSE_PROMPTS, Note, Split, read_rows, rows_in_memory
 from selfdistill.data.template_columns import template_kwargs_of, tools_of
 from selfdistill.errors import UserError
 
@@ -127,10 +127,6 @@ _WANT_CHAT = "text or a list of messages"
 
 Rows = str | Path | Sequence[Mapping[str, Any]] | Sequence[Demonstration] | Any
 """Where demonstrations come from: a path or hub name, dicts, :class:`Demonstration`s, or a ``datasets.Dataset``."""
-
-
-CHOOSE_PROMPTS = "(to choose one, give its file or its rows)"
-"""How to choose another split of prompts; no setting does."""
 
 
 Lacks = Callable[[Demonstration], str | None]
