@@ -14,14 +14,13 @@ from typing import Any
 
 from selfdistill.api_inputs import (
     Model,
-    RowsInFolder,
     callback_of,
     check_start,
     data_of,
     given_settings,
+    learn_config,
     model_of,
     on_best_device,
-    reading_of,
     rows_of_run,
     run_to_plan,
     session,
@@ -36,7 +35,6 @@ from selfdistill.config import (
     CompareConfig,
     EvalConfig,
     ExportConfig,
-    LearnConfig,
     MergeConfig,
     QuestionsConfig,
     ReportConfig,
@@ -45,7 +43,7 @@ from selfdistill.config import (
 )
 from selfdistill.continual import LearnResult
 from selfdistill.continual import learn as run_action
-from selfdistill.data import Rows, load_demonstrations, write_demonstrations
+from selfdistill.data import Rows
 from selfdistill.errors import UserError
 from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
@@ -53,7 +51,7 @@ from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
-from selfdistill.runtime import check_device, say_note, size_in_bytes
+from selfdistill.runtime import check_device, size_in_bytes
 from selfdistill.training import Fit, Plan, Run
 from selfdistill.training import export as run_export
 from selfdistill.training import merge as run_merge
@@ -236,7 +234,7 @@ def compare(
         output_dir: folder of the comparison, with a run folder for each method, learning rate and seed.
         resume: resume the comparison; finished runs are kept, and ``seeds`` may be added.
         progress: show bars and notes.
-        settings: the options of ``selfdistill compare``.
+        settings: the options of ``selfdistill compare``. ``anchors`` may also be rows in memory.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -246,7 +244,7 @@ def compare(
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
             raise UserError("model: every run loads it again; save it and give its folder")
-        rows = RowsInFolder({"data": data, "test": test}, os.fspath(output_dir), reading_of(given))
+        rows = rows_of_run(data, test, given)
         given |= rows.paths
         config = continued(given, CompareConfig) if resume else CompareConfig(**given)
         with rows.kept():
@@ -277,20 +275,8 @@ def learn(
         RunStopped: a signal stopped the action; repeat the call to resume.
     """
     with session(progress), tempfile.TemporaryDirectory() as folder:
-        given: dict[str, Any] = {"action": action, "state": os.fspath(state)} | settings
-        for name, rows in (("data", data), ("test", test)):
-            if rows is None:
-                continue
-            given[name], in_memory = data_of(rows)
-            if in_memory is not None and action in ("add", "stream"):
-                if not given.get("name"):
-                    raise UserError("in-memory rows have no name: give name=..., the name of the skill")
-                given[name] = str(Path(folder) / f"{name}.jsonl")
-                write_demonstrations(
-                    Path(given[name]),
-                    load_demonstrations(in_memory, note=say_note, name=name, **reading_of(given)[name]),
-                )
-        return run_action(LearnConfig(**given))
+        given = {"action": action, "state": state} | settings
+        return run_action(learn_config(given, {"data": data, "test": test}, Path(folder)))
 
 
 def ask(
@@ -314,8 +300,8 @@ def ask(
         UserError: a model cannot be loaded.
     """
     with session(progress):
-        base_name = None if base is None else os.fspath(base)
-        return ask_question(AskConfig(run=os.fspath(run), question=question, base=base_name, **settings))
+        places: dict[str, Any] = {"run": run, "base": base}
+        return ask_question(AskConfig(question=question, **places, **settings))
 
 
 def make_questions(
@@ -340,7 +326,7 @@ def make_questions(
     """
     with session(progress):
         places: dict[str, Any] = {"model": model, "documents": documents, "output_dir": output_dir}
-        config = QuestionsConfig(**{name: os.fspath(place) for name, place in places.items()} | settings)
+        config = QuestionsConfig(**places | settings)
         return QuestionsResult(Path(config.output_dir), run_questions(config))
 
 
@@ -357,10 +343,11 @@ def report(
         UserError: no runs, one that cannot be read, or a file that cannot be written.
     """
     listed = [run for given in runs for run in (given if isinstance(given, list | tuple) else [given])]
-    folders: list[Any] = [os.fspath(run) if isinstance(run, os.PathLike) else run for run in listed]
+    folders = [os.fspath(run) if isinstance(run, os.PathLike) else run for run in listed]
     if pages := [folder for folder in folders if str(folder).endswith(".html")]:
         raise UserError(f"{pages[0]}: expected a folder; for the output file write output={pages[0]!r}")
-    write_report(ReportConfig(runs=folders, output=os.fspath(output)))
+    places: dict[str, Any] = {"runs": folders, "output": output}
+    write_report(ReportConfig(**places))
     return Path(output)
 
 

@@ -8,13 +8,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from selfdistill.config import TrainConfig, continued
-from selfdistill.data import PICTURE_FOLDER, Demonstration, Rows, load_demonstrations, write_demonstrations
-from selfdistill.errors import UserError
+from selfdistill.config import LearnConfig, MethodName, TrainConfig, continued
+from selfdistill.data import (
+    CHOOSE_PROMPTS,
+    PICTURE_FOLDER,
+    Demonstration,
+    Rows,
+    load_demonstrations,
+    write_demonstrations,
+)
+from selfdistill.errors import UserError, closest
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import lacks_of, stages_of
+from selfdistill.methods import lacks_of, own_names, stages_of, whose
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
 from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say_note, world_size
@@ -44,15 +51,38 @@ def session(progress: bool, *, resume: bool = False) -> Iterator[None]:
 def given_settings(
     model: Model | TrainConfig | None, output_dir: str | os.PathLike[str] | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The given settings; keyword arguments override those of a :class:`TrainConfig`."""
+    """The given settings; keyword arguments override those of a :class:`TrainConfig`.
+
+    Raises:
+        UserError: ``output_dir`` is no path, or a setting belongs into ``method_settings``.
+    """
     given: dict[str, Any] = {}
     if isinstance(model, TrainConfig):
         given = model.model_dump(exclude_unset=True)
     elif model is not None:
         given["model"] = os.fspath(model) if isinstance(model, os.PathLike) else model
     if output_dir is not None:
+        if not isinstance(output_dir, str | os.PathLike):
+            raise UserError(f"setting 'output_dir': found {output_dir!r}, expected: text")
         given["output_dir"] = os.fspath(output_dir)
-    return given | settings
+    given |= settings
+    _refuse_own_settings(given)
+    return given
+
+
+def _refuse_own_settings(given: dict[str, Any]) -> None:
+    """Refuse settings that only some methods know, and say how to give them.
+
+    Raises:
+        UserError: there is one.
+    """
+    method = given.get("method", TrainConfig.model_fields["method"].default)
+    for name in [name for name in given if name not in TrainConfig.model_fields]:
+        if method in get_args(MethodName) and name in own_names(method):
+            written = f"method_settings={{{name!r}: {given[name]!r}}}"
+            raise UserError(f"unknown setting {name!r}; write this setting of {method} as {written}")
+        if (hint := whose(name)) and not closest(name, TrainConfig.model_fields):
+            raise UserError(f"unknown setting {name!r}{hint}")
 
 
 def model_of(model: Model, tokenizer: Any) -> tuple[str, LoadedModel | None]:
@@ -87,7 +117,7 @@ def reading_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         "data": {"split": given.get("split", "train"), "turns": turns},
         "test": {"split": given.get("test_split"), "turns": turns},
-        "anchors": {"split": "train", "turns": "last"},
+        "anchors": {"split_advice": CHOOSE_PROMPTS, "turns": "last"},
     }
 
 
@@ -191,7 +221,7 @@ class RowsInFolder:
 
 
 def rows_of_run(data: Rows | None, test: Rows | None, given: dict[str, Any]) -> RowsInFolder:
-    """The rows of a run: its data and test, and the anchors among its settings where they are rows in memory."""
+    """The rows of a run or a comparison: data and test, and the anchors among its settings if they are in memory."""
     rows = {"data": data, "test": test, "anchors": _anchors_in_memory(given)}
     return RowsInFolder(rows, given.get("output_dir"), reading_of(given))
 
@@ -212,6 +242,35 @@ def train_config(given: dict[str, Any], *, resume: bool) -> TrainConfig:
     if "output_dir" in given and (Path(given["output_dir"]) / "config.yaml").exists():
         given.pop("documents", None)  # the saved settings name the questions made from them
     return continued(given, TrainConfig)
+
+
+def learn_config(given: dict[str, Any], rows: dict[str, Rows | None], folder: Path) -> LearnConfig:
+    """The settings of an action of ``learn``.
+
+    Args:
+        given: its settings, without data.
+        rows: data by setting, ``data`` and ``test``; None: not given. Rows in memory are written to ``folder``.
+        folder: exists until the action ends.
+
+    Raises:
+        UserError: a mistake the user can fix.
+    """
+    _refuse_own_settings(given)
+    if _anchors_in_memory(given) is not None:
+        raise UserError("setting 'anchors': learn reads them again when it resumes, so give the path of a file")
+    paths: dict[str, str] = {}
+    for name, data in rows.items():
+        if data is None:
+            continue
+        paths[name], in_memory = data_of(data)
+        if in_memory is not None and given["action"] in ("add", "stream"):
+            if not given.get("name"):
+                raise UserError("in-memory rows have no name: give name=..., the name of the skill")
+            file = folder / f"{name}.jsonl"
+            reading = reading_of(given)[name]
+            write_demonstrations(file, load_demonstrations(in_memory, note=say_note, name=name, **reading))
+            paths[name] = str(file)
+    return LearnConfig(**given | paths)
 
 
 def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFolder, *, resume: bool) -> TrainConfig:

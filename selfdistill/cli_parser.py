@@ -305,7 +305,8 @@ def _explained(message: str, arguments: list[str]) -> str:
         options = [key for key in fields if key not in places]
         known = [f"--{key}" for key in (*options, "config", *switches, *(["json"] if command != "train" else []))]
         what = "option" if unknown[1].startswith("-") else "argument"
-        return f"unknown {what} {unknown[1]}{closest(unknown[1], known, '; see --help for the names')}"
+        hint = closest(unknown[1], known) or _other_methods(name) or "; see --help for the names"
+        return f"unknown {what} {unknown[1]}{hint}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
     if key and value and key[1] in switches:
         return f"option --{key[1]}: found {value[1]!r}, expected true, false or no value"
@@ -331,3 +332,10 @@ def _own_setting(name: str, value: str, arguments: list[str]) -> str:
         return ""
     written = value if re.fullmatch(r"[-+.\de]+|true|false|null", value) else json.dumps(value)
     return f"write this setting of {method} as --method_settings '{{\"{name}\": {written}}}'"
+
+
+def _other_methods(name: str) -> str:
+    """The methods that know a setting of this name; empty if none does."""
+    from selfdistill.methods import whose  # imports torch, which takes seconds
+
+    return whose(name)

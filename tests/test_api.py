@@ -244,9 +244,11 @@ def test_a_plan_writes_nothing_and_says_what_a_run_would_do(model: str) -> None:
 
 def test_comparing_learning_exporting_and_reporting(model: str) -> None:
     options = RUN | {"context": "turns", "eval_steps": 1, "max_completion_length": 20}
-    compared = sd.compare(
-        model, ROWS, test=ROWS[:3], output_dir="compared", methods=("sft", "sdft"), seeds=(0,), **options
-    )
+    told: dict[str, Any] = {"methods": ("sft", "sdft"), "seeds": (0,), "anchors": [{"prompt": "Who?"}], **options}
+    with pytest.raises(sd.UserError, match=r"^anchors: 1 bad row: anchors\[0\], column 'prompt': missing, expected"):
+        sd.compare(model, ROWS, test=ROWS[:3], output_dir="compared", **told | {"anchors": [{"text": "Who?"}]})
+    compared = sd.compare(model, ROWS, test=ROWS[:3], output_dir="compared", **told)
+    assert sd.Run(Path("compared/sft-seed0")).config.anchors == (str(Path("compared/anchors.jsonl")),)
     assert [(row["method"], row["steps"]) for row in compared.table] == [
         ("sft", 1),
         ("sft", 2),
@@ -258,6 +260,8 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
     gates = {"min_teacher": 0, "max_prior_drop": 1, "max_skill_drop": 1, "context": "turns"}
     learnt = sd.learn("add", ROWS, state="memory", model=model, test=ROWS[:3], name="tickets", **gates, **RUN)
     assert learnt.accepted
+    with pytest.raises(sd.UserError, match=r"^setting 'anchors': learn reads them again when it resumes, so give"):
+        sd.learn("add", ROWS, state="memory", name="more", anchors=[{"prompt": "Who?"}])
     assert sd.learn("status", state="memory").details["skills"] == ["tickets"]
     with pytest.raises(sd.UserError, match="in-memory rows have no name"):
         sd.learn("add", ROWS, state="memory")
@@ -303,6 +307,8 @@ def test_asking_shows_both_replies(model: str) -> None:
         ({"method_settings": "pull=1"}, "setting 'method_settings': found 'pull=1', expected: an object such as {"),
         ({"seeds": 0}, "setting 'seeds': found 0, expected: a list such as [0, 1, 2]"),
         ({"seeds": [0.5]}, "setting 'seeds': found 0.5, expected: a whole number"),
+        ({"seeds": [0, True]}, "setting 'seeds': found [0, True], expected: whole numbers"),
+        ({"learning_rates": [True]}, "setting 'learning_rates': found [True], expected: numbers"),
         ({"learning_rates": 1e-4}, "setting 'learning_rates': found 0.0001, expected: a list"),
         ({"vary": {"teacher": "ema"}}, "setting 'vary.teacher': found 'ema', expected: a list"),
     ],
@@ -314,6 +320,19 @@ def test_wrong_settings_are_explained(settings: dict[str, Any], message: str) ->
     assert str(error.value).startswith(message)
 
 
+def test_settings_of_methods_are_refused_with_how_to_give_them(model: str) -> None:
+    written = r"^unknown setting 'pull'; write this setting of isdft as method_settings=\{'pull': 2\}$"
+    for refused in (
+        lambda: sd.train(model, "data.jsonl", output_dir="run", method="isdft", pull=2),
+        lambda: sd.plan(model, "data.jsonl", method="isdft", pull=2),
+        lambda: sd.learn("add", "data.jsonl", state="memory", method="isdft", pull=2),
+    ):
+        with pytest.raises(sd.UserError, match=written):
+            refused()
+    with pytest.raises(sd.UserError, match=r"^unknown setting 'pull'; it is a setting of isdft$"):
+        sd.compare(model, "data.jsonl", test="test.jsonl", output_dir="run", pull=2)
+
+
 def test_settings_are_refused_by_name(model: str) -> None:
     with pytest.raises(sd.UserError, match=r"unknown setting 'learning_rat'; did you mean learning_rate\?"):
         sd.train(model, ROWS, output_dir="run", learning_rat=1)
@@ -321,6 +340,20 @@ def test_settings_are_refused_by_name(model: str) -> None:
         sd.train(model, ROWS)
     with pytest.raises(sd.UserError, match="setting 'model' is required, found none"):
         sd.train(None, "data.jsonl", output_dir="run")
+    for refused in (
+        lambda: sd.train(model, ROWS, output_dir=3),  # type: ignore[arg-type]
+        lambda: sd.train(model, "data.jsonl", output_dir=3, resume=True),  # type: ignore[arg-type]
+        lambda: sd.compare(model, ROWS, test=ROWS, output_dir=3),  # type: ignore[arg-type]
+        lambda: sd.make_questions(model, "documents", output_dir=3),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(sd.UserError, match=r"^setting 'output_dir': found 3, expected: text$"):
+            refused()
+    with pytest.raises(sd.UserError, match=r"^setting 'state': found 3, expected: text$"):
+        sd.learn("status", state=3)  # type: ignore[arg-type]
+    with pytest.raises(sd.UserError, match=r"^setting 'run': found 3, expected: text$"):
+        sd.ask(3, "Who?")  # type: ignore[arg-type]
+    with pytest.raises(sd.UserError, match=r"^setting 'output': found 3, expected: text$"):
+        sd.report("compared", output=3)  # type: ignore[arg-type]
     with pytest.raises(sd.UserError, match="progress: found 'no', expected True or False"):
         sd.train(model, ROWS, output_dir="run", progress="no")  # type: ignore[arg-type]
     with pytest.raises(sd.UserError, match="resume: found 'no', expected True or False"):
@@ -328,6 +361,16 @@ def test_settings_are_refused_by_name(model: str) -> None:
     with pytest.raises(sd.UserError, match=r"scorer 'python:nosuch\.f': module 'nosuch' cannot be imported"):
         sd.train(model, ROWS, output_dir="run", scorer="python:nosuch.f", **RUN)
     assert not Path("run").exists()
+    Path("own_scorers.py").write_text("class Judge:\n    def __init__(self, reply, row): ...\n")
+    for scorer, told in (
+        ("python:nosuch.f", r"module 'nosuch' cannot be imported"),
+        ("python:own_scorers.Judge", "found a class, whose objects are no rewards; name a function instead$"),
+    ):
+        for refused in (sd.check, sd.evaluate):  # before a model is loaded
+            with pytest.raises(sd.UserError, match=f"^scorer '{scorer}': {told}"):
+                refused("no/such/model", ROWS, scorer=scorer)
+        with pytest.raises(sd.UserError, match=f"^scorer '{scorer}': {told}"):
+            sd.train("no/such/model", ROWS, output_dir="run", scorer=scorer, **RUN)
     with pytest.raises(sd.UserError, match="so it is not a run folder"):
         sd.Run(Path("none"))
 

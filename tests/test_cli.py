@@ -305,7 +305,7 @@ CONFIG: list[tuple[str, str]] = [
         f"{SFT} --method=sdpo --show=both",
         """unknown option --show; write this setting of sdpo as --method_settings '{"show": "both"}'""",
     ),
-    (f"{SFT} --method sdft --pull 2", "unknown option --pull; see --help for the names"),
+    (f"{SFT} --method sdft --pull 2", "unknown option --pull; it is a setting of isdft"),
     (f"{SFT} --margin 2", "unknown option --margin; see --help for the names"),
     (f"{SFT} --temp 2", "unknown option --temp; did you mean --temperature?"),
     (f"{SFT} --lr 3", "unknown option --lr; did you mean --learning_rate?"),

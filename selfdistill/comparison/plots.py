@@ -186,11 +186,11 @@ def _svg(figure: Figure, handles: dict[str, Line2D], label: str, file: Path | No
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
     nobody = {"Date": None, "Creator": None, "Format": None, "Type": None}
     text = StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata=nobody)
-    if file is not None:
-        figure.savefig(file, format="svg", facecolor="white", metadata=nobody)
+    figure.savefig(text, format="svg", facecolor="white", metadata=nobody)
     svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    if file is not None:
+        file.write_text(svg, encoding="utf-8")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace("fill: #ffffff", "fill: none")
     svg = re.sub(r"font-family: [^;\"]*; ", "", svg)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>f{next(_figures)}-", svg)

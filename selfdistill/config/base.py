@@ -64,10 +64,20 @@ class Settings(BaseModel):
     @classmethod
     def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse True and False where a number is meant: they would count as 1 and 0."""
-        hint = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and (number := {int, float} & {hint, *get_args(hint)}):
-            raise PydanticKnownError("int_type" if int in number else "float_type")
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        is_whole = int in kinds
+        if not is_whole and float not in kinds:
+            return value
+        if isinstance(value, bool):
+            raise PydanticKnownError("int_type" if is_whole else "float_type")
+        if isinstance(value, list | tuple) and any(isinstance(item, bool) for item in value):
+            raise ValueError("whole numbers" if is_whole else "numbers")
         return value
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """A type and all types that it is made of."""
+    return [hint, *(kind for part in get_args(hint) for kind in _kinds(part))]
 
 
 _LIMITS = {

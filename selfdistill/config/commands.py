@@ -130,7 +130,7 @@ class EvalConfig(TaskSettings):
     """Settings of ``selfdistill eval``."""
 
     prior: str | None = None
-    """File or folder of questions about the base model's prior abilities."""
+    """File or folder of questions about the base model's prior abilities, e.g. ``bundled:prior/test``."""
     base: str | None = None
     """Base model: evaluated on the same items, with paired tests and the distance between the two models."""
     context: str | None = None
@@ -196,7 +196,8 @@ class LearnConfig(TrainingSettings, OneRun):
     name: str | None = Field(default=None, pattern=r"^\w[\w.-]*$")
     """Name of the skill; default: the name of its file."""
     prior: str | None = None
-    """File or folder of questions about the base model's prior abilities, copied into the state when it is created."""
+    """File or folder of questions about the base model's prior abilities, e.g. ``bundled:prior/test``, copied into the
+    state when it is created."""
     test: str | None = None
     """Held-out rows on which the skill is evaluated, now and whenever another is added; default: a share of the data.
     They decide only the gates."""

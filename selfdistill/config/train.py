@@ -112,7 +112,8 @@ class TrainingSettings(MethodSettings, TaskSettings):
     test_split: str | None = None
     """Split of ``test`` to read, from a folder or data set with several. Default: ``test``, or the only one."""
     prior: str | None = None
-    """File or folder of questions about the model's prior abilities, evaluated along with ``test``."""
+    """File or folder of questions about the model's prior abilities, e.g. ``bundled:prior/test``, evaluated along with
+    ``test``."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations on ``test``; 0: only at the start and the end."""
     view_rows: int = Field(default=4, ge=0)

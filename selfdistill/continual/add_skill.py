@@ -24,7 +24,7 @@ from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import MEMORY, check_room, cost_of, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import load_demonstrations, load_prompts
+from selfdistill.data import load_demonstrations, load_prompts, located
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -80,9 +80,9 @@ def add(config: LearnConfig) -> dict[str, Any]:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config)
-        begin(ledger, config, splits)
-        say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in splits.items()))
-        learnt, asked = {repr(row.prompt) for row in splits["train"]}, splits["test"]
+        used = begin(ledger, config, splits)
+        say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
+        learnt, asked = {repr(row.prompt) for row in used["train"]}, used["test"]
         if known := sum(repr(row.prompt) in learnt for row in asked):
             say(f"note: {known} of {len(asked)} test questions are also in the training data")
         try:
@@ -158,7 +158,7 @@ def _opened(config: LearnConfig) -> Ledger:
 
 def _texts(prior: str) -> dict[str, bytes]:
     """The contents of the prior files, by name."""
-    path = Path(prior)
+    path = Path(located(prior))
     return {file.name: file.read_bytes() for file in (path.glob("*.jsonl") if path.is_dir() else [path])}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from selfdistill.config import OPEN, LearnConfig, changes, dump_yaml
@@ -16,6 +17,7 @@ from selfdistill.continual.rehearsal import (
     MEMORY,
     PROMPTS,
     as_shown,
+    check_lengths,
     check_room,
     rehearsed,
     rehearsed_and_asked,
@@ -23,9 +25,9 @@ from selfdistill.continual.rehearsal import (
     to_remember,
 )
 from selfdistill.data import Demonstration, write_demonstrations
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 from selfdistill.runtime import say, say_note, write_json
-from selfdistill.training import whole_folder
+from selfdistill.training import drawn, whole_folder
 
 _FREE = (
     *("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to"),
@@ -54,10 +56,15 @@ def _with_newer_settings(settings: dict[str, Any], here: dict[str, Any]) -> dict
     return found
 
 
-def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]) -> None:
+def begin(
+    ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]
+) -> dict[str, Sequence[Demonstration]]:
     """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
 
     A different addition that has not begun training is discarded.
+
+    Returns:
+        The splits with the training rows that ``num_demonstrations`` draws.
 
     Raises:
         UserError: another addition has begun training, the skill's name is taken, the batch has no room for the
@@ -67,6 +74,7 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
     asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
     settings = config.model_dump()
     asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
+    used: dict[str, Sequence[Demonstration]] = {**splits, "train": drawn(splits["train"], config)}
     if ledger.pending.is_dir():
         found = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))
         here = json.loads(json.dumps(asked))
@@ -74,7 +82,7 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
         found["settings"] = _with_newer_settings(found["settings"], here["settings"])
         if found == here:
             say(f"resuming {config.name}{without}")
-            return
+            return used
         if ledger.interrupted:
             raise UserError(
                 f"{found['name']!r} is unfinished: run the same command to finish it, or discard it with selfdistill "
@@ -83,25 +91,28 @@ def begin(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstrat
         ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:
         raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another name")
-    shown = as_shown(config, splits["train"])
+    shown = as_shown(config, used["train"])
     memory = rehearsed(ledger.skills, shown)
-    check_room(run_config(config, "model", config.context, ledger.pending, rehearses=bool(memory)))
+    run = run_config(config, ledger.model, config.context, ledger.pending, rehearses=bool(memory))
+    check_room(run)
+    check_lengths(run, config.anchors, memory)
     if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
         say_note(
-            f"{known} of {len(memory)} prompts of earlier skills are also test questions of {config.name}; on these, "
-            "rehearsal preserves the replies from before the addition"
+            f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of "
+            f"{config.name}; on these, rehearsal preserves the replies from before the addition"
         )
     prompts = to_remember(config, shown)
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
-        for split, rows in splits.items():
+        for split, rows in used.items():
             write_demonstrations(folder / f"{split}.jsonl", rows)
         for name, kept in ((PROMPTS, prompts), (MEMORY, memory)):
             if kept:
                 write_demonstrations(folder / name, kept)
         (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
         write_json(folder / "asked.json", asked)
-        places = {split: [row.row for row in rows] for split, rows in splits.items() if split != "test"}
+        places = {split: [row.row for row in rows] for split, rows in used.items() if split != "test"}
         write_json(folder / "places.json", places)
+    return used
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from selfdistill.config import LearnConfig, TrainConfig
+from selfdistill.config import PACKAGE, LearnConfig, TrainConfig
 from selfdistill.continual.ledger import Skill, settings_of
 from selfdistill.data import Demonstration, load_demonstrations, load_prompts
 from selfdistill.errors import UserError
-from selfdistill.methods import begun, stages_of
+from selfdistill.methods import begun, examples_of_prompts, stages_of
+from selfdistill.model import load_for_training
 from selfdistill.runtime import read_lines
-from selfdistill.training import check_parts
+from selfdistill.training import check_parts, drawn
 
 PROMPTS, MEMORY = "prompts.jsonl", "memory.jsonl"
 
@@ -57,13 +59,19 @@ def remembered(folder: Path) -> list[Demonstration]:
         return load_prompts(str(file))
     if "remember" in settings.model_fields_set:
         raise UserError(f"{file}: no such file; restore it, or write remember: none into settings.yaml beside it")
-    return to_remember(settings, as_shown(settings, load_demonstrations(str(rows)))) if rows.exists() else []
+    if not rows.exists():
+        return []
+    return to_remember(settings, as_shown(settings, drawn(load_demonstrations(str(rows)), settings)))
 
 
 def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[Demonstration]:
-    """The distinct prompts kept of ``skills``, except those that ``rows`` teach again."""
+    """The distinct prompts kept of ``skills``, except those that ``rows`` teach again; messages name their skill."""
     taught = {_key(row) for row in rows}
-    pooled = {_key(prompt): prompt for skill in skills for prompt in remembered(skill.folder)}
+    pooled = {
+        _key(prompt): replace(prompt, source=f"skill {skill.name}, prompt {number}")
+        for skill in skills
+        for number, prompt in enumerate(remembered(skill.folder), start=1)
+    }
     return [prompt for key, prompt in pooled.items() if key not in taught]
 
 
@@ -122,6 +130,30 @@ def check_room(run: TrainConfig) -> None:
         *others, last = "the skill", *beside
         parts = f"{', '.join(others)} and {last}"
         raise UserError(f"{error}. The parts are {parts}; anchor_share 0 leaves anchors out") from None
+
+
+def check_lengths(run: TrainConfig, own: Sequence[str], memory: Sequence[Demonstration]) -> None:
+    """Check that anchors fit into the limits on their lengths.
+
+    Args:
+        run: settings with the model and the limits.
+        own: the addition's own sources of anchors.
+        memory: prompts of earlier skills.
+
+    Raises:
+        UserError: prompts are too long and ``on_long_prompt`` is ``error``, or all of a source are.
+    """
+    files = [source for source in own if source != PACKAGE]
+    if not run.anchor_share or not (files or memory):
+        return
+    loaded = load_for_training(run.model, dtype=run.dtype, adapter_base=run.adapter_base)
+    chat = loaded.chat(run.chat_template_kwargs, run.template_date)
+    for source in files:
+        examples_of_prompts(run, load_prompts(source), loaded, chat, run.on_long_prompt)
+    try:
+        examples_of_prompts(run, memory, loaded, chat, run.on_long_prompt)
+    except UserError as error:
+        raise UserError(f"prompts of earlier skills: {error}; anchor_share 0 rehearses none") from None
 
 
 def _parts_beside(run: TrainConfig) -> list[str]:

@@ -67,6 +67,7 @@ from selfdistill.data.scorers import (
     Verdict,
     as_verdict,
     by_tests,
+    check_scorer,
     contains,
     default_scorer,
     doubt_about,
@@ -78,11 +79,12 @@ from selfdistill.data.scorers import (
     verdict,
     verdicts,
 )
-from selfdistill.data.sources import Note
+from selfdistill.data.sources import CHOOSE_PROMPTS, Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.words import includes, words_of
 
 __all__ = [
+    "CHOOSE_PROMPTS",
     "CODE",
     "COLUMNS",
     "FUNCTION",
@@ -121,6 +123,7 @@ __all__ = [
     "by_reason",
     "by_tests",
     "check_rows",
+    "check_scorer",
     "contains",
     "context_of",
     "context_spec",
@@ -139,6 +142,7 @@ __all__ = [
     "join_surrogates",
     "load_demonstrations",
     "load_prompts",
+    "located",
     "must_show_one",
     "named",
     "not_object",

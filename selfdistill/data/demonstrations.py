@@ -34,7 +34,7 @@ from selfdistill.data.messages import (
 )
 from selfdistill.data.readers import is_data_file, read_prompts
 from selfdistill.data.rows import RawRow, check_rows, first_three, one_of, repeated_key
-from selfdistill.data.sources import Note, read_rows, rows_in_memory
+from selfdistill.data.sources import CHOOSE_PROMPTS, Note, Split, read_rows, rows_in_memory
 from selfdistill.data.template_columns import template_kwargs_of, tools_of
 from selfdistill.errors import UserError
 
@@ -138,6 +138,7 @@ def load_demonstrations(
     *,
     completion_required: bool = False,
     split: str | None = "train",
+    split_advice: str | None = None,
     note: Note | None = None,
     lacks: Lacks | None = None,
     turns: Turns = "auto",
@@ -154,6 +155,7 @@ def load_demonstrations(
         split: split of a folder or data set with several; None: ``test``, or the only one. Files and a single
             ``Dataset`` are read in full. A folder has splits where the names of its files, or of folders in it, tell
             them, as in ``test.jsonl`` or ``data/test-00000-of-00001.parquet``.
+        split_advice: how to choose another split, for messages; default: by the setting ``split`` or ``test_split``.
         note: takes what the user should know, a line each: columns that are not used, equal prompts with unlike
             answers, calls that do not fit the tools or have no results, other splits.
         lacks: what else a row must have; see :data:`Lacks`.
@@ -171,12 +173,13 @@ def load_demonstrations(
     if turns not in get_args(Turns):
         raise UserError(f"turns {turns!r}: expected {one_of(get_args(Turns))}")
     said = note or _nobody
+    chosen = Split(split, split_advice or f"(setting {'test_split' if split is None else 'split'!r})")
     try:
         if isinstance(data, str | os.PathLike):
             name = os.fspath(data)
-            rows = read_rows(name, split, said)
+            rows = read_rows(name, chosen, said)
         else:
-            rows = rows_in_memory(undecoded(data), name, split, said, as_row)
+            rows = rows_in_memory(undecoded(data), name, chosen, said, as_row)
     except OSError as error:
         raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
     if not rows:
@@ -283,7 +286,7 @@ def load_prompts(path: str, note: Note | None = None) -> list[Demonstration]:
     """
     is_text = Path(path).suffix == ".txt" or (os.path.isfile(path) and not is_data_file(path))
     if not is_text:
-        rows = load_demonstrations(path, turns="last", note=note)
+        rows = load_demonstrations(path, turns="last", note=note, split_advice=CHOOSE_PROMPTS)
         return [replace(row, completion="", privileged_context=None, answer=None, episode=()) for row in rows]
     try:
         numbered = read_prompts(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import re
 import sys
@@ -21,7 +22,7 @@ from selfdistill.data.choices import chosen_letter, letter_of
 from selfdistill.data.code_tests import run_tests
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.messages import said_in
-from selfdistill.data.named import named
+from selfdistill.data.named import FUNCTION, named
 from selfdistill.data.rows import RowError, from_text, one_line
 from selfdistill.data.thinking import split_thinking
 from selfdistill.data.tool_calls import Calls, calls_in, calls_of, same_calls
@@ -329,7 +330,19 @@ def as_verdict(returned: Any, who: str) -> Verdict:
 @functools.cache
 def _function(name: str) -> Callable[[str, dict[str, Any]], Any]:
     function: Callable[[str, dict[str, Any]], Any] = named(name, "scorer", "function")
+    if inspect.isclass(function) and not issubclass(function, int | float | tuple):
+        raise UserError(f"scorer {name!r}: found a class, whose objects are no rewards; name a function instead")
     return function
+
+
+def check_scorer(setting: str | None) -> None:
+    """Refuse a function of the user's that cannot be used; of other scorers there is nothing to check.
+
+    Raises:
+        UserError: it cannot be imported, or is a class.
+    """
+    if setting is not None and FUNCTION.fullmatch(setting):
+        _function(setting)
 
 
 def _text(expected: Any, scorer: str, demonstration: Demonstration) -> str:

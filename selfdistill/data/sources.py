@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib import resources
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from selfdistill.data.images import undecoded
 from selfdistill.data.readers import expected_types, is_data_file, is_readable, kind_of, read_file
@@ -38,12 +39,25 @@ BUNDLED = "bundled:"
 """What the names of the package's own files begin with, such as ``bundled:shop.test.jsonl``."""
 
 
+class Split(NamedTuple):
+    """Which split is read where there are several."""
+
+    name: str | None
+    """None: ``test``, or the only one."""
+    advice: str
+    """How to choose another, for messages."""
+
+
+CHOOSE_PROMPTS = "(to choose one, give its file or its rows)"
+"""How to choose another split of prompts; no setting does."""
+
+
 def packaged(name: str) -> str:
     """Path of a data file, or folder, that ships with the package."""
     return str(resources.files("selfdistill.data.bundled") / name)
 
 
-def read_rows(path: str, split: str | None, note: Note) -> list[RawRow]:
+def read_rows(path: str, split: Split, note: Note) -> list[RawRow]:
     """The unchecked rows of a file, a folder or a data set.
 
     Args:
@@ -62,25 +76,34 @@ def read_rows(path: str, split: str | None, note: Note) -> list[RawRow]:
     if os.path.exists(path):
         return read_file(path)
     if path.startswith(BUNDLED):
-        file = _bundled(path)
-        return [replace(raw, source=path + raw.source.removeprefix(file)) for raw in read_file(file)]
+        place = located(path)
+        rows = read_rows(place, split, note)
+        return [replace(raw, source=path + raw.source.removeprefix(place)) for raw in rows]
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not is_data_file(path):
         return _read_set(path, split, note, saved=False)
     raise UserError(f"{path}: no such file or folder (looked from {os.getcwd()}); check the path")
 
 
-def _bundled(path: str) -> str:
-    """The path of a file of the package."""
-    names = sorted(name for name in os.listdir(packaged("")) if is_data_file(name))
+def located(path: str) -> str:
+    """Where a file or folder is: the path itself; or that in the package, for a name that begins with ``bundled:``.
+
+    Raises:
+        UserError: the package has nothing of this name.
+    """
+    if os.path.exists(path) or not path.startswith(BUNDLED):
+        return path
+    root = Path(packaged(""))
+    files = [file.relative_to(root) for file in root.rglob("*") if is_data_file(file.name)]
+    names = {place.as_posix() for file in files for place in (file, file.parent)} - {"."}
     name = path.removeprefix(BUNDLED)
     if name not in names:
         close = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {BUNDLED}{close[0]}?" if close else f"expected one of {', '.join(names)}"
+        hint = f"did you mean {BUNDLED}{close[0]}?" if close else f"expected one of {', '.join(sorted(names))}"
         raise UserError(f"{path}: no such file in the package; {hint}")
     return packaged(name)
 
 
-def rows_in_memory(data: Any, name: str, split: str | None, note: Note, as_row: Callable[[Any], Any]) -> list[RawRow]:
+def rows_in_memory(data: Any, name: str, split: Split, note: Note, as_row: Callable[[Any], Any]) -> list[RawRow]:
     """The rows of a ``datasets.Dataset`` (or of the split of a ``DatasetDict``), or of any other iterable of rows.
 
     They are called ``name[0]``, ``name[1]``, ... in messages.
@@ -106,32 +129,31 @@ def _not_dict(value: Any) -> str:
     return f"found {describe_value(value)}, expected a dict"
 
 
-def choose(path: str, splits: Mapping[str, _Part], split: str | None, note: Note) -> _Part:
+def choose(path: str, splits: Mapping[str, _Part], split: Split, note: Note) -> _Part:
     """The split that was asked for, with a note if there are others.
 
     Args:
         path: for messages.
         splits: all splits of a data set by name.
-        split: a name; None: ``test``. The only split is read in place of ``test`` and ``train``, the defaults.
+        split: the one to read. The only split is read in place of ``test`` and ``train``, the defaults.
         note: takes what the user should know.
 
     Raises:
         UserError: there is no such split.
     """
     names = list(splits)
-    chosen = split or "test"
+    chosen = split.name or "test"
     if chosen not in splits:  # validation may have been asked for as dev, and a test be called eval
         chosen = next((name for name in names if _WORDS.get(name) == _WORDS.get(chosen, chosen)), chosen)
-    setting = "(setting 'test_split')" if split is None else "(setting 'split')"
-    if chosen not in splits and len(names) == 1 and split in (None, _DEFAULT):
-        if split is not None:
+    if chosen not in splits and len(names) == 1 and split.name in (None, _DEFAULT):
+        if split.name is not None:
             note(f"{path}: the only split, {names[0]!r}, is read")
         return splits[names[0]]
     if chosen not in splits:
-        raise UserError(f"{path}: no split '{chosen}' in this data set, expected {one_of(names)} {setting}")
+        raise UserError(f"{path}: no split '{chosen}' in this data set, expected {one_of(names)} {split.advice}")
     if others := [name for name in names if name != chosen]:
         # Whoever names a split needs no advice on how to name another.
-        advice = f" {setting}" if split in (None, _DEFAULT) else ""
+        advice = f" {split.advice}" if split.name in (None, _DEFAULT) else ""
         are = "the other split is" if len(others) == 1 else "the other splits are"
         note(f"{path}: split '{chosen}' is read; {are} {' and '.join(map(repr, others))}{advice}")
     return splits[chosen]
@@ -140,7 +162,7 @@ def choose(path: str, splits: Mapping[str, _Part], split: str | None, note: Note
 # --- folders ---
 
 
-def _read_folder(path: str, split: str | None, note: Note) -> list[RawRow]:
+def _read_folder(path: str, split: Split, note: Note) -> list[RawRow]:
     files = _files(path, note)
     if not files:
         raise UserError(
@@ -206,11 +228,11 @@ def _split_in(name: str) -> str | None:
 # --- data sets ---
 
 
-def _read_set(path: str, split: str | None, note: Note, *, saved: bool) -> list[RawRow]:
+def _read_set(path: str, split: Split, note: Note, *, saved: bool) -> list[RawRow]:
     import datasets
 
     # An expression such as train[:100] is for the hub alone; it is not the name of a split.
-    asked = {"split": split} if split and re.search(r"[\[+]", split) else {}
+    asked = {"split": split.name} if split.name and re.search(r"[\[+]", split.name) else {}
     try:
         rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, **asked)
     except Exception as error:  # the network, the hub, Arrow and the file system each have their own errors

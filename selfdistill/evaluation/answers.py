@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from selfdistill.data import (
     CODE,
-    FUNCTION,
     JUDGE,
     SCORER_NAMES,
     ChatFormat,
@@ -15,8 +14,8 @@ from selfdistill.data import (
     RowError,
     by_reason,
     by_tests,
+    check_scorer,
     default_scorer,
-    named,
     reference,
     score,
     scored_text,
@@ -78,7 +77,7 @@ def _mean(counts: Sequence[int]) -> float | None:
 
 
 def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -> None:
-    """Reject a scorer that cannot be imported, and answers that their scorers cannot use.
+    """Reject a scorer that cannot be used, and answers that their scorers cannot use.
 
     Args:
         demonstrations: rows to check.
@@ -87,8 +86,7 @@ def check_answers(demonstrations: Sequence[Demonstration], scorer: str | None) -
     Raises:
         UserError: names the scorer, or counts the rows and names the first for each reason.
     """
-    if scorer and FUNCTION.fullmatch(scorer):
-        named(scorer, "scorer", "function")
+    check_scorer(scorer)
     coded = [row for row in demonstrations if default_scorer(row, scorer) == CODE]
     bad = [error.problem for error in by_tests([("", row) for row in coded]) if isinstance(error, RowError)]
     for row in demonstrations:

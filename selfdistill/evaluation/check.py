@@ -16,6 +16,7 @@ from selfdistill.data import (
     Demonstration,
     Lacks,
     Rows,
+    check_scorer,
     context_spec,
     hintable,
     load_demonstrations,
@@ -146,6 +147,8 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     plays = config.environment != "none"
     if plays:
         refuse_silent(config.environment, "so success cannot be measured")
+    else:
+        check_scorer(config.scorer)
     if config.hints and plays:
         say_note("hints are not measured, because a part of an episode cannot be shown")
     can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and not plays else set()

@@ -15,6 +15,7 @@ from selfdistill.data import (
     Lacks,
     Message,
     Verdict,
+    check_scorer,
     encode,
     nothing_to_score,
     thought_and_said,
@@ -31,9 +32,10 @@ def unscored(config: TaskSettings) -> Lacks:
     """A function that says why a row cannot be evaluated; an environment can judge any row.
 
     Raises:
-        UserError: there is no such environment, or it cannot judge.
+        UserError: there is no such environment, or it cannot judge; or the scorer cannot be used.
     """
     if config.environment == "none":
+        check_scorer(config.scorer)
         return nothing_to_score(config.scorer)
     refuse_silent(config.environment, "so success cannot be measured")
     return lambda row: None

@@ -18,6 +18,7 @@ from selfdistill.data import (
     check_rows,
     encode_prompts,
     load_demonstrations,
+    located,
     not_object,
     nothing_to_score,
     read_jsonl,
@@ -81,7 +82,7 @@ class PriorResult:
 
 
 def load_prior(path: str) -> dict[str, list[Choices] | list[Demonstration]]:
-    """Load a ``.jsonl`` prior file, or all in a folder, by file name without its suffix.
+    """Load a ``.jsonl`` prior file, or all in a folder, by file name without its suffix; see :func:`located`.
 
     A row is ``query`` + ``choices`` + ``gold``, or ``contexts`` + ``continuation`` + ``gold``, or ``context`` +
     ``continuation``. If the first row has ``prompt`` or ``messages``, rows are questions as :func:`load_demonstrations`
@@ -92,7 +93,7 @@ def load_prior(path: str) -> dict[str, list[Choices] | list[Demonstration]]:
     Raises:
         UserError: there is no such file, or a file has bad rows; names the first ten and the total.
     """
-    root = Path(path)
+    root = Path(located(path))
     files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"prior {path!r}: no such .jsonl file, or a folder without any; check the path")

@@ -16,17 +16,28 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, get_args
 
-from selfdistill.config import MethodName, MethodSettings, Settings, TrainConfig
+from selfdistill.config import MethodName, MethodSettings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
-from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.sequences import Completion, DatasetCompletions
-from selfdistill.methods.slots import FROZEN, Checker, Controller, Method, Part, Parts, Selection, State
+from selfdistill.methods.slots import (
+    FROZEN,
+    Checker,
+    Controller,
+    Method,
+    Part,
+    Parts,
+    Selection,
+    State,
+    own_names,
+    whose,
+)
 from selfdistill.methods.worlds import begun, refuse_silent
 
 __all__ = [
@@ -48,6 +59,7 @@ __all__ = [
     "begun",
     "check_steps",
     "episode_rules",
+    "examples_of_prompts",
     "lacks_of",
     "own_names",
     "play",
@@ -58,6 +70,7 @@ __all__ = [
     "unused_settings",
     "uses",
     "verdicts_on",
+    "whose",
 ]
 
 METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
@@ -77,9 +90,10 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
         UserError: the method rejects the settings, or does not use a given ``method_settings`` or ``teacher_model``.
     """
     if config.method_settings and "method_settings" not in _settings_read(config):
+        first, *_ = names = list(config.method_settings)
         raise UserError(
-            f"setting 'method_settings': found {', '.join(config.method_settings)}, but method {config.method!r} has "
-            "no settings of its own; remove them"
+            f"setting 'method_settings': found {', '.join(names)}, but method {config.method!r} has no settings of its "
+            f"own{whose(first) or '; remove them'}"
         )
     if config.teacher_model is not None and "teacher_model" not in _settings_read(config):
         raise UserError(
@@ -105,13 +119,6 @@ def lacks_of(stages: Sequence[Parts]) -> Lacks:
         return next(filter(None, (source.lacks(demonstration) for source in sources)), None)
 
     return lacks
-
-
-def own_names(method: str) -> list[str]:
-    """Names of the settings that only this method knows: the fields of the settings that its file declares."""
-    module = import_module(f"selfdistill.methods.{method}")
-    kinds = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Settings)]
-    return [name for kind in kinds if kind.__module__ == module.__name__ for name in kind.model_fields]
 
 
 def check_steps(steps: int, method: str, stages: Sequence[object], setting: str = "max_steps") -> None:

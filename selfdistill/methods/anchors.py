@@ -21,10 +21,15 @@ from selfdistill.loss import Divergence
 from selfdistill.methods.examples import PromptExamples
 from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.slots import FROZEN, Method, Part, Parts, engine_cap, sampling_of
+from selfdistill.model import sample_seed
 
 
 def anchors(config: TrainConfig) -> Parts:
-    """One part per source of anchors, which divide ``anchor_share`` evenly."""
+    """One part per source of anchors, which divide ``anchor_share`` evenly.
+
+    Each source has its own seed: otherwise its samples would be correlated with those of the task's rows of the same
+    numbers.
+    """
     if not config.anchors or not config.anchor_share:
         return ()
     return tuple(
@@ -32,14 +37,14 @@ def anchors(config: TrainConfig) -> Parts:
             name,
             Method(
                 examples=PromptExamples(config, source),
-                sequence=StudentSamples(sampling_of(config), 1, config.seed),
+                sequence=StudentSamples(sampling_of(config), 1, sample_seed(config.seed, 0, 0, number)),
                 loss=Divergence(config.anchor_divergence),
                 teacher=FROZEN,
                 importance_cap=engine_cap(config),
             ),
             share=config.anchor_share / len(config.anchors),
         )
-        for name, source in zip(_names(config.anchors), config.anchors, strict=True)
+        for number, (name, source) in enumerate(zip(_names(config.anchors), config.anchors, strict=True))
     )
 
 

@@ -25,7 +25,7 @@ from selfdistill.data import (
     nothing_to_show,
     parse_context,
 )
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 from selfdistill.methods.worlds import begun
 from selfdistill.model import LoadedModel
 
@@ -33,9 +33,8 @@ from selfdistill.model import LoadedModel
 class ExampleSource(Protocol):
     """Produces the examples to train on."""
 
-    @property
-    def what(self) -> str:
-        """Plural noun for the examples, for messages."""
+    def counted(self, count: int) -> str:
+        """This many of the examples, for messages: ``1 demonstration``, ``2 demonstrations``."""
         ...
 
     def lacks(self, demonstration: Demonstration) -> str | None:
@@ -66,7 +65,9 @@ class DemonstrationExamples:
     """Whether the demonstrated completion itself is learnt: every row needs one, within the length limit."""
     replies: Replies = "each"
     """Which replies of an episode are examples."""
-    what = "demonstrations"
+
+    def counted(self, count: int) -> str:
+        return number_of(count, "demonstration")
 
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
@@ -124,9 +125,10 @@ class PromptExamples:
     prompts: str
     """``package``, or what :func:`selfdistill.data.load_prompts` reads."""
 
-    @property
-    def what(self) -> str:
-        return "bundled general prompts" if self.prompts == PACKAGE else f"prompts of {Path(self.prompts).name}"
+    def counted(self, count: int) -> str:
+        if self.prompts == PACKAGE:
+            return number_of(count, "bundled general prompt")
+        return f"{number_of(count, 'prompt')} of {Path(self.prompts).name}"
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return None
@@ -134,21 +136,25 @@ class PromptExamples:
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
-        config = self.config
         if self.prompts == PACKAGE:  # the user cannot shorten these
-            prompts, on_long_prompt = anchor_prompts(), "drop"
-        else:
-            prompts, on_long_prompt = load_prompts(self.prompts), config.on_long_prompt
-        examples, dropped = encode(
-            prompts,
-            None,
-            chat,
-            max_prompt_length=config.max_prompt_length,
-            max_completion_length=config.max_completion_length,
-            window=loaded.window,
-            on_long_prompt=on_long_prompt,
-        )
-        return [replace(example, teacher_ids=example.student_ids) for example in examples], dropped
+            return examples_of_prompts(self.config, anchor_prompts(), loaded, chat, "drop")
+        return examples_of_prompts(self.config, load_prompts(self.prompts), loaded, chat, self.config.on_long_prompt)
+
+
+def examples_of_prompts(
+    config: TrainConfig, prompts: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat, on_long_prompt: str
+) -> tuple[list[Example], int]:
+    """Encode prompts as examples whose teacher sees the same; see :func:`encode`."""
+    examples, dropped = encode(
+        prompts,
+        None,
+        chat,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        window=loaded.window,
+        on_long_prompt=on_long_prompt,
+    )
+    return [replace(example, teacher_ids=example.student_ids) for example in examples], dropped
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,9 @@ class DocumentExamples:
     """
 
     config: TrainConfig = field(compare=False)
-    what = "document pieces"
+
+    def counted(self, count: int) -> str:
+        return number_of(count, "document piece")
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from importlib import import_module
+from typing import Any, Protocol, TypeVar, get_args
 
-from selfdistill.config import Settings, TrainConfig
+from selfdistill.config import MethodName, Settings, TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Example, Verdict
 from selfdistill.errors import UserError, closest
 from selfdistill.loss import CrossEntropy, Divergence, Target, Weighting
@@ -207,8 +208,22 @@ def own_settings(config: TrainConfig, kind: type[OwnSettings]) -> OwnSettings:
     for name in config.method_settings:
         if name not in kind.model_fields:
             known = list(kind.model_fields)
-            raise UserError(f"setting 'method_settings': {config.method} has no {name!r}{closest(name, known)}")
+            hint = closest(name, known, whose(name))
+            raise UserError(f"setting 'method_settings': {config.method} has no {name!r}{hint}")
     try:
         return kind(**config.method_settings)
     except UserError as error:
         raise UserError(f"setting 'method_settings', {error}") from None
+
+
+def own_names(method: str) -> list[str]:
+    """Names of the settings that only this method knows: the fields of the settings that its file declares."""
+    module = import_module(f"selfdistill.methods.{method}")
+    kinds = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Settings)]
+    return [name for kind in kinds if kind.__module__ == module.__name__ for name in kind.model_fields]
+
+
+def whose(name: str) -> str:
+    """The end of a message about an unknown setting: the methods that know it; empty if none does."""
+    methods = [method for method in get_args(MethodName) if name in own_names(method)]
+    return f"; it is a setting of {' and '.join(methods)}" if methods else ""

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
-from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, TrainConfig
+from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig
 from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
@@ -47,8 +47,7 @@ class EncodedPart:
     def counted(self) -> str:
         """What it learns from, and how much of it."""
         dropped = f" ({self.dropped} too long, dropped)" if self.dropped else ""
-        what = self.method.examples.what
-        return f"{len(self.examples)} {what.removesuffix('s') if len(self.examples) == 1 else what}{dropped}"
+        return self.method.examples.counted(len(self.examples)) + dropped
 
 
 @dataclass
@@ -123,7 +122,7 @@ def repeating(config: TrainConfig) -> AbstractContextManager[None]:
     return deterministic("cuda" if has_gpu() else "cpu") if config.deterministic else nullcontext()
 
 
-def drawn(demonstrations: Sequence[Demonstration], config: TrainConfig) -> Sequence[Demonstration]:
+def drawn(demonstrations: Sequence[Demonstration], config: TrainConfig | LearnConfig) -> Sequence[Demonstration]:
     """Draw ``num_demonstrations`` demonstrations with the seed; all if it is not set."""
     count = config.num_demonstrations
     if count is None or count >= len(demonstrations):
@@ -178,7 +177,7 @@ def _encoded(
     else:
         if repeated := repeated_prompts(examples, demonstrations):
             say_note(
-                f"{len(repeated)} of {len(examples)} {method.examples.what} are also prompts of the demonstrations "
+                f"{len(repeated)} of {method.examples.counted(len(examples))} are also prompts of the demonstrations "
                 f"({first_ten(repeated)}); remove them: they teach the model two things at once"
             )
     if method.checker and config.environment == "none":

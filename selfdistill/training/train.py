@@ -10,7 +10,7 @@ from pathlib import Path
 
 from selfdistill.config import TrainConfig, dump_yaml, load_saved, refuse_changes
 from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.errors import RunCollapsed, UserError
+from selfdistill.errors import RunCollapsed, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
@@ -311,7 +311,7 @@ def _where(output_dir: Path, checkpoint: Path | None, position: Position, config
     if checkpoint is None:
         return f"note: no checkpoint to resume from in {output_dir}: starting from the beginning"
     if position.step >= (config.max_steps or 0):
-        return f"all {position.step} steps are already done: raise max_steps to train further"
+        return f"already finished after {number_of(position.step, 'step')}: raise max_steps to train further"
     resuming, planned = f"resuming after step {position.step}", _settings_of(checkpoint).max_steps
     if planned == config.max_steps:
         return resuming

@@ -15,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 from selfdistill.cli import main
 from selfdistill.comparison.plots import Curve, over, pareto_front, trade_off
@@ -398,13 +399,22 @@ def test_pareto_front_against_its_definition() -> None:
     assert pareto_front(points) == sorted({point for point in points if not beaten(point)})
 
 
-def test_figures_stand_alone_and_in_a_page(tmp_path: Path) -> None:
+def test_figures_stand_alone_and_in_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    real = Figure.savefig
+
+    def counted(figure: Figure, *args: Any, **options: Any) -> None:
+        drawn.append(options["format"])
+        real(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", counted)
     curves = [
         Curve('a <b> & "$1$"', [(0.8, 0.1), (0.7, 0.9)], [[(0.8, 0.1), (0.7, 0.8)], [(0.8, 0.1), (0.7, 1.0)]]),
         Curve("_empty", []),
     ]
     file = tmp_path / "trade_off.svg"
     inline = trade_off(curves, (0.8, 0.1), 0.95, "kept", "learnt", file=file)
+    assert drawn == ["svg"]
     alone = file.read_text(encoding="utf-8")
     root = ElementTree.fromstring(inline)
     assert root.get("role") == "img"
@@ -412,6 +422,7 @@ def test_figures_stand_alone_and_in_a_page(tmp_path: Path) -> None:
     assert "currentColor" in inline
     assert "currentColor" not in alone
     assert "fill: #ffffff" in alone
+    assert "fill: #ffffff" not in inline
     for svg in (inline, alone):
         words = [text.text for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
         assert 'a <b> & "$1$"' in words

@@ -32,6 +32,7 @@ from selfdistill.continual.learn import LearnResult, learn, retention_matrix
 from selfdistill.continual.ledger import NEEDED, Ledger
 from selfdistill.continual.retention import transfer
 from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.sources import packaged
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.runtime.files import folder_lock
 
@@ -718,6 +719,14 @@ def test_mistakes_leave_no_state(make: Settings, tmp_path: Path, values: dict[st
     with pytest.raises(UserError, match=message):
         add(make(**values))
     assert not list(tmp_path.glob("state/*"))
+
+
+def test_prior_questions_of_the_package_are_copied_by_name(make: Settings, tmp_path: Path) -> None:
+    add(make(prior="bundled:prior/test/facts.jsonl", max_steps=1))
+    copied = tmp_path / "state/start/prior/facts.jsonl"
+    assert copied.read_bytes() == Path(packaged("prior/test/facts.jsonl")).read_bytes()
+    with pytest.raises(UserError, match=r"setting 'prior': .* started with other questions"):
+        add(make("second", prior="bundled:prior/test/code.jsonl"))
 
 
 @pytest.mark.parametrize("action", ["status", "history", "rollback", "discard", "export"])

@@ -18,6 +18,7 @@ from tiny_worlds import LOOK_UP
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.cli import main
+from selfdistill.config import TrainConfig
 from selfdistill.config.commands import LearnConfig
 from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
@@ -27,6 +28,7 @@ from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import check_room, cost_of, run_config
 from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations
 from selfdistill.errors import UserError
+from selfdistill.training import drawn
 
 Settings = Callable[..., LearnConfig]
 WRITTEN = Path(__file__).parents[1] / "written_by_0_1"
@@ -155,6 +157,25 @@ def test_how_many_prompts_stay(make: Settings, tmp_path: Path, remember: Any, co
     assert (texts_of(memory) if count else []) == kept
     assert memory.exists() == bool(count)
     assert [line["remembered"] for line in learn(make(action="status", data="")).details["memory"]] == [count, 8]
+
+
+def test_rows_that_are_not_drawn_are_not_remembered(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    real = add_skill.train
+
+    def noted(run: TrainConfig, **options: Any) -> Path:
+        seen.append([row.prompt[0]["content"] for row in drawn(load_demonstrations(run.data), run)])
+        return real(run, **options)
+
+    monkeypatch.setattr(add_skill, "train", noted)
+    add(make(num_demonstrations=3, seed=1))
+    first = tmp_path / "state/skills/0001-first"
+    assert len(seen[0]) == 3
+    assert texts_of(first / "prompts.jsonl") == seen[0] == learnt_prompts(first)
+    add(make("second"))
+    assert texts_of(tmp_path / "state/skills/0002-second/memory.jsonl") == seen[0]
 
 
 @pytest.mark.parametrize("remember", [-1, 1.5, True, "some", "-3"])
@@ -313,6 +334,29 @@ def test_a_stream_rehearses_in_every_chunk_and_counts_all_of_them(
 
 
 # --- mistakes, interruptions, older states ---
+
+
+def test_anchors_that_are_too_long_are_told_before_anything_is_measured(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = {"prompt": "long " * 30, "completion": "x"}
+    add(make(rows=[*({"prompt": f"p {i}", "completion": "x"} for i in range(3)), long], test_share=0.1, seed=1))
+    own = tmp_path / "own.txt"
+    own.write_text("long " * 30, encoding="utf-8")
+    limits = {"max_prompt_length": 60, "anchors": "none"}
+    with monkeypatch.context() as patch:
+        patch.setattr(add_skill, "measure_model", lambda *_: pytest.fail("it was measured"))
+        told = (
+            r"^prompts of earlier skills: 1 of 3 rows do not fit: skill first, prompt 3: prompt has \d+ tokens, limit "
+            r"60; raise max_prompt_length, or drop them with on_long_prompt drop; anchor_share 0 rehearses none$"
+        )
+        with pytest.raises(UserError, match=told):
+            add(make("second", **limits))
+        with pytest.raises(UserError, match=r"^1 of 1 rows do not fit: own\.txt:1: prompt has \d+ tokens, limit 60;"):
+            add(make("second", **limits | {"anchors": str(own)}))
+    assert not (tmp_path / "state" / "pending").exists()
+    assert add(make("second", **limits, on_long_prompt="drop"))["accepted"]
+    assert add(make("third", **limits, anchor_share=0))["accepted"]
 
 
 def test_a_batch_too_small_for_the_parts_is_told_before_anything_is_measured(

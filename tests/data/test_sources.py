@@ -225,3 +225,5 @@ def test_files_of_the_package_are_named() -> None:
         "bundled:shop.tset.jsonl: no such file in the package; did you mean bundled:shop.test.jsonl?"
     )
     assert "expected one of" in error_of("bundled:../messages.py")
+    (fact, *_) = load_demonstrations("bundled:prior/test/facts.jsonl")
+    assert fact.source == "bundled:prior/test/facts.jsonl:1"

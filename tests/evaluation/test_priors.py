@@ -11,6 +11,7 @@ import torch
 
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.sources import packaged
 from selfdistill.errors import UserError
 from selfdistill.evaluation.priors import Choices, PriorResult, encode_priors, load_prior, prior_abilities
 from selfdistill.model.forward import ForwardPass
@@ -169,6 +170,15 @@ def test_bad_prior_rows_are_named(tmp_path: Path, line: str, message: str) -> No
 def test_missing_prior_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="or a folder without any"):
         load_prior(str(tmp_path / "none"))
+
+
+def test_prior_files_of_the_package_are_named() -> None:
+    assert load_prior("bundled:prior/test") == load_prior(packaged("prior/test"))
+    assert list(load_prior("bundled:prior/test/facts.jsonl")) == ["facts"]
+    with pytest.raises(
+        UserError, match=r"^bundled:prior/tset: no such file in the package; did you mean bundled:prior"
+    ):
+        load_prior("bundled:prior/tset")
 
 
 def test_real_prior_files_load() -> None:

@@ -426,6 +426,15 @@ def test_the_base_is_held_by_a_method_that_needs_it_only(
             "setting 'method_settings': veto has no 'studnt'; did you mean student?",
         ),
         (
+            {"method": "veto", "method_settings": {"entropy_top_k": 1}},
+            "setting 'method_settings': veto has no 'entropy_top_k'; it is a setting of eaft and msd",
+        ),
+        (
+            {"method": "sdft", "method_settings": {"pull": 1}},
+            "setting 'method_settings': found pull, but method 'sdft' has no settings of its own; it is a setting of "
+            "isdft",
+        ),
+        (
             {"method": "isdft", "method_settings": {"share": 2}},
             "setting 'method_settings', setting 'share': found 2, expected: 1 or less",
         ),

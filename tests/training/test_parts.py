@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from children import train_together
@@ -30,6 +31,7 @@ from torch import Tensor
 
 import selfdistill as sd
 from selfdistill.config.train import TrainConfig
+from selfdistill.data import Demonstration, Example
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import METHODS, Method, stages_of
@@ -281,6 +283,15 @@ def test_anchors_keep_the_model_where_it_was(anchored: Settings, tmp_path: Path)
     assert drifts[0] < drifts[1] / 5
 
 
+def test_no_two_parts_sample_with_the_same_seed(anchored: Settings) -> None:
+    (parts,) = stages_of(anchored(method="sdft"))
+    rows = [Example(Demonstration("q", "a", row=row), [1], None, [2]) for row in range(5)]
+    sequences: list[Any] = [part.method.sequence for part in parts]
+    assert len(sequences) == 3
+    seeds = [seed for sequence in sequences for seed in sequence.expanded(rows, step=3)[1]]
+    assert len(set(seeds)) == len(seeds) == 15
+
+
 def test_anchors_that_are_prompts_of_the_task_are_noted(
     anchored: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +299,20 @@ def test_anchors_that_are_prompts_of_the_task_are_noted(
     (tmp_path / "own.txt").write_text(f"Who?\n{prompt}\n", encoding="utf-8")
     Trainer(anchored(anchors=str(tmp_path / "own.txt")))
     assert "1 of 2 prompts of own.txt are also prompts of the demonstrations (own.txt:2)" in capsys.readouterr().err
+
+
+def test_anchors_without_a_training_split_are_refused_with_what_to_give(settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "traffic"
+    folder.mkdir()
+    for name in ("dev.jsonl", "test.jsonl"):
+        (folder / name).write_text('{"prompt": "a"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"expected validation or test \(to choose one, give its file or its rows\)$"):
+        check_inputs(settings(anchors=str(folder)))
+    rows = datasets.Dataset.from_list([{"prompt": "a"}])
+    with pytest.raises(
+        UserError, match=r"^anchors: .*expected dev or test \(to choose one, give its file or its rows\)$"
+    ):
+        sd.train(settings(), anchors=datasets.DatasetDict(dev=rows, test=rows))
 
 
 def test_what_is_not_read_of_anchors_is_noted(
@@ -300,7 +325,8 @@ def test_what_is_not_read_of_anchors_is_noted(
     check_inputs(settings(anchors=str(folder)))
     said = capsys.readouterr().err
     assert f"{folder}: folders not read: old" in said
-    assert f"{folder}: split 'train' is read; the other split is 'test'" in said
+    advice = "(to choose one, give its file or its rows)"  # no setting chooses it
+    assert f"{folder}: split 'train' is read; the other split is 'test' {advice}\n" in said
     assert f"{folder}: columns not used: user" in said
 
 
@@ -351,6 +377,13 @@ def test_anchors_that_are_test_questions_are_noted(
     test = write_rows([{"prompt": "Why?", "completion": "So."}], name="test.jsonl")
     Trainer(anchored(anchors=str(tmp_path / "own.txt"), test=str(test)))
     assert "1 of 2 prompts of own.txt are also test questions (own.txt:2); on these, anchors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lines", "said"), [("Who?", "1 prompt of own.txt"), ("Who?\nWhy?", "2 prompts of own.txt")])
+def test_anchors_are_counted_in_words(anchored: Settings, tmp_path: Path, lines: str, said: str) -> None:
+    (tmp_path / "own.txt").write_text(lines, encoding="utf-8")
+    part = Trainer(anchored(anchors=str(tmp_path / "own.txt"))).stages[0].parts[1]
+    assert part.counted == said
 
 
 def test_a_misspelt_package_is_not_looked_for_on_the_hub(settings: Settings) -> None:

@@ -1167,14 +1167,15 @@ def test_a_stopped_run_may_end_at_any_step_from_the_last_one_on(settings: Callab
         assert "ended early" not in (Path(config.output_dir) / "final/README.md").read_text()
 
 
+@pytest.mark.parametrize(("steps", "said"), [(1, "1 step"), (2, "2 steps")])
 def test_a_finished_run_that_is_resumed_with_its_own_steps_stays_as_it_is(
-    settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+    settings: Callable[..., TrainConfig], steps: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = settings(max_steps=2, save_steps=1)
+    config = settings(max_steps=steps, save_steps=1)
     train(config)
     before = files_of(config)
     train(config, resume=True)
-    assert "all 2 steps are already done: raise max_steps to train further" in capsys.readouterr().err
+    assert f"already finished after {said}: raise max_steps to train further" in capsys.readouterr().err
     assert files_of(config) == before
 
 
