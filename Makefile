@@ -87,6 +87,7 @@ bench: $(STAMP) $(TRL_STAMP) ## Measure speed and memory, also against TRL (abou
 	$(BIN)/python benchmarks/step.py --teacher frozen
 	$(BIN)/python benchmarks/step.py --teacher frozen --torch_compile
 	$(BIN)/python benchmarks/step.py --teacher frozen --lora
+	$(BIN)/python benchmarks/busy.py
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 128
 	.venv-trl/bin/python benchmarks/against_trl.py --tokens 32 --lora

@@ -29,6 +29,11 @@ from selfdistill.runtime import (
     world_size,
 )
 
+_OF_ANOTHER_PROCESS = {
+    "connection (was )?(closed|reset)|remote process exit|broken pipe": "has ended",
+    "timed out (waiting|after)|(operation|application) timeout": "has not answered in time",
+}
+"""What gloo, NCCL and their store say, and what it means."""
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
@@ -100,12 +105,15 @@ def _check_settings(command: str, given: dict[str, Any]) -> None:
 def _of_the_machine(error: Exception) -> tuple[str, int] | None:
     """Message and exit code of an error caused by the machine; None for any other error."""
     text = str(error)
-    if world_size() > 1 and re.search("connection (was )?(closed|reset)|remote process exited|broken pipe", text, re.I):
-        return f"another process of this run has ended; its checkpoints are intact, continue with --resume ({text})", 3
+    for words, what in _OF_ANOTHER_PROCESS.items() if world_size() > 1 else ():
+        if re.search(words, text, re.I):
+            return f"another process of this run {what}; its checkpoints are intact, continue with --resume ({text})", 3
     if unrepeatable := re.match(r".* does not have a deterministic implementation", text):
         return f"setting 'deterministic': {unrepeatable[0]}; leave it out", 2
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
         advice = "raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length"
+        if unused := re.search(r"([\d.]+ \w+) is reserved by PyTorch but unallocated.* (PYTORCH_\S+=\S+)", text):
+            advice += f"; {unused[1]} were reserved but not in use, so {unused[2]} in the environment may help"
         return f"out of memory: {advice}; checkpoints are intact", 2
     return None
 

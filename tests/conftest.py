@@ -114,6 +114,7 @@ def write_model(
     seed: int = 0,
     room: int = 512,
     head_dim: int = 8,
+    layers: int = 2,
     **tokenizer_options: Any,
 ) -> None:
     """Write a tiny random Llama, whose window is ``room``, and its byte tokenizer."""
@@ -121,7 +122,7 @@ def write_model(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=head_dim,

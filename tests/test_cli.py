@@ -694,6 +694,18 @@ def no_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
 
 
+def memory_in_pieces(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 5.20 GiB "
+            "is free. Of the allocated memory 58.10 GiB is allocated by PyTorch, and 13.50 GiB is reserved by PyTorch "
+            "but unallocated. If reserved but unallocated memory is large try setting "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation"
+        )
+
+    monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
+
+
 def cannot_repeat(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError(
@@ -741,6 +753,13 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         "",
         "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
         "checkpoints are intact",
+    ),
+    (
+        memory_in_pieces,
+        "",
+        "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
+        "13.50 GiB were reserved but not in use, so PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the "
+        "environment may help; checkpoints are intact",
     ),
     (
         cannot_repeat,

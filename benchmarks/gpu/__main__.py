@@ -110,6 +110,9 @@ def main() -> int:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print_table(results)
+    for result in results:
+        if result.outcome == "not run":
+            print(f"NOT RUN: {result.name}: {result.why}", file=sys.stderr)
     return 1 if any(result.outcome == "failed" for result in results) else 0
 
 

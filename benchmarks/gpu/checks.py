@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import exactness
+import few_bits
 import others
 import shape
 import speed
 
-CHECKS = (*exactness.CHECKS, *speed.CHECKS, *shape.CHECKS, *others.CHECKS)
+CHECKS = (*exactness.CHECKS, *few_bits.CHECKS, *speed.CHECKS, *shape.CHECKS, *others.CHECKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -123,6 +124,16 @@ def starter(bench: Bench) -> str:
         return str(starter_model_path("smollm2-135m"))
     except UserError as error:
         raise NotRun(str(error)) from None
+
+
+def needs_bitsandbytes() -> None:
+    """Nothing, if bitsandbytes is there.
+
+    Raises:
+        NotRun: it is not.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise NotRun("bitsandbytes is not installed, so nothing with 8-bit moments or 4-bit weights was tried")
 
 
 def rows(bench: Bench, count: int, prompt: int, completion: int) -> str:

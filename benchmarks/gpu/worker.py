@@ -184,7 +184,7 @@ def description(bench: Bench) -> dict[str, Any]:
     if not bench.cuda:
         torch.set_num_threads(1)
     found: dict[str, Any] = {"device": bench.device, "python": sys.version.split()[0]}
-    for package in ("torch", "transformers", "accelerate", "peft", "trl", "triton"):
+    for package in ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "trl", "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

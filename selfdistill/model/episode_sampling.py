@@ -138,11 +138,11 @@ class TurnSampler:
 def _taken(rows: ReadRows, places: Sequence[int]) -> list[States]:
     """Copies of the states of some rows, without padding; if these are all rows, one layer at a time is held twice."""
     layers: Any = rows.cache.layers
-    kept = [rows.mask_BL[place].bool() for place in places]
+    kept = [rows.mask_BL[place].nonzero()[:, 0] for place in places]  # as a mask, each layer would wait for the device
     taken: list[States] = [[] for _ in places]
     for layer in layers:
-        for states, place, kept_L in zip(taken, places, kept, strict=True):
-            pair = (layer.keys[place][:, kept_L], layer.values[place][:, kept_L])
+        for states, place, index_L in zip(taken, places, kept, strict=True):
+            pair = (layer.keys[place][:, index_L], layer.values[place][:, index_L])
             states.append(pair)
         if len(places) == len(rows.mask_BL):
             layer.release()

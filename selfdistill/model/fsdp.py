@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from selfdistill.errors import UserError
-from selfdistill.runtime import is_rank0
+from selfdistill.runtime import barrier, is_rank0
 
 
 def shard(
@@ -109,8 +109,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def full_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The full tensors on rank 0, the only one that writes; shared tensors stay shared. All ranks must call this.
 
-    Gathers one tensor at a time and moves it to the CPU, so that no device has to hold them all.
+    Gathers one tensor at a time and moves it to the CPU, so that no device has to hold them all. Ranks begin together:
+    rank 0 may still be writing what it gathered before, for longer than a GPU waits.
     """
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        barrier()
     found: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) in found:

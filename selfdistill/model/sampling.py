@@ -194,12 +194,14 @@ def decode(
     model, device = loaded.model, loaded.device
     cache, logits_BV, mask_BL = rows.cache, rows.logits_BV, rows.mask_BL
     count, limit = len(logits_BV), sampling.max_completion_length
-    uniforms = None
+    uniform_BT = None
     if sampling.temperature > 0:
         assert seeds is not None, "sampling needs a seed per prompt"
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniforms = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
-    ends = torch.tensor(loaded.end_token_ids, device=device)
+        uniform_BT = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
+        if device.type != "mps":  # has no float64
+            uniform_BT = uniform_BT.to(device)
+    end_tokens = torch.tensor(loaded.end_token_ids, device=device)
     preallocate(cache, limit - 1)
     position_B = mask_BL.sum(1) + rows.shift_B
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
@@ -208,22 +210,26 @@ def decode(
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     alive = torch.arange(count, device=device)  # the sample in each row of the batch
     for t in range(limit):
-        uniform_B = None if uniforms is None else uniforms[alive.cpu(), t]
+        uniform_B = None if uniform_BT is None else uniform_BT[:, t]
         logits_BV = logits_BV.float() if loaded.pictures is None else loaded.pictures.allowed(logits_BV.float())
         token_B, logp_B = choose(logits_BV, sampling, uniform_B)
         tokens[alive, t], logps[alive, t] = token_B, logp_B
-        done_B = torch.isin(token_B, ends) | _at_next_turn(loaded, tokens[alive, : t + 1])
-        lengths[alive[done_B]], ended[alive[done_B]] = t + 1, True
-        leaving_B = done_B if t < limit - 1 else torch.ones_like(done_B)
-        if leave is not None and leaving_B.any():
-            left = leaving_B.nonzero()[:, 0]
-            leave(ReadRows(cache, logits_BV, mask_BL, position_B - mask_BL.sum(1)), left.tolist(), alive[left].tolist())
-        if leaving_B.all():
+        done_B = torch.isin(token_B, end_tokens) | _at_next_turn(loaded, tokens[alive, : t + 1])
+        done = [row for row, ends in enumerate(done_B.tolist()) if ends]  # waits for the device, once per token
+        leaving = done if t < limit - 1 else list(range(len(alive)))
+        if done:
+            lengths[alive[done]], ended[alive[done]] = t + 1, True
+        if leave is not None and leaving:
+            current = ReadRows(cache, logits_BV, mask_BL, position_B - mask_BL.sum(1))
+            leave(current, leaving, alive[leaving].tolist())
+        if len(leaving) == len(alive):
             break
-        if done_B.any():  # finished rows leave the batch
+        if done:  # finished rows leave the batch
             keep = (~done_B).nonzero()[:, 0]
             _keep_rows(cache, keep)
             alive, token_B, mask_BL, position_B = alive[keep], token_B[keep], mask_BL[keep], position_B[keep]
+            if uniform_BT is not None:
+                uniform_BT = uniform_BT[keep.to(uniform_BT.device)]
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], dim=1)
         logits_BV = model(
             input_ids=token_B[:, None],

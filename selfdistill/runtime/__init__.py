@@ -11,11 +11,9 @@ from selfdistill.runtime.console import (
     say_note,
 )
 from selfdistill.runtime.distributed import (
-    TIMEOUT,
     RaisedOnAllRanks,
     all_gather,
     all_reduce_gradients,
-    all_reduce_max,
     all_reduce_sum,
     barrier,
     broadcast_from_rank0,
@@ -56,7 +54,6 @@ __all__ = [
     "GPUS",
     "METRICS",
     "THIS",
-    "TIMEOUT",
     "Gpu",
     "MetricsFile",
     "Printable",
@@ -67,7 +64,6 @@ __all__ = [
     "Tracker",
     "all_gather",
     "all_reduce_gradients",
-    "all_reduce_max",
     "all_reduce_sum",
     "barrier",
     "broadcast_from_rank0",

@@ -4,6 +4,9 @@ Every rank runs the same deterministic computation, so all stay in sync without 
 divided: :func:`rank_slice` gives each rank its part, and :func:`all_gather` and :func:`all_reduce_sum` combine the
 results. Only rank 0 writes files.
 
+Ranks meet through gloo, also on GPUs: gloo notices at once that another process has ended, and NCCL does not. Only
+gradients and shards go through the group's own backend, right after a meeting. So they keep PyTorch's own time limit.
+
 Without ``torch.distributed``, everything here behaves as in a single process.
 """
 
@@ -13,13 +16,14 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from selfdistill.errors import UserError
 
 if TYPE_CHECKING:  # importing torch takes a second; a mistake on the command line should be reported at once
-    import torch
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 Item = TypeVar("Item")
 
@@ -29,7 +33,8 @@ class RaisedOnAllRanks(UserError):
 
 
 TIMEOUT = timedelta(hours=6)
-"""How long a rank waits for another that works alone. A rank that exits is noticed at once."""
+"""How long ranks wait for each other where one works alone, such as for a judge or a checkpoint. A rank that exits is
+noticed at once."""
 
 
 BUCKET_BYTES = 2**26
@@ -49,6 +54,15 @@ def is_distributed() -> bool:
 def world_size() -> int:
     """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+@cache
+def _meeting(_world: ProcessGroup) -> ProcessGroup:
+    """The run's processes, as the group in which they wait for each other."""
+    from torch import distributed
+
+    group: ProcessGroup = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+    return group
 
 
 def is_rank0() -> bool:
@@ -74,7 +88,7 @@ def all_gather(own: Sequence[Item]) -> list[Item]:
     from torch import distributed
 
     parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, list(own))
+    distributed.all_gather_object(parts, list(own), _meeting(distributed.group.WORLD))
     return [item for part in parts for item in part]
 
 
@@ -112,11 +126,10 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
     from torch import distributed
 
     chosen = list(parameters)
-    there = torch.tensor([p.grad is not None for p in chosen], dtype=torch.uint8, device=chosen[0].device)
-    distributed.all_reduce(there, op=distributed.ReduceOp.MAX)
+    there = all_gather([[p.grad is not None for p in chosen]])
     gradients = []
-    for parameter, anywhere in zip(chosen, there.tolist(), strict=True):
-        if anywhere:
+    for parameter, *on_ranks in zip(chosen, *there, strict=True):
+        if any(on_ranks):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
@@ -144,18 +157,6 @@ def buckets(tensors: Iterable[Tensor], most: int) -> list[list[Tensor]]:
     return groups
 
 
-def all_reduce_max(value: int, device: torch.device) -> int:
-    """All-reduce (max) of ``value``."""
-    if not is_distributed():
-        return value
-    import torch
-    from torch import distributed
-
-    tensor = torch.tensor(value, device=device)
-    distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
-    return int(tensor)
-
-
 def broadcast_from_rank0(make: Callable[[], Item]) -> Item:
     """Call ``make`` on rank 0 and broadcast the result; a :class:`UserError` there is raised on every rank."""
     if not is_distributed():
@@ -168,7 +169,7 @@ def broadcast_from_rank0(make: Callable[[], Item]) -> Item:
             box[0] = make()
         except UserError as error:
             box[1] = str(error)
-    distributed.broadcast_object_list(box, src=0)
+    distributed.broadcast_object_list(box, src=0, group=_meeting(distributed.group.WORLD))
     if box[1] is not None:
         raise RaisedOnAllRanks(box[1])
     result: Item = box[0]
@@ -180,4 +181,4 @@ def barrier() -> None:
     if is_distributed():
         from torch import distributed
 
-        distributed.barrier()
+        distributed.barrier(_meeting(distributed.group.WORLD))

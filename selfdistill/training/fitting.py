@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from selfdistill.config import OPEN, TrainConfig
 from selfdistill.data import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel, can_be_in_4bit
-from selfdistill.runtime import Printable
+from selfdistill.runtime import Printable, all_gather, free_memory
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.rates import Rates
@@ -141,10 +143,12 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
     """
     if limit is None:
         plan = planner.plan(config)
+        check_host_fits(plan)
         return plan, [plan.line()]
     found = fitted(planner, config, limit)
     if not found.fits and (saving := _saving(planner, config)):
         found = replace(found, plan=planner.plan(config.model_copy(update=saving)), chosen=saving)
+    check_host_fits(found.plan)
     lines = [f"{found.plan.line()}; {size_text(limit)} free{found.choice()}"]
     if found.fits:
         return found.plan, lines
@@ -158,6 +162,24 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
     note = f"note: it does not fit if all rows of a batch are as long as the longest, {max(student, teacher)} tokens"
     note += f"; {found.advice()}"
     return found.plan, [*lines, note]
+
+
+def check_host_fits(plan: MemoryPlan) -> None:
+    """Check that the teacher's average of every process of this machine fits into its memory; else it would kill them.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not plan.host:
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    free = min(free for free in all_gather([free_memory(torch.device("cpu"))]) if free is not None)
+    if processes * plan.host > free:
+        of_all = f" in {processes} processes" if processes > 1 else ""
+        raise UserError(
+            f"{size_text(free)} of the machine's memory are free, but the teacher's float32 average needs "
+            f"{size_text(processes * plan.host)}{of_all}; use teacher frozen or live, or lora_rank {LORA_RANK}"
+        )
 
 
 def _options(changes: Changes) -> str:

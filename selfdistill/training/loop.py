@@ -25,7 +25,7 @@ from selfdistill.runtime import (
     StepsFile,
     StopRequests,
     Tracker,
-    all_reduce_max,
+    all_gather,
     barrier,
     broadcast_from_rank0,
     corruption,
@@ -99,7 +99,7 @@ class Loop:
                     self._watch.look(step, last=last)
                 every = self._trainer.config.save_steps
                 # A signal may reach any rank.
-                received = all_reduce_max(stop.received or 0, self._trainer.accelerator.device)
+                received = max(all_gather([stop.received or 0]))
                 if received or (every and (last or step % every == 0)) or self._is_spared(step):
                     self._save()
                 if received and not last:

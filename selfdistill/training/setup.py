@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
 
 from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig
 from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
@@ -23,7 +22,7 @@ from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
 from selfdistill.methods import FROZEN, DemonstrationExamples, Method, Part, check_steps, stages_of
 from selfdistill.model import LoadedModel, TeacherRule, deterministic, has_gpu, resolved_precision
-from selfdistill.runtime import TIMEOUT, barrier, say_note, world_size
+from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
 
 
@@ -82,7 +81,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=resolved_precision(config.mixed_precision),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
     processes = accelerator.num_processes
     if world_size() != processes:

@@ -132,7 +132,26 @@ def test_what_fails_fails_the_run_and_stops_nothing(
     assert checks["breaks"]["why"] == "ValueError: last line"
     assert [number["value"] for number in checks["right"]["numbers"]] == [2.5, "yes"]
     assert [number["name"] for number in checks["hangs"]["numbers"]] == ["begun"]
-    assert "| wrong | error | **fails** nan (at most 1e-05) |" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "| wrong | error | **fails** nan (at most 1e-05) |" in said.out
+    assert said.err.splitlines()[-1] == "NOT RUN: absent: there is none"
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [("few_bits", ["8 bits", "4 bits"]), ("shape", ["full on bfloat16, 8-bit moments, EMA", "QLoRA"])],
+)
+def test_checks_that_need_bitsandbytes_are_not_run_without_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, names: list[str]
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    checks = {check.name: check for check in import_module(module).CHECKS}
+    bench = import_module("bench")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in names:
+        with pytest.raises(bench.NotRun, match="bitsandbytes is not installed"):
+            checks[name].run(bench.Bench("cpu", tmp_path, tmp_path), None)
 
 
 def test_a_check_that_is_none_is_refused(
@@ -147,6 +166,19 @@ def test_what_was_packed_is_joined_and_can_be_imported(pack: ModuleType, packed:
     site = pack.unpack(packed, tmp_path / "work")
     assert (site / "thing.py").read_text(encoding="utf-8") == "VALUE = 1"
     assert (tmp_path / "work" / "wheels" / "starter.whl").read_bytes() == b"first second"
+
+
+def test_libraries_for_other_devices_are_left_out(pack: ModuleType, tmp_path: Path) -> None:
+    wheel, names = tmp_path / "bitsandbytes-1-any.whl", ["cpu", "cuda121", "cuda128", "cuda130", "cuda1301", "rocm71"]
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name in ("__init__.py", *(f"libbitsandbytes_{name}.so" for name in names)):
+            file.writestr(f"bitsandbytes/{name}", name)
+    pack.leave_out(pack.OTHER_DEVICES, wheel)
+    assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
+    with zipfile.ZipFile(wheel) as file:
+        kept = [f"bitsandbytes/libbitsandbytes_{name}.so" for name in ("cpu", "cuda128", "cuda130")]
+        assert file.namelist() == ["bitsandbytes/__init__.py", *kept]
+        assert file.read(kept[0]) == b"libbitsandbytes_cpu.so"
 
 
 def change(file: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import row_log_probs
 from odd_models import NAMES, odd_model
+from waits import Waits
 
 from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.loading import LoadedModel, disable_dropout
@@ -69,6 +70,17 @@ def test_replies_from_kept_states_are_those_of_sampling_anew(load: Loader) -> No
             assert prompt == other
             assert_alike(rollout, reply)
             assert rollout.logps == pytest.approx(logps(loaded, prompt, rollout.ids), abs=1e-5)
+
+
+def test_layers_keep_their_states_without_waiting_for_the_device(load: Loader) -> None:
+    def waits(layers: int) -> int:
+        loaded = replace(load(layers=layers), end_token_ids=(-1,))
+        can_continue_cache(loaded)
+        with Waits() as seen:
+            conversation(loaded, [0, 1])
+        return seen.count
+
+    assert waits(4) == waits(2)
 
 
 def test_an_episode_does_not_depend_on_the_others(load: Loader) -> None:

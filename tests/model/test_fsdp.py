@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from children import started_together, train_together
 from conftest import ENDS, final_weights, largest_difference, metrics_of
 from odd_models import MAKERS
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from selfdistill.cli import main
@@ -24,9 +29,9 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.model.compiled import layers_of
-from selfdistill.model.fsdp import local_tensor, unsharded
+from selfdistill.model.fsdp import full_tensors, local_tensor, unsharded
 from selfdistill.model.loading import LoadedModel
-from selfdistill.runtime.distributed import broadcast_from_rank0
+from selfdistill.runtime.distributed import broadcast_from_rank0, is_rank0
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
@@ -243,6 +248,20 @@ def test_weights_are_whole_only_as_long_as_asked_for(settings: Callable[..., Tra
 
     for child in started_together(work, tmp_path / "log"):
         assert child.wait() == 0, child.log.read_text()
+
+
+def test_rank_0_may_write_for_longer_than_an_operation_may_take(tmp_path: Path) -> None:
+    def work() -> int:
+        Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=1))])
+        mesh = init_device_mesh("cpu", (2,))
+        weight = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
+        for _ in range(2):
+            found = full_tensors({"weight": weight})["weight"]
+            if is_rank0():
+                time.sleep(3)  # as for a file
+        return 10 if not is_rank0() or found.tolist() == [0.0, 1.0, 2.0, 3.0] else 11
+
+    assert [child.wait() for child in started_together(work, tmp_path / "log")] == [10, 10]
 
 
 def test_a_checkpoint_is_the_same_sharded_or_not(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from odd_models import NAMES, odd_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
+from waits import Waits
 
 from selfdistill.errors import UserError
 from selfdistill.model.dropout import disable_dropout
@@ -175,6 +176,18 @@ def test_a_sample_draws_nothing_from_the_global_generator(load: Loader) -> None:
     assert [r.ids for r in first] == [r.ids for r in second]
     torch.manual_seed(1)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_token_with_which_no_sample_ends_waits_for_the_device_once(load: Loader) -> None:
+    loaded, batch = replace(load(), end_token_ids=(-1,)), prompts(5, 9)
+
+    def waits(tokens: int) -> int:
+        with Waits() as seen:
+            sample(loaded, batch, Sampling(tokens), [1, 2])
+        return seen.count
+
+    # That is for the list of those that end, which is not counted here; transformers looks for padding in the mask.
+    assert waits(12) - waits(4) <= 8
 
 
 def test_tokens_and_time_are_counted(load: Loader) -> None:

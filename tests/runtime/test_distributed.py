@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from children import JOINED, Child, second_gets, started_together, train_together
 from conftest import assert_same_run, final_weights, largest_difference, metrics_of
 from stress import Tally
@@ -28,7 +30,8 @@ from selfdistill.config.files import dump_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Evaluator
-from selfdistill.runtime.distributed import all_reduce_gradients, broadcast_from_rank0, buckets
+from selfdistill.runtime import distributed
+from selfdistill.runtime.distributed import all_reduce_gradients, barrier, broadcast_from_rank0, buckets
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
 
@@ -153,6 +156,42 @@ def test_a_run_whose_other_process_has_ended_says_so_in_one_line(
     assert first.wait(60) == 3
     said = "another process of this run has ended; its checkpoints are intact, continue with --resume ("
     assert first.log.read_text().splitlines()[-1].startswith(f"selfdistill: error: {said}")
+
+
+def test_a_run_whose_other_process_hangs_says_so_in_one_line(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings("hung", **COMMON | {"max_steps": 200})
+    file = tmp_path / "settings.yaml"
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=10))
+    first, second = started_together(lambda: main(["train", "--config", str(file)]), tmp_path / "hung")
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    second.kill(signal.SIGSTOP)
+    assert first.wait(60) == 3
+    second.kill()
+    said = "another process of this run has not answered in time; its checkpoints are intact, continue with --resume ("
+    assert first.log.read_text().splitlines()[-1].startswith(f"selfdistill: error: {said}")
+
+
+def test_a_process_that_works_alone_may_take_longer_than_an_operation_on_gradients(tmp_path: Path) -> None:
+    def work() -> int:
+        short = timedelta(seconds=1)
+        Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=short)])
+        broadcast_from_rank0(lambda: time.sleep(2))
+        if os.environ["RANK"] == "1":
+            time.sleep(2)
+        weight = torch.nn.Parameter(torch.ones(2))
+        weight.grad = torch.ones(2)
+        all_reduce_gradients([weight])
+        if os.environ["RANK"] == "0":
+            time.sleep(2)
+        barrier()
+        return 10 if weight.grad.tolist() == [2.0, 2.0] else 11
+
+    assert [child.wait() for child in started_together(work, tmp_path / "log")] == [10, 10]
 
 
 @pytest.mark.parametrize(
@@ -374,6 +413,9 @@ def test_a_bucket_has_neighbours_of_one_type_and_is_not_too_large() -> None:
     ("words", "code"),
     [
         ("[pair.cc:547] Connection closed by peer [127.0.0.1]:4242", 3),
+        ("NCCL error: ncclRemoteError: A call failed, possibly due to a remote process exiting prematurely", 3),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)", 3),
+        ("Timed out after 301 seconds waiting for clients. 1/2 clients joined.", 3),
         ("NCCL error: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000", None),
         ("CUDA out of memory. Tried to allocate 2 GiB", 2),
     ],

@@ -22,7 +22,7 @@ from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.runtime import size_in_bytes
 from selfdistill.training import memory, train
-from selfdistill.training.fitting import fit, fitted
+from selfdistill.training.fitting import check_host_fits, fit, fitted
 from selfdistill.training.memory import MemoryPlanner, memory_plan
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.traced_step import Device
@@ -70,6 +70,25 @@ def test_what_cannot_fit_is_refused_before_the_model_is_loaded(
     with pytest.raises(UserError, match=message):
         train(config)
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("processes", [None, "8"])
+def test_an_average_that_the_machine_cannot_hold_is_refused(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, processes: str | None
+) -> None:
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    plan = planned(settings(**BFLOAT16), GPU)
+    needed = plan.host * int(processes or 1)
+    assert needed > 0
+    monkeypatch.setattr("selfdistill.training.fitting.free_memory", lambda _: needed)
+    check_host_fits(plan)
+    monkeypatch.setattr("selfdistill.training.fitting.free_memory", lambda _: needed - 1)
+    with pytest.raises(
+        UserError, match=r"^\d+\.\d MiB of the machine's memory are free, but .* use teacher frozen or live"
+    ):
+        check_host_fits(plan)
+    check_host_fits(planned(settings(**BFLOAT16)))  # on a CPU the average is part of the plan
 
 
 def test_a_tiny_model_starts_without_a_plan(
