@@ -3,6 +3,7 @@
     python studies/study.py [--only NAME]... [--minutes M] [--results FOLDER] configs/study/anchors/*.yaml
     python studies/study.py --summary configs/study/anchors/*.yaml
     python studies/study.py --figure FILE.svg --only ARM... configs/study/anchors/routing.yaml
+    python studies/study.py --figure FILE.svg STUDY.yaml...
 
 Each run appends one line to FOLDER/STUDY.jsonl. A run that has its line there is not run again: to repeat one, delete
 its line. Lines made on several machines are merged by putting them into one file. The runs of a study share one base
@@ -301,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="start no run that would probably end later")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--summary", action="store_true", help="print tables of what was measured, and run nothing")
-    parser.add_argument("--figure", type=Path, metavar="SVG", help="draw the last scores of one study, and run nothing")
+    parser.add_argument("--figure", type=Path, metavar="SVG", help="draw where each arm ended, and run nothing")
     options = parser.parse_args(argv)
     try:
         studies = read_studies(options.files)
@@ -312,7 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("\n".join(table(own, results_of(own[0].study, options.results))) + "\n")
             return 0
         if options.figure:
-            draw(runs, results_of(runs[0].study, options.results), options.figure)
+            files = dict.fromkeys(results_file(asked.study, options.results) for asked in runs)
+            draw(runs, [line for file in files for line in read_lines(file)], options.figure)
             return 0
         with quiet_libraries():
             return RunFailed.exit_code if run_all(runs, options.results, options.minutes) else 0

@@ -12,6 +12,7 @@ from typing import Any
 from study_file import Asked, place, runs_of
 
 from selfdistill.comparison.plots import Curve, trade_off
+from selfdistill.errors import UserError
 from selfdistill.evaluation import seeds_interval
 
 Line = dict[str, Any]
@@ -42,12 +43,23 @@ def scores(line: Line, number: int, covered: Sequence[str]) -> dict[str, float]:
 
 
 def draw(runs: Sequence[Asked], lines: Sequence[Line], file: Path) -> str:
-    """Draw new against prior of each run's final model into ``file``; returns the figure for a page."""
+    """Draw new against prior of each arm's final models, as means over seeds, into ``file``.
+
+    Returns:
+        The figure for a page.
+
+    Raises:
+        UserError: the runs are not measured alike.
+    """
     curves, base = [], None
+    for name in ("test", "prior"):
+        if len(found := {run.settings[name] for run in runs}) > 1:
+            values = ", ".join(map(str, found))
+            raise UserError(f"the figure's runs have several values of {name!r}: {values}; draw the runs of each alone")
     for arm in dict.fromkeys(run.arm for run in runs):
         own = [line for run in runs if run.arm == arm for line in lines if run.is_of(line) and "failed" not in line]
-        ends = [scores(line, -1 % len(line["evaluations"]), ()) for line in own]
-        curves.append(Curve(arm, sorted((end["prior"], end["new"]) for end in ends)))
+        if ends := [scores(line, -1 % len(line["evaluations"]), ()) for line in own]:
+            curves.append(Curve(arm, [(mean(end["prior"] for end in ends), mean(end["new"] for end in ends))]))
         base = base or next(((start["prior"], start["new"]) for line in own if (start := scores(line, 0, ()))), None)
     return trade_off(curves, base, None, "prior questions answered", "new task answered", file=file)
 

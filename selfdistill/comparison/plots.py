@@ -153,6 +153,7 @@ def _draw(axes: Axes, curves: Sequence[Curve], *, marked: bool) -> dict[str, Lin
             axes.plot(*_columns(seed), color=colour, linewidth=0.8, alpha=0.4)
         if curve.points:
             marker = MARKERS[number % len(MARKERS)] if marked else ""
+            dash = dash if len(curve.points) > 1 else "none"
             line = axes.plot(*_columns(curve.points), color=colour, linestyle=dash, marker=marker, markersize=5)
             handles[curve.name] = line[0]
     return handles
@@ -166,7 +167,9 @@ def _described(what: str, curves: Sequence[Curve]) -> str:
     """The figure in words: where each curve starts and ends."""
     said = [f"Plot of {what}."]
     for curve in curves:
-        if curve.points:
+        if len(curve.points) == 1:
+            said.append(f"{curve.name}: {_pair(curve.points[0])}.")
+        elif curve.points:
             said.append(f"{curve.name}: from {_pair(curve.points[0])} to {_pair(curve.points[-1])}.")
     return " ".join(said)
 

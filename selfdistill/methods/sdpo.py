@@ -4,13 +4,15 @@
 
 c_i is another sample for the prompt, with reward 1, or the scorer's feedback on y_i itself. Samples with neither are
 left out. D is JSD on the student's 100 likeliest tokens and one entry with the exact rest. The teacher q follows the
-student at a rate of 0.05.
+student at a rate of 0.05, or with a = ``trust_region`` is a mixture, whose parts both see c_i:
+
+    q = softmax( (1-a) z_0 + a z ),   z_0 the logits of the model before training, z those of the student, no gradient
 
 Differences: the authors choose among several right samples by position, as here: the first. It is shown without its
 thoughts, and the words around it are those of ``context``. Feedback is shown only on samples with a reward below 1;
-``either``, the authors' default, shows it where no other sample is right. Their teacher may also be a mixture of frozen
-and live logits, which is left out here. They use reverse KL for code. With an engine, a sample has one truncated
-importance weight in place of one per token. GRPO's loss counts all samples, D's mean only those with c_i.
+``either``, the authors' default, shows it where no other sample is right. We did not find their a, so there is no
+default. They use reverse KL for code. With an engine, a sample has one truncated importance weight in place of one per
+token. GRPO's loss counts all samples, D's mean only those with c_i.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from typing import Literal
 from pydantic import Field
 
 from selfdistill.config import Settings, TrainConfig
-from selfdistill.loss import Divergence
+from selfdistill.errors import UserError
+from selfdistill.loss import Divergence, Target
 from selfdistill.methods.attempts import AttemptContexts, Shown
 from selfdistill.methods.grpo import grpo
 from selfdistill.methods.sequences import StudentSamples
@@ -44,6 +47,9 @@ class SdpoSettings(Settings):
     """Tokens that D compares one by one: the student's likeliest, or for forward KL the teacher's."""
     ema_rate: float = Field(default=0.05, gt=0, le=1)
     """Share of the student in the average per step, with teacher ``ema``."""
+    trust_region: float | None = Field(default=None, gt=0, lt=1)
+    """a: the teacher's logits are this much of the student's, and the rest those of the model before training. Default:
+    the teacher that ``teacher`` chooses."""
     grpo: float = Field(default=0.0, ge=0, lt=1)
     """g, the weight of GRPO's loss on the same samples; 0: none."""
 
@@ -54,13 +60,31 @@ def sdpo(config: TrainConfig) -> tuple[Method, ...]:
     assert isinstance(rewarded.sequence, StudentSamples)
     plays = config.environment != "none"
     context = own.context or ("turns" if plays else "example:reasoning=false")
-    averaged = config.teacher == "ema" and config.teacher_model is None
     method = replace(
         rewarded,
         loss=Divergence(own.divergence, "top_k", weight=config.jsd_weight, top_k=own.top_k),
-        teacher=TeacherRule("ema", ema_rate=own.ema_rate) if averaged else teacher_of(config),
+        teacher=TeacherRule("ema", ema_rate=own.ema_rate) if _is_default(config) else teacher_of(config),
         select=AttemptContexts(rewarded.sequence.num_generations, own.show, context, plays),
         skip_first_tokens=config.skip_first_tokens,
         weight=1 - own.grpo,
     )
+    if own.trust_region is not None:
+        method = _within_trust_region(config, method, own.trust_region)
     return (replace(method, also=(("grpo", replace(rewarded, weight=own.grpo)),)) if own.grpo else method,)
+
+
+def _is_default(config: TrainConfig) -> bool:
+    return config.teacher == "ema" and config.teacher_model is None
+
+
+def _within_trust_region(config: TrainConfig, method: Method, share: float) -> Method:
+    """The method with a mixture of student and base as its teacher, both with the teacher's context."""
+    if not _is_default(config):
+        raise UserError(
+            "setting 'method_settings', 'trust_region' mixes the student and its start into a teacher: leave 'teacher' "
+            "and 'teacher_model' out"
+        )
+    assert isinstance(method.loss, Divergence)
+    # Log-probabilities mix like logits: their difference is the same for all tokens.
+    loss = replace(method.loss, target=Target(teacher=share, base=1 - share))
+    return replace(method, loss=loss, teacher=TeacherRule("live"), base_sees_context=True)

@@ -110,6 +110,8 @@ class Method:
     """Divide each token's factor by its mean over the completion, which takes a second pass through the heads."""
     weighs_base: bool = False
     """Whether the factor depends on the model before the first step."""
+    base_sees_context: bool = False
+    """Whether that model reads the teacher's context, in place of the student's prompt."""
     checker: Checker | None = None
     """Gives each sample a verdict."""
     select: Selection | None = None

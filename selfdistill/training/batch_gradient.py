@@ -287,13 +287,13 @@ class BatchGradient:
         return [self.loaded.model, *(network for teacher in self.teachers.values() for network in teacher.networks)]
 
     def _score_teachers(self, method: Method, micro: _MicroBatch) -> tuple[_Scored | None, _Scored | None]:
-        """Run the teacher on its own prompts and the base on the student's; None for each that the method lacks."""
+        """Run teacher and base, each on its own prompts; None for each that the method lacks."""
         taught = base = None
+        contexts = [c.example.teacher_ids or [] for c in micro.completions]
         if method.teacher:
-            contexts = [c.example.teacher_ids or [] for c in micro.completions]
             taught = self._score(method.teacher, contexts, micro, self.prefix_caches.get(method.teacher))
         if method.needs_base:
-            base = self._score(FROZEN, micro.prompts, micro)
+            base = self._score(FROZEN, contexts if method.base_sees_context else micro.prompts, micro)
         return taught, base
 
     def _score(

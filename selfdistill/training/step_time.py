@@ -176,9 +176,11 @@ def _part_seconds(
     tokens = fmean(len(part.completion(x)) for x in part.examples)
     samples = method.sequence.sampling is not None and not part.same_samples
     own = student.forward_flops(prompt + tokens, prompt + tokens, tokens)
-    scored = own if method.needs_base else 0.0
+    length = fmean(len(x.teacher_ids or []) for x in part.examples) + tokens
+    scored = 0.0
+    if method.needs_base:
+        scored += student.forward_flops(length, length, tokens) if method.base_sees_context else own
     if method.teacher:
-        length = fmean(len(x.teacher_ids or []) for x in part.examples) + tokens
         scored += networks.get(method.teacher, student).forward_flops(length, length, tokens)
     passes = (2 if config.lora_rank else 3) + bool(config.gradient_checkpointing)
     return Seconds(

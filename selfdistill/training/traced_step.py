@@ -216,12 +216,14 @@ class TracedStep:
         self, part: PlannedPart, size: int, live: LiveTensors
     ) -> tuple[ForwardOutput | None, ForwardOutput | None]:
         taught = base = None
+        contexts = self._rows(part, size, lambda x: x.teacher_ids or [])
         live.begin(("teacher", "context"))
         if part.method.teacher:
-            taught = self._score(part.method.teacher, *self._rows(part, size, lambda x: x.teacher_ids or []))
+            taught = self._score(part.method.teacher, *contexts)
         live.begin(("teacher", "base"))
         if part.method.needs_base:
-            base = self._score(FROZEN, *self._rows(part, size, lambda x: x.student_ids))
+            prompts = self._rows(part, size, lambda x: x.student_ids)
+            base = self._score(FROZEN, *(contexts if part.method.base_sees_context else prompts))
         return taught, base
 
     def _score(self, rule: TeacherRule, contexts: list[Ids], completions: list[Ids]) -> ForwardOutput:

@@ -160,21 +160,25 @@ def plain_divergence(kind: str, log_p_TV: Tensor, log_q_TV: Tensor, k: int) -> T
     return torch.stack(rows)
 
 
-def log_probs(model: Any, context: list[int], completion: list[int]) -> Tensor:
+def logits(model: Any, context: list[int], completion: list[int]) -> Tensor:
     logits_LV = model(input_ids=torch.tensor([context + completion])).logits[0]
-    return logits_LV[len(context) - 1 : -1].log_softmax(-1)
+    return logits_LV[len(context) - 1 : -1]
 
 
 def plain_loss(
     run: Trainer, student: Any, samples: list[Completion], rewards: list[float], own: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """The losses of SDPO and of GRPO."""
-    teacher = copy.deepcopy(student)
-    with torch.no_grad(), run.teacher.model() as network:  # type: ignore[union-attr]
-        teacher.load_state_dict(network.state_dict())
+    teachers = []
+    for of_run in run.teachers.values():
+        teachers.append(copy.deepcopy(student))
+        with torch.no_grad(), of_run.model() as network:
+            teachers[-1].load_state_dict(network.state_dict())
+    share = own.get("trust_region", 1.0)
+    assert [of_run.kind for of_run in run.teachers.values()] == (["ema"] if share == 1 else ["live", "frozen"])
     distilled, advantages, policy = [], [], []
     for number, c in enumerate(samples):
-        log_p_TV = log_probs(student, c.example.student_ids, c.ids)
+        log_p_TV = logits(student, c.example.student_ids, c.ids).log_softmax(-1)
         group = range(number // 4 * 4, number // 4 * 4 + 4)
         own_rewards = [rewards[i] for i in group]
         advantages.append((rewards[number] - statistics.mean(own_rewards)) / (statistics.stdev(own_rewards) + 1e-4))
@@ -184,7 +188,9 @@ def plain_loss(
             turn = c.example.demonstration.prompt[0]
             reply = {"role": "assistant", "content": said(run, samples[right[0]])}
             with torch.no_grad():
-                log_q_TV = log_probs(teacher, run.chat.encode_prompt([turn, reply, turn]), c.ids)
+                context = run.chat.encode_prompt([turn, reply, turn])
+                seen = [logits(teacher, context, c.ids) for teacher in teachers]
+                log_q_TV = (share * seen[0] + (1 - share) * seen[-1]).log_softmax(-1)
             distilled.append(plain_divergence(own.get("divergence", "jsd"), log_p_TV, log_q_TV, own["top_k"]))
     assert 0 < len(distilled) < len(samples)
     return mean_over_rows(distilled), mean_over_rows(policy)
@@ -192,7 +198,16 @@ def plain_loss(
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize(
-    "own", [{}, {"grpo": 0.25}, {"divergence": "forward_kl"}, {"divergence": "reverse_kl", "grpo": 0.5}], ids=str
+    "own",
+    [
+        {},
+        {"grpo": 0.25},
+        {"divergence": "forward_kl"},
+        {"divergence": "reverse_kl", "grpo": 0.5},
+        {"trust_region": 0.3},
+        {"trust_region": 0.7, "divergence": "forward_kl", "grpo": 0.25},
+    ],
+    ids=str,
 )
 def test_sdpo_is_its_formula(all_of_them: Settings, own: dict[str, Any], micro_batches: int) -> None:
     own = {"context": "turns", "show": "sibling", "top_k": 20, "ema_rate": 0.3} | own
@@ -244,6 +259,13 @@ def test_a_checker_is_asked_once_about_the_same_samples(all_of_them: Settings) -
     assert asked == [4]
 
 
+@pytest.mark.parametrize("values", [{"teacher": "frozen"}, {"teacher_model": "other"}], ids=str)
+def test_a_mixture_as_teacher_takes_the_place_of_others(all_of_them: Settings, values: dict[str, Any]) -> None:
+    config = all_of_them(method="sdpo", method_settings={"trust_region": 0.5}, **values)
+    with pytest.raises(UserError, match=r"'trust_region' mixes .* leave 'teacher' and 'teacher_model' out$"):
+        stages_of(config)
+
+
 # --- steps and runs ---
 
 
@@ -276,8 +298,8 @@ def test_the_teachers_view_is_of_samples_that_are_learnt(all_of_them: Settings) 
     for view, c in zip(views, asked, strict=True):
         assert "".join(token["text"] for token in view["tokens"]) == "".join(map(run.loaded.tokenizer.decode, c.ids))
         assert c.example.teacher_ids is not None
-        log_q_TV = log_probs(run.loaded.model, c.example.teacher_ids, c.ids)  # an EMA that has not moved
-        expected = chosen(log_q_TV, c.ids).tolist()
+        logits_TV = logits(run.loaded.model, c.example.teacher_ids, c.ids)  # an EMA that has not moved
+        expected = chosen(logits_TV.log_softmax(-1), c.ids).tolist()
         assert [token["logq"] for token in view["tokens"]] == pytest.approx(expected, abs=1e-4)
 
 
@@ -323,8 +345,10 @@ def test_metrics_of_a_mixture(all_of_them: Settings) -> None:
     assert min(line["learnt"] for line in metrics_of(config)) < 1
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings) -> None:
-    whole, cut = (all_of_them(name, **COMMON | MIXED) for name in ("whole", "cut"))
+@pytest.mark.parametrize("own", [{}, {"trust_region": 0.3}], ids=str)
+def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings, own: dict[str, Any]) -> None:
+    values = COMMON | {"method_settings": MIXED["method_settings"] | own}
+    whole, cut = (all_of_them(name, **values) for name in ("whole", "cut"))
     train(whole)
     with pytest.raises(Cut):
         train(cut, on_step=crash_at(3))

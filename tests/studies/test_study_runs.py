@@ -273,9 +273,10 @@ def test_bf16_is_forced_and_not_part_of_what_a_run_is(study: ModuleType, write: 
     assert first.settings["mixed_precision"] == "no"
 
 
-def test_the_studies_of_anchors_are_accepted(study: ModuleType) -> None:
-    files = sorted((ROOT / "configs" / "study" / "anchors").glob("*.yaml"))
-    files += sorted((ROOT / "configs" / "study" / "partway").glob("*.yaml"))
+def test_the_studies_of_skills_are_accepted(study: ModuleType) -> None:
+    studies = ROOT / "configs" / "study"
+    files = [file for folder in ("anchors", "methods", "partway") for file in (studies / folder).glob("*.yaml")]
+    assert len(files) > 6
     for one in study.read_studies(files):
         for asked in study.chosen([one], []):
             config = asked.config("run")
@@ -423,14 +424,31 @@ def test_anchors_of_some_kinds_are_those_of_the_package(study: ModuleType) -> No
         study.resolved("kinds:list+poems")
 
 
-def test_the_figure_shows_where_each_run_ended(
-    study: ModuleType, write: Callable[..., list[str]], tmp_path: Path
+def test_the_figure_shows_where_the_arms_of_several_studies_ended(
+    study: ModuleType, write: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = study.chosen(study.read_studies([Path(write()[-1])]), [])
-    asked = {run.arm: run.settings for run in runs}
-    ends = [("sdft", 0, 1.0, 0.75), ("sdft", 1, 0.875, 0.625)]
-    lines = [made(*end, kl=0.1, teacher=1.0, settings=asked[end[0]]) for end in ends]
-    drawn = study.draw(runs, lines, tmp_path / "end.svg")
-    assert "sdft: from (0.625, 0.875) to (0.75, 1)." in drawn
-    assert "lora: from" not in drawn
+    draw, said, more = study.draw, [], tmp_path / "more.yaml"
+    monkeypatch.setattr(study, "draw", lambda *given: said.append(draw(*given)))
+    first = Path(write(name="more", arms={"dft": {"method": "dft"}})[-1]).rename(more)
+    arguments = write()
+    ends = [("sdft", 0, 1.0, 0.75), ("sdft", 1, 0.875, 0.5), ("dft", 0, 0.5, 0.25)]
+    (tmp_path / "results").mkdir()
+    for run in study.chosen(study.read_studies([first, Path(arguments[-1])]), []):
+        for end in ends:
+            if end[:2] == (run.arm, run.seed):
+                line = made(*end, kl=0.1, teacher=1.0, settings=run.settings)
+                study.append(tmp_path / "results" / f"{run.study.name}.jsonl", line)
+    assert study.main(["--figure", str(tmp_path / "end.svg"), *arguments, str(more)]) == 0
+    (drawn,) = said
+    assert "sdft: (0.625, 0.938). dft: (0.25, 0.5). Base at (0.75, 0)." in drawn
+    assert "lora" not in drawn
     assert (tmp_path / "end.svg").is_file()
+
+
+def test_a_figure_of_two_tests_is_refused(
+    study: ModuleType, write: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = write(arms={"sft": {"method": "sft"}, "other": {"method": "sft", "test": "another.jsonl"}})
+    assert study.main(["--figure", str(tmp_path / "end.svg"), *arguments]) == 2
+    assert "the figure's runs have several values of 'test': " in capsys.readouterr().err
+    assert not (tmp_path / "end.svg").exists()

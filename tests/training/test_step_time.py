@@ -106,6 +106,12 @@ def test_what_a_method_does_not_do_takes_no_time(settings: Make) -> None:
     assert timed(settings(engine="vllm")).step.sampling < timed(settings()).step.sampling
 
 
+def test_a_mixture_as_teacher_reads_the_context_twice(settings: Make) -> None:
+    live = settings(method="sdpo", scorer="exact", teacher="live")
+    mixture = settings(method="sdpo", scorer="exact", method_settings={"trust_region": 0.5})
+    assert timed(mixture).step.teacher == pytest.approx(2 * timed(live).step.teacher)
+
+
 def test_gpus_reach_a_share_of_their_data_sheets() -> None:
     assert named_rates("h100", "bf16").products == pytest.approx(0.4 * 989e12)
     assert named_rates("a100-40", "no").products == pytest.approx(0.4 * 19.5e12)
