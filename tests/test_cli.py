@@ -762,8 +762,8 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         (
             memory_reserved(size),
             "",
-            "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
-            "checkpoints are intact",
+            "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower "
+            "--max_completion_length; checkpoints are intact",
         )
         for size in ("0 bytes", "512.50 KiB")
     ),
