@@ -112,7 +112,7 @@ def _of_the_machine(error: Exception) -> tuple[str, int] | None:
         return f"setting 'deterministic': {unrepeatable[0]}; leave it out", 2
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
         advice = "raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length"
-        if unused := re.search(r"([\d.]+ \w+) is reserved by PyTorch but unallocated.* (PYTORCH_\S+=\S+)", text):
+        if unused := re.search(r"([\d.]+ [MG]iB) is reserved by PyTorch but unallocated.* (PYTORCH_\S+=\S+)", text):
             advice += f"; {unused[1]} were reserved but not in use, so {unused[2]} in the environment may help"
         return f"out of memory: {advice}; checkpoints are intact", 2
     return None

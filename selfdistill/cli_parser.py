@@ -305,7 +305,8 @@ def _explained(message: str, arguments: list[str]) -> str:
         options = [key for key in fields if key not in places]
         known = [f"--{key}" for key in (*options, "config", *switches, *(["json"] if command != "train" else []))]
         what = "option" if unknown[1].startswith("-") else "argument"
-        hint = closest(unknown[1], known) or _other_methods(name) or "; see --help for the names"
+        others = _other_methods(name) if "method_settings" in fields else ""
+        hint = closest(unknown[1], known) or others or "; see --help for the names"
         return f"unknown {what} {unknown[1]}{hint}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
     if key and value and key[1] in switches:

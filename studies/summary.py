@@ -49,7 +49,7 @@ def draw(runs: Sequence[Asked], lines: Sequence[Line], file: Path) -> str:
         The figure for a page.
 
     Raises:
-        UserError: the runs are not measured alike.
+        UserError: the runs are not measured alike, or several studies have an arm of the same name.
     """
     curves, base = [], None
     for name in ("test", "prior"):
@@ -57,6 +57,8 @@ def draw(runs: Sequence[Asked], lines: Sequence[Line], file: Path) -> str:
             values = ", ".join(map(str, found))
             raise UserError(f"the figure's runs have several values of {name!r}: {values}; draw the runs of each alone")
     for arm in dict.fromkeys(run.arm for run in runs):
+        if len(names := list(dict.fromkeys(run.study.name for run in runs if run.arm == arm))) > 1:
+            raise UserError(f"arm {arm!r} is in several studies, {' and '.join(names)}; draw one of them at a time")
         own = [line for run in runs if run.arm == arm for line in lines if run.is_of(line) and "failed" not in line]
         if ends := [scores(line, -1 % len(line["evaluations"]), ()) for line in own]:
             curves.append(Curve(arm, [(mean(end["prior"] for end in ends), mean(end["new"] for end in ends))]))
@@ -115,11 +117,13 @@ def rows(runs: Sequence[Asked], lines: Sequence[Line], places: Places) -> list[t
 
     def add_partway(arm: str, group: list[Line]) -> None:
         """The same columns for models between the base and the final one."""
-        for index, point in enumerate(group[0].get("partway", [])):
-            ends = [
-                line | {"evaluations": [line["evaluations"][0], line["partway"][index]], "after": {}} for line in group
-            ]
-            add(f"{arm}, {point['share']:.0%} of the way", ends, 1)
+        ends: dict[float, list[Line]] = {}  # a line has the shares that the study file had when it was made
+        for line in group:
+            for point in line.get("partway", []):
+                end = line | {"evaluations": [line["evaluations"][0], point], "after": {}}
+                ends.setdefault(point["share"], []).append(end)
+        for share in sorted(ends, reverse=True):
+            add(f"{arm}, {share:.0%} of the way", ends[share], 1)
 
     for own in places.split(lines):
         add("base", own[:1], 0)

@@ -306,6 +306,7 @@ CONFIG: list[tuple[str, str]] = [
         """unknown option --show; write this setting of sdpo as --method_settings '{"show": "both"}'""",
     ),
     (f"{SFT} --method sdft --pull 2", "unknown option --pull; it is a setting of isdft"),
+    ("eval --model m --data d.jsonl --pull 2", "unknown option --pull; see --help for the names"),
     (f"{SFT} --margin 2", "unknown option --margin; see --help for the names"),
     (f"{SFT} --temp 2", "unknown option --temp; did you mean --temperature?"),
     (f"{SFT} --lr 3", "unknown option --lr; did you mean --learning_rate?"),
@@ -694,16 +695,19 @@ def no_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
 
 
-def memory_in_pieces(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def memory_reserved(size: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 5.20 GiB "
-            "is free. Of the allocated memory 58.10 GiB is allocated by PyTorch, and 13.50 GiB is reserved by PyTorch "
+            f"is free. Of the allocated memory 58.10 GiB is allocated by PyTorch, and {size} is reserved by PyTorch "
             "but unallocated. If reserved but unallocated memory is large try setting "
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation"
         )
 
-    monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
+    def memory_in_pieces(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
+
+    return memory_in_pieces
 
 
 def cannot_repeat(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -754,8 +758,17 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
         "checkpoints are intact",
     ),
+    *(
+        (
+            memory_reserved(size),
+            "",
+            "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower "
+            "--max_completion_length; checkpoints are intact",
+        )
+        for size in ("0 bytes", "512.50 KiB")
+    ),
     (
-        memory_in_pieces,
+        memory_reserved("13.50 GiB"),
         "",
         "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
         "13.50 GiB were reserved but not in use, so PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the "

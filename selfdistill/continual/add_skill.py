@@ -21,7 +21,7 @@ import yaml
 from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
 from selfdistill.continual.pending import begin
-from selfdistill.continual.rehearsal import MEMORY, check_room, cost_of, run_config, total
+from selfdistill.continual.rehearsal import MEMORY, check_lengths, check_room, cost_of, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
 from selfdistill.data import load_demonstrations, load_prompts, located
@@ -75,11 +75,11 @@ def add(config: LearnConfig) -> dict[str, Any]:
         check_steps(config.max_steps, run.method, stages)
     check_inputs(run.model_copy(update={"data": ""}))  # its rows have been read
     if not (Path(config.state) / START).is_dir():
-        check_room(run)  # before measuring the base; with an existing state, begin() checks, rehearsal included
+        check_room(run)  # with an existing state, begin() checks, rehearsal included
     if config.prior:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
-        ledger = _opened(config)
+        ledger = _opened(config, run)
         used = begin(ledger, config, splits)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
         learnt, asked = {repr(row.prompt) for row in used["train"]}, used["test"]
@@ -107,8 +107,8 @@ def add(config: LearnConfig) -> dict[str, Any]:
     return result
 
 
-def _opened(config: LearnConfig) -> Ledger:
-    """Open the state, creating it if it does not exist."""
+def _opened(config: LearnConfig, run: TrainConfig) -> Ledger:
+    """Open the state, creating it if it does not exist, unless the anchors of the first run are too long."""
     root = Path(config.state)
     if (root / START).is_dir():
         ledger = Ledger(config.state)
@@ -149,6 +149,7 @@ def _opened(config: LearnConfig) -> Ledger:
         base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
         if not config.lora_rank:
             refuse_float16(base.model, config.model)
+        check_lengths(run, config.anchors, [], base)  # again in begin(), but the base is measured before
         write_json(folder / "base.json", measure_model(base, [], prior, config))
         state = {"model": _absolute(config.model), "weights": start_fingerprint(base)}
         state |= {key: getattr(config, key) for key in MEASURED_WITH}

@@ -18,7 +18,7 @@ from selfdistill.continual.ledger import Skill, settings_of
 from selfdistill.data import Demonstration, load_demonstrations, load_prompts
 from selfdistill.errors import UserError
 from selfdistill.methods import begun, examples_of_prompts, stages_of
-from selfdistill.model import load_for_training
+from selfdistill.model import LoadedModel, load_for_training
 from selfdistill.runtime import read_lines
 from selfdistill.training import check_parts, drawn
 
@@ -132,13 +132,16 @@ def check_room(run: TrainConfig) -> None:
         raise UserError(f"{error}. The parts are {parts}; anchor_share 0 leaves anchors out") from None
 
 
-def check_lengths(run: TrainConfig, own: Sequence[str], memory: Sequence[Demonstration]) -> None:
+def check_lengths(
+    run: TrainConfig, own: Sequence[str], memory: Sequence[Demonstration], loaded: LoadedModel | None = None
+) -> None:
     """Check that anchors fit into the limits on their lengths.
 
     Args:
         run: settings with the model and the limits.
         own: the addition's own sources of anchors.
         memory: prompts of earlier skills.
+        loaded: the model, if already loaded.
 
     Raises:
         UserError: prompts are too long and ``on_long_prompt`` is ``error``, or all of a source are.
@@ -146,7 +149,7 @@ def check_lengths(run: TrainConfig, own: Sequence[str], memory: Sequence[Demonst
     files = [source for source in own if source != PACKAGE]
     if not run.anchor_share or not (files or memory):
         return
-    loaded = load_for_training(run.model, dtype=run.dtype, adapter_base=run.adapter_base)
+    loaded = loaded or load_for_training(run.model, dtype=run.dtype, adapter_base=run.adapter_base)
     chat = loaded.chat(run.chat_template_kwargs, run.template_date)
     for source in files:
         examples_of_prompts(run, load_prompts(source), loaded, chat, run.on_long_prompt)

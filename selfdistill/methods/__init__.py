@@ -90,10 +90,11 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
         UserError: the method rejects the settings, or does not use a given ``method_settings`` or ``teacher_model``.
     """
     if config.method_settings and "method_settings" not in _settings_read(config):
-        first, *_ = names = list(config.method_settings)
+        first, *others = config.method_settings
+        hint = "" if others else whose(first)
         raise UserError(
-            f"setting 'method_settings': found {', '.join(names)}, but method {config.method!r} has no settings of its "
-            f"own{whose(first) or '; remove them'}"
+            f"setting 'method_settings': found {', '.join(config.method_settings)}, but method {config.method!r} has "
+            f"no settings of its own{hint or '; remove them'}"
         )
     if config.teacher_model is not None and "teacher_model" not in _settings_read(config):
         raise UserError(

@@ -4,15 +4,14 @@
 
 c_i is another sample for the prompt, with reward 1, or the scorer's feedback on y_i itself. Samples with neither are
 left out. D is JSD on the student's 100 likeliest tokens and one entry with the exact rest. The teacher q follows the
-student at a rate of 0.05, or with a = ``trust_region`` is a mixture, whose parts both see c_i:
-
-    q = softmax( (1-a) z_0 + a z ),   z_0 the logits of the model before training, z those of the student, no gradient
+student at a rate of 0.05. With a = ``trust_region`` it is softmax((1-a) z_0 + a z), of the logits z_0 of the model
+before training and z of the student, both with c_i and without gradient. Log-probabilities mix like logits.
 
 Differences: the authors choose among several right samples by position, as here: the first. It is shown without its
-thoughts, and the words around it are those of ``context``. Feedback is shown only on samples with a reward below 1;
-``either``, the authors' default, shows it where no other sample is right. We did not find their a, so there is no
-default. They use reverse KL for code. With an engine, a sample has one truncated importance weight in place of one per
-token. GRPO's loss counts all samples, D's mean only those with c_i.
+thoughts, in the words of ``context``. Feedback is shown only on samples with a reward below 1; ``either``, the authors'
+default, shows it where no other sample is right. We did not find their a, so there is no default. They use reverse KL
+for code. With an engine, a sample has one truncated importance weight in place of one per token. GRPO's loss counts all
+samples, D's mean only those with c_i.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ from selfdistill.model import TeacherRule
 
 
 class SdpoSettings(Settings):
-    """Settings of SDPO alone. They include the loss and the teacher's rate, because the other methods' defaults
-    differ."""
+    """Settings of SDPO alone, among them loss and teacher's rate, because the other methods' defaults differ."""
 
     show: Shown = "either"
     """What the teacher sees: ``sibling``, ``feedback``, ``either`` or ``both``, where there are both."""
@@ -48,8 +46,7 @@ class SdpoSettings(Settings):
     ema_rate: float = Field(default=0.05, gt=0, le=1)
     """Share of the student in the average per step, with teacher ``ema``."""
     trust_region: float | None = Field(default=None, gt=0, lt=1)
-    """a: the teacher's logits are this much of the student's, and the rest those of the model before training. Default:
-    the teacher that ``teacher`` chooses."""
+    """a, the student's part in the mixture that is the teacher; default: the teacher that ``teacher`` chooses."""
     grpo: float = Field(default=0.0, ge=0, lt=1)
     """g, the weight of GRPO's loss on the same samples; 0: none."""
 
@@ -58,33 +55,26 @@ def sdpo(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO's samples and verdicts, and a teacher that sees what is known after sampling."""
     own, (rewarded,) = own_settings(config, SdpoSettings), grpo(config)
     assert isinstance(rewarded.sequence, StudentSamples)
-    plays = config.environment != "none"
+    plays, share = config.environment != "none", own.trust_region
     context = own.context or ("turns" if plays else "example:reasoning=false")
+    target = None if share is None else Target(teacher=share, base=1 - share)
     method = replace(
         rewarded,
-        loss=Divergence(own.divergence, "top_k", weight=config.jsd_weight, top_k=own.top_k),
-        teacher=TeacherRule("ema", ema_rate=own.ema_rate) if _is_default(config) else teacher_of(config),
+        loss=Divergence(own.divergence, "top_k", weight=config.jsd_weight, top_k=own.top_k, target=target),
+        teacher=_teacher(config, own),
+        base_sees_context=share is not None,
         select=AttemptContexts(rewarded.sequence.num_generations, own.show, context, plays),
         skip_first_tokens=config.skip_first_tokens,
         weight=1 - own.grpo,
     )
-    if own.trust_region is not None:
-        method = _within_trust_region(config, method, own.trust_region)
     return (replace(method, also=(("grpo", replace(rewarded, weight=own.grpo)),)) if own.grpo else method,)
 
 
-def _is_default(config: TrainConfig) -> bool:
-    return config.teacher == "ema" and config.teacher_model is None
-
-
-def _within_trust_region(config: TrainConfig, method: Method, share: float) -> Method:
-    """The method with a mixture of student and base as its teacher, both with the teacher's context."""
-    if not _is_default(config):
+def _teacher(config: TrainConfig, own: SdpoSettings) -> TeacherRule:
+    if config.teacher == "ema" and config.teacher_model is None:
+        return TeacherRule("ema", ema_rate=own.ema_rate) if own.trust_region is None else TeacherRule("live")
+    if own.trust_region is not None:
         raise UserError(
-            "setting 'method_settings', 'trust_region' mixes the student and its start into a teacher: leave 'teacher' "
-            "and 'teacher_model' out"
+            "setting 'method_settings', 'trust_region' mixes its own teacher: leave 'teacher' and 'teacher_model' out"
         )
-    assert isinstance(method.loss, Divergence)
-    # Log-probabilities mix like logits: their difference is the same for all tokens.
-    loss = replace(method.loss, target=Target(teacher=share, base=1 - share))
-    return replace(method, loss=loss, teacher=TeacherRule("live"), base_sees_context=True)
+    return teacher_of(config)

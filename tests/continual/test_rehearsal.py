@@ -352,9 +352,12 @@ def test_anchors_that_are_too_long_are_told_before_anything_is_measured(
         )
         with pytest.raises(UserError, match=told):
             add(make("second", **limits))
-        with pytest.raises(UserError, match=r"^1 of 1 rows do not fit: own\.txt:1: prompt has \d+ tokens, limit 60;"):
-            add(make("second", **limits | {"anchors": str(own)}))
+        told = r"^1 of 1 rows do not fit: own\.txt:1: prompt has \d+ tokens, limit 60;"
+        for state in ("state", "new"):
+            with pytest.raises(UserError, match=told):
+                add(make("second", **limits | {"anchors": str(own), "state": str(tmp_path / state)}))
     assert not (tmp_path / "state" / "pending").exists()
+    assert not list(tmp_path.glob("new/*"))
     assert add(make("second", **limits, on_long_prompt="drop"))["accepted"]
     assert add(make("third", **limits, anchor_share=0))["accepted"]
 

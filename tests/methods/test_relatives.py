@@ -435,6 +435,10 @@ def test_the_base_is_held_by_a_method_that_needs_it_only(
             "isdft",
         ),
         (
+            {"method": "sdft", "method_settings": {"pull": 1, "hold": 1}},
+            "setting 'method_settings': found pull, hold, but method 'sdft' has no settings of its own; remove them",
+        ),
+        (
             {"method": "isdft", "method_settings": {"share": 2}},
             "setting 'method_settings', setting 'share': found 2, expected: 1 or less",
         ),

@@ -373,6 +373,24 @@ def test_models_part_of_the_way_have_rows(summary: Callable[[list[dict[str, Any]
     )
 
 
+def test_models_part_of_the_way_are_averaged_by_their_share(
+    summary: Callable[[list[dict[str, Any]]], list[str]],
+) -> None:
+    """The study file had fewer shares when the first line was made, and other runs had none."""
+
+    def with_shares(seed: int, **new: float) -> dict[str, Any]:
+        ends = {share: made("sdft", seed, score, 0.5, 0.1, 1.0)["evaluations"][-1] for share, score in new.items()}
+        points = [{"share": int(share[1:]) / 100} | end for share, end in ends.items()]
+        return made("sdft", seed, 1.0, 0.5, 0.1, 1.0) | ({"partway": points} if points else {})
+
+    said = summary([with_shares(0, p50=0.25), with_shares(1, p75=0.75, p50=0.5), made("lora", 0, 1, 0, 1, 1)])
+    cells = [line.split(" | ") for line in said if "of the way" in line]
+    assert [[own[0], own[2], own[3][:5]] for own in cells] == [
+        ["| sdft, 75% of the way", "1", "0.750"],
+        ["| sdft, 50% of the way", "2", "0.375"],
+    ]
+
+
 def elsewhere(line: dict[str, Any], **where: Any) -> dict[str, Any]:
     return line | {"where": line["where"] | where}
 
@@ -443,6 +461,16 @@ def test_the_figure_shows_where_the_arms_of_several_studies_ended(
     assert "sdft: (0.625, 0.938). dft: (0.25, 0.5). Base at (0.75, 0)." in drawn
     assert "lora" not in drawn
     assert (tmp_path / "end.svg").is_file()
+
+
+def test_a_figure_of_one_arm_in_two_studies_is_refused(
+    study: ModuleType, write: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = Path(write(name="more", arms={"sdft": {"max_steps": 2}})[-1]).rename(tmp_path / "more.yaml")
+    assert study.main(["--figure", str(tmp_path / "end.svg"), *write(), str(more)]) == 2
+    said = "arm 'sdft' is in several studies, tiny and more; draw one of them at a time"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "end.svg").exists()
 
 
 def test_a_figure_of_two_tests_is_refused(
