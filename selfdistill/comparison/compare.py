@@ -97,11 +97,22 @@ def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[
     if "auto" in [kind.values.get("context") for kind in _kinds(config)]:
         raise UserError(f"setting {given_by!r}: context 'auto' means the best one; name the contexts to compare")
     first = [_first_run(config, kind) for kind in _kinds(config)]
+    _refuse_idle(config, first)
     check_inputs(config, given, lacks_of([stage for run in first for stage in stages_of(run)]))
     for run in first:
         check_parts(run)
     taught = [run for run in first if run.context == "auto" and uses(run, "context")]
     return config.model_copy(update={"context": best_context(taught[0])}) if taught else config
+
+
+def _refuse_idle(config: CompareConfig, runs: Sequence[TrainConfig]) -> None:
+    """Refuse a varied setting that none of the runs uses: they would all be one run."""
+    for name in config.vary:
+        if any(uses(run, name) for run in runs):
+            continue
+        if name.startswith("anchor_"):
+            raise UserError(f"setting 'vary': {name!r} has no effect without anchors; set anchors, too")
+        raise UserError(f"setting 'vary': no method here uses {name!r} ({', '.join(config.methods)}); vary another")
 
 
 def _with_steps(config: CompareConfig, rows: int) -> CompareConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -98,14 +98,18 @@ def misnamed_in(problem: str, row: Mapping[str, Any]) -> str | None:
     return misnamed(row, *lacking) if lacking else None
 
 
-def note_about(columns: Collection[str]) -> str:
-    """Names the columns that are not used, with the names that they may be meant as."""
-    hints = {column: _meant(column) for column in columns}
-    named = (
-        f"{column} (did you mean '{hint}'?)" if hint else str(column).strip() or "one without a name"
-        for column, hint in hints.items()
-    )
-    return f"columns not used: {', '.join(named)}"
+def notes_on_unread(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note that names the columns that are not used, each with the column it may be meant as, unless rows have it."""
+    columns = dict.fromkeys(column for row in rows for column in unread(row))
+    if not columns:
+        return []
+    held = {column for row in rows for column, value in row.items() if not is_empty(value)}
+    named = []
+    for column in columns:
+        hint = _meant(column)
+        shown = str(column).strip() or "one without a name"
+        named.append(shown if hint is None or hint in held else f"{column} (did you mean '{hint}'?)")
+    return [f"columns not used: {', '.join(named)}"]
 
 
 @lru_cache(1024)

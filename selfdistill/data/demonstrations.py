@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from selfdistill.data.call_results import notes_on_calls
-from selfdistill.data.columns import COLUMNS, misnamed, misnamed_in, missing, note_about, refused, unread
+from selfdistill.data.columns import COLUMNS, misnamed, misnamed_in, missing, notes_on_unread, refused
 from selfdistill.data.images import Picture, in_order, in_parts, marked, pictures_of, refuse_late, saved, undecoded
 from selfdistill.data.messages import (
     Message,
@@ -196,9 +196,8 @@ def load_demonstrations(
 
     made = check_rows(name, rows, _form, make, "set")
     if note:
-        unused = dict.fromkeys(column for raw in rows for column in unread(raw.value))
         calls = notes_on_calls([(row.source, (*row.prompt, *row.episode), row.tools) for row in made])
-        for found in [*([note_about(unused)] if unused else []), *_repeated(made), *calls]:
+        for found in [*notes_on_unread([raw.value for raw in rows]), *_repeated(made), *calls]:
             note(f"{name}: {found}")
     return made
 

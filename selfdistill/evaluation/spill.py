@@ -72,7 +72,7 @@ class Spill:
         if self.sft is None or self.sdft is None:
             return f"not measured: {self.untried}"
         found = f"after {STEPS} steps, in nats per token: SFT {self.sft}, SDFT {self.sdft}"
-        return f"{found}. Against it: anchors package"
+        return f"{found}. To reduce it, train with anchors (package, or prompts of your own)"
 
 
 @dataclass(frozen=True)

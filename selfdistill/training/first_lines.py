@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from selfdistill.config import TrainConfig
 from selfdistill.errors import number_of
 from selfdistill.methods import rules_of, unused_settings, uses
 from selfdistill.runtime import is_distributed
 from selfdistill.training.trainer import Trainer
+
+OF_ANCHORS = ("anchor_share", "anchor_divergence")
+"""Settings that every method uses, but only with anchors."""
 
 
 def first_lines(trainer: Trainer) -> list[str]:
@@ -39,10 +43,24 @@ def first_lines(trainer: Trainer) -> list[str]:
     if is_distributed():
         shares = " and the weights" if config.fsdp else ""
         lines.append(f"{trainer.accelerator.num_processes} processes, which share every batch{shares}")
-    if unused := unused_settings(config):
-        lines.append(f"note: {config.method} ignores these settings: {', '.join(unused)}")
+    lines += _unused(config)
     if not trainer.forward_pass.fused:
         lines.append("the LM head cannot be fused into the loss: full logits need more memory")
+    return lines
+
+
+def _unused(config: TrainConfig) -> list[str]:
+    """Notes on settings without effect."""
+    unused = unused_settings(config)
+    ignored = [name for name in unused if name not in OF_ANCHORS]
+    without_anchors = [name for name in unused if name in OF_ANCHORS]
+    lines = []
+    if ignored:
+        lines.append(f"note: {config.method} ignores these settings: {', '.join(ignored)}")
+    if without_anchors:
+        lines.append(f"note: without anchors, these settings have no effect: {', '.join(without_anchors)}")
+    if config.anchors and not config.anchor_share:
+        lines.append("note: anchor_share is 0, so no anchors are used")
     return lines
 
 

@@ -21,13 +21,22 @@ def check_shares(shares: Sequence[float], batch_size: int, unit: int = 1) -> Non
     Raises:
         UserError: the batch is too small.
     """
-    least = unit * (1 + sum(math.ceil(batch_size / unit * share) for share in shares[1:]))
-    if batch_size < least:
-        multiples = f" (each a multiple of {unit}, with fsdp)" if unit > 1 else ""
-        raise UserError(
-            f"setting 'batch_size': {batch_size} is too small for {len(shares)} parts of a step{multiples}, which need "
-            f"{least}; raise it, or lower their shares"
-        )
+    if batch_size >= _room(shares, batch_size, unit):
+        return
+    enough = unit * math.floor(1 / shares[0])  # with less, the first part's share is not one example
+    while enough < (room := _room(shares, max(enough, batch_size), unit)):
+        enough = room  # a larger batch also has more examples of the other parts
+    multiples = f" (each a multiple of {unit}, with fsdp)" if unit > 1 else ""
+    other = "lower anchor_share" if batch_size >= unit * len(shares) else "leave out a source of anchors"
+    raise UserError(
+        f"setting 'batch_size': {batch_size} is too small for {len(shares)} parts of a step{multiples}, which need "
+        f"{enough}; raise it, or {other}"
+    )
+
+
+def _room(shares: Sequence[float], batch_size: int, unit: int) -> int:
+    """What a step of this batch size needs: the most that the other parts may take, and one unit of the first."""
+    return unit * (1 + sum(math.ceil(batch_size / unit * share) for share in shares[1:]))
 
 
 def positions_of(shares: Sequence[float], step: int, batch_size: int, seed: int, unit: int = 1) -> list[range]:

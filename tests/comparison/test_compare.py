@@ -310,6 +310,22 @@ def test_a_context_that_is_still_to_be_found_is_not_varied(settings: Callable[..
         compare(settings(vary={"context": ["auto", "turns"]}))
 
 
+@pytest.mark.parametrize(
+    ("vary", "says"),
+    [
+        ({"anchor_share": [0.25, 0.5]}, "'anchor_share' has no effect without anchors; set anchors, too"),
+        ({"teacher": ["ema", "frozen"]}, "no method here uses 'teacher' \\(sft\\); vary another"),
+    ],
+)
+def test_a_varied_setting_that_no_run_uses_is_refused(
+    settings: Callable[..., CompareConfig], vary: dict[str, list[Any]], says: str
+) -> None:
+    config = settings(methods="sft", seeds="0", vary=vary)
+    with pytest.raises(UserError, match=f"setting 'vary': {says}"):
+        compare(config)
+    assert not Path(config.output_dir).exists()
+
+
 def test_a_varied_budget_is_said(settings: Callable[..., CompareConfig]) -> None:
     result = compare(settings(methods="sft", seeds="0", vary={"num_demonstrations": [2, 4]})).details
     assert result["budget"].endswith(" of the same demonstrations, except for num_demonstrations, which is varied.")

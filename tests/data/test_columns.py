@@ -133,6 +133,12 @@ def test_a_class_beside_a_completion_is_only_not_used() -> None:
     assert notes == ["data: columns not used: label (did you mean 'answer'?)"]
 
 
+def test_a_column_that_the_rows_have_is_no_guess() -> None:
+    notes: list[str] = []
+    load_demonstrations([GOOD | {"question": "2 + 2?", "label": 3, "answer": "4"}], note=notes.append)
+    assert notes == ["data: columns not used: question, label"]
+
+
 def test_advice_about_names_followed_to_its_end_loses_no_text() -> None:
     """Each renaming that a message proposes is done, until the rows are read or no more is proposed."""
     rows: list[dict[str, Any]] = [

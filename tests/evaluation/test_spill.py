@@ -130,7 +130,8 @@ def test_what_the_numbers_say() -> None:
     found = Spill(Trial(gain=5.5, moved=0.416), Trial(gain=-0.1, moved=0.217))
     assert found.sentence() == (
         "after 8 steps, in nats per token: SFT +5.50 on the demonstrations and 0.42 away on general prompts, SDFT "
-        "-0.10 on the demonstrations and 0.22 away on general prompts. Against it: anchors package"
+        "-0.10 on the demonstrations and 0.22 away on general prompts. To reduce it, train with anchors "
+        "(package, or prompts of your own)"
     )
 
 

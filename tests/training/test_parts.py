@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,26 @@ def test_a_batch_needs_room_for_every_part(anchored: Settings, tmp_path: Path, b
         return
     with pytest.raises(UserError, match="'batch_size': 1 is too small for 2 parts of a step, which need 2; raise it"):
         Trainer(config)
+
+
+@pytest.mark.parametrize(
+    ("shares", "batch_size", "says"),
+    [
+        ([0.05, 0.95], 8, "which need 20; raise it, or lower anchor_share"),
+        ([0.1, 0.9], 9, "which need 10; raise it, or lower anchor_share"),
+        ([0.1, 0.45, 0.45], 9, "which need 11; raise it, or lower anchor_share"),
+        ([0.75, 0.25], 1, "which need 2; raise it, or leave out a source of anchors"),
+    ],
+)
+def test_a_batch_too_small_for_a_large_share_names_one_that_is_not(
+    shares: list[float], batch_size: int, says: str
+) -> None:
+    with pytest.raises(UserError, match=f"{says}$") as told:
+        check_shares(shares, batch_size)
+    named = int(re.findall(r"need (\d+)", str(told.value))[0])
+    check_shares(shares, named)
+    with pytest.raises(UserError):
+        check_shares(shares, named - 1)
 
 
 def test_a_batch_too_small_for_processes_that_share_the_weights_says_why() -> None:

@@ -409,6 +409,16 @@ def test_what_a_run_decides_and_does_not_use_is_said(settings: Callable[..., Tra
     assert not any("ignores these settings" in line for line in first_lines(Trainer(settings(teacher="frozen"))))
 
 
+def test_settings_of_anchors_without_anchors_are_not_blamed_on_the_method(settings: Callable[..., TrainConfig]) -> None:
+    without = first_lines(Trainer(settings(method="sft", anchor_share=0.5, anchor_divergence="jsd")))
+    assert "note: without anchors, these settings have no effect: anchor_share, anchor_divergence" in without
+    assert not any("ignores" in line and "anchor" in line for line in without)
+    off = first_lines(Trainer(settings(method="sft", anchors="package", anchor_share=0)))
+    assert "note: anchor_share is 0, so no anchors are used" in off
+    used = first_lines(Trainer(settings(method="sft", anchors="package", anchor_share=0.5)))
+    assert not any("note:" in line and "anchor" in line for line in used)
+
+
 def test_resuming_a_finished_run_writes_the_same_final_model_again(settings: Callable[..., TrainConfig]) -> None:
     config = settings(save_steps=3)
     train(config)
