@@ -227,11 +227,22 @@ def rows_of_run(data: Rows | None, test: Rows | None, given: dict[str, Any]) -> 
 
 
 def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:
-    """The anchors that are rows in memory; None if there are none, or they are paths."""
+    """The anchors that are rows in memory; None if there are none, or they are paths.
+
+    Raises:
+        UserError: there are rows and paths.
+    """
     anchors = given.get("anchors")
     listed = [anchors] if isinstance(anchors, str | os.PathLike) else anchors
-    if listed is None or (isinstance(listed, list | tuple) and all(isinstance(x, str | os.PathLike) for x in listed)):
+    if not isinstance(listed, list | tuple):
+        return listed
+    places = [source for source in listed if isinstance(source, str | os.PathLike)]
+    if len(places) == len(listed):
         return None
+    if places:
+        raise UserError(
+            f"setting 'anchors': found rows beside {os.fspath(places[0])!r}; write the rows to a file and give its path"
+        )
     return anchors
 
 

@@ -260,6 +260,11 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
     gates = {"min_teacher": 0, "max_prior_drop": 1, "max_skill_drop": 1, "context": "turns"}
     learnt = sd.learn("add", ROWS, state="memory", model=model, test=ROWS[:3], name="tickets", **gates, **RUN)
     assert learnt.accepted
+    both: list[Any] = ["package", {"prompt": "Who?"}]
+    with pytest.raises(
+        sd.UserError, match=r"^setting 'anchors': found rows beside 'package'; write the rows to a file"
+    ):
+        sd.learn("add", ROWS, state="memory", name="more", anchors=both)
     with pytest.raises(sd.UserError, match=r"^setting 'anchors': learn reads them again when it resumes, so give"):
         sd.learn("add", ROWS, state="memory", name="more", anchors=[{"prompt": "Who?"}])
     assert sd.learn("status", state="memory").details["skills"] == ["tickets"]

@@ -151,4 +151,7 @@ class MethodSettings(EpisodeSettings):
                 raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
         if "none" in value:
             raise ValueError("'none' cannot be combined with other sources; remove one")
-        return [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
+        sources = [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
+        if twice := [source for number, source in enumerate(sources) if source in sources[:number]]:
+            raise ValueError(f"each source once, and {twice[0]!r} is named twice")
+        return sources

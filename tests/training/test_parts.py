@@ -367,6 +367,11 @@ def test_none_beside_sources_is_refused(settings: Settings) -> None:
         settings(anchors="package,none")
 
 
+def test_a_source_that_is_named_twice_is_refused(settings: Settings) -> None:
+    with pytest.raises(UserError, match=r"'anchors': .*expected: each source once, and 'package' is named twice"):
+        settings(anchors="package,a.txt,package")
+
+
 def test_a_frozen_teacher_beside_a_moving_adapter_takes_no_memory(anchored: Settings) -> None:
     run = Trainer(anchored(teacher="ema", lora_rank=4))
     assert [teacher.memory_bytes > 0 for teacher in run.teachers.values()] == [True, False]
