@@ -19,7 +19,8 @@ class Target:
     """softmax(a log q + b log sg[p] + d log p_base).
 
     By default the teacher q alone. b > 0 keeps the target near the student (Veto, arXiv 2601.07155, decays b from 0.8
-    to 0). d > 0 keeps it near p_base, the model before training, given the student's prompt.
+    to 0). d > 0 keeps it near p_base, the model before training, given the student's prompt, or the teacher's context
+    where the method says so.
     """
 
     teacher: float = 1.0
