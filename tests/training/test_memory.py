@@ -225,7 +225,7 @@ def test_the_plan_counts_the_guides_that_samples_see(make: Make, write_rows: Cal
     [name if name in QUICK_METHODS else pytest.param(name, marks=pytest.mark.slow) for name in get_args(MethodName)],
 )
 def test_the_plan_of_every_method_is_whole(all_of_them: Make, method: MethodName) -> None:
-    own: tuple[dict[str, Any], ...] = ({}, {"trust_region": 0.5}) if method == "sdpo" else ({},)
+    own: list[dict[str, Any]] = [{}, {"method_settings": {"trust_region": 0.5}}] if method == "sdpo" else [{}]
     for values in own:
-        config = all_of_them(method=method, method_settings=values)
+        config = all_of_them(method=method, **values)
         assert memory_plan(config, load_demonstrations(config.data), Device("cpu", "no")).untraced is None
