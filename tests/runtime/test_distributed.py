@@ -142,29 +142,36 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_to_the_sa
     assert_same_run(whole_run(**COMMON | values), broken)
 
 
+def command_line(config: TrainConfig, folder: Path) -> Callable[[], int]:
+    """``selfdistill train`` with these settings, from a file in ``folder``."""
+    file = folder / "settings.yaml"
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    return lambda: main(["train", "--config", str(file)])
+
+
+def assert_says_of_the_other(child: Child, what: str) -> None:
+    said = f"another process of this run {what}; its checkpoints are intact, continue with --resume ("
+    assert child.log.read_text().splitlines()[-1].startswith(f"selfdistill: error: {said}")
+
+
 def test_a_run_whose_other_process_has_ended_says_so_in_one_line(
     settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings("broken", **COMMON | {"max_steps": 200})
-    file = tmp_path / "settings.yaml"
-    file.write_text(dump_yaml(config), encoding="utf-8")
-    first, second = started_together(lambda: main(["train", "--config", str(file)]), tmp_path / "broken")
+    first, second = started_together(command_line(config, tmp_path), tmp_path / "broken")
     metrics = Path(config.output_dir) / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.05)
     second.kill()
     second.wait()
     assert first.wait(60) == 3
-    said = "another process of this run has ended; its checkpoints are intact, continue with --resume ("
-    assert first.log.read_text().splitlines()[-1].startswith(f"selfdistill: error: {said}")
+    assert_says_of_the_other(first, "has ended")
 
 
 def test_a_run_whose_other_process_hangs_says_so_in_one_line(
     settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings("hung", **COMMON | {"max_steps": 200})
-    file = tmp_path / "settings.yaml"
-    file.write_text(dump_yaml(config), encoding="utf-8")
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=10))
     real = Trainer.step
 
@@ -175,11 +182,10 @@ def test_a_run_whose_other_process_hangs_says_so_in_one_line(
         return real(run, index)
 
     monkeypatch.setattr(Trainer, "step", hangs)
-    first, second = started_together(lambda: main(["train", "--config", str(file)]), tmp_path / "hung")
+    first, second = started_together(command_line(config, tmp_path), tmp_path / "hung")
     assert first.wait(60) == 3
     second.kill()
-    said = "another process of this run has not answered in time; its checkpoints are intact, continue with --resume ("
-    assert first.log.read_text().splitlines()[-1].startswith(f"selfdistill: error: {said}")
+    assert_says_of_the_other(first, "has not answered in time")
 
 
 def test_a_process_that_works_alone_may_take_longer_than_an_operation_on_gradients(tmp_path: Path) -> None:
@@ -311,9 +317,8 @@ def test_accelerate_launch_with_two_processes(
 
 
 def test_processes_that_are_not_joined_are_refused(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    config, file = settings(), tmp_path / "settings.yaml"
-    file.write_text(dump_yaml(config), encoding="utf-8")
-    child = Child(lambda: main(["train", "--config", str(file)]), tmp_path / "log", {"WORLD_SIZE": "2", "RANK": "0"})
+    config = settings()
+    child = Child(command_line(config, tmp_path), tmp_path / "log", {"WORLD_SIZE": "2", "RANK": "0"})
     assert child.wait() == 2
     assert (
         "2 processes were started, but accelerate joined 1; on CPUs set ACCELERATE_USE_CPU=true"
