@@ -71,10 +71,13 @@ def sdpo(config: TrainConfig) -> tuple[Method, ...]:
 
 
 def _teacher(config: TrainConfig, own: SdpoSettings) -> TeacherRule:
-    if config.teacher == "ema" and config.teacher_model is None:
-        return TeacherRule("ema", ema_rate=own.ema_rate) if own.trust_region is None else TeacherRule("live")
-    if own.trust_region is not None:
+    averaged = config.teacher == "ema" and config.teacher_model is None
+    if own.trust_region is None:
+        return TeacherRule("ema", ema_rate=own.ema_rate) if averaged else teacher_of(config)
+    if not averaged:
         raise UserError(
             "setting 'method_settings', 'trust_region' mixes its own teacher: leave 'teacher' and 'teacher_model' out"
         )
-    return teacher_of(config)
+    if "ema_rate" in own.model_fields_set:
+        raise UserError("setting 'method_settings', 'trust_region' has no average to update: leave 'ema_rate' out")
+    return TeacherRule("live")

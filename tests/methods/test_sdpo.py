@@ -210,7 +210,9 @@ def plain_loss(
     ids=str,
 )
 def test_sdpo_is_its_formula(all_of_them: Settings, own: dict[str, Any], micro_batches: int) -> None:
-    own = {"context": "turns", "show": "sibling", "top_k": 20, "ema_rate": 0.3} | own
+    own = {"context": "turns", "show": "sibling", "top_k": 20} | own
+    if "trust_region" not in own:
+        own["ema_rate"] = 0.3
     config = all_of_them(
         method="sdpo", method_settings=own, batch_size=3, gradient_accumulation_steps=micro_batches, learning_rate=1e-2
     )
@@ -263,6 +265,12 @@ def test_a_checker_is_asked_once_about_the_same_samples(all_of_them: Settings) -
 def test_a_mixture_as_teacher_takes_the_place_of_others(all_of_them: Settings, values: dict[str, Any]) -> None:
     config = all_of_them(method="sdpo", method_settings={"trust_region": 0.5}, **values)
     with pytest.raises(UserError, match=r"'trust_region' mixes .* leave 'teacher' and 'teacher_model' out$"):
+        stages_of(config)
+
+
+def test_a_mixture_as_teacher_has_no_average_to_update(all_of_them: Settings) -> None:
+    config = all_of_them(method="sdpo", method_settings={"trust_region": 0.5, "ema_rate": 0.05})
+    with pytest.raises(UserError, match=r"'trust_region' has no average to update: leave 'ema_rate' out$"):
         stages_of(config)
 
 
@@ -345,9 +353,9 @@ def test_metrics_of_a_mixture(all_of_them: Settings) -> None:
     assert min(line["learnt"] for line in metrics_of(config)) < 1
 
 
-@pytest.mark.parametrize("own", [{}, {"trust_region": 0.3}], ids=str)
+@pytest.mark.parametrize("own", [OWN, {"context": "turns", "trust_region": 0.3}], ids=str)
 def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings, own: dict[str, Any]) -> None:
-    values = COMMON | {"method_settings": MIXED["method_settings"] | own}
+    values = COMMON | {"method_settings": own | {"grpo": 0.3}}
     whole, cut = (all_of_them(name, **values) for name in ("whole", "cut"))
     train(whole)
     with pytest.raises(Cut):
