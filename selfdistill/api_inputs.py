@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 from selfdistill.config import LearnConfig, MethodName, TrainConfig, continued
 from selfdistill.data import (
-    CHOOSE_PROMPTS,
     PICTURE_FOLDER,
+    PROMPT_ROWS,
     Demonstration,
     Rows,
     load_demonstrations,
@@ -117,7 +117,7 @@ def reading_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         "data": {"split": given.get("split", "train"), "turns": turns},
         "test": {"split": given.get("test_split"), "turns": turns},
-        "anchors": {"split_advice": CHOOSE_PROMPTS, "turns": "last"},
+        "anchors": PROMPT_ROWS,
     }
 
 
