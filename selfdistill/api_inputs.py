@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from selfdistill.config import LearnConfig, MethodName, TrainConfig, continued
+from selfdistill.config import CheckConfig, LearnConfig, MethodName, TrainConfig, continued
 from selfdistill.data import (
     PICTURE_FOLDER,
     PROMPT_ROWS,
     Demonstration,
     Rows,
     load_demonstrations,
+    load_prompts,
     write_demonstrations,
 )
 from selfdistill.errors import UserError, closest
@@ -244,6 +245,18 @@ def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:
             f"setting 'anchors': found rows beside {os.fspath(places[0])!r}; write the rows to a file and give its path"
         )
     return anchors
+
+
+def check_config(given: dict[str, Any]) -> tuple[CheckConfig, list[Demonstration] | None]:
+    """The settings of a check, and its anchors if they are rows in memory.
+
+    Raises:
+        UserError: a mistake the user can fix.
+    """
+    rows = _anchors_in_memory(given)
+    if rows is None:
+        return CheckConfig(**given), None
+    return CheckConfig(**given | {"anchors": ("anchors",)}), load_prompts(rows, say_note, "anchors")
 
 
 def train_config(given: dict[str, Any], *, resume: bool) -> TrainConfig:
