@@ -230,10 +230,15 @@ def rows_of_run(data: Rows | None, test: Rows | None, given: dict[str, Any]) -> 
 def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:
     """The anchors that are rows in memory; None if there are none, or they are paths.
 
+    An empty list is refused, because rows may have been filtered down to none. An empty tuple is what settings hold
+    where there are no anchors.
+
     Raises:
-        UserError: there are rows and paths.
+        UserError: the list is empty, or has rows and paths.
     """
     anchors = given.get("anchors")
+    if isinstance(anchors, list) and not anchors:
+        raise UserError("setting 'anchors': found an empty list; give rows, or None for no anchors")
     listed = [anchors] if isinstance(anchors, str | os.PathLike) else anchors
     if not isinstance(listed, list | tuple):
         return listed
