@@ -92,10 +92,13 @@ def begin(
     if config.name in [skill.name for skill in ledger.skills]:
         raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another name")
     shown = as_shown(config, used["train"])
-    memory = rehearsed(ledger.skills, shown)
+    memory, again = rehearsed(ledger.skills, shown)
     run = run_config(config, ledger.model, config.context, ledger.pending, rehearses=bool(memory))
     check_room(run)
     check_lengths(run, config.anchors, memory)
+    if config.anchor_share and again:
+        of_all = f"{again} of {number_of(again + len(memory), 'prompt')} of earlier skills"
+        say_note(f"{config.name} teaches {of_all} again, so they are not rehearsed")
     if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
         say_note(
             f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of "

@@ -64,15 +64,18 @@ def remembered(folder: Path) -> list[Demonstration]:
     return to_remember(settings, as_shown(settings, drawn(load_demonstrations(str(rows)), settings)))
 
 
-def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[Demonstration]:
-    """The distinct prompts kept of ``skills``, except those that ``rows`` teach again; messages name their skill."""
+def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> tuple[list[Demonstration], int]:
+    """The distinct prompts kept of ``skills``, except those that ``rows`` teach again, and the number of these.
+
+    Messages about the prompts name their skill.
+    """
     taught = {_key(row) for row in rows}
     pooled = {
         _key(prompt): replace(prompt, source=f"skill {skill.name}, prompt {number}")
         for skill in skills
         for number, prompt in enumerate(remembered(skill.folder), start=1)
     }
-    return [prompt for key, prompt in pooled.items() if key not in taught]
+    return [prompt for key, prompt in pooled.items() if key not in taught], len(pooled.keys() & taught)
 
 
 def rehearsed_and_asked(memory: Sequence[Demonstration], test: Sequence[Demonstration]) -> int:

@@ -184,17 +184,24 @@ def test_what_is_no_number_of_prompts_is_refused(make: Settings, remember: Any) 
         make(remember=remember)
 
 
-def test_a_prompt_taught_anew_or_remembered_twice_is_not_rehearsed_twice(make: Settings, tmp_path: Path) -> None:
+def test_a_prompt_taught_anew_or_remembered_twice_is_not_rehearsed_twice(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     add(make())
     add(make("again", [{"prompt": f"first {i}", "completion": "no"} for i in range(10)], test_share=0.5))
     taught = set(learnt_prompts(tmp_path / "state/skills/0002-again"))
     first = learnt_prompts(tmp_path / "state/skills/0001-first")
     again = tmp_path / "state/skills/0002-again/memory.jsonl"
     assert texts_of(again) == [prompt for prompt in first if prompt not in taught]
+    said = (
+        f"note: again teaches {len(taught & {*first})} of 8 prompts of earlier skills again, so they are not rehearsed"
+    )
+    assert capsys.readouterr().err.count(said) == 1
     add(make("third"))
     pooled = texts_of(tmp_path / "state/skills/0003-third/memory.jsonl")
     assert len(pooled) == len(set(pooled))
     assert set(pooled) == {*first, *taught}
+    assert "not rehearsed" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0.5, 0])
