@@ -48,6 +48,9 @@ from selfdistill.model import (
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
 from selfdistill.training import OnStep, take_whole, train, whole_folder
 
+_NEW_RUN = re.compile("start a new run( in another output_dir)?")
+"""What messages advise where a run cannot be resumed."""
+
 
 def add(config: LearnConfig) -> dict[str, Any]:
     """Learn a skill, or resume learning it, and accept it if the gates pass.
@@ -291,7 +294,12 @@ class _NewSkill:
         if (folder / "final").is_dir():
             return folder / "final"
         along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
-        return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
+        try:
+            return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
+        except UserError as error:  # a new run is a new addition
+            discard = f"discard the addition with selfdistill learn --state {shlex.quote(self._config.state)} discard"
+            error.args = (_NEW_RUN.sub(lambda _: discard, str(error)), *error.args[1:])
+            raise
 
     def _look(self, along: StepsFile) -> OnStep:
         """A callback that writes the scores of all skills to ``along.jsonl`` every ``eval_steps`` steps."""

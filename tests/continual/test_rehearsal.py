@@ -420,13 +420,9 @@ def test_a_file_of_anchors_that_cannot_be_read_is_told_first(make: Settings, tmp
     assert not (tmp_path / "state").exists()
 
 
-def test_an_interrupted_addition_rehearses_on_to_the_same_model(
-    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add(make())
-    shutil.copytree(tmp_path / "state", tmp_path / "whole")
-    options: dict[str, Any] = {"max_steps": 5, "save_steps": 1}
-    add(make("second", **options, state=str(tmp_path / "whole")))
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[LearnConfig], None]:
+    """Begins an addition and ends it in its third step."""
     real = add_skill.train
 
     def cut(*arguments: Any, **named: Any) -> Path:
@@ -436,10 +432,38 @@ def test_an_interrupted_addition_rehearses_on_to_the_same_model(
 
         return real(*arguments, **(named | {"on_step": stop}))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(add_skill, "train", cut)
-        with pytest.raises(KeyboardInterrupt):
-            add(make("second", **options))
+    def begin_and_end(config: LearnConfig) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(add_skill, "train", cut)
+            with pytest.raises(KeyboardInterrupt):
+                add(config)
+
+    return begin_and_end
+
+
+def test_an_addition_that_cannot_be_resumed_is_to_be_discarded(
+    make: Settings, interrupt: Callable[[LearnConfig], None], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("Who?\nWhen?\n", encoding="utf-8")
+    config = make(anchors=str(own), max_steps=5, save_steps=1)
+    interrupt(config)
+    own.write_text("Who?\nWhere?\n", encoding="utf-8")
+    told = rf"restore them, or discard the addition with selfdistill learn --state {config.state} discard$"
+    with pytest.raises(UserError, match=told):
+        add(config)
+    assert main(["learn", "--state", config.state, "discard"]) == 0
+    assert add(config)["accepted"]
+
+
+def test_an_interrupted_addition_rehearses_on_to_the_same_model(
+    make: Settings, interrupt: Callable[[LearnConfig], None], tmp_path: Path
+) -> None:
+    add(make())
+    shutil.copytree(tmp_path / "state", tmp_path / "whole")
+    options: dict[str, Any] = {"max_steps": 5, "save_steps": 1}
+    add(make("second", **options, state=str(tmp_path / "whole")))
+    interrupt(make("second", **options))
     assert list((tmp_path / "state/pending/run").glob("checkpoint-*"))
     (tmp_path / "state").rename(tmp_path / "moved")  # its prompts move with it
     assert add(make("second", **options, state=str(tmp_path / "moved")))["accepted"]
