@@ -622,8 +622,12 @@ def test_a_stream_of_which_nothing_fits_leaves_the_base_where_it_is(make: Settin
     ):
         add(config)
     assert (Path(config.model) / "model.safetensors").is_file()
-    assert Ledger(config.state).skills == []
-    assert add(make())["accepted"]  # what had not begun to learn gives way
+    assert not list(Path(config.state).glob("start"))
+    assert add(make())["accepted"]
+    with pytest.raises(UserError, match="every row is too long"):
+        add(config.model_copy(update={"name": "more"}))
+    assert [skill.name for skill in Ledger(config.state).skills] == ["first"]
+    assert not (tmp_path / "state" / "pending").exists()
 
 
 def test_rows_of_a_stream_whose_teacher_has_no_room_are_told_or_left_out(
