@@ -112,7 +112,7 @@ def read_anchors(config: CheckConfig, loaded: Sequence[Demonstration] | None = N
     if not config.spill or config.environment != "none":
         return {}
     if loaded is not None:
-        return {"anchors": loaded}
+        return {"the given rows": loaded}
     sources = config.anchors
     return {source: anchor_prompts() if source == PACKAGE else load_prompts(source, say_note) for source in sources}
 

@@ -162,7 +162,7 @@ def test_it_is_measured_on_anchors_of_your_own(
     monkeypatch.setattr(spill, "anchor_prompts", lambda: few)
     rows = [{"prompt": [dict(turn) for turn in row.prompt], "completion": "Not used."} for row in few]
     paths = [str(write_rows(part, name=f"{n}.jsonl")) for n, part in enumerate((rows, rows[:3], rows[3:]))]
-    config = config_of(model_folder(), write_rows(count=4), learning_rate=1e-3)
+    config = config_of(model_folder(), write_rows(count=4), learning_rate=1e-3, sample=2)
     given: Any = {"file": paths[0], "rows": rows, "two files": ",".join(paths[1:])}[form]
     settings = config.model_dump(exclude_unset=True)
     found = sd.check(**settings, anchors=given, progress=False).spill
@@ -182,7 +182,7 @@ def test_it_is_measured_on_anchors_of_your_own(
         found.prompts
         == {
             "file": "6 prompts of 0.jsonl",
-            "rows": "6 prompts of anchors",
+            "rows": "6 prompts of the given rows",
             "two files": "6 prompts of 1.jsonl, 2.jsonl",
         }[form]
     )
