@@ -761,9 +761,9 @@ def test_a_skill_is_named_after_its_file(make: Settings, tmp_path: Path, file: s
 def test_what_had_not_begun_to_learn_gives_way_to_another_addition(
     make: Settings, tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
-    write_rows([{"prompt": "x" * 600, "completion": "y"}] * 4, name="long.jsonl")
+    long = write_rows([{"prompt": "x" * 600, "completion": "y"}], name="long.jsonl")
     with pytest.raises(UserError, match="do not fit"):
-        add(make("long"))
+        add(make("more", test=str(long)))  # a test is read after the addition has begun
     assert (tmp_path / "state" / "pending").is_dir()
     assert add(make())["accepted"]
 
@@ -820,9 +820,9 @@ def test_what_has_not_begun_to_learn_does_not_keep_a_skill_from_being_taken_back
     make: Settings, tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
     add(make())
-    write_rows([{"prompt": "x" * 600, "completion": "y"}] * 4, name="long.jsonl")
+    long = write_rows([{"prompt": "x" * 600, "completion": "y"}], name="long.jsonl")
     with pytest.raises(UserError, match="do not fit"):
-        add(make("long"))
+        add(make("more", test=str(long)))  # a test is read after the addition has begun
     assert (tmp_path / "state" / "pending").is_dir()
     assert learn(make(action="status", data="")).details["pending"] is None
     learn(make(action="rollback", data=""))
