@@ -15,6 +15,7 @@ from typing import Any
 from selfdistill.api_inputs import (
     Model,
     callback_of,
+    check_config,
     check_start,
     data_of,
     given_settings,
@@ -31,7 +32,6 @@ from selfdistill.comparison import compare as run_comparison
 from selfdistill.comparison import report as write_report
 from selfdistill.config import (
     AskConfig,
-    CheckConfig,
     CompareConfig,
     EvalConfig,
     ExportConfig,
@@ -68,7 +68,7 @@ def check(model: Model, data: Rows, *, tokenizer: Any = None, progress: bool = T
         data: demonstrations; see :data:`Rows`.
         tokenizer: of a loaded model.
         progress: show bars and notes.
-        settings: the options of ``selfdistill check``.
+        settings: the options of ``selfdistill check``. ``anchors`` may also be rows in memory.
 
     Raises:
         UserError: settings, data or model are invalid, or no context layout fits.
@@ -76,7 +76,8 @@ def check(model: Model, data: Rows, *, tokenizer: Any = None, progress: bool = T
     with session(progress):
         name, loaded = model_of(model, tokenizer)
         path, rows = data_of(data)
-        return run_check(CheckConfig(model=name, data=path, **settings), rows, on_best_device(loaded))
+        config, anchors = check_config({"model": name, "data": path, **settings})
+        return run_check(config, rows, on_best_device(loaded), anchors=anchors)
 
 
 def train(

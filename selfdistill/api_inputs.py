@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from selfdistill.config import LearnConfig, MethodName, TrainConfig, continued
+from selfdistill.config import CheckConfig, LearnConfig, MethodName, TrainConfig, continued
 from selfdistill.data import (
-    CHOOSE_PROMPTS,
     PICTURE_FOLDER,
+    PROMPT_ROWS,
     Demonstration,
     Rows,
     load_demonstrations,
+    load_prompts,
     write_demonstrations,
 )
 from selfdistill.errors import UserError, closest
@@ -117,7 +118,7 @@ def reading_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         "data": {"split": given.get("split", "train"), "turns": turns},
         "test": {"split": given.get("test_split"), "turns": turns},
-        "anchors": {"split_advice": CHOOSE_PROMPTS, "turns": "last"},
+        "anchors": PROMPT_ROWS,
     }
 
 
@@ -229,10 +230,15 @@ def rows_of_run(data: Rows | None, test: Rows | None, given: dict[str, Any]) -> 
 def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:
     """The anchors that are rows in memory; None if there are none, or they are paths.
 
+    An empty list is refused, because rows may have been filtered down to none. An empty tuple is what settings hold
+    where there are no anchors.
+
     Raises:
-        UserError: there are rows and paths.
+        UserError: the list is empty, or has rows and paths.
     """
     anchors = given.get("anchors")
+    if isinstance(anchors, list) and not anchors:
+        raise UserError("setting 'anchors': found an empty list; give rows, or None for no anchors")
     listed = [anchors] if isinstance(anchors, str | os.PathLike) else anchors
     if not isinstance(listed, list | tuple):
         return listed
@@ -244,6 +250,18 @@ def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:
             f"setting 'anchors': found rows beside {os.fspath(places[0])!r}; write the rows to a file and give its path"
         )
     return anchors
+
+
+def check_config(given: dict[str, Any]) -> tuple[CheckConfig, list[Demonstration] | None]:
+    """The settings of a check, and its anchors if they are rows in memory.
+
+    Raises:
+        UserError: a mistake the user can fix.
+    """
+    rows = _anchors_in_memory(given)
+    if rows is None:
+        return CheckConfig(**given), None
+    return CheckConfig(**given | {"anchors": ("anchors",)}), load_prompts(rows, say_note, "anchors")
 
 
 def train_config(given: dict[str, Any], *, resume: bool) -> TrainConfig:

@@ -23,7 +23,8 @@ from selfdistill.config.commands import CompareConfig
 from selfdistill.config.files import dump_yaml, load_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.contexts import CONTEXTS, context_spec, parse_context
-from selfdistill.data.demonstrations import load_demonstrations, load_prompts
+from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.prompts import load_prompts
 from selfdistill.documents import load_passages
 from selfdistill.errors import UserError
 from selfdistill.evaluation.priors import load_prior

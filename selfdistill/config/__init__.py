@@ -2,6 +2,7 @@
 
 from selfdistill.config.base import EngineSettings, EpisodeSettings, ModelSettings, Settings, TaskSettings
 from selfdistill.config.commands import (
+    OF_BOTH,
     AskConfig,
     CheckConfig,
     CompareConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "LEARNING_RATE",
     "LORA_LEARNING_RATE",
     "MAY_CHANGE",
+    "OF_BOTH",
     "OPEN",
     "PACKAGE",
     "SHORTEST",

@@ -21,7 +21,7 @@ from selfdistill.config.base import (
     TaskSettings,
     read_mapping,
 )
-from selfdistill.config.method import MethodName
+from selfdistill.config.method import MethodName, anchor_sources
 from selfdistill.config.train import OneRun, Precision, TrainConfig, TrainingSettings
 from selfdistill.errors import UserError, closest
 
@@ -111,19 +111,28 @@ class CheckConfig(TaskSettings):
     hints: bool = False
     """Also measure the teacher with shares of the demonstration from 0 to 1, in the best layout."""
     spill: bool = False
-    """Also measure how far a few steps of SFT and of SDFT move the model on general prompts."""
+    """Also measure how far a few steps of SFT and of SDFT move the model on general prompts, or on your ``anchors``."""
+    anchors: tuple[str, ...] = ("package",)
+    """Prompts on which ``spill`` measures how far the model moves; it draws 16 of them. As in ``train``: ``package``
+    (general prompts of many kinds), or a text file with one prompt per line, or rows with ``prompt`` or ``messages``,
+    such as your own traffic. Several sources, separated by commas, get equal shares. ``none``: not measured."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Learning rate for the steps of ``spill``: use that of the training run. Default 1e-5."""
     fine_tuned: str | None = None
     """A model fine-tuned on the same demonstrations, for example with ``--method sft``. Its distance from the base is
     compared with the teacher's."""
 
+    _sources = field_validator("anchors", mode="before")(anchor_sources)
+
+
+OF_BOTH = (CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"anchors"}
+"""Settings of a check that its training run shares; not ``anchors``, which a check measures on and a run trains on."""
+
 
 def run_settings(config: CheckConfig) -> dict[str, Any]:
     """The settings that a training run shares with a check, by name."""
-    shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
     context = config.contexts[0] if len(config.contexts) == 1 else "auto"
-    return {name: getattr(config, name) for name in shared} | {"context": context}
+    return {name: getattr(config, name) for name in OF_BOTH} | {"context": context}
 
 
 class EvalConfig(TaskSettings):

@@ -53,6 +53,8 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
     for key in values:
         if key not in kind.model_fields:
             raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields, '; remove it')}")
+    if values.get("anchors") == []:  # written where there were none; in Python an empty list is refused
+        values["anchors"] = ()
     return values
 
 

@@ -50,6 +50,30 @@ SHORTEST = "shortest"
 """The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 
 
+def anchor_sources(value: Any) -> Any:
+    """The given ``anchors`` as a list: one source, several separated by commas, ``none`` or None.
+
+    Raises:
+        ValueError: a source is named twice or misspelt, or ``none`` is combined with others.
+    """
+    if isinstance(value, str):
+        value = [source.strip() for source in value.split(",") if source.strip()]
+    if value is None or value in (["none"], ("none",)):
+        return ()
+    if not isinstance(value, list | tuple):
+        return value  # pydantic reports the wrong type
+    for source in value:
+        is_word = isinstance(source, str) and re.fullmatch(r"\w+", source) and not os.path.exists(source)
+        if is_word and source != PACKAGE and difflib.get_close_matches(source, [PACKAGE]):
+            raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
+    if "none" in value:
+        raise ValueError("'none' cannot be combined with other sources; remove one")
+    sources = [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
+    if twice := [source for number, source in enumerate(sources) if source in sources[:number]]:
+        raise ValueError(f"each source once, and {twice[0]!r} is named twice")
+    return sources
+
+
 class MethodSettings(EpisodeSettings):
     """Settings that methods read to fill their slots. A method uses only the settings that it reads."""
 
@@ -135,23 +159,4 @@ class MethodSettings(EpisodeSettings):
             raise ValueError("a share from 0 to 1, two of them as in 0.2:1, or shortest")
         return ":".join(f"{float(share):g}" for share in shares)
 
-    @field_validator("anchors", mode="before")
-    @classmethod
-    def _sources(cls, value: Any) -> Any:
-        """Accept one source, several separated by commas, ``none`` or None."""
-        if isinstance(value, str):
-            value = [source.strip() for source in value.split(",") if source.strip()]
-        if value is None or value in (["none"], ("none",)):
-            return ()
-        if not isinstance(value, list | tuple):
-            return value  # pydantic reports the wrong type
-        for source in value:
-            is_word = isinstance(source, str) and re.fullmatch(r"\w+", source) and not os.path.exists(source)
-            if is_word and source != PACKAGE and difflib.get_close_matches(source, [PACKAGE]):
-                raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
-        if "none" in value:
-            raise ValueError("'none' cannot be combined with other sources; remove one")
-        sources = [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
-        if twice := [source for number, source in enumerate(sources) if source in sources[:number]]:
-            raise ValueError(f"each source once, and {twice[0]!r} is named twice")
-        return sources
+    _sources = field_validator("anchors", mode="before")(anchor_sources)

@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ import yaml
 
 from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
+from selfdistill.continual.lengths import check_lengths, fitting_rows
 from selfdistill.continual.pending import begin
-from selfdistill.continual.rehearsal import MEMORY, check_lengths, check_room, cost_of, run_config, total
+from selfdistill.continual.rehearsal import MEMORY, as_shown, check_room, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import load_demonstrations, load_prompts, located
+from selfdistill.data import Demonstration, load_demonstrations, load_prompts, located
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -46,7 +47,10 @@ from selfdistill.model import (
     use_engine,
 )
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
-from selfdistill.training import OnStep, take_whole, train, whole_folder
+from selfdistill.training import OnStep, drawn, take_whole, train, whole_folder
+
+_NEW_RUN = re.compile("start a new run( in another output_dir)?")
+"""What messages advise where a run cannot be resumed."""
 
 
 def add(config: LearnConfig) -> dict[str, Any]:
@@ -74,13 +78,13 @@ def add(config: LearnConfig) -> dict[str, Any]:
     elif config.max_steps is not None:
         check_steps(config.max_steps, run.method, stages)
     check_inputs(run.model_copy(update={"data": ""}))  # its rows have been read
-    if not (Path(config.state) / START).is_dir():
+    if is_new := not (Path(config.state) / START).is_dir():
         check_room(run)  # with an existing state, begin() checks, rehearsal included
     if config.prior:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
-        ledger = _opened(config, run)
-        used = begin(ledger, config, splits)
+        ledger = _opened(config, run, splits["train"])
+        used = begin(ledger, config, splits, checked=is_new)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
         learnt, asked = {repr(row.prompt) for row in used["train"]}, used["test"]
         if known := sum(repr(row.prompt) in learnt for row in asked):
@@ -107,8 +111,8 @@ def add(config: LearnConfig) -> dict[str, Any]:
     return result
 
 
-def _opened(config: LearnConfig, run: TrainConfig) -> Ledger:
-    """Open the state, creating it if it does not exist, unless the anchors of the first run are too long."""
+def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]) -> Ledger:
+    """Open the state, creating it if it does not exist, unless rows or anchors of the first run are too long."""
     root = Path(config.state)
     if (root / START).is_dir():
         ledger = Ledger(config.state)
@@ -140,6 +144,7 @@ def _opened(config: LearnConfig, run: TrainConfig) -> Ledger:
         raise UserError(f"state {config.state!r}: not a state, contains {others[0]!r}; give another folder")
     if not config.model:
         raise UserError(f"state {config.state!r} does not exist yet; give the base as model")
+    check_lengths(run.model_copy(update={"model": config.model}), config, drawn(rows, config), [])
     with whole_folder(root / START, "free disk space, then add it again") as folder:
         if config.prior:
             (folder / "prior").mkdir()
@@ -149,7 +154,6 @@ def _opened(config: LearnConfig, run: TrainConfig) -> Ledger:
         base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
         if not config.lora_rank:
             refuse_float16(base.model, config.model)
-        check_lengths(run, config.anchors, [], base)  # again in begin(), but the base is measured before
         write_json(folder / "base.json", measure_model(base, [], prior, config))
         state = {"model": _absolute(config.model), "weights": start_fingerprint(base)}
         state |= {key: getattr(config, key) for key in MEASURED_WITH}
@@ -270,6 +274,7 @@ class _NewSkill:
         run = run_config(self._config, self._ledger.model, context, self._folder)
         folder = Path(run.output_dir)
         if not model.is_dir():
+            self._forget_dropped(run)
             take_whole(self._trained(run), model)
             self._stop_where_asked()
         for left in (*folder.glob("checkpoint-*"), folder / "final"):
@@ -283,6 +288,12 @@ class _NewSkill:
         rehearses = memory.exists() and run.anchor_share > 0
         return cost | {"rehearsed": len(load_prompts(str(memory))) if rehearses else 0}
 
+    def _forget_dropped(self, run: TrainConfig) -> None:
+        """Keep only the prompts of rows that can be learnt; which ones these are depends on the context."""
+        if self._config.on_long_prompt == "drop":
+            rows = load_demonstrations(str(self._folder / "train.jsonl"))
+            keep_prompts(self._folder, self._config, as_shown(self._config, fitting_rows(run, self._config, rows)))
+
     def _trained(self, run: TrainConfig) -> Path:
         """Train, and return the folder of the final model, which may be an adapter."""
         folder = Path(run.output_dir)
@@ -291,7 +302,12 @@ class _NewSkill:
         if (folder / "final").is_dir():
             return folder / "final"
         along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
-        return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
+        try:
+            return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
+        except UserError as error:  # a new run is a new addition
+            discard = f"discard the addition with selfdistill learn --state {shlex.quote(self._config.state)} discard"
+            error.args = (_NEW_RUN.sub(lambda _: discard, str(error)), *error.args[1:])
+            raise
 
     def _look(self, along: StepsFile) -> OnStep:
         """A callback that writes the scores of all skills to ``along.jsonl`` every ``eval_steps`` steps."""

@@ -13,16 +13,15 @@ from typing import Any
 
 from selfdistill.config import OPEN, LearnConfig, changes, dump_yaml
 from selfdistill.continual.ledger import BEFORE, Ledger
+from selfdistill.continual.lengths import check_lengths
 from selfdistill.continual.rehearsal import (
     MEMORY,
-    PROMPTS,
     as_shown,
-    check_lengths,
     check_room,
+    keep_prompts,
     rehearsed,
     rehearsed_and_asked,
     run_config,
-    to_remember,
 )
 from selfdistill.data import Demonstration, write_demonstrations
 from selfdistill.errors import UserError, number_of
@@ -57,18 +56,24 @@ def _with_newer_settings(settings: dict[str, Any], here: dict[str, Any]) -> dict
 
 
 def begin(
-    ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]
+    ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]], *, checked: bool = False
 ) -> dict[str, Sequence[Demonstration]]:
     """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
 
     A different addition that has not begun training is discarded.
+
+    Args:
+        ledger: the state.
+        config: settings of the addition.
+        splits: its rows.
+        checked: whether the lengths of its rows and anchors have been checked.
 
     Returns:
         The splits with the training rows that ``num_demonstrations`` draws.
 
     Raises:
         UserError: another addition has begun training, the skill's name is taken, the batch has no room for the
-            anchors, or ``pending`` cannot be written.
+            anchors, rows or anchors are too long, or ``pending`` cannot be written.
     """
     texts = json.dumps([[_text(row) for row in rows] for rows in splits.values()])
     asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
@@ -92,22 +97,25 @@ def begin(
     if config.name in [skill.name for skill in ledger.skills]:
         raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another name")
     shown = as_shown(config, used["train"])
-    memory = rehearsed(ledger.skills, shown)
+    memory, again = rehearsed(ledger.skills, shown)
     run = run_config(config, ledger.model, config.context, ledger.pending, rehearses=bool(memory))
     check_room(run)
-    check_lengths(run, config.anchors, memory)
+    if not checked or memory:
+        check_lengths(run, config, used["train"], memory)
+    if config.anchor_share and again:
+        of_all = f"{again} of {number_of(again + len(memory), 'prompt')} of earlier skills"
+        say_note(f"{config.name} teaches {of_all} again, so they are not rehearsed")
     if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
         say_note(
             f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of "
             f"{config.name}; on these, rehearsal preserves the replies from before the addition"
         )
-    prompts = to_remember(config, shown)
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
         for split, rows in used.items():
             write_demonstrations(folder / f"{split}.jsonl", rows)
-        for name, kept in ((PROMPTS, prompts), (MEMORY, memory)):
-            if kept:
-                write_demonstrations(folder / name, kept)
+        keep_prompts(folder, config, shown)
+        if memory:
+            write_demonstrations(folder / MEMORY, memory)
         (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
         write_json(folder / "asked.json", asked)
         places = {split: [row.row for row in rows] for split, rows in used.items() if split != "test"}

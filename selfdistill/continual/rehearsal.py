@@ -13,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from selfdistill.config import PACKAGE, LearnConfig, TrainConfig
+from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.continual.ledger import Skill, settings_of
-from selfdistill.data import Demonstration, load_demonstrations, load_prompts
+from selfdistill.data import Demonstration, load_demonstrations, load_prompts, write_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.methods import begun, examples_of_prompts, stages_of
-from selfdistill.model import LoadedModel, load_for_training
+from selfdistill.methods import begun, stages_of
 from selfdistill.runtime import read_lines
 from selfdistill.training import check_parts, drawn
 
@@ -39,6 +38,14 @@ def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demo
     assert isinstance(count, int)
     chosen = sorted(random.Random(config.seed).sample(range(len(found)), min(count, len(found))))
     return [found[number] for number in chosen]
+
+
+def keep_prompts(folder: Path, config: LearnConfig, rows: Sequence[Demonstration]) -> None:
+    """Write the prompts of ``rows`` that the state keeps to the skill's ``folder``; see :func:`to_remember`."""
+    if prompts := to_remember(config, rows):
+        unfinished = folder / f".{PROMPTS}.unfinished"
+        write_demonstrations(unfinished, prompts)
+        unfinished.replace(folder / PROMPTS)
 
 
 def as_shown(config: LearnConfig, rows: Sequence[Demonstration]) -> Sequence[Demonstration]:
@@ -64,15 +71,18 @@ def remembered(folder: Path) -> list[Demonstration]:
     return to_remember(settings, as_shown(settings, drawn(load_demonstrations(str(rows)), settings)))
 
 
-def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> list[Demonstration]:
-    """The distinct prompts kept of ``skills``, except those that ``rows`` teach again; messages name their skill."""
+def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> tuple[list[Demonstration], int]:
+    """The distinct prompts kept of ``skills``, except those that ``rows`` teach again, and the number of these.
+
+    Messages about the prompts name their skill.
+    """
     taught = {_key(row) for row in rows}
     pooled = {
         _key(prompt): replace(prompt, source=f"skill {skill.name}, prompt {number}")
         for skill in skills
         for number, prompt in enumerate(remembered(skill.folder), start=1)
     }
-    return [prompt for key, prompt in pooled.items() if key not in taught]
+    return [prompt for key, prompt in pooled.items() if key not in taught], len(pooled.keys() & taught)
 
 
 def rehearsed_and_asked(memory: Sequence[Demonstration], test: Sequence[Demonstration]) -> int:
@@ -130,33 +140,6 @@ def check_room(run: TrainConfig) -> None:
         *others, last = "the skill", *beside
         parts = f"{', '.join(others)} and {last}"
         raise UserError(f"{error}. The parts are {parts}; anchor_share 0 leaves anchors out") from None
-
-
-def check_lengths(
-    run: TrainConfig, own: Sequence[str], memory: Sequence[Demonstration], loaded: LoadedModel | None = None
-) -> None:
-    """Check that anchors fit into the limits on their lengths.
-
-    Args:
-        run: settings with the model and the limits.
-        own: the addition's own sources of anchors.
-        memory: prompts of earlier skills.
-        loaded: the model, if already loaded.
-
-    Raises:
-        UserError: prompts are too long and ``on_long_prompt`` is ``error``, or all of a source are.
-    """
-    files = [source for source in own if source != PACKAGE]
-    if not run.anchor_share or not (files or memory):
-        return
-    loaded = loaded or load_for_training(run.model, dtype=run.dtype, adapter_base=run.adapter_base)
-    chat = loaded.chat(run.chat_template_kwargs, run.template_date)
-    for source in files:
-        examples_of_prompts(run, load_prompts(source), loaded, chat, run.on_long_prompt)
-    try:
-        examples_of_prompts(run, memory, loaded, chat, run.on_long_prompt)
-    except UserError as error:
-        raise UserError(f"prompts of earlier skills: {error}; anchor_share 0 rehearses none") from None
 
 
 def _parts_beside(run: TrainConfig) -> list[str]:

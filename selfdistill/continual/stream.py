@@ -14,20 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.config import LearnConfig, TrainConfig
+from selfdistill.continual.lengths import chunks_of, encoded_rows, fitting_rows
 from selfdistill.continual.rehearsal import cost_of
-from selfdistill.data import (
-    ChatFormat,
-    Demonstration,
-    Example,
-    NothingFits,
-    encode,
-    load_demonstrations,
-    parse_context,
-    write_demonstrations,
-)
-from selfdistill.errors import RunStopped, UserError, number_of
+from selfdistill.data import Demonstration, Example, NothingFits, load_demonstrations, write_demonstrations
+from selfdistill.errors import RunStopped, number_of
 from selfdistill.evaluation import EvaluationSet, judge_of, mean_loss
-from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, load_for_training, training_precision, use_engine
 from selfdistill.runtime import StepsFile, StopRequests, fsync, say
 from selfdistill.training import take_whole, train
@@ -59,8 +50,7 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
     rows = load_demonstrations(str(folder / "train.jsonl"))
     held = load_demonstrations(str(folder / "validation.jsonl"))
     place = json.loads((folder / "places.json").read_text(encoding="utf-8"))
-    chunks = [rows[start : start + config.chunk_size] for start in range(0, len(rows), config.chunk_size)]
-    fitting = _learnable(run, config, chunks)
+    chunks, fitting = chunks_of(rows, config), {row.row for row in fitting_rows(run, config, rows)}
     work = folder / "chunks"
     work.mkdir(exist_ok=True)
     model = run.model
@@ -88,27 +78,6 @@ def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: Stop
 def _of_chunk(run: TrainConfig, number: int) -> TrainConfig:
     """The run with the chunk's own seed: with a shared seed, every chunk would draw the same few anchors."""
     return run.model_copy(update={"seed": run.seed + number - 1})
-
-
-def _learnable(run: TrainConfig, config: LearnConfig, chunks: Sequence[Sequence[Demonstration]]) -> set[int]:
-    """Numbers of the rows within all length limits, including the teacher's prompt in their chunk.
-
-    Raises:
-        UserError: rows are too long and ``on_long_prompt`` is ``error``, or all rows are.
-    """
-    loaded = load_for_training(run.model, dtype=config.dtype, adapter_base=config.adapter_base)
-    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
-    context = run.context if uses(run, "context") else None
-    found: set[int] = set()
-    for chunk in chunks:
-        try:
-            encoded = _encoded(loaded, chat, chunk, config, config.on_long_prompt, context)
-        except NothingFits as error:
-            encoded, unfit = [], error
-        found |= {row.demonstration.row for row in encoded}
-    if not found:
-        raise UserError(f"{config.data}: every row is too long: {unfit}")
-    return found
 
 
 def _said(line: dict[str, Any]) -> str:
@@ -139,7 +108,7 @@ def _chunk(
         questions = EvaluationSet(loaded, chunk, {}, config)
         accuracy = questions.answers(loaded, judge_of(config), what="test of a chunk").accuracy
     try:
-        watch = _Watch(_encoded(loaded, chat, buffer, config, "drop"), config)
+        watch = _Watch(encoded_rows(loaded, chat, buffer, config, "drop"), config)
     except NothingFits:
         watch = _Watch([], config)
     before = watch.loss(loaded)
@@ -161,25 +130,6 @@ def _chunk(
     losses = {"loss_before": before, "loss_after": watch.last}
     training = cost_of(own, len(config.anchors))
     return {"rows": len(chunk), "accuracy": accuracy, "steps": watch.steps, **losses, "training": training}
-
-
-def _encoded(
-    loaded: LoadedModel,
-    chat: ChatFormat,
-    rows: Sequence[Demonstration],
-    config: LearnConfig,
-    on_long_prompt: str,
-    context: str | None = None,
-) -> list[Example]:
-    """Encode the rows within the limits on prompt, completion and, with a context, the teacher's prompt."""
-    limits: dict[str, Any] = {
-        "max_prompt_length": config.max_prompt_length,
-        "max_completion_length": config.max_completion_length,
-        "window": loaded.window,
-        "completion_must_fit": True,
-    }
-    shown = None if context is None else parse_context(context)
-    return encode(rows, shown, chat, on_long_prompt=on_long_prompt, **limits)[0]
 
 
 class _Watch:

@@ -12,7 +12,6 @@ from selfdistill.data.demonstrations import (
     Rows,
     as_row,
     load_demonstrations,
-    load_prompts,
     nothing_to_show,
     write_demonstrations,
 )
@@ -49,6 +48,7 @@ from selfdistill.data.messages import (
     wrong,
 )
 from selfdistill.data.named import FUNCTION, named
+from selfdistill.data.prompts import PROMPT_ROWS, load_prompts
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import (
     RawRow,
@@ -79,12 +79,11 @@ from selfdistill.data.scorers import (
     verdict,
     verdicts,
 )
-from selfdistill.data.sources import CHOOSE_PROMPTS, Note, located
+from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.words import includes, words_of
 
 __all__ = [
-    "CHOOSE_PROMPTS",
     "CODE",
     "COLUMNS",
     "FUNCTION",
@@ -92,6 +91,7 @@ __all__ = [
     "MOST_PIXELS",
     "NEXT_TURN",
     "PICTURE_FOLDER",
+    "PROMPT_ROWS",
     "SCORER_NAMES",
     "ChatFormat",
     "Context",

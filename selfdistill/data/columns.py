@@ -98,12 +98,15 @@ def misnamed_in(problem: str, row: Mapping[str, Any]) -> str | None:
     return misnamed(row, *lacking) if lacking else None
 
 
-def notes_on_unread(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A note that names the columns that are not used, each with the column it may be meant as, unless rows have it."""
+def notes_on_unread(rows: Sequence[Mapping[str, Any]], useless: Sequence[str] = ()) -> list[str]:
+    """A note that names the columns that are not used, each with the column it may be meant as.
+
+    Not if rows have that column, or it would be ``useless``.
+    """
     columns = dict.fromkeys(column for row in rows for column in unread(row))
     if not columns:
         return []
-    held = {column for row in rows for column, value in row.items() if not is_empty(value)}
+    held = {*useless} | {column for row in rows for column, value in row.items() if not is_empty(value)}
     named = []
     for column in columns:
         hint = _meant(column)

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,9 +33,8 @@ from selfdistill.data.messages import (
     uses_tools,
     wrong,
 )
-from selfdistill.data.readers import is_data_file, read_prompts
 from selfdistill.data.rows import RawRow, check_rows, first_three, one_of, repeated_key
-from selfdistill.data.sources import CHOOSE_PROMPTS, Note, Split, read_rows, rows_in_memory
+from selfdistill.data.sources import Note, Split, read_rows, rows_in_memory
 from selfdistill.data.template_columns import template_kwargs_of, tools_of
 from selfdistill.errors import UserError
 
@@ -142,6 +142,7 @@ def load_demonstrations(
     note: Note | None = None,
     lacks: Lacks | None = None,
     turns: Turns = "auto",
+    prompts_only: bool = False,
     name: str = "data",
 ) -> list[Demonstration]:
     """Read and validate every row of ``data``, in order.
@@ -161,6 +162,7 @@ def load_demonstrations(
         lacks: what else a row must have; see :data:`Lacks`.
         turns: which assistant turns are learnt: ``last``; ``all`` after the prompt, which of ``messages`` is what comes
             before the first; ``auto``: all of a row with tool calls or tool turns or with several in its completion.
+        prompts_only: only the prompts are used, so messages ask for no completion.
         name: of in-memory rows in messages, as in ``data[0]``.
 
     A row has ``prompt`` and ``completion`` (each text or chat messages, the completion one assistant message or an
@@ -189,15 +191,16 @@ def load_demonstrations(
 
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
         pictures = pictures_of(raw.value, folder, problems)
-        made = _demonstration(raw, number, form, completion_required, turns, pictures, problems)
+        made = _demonstration(raw, number, form, completion_required, prompts_only, turns, pictures, problems)
         if lacks and not problems:
             problems += filter(None, [_of_form(lacks(made), form, made, raw.value)])
         return made
 
-    made = check_rows(name, rows, _form, make, "set")
+    made = check_rows(name, rows, partial(_form, prompts_only), make, "set")
     if note:
+        unread = notes_on_unread([raw.value for raw in rows], _TAUGHT if prompts_only else ())
         calls = notes_on_calls([(row.source, (*row.prompt, *row.episode), row.tools) for row in made])
-        for found in [*notes_on_unread([raw.value for raw in rows]), *_repeated(made), *calls]:
+        for found in [*unread, *_repeated(made), *calls]:
             note(f"{name}: {found}")
     return made
 
@@ -272,38 +275,12 @@ def as_row(row: Any) -> Any:
     return {name: value for name, value in values.items() if value not in (None, "", ())}
 
 
-def load_prompts(path: str, note: Note | None = None) -> list[Demonstration]:
-    """Read prompts, as demonstrations without completions.
-
-    Args:
-        path: a text file with one prompt per line, of which empty ones are skipped; or any data that
-            :func:`load_demonstrations` reads. Of its rows, the prompts count and the completions do not.
-        note: takes what the user should know, as in :func:`load_demonstrations`.
-
-    Raises:
-        UserError: the file cannot be read, is not UTF-8, or has no prompts; or rows are invalid.
-    """
-    is_text = Path(path).suffix == ".txt" or (os.path.isfile(path) and not is_data_file(path))
-    if not is_text:
-        rows = load_demonstrations(path, turns="last", note=note, split_advice=CHOOSE_PROMPTS)
-        return [replace(row, completion="", privileged_context=None, answer=None, episode=()) for row in rows]
-    try:
-        numbered = read_prompts(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if not numbered:
-        raise UserError(f"{path}: no prompts, expected one per line")
-    return [
-        Demonstration(({"role": "user", "content": text},), row=row, source=f"{Path(path).name}:{number}")
-        for row, (number, text) in enumerate(numbered)
-    ]
-
-
 # --- validation; each function appends to `problems` ---
 
 
-def _form(row: Any, problems: list[str]) -> str | None:
+def _form(prompts_only: bool, row: Any, problems: list[str]) -> str | None:
     """The column that holds the row's chat, ``prompt`` or ``messages``; None, with a problem, if there is not one."""
+    prompt, comma = ("'prompt'", "") if prompts_only else ("'prompt' with 'completion'", ",")
     if repeated := repeated_key(row):
         problems.append(repeated)
     elif not isinstance(row, dict):
@@ -312,7 +289,7 @@ def _form(row: Any, problems: list[str]) -> str | None:
         other = next((name for name in ("prompt", "completion") if row.get(name) is not None), None)
         if other is None:
             return "messages"
-        problems.append(f"has '{other}' and 'messages', expected either 'messages' or 'prompt' with 'completion'")
+        problems.append(f"has '{other}' and 'messages', expected either 'messages' or {prompt}")
     elif row.get("prompt") is not None:
         return "prompt"
     elif "prompt" in row:
@@ -320,8 +297,8 @@ def _form(row: Any, problems: list[str]) -> str | None:
     elif "messages" in row:
         problems.append(wrong("messages", None, "a list of messages"))
     else:
-        problems.append(missing(row, "prompt", "messages", want="expected 'prompt' with 'completion', or 'messages'"))
-        if row.get("completion") is None:
+        problems.append(missing(row, "prompt", "messages", want=f"expected {prompt}{comma} or 'messages'"))
+        if row.get("completion") is None and not prompts_only:
             problems += filter(None, [misnamed(row, *_TAUGHT)])
     return None
 
@@ -331,6 +308,7 @@ def _demonstration(
     number: int,
     form: str,
     completion_required: bool,
+    prompts_only: bool,
     learnt: Turns,
     pictures: Sequence[Picture],
     problems: list[str],
@@ -361,7 +339,8 @@ def _demonstration(
     check_order(replies, form, problems)
     refuse_late(replies, form, problems)
     problems += refused(row)
-    if not problems and not replies and not any(value is not None for value in others.values()):
+    has_answer = prompts_only or replies or any(value is not None for value in others.values())
+    if not problems and not has_answer:
         # A prompt alone may be meant, but hardly where another column has a familiar name.
         problems += filter(None, [misnamed(row, *_TAUGHT)])
     _check_others(others, problems)

@@ -48,10 +48,6 @@ class Split(NamedTuple):
     """How to choose another, for messages."""
 
 
-CHOOSE_PROMPTS = "(to choose one, give its file or its rows)"
-"""How to choose another split of prompts; no setting does."""
-
-
 def packaged(name: str) -> str:
     """Path of a data file, or folder, that ships with the package."""
     return str(resources.files("selfdistill.data.bundled") / name)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from selfdistill.config import CheckConfig, TrainConfig
+from selfdistill.config import OF_BOTH, CheckConfig, TrainConfig
 from selfdistill.data import (
     Demonstration,
     Lacks,
@@ -27,6 +27,7 @@ from selfdistill.data import (
 from selfdistill.errors import EngineFailed, UserError
 from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, verdict_on
 from selfdistill.evaluation.measure import Measure
+from selfdistill.evaluation.spill import read_anchors
 from selfdistill.methods import refuse_silent, shows_parts, stages_of
 from selfdistill.model import (
     LoadedModel,
@@ -83,14 +84,13 @@ def check_run(
     Raises:
         UserError: settings, data or model are invalid, or no layout fits.
     """
-    shared = CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()
     own: dict[str, Any] = {"model": config.model}
     if config.teacher_model:
         own = {"model": config.teacher_model, "adapter_base": None}
     contexts = [] if config.context == "auto" else [config.context]
     if not contexts and any(shows_parts(part.method) for parts in stages_of(config) for part in parts):
         contexts = hintable(LAYOUTS)
-    settings = {name: getattr(config, name) for name in shared} | own
+    settings = {name: getattr(config, name) for name in OF_BOTH} | own
     loaded = None if config.teacher_model else loaded
     if loaded is None:
         loaded = load_for_training(
@@ -107,7 +107,12 @@ def check_run(
 
 
 def check(
-    config: CheckConfig, demonstrations: Rows | None = None, loaded: LoadedModel | None = None, *, cost: bool = True
+    config: CheckConfig,
+    demonstrations: Rows | None = None,
+    loaded: LoadedModel | None = None,
+    *,
+    anchors: Sequence[Demonstration] | None = None,
+    cost: bool = True,
 ) -> CheckResult:
     """Evaluate the student, and the teacher with each context layout.
 
@@ -115,6 +120,7 @@ def check(
         config: settings.
         demonstrations: the data, if already loaded; else ``config.data`` is read.
         loaded: the model, if already loaded; else ``config.model`` is loaded.
+        anchors: prompts for ``spill``, if already loaded; else ``config.anchors`` are read.
         cost: also estimate time and memory of a training step, from one forward and backward pass.
 
     Raises:
@@ -124,7 +130,7 @@ def check(
     rows = load_demonstrations(
         data, split=config.split, turns=config.turns, note=say_note, lacks=_lacks(config.contexts)
     )
-    return _checked(config, rows, loaded, cost)
+    return _checked(config, rows, loaded, cost, anchors)
 
 
 def _lacks(specs: Sequence[str]) -> Lacks:
@@ -140,7 +146,13 @@ def _lacks(specs: Sequence[str]) -> Lacks:
     return lacks
 
 
-def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel | None, cost: bool) -> CheckResult:
+def _checked(
+    config: CheckConfig,
+    rows: list[Demonstration],
+    loaded: LoadedModel | None,
+    cost: bool,
+    anchors: Sequence[Demonstration] | None = None,
+) -> CheckResult:
     began = time.monotonic()
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
     contexts = [parse_context(spec) for spec in specs]
@@ -152,13 +164,14 @@ def _checked(config: CheckConfig, rows: list[Demonstration], loaded: LoadedModel
     if config.hints and plays:
         say_note("hints are not measured, because a part of an episode cannot be shown")
     can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and not plays else set()
+    general = read_anchors(config, anchors)
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
     use_engine(loaded, config)
     for note in [*([] if plays else notes_on_episodes(rows)), *loaded.notes]:
         say_note(note)
     tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
-    measure = Measure(config, rows, loaded)
+    measure = Measure(config, rows, loaded, general)
     layouts, skipped = [], {}
     with ProgressBar("layout", len(contexts), every=1) as reporter:
         for number, context in enumerate(contexts):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,15 @@ from selfdistill.evaluation.check_result import Layout
 from selfdistill.evaluation.distances import kl_along, summed_loss
 from selfdistill.evaluation.episodes import encoded, notes_on_calls, player_of, rows_of
 from selfdistill.evaluation.judge import judge_of
-from selfdistill.evaluation.spill import Spill, TrialSettings, measure_spill, task_loss
+from selfdistill.evaluation.spill import (
+    Anchors,
+    Spill,
+    TrialSettings,
+    drawn_anchors,
+    measure_spill,
+    named_anchors,
+    task_loss,
+)
 from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.methods import Completion
 from selfdistill.model import (
@@ -49,14 +58,33 @@ completion tokens whose KL is listed individually."""
 
 
 class Measure:
-    """Evaluates the student once, and the teacher for each layout."""
+    """Evaluates the student once, and the teacher for each layout.
 
-    def __init__(self, config: CheckConfig, demonstrations: list[Demonstration], loaded: LoadedModel) -> None:
+    Args:
+        config: settings.
+        demonstrations: the data.
+        loaded: the model.
+        anchors: prompts for ``spill``, by source.
+
+    Raises:
+        UserError: rows or anchors are too long, or a scorer cannot use the answers.
+    """
+
+    def __init__(
+        self,
+        config: CheckConfig,
+        demonstrations: list[Demonstration],
+        loaded: LoadedModel,
+        anchors: Anchors,
+    ) -> None:
         self.config, self.pool, self.loaded = config, rows_of(config, demonstrations), loaded
         self.bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
         self.chat = loaded.chat(config.chat_template_kwargs, config.template_date)
         self.forward_pass = ForwardPass(loaded)
         self.player = player_of(config, self.chat, batch_size=16)
+        self.general = drawn_anchors(config, anchors, loaded, self.chat)
+        """The prompts on which ``spill`` measures."""
+        self.general_named = named_anchors(anchors, len(self.general))
         scorable = [row for row in self.pool if self.player or is_scorable(row, config.scorer)]
         self.scored = bool(scorable)
         """Whether replies are scored; if not, teacher and student are compared by their distributions alone."""
@@ -238,13 +266,16 @@ class Measure:
         return seconds, (peak_memory(device) + 3 * weights) / 2**30, len(rows)
 
     def spill(self, context: str) -> Spill:
-        """How far a few steps of SFT, and of SDFT with this context, move the model on general prompts."""
+        """How far a few steps of SFT, and of SDFT with this context, move the model on the anchors."""
         if self.player:
             return Spill(untried="its steps need single replies, and this data has episodes")
+        if not self.general:
+            return Spill(untried="there are no anchors to measure on (setting 'anchors')")
         rows = self._encode([row.demonstration for row in self.rows], context)
         rate = self.config.learning_rate or LEARNING_RATE
         settings = TrialSettings(rate, self._sampling(), self.config.seed, self._arithmetic)
-        return measure_spill(self.loaded, self.forward_pass, rows, self.chat, settings)
+        found = measure_spill(self.loaded, self.forward_pass, rows, self.general, self.chat, settings)
+        return replace(found, prompts=self.general_named)
 
     def _sampling(self) -> Sampling:
         """The student's policy."""

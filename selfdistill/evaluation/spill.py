@@ -1,6 +1,6 @@
 """Predict spill: how a few real steps on the task change the model on unrelated prompts.
 
-    gain = log p(demo) after - before;   moved = KL(before||after) on general prompts
+    gain = log p(demo) after - before;   moved = KL(before||after) on anchors
 
 SFT and SDFT each take ``STEPS`` steps of AdamW on the same rows, from the same weights. Gain is measured on the
 demonstrations for both, because their losses are not comparable.
@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice, zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selfdistill.data import ChatFormat, Demonstration, Example, anchor_prompts, encode_prompts
-from selfdistill.errors import UserError
+from selfdistill.config import PACKAGE, CheckConfig
+from selfdistill.data import ChatFormat, Demonstration, Example, anchor_prompts, encode, load_prompts
+from selfdistill.errors import UserError, number_of
 from selfdistill.evaluation.distances import Distance, mean_loss, summed_loss
 from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.model import (
@@ -36,10 +38,11 @@ from selfdistill.model import (
     sample,
     sample_seed,
 )
+from selfdistill.runtime import say_note
 
 STEPS = 8
 """Steps of each method."""
-_ANCHORS, _TOKENS = 16, 16  # general prompts, and the maximum length of answers to them
+_ANCHORS, _TOKENS = 16, 16  # and the maximum length of answers to them
 _ROWS = 8  # per forward pass
 
 
@@ -50,10 +53,7 @@ class Trial:
     gain: float
     """Rise of the demonstrations' log-probability under the student, nats per token."""
     moved: float
-    """KL(before||after) along the model's own answers to general prompts, nats per token."""
-
-    def __str__(self) -> str:
-        return f"{self.gain:+.2f} on the demonstrations and {self.moved:.2f} away on general prompts"
+    """KL(before||after) along the model's own answers to anchors, nats per token."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,19 @@ class Spill:
     """None as above."""
     untried: str | None = None
     """Why no step was taken; None if it was."""
+    prompts: str = "general prompts"
+    """The anchors on which ``moved`` is measured."""
 
     def sentence(self) -> str:
         """The finding and the advice, without a full stop."""
         if self.sft is None or self.sdft is None:
             return f"not measured: {self.untried}"
-        found = f"after {STEPS} steps, in nats per token: SFT {self.sft}, SDFT {self.sdft}"
-        return f"{found}. To reduce it, train with anchors (package, or prompts of your own)"
+        trials = ", ".join(
+            f"{name} {trial.gain:+.2f} on the demonstrations and {trial.moved:.2f} away on {self.prompts}"
+            for name, trial in (("SFT", self.sft), ("SDFT", self.sdft))
+        )
+        advice = "To reduce it, train with anchors (package, or prompts of your own)"
+        return f"after {STEPS} steps, in nats per token: {trials}. {advice}"
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,75 @@ class TrialSettings:
     """Context with the precision of training; the distance is measured in the precision of the weights."""
 
 
+Anchors = Mapping[str, Sequence[Demonstration]]
+"""Prompts by source."""
+
+
+def read_anchors(config: CheckConfig, loaded: Sequence[Demonstration] | None = None) -> Anchors:
+    """The prompts for ``spill`` by source; empty if it is not measured. Prints notes about those of the user.
+
+    Args:
+        config: settings.
+        loaded: the prompts, if already loaded; else ``config.anchors`` are read.
+
+    Raises:
+        UserError: a source cannot be read or has bad rows.
+    """
+    if not config.spill and "anchors" in config.model_fields_set:
+        say_note("setting 'anchors' has no effect without spill")
+    if not config.spill or config.environment != "none":
+        return {}
+    if loaded is not None:
+        return {"the given rows": loaded}
+    sources = config.anchors
+    return {source: anchor_prompts() if source == PACKAGE else load_prompts(source, say_note) for source in sources}
+
+
+def drawn_anchors(config: CheckConfig, anchors: Anchors, loaded: LoadedModel, chat: ChatFormat) -> list[Demonstration]:
+    """Draw prompts to measure on, one of each source in turn.
+
+    Args:
+        config: settings.
+        anchors: the prompts.
+        loaded: the model.
+        chat: encodes the prompts.
+
+    Raises:
+        UserError: prompts are too long and ``on_long_prompt`` is ``error``, or all of a source are.
+    """
+    drawn = []
+    for source, prompts in anchors.items():
+        is_own = source != PACKAGE  # the user cannot shorten the package's
+        examples, dropped = encode(
+            prompts,
+            None,
+            chat,
+            max_prompt_length=config.max_prompt_length if is_own else None,
+            max_completion_length=max(_TOKENS, config.max_completion_length) if is_own else _TOKENS,
+            window=loaded.window,
+            on_long_prompt=config.on_long_prompt if is_own else "drop",
+        )
+        if dropped and is_own:
+            say_note(f"dropped {dropped} of {number_of(len(prompts), 'prompt')} of {Path(source).name}: too long")
+        fitting = {example.demonstration.row for example in examples}
+        shuffled = random.Random(config.seed).sample(prompts, len(prompts))
+        drawn.append([prompt for prompt in shuffled if prompt.row in fitting])
+    in_turn = chain.from_iterable(zip_longest(*drawn))
+    return list(islice((prompt for prompt in in_turn if prompt is not None), _ANCHORS))
+
+
+def named_anchors(anchors: Anchors, count: int) -> str:
+    """Drawn anchors in words."""
+    if list(anchors) == [PACKAGE]:
+        return "general prompts"
+    return f"{number_of(count, 'prompt')} of {', '.join(Path(source).name for source in anchors)}"
+
+
 def measure_spill(
     loaded: LoadedModel,
     forward_pass: ForwardPass,
     rows: Sequence[Example],
+    anchors: Sequence[Demonstration],
     chat: ChatFormat,
     settings: TrialSettings,
 ) -> Spill:
@@ -102,7 +173,8 @@ def measure_spill(
         loaded: the model, which is also SDFT's teacher; it is not changed.
         forward_pass: runs the model.
         rows: rows of the task, with the teacher's prompts. Those without a completion are left out.
-        chat: encodes the general prompts, a sample of the package's anchors.
+        anchors: prompts to measure on.
+        chat: encodes them.
         settings: settings of the steps.
 
     Returns:
@@ -116,7 +188,7 @@ def measure_spill(
     except UserError as error:
         return Spill(untried=str(error))
     prompts, demos = [row.student_ids for row in rows], [row.completion_ids for row in rows]
-    distance = Distance(loaded, forward_pass, chat, _general_prompts(chat, loaded.window, settings.seed), _TOKENS)
+    distance = Distance(loaded, forward_pass, chat, anchors, _TOKENS)
     before = mean_loss(loaded, prompts, demos)
 
     def trial(loss: CrossEntropy | Divergence) -> Trial:
@@ -127,14 +199,6 @@ def measure_spill(
         return Trial(before - mean_loss(student, prompts, demos), distance.of(student.model))
 
     return Spill(sft=trial(CrossEntropy()), sdft=trial(Divergence()))
-
-
-def _general_prompts(chat: ChatFormat, window: int | None, seed: int) -> list[Demonstration]:
-    """A random sample of the package's anchors that fit the window."""
-    prompts = anchor_prompts()
-    shuffled = random.Random(seed).sample(prompts, len(prompts))
-    fitting = (row for row in shuffled if not window or len(encode_prompts([row], chat)[0]) + _TOKENS <= window)
-    return list(islice(fitting, _ANCHORS))
 
 
 def _train(

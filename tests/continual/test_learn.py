@@ -622,8 +622,12 @@ def test_a_stream_of_which_nothing_fits_leaves_the_base_where_it_is(make: Settin
     ):
         add(config)
     assert (Path(config.model) / "model.safetensors").is_file()
-    assert Ledger(config.state).skills == []
-    assert add(make())["accepted"]  # what had not begun to learn gives way
+    assert not list(Path(config.state).glob("start"))
+    assert add(make())["accepted"]
+    with pytest.raises(UserError, match="every row is too long"):
+        add(config.model_copy(update={"name": "more"}))
+    assert [skill.name for skill in Ledger(config.state).skills] == ["first"]
+    assert not (tmp_path / "state" / "pending").exists()
 
 
 def test_rows_of_a_stream_whose_teacher_has_no_room_are_told_or_left_out(
@@ -757,9 +761,9 @@ def test_a_skill_is_named_after_its_file(make: Settings, tmp_path: Path, file: s
 def test_what_had_not_begun_to_learn_gives_way_to_another_addition(
     make: Settings, tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
-    write_rows([{"prompt": "x" * 600, "completion": "y"}] * 4, name="long.jsonl")
+    long = write_rows([{"prompt": "x" * 600, "completion": "y"}], name="long.jsonl")
     with pytest.raises(UserError, match="do not fit"):
-        add(make("long"))
+        add(make("more", test=str(long)))  # a test is read after the addition has begun
     assert (tmp_path / "state" / "pending").is_dir()
     assert add(make())["accepted"]
 
@@ -816,9 +820,9 @@ def test_what_has_not_begun_to_learn_does_not_keep_a_skill_from_being_taken_back
     make: Settings, tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
     add(make())
-    write_rows([{"prompt": "x" * 600, "completion": "y"}] * 4, name="long.jsonl")
+    long = write_rows([{"prompt": "x" * 600, "completion": "y"}], name="long.jsonl")
     with pytest.raises(UserError, match="do not fit"):
-        add(make("long"))
+        add(make("more", test=str(long)))  # a test is read after the addition has begun
     assert (tmp_path / "state" / "pending").is_dir()
     assert learn(make(action="status", data="")).details["pending"] is None
     learn(make(action="rollback", data=""))

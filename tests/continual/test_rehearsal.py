@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,17 +185,24 @@ def test_what_is_no_number_of_prompts_is_refused(make: Settings, remember: Any) 
         make(remember=remember)
 
 
-def test_a_prompt_taught_anew_or_remembered_twice_is_not_rehearsed_twice(make: Settings, tmp_path: Path) -> None:
+def test_a_prompt_taught_anew_or_remembered_twice_is_not_rehearsed_twice(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     add(make())
     add(make("again", [{"prompt": f"first {i}", "completion": "no"} for i in range(10)], test_share=0.5))
     taught = set(learnt_prompts(tmp_path / "state/skills/0002-again"))
     first = learnt_prompts(tmp_path / "state/skills/0001-first")
     again = tmp_path / "state/skills/0002-again/memory.jsonl"
     assert texts_of(again) == [prompt for prompt in first if prompt not in taught]
+    said = (
+        f"note: again teaches {len(taught & {*first})} of 8 prompts of earlier skills again, so they are not rehearsed"
+    )
+    assert capsys.readouterr().err.count(said) == 1
     add(make("third"))
     pooled = texts_of(tmp_path / "state/skills/0003-third/memory.jsonl")
     assert len(pooled) == len(set(pooled))
     assert set(pooled) == {*first, *taught}
+    assert "not rehearsed" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0.5, 0])
@@ -362,6 +370,94 @@ def test_anchors_that_are_too_long_are_told_before_anything_is_measured(
     assert add(make("third", **limits, anchor_share=0))["accepted"]
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {},
+            r"^1 of \d+ rows do not fit: \S*first\.jsonl:10: completion has 41 tokens, limit 8 \(",
+        ),
+        (
+            {"method": "sdft", "context": "turns:repeats=10"},
+            r"^1 of \d+ rows do not fit: \S*first\.jsonl:10: teacher's prompt has \d+ tokens, limit \d+; choose",
+        ),
+        (
+            {"method": "sdft", "context": "auto", "max_prompt_length": 60},
+            r"^1 of \d+ rows do not fit: \S*first\.jsonl:10: prompt has \d+ tokens, limit 60; raise max_prompt_length",
+        ),
+        (
+            {"action": "stream", "chunk_size": 3},
+            r"^1 of \d+ rows do not fit: \S*first\.jsonl:10: completion has 41 tokens",
+        ),
+    ],
+)
+def test_rows_that_are_too_long_are_told_before_anything_is_measured(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], told: str
+) -> None:
+    shutil.copytree(WRITTEN / "memory", tmp_path / "old")
+    asked = "p" * 50 if "max_prompt_length" in values else "p"
+    rows = [*({"prompt": f"p {i}", "completion": "x"} for i in range(9)), {"prompt": asked, "completion": "y" * 40}]
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    monkeypatch.setattr(add_skill, "measure_model", lambda *_: pytest.fail("it was measured"))
+    given = {"test": str(tmp_path / "test.jsonl"), "test_share": 0.01, "seed": 1, "state": str(tmp_path / "new")}
+    config = make(rows=rows, **given | values)
+    with pytest.raises(UserError, match=told):
+        add(config)
+    assert not list(tmp_path.glob("new/*"))
+    old = Ledger(str(tmp_path / "old"))
+    with pytest.raises(UserError, match=told):
+        begin(old, config.model_copy(update={"name": "new"}), {"train": load_demonstrations(config.data), "test": []})
+    assert not old.pending.exists()
+
+
+def test_the_weights_are_not_loaded_to_check_lengths(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_weights(*_: Any, **__: Any) -> None:
+        pytest.fail("weights were loaded")
+
+    own = tmp_path / "own.txt"
+    own.write_text("Who?\nWhen?\n", encoding="utf-8")
+    config = make(anchors=str(own), name="new")
+    shutil.copytree(WRITTEN / "memory", tmp_path / "state")
+    monkeypatch.setattr("selfdistill.model.loading.load_model", no_weights)
+    begin(Ledger(config.state), config, {"train": load_demonstrations(config.data), "test": []})
+    assert texts_of(tmp_path / "state/pending/memory.jsonl")  # so all three sources were checked
+
+
+@pytest.mark.parametrize("action", ["add", "stream"])
+def test_rows_that_were_dropped_are_not_remembered(make: Settings, tmp_path: Path, action: str) -> None:
+    def rows(skill: str) -> list[dict[str, Any]]:
+        return [{"prompt": f"{skill} {i}", "completion": "y" * (40 if i % 3 == 0 else 1)} for i in range(10)]
+
+    (tmp_path / "test.jsonl").write_text('{"prompt": "p", "completion": "y"}\n', encoding="utf-8")
+    given = {"test": str(tmp_path / "test.jsonl"), "test_share": 0.01, "chunk_size": 4, "chunk_steps": 1}
+    add(make("first", rows("first"), action=action, on_long_prompt="drop", **given))
+    first = tmp_path / "state/skills/0001-first"
+    short = [row["prompt"][0]["content"] for row in rows_of(first / "train.jsonl") if len(row["completion"]) == 1]
+    assert texts_of(first / "prompts.jsonl") == short
+    assert len(short) == 6
+    add(make("second", rows("second"), action=action, on_long_prompt="drop", remember=4, **given))
+    second = tmp_path / "state/skills/0002-second"
+    kept = texts_of(second / "prompts.jsonl")
+    assert len(kept) == 4
+    assert all(int(prompt.split()[1]) % 3 for prompt in kept)
+    assert texts_of(second / "memory.jsonl") == short
+
+
+def test_the_context_that_is_chosen_decides_which_rows_are_remembered(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(exit_code=0, verdict="", best=SimpleNamespace(context="turns:repeats=2", accuracy=1.0))
+    monkeypatch.setattr(add_skill, "check_run", lambda _: found)
+    rows = [{"prompt": f"{i} {'x' * (100 if i == 3 else 1)}", "completion": "y"} for i in range(6)]
+    (tmp_path / "test.jsonl").write_text('{"prompt": "p", "completion": "y"}\n', encoding="utf-8")
+    limits = {"test": str(tmp_path / "test.jsonl"), "max_prompt_length": 200, "on_long_prompt": "drop"}
+    add(make(rows=rows, method="sdft", context="auto", max_steps=1, anchors="none", **limits))
+    kept = texts_of(tmp_path / "state/skills/0001-first/prompts.jsonl")
+    assert kept == [row["prompt"] for row in rows if len(row["prompt"]) < 10]
+
+
 def test_a_batch_too_small_for_the_parts_is_told_before_anything_is_measured(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,13 +509,9 @@ def test_a_file_of_anchors_that_cannot_be_read_is_told_first(make: Settings, tmp
     assert not (tmp_path / "state").exists()
 
 
-def test_an_interrupted_addition_rehearses_on_to_the_same_model(
-    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add(make())
-    shutil.copytree(tmp_path / "state", tmp_path / "whole")
-    options: dict[str, Any] = {"max_steps": 5, "save_steps": 1}
-    add(make("second", **options, state=str(tmp_path / "whole")))
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[LearnConfig], None]:
+    """Begins an addition and ends it in its third step."""
     real = add_skill.train
 
     def cut(*arguments: Any, **named: Any) -> Path:
@@ -429,10 +521,38 @@ def test_an_interrupted_addition_rehearses_on_to_the_same_model(
 
         return real(*arguments, **(named | {"on_step": stop}))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(add_skill, "train", cut)
-        with pytest.raises(KeyboardInterrupt):
-            add(make("second", **options))
+    def begin_and_end(config: LearnConfig) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(add_skill, "train", cut)
+            with pytest.raises(KeyboardInterrupt):
+                add(config)
+
+    return begin_and_end
+
+
+def test_an_addition_that_cannot_be_resumed_is_to_be_discarded(
+    make: Settings, interrupt: Callable[[LearnConfig], None], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("Who?\nWhen?\n", encoding="utf-8")
+    config = make(anchors=str(own), max_steps=5, save_steps=1)
+    interrupt(config)
+    own.write_text("Who?\nWhere?\n", encoding="utf-8")
+    told = rf"restore them, or discard the addition with selfdistill learn --state {config.state} discard$"
+    with pytest.raises(UserError, match=told):
+        add(config)
+    assert main(["learn", "--state", config.state, "discard"]) == 0
+    assert add(config)["accepted"]
+
+
+def test_an_interrupted_addition_rehearses_on_to_the_same_model(
+    make: Settings, interrupt: Callable[[LearnConfig], None], tmp_path: Path
+) -> None:
+    add(make())
+    shutil.copytree(tmp_path / "state", tmp_path / "whole")
+    options: dict[str, Any] = {"max_steps": 5, "save_steps": 1}
+    add(make("second", **options, state=str(tmp_path / "whole")))
+    interrupt(make("second", **options))
     assert list((tmp_path / "state/pending/run").glob("checkpoint-*"))
     (tmp_path / "state").rename(tmp_path / "moved")  # its prompts move with it
     assert add(make("second", **options, state=str(tmp_path / "moved")))["accepted"]

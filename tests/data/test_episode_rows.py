@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from selfdistill.data.demonstrations import Demonstration, load_demonstrations, load_prompts, write_demonstrations
+from selfdistill.data.demonstrations import Demonstration, load_demonstrations, write_demonstrations
+from selfdistill.data.prompts import load_prompts
 from selfdistill.errors import UserError
 
 USER = {"role": "user", "content": "Weather in Oslo?"}

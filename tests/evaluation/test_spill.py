@@ -6,17 +6,22 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfdistill.config.commands import CheckConfig
+import selfdistill as sd
+from selfdistill.cli import main
+from selfdistill.config.commands import CheckConfig, run_settings
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.bundled import anchor_prompts
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import parse_context
 from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.prompts import load_prompts
+from selfdistill.errors import UserError
 from selfdistill.evaluation import measure, spill
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.spill import Spill, Trial
@@ -133,6 +138,107 @@ def test_what_the_numbers_say() -> None:
         "-0.10 on the demonstrations and 0.22 away on general prompts. To reduce it, train with anchors "
         "(package, or prompts of your own)"
     )
+
+
+def drawn(folder: Path, sources: dict[str, list[str]], loaded: LoadedModel, **settings: object) -> list[str]:
+    """The prompts that are drawn of these sources."""
+    config = config_of(folder, folder, **settings)
+    anchors = {name: load_prompts([{"prompt": text} for text in texts]) for name, texts in sources.items()}
+    rows = spill.drawn_anchors(config, anchors, loaded, ChatFormat(loaded.tokenizer, loaded.end_token_ids, {}))
+    return [str(row.prompt[0]["content"]) for row in rows]
+
+
+@pytest.mark.parametrize("form", ["file", "rows", "two files"])
+def test_it_is_measured_on_anchors_of_your_own(
+    form: str,
+    model_folder: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The package's prompts as one's own give the package's numbers; others give others."""
+    monkeypatch.setattr(spill, "STEPS", 2)
+    few = [row for row in anchor_prompts() if len(str(row.prompt)) < 200][:6]
+    monkeypatch.setattr(spill, "anchor_prompts", lambda: few)
+    rows = [{"prompt": [dict(turn) for turn in row.prompt], "completion": "Not used."} for row in few]
+    paths = [str(write_rows(part, name=f"{n}.jsonl")) for n, part in enumerate((rows, rows[:3], rows[3:]))]
+    config = config_of(model_folder(), write_rows(count=4), learning_rate=1e-3, sample=2)
+    given: Any = {"file": paths[0], "rows": rows, "two files": ",".join(paths[1:])}[form]
+    settings = config.model_dump(exclude_unset=True)
+    found = sd.check(**settings, anchors=given, progress=False).spill
+    package = check(config).spill
+    assert found is not None
+    assert package is not None
+    for mine, theirs in ((found.sft, package.sft), (found.sdft, package.sdft)):
+        assert mine is not None
+        assert theirs is not None
+        assert (mine.gain, mine.moved) == pytest.approx((theirs.gain, theirs.moved), rel=1e-3)
+    other = sd.check(**settings, anchors=[{"prompt": "Who?"}], progress=False).spill
+    assert other is not None
+    assert other.sft is not None
+    assert other.sft.moved != pytest.approx(found.sft.moved if found.sft else 0, rel=1e-2)
+    assert package.prompts == "general prompts"
+    assert (
+        found.prompts
+        == {
+            "file": "6 prompts of 0.jsonl",
+            "rows": "6 prompts of the given rows",
+            "two files": "6 prompts of 1.jsonl, 2.jsonl",
+        }[form]
+    )
+    assert f"away on {found.prompts}, SDFT" in found.sentence()
+
+
+def test_sources_of_anchors_are_drawn_in_turn(
+    model_folder: Callable[..., Path], load: Callable[..., LoadedModel]
+) -> None:
+    many, few = [f"many {n}" for n in range(40)], [f"few {n}" for n in range(3)]
+    found = drawn(model_folder(), {"many": many, "few": few}, load())
+    assert len(found) == len(set(found)) == 16
+    assert sum(text in few for text in found) == 3
+    assert [text.split()[0] for text in found[:6]] == ["many", "few"] * 3
+    assert [text for text in found if text in many] != many[:13]
+    half = drawn(model_folder(), {"many": many, "more": [f"more {n}" for n in range(40)]}, load())
+    assert sum(text in many for text in half) == 8
+
+
+def test_anchors_that_are_too_long_are_named_or_counted(
+    model_folder: Callable[..., Path], load: Callable[..., LoadedModel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = {"own.txt": ["Who?", "long " * 30]}
+    with pytest.raises(UserError, match=r"^1 of 2 rows do not fit: data\[1\]: prompt has \d+ tokens, limit 60; raise"):
+        drawn(model_folder(), sources, load(), max_prompt_length=60)
+    assert drawn(model_folder(), sources, load(), max_prompt_length=60, on_long_prompt="drop") == ["Who?"]
+    assert "note: dropped 1 of 2 prompts of own.txt: too long\n" in capsys.readouterr().err
+
+
+def test_anchors_are_checked_before_the_model_is_loaded(
+    write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(count=4)
+    command = ["check", "--model", "nowhere", "--data", str(data)]
+    assert main([*command, "--spill", "true", "--anchors", "none.txt"]) == 2
+    assert capsys.readouterr().err.endswith("selfdistill: error: none.txt: cannot be read: No such file or directory\n")
+    with pytest.raises(
+        UserError, match=r"^anchors: 1 bad row: anchors\[0\], column 'prompt': missing, found 'question'"
+    ):
+        sd.check("nowhere", str(data), spill=True, anchors=[{"question": "Who?"}])
+    main([*command, "--anchors", "package"])
+    assert "note: setting 'anchors' has no effect without spill\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("none", [None, "none"])
+def test_without_anchors_it_is_not_measured(
+    none: str | None, model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    result = check(config_of(model_folder(), write_rows(count=4), anchors=none))
+    assert "Spill: not measured: there are no anchors to measure on (setting 'anchors')." in " ".join(
+        repr(result).split()
+    )
+
+
+def test_the_anchors_of_a_check_do_not_change_the_plan_of_its_run(tmp_path: Path) -> None:
+    assert "anchors" not in run_settings(config_of(tmp_path, tmp_path, anchors="package"))
 
 
 def test_it_is_left_out_where_it_makes_no_sense(

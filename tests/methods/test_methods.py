@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selfdistill.config.train import MethodName, TrainConfig
-from selfdistill.data.demonstrations import load_prompts
+from selfdistill.data.prompts import load_prompts
 from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import Divergence, Target

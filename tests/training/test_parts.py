@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import selfdistill as sd
+from selfdistill.cli import main
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Demonstration, Example
 from selfdistill.errors import UserError
@@ -385,6 +386,32 @@ def test_anchors_from_python(settings: Settings, tmp_path: Path, kind: str) -> N
     (source,) = run.config.anchors
     assert source == str(run.output_dir / "anchors.jsonl" if kind == "rows" else tmp_path / "own.txt")
     assert run.metrics[0][f"share/anchors:{Path(source).stem}"] == 0.25
+
+
+@pytest.mark.parametrize("call", ["train", "plan", "check", "compare", "learn"])
+def test_an_empty_list_of_anchors_is_refused(settings: Settings, tmp_path: Path, call: str) -> None:
+    config = settings()
+    more: dict[str, Any] = {
+        "train": {"output_dir": tmp_path / "made"},
+        "plan": {},
+        "check": {"spill": True},
+        "compare": {"output_dir": tmp_path / "made", "test": config.data},
+        "learn": {"state": tmp_path / "made", "model": config.model},
+    }[call]
+    given: tuple[Any, ...] = ("add", config.data) if call == "learn" else (config.model, config.data)
+    with pytest.raises(UserError, match=r"^setting 'anchors': found an empty list; give rows, or None for no anchors$"):
+        getattr(sd, call)(*given, **more, anchors=[])
+    assert not (tmp_path / "made").exists()
+
+
+def test_settings_without_anchors_can_be_used_again(settings: Settings, tmp_path: Path) -> None:
+    first = sd.train(settings(max_steps=1), anchors=None)
+    written = first.output_dir / "config.yaml"
+    assert "anchors: []" in written.read_text(encoding="utf-8")
+    again = sd.train(first.config, output_dir=tmp_path / "again")
+    third = ["train", "--config", str(written), "--output_dir", str(tmp_path / "third")]
+    assert main(third) == 0
+    assert again.config.anchors == sd.Run(tmp_path / "third").config.anchors == ()
 
 
 def test_sources_of_one_name_are_told_apart(anchored: Settings, tmp_path: Path) -> None:

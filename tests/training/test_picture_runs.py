@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import selfdistill
 from selfdistill.config import TrainConfig
-from selfdistill.data import encode, load_demonstrations, parse_context
+from selfdistill.data import anchor_prompts, encode, load_demonstrations, parse_context
 from selfdistill.errors import UserError
 from selfdistill.evaluation import spill
 from selfdistill.model import ForwardPass, Sampling, load_model, make_optimizer
@@ -323,15 +323,14 @@ def test_what_check_tries_out_leaves_the_vision_tower_alone(make: Make, monkeypa
         moved.append(len(parameters))
         return make_optimizer(parameters, *arguments, **options)
 
-    few = spill.anchor_prompts()[:2]
-    for name, value in (("make_optimizer", seen), ("STEPS", 1), ("anchor_prompts", lambda: few)):
+    for name, value in (("make_optimizer", seen), ("STEPS", 1)):
         monkeypatch.setattr(spill, name, value)
     loaded = load_model(config.model)
     chat = loaded.chat({}, None)
     limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 3, "window": loaded.window}
     rows, _ = encode(load_demonstrations(config.data)[:2], parse_context("turns"), chat, **limits)
     trials = spill.TrialSettings(1e-3, Sampling(3), 0, nullcontext)
-    spill.measure_spill(loaded, ForwardPass(loaded), rows, chat, trials)
+    spill.measure_spill(loaded, ForwardPass(loaded), rows, anchor_prompts()[:2], chat, trials)
     names = [name for name, _ in loaded.model.named_parameters()]
     assert moved == [sum(not is_vision(name) for name in names)] * 2
     assert moved[0] < len(names)

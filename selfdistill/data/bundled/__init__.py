@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from selfdistill.data.demonstrations import Demonstration, load_prompts
+from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.prompts import load_prompts
 from selfdistill.data.sources import packaged
 
 __all__ = ["anchor_prompts", "general_prompts", "packaged"]

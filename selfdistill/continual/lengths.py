@@ -1,0 +1,128 @@
+"""Which rows and anchors fit the limits on their lengths. Reads tokenizers and ``config.json``, and no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from selfdistill.config import PACKAGE, LearnConfig, TrainConfig
+from selfdistill.data import (
+    ChatFormat,
+    Demonstration,
+    Example,
+    NothingFits,
+    encode,
+    load_prompts,
+    parse_context,
+)
+from selfdistill.errors import UserError
+from selfdistill.methods import DemonstrationExamples, examples_of_prompts, stages_of, uses
+from selfdistill.model import LoadedModel, fake_model
+
+
+def check_lengths(
+    run: TrainConfig, config: LearnConfig, rows: Sequence[Demonstration], memory: Sequence[Demonstration]
+) -> None:
+    """Check that the rows of an addition and its anchors fit into the limits on their lengths.
+
+    Args:
+        run: settings of its training.
+        config: its settings.
+        rows: its training rows.
+        memory: prompts of earlier skills.
+
+    Raises:
+        UserError: rows or prompts are too long and ``on_long_prompt`` is ``error``, or all of a source are.
+    """
+    fitting_rows(run, config, rows)
+    files = [source for source in config.anchors if source != PACKAGE]
+    if not run.anchor_share or not (files or memory):
+        return
+    loaded, chat = _model_of(run)
+    for source in files:
+        examples_of_prompts(run, load_prompts(source), loaded, chat, run.on_long_prompt)
+    try:
+        examples_of_prompts(run, memory, loaded, chat, run.on_long_prompt)
+    except UserError as error:
+        raise UserError(f"prompts of earlier skills: {error}; anchor_share 0 rehearses none") from None
+
+
+def fitting_rows(run: TrainConfig, config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demonstration]:
+    """The rows that can be learnt: within all limits on lengths, for an episode at least one of its turns.
+
+    The teacher's prompt counts only with a context other than ``auto``, which is not chosen yet.
+
+    Args:
+        run: settings of the training.
+        config: settings of the addition.
+        rows: its training rows.
+
+    Raises:
+        UserError: rows are too long and ``on_long_prompt`` is ``error``, or all of them are.
+    """
+    loaded, chat = _model_of(run)
+    found = (_of_chunks if config.action == "stream" else _of_method)(run, config, rows, loaded, chat)
+    return [row for row in rows if row.row in found]
+
+
+def _model_of(run: TrainConfig) -> tuple[LoadedModel, ChatFormat]:
+    """The model without its weights."""
+    loaded = fake_model(run.model, dtype=run.dtype, adapter_base=run.adapter_base, trained=False)
+    return loaded, loaded.chat(run.chat_template_kwargs, run.template_date)
+
+
+def _of_method(
+    run: TrainConfig, _config: LearnConfig, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+) -> set[int]:
+    """Numbers of the rows that the method encodes; all, if it learns from something else, such as documents."""
+    own = run.model_copy(update={"anchors": ()})
+    sources = {part.method.examples for parts in stages_of(own) for part in parts if not part.same_samples}
+    learnt = [source for source in sources if isinstance(source, DemonstrationExamples)]
+    found: set[int] = set() if learnt else {row.row for row in rows}
+    for source in learnt:
+        shown = replace(source, context=None) if source.context == "auto" else source
+        encoded = [example.demonstration for example in shown(rows, loaded, chat)[0]]
+        found |= {(row.turn_of or row).row for row in encoded}
+    return found
+
+
+def _of_chunks(
+    run: TrainConfig, config: LearnConfig, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+) -> set[int]:
+    """Numbers of the rows of a stream that fit in their chunk, whose rows a context may show."""
+    context = run.context if uses(run, "context") and run.context != "auto" else None
+    found: set[int] = set()
+    for chunk in chunks_of(rows, config):
+        try:
+            encoded = encoded_rows(loaded, chat, chunk, config, config.on_long_prompt, context)
+        except NothingFits as error:
+            encoded, unfit = [], error
+        found |= {row.demonstration.row for row in encoded}
+    if not found:
+        raise UserError(f"{config.data}: every row is too long: {unfit}")
+    return found
+
+
+def chunks_of(rows: Sequence[Demonstration], config: LearnConfig) -> list[Sequence[Demonstration]]:
+    """The rows of a stream, chunk by chunk."""
+    return [rows[start : start + config.chunk_size] for start in range(0, len(rows), config.chunk_size)]
+
+
+def encoded_rows(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    rows: Sequence[Demonstration],
+    config: LearnConfig,
+    on_long_prompt: str,
+    context: str | None = None,
+) -> list[Example]:
+    """Encode the rows within the limits on prompt, completion and, with a context, the teacher's prompt."""
+    limits: dict[str, Any] = {
+        "max_prompt_length": config.max_prompt_length,
+        "max_completion_length": config.max_completion_length,
+        "window": loaded.window,
+        "completion_must_fit": True,
+    }
+    shown = None if context is None else parse_context(context)
+    return encode(rows, shown, chat, on_long_prompt=on_long_prompt, **limits)[0]
