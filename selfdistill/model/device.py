@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfdistill.loss import chunk_tokens
+
 
 def cpu_asked() -> bool:
     """Whether accelerate must use the CPU even if there is a GPU (``ACCELERATE_USE_CPU``)."""
@@ -56,6 +58,20 @@ def padded_length(length: int, most: int | None, kind: str) -> int:
     step = LENGTH_STEP.get(kind, 1)
     rounded = -(-length // step) * step
     return rounded if most is None else max(length, min(rounded, most))
+
+
+LOSS_LOGITS = {"cuda": 2**27}
+"""Logits per chunk of the loss: 512 MiB in float32. Other kinds have the loss's own default.
+
+Each chunk reads the head's weights and reads and writes their gradient. On an H100 the sum into the gradient takes as
+long as that with 4 bytes * 495 TFLOP/s / 3.35 TB/s = 590 tokens, by the data sheet. This is 882 tokens for the
+vocabulary of Qwen2.5.
+"""
+
+
+def loss_tokens(vocabulary: int, kind: str) -> int:
+    """Tokens per chunk of the loss on a device of this kind, for a vocabulary of this size."""
+    return chunk_tokens(vocabulary, LOSS_LOGITS.get(kind))
 
 
 @contextmanager
