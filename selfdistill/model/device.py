@@ -109,6 +109,21 @@ def fast_products(kind: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def staging(count: int, place: torch.device, kind: str) -> Tensor:
+    """``count`` bytes at ``place``, through which a tensor is copied to and from a device of this kind.
+
+    Host memory beside a GPU is pinned, or every copy would first go through pinned memory of the driver. If the machine
+    does not allow that, it stays pageable.
+    """
+    room = torch.empty(count, dtype=torch.uint8, device=place)
+    if kind != "cuda" or place.type != "cpu":
+        return room
+    try:
+        return room.pin_memory()
+    except RuntimeError:  # no more memory may be locked
+        return room
+
+
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """The environment variable for cuBLAS's workspace."""
 REPEATING_WORKSPACES = (":4096:8", ":16:8")

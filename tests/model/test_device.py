@@ -19,6 +19,7 @@ from selfdistill.model.device import (
     padded_length,
     pass_tokens,
     running_sum,
+    staging,
 )
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
@@ -112,6 +113,25 @@ def test_a_pass_says_how_large_chunks_of_its_loss_are(load: Callable[..., Loaded
     for kind in ("cpu", "cuda"):
         scores = ForwardPass(loaded, kind=kind)(loaded.model, [[1, 2]], [[3, 4]])
         assert scores.chunk_tokens == loss_tokens(vocabulary, kind)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize(("kind", "asked"), [("cuda", 1), ("cpu", 0)])
+def test_memory_beside_a_gpu_is_pinned_where_the_machine_allows_it(
+    monkeypatch: pytest.MonkeyPatch, kind: str, asked: int, allowed: bool
+) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(room: torch.Tensor) -> torch.Tensor:
+        pinned.append(room.clone())
+        if not allowed:
+            raise RuntimeError("CUDA error: out of memory")
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    room = staging(24, torch.device("cpu"), kind)
+    assert (room.shape, room.dtype, len(pinned)) == ((24,), torch.uint8, asked)
+    assert any(room is one for one in pinned) == (asked == 1 and allowed)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["whole", "after kept contexts"])
