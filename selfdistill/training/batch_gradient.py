@@ -322,6 +322,7 @@ class BatchGradient:
             if method.relative_weights:
                 student = replace(output, hidden_ND=hidden_nD)
                 weights_n = weights_n / self._mean_factor(method, student, tokens_n, taught, base, micro)
+            torch.clear_autocast_cache()  # older PyTorch would reuse a cast of the head made without gradients
             loss, per_token = chunked_loss(
                 method.loss,
                 hidden_nD,
@@ -347,14 +348,13 @@ class BatchGradient:
         micro: _MicroBatch,
     ) -> Tensor:
         """For each token (n,) the mean of the method's weighting over its completion; above 0."""
-        ones_n = torch.ones(len(tokens_n), device=tokens_n.device)
         _, statistics = chunked_loss(
             CrossEntropy(),
             student.hidden_ND,
             student.head,
             (),
             tokens_n,
-            ones_n,
+            torch.ones(len(tokens_n), device=tokens_n.device),
             *(taught or (None, None)),
             chunk_size=student.chunk_tokens,
             base=base,
