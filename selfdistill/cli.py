@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         the run ended; 4: ``check`` advises against training, or ``learn`` refused the skill; 128 + n: stopped by signal
         n, with progress saved.
     """
-    exit_code, kind = 2, "error: "
+    exit_code, kind, command = 2, "error: ", ""
     try:
         command, given = parse(list(sys.argv[1:] if argv is None else argv))
         if world_size() > 1:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message = f"{error.filename or 'disk'}: {error.strerror}; free some space or choose another place"
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError
-        what = _of_the_machine(error)
+        what = _of_the_machine(error, command)
         if what is None:
             raise
         message, exit_code = what
@@ -102,20 +102,33 @@ def _check_settings(command: str, given: dict[str, Any]) -> None:
     COMMANDS[command][0](**{name: value for name, value in given.items() if name not in ("json", *SWITCHES)})
 
 
-def _of_the_machine(error: Exception) -> tuple[str, int] | None:
-    """Message and exit code of an error caused by the machine; None for any other error."""
+def _of_the_machine(error: Exception, command: str) -> tuple[str, int] | None:
+    """Message and exit code of an error that the machine caused in a command; None for any other error."""
     text = str(error)
     for words, what in _OF_ANOTHER_PROCESS.items() if world_size() > 1 else ():
         if re.search(words, text, re.I):
             return f"another process of this run {what}; its checkpoints are intact, continue with --resume ({text})", 3
     if unrepeatable := re.match(r".* does not have a deterministic implementation", text):
         return f"setting 'deterministic': {unrepeatable[0]}; leave it out", 2
-    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
-        advice = "raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length"
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|STATUS_ALLOC_FAILED", text):
+        advice, trains = _saving(command)
         if unused := re.search(r"([\d.]+ [MG]iB) is reserved by PyTorch but unallocated.* (PYTORCH_\S+=\S+)", text):
             advice += f"; {unused[1]} were reserved but not in use, so {unused[2]} in the environment may help"
-        return f"out of memory: {advice}; checkpoints are intact", 2
+        return f"out of memory: {advice}" + ("; checkpoints are intact" if trains else ""), 2
     return None
+
+
+def _saving(command: str) -> tuple[str, bool]:
+    """What to do if a command runs out of memory, with settings that it has; whether it trains, with checkpoints."""
+    known = COMMANDS[command][0].model_fields if command else {}
+    if "gradient_accumulation_steps" in known:
+        also = " (also with --resume)" if command in SWITCHES["resume"] else ""
+        return f"raise --gradient_accumulation_steps{also}, or lower --max_completion_length", True
+    lower = [f"--{name}" for name in ("batch_size", "sample", "max_completion_length") if name in known]
+    if not lower:
+        return "free some of the machine's memory", False
+    advice = f"lower {' or '.join(filter(None, [', '.join(lower[:-1]), lower[-1]]))}"
+    return advice + (", or use --dtype bfloat16" if "dtype" in known else ""), False
 
 
 # --- commands: from the given options to an exit code ---

@@ -802,6 +802,47 @@ def test_machines_that_are_wrong(
         fails(capsys, f"{SFT} {options}", message)
 
 
+SAVING = [
+    (
+        f"check {BASE}",
+        "api.check",
+        "lower --batch_size, --sample or --max_completion_length, or use --dtype bfloat16",
+    ),
+    (f"eval {BASE}", "api.evaluate", "lower --batch_size or --max_completion_length, or use --dtype bfloat16"),
+    ("ask model Why?", "api.ask", "lower --max_completion_length, or use --dtype bfloat16"),
+    ("questions --model model --documents here --output_dir there", "api.make_questions", "lower --batch_size"),
+    ("export run --output_dir there", "api.export", "free some of the machine's memory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "function", "advice"), SAVING, ids=[row[1] for row in SAVING])
+def test_out_of_memory_names_settings_that_the_command_has(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    function: str,
+    advice: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(f"selfdistill.{function}", fail)
+    fails(capsys, arguments, f"out of memory: {advice}")
+    known = COMMANDS[arguments.split()[0]][0].model_fields
+    assert all(name in known for name in re.findall(r"--(\w+)", advice))
+
+
+def test_a_check_that_runs_out_of_memory_while_it_measures(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr("selfdistill.evaluation.measure.Measure.cost", fail)
+    fails(capsys, f"check {BASE} --sample 2 --contexts turns --mixed_precision no", f"out of memory: {SAVING[0][2]}")
+
+
 def test_keyboard_interrupt(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

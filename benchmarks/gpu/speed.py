@@ -18,10 +18,10 @@ from models import WHOLE, endless, make_trainer, rows, settings, shape_folder, s
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from selfdistill.loss.chunked import chunk_tokens, chunked_loss
+from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import Divergence
 from selfdistill.model import LoadedModel, Sampling, add_lora, sample, sample_seed, sampling
-from selfdistill.model.device import PASS_TOKENS, pass_tokens
+from selfdistill.model.device import PASS_TOKENS, loss_tokens, pass_tokens
 from selfdistill.model.head import body_and_head
 
 SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -142,9 +142,9 @@ def check_loss(bench: Bench, found: Found) -> None:
         tokens_N = torch.randint(vocabulary, (tokens,))
         weights_N = torch.full((tokens,), 1 / tokens)
     gradients: dict[str, Tensor] = {}
-    default = chunk_tokens(vocabulary)
+    default = loss_tokens(vocabulary, bench.device)
     for precision in ("bfloat16", "float32"):
-        for size in dict.fromkeys((default, 256, 1024, 2048, 4096)) if bench.cuda else (default, 64):
+        for size in dict.fromkeys((default, 53, 256, 2048, 4096)) if bench.cuda else (default, 64):
             name = f"{precision}, {size} tokens a chunk" + (", default" if size == default else "")
 
             def run(size: int = size, precision: str = precision) -> None:
@@ -159,7 +159,7 @@ def check_loss(bench: Bench, found: Found) -> None:
                         weights_N,
                         teacher_ND,
                         teacher_head,
-                        size,
+                        chunk_size=size,
                     )
                     value.backward()
 

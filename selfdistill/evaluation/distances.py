@@ -168,6 +168,7 @@ def summed_loss(
         _weights(tokens_N, own),
         teacher.hidden_ND if teacher else None,
         teacher.head if teacher else None,
+        chunk_size=student.chunk_tokens,
     )
 
 
@@ -187,6 +188,8 @@ def mean_loss(loaded: LoadedModel, contexts: Sequence[Sequence[int]], completion
         scores = forward_pass(loaded.model, contexts[start : start + _ROWS], ids)
         tokens_N = torch.tensor([token for row in ids for token in row], device=scores.hidden_ND.device)
         weights_N = torch.tensor([1 / len(row) for row in ids for _ in row], device=tokens_N.device)
-        value, _ = chunked_loss(CrossEntropy(), scores.hidden_ND, scores.head, (), tokens_N, weights_N)
+        value, _ = chunked_loss(
+            CrossEntropy(), scores.hidden_ND, scores.head, (), tokens_N, weights_N, chunk_size=scores.chunk_tokens
+        )
         total += float(value)
     return total / len(contexts)

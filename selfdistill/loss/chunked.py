@@ -36,8 +36,8 @@ def chunked_loss(
     weights_N: Tensor,
     teacher_hidden_ND: Tensor | None = None,
     teacher_head: Head | None = None,
-    chunk_size: int | None = None,
     *,
+    chunk_size: int | None = None,
     base: tuple[Tensor, Head] | None = None,
     weighting: Weighting | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,9 +88,14 @@ def _chunk_size(hidden_ND: Tensor, head: Head, given: int | None) -> int:
     return chunk_tokens(head(hidden_ND[:1].detach()).shape[-1])
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """Default tokens per chunk, for a vocabulary of this size."""
-    return max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
+def chunk_tokens(vocabulary: int, logits: int | None = None) -> int:
+    """Tokens per chunk for a vocabulary of this size: enough for ``logits`` of them, but at least ``CHUNK_TOKENS``.
+
+    Args:
+        vocabulary: its size.
+        logits: default ``CHUNK_LOGITS``.
+    """
+    return max(CHUNK_TOKENS, (CHUNK_LOGITS if logits is None else logits) // vocabulary)
 
 
 class _Chunks:
@@ -127,7 +132,7 @@ class _Chunks:
         tiny = torch.finfo(weights_N.dtype).tiny
         self.scale = torch.cat([weights_N.detach().abs(), weights_N.new_full((1,), tiny)]).amax()
         self.scaled_N = weights_N.detach() / self.scale
-        self.weight_VD = _plain_weight(self.head, teacher_head, self.hidden_ND.device.type)
+        self.weight_VD = _plain_weight(self.head, teacher_head)
 
     def run(self, size: int, base: tuple[Tensor, Head] | None, weighting: Weighting | None) -> dict[str, Tensor]:
         """Add every chunk to ``gradients``; returns the statistics of all tokens."""
@@ -181,9 +186,10 @@ class _Chunks:
 
 @contextmanager
 def _rounded_factors(enabled: bool) -> Iterator[None]:
-    """Let float32 matrix products round their factors to bfloat16, as autocast would; sums and results stay float32.
+    """Let float32 matrix products round their factors; sums and results stay float32.
 
-    On a CPU with AMX the head's products then take 0.3 to 0.5 of the time. Other hardware is unaffected. The setting is
+    On a CPU with AMX they are rounded to bfloat16, as autocast would, and the head's products take 0.3 to 0.5 of the
+    time. On a GPU they are rounded to TF32, which keeps 3 more bits. Other hardware is unaffected. The setting is
     process-wide while the context is active.
     """
     if not enabled:
@@ -197,15 +203,13 @@ def _rounded_factors(enabled: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _plain_weight(head: Head, teacher_head: Head | None, device: str) -> Tensor | None:
+def _plain_weight(head: Head, teacher_head: Head | None) -> Tensor | None:
     """The weight of a head that is a single float32 matrix product; None for any other head.
 
     The product accumulates its gradient in place. With autograd, each chunk would first allocate another tensor of the
     head's size: 1.5 times the total time of loss and gradients, measured at V = 49,152 and 64 tokens per chunk. Under
-    autocast to bfloat16 it would allocate three. So on a CPU the head's sums stay in float32; GPUs use bfloat16.
+    autocast to bfloat16 it would allocate three.
     """
-    if device != "cpu" and torch.is_autocast_enabled(device):
-        return None
     for module in (head, teacher_head or head):
         if type(module) is not torch.nn.Linear or module.bias is not None or module.weight.dtype != torch.float32:
             return None

@@ -41,7 +41,7 @@ from selfdistill.model.sampled import Sampled
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_bytes, stored_weights
-from selfdistill.model.teacher import Teacher, TeacherRule
+from selfdistill.model.teacher import Teacher, TeacherRule, staging_bytes
 
 __all__ = [
     "LICENCES",
@@ -105,6 +105,7 @@ __all__ = [
     "sample_seed",
     "set_compute_dtype",
     "shard",
+    "staging_bytes",
     "start_fingerprint",
     "stored_bytes",
     "stored_weights",

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfdistill.loss import chunk_tokens
+
 
 def cpu_asked() -> bool:
     """Whether accelerate must use the CPU even if there is a GPU (``ACCELERATE_USE_CPU``)."""
@@ -58,6 +60,20 @@ def padded_length(length: int, most: int | None, kind: str) -> int:
     return rounded if most is None else max(length, min(rounded, most))
 
 
+LOSS_LOGITS = {"cuda": 2**27}
+"""Logits per chunk of the loss: 512 MiB in float32. Other kinds have the loss's own default.
+
+Each chunk reads the head's weights and reads and writes their gradient. On an H100 the sum into the gradient takes as
+long as that with 4 bytes * 495 TFLOP/s / 3.35 TB/s = 590 tokens, by the data sheet. This is 882 tokens for the
+vocabulary of Qwen2.5.
+"""
+
+
+def loss_tokens(vocabulary: int, kind: str) -> int:
+    """Tokens per chunk of the loss on a device of this kind, for a vocabulary of this size."""
+    return chunk_tokens(vocabulary, LOSS_LOGITS.get(kind))
+
+
 @contextmanager
 def any_length(kind: str) -> Iterator[None]:
     """Avoid attention kernels with a start-up cost for each length, for passes whose length keeps changing.
@@ -91,6 +107,21 @@ def fast_products(kind: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def staging(count: int, place: torch.device, kind: str) -> Tensor:
+    """``count`` bytes at ``place``, through which a tensor is copied to and from a device of this kind.
+
+    Host memory beside a GPU is pinned, or every copy would first go through pinned memory of the driver. If the machine
+    does not allow that, it stays pageable.
+    """
+    room = torch.empty(count, dtype=torch.uint8, device=place)
+    if kind != "cuda" or place.type != "cpu":
+        return room
+    try:
+        return room.pin_memory()
+    except RuntimeError:  # no more memory may be locked
+        return room
 
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"

@@ -24,7 +24,7 @@ from transformers import DynamicCache
 from selfdistill.data import pictures_in
 from selfdistill.loss import Head
 from selfdistill.model.compiled import CompiledLayers
-from selfdistill.model.device import padded_length, pass_tokens
+from selfdistill.model.device import loss_tokens, padded_length, pass_tokens
 from selfdistill.model.head import body_and_head, head_agrees, unwrap
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
@@ -44,6 +44,8 @@ class ForwardOutput:
     """Maps hidden_ND to logits_NV."""
     head_parameters: tuple[Tensor, ...]
     """Trainable tensors used by ``head``."""
+    chunk_tokens: int
+    """Tokens per chunk of a loss on these states, for the device of the pass."""
 
 
 class ForwardPass:
@@ -104,12 +106,13 @@ class ForwardPass:
         assert all(contexts), "an empty context predicts no first token"
         device = next(model.parameters()).device
         parts = body_and_head(model) if self.fused else None
+        config = model.config.get_text_config()
+        chunk_tokens = loss_tokens(config.vocab_size, self._kind or device.type)
         if parts is None:
             logits_NV = self._hidden(partial(_logits, model), model, contexts, completions, 0)
-            return ForwardOutput(logits_NV, torch.nn.Identity(), ())
+            return ForwardOutput(logits_NV, torch.nn.Identity(), (), chunk_tokens)
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
-        config = model.config.get_text_config()
         passes: list[tuple[list[int], list[int], Callable[..., Tensor]]] = []  # rows, tokens already read, forward
         pictured = any(map(pictures_in, contexts))  # then equal token ids may mean different pictures
         held = kept.kept(body, config, contexts) if kept and not pictured else []
@@ -144,9 +147,10 @@ class ForwardPass:
             ]
             hidden_ND = self._hidden(forward, model, rest, chosen, max(lengths))
             if rows == list(range(len(contexts))):
-                return ForwardOutput(hidden_ND, head, trainable)
+                return ForwardOutput(hidden_ND, head, trainable, chunk_tokens)
             by_row |= dict(zip(rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
-        return ForwardOutput(torch.cat([by_row[row] for row in range(len(contexts))]), head, trainable)
+        hidden_ND = torch.cat([by_row[row] for row in range(len(contexts))])
+        return ForwardOutput(hidden_ND, head, trainable, chunk_tokens)
 
     def _hidden(
         self,

@@ -6,7 +6,8 @@ teacher)``. ``ema`` has a constant rate, and 0 after a step that did not change 
 
 Full fine-tuning: the teacher is a second copy of the trained weights. The average is kept in float32. If the model's
 data type is smaller, the scoring copy is refreshed from the average (at a rate of 0.01, a bfloat16 average would hardly
-move). Then the average is in CPU memory, unless it is sharded, and a thread updates it while the next step samples.
+move). Then the average is in CPU memory, unless it is sharded, and a thread updates it while the next step samples, a
+part of a weight at a time.
 
 LoRA: the frozen teacher is the base with the adapter disabled, which costs nothing. A moving teacher is a second
 adapter, initially equal to the student's. The factors A and B are averaged separately: the teacher's weight change is
@@ -17,7 +18,7 @@ the averaging time, and avg(B) avg(A) keeps the rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,11 +28,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from selfdistill.model.device import staging
 from selfdistill.model.fsdp import distribute_like, local_tensor
 from selfdistill.model.loading import LoadedModel
 
 TeacherKind = Literal["ema", "frozen", "live", "snapshot"]
 ADAPTER = "teacher"
+PART_NUMBERS = 2**25
+"""Maximum numbers of a weight that are moved at a time, if a row has no more: 64 MiB in bfloat16. PyTorch rounds pinned
+memory up to a power of two."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,19 @@ class Teacher:
         if self.kind in ("ema", "snapshot"):
             self._followed = {name: students[_students_name(name)] for name in self._scoring}
             self._average = {name: _averaged(t.detach()) for name, t in self._scoring.items()}
+        self._staging = self._make_staging()
+
+    def _make_staging(self) -> Tensor | None:
+        """Memory beside the average for the part of a weight that is moved; None if no average is separate."""
+        if not self._is_apart:
+            return None
+        place = next(a.device for name, a in self._average.items() if a.dtype != self._scoring[name].dtype)
+        return staging(staging_bytes(self._followed.values()), place, next(self._student.parameters()).device.type)
 
     def release(self) -> None:
         """Drop references to the weights before sharding, until :meth:`bind`."""
         self.wait()
-        self._scoring, self._followed, self._average = {}, {}, {}
+        self._scoring, self._followed, self._average, self._staging = {}, {}, {}, None
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -149,21 +162,24 @@ class Teacher:
 
     @torch.no_grad()
     def _move(self, rate: float, stream: torch.cuda.Stream | None) -> None:
-        """Move the average and refresh the scoring weights, one tensor at a time."""
+        """Move the average and round it into the scoring weights, a part at a time."""
+        assert self._staging is not None
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            for name, own in self._average.items():
-                average, student = local_tensor(own), local_tensor(self._followed[name].data)
-                average.lerp_(student.to(average.device).to(average.dtype), rate)
-            self._refresh()
+            for average, student, scoring in self._parts():
+                if average.dtype == scoring.dtype:  # a float32 weight of a model with smaller ones
+                    average.lerp_(student.to(average.dtype), rate)
+                    continue
+                staged = self._staging[: student.nbytes].view(student.dtype).view(student.shape)
+                average.lerp_(staged.copy_(student).to(average.dtype), rate)
+                scoring.copy_(staged.copy_(average))
         if stream is not None:
             stream.synchronize()
 
-    def _refresh(self) -> None:
-        """Round the average into the scoring weights, if they are separate."""
-        if self._is_apart:
-            for name, average in self._average.items():
-                scoring = local_tensor(self._scoring[name].data)
-                scoring.copy_(local_tensor(average).to(scoring.dtype))
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Parts of the average, and the same of the student's and the scoring weights."""
+        for name, average in self._average.items():
+            student, scoring = self._followed[name].data, self._scoring[name].data
+            yield from zip(_parts_of(average), _parts_of(student), _parts_of(scoring), strict=True)
 
     @property
     def _is_apart(self) -> bool:
@@ -211,7 +227,9 @@ class Teacher:
             raise ValueError(f"teacher state has {len(state)} tensors, expected {len(self._average)}")
         for name, average in self._average.items():
             average.copy_(distribute_like(state[name], average))
-        self._refresh()
+        if self._is_apart:
+            for average, _, scoring in self._parts():
+                scoring.copy_(average)
 
     @property
     def memory_bytes(self) -> int:
@@ -237,6 +255,18 @@ def _averaged(weight: Tensor) -> Tensor:
     if weight.dtype != torch.float32 and not isinstance(weight, DTensor):
         weight = weight.cpu()
     return weight.float()
+
+
+def _parts_of(weight: Tensor) -> tuple[Tensor, ...]:
+    """A weight, or this rank's shard of it, cut by rows; each part is a view."""
+    rows = torch.atleast_1d(local_tensor(weight))
+    return rows.split(max(1, PART_NUMBERS * len(rows) // max(1, rows.numel())))
+
+
+def staging_bytes(weights: Iterable[Tensor]) -> int:
+    """Bytes of the largest part that is moved of these weights, if they are smaller than float32."""
+    parts = (part for weight in weights if weight.dtype != torch.float32 for part in _parts_of(weight.detach()))
+    return max((part.nbytes for part in parts), default=0)
 
 
 def _students_name(name: str) -> str:

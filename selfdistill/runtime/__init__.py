@@ -12,6 +12,7 @@ from selfdistill.runtime.console import (
 )
 from selfdistill.runtime.distributed import (
     RaisedOnAllRanks,
+    agreed,
     all_gather,
     all_reduce_gradients,
     all_reduce_sum,
@@ -62,6 +63,7 @@ __all__ = [
     "StepsFile",
     "StopRequests",
     "Tracker",
+    "agreed",
     "all_gather",
     "all_reduce_gradients",
     "all_reduce_sum",

@@ -92,18 +92,23 @@ def all_gather(own: Sequence[Item]) -> list[Item]:
     return [item for part in parts for item in part]
 
 
-def gathered(make: Callable[[], Sequence[Item]]) -> list[Item]:
-    """Concatenate what each rank makes, in rank order; a :class:`UserError` on any rank is raised on all."""
+def agreed(make: Callable[[], Item]) -> Item:
+    """What this rank makes; a :class:`UserError` on any rank is raised on all, so that none waits for it."""
     if not is_distributed():
-        return list(make())
+        return make()
     problem, own = None, []
     try:
-        own = list(make())
+        own = [make()]
     except UserError as error:
         problem = str(error)
     for found in filter(None, all_gather([problem])):
         raise RaisedOnAllRanks(found)
-    return all_gather(own)
+    return own[0]
+
+
+def gathered(make: Callable[[], Sequence[Item]]) -> list[Item]:
+    """Concatenate what each rank makes, in rank order; a :class:`UserError` on any rank is raised on all."""
+    return all_gather(agreed(make))
 
 
 def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -320,9 +320,9 @@ class BatchGradient:
             weights_N = (micro.weights_bT * factor_b[:, None])[micro.mask_bT].float().to(device)
             hidden_nD, tokens_n, weights_n = (x[has_weight_N] for x in (output.hidden_ND, tokens_N, weights_N))
             if method.relative_weights:
-                weights_n = weights_n / self._mean_factor(
-                    method, (hidden_nD, output.head), tokens_n, taught, base, micro
-                )
+                student = replace(output, hidden_ND=hidden_nD)
+                weights_n = weights_n / self._mean_factor(method, student, tokens_n, taught, base, micro)
+            torch.clear_autocast_cache()  # older PyTorch would reuse a cast of the head made without gradients
             loss, per_token = chunked_loss(
                 method.loss,
                 hidden_nD,
@@ -331,6 +331,7 @@ class BatchGradient:
                 tokens_n,
                 weights_n,
                 *(taught or (None, None)),
+                chunk_size=output.chunk_tokens,
                 base=base,
                 weighting=method.weighting,
             )
@@ -340,23 +341,22 @@ class BatchGradient:
     @torch.no_grad()
     def _mean_factor(
         method: Method,
-        student: _Scored,
+        student: ForwardOutput,
         tokens_n: Tensor,
         taught: _Scored | None,
         base: _Scored | None,
         micro: _MicroBatch,
     ) -> Tensor:
         """For each token (n,) the mean of the method's weighting over its completion; above 0."""
-        hidden_nD, head = student
-        ones_n = torch.ones(len(tokens_n), device=tokens_n.device)
         _, statistics = chunked_loss(
             CrossEntropy(),
-            hidden_nD,
-            head,
+            student.hidden_ND,
+            student.head,
             (),
             tokens_n,
-            ones_n,
+            torch.ones(len(tokens_n), device=tokens_n.device),
             *(taught or (None, None)),
+            chunk_size=student.chunk_tokens,
             base=base,
             weighting=method.weighting,
         )
@@ -384,7 +384,9 @@ class BatchGradient:
             return output.head(hidden_ND).float() / self.config.temperature
 
         ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
-        _, statistics = chunked_loss(CrossEntropy(), output.hidden_ND, tempered_head, (), tokens_N, ones_N)
+        _, statistics = chunked_loss(
+            CrossEntropy(), output.hidden_ND, tempered_head, (), tokens_N, ones_N, chunk_size=output.chunk_tokens
+        )
         student = statistics["student_logp"].cpu().split([len(ids) for ids in micro.ids])
         width = micro.mask_bT.shape[1]
         pad = torch.nn.functional.pad

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from selfdistill.errors import UserError
 from selfdistill.model import Optim, Teacher, distribute_like, full_tensors, moment_bytes
-from selfdistill.runtime import corruption, fsync, is_rank0, remove_folder, say, unlisted_files, write_manifest
+from selfdistill.runtime import agreed, corruption, fsync, is_rank0, remove_folder, say, unlisted_files, write_manifest
 
 PREFIX = "checkpoint-"
 AT_LEAST = 2
@@ -176,21 +176,16 @@ def load_checkpoint(
 ) -> Position:
     """Restore weights, optimizer and teacher.
 
+    All ranks call this, and each reads the files. They meet before they share anything out.
+
     Returns:
         The saved position.
 
     Raises:
-        UserError: a file cannot be read, or belongs to another model or other settings.
+        UserError: a file cannot be read, or belongs to another model or other settings, on any rank.
     """
-    parameters, position = trained_parameters(model), saved_position(path)
-    try:
-        weights = load_file(path / "weights.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
-        average = load_file(path / "teacher.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot read the checkpoint ({error})") from None
-    if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
-        raise UserError(f"{path}: its weights do not match this model and adapter; resume with the run's own settings")
+    parameters = trained_parameters(model)
+    position, (weights, moments, average) = agreed(lambda: (saved_position(path), _read(path, parameters)))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(distribute_like(weights[name], parameter))
@@ -208,3 +203,14 @@ def load_checkpoint(
         except ValueError as error:
             raise UserError(f"{path}: {error}; resume with the run's own teacher") from None
     return position
+
+
+def _read(path: Path, parameters: dict[str, nn.Parameter]) -> list[dict[str, Tensor]]:
+    """The tensors of a checkpoint: weights, moments and the teacher's average."""
+    try:
+        parts = [load_file(path / f"{part}.safetensors") for part in ("weights", "optimizer", "teacher")]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot read the checkpoint ({error})") from None
+    if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in parts[0].items()}:
+        raise UserError(f"{path}: its weights do not match this model and adapter; resume with the run's own settings")
+    return parts

@@ -208,7 +208,8 @@ class Loop:
         """Restore the model of the last evaluation before the collapse."""
         trainer, begun = self._trainer, f"{self._output_dir}: stopped after step {step}: {sign}"
         before = sorted((s for s in self._watch.measured if 0 < s <= step - COLLAPSE_WINDOW), reverse=True)
-        kept = next((s for s in before if corruption(checkpoint_at(self._output_dir, s)) is None), None)
+        whole = (s for s in before if corruption(checkpoint_at(self._output_dir, s)) is None)
+        kept = broadcast_from_rank0(lambda: next(whole, None))
         if kept is None:
             raise RunFailed(
                 f"{begun}; no checkpoint was evaluated at least {COLLAPSE_WINDOW} steps earlier, so no final model is "

@@ -51,6 +51,7 @@ from selfdistill.model import (
     layers_of,
     moment_bytes,
     set_compute_dtype,
+    staging_bytes,
     tensor_bytes,
     unwrap,
     weight_tensors,
@@ -284,10 +285,11 @@ def _moves(rule: TeacherRule) -> bool:
 
 
 def _average_bytes(config: TrainConfig, rule: TeacherRule, loaded: LoadedModel) -> int:
-    """Memory of a teacher's float32 average, in addition to the weights that score."""
+    """Memory of a teacher's float32 average and for moving it, in addition to the weights that score."""
     if config.lora_rank or not _moves(rule):
         return 0
-    return sum(4 * p.numel() for p in loaded.model.parameters() if p.requires_grad and p.dtype != torch.float32)
+    moving = [p for p in loaded.model.parameters() if p.requires_grad and p.dtype != torch.float32]
+    return sum(4 * p.numel() for p in moving) + staging_bytes(moving)
 
 
 def _is_on_host(config: TrainConfig, device: Device) -> bool:

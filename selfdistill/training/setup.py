@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
@@ -72,8 +73,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Create the accelerator and join the process group, in the precision of the settings.
 
     Raises:
-        UserError: the launcher's settings conflict with the run's.
+        UserError: the launcher's settings conflict with the run's, or autocast is already on.
     """
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):  # keeps casts until its outermost region ends
+        raise UserError(
+            "torch.autocast is on, and would compute with casts of the weights from before a step; train outside of "
+            "it, with the setting mixed_precision"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError("the launcher's own FSDP is enabled (--use_fsdp); leave it out, and use fsdp true")
     AcceleratorState._reset_state()  # it would refuse a precision other than that of the process's first run

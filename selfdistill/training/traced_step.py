@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import Example, pictures_in
-from selfdistill.loss import CrossEntropy, Head, chunk_tokens, chunked_loss
+from selfdistill.loss import CrossEntropy, Head, chunked_loss
 from selfdistill.methods import FROZEN, GuidedAfterFailure, Method
 from selfdistill.model import (
     FilledCache,
@@ -251,31 +251,34 @@ class TracedStep:
             live.begin(("student", "loss"))
             live.component = "loss"
             # The second chunk needs what all later ones need.
-            tokens_N = torch.zeros(min(count, 2 * chunk_tokens(_vocabulary(model))), dtype=torch.long)
+            tokens_N = torch.zeros(min(count, 2 * output.chunk_tokens), dtype=torch.long)
             weights_N = torch.ones(len(tokens_N))
             if method.importance_cap is not None:
                 with torch.no_grad():
-                    chunked_loss(CrossEntropy(), output.hidden_ND, _float32(output.head), (), tokens_N, weights_N)
+                    chunked_loss(
+                        CrossEntropy(),
+                        output.hidden_ND,
+                        _float32(output.head),
+                        (),
+                        tokens_N,
+                        weights_N,
+                        chunk_size=output.chunk_tokens,
+                    )
             loss, _ = chunked_loss(
                 method.loss,
                 output.hidden_ND[torch.arange(count)],
-                self._head(output.head),
+                output.head,
                 output.head_parameters,
                 tokens_N,
                 weights_N,
                 *((None, None) if taught is None else (taught.hidden_ND, taught.head)),
+                chunk_size=output.chunk_tokens,
                 base=None if base is None else (base.hidden_ND, base.head),
                 weighting=method.weighting,
             )
         live.component = "activations"
         live.begin(("student", "backward"))
         loss.backward()
-
-    def _head(self, head: Head) -> Head:
-        """The head, or one that the loss computes through autograd, as it does under autocast except on CPUs."""
-        if self._device.kind == "cpu" or self._device.mixed_precision == "no":
-            return head
-        return lambda hidden_ND: head(hidden_ND)
 
 
 def _segments(live: LiveTensors) -> Segments:
@@ -290,13 +293,8 @@ def longest(ids: Sequence[Ids], count: int) -> list[Ids]:
 
 def _selected(output: ForwardOutput) -> ForwardOutput:
     """A copy of the hidden states, as the choice of tokens with nonzero weight makes one."""
-    return ForwardOutput(output.hidden_ND[torch.arange(len(output.hidden_ND))], output.head, output.head_parameters)
+    return replace(output, hidden_ND=output.hidden_ND[torch.arange(len(output.hidden_ND))])
 
 
 def _float32(head: Head) -> Head:
     return lambda hidden_ND: head(hidden_ND).float()
-
-
-def _vocabulary(model: Any) -> int:
-    vocabulary: int = model.config.get_text_config().vocab_size
-    return vocabulary

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from selfdistill.config import TrainConfig, dump_yaml, load_saved, refuse_changes
@@ -15,8 +16,10 @@ from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
 from selfdistill.runtime import (
+    agreed,
     all_gather,
     barrier,
+    broadcast_from_rank0,
     check_disk,
     check_tracker,
     folder_lock,
@@ -116,8 +119,8 @@ def train(
         config = plan.config if plan else config
         config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
         trainer = Trainer(config, demonstrations, evaluator, loaded)
-        if checkpoint:
-            _refuse_changed_settings(output_dir, checkpoint, trainer)
+        if checkpoint := broadcast_from_rank0(lambda: checkpoint):  # another rank may have seen other files
+            agreed(partial(_refuse_changed_settings, output_dir, checkpoint, trainer))
         sizes = [*memory, *_check_disk(trainer, output_dir)]
         if not begun:
             _lock(output_dir, held)

@@ -598,7 +598,7 @@ def test_chunked_equals_plain_autograd_with_a_tied_head(loss, chunk_size):
         weights,
         teacher_hidden,
         teacher.head,
-        chunk_size,
+        chunk_size=chunk_size,
     )
     assert error(value, plain) < 1e-12
     assert error(statistics.pop("loss"), plain_N) < 1e-12
@@ -635,7 +635,7 @@ def test_chunked_passes_only_the_gradients_that_are_asked_for():
 
     def run(hidden: Tensor) -> Tensor:
         return chunked_loss(
-            Divergence(), hidden, head, list(head.parameters()), tokens, weights, teacher_hidden, head, 2
+            Divergence(), hidden, head, list(head.parameters()), tokens, weights, teacher_hidden, head, chunk_size=2
         )[0]
 
     def plain(hidden: Tensor) -> Tensor:
@@ -897,17 +897,22 @@ def test_a_plain_head_gives_the_gradients_of_any_head(loss):
         assert error(mine, expected) < 1e-6
 
 
-def test_a_plain_head_sums_in_float32_under_autocast_on_a_cpu():
-    """Only the factors of its products are rounded: 4 in 1,000 at most, and nothing else of the process changes."""
+def test_a_plain_head_sums_in_float32_under_autocast():
+    """Only the factors of its products are rounded: 4 in 1,000 at most, and nothing else of the process changes.
+
+    On a CPU they are rounded to bfloat16 where it is fast, on a GPU to TF32, by the same switch.
+    """
     generator = torch.Generator().manual_seed(4)
     head = torch.nn.Linear(64, 300, bias=False)
     hidden, teacher = torch.randn(2, 100, 64, generator=generator).bfloat16()
     tokens, weights = torch.arange(100), torch.rand(100, generator=generator)
     found, seen = [], []
     head.register_forward_hook(
-        lambda _module, _inputs, logits: seen.append((logits.dtype, torch.get_float32_matmul_precision()))
+        lambda _module, _inputs, logits: seen.append(
+            (logits.dtype, torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)
+        )
     )
-    precision = torch.get_float32_matmul_precision()
+    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
     for dtype, autocast in ((torch.float32, False), (torch.bfloat16, True)):
         leaf = hidden.to(dtype).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -915,7 +920,7 @@ def test_a_plain_head_sums_in_float32_under_autocast_on_a_cpu():
                 Divergence(), leaf, head, [head.weight], tokens, weights, teacher.to(dtype), head
             )
         assert torch.get_float32_matmul_precision() == precision
-        assert seen[-1] == (torch.float32, "medium" if autocast else precision)
+        assert seen[-1] == (torch.float32, *(("medium", True) if autocast else (precision, tf32)))
         head.weight.grad = None
         value.backward()
         assert statistics["reverse_kl"].dtype == head.weight.grad.dtype == torch.float32

@@ -126,7 +126,7 @@ def test_loss_and_gradient_of_a_target_and_a_pull(plain, target, pull, chunk_siz
         weights,
         teacher,
         head,
-        chunk_size,
+        chunk_size=chunk_size,
         base=(base, head) if loss.needs_base else None,
     )
     gradients = torch.autograd.grad(value, [hidden, head.weight])

@@ -215,7 +215,7 @@ def test_a_target_in_float64_against_autograd(kind: Any, support: Any) -> None:
         weights_N,
         teacher_ND,
         head,
-        3,
+        chunk_size=3,
         base=(base_ND, head),
     )
     value.backward()

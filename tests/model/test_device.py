@@ -15,9 +15,11 @@ from selfdistill.model.device import (
     doubled_sum,
     fast_products,
     has_gpu,
+    loss_tokens,
     padded_length,
     pass_tokens,
     running_sum,
+    staging,
 )
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
@@ -86,6 +88,50 @@ def test_an_unknown_kind_of_device_counts_as_a_cpu() -> None:
 )
 def test_passes_have_few_lengths_on_a_gpu(length: int, most: int | None, kind: str, padded: int) -> None:
     assert padded_length(length, most, kind) == padded
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "kind", "tokens"),
+    [
+        (152_064, "cuda", 882),
+        (49_152, "cuda", 2730),
+        (2**23, "cuda", 53),
+        (152_064, "cpu", 53),
+        (4096, "cpu", 640),
+        (4096, "mps", 640),
+    ],
+)
+def test_the_loss_has_large_chunks_on_a_gpu(vocabulary: int, kind: str, tokens: int) -> None:
+    assert loss_tokens(vocabulary, kind) == tokens
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["through the head", "from logits"])
+def test_a_pass_says_how_large_chunks_of_its_loss_are(load: Callable[..., LoadedModel], fused: bool) -> None:
+    loaded = load()
+    loaded.separate_head = fused
+    vocabulary = loaded.model.config.vocab_size
+    for kind in ("cpu", "cuda"):
+        scores = ForwardPass(loaded, kind=kind)(loaded.model, [[1, 2]], [[3, 4]])
+        assert scores.chunk_tokens == loss_tokens(vocabulary, kind)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize(("kind", "asked"), [("cuda", 1), ("cpu", 0)])
+def test_memory_beside_a_gpu_is_pinned_where_the_machine_allows_it(
+    monkeypatch: pytest.MonkeyPatch, kind: str, asked: int, allowed: bool
+) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(room: torch.Tensor) -> torch.Tensor:
+        pinned.append(room.clone())
+        if not allowed:
+            raise RuntimeError("CUDA error: out of memory")
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    room = staging(24, torch.device("cpu"), kind)
+    assert (room.shape, room.dtype, len(pinned)) == ((24,), torch.uint8, asked)
+    assert any(room is one for one in pinned) == (asked == 1 and allowed)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["whole", "after kept contexts"])

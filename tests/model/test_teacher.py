@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel, add_lora
-from selfdistill.model.teacher import Teacher, TeacherRule
+from selfdistill.model.teacher import Teacher, TeacherRule, staging_bytes
 
 Loader = Callable[..., LoadedModel]
 CONTEXTS, COMPLETIONS = [[1, 2, 3], [9] * 7], [[4, 5], [6, 7, 8]]
@@ -111,6 +111,30 @@ def test_the_average_of_a_bfloat16_model_is_float32_and_moves_where_a_bfloat16_o
     assert scoring.dtype == torch.bfloat16
     assert torch.equal(scoring, average.bfloat16())
     assert not torch.equal(scoring, start[name])
+
+
+@pytest.mark.parametrize("numbers", [1, 100, 2**25], ids=["rows", "a few rows", "whole weights"])
+def test_an_average_is_moved_in_parts(load: Loader, monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    """Whatever their size; weights that are float32 in a bfloat16 model are not rounded on the way."""
+    monkeypatch.setattr("selfdistill.model.teacher.PART_NUMBERS", numbers)
+    loaded = load(dtype="bfloat16")
+    loaded.model.model.norm.float()
+    loaded.model.model.norm.shift = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.bfloat16))  # a scalar
+    teacher = Teacher(loaded, TeacherRule("ema", ema_rate=0.3))
+    expected = {name: weight.float() for name, weight in trained(loaded.model).items()}
+    assert staging_bytes(loaded.model.parameters()) <= max(2 * numbers, 2 * 64)  # a row of 64 is not cut
+    for step in range(1, 4):
+        teacher.wait()
+        move(loaded.model, step)
+        teacher.update(step)
+        for name, weight in trained(loaded.model).items():
+            expected[name].lerp_(weight.float(), 0.3)
+    found = teacher.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    scoring = of_teacher(teacher)
+    assert all(torch.equal(t, expected[name].to(t.dtype)) for name, t in scoring.items())
+    assert scoring["model.norm.weight"].dtype == torch.float32
 
 
 @both

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.runtime import distributed
 from selfdistill.runtime.distributed import all_reduce_gradients, barrier, broadcast_from_rank0, buckets
-from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.checkpoint import Position, list_checkpoints, load_checkpoint, save_checkpoint
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -74,6 +75,29 @@ def test_two_processes_train_to_the_weights_of_one(
     files = [sorted(path.name for path in Path(config.output_dir).iterdir()) for config in (one, two)]
     assert files[0] == files[1]
     assert (tmp_path / "two.1.log").read_text().count("step") == 0
+
+
+def test_processes_refuse_a_checkpoint_together(tmp_path: Path) -> None:
+    """One of them sees a corrupt file; the other must not wait for it, or go on alone."""
+    model = torch.nn.Linear(2, 2)
+    folders = []
+    for rank in range(2):
+        where = tmp_path / str(rank)
+        where.mkdir()
+        optimizer = torch.optim.AdamW(model.parameters())
+        folders.append(save_checkpoint(where, Position(1, 2, ""), "", model, optimizer, None, keep=2))
+    (folders[1] / "weights.safetensors").write_bytes(b"none")
+
+    def work() -> None:
+        Accelerator()
+        path = folders[int(os.environ["RANK"])]
+        message = f"{folders[1]}: cannot read the checkpoint"
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_checkpoint(path, model, torch.optim.AdamW(model.parameters()), None)
+
+    for child in started_together(work, tmp_path / "log"):
+        assert child.wait() == 0, child.log.read_text()
+    load_checkpoint(folders[0], model, torch.optim.AdamW(model.parameters()), None)
 
 
 @pytest.mark.slow

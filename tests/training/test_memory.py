@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from selfdistill.config import MethodName, TrainConfig
 from selfdistill.data import load_demonstrations
 from selfdistill.methods import stages_of
+from selfdistill.model.device import LOSS_LOGITS
 from selfdistill.training.memory import memory_plan
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
@@ -173,6 +175,26 @@ def phase_of(config: TrainConfig, name: str) -> int:
     plan = memory_plan(config, load_demonstrations(config.data), Device("cpu", "no"))
     assert plan.untraced is None
     return next(phase.total for phase in plan.phases if phase.name == name)
+
+
+def test_the_plan_counts_the_chunks_of_the_loss_as_they_are_on_a_gpu(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(max_completion_length=256)  # 1,024 tokens in a batch
+    rows = load_demonstrations(config.data)
+
+    def loss(kind: str) -> int:
+        plan = memory_plan(config, rows, Device(kind, "bf16"))
+        return max(phase.bytes["loss"] for phase in plan.phases)
+
+    found = []
+    for tokens in (64, 256, 512):
+        monkeypatch.setitem(LOSS_LOGITS, "cuda", tokens * VOCABULARY)
+        found.append(loss("cuda"))
+    assert found[0] == loss("cpu")
+    more = [after - before for before, after in pairwise(found)]
+    assert 4 * 4 * VOCABULARY <= more[0] / 192 <= 7 * 4 * (VOCABULARY + HIDDEN)  # logits and what is made of them
+    assert more[1] / 256 == pytest.approx(more[0] / 192, rel=0.01)
 
 
 DRAWN: dict[str, dict[str, Any]] = {
