@@ -20,7 +20,7 @@ import yaml
 
 from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
-from selfdistill.continual.lengths import check_lengths, fitting_rows
+from selfdistill.continual.lengths import check_anchor_lengths, fitting_rows
 from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_room, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
@@ -49,7 +49,7 @@ from selfdistill.model import (
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
 from selfdistill.training import OnStep, drawn, take_whole, train, whole_folder
 
-_NEW_RUN = re.compile("start a new run( in another output_dir)?")
+_NEW_RUN = re.compile("start a new run( in another output_dir)?|use another output_dir")
 """What messages advise where a run cannot be resumed."""
 
 
@@ -78,13 +78,13 @@ def add(config: LearnConfig) -> dict[str, Any]:
     elif config.max_steps is not None:
         check_steps(config.max_steps, run.method, stages)
     check_inputs(run.model_copy(update={"data": ""}))  # its rows have been read
-    if is_new := not (Path(config.state) / START).is_dir():
+    if not (Path(config.state) / START).is_dir():
         check_room(run)  # with an existing state, begin() checks, rehearsal included
     if config.prior:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config, run, splits["train"])
-        used = begin(ledger, config, splits, checked=is_new)
+        used = begin(ledger, config, splits)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
         learnt, asked = {repr(row.prompt) for row in used["train"]}, used["test"]
         if known := sum(repr(row.prompt) in learnt for row in asked):
@@ -144,7 +144,9 @@ def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
         raise UserError(f"state {config.state!r}: not a state, contains {others[0]!r}; give another folder")
     if not config.model:
         raise UserError(f"state {config.state!r} does not exist yet; give the base as model")
-    check_lengths(run.model_copy(update={"model": config.model}), config, drawn(rows, config), [])
+    first = run.model_copy(update={"model": config.model})
+    fitting_rows(first, config, drawn(rows, config))  # again in begin(), but the base is measured before
+    check_anchor_lengths(first, config, [])
     with whole_folder(root / START, "free disk space, then add it again") as folder:
         if config.prior:
             (folder / "prior").mkdir()

@@ -21,21 +21,17 @@ from selfdistill.methods import DemonstrationExamples, examples_of_prompts, stag
 from selfdistill.model import LoadedModel, fake_model
 
 
-def check_lengths(
-    run: TrainConfig, config: LearnConfig, rows: Sequence[Demonstration], memory: Sequence[Demonstration]
-) -> None:
-    """Check that the rows of an addition and its anchors fit into the limits on their lengths.
+def check_anchor_lengths(run: TrainConfig, config: LearnConfig, memory: Sequence[Demonstration]) -> None:
+    """Check that the anchors of an addition fit into the limits on their lengths.
 
     Args:
         run: settings of its training.
         config: its settings.
-        rows: its training rows.
         memory: prompts of earlier skills.
 
     Raises:
-        UserError: rows or prompts are too long and ``on_long_prompt`` is ``error``, or all of a source are.
+        UserError: prompts are too long and ``on_long_prompt`` is ``error``, or all of a source are.
     """
-    fitting_rows(run, config, rows)
     files = [source for source in config.anchors if source != PACKAGE]
     if not run.anchor_share or not (files or memory):
         return

@@ -13,7 +13,7 @@ from typing import Any
 
 from selfdistill.config import OPEN, LearnConfig, changes, dump_yaml
 from selfdistill.continual.ledger import BEFORE, Ledger
-from selfdistill.continual.lengths import check_lengths
+from selfdistill.continual.lengths import check_anchor_lengths, fitting_rows
 from selfdistill.continual.rehearsal import (
     MEMORY,
     as_shown,
@@ -56,7 +56,7 @@ def _with_newer_settings(settings: dict[str, Any], here: dict[str, Any]) -> dict
 
 
 def begin(
-    ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]], *, checked: bool = False
+    ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]
 ) -> dict[str, Sequence[Demonstration]]:
     """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
 
@@ -66,7 +66,6 @@ def begin(
         ledger: the state.
         config: settings of the addition.
         splits: its rows.
-        checked: whether the lengths of its rows and anchors have been checked.
 
     Returns:
         The splits with the training rows that ``num_demonstrations`` draws.
@@ -96,12 +95,12 @@ def begin(
         ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:
         raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another name")
-    shown = as_shown(config, used["train"])
-    memory, again = rehearsed(ledger.skills, shown)
+    alone = run_config(config, ledger.model, config.context, ledger.pending, rehearses=False)
+    taught = as_shown(config, fitting_rows(alone, config, used["train"]))  # a row that is dropped teaches nothing
+    memory, again = rehearsed(ledger.skills, taught)
     run = run_config(config, ledger.model, config.context, ledger.pending, rehearses=bool(memory))
     check_room(run)
-    if not checked or memory:
-        check_lengths(run, config, used["train"], memory)
+    check_anchor_lengths(run, config, memory)
     if config.anchor_share and again:
         of_all = f"{again} of {number_of(again + len(memory), 'prompt')} of earlier skills"
         say_note(f"{config.name} teaches {of_all} again, so they are not rehearsed")
@@ -113,7 +112,7 @@ def begin(
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
         for split, rows in used.items():
             write_demonstrations(folder / f"{split}.jsonl", rows)
-        keep_prompts(folder, config, shown)
+        keep_prompts(folder, config, taught)
         if memory:
             write_demonstrations(folder / MEMORY, memory)
         (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")

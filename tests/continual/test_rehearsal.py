@@ -445,6 +445,18 @@ def test_rows_that_were_dropped_are_not_remembered(make: Settings, tmp_path: Pat
     assert texts_of(second / "memory.jsonl") == short
 
 
+def test_a_row_that_is_dropped_teaches_nothing_so_its_prompt_is_rehearsed(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test.jsonl").write_text('{"prompt": "p", "completion": "y"}\n', encoding="utf-8")
+    given = {"test": str(tmp_path / "test.jsonl"), "test_share": 0.01, "on_long_prompt": "drop"}
+    add(make("first", [{"prompt": f"q {i}", "completion": "y"} for i in range(6)], **given))
+    rows = [{"prompt": f"q {i}", "completion": "z" * (40 if i < 2 else 1)} for i in range(4)]
+    add(make("second", rows, **given))
+    assert sorted(texts_of(tmp_path / "state/skills/0002-second/memory.jsonl")) == ["q 0", "q 1", "q 4", "q 5"]
+    assert "second teaches 2 of 6 prompts of earlier skills again, so they" in capsys.readouterr().err
+
+
 def test_the_context_that_is_chosen_decides_which_rows_are_remembered(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -530,16 +542,25 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[LearnConfig], None]:
     return begin_and_end
 
 
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("anchors", "restore them, or "), ("checkpoints", "no checkpoint is intact: .*; to start over, ")],
+)
 def test_an_addition_that_cannot_be_resumed_is_to_be_discarded(
-    make: Settings, interrupt: Callable[[LearnConfig], None], tmp_path: Path
+    make: Settings, interrupt: Callable[[LearnConfig], None], tmp_path: Path, what: str, told: str
 ) -> None:
     own = tmp_path / "own.txt"
     own.write_text("Who?\nWhen?\n", encoding="utf-8")
     config = make(anchors=str(own), max_steps=5, save_steps=1)
     interrupt(config)
-    own.write_text("Who?\nWhere?\n", encoding="utf-8")
-    told = rf"restore them, or discard the addition with selfdistill learn --state {config.state} discard$"
-    with pytest.raises(UserError, match=told):
+    if what == "anchors":
+        own.write_text("Who?\nWhere?\n", encoding="utf-8")
+    else:
+        for file in tmp_path.glob("state/pending/run/checkpoint-*/weights.safetensors"):
+            file.write_bytes(b"none")
+    with pytest.raises(
+        UserError, match=rf"{told}discard the addition with selfdistill learn --state {config.state} discard$"
+    ):
         add(config)
     assert main(["learn", "--state", config.state, "discard"]) == 0
     assert add(config)["accepted"]
