@@ -33,6 +33,7 @@ from selfdistill.model import (
     LoadedModel,
     load_for_training,
     load_matching,
+    refuse_autocast,
     refuse_float16,
     use_engine,
 )
@@ -164,6 +165,8 @@ def _checked(
     if config.hints and plays:
         say_note("hints are not measured, because a part of an episode cannot be shown")
     can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and not plays else set()
+    if config.spill:
+        refuse_autocast()  # spill takes steps
     general = read_anchors(config, anchors)
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)

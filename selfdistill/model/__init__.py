@@ -35,7 +35,13 @@ from selfdistill.model.loading import (
 )
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import PictureInputs, freeze_vision
-from selfdistill.model.precision import cached_casts, refuse_float16, resolved_precision, training_precision
+from selfdistill.model.precision import (
+    cached_casts,
+    refuse_autocast,
+    refuse_float16,
+    resolved_precision,
+    training_precision,
+)
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
 from selfdistill.model.sampled import Sampled
 from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
@@ -96,6 +102,7 @@ __all__ = [
     "moment_bytes",
     "overwrite_tensor",
     "prompts_at_a_time",
+    "refuse_autocast",
     "refuse_float16",
     "resolve",
     "resolved_precision",

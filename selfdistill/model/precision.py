@@ -43,6 +43,19 @@ def refuse_float16(model: nn.Module, name: str) -> None:
         )
 
 
+def refuse_autocast() -> None:
+    """Refuse to train where the caller's autocast is on, which keeps casts of weights until its outermost region ends.
+
+    Raises:
+        UserError: it is on.
+    """
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        raise UserError(
+            "torch.autocast is on, and would compute with casts of the weights from before a step; call this outside "
+            "of it, with the setting mixed_precision"
+        )
+
+
 @contextmanager
 def cached_casts(model: nn.Module) -> Iterator[None]:
     """Cast each weight once rather than once per pass, in passes without gradients under autocast.

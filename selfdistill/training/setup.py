@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
@@ -22,7 +21,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
 from selfdistill.methods import FROZEN, DemonstrationExamples, Method, Part, check_steps, stages_of
-from selfdistill.model import LoadedModel, TeacherRule, deterministic, has_gpu, resolved_precision
+from selfdistill.model import LoadedModel, TeacherRule, deterministic, has_gpu, refuse_autocast, resolved_precision
 from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
 
@@ -75,11 +74,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         UserError: the launcher's settings conflict with the run's, or autocast is already on.
     """
-    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):  # keeps casts until its outermost region ends
-        raise UserError(
-            "torch.autocast is on, and would compute with casts of the weights from before a step; train outside of "
-            "it, with the setting mixed_precision"
-        )
+    refuse_autocast()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError("the launcher's own FSDP is enabled (--use_fsdp); leave it out, and use fsdp true")
     AcceleratorState._reset_state()  # it would refuse a precision other than that of the process's first run

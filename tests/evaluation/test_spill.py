@@ -189,6 +189,18 @@ def test_it_is_measured_on_anchors_of_your_own(
     assert f"away on {found.prompts}, SDFT" in found.sentence()
 
 
+def test_within_a_callers_autocast_it_is_refused(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    """Its steps would compute with casts of the weights from before them, and move the model too little."""
+    config = config_of(model_folder(), write_rows(count=4), mixed_precision="bf16")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UserError, match=r"^torch\.autocast is on, .* a step; call"),
+    ):
+        check(config)
+
+
 def test_sources_of_anchors_are_drawn_in_turn(
     model_folder: Callable[..., Path], load: Callable[..., LoadedModel]
 ) -> None:
