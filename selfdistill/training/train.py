@@ -112,14 +112,14 @@ def train(
         held.enter_context(repeating(config))
         if begun:
             _lock(output_dir, held)
-        checkpoint = newest_whole(output_dir) if resume else None
         demonstrations = demonstrations or load_demonstrations(config.data, split=config.split, turns=config.turns)
         _needs_best_context(config)  # or refuses
-        plan, memory = check_memory(config, demonstrations, loaded)
+        plan, memory = check_memory(config, demonstrations, loaded)  # the processes have met from here on
+        checkpoint = broadcast_from_rank0(lambda: newest_whole(output_dir) if resume else None)
         config = plan.config if plan else config
         config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
         trainer = Trainer(config, demonstrations, evaluator, loaded)
-        if checkpoint := broadcast_from_rank0(lambda: checkpoint):  # another rank may have seen other files
+        if checkpoint:
             agreed(partial(_refuse_changed_settings, output_dir, checkpoint, trainer))
         sizes = [*memory, *_check_disk(trainer, output_dir)]
         if not begun:

@@ -33,7 +33,13 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.runtime import distributed
 from selfdistill.runtime.distributed import all_reduce_gradients, barrier, broadcast_from_rank0, buckets
-from selfdistill.training.checkpoint import Position, list_checkpoints, load_checkpoint, save_checkpoint
+from selfdistill.training.checkpoint import (
+    Position,
+    list_checkpoints,
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+)
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -75,6 +81,23 @@ def test_two_processes_train_to_the_weights_of_one(
     files = [sorted(path.name for path in Path(config.output_dir).iterdir()) for config in (one, two)]
     assert files[0] == files[1]
     assert (tmp_path / "two.1.log").read_text().count("step") == 0
+
+
+def test_the_first_process_alone_chooses_the_checkpoint(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that could not find it would end before the others have met it, and they would wait."""
+    config = settings(**COMMON | {"max_steps": 2})
+    train(config)
+
+    def seen_by_the_first(folder: Path) -> Path | None:
+        if os.environ["RANK"] != "0":
+            raise UserError("no checkpoint is intact")
+        return newest_whole(folder)
+
+    monkeypatch.setattr(sys.modules["selfdistill.training.train"], "newest_whole", seen_by_the_first)
+    train_together(config.model_copy(update={"max_steps": 3}), tmp_path, resume=True)
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3]
 
 
 def test_processes_refuse_a_checkpoint_together(tmp_path: Path) -> None:
