@@ -58,7 +58,8 @@ def fitting_rows(run: TrainConfig, config: LearnConfig, rows: Sequence[Demonstra
         UserError: rows are too long and ``on_long_prompt`` is ``error``, or all of them are.
     """
     loaded, chat = _model_of(run)
-    found = (_of_chunks if config.action == "stream" else _of_method)(run, config, rows, loaded, chat)
+    is_stream = config.action == "stream"
+    found = _of_chunks(run, config, rows, loaded, chat) if is_stream else _of_method(run, rows, loaded, chat)
     return [row for row in rows if row.row in found]
 
 
@@ -68,9 +69,7 @@ def _model_of(run: TrainConfig) -> tuple[LoadedModel, ChatFormat]:
     return loaded, loaded.chat(run.chat_template_kwargs, run.template_date)
 
 
-def _of_method(
-    run: TrainConfig, _config: LearnConfig, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
-) -> set[int]:
+def _of_method(run: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat) -> set[int]:
     """Numbers of the rows that the method encodes; all, if it learns from something else, such as documents."""
     own = run.model_copy(update={"anchors": ()})
     sources = {part.method.examples for parts in stages_of(own) for part in parts if not part.same_samples}

@@ -140,6 +140,32 @@ def bfloat16_folder(load: Callable[..., LoadedModel], tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
+def test_a_sharded_average_of_bfloat16_weights_follows_them(
+    settings: Callable[..., TrainConfig], tmp_path: Path, bfloat16_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit, in parts of a shard, also where three processes get unequal ones."""
+    monkeypatch.setattr("selfdistill.model.teacher.PART_NUMBERS", 100)
+    own = {"model": bfloat16_folder, "dtype": "auto", "batch_size": 6, "max_steps": 3, "save_steps": 3, "ema_rate": 0.3}
+    config = settings(fsdp=True, **COMMON | {"mixed_precision": "no"} | own)
+
+    def keep(step: int, loaded: LoadedModel, _metrics: Any) -> None:
+        weights = full_tensors(dict(loaded.model.named_parameters()))
+        if os.environ["RANK"] == "0":
+            torch.save({name: weight.detach().clone() for name, weight in weights.items()}, tmp_path / f"{step}.pt")
+
+    for child in started_together(lambda: train(config, on_step=keep), tmp_path / "log", 3):
+        assert child.wait() == 0, child.log.read_text()
+    first, *later = (torch.load(tmp_path / f"{step}.pt", weights_only=True) for step in range(4))
+    average = load_file(list_checkpoints(Path(config.output_dir))[-1] / "teacher.safetensors")
+    for name, found in average.items():
+        expected = first[name].float()
+        for weights in later:
+            expected.lerp_(weights[name].float(), 0.3)
+        assert torch.equal(found, expected), name
+    assert any(not torch.equal(first[name], later[-1][name]) for name in average)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "sdft"])
 @pytest.mark.parametrize("lora", [pytest.param(False, id="full"), pytest.param(True, id="lora_on_bfloat16")])
 def test_sharded_processes_with_bfloat16_arithmetic(
