@@ -200,9 +200,15 @@ def load_demonstrations(
     if note:
         unread = notes_on_unread([raw.value for raw in rows], _TAUGHT if prompts_only else ())
         calls = notes_on_calls([(row.source, (*row.prompt, *row.episode), row.tools) for row in made])
-        for found in [*unread, *_repeated(made), *calls]:
+        compared = [without_answer(row) for row in made] if prompts_only else made
+        for found in [*unread, *_repeated(compared), *calls]:
             note(f"{name}: {found}")
     return made
+
+
+def without_answer(demonstration: Demonstration) -> Demonstration:
+    """Its prompt alone, with what the chat template shows beside it."""
+    return replace(demonstration, completion="", privileged_context=None, answer=None, episode=())
 
 
 def _of_form(problem: str | None, form: str, made: Demonstration, row: Mapping[str, Any]) -> str | None:

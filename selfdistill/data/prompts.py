@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from selfdistill.data.demonstrations import Demonstration, Rows, load_demonstrations
+from selfdistill.data.demonstrations import Demonstration, Rows, load_demonstrations, without_answer
 from selfdistill.data.readers import is_data_file, read_prompts
 from selfdistill.data.sources import Note
 from selfdistill.errors import UserError
@@ -34,8 +33,7 @@ def load_prompts(data: Rows, note: Note | None = None, name: str = "data") -> li
     """
     if isinstance(data, str | os.PathLike) and _is_text(path := os.fspath(data)):
         return _lines_of(path)
-    rows = load_demonstrations(data, note=note, name=name, **PROMPT_ROWS)
-    return [replace(row, completion="", privileged_context=None, answer=None, episode=()) for row in rows]
+    return [without_answer(row) for row in load_demonstrations(data, note=note, name=name, **PROMPT_ROWS)]
 
 
 def _is_text(path: str) -> bool:

@@ -40,3 +40,9 @@ def test_another_name_of_the_answer_is_no_mistake_in_a_prompt() -> None:
     found = load_prompts(rows, notes.append, "anchors")
     assert [(row.prompt[0]["content"], row.completion) for row in found] == [("Who?", ""), ("When?", "")]
     assert notes == ["anchors: columns not used: response"]
+
+
+def test_prompts_that_differ_in_their_answers_alone_are_equal() -> None:
+    notes: list[str] = []
+    load_prompts([{"prompt": "Who?", "completion": text} for text in ("I.", "You.")], notes.append, "anchors")
+    assert notes == ["anchors: 1 row repeats an earlier one (anchors[0] and anchors[1])"]
