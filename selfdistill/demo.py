@@ -35,7 +35,7 @@ SHARED: dict[str, Any] = {
     "test": packaged("routing.test.jsonl"),
     "batch_size": 8,
     "max_steps": 24,
-    "max_completion_length": 16,  # the task needs 6; anchors learn as many tokens
+    "max_completion_length": 16,  # the task needs 6; replies to anchors, too, are cut here
     "drift_steps": 0,
     "save_steps": 0,
     "view_rows": 2,
