@@ -54,24 +54,34 @@ def anchor_sources(value: Any) -> Any:
     """The given ``anchors`` as a list: one source, several separated by commas, ``none`` or None.
 
     Raises:
-        ValueError: a source is named twice or misspelt, or ``none`` is combined with others.
+        ValueError: a source is empty, named twice or misspelt, or ``none`` is combined with others.
     """
     if isinstance(value, str):
-        value = [source.strip() for source in value.split(",") if source.strip()]
+        value = [source.strip() for source in value.split(",") if source.strip()] or [""]
     if value is None or value in (["none"], ("none",)):
         return ()
     if not isinstance(value, list | tuple):
         return value  # pydantic reports the wrong type
+    if "" in value:  # such as a shell variable that is not set
+        raise ValueError(f"{PACKAGE}, a file or none")
+    if any(isinstance(source, str) and _is_sentence(source) for source in value):
+        raise ValueError(f"{PACKAGE}, a file or none; write the prompts to a file, one per line")
     for source in value:
         is_word = isinstance(source, str) and re.fullmatch(r"\w+", source) and not os.path.exists(source)
         if is_word and source != PACKAGE and difflib.get_close_matches(source, [PACKAGE]):
             raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
     if "none" in value:
-        raise ValueError("'none' cannot be combined with other sources; remove one")
+        raise ValueError("none alone, or only sources")
     sources = [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
-    if twice := [source for number, source in enumerate(sources) if source in sources[:number]]:
+    places = [os.path.normpath(source) if isinstance(source, str) else source for source in sources]
+    if twice := [source for number, source in enumerate(sources) if places[number] in places[:number]]:
         raise ValueError(f"each source once, and {twice[0]!r} is named twice")
     return sources
+
+
+def _is_sentence(source: str) -> bool:
+    """Whether a source is a prompt rather than a path: several words, of which the last is no file name."""
+    return bool(re.search(r"\s", source)) and not re.search(r"\.\w+$|/", source) and not os.path.exists(source)
 
 
 class MethodSettings(EpisodeSettings):

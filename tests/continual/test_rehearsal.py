@@ -579,7 +579,7 @@ def test_what_an_older_version_began_goes_on_without_anchors(
     monkeypatch.chdir(tmp_path / "written")
     command = ["learn", "--state", "pending", "add", "second.jsonl", *OLD.split()]
     assert main([*command, "--anchors", "second.jsonl"]) == 2
-    assert "Differences: anchors was [] and is now ['second.jsonl']\n" in capsys.readouterr().err
+    assert "Differences: anchors was 'none' and is now 'second.jsonl'\n" in capsys.readouterr().err
     assert main([*command, *said.split()]) == 0
     assert "resuming second, which began without anchors and continues without them" in capsys.readouterr().err
     folder = Path("pending/skills/0002-second")

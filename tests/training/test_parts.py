@@ -355,7 +355,7 @@ def test_what_is_not_read_of_anchors_is_noted(
 @pytest.mark.parametrize(
     ("given", "sources"),
     [
-        *[("none", ()), (None, ()), ("", ()), (["none"], ())],
+        *[("none", ()), (None, ()), (["none"], ())],
         *[("package", ("package",)), ("a.txt, package,", ("a.txt", "package")), (["a"], ("a",))],
     ],
 )
@@ -363,14 +363,27 @@ def test_sources_of_anchors(settings: Settings, given: Any, sources: tuple[str, 
     assert settings(anchors=given).anchors == sources
 
 
+@pytest.mark.parametrize("given", ["", " ", ",", [""], ["package", ""]])
+def test_a_source_without_a_name_is_refused(settings: Settings, given: Any) -> None:
+    with pytest.raises(UserError, match=r"'anchors': found .*, expected: package, a file or none$"):
+        settings(anchors=given)
+
+
+def test_prompts_in_place_of_sources_are_refused(settings: Settings) -> None:
+    with pytest.raises(UserError, match=r"expected: package, a file or none; write the prompts to a file, one per line"):
+        settings(anchors=["How are you?", "Write a poem."])
+
+
 def test_none_beside_sources_is_refused(settings: Settings) -> None:
-    with pytest.raises(UserError, match=r"'anchors': .*'none' cannot be combined with other sources"):
+    with pytest.raises(UserError, match=r"'anchors': found 'package,none', expected: none alone, or only sources$"):
         settings(anchors="package,none")
 
 
 def test_a_source_that_is_named_twice_is_refused(settings: Settings) -> None:
     with pytest.raises(UserError, match=r"'anchors': .*expected: each source once, and 'package' is named twice"):
         settings(anchors="package,a.txt,package")
+    with pytest.raises(UserError, match=r"'anchors': .*expected: each source once, and './a.txt' is named twice"):
+        settings(anchors="a.txt,./a.txt")
 
 
 def test_a_frozen_teacher_beside_a_moving_adapter_takes_no_memory(anchored: Settings) -> None:
