@@ -40,3 +40,22 @@ def test_another_name_of_the_answer_is_no_mistake_in_a_prompt() -> None:
     found = load_prompts(rows, notes.append, "anchors")
     assert [(row.prompt[0]["content"], row.completion) for row in found] == [("Who?", ""), ("When?", "")]
     assert notes == ["anchors: columns not used: response"]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_repeated_prompts_are_named_whatever_their_answers(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": "Who?", "completion": "I."}, {"prompt": "When?"}, {"prompt": "Who?", "completion": "You."}]
+    lines = [row["prompt"] if name == "p.txt" else json.dumps(row) for row in rows]
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    notes: list[str] = []
+    assert len(load_prompts(str(tmp_path / name), notes.append)) == 3
+    (note,) = notes
+    assert note.startswith(f"{tmp_path / name}: 1 row repeats an earlier one (")
+    assert f"{name}:1 and " in note and note.endswith(f"{name}:3)")
+
+
+@pytest.mark.parametrize("form", ["utf-16-le", "utf-16-be"])
+def test_text_with_null_bytes_is_refused(tmp_path: Path, form: str) -> None:
+    (tmp_path / "p.txt").write_bytes("Who?\nWhen?\n".encode(form))
+    with pytest.raises(UserError, match=r"p\.txt: not text: line 1 has a null byte; save it as UTF-8$"):
+        load_prompts(str(tmp_path / "p.txt"))
