@@ -66,8 +66,8 @@ class Spill:
     """None as above."""
     untried: str | None = None
     """Why no step was taken; None if it was."""
-    prompts: str = "general prompts"
-    """The anchors on which ``moved`` is measured."""
+    prompts: str | None = None
+    """The anchors on which ``moved`` is measured; None if no step was taken."""
 
     def sentence(self) -> str:
         """The finding and the advice, without a full stop."""

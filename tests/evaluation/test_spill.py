@@ -235,6 +235,8 @@ def test_without_anchors_it_is_not_measured(
     assert "Spill: not measured: there are no anchors to measure on (setting 'anchors')." in " ".join(
         repr(result).split()
     )
+    assert result.spill is not None
+    assert result.spill.prompts is None
 
 
 def test_the_anchors_of_a_check_do_not_change_the_plan_of_its_run(tmp_path: Path) -> None:
