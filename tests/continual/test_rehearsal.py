@@ -39,7 +39,7 @@ WRITTEN = Path(__file__).parents[1] / "written_by_0_1"
 def make(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings of an addition by SFT, without gates, of ten rows that tell one word; the package has few prompts."""
     few = anchor_prompts()[::40]
-    monkeypatch.setattr("selfdistill.methods.examples.anchor_prompts", lambda: few)
+    monkeypatch.setattr("selfdistill.methods.examples.anchor_prompts", lambda source: few)
 
     def settings(skill: str = "first", rows: list[dict[str, Any]] | None = None, **values: Any) -> LearnConfig:
         rows = rows or [{"prompt": f"{skill} {i}", "completion": f"{skill}!", "answer": f"{skill}!"} for i in range(10)]

@@ -51,7 +51,8 @@ def test_repeated_prompts_are_named_whatever_their_answers(tmp_path: Path, name:
     assert len(load_prompts(str(tmp_path / name), notes.append)) == 3
     (note,) = notes
     assert note.startswith(f"{tmp_path / name}: 1 row repeats an earlier one (")
-    assert f"{name}:1 and " in note and note.endswith(f"{name}:3)")
+    assert f"{name}:1 and " in note
+    assert note.endswith(f"{name}:3)")
 
 
 @pytest.mark.parametrize("form", ["utf-16-le", "utf-16-be"])

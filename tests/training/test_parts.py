@@ -33,7 +33,7 @@ from torch import Tensor
 import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import Demonstration, Example
+from selfdistill.data import Demonstration, Example, anchor_prompts
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import METHODS, Method, stages_of
@@ -370,13 +370,28 @@ def test_a_source_without_a_name_is_refused(settings: Settings, given: Any) -> N
 
 
 def test_prompts_in_place_of_sources_are_refused(settings: Settings) -> None:
-    with pytest.raises(UserError, match=r"expected: package, a file or none; write the prompts to a file, one per line"):
+    with pytest.raises(UserError, match=r"a file or none; write the prompts to a file, one per line$"):
         settings(anchors=["How are you?", "Write a poem."])
 
 
 def test_none_beside_sources_is_refused(settings: Settings) -> None:
     with pytest.raises(UserError, match=r"'anchors': found 'package,none', expected: none alone, or only sources$"):
         settings(anchors="package,none")
+
+
+def test_unknown_kinds_of_the_package_are_refused(settings: Settings) -> None:
+    told = r"found 'package:list\+poems', expected: package:KIND, .*arithmetic, code, .*; there is no kind 'poems'$"
+    for name in ("anchors", "general_prompts"):
+        with pytest.raises(UserError, match=f"setting '{name}': {told}"):
+            settings(**{name: "package:list+poems"})
+    with pytest.raises(UserError, match="there is no kind ''"):
+        settings(anchors="package:")
+
+
+def test_anchors_of_some_kinds_are_a_part(anchored: Settings) -> None:
+    part = Trainer(anchored(anchors="package:list+code")).stages[0].sampled[1]
+    assert part.name == "anchors:package:list+code"
+    assert part.counted == f"{len(anchor_prompts('package:code+list'))} bundled general prompts"
 
 
 def test_a_source_that_is_named_twice_is_refused(settings: Settings) -> None:
