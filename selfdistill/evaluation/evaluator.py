@@ -12,7 +12,7 @@ from selfdistill.data import (
     Demonstration,
     Lacks,
     Note,
-    general_prompts,
+    drift_prompts,
     is_packaged,
     load_demonstrations,
     load_prompts,
@@ -94,7 +94,7 @@ class Evaluator:
             say(f"note: {known} of {len(self.questions.demonstrations)} test questions are also in the training data")
         self._judge = judge_of(config)
         with self._arithmetic(base):
-            self._distance = Distance(base, ForwardPass(base), self.questions.chat, general_prompts())
+            self._distance = Distance(base, ForwardPass(base), self.questions.chat, drift_prompts())
         self.base = self.measure(base)
 
     def measure(self, loaded: LoadedModel) -> Evaluation:

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from selfdistill.data import Demonstration, load_demonstrations, packaged
-from selfdistill.data.bundled import anchor_kinds, anchor_prompts, general_prompts
+from selfdistill.data.bundled import anchor_kinds, anchor_prompts, drift_prompts
 from selfdistill.model.starter import starter_model_path
 
 ANCHORS = Path(packaged("anchors.jsonl"))
@@ -36,7 +36,7 @@ def others() -> dict[str, list[Demonstration]]:
     """All other bundled rows that are measured or taught, by the file's path in the folder."""
     paths = {path.relative_to(ANCHORS.parent).as_posix(): path for path in ANCHORS.parent.rglob("*.jsonl")}
     del paths[ANCHORS.name]
-    return {"general.txt": general_prompts(), **{name: load_demonstrations(path) for name, path in paths.items()}}
+    return {"general.txt": drift_prompts(), **{name: load_demonstrations(path) for name, path in paths.items()}}
 
 
 # --- what they hold ---

@@ -10,7 +10,7 @@ from selfdistill.data.readers import read_jsonl
 from selfdistill.data.sources import packaged
 from selfdistill.errors import UserError
 
-__all__ = ["PACKAGE", "anchor_kinds", "anchor_prompts", "general_prompts", "is_packaged", "packaged"]
+__all__ = ["PACKAGE", "anchor_kinds", "anchor_prompts", "drift_prompts", "is_packaged", "packaged"]
 
 PACKAGE = "package"
 """The source of anchors that ships with the package."""
@@ -21,8 +21,8 @@ KINDS = (
 """Kinds of its prompts."""
 
 
-def general_prompts() -> list[Demonstration]:
-    """A few general prompts along which distances are measured; none of them is trained on."""
+def drift_prompts() -> list[Demonstration]:
+    """A few general prompts on which drift is measured. They are not anchors: none of them is trained on."""
     return load_prompts(packaged("general.txt"))
 
 
