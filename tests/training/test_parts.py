@@ -386,6 +386,8 @@ def test_unknown_kinds_of_the_package_are_refused(settings: Settings) -> None:
             settings(**{name: "package:list+poems"})
     with pytest.raises(UserError, match="there is no kind ''"):
         settings(anchors="package:")
+    with pytest.raises(UserError, match=r"there is no kind 'lists'; did you mean list\?$"):
+        settings(anchors="package:lists")
 
 
 def test_anchors_of_some_kinds_are_a_part(anchored: Settings) -> None:
@@ -467,9 +469,10 @@ def test_anchors_are_counted_in_words(anchored: Settings, tmp_path: Path, lines:
     assert part.counted == said
 
 
-def test_a_misspelt_package_is_not_looked_for_on_the_hub(settings: Settings) -> None:
+@pytest.mark.parametrize("misspelt", ["pakage", "Package:list", "packages:list+code"])
+def test_a_misspelt_package_is_not_looked_for_on_the_hub(settings: Settings, misspelt: str) -> None:
     with pytest.raises(UserError, match="expected: package, a file or none; did you mean package"):
-        settings(anchors="pakage")
+        settings(anchors=misspelt)
 
 
 def test_progress_tells_the_loss_by_part(anchored: Settings, capsys: pytest.CaptureFixture[str]) -> None:

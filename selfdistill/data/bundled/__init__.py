@@ -8,7 +8,7 @@ from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.prompts import load_prompts
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.sources import packaged
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, closest
 
 __all__ = ["PACKAGE", "anchor_kinds", "anchor_prompts", "drift_prompts", "is_packaged", "packaged"]
 
@@ -57,5 +57,6 @@ def anchor_kinds(source: str) -> Sequence[str]:
     if unknown := [kind for kind in kinds.split("+") if kind not in KINDS]:
         raise UserError(
             f"{PACKAGE}:KIND, or several kinds joined by +, of {', '.join(KINDS)}; there is no kind {unknown[0]!r}"
+            + closest(unknown[0], KINDS)
         )
     return kinds.split("+")
