@@ -20,7 +20,7 @@ from rich.table import Table
 
 from selfdistill.comparison import report, scatter
 from selfdistill.config import ReportConfig, TrainConfig
-from selfdistill.data import general_prompts, load_demonstrations, packaged
+from selfdistill.data import drift_prompts, load_demonstrations, packaged
 from selfdistill.errors import RunStopped, UserError
 from selfdistill.evaluation import Evaluation, Evaluator, generate
 from selfdistill.model import LoadedModel, load_for_training, training_precision
@@ -178,7 +178,7 @@ def _prior_sample(folder: Path) -> Path:
 
 def _prompts() -> list[str]:
     """Prompts whose replies are shown: first new ones, then everyday ones, evenly spread over their files."""
-    rows = _spread(load_demonstrations(SHARED["test"])) + _spread(general_prompts())
+    rows = _spread(load_demonstrations(SHARED["test"])) + _spread(drift_prompts())
     return [row.prompt[-1]["content"] for row in rows]
 
 

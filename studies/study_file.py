@@ -4,13 +4,11 @@ A study file (YAML) has ``name``, ``settings`` (of all runs, as for ``selfdistil
 settings in which it differs) and ``seeds``. It may have ``after`` (measurements of each final model when it is shown
 the demonstration), ``covered`` (the prior files of kinds that the anchors cover) and ``partway`` (shares of the way
 from the base to the final model: the models there are measured, too, as in WiSE-FT, arXiv 2109.01903). A value
-``bundled:NAME`` is a file or folder of the package; ``kinds:A+B`` are the package's anchors of these kinds.
+``bundled:NAME`` is a file or folder of the package; ``kinds:A+B`` is ``package:A+B``.
 """
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,13 @@ from typing import Any
 from pydantic import Field
 
 from selfdistill.config import Settings, TrainConfig, load_yaml
-from selfdistill.data import packaged
+from selfdistill.data import PACKAGE, packaged
 from selfdistill.errors import UserError
-from selfdistill.runtime import read_lines, write_atomically
+from selfdistill.runtime import read_lines
 
 BUNDLED = "bundled:"
 KINDS = "kinds:"
+"""In results from before the package itself took ``package:A+B``."""
 FIXED: dict[str, Any] = {"save_steps": 0, "view_rows": 0}
 """Settings of every run: its folder is deleted at its end."""
 OWN = ("output_dir", "seed", *FIXED)
@@ -79,33 +78,17 @@ class Asked:
 
 
 def resolved(value: Any) -> Any:
-    """The value with paths in place of ``bundled:NAME`` and ``kinds:A+B``."""
+    """The value with paths in place of ``bundled:NAME``, and ``package:A+B`` in place of ``kinds:A+B``."""
     if isinstance(value, str) and value.startswith(BUNDLED):
         return packaged(value.removeprefix(BUNDLED))
     if isinstance(value, str) and value.startswith(KINDS):
-        return _anchors_of(value.removeprefix(KINDS))
+        return f"{PACKAGE}:{value.removeprefix(KINDS)}"
     return [resolved(part) for part in value] if isinstance(value, list) else value
 
 
 def _with_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with their values :func:`resolved`; environments of the package have no file."""
     return {name: value if name == "environment" else resolved(value) for name, value in settings.items()}
-
-
-def _anchors_of(kinds: str) -> str:
-    """A file with the package's anchors of the kinds, whose names are joined by ``+``.
-
-    Raises:
-        UserError: there is no such kind.
-    """
-    lines = Path(packaged("anchors.jsonl")).read_text(encoding="utf-8").splitlines()
-    kind_of = {line: json.loads(line)["kind"] for line in lines}
-    wanted = kinds.split("+")
-    if unknown := sorted(set(wanted) - set(kind_of.values())):
-        raise UserError(f"{KINDS}{kinds}: no kind {unknown[0]!r}, expected {', '.join(sorted(set(kind_of.values())))}")
-    file = Path(tempfile.gettempdir()) / f"anchors-{kinds}.jsonl"
-    write_atomically(file, "".join(f"{line}\n" for line in lines if kind_of[line] in wanted))
-    return str(file)
 
 
 def read_studies(files: Sequence[Path]) -> list[Study]:

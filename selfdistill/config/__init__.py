@@ -16,7 +16,7 @@ from selfdistill.config.commands import (
     run_settings,
 )
 from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_saved, load_yaml, refuse_changes
-from selfdistill.config.method import PACKAGE, SHORTEST, MethodName, MethodSettings
+from selfdistill.config.method import SHORTEST, MethodName, MethodSettings
 from selfdistill.config.train import LEARNING_RATE, LORA_LEARNING_RATE, OPEN, TrainConfig, TrainingSettings
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "MAY_CHANGE",
     "OF_BOTH",
     "OPEN",
-    "PACKAGE",
     "SHORTEST",
     "AskConfig",
     "CheckConfig",

@@ -114,8 +114,9 @@ class CheckConfig(TaskSettings):
     """Also measure how far a few steps of SFT and of SDFT move the model on general prompts, or on your ``anchors``."""
     anchors: tuple[str, ...] = ("package",)
     """Prompts on which ``spill`` measures how far the model moves; it draws 16 of them. As in ``train``: ``package``
-    (general prompts of many kinds), or a text file with one prompt per line, or rows with ``prompt`` or ``messages``,
-    such as your own traffic. Several sources, separated by commas, get equal shares. ``none``: not measured."""
+    (general prompts of many kinds), ``package:list+code`` (only these kinds), or a text file with one prompt per line,
+    or rows with ``prompt`` or ``messages``, such as your own traffic. Several sources, separated by commas, get equal
+    shares. ``none``: not measured."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Learning rate for the steps of ``spill``: use that of the training run. Default 1e-5."""
     fine_tuned: str | None = None
@@ -222,10 +223,10 @@ class LearnConfig(TrainingSettings, OneRun):
     """Gate: refuse a skill if an earlier one drops by more than this since it was learnt, or the new one below its
     score before training. Default: a drop below the 95% interval of that score, which is wide for a small test."""
     anchors: tuple[str, ...] = ("package",)
-    """Prompts on which the model is to stay as it was before the addition, in addition to those of earlier skills:
-    ``package`` (general prompts of many kinds), or a text file with one prompt per line, or rows with ``prompt`` or
-    ``messages``, such as your own traffic. Several sources are separated by commas. ``none``: only those of earlier
-    skills."""
+    """Prompts on which the model is to stay as it was before the addition, besides those of earlier skills:
+    ``package`` (general prompts of many kinds), ``package:list+code`` (only these kinds), or a text file with one
+    prompt per line, or rows with ``prompt`` or ``messages``, such as your own traffic. Several sources are separated by
+    commas. ``none``: only those of earlier skills."""
     anchor_share: float = Field(default=0.5, ge=0, lt=1)
     """Share of every batch that is anchors, by default half. All sources get equal parts; the prompts of all
     earlier skills together are one source. 0: no anchors and no rehearsal."""

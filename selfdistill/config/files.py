@@ -106,10 +106,17 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> SettingsOfRu
 def changes(before: dict[str, Any], now: dict[str, Any], *, but: tuple[str, ...] = ()) -> list[str]:
     """The differences between two sets of settings, in words, ignoring the keys in ``but``."""
     return [
-        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        f"{key} was {_in_words(before.get(key))} and is now {_in_words(now.get(key))}"
         for key in {**now, **before}
         if before.get(key) != now.get(key) and key not in but
     ]
+
+
+def _in_words(value: Any) -> str:
+    """A value of a setting; sources as the command line takes them."""
+    if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+        return repr(",".join(value) or "none")
+    return repr(value)
 
 
 def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) -> None:

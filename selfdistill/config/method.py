@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from selfdistill.config.base import EpisodeSettings
+from selfdistill.data import PACKAGE, anchor_kinds, is_packaged
 
 MethodName = Literal[
     "sdft",
@@ -44,8 +45,6 @@ MethodName = Literal[
 SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort", "trapo", "actguide", "npo")
 """Methods that learn from a scorer's verdicts on groups of untempered samples."""
 
-PACKAGE = "package"
-"""The value of ``anchors`` for the prompts of the package."""
 SHORTEST = "shortest"
 """The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 
@@ -54,24 +53,37 @@ def anchor_sources(value: Any) -> Any:
     """The given ``anchors`` as a list: one source, several separated by commas, ``none`` or None.
 
     Raises:
-        ValueError: a source is named twice or misspelt, or ``none`` is combined with others.
+        ValueError: a source is empty, named twice or misspelt, ``none`` is combined with others, or the package has no
+            such kind.
     """
     if isinstance(value, str):
-        value = [source.strip() for source in value.split(",") if source.strip()]
+        value = [source.strip() for source in value.split(",") if source.strip()] or [""]
     if value is None or value in (["none"], ("none",)):
         return ()
     if not isinstance(value, list | tuple):
         return value  # pydantic reports the wrong type
+    if "" in value:  # such as a shell variable that is not set
+        raise ValueError(f"{PACKAGE}, a file or none")
+    if any(isinstance(source, str) and _is_sentence(source) for source in value):
+        raise ValueError(f"{PACKAGE}, a file or none; write the prompts to a file, one per line")
     for source in value:
-        is_word = isinstance(source, str) and re.fullmatch(r"\w+", source) and not os.path.exists(source)
-        if is_word and source != PACKAGE and difflib.get_close_matches(source, [PACKAGE]):
+        if isinstance(source, str) and is_packaged(source):
+            anchor_kinds(source)  # refuses unknown ones
+        is_word = isinstance(source, str) and re.fullmatch(r"\w+(:.*)?", source) and not os.path.exists(source)
+        if is_word and not is_packaged(source) and difflib.get_close_matches(source.partition(":")[0], [PACKAGE]):
             raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
     if "none" in value:
-        raise ValueError("'none' cannot be combined with other sources; remove one")
+        raise ValueError("none alone, or only sources")
     sources = [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
-    if twice := [source for number, source in enumerate(sources) if source in sources[:number]]:
+    places = [os.path.normpath(source) if isinstance(source, str) else source for source in sources]
+    if twice := [source for number, source in enumerate(sources) if places[number] in places[:number]]:
         raise ValueError(f"each source once, and {twice[0]!r} is named twice")
     return sources
+
+
+def _is_sentence(source: str) -> bool:
+    """Whether a source is a prompt rather than a path: several words, of which the last is no file name."""
+    return bool(re.search(r"\s", source)) and not re.search(r"\.\w+$|/", source) and not os.path.exists(source)
 
 
 class MethodSettings(EpisodeSettings):
@@ -131,9 +143,10 @@ class MethodSettings(EpisodeSettings):
     general_prompts: str | None = None
     """Prompts for the second stage of ``sft_reinvoke``, as in ``anchors``; default: those of the package."""
     anchors: tuple[str, ...] = ()
-    """Prompts on which the model is to stay as it was before the run: ``package`` (general prompts of many kinds), or
-    a text file with one prompt per line, or rows with ``prompt`` or ``messages``, such as your own traffic. Several
-    sources, separated by commas, get equal shares. ``none``: no anchors. They need no answers."""
+    """Prompts on which the model is to stay as it was before the run: ``package`` (general prompts of many kinds),
+    ``package:list+code`` (only these kinds), or a text file with one prompt per line, or rows with ``prompt`` or
+    ``messages``, such as your own traffic. Several sources, separated by commas, get equal shares. They need no
+    answers. ``none``: no anchors."""
     anchor_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of every batch that is anchors, on average over the steps."""
     anchor_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
@@ -158,5 +171,12 @@ class MethodSettings(EpisodeSettings):
         if len(shares) > 2 or not all(re.fullmatch(r"0?\.\d+|1\.0*|[01]|0\.0*", share) for share in shares):
             raise ValueError("a share from 0 to 1, two of them as in 0.2:1, or shortest")
         return ":".join(f"{float(share):g}" for share in shares)
+
+    @field_validator("general_prompts")
+    @classmethod
+    def _general_prompts(cls, value: str | None) -> str | None:
+        if value is not None and is_packaged(value):
+            anchor_kinds(value)  # refuses unknown ones
+        return value
 
     _sources = field_validator("anchors", mode="before")(anchor_sources)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from selfdistill.config import PACKAGE, LearnConfig, TrainConfig
+from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.data import (
     ChatFormat,
     Demonstration,
     Example,
     NothingFits,
     encode,
+    is_packaged,
     load_prompts,
     parse_context,
 )
@@ -32,7 +33,7 @@ def check_anchor_lengths(run: TrainConfig, config: LearnConfig, memory: Sequence
     Raises:
         UserError: prompts are too long and ``on_long_prompt`` is ``error``, or all of a source are.
     """
-    files = [source for source in config.anchors if source != PACKAGE]
+    files = [source for source in config.anchors if not is_packaged(source)]
     if not run.anchor_share or not (files or memory):
         return
     loaded, chat = _model_of(run)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 from selfdistill.config import LearnConfig
-from selfdistill.data import Demonstration, Lacks, load_demonstrations
+from selfdistill.data import Demonstration, Lacks, doubt_about, load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.evaluation import unscored
+from selfdistill.evaluation import check_answers, unscored
 from selfdistill.runtime import say_note
 
 
@@ -21,7 +21,8 @@ def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstratio
         lacks: says what a row lacks to be learnt; see :data:`Lacks`.
 
     Raises:
-        UserError: rows are invalid, lack what their use requires, or are too few to hold some out.
+        UserError: rows are invalid, lack what their use requires, or are too few to hold some out; or a scorer cannot
+            use an answer of the test.
     """
     scored = unscored(config)
     any_is_asked = config.action == "stream" or not config.test
@@ -42,4 +43,8 @@ def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstratio
         splits["test"] = load_demonstrations(
             config.test, split=config.test_split, turns=config.turns, note=say_note, lacks=scored
         )
+    if config.environment == "none":  # here, where the rows still name the user's file
+        check_answers(splits["test"], config.scorer)
+        if doubt := doubt_about(splits["test"], config.scorer):
+            say_note(doubt, topic="scorer")
     return splits

@@ -1,6 +1,13 @@
 """From files to token ids; no model weights needed."""
 
-from selfdistill.data.bundled import anchor_prompts, general_prompts, packaged
+from selfdistill.data.bundled import (
+    PACKAGE,
+    anchor_kinds,
+    anchor_prompts,
+    drift_prompts,
+    is_packaged,
+    packaged,
+)
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
 from selfdistill.data.columns import COLUMNS
 from selfdistill.data.contexts import Context, Document, context_spec, must_show_one, parse_context
@@ -90,6 +97,7 @@ __all__ = [
     "JUDGE",
     "MOST_PIXELS",
     "NEXT_TURN",
+    "PACKAGE",
     "PICTURE_FOLDER",
     "PROMPT_ROWS",
     "SCORER_NAMES",
@@ -116,6 +124,7 @@ __all__ = [
     "TemplateRefusal",
     "Turns",
     "Verdict",
+    "anchor_kinds",
     "anchor_prompts",
     "as_row",
     "as_transcript",
@@ -129,15 +138,16 @@ __all__ = [
     "context_spec",
     "default_scorer",
     "doubt_about",
+    "drift_prompts",
     "encode",
     "encode_prompts",
     "first_steps_and_answer",
     "first_ten",
     "first_words",
     "from_text",
-    "general_prompts",
     "hintable",
     "includes",
+    "is_packaged",
     "is_scorable",
     "join_surrogates",
     "load_demonstrations",

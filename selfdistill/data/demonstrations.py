@@ -200,8 +200,8 @@ def load_demonstrations(
     if note:
         unread = notes_on_unread([raw.value for raw in rows], _TAUGHT if prompts_only else ())
         calls = notes_on_calls([(row.source, (*row.prompt, *row.episode), row.tools) for row in made])
-        compared = [without_answer(row) for row in made] if prompts_only else made
-        for found in [*unread, *_repeated(compared), *calls]:
+        asked = [without_answer(row) for row in made] if prompts_only else made
+        for found in [*unread, *notes_on_repeated(asked), *calls]:
             note(f"{name}: {found}")
     return made
 
@@ -215,8 +215,13 @@ def _of_form(problem: str | None, form: str, made: Demonstration, row: Mapping[s
     """The problem of what a row lacks; rows of ``messages`` have no completion where they end with somebody else."""
     if problem is None or form != "messages":
         return problem and (misnamed_in(problem, row) or problem)
-    ends = f"column 'messages': ends with the {made.prompt[-1]['role']}, expected an assistant turn"
+    ends = f"column 'messages': {_end_of(made.prompt)}, expected an assistant turn"
     return problem.replace("column 'completion': missing", ends, 1)
+
+
+def _end_of(turns: Sequence[Message]) -> str:
+    role = turns[-1]["role"]
+    return f"ends with {'an' if role == 'assistant' else 'a'} {role} turn"
 
 
 def nothing_to_show(demonstration: Demonstration) -> str | None:
@@ -230,7 +235,7 @@ def _nobody(_note: str) -> None:
     """Takes notes that nobody asked for."""
 
 
-def _repeated(demonstrations: Sequence[Demonstration]) -> list[str]:
+def notes_on_repeated(demonstrations: Sequence[Demonstration]) -> list[str]:
     """Notes about rows that are equal, and about equal prompts whose answers differ."""
     same: list[str] = []
     unlike: list[str] = []
@@ -336,11 +341,11 @@ def _demonstration(
         first = first_learnt(turns, learnt)
         turns, replies = turns[:first], turns[first:]
     elif turns and form == "messages" and completion_required:
-        problems.append(f"column 'messages': ends with the {turns[-1]['role']}, expected an assistant turn")
+        problems.append(f"column 'messages': {_end_of(turns)}, expected an assistant turn")
     elif learnt == "last":
         turns, replies = [*turns, *replies[:-1]], replies[-1:]
     if not problems and (not turns or turns[-1]["role"] not in ("user", "tool")):
-        found = f"ends with the {turns[-1]['role']}" if turns else "is empty"
+        found = _end_of(turns) if turns else "is empty"
         problems.append(f"column '{form}': the prompt {found}, expected it to end with a user turn")
     check_order(replies, form, problems)
     refuse_late(replies, form, problems)

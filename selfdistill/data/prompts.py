@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from selfdistill.data.demonstrations import Demonstration, Rows, load_demonstrations, without_answer
+from selfdistill.data.demonstrations import Demonstration, Rows, load_demonstrations, notes_on_repeated, without_answer
 from selfdistill.data.readers import is_data_file, read_prompts
 from selfdistill.data.sources import Note
 from selfdistill.errors import UserError
@@ -32,8 +32,13 @@ def load_prompts(data: Rows, note: Note | None = None, name: str = "data") -> li
         UserError: the file cannot be read, is not UTF-8, or has no prompts; or rows are invalid.
     """
     if isinstance(data, str | os.PathLike) and _is_text(path := os.fspath(data)):
-        return _lines_of(path)
-    return [without_answer(row) for row in load_demonstrations(data, note=note, name=name, **PROMPT_ROWS)]
+        prompts = _lines_of(path)
+        if note:
+            for found in notes_on_repeated(prompts):
+                note(f"{path}: {found}")
+        return prompts
+    rows = load_demonstrations(data, note=note, name=name, **PROMPT_ROWS)
+    return [without_answer(row) for row in rows]
 
 
 def _is_text(path: str) -> bool:

@@ -118,13 +118,15 @@ def read_prompts(path: str) -> list[tuple[int, str]]:
     """The lines of a text file that are not blank, each with its number.
 
     Raises:
-        UserError: the file is not UTF-8, or has JSON rows.
+        UserError: the file is not UTF-8, is binary, or has JSON rows.
         OSError: the file cannot be read.
     """
     text = _utf8(path, Path(path).read_bytes())
     if (found := _format_of(text)) in (".jsonl", ".json"):
         raise UserError(f"{path}: found {_NAMES[found]}, expected one prompt per line; rename it to end with {found}")
     lines = re.split("\r\n?|\n", text)  # not splitlines(), as in _lines
+    if binary := [number for number, line in enumerate(lines, start=1) if "\0" in line]:  # such as UTF-16
+        raise UserError(f"{path}: not text: line {binary[0]} has a null byte; save it as UTF-8")
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -218,7 +220,7 @@ def _check_header(path: str, names: list[str]) -> None:
         raise UserError(f"{path}: line 1 names the column {repeated[0]!r} twice, expected each once")
     if not set(map(str.lower, names)) & _KNOWN:
         found = f"line 1 is {quoted(','.join(names))}"
-        want = f"the names of columns, such as 'prompt', of {_NAMES[kind_of(path)[0]]}"
+        want = f"names of columns, such as 'prompt', in {_NAMES[kind_of(path)[0]]}; name the columns in line 1"
         raise UserError(f"{path}: {found}, expected {want}")
 
 

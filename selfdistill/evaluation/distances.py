@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdistill.data import ChatFormat, Demonstration, encode_prompts, general_prompts
+from selfdistill.data import ChatFormat, Demonstration, drift_prompts, encode_prompts
 from selfdistill.loss import CrossEntropy, Divergence, chunked_loss, forward_kl
 from selfdistill.model import ForwardOutput, ForwardPass, LoadedModel, Sampling, sample
 
@@ -71,7 +71,7 @@ class Drift(Distance):
     """A small :class:`Distance`, cheap enough to measure during training."""
 
     def __init__(self, base: LoadedModel, forward_pass: ForwardPass, chat: ChatFormat) -> None:
-        super().__init__(base, forward_pass, chat, general_prompts()[:DRIFT_PROMPTS], DRIFT_TOKENS)
+        super().__init__(base, forward_pass, chat, drift_prompts()[:DRIFT_PROMPTS], DRIFT_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from selfdistill.data import (
     Rows,
     default_scorer,
     doubt_about,
+    drift_prompts,
     encode_prompts,
-    general_prompts,
     load_demonstrations,
     notes_on_episodes,
     parse_context,
@@ -355,7 +355,7 @@ def _general_distance(base: LoadedModel, loaded: LoadedModel, config: EvalConfig
     contexts, answers = [], []
     for model in (base, loaded):
         chat = model.chat(config.chat_template_kwargs, config.template_date)
-        contexts.append(encode_prompts(general_prompts(), chat))
+        contexts.append(encode_prompts(drift_prompts(), chat))
         answers.append([r.ids for r in sample(model, contexts[-1], Sampling(ANSWER_TOKENS, temperature=0))])
     return between(base, loaded, contexts[0], contexts[1], answers[0], answers[1])
 

@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from selfdistill.config import PACKAGE, TrainingSettings
+from selfdistill.config import TrainingSettings
 from selfdistill.data import (
     Demonstration,
     Lacks,
     Note,
-    general_prompts,
+    drift_prompts,
+    is_packaged,
     load_demonstrations,
     load_prompts,
     notes_on_episodes,
@@ -58,7 +59,7 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
     if config.prior is not None:
         load_prior(config.prior)
     for source in config.anchors:
-        if source != PACKAGE:
+        if not is_packaged(source):
             load_prompts(source, noted(source))
 
 
@@ -93,7 +94,7 @@ class Evaluator:
             say(f"note: {known} of {len(self.questions.demonstrations)} test questions are also in the training data")
         self._judge = judge_of(config)
         with self._arithmetic(base):
-            self._distance = Distance(base, ForwardPass(base), self.questions.chat, general_prompts())
+            self._distance = Distance(base, ForwardPass(base), self.questions.chat, drift_prompts())
         self.base = self.measure(base)
 
     def measure(self, loaded: LoadedModel) -> Evaluation:

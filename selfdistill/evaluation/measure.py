@@ -275,7 +275,7 @@ class Measure:
         rate = self.config.learning_rate or LEARNING_RATE
         settings = TrialSettings(rate, self._sampling(), self.config.seed, self._arithmetic)
         found = measure_spill(self.loaded, self.forward_pass, rows, self.general, self.chat, settings)
-        return replace(found, prompts=self.general_named)
+        return found if found.untried else replace(found, prompts=self.general_named)
 
     def _sampling(self) -> Sampling:
         """The student's policy."""

@@ -23,8 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdistill.config import PACKAGE, CheckConfig
-from selfdistill.data import ChatFormat, Demonstration, Example, anchor_prompts, encode, load_prompts
+from selfdistill.config import CheckConfig
+from selfdistill.data import (
+    PACKAGE,
+    ChatFormat,
+    Demonstration,
+    Example,
+    anchor_prompts,
+    encode,
+    is_packaged,
+    load_prompts,
+)
 from selfdistill.errors import UserError, number_of
 from selfdistill.evaluation.distances import Distance, mean_loss, summed_loss
 from selfdistill.loss import CrossEntropy, Divergence
@@ -66,8 +75,8 @@ class Spill:
     """None as above."""
     untried: str | None = None
     """Why no step was taken; None if it was."""
-    prompts: str = "general prompts"
-    """The anchors on which ``moved`` is measured."""
+    prompts: str | None = None
+    """The anchors on which ``moved`` is measured; None if no step was taken."""
 
     def sentence(self) -> str:
         """The finding and the advice, without a full stop."""
@@ -113,8 +122,10 @@ def read_anchors(config: CheckConfig, loaded: Sequence[Demonstration] | None = N
         return {}
     if loaded is not None:
         return {"the given rows": loaded}
-    sources = config.anchors
-    return {source: anchor_prompts() if source == PACKAGE else load_prompts(source, say_note) for source in sources}
+    return {
+        source: anchor_prompts(source) if is_packaged(source) else load_prompts(source, say_note)
+        for source in config.anchors
+    }
 
 
 def drawn_anchors(config: CheckConfig, anchors: Anchors, loaded: LoadedModel, chat: ChatFormat) -> list[Demonstration]:
@@ -131,7 +142,7 @@ def drawn_anchors(config: CheckConfig, anchors: Anchors, loaded: LoadedModel, ch
     """
     drawn = []
     for source, prompts in anchors.items():
-        is_own = source != PACKAGE  # the user cannot shorten the package's
+        is_own = not is_packaged(source)  # the user cannot shorten the package's
         examples, dropped = encode(
             prompts,
             None,

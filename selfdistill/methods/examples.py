@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from selfdistill.config import PACKAGE, TrainConfig
+from selfdistill.config import TrainConfig
 from selfdistill.data import (
     ChatFormat,
     Demonstration,
@@ -20,6 +20,7 @@ from selfdistill.data import (
     by_reason,
     context_of,
     encode,
+    is_packaged,
     load_prompts,
     notes_on,
     nothing_to_show,
@@ -123,10 +124,10 @@ class PromptExamples:
 
     config: TrainConfig = field(compare=False)
     prompts: str
-    """``package``, or what :func:`selfdistill.data.load_prompts` reads."""
+    """What :func:`selfdistill.data.anchor_prompts` or :func:`selfdistill.data.load_prompts` takes."""
 
     def counted(self, count: int) -> str:
-        if self.prompts == PACKAGE:
+        if is_packaged(self.prompts):
             return number_of(count, "bundled general prompt")
         return f"{number_of(count, 'prompt')} of {Path(self.prompts).name}"
 
@@ -136,8 +137,8 @@ class PromptExamples:
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
-        if self.prompts == PACKAGE:  # the user cannot shorten these
-            return examples_of_prompts(self.config, anchor_prompts(), loaded, chat, "drop")
+        if is_packaged(self.prompts):  # the user cannot shorten these
+            return examples_of_prompts(self.config, anchor_prompts(self.prompts), loaded, chat, "drop")
         return examples_of_prompts(self.config, load_prompts(self.prompts), loaded, chat, self.config.on_long_prompt)
 
 

@@ -9,7 +9,8 @@ schedule.
 
 from __future__ import annotations
 
-from selfdistill.config import PACKAGE, TrainConfig
+from selfdistill.config import TrainConfig
+from selfdistill.data import PACKAGE
 from selfdistill.loss import Divergence
 from selfdistill.methods.examples import PromptExamples
 from selfdistill.methods.sequences import StudentSamples

@@ -6,6 +6,8 @@ from selfdistill.config import TrainConfig
 from selfdistill.errors import number_of
 from selfdistill.methods import rules_of, unused_settings, uses
 from selfdistill.runtime import is_distributed
+from selfdistill.training.schedule import positions_of
+from selfdistill.training.setup import batch_unit
 from selfdistill.training.trainer import Trainer
 
 OF_ANCHORS = ("anchor_share", "anchor_divergence")
@@ -43,7 +45,7 @@ def first_lines(trainer: Trainer) -> list[str]:
     if is_distributed():
         shares = " and the weights" if config.fsdp else ""
         lines.append(f"{trainer.accelerator.num_processes} processes, which share every batch{shares}")
-    lines += _unused(config)
+    lines += [*_unused(config), *_never_drawn(trainer)]
     if not trainer.forward_pass.fused:
         lines.append("the LM head cannot be fused into the loss: full logits need more memory")
     return lines
@@ -62,6 +64,18 @@ def _unused(config: TrainConfig) -> list[str]:
     if config.anchors and not config.anchor_share:
         lines.append("note: anchor_share is 0, so no anchors are used")
     return lines
+
+
+def _never_drawn(trainer: Trainer) -> list[str]:
+    """Notes on sources of anchors of which no step has a prompt, because their share is so small."""
+    config, stage = trainer.config, trainer.stages[0]
+    shares = [part.share for part in stage.sampled]
+    after = positions_of(shares, stage.steps, config.batch_size, config.seed, batch_unit(config))
+    return [
+        f"note: {part.name} is in none of the {number_of(stage.steps, 'step')}; raise anchor_share or batch_size"
+        for part, positions in zip(stage.sampled, after, strict=True)
+        if positions.start == 0
+    ]
 
 
 def _context(trainer: Trainer) -> list[str]:

@@ -108,6 +108,17 @@ def test_a_doubt_about_a_scorer_is_told_once(
     notes = [line for line in capsys.readouterr().err.splitlines() if "demonstrated completions" in line]
     assert len(notes) == 1
     assert notes[0].startswith("note: scorer 'exact' rejects 1 of 1 demonstrated completions, contains would accept")
+    assert re.search(r"[^/]*/first\.jsonl:\d$", notes[0])  # the user's file, not its copy in the state
+
+
+def test_an_answer_that_no_scorer_can_use_is_told_before_anything_is_written(
+    make: Settings, write_rows: Callable[..., Path]
+) -> None:
+    rows = [{"prompt": f"first {i}", "completion": "It.", "answer": "(", "scorer": "regex"} for i in range(6)]
+    file = write_rows(rows, name="first.jsonl")
+    with pytest.raises(UserError, match=re.escape(f"{file}:")):
+        add(make())
+    assert not Path(make().state).exists()
 
 
 def test_two_skills_in_a_row(make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

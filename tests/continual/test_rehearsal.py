@@ -39,7 +39,7 @@ WRITTEN = Path(__file__).parents[1] / "written_by_0_1"
 def make(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings of an addition by SFT, without gates, of ten rows that tell one word; the package has few prompts."""
     few = anchor_prompts()[::40]
-    monkeypatch.setattr("selfdistill.methods.examples.anchor_prompts", lambda: few)
+    monkeypatch.setattr("selfdistill.methods.examples.anchor_prompts", lambda source: few)
 
     def settings(skill: str = "first", rows: list[dict[str, Any]] | None = None, **values: Any) -> LearnConfig:
         rows = rows or [{"prompt": f"{skill} {i}", "completion": f"{skill}!", "answer": f"{skill}!"} for i in range(10)]
@@ -600,7 +600,7 @@ def test_what_an_older_version_began_goes_on_without_anchors(
     monkeypatch.chdir(tmp_path / "written")
     command = ["learn", "--state", "pending", "add", "second.jsonl", *OLD.split()]
     assert main([*command, "--anchors", "second.jsonl"]) == 2
-    assert "Differences: anchors was [] and is now ['second.jsonl']\n" in capsys.readouterr().err
+    assert "Differences: anchors was 'none' and is now 'second.jsonl'\n" in capsys.readouterr().err
     assert main([*command, *said.split()]) == 0
     assert "resuming second, which began without anchors and continues without them" in capsys.readouterr().err
     folder = Path("pending/skills/0002-second")

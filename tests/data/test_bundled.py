@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from selfdistill.data import Demonstration, load_demonstrations, packaged
-from selfdistill.data.bundled import general_prompts
+from selfdistill.data.bundled import anchor_kinds, anchor_prompts, drift_prompts
 from selfdistill.model.starter import starter_model_path
 
 ANCHORS = Path(packaged("anchors.jsonl"))
@@ -36,7 +36,7 @@ def others() -> dict[str, list[Demonstration]]:
     """All other bundled rows that are measured or taught, by the file's path in the folder."""
     paths = {path.relative_to(ANCHORS.parent).as_posix(): path for path in ANCHORS.parent.rglob("*.jsonl")}
     del paths[ANCHORS.name]
-    return {"general.txt": general_prompts(), **{name: load_demonstrations(path) for name, path in paths.items()}}
+    return {"general.txt": drift_prompts(), **{name: load_demonstrations(path) for name, path in paths.items()}}
 
 
 # --- what they hold ---
@@ -49,6 +49,15 @@ def test_anchors_have_many_kinds_and_no_answers(anchors: list[Demonstration]) ->
     kinds = Counter(row["kind"] for row in rows)
     assert kinds.keys() == LEAST.keys()
     assert not {kind: kinds[kind] for kind, least in LEAST.items() if kinds[kind] < least}
+
+
+def test_anchors_of_some_kinds_are_those_of_the_file(anchors: list[Demonstration]) -> None:
+    kinds = [json.loads(line)["kind"] for line in ANCHORS.read_text(encoding="utf-8").splitlines()]
+    assert set(anchor_kinds("package")) == set(kinds)
+    assert [row.prompt for row in anchor_prompts()] == [row.prompt for row in anchors]
+    some = [row.prompt for row, kind in zip(anchors, kinds, strict=True) if kind in ("list", "code")]
+    for source in ("package:list+code", "package:code+list"):
+        assert [row.prompt for row in anchor_prompts(source)] == some
 
 
 def test_some_anchors_have_system_and_earlier_turns(anchors: list[Demonstration]) -> None:

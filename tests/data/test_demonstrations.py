@@ -352,7 +352,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     (
         {"prompt": [USER, ASSISTANT], "completion": "r"},
-        "column 'prompt': the prompt ends with the assistant, expected it to end with a user turn",
+        "column 'prompt': the prompt ends with an assistant turn, expected it to end with a user turn",
     ),
     (GOOD | {"document": 3}, "column 'document': found the number 3, expected text or null"),
     (GOOD | {"privileged_context": " "}, "column 'privileged_context': found only whitespace, expected text or null"),
@@ -402,11 +402,11 @@ def test_bad_row(row: Any, problem: str) -> None:
         ({"messages": []}, "column 'messages': found an empty list, expected a list of messages"),
         ({"messages": None}, "column 'messages': found null, expected a list of messages"),
         ({"messages": "q"}, "column 'messages': found 'q', expected a list of messages"),
-        ({"messages": [USER]}, "column 'messages': ends with the user, expected an assistant turn"),
+        ({"messages": [USER]}, "column 'messages': ends with a user turn, expected an assistant turn"),
         ({"messages": [ASSISTANT]}, "column 'messages': the prompt is empty, expected it to end with a user turn"),
         (
             {"messages": [USER, ASSISTANT, ASSISTANT]},
-            "column 'messages': the prompt ends with the assistant, expected it to end with a user turn",
+            "column 'messages': the prompt ends with an assistant turn, expected it to end with a user turn",
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": ""}]},

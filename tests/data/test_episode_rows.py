@@ -93,10 +93,10 @@ def test_other_values_of_turns_are_refused() -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"messages": [USER]}, "column 'messages': ends with the user, expected an assistant turn, which it needs"),
+        ({"messages": [USER]}, "column 'messages': ends with a user turn, expected an assistant turn, which it needs"),
         (
             {"messages": [USER, ASKS, RAIN]},
-            "column 'messages': ends with the tool, expected an assistant turn, which it needs",
+            "column 'messages': ends with a tool turn, expected an assistant turn, which it needs",
         ),
         ({"prompt": [USER, ASKS, RAIN]}, "column 'completion': missing, which it needs"),
     ],
@@ -345,7 +345,7 @@ def test_odd_calls_are_noted_once_with_the_first_rows() -> None:
         ),
         (
             {"prompt": [USER, ASKS], "completion": [SAYS]},
-            "column 'prompt': the prompt ends with the assistant, expected it to end with a user turn",
+            "column 'prompt': the prompt ends with an assistant turn, expected it to end with a user turn",
         ),
         (
             {"messages": [USER, ASKS, SAYS]},

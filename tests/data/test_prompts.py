@@ -42,7 +42,21 @@ def test_another_name_of_the_answer_is_no_mistake_in_a_prompt() -> None:
     assert notes == ["anchors: columns not used: response"]
 
 
-def test_prompts_that_differ_in_their_answers_alone_are_equal() -> None:
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_repeated_prompts_are_named_whatever_their_answers(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": "Who?", "completion": "I."}, {"prompt": "When?"}, {"prompt": "Who?", "completion": "You."}]
+    lines = [row["prompt"] if name == "p.txt" else json.dumps(row) for row in rows]
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
     notes: list[str] = []
-    load_prompts([{"prompt": "Who?", "completion": text} for text in ("I.", "You.")], notes.append, "anchors")
-    assert notes == ["anchors: 1 row repeats an earlier one (anchors[0] and anchors[1])"]
+    assert len(load_prompts(str(tmp_path / name), notes.append)) == 3
+    (note,) = notes
+    assert note.startswith(f"{tmp_path / name}: 1 row repeats an earlier one (")
+    assert f"{name}:1 and " in note
+    assert note.endswith(f"{name}:3)")
+
+
+@pytest.mark.parametrize("form", ["utf-16-le", "utf-16-be"])
+def test_text_with_null_bytes_is_refused(tmp_path: Path, form: str) -> None:
+    (tmp_path / "p.txt").write_bytes("Who?\nWhen?\n".encode(form))
+    with pytest.raises(UserError, match=r"p\.txt: not text: line 1 has a null byte; save it as UTF-8$"):
+        load_prompts(str(tmp_path / "p.txt"))

@@ -124,7 +124,8 @@ def test_columns_without_a_name_are_none_if_they_are_empty(text: str, notes: lis
         (
             "a.csv",
             "Frage,Antwort\nq,r\n",
-            "a.csv: line 1 is 'Frage,Antwort', expected the names of columns, such as 'prompt', of a table with commas",
+            "a.csv: line 1 is 'Frage,Antwort', expected names of columns, such as 'prompt', in a table with commas; "
+            "name the columns in line 1",
         ),
         (
             "a.csv",

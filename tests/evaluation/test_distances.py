@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from selfdistill.data.bundled import general_prompts
+from selfdistill.data.bundled import drift_prompts
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.evaluation.distances import between, kl_along
 from selfdistill.model.loading import LoadedModel
@@ -23,7 +23,7 @@ def log_probabilities(loaded: LoadedModel, context: list[int], ids: list[int]) -
 def test_each_distance_is_taken_along_its_own_answers(load: Callable[..., LoadedModel]) -> None:
     base, model = load(seed=0), load(seed=1)
     chat = ChatFormat(base.tokenizer, base.end_token_ids, {})
-    contexts = [chat.encode_prompt(row.prompt) for row in general_prompts()[:10]]
+    contexts = [chat.encode_prompt(row.prompt) for row in drift_prompts()[:10]]
     of_base, of_model = ([r.ids for r in sample(m, contexts, Sampling(5, temperature=0))] for m in (base, model))
     of_model[3] = of_base[3]
     expected = {}

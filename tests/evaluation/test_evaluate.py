@@ -14,7 +14,7 @@ from conftest import CHATML, ENDS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config.commands import EvalConfig
-from selfdistill.data.bundled import general_prompts, packaged
+from selfdistill.data.bundled import drift_prompts, packaged
 from selfdistill.data.chat_format import ChatFormat, split_thinking
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import UserError
@@ -40,7 +40,7 @@ def chat_of(loaded: LoadedModel) -> ChatFormat:
 @torch.no_grad()
 def test_distance_is_kl_from_base_along_the_bases_answers(load: Callable[..., LoadedModel]) -> None:
     base, other = load(seed=0), load(seed=1)
-    chat, rows = chat_of(base), general_prompts()[:11]
+    chat, rows = chat_of(base), drift_prompts()[:11]
     distance = Distance(base, ForwardPass(base), chat, rows, 6)
     assert distance.of(base.model) == pytest.approx(0, abs=1e-6)
     total, count = 0.0, 0
@@ -172,7 +172,7 @@ def test_shipped_facts_have_held_out_phrasings(facts: str, least: int) -> None:
 
 
 def test_shipped_general_prompts_and_priors() -> None:
-    assert len(general_prompts()) == 24
+    assert len(drift_prompts()) == 24
     validation = load_demonstrations(packaged("prior/validation/facts.jsonl"), completion_required=False)
     test = load_demonstrations(packaged("prior/test/facts.jsonl"), completion_required=False)
     assert not {r.prompt[0]["content"] for r in validation} & {r.prompt[0]["content"] for r in test}

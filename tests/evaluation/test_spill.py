@@ -132,7 +132,7 @@ def test_the_weights_stay_as_they_were_and_the_seed_repeats_the_numbers(
 
 
 def test_what_the_numbers_say() -> None:
-    found = Spill(Trial(gain=5.5, moved=0.416), Trial(gain=-0.1, moved=0.217))
+    found = Spill(Trial(gain=5.5, moved=0.416), Trial(gain=-0.1, moved=0.217), prompts="general prompts")
     assert found.sentence() == (
         "after 8 steps, in nats per token: SFT +5.50 on the demonstrations and 0.42 away on general prompts, SDFT "
         "-0.10 on the demonstrations and 0.22 away on general prompts. To reduce it, train with anchors "
@@ -159,7 +159,7 @@ def test_it_is_measured_on_anchors_of_your_own(
     """The package's prompts as one's own give the package's numbers; others give others."""
     monkeypatch.setattr(spill, "STEPS", 2)
     few = [row for row in anchor_prompts() if len(str(row.prompt)) < 200][:6]
-    monkeypatch.setattr(spill, "anchor_prompts", lambda: few)
+    monkeypatch.setattr(spill, "anchor_prompts", lambda source: few)
     rows = [{"prompt": [dict(turn) for turn in row.prompt], "completion": "Not used."} for row in few]
     paths = [str(write_rows(part, name=f"{n}.jsonl")) for n, part in enumerate((rows, rows[:3], rows[3:]))]
     config = config_of(model_folder(), write_rows(count=4), learning_rate=1e-3, sample=2)
@@ -247,6 +247,8 @@ def test_without_anchors_it_is_not_measured(
     assert "Spill: not measured: there are no anchors to measure on (setting 'anchors')." in " ".join(
         repr(result).split()
     )
+    assert result.spill is not None
+    assert result.spill.prompts is None
 
 
 def test_the_anchors_of_a_check_do_not_change_the_plan_of_its_run(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import Demonstration, Example
+from selfdistill.data import Demonstration, Example, anchor_prompts
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import METHODS, Method, stages_of
@@ -355,7 +355,7 @@ def test_what_is_not_read_of_anchors_is_noted(
 @pytest.mark.parametrize(
     ("given", "sources"),
     [
-        *[("none", ()), (None, ()), ("", ()), (["none"], ())],
+        *[("none", ()), (None, ()), (["none"], ())],
         *[("package", ("package",)), ("a.txt, package,", ("a.txt", "package")), (["a"], ("a",))],
     ],
 )
@@ -363,14 +363,44 @@ def test_sources_of_anchors(settings: Settings, given: Any, sources: tuple[str, 
     assert settings(anchors=given).anchors == sources
 
 
+@pytest.mark.parametrize("given", ["", " ", ",", [""], ["package", ""]])
+def test_a_source_without_a_name_is_refused(settings: Settings, given: Any) -> None:
+    with pytest.raises(UserError, match=r"'anchors': found .*, expected: package, a file or none$"):
+        settings(anchors=given)
+
+
+def test_prompts_in_place_of_sources_are_refused(settings: Settings) -> None:
+    with pytest.raises(UserError, match=r"a file or none; write the prompts to a file, one per line$"):
+        settings(anchors=["How are you?", "Write a poem."])
+
+
 def test_none_beside_sources_is_refused(settings: Settings) -> None:
-    with pytest.raises(UserError, match=r"'anchors': .*'none' cannot be combined with other sources"):
+    with pytest.raises(UserError, match=r"'anchors': found 'package,none', expected: none alone, or only sources$"):
         settings(anchors="package,none")
+
+
+def test_unknown_kinds_of_the_package_are_refused(settings: Settings) -> None:
+    told = r"found 'package:list\+poems', expected: package:KIND, .*arithmetic, code, .*; there is no kind 'poems'$"
+    for name in ("anchors", "general_prompts"):
+        with pytest.raises(UserError, match=f"setting '{name}': {told}"):
+            settings(**{name: "package:list+poems"})
+    with pytest.raises(UserError, match="there is no kind ''"):
+        settings(anchors="package:")
+    with pytest.raises(UserError, match=r"there is no kind 'lists'; did you mean list\?$"):
+        settings(anchors="package:lists")
+
+
+def test_anchors_of_some_kinds_are_a_part(anchored: Settings) -> None:
+    part = Trainer(anchored(anchors="package:list+code")).stages[0].sampled[1]
+    assert part.name == "anchors:package:list+code"
+    assert part.counted == f"{len(anchor_prompts('package:code+list'))} bundled general prompts"
 
 
 def test_a_source_that_is_named_twice_is_refused(settings: Settings) -> None:
     with pytest.raises(UserError, match=r"'anchors': .*expected: each source once, and 'package' is named twice"):
         settings(anchors="package,a.txt,package")
+    with pytest.raises(UserError, match=r"'anchors': .*expected: each source once, and './a.txt' is named twice"):
+        settings(anchors="a.txt,./a.txt")
 
 
 def test_a_frozen_teacher_beside_a_moving_adapter_takes_no_memory(anchored: Settings) -> None:
@@ -439,9 +469,10 @@ def test_anchors_are_counted_in_words(anchored: Settings, tmp_path: Path, lines:
     assert part.counted == said
 
 
-def test_a_misspelt_package_is_not_looked_for_on_the_hub(settings: Settings) -> None:
+@pytest.mark.parametrize("misspelt", ["pakage", "Package:list", "packages:list+code"])
+def test_a_misspelt_package_is_not_looked_for_on_the_hub(settings: Settings, misspelt: str) -> None:
     with pytest.raises(UserError, match="expected: package, a file or none; did you mean package"):
-        settings(anchors="pakage")
+        settings(anchors=misspelt)
 
 
 def test_progress_tells_the_loss_by_part(anchored: Settings, capsys: pytest.CaptureFixture[str]) -> None:

@@ -415,6 +415,13 @@ def test_settings_of_anchors_without_anchors_are_not_blamed_on_the_method(settin
     assert not any("ignores" in line and "anchor" in line for line in without)
     off = first_lines(Trainer(settings(method="sft", anchors="package", anchor_share=0)))
     assert "note: anchor_share is 0, so no anchors are used" in off
+
+
+def test_the_first_lines_name_anchors_of_which_the_share_is_none(settings: Callable[..., TrainConfig]) -> None:
+    tiny = {"method": "sft", "anchors": "package", "anchor_share": 0.001, "batch_size": 2}
+    few = first_lines(Trainer(settings(**tiny, max_steps=10)))
+    assert "note: anchors:package is in none of the 10 steps; raise anchor_share or batch_size" in few
+    assert not any("is in none of" in line for line in first_lines(Trainer(settings(**tiny, max_steps=500))))
     used = first_lines(Trainer(settings(method="sft", anchors="package", anchor_share=0.5)))
     assert not any("note:" in line and "anchor" in line for line in used)
 

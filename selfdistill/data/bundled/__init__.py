@@ -2,18 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.prompts import load_prompts
+from selfdistill.data.readers import read_jsonl
 from selfdistill.data.sources import packaged
+from selfdistill.errors import UserError, closest
 
-__all__ = ["anchor_prompts", "general_prompts", "packaged"]
+__all__ = ["PACKAGE", "anchor_kinds", "anchor_prompts", "drift_prompts", "is_packaged", "packaged"]
+
+PACKAGE = "package"
+"""The source of anchors that ships with the package."""
+KINDS = (
+    *("arithmetic", "code", "example", "fact", "instruction"),
+    *("language", "list", "question", "reading", "smalltalk"),
+)
+"""Kinds of its prompts."""
 
 
-def general_prompts() -> list[Demonstration]:
-    """A few general prompts along which distances are measured; none of them is trained on."""
+def drift_prompts() -> list[Demonstration]:
+    """A few general prompts on which drift is measured. They are not anchors: none of them is trained on."""
     return load_prompts(packaged("general.txt"))
 
 
-def anchor_prompts() -> list[Demonstration]:
-    """General prompts of many kinds, to train on as anchors."""
-    return load_prompts(packaged("anchors.jsonl"))
+def anchor_prompts(source: str = PACKAGE) -> list[Demonstration]:
+    """General prompts, to train on as anchors.
+
+    Args:
+        source: see :func:`anchor_kinds`.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    kinds = anchor_kinds(source)
+    rows = [raw.value for raw in read_jsonl(packaged("anchors.jsonl"))]
+    return load_prompts([row for row in rows if row["kind"] in kinds], name=source)
+
+
+def is_packaged(source: str) -> bool:
+    """Whether a source of anchors is the package's prompts, or some kinds of them."""
+    return source.partition(":")[0] == PACKAGE
+
+
+def anchor_kinds(source: str) -> Sequence[str]:
+    """The kinds of the package's prompts that ``package`` (all) or ``package:A+B`` names.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    _, colon, kinds = source.partition(":")
+    if not colon:
+        return KINDS
+    if unknown := [kind for kind in kinds.split("+") if kind not in KINDS]:
+        raise UserError(
+            f"{PACKAGE}:KIND, or several kinds joined by +, of {', '.join(KINDS)}; there is no kind {unknown[0]!r}"
+            + closest(unknown[0], KINDS)
+        )
+    return kinds.split("+")
