@@ -238,7 +238,7 @@ def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:
     """
     anchors = given.get("anchors")
     if isinstance(anchors, list) and not anchors:
-        raise UserError("setting 'anchors': found an empty list; give rows, or None for no anchors")
+        raise UserError("setting 'anchors': found an empty list; for no anchors give None")
     listed = [anchors] if isinstance(anchors, str | os.PathLike) else anchors
     if not isinstance(listed, list | tuple):
         return listed

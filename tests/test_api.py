@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 from conftest import ENDS, final_weights, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,6 +115,10 @@ def test_rows_come_from_memory(model: str, kind: str) -> None:
         ),
         ([*ROWS, {"prompt": " ", "completion": "x"}], r"data: 1 bad row: data\[6\], column 'prompt': found only white"),
         (["a", "b"], "data: all 2 rows: found 'a', 'b', expected a dict"),
+        (
+            pandas.DataFrame([{"prompt": "a", "completion": "b"}]),
+            "data: found a DataFrame; convert it with datasets.Dataset.from_pandas or from_polars",
+        ),
         ({"prompt": "a"}, "data: found a dict, expected a path, a list of rows or a datasets.Dataset"),
         (
             datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS) for name in ("test", "dev")}),

@@ -112,6 +112,9 @@ def rows_in_memory(data: Any, name: str, split: Split, note: Note, as_row: Calla
     if isinstance(data, dict | str | bytes) or not isinstance(data, Iterable):
         found = "a dict" if isinstance(data, dict) else describe_value(data)
         raise UserError(f"{name}: found {found}, expected a path, a list of rows or a datasets.Dataset")
+    if hasattr(data, "columns"):  # a DataFrame, which would yield its columns
+        found = type(data).__name__
+        raise UserError(f"{name}: found a {found}; convert it with datasets.Dataset.from_pandas or from_polars")
     rows = list(data)
     return [
         RawRow(place, getattr(row, "source", "") or place, value, None if isinstance(value, dict) else _not_dict(value))

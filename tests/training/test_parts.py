@@ -429,7 +429,7 @@ def test_an_empty_list_of_anchors_is_refused(settings: Settings, tmp_path: Path,
         "learn": {"state": tmp_path / "made", "model": config.model},
     }[call]
     given: tuple[Any, ...] = ("add", config.data) if call == "learn" else (config.model, config.data)
-    with pytest.raises(UserError, match=r"^setting 'anchors': found an empty list; give rows, or None for no anchors$"):
+    with pytest.raises(UserError, match=r"^setting 'anchors': found an empty list; for no anchors give None$"):
         getattr(sd, call)(*given, **more, anchors=[])
     assert not (tmp_path / "made").exists()
 
