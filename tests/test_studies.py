@@ -124,6 +124,15 @@ def test_the_tables_of_the_sequences_are_what_was_measured() -> None:
         assert "\n".join(sequence.table(arm, runs[arm])) in text
 
 
+def test_the_table_of_the_stream_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(STUDIES)
+    docs, stream = STUDIES.parent / "docs", study("stream")
+    found = json.loads((docs / "comparisons" / "stream.json").read_text(encoding="utf-8"))
+    assert set(found) == {f"{arm}-0" for arm in stream.ARMS}
+    text = (docs / "results.md").read_text(encoding="utf-8")
+    assert "\n".join(stream.table(found, list(stream.ARMS), [0])) in text
+
+
 @pytest.mark.slow
 def test_knowledge_from_documents(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
