@@ -74,10 +74,7 @@ def _teacher(config: TrainConfig, own: SdpoSettings) -> TeacherRule:
     averaged = config.teacher == "ema" and config.teacher_model is None
     if own.trust_region is None:
         return TeacherRule("ema", ema_rate=own.ema_rate) if averaged else teacher_of(config)
-    if not averaged:
-        raise UserError(
-            "setting 'method_settings', 'trust_region' mixes its own teacher: leave 'teacher' and 'teacher_model' out"
-        )
-    if "ema_rate" in own.model_fields_set:
-        raise UserError("setting 'method_settings', 'trust_region' has no average to update: leave 'ema_rate' out")
+    if not averaged or "ema_rate" in own.model_fields_set:
+        others = "'teacher', 'teacher_model' and 'ema_rate'"
+        raise UserError(f"setting 'method_settings', 'trust_region' mixes its own teacher: leave {others} out")
     return TeacherRule("live")
