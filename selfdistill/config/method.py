@@ -64,13 +64,13 @@ def anchor_sources(value: Any) -> Any:
         return value  # pydantic reports the wrong type
     if "" in value:  # such as a shell variable that is not set
         raise ValueError(f"{PACKAGE}, a file or none")
-    if any(isinstance(source, str) and _is_sentence(source) for source in value):
+    names = [source for source in value if isinstance(source, str)]
+    if any(map(_is_sentence, names)):
         raise ValueError(f"{PACKAGE}, a file or none; write the prompts to a file, one per line")
-    for source in value:
-        if isinstance(source, str) and is_packaged(source):
-            anchor_kinds(source)  # refuses unknown ones
-        is_word = isinstance(source, str) and re.fullmatch(r"\w+(:.*)?", source) and not os.path.exists(source)
-        if is_word and not is_packaged(source) and difflib.get_close_matches(source.partition(":")[0], [PACKAGE]):
+    for name in names:
+        if is_packaged(name):
+            anchor_kinds(name)  # refuses unknown ones
+        elif _is_misspelt(name):
             raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
     if "none" in value:
         raise ValueError("none alone, or only sources")
@@ -84,6 +84,12 @@ def anchor_sources(value: Any) -> Any:
 def _is_sentence(source: str) -> bool:
     """Whether a source is a prompt rather than a path: several words, of which the last is no file name."""
     return bool(re.search(r"\s", source)) and not re.search(r"\.\w+$|/", source) and not os.path.exists(source)
+
+
+def _is_misspelt(source: str) -> bool:
+    """Whether a source is nearly the package's: one word, perhaps with kinds, and no file."""
+    is_word = re.fullmatch(r"\w+(:.*)?", source) and not os.path.exists(source)
+    return bool(is_word and difflib.get_close_matches(source.partition(":")[0], [PACKAGE]))
 
 
 class MethodSettings(EpisodeSettings):
