@@ -29,6 +29,19 @@ class RunStopped(UserError):
         self.exit_code = 128 + signal_number
 
 
+class CannotResume(UserError):
+    """A run cannot be resumed as asked.
+
+    Args:
+        found: where it is, what was found and what to restore, the message up to the advice to begin again.
+        begin_again: how the caller's user begins again.
+    """
+
+    def __init__(self, found: str, begin_again: str = "start a new run in another output_dir") -> None:
+        super().__init__(f"{found}, or {begin_again}")
+        self.found = found
+
+
 class RunFailed(UserError):
     """Training failed, for example with a non-finite loss. Exit code 3."""
 

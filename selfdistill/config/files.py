@@ -11,7 +11,7 @@ from selfdistill.config.base import Settings, read_mapping
 from selfdistill.config.commands import CompareConfig
 from selfdistill.config.train import OPEN, TrainConfig
 from selfdistill.data import parse_context
-from selfdistill.errors import UserError, closest
+from selfdistill.errors import CannotResume, UserError, closest
 
 SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
 
@@ -123,8 +123,8 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
     """Reject settings that differ from those the run was saved with in ``path``.
 
     Raises:
-        UserError: a setting differs that is not in ``MAY_CHANGE`` (for a comparison ``COMPARE_MAY_CHANGE``), not in a
-            run's ``MAY_MOVE``, and not ``output_dir``.
+        CannotResume: a setting differs that is not in ``MAY_CHANGE`` (for a comparison ``COMPARE_MAY_CHANGE``), not in
+            a run's ``MAY_MOVE``, and not ``output_dir``.
     """
     before, now = saved.model_dump(), config.model_dump()
     if "auto" not in (saved.context, config.context) and parse_context(saved.context) == parse_context(config.context):
@@ -133,10 +133,7 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
     if isinstance(config, TrainConfig):
         may_change = MAY_CHANGE + tuple(key for key in MAY_MOVE if before[key] and now[key])
     if changed := changes(before, now, but=(*may_change, "output_dir")):
-        raise UserError(
-            f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out, or start a new run in "
-            "another output_dir"
-        )
+        raise CannotResume(f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out")
 
 
 def dump_yaml(config: Settings, *, defaults: bool = True) -> str:

@@ -26,7 +26,7 @@ from selfdistill.continual.rehearsal import MEMORY, as_shown, check_room, cost_o
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
 from selfdistill.data import Demonstration, load_demonstrations, load_prompts, located
-from selfdistill.errors import RunFailed, RunStopped, UserError
+from selfdistill.errors import CannotResume, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
     EvaluationSet,
@@ -48,9 +48,6 @@ from selfdistill.model import (
 )
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
 from selfdistill.training import OnStep, drawn, take_whole, train, whole_folder
-
-_NEW_RUN = re.compile("start a new run( in another output_dir)?|use another output_dir")
-"""What messages advise where a run cannot be resumed."""
 
 
 def add(config: LearnConfig) -> dict[str, Any]:
@@ -306,10 +303,10 @@ class _NewSkill:
         along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
         try:
             return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
-        except UserError as error:  # a new run is a new addition
-            discard = f"discard the addition with selfdistill learn --state {shlex.quote(self._config.state)} discard"
-            error.args = (_NEW_RUN.sub(lambda _: discard, str(error)), *error.args[1:])
-            raise
+        except CannotResume as error:
+            state = shlex.quote(self._config.state)
+            discard = f"discard the addition with selfdistill learn --state {state} discard"
+            raise CannotResume(error.found, discard) from error
 
     def _look(self, along: StepsFile) -> OnStep:
         """A callback that writes the scores of all skills to ``along.jsonl`` every ``eval_steps`` steps."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from selfdistill.data.call_results import notes_on_calls
-from selfdistill.data.columns import COLUMNS, misnamed, misnamed_in, missing, notes_on_unread, refused
+from selfdistill.data.columns import COLUMNS, is_empty, misnamed, misnamed_in, missing, notes_on_unread, refused
 from selfdistill.data.images import Picture, in_order, in_parts, marked, pictures_of, refuse_late, saved, undecoded
 from selfdistill.data.messages import (
     Message,
@@ -326,6 +326,8 @@ def _demonstration(
 ) -> Demonstration:
     """The row as a demonstration; invalid if there are problems."""
     row: dict[str, Any] = raw.value
+    if prompts_only and is_empty(row.get("completion")):
+        row = {**row, "completion": None}
     others = {name: row.get(name) for name in ("document", "privileged_context", "answer", "scorer")}
     chat = marked(chat_of(row[form], form, problems), form, pictures, problems)
     if isinstance(row.get("prompt"), str) and isinstance(chat, list):  # then the completion may be such a text, too

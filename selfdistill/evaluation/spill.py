@@ -32,7 +32,6 @@ from selfdistill.data import (
     anchor_prompts,
     encode,
     is_packaged,
-    load_prompts,
 )
 from selfdistill.errors import UserError, number_of
 from selfdistill.evaluation.distances import Distance, mean_loss, summed_loss
@@ -122,10 +121,7 @@ def read_anchors(config: CheckConfig, loaded: Sequence[Demonstration] | None = N
         return {}
     if loaded is not None:
         return {"the given rows": loaded}
-    return {
-        source: anchor_prompts(source) if is_packaged(source) else load_prompts(source, say_note)
-        for source in config.anchors
-    }
+    return {source: anchor_prompts(source, say_note) for source in config.anchors}
 
 
 def drawn_anchors(config: CheckConfig, anchors: Anchors, loaded: LoadedModel, chat: ChatFormat) -> list[Demonstration]:

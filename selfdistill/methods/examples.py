@@ -21,7 +21,6 @@ from selfdistill.data import (
     context_of,
     encode,
     is_packaged,
-    load_prompts,
     notes_on,
     nothing_to_show,
     parse_context,
@@ -124,7 +123,7 @@ class PromptExamples:
 
     config: TrainConfig = field(compare=False)
     prompts: str
-    """What :func:`selfdistill.data.anchor_prompts` or :func:`selfdistill.data.load_prompts` takes."""
+    """What :func:`selfdistill.data.anchor_prompts` takes."""
 
     def counted(self, count: int) -> str:
         if is_packaged(self.prompts):
@@ -137,9 +136,10 @@ class PromptExamples:
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
+        on_long_prompt = self.config.on_long_prompt
         if is_packaged(self.prompts):  # the user cannot shorten these
-            return examples_of_prompts(self.config, anchor_prompts(self.prompts), loaded, chat, "drop")
-        return examples_of_prompts(self.config, load_prompts(self.prompts), loaded, chat, self.config.on_long_prompt)
+            on_long_prompt = "drop"
+        return examples_of_prompts(self.config, anchor_prompts(self.prompts), loaded, chat, on_long_prompt)
 
 
 def examples_of_prompts(

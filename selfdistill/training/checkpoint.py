@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from selfdistill.errors import UserError
+from selfdistill.errors import CannotResume, UserError
 from selfdistill.model import Optim, Teacher, distribute_like, full_tensors, moment_bytes
 from selfdistill.runtime import agreed, corruption, fsync, is_rank0, remove_folder, say, unlisted_files, write_manifest
 
@@ -141,7 +141,7 @@ def newest_whole(output_dir: Path) -> Path | None:
     Prints a note about each corrupt checkpoint, and about files in the result that do not belong to it.
 
     Raises:
-        UserError: all checkpoints are corrupt.
+        CannotResume: all checkpoints are corrupt.
     """
     found = []
     for path in reversed(list_checkpoints(output_dir)):
@@ -153,9 +153,7 @@ def newest_whole(output_dir: Path) -> Path | None:
         say(f"note: skipping the corrupt checkpoint {path} ({wrong})")
         found.append(f"{path.name} ({wrong})")
     if found:
-        raise UserError(
-            f"{output_dir}: no checkpoint is intact: {', '.join(found)}; to start over, use another output_dir"
-        )
+        raise CannotResume(f"{output_dir}: no checkpoint is intact: {', '.join(found)}; restore one")
     return None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from selfdistill.config import TrainConfig, dump_yaml, load_saved, refuse_changes
 from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.errors import RunCollapsed, UserError, number_of
+from selfdistill.errors import CannotResume, RunCollapsed, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
@@ -200,9 +200,9 @@ def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Traine
             f"{config.method} divides its steps among its stages, so keep max_steps"
         )
     if config.max_steps < done:
-        raise UserError(
+        raise CannotResume(
             f"setting 'max_steps': found {config.max_steps}, but {checkpoint} has already done {done} steps; "
-            f"give {done} or more, or start a new run in another output_dir"
+            f"give {done} or more"
         )
 
 
@@ -339,28 +339,27 @@ def _check_unchanged(
     """Refuse to resume with different examples, weights or evaluation data. File locations may differ.
 
     Raises:
-        UserError: names what changed.
+        CannotResume: names what changed.
     """
     config = trainer.config
     if saved.data != position.data:
-        raise UserError(
+        raise CannotResume(
             f"{checkpoint}: the training examples have changed: data, anchors, template, tokenizer or limits differ, "
-            "or an earlier version encoded them differently (CHANGELOG.md); restore them, or start a new run"
+            "or an earlier version encoded them differently (CHANGELOG.md); restore them"
         )
     if trainer.loaded.merged_adapter and config.model != saved_config.model:
-        raise UserError(
+        raise CannotResume(
             f"{checkpoint}: model was {saved_config.model!r} and is now {config.model!r}; with a merged adapter the "
-            "weights cannot be compared, so use the original path, or start a new run"
+            "weights cannot be compared, so use the original path"
         )
     if "" not in (saved.model, position.model) and saved.model != position.model:
-        raise UserError(
-            f"{checkpoint}: the initial weights of model {config.model!r} or of teacher_model have changed; restore "
-            "them, or start a new run"
+        raise CannotResume(
+            f"{checkpoint}: the initial weights of model {config.model!r} or of teacher_model have changed; "
+            "restore them"
         )
     if "" not in (saved.test, position.test) and saved.test != position.test:
-        raise UserError(
-            f"{checkpoint}: the rows of test {config.test!r} or prior {config.prior!r} have changed; restore them, or "
-            "start a new run"
+        raise CannotResume(
+            f"{checkpoint}: the rows of test {config.test!r} or prior {config.prior!r} have changed; restore them"
         )
 
 

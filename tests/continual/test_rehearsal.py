@@ -544,7 +544,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[LearnConfig], None]:
 
 @pytest.mark.parametrize(
     ("what", "told"),
-    [("anchors", "restore them, or "), ("checkpoints", "no checkpoint is intact: .*; to start over, ")],
+    [("anchors", "restore them, or "), ("checkpoints", "no checkpoint is intact: .*; restore one, or ")],
 )
 def test_an_addition_that_cannot_be_resumed_is_to_be_discarded(
     make: Settings, interrupt: Callable[[LearnConfig], None], tmp_path: Path, what: str, told: str

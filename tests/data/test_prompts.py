@@ -42,6 +42,12 @@ def test_another_name_of_the_answer_is_no_mistake_in_a_prompt() -> None:
     assert notes == ["anchors: columns not used: response"]
 
 
+@pytest.mark.parametrize("empty", ["", " ", None, []])
+def test_a_prompt_may_have_an_empty_completion(empty: Any) -> None:
+    found = load_prompts([{"prompt": "Who?", "completion": empty}], name="anchors")
+    assert [(row.prompt[0]["content"], row.completion) for row in found] == [("Who?", "")]
+
+
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
 def test_repeated_prompts_are_named_whatever_their_answers(tmp_path: Path, name: str) -> None:
     rows = [{"prompt": "Who?", "completion": "I."}, {"prompt": "When?"}, {"prompt": "Who?", "completion": "You."}]

@@ -733,7 +733,7 @@ def test_without_a_whole_checkpoint_a_run_does_not_go_on(settings: Callable[...,
         train(config, resume=True)
     assert str(error.value) == (
         f"{config.output_dir}: no checkpoint is intact: checkpoint-00000006 (state.json is missing), "
-        "checkpoint-00000004 (state.json is missing); to start over, use another output_dir"
+        "checkpoint-00000004 (state.json is missing); restore one, or start a new run in another output_dir"
     )
 
 

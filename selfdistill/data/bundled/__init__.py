@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.prompts import load_prompts
 from selfdistill.data.readers import read_jsonl
-from selfdistill.data.sources import packaged
+from selfdistill.data.sources import Note, packaged
 from selfdistill.errors import UserError, closest
 
 __all__ = ["PACKAGE", "anchor_kinds", "anchor_prompts", "drift_prompts", "is_packaged", "packaged"]
@@ -26,15 +26,18 @@ def drift_prompts() -> list[Demonstration]:
     return load_prompts(packaged("general.txt"))
 
 
-def anchor_prompts(source: str = PACKAGE) -> list[Demonstration]:
-    """General prompts, to train on as anchors.
+def anchor_prompts(source: str = PACKAGE, note: Note | None = None) -> list[Demonstration]:
+    """The prompts of a source of anchors.
 
     Args:
-        source: see :func:`anchor_kinds`.
+        source: the package's, see :func:`anchor_kinds`; or a file or data set, see :func:`load_prompts`.
+        note: takes what the user should know about prompts of their own.
 
     Raises:
-        UserError: there is no such kind.
+        UserError: there is no such kind; or as :func:`load_prompts`.
     """
+    if not is_packaged(source):
+        return load_prompts(source, note)
     kinds = anchor_kinds(source)
     rows = [raw.value for raw in read_jsonl(packaged("anchors.jsonl"))]
     return load_prompts([row for row in rows if row["kind"] in kinds], name=source)
