@@ -1,6 +1,6 @@
 """Program of the process in which a reply's code meets its tests; :mod:`selfdistill.data.code_tests` starts it.
 
-It runs as ``python -I -S -B code_child.py``, so it imports only the standard library. The job comes on standard input
+It runs by ``python -s -S -B -c``, so it imports only the standard library. The job comes on standard input
 as a JSON object: ``code``, ``tests`` and ``limits``. Lines of JSON go to standard output: ``{"at": ...}`` before what
 may never end, then one ``{"passed": ..., "feedback": ...}`` or ``{"unusable": ...}``.
 """

@@ -52,9 +52,10 @@ def code_in(reply: str) -> str:
 def run_tests(replies: Sequence[str], tests: Sequence[Sequence[str]]) -> list[CodeResult]:
     """Run each reply's code and then its tests, Python statements that raise where the code is wrong.
 
-    A process ends at ``LIMITS``, and with this one. It has an empty environment, only the standard library and an empty
-    folder. An audit hook of Python refuses network, processes, signals and files to write: what asks for one gets an
-    error. On Linux the kernel, too, gives it no network, where it permits that. What the code prints is thrown away.
+    A process ends at ``LIMITS``, and with this one. It has no environment but a fixed hash seed, only the standard
+    library and an empty folder. An audit hook of Python refuses network, processes, signals and files to write: what
+    asks for one gets an error. On Linux the kernel, too, gives it no network, where it permits that. What the code
+    prints is thrown away.
 
     Args:
         replies: what the model has written, without thoughts.
@@ -77,7 +78,8 @@ def _run(code: str, tests: Sequence[str]) -> CodeResult:
     if not code.strip():
         code = "raise SyntaxError('there is no code')"
     job = json.dumps({"code": code, "tests": list(tests), "limits": LIMITS}).encode()
-    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_CHILD)]
+    # Not as a file, whose folder would be on the path; not with -I, which would ignore the seed.
+    command = [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _CHILD.read_text(encoding="utf-8")]
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -87,7 +89,13 @@ def _run(code: str, tests: Sequence[str]) -> CodeResult:
             given.write(job)
             given.seek(0)
             process = subprocess.Popen(
-                command, stdin=given, stdout=said, stderr=subprocess.DEVNULL, cwd=folder, env={}, start_new_session=True
+                command,
+                stdin=given,
+                stdout=said,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env={"PYTHONHASHSEED": "0"},  # the same verdict every time, also on code that depends on a set's order
+                start_new_session=True,
             )
             in_time = _wait(process)
             said.seek(0)

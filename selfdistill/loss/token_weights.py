@@ -92,7 +92,8 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
         group_size: completions per prompt, at least 2.
     """
     groups = torch.tensor(rewards, dtype=torch.float64).reshape(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
+    equal = (groups == groups[:, :1]).all(1, keepdim=True)
+    centred = (groups - groups.mean(1, keepdim=True)).masked_fill(equal, 0.0)  # the mean is rounded
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten().tolist()
 
 

@@ -58,11 +58,12 @@ class Exposure(HintController):
             return {**state, "losses": losses}
         now = mean(losses)
         first, last = state["l"] or (now, now)
+        scale = abs(first) or 1.0
         weights, trace = torch.tensor(state["weights"], requires_grad=True), torch.tensor(state["e"])
         drawn = torch.tensor(self.value(state, step, steps)).clamp(1e-6, 1 - 1e-6)
         (gradient,) = torch.autograd.grad(torch.distributions.Beta(*_shapes(weights, state)).log_prob(drawn), weights)
-        weights = weights.detach() + self.own.rate * (last - now) / (first or 1.0) * trace
-        trace, seen = self.own.discount * trace + gradient, [1.0, (step + 1) / steps, now / (first or 1.0)]
+        weights = weights.detach() + self.own.rate * (last - now) / scale * trace
+        trace, seen = self.own.discount * trace + gradient, [1.0, (step + 1) / steps, now / scale]
         return {"weights": weights.tolist(), "e": trace.tolist(), "s": seen, "l": [first, now], "losses": []}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -19,6 +19,7 @@ from selfdistill.data import (
     with_feedback,
 )
 from selfdistill.errors import UserError
+from selfdistill.methods.grpo import ScoredExamples
 from selfdistill.methods.sequences import Completion
 
 Shown = Literal["sibling", "feedback", "either", "both"]
@@ -91,6 +92,22 @@ class AttemptContexts:
         sibling = replace(example.demonstration, privileged_context=text)
         ids = self._encoded(example, sibling, text, replace(encode, max_prompt_length=None, window=None))
         return replace(example, teacher_ids=(ids or [])[: encode.limit])
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        """The problem of a row for whose prompt the context can show no sibling."""
+        if self.show == "feedback":
+            return None
+        return self._layout.lacks(replace(demonstration, privileged_context=""))
+
+
+@dataclass(frozen=True)
+class AttemptExamples(ScoredExamples):
+    """Rows whose samples are scored and shown to the teacher."""
+
+    attempts: AttemptContexts = field(kw_only=True)
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return super().lacks(demonstration) or self.attempts.lacks(demonstration)
 
 
 def _demonstrated(sample: Completion, encode: ContextEncoder) -> Demonstration:

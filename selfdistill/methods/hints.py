@@ -110,7 +110,7 @@ class ShortestHints(DrawnSamples):
 
     def depends_on(self, example: Example) -> list[Any]:
         row = example.demonstration
-        own = [row.row, example.student_ids, row.shown, row.answer, row.completion, self.config.context]
+        own = [row.row, example.student_ids, row.shown, row.answer, row.completion, self.config.context, row.scorer]
         return [*own, self.config.scorer, self.sampling.max_completion_length]
 
 

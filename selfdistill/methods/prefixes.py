@@ -208,5 +208,6 @@ class ShortestPrefixes(DrawnSamples):
         return ids[: int(len(ids) * self.longest * number / self.lengths)]
 
     def depends_on(self, example: Example) -> list[Any]:
-        own = [example.demonstration.completion, self.longest, self.lengths, self.tries, self.config.scorer]
+        row = example.demonstration
+        own = [row.completion, self.longest, self.lengths, self.tries, self.config.scorer, row.scorer, row.answer]
         return [*super().depends_on(example), *own]

@@ -24,9 +24,8 @@ from pydantic import Field
 from selfdistill.config import Settings, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.loss import Divergence, Target
-from selfdistill.methods.attempts import AttemptContexts, Shown
+from selfdistill.methods.attempts import AttemptContexts, AttemptExamples, Shown
 from selfdistill.methods.grpo import grpo
-from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.slots import Method, own_settings, teacher_of
 from selfdistill.model import TeacherRule
 
@@ -54,16 +53,17 @@ class SdpoSettings(Settings):
 def sdpo(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO's samples and verdicts, and a teacher that sees what is known after sampling."""
     own, (rewarded,) = own_settings(config, SdpoSettings), grpo(config)
-    assert isinstance(rewarded.sequence, StudentSamples)
     plays, share = config.environment != "none", own.trust_region
     context = own.context or ("turns" if plays else "example:reasoning=false")
+    attempts = AttemptContexts(rewarded.sequence.per_example, own.show, context, plays)
     target = None if share is None else Target(teacher=share, base=1 - share)
     method = replace(
         rewarded,
         loss=Divergence(own.divergence, "top_k", weight=config.jsd_weight, top_k=own.top_k, target=target),
         teacher=_teacher(config, own),
         base_sees_context=share is not None,
-        select=AttemptContexts(rewarded.sequence.num_generations, own.show, context, plays),
+        examples=AttemptExamples(config, attempts=attempts),
+        select=attempts,
         skip_first_tokens=config.skip_first_tokens,
         weight=1 - own.grpo,
     )

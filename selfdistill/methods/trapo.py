@@ -47,6 +47,8 @@ class TrapoSettings(Settings):
         """Check the micro-groups against each other."""
         if not len(self.sizes) == len(self.ratios) == len(self.thresholds) > 0:
             raise UserError("settings 'sizes', 'ratios' and 'thresholds': expected one value per micro-group in each")
+        if sum(self.sizes) < 2:
+            raise UserError("setting 'sizes': found 1 sample per prompt, expected at least 2, to compare")
 
 
 def trapo(config: TrainConfig) -> tuple[Method, ...]:

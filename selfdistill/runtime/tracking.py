@@ -35,7 +35,8 @@ METRICS = {
     "episode/invalid_calls": "mean calls per episode that could not be run as written",
     "episode/reward": "mean reward of the episodes; only if the environment judges",
     "episode/success": "share of the episodes with reward 1",
-    "turn_loss/NUMBER": "training loss over the retained tokens of the n-th replies of all episodes, from 1",
+    "turn_loss/NUMBER": "loss per retained token of the n-th replies of all episodes, from 1, without factors such as "
+    "advantages",
     "entropy": "student entropy over the retained tokens, nats per token",
     "reward": "mean reward of the samples; only for methods with a checker, such as ``grpo``",
     "learnt": "share of the samples that are learnt; only for methods that may leave some out, such as ``sdpo``",

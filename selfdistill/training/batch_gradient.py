@@ -20,11 +20,9 @@ from selfdistill.loss import (
     CrossEntropy,
     Head,
     chunked_loss,
-    completion_mask,
     importance_weights,
-    token_weights,
 )
-from selfdistill.methods import FROZEN, Completion, Method
+from selfdistill.methods import FROZEN, Method
 from selfdistill.model import (
     ForwardOutput,
     ForwardPass,
@@ -36,8 +34,9 @@ from selfdistill.model import (
     is_sharded,
     root_unsharded,
 )
-from selfdistill.runtime import all_gather, all_reduce_gradients, all_reduce_sum, rank_slice
+from selfdistill.runtime import all_gather, all_reduce_gradients, all_reduce_sum, world_size
 from selfdistill.training.checkpoint import trained_parameters
+from selfdistill.training.micro_batches import Weighed, micro_batches, weigh
 from selfdistill.training.selection import BatchPart, Selected, Selector
 from selfdistill.training.setup import batch_unit
 from selfdistill.training.stopwatch import Stopwatch
@@ -75,7 +74,7 @@ class PartResult:
     loss: float
     """Mean over what is learnt, 0 if nothing is; the batch's loss is the sum over parts of share times loss."""
     statistics: dict[str, float]
-    """Weighted means of per-token statistics over the part, such as ``entropy``; empty if nothing is learnt."""
+    """Weighted means of per-token statistics over the completions with a gradient; empty if there are none."""
     importance: float
     """Mean importance weight of the completions with tokens to learn; 0 if there are none, or the method has none."""
     non_finite: list[str]
@@ -95,35 +94,6 @@ class PartResult:
         return {name: total / self.statistics[name.replace("loss", "weight")] for name, total in losses.items()}
 
 
-@dataclass(frozen=True)
-class _MicroBatch:
-    """Some completions of a part, with token weights computed over the whole part."""
-
-    completions: Sequence[Completion]
-    mask_bT: Tensor
-    weights_bT: Tensor
-    """Weight of each token in the part's loss; the weights sum to 1 over the part."""
-    factor_b: Tensor
-    """Factor on each completion's weights, such as its advantage."""
-
-    @property
-    def ids(self) -> list[list[int]]:
-        return [c.ids for c in self.completions]
-
-    @property
-    def prompts(self) -> list[list[int]]:
-        return [c.example.student_ids for c in self.completions]
-
-    @property
-    def has_weight_b(self) -> Tensor:
-        """Mask of the completions with tokens of nonzero weight; padding has none."""
-        return (self.weights_bT > 0).any(dim=1)
-
-    def has_weight_N(self, device: torch.device) -> Tensor:
-        """Mask of the tokens with nonzero weight."""
-        return self.weights_bT[self.mask_bT].to(device) > 0
-
-
 @dataclass
 class _Sums:
     """Running sums over the micro-batches of a part."""
@@ -136,7 +106,7 @@ class _Sums:
     statistics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     non_finite: list[str] = field(default_factory=list)
 
-    def add(self, micro: _MicroBatch, loss: float, per_token: dict[str, Tensor], importance_b: Tensor | None) -> None:
+    def add(self, micro: Weighed, loss: float, per_token: dict[str, Tensor], importance_b: Tensor | None) -> None:
         """Add a micro-batch: its loss, its per-token statistics (n,) and its completions' importance weights (b,)."""
         self.loss += loss
         if importance_b is not None:
@@ -160,39 +130,6 @@ class _Sums:
                 self.statistics[f"turn_loss/{turn}"] += float((per_token["loss"] * chosen_n).sum())
 
 
-def cut(lengths: Sequence[int], size: int, *, equal: bool) -> list[list[int]]:
-    """Divide sequences into micro-batches of similar lengths, the shortest first, so that little is padding.
-
-    With its padding, none has more tokens than ``size`` of the longest sequences. One that holds all keeps their order.
-
-    Args:
-        lengths: tokens of each sequence.
-        size: sequences of a micro-batch, if all were as long as the longest.
-        equal: exactly ``size`` in each, except in the last: for processes that must run the same passes.
-
-    Returns:
-        The indices of each micro-batch.
-    """
-    if len(lengths) <= size:
-        return [list(range(len(lengths)))] if lengths else []
-    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
-    if equal:
-        return [order[start : start + size] for start in range(0, len(order), size)]
-    most, batches = size * lengths[order[-1]], [[order[0]]]
-    for number in order[1:]:
-        if (len(batches[-1]) + 1) * lengths[number] <= most:
-            batches[-1].append(number)
-        else:
-            batches.append([number])
-    return batches
-
-
-def _tokens(completion: Completion) -> int:
-    """Tokens of a completion after the longer of its two prompts."""
-    prompts = completion.example.student_ids, completion.example.teacher_ids or []
-    return max(map(len, prompts)) + len(completion.ids)
-
-
 @dataclass(frozen=True)
 class BatchGradient:
     """Computes the gradients of one run's batches."""
@@ -213,28 +150,31 @@ class BatchGradient:
 
         On every rank, a micro-batch takes no more memory than the ``gradient_accumulation_steps``-th part of the rank's
         completions, if all were as long as the longest. Token weights are computed over a whole part, so the numbers of
-        micro-batches and ranks do not change the result. A part that selects no completion adds nothing; if no part
-        does, there is no gradient.
+        micro-batches and ranks do not change the result. Completions whose gradient is zero, such as those without an
+        advantage, count in these weights and take no passes. A part that selects no completion adds nothing; if no part
+        has a gradient, there is none.
         """
         with stopwatch("rollout"):
             selected = self.selector(parts)
-        padding = [-len(found.completions) % batch_unit(self.config) for found in selected]
-        slices = [rank_slice(len(s.completions) + more) for s, more in zip(selected, padding, strict=True)]
-        own = sum(rows.stop - rows.start for rows in slices)
+        unit = batch_unit(self.config)
+        own = sum(math.ceil(math.ceil(len(found.completions) / unit) * unit / world_size()) for found in selected)
         size = max(1, math.ceil(own / self.config.micro_batches))
-        sums = [
-            self._run(found.part, self._weigh(found, more, rows, size), stopwatch)
-            for found, more, rows in zip(selected, padding, slices, strict=True)
-        ]
+        results = []
+        for found in selected:
+            weighed = weigh(found, self.config.loss_normalisation)
+            passed = weighed.with_gradient()
+            batches = micro_batches(passed, size, unit, equal=is_sharded(self.loaded.model))
+            kept = float(passed.weights_bT.sum() / weighed.weights_bT.sum())
+            results.append((found, self._run(found.part, batches, stopwatch), kept))
         with stopwatch("student"):
             if not is_sharded(self.loaded.model):
                 all_reduce_gradients(trained_parameters(self.loaded.model).values())
-            return [self._reduced(*found) for found in zip(selected, sums, strict=True)]
+            return [self._reduced(*result) for result in results]
 
-    def _run(self, part: BatchPart, micro_batches: Sequence[_MicroBatch], stopwatch: Stopwatch) -> _Sums:
+    def _run(self, part: BatchPart, batches: Sequence[Weighed], stopwatch: Stopwatch) -> _Sums:
         """Score the part's micro-batches and run backward."""
         sums = _Sums()
-        for micro in micro_batches:
+        for micro in batches:
             with root_unsharded(self._networks()):
                 with stopwatch("teacher"):
                     taught, base = self._score_teachers(part.method, micro)
@@ -246,47 +186,21 @@ class BatchGradient:
         return sums
 
     @staticmethod
-    def _reduced(selected: Selected, sums: _Sums) -> PartResult:
-        """The part's result over all ranks."""
+    def _reduced(selected: Selected, sums: _Sums, kept: float) -> PartResult:
+        """The part's result over all ranks; ``kept`` is the share of the weights that took passes."""
         part = selected.part
         own = {"loss": sums.loss, "importance": sums.importance, "weighed": sums.weighed}
         total = all_reduce_sum(sums.statistics | own)
         loss, importance = total.pop("loss"), total.pop("importance") / max(1, total.pop("weighed"))
         gap = None if part.method.importance_cap is None else sum(all_gather([sums.gap]), SamplerGap())
-        return PartResult(part, selected, loss, total, importance, all_gather(sums.non_finite), gap)
-
-    def _weigh(self, selected: Selected, padding: int, own: slice, size: int) -> list[_MicroBatch]:
-        """This rank's completions in micro-batches that take no more memory than ``size`` of the longest.
-
-        ``padding`` rows without weight follow what is selected: processes that share the weights run as many passes.
-        """
-        if not selected.completions:
-            return []
-        completions = [*selected.completions, *([selected.completions[0]] * padding)]
-        lengths = [len(c.ids) for c in completions]
-        mask_BT = completion_mask(lengths, max(lengths))
-        is_own_BT = torch.zeros_like(mask_BT)
-        is_own_BT[mask_BT] = torch.tensor([own for c in completions for own in c.is_own])
-        is_learnt_B = torch.arange(len(completions)) < len(selected.completions)
-        weights_BT = token_weights(
-            is_own_BT & is_learnt_B[:, None],
-            skip_first_tokens=selected.part.method.skip_first_tokens,
-            normalisation=self.config.loss_normalisation,
-        )
-        factor_B = torch.tensor([c.factor for c in completions])
-        lengths = [_tokens(c) for c in completions[own]]
-        micro_batches = []
-        for chosen in cut(lengths, size, equal=is_sharded(self.loaded.model)):
-            rows = [own.start + number for number in chosen]
-            some = [completions[row] for row in rows]
-            micro_batches.append(_MicroBatch(some, mask_BT[rows], weights_BT[rows], factor_B[rows]))
-        return micro_batches
+        means = {name: value / kept for name, value in total.items()}
+        return PartResult(part, selected, loss, means, importance, all_gather(sums.non_finite), gap)
 
     def _networks(self) -> list[torch.nn.Module]:
         """All networks that process a micro-batch."""
         return [self.loaded.model, *(network for teacher in self.teachers.values() for network in teacher.networks)]
 
-    def _score_teachers(self, method: Method, micro: _MicroBatch) -> tuple[_Scored | None, _Scored | None]:
+    def _score_teachers(self, method: Method, micro: Weighed) -> tuple[_Scored | None, _Scored | None]:
         """Run teacher and base, each on its own prompts; None for each that the method lacks."""
         taught = base = None
         contexts = [c.example.teacher_ids or [] for c in micro.completions]
@@ -297,14 +211,14 @@ class BatchGradient:
         return taught, base
 
     def _score(
-        self, rule: TeacherRule, contexts: Sequence[Sequence[int]], micro: _MicroBatch, cache: PrefixCache | None = None
+        self, rule: TeacherRule, contexts: Sequence[Sequence[int]], micro: Weighed, cache: PrefixCache | None = None
     ) -> _Scored:
         with self.teachers[rule].model() as network, cached_casts(network), self.accelerator.autocast():
             output = self.forward_pass(network, contexts, micro.ids, cache)
             return output.hidden_ND[micro.has_weight_N(self.loaded.device)], output.head
 
     def _score_student(
-        self, method: Method, micro: _MicroBatch, taught: _Scored | None, base: _Scored | None
+        self, method: Method, micro: Weighed, taught: _Scored | None, base: _Scored | None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, SamplerGap]:
         """The micro-batch's differentiable loss, its per-token statistics (n,), its importance weights (b,) and gap."""
         device, factor_b, importance_b, gap = self.loaded.device, micro.factor_b, None, SamplerGap()
@@ -345,7 +259,7 @@ class BatchGradient:
         tokens_n: Tensor,
         taught: _Scored | None,
         base: _Scored | None,
-        micro: _MicroBatch,
+        micro: Weighed,
     ) -> Tensor:
         """For each token (n,) the mean of the method's weighting over its completion; above 0."""
         _, statistics = chunked_loss(
@@ -363,7 +277,7 @@ class BatchGradient:
         factor_n = statistics["factor"]
         count_b = (micro.weights_bT > 0).sum(dim=1).to(factor_n.device)
         mean_b = torch.stack([own_n.mean() for own_n in factor_n.split(count_b.tolist())])
-        return mean_b.repeat_interleave(count_b).clamp(min=torch.finfo(mean_b.dtype).tiny)
+        return torch.where(mean_b > 0, mean_b, 1.0).repeat_interleave(count_b)
 
     def _backward(self, loss: Tensor) -> None:
         # FSDP averages gradients over the ranks, but the loss is a sum over them.
@@ -373,7 +287,7 @@ class BatchGradient:
 
     @torch.no_grad()
     def _importance(
-        self, output: ForwardOutput, tokens_N: Tensor, micro: _MicroBatch, cap: float
+        self, output: ForwardOutput, tokens_N: Tensor, micro: Weighed, cap: float
     ) -> tuple[Tensor, SamplerGap]:
         """Truncated importance weights (b,), with both policies at the sampling temperature, and their tokens' gap.
 

@@ -39,7 +39,7 @@ class Position:
     tokens: int
     """Completion tokens trained on so far."""
     data: str
-    """Fingerprint of the encoded examples; see ``Trainer.fingerprint``."""
+    """Fingerprint of the encoded examples; see :func:`selfdistill.training.setup.data_fingerprint`."""
     skipped: int = 0
     """Consecutive steps, up to this one, skipped because of a non-finite loss or gradient."""
     model: str = ""
@@ -48,6 +48,8 @@ class Position:
     """Fingerprint of the evaluation data; see ``EvaluationSet.fingerprint``."""
     engine: str = ""
     """Name of the engine that samples; empty without one."""
+    rewards: str = ""
+    """Fingerprint of what rewards depend on; see :func:`selfdistill.training.setup.reward_fingerprint`."""
     control: dict[str, Any] = field(default_factory=dict)
     """State of the method's controller; empty without one."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 COLLAPSE_WINDOW = 5
@@ -75,7 +76,10 @@ class CollapseGuard:
         return signs
 
     def _means(self, key: str) -> tuple[float, float]:
-        """Means over the last and over the first steps; a missing value counts as 0."""
-        last, first = self._lines[-COLLAPSE_WINDOW:], self._lines[:COLLAPSE_WINDOW]
-        last_mean, first_mean = (sum(line.get(key, 0.0) for line in part) / COLLAPSE_WINDOW for part in (last, first))
-        return last_mean, first_mean
+        """Means over the last and over the first steps that have a value.
+
+        If only the last steps have one, nothing has changed since; 0 if no step has one.
+        """
+        windows = self._lines[-COLLAPSE_WINDOW:], self._lines[:COLLAPSE_WINDOW]
+        last, first = ([line[key] for line in window if key in line] for window in windows)
+        return mean(last or [0.0]), mean(first or last or [0.0])

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from typing import Any, NoReturn
 
 from selfdistill.config import dump_yaml
@@ -35,7 +34,6 @@ from selfdistill.runtime import (
 )
 from selfdistill.training.checkpoint import Position, checkpoint_at, load_checkpoint, save_checkpoint
 from selfdistill.training.collapse import COLLAPSE_WINDOW, CollapseGuard
-from selfdistill.training.setup import Stage
 from selfdistill.training.token_views import token_views
 from selfdistill.training.trainer import Trainer
 
@@ -68,7 +66,7 @@ class Loop:
         self._reporter = ProgressBar("step", config.max_steps, start=step, every=config.logging_steps)
         self._tracker = Tracker(trainer.accelerator, config, output_dir, step)
         self._watch = _Watch(trainer, output_dir, step, self._tracker)
-        self._guard = CollapseGuard([_demonstrated(stage) for stage in trainer.stages])
+        self._guard = CollapseGuard([stage.task.demonstrated for stage in trainer.stages])
         self._said: set[tuple[int, str]] = set()
         """Stage and name of each sign already reported."""
         self.signs: list[str] = []
@@ -223,11 +221,6 @@ class Loop:
 _ADVICE = "Lower learning_rate, use a frozen or slower teacher, or see metrics.jsonl for the onset"
 
 
-def _demonstrated(stage: Stage) -> float | None:
-    lengths = [example.learnt_tokens for example in stage.task.examples if example.demonstration.completion]
-    return mean(lengths) if lengths else None
-
-
 class _Watch:
     """Evaluations and token views during training: ``evaluations.jsonl`` and ``token_views.jsonl``."""
 
@@ -272,9 +265,9 @@ class _Watch:
 
 
 def without_gradient(output_dir: Path) -> int:
-    """Number of steps with a zero gradient because all rewards of each group were equal."""
+    """Number of steps with rewards in which the method could use no sample, so the gradient was zero."""
     lines = read_lines(output_dir / "metrics.jsonl")
-    return sum("reward" in line and line["grad_norm"] == 0 for line in lines)
+    return sum("reward" in line and line.get("grad_norm") == 0 for line in lines)  # a skipped step may have none
 
 
 def _skipped(metrics: dict[str, Any]) -> str:

@@ -5,12 +5,15 @@ Legend: see :mod:`selfdistill.training.trainer`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from statistics import mean
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -41,6 +44,8 @@ class EncodedPart:
     """All samples that the method drew before the first step; it may learn some of them only."""
     same_samples: bool = False
     """Whether it learns from the samples of the first part, whose examples it has."""
+    demonstrated: float | None = None
+    """Mean number of tokens of the demonstrated completions; None if there are none."""
 
     @property
     def counted(self) -> str:
@@ -183,13 +188,35 @@ def _encoded(
         check_answers([example.demonstration for example in examples], config.scorer)
     lengths = [min(example.learnt_tokens, config.longest_completion) for example in examples]
     check_skip(method.skip_first_tokens, lengths)
-    return EncodedPart(part.name, method, part.share, examples, dropped)
+    demonstrated = [example.learnt_tokens for example in examples if example.demonstration.completion]
+    average = mean(demonstrated) if demonstrated else None
+    return EncodedPart(part.name, method, part.share, examples, dropped, demonstrated=average)
 
 
 def repeated_prompts(examples: Sequence[Example], rows: Sequence[Demonstration]) -> list[str]:
     """The sources of examples whose prompts are among those of the rows."""
     prompts = {json.dumps(row.prompt) for row in rows}
     return [x.demonstration.source for x in examples if json.dumps(x.demonstration.prompt) in prompts]
+
+
+def data_fingerprint(stages: Sequence[Stage], chat: ChatFormat) -> str:
+    """SHA-256 of the encoded examples; a resumed run must find them unchanged."""
+    examples = [example for stage in stages for part in stage.parts for example in part.examples]
+    # A row without a completion counts as with an empty one, as it did for older folders.
+    ids = [[x.student_ids, x.teacher_ids, x.completion_ids or [chat.end_token_id]] for x in examples]
+    seen = [picture.digest for x in examples for picture in x.demonstration.images]
+    return _digest([*ids, *seen])
+
+
+def reward_fingerprint(stages: Sequence[Stage]) -> str:
+    """SHA-256 of what rewards depend on beside the encoded examples; empty if no step asks for a reward."""
+    parts = [part for stage in stages for part in stage.parts if part.method.checker is not None]
+    rows = [example.demonstration for part in parts for example in part.examples]
+    return _digest([[row.answer, row.scorer, row.privileged_context] for row in rows]) if rows else ""
+
+
+def _digest(values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def batch_unit(config: TrainConfig) -> int:

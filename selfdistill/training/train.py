@@ -50,7 +50,7 @@ from selfdistill.training.loop import Loop, OnStep, without_gradient
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
-from selfdistill.training.setup import make_accelerator, repeating
+from selfdistill.training.setup import data_fingerprint, make_accelerator, repeating, reward_fingerprint
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
@@ -295,9 +295,9 @@ def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
         UserError: the run began with different examples, weights or evaluation data.
     """
     asked = trainer.evaluator.questions.fingerprint() if trainer.evaluator else ""
-    engine = trainer.engine()
-    name = engine.name if engine else ""
-    position = Position(0, 0, trainer.fingerprint(), model=trainer.began_as, test=asked, engine=name)
+    name = engine.name if (engine := trainer.engine()) else ""
+    data, rewards = data_fingerprint(trainer.stages, trainer.chat), reward_fingerprint(trainer.stages)
+    position = Position(0, 0, data, model=trainer.began_as, test=asked, engine=name, rewards=rewards)
     if checkpoint is None:
         return position
     saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
@@ -328,8 +328,8 @@ def _say_signs(loop: Loop, output_dir: Path) -> None:
         say(f"note: the run showed signs of collapse: {'; '.join(loop.signs)}. See docs/reliability.md")
     if idle := without_gradient(output_dir):
         say(
-            f"note: in {idle} of {loop.step} steps all samples of each prompt had the same reward, so the gradient was "
-            "zero; try easier prompts, a more lenient scorer or more num_generations"
+            f"note: in {idle} of {loop.step} steps no sample taught anything, for example because all samples of a "
+            "prompt had the same reward; try easier prompts, a more lenient scorer or more num_generations"
         )
 
 
@@ -347,6 +347,9 @@ def _check_unchanged(
             f"{checkpoint}: the training examples have changed: data, anchors, template, tokenizer or limits differ, "
             "or an earlier version encoded them differently (CHANGELOG.md); restore them"
         )
+    if "" not in (saved.rewards, position.rewards) and saved.rewards != position.rewards:
+        what = "answers, scorers or privileged contexts of the training rows"
+        raise CannotResume(f"{checkpoint}: {what} have changed; restore them")
     if trainer.loaded.merged_adapter and config.model != saved_config.model:
         raise CannotResume(
             f"{checkpoint}: model was {saved_config.model!r} and is now {config.model!r}; with a merged adapter the "
@@ -383,7 +386,7 @@ def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str])
         output_dir,
         step,
         demonstrations=len(trainer.stages[0].task.examples),
-        fingerprint=trainer.fingerprint(),
+        fingerprint=data_fingerprint(trainer.stages, trainer.chat),
         adapter=hasattr(model, "peft_config"),
         pictures=trainer.loaded.pictures is not None,
         signs=signs,

@@ -7,8 +7,6 @@ Legend: B completions of a batch, T completion tokens, N completion tokens of a 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -235,14 +233,6 @@ class Trainer:
                 raise UserError(f"model {self.loaded.name!r} cannot be sharded: {error}; leave fsdp out") from None
         for teacher in teachers:
             teacher.bind()
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the encoded examples; a resumed run must find them unchanged."""
-        examples = [example for stage in self.stages for part in stage.parts for example in part.examples]
-        # A row without a completion counts as with an empty one, as it did for older folders.
-        ids = [[x.student_ids, x.teacher_ids, x.completion_ids or [self.chat.end_token_id]] for x in examples]
-        seen = [picture.digest for x in examples for picture in x.demonstration.images]
-        return hashlib.sha256(json.dumps([*ids, *seen]).encode()).hexdigest()
 
     def _drift_of(self, network: Any) -> float:
         assert self.drift is not None

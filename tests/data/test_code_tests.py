@@ -244,6 +244,11 @@ def test_there_is_no_network_interface_where_the_kernel_permits() -> None:
     assert found.passed, found.feedback  # lo alone
 
 
+def test_the_order_of_a_set_is_the_same_every_time() -> None:
+    code = "raise ValueError(list({str(number) for number in range(9)}))"
+    assert len({found.feedback for found in run_tests([code] * 4, [["True"]] * 4)}) == 1
+
+
 def test_nothing_of_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert result("import os", ["assert not {'HF_TOKEN', 'PATH', 'HOME'} & set(os.environ)"]).passed
@@ -295,7 +300,7 @@ def test_no_process_outlives_its_parent(number: int) -> None:
         deadline = time.monotonic() + 60
         while not children and time.monotonic() < deadline:
             time.sleep(0.1)
-            children = [c for c in psutil.Process(parent.pid).children() if "code_child.py" in " ".join(c.cmdline())]
+            children = [c for c in psutil.Process(parent.pid).children() if "sys.addaudithook" in " ".join(c.cmdline())]
         assert children
         time.sleep(1)  # until it has said that it is to end with its parent
     finally:

@@ -6,6 +6,7 @@ import copy
 import json
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +22,7 @@ from conftest import (
     row_log_probs,
     same,
 )
-from formulas import assert_gradient, chosen, kl, mean_over_rows, moved
+from formulas import assert_gradient, chosen, judged, kl, mean_over_rows, moved
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,8 +35,10 @@ from selfdistill.loss.token_weights import group_advantages
 from selfdistill.methods import FROZEN, METHODS, stages_of, unused_settings, uses
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
+from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import load_model
 from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.loop import without_gradient
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -169,6 +172,39 @@ def test_group_advantages() -> None:
     found = group_advantages([1, 0, 0, 1, 1, 1], 3)
     middle, spread = 1 / 3, (1 / 3) ** 0.5
     assert found == pytest.approx([(1 - middle) / (spread + 1e-4), *[-middle / (spread + 1e-4)] * 2, 0, 0, 0])
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7])
+def test_equal_rewards_have_exactly_no_advantage(reward: float) -> None:
+    assert group_advantages(6 * [reward], 6) == 6 * [0.0]  # whatever the rounding of their mean
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_samples_without_an_advantage_take_no_passes_and_count_in_the_mean(
+    all_of_them: Settings, monkeypatch: pytest.MonkeyPatch, micro_batches: int
+) -> None:
+    run = moved(all_of_them(method="grpo", batch_size=3, num_generations=4, gradient_accumulation_steps=micro_batches))
+    samples = list(run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:3], 2))
+    rewards = [1.0, 0, 0, 1, 0.7, 0.7, 0.7, 0.7, 0, 0, 0, 1]
+    factors = group_advantages(rewards, 4)
+    student, passed, plain = copy.deepcopy(run.loaded.model), [], ForwardPass.__call__
+    rows = [row_log_probs(student, c.example.student_ids, c.ids) for c in samples]
+    mean_over_rows([-f * chosen(row_TV, c.ids) for c, f, row_TV in zip(samples, factors, rows, strict=True)]).backward()
+    entropies = [-(row_TV.exp() * row_TV).sum(-1).mean().item() for row_TV in rows]
+
+    def counted(self: ForwardPass, model: Any, contexts: Any, completions: Any, kept: Any = None) -> Any:
+        passed.extend(completions)
+        return plain(self, model, contexts, completions, kept)
+
+    monkeypatch.setattr(ForwardPass, "__call__", counted)
+    (result,) = judged(run, samples, rewards)
+    assert sorted(passed) == sorted(c.ids for c in [*samples[:4], *samples[8:]])
+    assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
+    assert result.statistics["entropy"] == pytest.approx(statistics.mean(entropies[:4] + entropies[8:]), abs=1e-4)
+    passed.clear()
+    (result,) = judged(run, samples, 12 * [1.0])
+    assert (passed, result.loss, result.statistics) == ([], 0.0, {})
+    assert all(parameter.grad is None for parameter in run.parameters)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -484,11 +520,32 @@ def test_rewards_that_teach_nothing_are_said(
     train(config)
     said = capsys.readouterr().err
     assert "  reward 0.000  " in said
-    assert "note: in 3 of 3 steps all samples of each prompt had the same reward, so the gradient was zero" in said
+    assert "note: in 3 of 3 steps no sample taught anything, for example because all samples of a prompt had" in said
     train(all_of_them("other", method="grpo", max_steps=3))
     said = capsys.readouterr().err
     assert "  reward 0." in said
-    assert "the same reward" not in said
+    assert "no sample taught anything" not in said
+
+
+def test_a_skipped_step_with_rewards_is_not_one_that_taught_nothing(tmp_path: Path) -> None:
+    lines = [{"step": 1, "reward": 0.5, "skipped": {}}, {"step": 2, "reward": 0.5, "grad_norm": 0.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert without_gradient(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("method", "refused"), [("grpo", True), ("sft", False)])
+@pytest.mark.parametrize("column", ["answer", "scorer"])
+def test_rewards_must_be_the_same_on_resume(
+    all_of_them: Settings, write_rows: Callable[..., Path], column: str, method: str, refused: bool
+) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "ab", "scorer": "contains", "answer": "a"} for i in range(4)]
+    data = write_rows(rows, name="rewarded.jsonl")
+    config = all_of_them(method=method, max_steps=2, save_steps=1, data=str(data))
+    train(config)
+    write_rows([{**row, column: {"answer": "b", "scorer": "regex"}[column]} for row in rows], name="rewarded.jsonl")
+    changed = "answers, scorers or privileged contexts of the training rows have changed; restore them, or start a new"
+    with pytest.raises(UserError, match=changed) if refused else nullcontext():
+        train(config.model_copy(update={"max_steps": 3}), resume=True)
 
 
 def test_every_stage_has_a_step(all_of_them: Settings) -> None:

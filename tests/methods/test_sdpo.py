@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,18 @@ def test_contexts_that_cannot_show_a_sibling_are_refused(all_of_them: Settings, 
     config = all_of_them(method="sdpo", method_settings={"context": context})
     with pytest.raises(UserError, match=f"^context '{context}.*': cannot show another attempt; use turns, "):
         stages_of(config)
+
+
+@pytest.mark.parametrize(("show", "refused"), [("either", True), ("feedback", False)])
+def test_an_episode_that_the_context_cannot_show_is_refused_before_any_step(
+    all_of_them: Settings, write_rows: Callable[..., Path], show: str, refused: bool
+) -> None:
+    turns = [("user", "q"), ("assistant", "ab"), ("user", "r"), ("assistant", "ab")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns], "answer": "ab"}
+    data = str(write_rows([row], name="e.jsonl"))
+    config = all_of_them(method="sdpo", data=data, turns="all", method_settings={"show": show})
+    with pytest.raises(UserError, match="cannot show an episode; use turns") if refused else nullcontext():
+        Trainer(config)
 
 
 # --- the loss, against float64 ---

@@ -150,6 +150,10 @@ def test_the_whole_demonstration_at_a_trust_of_1_is_learnt_as_by_dft(guided: Set
             {"method_settings": {"ratios": (0.5,)}},
             "setting 'method_settings', settings 'sizes', 'ratios' and 'thresholds': expected one value per",
         ),
+        (
+            {"method_settings": {"sizes": (1,), "ratios": (0.5,), "thresholds": (1.0,)}},
+            "setting 'method_settings', setting 'sizes': found 1 sample per prompt, expected at least 2, to compare",
+        ),
         ({"method_settings": {"sizes": (0, 1, 1, 1)}}, "setting 'method_settings', setting 'sizes"),
     ],
 )

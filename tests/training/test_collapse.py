@@ -68,6 +68,16 @@ def test_completions_that_are_not_sampled_tell_nothing() -> None:
     assert all("entropy" in sign for sign in signs)
 
 
+@pytest.mark.parametrize(("start", "end", "is_sign"), [(None, 1.2, False), (0.1, 1.2, True), (1.2, None, False)])
+def test_steps_that_teach_nothing_are_no_measurement(start: float | None, end: float | None, is_sign: bool) -> None:
+    guard, signs = CollapseGuard([14.0]), {}
+    for step in range(4 * COLLAPSE_WINDOW):
+        apart = start if step < 2 * COLLAPSE_WINDOW else end
+        line = {key: value for key, value in HEALTHY.items() if key != "kl/forward"} | {"step": step + 1}
+        signs |= guard.look(line | ({} if apart is None else {"kl/forward": apart}), stage=0, sampled=True)
+    assert ("apart" in signs) == is_sign
+
+
 def test_a_stage_is_compared_with_its_own_beginning() -> None:
     guard = CollapseGuard([14.0, 14.0])
     seen(guard, {})

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from selfdistill.training.batch_gradient import cut
+from selfdistill.training.micro_batches import cut
 
 
 @pytest.mark.parametrize("equal", [False, True])
