@@ -9,6 +9,7 @@ from typing import Any
 from selfdistill.config import SHORTEST, TrainConfig
 from selfdistill.data import (
     JUDGE,
+    ChatFormat,
     ContextEncoder,
     Example,
     Hint,
@@ -17,7 +18,7 @@ from selfdistill.data import (
     first_words,
     parse_context,
 )
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 from selfdistill.methods.checking import verdicts_on
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.grpo import ScoredExamples, ScorerChecker
@@ -114,6 +115,17 @@ class ShortestHints(DrawnSamples):
         return [*own, self.config.scorer, self.sampling.max_completion_length]
 
 
+@dataclass(frozen=True)
+class LastReplies(ScoredExamples):
+    """Rows of which the last reply is learnt, the one that the scorer judges; says so of rows with more."""
+
+    def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
+        rows = [x.demonstration.turn_of or x.demonstration for x in examples]
+        more = [row for row in rows if any(turn["role"] == "assistant" for turn in row.episode[:-1])]
+        found = [f"hint shortest learns the last reply alone of {number_of(len(more), 'row')} with several"]
+        return [*super().notes(examples, loaded, chat), *(found if more else [])]
+
+
 def hint_of(config: TrainConfig, share: float, part: HintPart = first_words) -> Hint:
     """A part of the demonstration in the context of the settings; in ``turns`` until ``auto`` is resolved.
 
@@ -156,7 +168,7 @@ def _shortest(method: Method, config: TrainConfig) -> Method:
         )
     hint_of(config, 0)  # refuses a context that cannot show a part
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
-    return replace(method, examples=ScoredExamples(config, config.context), fixed=search)
+    return replace(method, examples=LastReplies(config, config.context), fixed=search)
 
 
 def shows_parts(method: Method) -> bool:

@@ -59,9 +59,11 @@ def step_metrics(
         if statistic in task.statistics:
             metrics[name] = task.statistics[statistic]
     metrics |= _of_episodes(task)
-    if method.select is not None and method.select.gates:
+    gated = [r for r in results if r.part.method.select is not None and r.part.method.select.gates]
+    if task in gated:
         metrics["learnt"] = len(task.selected.completions) / len(completions)
-        metrics["unfit"] = task.selected.unfit / len(completions)
+    if gated:
+        metrics["unfit"] = sum(result.selected.unfit for result in gated) / len(completions)
     if method.importance_cap is not None:
         metrics["importance"] = task.importance
     if task.reward is not None:

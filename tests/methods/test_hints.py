@@ -216,6 +216,18 @@ def test_the_shortest_hints_are_kept(worded: Settings, monkeypatch: pytest.Monke
     train(config.model_copy(update={"max_steps": 3}), resume=True)
 
 
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_that_the_shortest_hint_learns_the_last_reply_alone_is_said(
+    worded: Settings, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str], turns: str
+) -> None:
+    told = [("user", "q"), ("assistant", "ab"), ("user", "r"), ("assistant", "ab cd")]
+    row = {"messages": [{"role": role, "content": text} for role, text in told], "answer": "ab"}
+    run = Trainer(worded(hint="shortest", data=str(write_rows([row], name="e.jsonl")), turns=turns))
+    said = "hint shortest learns the last reply alone of 1 row with several" in capsys.readouterr().err
+    assert said == (turns == "all")
+    assert len(run.stage.task.examples) == 1
+
+
 # --- controllers ---
 
 
