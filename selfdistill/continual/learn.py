@@ -17,7 +17,7 @@ from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger
 from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
 from selfdistill.errors import UserError
-from selfdistill.runtime import Printable, folder_lock
+from selfdistill.runtime import Printable, folder_lock, say_note
 from selfdistill.training import export
 
 NOT_ACCEPTED = 4
@@ -70,8 +70,12 @@ def learn(config: LearnConfig) -> LearnResult:
         UserError: a mistake the user can fix.
         RunStopped: a signal arrived while adding a skill; the same command resumes.
     """
-    if config.data and config.action not in ("add", "stream"):
-        raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
+    if config.action not in ("add", "stream"):
+        if config.data:
+            raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
+        used = {"state", "action", "output_dir"} if config.action == "export" else {"state", "action"}
+        if ignored := sorted(config.model_fields_set - used):
+            say_note(f"learn {config.action} ignores these settings: {', '.join(ignored)}")
     details = _ACTIONS[config.action](config)
     accepted = config.action in ("add", "stream") and details["accepted"]
     return LearnResult(config.action, config.state, details, _status(config) if accepted else None)

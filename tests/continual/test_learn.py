@@ -750,6 +750,18 @@ def test_an_action_without_data_refuses_it(make: Settings, action: str) -> None:
         learn(make(action=action, data="x.jsonl", output_dir="out"))
 
 
+def test_settings_that_an_action_does_not_use_are_noted(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learn(make(max_steps=1))
+    state, note = str(tmp_path / "state"), "note: learn status ignores these settings: anchors, max_steps"
+    capsys.readouterr()
+    learn(LearnConfig(state=state, action="status", anchors="own.txt", max_steps=2))
+    assert note in capsys.readouterr().err
+    learn(LearnConfig(state=state, action="export", output_dir=str(tmp_path / "out")))
+    assert "ignores" not in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_state_is_refused_and_untouched(make: Settings, tmp_path: Path) -> None:
     (tmp_path / "state" / "prior").mkdir(parents=True)
     mine = tmp_path / "state" / "prior" / "mine.txt"
