@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import regex
 
@@ -58,6 +58,8 @@ _STATED = regex.compile(
     r"(?:(?!not\b|n't|cannot|never|neither|nor\b|choices|options|wrong|incorrect)[^.!?\n:=。]){0,60}?"
     rf"{_IS}){_LEAD}\Z"
 )
+# A verb, not a colon: "Answer: A, C and D are wrong, so B" states no A.
+_BY_VERB = regex.compile(rf"(?i:{_IS_WORD}){_LEAD}\Z")
 _NAMED = regex.compile(
     r"(?<!(?i:not|n't|than|over|never|unlike)\s)"
     r"(?:\b(?i:choos(?:e|ing)|chose|pick(?:ed|ing)?|select(?:ed|ing)?|(?:go|going|went) with|opt for"
@@ -86,8 +88,9 @@ _REJECTED = regex.compile(
     rf"(?:not|wrong|incorrect|false|(?:ruled )?out|eliminated)\b"
     rf"|{_CLOSE}isn't\b|[\s*_]++(?:wrong|incorrect|false|out|eliminated|not\s+(?:correct|right))\b)"
 )
+_REJECTED_ALONE = regex.compile(rf"(?i:{_CLOSE}(?:isn't|(?:is|was|seems)\b(?!\s+(?:both|all)\b)))")
 _SEVERAL = regex.compile(
-    rf"{_CLOSE}{_OR}{_LEAD}{_LETTER.pattern}{_CLOSE}"
+    rf"{_CLOSE}{_OR}{_LEAD}(?P<other>{_LETTER.pattern}){_CLOSE}"
     rf"(?:\n|\Z|[.,;:!?。]|{_OR}|{_BECAUSE}|(?:are|were|both|fit|have|but|for|due|given)\b)"
 )
 _AND = regex.compile(rf"{_CLOSE}{_OR}{_LEAD}")
@@ -116,16 +119,17 @@ def chosen_letter(reply: str) -> str | None:
     """
     text = plain(reply)
     if tags := _TAG.findall(text) or _CUT_TAG.findall(text):
-        letters = _not_rejected(_letters(tags[-1]))
-        return letter_of(tags[-1]) or _last(_led_by(_STATED, letters)) or _last(_first(letters))
+        letters, rejected = _not_rejected(_letters(tags[-1]))
+        stated, first = _led_by(_STATED, letters), _first(letters)
+        return letter_of(tags[-1]) or _last(stated, rejected) or _last(first, rejected)
     if boxes := [letter for content in _BOX.findall(text) if (letter := letter_of(content))]:
         return boxes[-1]
-    letters = _not_rejected(_letters(text))
+    letters, rejected = _not_rejected(_letters(text))
     for found in _evidence(text, letters):
         if found:
-            return _last(found)
+            return _last(found, rejected)
     apart = [match for match in letters if _is_set_apart(match)] or _first(letters)
-    return _last(apart) if len({match[0].upper() for match in apart}) == 1 else None
+    return _last(apart, rejected) if len({match[0].upper() for match in apart}) == 1 else None
 
 
 def letter_of(text: str) -> str | None:
@@ -138,19 +142,32 @@ def _letters(text: str) -> list[regex.Match[str]]:
     return [match for match in _LETTER.finditer(text) if _is_no_word(match)]
 
 
-def _not_rejected(letters: Sequence[regex.Match[str]]) -> list[regex.Match[str]]:
-    """The letters that are not called wrong, neither alone nor with others, as in "A, C and D are wrong"."""
+def _not_rejected(letters: Sequence[regex.Match[str]]) -> tuple[list[regex.Match[str]], set[int]]:
+    """The letters that are not called wrong, and where those begin that are.
+
+    "A, C and D are wrong" rejects all three; "the answer is A, C and D are wrong" and "A, and C is wrong" spare A.
+    """
     kept: list[regex.Match[str]] = []
-    rejected_at = None
+    rejected: set[int] = set()
+    plural_at = None
     for match in reversed(letters):
         text, end = match.string, match.end()
-        listed = _AND.fullmatch(text, end, rejected_at) if rejected_at is not None else None
-        if listed or _REJECTED.match(text, end):
-            rejected_at = match.start()
+        if plural_at is not None and _AND.fullmatch(text, end, plural_at) and not _is_stated(match):
+            plural_at = match.start()
+        elif _REJECTED.match(text, end):
+            plural_at = None if _REJECTED_ALONE.match(text, end) else match.start()
         else:
             kept.append(match)
-            rejected_at = None
-    return kept[::-1]
+            plural_at = None
+            continue
+        rejected.add(match.start())
+    return kept[::-1], rejected
+
+
+def _is_stated(match: regex.Match[str]) -> bool:
+    """Whether a phrase such as "the answer is" leads the letter."""
+    past = max(0, match.start() - _REACH)
+    return all(lead.search(match.string, past, match.start()) for lead in (_BY_VERB, _STATED))
 
 
 def _evidence(text: str, letters: Sequence[regex.Match[str]]) -> Iterator[list[regex.Match[str]]]:
@@ -163,9 +180,12 @@ def _evidence(text: str, letters: Sequence[regex.Match[str]]) -> Iterator[list[r
     yield _led_by(_NAMED, letters)
 
 
-def _last(found: Sequence[regex.Match[str]]) -> str | None:
-    """The last letter; None if others are named with it, as in "A or B"."""
-    if not found or _SEVERAL.match(found[-1].string, found[-1].end()):
+def _last(found: Sequence[regex.Match[str]], rejected: Container[int] = ()) -> str | None:
+    """The last letter; None if others are named with it, as in "A or B", that are not ``rejected`` there."""
+    if not found:
+        return None
+    several = _SEVERAL.match(found[-1].string, found[-1].end())
+    if several and several.start("other") not in rejected:
         return None
     return str(found[-1][0]).upper()
 

@@ -404,6 +404,19 @@ REPLIES: list[tuple[str, str | None]] = [
     ("**B** is false; **C**", "C"),
     ("The right triangle has a leg A of 3.", None),
     ("The best known element with symbol C is carbon.", None),
+    ("The answer is B, and C is incorrect.", "B"),
+    ("The correct answer is (B), and (A) is wrong.", "B"),
+    ("The best answer is C and D is wrong because it boils.", "C"),
+    ("The correct answer is B, C and D are incorrect.", "B"),
+    ("The correct answer is B, and A, C and D are all wrong.", "B"),
+    ("The answer is **B**, C isn't.", "B"),
+    ("The answer is B, C wrong.", "B"),
+    ("<answer>The answer is B, C and D are incorrect</answer>", "B"),
+    ("I choose B, and C is wrong.", "B"),
+    ("Answer: A and C are wrong, so B.", "B"),
+    ("Answer: A, C and D are wrong, so B.", "B"),
+    ("The answer is B or C, and D is wrong.", None),
+    ("A and C is both wrong, so B.", "B"),
 ]
 
 
