@@ -128,12 +128,13 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
             "with."
         )
         return f"{text} Add the column 'answer' to some rows to find out.", 0
-    low, high = share_interval(round(best.accuracy * items), items)
+    right = round(best.accuracy * items)
+    low, high = share_interval(right, items)
     scores = (
         f"the teacher with {best.context} is right on {best.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}), the "
         f"student on {student_accuracy:.0%}"
     )
-    if (best.accuracy - student_accuracy) * items >= 2:
+    if right - round(student_accuracy * items) >= 2:
         text = f"Worth trying: {scores} of {items} rows. Expect at most about {best.accuracy:.0%} after training."
         if student_accuracy == 0 and best.kl > 3:
             text += (

@@ -315,6 +315,8 @@ def test_verdicts() -> None:
         "the teacher is not clearly better. 100% of its replies were truncated at the length limit, so they may be "
         "right but unfinished: raise max_completion_length."
     )
+    assert verdict_on(0.1, -1.0, replace(layout(0.3), items=10))[1] == 0  # two more rows; .3 - .1 is less than .2
+    assert verdict_on(0.1, -1.0, replace(layout(0.2), items=10))[1] == UNLIKELY
     assert "lower temperature" in verdict_on(0.0, -9.0, layout(1.0, kl=5.0))[0]
 
 
