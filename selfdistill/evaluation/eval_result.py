@@ -138,20 +138,26 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
     console.print("In parentheses: 95% intervals.", highlight=False, markup=False, end=" " if base else "\n")
     if base:
         console.print("p: p-value of a paired test.", highlight=False)
-        unlike = tests["accuracy"]["unlike"] or 0.5  # models that never differ give no estimate
-        console.print(_detected(items, unlike), highlight=False)
+        console.print(detected(items, tests["accuracy"]["unlike"]), highlight=False)
 
 
-def _detected(items: int, unlike: float) -> str:
-    """A sentence on the smallest difference that this many items can detect."""
-    smallest = smallest_difference(items, unlike)
-    if smallest is None:
-        few = "1 item is" if items == 1 else f"{items} items are"
-        return f"{few} too few to detect any difference in accuracy."
-    return (
-        f"{items} items detect a difference in accuracy of {smallest:.2f} about 3 times in 4, if only one of the "
-        f"two models is right on {unlike:.0%} of them."
-    )
+def detected(items: int, unlike: float) -> str:
+    """A sentence on the smallest difference that this many items can detect.
+
+    Args:
+        items: questions that both models answer.
+        unlike: observed share of them on which only one is right. If it is too small for any difference to be detected,
+            one half takes its place: a pair of models that differs more may be told apart.
+    """
+    for share in (unlike, 0.5):
+        smallest = smallest_difference(items, share) if share else None
+        if smallest is not None:
+            return (
+                f"{items} items detect a difference in accuracy of {smallest:.2f} about 3 times in 4, if only one of "
+                f"the two models is right on {share:.0%} of them."
+            )
+    few = "1 item is" if items == 1 else f"{items} items are"
+    return f"{few} too few to detect even a difference in accuracy of 0.50."
 
 
 def _interval(low: float, high: float) -> str:

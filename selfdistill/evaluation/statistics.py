@@ -168,7 +168,8 @@ def smallest_difference(items: int, unlike: float = 0.5) -> float | None:
 
     d with sqrt(items) d = z(.975) sqrt(unlike) + z(.8) sqrt(unlike - d^2): the normal approximation of McNemar's test
     for a power of 0.8 (R. J. Connor, Biometrics 43, 1987, 207-211). The exact test has a power of 0.73 to 0.78 with 20
-    to 200 items. None if not even the largest possible difference, ``unlike``, is detected.
+    to 200 items. None if not even the largest possible difference, ``unlike``, is detected, or if there are fewer than
+    6 items, in which the exact test finds nothing.
 
     Args:
         items: questions that both models answer.
@@ -182,7 +183,7 @@ def smallest_difference(items: int, unlike: float = 0.5) -> float | None:
     def lacking(d: float) -> float:
         return float(z_level * math.sqrt(unlike) + z_power * math.sqrt(max(unlike - d * d, 0)) - math.sqrt(items) * d)
 
-    return None if lacking(unlike) > 0 else float(optimize.brentq(lacking, 0.0, unlike))
+    return None if items < 6 or lacking(unlike) > 0 else float(optimize.brentq(lacking, 0.0, unlike))
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:

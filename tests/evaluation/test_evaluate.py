@@ -21,7 +21,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation import answers as answers_module
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.distances import Distance
-from selfdistill.evaluation.eval_result import EvalResult
+from selfdistill.evaluation.eval_result import EvalResult, detected
 from selfdistill.evaluation.evaluate import evaluate
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
@@ -118,6 +118,21 @@ def test_evaluate_counts_right_replies(
         assert few in " ".join(repr(EvalResult(folder, str(data), result | {"items": items})).split())
     alone = repr(EvalResult(folder, str(data), result | {"base": None, "paired": {}, "distance": {}}))
     assert "items are too few" not in " ".join(alone.split())
+
+
+@pytest.mark.parametrize(
+    ("items", "unlike", "said"),
+    [
+        (1000, 0.1, "1000 items detect a difference in accuracy of 0.03 about 3 times in 4, if only one"),
+        (1000, 0.003, "of 0.06 about 3 times in 4, if only one of the two models is right on 50% of them."),
+        (90, 4 / 90, "of 0.21 about 3 times in 4, if only one of the two models is right on 50% of them."),
+        (90, 0.0, "of 0.21 about"),
+        (10, 0.1, "10 items are too few to detect even a difference in accuracy of 0.50."),
+        (5, 1.0, "5 items are too few"),
+    ],
+)
+def test_the_smallest_difference_is_said(items: int, unlike: float, said: str) -> None:
+    assert said in detected(items, unlike)
 
 
 def test_unusable_answers_are_named_together_before_anything_is_sampled(

@@ -121,5 +121,5 @@ def test_smallest_difference_is_found_three_times_in_four() -> None:
     for better, worse, _ in generator.multinomial(items, shares, size=400):
         found += paired([0] * better + [1] * worse, [1] * better + [0] * worse).p < 0.05
     assert found / 400 == pytest.approx(0.76, abs=0.06)
-    assert smallest_difference(5) is None
+    assert smallest_difference(5) is smallest_difference(5, 1.0) is smallest_difference(1000, 0.003) is None
     assert smallest_difference(90, 0.1) < smallest_difference(90)
