@@ -161,7 +161,7 @@ def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared
     differences = [a.prior_accuracy - b.prior_accuracy for a, b in zip(own, theirs, strict=True)]
     difference, low, high = seeds_interval(differences)
     p = _over_items(own, theirs)
-    interval = "" if low is None else f"95% interval over seeds {low:+.3f} to {high:+.3f}, "
+    interval = "" if low == high else f"95% interval over seeds {low:+.3f} to {high:+.3f}, "
     base = pairs[0][0].evaluations[0]["prior_accuracy"]
     text += (
         f"{mine} has a prior accuracy of {_mean(own, 'prior_accuracy'):.3f}, {method} "
@@ -172,6 +172,8 @@ def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared
         return text + f"As {method} did not reach that accuracy, forgetting cannot be compared."
     if low is None or high is None:
         return text + "One seed shows at most a direction: no conclusion."
+    if p < 0.05 and low == high:
+        return text + "All seeds have the same difference, so its spread over seeds is unknown: no conclusion."
     if p < 0.05 and low > 0:
         return text + f"So at equal accuracy, {mine} forgot less than {method}."
     if p < 0.05 and high < 0:

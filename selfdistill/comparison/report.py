@@ -350,8 +350,8 @@ def _share(probability: float) -> str:
 
 
 def _interval(value: float, interval: Sequence[float | None] | None) -> str:
-    """The value with its interval, if any; a single seed has none."""
-    if interval is None or None in interval:
+    """The value with its interval, if any; a single seed, or seeds with equal values, have none."""
+    if interval is None or None in interval or interval[0] == interval[1]:
         return f"{value:.2f}"
     return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 

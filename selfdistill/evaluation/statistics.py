@@ -34,30 +34,50 @@ def share_interval(right: int, items: int) -> Interval:
 def mean_interval(*groups: Sequence[float]) -> Interval:
     """Confidence interval of a mean of shares: percentile bootstrap (Efron 1979) with ``RESAMPLES`` samples of items.
 
-    For several groups: the interval of the mean of their means, with each group resampled separately. If all items are
-    0, or all 1, resampling is degenerate, and this is Wilson's interval.
+    For several groups: the interval of the mean of their means, with each group resampled separately.
+
+    Resampling n equal shares v is degenerate. Other shares may still be as frequent as u, Wilson's upper bound for 0 of
+    n items, and lie from 0 to 1. So the interval of such a group is v - u v to v + u (1 - v): for 0 and 1 Wilson's. If
+    there is one among several groups, the groups' own intervals are combined: G. Y. Zou, W. Huang and X. Zhang, "A note
+    on confidence interval estimation for a linear function of binomial proportions", Computational Statistics & Data
+    Analysis 53 (2009) 1080-1085.
     """
-    everything = numpy.concatenate([numpy.asarray(group, dtype=float) for group in groups])
-    if numpy.ptp(everything) == 0 and everything[0] in (0, 1):
-        return share_interval(int(everything.sum()), len(everything))
-    return _bootstrap(*groups)
+    return _interval(groups, 0.0)
 
 
 def difference_interval(*groups: Sequence[float]) -> Interval:
-    """The same for a mean of paired differences. If no item differs: plus and minus Wilson's upper bound for 0."""
-    if not any(map(any, groups)):
-        high = share_interval(0, sum(map(len, groups)))[1]
-        return -high, high
-    return _bootstrap(*groups)
+    """The same for a mean of paired differences of shares, which lie from -1 to 1."""
+    return _interval(groups, -1.0)
+
+
+def _interval(groups: Sequence[Sequence[float]], least: float) -> Interval:
+    """The interval of the mean of the groups' means, whose items lie from ``least`` to 1."""
+    if not any(map(_agree, groups)):
+        return _bootstrap(*groups)
+    own = [_interval_of_equals(group, least) if _agree(group) else _bootstrap(group) for group in groups]
+    if len(own) == 1:
+        return own[0]
+    means = [float(numpy.mean(group)) for group in groups]
+    below = math.hypot(*(mean - low for mean, (low, _) in zip(means, own, strict=True)))
+    above = math.hypot(*(high - mean for mean, (_, high) in zip(means, own, strict=True)))
+    return (sum(means) - below) / len(means), (sum(means) + above) / len(means)
+
+
+def _agree(values: Sequence[float]) -> bool:
+    """Whether all values are equal, up to rounding."""
+    return float(numpy.ptp(numpy.asarray(values, dtype=float))) < 1e-9
+
+
+def _interval_of_equals(group: Sequence[float], least: float) -> Interval:
+    value, others = float(group[0]), share_interval(0, len(group))[1]
+    return value - others * (value - least), value + others * (1 - value)
 
 
 def _bootstrap(*groups: Sequence[float]) -> Interval:
     from scipy import stats
 
-    # SciPy needs two items; one item twice has the same zero variance.
-    samples = [numpy.resize(numpy.asarray(group, dtype=float), max(len(group), 2)) for group in groups]
     found = stats.bootstrap(
-        samples,
+        [numpy.asarray(group, dtype=float) for group in groups],
         lambda *parts, axis: sum(part.mean(axis=axis) for part in parts) / len(parts),
         n_resamples=RESAMPLES,
         batch=100,
@@ -70,12 +90,18 @@ def _bootstrap(*groups: Sequence[float]) -> Interval:
 
 
 def seeds_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean over seeds and its Student's t interval; bounds are None for a single seed."""
+    """Mean over seeds and its Student's t interval; bounds are None for a single seed.
+
+    Seeds with equal values, up to rounding, give both bounds equal to the mean. Student's t knows nothing then, as the
+    spread of further seeds cannot be estimated: such an interval is no evidence.
+    """
     from scipy import stats
 
     mean = float(numpy.mean(values))
     if len(values) < 2:
         return mean, None, None
+    if _agree(values):
+        return mean, mean, mean
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
     return mean, mean - half, mean + half
 

@@ -67,7 +67,8 @@ def test_more_forgotten_is_said_as_well() -> None:
     ("own", "others"),
     [
         ([0.72, 0.55, 0.66], [0.60, 0.62, 0.64]),  # the seeds differ
-        ([0.72, 0.72, 0.72], [0.70, 0.70, 0.70]),  # the seeds agree, and two questions of 100 make the difference
+        ([0.72, 0.73, 0.72], [0.70, 0.70, 0.70]),  # the seeds agree, and few questions of 100 make the difference
+        ([0.72, 0.72, 0.72], [0.70, 0.70, 0.70]),
     ],
 )
 def test_nothing_is_claimed_where_seeds_or_questions_may_explain_it(own: list[float], others: list[float]) -> None:
@@ -78,6 +79,12 @@ def test_one_seed_concludes_nothing() -> None:
     said = sentences(pairs([0.75], [0.40]), "")
     assert "(p over questions below 0.001)" in said
     assert said.endswith("One seed shows at most a direction: no conclusion.")
+
+
+def test_seeds_that_agree_conclude_nothing() -> None:
+    said = sentences(pairs([0.75, 0.75], [0.40, 0.40]), "")
+    assert "(p over questions" in said
+    assert said.endswith("All seeds have the same difference, so its spread over seeds is unknown: no conclusion.")
 
 
 def test_nothing_is_concluded_where_the_other_method_did_not_learn_as_much() -> None:

@@ -53,9 +53,9 @@ def test_mean_interval_is_near_the_normal_one_and_covers() -> None:
         low, high = mean_interval(generator.exponential(size=60).tolist())
         covered += low <= 1 <= high
     assert 86 <= covered <= 99
-    assert mean_interval([0.25]) == (0.25, 0.25)
     assert mean_interval([0.0] * 10) == share_interval(0, 10)  # nothing to resample
-    assert difference_interval([0] * 6, [0] * 4) == (-share_interval(0, 10)[1], share_interval(0, 10)[1])
+    assert mean_interval([1.0] * 10) == pytest.approx(share_interval(10, 10))
+    assert difference_interval([0] * 10) == (-share_interval(0, 10)[1], share_interval(0, 10)[1])
     assert difference_interval([1, 0, -1, 0] * 9)[0] < 0 < difference_interval([1, 0, -1, 0] * 9)[1]
 
 
@@ -68,11 +68,41 @@ def test_mean_interval_of_groups_resamples_each_on_its_own() -> None:
     assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.03)
 
 
+@pytest.mark.parametrize(
+    ("found", "least", "most"),
+    [
+        (mean_interval([True] * 10, [False] * 10), 0.5, 0.5),
+        (mean_interval([0.5] * 20), 0.5, 0.5),
+        (mean_interval([0.25]), 0.25, 0.25),
+        (mean_interval([0.1 + 0.2, 0.3]), 0.3, 0.3),
+        (mean_interval([1] * 30, [1, 0] * 15), 0.70, 0.75),
+        (difference_interval([0] * 3, [0] * 3, [-1] * 3), -0.34, -0.33),
+        (difference_interval([0.5] * 4), 0.5, 0.5),
+    ],
+)
+def test_equal_items_leave_an_interval(found: tuple[float, float], least: float, most: float) -> None:
+    assert found[0] < least - 0.05
+    assert found[1] > most + 0.05
+    assert -1 <= found[0] < found[1] <= 1
+
+
+def test_the_interval_of_nearly_equal_groups_covers() -> None:
+    generator = numpy.random.default_rng(5)
+    covered = 0
+    for _ in range(100):
+        groups = [(generator.random(20) < share).astype(float).tolist() for share in (0.99, 0.98, 0.03)]
+        low, high = mean_interval(*groups)
+        covered += low <= 2 / 3 <= high
+    assert covered >= 90
+
+
 def test_seeds_interval_is_students() -> None:
     mean, low, high = seeds_interval([0.5, 0.6, 0.7])
     half = 4.302653 * 0.1 / 3**0.5  # t(.975) with two degrees of freedom
     assert (mean, low, high) == pytest.approx((0.6, 0.6 - half, 0.6 + half))
     assert seeds_interval([0.5]) == (0.5, None, None)
+    mean, low, high = seeds_interval([0.8 - 0.7, 0.9 - 0.8, 0.1])  # equal up to rounding
+    assert mean == low == high == pytest.approx(0.1)
 
 
 def test_right_and_wrong_items_are_compared_by_mcnemars_exact_test() -> None:
