@@ -50,12 +50,14 @@ class EvalResult(Printable):
 
     @property
     def base(self) -> EvalResult | None:
-        """The base's result on the same items; None without a base."""
+        """The base's result on the same items, without a context; None without a base."""
         of_base = self.details.get("base")
         if of_base is None:
             return None
-        same = {name: self.details[name] for name in ("settings", "scorers", "dropped")}
-        return EvalResult(self.details["settings"]["base"], self.data, {**same, **of_base})
+        name = self.details["settings"]["base"]
+        settings = {**self.details["settings"], "model": name, "base": None, "context": None}
+        same = {key: self.details[key] for key in ("scorers", "dropped")}
+        return EvalResult(name, self.data, {**of_base, **same, "settings": settings})
 
     def print(self, console: Console) -> None:
         """Print a table with one line per score, next to the base's if given."""

@@ -312,6 +312,7 @@ def evaluate(
         result["dropped"] = len(demonstrations) - len(questions.rows)
         if base is not None:
             result["base"], of_base = _measured(base, for_base, config, judge)
+            result["base"]["dropped"] = result["dropped"]  # the same rows
             result["paired"] = _paired(result["base"], result)
             result["distance"] = {
                 "general": asdict(_general_distance(base, loaded, config)),

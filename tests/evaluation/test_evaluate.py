@@ -120,6 +120,20 @@ def test_evaluate_counts_right_replies(
     assert "items are too few" not in " ".join(alone.split())
 
 
+def test_the_bases_own_result_is_of_what_the_base_was_asked() -> None:
+    scores = {"accuracy": 0.5, "accuracy_interval": [0.1, 0.9], "items": 4, "completion/thinking": 0}
+    scores |= {f"completion/{key}": 1.0 for key in ("length", "said", "truncated")}
+    settings = {"model": "tuned", "base": "small", "context": "document:show=document", "seed": 0}
+    details = {**scores, "settings": settings, "scorers": ["exact"], "dropped": 3, "base": {**scores, "dropped": 1}}
+    base = EvalResult("tuned", "test.jsonl", details).base
+    assert base is not None
+    assert base.details["settings"] == {"model": "small", "base": None, "context": None, "seed": 0}
+    assert base.details["dropped"] == 3
+    said = " ".join(repr(base).split())
+    assert "small on test.jsonl" in said
+    assert "context" not in said
+
+
 @pytest.mark.parametrize(
     ("items", "unlike", "said"),
     [
@@ -259,7 +273,7 @@ def test_rows_that_one_of_them_has_no_room_for_are_left_out_for_both(
     for one, other in ((model, base), (base, model)):
         config = EvalConfig(model=one, base=other, data=str(data), max_completion_length=5, on_long_prompt="drop")
         result = evaluate(config)
-        assert (result["items"], result["base"]["items"], result["dropped"]) == (2, 2, 2)
+        assert (result["items"], result["base"]["items"], result["dropped"], result["base"]["dropped"]) == (2, 2, 2, 2)
         alone = evaluate(config.model_copy(update={"data": str(fitting), "on_long_prompt": "error"}))
         assert result["distance"]["new_task"] == pytest.approx(alone["distance"]["new_task"], rel=1e-4)
         assert result["distance"]["new_task"]["kl_base"] > 0.001
