@@ -32,7 +32,9 @@ from selfdistill.errors import UserError
 JUDGE = "judge"
 """The setting with which another model grades replies; not a scorer that :func:`score` accepts."""
 
-_LIST_OF_TEXTS = re.compile(r"""\s*\[\s*['"].*['"]\s*\]\s*""", re.DOTALL)
+_ITEM = r"""(?:'[^']*'|"[^"]*"|[\d.eE+-]+|None|True|False)"""
+_PYTHON_LIST = re.compile(rf"""\s*\[\s*(?:['"].*['"]|(?=.*['"])(?:{_ITEM}\s*,\s*)*{_ITEM})\s*\]\s*""", re.DOTALL)
+"""A list with a text: only texts, also malformed, or texts, numbers and constants."""
 
 
 def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], row: Demonstration, scorer: str) -> str:
@@ -225,15 +227,17 @@ def contains(reply: str, demonstration: Demonstration) -> bool:
 
 
 def _answers(expected: Any, scorer: str, demonstration: Demonstration) -> list[Any]:
-    """The answers of a list, or of its JSON text, as tables keep it; else the one answer."""
+    """The answers of a list, or of the JSON text of one with a text, as tables keep it; else the one answer."""
     if isinstance(expected, list):
         return expected
-    if not isinstance(demonstration.answer, str) or not _LIST_OF_TEXTS.fullmatch(expected):
+    if not isinstance(demonstration.answer, str):
         return [expected]
     answers = from_text(expected)
-    if not isinstance(answers, list):
+    if isinstance(answers, list):
+        return answers if any(isinstance(answer, str) for answer in answers) else [expected]
+    if _PYTHON_LIST.fullmatch(expected):
         raise _unusable(scorer, demonstration, "it is the text of a Python list, expected a list or its JSON text")
-    return answers
+    return [expected]
 
 
 def choice(reply: str, demonstration: Demonstration) -> bool:

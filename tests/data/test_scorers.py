@@ -47,6 +47,9 @@ def test_default_scorer() -> None:
         ('["Lima", "La Paz"]', "It is La Paz.", "It is Quito."),
         (' [ "it\'s", "a b" ] ', "a b", "b a"),
         ('["利馬", "Lima"]', "利馬", "秘魯"),
+        ('[5, "five"]', "It is five.", "It is six."),
+        ('[5, "five"]', "It is 5.", "55"),
+        ('["five", 5.0]', "5", "five5"),
     ],
 )
 def test_contains_reads_the_json_text_of_a_list(answer: str, right: str, wrong: str) -> None:
@@ -54,7 +57,10 @@ def test_contains_reads_the_json_text_of_a_list(answer: str, right: str, wrong: 
     assert not score("contains", wrong, row(answer))
 
 
-@pytest.mark.parametrize("answer", ["['Lima', 'La Paz']", "['Lima' 'La Paz']", """['a', "it's"]""", "[\"a\", 'b']"])
+@pytest.mark.parametrize(
+    "answer",
+    ["['Lima', 'La Paz']", "['Lima' 'La Paz']", """['a', "it's"]""", "[\"a\", 'b']", "[5, 'five']", "['five', None]"],
+)
 def test_contains_refuses_a_list_as_python_writes_it(answer: str) -> None:
     with pytest.raises(UserError, match="it is the text of a Python list, expected a list or its JSON text"):
         score("contains", "Lima", row(answer))
@@ -62,7 +68,7 @@ def test_contains_refuses_a_list_as_python_writes_it(answer: str) -> None:
 
 
 def test_contains_takes_other_brackets_as_they_are() -> None:
-    for answer in ("[1, 2]", "[a]", "x[0]"):
+    for answer in ("[1, 2]", "[a]", "x[0]", '[["a", 1]]', "['a'] == x[0]", "[a, 'b']"):
         assert score("contains", f"It is {answer}.", row(answer))
     assert score("contains", '["a", "b"]', row(completion='["a", "b"]'))
     assert not score("contains", "a", row(completion='["a", "b"]'))
