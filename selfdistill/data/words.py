@@ -44,13 +44,17 @@ _GROUPS = regex.compile(
 _LATEX = (
     (regex.compile(r"(?<![\\$])(\$\$?)(?=[^\s$])([^$\n]+?)(?<=\S)\1(?![\d$])"), r" \2 "),  # $x$, not $5 to $6
     (regex.compile(r"\\[cdt]?frac\s*(?|\{\s*(\d+)\s*\}|(\d))\s*(?|\{\s*(\d+)\s*\}|(\d))"), r"\1/\2"),
-    (regex.compile(r"(?<=\^)\{\s*(-?[\p{L}\p{N}.]+)\s*\}"), r"\1"),  # x^{n+1} is not x^n+1
+    (regex.compile(r"(?<=[\^_])\{\s*(-?[\p{L}\p{N}.]+)\s*\}"), r"\1"),  # x^{n+1} is not x^n+1
     (regex.compile(r"\\(?:text|math|box|fbox|operatorname)\w*\s*(?=\{)"), ""),
     (regex.compile(r"(?<=\d)(?:\\[,!;:]|\{,\})(?=\d{3})"), ","),
     (regex.compile(r"\\([%$#&_{}])"), r"\1"),
+    (regex.compile(r"(?<=[\p{L}\p{N}])\\(?=\p{L})"), " "),  # 2\pi is 2 \pi, but a+\pi is not the grade a+
+    (regex.compile(r"\\(?=\p{L})"), ""),
 )
 _SIGN_BEFORE_CURRENCY = regex.compile(r"-(\p{Sc})\s?(?=\d)")
-_CURRENCY_AFTER = regex.compile(rf"(?=[-\d])(?<!\.|{_IN_WORD})(-?\d+(?:\.\d+)*)\s?(\p{{Sc}})(?!\d)", regex.VERSION1)
+_CURRENCY_AFTER = regex.compile(
+    rf"(?=[-\d])(?<![.\^]|{_IN_WORD})(-?\d+(?:\.\d+)*(?:\^-?\d+)?)\s?(\p{{Sc}})(?!\d)", regex.VERSION1
+)
 _PERCENT_BEFORE = regex.compile(r"(?<!\d\s?)%(\d+(?:\.\d+)?)")
 
 _MINUS = r"(?:(?<![\p{L}\p{N})\]])-)?"
@@ -66,11 +70,13 @@ _TOKEN = regex.compile(
     | [[{UNSPACED}]--\p{{M}}][\p{{M}}\u30fc]*
     | (?:(?<![.)\]]|{_IN_WORD})\.(?=\p{{L}}))? {_IN_WORD}+ (?:\+\+|\#|\+(?!{_IN_WORD}|[+(\\]))?
     | [[\p{{S}}\#%&@/]--[\^`~|]]
-    | (?<=[\p{{L}}\p{{N}}])[*_^~|\\](?=[\p{{L}}\p{{N}}-])
+    | (?<=[\p{{L}}\p{{N}}])[*_~|\\](?=[\p{{L}}\p{{N}}-])
+    | (?<=[\p{{L}}\p{{N}})\]}}])\^(?=[\p{{L}}\p{{N}}-])
     """,
     regex.VERSION1 | regex.VERBOSE,
 )
-_WITH_UNIT = regex.compile(r"(-?\d[\d.]*(?:e-?\d+)?)(\p{L})")
+_VALUE = r"-?\d[\d.]*(?:e-?\d+)?"
+_WITH_UNIT = regex.compile(rf"(?=[-^\d])((?:{_VALUE})?(?:\^{_VALUE})*)(\p{{L}})")
 _ALONE = regex.compile(r"(-?(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,4})?)(?:\s?([%\u2030]))?")
 _PADDED = regex.compile(r"-?0\d")
 _CODE = regex.compile(r"(-?)0+(\d[\d.]*)(.*)")
@@ -93,27 +99,44 @@ def words_of(text: str) -> list[str]:
     """The words of a text as :func:`includes` compares them, in lower case (casefold).
 
     - A number, with its minus and percent sign, as its value: ``1,234.50`` and ``1234.5`` are one word, and so are
-      ``1/2``, ``1.2.3`` and ``5k``. A number that begins with 0 is a code and stays as written. The point separates
-      decimals; commas, apostrophes and spaces separate thousands.
+      ``1/2``, ``1.2.3``, ``5k`` and ``10^5``. In ``x^2`` the exponent is one, ``^2``. A number that begins with 0 is a
+      code and stays as written. The point separates decimals; commas, apostrophes and spaces separate thousands.
     - A run of letters, digits and their marks, with what a name begins or ends with: ``.net``, ``c++``, ``c#``, ``a+``.
     - A character of a script without spaces, with its marks.
     - Any other sign that is no punctuation: a currency (always before its number), ``+ = / & @ #`` and symbols; ``* _ ^
-      ~ | \\`` only between letters or digits, for elsewhere they are Markdown or LaTeX.
+      ~ |`` only between letters or digits, and ``\\`` only before a digit, for elsewhere they are Markdown or LaTeX.
     """
     text = unicodedata.normalize("NFKC", plain(_TRADE_MARKS.sub(" ", text)).casefold())
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = _SIGN_BEFORE_CURRENCY.sub(r"\1-", _ungrouped(text))
     text = _PERCENT_BEFORE.sub(r"\1%", _CURRENCY_AFTER.sub(r"\2\1", text))
-    words = []
+    words: list[str] = []
+    tokens: list[regex.Match[str]] = []
     for token in _TOKEN.finditer(text):
-        if token.lastgroup is None:
-            words.append(token[0])
-        elif token["above"]:
-            words.append(f"{_value(token['above'])}/{_value(token['below'])}")
-        else:
-            words.append(_value(token["number"]) + (token["unit"] or token["percent"] or ""))
+        words.append(_word(token))
+        tokens = [*tokens[-2:], token]
+        if size := _size_of_power(tokens):
+            words[-size:] = ["".join(words[-size:])]
     return words
+
+
+def _size_of_power(tokens: Sequence[regex.Match[str]]) -> int:
+    """How many of the last tokens make one word: 3 in 10^5 and 2^n, 2 in x^2, whose exponent it is; 0 if none do."""
+    if len(tokens) < 2 or tokens[-2][0] != "^" or tokens[-2].end() != tokens[-1].start():
+        return 0
+    base = tokens[0] if len(tokens) > 2 and tokens[0].end() == tokens[1].start() else None
+    if base and base.lastgroup and base["unit"] is None:
+        return 3
+    return 2 if tokens[-1].lastgroup else 0
+
+
+def _word(token: regex.Match[str]) -> str:
+    if token.lastgroup is None:
+        return token[0]
+    if token["above"]:
+        return f"{_value(token['above'])}/{_value(token['below'])}"
+    return _value(token["number"]) + (token["unit"] or token["percent"] or "")
 
 
 def includes(words: Sequence[str], wanted: Sequence[str]) -> bool:

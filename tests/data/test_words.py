@@ -61,6 +61,11 @@ def test_how_many_words(text: str, count: int) -> None:
         ("10^-5", "10⁻⁵", "10^{-5}"),
         ("x^n", "$x^{n}$"),
         ("9.8 m/s^2", "9.8m/s²", "9.80 m/s^{2}", "9.8m/s^2"),
+        ("3\\sqrt{2}", "3 \\sqrt{2}", "$3 \\sqrt{2}$"),
+        ("2\\pi", "$2 \\pi$", "2 \\pi"),
+        ("a+\\beta", "a + \\beta"),
+        ("x_1", "$x_{1}$", "x_{ 1 }"),
+        ("€10^5", "10^5 €", "10⁵€"),
     ],
     ids=lambda ways: ways[0],
 )
@@ -154,6 +159,39 @@ def test_numbers_with_units_of_one_letter(wanted: str, text: str, there: bool) -
     assert includes(words_of(text), words_of(wanted)) is there
 
 
+@pytest.mark.parametrize(
+    ("wanted", "text", "there"),
+    [
+        ("10", "10^5", False),
+        ("5", "10^5", False),
+        ("5", "10⁻⁵", False),
+        ("10", "10^-5", False),
+        ("2", "x^2", False),
+        ("2", "(a+b)^{2}", False),
+        ("2", "2^n", False),
+        ("2", "m/s²", False),
+        ("3", "2^3^4", False),
+        ("10^5", "about 10^5 m", True),
+        ("10^5 m", "10⁵m", True),
+        ("x^2 y", "x^2y", True),
+        ("x", "x^2", True),
+        ("n", "x^n", True),
+        ("x^2", "3 x² + 1", True),
+        ("9.8 m", "9.8 m/s^2", True),
+        ("2", "x^2 = 2", True),
+        ("x 2", "x^2", False),
+        ("x_1", "$x_{1}$ is", True),
+        ("x_2", "$x_{1}$ and 2", False),
+        ("3\\sqrt{2}", "$3 \\sqrt{2}$", True),
+        ("5", "5e3", False),
+        ("007^2", "7^2", False),
+        ("7^2", "007^2", True),
+    ],
+)
+def test_powers_are_other_numbers(wanted: str, text: str, there: bool) -> None:
+    assert includes(words_of(text), words_of(wanted)) is there
+
+
 @pytest.mark.property
 @given(st.text(alphabet="aéİßक्ी東ーน้서x01279.,+-#%$€/'&@=_*^()½²① \u200b\u00a0٣", max_size=8))
 def test_an_answer_is_found_in_a_sentence(answer: str) -> None:
@@ -166,7 +204,29 @@ def test_an_answer_is_found_in_a_sentence(answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["1 ", "1,234 ", "1/", "1'", "$", "%", "+", "²", "ก", "\\text{", "_a", "٠", "-", "5m ", "\\frac1", "^{"]
+    "piece",
+    [
+        "1 ",
+        "1,234 ",
+        "1/",
+        "1'",
+        "$",
+        "%",
+        "+",
+        "²",
+        "ก",
+        "\\text{",
+        "_a",
+        "٠",
+        "-",
+        "5m ",
+        "\\frac1",
+        "^{",
+        "_{a",
+        "2^",
+        "x^2",
+        "\\a",
+    ],
 )
 def test_a_degenerate_reply_takes_no_quadratic_time(piece: str) -> None:
     began = time.monotonic()
