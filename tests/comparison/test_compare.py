@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from selfdistill.cli import main
 from selfdistill.comparison.compare import compare
 from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
+from selfdistill.config.files import continued, load_yaml, with_runs_of
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
+from selfdistill.runtime.files import folder_lock
 
 # The package has a function of this name, too.
 module = importlib.import_module("selfdistill.comparison.compare")
@@ -163,6 +166,80 @@ def test_a_comparison_that_was_stopped_goes_on_with_the_run_it_was_in(
     result = compare(config, resume=True).details
     assert started == [f"sft-0.001-seed{seed}" for seed in (0, 1, 1, 2)]
     assert _without_time(result) == _without_time(whole)
+
+
+def test_runs_that_are_added_take_nothing_from_the_result(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: dict[str, Any] = {"prior": None, "test": settings().data, "context": "turns"}
+    first = settings(methods="sdft", seeds="0,1", **shared)
+    folder = Path(first.output_dir)
+    finished = compare(first).details
+    real = module.train
+
+    def stopped_in_sft(run: TrainConfig, **options: Any) -> Path:
+        if run.method == "sft":
+            raise RunStopped("stopped", 15)
+        return real(run, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", stopped_in_sft)
+        with pytest.raises(RunStopped):
+            compare(settings(methods="sft,sdft", seeds="0,1", **shared), resume=True)
+    kept = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    assert kept["moved"] == json.loads(json.dumps(finished["moved"]))
+    assert kept["runs"] == json.loads(json.dumps(finished["runs"]))
+
+    more = compare(continued({"output_dir": str(folder), "seeds": "3"}, CompareConfig), resume=True).details
+    assert [(run["method"], run["seed"]) for run in more["runs"]] == [
+        (method, seed) for seed in (0, 1, 3) for method in ("sdft", "sft")
+    ]
+    saved = load_yaml(folder / "config.yaml", CompareConfig)
+    assert (saved["methods"], saved["seeds"]) == (["sdft", "sft"], [0, 1, 3])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({}, {"learning_rates": "1e-3"}, "learning_rates was 'none' and is now (0.001,)"),
+        ({}, {"vary": {"teacher": ["ema"]}}, "vary was {} and is now {'teacher': ['ema']}"),
+        (
+            {"vary": {"teacher": ["ema"]}},
+            {"vary": {"ema_rate": [0.1]}},
+            "vary was {'teacher': ['ema']} and is now {'ema_rate': [0.1]}",
+        ),
+        ({}, {"arms": {"a": {"method": "sft"}}}, "arms was {} and is now {'a': {'method': 'sft'}}"),
+    ],
+)
+def test_runs_that_would_replace_those_of_a_comparison_are_refused(
+    settings: Callable[..., CompareConfig], before: dict[str, Any], now: dict[str, Any], said: str
+) -> None:
+    default: dict[str, Any] = {"learning_rates": ()}
+    message = f"{said}; a resumed comparison keeps its runs: leave these out, or start a new run in another output_dir"
+    with pytest.raises(UserError, match=re.escape(message)):
+        with_runs_of(settings(**default | before), settings(**default | now), Path("config.yaml"))
+
+
+def test_values_may_be_added_to_what_is_varied(settings: Callable[..., CompareConfig]) -> None:
+    saved = settings(vary={"teacher": ["ema"]}, learning_rates="1e-3")
+    added = with_runs_of(
+        saved, settings(vary={"teacher": ["frozen", "ema"]}, learning_rates="1e-4"), Path("config.yaml")
+    )
+    assert (added.vary, added.learning_rates) == ({"teacher": ["ema", "frozen"]}, (1e-3, 1e-4))
+    assert with_runs_of(saved, settings(), Path("config.yaml")) == saved
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_do_not_share_a_comparison(settings: Callable[..., CompareConfig], resume: bool) -> None:
+    config = settings(methods="sft", seeds="0")
+    folder = Path(config.output_dir)
+    with folder_lock(folder, ""), pytest.raises(UserError, match="comparison': in use by another process; wait for"):
+        compare(config, resume=resume)
+    assert not list(folder.iterdir())
+    with pytest.raises(UserError, match="batch_size"):
+        compare(config.model_copy(update={"batch_size": 0}), resume=resume)
+    with folder_lock(folder, "free"):
+        pass
 
 
 def _without_time(result: dict[str, Any]) -> Any:
