@@ -24,7 +24,6 @@ from selfdistill.data import (
     parse_context,
     shown_text,
 )
-from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.distances import ANSWER_TOKENS, Between, between
 from selfdistill.evaluation.episodes import (
@@ -53,7 +52,7 @@ from selfdistill.model import (
     to_best_device,
     use_engine,
 )
-from selfdistill.runtime import say, say_note
+from selfdistill.runtime import check_writable, say, say_note
 
 ASKED = ("model", "base", "data", "prior", "context", "max_completion_length", "num_samples", "temperature", "seed")
 """Settings reported with a result."""
@@ -275,8 +274,8 @@ def evaluate(
     Raises:
         UserError: settings, data or a model are invalid.
     """
-    if config.replies and not Path(config.replies).absolute().parent.is_dir():
-        raise UserError(f"replies {config.replies!r}: cannot be written; give a file in an existing folder")
+    if config.replies:
+        check_writable(config.replies, f"replies {config.replies!r}")
     data = config.data if rows is None else rows
     scored = unscored(config)
     shown = parse_context(config.context).lacks if config.context else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from math import comb
@@ -276,11 +277,19 @@ def test_thinking_is_counted_and_not_scored(
     assert (found.correct, found.thinking, found.lengths) == ([True], [len("is it 5?")], [len(text) + 1])
 
 
+@pytest.mark.parametrize("place", ["no/such/folder/x.jsonl", "folder", "file/x.jsonl", "read_only"])
 def test_a_file_for_replies_that_cannot_be_written_is_refused_first(
-    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+    write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    config = EvalConfig(model="none/there", data=str(write_rows()), replies="no/such/folder/x.jsonl")
-    with pytest.raises(UserError, match=r"replies 'no/such/folder/x\.jsonl': cannot be written"):
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "read_only"):
+        (tmp_path / name).touch()
+    # Root, who runs some tests, may write everything.
+    monkeypatch.setattr("selfdistill.runtime.files.os.access", lambda path, _: path.name != "read_only")
+    replies = str(tmp_path / place)
+    config = EvalConfig(model="none/there", data=str(write_rows()), replies=replies)
+    message = f"replies {replies!r}: cannot be written; give a file in an existing folder"
+    with pytest.raises(UserError, match=re.escape(message)):
         evaluate(config)
 
 
