@@ -144,8 +144,10 @@ def _facts(comparison: Json) -> list[tuple[str, str]]:
     return [(key, str(comparison[key])) for key in ("model", "data", "test", "prior", "budget") if comparison.get(key)]
 
 
-def _settings(runs: list[RunFolder]) -> tuple[Table | None, Table]:
-    """The settings that differ between the runs, and the common ones with their meaning."""
+def _settings(runs: list[RunFolder]) -> tuple[Table | None, Table | None]:
+    """The settings that differ between the runs, and the common ones with their meaning; None if there are none."""
+    if not runs:  # all failed
+        return None, None
     configs = [run.config.model_dump(exclude={"output_dir"}) for run in runs]
     differ = [key for key in configs[0] if any(config[key] != configs[0][key] for config in configs)]
     rows = [[run.name, *(str(config[key]) for key in differ)] for run, config in zip(runs, configs, strict=True)]

@@ -78,7 +78,7 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
         table.add_row(escape(name), str(items), *cells)
 
     def number(name: str, text: str, of_base: str = "") -> None:
-        table.add_row(escape(name), "", text, *((of_base, "", "") if base else ()))
+        table.add_row(escape(name), "", escape(text), *((of_base, "", "") if base else ()))
 
     items = result["items"]
     if context := result["settings"]["context"]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from selfdistill.cli import main
 from selfdistill.comparison.compare import compare
+from selfdistill.comparison.compare_result import CompareResult
 from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
 from selfdistill.config.files import continued, load_yaml, with_runs_of
@@ -276,6 +277,40 @@ def test_a_run_that_diverges_is_reported_and_not_tried_again(
     assert "the loss is nan" in capsys.readouterr().err
     compare(config, resume=True)
     assert len(started) == 2
+
+
+def test_a_comparison_whose_runs_all_failed_has_a_report(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = module.train
+
+    def fail(step: int, _loaded: Any, _metrics: Any) -> None:
+        raise RunFailed(f"step {step}: the loss is nan")
+
+    monkeypatch.setattr(module, "train", lambda run, **options: real(run, on_step=fail, **options))
+    config = settings(methods="sft", seeds="0")
+    assert compare(config).all_failed
+    page = tmp_path / "report.html"
+    report(ReportConfig(runs=[config.output_dir], output=str(page)))
+    text = page.read_text(encoding="utf-8")
+    assert "1 of 1 runs failed and are excluded: sft 0.001 seed 0." in text
+    assert "No run here finished." in text
+
+
+def test_names_of_arms_are_no_markup() -> None:
+    names = ["sdft [ema]", "sdft [live]", "[/x]"]
+    row = {"learning_rate": 1e-3, "steps": 2, "seeds": 1, "seconds": 60.0, "accuracy": (0.5, None, None)}
+    details = {
+        "data": "d.jsonl",
+        "test": "t.jsonl",
+        "base": {"items": 2, "accuracy": 0.5},
+        "teacher": None,
+        "rag": None,
+        "table": [row | {"method": name, "prior_accuracy": None, "kl_base": None} for name in names],
+        "sentence": "",
+    }
+    said = repr(CompareResult(Path("folder"), details))
+    assert [name for name in names if f" {name} 0.001 " in said] == names
 
 
 def test_an_engine_that_fails_ends_no_run_for_good(

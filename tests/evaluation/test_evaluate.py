@@ -299,7 +299,10 @@ def test_names_are_no_markup(
     (tmp_path / "a[").mkdir()
     data = write_rows(count=2, name="a[/b].jsonl")
     result = evaluate(EvalConfig(model=str(model_folder()), data=str(data), max_completion_length=3))
-    assert "a[/b].jsonl" in "".join(repr(EvalResult("model", str(data), result)).split())
+    result["settings"]["context"] = "[/x]"
+    said = "".join(repr(EvalResult("model", str(data), result)).split())
+    assert "a[/b].jsonl" in said
+    assert "[/x]" in said
 
 
 def test_what_is_demonstrated_is_scored_first(
