@@ -125,6 +125,8 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
         if prior["accuracy_norm"] is not None:
             theirs = f"{of_base['accuracy_norm']:.3f}" if of_base else ""
             number("  normalised by length", f"{prior['accuracy_norm']:.3f}", theirs)
+        if cells := _truncated(prior, of_base):
+            number("  truncated replies", *cells)
     if len(result.get("prior", {})) > 1:
         count = sum(prior["items"] for prior in result["prior"].values())
         keys = ("prior_accuracy", "prior_interval")
@@ -140,6 +142,12 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
         console.print("p: p-value of a paired test.", highlight=False)
         unlike = tests["accuracy"]["unlike"] or 0.5  # models that never differ give no estimate
         console.print(_detected(items, unlike), highlight=False)
+
+
+def _truncated(*priors: dict[str, Any] | None) -> list[str]:
+    """The share of truncated replies of the model and its base on a prior; empty if there are none."""
+    counts = [(prior.get("truncated") or 0, prior["items"]) for prior in priors if prior]  # older results lack it
+    return [f"{count / items:.1%}" for count, items in counts] if any(count for count, _ in counts) else []
 
 
 def _detected(items: int, unlike: float) -> str:

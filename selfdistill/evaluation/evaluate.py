@@ -65,7 +65,8 @@ Evaluation = dict[str, Any]
 - With a judge: ``accuracy_lenient``.
 - With an environment, whose verdicts are then in ``correct``, means over episodes: ``episode/reward``,
   ``episode/reward_interval``, ``episode/turns`` and ``episode/invalid_calls``.
-- With priors: ``prior`` (by name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct``),
+- With priors: ``prior`` (by name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct`` and, for
+  questions in a file, ``truncated``, the number of replies at the length limit),
   ``prior_accuracy`` (mean over names) and ``prior_interval``.
 
 All intervals are 95% intervals.

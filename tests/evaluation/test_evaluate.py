@@ -119,6 +119,10 @@ def test_evaluate_counts_right_replies(
         assert few in " ".join(repr(EvalResult(folder, str(data), result | {"items": items})).split())
     alone = repr(EvalResult(folder, str(data), result | {"base": None, "paired": {}, "distance": {}}))
     assert "items are too few" not in " ".join(alone.split())
+    assert alone.count("truncated replies") == 2  # of the task, and of the prior
+    for side in (result, result["base"]):
+        assert side["prior"]["q"].pop("truncated") == 1
+    assert repr(EvalResult(folder, str(data), result)).count("truncated replies") == 1  # older results do not count
 
 
 def test_unusable_answers_are_named_together_before_anything_is_sampled(
