@@ -233,7 +233,7 @@ def compare(
         data: demonstrations; see :data:`Rows`. In-memory rows are saved in ``output_dir``.
         test: held-out rows on which every run is evaluated.
         output_dir: folder of the comparison, with a run folder for each method, learning rate and seed.
-        resume: resume the comparison; finished runs are kept, and ``seeds`` may be added.
+        resume: resume the comparison; its runs are kept, and ``methods``, ``seeds`` and more values may be added.
         progress: show bars and notes.
         settings: the options of ``selfdistill compare``. ``anchors`` may also be rows in memory.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from selfdistill.errors import RunFailed, UserError
 from selfdistill.runtime import (
     Printable,
     check_device,
+    check_writable,
     is_rank0,
     result_console,
     say_note,
@@ -297,9 +297,8 @@ def _printed(given: dict[str, Any]) -> Iterator[Callable[[Printable | None, dict
     else to standard error.
     """
     file: str | None = given.pop("json", None)
-    path = Path(file or "-").absolute()
-    if file not in (None, "-") and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-        raise UserError(f"--json {file}: cannot be written; give a file in an existing folder, or -")
+    if file not in (None, "-"):
+        check_writable(file, f"--json {file}", ", or -")
     shown: list[dict[str, Any]] = []
 
     def show(result: Printable | None, details: dict[str, Any]) -> None:
@@ -313,4 +312,4 @@ def _printed(given: dict[str, Any]) -> Iterator[Callable[[Printable | None, dict
     if file == "-":
         print(text)
     elif file is not None:
-        path.write_text(text + "\n", encoding="utf-8")
+        Path(file).write_text(text + "\n", encoding="utf-8")

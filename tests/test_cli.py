@@ -1072,7 +1072,7 @@ def test_json_over_a_file_that_is_read_only(
 ) -> None:
     Path("result.json").write_text("{}")
     # Root, who runs some tests, may write everything; so ask the mode.
-    monkeypatch.setattr("selfdistill.cli.os.access", lambda path, how: bool(os.stat(path).st_mode & 0o200))
+    monkeypatch.setattr("selfdistill.runtime.files.os.access", lambda path, how: bool(os.stat(path).st_mode & 0o200))
     Path("result.json").chmod(0o444)
     message = "--json result.json: cannot be written; give a file in an existing folder, or -"
     fails(capsys, f"eval {BASE} --json result.json", message)

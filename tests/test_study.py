@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from selfdistill.comparison.compare import compare, runs_of
+from selfdistill.comparison.compare import compare
+from selfdistill.comparison.kinds import runs_of
 from selfdistill.config.commands import CompareConfig, EvalConfig
 from selfdistill.config.files import continued, load_yaml
 from selfdistill.config.train import TrainConfig
@@ -123,9 +124,10 @@ def test_varied_contexts_have_no_common_teacher(
 
 @pytest.mark.slow
 def test_other_values_do_not_take_the_runs_of_the_first(settings: Callable[..., CompareConfig]) -> None:
-    compare(settings(vary={"lora_rank": [2]}))
+    compare(settings(vary={"num_generations": [1]}))
     result = compare(settings(vary={"num_generations": [2]}), resume=True).details
-    assert [run["folder"] for run in result["runs"]] == ["sdft-num_generations_2-0.001-seed0"]
+    folders = [f"sdft-num_generations_{count}-0.001-seed0" for count in (1, 2)]
+    assert [run["folder"] for run in result["runs"]] == folders
     with pytest.raises(UserError, match=r"temperature was 1\.0 and is now 0\.5"):
         compare(settings(vary={"num_generations": [2]}, temperature=0.5), resume=True)
 
@@ -157,7 +159,8 @@ def test_arms_have_settings_of_their_own(settings: Callable[..., CompareConfig],
     assert (saved["method"], saved["method_settings"]) == ("isdft", {"share": 0.5})
     file.write_text("sdft: {method: sdft}\nfull: {method: isdft}\n")
     more = continued({"output_dir": config.output_dir, "arms": str(file)}, CompareConfig)
-    assert [run["method"] for run in compare(more, resume=True).details["runs"]] == ["sdft", "full"]
+    names = [run["method"] for run in compare(more, resume=True).details["runs"]]
+    assert names == ["sdft", "gentle, half", "sft", "full"]
 
 
 @pytest.mark.parametrize(

@@ -12,29 +12,37 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from selfdistill.comparison.compare_result import CompareResult
 from selfdistill.comparison.conclusions import Compared, mean_points, points_of, sentences, table
+from selfdistill.comparison.kinds import first_run, kinds_of, runs_of
 from selfdistill.comparison.plots import Curve, trade_off
-from selfdistill.config import CompareConfig, TrainConfig, TrainingSettings, dump_yaml, load_saved, refuse_changes
+from selfdistill.config import (
+    CompareConfig,
+    TrainConfig,
+    dump_yaml,
+    load_saved,
+    refuse_changes,
+    with_runs_of,
+)
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
-from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, unused_settings, uses
+from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, uses
 from selfdistill.model import LoadedModel, load_for_training, refuse_float16, start_fingerprint
-from selfdistill.runtime import StopRequests, read_lines, say, write_atomically
+from selfdistill.runtime import StopRequests, folder_lock, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, check_parts, list_checkpoints, steps_of, train
 
 ORACLE_RAG = "document:show=document"
 """Context for evaluating the untrained base: each question's own document."""
-_SAFE = ":=, "
-"""Characters allowed in folder names, besides letters, digits and ``_.-~``."""
 _BUDGET = ("max_steps", "batch_size", "num_demonstrations")
 """Settings that the sentence about the budget names."""
+_FAILED = "failed.txt"
+"""File in the folder of a run that failed: why."""
 EVALUATIONS = 5
 """Evaluations of a run after its start, if ``eval_steps`` is 0."""
 
@@ -46,7 +54,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
 
     Args:
         config: settings.
-        resume: resume the comparison; finished runs are kept.
+        resume: resume the comparison; its runs are kept, and others of ``config`` are added.
         given: names of files that may already be in the folder at the start.
 
     Returns:
@@ -55,32 +63,46 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
         given each question's document, if the rows have documents), ``runs``, ``table``.
 
     Raises:
-        UserError: a mistake the user can fix.
+        UserError: a mistake the user can fix, or another process uses the folder.
         RunStopped: a signal stopped the comparison; its progress is saved.
     """
     folder = check_output_dir(config.output_dir, resume=resume, given=given)
-    config = _settled(config, folder, resume, given)
-    base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
-    if not all({"lora_rank": config.lora_rank, **kind.values}["lora_rank"] for kind in _kinds(config)):
-        refuse_float16(base.model, config.model)
-    config = config.model_copy(update={"template_date": base.chat(date=config.template_date).date})
-    demonstrations = _common_rows(config, base)
-    evaluator = Evaluator(config, base)
-    teacher = None if config.context == "auto" else evaluator.shown(base, config.context, "teacher")
-    shown = {"teacher": teacher, "rag": _rag(evaluator, base)}
-    _begin(folder, config, demonstrations, evaluator, base)
-    del base
-    config = _with_steps(config, len(demonstrations))
-    done, result = _run_all(folder, config, evaluator, demonstrations, shown)
-    _draw(config, done, evaluator, teacher, folder / "trade_off.svg")
-    if teacher and any(run.failed is None for run in done):
-        result["moved"] = _moved(config, evaluator, done)
-        _write(folder, result)
-    return CompareResult(folder, result)
+    begun = resume and folder.exists()
+    with ExitStack() as held:
+        if begun:
+            _lock(folder, held)
+        config = _settled(config, folder, resume, given)
+        base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
+        if not all({"lora_rank": config.lora_rank, **kind.values}["lora_rank"] for kind in kinds_of(config)):
+            refuse_float16(base.model, config.model)
+        config = config.model_copy(update={"template_date": base.chat(date=config.template_date).date})
+        demonstrations = _common_rows(config, base)
+        evaluator = Evaluator(config, base)
+        teacher = None if config.context == "auto" else evaluator.shown(base, config.context, "teacher")
+        shown = {"teacher": teacher, "rag": _rag(evaluator, base), **_moved_before(folder)}
+        if not begun:
+            _lock(folder, held)
+            check_output_dir(config.output_dir, resume=False, given=given)  # another process may have used it since
+        _begin(folder, config, demonstrations, evaluator, base)
+        del base
+        config = _with_steps(config, len(demonstrations))
+        done, result = _run_all(folder, config, evaluator, demonstrations, shown)
+        _draw(config, done, evaluator, teacher, folder / "trade_off.svg")
+        if teacher and any(run.failed is None for run in done):
+            result["moved"] = _moved(config, evaluator, done)
+            _write(folder, result)
+        return CompareResult(folder, result)
+
+
+def _lock(folder: Path, held: ExitStack) -> None:
+    """Lock the comparison's folder while ``held`` is open."""
+    held.enter_context(folder_lock(folder, f"output_dir {str(folder)!r}"))
 
 
 def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[str]) -> CompareConfig:
-    """Validate the settings, and replace the context ``auto`` with that of the resumed comparison or the best one.
+    """Validate the settings, add the runs of a resumed comparison, and replace the context ``auto``.
+
+    The context becomes that of the resumed comparison, or the best one.
 
     Raises:
         UserError: a fixed setting has changed, or an input is invalid.
@@ -93,10 +115,11 @@ def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[
         if config.template_date is None:
             config = config.model_copy(update={"template_date": saved.template_date})
         refuse_changes(written, saved, config)
+        config = with_runs_of(saved, config, written)
     given_by = "arms" if config.arms else "vary"
-    if "auto" in [kind.values.get("context") for kind in _kinds(config)]:
+    if "auto" in [kind.values.get("context") for kind in kinds_of(config)]:
         raise UserError(f"setting {given_by!r}: context 'auto' means the best one; name the contexts to compare")
-    first = [_first_run(config, kind) for kind in _kinds(config)]
+    first = [first_run(config, kind) for kind in kinds_of(config)]
     _refuse_idle(config, first)
     check_inputs(config, given, lacks_of([stage for run in first for stage in stages_of(run)]))
     for run in first:
@@ -152,30 +175,40 @@ def _run_all(
     demonstrations: list[Demonstration],
     shown: dict[str, dict[str, Any] | None],
 ) -> tuple[list[Compared], dict[str, Any]]:
-    """Run all runs; returns them and the result, which is rewritten after each.
+    """Run what is not finished; returns all runs and the result, which is rewritten after each.
 
     Raises:
         RunStopped: a signal stopped the comparison before its last run ended.
     """
     runs = runs_of(config)
-    done: list[Compared] = []
-    result: dict[str, Any] = {}
+    finished = {run.output_dir: _read(label, run) for label, run in runs if _is_finished(run)}
+    if finished:
+        say(f"{len(finished)} of {number_of(len(runs), 'run')} finished before")
+
+    def written() -> tuple[list[Compared], dict[str, Any]]:
+        done = [finished[run.output_dir] for _, run in runs if run.output_dir in finished]
+        result = _summary(config, evaluator, shown, done)
+        _write(folder, result)
+        return done, result
+
     with StopRequests() as stop:
-        for number, (label, run) in enumerate(runs):
+        for number, (label, run) in enumerate(runs, 1):
+            if run.output_dir in finished:
+                continue
             name = Path(run.output_dir).name
-            say(f"run {number + 1} of {len(runs)}: {name}")
+            say(f"run {number} of {len(runs)}: {name}")
             try:
-                done.append(_one(label, run, evaluator, demonstrations))
+                _train(run, evaluator, demonstrations)
+                finished[run.output_dir] = _read(label, run)
             except RunStopped as stopped:
                 stop.received = stopped.signal_number
-            if done:
-                result = _summary(config, evaluator, shown, done)
-                _write(folder, result)
-            if stop.received is not None and len(done) < len(runs):
-                message = f"{folder}: stopped in run {number + 1} of {len(runs)} ({name}); progress is saved, "
+            if finished:
+                written()
+            if stop.received is not None and len(finished) < len(runs):
+                message = f"{folder}: stopped in run {number} of {len(runs)} ({name}); progress is saved, "
                 raise RunStopped(f"{message}continue with resume=True", stop.received)
             gc.collect()
-    return done, result
+    return written()
 
 
 def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
@@ -208,6 +241,13 @@ def _write(folder: Path, result: dict[str, Any]) -> None:
     write_atomically(folder / "comparison.json", json.dumps(result, ensure_ascii=False))
 
 
+def _moved_before(folder: Path) -> dict[str, dict[str, Any]]:
+    """The distances that :func:`_moved` measured before the comparison was resumed; empty if there are none."""
+    file = folder / "comparison.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {"moved": found["moved"]} if "moved" in found else {}
+
+
 def _moved(config: CompareConfig, evaluator: Evaluator, done: list[Compared]) -> dict[str, float]:
     """KL(model||base) on the test rows by run name, for the first finished run of each method and learning rate.
 
@@ -226,70 +266,6 @@ def _moved(config: CompareConfig, evaluator: Evaluator, done: list[Compared]) ->
     }
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Runs that differ only in learning rate and seed."""
-
-    values: dict[str, Any]
-    """The settings, including ``method``, in which they differ from other kinds."""
-    arm: str | None = None
-    """The arm's name; None: it is named after its settings."""
-
-    def names(self, run: TrainConfig) -> tuple[str, str]:
-        """Their name in tables, and the prefix of their folders' names."""
-        if self.arm is not None:
-            return self.arm, quote(self.arm, safe=_SAFE)
-        used = {name: value for name, value in self.values.items() if name != "method" and uses(run, name)}
-        label = [run.method, *(f"{name}={value}" for name, value in used.items())]
-        beginning = [run.method, *(f"{name}_{quote(str(value), safe=_SAFE)}" for name, value in used.items())]
-        return " ".join(label), "-".join(beginning)
-
-
-def _kinds(config: CompareConfig) -> list[_Kind]:
-    """The arms, or each method with each value of the varied setting."""
-    if config.arms:
-        return [_Kind(values, name) for name, values in config.arms.items()]
-    varied = [{name: value} for name, values in config.vary.items() for value in values] or [{}]
-    return [_Kind({"method": method, **values}) for method in config.methods for values in varied]
-
-
-def _first_run(config: CompareConfig, kind: _Kind) -> TrainConfig:
-    """The first run of a kind.
-
-    Raises:
-        UserError: an arm's settings cannot be used, or its method does not use one of them.
-    """
-    try:
-        _, run = _run_config(config, kind, None, config.seeds[0])
-        if kind.arm is not None and (unused := [name for name in kind.values if not uses(run, name)]):
-            raise UserError(f"setting {unused[0]!r}: method {run.method!r} does not use it; remove it")
-        stages_of(run)
-    except UserError as error:
-        raise error if kind.arm is None else UserError(f"arm {kind.arm!r}: {error}") from None
-    return run
-
-
-def runs_of(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
-    """The label and settings of every run. A method that ignores the varied setting runs once per rate and seed."""
-    runs: dict[str, tuple[str, TrainConfig]] = {}
-    for seed in config.seeds:
-        for rate in config.learning_rates or (None,):
-            for kind in _kinds(config):
-                label, run = _run_config(config, kind, None if "learning_rate" in kind.values else rate, seed)
-                runs.setdefault(run.output_dir, (label, run))
-    return list(runs.values())
-
-
-def _run_config(config: CompareConfig, kind: _Kind, rate: float | None, seed: int) -> tuple[str, TrainConfig]:
-    """The label and the settings of a run; if ``rate`` is None, its kind's own rate or that of ``train`` applies."""
-    shared = {name: getattr(config, name) for name in TrainingSettings.model_fields}
-    run = TrainConfig(**shared | {"learning_rate": rate, "seed": seed, "output_dir": "run"} | kind.values)
-    run = run.model_copy(update={name: TrainConfig.model_fields[name].default for name in unused_settings(run)})
-    label, beginning = kind.names(run)
-    parts = [beginning, *([] if rate is None else [f"{rate:g}"]), f"seed{seed}"]
-    return label, run.model_copy(update={"output_dir": str(Path(config.output_dir) / "-".join(parts))})
-
-
 def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration]:
     """The demonstrations that fit every method: all, or with ``on_long_prompt: drop`` those not dropped by any.
 
@@ -298,8 +274,8 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     """
     rows = load_demonstrations(config.data, split=config.split, turns=config.turns)
     count, chat = len(rows), base.chat(config.chat_template_kwargs, config.template_date)
-    for kind in _kinds(config):
-        stages = stages_of(_first_run(config, kind))
+    for kind in kinds_of(config):
+        stages = stages_of(first_run(config, kind))
         for source in (part.method.examples for parts in stages for part in parts):
             fitting, _ = source(rows, base, chat)  # all sources, so that errors come before any run
             if isinstance(source, DemonstrationExamples):
@@ -309,17 +285,35 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     return rows
 
 
-def _one(label: str, run: TrainConfig, evaluator: Evaluator, demonstrations: list[Demonstration]) -> Compared:
-    """Train, unless the run is finished, and read its evaluations."""
+def _is_finished(run: TrainConfig) -> bool:
+    """Whether a run has its final model, or failed."""
     folder = Path(run.output_dir)
-    failure, failed = folder / "failed.txt", None
-    if not (folder / "final").is_dir() and not failure.is_file():
-        try:
-            train(run, resume=folder.exists(), demonstrations=demonstrations, evaluator=evaluator)
-        except RunFailed as error:
-            write_atomically(failure, str(error))
-        for checkpoint in list_checkpoints(folder):  # only needed to resume
-            shutil.rmtree(checkpoint)
+    return (folder / "final").is_dir() or (folder / _FAILED).is_file()
+
+
+def _train(run: TrainConfig, evaluator: Evaluator, demonstrations: list[Demonstration]) -> None:
+    """Train until the run is finished.
+
+    Raises:
+        RunStopped: a signal stopped it.
+    """
+    folder = Path(run.output_dir)
+    try:
+        train(run, resume=folder.exists(), demonstrations=demonstrations, evaluator=evaluator)
+    except RunFailed as error:
+        write_atomically(folder / _FAILED, str(error))
+    for checkpoint in list_checkpoints(folder):  # only needed to resume
+        shutil.rmtree(checkpoint)
+
+
+def _read(label: str, run: TrainConfig) -> Compared:
+    """The evaluations of a finished run.
+
+    Raises:
+        UserError: it has other settings.
+    """
+    folder = Path(run.output_dir)
+    failure, failed = folder / _FAILED, None
     if failure.is_file():
         failed = failure.read_text(encoding="utf-8")
         say(f"note: this run failed: {failed}")
@@ -338,7 +332,7 @@ def _summary(
     budget = f"Every run has {steps} of {prompts} of the same demonstrations"
     if any(run.anchors and run.anchor_share for _, run in runs_of(config)):
         budget += ", anchors included"
-    varied = {name for kind in _kinds(config) for name in kind.values}
+    varied = {name for kind in kinds_of(config) for name in kind.values}
     budget += "".join(f", except for {name}, which is varied" for name in _BUDGET if name in varied) + "."
     return {
         "model": config.model,

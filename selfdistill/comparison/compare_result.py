@@ -61,7 +61,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     for row in result["table"]:
         cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
         name = f"{row['method']} {row['learning_rate']:g}"
-        shown.add_row(name, str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
+        shown.add_row(escape(name), str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
     console.print(shown)
     console.print(
         "KL: KL(base||model) on general prompts, nats per token. In parentheses: 95% intervals over seeds.",

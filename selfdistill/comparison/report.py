@@ -24,6 +24,7 @@ from selfdistill.comparison.plots import Curve, Point, over, pareto_front, trade
 from selfdistill.comparison.run_folders import EVALUATIONS, VIEWS, Json, Part, RunFolder, curve_name, read_folders
 from selfdistill.config import ReportConfig, TrainConfig
 from selfdistill.errors import UserError, number_of
+from selfdistill.runtime import check_writable
 
 FULL_COLOUR = 3
 """Implicit reward, positive or negative, in nats, at which a token is fully coloured."""
@@ -55,9 +56,7 @@ def report(config: ReportConfig) -> Json:
     Raises:
         UserError: a folder is not a run, a file in it cannot be read, or the report cannot be written.
     """
-    target = Path(config.output)
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        raise UserError(f"{config.output}: cannot be written; give a file in an existing folder")
+    check_writable(config.output, config.output)
     parts = read_folders(config.runs)
     summary = [sentence for part in parts for sentence in _summary(part)]
     environment = Environment(
@@ -74,7 +73,11 @@ def report(config: ReportConfig) -> Json:
         missing=_missing([run for part in parts for run in part.runs]),
         full_colour=FULL_COLOUR,
     )
-    target.write_text(page, encoding="utf-8", errors="replace")  # a token may end in the middle of a character
+    target = Path(config.output)
+    try:
+        target.write_text(page, encoding="utf-8", errors="replace")  # a token may end in the middle of a character
+    except OSError as error:
+        raise UserError(f"{config.output}: cannot be written ({error.strerror})") from None
     return {"output": str(target), "summary": summary}
 
 
@@ -141,8 +144,10 @@ def _facts(comparison: Json) -> list[tuple[str, str]]:
     return [(key, str(comparison[key])) for key in ("model", "data", "test", "prior", "budget") if comparison.get(key)]
 
 
-def _settings(runs: list[RunFolder]) -> tuple[Table | None, Table]:
-    """The settings that differ between the runs, and the common ones with their meaning."""
+def _settings(runs: list[RunFolder]) -> tuple[Table | None, Table | None]:
+    """The settings that differ between the runs, and the common ones with their meaning; None if there are none."""
+    if not runs:  # all failed
+        return None, None
     configs = [run.config.model_dump(exclude={"output_dir"}) for run in runs]
     differ = [key for key in configs[0] if any(config[key] != configs[0][key] for config in configs)]
     rows = [[run.name, *(str(config[key]) for key in differ)] for run, config in zip(runs, configs, strict=True)]

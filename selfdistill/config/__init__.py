@@ -15,7 +15,16 @@ from selfdistill.config.commands import (
     ReportConfig,
     run_settings,
 )
-from selfdistill.config.files import MAY_CHANGE, changes, continued, dump_yaml, load_saved, load_yaml, refuse_changes
+from selfdistill.config.files import (
+    MAY_CHANGE,
+    changes,
+    continued,
+    dump_yaml,
+    load_saved,
+    load_yaml,
+    refuse_changes,
+    with_runs_of,
+)
 from selfdistill.config.method import SHORTEST, MethodName, MethodSettings
 from selfdistill.config.train import LEARNING_RATE, LORA_LEARNING_RATE, OPEN, TrainConfig, TrainingSettings
 
@@ -52,4 +61,5 @@ __all__ = [
     "load_yaml",
     "refuse_changes",
     "run_settings",
+    "with_runs_of",
 ]

@@ -207,7 +207,8 @@ class ModelSettings(EngineSettings):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra arguments of the tokenizer's chat template, e.g. ``{"enable_thinking": false}``."""
     template_date: str | None = None
-    """Date (YYYY-MM-DD) for chat templates that write the date. Default: today; a resumed run keeps its start date."""
+    """Date (YYYY-MM-DD) for chat templates that write the date. Default: today; a resumed run keeps its start date, and
+    a state of ``learn`` that of its first skill."""
     data: str
     """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set,
     a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,6 +135,31 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
         may_change = MAY_CHANGE + tuple(key for key in MAY_MOVE if before[key] and now[key])
     if changed := changes(before, now, but=(*may_change, "output_dir")):
         raise CannotResume(f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out")
+
+
+def with_runs_of(saved: CompareConfig, config: CompareConfig, path: Path) -> CompareConfig:
+    """The settings of a resumed comparison with all its runs: those saved in ``path``, then those that are new.
+
+    Raises:
+        CannotResume: a setting names runs that cannot be added: other learning rates than the default, another varied
+            setting, or arms beside methods.
+    """
+    before, now = saved.model_dump(), config.model_dump()
+    new = [name for name in ("learning_rates", "arms") if now[name] and not before[name]]
+    if not now["vary"].keys() <= before["vary"].keys():
+        new.append("vary")
+    if new:
+        changed = changes({name: before[name] for name in new}, {name: now[name] for name in new})
+        raise CannotResume(f"{path}: {'; '.join(changed)}; a resumed comparison keeps its runs: leave these out")
+    runs: dict[str, Any] = {name: _added(before[name], now[name]) for name in ("methods", "seeds", "learning_rates")}
+    runs["vary"] = {name: _added(values, now["vary"].get(name, ())) for name, values in before["vary"].items()}
+    runs["arms"] = before["arms"] | now["arms"]
+    return CompareConfig(**now | runs)
+
+
+def _added(values: Sequence[Any], more: Sequence[Any]) -> list[Any]:
+    """The values and those of ``more`` that are not among them; they need not be hashable."""
+    return [*values, *(value for value in more if value not in values)]
 
 
 def dump_yaml(config: Settings, *, defaults: bool = True) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from selfdistill.config import LearnConfig, TrainConfig
+from selfdistill.config import LearnConfig, TrainConfig, load_saved
 from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
-from selfdistill.continual.lengths import check_anchor_lengths, fitting_rows
+from selfdistill.continual.lengths import check_anchor_lengths, date_shown, fitting_rows
 from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_room, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
@@ -81,6 +81,8 @@ def add(config: LearnConfig) -> dict[str, Any]:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:
         ledger = _opened(config, run, splits["train"])
+        if ledger.template_date is not None:
+            config = config.model_copy(update={"template_date": ledger.template_date})
         used = begin(ledger, config, splits)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
         learnt, asked = {repr(row.prompt) for row in used["train"]}, used["test"]
@@ -131,7 +133,12 @@ def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
             )
         if config.prior and _texts(config.prior) != (_texts(ledger.prior) if ledger.prior else None):
             raise UserError(f"setting 'prior': {config.state} started with other questions, or none; leave it out")
-        for key, value in ledger.measured_with.items():
+        if not ledger.has_date:
+            ledger.set_date(_date_of_older(ledger, run))
+        fixed = dict(ledger.measured_with)
+        if config.template_date is not None and ledger.template_date is not None:
+            fixed["template_date"] = ledger.template_date
+        for key, value in fixed.items():
             if getattr(config, key) != value:
                 raise UserError(
                     f"setting {key!r}: all scores in {config.state} were measured with {value!r}; use the same"
@@ -153,11 +160,24 @@ def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
         base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
         if not config.lora_rank:
             refuse_float16(base.model, config.model)
+        date = base.chat(date=config.template_date).date
+        config = config.model_copy(update={"template_date": date})
         write_json(folder / "base.json", measure_model(base, [], prior, config))
-        state = {"model": _absolute(config.model), "weights": start_fingerprint(base)}
+        state = {"model": _absolute(config.model), "weights": start_fingerprint(base), "template_date": date}
         state |= {key: getattr(config, key) for key in MEASURED_WITH}
         (folder / "state.yaml").write_text(yaml.safe_dump(state), encoding="utf-8")
     return Ledger(config.state)
+
+
+def _date_of_older(ledger: Ledger, run: TrainConfig) -> str | None:
+    """The date for a state of an older release: that of its first skill's run, else the given one, else today.
+
+    None if the chat template does not read the clock.
+    """
+    first = [skill.folder / "run" / "config.yaml" for skill in ledger.skills[:1]]
+    dates = [load_saved(file, TrainConfig).get("template_date") for file in first if file.exists()]
+    date = next(iter(dates), None) or run.template_date
+    return date_shown(run.model_copy(update={"model": ledger.base, "template_date": date}))
 
 
 def _texts(prior: str) -> dict[str, bytes]:
@@ -177,6 +197,8 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
         skills: dict[str, Evaluation] = {}
         for name, folder in folders:
             settings = settings_of(folder)
+            if settings.template_date is None:  # of an older release
+                settings = settings.model_copy(update={"template_date": config.template_date})
             rows = load_demonstrations(str(folder / "test.jsonl"))
             skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(loaded, judge_of(settings))[0]
         chat = loaded.chat(config.chat_template_kwargs, config.template_date)

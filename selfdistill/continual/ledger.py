@@ -93,6 +93,11 @@ class Ledger:
             self.weights = str(state.get("weights", ""))
             """Fingerprint of the base's weights; empty if they cannot be compared."""
             self.measured_with: dict[str, Any] = {name: state[name] for name in MEASURED_WITH}
+            self.has_date = "template_date" in state
+            """Whether the state's date is known; that of an older release is not."""
+            self.template_date: str | None = state.get("template_date")
+            """The day (YYYY-MM-DD) that the chat template sees in everything that is measured and learnt here; None if
+            the template does not read the clock."""
         except FileNotFoundError:
             raise UserError(
                 f"state {folder!r} does not exist; create it with a first 'add', which needs model"
@@ -148,10 +153,17 @@ class Ledger:
 
     def move_base(self, model: str) -> None:
         """Record the base's new location."""
-        file = self.folder / START / "state.yaml"
-        state = yaml.safe_load(file.read_text(encoding="utf-8")) | {"model": model}
-        write_atomically(file, yaml.safe_dump(state))
+        self._record({"model": model})
         self.base = model
+
+    def set_date(self, date: str | None) -> None:
+        """Record the state's date."""
+        self._record({"template_date": date})
+        self.has_date, self.template_date = True, date
+
+    def _record(self, changed: dict[str, Any]) -> None:
+        file = self.folder / START / "state.yaml"
+        write_atomically(file, yaml.safe_dump(yaml.safe_load(file.read_text(encoding="utf-8")) | changed))
 
     def accept(self, name: str) -> Skill:
         """Make the pending addition the next skill."""

@@ -70,6 +70,11 @@ def _model_of(run: TrainConfig) -> tuple[LoadedModel, ChatFormat]:
     return loaded, loaded.chat(run.chat_template_kwargs, run.template_date)
 
 
+def date_shown(run: TrainConfig) -> str | None:
+    """The day (YYYY-MM-DD) that the model's chat template sees; None if it does not read the clock."""
+    return _model_of(run)[1].date
+
+
 def _of_method(run: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat) -> set[int]:
     """Numbers of the rows that the method encodes; all, if it learns from something else, such as documents."""
     own = run.model_copy(update={"anchors": ()})

@@ -30,9 +30,10 @@ from selfdistill.training import drawn, whole_folder
 
 _FREE = (
     *("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to"),
+    "template_date",
     *OPEN,
 )
-"""Settings that may differ when an addition is resumed."""
+"""Settings that may differ when an addition is resumed; the state refuses another ``template_date``."""
 
 
 def _text(row: Demonstration) -> str:

@@ -179,7 +179,7 @@ def _print(result: CheckResult, console: Console) -> None:
     )
     for layout in result.layouts:
         table.add_row(
-            layout.context,
+            escape(layout.context),
             _number(layout.accuracy),
             _number(layout.logp),
             f"{layout.kl:.2f}",

@@ -80,7 +80,7 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
         table.add_row(escape(name), str(items), *cells)
 
     def number(name: str, text: str, of_base: str = "") -> None:
-        table.add_row(escape(name), "", text, *((of_base, "", "") if base else ()))
+        table.add_row(escape(name), "", escape(text), *((of_base, "", "") if base else ()))
 
     items = result["items"]
     if context := result["settings"]["context"]:
@@ -127,6 +127,8 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
         if prior["accuracy_norm"] is not None:
             theirs = f"{of_base['accuracy_norm']:.3f}" if of_base else ""
             number("  normalised by length", f"{prior['accuracy_norm']:.3f}", theirs)
+        if cells := _truncated(prior, of_base):
+            number("  truncated replies", *cells)
     if len(result.get("prior", {})) > 1:
         count = sum(prior["items"] for prior in result["prior"].values())
         keys = ("prior_accuracy", "prior_interval")
@@ -160,6 +162,12 @@ def detected(items: int, unlike: float) -> str:
             )
     few = "1 item is" if items == 1 else f"{items} items are"
     return f"{few} too few to detect even a difference in accuracy of 0.50."
+
+
+def _truncated(*priors: dict[str, Any] | None) -> list[str]:
+    """The share of truncated replies of the model and its base on a prior; empty if there are none."""
+    counts = [(prior.get("truncated") or 0, prior["items"]) for prior in priors if prior]  # older results lack it
+    return [f"{count / items:.1%}" for count, items in counts] if any(count for count, _ in counts) else []
 
 
 def _interval(low: float, high: float) -> str:

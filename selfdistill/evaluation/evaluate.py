@@ -24,7 +24,6 @@ from selfdistill.data import (
     parse_context,
     shown_text,
 )
-from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.distances import ANSWER_TOKENS, Between, between
 from selfdistill.evaluation.episodes import (
@@ -53,7 +52,7 @@ from selfdistill.model import (
     to_best_device,
     use_engine,
 )
-from selfdistill.runtime import say, say_note
+from selfdistill.runtime import check_writable, say, say_note
 
 ASKED = ("model", "base", "data", "prior", "context", "max_completion_length", "num_samples", "temperature", "seed")
 """Settings reported with a result."""
@@ -66,7 +65,8 @@ Evaluation = dict[str, Any]
 - With a judge: ``accuracy_lenient``.
 - With an environment, whose verdicts are then in ``correct``, means over episodes: ``episode/reward``,
   ``episode/reward_interval``, ``episode/turns`` and ``episode/invalid_calls``.
-- With priors: ``prior`` (by name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct``),
+- With priors: ``prior`` (by name: ``accuracy``, ``accuracy_norm``, ``interval``, ``items``, ``correct`` and, for
+  questions in a file, ``truncated``, the number of replies at the length limit),
   ``prior_accuracy`` (mean over names) and ``prior_interval``.
 
 All intervals are 95% intervals.
@@ -275,8 +275,8 @@ def evaluate(
     Raises:
         UserError: settings, data or a model are invalid.
     """
-    if config.replies and not Path(config.replies).absolute().parent.is_dir():
-        raise UserError(f"replies {config.replies!r}: cannot be written; give a file in an existing folder")
+    if config.replies:
+        check_writable(config.replies, f"replies {config.replies!r}")
     data = config.data if rows is None else rows
     scored = unscored(config)
     shown = parse_context(config.context).lacks if config.context else None

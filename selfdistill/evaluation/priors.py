@@ -29,7 +29,7 @@ from selfdistill.data import (
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import answer, check_answers
 from selfdistill.model import ForwardPass, LoadedModel
-from selfdistill.runtime import ProgressBar
+from selfdistill.runtime import ProgressBar, say_note
 
 REPLY_TOKENS = 48
 """Maximum length of the reply to a question, in tokens."""
@@ -76,6 +76,8 @@ class PriorResult:
     """The same with log-likelihoods divided by the choice's length in characters; None without choices."""
     correct: list[bool]
     """Whether each item is correct, as counted in ``accuracy``."""
+    truncated: int | None = None
+    """Number of replies truncated at ``REPLY_TOKENS``; None without questions."""
 
 
 # --- loading ---
@@ -243,17 +245,7 @@ def prior_abilities(
     for prior in priors:
         questions = [row for row in prior.rows if isinstance(row, Demonstration)]
         if questions:
-            answers = answer(
-                loaded,
-                prior.contexts,
-                questions,
-                chat,
-                max_completion_length=REPLY_TOKENS,
-                batch_size=32,
-                scorer=_SCORER,
-                what=prior.name,
-            )
-            results.append(PriorResult(prior.name, len(questions), answers.accuracy, None, answers.correct))
+            results.append(_replied(loaded, prior, questions, chat))
             continue
         loglikelihoods, greedy = _loglikelihoods(
             loaded, scorer, prior.contexts, prior.continuations, batch_size, prior.name
@@ -273,6 +265,31 @@ def prior_abilities(
         norm = None if rows[0].gold is None else right_norm / len(rows)
         results.append(PriorResult(prior.name, len(rows), sum(right) / len(rows), norm, right))
     return results
+
+
+def _replied(
+    loaded: LoadedModel, prior: EncodedPrior, questions: Sequence[Demonstration], chat: ChatFormat
+) -> PriorResult:
+    """Generate and score the replies to the questions of a file; a note says if replies were truncated."""
+    answers = answer(
+        loaded,
+        prior.contexts,
+        questions,
+        chat,
+        max_completion_length=REPLY_TOKENS,
+        batch_size=32,
+        scorer=_SCORER,
+        what=prior.name,
+    )
+    count, cut = len(questions), answers.truncated
+    if cut:
+        say_note(
+            f"prior {prior.name}: {cut} of {count} replies stopped at the limit of {REPLY_TOKENS} tokens and are "
+            "scored as far as they go; ask for short answers, and let a model that thinks answer at once "
+            "(chat_template_kwargs, such as enable_thinking false)",
+            topic=f"truncated replies to prior {prior.name}",
+        )
+    return PriorResult(prior.name, count, answers.accuracy, None, answers.correct, cut)
 
 
 @torch.no_grad()

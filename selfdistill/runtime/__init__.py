@@ -25,6 +25,7 @@ from selfdistill.runtime.distributed import (
     world_size,
 )
 from selfdistill.runtime.files import (
+    check_writable,
     corruption,
     drop_partial_line,
     folder_lock,
@@ -72,6 +73,7 @@ __all__ = [
     "check_device",
     "check_disk",
     "check_tracker",
+    "check_writable",
     "clock",
     "corruption",
     "drop_partial_line",

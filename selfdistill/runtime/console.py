@@ -58,10 +58,10 @@ class ProgressBar:
         self._progress: Progress | None = None
         if self.console.is_terminal and not quiet:
             columns = [
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             ]
             self._progress = Progress(
                 *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console

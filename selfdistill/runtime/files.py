@@ -32,6 +32,22 @@ def drop_partial_line(file: Path) -> None:
             file.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
+def check_writable(file: str, what: str, otherwise: str = "") -> None:
+    """Check before long work that a file can be written at its end.
+
+    Args:
+        file: its path; it may exist.
+        what: start of the error message.
+        otherwise: end of the error message, after the advice.
+
+    Raises:
+        UserError: it is a folder, its folder does not exist, or the user may not write it.
+    """
+    path = Path(file).absolute()
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{what}: cannot be written; give a file in an existing folder{otherwise}")
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Write a UTF-8 text file atomically: after a crash, the file is either complete or unchanged."""
     temporary = file.parent / f".{file.name}.unfinished"

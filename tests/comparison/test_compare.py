@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -16,11 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from selfdistill.cli import main
 from selfdistill.comparison.compare import compare
+from selfdistill.comparison.compare_result import CompareResult
 from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
+from selfdistill.config.files import continued, load_yaml, with_runs_of
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
+from selfdistill.runtime.files import folder_lock
 
 # The package has a function of this name, too.
 module = importlib.import_module("selfdistill.comparison.compare")
@@ -165,6 +169,80 @@ def test_a_comparison_that_was_stopped_goes_on_with_the_run_it_was_in(
     assert _without_time(result) == _without_time(whole)
 
 
+def test_runs_that_are_added_take_nothing_from_the_result(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: dict[str, Any] = {"prior": None, "test": settings().data, "context": "turns"}
+    first = settings(methods="sdft", seeds="0,1", **shared)
+    folder = Path(first.output_dir)
+    finished = compare(first).details
+    real = module.train
+
+    def stopped_in_sft(run: TrainConfig, **options: Any) -> Path:
+        if run.method == "sft":
+            raise RunStopped("stopped", 15)
+        return real(run, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", stopped_in_sft)
+        with pytest.raises(RunStopped):
+            compare(settings(methods="sft,sdft", seeds="0,1", **shared), resume=True)
+    kept = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    assert kept["moved"] == json.loads(json.dumps(finished["moved"]))
+    assert kept["runs"] == json.loads(json.dumps(finished["runs"]))
+
+    more = compare(continued({"output_dir": str(folder), "seeds": "3"}, CompareConfig), resume=True).details
+    assert [(run["method"], run["seed"]) for run in more["runs"]] == [
+        (method, seed) for seed in (0, 1, 3) for method in ("sdft", "sft")
+    ]
+    saved = load_yaml(folder / "config.yaml", CompareConfig)
+    assert (saved["methods"], saved["seeds"]) == (["sdft", "sft"], [0, 1, 3])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({}, {"learning_rates": "1e-3"}, "learning_rates was 'none' and is now (0.001,)"),
+        ({}, {"vary": {"teacher": ["ema"]}}, "vary was {} and is now {'teacher': ['ema']}"),
+        (
+            {"vary": {"teacher": ["ema"]}},
+            {"vary": {"ema_rate": [0.1]}},
+            "vary was {'teacher': ['ema']} and is now {'ema_rate': [0.1]}",
+        ),
+        ({}, {"arms": {"a": {"method": "sft"}}}, "arms was {} and is now {'a': {'method': 'sft'}}"),
+    ],
+)
+def test_runs_that_would_replace_those_of_a_comparison_are_refused(
+    settings: Callable[..., CompareConfig], before: dict[str, Any], now: dict[str, Any], said: str
+) -> None:
+    default: dict[str, Any] = {"learning_rates": ()}
+    message = f"{said}; a resumed comparison keeps its runs: leave these out, or start a new run in another output_dir"
+    with pytest.raises(UserError, match=re.escape(message)):
+        with_runs_of(settings(**default | before), settings(**default | now), Path("config.yaml"))
+
+
+def test_values_may_be_added_to_what_is_varied(settings: Callable[..., CompareConfig]) -> None:
+    saved = settings(vary={"teacher": ["ema"]}, learning_rates="1e-3")
+    added = with_runs_of(
+        saved, settings(vary={"teacher": ["frozen", "ema"]}, learning_rates="1e-4"), Path("config.yaml")
+    )
+    assert (added.vary, added.learning_rates) == ({"teacher": ["ema", "frozen"]}, (1e-3, 1e-4))
+    assert with_runs_of(saved, settings(), Path("config.yaml")) == saved
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_do_not_share_a_comparison(settings: Callable[..., CompareConfig], resume: bool) -> None:
+    config = settings(methods="sft", seeds="0")
+    folder = Path(config.output_dir)
+    with folder_lock(folder, ""), pytest.raises(UserError, match="comparison': in use by another process; wait for"):
+        compare(config, resume=resume)
+    assert not list(folder.iterdir())
+    with pytest.raises(UserError, match="batch_size"):
+        compare(config.model_copy(update={"batch_size": 0}), resume=resume)
+    with folder_lock(folder, "free"):
+        pass
+
+
 def _without_time(result: dict[str, Any]) -> Any:
     text = json.loads(json.dumps(result))
     for run in text["runs"]:
@@ -199,6 +277,40 @@ def test_a_run_that_diverges_is_reported_and_not_tried_again(
     assert "the loss is nan" in capsys.readouterr().err
     compare(config, resume=True)
     assert len(started) == 2
+
+
+def test_a_comparison_whose_runs_all_failed_has_a_report(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = module.train
+
+    def fail(step: int, _loaded: Any, _metrics: Any) -> None:
+        raise RunFailed(f"step {step}: the loss is nan")
+
+    monkeypatch.setattr(module, "train", lambda run, **options: real(run, on_step=fail, **options))
+    config = settings(methods="sft", seeds="0")
+    assert compare(config).all_failed
+    page = tmp_path / "report.html"
+    report(ReportConfig(runs=[config.output_dir], output=str(page)))
+    text = page.read_text(encoding="utf-8")
+    assert "1 of 1 runs failed and are excluded: sft 0.001 seed 0." in text
+    assert "No run here finished." in text
+
+
+def test_names_of_arms_are_no_markup() -> None:
+    names = ["sdft [ema]", "sdft [live]", "[/x]"]
+    row = {"learning_rate": 1e-3, "steps": 2, "seeds": 1, "seconds": 60.0, "accuracy": (0.5, None, None)}
+    details = {
+        "data": "d.jsonl",
+        "test": "t.jsonl",
+        "base": {"items": 2, "accuracy": 0.5},
+        "teacher": None,
+        "rag": None,
+        "table": [row | {"method": name, "prior_accuracy": None, "kl_base": None} for name in names],
+        "sentence": "",
+    }
+    said = repr(CompareResult(Path("folder"), details))
+    assert [name for name in names if f" {name} 0.001 " in said] == names
 
 
 def test_an_engine_that_fails_ends_no_run_for_good(

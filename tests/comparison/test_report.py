@@ -17,11 +17,13 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.figure import Figure
 
+from selfdistill.api import report as write_page
 from selfdistill.cli import main
 from selfdistill.comparison.plots import Curve, over, pareto_front, trade_off
 from selfdistill.comparison.report import visible
 from selfdistill.config.files import dump_yaml
 from selfdistill.config.train import TrainConfig
+from selfdistill.errors import UserError
 from selfdistill.evaluation.statistics import share_interval
 
 CHROMIUM = shutil.which("chromium")
@@ -372,6 +374,26 @@ def test_mistakes_are_one_line(here: Path, capsys: pytest.CaptureFixture[str], a
     Path("odd/comparison.json").write_text("{}", encoding="utf-8")
     assert main(["report", *shlex.split(arguments)]) == 2
     assert capsys.readouterr().err == f"selfdistill: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("patched", "value", "message"),
+    [
+        ("selfdistill.runtime.files.os.access", False, "give a file in an existing folder"),
+        ("pathlib.Path.write_text", OSError(28, "No space left on device"), "(No space left on device)"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_the_users_error(
+    here: Path, monkeypatch: pytest.MonkeyPatch, patched: str, value: Any, message: str
+) -> None:
+    def answers(*_: Any, **__: Any) -> Any:
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    monkeypatch.setattr(patched, answers)
+    with pytest.raises(UserError, match=re.escape(message)):
+        write_page("skill", output="page.html")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -19,7 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENDS
+import yaml
+from conftest import CHATML, ENDS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +36,7 @@ from selfdistill.continual.retention import transfer
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.data.sources import packaged
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
+from selfdistill.model.loading import LoadedModel
 from selfdistill.runtime.files import folder_lock
 
 Settings = Callable[..., LearnConfig]
@@ -149,6 +152,58 @@ def test_two_skills_in_a_row(make: Settings, tmp_path: Path, capsys: pytest.Capt
     assert [len(row) for row in found["matrix"]] == [2, 2, 2]
     assert found["matrix"][0][0] is not None
     assert all(score is not None for score in (*found["matrix"][2], found["matrix"][1][0], found["matrix"][1][1]))
+
+
+@pytest.fixture
+def on_day(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str | None]]:
+    """Let it be the given day; returns the days that chat templates see from then on."""
+    chat = LoadedModel.chat
+
+    def begin(day: str) -> list[str | None]:
+        today = SimpleNamespace(today=lambda: datetime.date.fromisoformat(day))
+        monkeypatch.setattr("selfdistill.data.chat_format.datetime", SimpleNamespace(date=today))
+        seen: list[str | None] = []
+
+        def recorded(*arguments: Any, **options: Any) -> Any:
+            found = chat(*arguments, **options)
+            seen.append(found.date)
+            return found
+
+        monkeypatch.setattr(LoadedModel, "chat", recorded)
+        return seen
+
+    return begin
+
+
+def test_everything_in_a_state_sees_the_day_of_its_first_skill(
+    make: Settings, model_folder: Callable[..., Path], tmp_path: Path, on_day: Callable[[str], list[str | None]]
+) -> None:
+    model = str(model_folder(template="{{ strftime_now('%d') }}" + CHATML))
+    state = tmp_path / "state" / "start" / "state.yaml"
+    on_day("2026-03-01")
+    add(make(model=model))
+    seen = on_day("2026-03-02")
+    add(make("second", model=model, method="sdft", context="turns", min_teacher=0))
+    assert set(seen) == {"2026-03-01"}
+    with pytest.raises(UserError, match=r"'template_date': all scores in .* were measured with '2026-03-01'; use the"):
+        add(make("third", model=model, template_date="2026-03-02"))
+    saved = yaml.safe_load(state.read_text(encoding="utf-8"))
+    assert saved.pop("template_date") == "2026-03-01"
+
+    state.write_text(yaml.safe_dump(saved), encoding="utf-8")  # as an older release wrote it
+    for skill in ("0001-first", "0002-second"):
+        file = tmp_path / "state" / "skills" / skill / "settings.yaml"
+        file.write_text(file.read_text(encoding="utf-8").replace("template_date: '2026-03-01'", "template_date: null"))
+    seen = on_day("2026-03-03")
+    add(make("third", model=model))
+    assert set(seen) == {"2026-03-01"}
+    assert yaml.safe_load(state.read_text(encoding="utf-8"))["template_date"] == "2026-03-01"
+
+
+def test_a_date_that_no_template_shows_is_not_compared(make: Settings, tmp_path: Path) -> None:
+    add(make(template_date="2026-03-01"))
+    assert Ledger(str(tmp_path / "state")).template_date is None
+    assert add(make("second", template_date="2026-03-02"))["accepted"]
 
 
 def test_a_skill_in_an_environment_is_measured_by_episodes(

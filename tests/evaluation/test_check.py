@@ -186,6 +186,7 @@ def test_hopeless_data_is_called_unlikely(
     assert "invalid calls" not in out
     known = replace(result, layouts=[replace(result.best, accuracy=1.0)], student_accuracy=1.0)
     assert f"Best context: {result.best.context} " in " ".join(repr(known).split())
+    assert repr(replace(known, layouts=[replace(result.best, context="[/x]")])).count("[/x]") == 3  # the table, too
 
 
 def test_the_best_context_for_training_costs_nothing_takes_the_scorer_and_says_what_it_expects(

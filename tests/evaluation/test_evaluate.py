@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from math import comb
@@ -118,6 +119,10 @@ def test_evaluate_counts_right_replies(
         assert few in " ".join(repr(EvalResult(folder, str(data), result | {"items": items})).split())
     alone = repr(EvalResult(folder, str(data), result | {"base": None, "paired": {}, "distance": {}}))
     assert "items are too few" not in " ".join(alone.split())
+    assert alone.count("truncated replies") == 2  # of the task, and of the prior
+    for side in (result, result["base"]):
+        assert side["prior"]["q"].pop("truncated") == 1
+    assert repr(EvalResult(folder, str(data), result)).count("truncated replies") == 1  # older results do not count
 
 
 def test_the_bases_own_result_is_of_what_the_base_was_asked() -> None:
@@ -305,11 +310,19 @@ def test_thinking_is_counted_and_not_scored(
     assert (found.correct, found.thinking, found.lengths) == ([True], [len("is it 5?")], [len(text) + 1])
 
 
+@pytest.mark.parametrize("place", ["no/such/folder/x.jsonl", "folder", "file/x.jsonl", "read_only"])
 def test_a_file_for_replies_that_cannot_be_written_is_refused_first(
-    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+    write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    config = EvalConfig(model="none/there", data=str(write_rows()), replies="no/such/folder/x.jsonl")
-    with pytest.raises(UserError, match=r"replies 'no/such/folder/x\.jsonl': cannot be written"):
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "read_only"):
+        (tmp_path / name).touch()
+    # Root, who runs some tests, may write everything.
+    monkeypatch.setattr("selfdistill.runtime.files.os.access", lambda path, _: path.name != "read_only")
+    replies = str(tmp_path / place)
+    config = EvalConfig(model="none/there", data=str(write_rows()), replies=replies)
+    message = f"replies {replies!r}: cannot be written; give a file in an existing folder"
+    with pytest.raises(UserError, match=re.escape(message)):
         evaluate(config)
 
 
@@ -319,7 +332,10 @@ def test_names_are_no_markup(
     (tmp_path / "a[").mkdir()
     data = write_rows(count=2, name="a[/b].jsonl")
     result = evaluate(EvalConfig(model=str(model_folder()), data=str(data), max_completion_length=3))
-    assert "a[/b].jsonl" in "".join(repr(EvalResult("model", str(data), result)).split())
+    result["settings"]["context"] = "[/x]"
+    said = "".join(repr(EvalResult("model", str(data), result)).split())
+    assert "a[/b].jsonl" in said
+    assert "[/x]" in said
 
 
 def test_what_is_demonstrated_is_scored_first(

@@ -16,6 +16,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation.priors import Choices, PriorResult, encode_priors, load_prior, prior_abilities
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
+from selfdistill.model.sampling import Sampling, sample
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -83,6 +84,24 @@ def test_prior_accuracies_equal_row_by_row_loglikelihoods(
         assert results["winogrande"].accuracy == float(pair[1] > pair[0])
         assert results["lambada"].accuracy == float(reference_loglikelihood(loaded, "once upon a", " time")[1])
         assert results["lambada"].accuracy_norm is None
+
+
+def test_truncated_replies_are_noted_and_counted(
+    load: Callable[..., LoadedModel], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded, chat = load(), chat_of(load())
+    rows = [{"prompt": f"q{i}?", "answer": "a"} for i in range(3)]
+    path = write_rows(rows, name="asked.jsonl")
+    prompts = [chat.encode_prompt(row.prompt) for row in load_demonstrations(str(path))]
+    cut = sum(rollout.truncated for rollout in sample(loaded, prompts, Sampling(48, temperature=0)))
+    assert cut
+    (found,) = abilities(loaded, str(path))
+    assert found.truncated == cut
+    note = f"note: prior asked: {cut} of 3 replies stopped at the limit of 48 tokens and are scored as far as they go; "
+    assert note in capsys.readouterr().err
+    (choices,) = abilities(loaded, str(write_rows(CHOICES, name="choices.jsonl")))
+    assert choices.truncated is None
+    assert "limit" not in capsys.readouterr().err
 
 
 @torch.no_grad()

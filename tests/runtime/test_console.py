@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from selfdistill.runtime.console import Printable, library_warnings
+from selfdistill.runtime.console import Printable, ProgressBar, library_warnings
 
 LOGGER = logging.getLogger("transformers.modeling_utils")
 
@@ -65,6 +65,15 @@ class Shown(Printable):
         console.print(table)
         console.print("one & two", highlight=False)
         console.print("[three]", markup=False)
+
+
+def test_the_name_of_a_task_is_no_markup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    with ProgressBar("[/x] [ema]", 2) as bar:
+        bar.advance(2, "[live]")
+    said = capfd.readouterr().err
+    assert "[/x] [ema]" in said
+    assert "[live]" in said
 
 
 def test_a_notebook_shows_tables_as_tables() -> None:
