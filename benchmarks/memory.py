@@ -53,26 +53,26 @@ SIZES: dict[str, dict[str, Any]] = {
 SMALL: dict[str, Any] = {"gradient_accumulation_steps": 32, "gradient_checkpointing": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults: full, EMA": {},
-    "full, EMA, 32 parts, checkpointing": SMALL,
-    "full, live, 32 parts, checkpointing": SMALL | {"teacher": "live"},
-    "full on bfloat16, 8-bit moments, EMA, 32 parts, checkpointing": SMALL
+    "full, EMA, 32 micro-batches, checkpointing": SMALL,
+    "full, live, 32 micro-batches, checkpointing": SMALL | {"teacher": "live"},
+    "full on bfloat16, 8-bit moments, EMA, 32 micro-batches, checkpointing": SMALL
     | {"dtype": "bfloat16", "optim": "adamw_8bit"},
-    "LoRA 16, 32 parts, checkpointing": SMALL | {"lora_rank": 16},
+    "LoRA 16, 32 micro-batches, checkpointing": SMALL | {"lora_rank": 16},
     "LoRA 16 on bfloat16": {"lora_rank": 16, "dtype": "bfloat16"},
-    "LoRA 16 on bfloat16, 8 parts, checkpointing": {
+    "LoRA 16 on bfloat16, 8 micro-batches, checkpointing": {
         "lora_rank": 16,
         "dtype": "bfloat16",
         "gradient_accumulation_steps": 8,
         "gradient_checkpointing": True,
     },
-    "QLoRA 16 on bfloat16, 8 parts, checkpointing": {
+    "QLoRA 16 on bfloat16, 8 micro-batches, checkpointing": {
         "lora_rank": 16,
         "load_in_4bit": True,
         "dtype": "bfloat16",
         "gradient_accumulation_steps": 8,
         "gradient_checkpointing": True,
     },
-    "QLoRA 16 on float32, 8 parts, checkpointing": {
+    "QLoRA 16 on float32, 8 micro-batches, checkpointing": {
         "lora_rank": 16,
         "load_in_4bit": True,
         "gradient_accumulation_steps": 8,
@@ -81,7 +81,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SHARDED: dict[str, dict[str, Any]] = {
     "full, EMA": {"fsdp": True},
-    "full, EMA, 4 parts, checkpointing": {
+    "full, EMA, 4 micro-batches, checkpointing": {
         "fsdp": True,
         "gradient_accumulation_steps": 4,
         "gradient_checkpointing": True,

@@ -6,7 +6,7 @@
 Steps alternate in one process, after an epoch's worth of contexts was read where the teacher is frozen; the learning
 rate is so small that the model stays what it is. "Allowed" is the time of the matrix products at the rate measured
 here (``limits.py``) and of the optimizer's and teacher's memory traffic at the rate of a copy, for the tokens of the
-batch without padding and with common beginnings once.
+batch without padding and with shared prefixes once.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ Every command has its own page, made from the program's own help.
 |---|---|
 {rows}
 
-Every command takes `--config FILE`: a YAML file of settings. Options on the command line go before it.
+Every command takes `--config FILE`: a YAML file of settings. Options on the command line override the file.
 An unknown option or key is an error that names the closest one.
 
 ## Exit codes

@@ -1,7 +1,7 @@
 """The demo: teach the starter model a skill by SFT and SDFT, each without and with anchors; show what it cost.
 
 The skill is to name the team for a customer's message. Every arm learns from the same demonstrations in the same number
-of steps, and is measured on the test part of the skill and on questions about what the base could do before.
+of steps, and is measured on the test split of the skill and on questions about what the base could do before.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from selfdistill.model import LoadedModel, load_for_training, training_precision
 from selfdistill.runtime import StopRequests, read_lines, result_console, say, write_json
 from selfdistill.training import train
 
-# These settings were chosen on the skill's validation rows and the validation part of the prior questions, the learning
-# rate with anchors for each method. The demo measures on the test parts, on which nothing was chosen.
+# These settings were chosen on the skill's validation rows and the validation split of the prior questions, the
+# learning rate with anchors for each method. The demo measures on the test splits, on which nothing was chosen.
 SHARED: dict[str, Any] = {
     "model": "smollm2-135m",
     "data": packaged("routing.train.jsonl"),

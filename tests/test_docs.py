@@ -176,9 +176,7 @@ def test_the_readmes_figures_are_those_of_the_study() -> None:
     base, sft, sdft, least = (span(shares) for shares in (kept["base"], kept["sft"], kept["sdft"], anchored))
     text = " ".join(README.split())
     assert len(kept["sft"]) == len(kept["sdft"]) == 3
-    assert (
-        f"The base answers {base} of them. After SFT the model answers {sft}, after SDFT {sdft} (three seeds)." in text
-    )
+    assert f"The base gets {base} right. After SFT the model answers {sft}, after SDFT {sdft} (three seeds)." in text
     assert f"With them it answers {least}" in text
 
 
@@ -217,11 +215,11 @@ def test_tables_name_what_there_is() -> None:
     assert set(settings) <= set(TrainConfig.model_fields)
 
 
-def test_the_rooms_are_those_of_the_package() -> None:
-    rooms = sorted(folder.name for folder in (ROOT / "selfdistill").iterdir() if (folder / "__init__.py").is_file())
-    for page, heading in (("CONTRIBUTING.md", "## Rooms"), ("docs/design.md", "## Rooms")):
+def test_the_components_are_those_of_the_package() -> None:
+    packages = sorted(folder.name for folder in (ROOT / "selfdistill").iterdir() if (folder / "__init__.py").is_file())
+    for page, heading in (("CONTRIBUTING.md", "## Components"), ("docs/design.md", "## Components")):
         cells = [cell.strip("`").rstrip("/") for cell in first_cells(page, heading)]
-        assert sorted(cell for cell in cells if "." not in cell) == rooms
+        assert sorted(cell for cell in cells if "." not in cell) == packages
 
 
 # --- links and the site ---

@@ -101,7 +101,7 @@ def test_a_private_name_in_a_test_is_found(line: str) -> None:
 
 # --- the package ---
 
-ROOMS = sorted(folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file())
+PACKAGES = sorted(folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file())
 
 
 def names_in_all(tree: ast.Module) -> set[str] | None:
@@ -122,15 +122,15 @@ def test_a_package_says_what_it_is_for_and_what_others_may_use(path: Path) -> No
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_room_is_entered_by_its_front_door(path: Path) -> None:
+def test_a_package_is_entered_by_its_front_door(path: Path) -> None:
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     problems = []
     for line, module, names in imports(tree_of(path)):
         _, *inner = module.split(".")
-        room = inner[0] if inner else None
-        if room is None or room == own or room not in ROOMS:
+        package = inner[0] if inner else None
+        if package is None or package == own or package not in PACKAGES:
             continue
-        listed = names_in_all(tree_of(PACKAGE / room / "__init__.py")) or set()
+        listed = names_in_all(tree_of(PACKAGE / package / "__init__.py")) or set()
         if len(inner) > 1 or not names or not listed.issuperset(names):
             problems.append(f"{line}: {module} {names}")
     assert problems == []

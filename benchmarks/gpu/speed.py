@@ -1,4 +1,4 @@
-"""Times on the device, of layers with the shape of a 7B model: products, sampling, loss, common beginnings, compiling.
+"""Times on the device, of layers with the shape of a 7B model: products, sampling, loss, shared prefixes, compiling.
 
 Legend: N tokens, D hidden size, V vocabulary.
 """
@@ -180,7 +180,7 @@ def check_loss(bench: Bench, found: Found) -> None:
 
 @torch.no_grad()
 def check_pass(bench: Bench, found: Found) -> None:
-    """How many tokens a further forward pass costs: what a common beginning must save to be worth a pass of its own."""
+    """How many tokens a further forward pass costs: what a shared prefix must save to be worth a pass of its own."""
     loaded = shape_model(bench, 2, torch.bfloat16)
     body, _ = body_and_head(loaded.model) or (None, None)
     assert body is not None
@@ -213,7 +213,7 @@ def step_seconds(bench: Bench, out: str, **values: Any) -> tuple[Callable[[], An
 
 
 def check_sharing(bench: Bench, found: Found) -> None:
-    """A step on prompts that begin alike, with common beginnings computed once and with each prompt in full."""
+    """A step on prompts that begin alike, with shared prefixes computed once and with each prompt in full."""
     step, metrics = step_seconds(bench, "sharing")
 
     def apart() -> None:
@@ -248,6 +248,6 @@ CHECKS = (
     Check("decode", "what a new token costs", 90, check_decode),
     Check("loss", "the loss through a large head, by tokens a chunk", 60, check_loss),
     Check("pass", "tokens that a further forward pass costs", 30, check_pass),
-    Check("sharing", "common beginnings computed once", 60, check_sharing),
+    Check("sharing", "shared prefixes computed once", 60, check_sharing),
     Check("compile", "compiled layers", 150, check_compile),
 )

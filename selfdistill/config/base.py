@@ -163,7 +163,7 @@ class EngineSettings(Settings):
 
     engine: Literal["none", "vllm"] = "none"
     """What samples: ``none``, this package's own loop in PyTorch; ``vllm``, vLLM in the same process (the extra
-    ``vllm``), much faster on GPUs, or on servers with ``engine_url``."""
+    ``vllm``), meant for GPUs, or on servers with ``engine_url``."""
     engine_url: str | None = None
     """Addresses of vLLM servers that you started, e.g. ``http://10.0.0.2:8000``, several separated by commas. They
     sample instead of this process, and receive the model's weights and the prompts. ``''``: none."""
@@ -224,7 +224,8 @@ class ModelSettings(EngineSettings):
     on_long_prompt: Literal["error", "drop"] = "error"
     """What to do with a row that is too long: stop and name it, or drop and count it. Rows are never truncated."""
     batch_size: int = Field(default=32, ge=1)
-    """Prompts per optimizer step, or per forward batch without training. The paper uses 32."""
+    """Prompts per optimizer step, over all processes and micro-batches, or per forward batch without training. The
+    official code uses 32."""
     scorer: str | None = None
     """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call``,
     ``code`` (runs code that the model writes), ``judge``, or your own function as

@@ -223,7 +223,7 @@ class LearnConfig(TrainingSettings, OneRun):
     """Gate: refuse a skill if an earlier one drops by more than this since it was learnt, or the new one below its
     score before training. Default: a drop below the 95% interval of that score, which is wide for a small test."""
     anchors: tuple[str, ...] = ("package",)
-    """Prompts on which the model is to stay as it was before the addition, besides those of earlier skills:
+    """Prompts on which the model should answer as before the addition, besides those of earlier skills:
     ``package`` (general prompts of many kinds), ``package:list+code`` (only these kinds), or a text file with one
     prompt per line, or rows with ``prompt`` or ``messages``, such as your own traffic. Several sources are separated by
     commas. ``none``: only those of earlier skills."""

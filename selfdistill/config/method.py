@@ -108,8 +108,8 @@ class MethodSettings(EpisodeSettings):
     top_k: int = Field(default=0, ge=0)
     """Sample from the k most likely tokens; 0: from all."""
     num_generations: int | None = Field(default=None, ge=1)
-    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo`` and its
-    relatives (per group for ``pope``)."""
+    """Rollouts per prompt. Default 1 (the paper found no gain from more), or 8 for ``grpo``, its relatives and ``sdpo``
+    (per group for ``pope``)."""
     cold_start_steps: int = Field(default=0, ge=0)
     """Initial steps of ``sdft`` in which demonstrations replace rollouts, all at first, then ever fewer. For a model
     whose own samples never come close to the demonstration."""
@@ -149,7 +149,7 @@ class MethodSettings(EpisodeSettings):
     general_prompts: str | None = None
     """Prompts for the second stage of ``sft_reinvoke``, as in ``anchors``; default: those of the package."""
     anchors: tuple[str, ...] = ()
-    """Prompts on which the model is to stay as it was before the run: ``package`` (general prompts of many kinds),
+    """Prompts on which the model should answer as before the run: ``package`` (general prompts of many kinds),
     ``package:list+code`` (only these kinds), or a text file with one prompt per line, or rows with ``prompt`` or
     ``messages``, such as your own traffic. Several sources, separated by commas, get equal shares. They need no
     answers. ``none``: no anchors."""

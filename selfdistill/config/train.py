@@ -100,7 +100,7 @@ class TrainingSettings(MethodSettings, TaskSettings):
     """Compile the student's layers; shared prefixes are then recomputed for every example. On the CPU this pays off
     with bfloat16, little sharing and more than about 60 steps, and needs a C++ compiler."""
     lora_rank: int = Field(default=0, ge=0)
-    """Rank of a LoRA adapter on all linear layers; 0: full fine-tuning."""
+    """Rank of a LoRA adapter on all linear layers except the head; 0: full fine-tuning."""
     lora_alpha: float | None = Field(default=None, gt=0)
     """LoRA's scaling factor alpha; default: twice the rank."""
     train_vision_tower: bool = False

@@ -191,7 +191,7 @@ class Divergence:
     target: Target | ProximalTarget | None = None
     """Replaces q; None: q itself."""
     pull: float = 0.0
-    """Add this times KL(p_base||p), with p_base the model before training, given the student's prompt."""
+    """Add this times KL(p_0||p), with p_0 the model before training, given the student's prompt."""
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -216,7 +216,7 @@ class Divergence:
 
     @property
     def needs_base(self) -> bool:
-        """Whether the loss includes p_base, the model before training."""
+        """Whether the loss includes p_0, the model before training."""
         return self.pull > 0 or (self.target is not None and self.target.base > 0)
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class Divergence:
 
     @staticmethod
     def _pulled(pair: Pair) -> tuple[Tensor, Tensor]:
-        """KL(p_base||p) and its gradient with respect to the student's logits."""
+        """KL(p_0||p) and its gradient with respect to the student's logits."""
         assert pair.log_base_NV is not None
         return kl(pair.log_base_NV, pair.log_p_NV), pair.p_NV - pair.log_base_NV.exp()
 

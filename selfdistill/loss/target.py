@@ -16,10 +16,10 @@ from selfdistill.loss.log_probs import log_softmax
 
 @dataclass(frozen=True)
 class Target:
-    """softmax(a log q + b log sg[p] + d log p_base).
+    """softmax(a log q + b log sg[p] + d log p_0).
 
     By default the teacher q alone. b > 0 keeps the target near the student (Veto, arXiv 2601.07155, decays b from 0.8
-    to 0). d > 0 keeps it near p_base, the model before training, given the student's prompt, or the teacher's context
+    to 0). d > 0 keeps it near p_0, the model before training, given the student's prompt, or the teacher's context
     where the method says so.
     """
 

@@ -1,4 +1,4 @@
-"""Anchors: prompts on which the model is to stay as it was; an extra part for any method.
+"""Anchors: prompts on which the model should answer as before; an extra part for any method.
 
     z -> y ~ p(.|z);   L = mean_t D( p(.|z, y_<t), p_0(.|z, y_<t) )
 

@@ -1,10 +1,10 @@
 """iSDFT: self-distillation towards a target near the student (arXiv 2609.24646).
 
-    x -> y ~ p(.|x);   L = mean_t KL( q*_t || p_t ) + m KL( p_base || p_t )
+    x -> y ~ p(.|x);   L = mean_t KL( q*_t || p_t ) + m KL( p_0 || p_t )
     q* = argmin KL(q*||sg[p])  with  E_{q*}[log q - log p] >= r KL(q||p);   q* ~ p^(1-l) q^l, l solved per token
 
 q is the teacher, given the demonstration. r rises linearly from 0.25 at the first step to 1 at step 150, where q* is q.
-The second term, m = 0.002, holds the student near the model before training, on the same samples.
+The second term, m = 0.002, holds the student near p_0, the model before training, on the same samples.
 
 Differences: l is found by Newton's steps within a bracket in place of 40 bisections, to the same root, and the
 divergence is the setting's, KL(q*||p) by default, as in the authors' code. That code masks the first 3 tokens and its
@@ -33,7 +33,7 @@ class IsdftSettings(Settings):
     ramp_steps: int = Field(default=150, ge=0)
     """Steps in which r goes linearly from the one to the other; 0: ``share`` from the start."""
     pull: float = Field(default=2e-3, ge=0)
-    """m, the weight of KL(p_base||p); 0: none, and the model before training is not run."""
+    """m, the weight of KL(p_0||p); 0: none, and the model before training is not run."""
 
 
 def isdft(config: TrainConfig) -> tuple[Method, ...]:

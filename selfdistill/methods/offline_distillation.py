@@ -1,8 +1,8 @@
 """Offline distillation: the teacher's samples and distributions, off-policy (baseline of SDFT, arXiv 2601.19897).
 
-    y ~ p_base(.|x, c), once per demonstration;   L = mean_t D( p(.|x, y_<t), p_base(.|x, c, y_<t) )
+    y ~ p_0(.|x, c), once per demonstration;   L = mean_t D( p(.|x, y_<t), p_0(.|x, c, y_<t) )
 
-SDFT without the student's own samples. D is forward KL, KL(q||p), by default.
+SDFT without the student's own samples. p_0 is the model before training. D is forward KL, KL(q||p), by default.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """SFT from the teacher: SFT on the model's samples given the demonstration (baseline of SDFT, arXiv 2601.19897).
 
-    y ~ p_base(.|x, c), once per demonstration;   L = -mean_t log p(y_t | x, y_<t)
+    y ~ p_0(.|x, c), once per demonstration;   L = -mean_t log p(y_t | x, y_<t)
 
-It uses the teacher's samples without its distributions, and is off-policy: all samples are drawn before the first step.
+p_0, the model before training, is the teacher. Its samples are used without its distributions, and off-policy: all are
+drawn before the first step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """SFT + Re-invoke: SFT, then distillation from the base on general prompts (baseline of SDFT, arXiv 2601.19897).
 
     first half of the steps:  L = -mean_t log p(d_t | x, d_<t)
-    second half:              z -> y ~ p(.|z);   L = mean_t KL( p(.|z, y_<t) || p_base(.|z, y_<t) )
+    second half:              z -> y ~ p(.|z);   L = mean_t KL( p(.|z, y_<t) || p_0(.|z, y_<t) )
 
-z are general prompts without demonstrations; p_base is the model before training. Each half has its own learning rate
+z are general prompts without demonstrations; p_0 is the model before training. Each half has its own learning rate
 schedule.
 """
 

@@ -1,10 +1,10 @@
 """SSD: simple self-distillation, SFT on the model's own samples (arXiv 2604.01193).
 
-    y ~ p_base(.|x), once per prompt;   L = -mean_t log p(y_t | x, y_<t)
+    y ~ p_0(.|x), once per prompt;   L = -mean_t log p(y_t | x, y_<t)
 
-Samples have temperature 1.5, top-k 20 and top-p 0.8. The shortest 10% of them are left out. There is no demonstration,
-teacher or checker: prompts suffice. The model learns to be as certain as truncated sampling; the authors then sample
-at a temperature tuned for it.
+p_0 is the model before training. Samples have temperature 1.5, top-k 20 and top-p 0.8. The shortest 10% of them are
+left out. There is no demonstration, teacher or checker: prompts suffice. The model learns to be as certain as truncated
+sampling; the authors then sample at a temperature tuned for it.
 
 Differences: lengths are in tokens, the authors' in characters. A sample that was cut at the limit is learnt unchanged.
 """

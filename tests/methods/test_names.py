@@ -58,7 +58,7 @@ def test_pages_say_which_methods_learn_an_episode_in_one_sequence() -> None:
 
 def test_the_page_about_methods_says_which_were_measured_and_what_a_step_costs() -> None:
     study = yaml.safe_load((ROOT / "configs/study/baselines.yaml").read_text(encoding="utf-8"))
-    assert named(between("docs/methods.md", "-seeds) compares", "on the demo's facts")) == set(study["methods"])
+    assert named(between("docs/methods.md", "-seeds) compares", "on the facts of")) == set(study["methods"])
     costs = between("docs/methods.md", "| method | compared with a step of `sdft` |\n|---|---|\n", "\n\n")
     cells = " ".join(row.split(" | ")[0] for row in costs.splitlines())
     assert named(cells) == {*NAMES} - {"sdft"}
