@@ -387,6 +387,20 @@ def test_an_openenv_class_returns_objects(make: Make) -> None:
         environment.step(said("text"))
 
 
+def test_an_array_as_observation_is_read_as_text(make: Make) -> None:
+    body = """
+    import numpy as np
+
+    class World:
+        def reset(self): return np.array([1, 2]), {}
+        def step(self, text): return np.array([[0.5], [1.0]]), np.float32(0), np.bool_(text == "end"), False, {}
+    """
+    environment = make(body)()
+    assert environment.reset(ROW) == [{"role": "user", "content": "[1 2]"}]
+    assert environment.step(said("go")) == Step(({"role": "user", "content": "[[0.5]\n [1. ]]"},))
+    assert environment.step(said("end")) == Step(done=True, reward=0.0, feedback="[[0.5]\n [1. ]]")
+
+
 @pytest.mark.parametrize(
     ("returned", "problem"),
     [
