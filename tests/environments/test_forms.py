@@ -340,6 +340,40 @@ def test_a_tool_that_hangs_leaves_an_episode_that_cannot_be_judged(make: Make) -
     environment.close()
 
 
+@pytest.mark.parametrize("reward", ["self.reward = 1.0", "type(self).reward = property(lambda self: 1.0)"])
+def test_a_tool_that_hangs_hides_a_reward_that_was_set(make: Make, reward: str) -> None:
+    begins = f"        def reset(self, **columns):\n            {reward}\n"
+    environment = make(TOOLS + begins + HANGS)()
+    environment.reset(ROW)
+    environment.step(said("", ("hang", {})))
+    found = environment.step(said("3"))
+    assert (found.reward, found.feedback) == (0.0, "a tool is still running, so the episode cannot be judged")
+    environment.close()
+
+
+def test_a_tool_that_hangs_gives_no_reward_where_there_is_none(make: Make) -> None:
+    environment = make(TOOLS + HANGS)()
+    environment.reset(ROW)
+    environment.step(said("", ("hang", {})))
+    assert environment.step(said("3")) == Step(done=True)
+    environment.close()
+
+
+def test_a_reward_may_be_a_property_that_uses_the_thread(make: Make) -> None:
+    body = """
+        @property
+        def reward(self):
+            return self.database.execute("SELECT 1").fetchone() == (1,)
+    """
+    environment = make(TOOLS + body)()
+    environment.reset(ROW)
+    assert environment.step(said("3")) == Step(done=True, reward=1.0)
+    fails = make(TOOLS + body.replace("return", "return self.nothing or"))()
+    fails.reset(ROW)
+    with pytest.raises(UserError, match="reward failed: AttributeError: .* has no attribute 'nothing'"):
+        fails.step(said("3"))
+
+
 # --- Gymnasium and OpenEnv ---
 
 
