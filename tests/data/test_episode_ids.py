@@ -433,6 +433,7 @@ def test_tags_in_another_form_are_refused(changed: str, by: str) -> None:
         ("glm4_5", "<tool_call>f<arg_key>a</arg_key></tool_call>", "expected <arg_key>KEY</arg_key><arg_value>VALUE"),
         ("plain ChatML", "Action: f\nAction Input: {a}", "must be followed by 'Action Input:' and a JSON object"),
         ("plain ChatML", "Action: f", "must be followed by 'Action Input:' and a JSON object"),
+        ("plain ChatML", 'Action: f\nAction Input: {"a": NaN}', "must be followed by 'Action Input:' and a JSON object"),
         ("plain ChatML", "Action: f\nAction Input: [1]", "the arguments of f are not a JSON object"),
     ],
 )
@@ -455,6 +456,20 @@ def test_a_call_that_cannot_be_read_says_why(template: str, reply: str, problem:
 def test_other_spellings_of_a_call_are_read(reply: str) -> None:
     chat = chat_of(TOOL_TEMPLATES[0])
     assert chat.message_of(chat.encode_completion(reply)) == calls(CITY)
+
+
+@pytest.mark.parametrize("template", ["hermes", "llama3_1", "deepseek", "plain ChatML", "none"])
+def test_half_of_a_surrogate_pair_in_a_call_is_replaced(template: str) -> None:
+    chat = chat_of(next(each for each in TOOL_TEMPLATES if each.name == template))
+    written = chat.decode(chat.encode_reply(calls({"city": "HALF", "KEY": ["\U0001f600"]}), OPTIONS))
+    if template == "deepseek":  # whose tags decode leaves out
+        written = "<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>weather\n```json\n" + '{"city": "HALF"}'
+    reply = written.replace("HALF", r"\ud83d").replace("KEY", r"\ude00").replace("\U0001f600", r"\ud83d\ude00")
+    message = chat.message_of(chat.encode_completion(reply))
+    given = message["tool_calls"][0]["function"]["arguments"]
+    assert given == {"city": "\ufffd"} | ({} if template == "deepseek" else {"\ufffd": ["\U0001f600"]})
+    assert json.dumps(message, ensure_ascii=False).encode()
+    assert chat.encode_prompt([user("Weather?"), message, result("rain")], OPTIONS)
 
 
 @each
