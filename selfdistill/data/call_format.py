@@ -118,10 +118,10 @@ class CallFormat:
         if self.parameters:
             content, found_calls = self.parameters.read(text, tools)
             return content, [_call(name, arguments, {}) for name, arguments in found_calls]
-        start = self._first(text)
-        if start is None:
+        first = self._first(text)
+        if first is None:
             return text, []
-        said, calls, at = [text[:start].rstrip()], [], start
+        said, calls, at = [text[: first.start()].rstrip()], [], first.end()
         while True:
             found, at = self._one(text, at)
             calls += found
@@ -137,20 +137,19 @@ class CallFormat:
         said.append(rest.removeprefix(self.end.strip()).strip())
         return "\n".join(filter(None, said)), calls
 
-    def _first(self, text: str) -> int | None:
-        """Where the first call begins; None if there is none."""
-        if begin := self.begin.strip():
-            start = text.find(begin)
-            return None if start < 0 else start
+    def _first(self, text: str) -> re.Match[str] | None:
+        """What leads to the first call; None if there is none."""
+        if self.begin.strip():
+            return re.search(re.escape(self.begin.strip()), text)
         if not self.name:
             return None
-        found = re.search(rf'(?m)^[ \t]*(?=\[?\s*\{{\s*"({re.escape(self.name[0])}|id|type)"\s*:)', text)
-        return None if found is None else found.end()
+        # Llama's models may write a tag that its template does not.
+        lead = r"(?m)(?:^[ \t]*|<\|python_tag\|>\s*)"
+        return re.search(rf'{lead}(?=\[?\s*\{{\s*"({re.escape(self.name[0])}|id|type)"\s*:)', text)
 
     def _one(self, text: str, at: int) -> tuple[list[dict[str, Any]], int]:
         """The calls that begin at a position (several if they are a list), and where they end."""
-        begin = self.begin.strip()
-        at = _skip(text, at + len(begin) if begin and text.startswith(begin, at) else at)
+        at = _skip(text, at)
         if self.name:
             value, at = decoded(text, at)
             values = value if isinstance(value, list) else [value]

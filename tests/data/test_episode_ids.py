@@ -472,6 +472,17 @@ def test_half_of_a_surrogate_pair_in_a_call_is_replaced(template: str) -> None:
     assert chat.encode_prompt([user("Weather?"), message, result("rain")], OPTIONS)
 
 
+@pytest.mark.parametrize("lead", ["", "I look.\n", "I look. "])
+def test_llamas_call_may_have_its_tag(lead: str) -> None:
+    chat = chat_of(next(each for each in TOOL_TEMPLATES if each.name == "llama3_1"))
+    tag = chat.tokenizer.convert_tokens_to_ids("<|python_tag|>")
+    call = '{"name": "weather", "parameters": {"city": "Oslo"}}'
+    ids = [*chat.encode_completion(lead)[:-1], tag, *chat.encode_completion(call)]
+    assert chat.message_of(ids) == calls(CITY, content=lead.strip())
+    only = [tag, *chat.encode_completion("print(1)")]
+    assert chat.message_of(only) == says("<|python_tag|>print(1)")
+
+
 @each
 def test_what_is_said_between_calls_is_content(template: ToolTemplate) -> None:
     chat = chat_of(template)
