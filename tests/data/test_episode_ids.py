@@ -483,6 +483,42 @@ def test_llamas_call_may_have_its_tag(lead: str) -> None:
     assert chat.message_of(only) == says("<|python_tag|>print(1)")
 
 
+# The white space that a template writes between the parts of calls, and other white space that a model may write.
+SPACES = {
+    "hermes": [("\n</tool_call>\n<tool_call>\n", "</tool_call><tool_call>"), ("</tool_call>", "\n\n</tool_call>")],
+    "deepseek": [
+        ("<|tool_call_end|>\n<|tool_call_begin|>", "<|tool_call_end|><|tool_call_begin|>"),
+        ("\n```<|tool_call_end|>", "```\n<|tool_call_end|>"),
+        ("<|tool_calls_begin|>", "<|tool_calls_begin|>\n"),
+        ("\n```json\n", " ```json "),
+        ("<|tool_call_end|><|tool_calls_end|>", "<|tool_call_end|>\n<|tool_calls_end|>"),
+    ],
+    "mistral with [ARGS]": [("[TOOL_CALLS]", "\n[TOOL_CALLS] "), ("[ARGS]", " [ARGS]\n")],
+}
+
+
+@pytest.mark.parametrize(("name", "change"), [(name, change) for name, some in SPACES.items() for change in some])
+def test_there_may_be_any_white_space_between_the_parts_of_calls(name: str, change: tuple[str, str]) -> None:
+    chat = chat_of(next(each for each in TOOL_TEMPLATES if each.name == name))
+    message = calls(CITY, ODD, {}, content="Three at once.")
+    written = chat.tokenizer.decode(chat.encode_reply(message, OPTIONS)[:-1])
+    other = written.replace(*change)
+    assert other != written
+    assert chat.message_of(chat.tokenizer(other)["input_ids"]) == message
+
+
+def test_a_further_call_that_cannot_be_read_is_an_error() -> None:
+    chat = chat_of(next(each for each in TOOL_TEMPLATES if each.name == "deepseek"))
+    written = chat.tokenizer.decode(chat.encode_reply(calls(CITY, CITY), OPTIONS)[:-1])
+    for old, new in (("function", "tool"), ("```<|tool_call_end|>", "<|tool_call_end|>"), ("weather\n", "weather")):
+        head, _, last = written.rpartition(old) if old == "function" else written.partition(old)
+        message = chat.message_of(chat.tokenizer(f"{head}{new}{last}")["input_ids"])
+        if old == "weather\n":
+            assert message == calls(CITY, CITY)
+        else:
+            assert re.search(r"after a call, expected ```<\|tool_call_end\|>", message["invalid"])
+
+
 @each
 def test_what_is_said_between_calls_is_content(template: ToolTemplate) -> None:
     chat = chat_of(template)
