@@ -383,13 +383,23 @@ def test_a_plan_of_memory_counts_whole_episodes(talks: Settings) -> None:
         ({"method": "npo", "teacher_model": "m"}, "setting 'environment': npo does not learn from whole episodes"),
         (
             {"hint": "shortest"},
-            "setting 'hint': shortest needs single replies, not episodes: give a share, or leave the",
+            "setting 'hint': shortest needs single replies, not episodes: leave it or the environment out",
         ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(talks: Settings, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         stages_of(talks(**values))
+
+
+@pytest.mark.parametrize("values", [{"hint": "0.5"}, {"hint": "1:0.5"}, {"method": "atesd"}], ids=str)
+def test_a_teacher_that_sees_parts_refuses_episodes(
+    talks: Settings, write_rows: Callable[..., Path], values: dict[str, Any]
+) -> None:
+    told = [{"role": role, "content": "a b"} for role in ("assistant", "user", "assistant")]
+    data = write_rows([{"prompt": "q", "completion": told, "answer": 2}], name="told.jsonl")
+    with pytest.raises(UserError, match="1 of 1 rows cannot be used: .*: the teacher cannot see a part of an episode"):
+        Trainer(talks(data=str(data), context="turns", **values))
 
 
 def test_limits_are_checked(talks: Settings) -> None:
