@@ -28,7 +28,7 @@ from selfdistill.data import (
     turns_of,
 )
 from selfdistill.errors import UserError, number_of
-from selfdistill.methods.worlds import begun
+from selfdistill.methods.worlds import begun, limits_of
 from selfdistill.model import LoadedModel
 
 
@@ -78,20 +78,16 @@ class DemonstrationExamples:
     ) -> tuple[list[Example], int]:
         if bad := [RowProblem(row.source, problem) for row in demonstrations if (problem := self.lacks(row))]:
             raise UserError(f"{len(bad)} of {len(demonstrations)} rows cannot be used: {by_reason(bad)}")
-        plays = self.config.environment != "none"
-        if plays:
+        if self.config.environment != "none":
             demonstrations = begun(self.config.environment, demonstrations)
         return encode(
             demonstrations,
             None if self.context is None else context_of(self.context, self.hint),
             chat,
-            max_prompt_length=self.config.max_prompt_length,
-            max_completion_length=self.config.longest_completion,
             window=loaded.window,
             on_long_prompt=self.config.on_long_prompt,
             completion_must_fit=self.completion_must_fit,
-            length_setting="max_episode_length" if plays else "max_completion_length",
-            replies=self._taken,
+            **limits_of(self.config, self.replies),
         )
 
     def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
@@ -106,14 +102,9 @@ class DemonstrationExamples:
             problem = self._shows(demonstration) or self._no_part(demonstration)
         return problem and problem + self._other_method(demonstration)
 
-    @property
-    def _taken(self) -> Replies:
-        """The replies that become examples; in an environment, whole episodes."""
-        return "episode" if self.config.environment != "none" else self.replies
-
     def _no_part(self, demonstration: Demonstration) -> str | None:
         """The problem of a row that the teacher would have to see in parts, but cannot."""
-        turns = turns_of(demonstration, self._taken) if self.in_parts else ()
+        turns = turns_of(demonstration, limits_of(self.config, self.replies)["replies"]) if self.in_parts else ()
         problem = next(filter(None, map(no_part, turns)), None)
         way = "use hint 1" if self.config.hint != "1" else f"use a method other than {self.config.method}"
         return problem and f"{problem}; {way}"

@@ -411,6 +411,13 @@ def test_limits_are_checked(talks: Settings) -> None:
         Trainer(talks(max_episode_length=500))
 
 
+def test_a_demonstrated_reply_is_limited_as_a_sampled_one(talks: Settings) -> None:
+    Trainer(talks(method="sft", max_completion_length=9))  # the longest has eight letters and an end token
+    message = r"2 of 6 rows do not fit: .* 7, 9 tokens, limit 6 \(max_completion_length\); raise max_completion_length,"
+    with pytest.raises(UserError, match=message):
+        Trainer(talks(method="sft", max_completion_length=6))
+
+
 @pytest.mark.parametrize("method", ["sft", "dft", "eaft", "cpt", "sft_reinvoke"])
 def test_methods_that_learn_the_data_as_they_are_stay_as_they_are(talks: Settings, method: Any) -> None:
     def sequences(**values: Any) -> list[Any]:
