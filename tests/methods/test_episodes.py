@@ -402,6 +402,18 @@ def test_a_teacher_that_sees_parts_refuses_episodes(
         Trainer(talks(data=str(data), context="turns", **values))
 
 
+def test_a_template_whose_calls_are_not_read_plays_without_tools_alone(
+    talks: Settings, model_folder: Callable[..., Path]
+) -> None:
+    other = QWEN3_CODER.replace("'<parameter=' + key + '>\n'", "'<' + key + '>\n'")
+    assert other != QWEN3_CODER
+    model = str(model_folder(template=other, ends=ENDS, room=4096))
+    assert len(episodes_of(Trainer(talks(model=model)), 2)) == 2
+    run = Trainer(talks(model=model, environment="python:tiny_worlds.Asks"))
+    with pytest.raises(UserError, match="environment 'python:tiny_worlds.Asks': it has tools, but the model's chat te"):
+        episodes_of(run, 2)
+
+
 def test_limits_are_checked(talks: Settings) -> None:
     with pytest.raises(UserError, match="'max_episode_length': found 10, expected at least max_completion_length, 16"):
         talks(max_episode_length=10)
