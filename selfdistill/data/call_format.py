@@ -15,7 +15,14 @@ from functools import cached_property
 from typing import Any
 
 from selfdistill.data.messages import Message, text_of_reply, uses_tools
-from selfdistill.data.parameter_format import PROBE_ARGUMENTS, ParameterFormat, Tools, any_space, parameter_format, tags_of
+from selfdistill.data.parameter_format import (
+    PROBE_ARGUMENTS,
+    ParameterFormat,
+    Tools,
+    any_space,
+    parameter_format,
+    tags_of,
+)
 from selfdistill.data.tool_calls import InvalidCall, actions_in, decoded, value_at
 
 Render = Callable[[list[Message]], str | None]

@@ -164,10 +164,10 @@ def _checked(
         refuse_silent(config.environment, "so success cannot be measured")
     else:
         check_scorer(config.scorer)
-    hints = config.hints and not plays and not any(no_part(turn) for row in rows for turn in turns_of(row, "last"))
-    if config.hints and not hints:
+    has_parts = not plays and not any(no_part(turn) for row in rows for turn in turns_of(row, "last"))
+    if config.hints and not has_parts:
         say_note("hints are not measured, because a part of an episode cannot be shown")
-    can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if hints else set()
+    can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and has_parts else set()
     if config.spill:
         refuse_autocast()  # spill takes steps
     general = read_anchors(config, anchors)

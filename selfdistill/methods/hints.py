@@ -163,9 +163,7 @@ def _shortest(method: Method, config: TrainConfig) -> Method:
             "setting 'hint': shortest samples from the student, not teacher_model: give a share, or leave one out"
         )
     if config.environment != "none":
-        raise UserError(
-            "setting 'hint': shortest needs single replies, not episodes: leave it or the environment out"
-        )
+        raise UserError("setting 'hint': shortest needs single replies, not episodes: leave it or the environment out")
     hint_of(config, 0)  # refuses a context that cannot show a part
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
     return replace(method, examples=LastReplies(config, config.context, in_parts=True), fixed=search)

@@ -435,7 +435,11 @@ def test_tags_in_another_form_are_text(changed: str, by: str) -> None:
         ("glm4_5", "<tool_call>f<arg_key>a</arg_key></tool_call>", "expected <arg_key>KEY</arg_key><arg_value>VALUE"),
         ("plain ChatML", "Action: f\nAction Input: {a}", "must be followed by 'Action Input:' and a JSON object"),
         ("plain ChatML", "Action: f", "must be followed by 'Action Input:' and a JSON object"),
-        ("plain ChatML", 'Action: f\nAction Input: {"a": NaN}', "must be followed by 'Action Input:' and a JSON object"),
+        (
+            "plain ChatML",
+            'Action: f\nAction Input: {"a": NaN}',
+            "must be followed by 'Action Input:' and a JSON object",
+        ),
         ("plain ChatML", "Action: f\nAction Input: [1]", "the arguments of f are not a JSON object"),
     ],
 )

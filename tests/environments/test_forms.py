@@ -370,7 +370,7 @@ def test_a_reward_may_be_a_property_that_uses_the_thread(make: Make) -> None:
     assert environment.step(said("3")) == Step(done=True, reward=1.0)
     fails = make(TOOLS + body.replace("return", "return self.nothing or"))()
     fails.reset(ROW)
-    with pytest.raises(UserError, match="reward failed: AttributeError: .* has no attribute 'nothing'"):
+    with pytest.raises(UserError, match=r"reward failed: AttributeError: .* has no attribute 'nothing'"):
         fails.step(said("3"))
 
 

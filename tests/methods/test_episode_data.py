@@ -264,7 +264,7 @@ def calls(row: Demonstration) -> list[Any]:
 def test_rows_with_calls_are_refused_where_the_teacher_sees_parts(
     of_episodes: Callable[..., TrainConfig], values: dict[str, Any], way: str
 ) -> None:
-    with pytest.raises(UserError, match="3 of 3 rows cannot be used: .*") as error:
+    with pytest.raises(UserError, match="3 of 3 rows cannot be used: ") as error:
         Trainer(of_episodes(context="turns", **values))
     assert str(error.value).endswith(f": the teacher cannot see a part of an episode; {way}")
 

@@ -398,7 +398,7 @@ def test_a_teacher_that_sees_parts_refuses_episodes(
 ) -> None:
     told = [{"role": role, "content": "a b"} for role in ("assistant", "user", "assistant")]
     data = write_rows([{"prompt": "q", "completion": told, "answer": 2}], name="told.jsonl")
-    with pytest.raises(UserError, match="1 of 1 rows cannot be used: .*: the teacher cannot see a part of an episode"):
+    with pytest.raises(UserError, match=r"1 of 1 rows cannot be used: .*: the teacher cannot see a part of an episode"):
         Trainer(talks(data=str(data), context="turns", **values))
 
 
@@ -410,7 +410,7 @@ def test_a_template_whose_calls_are_not_read_plays_without_tools_alone(
     model = str(model_folder(template=other, ends=ENDS, room=4096))
     assert len(episodes_of(Trainer(talks(model=model)), 2)) == 2
     run = Trainer(talks(model=model, environment="python:tiny_worlds.Asks"))
-    with pytest.raises(UserError, match="environment 'python:tiny_worlds.Asks': it has tools, but the model's chat te"):
+    with pytest.raises(UserError, match=r"environment 'python:tiny_worlds\.Asks': it has tools, but the model's chat"):
         episodes_of(run, 2)
 
 
