@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from selfdistill.config import LearnConfig, TrainConfig
+from selfdistill.continual.rehearsal import as_shown
 from selfdistill.data import (
     ChatFormat,
     Demonstration,
@@ -18,7 +18,7 @@ from selfdistill.data import (
     parse_context,
 )
 from selfdistill.errors import UserError
-from selfdistill.methods import DemonstrationExamples, examples_of_prompts, stages_of, uses
+from selfdistill.methods import DemonstrationExamples, examples_of_prompts, limits_of, stages_of, uses
 from selfdistill.model import LoadedModel, fake_model
 
 
@@ -118,12 +118,17 @@ def encoded_rows(
     on_long_prompt: str,
     context: str | None = None,
 ) -> list[Example]:
-    """Encode the rows within the limits on prompt, completion and, with a context, the teacher's prompt."""
-    limits: dict[str, Any] = {
-        "max_prompt_length": config.max_prompt_length,
-        "max_completion_length": config.max_completion_length,
-        "window": loaded.window,
-        "completion_must_fit": True,
-    }
-    shown = None if context is None else parse_context(context)
-    return encode(rows, shown, chat, on_long_prompt=on_long_prompt, **limits)[0]
+    """Encode the rows, with an environment as its episodes.
+
+    They must be within the limits on prompt, completion and, with a context, the teacher's prompt.
+    """
+    examples, _ = encode(
+        as_shown(config, rows),
+        None if context is None else parse_context(context),
+        chat,
+        window=loaded.window,
+        on_long_prompt=on_long_prompt,
+        completion_must_fit=True,
+        **limits_of(config),
+    )
+    return examples

@@ -147,8 +147,9 @@ class _Watch:
         if not self._rows:
             return None
         with training_precision(loaded.model, self._precision):
-            prompts, completions = zip(*((row.student_ids, row.completion_ids) for row in self._rows), strict=True)
-            return mean_loss(loaded, prompts, completions)
+            seen = ((row.student_ids, row.completion_ids, row.is_own) for row in self._rows)
+            prompts, completions, own = zip(*seen, strict=True)
+            return mean_loss(loaded, prompts, completions, own)
 
     def __call__(self, step: int, loaded: LoadedModel, _metrics: dict[str, Any]) -> bool:
         self.steps = step

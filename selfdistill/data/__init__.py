@@ -32,9 +32,9 @@ from selfdistill.data.encoding import (
     own_tokens,
     reply_spans,
 )
-from selfdistill.data.episodes import Replies, notes_on_episodes
+from selfdistill.data.episodes import Replies, notes_on_episodes, turns_of
 from selfdistill.data.feedback import with_feedback, with_guide
-from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable
+from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable, no_part
 from selfdistill.data.images import (
     MOST_PIXELS,
     PICTURE_FOLDER,
@@ -155,6 +155,7 @@ __all__ = [
     "located",
     "must_show_one",
     "named",
+    "no_part",
     "not_object",
     "notes_on",
     "notes_on_episodes",
@@ -177,6 +178,7 @@ __all__ = [
     "speaker_of",
     "text_of",
     "thought_and_said",
+    "turns_of",
     "verdict",
     "verdicts",
     "with_feedback",

@@ -11,10 +11,18 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from selfdistill.data.messages import Message, text_of_reply, uses_tools
-from selfdistill.data.parameter_format import PROBE_ARGUMENTS, ParameterFormat, Tools, parameter_format
+from selfdistill.data.parameter_format import (
+    PROBE_ARGUMENTS,
+    ParameterFormat,
+    Tools,
+    any_space,
+    parameter_format,
+    tags_of,
+)
 from selfdistill.data.tool_calls import InvalidCall, actions_in, decoded, value_at
 
 Render = Callable[[list[Message]], str | None]
@@ -118,49 +126,70 @@ class CallFormat:
         if self.parameters:
             content, found_calls = self.parameters.read(text, tools)
             return content, [_call(name, arguments, {}) for name, arguments in found_calls]
-        start = self._first(text)
-        if start is None:
+        first = self._first(text)
+        if first is None:
             return text, []
-        said, calls, at = [text[:start].rstrip()], [], start
+        said, calls, at = [text[: first.start()].rstrip()], [], first.end()
         while True:
             found, at = self._one(text, at)
             calls += found
-            rest = text[at:].lstrip()
-            at = len(text) - len(rest)
-            if self.between.strip() and rest.startswith(self.between.strip()):
-                at += len(self.between.strip())
-            elif self.begin.strip() and (again := text.find(self.begin.strip(), at)) >= 0:
-                said.append(text[at:again].removeprefix(self.end.strip()).strip())
-                at = again + len(self.begin.strip())
-            elif not (self.between and not self.between.strip() and rest.startswith("{")):
+            if following := self._next.match(text, at):
+                at = following.end()
+            elif self.begin.strip() and (again := self._begin.search(text, at)):
+                said.append(self._after(text[at : again.start()]))
+                at = again.end()
+            else:
                 break
-        said.append(rest.removeprefix(self.end.strip()).strip())
+        said.append(self._after(text[at:]))
         return "\n".join(filter(None, said)), calls
 
-    def _first(self, text: str) -> int | None:
-        """Where the first call begins; None if there is none."""
-        if begin := self.begin.strip():
-            start = text.find(begin)
-            return None if start < 0 else start
+    @cached_property
+    def _begin(self) -> re.Pattern[str]:
+        return re.compile(any_space(tags_of(self.begin)))
+
+    @cached_property
+    def _next(self) -> re.Pattern[str]:
+        """From a call to the next; where the template writes only one call, or begins each alike, it never matches."""
+        if tags := tags_of(self.between):
+            return re.compile(rf"\s*{any_space(tags)}")
+        return re.compile(r"\s*(?=\{)" if self.between else r"(?!)")
+
+    def _after(self, text: str) -> str:
+        """The content in a text that follows a call.
+
+        Raises:
+            InvalidCall: the text has a part that only a further call has.
+        """
+        end, between = tags_of(self.end), tags_of(self.between)
+        marks = [tag for tag in between if tag not in end and re.match(r"[<\[]\W*\w", tag)]
+        if any(mark in text for mark in marks):
+            ways = " or ".join(dict.fromkeys("".join(tags) for tags in (end, between) if tags))
+            raise InvalidCall(f"after a call, expected {ways}")
+        found = re.match(rf"\s*{any_space(end)}", text)
+        return text[found.end() if found else 0 :].strip()
+
+    def _first(self, text: str) -> re.Match[str] | None:
+        """What leads to the first call; None if there is none."""
+        if self.begin.strip():
+            return self._begin.search(text)
         if not self.name:
             return None
-        found = re.search(rf'(?m)^[ \t]*(?=\[?\s*\{{\s*"({re.escape(self.name[0])}|id|type)"\s*:)', text)
-        return None if found is None else found.end()
+        # Llama's models may write a tag that its template does not.
+        lead = r"(?m)(?:^[ \t]*|<\|python_tag\|>\s*)"
+        return re.search(rf'{lead}(?=\[?\s*\{{\s*"({re.escape(self.name[0])}|id|type)"\s*:)', text)
 
     def _one(self, text: str, at: int) -> tuple[list[dict[str, Any]], int]:
         """The calls that begin at a position (several if they are a list), and where they end."""
-        begin = self.begin.strip()
-        at = _skip(text, at + len(begin) if begin and text.startswith(begin, at) else at)
+        at = _skip(text, at)
         if self.name:
             value, at = decoded(text, at)
             values = value if isinstance(value, list) else [value]
             return [_call(value_at(each, self.name), value_at(each, self.arguments), each) for each in values], at
-        middle = self.middle.strip()
-        cut = text.find(middle, at) if middle else text.find("{", at)
-        if cut < 0:
-            raise InvalidCall(f"the call has no {middle or 'arguments'} after its name")
-        value, end = decoded(text, _skip(text, cut + len(middle)))
-        return [_call(text[at:cut].strip(), value, {})], end
+        cut = re.compile(any_space(tags_of(self.middle)) or r"(?=\{)").search(text, at)
+        if cut is None:
+            raise InvalidCall(f"the call has no {self.middle.strip() or 'arguments'} after its name")
+        value, end = decoded(text, _skip(text, cut.end()))
+        return [_call(text[at : cut.start()].strip(), value, {})], end
 
 
 def _skip(text: str, at: int) -> int:

@@ -205,6 +205,11 @@ class ChatFormat:
         """Whether the template writes calls in a form that is read; else they are lines of text."""
         return self._template.calls is not None and self._template.calls.is_read
 
+    @property
+    def reads_calls(self) -> bool:
+        """Whether calls in replies are read: in the template's form or, if it writes none, as lines of text."""
+        return self._template.calls is None or self._template.calls.is_read
+
     def message_of(
         self, ids: Sequence[int], prompt: Sequence[int] = (), options: Mapping[str, Any] | None = None
     ) -> Message:
@@ -216,15 +221,10 @@ class ChatFormat:
             options: as in :meth:`render`; the schemas of ``tools`` say which values an argument may have.
 
         Returns:
-            The assistant's message. If a call cannot be read it has no ``tool_calls``, the whole text as its content,
-            and under ``invalid`` the reason, in words that a model can use.
-
-        Raises:
-            TemplateRefusal: the template writes calls in a form that is not read.
+            The assistant's message, of text alone unless :attr:`reads_calls`. If a call cannot be read it has no
+            ``tool_calls``, the whole text as its content, and under ``invalid`` the reason, in words for a model.
         """
         form = self._template.calls
-        if form is not None and not form.is_read:
-            raise TemplateRefusal("the chat template writes tool calls in an unsupported format")
         text = self._decoded(ids, form.written if form else "")
         opened = open_thought(str(self.tokenizer.decode(list(prompt[-8:]))))
         thought, said = split_thinking(text, begun=opened is not None)

@@ -77,14 +77,14 @@ def encode(
     completion_must_fit: bool = False,
     pool: Sequence[Demonstration] | None = None,
     replies: Replies = "last",
-    length_setting: str = "max_completion_length",
+    max_episode_length: int | None = None,
 ) -> tuple[list[Example], int]:
     """Encode demonstrations, and count the examples dropped because they are too long.
 
     Args:
         demonstrations: what to encode.
         context: the teacher's context, or None.
-        max_prompt_length: limit for either prompt, in tokens; None: the window minus ``max_completion_length``.
+        max_prompt_length: limit for either prompt, in tokens; None: the window minus the tokens after a prompt.
         max_completion_length: limit for a completion, in tokens; of an episode, for each reply.
         window: the model's limit for prompt plus completion, in tokens; None if it has none.
         on_long_prompt: ``error`` or ``drop``.
@@ -92,7 +92,8 @@ def encode(
         pool: demonstrations that contexts may draw from; default ``demonstrations``.
         replies: which replies of an episode are examples: ``episode``, all in one; ``each``, after the conversation so
             far as the demonstration has it; ``last``.
-        length_setting: the setting that limits a completion, for messages.
+        max_episode_length: tokens after a prompt, for which prompts leave room in the window; None:
+            ``max_completion_length``.
 
     Returns:
         The examples, and the number of examples dropped.
@@ -102,7 +103,7 @@ def encode(
         UserError: rows are too long, all reported together; completions end with the name of an end token; or the
             template does not show a row's tools or other arguments.
     """
-    limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit, length_setting)
+    limits = _Limits(max_prompt_length, max_completion_length, window, completion_must_fit, max_episode_length)
     limits.check()
     others = pool or demonstrations
     demonstrations = [turn for row in demonstrations for turn in turns_of(row, replies)]
@@ -273,20 +274,29 @@ class _Limits:
     max_completion_length: int
     window: int | None
     completion_must_fit: bool
-    setting: str = "max_completion_length"
-    """Which limits a completion."""
+    max_episode_length: int | None = None
+
+    @property
+    def after(self) -> int:
+        """Tokens after a prompt."""
+        return self.max_episode_length or self.max_completion_length
+
+    @property
+    def setting(self) -> str:
+        """Which limits the tokens after a prompt."""
+        return "max_episode_length" if self.max_episode_length else "max_completion_length"
 
     @property
     def prompt(self) -> int | None:
         """Limit for a prompt; None if there is none."""
-        room = None if self.window is None else self.window - self.max_completion_length
+        room = None if self.window is None else self.window - self.after
         return min((x for x in (room, self.max_prompt_length) if x is not None), default=None)
 
     def check(self) -> None:
         """Refuse settings that leave no room for a prompt."""
         if self.prompt is not None and self.prompt < 1:
             raise UserError(
-                f"setting {self.setting!r}: {self.max_completion_length} leaves no room for a prompt in the "
+                f"setting {self.setting!r}: {self.after} leaves no room for a prompt in the "
                 f"model's window of {self.window} tokens"
             )
 
@@ -300,9 +310,9 @@ class _Limits:
                 return found, self._room_for(length, is_teachers=who != "prompt")
         length = _longest_reply(example)
         if self.completion_must_fit and length > self.max_completion_length:
-            after = f" tokens, limit {self.max_completion_length} ({self.setting})"
+            after = f" tokens, limit {self.max_completion_length} (max_completion_length)"
             can_grow = self.window is None or max(student, teacher) + length <= self.window
-            way = f"raise {self.setting}" if can_grow else f"shorten the completions{self._window}"
+            way = "raise max_completion_length" if can_grow else f"shorten the completions{self._window}"
             return RowProblem(source, "completion has ", str(length), after), [way]
         whole = student + len(example.completion_ids)
         if self.completion_must_fit and example.given and self.window is not None and whole > self.window:
@@ -318,7 +328,7 @@ class _Limits:
         ways = []
         if self.max_prompt_length is not None and length > self.max_prompt_length:
             ways.append("raise max_prompt_length")
-        if self.window is not None and length > self.window - self.max_completion_length:
+        if self.window is not None and length > self.window - self.after:
             ways.append(f"lower {self.setting}{self._window}")
         return [" and ".join(ways), *others]
 

@@ -74,7 +74,15 @@ class Hint:
         must_show_one(self.context, "a part of a demonstration")
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
-        """See :class:`selfdistill.data.Context`."""
+        """See :class:`selfdistill.data.Context`.
+
+        Raises:
+            UserError: only a part is shown, and the demonstration has none; see :func:`no_part`.
+        """
+        if self.share >= 1:
+            return self.context.messages(demonstration, pool)
+        if problem := no_part(demonstration):
+            raise UserError(f"{demonstration.source}: {problem}")
         shown = self.part(demonstration.shown, self.share)
         if not shown:
             return list(demonstration.prompt)
@@ -82,7 +90,14 @@ class Hint:
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         """See :class:`selfdistill.data.Context`."""
-        return self.context.lacks(demonstration)
+        return self.context.lacks(demonstration) or (no_part(demonstration) if self.share < 1 else None)
+
+
+def no_part(demonstration: Demonstration) -> str | None:
+    """The problem of a demonstration of which no part can be shown: an episode, or a reply with calls; else None."""
+    if not demonstration.episode or demonstration.privileged_context is not None:
+        return None
+    return "the teacher cannot see a part of an episode"
 
 
 def context_of(spec: str, hint: float) -> Context:

@@ -108,23 +108,23 @@ class ParameterFormat:
     @cached_property
     def _name(self) -> re.Pattern[str]:
         outer, inner = self.begin[: self._outer], self.begin[self._outer :]
-        lead = rf"(?:{_any_space(outer)}\s*)?{_any_space(inner)}\s*"
-        ahead = rf"(?=\s*(?:{_any_space(self.key_begin)}|{_any_space(self.end[:1])}))"
-        return re.compile(rf"{lead}(?P<name>[^<>\s]+?)\s*{_any_space(self.name_end)}{ahead}")
+        lead = rf"(?:{any_space(outer)}\s*)?{any_space(inner)}\s*"
+        ahead = rf"(?=\s*(?:{any_space(self.key_begin)}|{any_space(self.end[:1])}))"
+        return re.compile(rf"{lead}(?P<name>[^<>\s]+?)\s*{any_space(self.name_end)}{ahead}")
 
     @cached_property
     def _argument(self) -> re.Pattern[str]:
-        key = rf"\s*{_any_space(self.key_begin)}\s*(?P<key>[^<>]*?)\s*{_any_space(self.key_end)}"
-        return re.compile(rf"{key}(?P<value>.*?){_any_space(self.value_end)}", re.DOTALL)
+        key = rf"\s*{any_space(self.key_begin)}\s*(?P<key>[^<>]*?)\s*{any_space(self.key_end)}"
+        return re.compile(rf"{key}(?P<value>.*?){any_space(self.value_end)}", re.DOTALL)
 
     @cached_property
     def _ends_value(self) -> re.Pattern[str]:
         """What no value may contain: it would end it, or begin the next."""
-        return re.compile("|".join(map(_any_space, (self.value_end, self.key_begin))))
+        return re.compile("|".join(map(any_space, (self.value_end, self.key_begin))))
 
     @cached_property
     def _end(self) -> re.Pattern[str]:
-        rest = rf"(?:\s*{_any_space(self.end[1:])})?" if self.end[1:] else ""
+        rest = rf"(?:\s*{any_space(self.end[1:])})?" if self.end[1:] else ""
         return re.compile(rf"\s*{re.escape(self.end[0])}{rest}")
 
 
@@ -143,28 +143,29 @@ def parameter_format(name: str, call: str, bare: str) -> ParameterFormat | None:
             return None
         between.append(before)
     begin, to_key, to_value, to_next_key, to_next_value = between
-    key_begin = _shared_end(_tags(to_key), _tags(to_next_key))
+    key_begin = _shared_end(tags_of(to_key), tags_of(to_next_key))
     if not key_begin:
         return None
-    name_end, value_end = _tags(to_key)[: -len(key_begin)], _tags(to_next_key)[: -len(key_begin)]
-    end = _tags(rest)[len(value_end) :]
+    name_end, value_end = tags_of(to_key)[: -len(key_begin)], tags_of(to_next_key)[: -len(key_begin)]
+    end = tags_of(rest)[len(value_end) :]
     made = ParameterFormat(
-        begin=_tags(begin),
+        begin=tags_of(begin),
         name_end=name_end,
         key_begin=key_begin,
-        key_end=_tags(to_value),
+        key_end=tags_of(to_value),
         value_end=value_end,
         end=end,
         before_value=to_value[len(to_value.rstrip()) :],
         after_value=to_next_key[: len(to_next_key) - len(to_next_key.lstrip())],
     )
     in_tags = all(any(part.startswith("<") for part in parts) for parts in (made.begin, key_begin, value_end, end))
-    is_whole = _tags(rest) == (*value_end, *end) and _tags(bare.partition(name)[2]) == (*name_end, *end)
+    is_whole = tags_of(rest) == (*value_end, *end) and tags_of(bare.partition(name)[2]) == (*name_end, *end)
     return made if in_tags and is_whole and made.key_end and to_value == to_next_value else None
 
 
-def _tags(text: str) -> Tags:
-    return tuple(re.findall(r"<?[^<\s]+", text))
+def tags_of(text: str) -> Tags:
+    """The parts of markup, each of which begins with ``<`` or after white space."""
+    return tuple(re.findall(r"<*[^<\s]+", text))
 
 
 def _shown(tags: Tags) -> str:
@@ -172,7 +173,7 @@ def _shown(tags: Tags) -> str:
     return "".join(part if part.startswith("<") else f" {part}" for part in tags).strip()
 
 
-def _any_space(tags: Tags) -> str:
+def any_space(tags: Tags) -> str:
     """A pattern of tags with any white space between them."""
     return r"\s*".join(map(re.escape, tags))
 

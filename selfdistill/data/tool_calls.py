@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfdistill.data.rows import one_line
+from selfdistill.data.rows import join_surrogates, one_line
+from selfdistill.data.text_ids import mapped
 from selfdistill.data.words import plain, spelled
 
 Calls = list[tuple[str, dict[str, Any]]]
@@ -35,10 +36,22 @@ def decoded(text: str, at: int) -> tuple[Any, int]:
         InvalidCall: there is none.
     """
     try:
-        value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, at)
+        return _json_at(text, at)
     except (ValueError, RecursionError) as error:
         raise InvalidCall(f"the call is not valid JSON: {one_line(error)}") from None
-    return value, int(end)
+
+
+def _json_at(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value that begins at a position, and where it ends.
+
+    JSON can write halves of surrogate pairs, which neither files nor tokenizers take; they become U+FFFD.
+
+    Raises:
+        ValueError: there is none; Python's NaN and Infinity are not.
+        RecursionError: it is nested too deeply.
+    """
+    value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, at)
+    return mapped(value, join_surrogates), int(end)
 
 
 def _no_constant(name: str) -> None:
@@ -66,7 +79,7 @@ def actions_in(reply: str) -> list[tuple[str, Any, int, int]] | None:
     found: list[tuple[str, Any, int, int]] = []
     for match in re.finditer(r"^[ \t]*Action:(.*)\n\s*Action Input:\s*", reply, re.MULTILINE):
         try:
-            value, end = json.JSONDecoder().raw_decode(reply, match.end())
+            value, end = _json_at(reply, match.end())
         except (ValueError, RecursionError):
             return None
         found.append((match[1].strip(), value, match.start(), end))

@@ -18,6 +18,8 @@ from selfdistill.errors import UserError
 _NO_TOOLS = ("reset", "reward", "close")
 ROW_COLUMNS = tuple(name for name in COLUMNS if name not in ("messages", "image", "images", "tools"))
 """Columns that ``reset`` may receive."""
+_NO_REWARD = object()
+"""The reward of an object that has none."""
 _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -92,16 +94,20 @@ class ToolClass:
         self._host.close()
 
     def _verdict(self, reply: str) -> Verdict | None:
-        if not hasattr(self._host.object, "reward"):
+        if not has_reward(self._host.object):
             return None
-        reward = self._host.object.reward
-        if callable(reward):
-            if self._host.worker.is_late:
-                return Verdict(0.0, "a tool is still running, so the episode cannot be judged")
-            given = (reply,) if inspect.signature(reward).parameters else ()
-            asked = reward
-            reward = self._host.must("reward", lambda: asked(*given))
-        return as_verdict(reward, f"environment {self._host.name!r}: reward")
+        if self._host.worker.is_late:
+            return Verdict(0.0, "a tool is still running, so the episode cannot be judged")
+        found = self._host.must("reward", lambda: self._reward(reply))
+        return None if found is _NO_REWARD else as_verdict(found, f"environment {self._host.name!r}: reward")
+
+    def _reward(self, reply: str) -> Any:
+        """What the object's ``reward`` is or returns. Runs in its thread, because a property may use its resources."""
+        made = self._host.object
+        reward = made.reward if hasattr(type(made), "reward") else getattr(made, "reward", _NO_REWARD)
+        if not callable(reward):
+            return reward
+        return reward(reply) if inspect.signature(reward).parameters else reward()
 
 
 class StepClass:

@@ -97,7 +97,7 @@ def copied(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_messages(returned: Any) -> list[Message]:
     """The user's return value as messages: none if empty, a list of messages with cleaned text, else one user turn."""
-    if returned is None or returned == "" or returned == []:
+    if returned is None or (isinstance(returned, str | list) and not returned):  # an array has no truth value
         return []
     if isinstance(returned, list) and all(isinstance(one, dict) and "role" in one for one in returned):
         return [_message(one) for one in returned]
@@ -110,7 +110,7 @@ def _message(given: Mapping[str, Any]) -> Message:
     Raises:
         UserError: the message has other keys, which would be lost.
     """
-    if others := [key for key, value in given.items() if value and key not in _KEYS]:
+    if others := [key for key, value in given.items() if key not in _KEYS and value]:
         raise UserError(f"a message has the key {others[0]!r}, expected only {', '.join(_KEYS)}")
     content = given.get("content")
     kept = {key: str(given[key]) for key in ("name", "tool_call_id") if given.get(key)}

@@ -65,6 +65,8 @@ class VerifiersEpisode:
         self._env = host.object
         self._messages: list[Any] = []
         self._state: Any = {}
+        self._to_clean = False
+        """Whether the episode has begun, and its ``cleanup`` was not called yet."""
         self._no_tools = ToolRunner((), host.time_limit, host.worker)
         self.tools = [_schema(one) for one in getattr(self._env, "tool_defs", None) or ()]
 
@@ -86,6 +88,7 @@ class VerifiersEpisode:
         state["tool_defs"] = list(getattr(self._env, "tool_defs", None) or ())
         state["timing"] = types.RolloutTiming()
         self._state = self._host.must("setup_state", lambda: self._env.setup_state(state)) or state
+        self._to_clean = True
         return []
 
     def step(self, message: Message) -> Step:
@@ -109,7 +112,9 @@ class VerifiersEpisode:
         return Step(tuple(_observation(one, names, own) for one in answers) or (NOTHING,))
 
     def close(self) -> None:
-        """Let the thread end; the object is shared and stays open."""
+        """Clean up an episode that was not scored, and let the thread end; the object is shared and stays open."""
+        if self._to_clean:
+            self._host.attempt("cleanup", self._clean)  # not while a late call runs
         self._host.worker.close()
 
     async def _respond(self) -> Any:
@@ -119,8 +124,12 @@ class VerifiersEpisode:
         returned = await self._env.env_response(list(self._messages), self._state)
         return None if self._state.get("final_env_response") is not None else returned
 
-    async def _score(self) -> None:
+    async def _clean(self) -> None:
+        self._to_clean = False
         await self._env.cleanup(self._state)  # writes the completion into the state
+
+    async def _score(self) -> None:
+        await self._clean()
         await self._env.rubric.score_rollout(self._state)
 
     def _end(self) -> Step:

@@ -20,9 +20,11 @@ from selfdistill.data import (
     context_spec,
     hintable,
     load_demonstrations,
+    no_part,
     notes_on_episodes,
     nothing_to_show,
     parse_context,
+    turns_of,
 )
 from selfdistill.errors import EngineFailed, UserError
 from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, verdict_on
@@ -162,9 +164,10 @@ def _checked(
         refuse_silent(config.environment, "so success cannot be measured")
     else:
         check_scorer(config.scorer)
-    if config.hints and plays:
+    has_parts = not plays and not any(no_part(turn) for row in rows for turn in turns_of(row, "last"))
+    if config.hints and not has_parts:
         say_note("hints are not measured, because a part of an episode cannot be shown")
-    can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and not plays else set()
+    can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and has_parts else set()
     if config.spill:
         refuse_autocast()  # spill takes steps
     general = read_anchors(config, anchors)

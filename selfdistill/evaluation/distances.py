@@ -180,14 +180,17 @@ def _weights(tokens_N: Tensor, own: Own) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(loaded: LoadedModel, contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
-    """-log p of given completions, averaged over the tokens of each and then over completions, in nats per token."""
+def mean_loss(
+    loaded: LoadedModel, contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], own: Own = None
+) -> float:
+    """-log p of completions, averaged over the ``own`` tokens of each and then over completions, in nats per token."""
     forward_pass, total = ForwardPass(loaded), 0.0
     for start in range(0, len(contexts), _ROWS):
         ids = completions[start : start + _ROWS]
         scores = forward_pass(loaded.model, contexts[start : start + _ROWS], ids)
         tokens_N = torch.tensor([token for row in ids for token in row], device=scores.hidden_ND.device)
-        weights_N = torch.tensor([1 / len(row) for row in ids for _ in row], device=tokens_N.device)
+        counted = [[True] * len(row) for row in ids] if own is None else own[start : start + _ROWS]
+        weights_N = torch.tensor([one / sum(row) for row in counted for one in row], device=tokens_N.device)
         value, _ = chunked_loss(
             CrossEntropy(), scores.hidden_ND, scores.head, (), tokens_N, weights_N, chunk_size=scores.chunk_tokens
         )

@@ -23,7 +23,7 @@ from selfdistill.data import (
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers
 from selfdistill.evaluation.statistics import mean_interval
-from selfdistill.methods import Completion, EpisodeRules, begun, episode_rules, play, refuse_silent
+from selfdistill.methods import Completion, EpisodeRules, begun, episode_rules, limits_of, play, refuse_silent
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time
 from selfdistill.runtime import ProgressBar
 
@@ -59,18 +59,14 @@ def encoded(
     pool: Sequence[Demonstration] | None,
 ) -> tuple[list[Example], int]:
     """Encode rows from :func:`rows_of` for evaluation, and count dropped ones; see :func:`selfdistill.data.encode`."""
-    plays = config.environment != "none"
     return encode(
         rows,
         context,
         chat,
-        max_prompt_length=config.max_prompt_length,
-        max_completion_length=config.longest_completion,
         window=window,
         on_long_prompt=config.on_long_prompt,
         pool=pool,
-        replies="episode" if plays else "last",
-        length_setting="max_episode_length" if plays else "max_completion_length",
+        **limits_of(config),
     )
 
 

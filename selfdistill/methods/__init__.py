@@ -38,7 +38,7 @@ from selfdistill.methods.slots import (
     own_names,
     whose,
 )
-from selfdistill.methods.worlds import begun, refuse_silent
+from selfdistill.methods.worlds import begun, limits_of, refuse_silent
 
 __all__ = [
     "FROZEN",
@@ -61,6 +61,7 @@ __all__ = [
     "episode_rules",
     "examples_of_prompts",
     "lacks_of",
+    "limits_of",
     "own_names",
     "play",
     "refuse_silent",

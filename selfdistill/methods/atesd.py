@@ -24,6 +24,7 @@ from pydantic import Field
 from selfdistill.config import Settings, TrainConfig
 from selfdistill.data import first_steps_and_answer
 from selfdistill.errors import UserError
+from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.hints import HintContexts, HintController, hint_of
 from selfdistill.methods.on_policy import on_policy
 from selfdistill.methods.slots import Method, State, divergence_of, own_settings, teacher_of
@@ -76,5 +77,7 @@ def atesd(config: TrainConfig) -> tuple[Method, ...]:
     own, method = own_settings(config, AtesdSettings), on_policy(config, divergence_of(config), teacher_of(config))
     if config.hint != "1":
         raise UserError("setting 'hint': atesd itself chooses how much the teacher sees: leave it out")
+    assert isinstance(method.examples, DemonstrationExamples)
+    examples = replace(method.examples, in_parts=True)
     select = HintContexts(hint_of(config, 1, first_steps_and_answer))
-    return (replace(method, select=select, controller=Exposure(own, config.seed)),)
+    return (replace(method, examples=examples, select=select, controller=Exposure(own, config.seed)),)

@@ -141,8 +141,13 @@ def play(
         One completion per example, the same on every rank.
 
     Raises:
-        UserError: an environment fails, on all ranks.
+        UserError: an environment fails, on all ranks; or it has tools, and the chat template's calls are not read.
     """
+    if not chat.reads_calls and any(example.demonstration.tools for example in examples):
+        raise UserError(
+            f"environment {rules.environment!r}: it has tools, but the model's chat template writes calls in a form "
+            "that is not read; use a model with another template"
+        )
     episodes = [_Episode(example, seed) for example, seed in zip(examples, seeds, strict=True)]
     own, sampler = rank_slice(len(episodes)), TurnSampler(loaded, len(episodes))
     rows = [_row_of(example) for example in examples[own]]

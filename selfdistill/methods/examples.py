@@ -21,12 +21,14 @@ from selfdistill.data import (
     context_of,
     encode,
     is_packaged,
+    no_part,
     notes_on,
     nothing_to_show,
     parse_context,
+    turns_of,
 )
 from selfdistill.errors import UserError, number_of
-from selfdistill.methods.worlds import begun
+from selfdistill.methods.worlds import begun, limits_of
 from selfdistill.model import LoadedModel
 
 
@@ -61,6 +63,8 @@ class DemonstrationExamples:
     """How the teacher sees them; None without a teacher."""
     hint: float = 1.0
     """Share of the demonstration that the teacher sees."""
+    in_parts: bool = False
+    """Whether the teacher may see a part of the demonstration at some step."""
     completion_must_fit: bool = False
     """Whether the demonstrated completion itself is learnt: every row needs one, within the length limit."""
     replies: Replies = "each"
@@ -74,20 +78,16 @@ class DemonstrationExamples:
     ) -> tuple[list[Example], int]:
         if bad := [RowProblem(row.source, problem) for row in demonstrations if (problem := self.lacks(row))]:
             raise UserError(f"{len(bad)} of {len(demonstrations)} rows cannot be used: {by_reason(bad)}")
-        plays = self.config.environment != "none"
-        if plays:
+        if self.config.environment != "none":
             demonstrations = begun(self.config.environment, demonstrations)
         return encode(
             demonstrations,
             None if self.context is None else context_of(self.context, self.hint),
             chat,
-            max_prompt_length=self.config.max_prompt_length,
-            max_completion_length=self.config.longest_completion,
             window=loaded.window,
             on_long_prompt=self.config.on_long_prompt,
             completion_must_fit=self.completion_must_fit,
-            length_setting="max_episode_length" if plays else "max_completion_length",
-            replies="episode" if plays else self.replies,
+            **limits_of(self.config, self.replies),
         )
 
     def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
@@ -99,8 +99,15 @@ class DemonstrationExamples:
         if self.completion_must_fit and not demonstration.completion:
             problem = f"column 'completion': missing, which method {self.config.method!r} learns from"
         elif self._shows is not None:
-            problem = self._shows(demonstration)
+            problem = self._shows(demonstration) or self._no_part(demonstration)
         return problem and problem + self._other_method(demonstration)
+
+    def _no_part(self, demonstration: Demonstration) -> str | None:
+        """The problem of a row that the teacher would have to see in parts, but cannot."""
+        turns = turns_of(demonstration, limits_of(self.config, self.replies)["replies"]) if self.in_parts else ()
+        problem = next(filter(None, map(no_part, turns)), None)
+        way = "use hint 1" if self.config.hint != "1" else f"use a method other than {self.config.method}"
+        return problem and f"{problem}; {way}"
 
     def _other_method(self, demonstration: Demonstration) -> str:
         """Advice for a row that looks made for another method."""

@@ -149,7 +149,7 @@ def hinted(method: Method, config: TrainConfig) -> Method:
     if min(shares) == 1:
         return method
     hint = hint_of(config, max(shares))
-    method = replace(method, examples=replace(examples, hint=hint.share))
+    method = replace(method, examples=replace(examples, hint=hint.share, in_parts=True))
     if len(set(shares)) == 1:
         return method
     return replace(method, select=HintContexts(hint), controller=HintSchedule(*shares))
@@ -163,12 +163,10 @@ def _shortest(method: Method, config: TrainConfig) -> Method:
             "setting 'hint': shortest samples from the student, not teacher_model: give a share, or leave one out"
         )
     if config.environment != "none":
-        raise UserError(
-            "setting 'hint': shortest needs single replies, not episodes: give a share, or leave the environment out"
-        )
+        raise UserError("setting 'hint': shortest needs single replies, not episodes: leave it or the environment out")
     hint_of(config, 0)  # refuses a context that cannot show a part
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
-    return replace(method, examples=LastReplies(config, config.context), fixed=search)
+    return replace(method, examples=LastReplies(config, config.context, in_parts=True), fixed=search)
 
 
 def shows_parts(method: Method) -> bool:

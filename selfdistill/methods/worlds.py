@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from selfdistill.data import Demonstration, Message, as_row, first_ten, one_line
+from selfdistill.config import TaskSettings
+from selfdistill.data import Demonstration, Message, Replies, as_row, first_ten, one_line
 from selfdistill.environments import Environment, EnvironmentFactory, Step, make_environment
 from selfdistill.errors import UserError
 
@@ -35,6 +36,20 @@ def refuse_silent(name: str, use: str) -> None:
     """
     if not environment_of(name).judges:
         raise UserError(f"environment {name!r}: it has no reward, {use}; add an attribute or a method reward")
+
+
+def limits_of(config: TaskSettings, replies: Replies = "last") -> dict[str, Any]:
+    """Arguments of :func:`selfdistill.data.encode`: the settings' limits, and ``replies`` or whole episodes.
+
+    The rows are those of the data or, with an environment, of :func:`begun`.
+    """
+    plays = config.environment != "none"
+    return {
+        "max_prompt_length": config.max_prompt_length,
+        "max_completion_length": config.max_completion_length,
+        "max_episode_length": config.longest_completion if plays else None,
+        "replies": "episode" if plays else replies,
+    }
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -645,7 +646,7 @@ def test_what_decides_how_long_a_stream_is_learnt_is_not_its_test(
         config = config.model_copy(update={"test": str(tmp_path / "test.jsonl")})
     watched = []
 
-    def loss(loaded: Any, prompts: list[list[int]], _: Any) -> float:
+    def loss(loaded: Any, prompts: list[list[int]], *_: Any) -> float:
         texts = map(loaded.tokenizer.decode, prompts)
         watched.append([text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0] for text in texts])
         return 0.5
@@ -679,6 +680,36 @@ def test_a_chunk_before_any_validation_row_takes_all_its_steps_and_says_so(
     said = [line for line in capsys.readouterr().err.splitlines() if " before training, " in line]
     assert said[0].endswith("before training, 3 steps; no validation rows yet, so it took chunk_steps")
     assert "validation loss" in said[-1]
+
+
+def test_a_stream_in_an_environment_watches_what_the_model_reads(
+    make: Settings,
+    model_folder: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = [{"role": role, "content": text} for role, text in (("assistant", "a"), ("user", "b?"), ("assistant", "cd"))]
+    write_rows([{"prompt": f"q{i}", "completion": told, "answer": 2} for i in range(10)], name="talk.jsonl")
+    watched, real = [], stream.mean_loss
+
+    def loss(loaded: Any, prompts: Any, completions: Any, own: Any) -> float:
+        said = [list(itertools.compress(*pair)) for pair in zip(completions, own, strict=True)]
+        watched.extend(zip(*(map(loaded.tokenizer.decode, ids) for ids in (prompts, said, completions)), strict=True))
+        return real(loaded, prompts, completions, own)
+
+    monkeypatch.setattr(stream, "mean_loss", loss)
+    options: dict[str, Any] = {"environment": "python:tiny_worlds.Asks", "max_episode_length": 60, "chunk_size": 8}
+    options |= {"model": str(model_folder(ends=ENDS, seed=5, room=2048)), "min_teacher": 0.0}
+    assert add(make("talk", action="stream", chunk_steps=1, **options))["accepted"]
+    for prompt, said, whole in watched:
+        assert "look_up" in prompt
+        assert "Go on, 2 times." in prompt
+        assert said == "a<|im_end|>cd<|im_end|>"
+        assert "b?" in whole
+    assert watched
+    with pytest.raises(UserError, match=r"rows do not fit: .*prompt has \d+ tokens, limit 100"):
+        add(make("talk", name="long", action="stream", max_prompt_length=100, **options))
 
 
 def test_a_stream_of_which_nothing_fits_leaves_the_base_where_it_is(make: Settings, tmp_path: Path) -> None:

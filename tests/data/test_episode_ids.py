@@ -376,14 +376,16 @@ def test_other_spellings_of_tags_are_read(reply: str) -> None:
         ("'<parameter=' + key + '>\n'", "'<parameter=' + key + (' text>' if value is string else '>') + '\n'"),
     ],
 )
-def test_tags_in_another_form_are_refused(changed: str, by: str) -> None:
+def test_tags_in_another_form_are_text(changed: str, by: str) -> None:
     assert QWEN3_CODER.text is not None
     other = QWEN3_CODER.text.replace(changed, by)
     assert other != QWEN3_CODER.text
     chat = chat_of(ToolTemplate("other", other, added=CALL_TAGS))
     assert not chat.writes_calls
-    with pytest.raises(TemplateRefusal, match="the chat template writes tool calls in an unsupported format"):
-        chat.message_of(chat.encode_reply(calls(CITY), OPTIONS))
+    assert not chat.reads_calls
+    message = chat.message_of(chat.encode_reply(calls(CITY), OPTIONS))
+    assert message.keys() == {"role", "content"}
+    assert "weather" in message["content"]
 
 
 # --- replies that are not calls ---
@@ -433,6 +435,11 @@ def test_tags_in_another_form_are_refused(changed: str, by: str) -> None:
         ("glm4_5", "<tool_call>f<arg_key>a</arg_key></tool_call>", "expected <arg_key>KEY</arg_key><arg_value>VALUE"),
         ("plain ChatML", "Action: f\nAction Input: {a}", "must be followed by 'Action Input:' and a JSON object"),
         ("plain ChatML", "Action: f", "must be followed by 'Action Input:' and a JSON object"),
+        (
+            "plain ChatML",
+            'Action: f\nAction Input: {"a": NaN}',
+            "must be followed by 'Action Input:' and a JSON object",
+        ),
         ("plain ChatML", "Action: f\nAction Input: [1]", "the arguments of f are not a JSON object"),
     ],
 )
@@ -455,6 +462,67 @@ def test_a_call_that_cannot_be_read_says_why(template: str, reply: str, problem:
 def test_other_spellings_of_a_call_are_read(reply: str) -> None:
     chat = chat_of(TOOL_TEMPLATES[0])
     assert chat.message_of(chat.encode_completion(reply)) == calls(CITY)
+
+
+@pytest.mark.parametrize("template", ["hermes", "llama3_1", "deepseek", "plain ChatML", "none"])
+def test_half_of_a_surrogate_pair_in_a_call_is_replaced(template: str) -> None:
+    chat = chat_of(next(each for each in TOOL_TEMPLATES if each.name == template))
+    written = chat.decode(chat.encode_reply(calls({"city": "HALF", "KEY": ["\U0001f600"]}), OPTIONS))
+    if template == "deepseek":  # whose tags decode leaves out
+        written = "<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>weather\n```json\n" + '{"city": "HALF"}'
+    reply = written.replace("HALF", r"\ud83d").replace("KEY", r"\ude00").replace("\U0001f600", r"\ud83d\ude00")
+    message = chat.message_of(chat.encode_completion(reply))
+    given = message["tool_calls"][0]["function"]["arguments"]
+    assert given == {"city": "\ufffd"} | ({} if template == "deepseek" else {"\ufffd": ["\U0001f600"]})
+    assert json.dumps(message, ensure_ascii=False).encode()
+    assert chat.encode_prompt([user("Weather?"), message, result("rain")], OPTIONS)
+
+
+@pytest.mark.parametrize("lead", ["", "I look.\n", "I look. "])
+def test_llamas_call_may_have_its_tag(lead: str) -> None:
+    chat = chat_of(next(each for each in TOOL_TEMPLATES if each.name == "llama3_1"))
+    tag = chat.tokenizer.convert_tokens_to_ids("<|python_tag|>")
+    call = '{"name": "weather", "parameters": {"city": "Oslo"}}'
+    ids = [*chat.encode_completion(lead)[:-1], tag, *chat.encode_completion(call)]
+    assert chat.message_of(ids) == calls(CITY, content=lead.strip())
+    only = [tag, *chat.encode_completion("print(1)")]
+    assert chat.message_of(only) == says("<|python_tag|>print(1)")
+
+
+# The white space that a template writes between the parts of calls, and other white space that a model may write.
+SPACES = {
+    "hermes": [("\n</tool_call>\n<tool_call>\n", "</tool_call><tool_call>"), ("</tool_call>", "\n\n</tool_call>")],
+    "deepseek": [
+        ("<|tool_call_end|>\n<|tool_call_begin|>", "<|tool_call_end|><|tool_call_begin|>"),
+        ("\n```<|tool_call_end|>", "```\n<|tool_call_end|>"),
+        ("<|tool_calls_begin|>", "<|tool_calls_begin|>\n"),
+        ("\n```json\n", " ```json "),
+        ("<|tool_call_end|><|tool_calls_end|>", "<|tool_call_end|>\n<|tool_calls_end|>"),
+    ],
+    "mistral with [ARGS]": [("[TOOL_CALLS]", "\n[TOOL_CALLS] "), ("[ARGS]", " [ARGS]\n")],
+}
+
+
+@pytest.mark.parametrize(("name", "change"), [(name, change) for name, some in SPACES.items() for change in some])
+def test_there_may_be_any_white_space_between_the_parts_of_calls(name: str, change: tuple[str, str]) -> None:
+    chat = chat_of(next(each for each in TOOL_TEMPLATES if each.name == name))
+    message = calls(CITY, ODD, {}, content="Three at once.")
+    written = chat.tokenizer.decode(chat.encode_reply(message, OPTIONS)[:-1])
+    other = written.replace(*change)
+    assert other != written
+    assert chat.message_of(chat.tokenizer(other)["input_ids"]) == message
+
+
+def test_a_further_call_that_cannot_be_read_is_an_error() -> None:
+    chat = chat_of(next(each for each in TOOL_TEMPLATES if each.name == "deepseek"))
+    written = chat.tokenizer.decode(chat.encode_reply(calls(CITY, CITY), OPTIONS)[:-1])
+    for old, new in (("function", "tool"), ("```<|tool_call_end|>", "<|tool_call_end|>"), ("weather\n", "weather")):
+        head, _, last = written.rpartition(old) if old == "function" else written.partition(old)
+        message = chat.message_of(chat.tokenizer(f"{head}{new}{last}")["input_ids"])
+        if old == "weather\n":
+            assert message == calls(CITY, CITY)
+        else:
+            assert re.search(r"after a call, expected ```<\|tool_call_end\|>", message["invalid"])
 
 
 @each

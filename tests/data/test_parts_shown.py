@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from selfdistill.data import (
@@ -65,6 +67,21 @@ def test_a_hint_is_the_context_of_a_shorter_demonstration(spec: str) -> None:
         Demonstration("q", "one two three four 0.1"), ()
     )
     assert context_of(spec, 0.5).lacks(Demonstration("q", source="s")) is not None
+
+
+def test_an_episode_is_shown_whole_or_not_at_all() -> None:
+    asks = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    replies = (asks, {"role": "tool", "content": "r"}, {"role": "assistant", "content": "a b"})
+    row, turns = Demonstration("q", "a b", episode=replies, source="s"), parse_context("turns")
+    whole, part = Hint(turns, 1), Hint(turns, 0.5)
+    assert whole.messages(row, ()) == turns.messages(row, ())
+    assert whole.lacks(row) is None
+    assert part.lacks(row) == "the teacher cannot see a part of an episode"
+    with pytest.raises(UserError, match=r"^s: the teacher cannot see a part of an episode$"):
+        part.messages(row, ())
+    told = replace(row, privileged_context="c d")
+    assert part.lacks(told) is None
+    assert part.messages(told, ())[1]["content"] == "c"
 
 
 def test_only_contexts_of_one_demonstration_show_a_part() -> None:

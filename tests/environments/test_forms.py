@@ -340,6 +340,40 @@ def test_a_tool_that_hangs_leaves_an_episode_that_cannot_be_judged(make: Make) -
     environment.close()
 
 
+@pytest.mark.parametrize("reward", ["self.reward = 1.0", "type(self).reward = property(lambda self: 1.0)"])
+def test_a_tool_that_hangs_hides_a_reward_that_was_set(make: Make, reward: str) -> None:
+    begins = f"        def reset(self, **columns):\n            {reward}\n"
+    environment = make(TOOLS + begins + HANGS)()
+    environment.reset(ROW)
+    environment.step(said("", ("hang", {})))
+    found = environment.step(said("3"))
+    assert (found.reward, found.feedback) == (0.0, "a tool is still running, so the episode cannot be judged")
+    environment.close()
+
+
+def test_a_tool_that_hangs_gives_no_reward_where_there_is_none(make: Make) -> None:
+    environment = make(TOOLS + HANGS)()
+    environment.reset(ROW)
+    environment.step(said("", ("hang", {})))
+    assert environment.step(said("3")) == Step(done=True)
+    environment.close()
+
+
+def test_a_reward_may_be_a_property_that_uses_the_thread(make: Make) -> None:
+    body = """
+        @property
+        def reward(self):
+            return self.database.execute("SELECT 1").fetchone() == (1,)
+    """
+    environment = make(TOOLS + body)()
+    environment.reset(ROW)
+    assert environment.step(said("3")) == Step(done=True, reward=1.0)
+    fails = make(TOOLS + body.replace("return", "return self.nothing or"))()
+    fails.reset(ROW)
+    with pytest.raises(UserError, match=r"reward failed: AttributeError: .* has no attribute 'nothing'"):
+        fails.step(said("3"))
+
+
 # --- Gymnasium and OpenEnv ---
 
 
@@ -385,6 +419,20 @@ def test_an_openenv_class_returns_objects(make: Make) -> None:
     environment.reset(ROW)
     with pytest.raises(UserError, match="step returned the reward 'x', expected a number"):
         environment.step(said("text"))
+
+
+def test_an_array_as_observation_is_read_as_text(make: Make) -> None:
+    body = """
+    import numpy as np
+
+    class World:
+        def reset(self): return np.array([1, 2]), {}
+        def step(self, text): return np.array([[0.5], [1.0]]), np.float32(0), np.bool_(text == "end"), False, {}
+    """
+    environment = make(body)()
+    assert environment.reset(ROW) == [{"role": "user", "content": "[1 2]"}]
+    assert environment.step(said("go")) == Step(({"role": "user", "content": "[[0.5]\n [1. ]]"},))
+    assert environment.step(said("end")) == Step(done=True, reward=0.0, feedback="[[0.5]\n [1. ]]")
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ WORLD = """
 
     class World:
         '''A ToolEnv: stops when a reply has no call, after three turns, or where the environment says so.'''
-        loaded = []
+        loaded, cleaned = [], []
         tool_defs = [Tool("add", "Add.", {"type": "object", "properties": {"a": {"type": "integer"}}})]
         rubric = Rubric()
 
@@ -103,6 +103,7 @@ WORLD = """
             return made
 
         async def cleanup(self, state):
+            self.cleaned.append(state["sum"])
             last = state["trajectory"][-1]
             state["completion"] = (last["prompt"] + last["completion"])[len(state["prompt"]):]
             assert state["timing"].generation.end == 0
@@ -178,6 +179,23 @@ def test_an_invalid_message_a_failure_and_a_hang_do_not_stop_the_run(factory: En
     step = environment.step(add(-1))
     assert (step.done, step.reward) == (True, 0.0)
     assert step.feedback == "env_response failed: it took longer than 0.3 s"
+
+
+def test_every_episode_is_cleaned_up_once(factory: EnvironmentFactory) -> None:
+    cleaned = sys.modules["verified_world"].World.cleaned
+    factory().close()  # not begun
+    for message in (add(1), {**add(2), "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}, reply("5")):
+        environment = factory()
+        environment.reset(ROW)
+        environment.step(add(3))
+        environment.step(message)
+        environment.close()
+        environment.close()
+    assert cleaned == [4, 3, 3]
+    environment = factory()
+    environment.reset(ROW)
+    environment.close()  # the world's own cleanup fails, because nothing was said
+    assert cleaned == [4, 3, 3, 0]
 
 
 def test_a_reward_above_one_is_the_users_mistake(factory: EnvironmentFactory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from selfdistill.data.bundled import drift_prompts
 from selfdistill.data.chat_format import ChatFormat
-from selfdistill.evaluation.distances import between, kl_along
+from selfdistill.evaluation.distances import between, kl_along, mean_loss
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Sampling, sample
 
@@ -47,3 +47,16 @@ def test_the_teacher_may_see_another_context(load: Callable[..., LoadedModel]) -
     expected = float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
     assert kl_along([[3, 4]], [[5, 6]], loaded, loaded, [[1, 2, 3, 4]]) == pytest.approx(expected, rel=1e-5)
     assert kl_along([[3, 4]], [[5, 6]], loaded, loaded) == pytest.approx(0, abs=1e-7)
+
+
+def test_the_mean_loss_is_over_the_tokens_that_count(load: Callable[..., LoadedModel]) -> None:
+    loaded, contexts, completions = load(), [[1, 2], [3]], [[5, 6, 7], [8]]
+    logps = [
+        log_probabilities(loaded, context, ids).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        for context, ids in zip(contexts, completions, strict=True)
+    ]
+    whole = -(logps[0].mean() + logps[1].mean()) / 2
+    part = -((logps[0][0] + logps[0][2]) / 2 + logps[1].mean()) / 2
+    assert mean_loss(loaded, contexts, completions) == pytest.approx(float(whole), rel=1e-5)
+    own = [[True, False, True], [True]]
+    assert mean_loss(loaded, contexts, completions, own) == pytest.approx(float(part), rel=1e-5)

@@ -250,3 +250,40 @@ def test_replies_of_real_rows_are_read_as_calls(make_tokenizer: Callable[..., An
 
 def calls(row: Demonstration) -> list[Any]:
     return json.loads(row.answer) if isinstance(row.answer, str) else row.answer
+
+
+@pytest.mark.parametrize(
+    ("values", "way"),
+    [
+        ({"hint": "0.5"}, "use hint 1"),
+        ({"hint": "0:1"}, "use hint 1"),
+        ({"method": "atesd"}, "use a method other than atesd"),
+    ],
+    ids=str,
+)
+def test_rows_with_calls_are_refused_where_the_teacher_sees_parts(
+    of_episodes: Callable[..., TrainConfig], values: dict[str, Any], way: str
+) -> None:
+    with pytest.raises(UserError, match="3 of 3 rows cannot be used: ") as error:
+        Trainer(of_episodes(context="turns", **values))
+    assert str(error.value).endswith(f": the teacher cannot see a part of an episode; {way}")
+
+
+def test_replies_of_text_are_shown_in_part(
+    of_episodes: Callable[..., TrainConfig], write_rows: Callable[..., Path]
+) -> None:
+    says = [{"role": role, "content": text} for role, text in (("assistant", "a b"), ("user", "so?"))]
+    data = write_rows([{"prompt": "q", "completion": [*says, {"role": "assistant", "content": "c d"}]}], name="t.jsonl")
+    run = Trainer(of_episodes(context="turns", hint="0.5", data=str(data)))
+    first, second = (run.chat.tokenizer.decode(x.teacher_ids) for x in run.stage.task.examples)
+    assert "a<|im_end|>" in first
+    assert "c<|im_end|>" in second
+
+
+def test_a_check_measures_no_hints_of_calls(
+    of_episodes: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = of_episodes()
+    own: dict[str, Any] = {"contexts": ["turns"], "hints": True, "max_completion_length": 8, "mixed_precision": "no"}
+    assert sd.check(run.model, run.data, **own).hints is None
+    assert "hints are not measured, because a part of an episode cannot be shown" in capsys.readouterr().err

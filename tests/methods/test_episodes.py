@@ -383,13 +383,35 @@ def test_a_plan_of_memory_counts_whole_episodes(talks: Settings) -> None:
         ({"method": "npo", "teacher_model": "m"}, "setting 'environment': npo does not learn from whole episodes"),
         (
             {"hint": "shortest"},
-            "setting 'hint': shortest needs single replies, not episodes: give a share, or leave the",
+            "setting 'hint': shortest needs single replies, not episodes: leave it or the environment out",
         ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(talks: Settings, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         stages_of(talks(**values))
+
+
+@pytest.mark.parametrize("values", [{"hint": "0.5"}, {"hint": "1:0.5"}, {"method": "atesd"}], ids=str)
+def test_a_teacher_that_sees_parts_refuses_episodes(
+    talks: Settings, write_rows: Callable[..., Path], values: dict[str, Any]
+) -> None:
+    told = [{"role": role, "content": "a b"} for role in ("assistant", "user", "assistant")]
+    data = write_rows([{"prompt": "q", "completion": told, "answer": 2}], name="told.jsonl")
+    with pytest.raises(UserError, match=r"1 of 1 rows cannot be used: .*: the teacher cannot see a part of an episode"):
+        Trainer(talks(data=str(data), context="turns", **values))
+
+
+def test_a_template_whose_calls_are_not_read_plays_without_tools_alone(
+    talks: Settings, model_folder: Callable[..., Path]
+) -> None:
+    other = QWEN3_CODER.replace("'<parameter=' + key + '>\n'", "'<' + key + '>\n'")
+    assert other != QWEN3_CODER
+    model = str(model_folder(template=other, ends=ENDS, room=4096))
+    assert len(episodes_of(Trainer(talks(model=model)), 2)) == 2
+    run = Trainer(talks(model=model, environment="python:tiny_worlds.Asks"))
+    with pytest.raises(UserError, match=r"environment 'python:tiny_worlds\.Asks': it has tools, but the model's chat"):
+        episodes_of(run, 2)
 
 
 def test_limits_are_checked(talks: Settings) -> None:
@@ -399,6 +421,13 @@ def test_limits_are_checked(talks: Settings) -> None:
         Trainer(talks(max_episode_length=600))
     with pytest.raises(UserError, match=r"6 of 6 rows do not fit.*lower max_episode_length"):
         Trainer(talks(max_episode_length=500))
+
+
+def test_a_demonstrated_reply_is_limited_as_a_sampled_one(talks: Settings) -> None:
+    Trainer(talks(method="sft", max_completion_length=9))  # the longest has eight letters and an end token
+    message = r"2 of 6 rows do not fit: .* 7, 9 tokens, limit 6 \(max_completion_length\); raise max_completion_length,"
+    with pytest.raises(UserError, match=message):
+        Trainer(talks(method="sft", max_completion_length=6))
 
 
 @pytest.mark.parametrize("method", ["sft", "dft", "eaft", "cpt", "sft_reinvoke"])
