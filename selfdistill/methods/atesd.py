@@ -24,8 +24,7 @@ from pydantic import Field
 from selfdistill.config import Settings, TrainConfig
 from selfdistill.data import first_steps_and_answer
 from selfdistill.errors import UserError
-from selfdistill.methods.examples import DemonstrationExamples
-from selfdistill.methods.hints import HintContexts, HintController, hint_of
+from selfdistill.methods.hints import HintContexts, HintController, hint_of, in_parts
 from selfdistill.methods.on_policy import on_policy
 from selfdistill.methods.slots import Method, State, divergence_of, own_settings, teacher_of
 
@@ -58,13 +57,12 @@ class Exposure(HintController):
         if not losses or (step + 1) % self.own.hold:
             return {**state, "losses": losses}
         now = mean(losses)
-        first, last = state["l"] or (now, now)
-        scale = abs(first) or 1.0
+        first, last = state["l"] or (abs(now) or 1.0, now)
         weights, trace = torch.tensor(state["weights"], requires_grad=True), torch.tensor(state["e"])
         drawn = torch.tensor(self.value(state, step, steps)).clamp(1e-6, 1 - 1e-6)
         (gradient,) = torch.autograd.grad(torch.distributions.Beta(*_shapes(weights, state)).log_prob(drawn), weights)
-        weights = weights.detach() + self.own.rate * (last - now) / scale * trace
-        trace, seen = self.own.discount * trace + gradient, [1.0, (step + 1) / steps, now / scale]
+        weights = weights.detach() + self.own.rate * (last - now) / first * trace
+        trace, seen = self.own.discount * trace + gradient, [1.0, (step + 1) / steps, now / first]
         return {"weights": weights.tolist(), "e": trace.tolist(), "s": seen, "l": [first, now], "losses": []}
 
 
@@ -77,7 +75,5 @@ def atesd(config: TrainConfig) -> tuple[Method, ...]:
     own, method = own_settings(config, AtesdSettings), on_policy(config, divergence_of(config), teacher_of(config))
     if config.hint != "1":
         raise UserError("setting 'hint': atesd itself chooses how much the teacher sees: leave it out")
-    assert isinstance(method.examples, DemonstrationExamples)
-    examples = replace(method.examples, in_parts=True)
     select = HintContexts(hint_of(config, 1, first_steps_and_answer))
-    return (replace(method, examples=examples, select=select, controller=Exposure(own, config.seed)),)
+    return (replace(in_parts(method), select=select, controller=Exposure(own, config.seed)),)

@@ -149,10 +149,16 @@ def hinted(method: Method, config: TrainConfig) -> Method:
     if min(shares) == 1:
         return method
     hint = hint_of(config, max(shares))
-    method = replace(method, examples=replace(examples, hint=hint.share, in_parts=True))
+    method = in_parts(replace(method, examples=replace(examples, hint=hint.share)))
     if len(set(shares)) == 1:
         return method
     return replace(method, select=HintContexts(hint), controller=HintSchedule(*shares))
+
+
+def in_parts(method: Method) -> Method:
+    """The method, whose teacher may see a part of each demonstration: rows that have no parts are refused."""
+    assert isinstance(method.examples, DemonstrationExamples)
+    return replace(method, examples=replace(method.examples, in_parts=True))
 
 
 def _shortest(method: Method, config: TrainConfig) -> Method:

@@ -27,7 +27,7 @@ from selfdistill.continual.learn import learn
 from selfdistill.continual.ledger import Ledger
 from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import check_room, cost_of, run_config
-from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations
+from selfdistill.data import Demonstration, anchor_prompts, is_packaged, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.training import drawn
 
@@ -39,7 +39,10 @@ WRITTEN = Path(__file__).parents[1] / "written_by_0_1"
 def make(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings of an addition by SFT, without gates, of ten rows that tell one word; the package has few prompts."""
     few = anchor_prompts()[::40]
-    monkeypatch.setattr("selfdistill.methods.examples.anchor_prompts", lambda source: few)
+    monkeypatch.setattr(
+        "selfdistill.methods.examples.anchor_prompts",
+        lambda source: few if is_packaged(source) else anchor_prompts(source),
+    )
 
     def settings(skill: str = "first", rows: list[dict[str, Any]] | None = None, **values: Any) -> LearnConfig:
         rows = rows or [{"prompt": f"{skill} {i}", "completion": f"{skill}!", "answer": f"{skill}!"} for i in range(10)]

@@ -16,7 +16,7 @@ import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.config.commands import CheckConfig, run_settings
 from selfdistill.config.train import TrainConfig
-from selfdistill.data.bundled import anchor_prompts
+from selfdistill.data.bundled import anchor_prompts, is_packaged
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import parse_context
 from selfdistill.data.demonstrations import load_demonstrations
@@ -159,7 +159,9 @@ def test_it_is_measured_on_anchors_of_your_own(
     """The package's prompts as one's own give the package's numbers; others give others."""
     monkeypatch.setattr(spill, "STEPS", 2)
     few = [row for row in anchor_prompts() if len(str(row.prompt)) < 200][:6]
-    monkeypatch.setattr(spill, "anchor_prompts", lambda source: few)
+    monkeypatch.setattr(
+        spill, "anchor_prompts", lambda source, note: few if is_packaged(source) else anchor_prompts(source, note)
+    )
     rows = [{"prompt": [dict(turn) for turn in row.prompt], "completion": "Not used."} for row in few]
     paths = [str(write_rows(part, name=f"{n}.jsonl")) for n, part in enumerate((rows, rows[:3], rows[3:]))]
     config = config_of(model_folder(), write_rows(count=4), learning_rate=1e-3, sample=2)
