@@ -170,12 +170,14 @@ def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
 
 
 def _date_of_older(ledger: Ledger, run: TrainConfig) -> str | None:
-    """The date for a state of an older release: that of its first skill's run, else the given one, else today.
+    """The date for a state of an older release: that of its first skill's run, also a pending one's, else the given
+    one, else today.
 
     None if the chat template does not read the clock.
     """
-    first = [skill.folder / "run" / "config.yaml" for skill in ledger.skills[:1]]
-    dates = [load_saved(file, TrainConfig).get("template_date") for file in first if file.exists()]
+    folders = [*(skill.folder for skill in ledger.skills), ledger.pending]
+    first = folders[0] / "run" / "config.yaml"
+    dates = [load_saved(first, TrainConfig).get("template_date")] if first.exists() else []
     date = next(iter(dates), None) or run.template_date
     return date_shown(run.model_copy(update={"model": ledger.base, "template_date": date}))
 
@@ -323,6 +325,8 @@ class _NewSkill:
         if (folder / "final").is_dir():
             return folder / "final"
         along = StepsFile(self._folder / "along.jsonl", run.max_steps or 2**62) if self._config.eval_steps else None
+        if folder.exists():  # a run that began under an older release keeps its own date
+            run = run.model_copy(update={"template_date": None})
         try:
             return train(run, resume=folder.exists(), on_step=self._look(along) if along else None)
         except CannotResume as error:

@@ -88,7 +88,7 @@ _REJECTED = regex.compile(
     rf"(?:not|wrong|incorrect|false|(?:ruled )?out|eliminated)\b"
     rf"|{_CLOSE}isn't\b|[\s*_]++(?:wrong|incorrect|false|out|eliminated|not\s+(?:correct|right))\b)"
 )
-_REJECTED_ALONE = regex.compile(rf"(?i:{_CLOSE}(?:isn't|(?:is|was|seems)\b(?!\s+(?:both|all)\b)))")
+_REJECTED_ALONE = regex.compile(rf"(?i:{_CLOSE}(?:is|was|seems)\b(?!\s+(?:both|all)\b))")
 _SEVERAL = regex.compile(
     rf"{_CLOSE}{_OR}{_LEAD}(?P<other>{_LETTER.pattern}){_CLOSE}"
     rf"(?:\n|\Z|[.,;:!?。]|{_OR}|{_BECAUSE}|(?:are|were|both|fit|have|but|for|due|given)\b)"

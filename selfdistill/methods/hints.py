@@ -111,7 +111,8 @@ class ShortestHints(DrawnSamples):
 
     def depends_on(self, example: Example) -> list[Any]:
         row = example.demonstration
-        own = [row.row, example.student_ids, row.shown, row.answer, row.completion, self.config.context, row.scorer]
+        own = [row.row, example.student_ids, row.shown, row.answer, row.completion, self.config.context]
+        own += [row.scorer] if row.scorer else []
         return [*own, self.config.scorer, self.sampling.max_completion_length]
 
 

@@ -413,6 +413,7 @@ REPLIES: list[tuple[str, str | None]] = [
     ("The answer is B, C wrong.", "B"),
     ("<answer>The answer is B, C and D are incorrect</answer>", "B"),
     ("I choose B, and C is wrong.", "B"),
+    ("A, B isn't the answer, C", "C"),
     ("Answer: A and C are wrong, so B.", "B"),
     ("Answer: A, C and D are wrong, so B.", "B"),
     ("The answer is B or C, and D is wrong.", None),
