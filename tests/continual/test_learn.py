@@ -201,6 +201,32 @@ def test_everything_in_a_state_sees_the_day_of_its_first_skill(
     assert yaml.safe_load(state.read_text(encoding="utf-8"))["template_date"] == "2026-03-01"
 
 
+def test_a_pending_addition_of_an_older_release_keeps_its_day(
+    make: Settings,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    on_day: Callable[[str], list[str | None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make(model=str(model_folder(template="{{ strftime_now('%d') }}" + CHATML)))
+    state, real = tmp_path / "state" / "start" / "state.yaml", add_skill.train
+
+    def stop(step: int, _loaded: Any, _metrics: Any) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    on_day("2026-03-01")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(add_skill, "train", lambda *given, **named: real(*given, **named | {"on_step": stop}))
+        add(config)
+    saved = yaml.safe_load(state.read_text(encoding="utf-8"))
+    assert saved.pop("template_date") == "2026-03-01"
+    state.write_text(yaml.safe_dump(saved), encoding="utf-8")  # as an older release wrote it
+    on_day("2026-03-02")
+    assert add(config)["accepted"]
+    assert yaml.safe_load(state.read_text(encoding="utf-8"))["template_date"] == "2026-03-01"
+
+
 def test_a_date_that_no_template_shows_is_not_compared(make: Settings, tmp_path: Path) -> None:
     add(make(template_date="2026-03-01"))
     assert Ledger(str(tmp_path / "state")).template_date is None
