@@ -216,9 +216,10 @@ def test_a_pending_addition_of_an_older_release_keeps_its_day(
             raise KeyboardInterrupt
 
     on_day("2026-03-01")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(add_skill, "train", lambda *given, **named: real(*given, **named | {"on_step": stop}))
-        add(config)
+        with pytest.raises(KeyboardInterrupt):
+            add(config)
     saved = yaml.safe_load(state.read_text(encoding="utf-8"))
     assert saved.pop("template_date") == "2026-03-01"
     state.write_text(yaml.safe_dump(saved), encoding="utf-8")  # as an older release wrote it
