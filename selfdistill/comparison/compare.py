@@ -191,6 +191,7 @@ def _run_all(
         _write(folder, result)
         return done, result
 
+    done, result = written() if finished else ([], {})
     with StopRequests() as stop:
         for number, (label, run) in enumerate(runs, 1):
             if run.output_dir in finished:
@@ -203,12 +204,12 @@ def _run_all(
             except RunStopped as stopped:
                 stop.received = stopped.signal_number
             if finished:
-                written()
+                done, result = written()
             if stop.received is not None and len(finished) < len(runs):
                 message = f"{folder}: stopped in run {number} of {len(runs)} ({name}); progress is saved, "
                 raise RunStopped(f"{message}continue with resume=True", stop.received)
             gc.collect()
-    return written()
+    return done, result
 
 
 def _check_unchanged(folder: Path, began: dict[str, str]) -> None:

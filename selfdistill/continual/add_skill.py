@@ -177,9 +177,8 @@ def _date_of_older(ledger: Ledger, run: TrainConfig) -> str | None:
     """
     folders = [*(skill.folder for skill in ledger.skills), ledger.pending]
     first = folders[0] / "run" / "config.yaml"
-    dates = [load_saved(first, TrainConfig).get("template_date")] if first.exists() else []
-    date = next(iter(dates), None) or run.template_date
-    return date_shown(run.model_copy(update={"model": ledger.base, "template_date": date}))
+    date = load_saved(first, TrainConfig).get("template_date") if first.exists() else None
+    return date_shown(run.model_copy(update={"model": ledger.base, "template_date": date or run.template_date}))
 
 
 def _texts(prior: str) -> dict[str, bytes]:

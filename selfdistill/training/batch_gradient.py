@@ -157,7 +157,8 @@ class BatchGradient:
         with stopwatch("rollout"):
             selected = self.selector(parts)
         unit = batch_unit(self.config)
-        own = sum(math.ceil(math.ceil(len(found.completions) / unit) * unit / world_size()) for found in selected)
+        padded = [math.ceil(len(found.completions) / unit) * unit for found in selected]
+        own = sum(math.ceil(count / world_size()) for count in padded)
         size = max(1, math.ceil(own / self.config.micro_batches))
         results = []
         for found in selected:
