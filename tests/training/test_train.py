@@ -323,6 +323,11 @@ def test_the_saved_settings_run_again_to_the_same_weights(settings: Callable[...
     assert metrics_of(first) == metrics_of(second)
 
 
+def test_a_seed_may_be_a_time_in_nanoseconds_or_larger(settings: Callable[..., TrainConfig]) -> None:
+    for seed in (1_790_000_000_123_456_789, 2**64 + 1):
+        train(settings(f"seed{seed}", seed=seed, lora_rank=2, max_steps=1))
+
+
 def test_the_seed_changes_the_run(settings: Callable[..., TrainConfig]) -> None:
     train(settings("a"))
     train(settings("b", seed=1))
