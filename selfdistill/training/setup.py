@@ -224,7 +224,7 @@ def batch_unit(config: TrainConfig) -> int:
     return world_size() * config.micro_batches if config.fsdp else 1
 
 
-def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str, date: str | None) -> TrainConfig:
+def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str) -> TrainConfig:
     """Resolve the settings that depend on the data or on other settings."""
     return config.model_copy(
         update={
@@ -232,7 +232,6 @@ def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str, 
             "learning_rate": config.learning_rate or (LORA_LEARNING_RATE if config.lora_rank else LEARNING_RATE),
             "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
             "mixed_precision": mixed_precision,
-            "template_date": date,
         }
     )
 

@@ -106,13 +106,14 @@ class Trainer:
         for note in self.loaded.notes:
             say_note(note)
         self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
+        config = config.model_copy(update={"template_date": self.chat.date})  # methods make chat formats of their own
         self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
         refuse_with_pictures(config, self.stages, self.loaded)
         self.stage = self.stages[0]
         """Stage of the current step."""
         self.control: State = {}
         """What the task's controller remembers."""
-        self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision, self.chat.date)
+        self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision)
         share_steps(self.config, self.stages)
         self._prepare()
         self.evaluator = evaluator or (Evaluator(self.config, self.loaded) if config.test is not None else None)
