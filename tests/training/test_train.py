@@ -1121,6 +1121,23 @@ def test_runs_of_unlike_precision_can_follow_each_other_in_one_process(settings:
     assert not same(final_weights(settings("a")), final_weights(settings("b")))
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron-LM"])
+def test_what_the_launcher_would_do_to_the_model_is_refused(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper().replace('-', '_')}", "true")
+    with pytest.raises(UserError, match=f"the launcher's own {name} is enabled"):
+        Trainer(settings())
+
+
+def test_the_launchers_gradient_accumulation_divides_no_gradient(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = Trainer(settings()).step(0)["grad_norm"]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert Trainer(settings()).step(0)["grad_norm"] == norm
+
+
 def test_the_teacher_is_updated_with_the_number_of_steps_done(settings: Callable[..., TrainConfig]) -> None:
     run = Trainer(settings(teacher="snapshot", snapshot_steps=2))
     assert run.teacher is not None
