@@ -21,7 +21,7 @@ from torch import Tensor
 
 from selfdistill.config import MergeConfig
 from selfdistill.errors import UserError
-from selfdistill.model import StoredWeights, overwrite_tensor, stored_weights
+from selfdistill.model import StoredWeights, is_image_text, overwrite_tensor, stored_weights
 from selfdistill.runtime import ProgressBar, say
 from selfdistill.training.export import MODEL_FILES, whole_folder
 from selfdistill.training.model_card import sum_card
@@ -80,7 +80,7 @@ def merge(config: MergeConfig) -> Path:
                 if value is not None:
                     overwrite_tensor(folder / target.files[name].name, name, value)
                 reporter.advance(number + 1)
-        card = sum_card(config.model, config.add, before.name, config.scale)
+        card = sum_card(config.model, config.add, before.name, config.scale, pictures=is_image_text(folder))
         (folder / "README.md").write_text(card, encoding="utf-8")
     squares.say()
     return output_dir
