@@ -1067,6 +1067,20 @@ def test_eval_writes_json(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert alone.items() <= result.items()
 
 
+def test_a_data_file_whose_name_is_not_utf_8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = os.fsdecode(b"caf\xe9.jsonl")
+    Path("train.jsonl").rename(data)
+    options = f"--model model --data {data} --max_completion_length 4"
+    run = f"--test {data} --methods sdft --seeds 0 --context turns --max_steps 1 --batch_size 2 --mixed_precision no"
+    trained(f"compare {options} {run} --output_dir compared")
+    capsys.readouterr()
+    trained(f"eval {options} --replies replies.jsonl --json result.json")
+    assert "model on caf\\udce9.jsonl" in capsys.readouterr().out
+    assert json.loads(Path("result.json").read_text(encoding="utf-8"))["settings"]["data"] == data
+    first, *_ = Path("replies.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(first)["source"] == "caf\N{REPLACEMENT CHARACTER}.jsonl:1"
+
+
 def test_json_over_a_file_that_is_read_only(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
