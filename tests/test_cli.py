@@ -931,11 +931,12 @@ def test_chat_template_kwargs(here: Path) -> None:
 def test_config_file_is_below_the_command_line_and_reads_back(here: Path) -> None:
     Path("my.yaml").write_text(
         "model: model\ndata: train.jsonl\noutput_dir: run\nmethod: sft\nmax_completion_length: 8\nbatch_size: 2\n"
-        "max_steps: 1\nsave_steps: 0\nlearning_rate: 1e-4\nseed: 7\n"
+        "max_steps: 1\nsave_steps: 0\nlearning_rate: 1e-4\nseed: 7\nmixed_precision: no\n"  # which YAML reads as false
     )
     trained("train --seed 8 --config my.yaml --warmup_steps 3")
     config = saved("run")
     assert (config["seed"], config["warmup_steps"], config["learning_rate"]) == (8, 3, 1e-4)
+    assert config["mixed_precision"] == "no"
     trained("train --config run/config.yaml --output_dir again")
     assert saved("again") == config | {"output_dir": "again"}
     assert same(weights("again"), weights("run"))
