@@ -119,7 +119,7 @@ class Loop:
         self._position = position = replace(
             position,
             step=step,
-            tokens=position.tokens + int(metrics["tokens"]),
+            tokens=position.tokens + (0 if "skipped" in metrics else int(metrics["tokens"])),
             skipped=position.skipped + 1 if "skipped" in metrics else 0,
             control=self._trainer.control,
         )

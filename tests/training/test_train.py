@@ -655,7 +655,11 @@ def test_steps_that_are_left_out_are_said_and_too_many_in_a_row_stop_the_run(
     )
     said = capsys.readouterr().err
     assert re.search(rf"^note: step 2 was skipped: the gradient's norm is (inf|nan) \(.*{rows}\)$", said, re.M)
-    assert ["skipped" in line for line in metrics_of(config)] == [True, True, False, True, True, True]
+    lines = metrics_of(config)
+    assert ["skipped" in line for line in lines] == [True, True, False, True, True, True]
+    learnt = lines[2]["tokens"]
+    assert learnt > 0
+    assert [line["tokens"] for line in lines] == [0, 0, learnt, learnt, learnt, learnt]
     assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["4", "6"]
 
 
