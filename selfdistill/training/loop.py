@@ -96,9 +96,10 @@ class Loop:
                     last = enough or step == self._max_steps
                     self._watch.look(step, last=last)
                 every = self._trainer.config.save_steps
+                due = bool(every) and (last or step % every == 0)
                 # A signal may reach any rank.
                 received = max(all_gather([stop.received or 0]))
-                if received or (every and (last or step % every == 0)) or self._is_spared(step):
+                if received or due or self._is_spared(step):
                     self._save()
                 if received and not last:
                     raise RunStopped(
