@@ -199,14 +199,17 @@ class Loop:
 
     def _is_spared(self, step: int) -> bool:
         """Whether a collapsed run could still return to the checkpoint of an evaluated step."""
-        steps = self._watch.measured
-        older = [other for other in steps if other <= self._position.step - COLLAPSE_WINDOW]
-        return self._trainer.config.stop_on_collapse and step in steps and step > 0 and step >= max(older, default=0)
+        newest = max(self._measured_before(self._position.step), default=1)
+        return self._trainer.config.stop_on_collapse and step in self._watch.measured and step >= newest
+
+    def _measured_before(self, step: int) -> list[int]:
+        """The evaluated steps, without 0, at least ``COLLAPSE_WINDOW`` before ``step``."""
+        return [other for other in self._watch.measured if 0 < other <= step - COLLAPSE_WINDOW]
 
     def _return(self, step: int, sign: str) -> None:
         """Restore the model of the last evaluation before the collapse."""
         trainer, begun = self._trainer, f"{self._output_dir}: stopped after step {step}: {sign}"
-        before = sorted((s for s in self._watch.measured if 0 < s <= step - COLLAPSE_WINDOW), reverse=True)
+        before = sorted(self._measured_before(step), reverse=True)
         whole = (s for s in before if corruption(checkpoint_at(self._output_dir, s)) is None)
         kept = broadcast_from_rank0(lambda: next(whole, None))
         if kept is None:
