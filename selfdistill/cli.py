@@ -7,8 +7,8 @@ A user's mistake prints one line on standard error and exits with code 2. Heavy 
 from __future__ import annotations
 
 import contextlib
-import io
 import errno
+import io
 import json
 import re
 import sys

@@ -58,8 +58,8 @@ class Demonstration:
     row: int = 0
     """Position in the whole set, from 0; part of every sample's seed."""
     source: str = ""
-    """Location for messages: ``train.jsonl:12`` (line, from 1), or ``name[12]`` for data sets (row, from 0). What is not
-    UTF-8 in a file's name is U+FFFD."""
+    """Location for messages: ``train.jsonl:12`` (line, from 1), or ``name[12]`` for data sets (row, from 0). What
+    is not UTF-8 in a file's name is U+FFFD."""
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the tools that the chat template shows."""
     chat_template_kwargs: dict[str, Any] | None = None

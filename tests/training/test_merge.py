@@ -151,7 +151,9 @@ def test_adapters_of_one_base_are_added_and_the_result_is_a_full_model(
     assert load_model(str(out)).merged_adapter is False
 
 
-@pytest.mark.parametrize(("subtract", "scale", "why"), [(1, 1.0, "the two models are equal"), (2, 0.0, "the scale is 0")])
+@pytest.mark.parametrize(
+    ("subtract", "scale", "why"), [(1, 1.0, "the two models are equal"), (2, 0.0, "the scale is 0")]
+)
 def test_a_vector_of_zeros_changes_nothing_and_that_is_said(
     three: tuple[Path, Path, Path],
     tmp_path: Path,
