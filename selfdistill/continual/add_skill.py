@@ -47,7 +47,7 @@ from selfdistill.model import (
     use_engine,
 )
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
-from selfdistill.training import OnStep, drawn, take_whole, train, whole_folder
+from selfdistill.training import OnStep, chosen_rows, take_whole, train, whole_folder
 
 
 def add(config: LearnConfig) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
     if not config.model:
         raise UserError(f"state {config.state!r} does not exist yet; give the base as model")
     first = run.model_copy(update={"model": config.model})
-    fitting_rows(first, config, drawn(rows, config))  # again in begin(), but the base is measured before
+    fitting_rows(first, config, chosen_rows(rows, config))  # again in begin(), but the base is measured before
     check_anchor_lengths(first, config, [])
     with whole_folder(root / START, "free disk space, then add it again") as folder:
         if config.prior:

@@ -26,7 +26,7 @@ from selfdistill.continual.rehearsal import (
 from selfdistill.data import Demonstration, write_demonstrations
 from selfdistill.errors import UserError, number_of
 from selfdistill.runtime import say, say_note, write_json
-from selfdistill.training import drawn, whole_folder
+from selfdistill.training import chosen_rows, whole_folder
 
 _FREE = (
     *("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to"),
@@ -79,7 +79,7 @@ def begin(
     asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
     settings = config.model_dump()
     asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
-    used: dict[str, Sequence[Demonstration]] = {**splits, "train": drawn(splits["train"], config)}
+    used: dict[str, Sequence[Demonstration]] = {**splits, "train": chosen_rows(splits["train"], config)}
     if ledger.pending.is_dir():
         found = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))
         here = json.loads(json.dumps(asked))

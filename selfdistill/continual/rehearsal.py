@@ -19,7 +19,7 @@ from selfdistill.data import Demonstration, load_demonstrations, load_prompts, w
 from selfdistill.errors import UserError
 from selfdistill.methods import begun, stages_of
 from selfdistill.runtime import read_lines
-from selfdistill.training import check_parts, drawn
+from selfdistill.training import check_parts, chosen_rows
 
 PROMPTS, MEMORY = "prompts.jsonl", "memory.jsonl"
 
@@ -68,7 +68,7 @@ def remembered(folder: Path) -> list[Demonstration]:
         raise UserError(f"{file}: no such file; restore it, or write remember: none into settings.yaml beside it")
     if not rows.exists():
         return []
-    return to_remember(settings, as_shown(settings, drawn(load_demonstrations(str(rows)), settings)))
+    return to_remember(settings, as_shown(settings, chosen_rows(load_demonstrations(str(rows)), settings)))
 
 
 def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> tuple[list[Demonstration], int]:

@@ -9,7 +9,7 @@ from selfdistill.training.merge import merge
 from selfdistill.training.plan import Plan, plan, plan_for
 from selfdistill.training.run import Run
 from selfdistill.training.schedule import steps_of
-from selfdistill.training.setup import check_parts, drawn
+from selfdistill.training.setup import check_parts, chosen_rows
 from selfdistill.training.train import check_output_dir, train, with_context
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Run",
     "check_output_dir",
     "check_parts",
-    "drawn",
+    "chosen_rows",
     "export",
     "list_checkpoints",
     "merge",

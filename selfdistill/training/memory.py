@@ -59,7 +59,7 @@ from selfdistill.model import (
 from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
 from selfdistill.training.planned_parts import characters, longest_lengths, planned_methods, planned_stages
 from selfdistill.training.rates import Rates
-from selfdistill.training.setup import drawn, teacher_rules
+from selfdistill.training.setup import chosen_rows, teacher_rules
 from selfdistill.training.step_time import TimePlan, time_plan
 from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
 
@@ -92,7 +92,7 @@ class MemoryPlanner:
         self._device, self._loaded = device, loaded
         self.has_model = loaded is not None
         """Whether the model is already loaded."""
-        self._rows = sorted(drawn(demonstrations, config), key=characters, reverse=True)
+        self._rows = sorted(chosen_rows(demonstrations, config), key=characters, reverse=True)
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
         self._plans: dict[tuple[str, bool], MemoryPlan] = {}
         self._sampled: dict[Hashable, Segments] = {}

@@ -133,7 +133,7 @@ def repeating(config: TrainConfig) -> AbstractContextManager[None]:
     return deterministic("cuda" if has_gpu() else "cpu") if config.deterministic else nullcontext()
 
 
-def drawn(demonstrations: Sequence[Demonstration], config: TrainConfig | LearnConfig) -> Sequence[Demonstration]:
+def chosen_rows(demonstrations: Sequence[Demonstration], config: TrainConfig | LearnConfig) -> Sequence[Demonstration]:
     """Draw ``num_demonstrations`` demonstrations with the seed; all if it is not set."""
     count = config.num_demonstrations
     if count is None or count >= len(demonstrations):

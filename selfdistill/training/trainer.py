@@ -56,7 +56,7 @@ from selfdistill.training.setup import (
     EncodedPart,
     Stage,
     batch_unit,
-    drawn,
+    chosen_rows,
     make_accelerator,
     make_stages,
     refuse_with_pictures,
@@ -108,7 +108,7 @@ class Trainer:
             say_note(note)
         self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
         config = config.model_copy(update={"template_date": self.chat.date})  # methods make chat formats of their own
-        self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
+        self.stages = make_stages(config, chosen_rows(demonstrations, config), self.loaded, self.chat)
         refuse_with_pictures(config, self.stages, self.loaded)
         self.stage = self.stages[0]
         """Stage of the current step."""

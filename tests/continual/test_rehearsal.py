@@ -29,7 +29,7 @@ from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import check_room, cost_of, run_config
 from selfdistill.data import Demonstration, anchor_prompts, is_packaged, load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.training import drawn
+from selfdistill.training import chosen_rows
 
 Settings = Callable[..., LearnConfig]
 WRITTEN = Path(__file__).parents[1] / "written_by_0_1"
@@ -170,7 +170,7 @@ def test_rows_that_are_not_drawn_are_not_remembered(
     real = add_skill.train
 
     def noted(run: TrainConfig, **options: Any) -> Path:
-        seen.append([row.prompt[0]["content"] for row in drawn(load_demonstrations(run.data), run)])
+        seen.append([row.prompt[0]["content"] for row in chosen_rows(load_demonstrations(run.data), run)])
         return real(run, **options)
 
     monkeypatch.setattr(add_skill, "train", noted)
