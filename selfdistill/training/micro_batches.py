@@ -6,7 +6,7 @@ Legend: B completions of a part, b some of them, T completion tokens, N completi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -56,8 +56,8 @@ class Weighed:
         """With copies of the first completion, without weight, so that the number is a multiple of ``count``."""
         more = -len(self.completions) % count
         padded = self.rows([*range(len(self.completions)), *([0] * more)])
-        padded.weights_bT[len(self.completions) :] = 0
-        return padded
+        weights_bT = torch.cat([self.weights_bT, self.weights_bT.new_zeros(more, self.weights_bT.shape[1])])
+        return replace(padded, weights_bT=weights_bT)
 
     def with_gradient(self) -> Weighed:
         """The completions whose gradient is not zero: they have weight, and a factor such as an advantage."""
