@@ -18,7 +18,7 @@ from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_m
 from selfdistill.runtime import fsync, say
 from selfdistill.training.model_card import learnt_in_4bit, merged_card
 
-MODEL_FILES = (
+_MODEL_FILES = (
     *("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.md"),
     *LICENCES,
 )
@@ -80,6 +80,23 @@ def write_model(
     (folder / "README.md").write_text(card, encoding="utf-8")  # replaces PEFT's own
 
 
+def unused_folder(name: str) -> Path:
+    """The absolute path of a folder to write to, which does not exist or is empty.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = Path(name).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output_dir {name!r} exists and is not an empty folder; choose another")
+    return folder
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model to copy, relative to its folder."""
+    return [file.relative_to(folder) for pattern in _MODEL_FILES for file in folder.glob(pattern)]
+
+
 def export(config: ExportConfig) -> Path:
     """Write the final model of a run to ``output_dir``, and return that folder.
 
@@ -91,16 +108,13 @@ def export(config: ExportConfig) -> Path:
         UserError: there is no model, ``output_dir`` is not empty or cannot be written, ``merge`` is set but there is no
             adapter, or the adapter's base cannot be loaded.
     """
-    source, output_dir = _final_folder(config.run), Path(config.output_dir).absolute()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"output_dir {config.output_dir!r} exists and is not an empty folder; choose another")
+    source, output_dir = _final_folder(config.run), unused_folder(config.output_dir)
     advice = "free disk space or choose another output_dir, then export again"
     if not config.merge:
         with whole_folder(output_dir, advice) as folder:
-            for file in (file for pattern in MODEL_FILES for file in source.glob(pattern)):
-                target = folder / file.relative_to(source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copy(file, target)
+            for file in model_files(source):
+                (folder / file).parent.mkdir(exist_ok=True)
+                shutil.copy(source / file, folder / file)
             if config.adapter_base:
                 _name_base(folder, config.adapter_base, config.run)
         return output_dir

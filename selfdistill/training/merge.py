@@ -23,7 +23,7 @@ from selfdistill.config import MergeConfig
 from selfdistill.errors import UserError
 from selfdistill.model import StoredWeights, is_image_text, overwrite_tensor, stored_weights
 from selfdistill.runtime import ProgressBar, say
-from selfdistill.training.export import MODEL_FILES, whole_folder
+from selfdistill.training.export import model_files, unused_folder, whole_folder
 from selfdistill.training.model_card import sum_card
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -62,9 +62,7 @@ def merge(config: MergeConfig) -> Path:
         UserError: a model is not there or cannot be read, the three do not have the same tensors, or ``output_dir``
             is not empty or cannot be written.
     """
-    output_dir = Path(config.output_dir).absolute()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"output_dir {config.output_dir!r} exists and is not an empty folder; choose another")
+    output_dir = unused_folder(config.output_dir)
     target, learnt = stored_weights(config.model), stored_weights(config.add)
     if config.subtract is None and learnt.base is None:
         raise UserError(f"setting 'subtract': {config.add!r} is not an adapter, so name that model before training")
@@ -142,9 +140,9 @@ def _square(value: Tensor) -> float:
 def _copy_files(target: StoredWeights, folder: Path) -> None:
     """Copy the files of a full model: of an adapter, its base's, and its own tokenizer."""
     for source in filter(None, (target.base, target)):
-        for file in (file for pattern in MODEL_FILES for file in source.folder.glob(pattern)):
-            is_weights = file.suffix == ".safetensors"
-            if (is_weights and file not in target.files.values()) or file.name.startswith("adapter_config"):
+        for file in model_files(source.folder):
+            other_weights = file.suffix == ".safetensors" and source.folder / file not in target.files.values()
+            if other_weights or file.name.startswith("adapter_config"):
                 continue
-            (folder / file.relative_to(source.folder)).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / file.relative_to(source.folder))
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.folder / file, folder / file)
