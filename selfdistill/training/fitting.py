@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -195,12 +195,12 @@ def _nearest(
     They include 4-bit weights only if nothing else fits. ``only_open``: change only settings of
     ``OPEN`` that are not given.
     """
-    moves, in_parts = _changes(planner, config, only_open=only_open)
-    if found := _fewest(planner, config, limit, moves, in_parts):
+    moves, micro_batch_choices = _changes(planner, config, only_open=only_open)
+    if found := _fewest(planner, config, limit, moves, micro_batch_choices):
         return found
     if only_open or not _may_be_in_4bit(planner, config):
         return None
-    return _fewest(planner, config, limit, [*moves, IN_4BIT], in_parts)
+    return _fewest(planner, config, limit, [*moves, IN_4BIT], micro_batch_choices)
 
 
 def _may_be_in_4bit(planner: MemoryPlanner, config: TrainConfig) -> bool:
@@ -210,27 +210,33 @@ def _may_be_in_4bit(planner: MemoryPlanner, config: TrainConfig) -> bool:
 
 
 def _fewest(
-    planner: MemoryPlanner, config: TrainConfig, limit: int, moves: list[Changes], in_parts: list[Changes]
+    planner: MemoryPlanner, config: TrainConfig, limit: int, moves: list[Changes], micro_batch_choices: list[Changes]
 ) -> tuple[Changes, MemoryPlan] | None:
-    """The fewest of these changes that fit."""
-    least = {name: value for changes in moves for name, value in changes.items()}
+    """The fewest of these changes that fit; another number of micro-batches is one of them."""
+    least = _joined(moves)
     if "lora_rank" in least:  # needs the least memory, and works with neither
         least = {name: value for name, value in least.items() if name not in WITHOUT_ADAPTER}
-    if not _smallest(planner, config, limit, least, in_parts[-1:] or [{}]):
+    if not _smallest(planner, config, limit, least, micro_batch_choices[-1:] or [{}]):
         return None
     for count in range(1, MOST_CHANGES + 1):
-        for own, steps in ((count - 1, in_parts), (count, [{}])):
-            for chosen in combinations(moves, own):
-                base = {name: value for changes in chosen for name, value in changes.items()}
-                if found := _smallest(planner, config, limit, base, steps):
-                    return found
+        for chosen in combinations(moves, count - 1):
+            if found := _smallest(planner, config, limit, _joined(chosen), micro_batch_choices):
+                return found
+        for chosen in combinations(moves, count):
+            if found := _smallest(planner, config, limit, _joined(chosen), [{}]):
+                return found
     return None
+
+
+def _joined(changes: Iterable[Changes]) -> Changes:
+    """Several changes as one."""
+    return {name: value for change in changes for name, value in change.items()}
 
 
 def _saving(planner: MemoryPlanner, config: TrainConfig) -> Changes:
     """The open settings with the values that save most."""
-    moves, in_parts = _changes(planner, config, only_open=True)
-    return {name: value for changes in (*moves, *in_parts[-1:]) for name, value in changes.items()}
+    moves, micro_batch_choices = _changes(planner, config, only_open=True)
+    return _joined([*moves, *micro_batch_choices[-1:]])
 
 
 def _changes(planner: MemoryPlanner, config: TrainConfig, *, only_open: bool) -> tuple[list[Changes], list[Changes]]:
