@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from selfdistill.data import first_ten, join_surrogates
+import regex
+
+from selfdistill.data import WORD, first_ten, join_surrogates
 from selfdistill.errors import UserError
 from selfdistill.runtime import say
 
@@ -22,6 +24,14 @@ BLOCKS = (
 )
 """Block-level HTML elements."""
 
+_BETWEEN_SENTENCES = regex.compile(
+    r"""
+    ( (?<=[.!?])\s+(?=["'(]?[^\W\d_a-z])
+    | (?<=[\u3002\uff01\uff1f][\p{Pe}\p{Pf}]*)\s*(?![\s\u3002\uff01\uff1f\p{Pe}\p{Pf}]|$) )
+    """,
+    regex.VERSION1 | regex.VERBOSE,
+)
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -35,8 +45,9 @@ class Passage:
 def load_passages(path: str, *, max_words: int) -> list[Passage]:
     """Read a file, or every document of a folder and its subfolders in name order, and split them into passages.
 
-    A passage holds as many full paragraphs as fit in ``max_words`` words. A longer paragraph is split between
-    sentences, and a longer sentence becomes its own passage. No text is dropped. Files and folders whose name begins
+    A passage holds as many full paragraphs as fit in ``max_words`` words; in scripts without spaces each character is a
+    word. A longer paragraph is split between sentences, and a longer sentence becomes its own passage. No text is
+    dropped. Files and folders whose name begins
     with a dot are skipped, as are files of other types, with a note.
 
     Raises:
@@ -62,8 +73,11 @@ def load_passages(path: str, *, max_words: int) -> list[Passage]:
 
 
 def sentences(text: str) -> list[str]:
-    """Split the text after full stops, question marks and exclamation marks followed by a space and a capital."""
-    return [part for part in re.split(r"(?<=[.!?])\s+(?=[\"'(]?[^\W\d_a-z])", text) if part]
+    """Split the text after full stops, question marks and exclamation marks followed by a space and a capital.
+
+    Those of Chinese and Japanese, with quotes and brackets that they end, need neither.
+    """
+    return [part for part in _BETWEEN_SENTENCES.split(text)[::2] if part]
 
 
 def _documents(path: str) -> dict[Path, str]:
@@ -96,15 +110,19 @@ def _pieces(paragraphs: list[str], max_words: int) -> list[str]:
     """Join paragraphs, and split long ones."""
     units: list[tuple[str, str]] = []  # text, and the separator before it
     for paragraph in paragraphs:
-        parts = [paragraph] if len(paragraph.split()) <= max_words else sentences(paragraph)
-        units += [(part, " " if number else "\n\n") for number, part in enumerate(parts)]
+        parts = [paragraph] if _words(paragraph) <= max_words else _BETWEEN_SENTENCES.split(paragraph)
+        units += zip(parts[::2], ["\n\n", *parts[1::2]], strict=True)
     pieces: list[str] = []
     for text, gap in units:
-        if pieces and len(pieces[-1].split()) + len(text.split()) <= max_words:
+        if pieces and _words(pieces[-1]) + _words(text) <= max_words:
             pieces[-1] += gap + text
         else:
             pieces.append(text)
     return pieces
+
+
+def _words(text: str) -> int:
+    return len(WORD.findall(text))
 
 
 def _paragraphs(file: Path) -> list[str]:

@@ -68,6 +68,15 @@ def test_sentences(text: str, parts: list[str]) -> None:
     assert sentences(text) == parts
 
 
+def test_in_scripts_without_spaces_each_character_is_a_word(tmp_path: Path) -> None:
+    one, two, three = "\u6c34\u8f66\u5728\u5c71\u4e0a\u3002", "\u201c\u597d\u5417\uff1f\u201d", "\u597d\uff01\uff01"
+    assert sentences(one + two + three + f" {one}") == [one, two, three, one]
+    paragraphs = [one * 5, two * 2, one]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    texts = [passage.text for passage in load_passages(str(tmp_path), max_words=20)]
+    assert texts == [one * 3, f"{one * 2}\n\n{two * 2}", one]
+
+
 def test_html_and_pdf(tmp_path: Path) -> None:
     page = "<html><head><title>no</title><script>var no = 1</script></head><body><h1>Mill</h1><p>It <b>grinds</b> oats."
     (tmp_path / "a.html").write_text(page + "</p><p>&lt;Daily&gt;</p></body></html>", encoding="utf-8")

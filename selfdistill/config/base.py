@@ -320,7 +320,8 @@ class QuestionSettings(Settings):
     writer_model: str | None = None
     """Name of the writer model at that API. Without a writer, the model itself writes the questions."""
     passage_words: int = Field(default=150, ge=20)
-    """Maximum length in words of a passage, the part of a document that the teacher sees."""
+    """Maximum length in words of a passage, the part of a document that the teacher sees. In scripts without spaces,
+    such as Chinese, each character is a word."""
     tries: int = Field(default=2, ge=1)
     """Questions requested per sentence."""
     phrasings: int = Field(default=2, ge=0)
