@@ -26,7 +26,7 @@ BLOCKS = (
 
 _BETWEEN_SENTENCES = regex.compile(
     r"""
-    ( (?<=[.!?])\s+(?=["'(]?[^\W\d_a-z])
+    ( (?<=[.!?])\s+(?=["'(]?[\p{L}--\p{Ll}])
     | (?<=[\u3002\uff01\uff1f][\p{Pe}\p{Pf}]*)\s*(?![\s\u3002\uff01\uff1f\p{Pe}\p{Pf}]|$) )
     """,
     regex.VERSION1 | regex.VERBOSE,
@@ -75,7 +75,8 @@ def load_passages(path: str, *, max_words: int) -> list[Passage]:
 def sentences(text: str) -> list[str]:
     """Split the text after full stops, question marks and exclamation marks followed by a space and a capital.
 
-    Those of Chinese and Japanese, with quotes and brackets that they end, need neither.
+    In scripts without capitals any letter counts as one. The marks of Chinese and Japanese need no space after them;
+    closing quotes and brackets stay with the sentence.
     """
     return [part for part in _BETWEEN_SENTENCES.split(text)[::2] if part]
 

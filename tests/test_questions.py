@@ -61,6 +61,9 @@ def test_a_sentence_longer_than_a_passage_stands_alone(tmp_path: Path) -> None:
         ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
         ("It costs 3.50 today. \u00c4rger.", ["It costs 3.50 today.", "\u00c4rger."]),
         ("See p. 3 for more.", ["See p. 3 for more."]),
+        ("It is ca. \u00fcber. \u00dcber it.", ["It is ca. \u00fcber.", "\u00dcber it."]),
+        ("1990 \u0433. \u043d\u0430. \u041e\u043d.", ["1990 \u0433. \u043d\u0430.", "\u041e\u043d."]),
+        ("\u05d0\u05d1. \u05d2\u05d3.", ["\u05d0\u05d1.", "\u05d2\u05d3."]),
         ("", []),
     ],
 )
