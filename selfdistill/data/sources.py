@@ -191,17 +191,31 @@ def _files(path: str, note: Note) -> list[str]:
     for folder in folders:
         for name in sorted(os.listdir(os.path.join(path, folder))):
             relative = os.path.join(folder, name)
-            if name.startswith(".") or name in _NOT_DATA:
+            if name.startswith("."):
                 continue
             if not os.path.isdir(os.path.join(path, relative)):
-                found += [relative] if is_data_file(name) else []
+                found += [relative] if _is_row_file(name) else []
             elif (name == "data" and not folder) or _split_in(name):
                 folders.append(relative)
-            elif any(map(is_data_file, os.listdir(os.path.join(path, relative)))):
+            elif _holds_rows(os.path.join(path, relative)):
                 passed_over.append(relative)
     if passed_over:
         note(f"{path}: folders not read: {', '.join(passed_over)}")
     return found
+
+
+def _is_row_file(name: str) -> bool:
+    """Whether a file of this name holds rows, hidden files aside."""
+    return is_data_file(name) and not name.startswith(".") and name not in _NOT_DATA
+
+
+def _holds_rows(folder: str) -> bool:
+    """Whether a file with rows is in the folder or below it, hidden folders aside."""
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(map(_is_row_file, names)):
+            return True
+    return False
 
 
 def _split_of(file: str) -> str | None:
