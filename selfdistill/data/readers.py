@@ -32,7 +32,10 @@ _NAMES = {**_FORMATS_OF_TEXT, ".parquet": "a parquet file", **_PACKED}
 FILE_TYPES = (*_FORMATS_OF_TEXT, ".parquet")
 """Endings of the files that are read."""
 # In a folder, their rows would go missing silently; as a path, they are a file, not a hub name.
-_OTHER_FILE_TYPES = (".arrow", ".zip", ".bz2", ".xz", ".ndjson", ".xlsx", ".pkl")
+_OTHER_FILE_TYPES = (
+    *(".ndjson", ".jsonlines", ".jl", ".arrow", ".feather", ".orc", ".avro", ".pkl", ".xlsx", ".xls", ".ods"),
+    *(".zip", ".bz2", ".xz", ".lz4"),
+)
 _OTHER_SEPARATORS = {";": "semicolons", "|": "vertical bars"}
 _KNOWN = {*COLUMNS, *(name for others in OTHER_NAMES.values() for name in others)}
 

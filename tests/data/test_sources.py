@@ -166,9 +166,14 @@ def test_folders_that_are_not_read_are_said() -> None:
     assert error_of(other).startswith("configs: no .jsonl, .json, .csv, .tsv or .parquet (text also compressed as")
 
 
-def test_a_file_in_a_folder_that_cannot_be_read_is_named() -> None:
-    path = folder("a.jsonl", "b.arrow")
-    assert error_of(path).startswith(f"{path}: cannot read b.arrow (.arrow), expected .jsonl, ")
+@pytest.mark.parametrize(
+    "ending",
+    ["arrow", "avro", "feather", "jl", "jsonl.bz2", "jsonl.lz4", "jsonl.xz", "jsonlines", "ndjson", "ods", "orc", "xls"],
+)
+def test_a_file_in_a_folder_that_cannot_be_read_is_named(ending: str) -> None:
+    path = folder("a.jsonl", f"b.{ending}")
+    kind = ending.removeprefix("jsonl.")
+    assert error_of(path).startswith(f"{path}: cannot read b.{ending} (.{kind}), expected .jsonl, ")
 
 
 def sets() -> datasets.DatasetDict:
