@@ -23,6 +23,7 @@ from selfdistill.data.messages import (
     Turns,
     as_written,
     chat_of,
+    check_json,
     check_order,
     first_learnt,
     messages_of,
@@ -372,10 +373,7 @@ def _demonstration(
 
 
 def _check_others(others: dict[str, Any], problems: list[str]) -> None:
-    try:
-        json.dumps(others["answer"], allow_nan=False)
-    except (TypeError, ValueError):
-        problems.append(wrong("answer", others["answer"], "a JSON value or null"))
+    check_json(others["answer"], "answer", problems)
     if isinstance(others["answer"], str) and not others["answer"].strip():
         problems.append(wrong("answer", others["answer"], "a value or null"))
     for name in ("document", "privileged_context"):

@@ -156,7 +156,8 @@ def _call(value: Any, at: str, problems: list[str]) -> dict[str, Any]:
             problems.append(f"column '{at}': found key {quoted(unknown[0])}, expected only {', '.join(keys)}")
     if call.get("type", "function") != "function":
         problems.append(wrong(f"{at}.type", call["type"], "'function'"))
-    made = {"type": "function", "function": {"name": function["name"], "arguments": _arguments(function, at, problems)}}
+    name = text_of(function["name"], f"{at}.name", "text", problems)
+    made = {"type": "function", "function": {"name": name, "arguments": _arguments(function, at, problems)}}
     return {"id": text_of(call["id"], f"{at}.id", "text", problems), **made} if "id" in call else made
 
 
@@ -175,14 +176,19 @@ def _arguments(function: dict[str, Any], at: str, problems: list[str]) -> dict[s
     if not isinstance(found, dict):
         problems.append(wrong(f"{at}.arguments", given, "an object, or its JSON text"))
         return {}
-    try:
-        text = json.dumps(found, allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError):
-        problems.append(f"column '{at}.arguments': found a value that is not JSON, expected JSON values")
-        return {}
-    if LONE_SURROGATE.search(text):
-        problems.append(f"column '{at}.arguments': found a lone surrogate, expected text")
+    check_json(found, f"{at}.arguments", problems)
     return found if isinstance(given, str) else without_null(found)
+
+
+def check_json(value: Any, column: str, problems: list[str]) -> None:
+    """A problem if the value is not JSON, or if a text or key in it, at any depth, has a lone surrogate."""
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError):
+        problems.append(f"column '{column}': found a value that is not JSON, expected JSON values")
+    else:
+        if LONE_SURROGATE.search(text):
+            problems.append(f"column '{column}': found a lone surrogate, expected text")
 
 
 def without_null(value: Any) -> Any:

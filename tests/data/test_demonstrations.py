@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -437,6 +438,30 @@ def test_bad_messages(row: Any, problem: str) -> None:
 )
 def test_bad_row_without_required_completion(row: Any, problem: str) -> None:
     assert message_of(write("test.jsonl", row)) == f"test.jsonl: 1 bad row: line 1, {problem}"
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("answer", "\ud83d"),
+        ("answer", {"a": ["\ud83d"]}),
+        ("answer", {"\ud83d": 1}),
+        ("tools", [{"type": "function", "function": {"name": "clock", "description": "\ud83d"}}]),
+        ("chat_template_kwargs", {"style": "\ud83d"}),
+    ],
+)
+def test_a_value_that_utf_8_cannot_hold_is_refused(column: str, value: Any) -> None:
+    problem = f"column '{column}': found a lone surrogate, expected text"
+    assert message_of(write("a.jsonl", GOOD | {column: value})) == f"a.jsonl: 1 bad row: line 1, {problem}"
+
+
+@pytest.mark.parametrize("column", ["answer", "tools", "chat_template_kwargs"])
+def test_a_value_in_memory_that_is_not_json_is_refused(column: str) -> None:
+    held = {"today": datetime.date(2026, 1, 1)}
+    with pytest.raises(UserError) as error:
+        load_demonstrations([GOOD | {column: [held] if column == "tools" else held}])
+    problem = f"column '{column}': found a value that is not JSON, expected JSON values"
+    assert str(error.value) == f"data: 1 bad row: data[0], {problem}"
 
 
 def test_equal_mistakes_are_told_once_with_their_lines() -> None:
