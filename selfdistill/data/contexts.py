@@ -235,7 +235,7 @@ class Template:
         if not self.file:
             raise UserError("context 'template' needs a template file; write template:file=PATH")
         try:
-            text = Path(self.file).read_text(encoding="utf-8")
+            text = Path(self.file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise UserError(f"context 'template': cannot read file {self.file!r} ({reason})") from None

@@ -223,6 +223,13 @@ def test_template_fills_its_places_in_one_pass(tmp_path: Path) -> None:
     assert Template(str(file)).messages(demonstration, []) == [SYSTEM, user(expected)]
 
 
+def test_a_byte_order_mark_is_not_part_of_a_template(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    file.write_text("Q={prompt} A={demonstration}", encoding="utf-8-sig")
+    (turn,) = Template(str(file)).messages(row(prompt=(user("Who?"),), reply="Ada."), [])
+    assert turn == user("Q=Who? A=Ada.")
+
+
 def test_template_errors_name_the_file_and_the_row(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     want = f"context 'template': cannot read file {str(file)!r} (No such file or directory)"
