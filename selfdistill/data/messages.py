@@ -39,7 +39,9 @@ _ADVICE = {
 """Keys of other tools' messages, and what to do with them."""
 _AS_PICTURE = """write {"type": "image"} alone, and the picture into the column 'images'"""
 
-_LIKE_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)
+_OBJECTS = re.compile(r"\s*\[\s*\{(.*)\}\s*\]\s*", re.DOTALL)
+_FIRST_KEY = re.compile(r"""\s*['"](?:role|content|from|value)['"]\s*:""")
+_KEYS = re.compile(r"""['"](role|content)['"]\s*:""")
 
 
 def chat_of(value: Any, column: str, problems: list[str]) -> Any:
@@ -47,12 +49,18 @@ def chat_of(value: Any, column: str, problems: list[str]) -> Any:
 
     A text that looks like messages but is not JSON, such as Python's own form with single quotes, is a problem.
     """
-    if not isinstance(value, str) or not _LIKE_CHAT.fullmatch(value):
+    if not isinstance(value, str) or not _is_like_chat(value):
         return value
     found = from_text(value)
     if isinstance(found, str):
         problems.append(f"column '{column}': found the text of a Python list, expected a list or its JSON text")
     return found
+
+
+def _is_like_chat(text: str) -> bool:
+    """Whether a text is written as a list of objects with role and content, or whose first key is one of a message."""
+    objects = _OBJECTS.fullmatch(text)
+    return objects is not None and (bool(_FIRST_KEY.match(objects[1])) or len({*_KEYS.findall(objects[1])}) == 2)
 
 
 def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:

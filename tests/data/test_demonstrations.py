@@ -66,6 +66,7 @@ def test_prompt_and_completion_as_text() -> None:
         ({"prompt": [USER], "completion": [ASSISTANT]}, (USER,), "4"),
         ({"prompt": [{"role": "system", "content": "s"}, USER]}, ({"role": "system", "content": "s"}, USER), ""),
         ({"prompt": [{"content": "q", "role": "user"}]}, ({"role": "user", "content": "q"},), ""),
+        ({"prompt": [{"name": None, **USER}], "completion": [{"tool_calls": None, **ASSISTANT}]}, (USER,), "4"),
         ({"messages": [USER, ASSISTANT]}, (USER,), "4"),
     ],
 )
@@ -84,6 +85,7 @@ def test_messages_may_be_their_json_text(row: dict[str, Any], turns: Any, comple
         "[{'role': 'user', 'content': 'q'}]",
         "[{'content': 'q', 'role': 'user'}\n {'content': 'r', 'role': 'assistant'}]",
         "[{'from': 'human', 'value': 'q'}]",
+        "[{'name': None, 'role': 'user', 'content': 'q'}]",
         '[{"role": "user", "content": "it\'s", "name": None}]',
     ],
 )
@@ -97,7 +99,7 @@ def test_messages_as_python_writes_them_are_refused(column: str, text: str) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["[1, 2]", "[]", "[INST] q", '{"role": "user"}', '["a", "b"]', "What is [{'role': 'user'}]?", '[{"name": "Ada"}]'],
+    ["[1, 2]", "[]", "[INST] q", '{"role": "user"}', '["a", "b"]', "What is [{'role': 'user'}]?", '[{"name": "Ada", "role": "chair"}]'],
 )
 def test_other_texts_in_brackets_stay_text(text: str) -> None:
     (row,) = load_demonstrations(write("a.jsonl", {"prompt": text, "completion": json.dumps([ASSISTANT])}))
