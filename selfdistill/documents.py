@@ -46,9 +46,9 @@ def load_passages(path: str, *, max_words: int) -> list[Passage]:
     """Read a file, or every document of a folder and its subfolders in name order, and split them into passages.
 
     A passage holds as many full paragraphs as fit in ``max_words`` words; in scripts without spaces each character is a
-    word. A longer paragraph is split between sentences, and a longer sentence becomes its own passage. No text is
-    dropped. Files and folders whose name begins
-    with a dot are skipped, as are files of other types, with a note.
+    word. A longer paragraph is split between sentences, and a longer sentence becomes its own passage. The title of an
+    HTML page is its first paragraph, unless the first heading repeats it. No text is dropped but that of ``nav`` and
+    ``noscript``. Files and folders whose name begins with a dot are skipped, as are files of other types, with a note.
 
     Raises:
         UserError: the path does not exist, there are no documents, a package is missing, or documents cannot be read or
@@ -158,6 +158,8 @@ def _html(text: str) -> str:
     from bs4 import BeautifulSoup
 
     page = BeautifulSoup(text, "html.parser")
+    titled = page.select_one("title:not(svg *)")  # those of drawings name their parts
+    title = titled.get_text() if titled else ""
     for part in page(["script", "style", "title", "nav", "template", "noscript"]):
         part.decompose()
     for block in page(list(BLOCKS)):
@@ -166,4 +168,6 @@ def _html(text: str) -> str:
     for cell in page(["td", "th"]):
         cell.insert_before(" ")  # if its end tag is missing, the next cell is inside it
         cell.insert_after(" ")
-    return page.get_text()
+    found, heading = page.get_text(), page.select_one("h1, h2, h3, h4, h5, h6")
+    repeats = heading is not None and heading.get_text().split() == title.split()
+    return found if repeats or not found.strip() else f"{title}\n\n{found}"

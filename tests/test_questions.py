@@ -81,7 +81,7 @@ def test_in_scripts_without_spaces_each_character_is_a_word(tmp_path: Path) -> N
 
 
 def test_html_and_pdf(tmp_path: Path) -> None:
-    page = "<html><head><title>no</title><script>var no = 1</script></head><body><h1>Mill</h1><p>It <b>grinds</b> oats."
+    page = "<html><head><title> Mill </title><script>var no = 1</script></head><body><h1>Mill</h1><p>It <b>grinds</b> oats."
     (tmp_path / "a.html").write_text(page + "</p><p>&lt;Daily&gt;</p></body></html>", encoding="utf-8")
     assert load_passages(str(tmp_path), max_words=20)[0].text == "Mill\n\nIt grinds oats.\n\n<Daily>"
     table = (
@@ -96,12 +96,27 @@ def test_html_and_pdf(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "text"),
     [
-        ("<html><head><title>no</title><body><p>Oats", "Oats"),
-        ("<head><meta charset=utf-8><title>no</title><style>no</style><p>Oats", "Oats"),
+        ("<html><head><title>Mill</title><body><p>Oats", "Mill\n\nOats"),
+        ("<head><meta charset=utf-8><title>Mill</title><style>no</style><p>Oats", "Mill\n\nOats"),
         ("<table><tr><td>Speed<td>90<tr><td>Colour<td>red</table>", "Speed 90\n\nColour red"),
     ],
 )
 def test_html_whose_end_tags_are_left_out(tmp_path: Path, page: str, text: str) -> None:
+    (tmp_path / "a.html").write_text(page, encoding="utf-8")
+    assert load_passages(str(tmp_path), max_words=20)[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<title>The Korr\n Mill</title><h2>The <b>Korr</b> Mill</h2><p>Oats", "The Korr Mill\n\nOats"),
+        ("<title>Mill &amp; Lake</title><h1>Opening hours</h1><p>Daily", "Mill & Lake\n\nOpening hours\n\nDaily"),
+        ("<title>Mill</title><nav><h1>Mill</h1></nav><noscript>no</noscript><p>Oats", "Mill\n\nOats"),
+        ("<title> </title><p>Oats", "Oats"),
+        ("<svg><title>icon</title></svg><p>Oats", "Oats"),
+    ],
+)
+def test_the_title_of_a_page_is_its_first_paragraph(tmp_path: Path, page: str, text: str) -> None:
     (tmp_path / "a.html").write_text(page, encoding="utf-8")
     assert load_passages(str(tmp_path), max_words=20)[0].text == text
 
@@ -140,6 +155,7 @@ def write_pdf(file: Path, text: str) -> None:
         (".a.txt", b"x", "no file of .txt, .md, .html, .htm, .pdf$"),
         ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8 text"),
         ("a.md", b" \n\n ", r"d/a\.md: has no text, add some or remove it$"),
+        ("a.html", b"<title>App</title><div id=root></div>", r"a\.html: has no text, add some or remove it$"),
         ("a.pdf", b"%PDF-1.4 nothing", r"a\.pdf: not a readable PDF"),
     ],
 )
