@@ -197,7 +197,8 @@ def by_reason(bad: Sequence[RowProblem], after_one: str = ": ") -> str:
 
 def _reason(alike: Sequence[RowProblem]) -> str:
     values = [*dict.fromkeys(problem.value for problem in alike)]
-    return ", ".join([*values[:2], *(["..."] if len(values) > 2 else [])]).join(alike[0].reason)
+    before, after = alike[0].reason
+    return before + ", ".join([*values[:2], *(["..."] if len(values) > 2 else [])]) + after
 
 
 def _places(alike: Sequence[RowProblem]) -> str:
