@@ -180,7 +180,12 @@ def _named(value: Any) -> str:
 def _arguments(function: dict[str, Any], at: str, problems: list[str]) -> dict[str, Any]:
     """The arguments: an object, in which null counts as absent as Arrow writes it for all keys, or its JSON text."""
     given = function.get("arguments", {})
-    found = from_text(given) if isinstance(given, str) and given.strip() else given or {}
+    if not given:
+        found: Any = {}
+    elif isinstance(given, str):
+        found = from_text(given)
+    else:
+        found = given
     if not isinstance(found, dict):
         problems.append(wrong(f"{at}.arguments", given, "an object, or its JSON text"))
         return {}
