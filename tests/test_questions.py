@@ -81,7 +81,9 @@ def test_in_scripts_without_spaces_each_character_is_a_word(tmp_path: Path) -> N
 
 
 def test_html_and_pdf(tmp_path: Path) -> None:
-    page = "<html><head><title> Mill </title><script>var no = 1</script></head><body><h1>Mill</h1><p>It <b>grinds</b> oats."
+    page = (
+        "<html><head><title>Mill</title><script>var no = 1</script></head><body><h1>Mill</h1><p>It <b>grinds</b> oats."
+    )
     (tmp_path / "a.html").write_text(page + "</p><p>&lt;Daily&gt;</p></body></html>", encoding="utf-8")
     assert load_passages(str(tmp_path), max_words=20)[0].text == "Mill\n\nIt grinds oats.\n\n<Daily>"
     table = (

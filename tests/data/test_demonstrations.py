@@ -99,7 +99,15 @@ def test_messages_as_python_writes_them_are_refused(column: str, text: str) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["[1, 2]", "[]", "[INST] q", '{"role": "user"}', '["a", "b"]', "What is [{'role': 'user'}]?", '[{"name": "Ada", "role": "chair"}]'],
+    [
+        "[1, 2]",
+        "[]",
+        "[INST] q",
+        '{"role": "user"}',
+        '["a", "b"]',
+        "What is [{'role': 'user'}]?",
+        '[{"name": "Ada", "role": "chair"}]',
+    ],
 )
 def test_other_texts_in_brackets_stay_text(text: str) -> None:
     (row,) = load_demonstrations(write("a.jsonl", {"prompt": text, "completion": json.dumps([ASSISTANT])}))

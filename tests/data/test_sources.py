@@ -167,8 +167,7 @@ def test_folders_that_are_not_read_are_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "ending",
-    ["arrow", "avro", "feather", "jl", "jsonl.bz2", "jsonl.lz4", "jsonl.xz", "jsonlines", "ndjson", "ods", "orc", "xls"],
+    "ending", ["arrow", "avro", "feather", "jl", "jsonl.lz4", "jsonlines", "ndjson", "ods", "orc", "xls"]
 )
 def test_a_file_in_a_folder_that_cannot_be_read_is_named(ending: str) -> None:
     path = folder("a.jsonl", f"b.{ending}")
