@@ -263,7 +263,7 @@ class _Maker:
 
     def _problem(self, unit: _Unit, kind: str) -> str | None:
         """Why a question is rejected, or None."""
-        if not unit.question.endswith("?") or not any(map(str.isalnum, unit.answer)):
+        if not unit.question.endswith(("?", "\uff1f")) or not any(map(str.isalnum, unit.answer)):
             return "no question with an answer"
         if len(unit.answer.split()) > MOST_WORDS:
             return "answer too long"

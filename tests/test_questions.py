@@ -343,6 +343,7 @@ def test_questions_with_their_passage_and_one_phrasing_held_out(
         ("Question: Who built the Korr Mill?\nAnswer: __", "no question with an answer"),
         ("Question: Who built the Korr Mill?\nAnswer: \ud83d", "no question with an answer"),
         ("Question: Who built the Korr Mill?\nAnswer: Bert Finch", "answer not in the text"),
+        ("Question: \u8c01\u5efa\u9020\u4e86 Korr Mill\uff1f\nAnswer: Bert Finch", "answer not in the text"),
         ("Question: Did Ada Finch build the Korr Mill?\nAnswer: Ada Finch", "question contains the answer"),
         ("Question: Who is named in this text?\nAnswer: Ada Finch", "question not clear without the text"),
         (f"Question: What is all?\nAnswer: {MILL} {MILL}", "answer too long"),
