@@ -20,6 +20,7 @@ from selfdistill.model.four_bits import four_bit_options, set_compute_dtype
 from selfdistill.model.pictures import reads_pictures
 from selfdistill.model.quantisation import loading_options, refuse_scales
 from selfdistill.model.starter import STARTER_MODELS
+from selfdistill.model.unchanged_process import environment_variable
 
 _COMPUTED = re.compile(r"(inv_freq|cos_cached|sin_cached|position_ids|masked_bias|att(n|ention)\.bias|causal_mask)$")
 """Buffers that old checkpoints contain and that models now compute."""
@@ -50,15 +51,25 @@ def load_causal(
     options = loading_options(config, folder, name, training=training)
     if load_in_4bit:
         options |= four_bit_options()
-    loaded: Any = auto_class(config, folder).from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported here, in one line
-        **options,
-    )
+    try:
+        # A service would convert pickled weights, learn of the model, and open a pull request that is then loaded.
+        with environment_variable("DISABLE_SAFETENSORS_CONVERSION", "1"):
+            loaded: Any = auto_class(config, folder).from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported here, in one line
+                **options,
+            )
+    except OSError as error:
+        if "use_safetensors" not in str(error):
+            raise
+        raise UserError(
+            f"model {name!r}: it has no safetensors on the model hub, and pickled weights (.bin) are never read, "
+            "because they can run code; convert them to safetensors"
+        ) from None
     model, info = loaded
     refuse_scales([key for key in sorted(info["unexpected_keys"]) if _belongs(model, key)], name)
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
