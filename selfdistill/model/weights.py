@@ -13,6 +13,7 @@ from huggingface_hub import is_offline_mode
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file
 
 from selfdistill.errors import UserError
 from selfdistill.model.files import local_folder
@@ -95,7 +96,7 @@ def causal_config(path: str, name: str) -> PretrainedConfig:
         name: the name given by the user, for messages.
 
     Raises:
-        UserError: the file cannot be read, or belongs to no causal language model.
+        UserError: the file cannot be read, or belongs to no causal language model; or there is an adapter.
     """
     config = _config(path, name)
     if reads_pictures(config, local_folder(path)):
@@ -111,7 +112,9 @@ def causal_config(path: str, name: str) -> PretrainedConfig:
 
 def _config(path: str, name: str) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        # With an adapter here transformers would load both it and its base, pickled if need be.
+        adapter = find_adapter_config_file(path) is not None
+        config = None if adapter else AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         if Path(path).is_dir():
             raise UserError(f"model {name!r}: config.json cannot be read: {first_line(error)}") from None
@@ -124,6 +127,14 @@ def _config(path: str, name: str) -> PretrainedConfig:
         if "custom code" in str(error):
             raise UserError(f"model {name!r}: needs code from its own folder, which is never run") from None
         raise UserError(f"model {name!r}: {first_line(error)}") from None
+    if config is None and Path(path).is_dir():
+        raise UserError(
+            f"model {name!r}: an adapter in place of a base; merge it first with selfdistill export --merge true, and "
+            "give the result"
+        )
+    if config is None:
+        raise UserError(f"model {name!r}: an adapter on the model hub; download it, and give its folder")
+    return config
 
 
 def _check_unexpected(model: Any, unexpected: list[str], name: str) -> list[str]:

@@ -379,3 +379,10 @@ def test_memory_that_does_not_suffice_for_merging_is_one_line(
             with monkeypatch.context() as patch:
                 patch.setattr(PeftModel, place, fail, raising=False)
                 refused(folder, message, merge_adapter=True)
+
+
+def test_an_adapter_in_place_of_the_base_is_refused(adapter: Callable[..., Path], tmp_path: Path) -> None:
+    folder = adapter(LoraConfig(**LORA, target_modules=["q_proj"]))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / name, tmp_path / "base")
+    refused(folder, f"model {str(tmp_path / 'base')!r}: an adapter in place of a base; merge it first")

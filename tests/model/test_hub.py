@@ -65,3 +65,9 @@ def test_no_service_is_asked_to_convert_pickled_weights(
         "they can run code; convert them to safetensors"
     )
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("lacks", [(), ("config.json", *WEIGHTS)], ids=["with config.json", "without"])
+def test_an_adapter_of_the_hub_is_refused(cached: Callable[..., Path], lacks: tuple[str, ...]) -> None:
+    (cached(*lacks) / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "some/base"}')
+    assert refused() == f"model '{NAME}': an adapter on the model hub; download it, and give its folder"
