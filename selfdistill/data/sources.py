@@ -244,4 +244,5 @@ def _read_set(path: str, split: Split, note: Note, *, saved: bool) -> list[RawRo
             f"{path}: datasets read it from CSV, so 007 became 7, and NA became null; to keep cells unchanged, give "
             "the file itself"
         )
-    return numbered(path, undecoded(rows))
+    folder = path if saved else ""
+    return [replace(raw, folder=folder) for raw in numbered(path, undecoded(rows))]
