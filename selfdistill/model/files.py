@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from selfdistill.errors import UserError, closest
+from selfdistill.errors import UserError, similar_inside
 from selfdistill.model.starter import STARTER_MODELS, starter_model_path
 
 _TOKENIZER_FILES = (
@@ -40,9 +40,8 @@ def resolve(name: str) -> str:
         raise UserError(f"model {name!r}: this is a file; give the folder that holds config.json and the weights")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model {name!r}: no such folder")
-    if "/" in name and path.parent.is_dir():  # a misspelt folder, not a hub id
-        inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()])
-        raise UserError(f"model {name!r}: no such folder{inside}")
+    if (hint := similar_inside(name)) is not None:
+        raise UserError(f"model {name!r}: no such folder{hint}")
     return name
 
 
