@@ -18,9 +18,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 @pytest.fixture
-def cached(
-    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
+def cached(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Put the tiny model into the hub's cache without some files, which the hub is known to lack; returns the files."""
 
     def make(*lacks: str) -> Path:
