@@ -188,10 +188,8 @@ def load_demonstrations(
     if not rows:
         raise UserError(f"{name}: no rows, expected at least one")
 
-    folder = name if os.path.isdir(name) else os.path.dirname(name)
-
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
-        pictures = pictures_of(raw.value, folder, problems)
+        pictures = pictures_of(raw.value, raw.folder, problems)
         made = _demonstration(raw, number, form, completion_required, prompts_only, turns, pictures, problems)
         if lacks and not problems:
             problems += filter(None, [_of_form(lacks(made), form, made, raw.value)])

@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,8 +98,11 @@ def read_file(path: str) -> list[RawRow]:
     if not is_readable(path):
         raise UserError(f"{path}: cannot read file type '{kind}{packed}', expected {expected_types()}")
     _check_format(path, kind, packed)
-    if kind == ".parquet":
-        return _read_parquet(path)
+    rows = _read_parquet(path) if kind == ".parquet" else _read_text(path, kind, packed)
+    return [replace(raw, folder=os.path.dirname(path)) for raw in rows]
+
+
+def _read_text(path: str, kind: str, packed: str) -> list[RawRow]:
     text = _utf8(path, _unpacked(path, packed))
     readers: dict[str, Callable[[str, str], list[RawRow]]] = {
         ".jsonl": _lines,

@@ -34,6 +34,8 @@ class RawRow:
     source: str
     value: Any = None
     problem: str | None = None
+    folder: str = ""
+    """Where relative paths in the row begin: the folder of its file; "" for the working directory."""
 
 
 class _RepeatedKey(str):

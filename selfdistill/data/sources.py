@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from selfdistill.data.images import undecoded
 from selfdistill.data.readers import expected_types, is_data_file, is_readable, kind_of, read_file
 from selfdistill.data.rows import RawRow, describe_value, first_ten, numbered, one_line, one_of
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, similar_inside
 
 Note = Callable[[str], object]
 """What takes a note for the user, one line without its ``note:``."""
@@ -32,6 +32,8 @@ _DEFAULT = "train"
 """The split of training data unless another is asked for."""
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")
 """Files that describe a data set of the hub."""
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*|\w[\w-]*")
+"""An owner's data set, or one of the few without an owner, which have no dot: that is a file."""
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")
 
 
@@ -75,9 +77,10 @@ def read_rows(path: str, split: Split, note: Note) -> list[RawRow]:
         place = located(path)
         rows = read_rows(place, split, note)
         return [replace(raw, source=path + raw.source.removeprefix(place)) for raw in rows]
-    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not is_data_file(path):
+    hint = similar_inside(path)
+    if hint is None and _HUB_NAME.fullmatch(path) and not is_data_file(path):
         return _read_set(path, split, note, saved=False)
-    raise UserError(f"{path}: no such file or folder (looked from {os.getcwd()}); check the path")
+    raise UserError(f"{path}: no such file or folder (looked from {os.getcwd()}){hint or '; check the path'}")
 
 
 def located(path: str) -> str:
@@ -258,4 +261,5 @@ def _read_set(path: str, split: Split, note: Note, *, saved: bool) -> list[RawRo
             f"{path}: datasets read it from CSV, so 007 became 7, and NA became null; to keep cells unchanged, give "
             "the file itself"
         )
-    return numbered(path, undecoded(rows))
+    folder = path if saved else ""
+    return [replace(raw, folder=folder) for raw in numbered(path, undecoded(rows))]

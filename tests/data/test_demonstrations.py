@@ -238,10 +238,15 @@ def test_hub_data_set_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("path", ["train.jsonl", "data/train.csv", "./data", "a/b/c", "/nowhere", "../up"])
+@pytest.mark.parametrize(
+    "path", ["train.jsonl", "data/train.csv", "./data", "a/b/c", "/nowhere", "../up", "rows.txt", "folder/other"]
+)
 def test_missing_path_is_not_looked_for_on_the_hub(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    (tmp_path / "folder" / "training").mkdir(parents=True)
     assert message_of(path) == f"{path}: no such file or folder (looked from {tmp_path}); check the path"
+    meant = f"folder/traning: no such file or folder (looked from {tmp_path}); did you mean training?"
+    assert message_of("folder/traning") == meant
 
 
 # --- bad rows: each alone in line 2, after a good one ---
