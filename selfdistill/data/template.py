@@ -15,7 +15,7 @@ from selfdistill.data.images import as_parts
 from selfdistill.data.messages import Message
 from selfdistill.data.template_clock import pinned
 from selfdistill.data.text_ids import HIDDEN, TextIds
-from selfdistill.data.thinking import EMPTY_THOUGHT, open_thought
+from selfdistill.data.thinking import EMPTY_THOUGHT, before_thought, open_thought
 from selfdistill.errors import UserError
 
 PLAIN_USER, PLAIN_REPLY = "User:", "Assistant:"
@@ -146,15 +146,23 @@ class Template:
     def last_turn(self, chat: Sequence[Message], turn: AssistantTurn, options: Mapping[str, Any]) -> str:
         """The template's text for the reply that ends a chat, without an empty thought and the end of the turn."""
         whole = self.write(chat, options, add_generation_prompt=False)
-        text = whole[_common(whole, turn.prompt) :]
+        text = whole[self._reply_start(whole, turn.prompt) :]
         thought = EMPTY_THOUGHT
         if tags := open_thought(turn.prompt):  # the reply begins within it
             thought += rf"|{re.escape(tags[1])}\s*"
         text = re.sub(rf"\A\s*({thought})", "", text)
-        if turn.after and text.endswith(turn.after):
-            return text[: -len(turn.after)]
-        ends = [found.start() for found in self._added.finditer(text) if found[0] in self._end_names]
-        return text[: ends[-1]] if ends else text
+        text = text.removesuffix(turn.after)
+        # Nothing is sampled after the first end token. Some templates write a second, empty turn.
+        ends = (found.start() for found in self._added.finditer(text) if found[0] in self._end_names)
+        return text[: next(ends, len(text))]
+
+    def _reply_start(self, whole: str, prompt: str) -> int:
+        """Where the last turn begins in a whole chat, which may lack the thought with which the prompt ends."""
+        if whole.startswith(prompt):
+            return len(prompt)
+        same = _common(whole, before_thought(prompt))
+        tokens = self._added.finditer(whole)
+        return next((token.start() for token in tokens if token.start() < same < token.end()), same)
 
 
 def _common(one: str, other: str) -> int:

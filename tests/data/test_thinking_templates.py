@@ -1,0 +1,210 @@
+"""Templates of thinking families whose turns differ from their prompts: where calls begin, and where thoughts end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from tool_templates import CALL_TAGS, THINK_TAGS, ToolTemplate
+
+from selfdistill.data.chat_format import ChatFormat
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+OPTIONS = {"tools": [TOOL]}
+ASK = {"role": "user", "content": "Weather?"}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}],
+}
+
+QWQ = """\
+{%- for message in messages %}
+    {%- if loop.first and tools %}{{- '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}
+    {%- if message.role == 'tool' %}
+        {{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}
+    {%- else %}
+        {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+        {{- '<|im_start|>' + message.role + ('\n' + content if content or not message.tool_calls else '') }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- (call.function.arguments | tojson) + '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}
+"""
+
+R1 = """\
+{{- bos_token }}
+{%- set ns = namespace(result=false) %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{{- message.content }}
+    {%- elif message.role == 'user' %}{%- set ns.result = false %}{{- '<|User|>' + message.content }}
+    {%- elif message.role == 'tool' %}
+        {%- if not ns.result %}{{- '<|tool_outputs_begin|>' }}{%- endif %}
+        {%- set ns.result = true %}
+        {{- '<|tool_output_begin|>' + message.content + '<|tool_output_end|>' }}
+    {%- else %}
+        {%- if message.tool_calls %}
+            {%- set ns.result = false %}
+            {%- for call in message.tool_calls %}
+                {{- '<|Assistant|><|tool_calls_begin|>' if loop.first else '\n' }}
+                {{- '<|tool_call_begin|>' + call.type + '<|tool_sep|>' + call.function.name + '\n```json\n' }}
+                {{- call.function.arguments + '\n```<|tool_call_end|>' }}
+            {%- endfor %}
+            {{- '<|tool_calls_end|>' + eos_token }}
+        {%- endif %}
+        {%- if message.content is not none %}
+            {{- '<|tool_outputs_end|>' if ns.result else '<|Assistant|>' }}
+            {{- message.content.split('</think>')[-1] + eos_token }}
+            {%- set ns.result = false %}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if ns.result %}{{- '<|tool_outputs_end|>' }}
+{%- elif add_generation_prompt %}{{- '<|Assistant|><think>\n' }}{%- endif %}
+"""
+
+V3_1 = """\
+{{- bos_token }}
+{%- set ns = namespace(asked=false) %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{{- message.content }}
+    {%- elif message.role == 'user' %}{%- set ns.asked = true %}{{- '<|User|>' + message.content }}
+    {%- elif message.role == 'tool' %}
+        {%- set ns.asked = false %}
+        {{- '<|tool_output_begin|>' + message.content + '<|tool_output_end|>' }}
+    {%- else %}
+        {%- if ns.asked %}{{- '<|Assistant|></think>' }}{%- endif %}
+        {%- set ns.asked = false %}
+        {{- message.content.split('</think>')[-1] }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '<|tool_calls_begin|>' if loop.first }}
+            {{- '<|tool_call_begin|>' + call.function.name + '<|tool_sep|>' + call.function.arguments }}
+            {{- '<|tool_call_end|>' }}
+            {{- '<|tool_calls_end|>' if loop.last }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and ns.asked %}
+    {{- '<|Assistant|>' + ('<think>' if thinking | default(false) else '</think>') }}
+{%- endif %}
+"""
+
+GEMMA_4 = """\
+{{- bos_token }}
+{%- if tools %}{{- '<|turn>system\n<|tool>' + (tools | tojson) + '<tool|><turn|>\n' }}{%- endif %}
+{%- set ns = namespace(last='') %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {{- 'response:' + (message.name or '') + '{value:<|"|>' + message.content + '<|"|>}<tool_response|>' }}
+    {%- else %}
+        {%- set content = message.content %}
+        {%- if message.role == 'assistant' and '<channel|>' in content %}
+            {%- set content = content.split('<channel|>')[-1] %}
+        {%- endif %}
+        {{- '<|turn>' + message.role.replace('assistant', 'model') + '\n' if ns.last != 'tool' }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '<|tool_call>call:' + call.function.name + '{' }}
+            {%- for key, value in call.function.arguments.items() %}
+                {{- key + ':<|"|>' + value + '<|"|>' + ('' if loop.last else ',') }}
+            {%- endfor %}
+            {{- '}<tool_call|>' }}
+        {%- endfor %}
+        {{- content | trim + ('<|tool_response>' if message.tool_calls else '<turn|>\n') }}
+    {%- endif %}
+    {%- set ns.last = message.role %}
+{%- endfor %}
+{%- if add_generation_prompt and ns.last != 'tool' %}
+    {{- '<|turn>model\n' + ('' if enable_thinking | default(false) else '<|channel>thought\n<channel|>') }}
+{%- endif %}
+"""
+
+
+DEEPSEEK_END = "<|end_of_sentence|>"
+DEEPSEEK_ADDED = ("<|User|>", "<|Assistant|>", "<|tool_calls_begin|>", "<|tool_calls_end|>", "<|tool_call_begin|>")
+DEEPSEEK_ADDED = (
+    *DEEPSEEK_ADDED,
+    "<|tool_call_end|>",
+    "<|tool_sep|>",
+    "<|tool_outputs_begin|>",
+    "<|tool_outputs_end|>",
+)
+DEEPSEEK_ADDED = (*DEEPSEEK_ADDED, "<|tool_output_begin|>", "<|tool_output_end|>", *THINK_TAGS)
+GEMMA_TOKENS = ("<s>", "<|turn>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>")
+GEMMA_TOKENS = (*GEMMA_TOKENS, "<|tool_response>", "<tool_response|>", '<|"|>')
+
+
+@dataclass(frozen=True)
+class Family:
+    """A template with its arguments, and what it writes."""
+
+    template: ToolTemplate
+    call: str
+    """The reply :data:`CALL` without a thought, from the prompt to its end token."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    ends: tuple[str, ...] = ()
+    """End tokens beside the template's."""
+
+    def chat(self) -> ChatFormat:
+        tokenizer = self.template.tokenizer()
+        return ChatFormat(tokenizer, tokenizer.convert_tokens_to_ids([self.template.end, *self.ends]), self.kwargs)
+
+
+QWQ_FAMILY = Family(
+    ToolTemplate("qwq", QWQ, added=(*CALL_TAGS, *THINK_TAGS, "<tool_response>", "</tool_response>")),
+    '\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+)
+QWQ_WITHOUT_TOKENS = Family(ToolTemplate("qwq without tokens for its tags", QWQ), QWQ_FAMILY.call)
+R1_FAMILY = Family(
+    ToolTemplate("deepseek-r1", R1, DEEPSEEK_END, ("<s>",), DEEPSEEK_ADDED),
+    "\n</think>\n\n<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>weather\n```json\n"
+    '{"city": "Oslo"}\n```<|tool_call_end|><|tool_calls_end|><|end_of_sentence|>',
+)
+V3_1_CALL = (
+    '<|tool_calls_begin|><|tool_call_begin|>weather<|tool_sep|>{"city": "Oslo"}<|tool_call_end|>'
+    "<|tool_calls_end|><|end_of_sentence|>"
+)
+V3_1_TEMPLATE = ToolTemplate("deepseek-v3.1", V3_1, DEEPSEEK_END, ("<s>",), DEEPSEEK_ADDED)
+V3_1_FAMILY = Family(V3_1_TEMPLATE, V3_1_CALL)
+V3_1_THINKING = Family(V3_1_TEMPLATE, f"\n\n</think>\n\n{V3_1_CALL}", {"thinking": True})
+GEMMA_TEMPLATE = ToolTemplate("gemma 4", GEMMA_4, "<turn|>", GEMMA_TOKENS)
+GEMMA_CALL = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>}<tool_call|><|tool_response>'
+GEMMA = Family(GEMMA_TEMPLATE, GEMMA_CALL, ends=("<|tool_response>",))
+GEMMA_THINKING = Family(GEMMA_TEMPLATE, GEMMA_CALL, {"enable_thinking": True}, ("<|tool_response>",))
+FAMILIES = (QWQ_FAMILY, QWQ_WITHOUT_TOKENS, R1_FAMILY, V3_1_FAMILY, V3_1_THINKING, GEMMA, GEMMA_THINKING)
+
+
+def named(family: Family) -> str:
+    return " ".join([family.template.name, *family.kwargs])
+
+
+each = pytest.mark.parametrize("family", FAMILIES, ids=named)
+each_that_is_read = pytest.mark.parametrize("family", FAMILIES[:5], ids=named)
+
+
+@each
+def test_a_call_keeps_all_of_its_markup(family: Family) -> None:
+    chat = family.chat()
+    assert chat.tokenizer.decode(chat.encode_reply(CALL, OPTIONS)) == family.call
+
+
+@each_that_is_read
+def test_a_call_is_read_after_a_thought_and_without(family: Family) -> None:
+    chat = family.chat()
+    prompt = chat.encode_prompt([ASK], OPTIONS)
+    assert chat.message_of(chat.encode_reply(CALL, OPTIONS), prompt, OPTIONS) == CALL
+    if "</think>" in family.call:
+        sampled = chat.tokenizer("hm\n" + family.call.lstrip(), add_special_tokens=False)["input_ids"]
+        assert chat.message_of(sampled, prompt, OPTIONS) == {**CALL, "content": "<think>\nhm\n</think>"}
