@@ -33,7 +33,9 @@ _ARGUMENTS = {_KEY: _VALUE}
 _ID = re.compile(r"call\d{5}")
 """A placeholder id of nine characters, as Mistral's templates want."""
 OBSERVED = "probe_result"
-"""The content of the observation with which templates are probed."""
+"""The content of :data:`PROBE_RESULT`."""
+PROBE_RESULT = {"role": "tool", "name": _NAME, "content": OBSERVED}
+"""The observation with which templates are probed."""
 PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -234,7 +236,7 @@ def probe(render: Render, after: Callable[[list[Message]], str | None]) -> CallF
         text = render(chat)
         if text is None or _NAME not in text or _VALUE not in text:
             continue
-        observed = CallFormat(**options).shown([*chat, {"role": "tool", "name": _NAME, "content": OBSERVED}])
+        observed = CallFormat(**options).shown([*chat, PROBE_RESULT])
         head, shown, _ = (after(observed) or "").partition(OBSERVED)
         if shown:
             form = _format(text, render(probe_messages(2, **options)), options)

@@ -113,26 +113,36 @@ class ChatFormat:
         ids = [*([] if self.tokenizer.chat_template else self._texts.begin), *self._texts.mixed("", text, chat.names)]
         return PromptIds(ids, chat.pictures) if chat.pictures else ids
 
-    def encode_completion(self, text: str, options: Mapping[str, Any] | None = None) -> list[int]:
+    def encode_completion(
+        self, text: str, options: Mapping[str, Any] | None = None, *, after_result: bool = False
+    ) -> list[int]:
         """Token ids of a demonstrated reply as it stands after the prompt, plus the end-of-turn token.
 
         They are those that the template gives when it writes the whole turn, with ``text`` itself kept verbatim. A
-        thought that the prompt has opened is continued, or closed.
+        thought that the prompt has opened is continued, or closed. ``after_result`` is as in :meth:`encode_reply`.
         """
-        return self.encode_reply({"role": "assistant", "content": text}, options)
+        return self.encode_reply({"role": "assistant", "content": text}, options, after_result=after_result)
 
-    def encode_reply(self, message: Message, options: Mapping[str, Any] | None = None) -> list[int]:
+    def encode_reply(
+        self, message: Message, options: Mapping[str, Any] | None = None, *, after_result: bool = False
+    ) -> list[int]:
         """Token ids of an assistant turn as it stands after the prompt, with its calls and the end-of-turn token.
 
         The content is kept verbatim, as in :meth:`encode_completion`, and calls are as the template writes them.
+
+        Args:
+            message: the reply.
+            options: as in :meth:`render`.
+            after_result: whether the prompt ends with a tool's result, after which some templates open no thought.
 
         Raises:
             TemplateRefusal: the template cannot write these calls, such as several where it has place for one.
         """
         turn, said = self._template.turn(options or {}), message["content"]
-        lead = turn.lead
-        if tags := open_thought(turn.prompt):
-            lead, said = "", within_open_thought(said, turn.prompt, tags)
+        begun = self._template.turn(options or {}, after_result=after_result)
+        lead = begun.lead
+        if tags := open_thought(begun.prompt):
+            lead, said = "", within_open_thought(said, begun.prompt, tags)
         elif thinks(said):
             lead = without_thought(lead)
         elif not said and without_thought(lead) == lead:
@@ -143,7 +153,7 @@ class ChatFormat:
             shown += self._calls_text(message, turn, options or {}, hidden)
         space = turn.after[: len(turn.after) - len(turn.after.lstrip())]
         tail = "" if self.turn_end_id is None else space
-        return [*self._texts.mixed(turn.prompt, lead + shown + tail, hidden), self._end_of(message)]
+        return [*self._texts.mixed(begun.prompt, lead + shown + tail, hidden), self._end_of(message)]
 
     def _end_of(self, reply: Message) -> int:
         """The token that ends a reply; after calls it may be the one that begins their results."""
@@ -233,9 +243,10 @@ class ChatFormat:
         made: Message = {"role": "assistant", "content": (head + content).strip()}
         return {**made, "tool_calls": calls} if calls else made
 
-    def closes_thought(self, options: Mapping[str, Any] | None = None) -> bool:
-        """Whether the prompt ends with a thought that is closed already."""
-        return bool(re.search(rf"({EMPTY_THOUGHT})\Z", self._template.turn(options or {}).prompt))
+    def closes_thought(self, options: Mapping[str, Any] | None = None, *, after_result: bool = False) -> bool:
+        """Whether the prompt ends with a thought that is closed already; arguments as in :meth:`encode_reply`."""
+        prompt = self._template.turn(options or {}, after_result=after_result).prompt
+        return bool(re.search(rf"({EMPTY_THOUGHT})\Z", prompt))
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a plain text, without control tokens."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from selfdistill.data.call_format import PROBE_TOOL, CallFormat, probe
+from selfdistill.data.call_format import PROBE_RESULT, PROBE_TOOL, CallFormat, probe, probe_messages
 from selfdistill.data.images import as_parts
 from selfdistill.data.messages import Message
 from selfdistill.data.template_clock import pinned
@@ -24,6 +24,7 @@ REPLY = "selfdistill"
 """A word that no template writes."""
 PLACE = f"{HIDDEN}P{HIDDEN}"
 """The part of a message that stands for a picture."""
+_USER = {"role": "user", "content": "a"}
 
 
 class TemplateRefusal(UserError):
@@ -85,23 +86,31 @@ class Template:
             reason = " ".join(str(error).split())
             raise TemplateRefusal(f"the chat template rejects the roles {roles}: {reason}") from None
 
-    def turn(self, options: Mapping[str, Any]) -> AssistantTurn:
-        """How the template writes an assistant turn with these options."""
-        key = json.dumps(options, sort_keys=True, default=str)
+    def turn(self, options: Mapping[str, Any], *, after_result: bool = False) -> AssistantTurn:
+        """How the template writes an assistant turn with these options, after a user's or after a tool's result."""
+        key = json.dumps([after_result, options], sort_keys=True, default=str)
         if key not in self._turns:
-            self._turns[key] = self._probe(options)
+            self._turns[key] = self._probe_after_result(options) if after_result else self._probe(options)
         return self._turns[key]
 
     def _probe(self, options: Mapping[str, Any]) -> AssistantTurn:
         if not self._tokenizer.chat_template:
             return AssistantTurn(PLAIN_REPLY, " ", "")
-        user = {"role": "user", "content": "a"}
-        for asked in ([user], [{"role": "system", "content": "a"}, user]):
+        for asked in ([_USER], [{"role": "system", "content": "a"}, _USER]):
             try:
                 return self._probe_with(asked, options)
             except TemplateRefusal:
                 continue
         return AssistantTurn("", "", "")  # a template for other conversations; the rows will show
+
+    def _probe_after_result(self, options: Mapping[str, Any]) -> AssistantTurn:
+        turn = self.turn(options)
+        if self.calls is None:  # results are user turns
+            return turn
+        try:
+            return self._probe_with(self.calls.shown([*turn.asked, probe_messages(1)[-1], PROBE_RESULT]), options)
+        except TemplateRefusal:
+            return turn
 
     def _probe_with(self, asked: list[Message], options: Mapping[str, Any]) -> AssistantTurn:
         prompt = self.write(asked, options)
@@ -111,7 +120,7 @@ class Template:
         if not reply:
             return AssistantTurn(prompt, "", "", tuple(asked))
         if not self._added.match(after.lstrip()):  # some end every reply but the last
-            more = self.write([*answered, asked[-1]], options, add_generation_prompt=False).partition(REPLY)[2]
+            more = self.write([*answered, _USER], options, add_generation_prompt=False).partition(REPLY)[2]
             end = self._added.match(more, len(more) - len(more.lstrip()))
             after = more[: end.end()] if end and end[0] in self._end_names else after
         return AssistantTurn(prompt, lead, after, tuple(asked))

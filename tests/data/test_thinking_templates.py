@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tool_templates import CALL_TAGS, THINK_TAGS, ToolTemplate
 
-from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data import ChatFormat, encode, load_demonstrations, notes_on
 
 TOOL = {
     "type": "function",
@@ -25,6 +25,8 @@ CALL = {
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}],
 }
+
+RESULT = {"role": "tool", "name": "weather", "content": "rain"}
 
 QWQ = """\
 {%- for message in messages %}
@@ -208,3 +210,31 @@ def test_a_call_is_read_after_a_thought_and_without(family: Family) -> None:
     if "</think>" in family.call:
         sampled = chat.tokenizer("hm\n" + family.call.lstrip(), add_special_tokens=False)["input_ids"]
         assert chat.message_of(sampled, prompt, OPTIONS) == {**CALL, "content": "<think>\nhm\n</think>"}
+
+
+def learnt(family: Family, said: str, turns: str) -> tuple[str, str]:
+    """The end of what precedes the last reply of an episode, and that reply."""
+    row = {"messages": [ASK, CALL, RESULT, {"role": "assistant", "content": said}], "tools": [TOOL]}
+    chat, rows = family.chat(), load_demonstrations([row], turns=turns)
+    limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 200, "window": None}
+    (example,), _ = encode(rows, None, chat, replies="episode", **limits)
+    assert notes_on([example], chat) == []
+    start = example.given[-1][1] if example.given else 0
+    before = [*example.student_ids, *example.completion_ids[:start]]
+    return chat.tokenizer.decode(before), chat.tokenizer.decode(example.completion_ids[start:])
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+@each
+def test_a_reply_to_a_result_closes_the_thought_that_its_prompt_opens_and_no_other(family: Family, turns: str) -> None:
+    before, reply = learnt(family, "It rains.", turns)
+    assert "rain" in before
+    closing = "\n</think>\n\n" if before.endswith("<think>\n") else ""
+    assert reply == f"{closing}It rains.{family.template.end}"
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+@pytest.mark.parametrize("family", [R1_FAMILY, V3_1_THINKING], ids=named)
+def test_a_reply_to_a_result_opens_its_own_thought_where_the_prompt_does_not(family: Family, turns: str) -> None:
+    thinks = "<think>hm</think>It rains."
+    assert learnt(family, thinks, turns)[1] == f"{thinks}{family.template.end}"
