@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 
-TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
+TAGS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
+)
 """Opening and closing tag of a thought, by model family. If a prompt ends with the first, a reply holds only the
 second."""
 

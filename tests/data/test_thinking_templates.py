@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 from tool_templates import CALL_TAGS, THINK_TAGS, ToolTemplate
 
-from selfdistill.data import ChatFormat, encode, load_demonstrations, notes_on
+from selfdistill.data import (
+    ChatFormat,
+    Demonstration,
+    encode,
+    load_demonstrations,
+    notes_on,
+    score,
+    scored_text,
+    thought_and_said,
+)
 
 TOOL = {
     "type": "function",
@@ -134,6 +143,29 @@ GEMMA_4 = """\
 """
 
 
+HARMONY = """\
+{{- '<|start|>system<|message|># Valid channels: analysis, commentary, final.<|end|>' }}
+{%- if tools %}{{- '<|start|>developer<|message|># Tools\n' + (tools | tojson) + '<|end|>' }}{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and message.tool_calls %}
+        {%- set call = message.tool_calls[0].function %}
+        {%- if message.content %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.content + '<|end|>' }}
+        {%- endif %}
+        {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
+        {{- (call.arguments | tojson) + '<|call|>' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content }}
+        {{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|start|>functions.' + (message.name or '') + ' to=assistant<|channel|>commentary<|message|>' }}
+        {{- (message.content | tojson) + '<|end|>' }}
+    {%- else %}{{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}
+"""
+
 DEEPSEEK_END = "<|end_of_sentence|>"
 DEEPSEEK_ADDED = ("<|User|>", "<|Assistant|>", "<|tool_calls_begin|>", "<|tool_calls_end|>", "<|tool_call_begin|>")
 DEEPSEEK_ADDED = (
@@ -185,6 +217,12 @@ GEMMA_TEMPLATE = ToolTemplate("gemma 4", GEMMA_4, "<turn|>", GEMMA_TOKENS)
 GEMMA_CALL = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>}<tool_call|><|tool_response>'
 GEMMA = Family(GEMMA_TEMPLATE, GEMMA_CALL, ends=("<|tool_response>",))
 GEMMA_THINKING = Family(GEMMA_TEMPLATE, GEMMA_CALL, {"enable_thinking": True}, ("<|tool_response>",))
+HARMONY_TOKENS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>")
+GPT_OSS = Family(
+    ToolTemplate("gpt-oss", HARMONY, "<|return|>", HARMONY_TOKENS),
+    ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>',
+    ends=("<|call|>",),
+)
 FAMILIES = (QWQ_FAMILY, QWQ_WITHOUT_TOKENS, R1_FAMILY, V3_1_FAMILY, V3_1_THINKING, GEMMA, GEMMA_THINKING)
 
 
@@ -238,3 +276,84 @@ def test_a_reply_to_a_result_closes_the_thought_that_its_prompt_opens_and_no_oth
 def test_a_reply_to_a_result_opens_its_own_thought_where_the_prompt_does_not(family: Family, turns: str) -> None:
     thinks = "<think>hm</think>It rains."
     assert learnt(family, thinks, turns)[1] == f"{thinks}{family.template.end}"
+
+
+def split(family: Family, reply: str) -> tuple[str, str]:
+    """The thought and the text of a sampled reply."""
+    chat = family.chat()
+    ids = chat.tokenizer(reply, add_special_tokens=False)["input_ids"]
+    thought, said = thought_and_said(chat, chat.encode_prompt([ASK], OPTIONS), ids)
+    return thought.strip(), said
+
+
+ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("reply", "parts"),
+    [
+        (f"{ANALYSIS}hm<|end|><|start|>assistant{FINAL}It rains.<|return|>", ("hm", "It rains.")),
+        (f"{ANALYSIS}a<|end|><|start|>assistant{ANALYSIS}b<|end|><|start|>assistant{FINAL}c", ("a\nb", "c")),
+        (f"{ANALYSIS}hm", ("hm", "")),
+        (f"{ANALYSIS}hm<|end|><|start|>assistant<|channel|>fin", ("hm", "")),
+        (f"{FINAL}It rains.<|return|>", ("", "It rains.")),
+        ("<|channel|>commentary<|message|>I look.<|end|><|start|>assistant" + FINAL + "Rain.", ("", "I look.\nRain.")),
+        ("It rains.<|return|>", ("", "It rains.")),
+    ],
+)
+def test_a_thought_in_a_channel_is_not_the_answer(reply: str, parts: tuple[str, str]) -> None:
+    assert split(GPT_OSS, reply) == parts
+
+
+def test_scorers_read_the_text_beside_a_thought_in_a_channel() -> None:
+    chat = GPT_OSS.chat()
+    reply = f"{ANALYSIS}Rain or snow?<|end|><|start|>assistant{FINAL}It rains.<|return|>"
+    ids = chat.tokenizer(reply, add_special_tokens=False)["input_ids"]
+    for scorer, answer, right in (
+        ("exact", "It rains.", True),
+        ("contains", "rains", True),
+        ("contains", "snow", False),
+    ):
+        row = Demonstration("Weather?", answer=answer)
+        assert score(scorer, scored_text(chat, chat.encode_prompt([ASK]), ids, row, scorer), row) == right
+
+
+def test_a_trained_reply_in_a_channel_is_its_text() -> None:
+    chat = GPT_OSS.chat()
+    named = "Write <|end|> and <|channel|>analysis<|message|>."
+    for text in ("It rains.", named, "<think>\nhm\n</think>\n\nIt rains."):
+        assert chat.decode(chat.encode_completion(text)) == text
+
+
+def test_a_call_after_a_thought_in_a_channel_is_read() -> None:
+    chat = GPT_OSS.chat()
+    assert chat.tokenizer.decode(chat.encode_reply(CALL, OPTIONS)) == GPT_OSS.call
+    for thought, content in (("", ""), (f"{ANALYSIS}hm<|end|><|start|>assistant", "<think>\nhm\n</think>")):
+        sampled = chat.tokenizer(thought + GPT_OSS.call, add_special_tokens=False)["input_ids"]
+        message = chat.message_of(sampled, chat.encode_prompt([ASK], OPTIONS), OPTIONS)
+        assert message == {**CALL, "content": content}
+        between = chat.tokenizer.decode(chat.encode_between([ASK, message], [RESULT], OPTIONS, sampled))
+        assert between.startswith("<|start|>functions.weather to=assistant")
+        assert between.endswith("<|start|>assistant")
+
+
+@pytest.mark.parametrize(
+    ("reply", "parts"),
+    [
+        ("<|channel>thought\nhm<channel|>It rains.<turn|>", ("hm", "It rains.")),
+        ("<|channel>thought\nhm", ("hm", "")),
+        ("It rains.<turn|>", ("", "It rains.")),
+    ],
+)
+@pytest.mark.parametrize("family", [GEMMA, GEMMA_THINKING], ids=named)
+def test_a_thought_between_gemmas_tags_is_not_the_answer(family: Family, reply: str, parts: tuple[str, str]) -> None:
+    assert split(family, reply) == parts
+
+
+def test_gemmas_tags_are_tokens_in_a_demonstration_and_text_in_a_prompt() -> None:
+    chat, thinks = GEMMA_THINKING.chat(), "<|channel>thought\nhm<channel|>It rains."
+    tags = chat.tokenizer.convert_tokens_to_ids(["<|channel>", "<channel|>"])
+    assert [token for token in chat.encode_completion(thinks) if token in tags] == tags
+    assert chat.decode(chat.encode_completion(thinks)) == thinks
+    assert not {*tags} & {*chat.encode_prompt([{"role": "user", "content": thinks}])}
+    assert GEMMA.chat().closes_thought()
