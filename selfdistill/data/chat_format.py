@@ -285,12 +285,12 @@ class ChatFormat:
         calls = mapped(message["tool_calls"], lambda value: self._texts.hide(value, self._texts.in_texts, hidden))
         (shown,) = self._template.calls.shown([{**message, "tool_calls": calls}])
         if message["content"]:
-            _, _, text = self._template.last_turn([*turn.asked, {**shown, "content": REPLY}], turn, options).partition(
+            _, _, text = self._template.reply([*turn.asked, {**shown, "content": REPLY}], turn, options).partition(
                 REPLY
             )
             if calls[0]["function"]["name"] in text:
                 return text
-        text = self._template.last_turn([*turn.asked, {**shown, "content": ""}], turn, options)
+        text = self._template.reply([*turn.asked, {**shown, "content": ""}], turn, options)
         return "\n" * bool(message["content"]) + text
 
 

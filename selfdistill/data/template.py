@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from selfdistill.data.call_format import PROBE_RESULT, PROBE_TOOL, CallFormat, probe, probe_messages
+from selfdistill.data.call_format import PROBE_RESULT, PROBE_TOOL, CallFormat, probe, probe_call
 from selfdistill.data.images import as_parts
 from selfdistill.data.messages import Message
 from selfdistill.data.template_clock import pinned
@@ -108,7 +108,7 @@ class Template:
         if self.calls is None:  # results are user turns
             return turn
         try:
-            return self._probe_with(self.calls.shown([*turn.asked, probe_messages(1)[-1], PROBE_RESULT]), options)
+            return self._probe_with(self.calls.shown([*turn.asked, probe_call(), PROBE_RESULT]), options)
         except TemplateRefusal:
             return turn
 
@@ -133,26 +133,26 @@ class Template:
         tools = {"tools": [PROBE_TOOL]}
         turn = self.turn(tools)
 
-        def last_turn(chat: Sequence[Message]) -> str | None:
+        def reply(messages: Sequence[Message]) -> str | None:
             try:
-                return self.last_turn([*turn.asked, chat[-1]], turn, tools)
+                return self.reply([*turn.asked, *messages], turn, tools)
             except TemplateRefusal:
                 return None
 
-        def whole(chat: Sequence[Message]) -> str | None:
+        def prompt(messages: Sequence[Message]) -> str | None:
             try:
-                return self.write([*turn.asked, *chat[1:]], tools)
+                return self.write([*turn.asked, *messages], tools)
             except TemplateRefusal:
                 return None
 
-        return probe(last_turn, whole)
+        return probe(reply, prompt)
 
     @cached_property
     def shows_tools(self) -> bool:
         turn = self.turn({})
         return bool(turn.asked) and self.write(turn.asked, {"tools": [PROBE_TOOL]}) != turn.prompt
 
-    def last_turn(self, chat: Sequence[Message], turn: AssistantTurn, options: Mapping[str, Any]) -> str:
+    def reply(self, chat: Sequence[Message], turn: AssistantTurn, options: Mapping[str, Any]) -> str:
         """The template's text for the reply that ends a chat, without an empty thought and the end of the turn."""
         whole = self.write(chat, options, add_generation_prompt=False)
         text = whole[self._reply_start(whole, turn.prompt) :]
