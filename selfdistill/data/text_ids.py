@@ -90,18 +90,18 @@ class TextIds:
         A name is split in two, so that it never becomes the control token.
         """
         first, *others = NAME.split(text)
-        ids, before = self.after(before, first), first or before
+        ids, before = self.ids_after(before, first), first or before
         for number, rest in zip(others[::2], others[1::2], strict=True):
             name = hidden[int(number)]
             for piece in (name[:1], name[1:]):
                 alone = self.added.fullmatch(piece)  # a control token of one letter
-                ids += self.ids(piece, split=True) if alone else self.after(before, piece)
+                ids += self.ids(piece, split=True) if alone else self.ids_after(before, piece)
                 before = piece or before
-            ids += self.after(before, rest)
+            ids += self.ids_after(before, rest)
             before = rest or before
         return ids
 
-    def after(self, before: str, text: str) -> list[int]:
+    def ids_after(self, before: str, text: str) -> list[int]:
         """Token ids of ``text`` as it stands after ``before``, which some tokenizers encode unlike a text's start.
 
         Where the two would share a token, as in ids that are already fixed, they are those after a line break.
