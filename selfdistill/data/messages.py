@@ -223,6 +223,17 @@ def first_learnt(turns: Sequence[Message], learnt: Turns) -> int:
     return next(number for number, turn in enumerate(turns) if turn["role"] == "assistant")
 
 
+def question_of(turns: Sequence[Message]) -> str:
+    """The text of the last user turn, which calls and results may follow; "" if there is none."""
+    return next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
+
+
+def with_question(turns: Sequence[Message], text: str) -> list[Message]:
+    """The turns with another text as their last user turn; there must be one."""
+    place = max(number for number, turn in enumerate(turns) if turn["role"] == "user")
+    return [*turns[:place], {"role": "user", "content": text}, *turns[place + 1 :]]
+
+
 def text_of_reply(message: Message) -> str:
     """A reply as one text, its calls as lines that the scorer ``tool_call`` reads."""
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
