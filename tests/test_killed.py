@@ -273,6 +273,25 @@ def test_a_signal_saves_and_a_second_one_leaves_at_once(
     assert the_same(whole, stopped)
 
 
+def test_ctrl_c_that_also_ends_the_reader_of_the_output_saves(
+    make: Make, uninterrupted: Callable[[str], TrainConfig], tmp_path: Path
+) -> None:
+    """As in ``selfdistill train ... 2>&1 | tee log``."""
+    whole, stopped = uninterrupted("full, frozen teacher"), make("full, frozen teacher", "stopped")
+
+    def interrupt() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        for descriptor in (1, 2):
+            os.dup2(writer, descriptor)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trained_until(stopped, tmp_path, 3, interrupt)
+    assert saved_steps(stopped) == [3, 4]
+    train(stopped, resume=True)
+    assert the_same(whole, stopped)
+
+
 def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
     make: Make, uninterrupted: Callable[[str], TrainConfig], tmp_path: Path
 ) -> None:
