@@ -70,9 +70,14 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(hidden)
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """The temporary files and folders of this module that a killed process left in ``folder``."""
+    return [*folder.glob(".*.unfinished"), *folder.glob(".*.removed")]
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of this module that a killed process left in ``folder``."""
-    for path in (*folder.glob(".*.unfinished"), *folder.glob(".*.removed")):
+    """Remove what :func:`unfinished` lists."""
+    for path in unfinished(folder):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -81,18 +81,3 @@ def size_in_bytes(text: str) -> int:
         return int(float(found[1]) * (1024 if found[3] else 1000) ** (" MGT".index(found[2]) + 1))
     except (AssertionError, ValueError):
         raise UserError(f"setting 'memory': found {text!r}, expected a size such as 80GiB or 80GB") from None
-
-
-def check_disk(path: Path, needed: int) -> None:
-    """Refuse to start a run that the disk cannot hold.
-
-    Raises:
-        UserError: less than ``needed`` bytes are free; names both sizes.
-    """
-    free = free_bytes(path)
-    if free < needed:
-        raise UserError(
-            f"{path}: {free / 2**30:.1f} GiB free, checkpoints and the final model need about {needed / 2**30:.1f} "
-            "GiB; "
-            "free some space, lower save_total_limit, or use save_steps 0 to save only the final model"
-        )
