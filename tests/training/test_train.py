@@ -561,6 +561,40 @@ def test_sigterm_during_the_last_step_finishes_the_run(settings: Callable[..., T
     assert (final / "model.safetensors").exists()
 
 
+def test_a_step_that_fails_saves_the_steps_before_it(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scorer = """
+from pathlib import Path
+
+def score(reply, row):
+    if Path("odd").exists():
+        raise KeyError("an odd sample")
+    return len(reply) / (1 + len(reply))
+"""
+    Path("sometimes.py").write_text(scorer, encoding="utf-8")
+    values: dict[str, Any] = {"method": "grpo", "scorer": "python:sometimes.score", "num_generations": 2}
+    whole, cut = (settings(out, save_steps=100, **values) for out in ("whole", "cut"))
+    train(whole)
+    Path("odd").touch()
+    with pytest.raises(UserError, match="an odd sample"):
+        train(cut)
+    assert list_checkpoints(tmp_path / "cut") == []  # nothing was learnt
+    Path("odd").unlink()
+
+    def on_step(step: int, _loaded: Any, _metrics: Any) -> None:
+        if step == 3:
+            Path("odd").touch()
+
+    with pytest.raises(UserError, match="an odd sample"):
+        train(cut, resume=True, on_step=on_step)
+    assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-00000003"]
+    Path("odd").unlink()
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+
+
 def test_an_output_folder_that_is_in_use_is_refused_and_untouched(settings: Callable[..., TrainConfig]) -> None:
     config = settings()
     folder = Path(config.output_dir)
