@@ -45,7 +45,7 @@ from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation.answers import answer
 from selfdistill.methods.slots import Completion
 from selfdistill.model.loading import load_model
-from selfdistill.runtime import files
+from selfdistill.runtime import files, progress_shown
 from selfdistill.runtime.files import folder_lock
 from selfdistill.runtime.tracking import METRICS
 from selfdistill.training import checkpoint as checkpoint_module
@@ -981,6 +981,58 @@ def test_the_newest_checkpoints_are_kept(settings: Callable[..., TrainConfig], l
     train(config)
     kept = [path.name for path in list_checkpoints(Path(config.output_dir))]
     assert kept == [f"checkpoint-{step:08d}" for step in range(6 - max(2, limit), 6)]
+
+
+def test_a_resumed_run_keeps_no_file_of_its_checkpoint_in_use(settings: Callable[..., TrainConfig]) -> None:
+    """Else its blocks stay taken until the run ends, and on NFS its folder cannot be removed."""
+    config = settings(save_steps=2)
+    with pytest.raises(Cut):
+        train(config, on_step=crash_at(5))
+    mapped: list[str] = []
+
+    def look(step: int, _loaded: Any, _metrics: Any) -> None:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        mapped.extend(line for line in maps if "checkpoint-" in line)
+
+    train(config, resume=True, on_step=look)
+    assert mapped == []
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remove = checkpoint_module.remove_folder
+
+    def refuse(folder: Path) -> None:
+        if folder.name == "checkpoint-00000001" and folder.exists():
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        remove(folder)
+
+    monkeypatch.setattr(checkpoint_module, "remove_folder", refuse)
+    config = settings(save_steps=1, max_steps=4)
+    with progress_shown(True):
+        assert (train(config) / "model.safetensors").exists()
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "cannot remove" in line)
+    first = Path(config.output_dir) / "checkpoint-00000001"
+    reason = f"[Errno 39] Directory not empty: '{first}'"
+    assert line == f"note: cannot remove the old checkpoint {first.name} ({reason}); remove it by hand"
+
+
+def test_of_a_linked_checkpoint_only_the_link_is_removed(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = settings(save_steps=1)
+    out = Path(config.output_dir)
+    with pytest.raises(Cut):
+        train(config, on_step=crash_at(3))
+    elsewhere = tmp_path / "disk"
+    elsewhere.mkdir()
+    for path in list_checkpoints(out):
+        path.rename(elsewhere / path.name)
+        path.symlink_to(elsewhere / path.name)
+    (out / ".checkpoint-00000001.removed").symlink_to(elsewhere)
+    train(config, resume=True)
+    names = sorted(path.name for path in out.iterdir())
+    assert [name for name in names if "checkpoint" in name] == ["checkpoint-00000005", "checkpoint-00000006"]
+    assert [path.name for path in list_checkpoints(elsewhere)] == ["checkpoint-00000001", "checkpoint-00000002"]
 
 
 @pytest.mark.parametrize("method", ["sdft", "sft"])
