@@ -24,7 +24,6 @@ from selfdistill.runtime import (
     folder_lock,
     free_memory,
     is_rank0,
-    remove_folder,
     remove_unfinished,
     say,
     say_note,
@@ -371,8 +370,7 @@ def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str])
     )
     advice = "free disk space, then continue with resume=True, which needs a checkpoint (save_steps)"
     say(f"writing {final}")
-    with whole_folder(final, advice) as folder:
+    with whole_folder(final, advice, replace=True) as folder:
         write_model(folder, model, trainer.loaded, card, state)
-        remove_folder(final)
     barrier()
     return final

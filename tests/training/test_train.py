@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -831,6 +832,22 @@ def test_a_final_model_that_cannot_be_written_is_one_line_and_can_be_continued(
         train(config, on_step=on_step)
     assert not (Path(config.output_dir) / "final").exists()
     assert (train(config, resume=True) / "model.safetensors").exists()
+
+
+def test_a_final_model_that_cannot_be_flushed_leaves_the_earlier_one(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(save_steps=3, max_steps=3, lr_scheduler_type="constant")
+    train(config)
+    before = final_weights(config)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(import_module("selfdistill.training.export"), "fsync", refuse)
+    with pytest.raises(UserError, match=r"final: cannot write the model \(\[Errno 28\]"):
+        train(config.model_copy(update={"max_steps": 6}), resume=True)
+    assert same(before, final_weights(config))
 
 
 def test_skipping_most_of_the_completions_is_refused(settings: Callable[..., TrainConfig]) -> None:
