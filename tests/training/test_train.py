@@ -39,7 +39,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from selfdistill.config.files import load_yaml
+from selfdistill.config.files import continued, load_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.errors import RunFailed, RunStopped, UserError
@@ -1220,6 +1220,35 @@ def test_a_run_does_not_go_on_with_other_settings(settings: Callable[..., TrainC
         train(settings(max_steps=2, save_steps=1, lr_scheduler_type="constant", learning_rate=2e-3), resume=True)
     train(settings(max_steps=3, save_steps=1, lr_scheduler_type="constant"), resume=True)
     assert [line["step"] for line in metrics_of(settings())] == [1, 2, 3]
+
+
+def test_settings_that_change_no_number_may_change(settings: Callable[..., TrainConfig]) -> None:
+    begun = settings(max_steps=2, save_steps=1, lr_scheduler_type="constant")
+    train(begun)
+    others = {"view_rows": 1, "teacher_cache_mib": 0, "judge_url": "http://localhost:1/v1"}
+    given = {"output_dir": begun.output_dir, "max_steps": 3, "mixed_precision": "auto", **others}
+    config = continued(given, TrainConfig)
+    assert config == begun.model_copy(update={**given, "mixed_precision": "no"})
+    train(config, resume=True)
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3]
+
+
+def test_general_prompts_may_lie_elsewhere_and_stay_the_same(
+    settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\nabc\n", encoding="utf-8")
+    values: dict[str, Any] = {"method": "sft_reinvoke", "save_steps": 1, "max_completion_length": 20}
+    config = settings(general_prompts=str(prompts), max_steps=3, **values)
+    with pytest.raises(Cut):
+        train(config, on_step=crash_at(2))
+    moved = config.model_copy(update={"general_prompts": str(prompts.rename(tmp_path / "moved.txt"))})
+    Path(moved.general_prompts or "").write_text("hello\nabd\n", encoding="utf-8")
+    with pytest.raises(UserError, match="the training examples have changed"):
+        train(moved, resume=True)
+    Path(moved.general_prompts or "").write_text("hello\nabc\n", encoding="utf-8")
+    train(moved, resume=True)
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3]
 
 
 def files_of(config: TrainConfig) -> dict[str, bytes]:
