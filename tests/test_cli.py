@@ -27,8 +27,7 @@ from selfdistill.config.commands import CheckConfig, CompareConfig, EvalConfig
 from selfdistill.config.train import MethodName, TrainConfig
 from selfdistill.data.contexts import CONTEXTS
 from selfdistill.errors import UserError
-from selfdistill.runtime import resources
-from selfdistill.training import checkpoint
+from selfdistill.training import checkpoint, disk
 
 ROWS = [{"prompt": f"q{i}", "completion": "ab" * (1 + i % 3)} for i in range(4)]
 BASE = "--model model --data train.jsonl --max_completion_length 8 --batch_size 2"
@@ -643,7 +642,7 @@ def test_models_that_are_wrong(
 
 
 def full(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 0)
 
 
 def not_empty(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -731,9 +730,10 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (not_empty, "", "output_dir 'run' exists and is not empty: choose another, or continue it with --resume"),
     (is_a_file, "", "output_dir 'run' is a file: choose another name"),
     (below_a_file, "--output_dir parent/run", "output_dir 'parent/run': cannot be written (Not a directory)"),
+    (full, "", "run: 0.0 GiB free, the final model needs about 0.0 GiB; free some space"),
     (
         full,
-        "",
+        "--save_steps 1 --save_total_limit 3",
         "run: 0.0 GiB free, checkpoints and the final model need about 0.0 GiB; free some space, lower "
         "save_total_limit, or use save_steps 0 to save only the final model",
     ),

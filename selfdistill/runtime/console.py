@@ -9,7 +9,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from html import escape
 from io import StringIO
@@ -33,6 +33,13 @@ def result_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, emoji=False)
 
 
+class _ProgressConsole(Console):
+    """Console that falls silent when its reader ends; rich itself would exit."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 SECONDS_BETWEEN_LINES = 10
 """Interval of progress lines without a terminal."""
 
@@ -51,7 +58,7 @@ class ProgressBar:
     """
 
     def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, emoji=False)
+        self.console = _ProgressConsole(stderr=True, highlight=False, emoji=False)
         self._every, self._what, self._total, self._start = every, what, total, start
         self._quiet = quiet = quiet or _silent.get() or not is_rank0()
         self._began = self._said = time.monotonic()
@@ -75,7 +82,8 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):  # the terminal is closed
+                self._progress.stop()
 
     def advance(self, done: int, note: str = "") -> None:
         """Report that ``done`` parts in total are done."""
@@ -174,13 +182,14 @@ def _is_theirs(warning: warnings.WarningMessage) -> bool:
 
 
 def say(message: str) -> None:
-    """Print a line to standard error, on rank 0 only."""
+    """Print a line to standard error, on rank 0 only; nothing if its reader has ended, such as a closed terminal."""
     if not is_rank0():
         return
     if _silent.get():
         _logger.info(message)
     else:
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
 
 
 def say_note(message: str, topic: str | None = None) -> None:

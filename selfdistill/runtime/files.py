@@ -62,21 +62,33 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder atomically: under this name it is either complete or gone."""
-    if folder.exists():
+    """Remove a folder atomically: under this name it is either complete or gone. What a link points to stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         hidden = folder.parent / f".{folder.name}.removed"
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove(hidden)
         os.replace(folder, hidden)
-        shutil.rmtree(hidden)
+        _remove(hidden)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The temporary files and folders of this module that a killed process left in ``folder``."""
+    return [*folder.glob(".*.unfinished"), *folder.glob(".*.removed")]
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of this module that a killed process left in ``folder``."""
-    for path in (*folder.glob(".*.unfinished"), *folder.glob(".*.removed")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Remove what :func:`unfinished` lists."""
+    for path in unfinished(folder):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with its contents, a file or a link, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 MANIFEST = "manifest.json"

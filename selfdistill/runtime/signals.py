@@ -10,7 +10,8 @@ from typing import Any
 class StopRequests:
     """Context that records SIGINT, SIGTERM or SIGHUP in ``received`` for the loop to read.
 
-    A second signal raises ``KeyboardInterrupt``. Nested contexts share a signal: one that the outer context received,
+    A further SIGINT raises ``KeyboardInterrupt``. A further SIGTERM or SIGHUP does nothing: when a terminal is closed,
+    its shell sends one and the kernel another. Nested contexts share a signal: one that the outer context received,
     such as between two runs, counts in the inner one, and the other way round on exit. Ignored signals stay ignored,
     such as the SIGHUP of a closed terminal under ``nohup``.
     """
@@ -44,6 +45,7 @@ class StopRequests:
         return outer if isinstance(outer, StopRequests) else None
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = number
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number

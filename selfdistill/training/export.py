@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from selfdistill.config import ExportConfig
 from selfdistill.errors import UserError
 from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, resolve
-from selfdistill.runtime import fsync, say
+from selfdistill.runtime import fsync, remove_folder, say
 from selfdistill.training.model_card import learnt_in_4bit, merged_card
 
 MODEL_FILES = (
@@ -27,8 +27,10 @@ MODEL_FILES = (
 
 
 @contextmanager
-def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
+def whole_folder(folder: Path, advice: str, *, replace: bool = False) -> Iterator[Path]:
     """Yield a hidden folder to write a model into, and rename it to ``folder`` on success: ``folder`` is never partial.
+
+    With ``replace`` an earlier ``folder`` is removed right before, when the new one is on the disk.
 
     Raises:
         UserError: it cannot be written; the message ends with ``advice``.
@@ -40,6 +42,8 @@ def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
         yield temporary
         for file in (path for path in temporary.rglob("*") if path.is_file()):
             fsync(file)
+        if replace:
+            remove_folder(folder)
         temporary.rename(folder)
         fsync(folder.parent)
     except (OSError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from selfdistill.config import dump_yaml
-from selfdistill.errors import EngineFailed, RunCollapsed, RunFailed, RunStopped
+from selfdistill.errors import EngineFailed, RunCollapsed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import summary
 from selfdistill.methods import DatasetCompletions
 from selfdistill.model import LoadedModel
@@ -61,6 +61,8 @@ class Loop:
         )
         self.step = step
         """Step of the current model; after a collapse, that of the restored checkpoint."""
+        self._saved = step
+        """Step of the last checkpoint, or the one at which the loop begins."""
         self._gap_was_said = False
         self._metrics = MetricsFile(output_dir / "metrics.jsonl", step)
         self._reporter = ProgressBar("step", config.max_steps, start=step, every=config.logging_steps)
@@ -115,6 +117,10 @@ class Loop:
             metrics = self._trainer.step(step - 1)
         except EngineFailed as error:  # before the weights changed
             self._stop(error)
+        except UserError as error:  # such as a scorer's or an environment's; the weights have not changed either
+            if self._position.step > self._saved:
+                self._save(together=isinstance(error, RaisedOnAllRanks))
+            raise
         position, self.step = self._position, step
         self._position = position = replace(
             position,
@@ -183,6 +189,7 @@ class Loop:
             file.sync()
         trainer, config = self._trainer, self._trainer.config
         if together or not config.fsdp:
+            self._saved = self._position.step
             save_checkpoint(
                 self._output_dir,
                 self._position,

@@ -165,9 +165,17 @@ def check_parts(config: TrainConfig) -> None:
     Raises:
         UserError: the batch is too small, or the method rejects the settings.
     """
-    for parts in stages_of(config):
-        shares = [part.share for part in parts if not part.same_samples]
+    for shares in shares_of(config):
         check_shares(shares, config.batch_size, batch_unit(config))
+
+
+def shares_of(config: TrainConfig) -> list[list[float]]:
+    """By stage, the shares of the batch that its parts with their own samples have.
+
+    Raises:
+        UserError: the method rejects the settings.
+    """
+    return [[part.share for part in parts if not part.same_samples] for parts in stages_of(config)]
 
 
 def _encoded(

@@ -20,7 +20,7 @@ from selfdistill.comparison.compare import compare
 from selfdistill.comparison.compare_result import CompareResult
 from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
-from selfdistill.config.files import continued, load_yaml, with_runs_of
+from selfdistill.config.files import continued, dump_yaml, load_yaml, with_runs_of
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
@@ -197,6 +197,16 @@ def test_runs_that_are_added_take_nothing_from_the_result(
     ]
     saved = load_yaml(folder / "config.yaml", CompareConfig)
     assert (saved["methods"], saved["seeds"]) == (["sdft", "sft"], [0, 1, 3])
+
+
+def test_settings_that_change_no_number_may_change(settings: Callable[..., CompareConfig]) -> None:
+    begun = settings(mixed_precision="bf16")
+    folder = Path(begun.output_dir)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_yaml(begun), encoding="utf-8")
+    others = {"judge_url": "http://localhost:1/v1", "teacher_cache_mib": 0}
+    given = {"output_dir": begun.output_dir, "mixed_precision": "auto", **others}
+    assert continued(given, CompareConfig) == begun.model_copy(update=others)
 
 
 @pytest.mark.parametrize(
