@@ -196,11 +196,15 @@ def say_note(message: str, topic: str | None = None) -> None:
     say(f"note: {message}")
 
 
+_PLAIN: dict[str, Any] = {"width": 100, "emoji": False, "force_jupyter": False, "force_terminal": False}
+"""Options of a console that renders text without colours. In a notebook Rich would display the text instead."""
+
+
 class _Page(Console):
     """Renders what is printed as HTML: tables as tables, everything else as text."""
 
     def __init__(self) -> None:
-        super().__init__(width=100, emoji=False)
+        super().__init__(**_PLAIN)
         self.html = ""
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -233,7 +237,7 @@ class Printable(ABC):
         """Print the result to a console."""
 
     def __repr__(self) -> str:
-        console = Console(file=StringIO(), width=100, emoji=False)
+        console = Console(file=StringIO(), **_PLAIN)
         self.print(console)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
