@@ -130,17 +130,30 @@ _TRANSFER = (
 )
 
 
-def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
-    table = Table(title=escape(f"Retention of each skill in {state}"))
-    table.add_column("after")
-    for name, items in zip(found["skills"], found["items"], strict=True):
-        table.add_column(f"{name} ({items})", justify="right", no_wrap=True)
+_SKILL_WIDTH = 8
+"""Least width of a skill's column: room for its score, and for its name in several lines."""
+
+
+def _print_retention(state: str, found: dict[str, Any], console: Console) -> None:
+    """Print the retention matrix, in several tables if it is too wide for the console."""
+    of_skills = zip(found["skills"], found["items"], zip(*found["matrix"], strict=True), strict=True)
+    columns = [(f"{name} ({items})", scores) for name, items, scores in of_skills]
     if found["prior"][0] is not None:
-        table.add_column("prior", justify="right")
-    for name, scores, prior in zip(["base", *found["skills"]], found["matrix"], found["prior"], strict=True):
-        cells = ["" if score is None else f"{score:.3f}" for score in scores]
-        table.add_row(escape(name), *cells, *([f"{prior:.3f}"] if prior is not None else []))
-    console.print(table)
+        columns.append(("prior", found["prior"]))
+    at_a_time = max((console.width - 2 * _SKILL_WIDTH) // (_SKILL_WIDTH + 3), 1)  # 3: its padding and border
+    for start in range(0, max(len(columns), 1), at_a_time):
+        shown = columns[start : start + at_a_time]
+        table = Table(title=None if start else escape(f"Retention of each skill in {state}"))
+        table.add_column("after", overflow="fold")
+        for name, _ in shown:
+            table.add_column(name, justify="right", overflow="fold", min_width=_SKILL_WIDTH)
+        for name, *scores in zip(["base", *found["skills"]], *(scores for _, scores in shown), strict=True):
+            table.add_row(escape(name), *("" if score is None else f"{score:.3f}" for score in scores))
+        console.print(table)
+
+
+def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
+    _print_retention(state, found, console)
     numbers = found["transfer"]
     if numbers:
         said = [f"average {numbers['average']:.3f}"]
@@ -174,13 +187,13 @@ def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
     """Print the number of prompts kept per skill and the cost of learning it; columns without a number above 0 are
     left out."""
     table = Table(title="Prompts of each skill that later ones rehearse, and the cost of learning it")
-    table.add_column("skill")
-    table.add_column("prompts kept", justify="right")
+    table.add_column("skill", overflow="fold")
+    table.add_column("prompts kept", justify="right", overflow="fold")
     columns = [[str(line["remembered"]) for line in memory]]
     for title, (form, number) in _COSTS.items():
         numbers = [number(line["training"]) if line["training"] else None for line in memory]
         if any(numbers):
-            table.add_column(title, justify="right")
+            table.add_column(title, justify="right", overflow="fold")
             columns.append(["" if found is None else f"{found:{form}}" for found in numbers])
     for line, *cells in zip(memory, *columns, strict=True):
         table.add_row(escape(line["skill"]), *cells)
