@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from html import escape
 from io import StringIO
@@ -181,6 +182,17 @@ def say(message: str) -> None:
         _logger.info(message)
     else:
         print(message, file=sys.stderr, flush=True)
+
+
+def say_at_once(message: str) -> None:
+    """Print a line as :func:`say` does, from a signal handler: without the streams, which the signal may interrupt.
+
+    With hidden progress nothing is printed.
+    """
+    if is_rank0() and not _silent.get():
+        before = "\n" if os.isatty(2) else ""  # after a bar, or the ^C
+        with suppress(OSError):  # such as a closed terminal
+            os.write(2, f"{before}{message}\n".encode())
 
 
 def say_note(message: str, topic: str | None = None) -> None:

@@ -6,13 +6,17 @@ import signal
 from types import FrameType
 from typing import Any
 
+from selfdistill.runtime.console import say_at_once
+
+_STOPPING = "stopping at the end of a step or measurement; another signal stops at once, without saving"
+
 
 class StopRequests:
     """Context that records SIGINT, SIGTERM or SIGHUP in ``received`` for the loop to read.
 
-    A second signal raises ``KeyboardInterrupt``. Nested contexts share a signal: one that the outer context received,
-    such as between two runs, counts in the inner one, and the other way round on exit. Ignored signals stay ignored,
-    such as the SIGHUP of a closed terminal under ``nohup``.
+    The first signal is answered with a line, a second one raises ``KeyboardInterrupt``. Nested contexts share a signal:
+    one that the outer context received, such as between two runs, counts in the inner one, and the other way round on
+    exit. Ignored signals stay ignored, such as the SIGHUP of a closed terminal under ``nohup``.
     """
 
     def __init__(self) -> None:
@@ -47,3 +51,4 @@ class StopRequests:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
+        say_at_once(_STOPPING)
