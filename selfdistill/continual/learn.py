@@ -16,6 +16,7 @@ from selfdistill.continual.add_skill import add
 from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger
 from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
+from selfdistill.continual.stream import OF_CHUNKS
 from selfdistill.errors import UserError
 from selfdistill.runtime import Printable, folder_lock, say_note
 from selfdistill.training import export
@@ -73,12 +74,21 @@ def learn(config: LearnConfig) -> LearnResult:
     if config.action not in ("add", "stream"):
         if config.data:
             raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
-        used = {"state", "action", "output_dir"} if config.action == "export" else {"state", "action"}
-        if ignored := sorted(config.model_fields_set - used):
-            say_note(f"learn {config.action} ignores these settings: {', '.join(ignored)}")
+    if ignored := sorted(config.model_fields_set & _unused(config.action)):
+        say_note(f"learn {config.action} ignores these settings: {', '.join(ignored)}")
     details = _ACTIONS[config.action](config)
     accepted = config.action in ("add", "stream") and details["accepted"]
     return LearnResult(config.action, config.state, details, _status(config) if accepted else None)
+
+
+def _unused(action: str) -> set[str]:
+    """Settings that an action does not use."""
+    if action == "add":
+        return {"output_dir", "chunk_size", "chunk_steps"}
+    if action == "stream":
+        return {"output_dir", "max_steps", "num_train_epochs", "eval_steps", "save_total_limit", *OF_CHUNKS}
+    used = {"state", "action"} | ({"output_dir"} if action == "export" else set())
+    return LearnConfig.model_fields.keys() - used
 
 
 def _export(config: LearnConfig) -> dict[str, Any]:

@@ -875,6 +875,25 @@ def test_settings_that_an_action_does_not_use_are_noted(
     assert "ignores" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("action", "values", "ignored"),
+    [
+        (
+            "stream",
+            {"chunk_steps": 2, "max_steps": 9, "eval_steps": 1, "lr_scheduler_type": "cosine", "save_steps": 1},
+            "drift_steps, eval_steps, lr_scheduler_type, max_steps, save_steps, view_rows",
+        ),
+        ("add", {"chunk_size": 2, "chunk_steps": 2}, "chunk_size, chunk_steps"),
+    ],
+)
+def test_settings_that_an_addition_does_not_use_are_noted(
+    make: Settings, capsys: pytest.CaptureFixture[str], action: str, values: dict[str, Any], ignored: str
+) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        learn(make(action=action, data="missing.jsonl", **values))
+    assert f"note: learn {action} ignores these settings: {ignored}\n" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_state_is_refused_and_untouched(make: Settings, tmp_path: Path) -> None:
     (tmp_path / "state" / "prior").mkdir(parents=True)
     mine = tmp_path / "state" / "prior" / "mine.txt"
