@@ -71,9 +71,8 @@ def learn(config: LearnConfig) -> LearnResult:
         UserError: a mistake the user can fix.
         RunStopped: a signal arrived while adding a skill; the same command resumes.
     """
-    if config.action not in ("add", "stream"):
-        if config.data:
-            raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
+    if config.action not in ("add", "stream") and config.data:
+        raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
     if ignored := sorted(config.model_fields_set & _unused(config.action)):
         say_note(f"learn {config.action} ignores these settings: {', '.join(ignored)}")
     details = _ACTIONS[config.action](config)
