@@ -130,7 +130,19 @@ def _status(config: LearnConfig) -> dict[str, Any]:
         {"skill": skill.name, "remembered": len(remembered(skill.folder)), "training": skill.result.get("training")}
         for skill in ledger.skills
     ]
-    return {**retention_matrix(ledger), "memory": memory, "model": ledger.model, "pending": ledger.interrupted}
+    pending = ledger.interrupted
+    running = pending is not None and _is_locked(config.state)
+    found = {"memory": memory, "model": ledger.model, "pending": pending, "running": running}
+    return retention_matrix(ledger) | found
+
+
+def _is_locked(state: str) -> bool:
+    """Whether another process changes the state."""
+    try:
+        with folder_lock(Path(state), ""):
+            return False
+    except UserError:
+        return True
 
 
 _TRANSFER = (
@@ -177,8 +189,10 @@ def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
     else:
         console.print("No skills yet.", highlight=False)
     if pending := found["pending"]:
-        way_on = "rerun the same command to resume, or 'discard' it"
-        console.print(f"Adding {pending!r} was interrupted: {way_on}.", highlight=False, markup=False)
+        how = "was interrupted: rerun the same command to resume, or 'discard' it"
+        if found["running"]:
+            how = "is in progress in another process"
+        console.print(f"Adding {pending!r} {how}.", highlight=False, markup=False)
     console.print(f"Current model: {found['model']}", highlight=False, markup=False)
 
 

@@ -574,6 +574,10 @@ def test_a_stop_in_training_says_how_to_go_on(
     status = learn(make(action="status", data=""))
     assert status.details["pending"] == "first"
     assert "Adding 'first' was interrupted: rerun the same command to resume" in repr(status)
+    with folder_lock(tmp_path / "state", "state"):
+        status = learn(make(action="status", data=""))
+    assert status.details["running"]
+    assert "Adding 'first' is in progress in another process." in repr(status)
     learnt = tmp_path / "state" / "skills" / "0001-x"
     learnt.mkdir(parents=True)
     for name in NEEDED:
