@@ -42,6 +42,8 @@ MAY_MOVE = ("model", "teacher_model", "data", "test", "prior", "anchors")
 """Paths that may change on resume: the contents are compared with those the run began with."""
 COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "vary", "arms", "logging_steps", "report_to", *OPEN)
 """Settings that may change when a comparison is resumed: it may get more runs, but all must match."""
+COMPARE_MAY_MOVE = ("model", "data", "test", "prior", "anchors")
+"""Paths that may change when a comparison is resumed, as in ``MAY_MOVE``."""
 
 
 def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
@@ -124,16 +126,16 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
     """Reject settings that differ from those the run was saved with in ``path``.
 
     Raises:
-        CannotResume: a setting differs that is not in ``MAY_CHANGE`` (for a comparison ``COMPARE_MAY_CHANGE``), not in
-            a run's ``MAY_MOVE``, and not ``output_dir``.
+        CannotResume: a setting differs that is not in ``MAY_CHANGE`` or ``MAY_MOVE`` (for a comparison
+            ``COMPARE_MAY_CHANGE`` or ``COMPARE_MAY_MOVE``), and not ``output_dir``.
     """
     before, now = saved.model_dump(), config.model_dump()
     if "auto" not in (saved.context, config.context) and parse_context(saved.context) == parse_context(config.context):
         now["context"] = saved.context  # the same in other words
-    may_change: tuple[str, ...] = COMPARE_MAY_CHANGE
-    if isinstance(config, TrainConfig):
-        may_change = MAY_CHANGE + tuple(key for key in MAY_MOVE if before[key] and now[key])
-    if changed := changes(before, now, but=(*may_change, "output_dir")):
+    is_run = isinstance(config, TrainConfig)
+    may_change, may_move = (MAY_CHANGE, MAY_MOVE) if is_run else (COMPARE_MAY_CHANGE, COMPARE_MAY_MOVE)
+    moved = [key for key in may_move if before[key] and now[key]]
+    if changed := changes(before, now, but=(*may_change, *moved, "output_dir")):
         raise CannotResume(f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out")
 
 
