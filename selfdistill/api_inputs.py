@@ -328,13 +328,14 @@ def run_to_plan(
     output_dir: str | os.PathLike[str] | None,
     tokenizer: Any,
     settings: dict[str, Any],
+    folder: str,
 ) -> tuple[TrainConfig, LoadedModel | None, RowsInFolder]:
-    """Settings, model and rows of a run that is only planned, by default in ``runs/plan``.
+    """Settings, model and rows of a run that is only planned, by default in ``folder``.
 
     Raises:
         UserError: its questions about documents are not made yet, or settings or rows are invalid.
     """
-    given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
+    given = {"output_dir": folder} | given_settings(model, output_dir, settings)
     given["model"], loaded = model_of(given.get("model", ""), tokenizer)
     rows = rows_of_run(data, test, given)
     config = TrainConfig(**(given | rows.paths))

@@ -239,12 +239,21 @@ def test_a_plan_writes_nothing_and_says_what_a_run_would_do(model: str) -> None:
     Path("test.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     for test in ("test.jsonl", ROWS[:2]):
         measured = sd.plan(model, ROWS, test=test, context="turns", **RUN | {"eval_steps": 1})
-        assert measured.config.test == (test if isinstance(test, str) else str(Path("runs/plan/test.jsonl")))
-        assert not Path("runs").exists()
+        there = Path(str(measured.config.test))
+        assert (there.name, there.exists()) == ("test.jsonl", isinstance(test, str))
+        assert set(Path().rglob("*")) == {*before, Path("test.jsonl")}
     with pytest.raises(sd.UserError, match="no such file"):
         sd.plan(model, ROWS, test="none.jsonl", **RUN)
     assert 0.1 < plan.peak_gib < 20
     assert "max_steps: 40" in repr(plan)
+
+
+def test_plans_without_a_folder_do_not_meet(model: str) -> None:
+    left = Path("runs/plan/data.jsonl")  # of a plan that was killed
+    left.parent.mkdir(parents=True)
+    left.write_text('{"prompt": "a", "completion": "b"}\n')
+    one, other = (sd.plan(model, rows, context="turns", **RUN) for rows in (ROWS, ROWS[:3]))
+    assert one.config.output_dir != other.config.output_dir
 
 
 def test_comparing_learning_exporting_and_reporting(model: str) -> None:
