@@ -165,8 +165,8 @@ def _begin(
     }
     _check_unchanged(folder, began)
     folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", dump_yaml(config))  # first: without it, the folder cannot be resumed
     write_atomically(folder / "began.json", json.dumps(began))
-    write_atomically(folder / "config.yaml", dump_yaml(config))
 
 
 def _run_all(

@@ -417,6 +417,27 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
         compare(config, resume=True)
 
 
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_comparison_killed_at_its_start_goes_on(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    real, left = module.write_atomically, [None] * writes
+
+    def killed(file: Path, text: str) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        real(file, text)
+
+    config = settings(methods="sft", seeds="0")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config)
+    given = config.model_dump(exclude_unset=True)
+    assert len(compare(continued(given, CompareConfig), resume=True).details["runs"]) == 1
+
+
 def test_a_comparison_goes_on_after_its_files_have_moved(
     settings: Callable[..., CompareConfig], tmp_path: Path
 ) -> None:
