@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 import pytest
+import torch
 from conftest import ENDS, final_weights, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -190,6 +192,17 @@ def test_a_callback_sees_every_step_and_its_metrics(model: str) -> None:
     )
     assert [step for step, _ in seen] == [1, 2]
     assert [metrics["loss"] for _, metrics in seen] == [line["loss"] for line in run.metrics]
+
+
+@pytest.mark.parametrize("true", [True, np.float64(1) > 0, torch.tensor(True)])
+def test_a_callback_ends_the_run_where_it_returns_true_and_a_line_says_so(
+    model: str, capsys: pytest.CaptureFixture[str], true: Any
+) -> None:
+    returned = [1.5, np.float64(1), "yes", true]
+    options = RUN | {"context": "turns", "max_steps": 6}
+    run = sd.train(model, ROWS, output_dir="run", on_step=lambda step, *_: returned[step - 1], **options)
+    assert len(run.metrics) == 4
+    assert capsys.readouterr().err.count("on_step ended the run after step 4\n") == 1
 
 
 def test_a_callback_that_fails_loses_no_step(model: str) -> None:
