@@ -251,6 +251,20 @@ def test_a_skill_in_an_environment_is_measured_by_episodes(
     assert "episode/turns" not in second["after"]["skills"]["second"]
 
 
+def test_the_date_of_an_addition_is_that_of_its_end(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, clock = add_skill.train, ["at the start"]
+
+    def train(*arguments: Any, **named: Any) -> Path:
+        clock.append("after training")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(add_skill, "train", train)
+    monkeypatch.setattr(add_skill, "time", SimpleNamespace(strftime=lambda _: clock[-1]))
+    assert add(make(max_steps=1))["date"] == "after training"
+    (line,) = learn(make(action="history", data="")).details["history"]
+    assert line["date"] == "after training"
+
+
 def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add(make())
     state = tmp_path / "state"
