@@ -132,8 +132,10 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
     before, now = saved.model_dump(), config.model_dump()
     if "auto" not in (saved.context, config.context) and parse_context(saved.context) == parse_context(config.context):
         now["context"] = saved.context  # the same in other words
-    is_run = isinstance(config, TrainConfig)
-    may_change, may_move = (MAY_CHANGE, MAY_MOVE) if is_run else (COMPARE_MAY_CHANGE, COMPARE_MAY_MOVE)
+    may_change: tuple[str, ...] = COMPARE_MAY_CHANGE
+    may_move: tuple[str, ...] = COMPARE_MAY_MOVE
+    if isinstance(config, TrainConfig):
+        may_change, may_move = MAY_CHANGE, MAY_MOVE
     moved = [key for key in may_move if before[key] and now[key]]
     if changed := changes(before, now, but=(*may_change, *moved, "output_dir")):
         raise CannotResume(f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out")
