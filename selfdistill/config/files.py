@@ -136,8 +136,8 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
     may_move: tuple[str, ...] = COMPARE_MAY_MOVE
     if isinstance(config, TrainConfig):
         may_change, may_move = MAY_CHANGE, MAY_MOVE
-    moved = [key for key in may_move if before[key] and now[key]]
-    if changed := changes(before, now, but=(*may_change, *moved, "output_dir")):
+    may_change += tuple(key for key in may_move if before[key] and now[key])
+    if changed := changes(before, now, but=(*may_change, "output_dir")):
         raise CannotResume(f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out")
 
 
