@@ -139,10 +139,10 @@ def plan(
     """What :func:`train` would do: settings, one row as student and teacher see it, time and memory of a step.
 
     Two steps are done in memory, on a copy of a loaded model, and discarded; nothing is left behind. The arguments are
-    those of :func:`train`; without ``output_dir`` the plan is that of a run in ``runs/plan``.
+    those of :func:`train`; without ``output_dir`` the plan is that of a run in a temporary folder.
     """
-    with session(progress):
-        config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings)
+    with session(progress), tempfile.TemporaryDirectory() as folder:
+        config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings, folder)
         with rows.kept(planned=True):
             return run_plan(config, loaded, given=rows.names)
 
@@ -179,8 +179,8 @@ def memory_plan(
     size = None if memory is None else size_in_bytes(memory)
     if device is not None:
         check_device(device)
-    with session(progress):
-        config, loaded, rows = run_to_plan(model, data, None, output_dir, tokenizer, settings)
+    with session(progress), tempfile.TemporaryDirectory() as folder:
+        config, loaded, rows = run_to_plan(model, data, None, output_dir, tokenizer, settings, folder)
         with rows.kept(planned=True):
             return run_plan_for(config, size, device, loaded, given=rows.names)
 

@@ -25,7 +25,7 @@ from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, own_names, stages_of, whose
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
-from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say_note, world_size
+from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say, say_note, world_size
 from selfdistill.training import OnStep, check_output_dir, check_parts
 
 Model = str | os.PathLike[str] | Any
@@ -102,6 +102,8 @@ def on_best_device(loaded: LoadedModel | None) -> LoadedModel | None:
 def callback_of(on_step: Callable[[int, Any, dict[str, Any]], object] | None) -> OnStep | None:
     """The caller's function as training calls it: after each step, with the model itself.
 
+    Only True ends the run, also that of NumPy or PyTorch: a function may return something else for its own use.
+
     Raises:
         UserError: it is no function.
     """
@@ -109,7 +111,15 @@ def callback_of(on_step: Callable[[int, Any, dict[str, Any]], object] | None) ->
         return None
     if not callable(on_step):
         raise UserError(f"on_step: found {on_step!r}, expected a function of step, model and metrics")
-    return lambda step, loaded, metrics: step > 0 and bool(on_step(step, loaded.model, metrics))
+
+    def after(step: int, loaded: LoadedModel, metrics: dict[str, Any]) -> bool:
+        found: Any = on_step(step, loaded.model, metrics) if step > 0 else None
+        enough = (found.item() if getattr(found, "ndim", None) == 0 else found) is True
+        if enough:
+            say(f"on_step ended the run after step {step}")
+        return enough
+
+    return after
 
 
 def reading_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -328,13 +338,14 @@ def run_to_plan(
     output_dir: str | os.PathLike[str] | None,
     tokenizer: Any,
     settings: dict[str, Any],
+    folder: str,
 ) -> tuple[TrainConfig, LoadedModel | None, RowsInFolder]:
-    """Settings, model and rows of a run that is only planned, by default in ``runs/plan``.
+    """Settings, model and rows of a run that is only planned, by default in ``folder``.
 
     Raises:
         UserError: its questions about documents are not made yet, or settings or rows are invalid.
     """
-    given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
+    given = {"output_dir": folder} | given_settings(model, output_dir, settings)
     given["model"], loaded = model_of(given.get("model", ""), tokenizer)
     rows = rows_of_run(data, test, given)
     config = TrainConfig(**(given | rows.paths))

@@ -38,7 +38,7 @@ from selfdistill.documents import Passage, load_passages, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Endpoint, answer
 from selfdistill.model import Sampling, load_for_training, prompts_at_a_time, sample, sample_seed, use_engine
-from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_lines, say
+from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_lines, refuse_edited, say, write_own
 
 ASK_TOKENS = 64
 """Maximum length of a question with its answer, in tokens."""
@@ -118,8 +118,10 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
         first).
 
     Raises:
-        UserError: there are no documents, the endpoint or model cannot be used, or every question was rejected.
+        UserError: there are no documents, the endpoint or model cannot be used, every question was rejected, or a file
+            to be replaced was edited or is not of this command.
     """
+    refuse_edited([Path(config.output_dir) / f"{name}.jsonl" for name in ("train", "test", "indirect")])
     passages = load_passages(config.documents, max_words=config.passage_words)
     maker = _Maker(config)
     units = [_Unit(passage, sentence) for passage in passages for sentence in sentences(passage.text)]
@@ -149,7 +151,8 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
     indirect = maker.keep("indirect", direct, asked, 0)
     train, test, indirect = map(maker.undisputed, (train, test, indirect))
     for name, rows in (("train", train), ("test", test), ("indirect", indirect)):
-        write_demonstrations(maker.folder / f"{name}.jsonl", [unit.demonstration for unit in rows])
+        demonstrations = [unit.demonstration for unit in rows]
+        write_own(maker.folder / f"{name}.jsonl", partial(write_demonstrations, demonstrations=demonstrations))
     found = {"passages": len(passages), "train": len(train), "test": len(test), "indirect": len(indirect)}
     maker.close()
     return {**found, "rejected": dict(maker.rejected.most_common())}
@@ -190,12 +193,7 @@ class _Unit:
         """The question as a demonstration whose completion is the answer."""
         prompt = (_turn("user", self.question),)
         return Demonstration(
-            prompt,
-            self.answer,
-            self.passage.text,
-            answer=self.answer,
-            scorer="contains",
-            source=self.passage.source,
+            prompt, self.answer, self.passage.text, answer=self.answer, scorer="contains", source=self.passage.source
         )
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 import pytest
+import torch
 from conftest import ENDS, final_weights, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -192,6 +194,17 @@ def test_a_callback_sees_every_step_and_its_metrics(model: str) -> None:
     assert [metrics["loss"] for _, metrics in seen] == [line["loss"] for line in run.metrics]
 
 
+@pytest.mark.parametrize("true", [True, np.float64(1) > 0, torch.tensor(True)])
+def test_a_callback_ends_the_run_where_it_returns_true_and_a_line_says_so(
+    model: str, capsys: pytest.CaptureFixture[str], true: Any
+) -> None:
+    returned = [1.5, np.float64(1), "yes", true]
+    options = RUN | {"context": "turns", "max_steps": 6}
+    run = sd.train(model, ROWS, output_dir="run", on_step=lambda step, *_: returned[step - 1], **options)
+    assert len(run.metrics) == 4
+    assert capsys.readouterr().err.count("on_step ended the run after step 4\n") == 1
+
+
 def test_a_callback_that_fails_loses_no_step(model: str) -> None:
     options = RUN | {"context": "turns", "max_steps": 3}
     whole = sd.train(model, ROWS, output_dir="whole", **options)
@@ -239,12 +252,21 @@ def test_a_plan_writes_nothing_and_says_what_a_run_would_do(model: str) -> None:
     Path("test.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     for test in ("test.jsonl", ROWS[:2]):
         measured = sd.plan(model, ROWS, test=test, context="turns", **RUN | {"eval_steps": 1})
-        assert measured.config.test == (test if isinstance(test, str) else str(Path("runs/plan/test.jsonl")))
-        assert not Path("runs").exists()
+        there = Path(str(measured.config.test))
+        assert (there.name, there.exists()) == ("test.jsonl", isinstance(test, str))
+        assert set(Path().rglob("*")) == {*before, Path("test.jsonl")}
     with pytest.raises(sd.UserError, match="no such file"):
         sd.plan(model, ROWS, test="none.jsonl", **RUN)
     assert 0.1 < plan.peak_gib < 20
     assert "max_steps: 40" in repr(plan)
+
+
+def test_plans_without_a_folder_do_not_meet(model: str) -> None:
+    left = Path("runs/plan/data.jsonl")  # of a plan that was killed
+    left.parent.mkdir(parents=True)
+    left.write_text('{"prompt": "a", "completion": "b"}\n')
+    one, other = (sd.plan(model, rows, context="turns", **RUN) for rows in (ROWS, ROWS[:3]))
+    assert one.config.output_dir != other.config.output_dir
 
 
 def test_comparing_learning_exporting_and_reporting(model: str) -> None:

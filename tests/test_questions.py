@@ -334,6 +334,28 @@ def test_questions_with_their_passage_and_one_phrasing_held_out(
     assert len(server.asked) == asked  # nothing is asked a second time
 
 
+@pytest.mark.parametrize("name", ["train", "test", "indirect"])
+def test_what_the_user_wrote_or_edited_is_not_replaced(
+    make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / "out" / f"{name}.jsonl"
+    file.parent.mkdir()
+    file.write_text("mine", encoding="utf-8")
+    message = re.escape(f"{file}: edited since this command wrote it, or not written by it; rename it, or choose")
+    with pytest.raises(UserError, match=message):
+        make_questions(make())
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    file.unlink()
+    server.reply = writes_well
+    make_questions(make())
+    made = file.read_text(encoding="utf-8")
+    make_questions(make(tries=2))  # as it was written, it is replaced
+    file.write_text(made.partition("\n")[2], encoding="utf-8")  # without the first question
+    with pytest.raises(UserError, match=message):
+        make_questions(make())
+    assert file.read_text(encoding="utf-8") == made.partition("\n")[2]
+
+
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [

@@ -29,7 +29,7 @@ from selfdistill.config import (
     refuse_changes,
     with_runs_of,
 )
-from selfdistill.data import Demonstration, load_demonstrations
+from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
 from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, uses
@@ -159,13 +159,14 @@ def _begin(
     """
     began = {
         "the demonstrations": rows_fingerprint({"": demonstrations}),
-        "the base": start_fingerprint(base),
+        "the base": start_fingerprint(base) or config.model,  # one with a merged adapter is known by its place
         "the test rows or prior questions": evaluator.questions.fingerprint(),
+        "the anchors": rows_fingerprint({str(at): anchor_prompts(name) for at, name in enumerate(config.anchors)}),
     }
     _check_unchanged(folder, began)
     folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", dump_yaml(config))  # first: without it, the folder cannot be resumed
     write_atomically(folder / "began.json", json.dumps(began))
-    write_atomically(folder / "config.yaml", dump_yaml(config))
 
 
 def _run_all(
@@ -216,14 +217,15 @@ def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
     """Compare the fingerprints of the inputs with those in the folder.
 
     Raises:
-        UserError: the demonstrations, the base or the evaluation data have changed.
+        UserError: the demonstrations, the base, the evaluation data or the anchors have changed.
     """
     file = folder / "began.json"
     there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else began
-    if changed := [what for what, value in began.items() if there[what] != value]:
+    # An earlier release kept no fingerprint of anchors, and an empty one of a base with a merged adapter.
+    if changed := [what for what, value in began.items() if there.get(what) not in (value, "", None)]:
         raise UserError(
-            f"{folder}: changed since this comparison began: {', '.join(changed)}; restore model, data, test and "
-            "prior, or use another output_dir"
+            f"{folder}: changed since this comparison began: {', '.join(changed)}; restore model, data, test, prior "
+            "and anchors, or use another output_dir"
         )
 
 

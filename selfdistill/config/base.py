@@ -74,6 +74,33 @@ class Settings(BaseModel):
             raise ValueError("whole numbers" if is_whole else "numbers")
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _as_files_hold_it(cls, value: Any, info: ValidationInfo) -> Any:
+        """Convert values of any type to those that config.yaml holds."""
+        return _plain(value) if Any in _kinds(cls.model_fields[str(info.field_name)].annotation) else value
+
+
+def _plain(value: Any) -> Any:
+    """A value as files hold it: paths and dates as text, tuples as lists, NumPy's numbers as Python's.
+
+    Raises:
+        ValueError: files hold no such value.
+    """
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, datetime.date):  # YAML reads an unquoted day as a date
+        return value.isoformat()
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    raise ValueError("only numbers, text, lists and objects in it")
+
 
 def _kinds(hint: Any) -> list[Any]:
     """A type and all types that it is made of."""

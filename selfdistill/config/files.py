@@ -50,6 +50,8 @@ COMPARE_MAY_CHANGE = (
     *("logging_steps", "report_to", "judge_url", "teacher_cache_mib", *OPEN),
 )
 """Settings that may change when a comparison is resumed: it may get more runs, but all must match."""
+COMPARE_MAY_MOVE = ("model", "data", "test", "prior", "anchors")
+"""Paths that may change when a comparison is resumed, as in ``MAY_MOVE``."""
 
 
 def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
@@ -131,15 +133,17 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
     """Reject settings that differ from those the run was saved with in ``path``.
 
     Raises:
-        CannotResume: a setting differs that is not in ``MAY_CHANGE`` (for a comparison ``COMPARE_MAY_CHANGE``), not in
-            a run's ``MAY_MOVE``, and not ``output_dir``.
+        CannotResume: a setting differs that is not in ``MAY_CHANGE`` or ``MAY_MOVE`` (for a comparison
+            ``COMPARE_MAY_CHANGE`` or ``COMPARE_MAY_MOVE``), and not ``output_dir``.
     """
     before, now = saved.model_dump(), config.model_dump()
     if "auto" not in (saved.context, config.context) and parse_context(saved.context) == parse_context(config.context):
         now["context"] = saved.context  # the same in other words
     may_change: tuple[str, ...] = COMPARE_MAY_CHANGE
+    may_move: tuple[str, ...] = COMPARE_MAY_MOVE
     if isinstance(config, TrainConfig):
-        may_change = MAY_CHANGE + tuple(key for key in MAY_MOVE if before[key] and now[key])
+        may_change, may_move = MAY_CHANGE, MAY_MOVE
+    may_change += tuple(key for key in may_move if before[key] and now[key])
     if changed := changes(before, now, but=(*may_change, "output_dir")):
         raise CannotResume(f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out")
 

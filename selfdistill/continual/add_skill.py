@@ -54,12 +54,12 @@ def add(config: LearnConfig) -> dict[str, Any]:
     """Learn a skill, or resume learning it, and accept it if the gates pass.
 
     Returns:
-        ``name``, ``accepted``, ``reasons`` (for refusal), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
-        teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current model on the new skill).
-        If reached, also ``training`` (its cost, see :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``,
-        the number of earlier skills' prompts used as anchors), ``after`` (of the new model: ``skills`` by name, and the
-        prior abilities) and ``retained`` (for each earlier skill, its score when ``learnt`` and the ``least`` score
-        that counts as retained).
+        ``name``, ``accepted``, ``reasons`` (for refusal), ``date`` (when that was decided), ``data`` (SHA-256 of its
+        rows), ``check`` (of the teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current
+        model on the new skill). If reached, also ``training`` (its cost, see
+        :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``, the number of earlier skills' prompts used
+        as anchors), ``after`` (of the new model: ``skills`` by name, and the prior abilities) and ``retained`` (for
+        each earlier skill, its score when ``learnt`` and the ``least`` score that counts as retained).
 
     Raises:
         UserError: a mistake the user can fix.
@@ -228,7 +228,7 @@ class _NewSkill:
     def result(self) -> dict[str, Any]:
         """Run the remaining steps and decide whether to accept."""
         reasons: list[str] = []
-        result: dict[str, Any] = {"name": self._name, "data": self._data, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+        result: dict[str, Any] = {"name": self._name, "data": self._data}
         result |= self._step("before", self._before)
         result["check"] = self._step("check", self._check)
         least, checked = self._config.min_teacher, result["check"]
@@ -249,7 +249,8 @@ class _NewSkill:
                 reasons += self._against(result)
             except RunFailed as failed:
                 reasons.append(str(failed))
-        return result | {"accepted": not reasons, "reasons": reasons}
+        finished = time.strftime("%Y-%m-%d %H:%M:%S")
+        return result | {"date": finished, "accepted": not reasons, "reasons": reasons}
 
     def _step(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a step, read from its file or computed."""

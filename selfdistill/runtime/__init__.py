@@ -30,6 +30,7 @@ from selfdistill.runtime.files import (
     drop_partial_line,
     folder_lock,
     fsync,
+    refuse_edited,
     remove_folder,
     remove_unfinished,
     sha256,
@@ -38,6 +39,7 @@ from selfdistill.runtime.files import (
     write_atomically,
     write_json,
     write_manifest,
+    write_own,
 )
 from selfdistill.runtime.gpus import GPUS, THIS, Gpu, check_device
 from selfdistill.runtime.resources import clock, free_bytes, free_memory, peak_memory, size_in_bytes
@@ -92,6 +94,7 @@ __all__ = [
     "quiet_libraries",
     "rank_slice",
     "read_lines",
+    "refuse_edited",
     "remove_folder",
     "remove_unfinished",
     "result_console",
@@ -105,4 +108,5 @@ __all__ = [
     "write_atomically",
     "write_json",
     "write_manifest",
+    "write_own",
 ]

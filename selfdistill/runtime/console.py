@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
@@ -192,6 +193,17 @@ def say(message: str) -> None:
             print(message, file=sys.stderr, flush=True)
 
 
+def say_at_once(message: str) -> None:
+    """Print a line as :func:`say` does, from a signal handler: without the streams, which the signal may interrupt.
+
+    With hidden progress nothing is printed.
+    """
+    if is_rank0() and not _silent.get():
+        before = "\n" if os.isatty(2) else ""  # after a bar, or the ^C
+        with suppress(OSError):  # such as a closed terminal
+            os.write(2, f"{before}{message}\n".encode())
+
+
 def say_note(message: str, topic: str | None = None) -> None:
     """Print a note with :func:`say`; within :func:`progress_shown`, only the first time.
 
@@ -205,11 +217,15 @@ def say_note(message: str, topic: str | None = None) -> None:
     say(f"note: {message}")
 
 
+_PLAIN: dict[str, Any] = {"width": 100, "emoji": False, "force_jupyter": False, "force_terminal": False}
+"""Options of a console that renders text without colours. In a notebook Rich would display the text instead."""
+
+
 class _Page(Console):
     """Renders what is printed as HTML: tables as tables, everything else as text."""
 
     def __init__(self) -> None:
-        super().__init__(width=100, emoji=False)
+        super().__init__(**_PLAIN)
         self.html = ""
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -242,7 +258,7 @@ class Printable(ABC):
         """Print the result to a console."""
 
     def __repr__(self) -> str:
-        console = Console(file=StringIO(), width=100, emoji=False)
+        console = Console(file=StringIO(), **_PLAIN)
         self.print(console)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,37 @@ def write_atomically(file: Path, text: str) -> None:
 def write_json(file: Path, value: Any) -> None:
     """Write a value as JSON with :func:`write_atomically`."""
     write_atomically(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+WRITTEN = "written.json"
+"""File with the SHA-256 of all contents that :func:`write_own` wrote to its folder."""
+
+
+def refuse_edited(files: Sequence[Path]) -> None:
+    """Refuse to replace files whose content :func:`write_own` did not write.
+
+    Raises:
+        UserError: there is one.
+    """
+    for file in files:
+        if file.exists() and sha256(file) not in _written(file.parent):
+            raise UserError(
+                f"{file}: edited since this command wrote it, or not written by it; rename it, or choose another "
+                "output_dir"
+            )
+
+
+def write_own(file: Path, write: Callable[[Path], None]) -> None:
+    """Replace a file atomically by what ``write`` writes to a path, so that :func:`refuse_edited` knows the content."""
+    temporary = file.parent / f".{file.name}.unfinished"
+    write(temporary)
+    write_json(file.parent / WRITTEN, sorted({*_written(file.parent), sha256(temporary)}))
+    os.replace(temporary, file)
+
+
+def _written(folder: Path) -> list[str]:
+    file = folder / WRITTEN
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
 
 
 def remove_folder(folder: Path) -> None:

@@ -413,7 +413,7 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
             compare(config.model_copy(update={"max_steps": steps}), resume=True)
     before = {file: file.read_bytes() for file in (Path(config.data), Path(config.test))}
     changed = {
-        Path(config.data): "changed since this comparison began: the demonstrations; restore model, data, test and",
+        Path(config.data): "changed since this comparison began: the demonstrations; restore model, data, test, prior",
         Path(config.test): "changed since this comparison began: the test rows or prior questions; restore",
     }
     for file, message in changed.items():
@@ -425,6 +425,48 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
     save_file({name: weight * 1.01 for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
     with pytest.raises(UserError, match="changed since this comparison began: the base; restore"):
         compare(config, resume=True)
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_comparison_killed_at_its_start_goes_on(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    real, left = module.write_atomically, [None] * writes
+
+    def killed(file: Path, text: str) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        real(file, text)
+
+    config = settings(methods="sft", seeds="0")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config)
+    given = config.model_dump(exclude_unset=True)
+    assert len(compare(continued(given, CompareConfig), resume=True).details["runs"]) == 1
+
+
+def test_a_comparison_goes_on_after_its_files_have_moved(
+    settings: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "anchors.txt").write_text("Hello\nHow are you?\n", encoding="utf-8")
+    config = settings(methods="sft", seeds="0", anchors=str(tmp_path / "anchors.txt"), batch_size=4)
+    compare(config)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    names = ("model", "data", "test", "prior")
+    moved: dict[str, Any] = {name: str(elsewhere / Path(getattr(config, name)).name) for name in names}
+    shutil.copytree(config.model, moved["model"])  # other tests use the same model
+    for name in names[1:]:
+        shutil.move(getattr(config, name), moved[name])
+    moved["anchors"] = (str(shutil.move(config.anchors[0], elsewhere / "anchors.txt")),)
+    more = continued({"output_dir": config.output_dir, "seeds": "1", **moved}, CompareConfig)
+    assert [run["seed"] for run in compare(more, resume=True).details["runs"]] == [0, 1]
+    (elsewhere / "anchors.txt").write_text("Hello\nGoodbye\n", encoding="utf-8")
+    with pytest.raises(UserError, match="changed since this comparison began: the anchors; restore"):
+        compare(more, resume=True)
 
 
 def test_a_context_that_is_still_to_be_found_is_not_varied(settings: Callable[..., CompareConfig]) -> None:

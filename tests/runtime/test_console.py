@@ -105,6 +105,24 @@ def test_output_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatch, 
     assert sys.stderr is file
 
 
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ipykernel: Rich finds the shell by its name, and colours are asked for."""
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setattr("builtins.get_ipython", lambda: shell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+
+@pytest.mark.usefixtures("notebook")
+def test_in_a_notebook_a_result_has_its_text_and_displays_nothing_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    text = repr(Shown())
+    assert "turns" in text
+    assert text.endswith("one & two\n[three]")
+    assert "\x1b" not in text
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("notebook")
 def test_a_notebook_shows_tables_as_tables() -> None:
     assert Shown()._repr_html_() == (
         "<table>\n<caption>a &lt; b</caption>\n<tr><th>layout</th><th>right</th></tr>\n"
