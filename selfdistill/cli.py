@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import re
 import sys
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         n, with progress saved.
     """
     exit_code, kind, command = 2, "error: ", ""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so anyway; a file's name may not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command, given = parse(list(sys.argv[1:] if argv is None else argv))
         if world_size() > 1:
@@ -312,4 +315,4 @@ def _printed(given: dict[str, Any]) -> Iterator[Callable[[Printable | None, dict
     if file == "-":
         print(text)
     elif file is not None:
-        Path(file).write_text(text + "\n", encoding="utf-8")
+        Path(file).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")

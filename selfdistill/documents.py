@@ -91,7 +91,7 @@ def _documents(path: str) -> dict[Path, str]:
     else:
         below = {file: file.relative_to(root) for file in sorted(root.rglob("*")) if file.is_file()}
         names = {file: name for file, name in below.items() if not any(part[0] == "." for part in name.parts)}
-    chosen = {file: str(name) for file, name in names.items() if file.suffix.lower() in KINDS}
+    chosen = {file: join_surrogates(str(name)) for file, name in names.items() if file.suffix.lower() in KINDS}
     others = sorted({file.suffix.lower() or "without suffix" for file in names if file not in chosen})
     found = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
     if not chosen:

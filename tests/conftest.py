@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import contextlib
+import datetime
 import gc
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -212,6 +214,27 @@ def settings(
         return TrainConfig(**(defaults | values))
 
     return make
+
+
+@pytest.fixture
+def on_day(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str | None]]:
+    """Let it be the given day; returns the days that chat templates see from then on."""
+    chat = LoadedModel.chat
+
+    def begin(day: str) -> list[str | None]:
+        today = SimpleNamespace(today=lambda: datetime.date.fromisoformat(day))
+        monkeypatch.setattr("selfdistill.data.chat_format.datetime", SimpleNamespace(date=today))
+        seen: list[str | None] = []
+
+        def recorded(*arguments: Any, **options: Any) -> Any:
+            found = chat(*arguments, **options)
+            seen.append(found.date)
+            return found
+
+        monkeypatch.setattr(LoadedModel, "chat", recorded)
+        return seen
+
+    return begin
 
 
 def quick(names: Sequence[str], *kept: str) -> list[Any]:

@@ -931,11 +931,12 @@ def test_chat_template_kwargs(here: Path) -> None:
 def test_config_file_is_below_the_command_line_and_reads_back(here: Path) -> None:
     Path("my.yaml").write_text(
         "model: model\ndata: train.jsonl\noutput_dir: run\nmethod: sft\nmax_completion_length: 8\nbatch_size: 2\n"
-        "max_steps: 1\nsave_steps: 0\nlearning_rate: 1e-4\nseed: 7\n"
+        "max_steps: 1\nsave_steps: 0\nlearning_rate: 1e-4\nseed: 7\nmixed_precision: no\n"  # which YAML reads as false
     )
     trained("train --seed 8 --config my.yaml --warmup_steps 3")
     config = saved("run")
     assert (config["seed"], config["warmup_steps"], config["learning_rate"]) == (8, 3, 1e-4)
+    assert config["mixed_precision"] == "no"
     trained("train --config run/config.yaml --output_dir again")
     assert saved("again") == config | {"output_dir": "again"}
     assert same(weights("again"), weights("run"))
@@ -1065,6 +1066,20 @@ def test_eval_writes_json(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     alone = json.loads(Path("result.json").read_text())
     assert alone.pop("settings") == result.pop("settings") | {"base": None}
     assert alone.items() <= result.items()
+
+
+def test_a_data_file_whose_name_is_not_utf_8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = os.fsdecode(b"caf\xe9.jsonl")
+    Path("train.jsonl").rename(data)
+    options = f"--model model --data {data} --max_completion_length 4"
+    run = f"--test {data} --methods sdft --seeds 0 --context turns --max_steps 1 --batch_size 2 --mixed_precision no"
+    trained(f"compare {options} {run} --output_dir compared")
+    capsys.readouterr()
+    trained(f"eval {options} --replies replies.jsonl --json result.json")
+    assert "model on caf\\udce9.jsonl" in capsys.readouterr().out
+    assert json.loads(Path("result.json").read_text(encoding="utf-8"))["settings"]["data"] == data
+    first, *_ = Path("replies.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(first)["source"] == "caf\N{REPLACEMENT CHARACTER}.jsonl:1"
 
 
 def test_json_over_a_file_that_is_read_only(

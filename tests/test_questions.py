@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -199,6 +200,12 @@ def test_hidden_files_and_folders_are_not_read(tmp_path: Path) -> None:
         (root / name).write_text("Text.", encoding="utf-8")
     assert [p.source for p in load_passages(str(root), max_words=20)] == ["a.txt#1", "more/e.txt#1"]
     assert [p.source for p in load_passages(str(root / ".b.txt"), max_words=20)] == [".b.txt#1"]
+
+
+def test_a_document_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("Text.", encoding="utf-8")
+    (passage,) = load_passages(str(tmp_path), max_words=20)
+    assert passage.source == "caf\N{REPLACEMENT CHARACTER}.txt#1"
 
 
 def test_files_of_other_kinds_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

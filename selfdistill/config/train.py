@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
 )
 
@@ -12,8 +13,10 @@ from selfdistill.config.base import ModelSettings, QuestionSettings, TaskSetting
 from selfdistill.config.method import SCORED_METHODS, MethodName, MethodSettings
 from selfdistill.errors import UserError
 
-Precision = Literal["auto", "no", "bf16"]
-
+Precision = Annotated[
+    Literal["auto", "no", "bf16"],
+    BeforeValidator(lambda value: "no" if value is False else value),  # YAML reads an unquoted no as false
+]
 
 OPEN = ("gradient_accumulation_steps", "gradient_checkpointing")
 """Settings that the memory plan chooses unless they are given; they do not change the result."""

@@ -34,7 +34,7 @@ from selfdistill.data.messages import (
     uses_tools,
     wrong,
 )
-from selfdistill.data.rows import RawRow, check_rows, first_three, one_of, repeated_key
+from selfdistill.data.rows import RawRow, check_rows, first_three, join_surrogates, one_of, repeated_key
 from selfdistill.data.sources import Note, Split, read_rows, rows_in_memory
 from selfdistill.data.template_columns import template_kwargs_of, tools_of
 from selfdistill.errors import UserError
@@ -59,7 +59,8 @@ class Demonstration:
     row: int = 0
     """Position in the whole set, from 0; part of every sample's seed."""
     source: str = ""
-    """Location for messages: ``train.jsonl:12`` (line, from 1), or ``name[12]`` for data sets (row, from 0)."""
+    """Location for messages: ``train.jsonl:12`` (line, from 1), or ``name[12]`` for data sets (row, from 0). What
+    is not UTF-8 in a file's name is U+FFFD."""
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the tools that the chat template shows."""
     chat_template_kwargs: dict[str, Any] | None = None
@@ -76,6 +77,7 @@ class Demonstration:
         prompt: Any = self.prompt
         turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
         object.__setattr__(self, "prompt", turns)
+        object.__setattr__(self, "source", join_surrogates(self.source))
 
     def identity(self) -> dict[str, Any]:
         """What fingerprints hash: all fields except the source, in the key order of older folders.

@@ -34,7 +34,7 @@ from selfdistill.model.loading import (
     weights_fingerprint,
 )
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
-from selfdistill.model.pictures import PictureInputs, freeze_vision
+from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text
 from selfdistill.model.precision import (
     cached_casts,
     refuse_autocast,
@@ -89,6 +89,7 @@ __all__ = [
     "full_tensors",
     "has_full_attention",
     "has_gpu",
+    "is_image_text",
     "is_in_4bit",
     "is_sharded",
     "layers_of",

@@ -321,7 +321,7 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**64)  # a generator takes no more bits
         loaded.model = get_peft_model(loaded.model, config)
     loaded.model.eval()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -37,6 +38,13 @@ def reads_pictures(config: PretrainedConfig, folder: Path | None) -> bool:
     kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
     is_kind = kind is not None and kind in (config.architectures or [])
     return is_kind and folder is not None and any((folder / name).is_file() for name in _PROCESSOR_FILES)
+
+
+def is_image_text(folder: Path) -> bool:
+    """Whether a folder holds an image-text model with the files of its processor."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = {name: values[name] for name in ("model_type", "architectures") if name in values}
+    return reads_pictures(PretrainedConfig(**kind), folder)
 
 
 def load_processor(path: str, tokenizer: Any, name: str) -> Any:

@@ -49,9 +49,12 @@ def check_writable(file: str, what: str, otherwise: str = "") -> None:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically: after a crash, the file is either complete or unchanged."""
+    """Write a UTF-8 text file atomically: after a crash, the file is either complete or unchanged.
+
+    What is not UTF-8, as part of a file's name may be, is escaped as in JSON.
+    """
     temporary = file.parent / f".{file.name}.unfinished"
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     fsync(temporary)
     os.replace(temporary, file)
 

@@ -121,13 +121,13 @@ def export(config: ExportConfig) -> Path:
         raise UserError(f"run {config.run!r}: a full model without an adapter to merge; leave merge out")
     readme = source / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    card = merged_card(text)
     if learnt_in_4bit(text):
         say(
             "note: the adapter was trained on a 4-bit base and is merged into the original base, which computes "
             "slightly different results; measure the result with selfdistill eval"
         )
     loaded = load_model(str(source), dtype="auto", merge_adapter=True, adapter_base=config.adapter_base)
+    card = merged_card(text, pictures=loaded.pictures is not None)
     with whole_folder(output_dir, advice) as folder:
         write_model(folder, loaded.model, loaded, card)
     return output_dir

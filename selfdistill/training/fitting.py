@@ -178,9 +178,10 @@ def check_host_fits(plan: MemoryPlan) -> None:
     free = min(free for free in all_gather([free_memory(torch.device("cpu"))]) if free is not None)
     if processes * plan.host > free:
         of_all = f" in {processes} processes" if processes > 1 else ""
+        adapter = "" if plan.config.train_vision_tower else f", or lora_rank {LORA_RANK}"
         raise UserError(
             f"{size_text(free)} of the machine's memory are free, but the teacher's float32 average needs "
-            f"{size_text(processes * plan.host)}{of_all}; use teacher frozen or live, or lora_rank {LORA_RANK}"
+            f"{size_text(processes * plan.host)}{of_all}; use teacher frozen or live{adapter}"
         )
 
 
@@ -260,7 +261,8 @@ def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
         yield {"mixed_precision": "bf16"}
     if config.teacher in ("ema", "snapshot") and not config.lora_rank:
         yield {"teacher": "live"}
-    if not config.lora_rank and not planner.has_model:  # an adapter needs the files of its base
+    # An adapter needs the files of its base, and leaves the vision tower as it is.
+    if not config.lora_rank and not planner.has_model and not config.train_vision_tower:
         yield {"lora_rank": LORA_RANK}
     if config.dtype == "float32":
         yield {"dtype": "bfloat16"}

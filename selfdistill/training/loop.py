@@ -98,9 +98,10 @@ class Loop:
                     last = enough or step == self._max_steps
                     self._watch.look(step, last=last)
                 every = self._trainer.config.save_steps
+                due = bool(every) and (last or step % every == 0)
                 # A signal may reach any rank.
                 received = max(all_gather([stop.received or 0]))
-                if received or (every and (last or step % every == 0)) or self._is_spared(step):
+                if received or due or self._is_spared(step):
                     self._save()
                 if received and not last:
                     raise RunStopped(
@@ -125,7 +126,7 @@ class Loop:
         self._position = position = replace(
             position,
             step=step,
-            tokens=position.tokens + int(metrics["tokens"]),
+            tokens=position.tokens + (0 if "skipped" in metrics else int(metrics["tokens"])),
             skipped=position.skipped + 1 if "skipped" in metrics else 0,
             control=self._trainer.control,
         )
@@ -205,14 +206,17 @@ class Loop:
 
     def _is_spared(self, step: int) -> bool:
         """Whether a collapsed run could still return to the checkpoint of an evaluated step."""
-        steps = self._watch.measured
-        older = [other for other in steps if other <= self._position.step - COLLAPSE_WINDOW]
-        return self._trainer.config.stop_on_collapse and step in steps and step > 0 and step >= max(older, default=0)
+        newest = max(self._measured_before(self._position.step), default=1)
+        return self._trainer.config.stop_on_collapse and step in self._watch.measured and step >= newest
+
+    def _measured_before(self, step: int) -> list[int]:
+        """The evaluated steps, without 0, at least ``COLLAPSE_WINDOW`` before ``step``."""
+        return [other for other in self._watch.measured if 0 < other <= step - COLLAPSE_WINDOW]
 
     def _return(self, step: int, sign: str) -> None:
         """Restore the model of the last evaluation before the collapse."""
         trainer, begun = self._trainer, f"{self._output_dir}: stopped after step {step}: {sign}"
-        before = sorted((s for s in self._watch.measured if 0 < s <= step - COLLAPSE_WINDOW), reverse=True)
+        before = sorted(self._measured_before(step), reverse=True)
         whole = (s for s in before if corruption(checkpoint_at(self._output_dir, s)) is None)
         kept = broadcast_from_rank0(lambda: next(whole, None))
         if kept is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from selfdistill.config import MergeConfig
 from selfdistill.errors import UserError
-from selfdistill.model import StoredWeights, overwrite_tensor, stored_weights
+from selfdistill.model import StoredWeights, is_image_text, overwrite_tensor, stored_weights
 from selfdistill.runtime import ProgressBar, say
 from selfdistill.training.export import MODEL_FILES, whole_folder
 from selfdistill.training.model_card import sum_card
@@ -39,10 +39,11 @@ class _Squares:
     lost: float = 0.0
     """What rounding to the target's type took from it."""
 
-    def say(self) -> None:
-        """Say how large the vector is, and how much of it was lost."""
+    def say(self, scale: float) -> None:
+        """Say how large the vector with this scale is, and how much of it was lost."""
         if not self.vector:
-            say("note: the two models are equal, so the target is unchanged")
+            why = "the two models are equal" if scale else "the scale is 0"
+            say(f"note: {why}, so the target is unchanged")
             return
         lost = (self.lost / self.vector) ** 0.5
         say(
@@ -80,9 +81,9 @@ def merge(config: MergeConfig) -> Path:
                 if value is not None:
                     overwrite_tensor(folder / target.files[name].name, name, value)
                 reporter.advance(number + 1)
-        card = sum_card(config.model, config.add, before.name, config.scale)
+        card = sum_card(config.model, config.add, before.name, config.scale, pictures=is_image_text(folder))
         (folder / "README.md").write_text(card, encoding="utf-8")
-    squares.say()
+    squares.say(config.scale)
     return output_dir
 
 

@@ -90,15 +90,11 @@ def model_card(
     metadata = ModelCardData(
         base_model=STARTER_MODELS[config.model].hub_id if config.model in STARTER_MODELS else base,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="image-text-to-text" if pictures else "text-generation",
+        pipeline_tag=_pipeline_tag(pictures),
         tags=["selfdistill", config.method, *(["lora"] if adapter else [])],
         datasets=[data] if "/" in data else None,
     )
     results, measured = _results(run, step)
-    loading = _LOAD_ADAPTER if adapter else _LOAD_MODEL
-    if pictures:
-        loading = loading.replace("ForCausalLM", "ForImageTextToText").replace("AutoTokenizer", "AutoProcessor")
-        loading = loading.replace("tokenizer =", "processor =")
     rows = number_of(demonstrations, "demonstration")
     early = f"- It ended early, after step {step} of {config.max_steps}\n" if step < (config.max_steps or 0) else ""
     parts = [
@@ -121,7 +117,7 @@ def model_card(
         f"{config.max_completion_length} tokens. It may reproduce mistakes in the demonstrations.\n"
         "- Its replies were not examined for harm or bias; those of the base model may persist.\n"
         "- The licences of the base model and of the data apply; this card grants none.",
-        f"{_LOADING}\n\n{loading}",
+        f"{_LOADING}\n\n{_code_to_load(_LOAD_ADAPTER if adapter else _LOAD_MODEL, pictures)}",
     ]
     return "\n\n".join(parts)
 
@@ -131,8 +127,20 @@ def learnt_in_4bit(text: str) -> bool:
     return "| `load_in_4bit` | `True` |" in text
 
 
-def merged_card(text: str) -> str:
-    """Convert the card ``text`` of an adapter for the merged model.
+def _pipeline_tag(pictures: bool) -> str:
+    return "image-text-to-text" if pictures else "text-generation"
+
+
+def _code_to_load(code: str, pictures: bool) -> str:
+    """The code that loads a model, with the classes of an image-text model if it is one."""
+    if not pictures:
+        return code
+    code = code.replace("ForCausalLM", "ForImageTextToText").replace("AutoTokenizer", "AutoProcessor")
+    return code.replace("tokenizer =", "processor =")
+
+
+def merged_card(text: str, *, pictures: bool = False) -> str:
+    """Convert the card ``text`` of an adapter for the merged model; ``pictures``: of an image-text model.
 
     Raises:
         UserError: the front matter is not YAML.
@@ -144,21 +152,20 @@ def merged_card(text: str) -> str:
         raise UserError(f"README.md: its front matter cannot be read ({reason}); fix it, or delete the file") from None
     metadata: Any = card.data
     metadata.library_name = "transformers"
-    metadata.pipeline_tag = "text-generation"
+    metadata.pipeline_tag = _pipeline_tag(pictures)
     # PEFT's own tags say "adapter".
     metadata.tags = [tag for tag in metadata.tags or [] if not tag.startswith("base_model:adapter:")] or None
     body = card.text.partition(_LOADING)[0].strip()
     note = "The LoRA adapter is merged into its base model: this is a full model, which does not need PEFT."
-    return "\n\n".join(
-        [f"---\n{metadata.to_yaml()}\n---", *([body] if body else []), f"{_LOADING}\n\n{note}\n\n{_LOAD_MODEL}"]
-    )
+    loading = f"{_LOADING}\n\n{note}\n\n{_code_to_load(_LOAD_MODEL, pictures)}"
+    return "\n\n".join([f"---\n{metadata.to_yaml()}\n---", *([body] if body else []), loading])
 
 
-def sum_card(model: str, add: str, subtract: str, scale: float) -> str:
-    """The card of ``model`` + ``scale`` * (``add`` - ``subtract``)."""
+def sum_card(model: str, add: str, subtract: str, scale: float, *, pictures: bool = False) -> str:
+    """The card of ``model`` + ``scale`` * (``add`` - ``subtract``); ``pictures``: of image-text models."""
     names = [public_name(name) for name in (model, add, subtract)]
     metadata = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["selfdistill", "task-vector", "merge"]
+        library_name="transformers", pipeline_tag=_pipeline_tag(pictures), tags=["selfdistill", "task-vector", "merge"]
     )
     target, learnt, before = map(_code, names)
     parts = [
@@ -168,7 +175,7 @@ def sum_card(model: str, add: str, subtract: str, scale: float) -> str:
         f"with selfdistill {__version__}, without training.",
         "## Limits",
         "It was not evaluated: measure whether the difference in weights transfers the skill.",
-        f"{_LOADING}\n\n{_LOAD_MODEL}",
+        f"{_LOADING}\n\n{_code_to_load(_LOAD_MODEL, pictures)}",
     ]
     return "\n\n".join(parts)
 

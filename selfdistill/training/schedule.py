@@ -80,7 +80,8 @@ def examples_at(rows: Sequence[Row], positions: range, seed: int) -> list[Row]:
     for position in positions:
         epoch, place = divmod(position, len(rows))
         if epoch != drawn:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            # A generator takes 64 bits; a seed may be larger than that.
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
             order, drawn = torch.randperm(len(rows), generator=generator).tolist(), epoch
         batch.append(rows[order[place]])
     return batch

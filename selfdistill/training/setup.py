@@ -17,6 +17,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 
 from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig
 from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
@@ -80,11 +81,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         UserError: the launcher's settings conflict with the run's, or autocast is already on.
     """
     refuse_autocast()
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("the launcher's own FSDP is enabled (--use_fsdp); leave it out, and use fsdp true")
+    for name, option in (("FSDP", "use_fsdp"), ("DeepSpeed", "use_deepspeed"), ("Megatron-LM", "use_megatron_lm")):
+        if os.environ.get(f"ACCELERATE_{option.upper()}", "false").lower() == "true":
+            raise UserError(
+                f"the launcher's own {name} is enabled (--{option}, or its configuration file); disable it, and use "
+                "fsdp true to shard a model"
+            )
     AcceleratorState._reset_state()  # it would refuse a precision other than that of the process's first run
     accelerator = Accelerator(
         mixed_precision=resolved_precision(config.mixed_precision),
+        # The launcher's number would divide the gradient.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
     )
@@ -232,7 +239,7 @@ def batch_unit(config: TrainConfig) -> int:
     return world_size() * config.micro_batches if config.fsdp else 1
 
 
-def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str, date: str | None) -> TrainConfig:
+def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str) -> TrainConfig:
     """Resolve the settings that depend on the data or on other settings."""
     return config.model_copy(
         update={
@@ -240,7 +247,6 @@ def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str, 
             "learning_rate": config.learning_rate or (LORA_LEARNING_RATE if config.lora_rank else LEARNING_RATE),
             "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
             "mixed_precision": mixed_precision,
-            "template_date": date,
         }
     )
 

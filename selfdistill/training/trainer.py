@@ -7,7 +7,7 @@ Legend: B completions of a batch, T completion tokens, N completion tokens of a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import Demonstration, first_ten, load_demonstrations
+from selfdistill.data import Demonstration, Example, first_ten, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Drift, Evaluator
 from selfdistill.methods import Completion, State
@@ -53,6 +53,7 @@ from selfdistill.training.checkpoint import trained_parameters
 from selfdistill.training.schedule import examples_at, learning_rate, positions_of
 from selfdistill.training.selection import BatchPart, Selector
 from selfdistill.training.setup import (
+    EncodedPart,
     Stage,
     batch_unit,
     drawn,
@@ -106,13 +107,14 @@ class Trainer:
         for note in self.loaded.notes:
             say_note(note)
         self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
+        config = config.model_copy(update={"template_date": self.chat.date})  # methods make chat formats of their own
         self.stages = make_stages(config, drawn(demonstrations, config), self.loaded, self.chat)
         refuse_with_pictures(config, self.stages, self.loaded)
         self.stage = self.stages[0]
         """Stage of the current step."""
         self.control: State = {}
         """What the task's controller remembers."""
-        self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision, self.chat.date)
+        self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision)
         share_steps(self.config, self.stages)
         self._prepare()
         self.evaluator = evaluator or (Evaluator(self.config, self.loaded) if config.test is not None else None)
@@ -323,31 +325,37 @@ class Trainer:
         return parts
 
     def _completed(self, stage: Stage, positions: Sequence[range], step: int, control: float | None) -> list[BatchPart]:
-        """The parts of the step with their completions; parts that sample alike sample together."""
-        parts = stage.sampled
-        examples = [
-            examples_at(part.examples, places, self.config.seed) for part, places in zip(parts, positions, strict=True)
-        ]
-        completions: list[list[Completion]] = [[] for _ in parts]
+        """The parts of the step that have examples, with their completions."""
+        examples = {
+            part.name: examples_at(part.examples, places, self.config.seed)
+            for part, places in zip(stage.sampled, positions, strict=True)
+        }
+        completions = self._sample_alike(stage.sampled, examples, step)
+        batch_parts = []
+        for part in stage.parts:
+            source = stage.task.name if part.same_samples else part.name
+            method = part.method.at(step - stage.first_step, stage.steps, control if part is stage.task else None)
+            if own := examples[source]:
+                share = len(own) / self.config.batch_size * method.weight
+                batch_parts.append(BatchPart(part.name, method, completions[source], share))
+        return batch_parts
+
+    def _sample_alike(
+        self, parts: Sequence[EncodedPart], examples: Mapping[str, Sequence[Example]], step: int
+    ) -> dict[str, list[Completion]]:
+        """The completions of each part's examples, by name; parts that sample alike sample together."""
+        completions: dict[str, list[Completion]] = {part.name: [] for part in parts}
         for sequence in dict.fromkeys(part.method.sequence for part in parts):
-            alike = [number for number, part in enumerate(parts) if part.method.sequence == sequence]
-            asked = [example for number in alike for example in examples[number]]
+            alike = [part.name for part in parts if part.method.sequence == sequence]
+            asked = [example for name in alike for example in examples[name]]
             if not asked:
                 continue
             made = sequence(self.loaded, asked, step)
-            per_example = len(made) // len(asked)
-            for number in alike:
-                count = len(examples[number]) * per_example
-                completions[number], made = made[:count], made[count:]
-        found = list(zip(parts, examples, completions, strict=True))
-        found[1:1] = [(part, examples[0], completions[0]) for part in stage.parts if part.same_samples]
-        batch_parts = []
-        for part, own, made in found:
-            method = part.method.at(step - stage.first_step, stage.steps, control if part is stage.task else None)
-            if own:
-                share = len(own) / self.config.batch_size * method.weight
-                batch_parts.append(BatchPart(part.name, method, made, share))
-        return batch_parts
+            per_example, start = len(made) // len(asked), 0
+            for name in alike:
+                stop = start + len(examples[name]) * per_example
+                completions[name], start = made[start:stop], stop
+        return completions
 
     def _update_student(self, results: Sequence[PartResult]) -> tuple[float, bool]:
         """Clip the gradient and step the optimizer if all is finite; the gradient's norm, and whether it stepped."""

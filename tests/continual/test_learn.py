@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import itertools
 import json
@@ -37,7 +36,6 @@ from selfdistill.continual.retention import transfer
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.data.sources import packaged
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
-from selfdistill.model.loading import LoadedModel
 from selfdistill.runtime.files import folder_lock
 
 Settings = Callable[..., LearnConfig]
@@ -153,27 +151,6 @@ def test_two_skills_in_a_row(make: Settings, tmp_path: Path, capsys: pytest.Capt
     assert [len(row) for row in found["matrix"]] == [2, 2, 2]
     assert found["matrix"][0][0] is not None
     assert all(score is not None for score in (*found["matrix"][2], found["matrix"][1][0], found["matrix"][1][1]))
-
-
-@pytest.fixture
-def on_day(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str | None]]:
-    """Let it be the given day; returns the days that chat templates see from then on."""
-    chat = LoadedModel.chat
-
-    def begin(day: str) -> list[str | None]:
-        today = SimpleNamespace(today=lambda: datetime.date.fromisoformat(day))
-        monkeypatch.setattr("selfdistill.data.chat_format.datetime", SimpleNamespace(date=today))
-        seen: list[str | None] = []
-
-        def recorded(*arguments: Any, **options: Any) -> Any:
-            found = chat(*arguments, **options)
-            seen.append(found.date)
-            return found
-
-        monkeypatch.setattr(LoadedModel, "chat", recorded)
-        return seen
-
-    return begin
 
 
 def test_everything_in_a_state_sees_the_day_of_its_first_skill(

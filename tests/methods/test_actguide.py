@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
+    CHATML,
+    ENDS,
     Cut,
     assert_same_run,
     crash_at,
@@ -98,6 +100,16 @@ def test_the_fewest_lines_with_which_a_sample_is_right(
     for c in samples:  # the loss sees the prompt alone
         assert "one" not in run.loaded.tokenizer.decode(c.example.student_ids)
     assert len({tuple(c.ids) for c in samples[8:]}) == 4
+
+
+def test_a_run_across_midnight_keeps_its_day(
+    guided: Settings, model_folder: Callable[..., Path], on_day: Callable[[str], list[str | None]]
+) -> None:
+    on_day("2026-03-01")
+    run = Trainer(guided(model=str(model_folder(template="{{ strftime_now('%d') }}" + CHATML, ends=ENDS))))
+    seen = on_day("2026-03-02")
+    run.step(0)
+    assert set(seen) == {"2026-03-01"}
 
 
 def test_guides_that_do_not_fit_are_not_tried_and_said(

@@ -335,7 +335,7 @@ def test_a_measurement_that_fails_in_all_processes_loses_no_step(
             {},
             "setting 'fsdp' needs parts of equal size: batch_size 3 is not a multiple of 2 processes ",
         ),
-        ({}, {"ACCELERATE_USE_FSDP": "true"}, "the launcher's own FSDP is enabled (--use_fsdp); leave it out, "),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "the launcher's own FSDP is enabled (--use_fsdp, or "),
     ],
     ids=["uneven", "launcher"],
 )

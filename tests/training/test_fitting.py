@@ -264,6 +264,8 @@ def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
     assert found.nearest is not None
     assert found.nearest[0] == {"lora_rank": 16}
     assert re.search(r"it does not fit: [\d.]+ MiB of [\d.]+ MiB; this would, .* MiB: lora_rank 16$", found.verdict())
+    with_tower = fit(config.model_copy(update={"train_vision_tower": True}), rows, CPU, live - 1)
+    assert "lora_rank" not in with_tower.advice(), "the settings refuse the two together"
 
 
 @pytest.mark.slow

@@ -151,11 +151,19 @@ def test_adapters_of_one_base_are_added_and_the_result_is_a_full_model(
     assert load_model(str(out)).merged_adapter is False
 
 
-def test_models_that_are_equal_change_nothing_and_that_is_said(
-    three: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("subtract", "scale", "why"), [(1, 1.0, "the two models are equal"), (2, 0.0, "the scale is 0")]
+)
+def test_a_vector_of_zeros_changes_nothing_and_that_is_said(
+    three: tuple[Path, Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    subtract: int,
+    scale: float,
+    why: str,
 ) -> None:
-    out = run(tmp_path / "out", model=three[0], add=three[1], subtract=three[1])
-    assert "note: the two models are equal, so the target is unchanged" in capsys.readouterr().err
+    out = run(tmp_path / "out", model=three[0], add=three[1], subtract=three[subtract], scale=scale)
+    assert f"note: {why}, so the target is unchanged" in capsys.readouterr().err
     name = "model.safetensors"
     assert (out / name).read_bytes() == (three[0] / name).read_bytes()
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import selfdistill
-from selfdistill.config import TrainConfig
+from selfdistill.config import ExportConfig, MergeConfig, TrainConfig
 from selfdistill.data import anchor_prompts, encode, load_demonstrations, parse_context
 from selfdistill.errors import UserError
 from selfdistill.evaluation import spill
 from selfdistill.model import ForwardPass, Sampling, load_model, make_optimizer
-from selfdistill.training import train
+from selfdistill.training import export, merge, train
 from selfdistill.training.memory import memory_plan
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
@@ -245,10 +245,23 @@ def test_final_models_load_in_transformers_with_their_processor(make: Make, fami
     plain = load_model(str(final), merge_adapter=True).model if rank else None
     model = plain or AutoModelForImageTextToText.from_pretrained(final)
     assert torch.isfinite(model(**made[0]).logits).all()
-    card = (final / "README.md").read_text(encoding="utf-8")
-    assert "AutoModelForImageTextToText" in card
-    assert "AutoProcessor" in card
-    assert "image-text-to-text" in card
+    assert_card_of_pictures(final)
+
+
+def assert_card_of_pictures(folder: Path) -> None:
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert "processor = AutoProcessor.from_pretrained" in card
+    assert "pipeline_tag: image-text-to-text" in card
+
+
+def test_cards_of_sums_and_merged_adapters_load_an_image_text_model(make: Make, tmp_path: Path) -> None:
+    config = make(lora_rank=2, max_steps=1)
+    run, base = str(train(config)), config.model
+    full = str(export(ExportConfig(run=run, output_dir=str(tmp_path / "full"), merge=True)))
+    total = merge(MergeConfig(model=base, add=full, subtract=base, output_dir=str(tmp_path / "sum")))
+    for folder in (Path(full), total):
+        assert_card_of_pictures(folder)
 
 
 def test_the_python_interface_takes_pictures_in_memory_and_loaded_models(make: Make, tmp_path: Path) -> None:

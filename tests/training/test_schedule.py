@@ -33,6 +33,12 @@ def test_every_epoch_and_every_seed_has_its_own_order() -> None:
     assert tuple(rows) not in orders
 
 
+def test_seeds_of_any_size_have_an_order() -> None:
+    seeds = [2**64 // 1_000_003 - 1, 2**64 // 1_000_003, 1_790_000_000_123_456_789, 2**64 + 1]
+    orders = [tuple(drawn(list("abcdefghij"), range(epoch, epoch + 1), 10, seed)) for seed in seeds for epoch in (0, 1)]
+    assert len(set(orders)) == 8
+
+
 def test_a_batch_depends_on_its_step_and_seed_only() -> None:
     rows = list("abcde")
     forward = [examples_at(rows, range(step * 3, step * 3 + 3), 8) for step in range(6)]

@@ -323,6 +323,11 @@ def test_the_saved_settings_run_again_to_the_same_weights(settings: Callable[...
     assert metrics_of(first) == metrics_of(second)
 
 
+def test_a_seed_may_be_a_time_in_nanoseconds_or_larger(settings: Callable[..., TrainConfig]) -> None:
+    for seed in (1_790_000_000_123_456_789, 2**64 + 1):
+        train(settings(f"seed{seed}", seed=seed, lora_rank=2, max_steps=1))
+
+
 def test_the_seed_changes_the_run(settings: Callable[..., TrainConfig]) -> None:
     train(settings("a"))
     train(settings("b", seed=1))
@@ -684,7 +689,11 @@ def test_steps_that_are_left_out_are_said_and_too_many_in_a_row_stop_the_run(
     )
     said = capsys.readouterr().err
     assert re.search(rf"^note: step 2 was skipped: the gradient's norm is (inf|nan) \(.*{rows}\)$", said, re.M)
-    assert ["skipped" in line for line in metrics_of(config)] == [True, True, False, True, True, True]
+    lines = metrics_of(config)
+    assert ["skipped" in line for line in lines] == [True, True, False, True, True, True]
+    learnt = lines[2]["tokens"]
+    assert learnt > 0
+    assert [line["tokens"] for line in lines] == [0, 0, learnt, learnt, learnt, learnt]
     assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["4", "6"]
 
 
@@ -1201,6 +1210,23 @@ def test_runs_of_unlike_precision_can_follow_each_other_in_one_process(settings:
     train(settings("c", mixed_precision="no", max_steps=1))
     assert same(final_weights(settings("a")), final_weights(settings("c")))
     assert not same(final_weights(settings("a")), final_weights(settings("b")))
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron-LM"])
+def test_what_the_launcher_would_do_to_the_model_is_refused(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper().replace('-', '_')}", "true")
+    with pytest.raises(UserError, match=f"the launcher's own {name} is enabled"):
+        Trainer(settings())
+
+
+def test_the_launchers_gradient_accumulation_divides_no_gradient(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = Trainer(settings()).step(0)["grad_norm"]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert Trainer(settings()).step(0)["grad_norm"] == norm
 
 
 def test_the_teacher_is_updated_with_the_number_of_steps_done(settings: Callable[..., TrainConfig]) -> None:
