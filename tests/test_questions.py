@@ -452,7 +452,7 @@ def test_an_output_dir_that_is_a_file_is_an_error(
     make: Callable[..., QuestionsConfig], tmp_path: Path, below: str
 ) -> None:
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match=r"taken\S*: cannot be written \((File exists|Not a directory)\); choose another"):
+    with pytest.raises(UserError, match=r"taken\S*: cannot be written \((File exists|Not a directory)\); choose ano"):
         make_questions(make(output_dir=f"{tmp_path}/taken{below}"))
 
 
