@@ -30,7 +30,7 @@ from selfdistill.config import (
     with_runs_of,
 )
 from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError, number_of
+from selfdistill.errors import RESUME, EngineFailed, RunFailed, RunStopped, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
 from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, uses
 from selfdistill.model import LoadedModel, load_for_training, refuse_float16, start_fingerprint
@@ -207,7 +207,7 @@ def _run_all(
                 done, result = written()
             if stop.received is not None and len(finished) < len(runs):
                 message = f"{folder}: stopped in run {number} of {len(runs)} ({name}); progress is saved, "
-                raise RunStopped(f"{message}continue with resume=True", stop.received)
+                raise RunStopped(f"{message}{RESUME}", stop.received)
             gc.collect()
     return done, result
 

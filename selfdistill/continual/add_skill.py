@@ -26,7 +26,7 @@ from selfdistill.continual.rehearsal import MEMORY, as_shown, check_room, cost_o
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
 from selfdistill.data import Demonstration, load_demonstrations, load_prompts, located
-from selfdistill.errors import CannotResume, RunFailed, RunStopped, UserError
+from selfdistill.errors import RERUN, RESUME, CannotResume, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
     EvaluationSet,
@@ -91,8 +91,11 @@ def add(config: LearnConfig) -> dict[str, Any]:
         try:
             result = _NewSkill(ledger, stop).result()
         except RunStopped as stopped:
-            message = f"state {config.state!r}: stopped while learning {config.data}; rerun the same command to resume"
+            message = f"state {config.state!r}: stopped while learning {config.data}; {RERUN}"
             raise RunStopped(message, stopped.signal_number) from None
+        except UserError as error:  # of the run in it
+            error.args = (str(error).replace(RESUME, RERUN),)
+            raise
         write_json(ledger.pending / "result.json", result)
         if result["accepted"]:
             skill = ledger.accept(name)

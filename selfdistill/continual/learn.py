@@ -16,7 +16,7 @@ from selfdistill.continual.add_skill import add
 from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger
 from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
-from selfdistill.errors import UserError
+from selfdistill.errors import RERUN, UserError
 from selfdistill.runtime import Printable, folder_lock, say_note
 from selfdistill.training import export
 
@@ -155,8 +155,7 @@ def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
     else:
         console.print("No skills yet.", highlight=False)
     if pending := found["pending"]:
-        way_on = "rerun the same command to resume, or 'discard' it"
-        console.print(f"Adding {pending!r} was interrupted: {way_on}.", highlight=False, markup=False)
+        console.print(f"Adding {pending!r} was interrupted: {RERUN}, or 'discard' it.", highlight=False, markup=False)
     console.print(f"Current model: {found['model']}", highlight=False, markup=False)
 
 
