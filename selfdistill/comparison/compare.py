@@ -162,7 +162,7 @@ def _begin(
         "the base": start_fingerprint(base),
         "the test rows or prior questions": evaluator.questions.fingerprint(),
     }
-    _check_unchanged(folder, began)
+    _check_unchanged(folder, began, drops=config.on_long_prompt == "drop")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "began.json", json.dumps(began))
     write_atomically(folder / "config.yaml", dump_yaml(config))
@@ -212,8 +212,13 @@ def _run_all(
     return done, result
 
 
-def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
+def _check_unchanged(folder: Path, began: dict[str, str], *, drops: bool) -> None:
     """Compare the fingerprints of the inputs with those in the folder.
+
+    Args:
+        folder: the folder of the comparison.
+        began: the fingerprints.
+        drops: whether a run may leave out rows for all runs.
 
     Raises:
         UserError: the demonstrations, the base or the evaluation data have changed.
@@ -221,9 +226,10 @@ def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
     file = folder / "began.json"
     there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else began
     if changed := [what for what, value in began.items() if there[what] != value]:
+        added = ", leave out added runs that drop further rows" if drops and "the demonstrations" in changed else ""
         raise UserError(
             f"{folder}: changed since this comparison began: {', '.join(changed)}; restore model, data, test and "
-            "prior, or use another output_dir"
+            f"prior{added}, or use another output_dir"
         )
 
 

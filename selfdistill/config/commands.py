@@ -51,6 +51,11 @@ class CompareConfig(TrainingSettings):
             values["arms"] = read_mapping(Path(arms), "names to settings")
         super().__init__(**values)
 
+    @property
+    def evaluates_between(self) -> bool:
+        """Whether its runs have evaluations between the start and the end: also if ``eval_steps`` is 0."""
+        return True
+
     @field_validator("methods", "seeds", "learning_rates", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
