@@ -7,7 +7,6 @@ prints itself. Progress goes to standard error, or with ``progress=False`` to th
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -275,9 +274,9 @@ def learn(
         UserError: a mistake the user can fix.
         RunStopped: a signal stopped the action; repeat the call to resume.
     """
-    with session(progress), tempfile.TemporaryDirectory() as folder:
-        given = {"action": action, "state": state} | settings
-        return run_action(learn_config(given, {"data": data, "test": test}, Path(folder)))
+    with session(progress):
+        config, in_memory = learn_config({"action": action, "state": state} | settings, {"data": data, "test": test})
+        return run_action(config, in_memory)
 
 
 def ask(

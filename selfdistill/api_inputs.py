@@ -273,13 +273,12 @@ def train_config(given: dict[str, Any], *, resume: bool) -> TrainConfig:
     return continued(given, TrainConfig)
 
 
-def learn_config(given: dict[str, Any], rows: dict[str, Rows | None], folder: Path) -> LearnConfig:
-    """The settings of an action of ``learn``.
+def learn_config(given: dict[str, Any], rows: dict[str, Rows | None]) -> tuple[LearnConfig, dict[str, Rows]]:
+    """The settings of an action of ``learn``, and those of its rows that are in memory.
 
     Args:
         given: its settings, without data.
-        rows: data by setting, ``data`` and ``test``; None: not given. Rows in memory are written to ``folder``.
-        folder: exists until the action ends.
+        rows: data by setting, ``data`` and ``test``; None: not given.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -288,18 +287,15 @@ def learn_config(given: dict[str, Any], rows: dict[str, Rows | None], folder: Pa
     if _anchors_in_memory(given) is not None:
         raise UserError("setting 'anchors': learn reads them again when it resumes, so give the path of a file")
     paths: dict[str, str] = {}
+    in_memory: dict[str, Rows] = {}
     for name, data in rows.items():
-        if data is None:
-            continue
-        paths[name], in_memory = data_of(data)
-        if in_memory is not None and given["action"] in ("add", "stream"):
-            if not given.get("name"):
-                raise UserError("in-memory rows have no name: give name=..., the name of the skill")
-            file = folder / f"{name}.jsonl"
-            reading = reading_of(given)[name]
-            write_demonstrations(file, load_demonstrations(in_memory, note=say_note, name=name, **reading))
-            paths[name] = str(file)
-    return LearnConfig(**given | paths)
+        if isinstance(data, str | os.PathLike):
+            paths[name] = os.fspath(data)
+        elif data is not None:
+            paths[name], in_memory[name] = name, data
+    if in_memory and given["action"] in ("add", "stream") and not given.get("name"):
+        raise UserError("in-memory rows have no name: give name=..., the name of the skill")
+    return LearnConfig(**given | paths), in_memory
 
 
 def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFolder, *, resume: bool) -> TrainConfig:

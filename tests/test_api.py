@@ -16,6 +16,7 @@ from conftest import ENDS, final_weights, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdistill as sd
+from selfdistill.continual import add_skill
 
 ROWS = [{"prompt": f"Where is ticket {i}?", "completion": f"Shelf {'ABCD'[i % 4]}, box {i}."} for i in range(6)]
 TINY: dict[str, Any] = {"max_completion_length": 12, "mixed_precision": "no"}
@@ -245,6 +246,28 @@ def test_a_plan_writes_nothing_and_says_what_a_run_would_do(model: str) -> None:
         sd.plan(model, ROWS, test="none.jsonl", **RUN)
     assert 0.1 < plan.peak_gib < 20
     assert "max_steps: 40" in repr(plan)
+
+
+def test_rows_in_memory_are_learnt_as_what_was_given(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"state": "memory", "model": model, "name": "tickets", "method": "sft"} | RUN
+    given["max_completion_length"] = 20
+    with pytest.raises(sd.UserError, match=r"^test: 1 bad row: test\[1\], column 'prompt': missing"):
+        sd.learn("add", ROWS, test=[ROWS[0], {"text": "?"}], **given)
+    twice = [*ROWS, ROWS[0] | {"completion": "Shelf E."}]
+    capsys.readouterr()
+    result = sd.learn("add", twice, max_skill_drop=1, **given)
+    assert capsys.readouterr().err.count("1 row repeats the prompt of an earlier one") == 1
+    assert result.accepted
+    assert [line["file"] for line in sd.learn("history", state="memory").details["history"]] == ["data"]
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise sd.RunStopped("run: stopped", 2)
+
+    monkeypatch.setattr(add_skill, "train", stop)
+    with pytest.raises(sd.RunStopped, match=r"^state 'memory': stopped while learning data; rerun the same command"):
+        sd.learn("add", twice, **given | {"name": "more"})
 
 
 def test_comparing_learning_exporting_and_reporting(model: str) -> None:

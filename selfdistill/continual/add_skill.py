@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_room, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import Demonstration, load_demonstrations, load_prompts, located
+from selfdistill.data import Demonstration, Rows, load_demonstrations, load_prompts, located
 from selfdistill.errors import RERUN, RESUME, CannotResume, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -50,8 +50,12 @@ from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines
 from selfdistill.training import OnStep, drawn, take_whole, train, whole_folder
 
 
-def add(config: LearnConfig) -> dict[str, Any]:
+def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dict[str, Any]:
     """Learn a skill, or resume learning it, and accept it if the gates pass.
+
+    Args:
+        config: settings of the addition.
+        in_memory: rows by the setting, ``data`` or ``test``, that would name their file.
 
     Returns:
         ``name``, ``accepted``, ``reasons`` (for refusal), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
@@ -69,7 +73,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     config = LearnConfig(**config.model_dump() | {"name": name})
     run = run_config(config, "model", config.context, Path(PENDING), rehearses=False)  # validate before any long work
     stages = stages_of(run)
-    splits = split_rows(config, lacks_of(stages))
+    splits = split_rows(config, lacks_of(stages), in_memory or {})
     if config.action == "stream":
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from selfdistill.continual.add_skill import add
 from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger
 from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
+from selfdistill.data import Rows
 from selfdistill.errors import RERUN, UserError
 from selfdistill.runtime import Printable, folder_lock, say_note
 from selfdistill.training import export
@@ -63,8 +64,12 @@ class LearnResult(Printable):
             console.print(f"exported model: {details['output_dir']}", highlight=False, markup=False)
 
 
-def learn(config: LearnConfig) -> LearnResult:
+def learn(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> LearnResult:
     """Run ``config.action``.
+
+    Args:
+        config: settings.
+        in_memory: rows that are in memory, by setting; see :func:`add`.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -76,9 +81,9 @@ def learn(config: LearnConfig) -> LearnResult:
         used = {"state", "action", "output_dir"} if config.action == "export" else {"state", "action"}
         if ignored := sorted(config.model_fields_set - used):
             say_note(f"learn {config.action} ignores these settings: {', '.join(ignored)}")
-    details = _ACTIONS[config.action](config)
-    accepted = config.action in ("add", "stream") and details["accepted"]
-    return LearnResult(config.action, config.state, details, _status(config) if accepted else None)
+        return LearnResult(config.action, config.state, _ACTIONS[config.action](config))
+    details = add(config, in_memory)
+    return LearnResult(config.action, config.state, details, _status(config) if details["accepted"] else None)
 
 
 def _export(config: LearnConfig) -> dict[str, Any]:
@@ -263,8 +268,6 @@ def _print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | No
 
 
 _ACTIONS: dict[str, Callable[[LearnConfig], dict[str, Any]]] = {
-    "add": add,
-    "stream": add,
     "status": _status,
     "history": _history,
     "rollback": _rollback,
