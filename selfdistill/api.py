@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
 from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
+from selfdistill.model import switched_back
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import check_device, size_in_bytes
@@ -119,7 +121,7 @@ def train(
             given["model"], loaded = model_of(given["model"], tokenizer)
         rows = rows_of_run(data, test, given)
         config = train_config(given | rows.paths, resume=resume)
-        with rows.kept():
+        with rows.kept(), switched_back(loaded.model) if loaded else nullcontext():
             config = check_start(config, loaded, rows, resume=resume)
             run_training(config, resume=resume, loaded=loaded, on_step=callback, given=rows.names)
         return Run(config.output_dir)

@@ -26,18 +26,20 @@ from selfdistill.methods import lacks_of, own_names, stages_of, whose
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
 from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say_note, world_size
-from selfdistill.training import OnStep, check_output_dir, check_parts
+from selfdistill.training import OnStep, accelerator_state_kept, check_output_dir, check_parts
 
 Model = str | os.PathLike[str] | Any
 """A folder, run folder, hub id or ``smollm2-135m``; or a loaded ``PreTrainedModel``, with ``tokenizer=``.
 
-A loaded model is put into eval mode, and its dropout is set to zero.
+A loaded model is moved to the best device and put into eval mode, and its dropout is set to zero. Its generation config
+gets the end token that the chat template writes, and a tokenizer without a usable pad token gets the end token as one.
+All of this remains after the call. What training freezes, and gradient checkpointing, is as before afterwards.
 """
 
 
 @contextmanager
 def session(progress: bool, *, resume: bool = False) -> Iterator[None]:
-    """Silence libraries while models load and save, and show or hide progress.
+    """Silence libraries while models load and save, show or hide progress, and leave the caller's accelerators alone.
 
     Raises:
         UserError: an argument is neither True nor False.
@@ -45,7 +47,7 @@ def session(progress: bool, *, resume: bool = False) -> Iterator[None]:
     for name, value in (("progress", progress), ("resume", resume)):
         if not isinstance(value, bool):
             raise UserError(f"{name}: found {value!r}, expected True or False")
-    with quiet_libraries(), progress_shown(progress):
+    with quiet_libraries(), progress_shown(progress), accelerator_state_kept():
         yield
 
 

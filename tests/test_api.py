@@ -12,6 +12,8 @@ from typing import Any
 import datasets
 import pandas
 import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ENDS, final_weights, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -182,6 +184,25 @@ def test_a_loaded_model_is_checked_trained_and_evaluated_as_its_folder_is(model:
     assert same(final_weights(run.config), {name: p.detach() for name, p in ours.state_dict().items()})
     with pytest.raises(sd.UserError, match="needs its tokenizer"):
         sd.check(ours, ROWS)
+
+
+def test_a_run_switches_back_what_it_switches(model: str) -> None:
+    AcceleratorState._reset_state()
+    own = Accelerator(mixed_precision="no", gradient_accumulation_steps=3)
+    ours, tokenizer = loaded(model)
+    given: dict[str, Any] = {"tokenizer": tokenizer, "context": "turns", **RUN, "mixed_precision": "bf16"}
+    frozen = ours.get_input_embeddings().weight
+
+    def freeze(*_: Any) -> None:  # as a run freezes a vision tower
+        frozen.requires_grad_(False)
+
+    sd.plan(ours, ROWS, **given)
+    assert (own.mixed_precision, own.gradient_accumulation_steps) == ("no", 3)
+    sd.train(ours, ROWS, output_dir="run", gradient_checkpointing=True, on_step=freeze, **given)
+    assert (own.mixed_precision, own.gradient_accumulation_steps) == ("no", 3)
+    assert not ours.is_gradient_checkpointing
+    assert not ours.get_input_embeddings()._forward_hooks
+    assert frozen.requires_grad
 
 
 def test_a_callback_sees_every_step_and_its_metrics(model: str) -> None:
