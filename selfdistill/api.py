@@ -1,7 +1,8 @@
 """The Python API: the functions of ``import selfdistill``.
 
 Each function takes the settings of the command of the same name, with the same defaults, and returns a result that
-prints itself. Progress goes to standard error, or with ``progress=False`` to the logger ``selfdistill``.
+prints itself, or the path of what it wrote. Progress goes to standard error, or with ``progress=False`` to the logger
+``selfdistill``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger
 from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
 from selfdistill.data import Rows
-from selfdistill.errors import RERUN, UserError
+from selfdistill.errors import RERUN, UserError, number_of
 from selfdistill.runtime import Printable, folder_lock, say_note
 from selfdistill.training import export
 
@@ -250,14 +250,14 @@ def _print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | No
         new = after[name]
         low, high = new["accuracy_interval"]
         console.print(
-            f"{name}: {before['accuracy']:.3f} before, {new['accuracy']:.3f} ({low:.2f}, {high:.2f}) after, of "
-            f"{new['items']}",
+            f"{name}: {before['accuracy']:.3f} before, {new['accuracy']:.3f} ({low:.2f}, {high:.2f}) after, on "
+            f"{number_of(new['items'], 'test item')}",
             highlight=False,
             markup=False,
         )
         for other, retained in result["retained"].items():
             scores = f"{retained['learnt']:.3f} when learnt, {after[other]['accuracy']:.3f} now"
-            least = f"retained: at least {max(retained['least'], 0):.3f}"
+            least = f"must stay at or above {max(retained['least'], 0):.3f}"
             console.print(f"{other}: {scores} ({least})", highlight=False, markup=False)
         if "prior_accuracy" in result["after"]:
             console.print(f"prior abilities: now {result['after']['prior_accuracy']:.3f}", highlight=False)

@@ -374,7 +374,7 @@ def test_the_gates(
     assert scores == {"first": [], "second": []}
     least = 0.8 - values.get("max_skill_drop", 0.1)
     said = repr(LearnResult("add", str(tmp_path / "state"), result))
-    assert f"first: 0.800 when learnt, {first:.3f} now (retained: at least {least:.3f})\n" in said
+    assert f"first: 0.800 when learnt, {first:.3f} now (must stay at or above {least:.3f})\n" in said
     if reason is not None:
         (found,) = result["reasons"]
         assert found.startswith(reason)
