@@ -12,6 +12,12 @@ CLOSE = 0.7
 """How similar a known word must be to a word for the message to suggest it, from 0 to 1."""
 
 
+RESUME = "continue with resume=True"
+"""What messages advise where a run has saved its progress. The command line writes ``--resume``."""
+RERUN = "rerun the same command to resume"
+"""What they advise where a command has no ``resume`` and continues by itself."""
+
+
 class UserError(ValueError):
     """A mistake in the data, settings, model or machine that the user can fix.
 

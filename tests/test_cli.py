@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import json
 import os
 import re
@@ -1307,6 +1308,27 @@ def test_process_trains_without_noise(here: Path) -> None:
     done = run(*shlex.split(SFT))
     assert (done.returncode, done.stdout) == (0, f"final model: {Path('run/final')}\n")
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["sft", "model:", "memory", "step", "writing"]
+
+
+def test_an_output_that_nobody_reads_is_no_traceback(here: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from selfdistill.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "export", "model", "--output_dir", "out", "--json", "-"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, f"exported model: {here / 'out'}\n")
+
+
+def test_what_the_locale_cannot_write_is_escaped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, options, expected in (
+        ("\u0436", [], "/\\u0436\n"),
+        ("\U0001f600", ["--json", "-"], '/\\ud83d\\ude00"\n}\n'),
+    ):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+        assert main(["export", "model", "--output_dir", name, *options]) == 0
+        assert written.getvalue().decode("ascii").endswith(expected)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -477,6 +478,42 @@ def test_replies_that_came_before_a_failure_are_kept(
     before = len(server.asked)
     assert make_questions(make())["train"] == 10
     assert len(server.asked) - before == 20 - kept
+
+
+def test_a_permanent_failure_does_not_wait_for_open_requests(
+    make: Callable[..., QuestionsConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, open_, answered, late = threading.Lock(), threading.Event(), threading.Event(), []
+
+    class Slow:
+        def __init__(self, *_: str) -> None:
+            pass
+
+        def ask(self, _: Any, **__: Any) -> str:
+            if first.acquire(blocking=False):
+                open_.wait(20)
+                raise UserError("refused")
+            open_.set()
+            answered.wait(20)
+            late.append("reply")
+            return "reply"
+
+    monkeypatch.setattr(questions, "Endpoint", Slow)
+    try:
+        with pytest.raises(UserError, match="refused"):
+            make_questions(make())
+        assert late == []
+    finally:
+        answered.set()
+
+
+@pytest.mark.parametrize("below", ["", "/more"])
+def test_an_output_dir_that_is_a_file_is_an_error(
+    make: Callable[..., QuestionsConfig], tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"taken\S*: cannot be written \((File exists|Not a directory)\); choose ano"):
+        make_questions(make(output_dir=f"{tmp_path}/taken{below}"))
 
 
 def test_not_one_question_is_an_error(make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """One schema for all settings, with their defaults, units and sources.
 
 The same class defines the command line (``--learning_rate``), the YAML file (``--config``, and ``config.yaml`` in a run
-folder) and the Python API. Settings that TRL has carry TRL's names. An unknown key is an error.
+folder) and the Python API. Settings that TRL also has keep TRL's names. An unknown key is an error.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_room, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import Demonstration, load_demonstrations, load_prompts, located
-from selfdistill.errors import CannotResume, RunFailed, RunStopped, UserError
+from selfdistill.data import Demonstration, Rows, load_demonstrations, load_prompts, located
+from selfdistill.errors import RERUN, RESUME, CannotResume, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
     EvaluationSet,
@@ -50,8 +50,12 @@ from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines
 from selfdistill.training import OnStep, drawn, take_whole, train, whole_folder
 
 
-def add(config: LearnConfig) -> dict[str, Any]:
+def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dict[str, Any]:
     """Learn a skill, or resume learning it, and accept it if the gates pass.
+
+    Args:
+        config: settings of the addition.
+        in_memory: rows by the setting, ``data`` or ``test``, that would name their file.
 
     Returns:
         ``name``, ``accepted``, ``reasons`` (for refusal), ``date`` (when that was decided), ``data`` (SHA-256 of its
@@ -69,7 +73,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     config = LearnConfig(**config.model_dump() | {"name": name})
     run = run_config(config, "model", config.context, Path(PENDING), rehearses=False)  # validate before any long work
     stages = stages_of(run)
-    splits = split_rows(config, lacks_of(stages))
+    splits = split_rows(config, lacks_of(stages), in_memory or {})
     if config.action == "stream":
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:
@@ -91,8 +95,11 @@ def add(config: LearnConfig) -> dict[str, Any]:
         try:
             result = _NewSkill(ledger, stop).result()
         except RunStopped as stopped:
-            message = f"state {config.state!r}: stopped while learning {config.data}; rerun the same command to resume"
+            message = f"state {config.state!r}: stopped while learning {config.data}; {RERUN}"
             raise RunStopped(message, stopped.signal_number) from None
+        except UserError as error:  # of the run in it
+            error.args = (str(error).replace(RESUME, RERUN),)
+            raise
         write_json(ledger.pending / "result.json", result)
         if result["accepted"]:
             skill = ledger.accept(name)

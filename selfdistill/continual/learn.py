@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger
 from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
 from selfdistill.continual.stream import OF_CHUNKS
-from selfdistill.errors import UserError
+from selfdistill.data import Rows
+from selfdistill.errors import RERUN, UserError, number_of
 from selfdistill.runtime import Printable, folder_lock, say_note
 from selfdistill.training import export
 
@@ -64,20 +65,26 @@ class LearnResult(Printable):
             console.print(f"exported model: {details['output_dir']}", highlight=False, markup=False)
 
 
-def learn(config: LearnConfig) -> LearnResult:
+def learn(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> LearnResult:
     """Run ``config.action``.
+
+    Args:
+        config: settings.
+        in_memory: rows that are in memory, by setting; see :func:`add`.
 
     Raises:
         UserError: a mistake the user can fix.
         RunStopped: a signal arrived while adding a skill; the same command resumes.
     """
-    if config.action not in ("add", "stream") and config.data:
+    adds = config.action in ("add", "stream")
+    if not adds and config.data:
         raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
     if ignored := sorted(config.model_fields_set & _unused(config.action)):
         say_note(f"learn {config.action} ignores these settings: {', '.join(ignored)}")
-    details = _ACTIONS[config.action](config)
-    accepted = config.action in ("add", "stream") and details["accepted"]
-    return LearnResult(config.action, config.state, details, _status(config) if accepted else None)
+    if not adds:
+        return LearnResult(config.action, config.state, _ACTIONS[config.action](config))
+    details = add(config, in_memory)
+    return LearnResult(config.action, config.state, details, _status(config) if details["accepted"] else None)
 
 
 def _unused(action: str) -> set[str]:
@@ -189,7 +196,7 @@ def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
     else:
         console.print("No skills yet.", highlight=False)
     if pending := found["pending"]:
-        how = "was interrupted: rerun the same command to resume, or 'discard' it"
+        how = f"was interrupted: {RERUN}, or 'discard' it"
         if found["running"]:
             how = "is in progress in another process"
         console.print(f"Adding {pending!r} {how}.", highlight=False, markup=False)
@@ -282,14 +289,14 @@ def _print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | No
         new = after[name]
         low, high = new["accuracy_interval"]
         console.print(
-            f"{name}: {before['accuracy']:.3f} before, {new['accuracy']:.3f} ({low:.2f}, {high:.2f}) after, of "
-            f"{new['items']}",
+            f"{name}: {before['accuracy']:.3f} before, {new['accuracy']:.3f} ({low:.2f}, {high:.2f}) after, on "
+            f"{number_of(new['items'], 'test item')}",
             highlight=False,
             markup=False,
         )
         for other, retained in result["retained"].items():
             scores = f"{retained['learnt']:.3f} when learnt, {after[other]['accuracy']:.3f} now"
-            least = f"retained: at least {max(retained['least'], 0):.3f}"
+            least = f"must stay at or above {max(retained['least'], 0):.3f}"
             console.print(f"{other}: {scores} ({least})", highlight=False, markup=False)
         if "prior_accuracy" in result["after"]:
             console.print(f"prior abilities: now {result['after']['prior_accuracy']:.3f}", highlight=False)
@@ -300,8 +307,6 @@ def _print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | No
 
 
 _ACTIONS: dict[str, Callable[[LearnConfig], dict[str, Any]]] = {
-    "add": add,
-    "stream": add,
     "status": _status,
     "history": _history,
     "rollback": _rollback,

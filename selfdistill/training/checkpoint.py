@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from selfdistill.errors import CannotResume, UserError
+from selfdistill.errors import RESUME, CannotResume, UserError
 from selfdistill.model import Optim, Teacher, distribute_like, full_tensors, moment_bytes
 from selfdistill.runtime import (
     agreed,
@@ -127,8 +127,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are intact. Free disk space, then "
-            "continue with resume=True"
+            f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are intact. "
+            f"Free disk space, then {RESUME}"
         ) from None
     stay = {checkpoint_at(output_dir, step) for step in spared}
     for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][: -max(AT_LEAST, keep)]:

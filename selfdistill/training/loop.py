@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from selfdistill.config import dump_yaml
-from selfdistill.errors import EngineFailed, RunCollapsed, RunFailed, RunStopped, UserError
+from selfdistill.errors import RESUME, EngineFailed, RunCollapsed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import summary
 from selfdistill.methods import DatasetCompletions
 from selfdistill.model import LoadedModel
@@ -105,8 +105,8 @@ class Loop:
                     self._save()
                 if received and not last:
                     raise RunStopped(
-                        f"{self._output_dir}: stopped after step {step} of {self._max_steps}; progress is saved, "
-                        "continue with resume=True",
+                        f"{self._output_dir}: stopped after step {step} of {self._max_steps}; "
+                        f"progress is saved, {RESUME}",
                         received,
                     )
                 if enough:
@@ -182,7 +182,7 @@ class Loop:
         """Save the progress, on all ranks together, and say where the run stopped."""
         self._save()
         raise EngineFailed(
-            f"{self._output_dir}: stopped after step {self.step}: {error}; progress is saved, continue with resume=True"
+            f"{self._output_dir}: stopped after step {self.step}: {error}; progress is saved, {RESUME}"
         ) from error
 
     def _save(self, *, together: bool = True) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from selfdistill.config import TrainConfig, dump_yaml, load_saved, refuse_changes
 from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.errors import CannotResume, RunCollapsed, UserError, number_of
+from selfdistill.errors import RESUME, CannotResume, RunCollapsed, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
@@ -368,7 +368,7 @@ def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str])
         pictures=trainer.loaded.pictures is not None,
         signs=signs,
     )
-    advice = "free disk space, then continue with resume=True, which needs a checkpoint (save_steps)"
+    advice = f"free disk space, then {RESUME}, which needs a checkpoint (save_steps)"
     say(f"writing {final}")
     with whole_folder(final, advice, replace=True) as folder:
         write_model(folder, model, trainer.loaded, card, state)

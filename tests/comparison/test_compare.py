@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from selfdistill.cli import main
 from selfdistill.comparison.compare import compare
 from selfdistill.comparison.compare_result import CompareResult
+from selfdistill.comparison.kinds import first_run, kinds_of
 from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
 from selfdistill.config.files import continued, dump_yaml, load_yaml, with_runs_of
@@ -540,6 +541,34 @@ def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     assert "dropped 1 of 5 rows for all methods: too long for at least one" in capsys.readouterr().err
     assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
     assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}
+
+
+def test_an_added_run_that_drops_further_rows_is_refused_with_that_reason(
+    settings: Callable[..., CompareConfig], write_rows: Callable[..., Path]
+) -> None:
+    rows = [{"prompt": f"q{i}" * (120 if i == 2 else 1), "completion": "ab"} for i in range(5)]
+    given = {"data": str(write_rows(rows, name="long.jsonl")), "seeds": "0", "on_long_prompt": "drop"}
+    compare(settings(**given, methods="sft"))
+    with pytest.raises(UserError, match=r"demonstrations; .*, leave out added runs that drop further rows, or"):
+        compare(settings(**given, methods="sft,sdft"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "read"),
+    [({"method_settings": {"pull": 0.1}}, "method_settings"), ({"teacher_model": "other"}, "teacher_model")],
+)
+def test_a_run_has_the_settings_that_its_method_reads(
+    settings: Callable[..., CompareConfig], values: dict[str, Any], read: str
+) -> None:
+    config = settings(methods="sft,isdft", **values)
+    without, with_it = [first_run(config, kind) for kind in kinds_of(config)]
+    assert getattr(without, read) == TrainConfig.model_fields[read].get_default(call_default_factory=True)
+    assert getattr(with_it, read) == values[read]
+
+
+def test_a_comparison_that_evaluates_five_times_may_stop_on_collapse(settings: Callable[..., CompareConfig]) -> None:
+    result = compare(settings(methods="sft", seeds="0", eval_steps=0, stop_on_collapse=True)).details
+    assert [line["step"] for line in result["runs"][0]["evaluations"]] == [0, 1, 2]
 
 
 @pytest.mark.slow

@@ -365,7 +365,7 @@ def test_the_gates(
     assert scores == {"first": [], "second": []}
     least = 0.8 - values.get("max_skill_drop", 0.1)
     said = repr(LearnResult("add", str(tmp_path / "state"), result))
-    assert f"first: 0.800 when learnt, {first:.3f} now (retained: at least {least:.3f})\n" in said
+    assert f"first: 0.800 when learnt, {first:.3f} now (must stay at or above {least:.3f})\n" in said
     if reason is not None:
         (found,) = result["reasons"]
         assert found.startswith(reason)
@@ -471,11 +471,11 @@ def test_training_that_diverges_is_refused(make: Settings, tmp_path: Path, monke
 
 def test_an_engine_that_fails_refuses_no_skill(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Path:
-        raise EngineFailed("engine vllm: the server ended")
+        raise EngineFailed("run: stopped after step 1: the server ended; progress is saved, continue with resume=True")
 
     with monkeypatch.context() as patch:
         patch.setattr(add_skill, "train", fail)
-        with pytest.raises(EngineFailed, match="the server ended"):
+        with pytest.raises(EngineFailed, match=r"progress is saved, rerun the same command to resume$"):
             add(make())
     assert add(make())["accepted"]
 
